@@ -1,0 +1,88 @@
+"""How each kind of process reaches the database.
+
+`SURETY_<KIND>_DATABASE_URL` names a login of its own, a member of the kind's group role. Without it DATABASE_URL serves, with
+`role` set: that guards against mistakes, not against an intruder, who could reset it. Timeouts are settings of the
+connection, for a group role's own settings don't reach the logins that are its members. A dead server is noticed within
+seconds, and of several hosts in an address those that write take the primary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import psycopg
+from psycopg import AsyncConnection, Connection
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from db.settings import Settings
+
+Kind = Literal["deploy", "api", "webhook", "worker", "analyst", "auditor"]
+
+NETWORK = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 10_000,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+
+# statement_timeout, lock_timeout, idle_in_transaction_session_timeout
+TIMEOUTS: dict[Kind, tuple[str, str, str]] = {
+    "deploy": ("0", "0", "60s"),
+    "api": ("10s", "5s", "10s"),
+    "webhook": ("10s", "5s", "10s"),
+    "worker": ("60s", "10s", "30s"),
+    "analyst": ("15min", "5s", "5min"),
+    "auditor": ("60s", "5s", "60s"),
+}
+READERS: frozenset[Kind] = frozenset({"analyst", "auditor"})
+
+
+def role_of(kind: Kind) -> str | None:
+    """The group role whose rights a kind of process has; who deploys is a login without one."""
+    return None if kind == "deploy" else f"surety_{kind}"
+
+
+def conninfo(kind: Kind, settings: Settings, *, search_path: str | None = None) -> str:
+    """The connection string of a kind of process. Raises SettingsError if no address is set.
+
+    `search_path` is for Procrastinate alone, whose statements name no schema.
+    """
+    own = getattr(settings, f"surety_{kind}_database_url", None)
+    if own is not None:
+        return harden(own.reveal(), kind, search_path=search_path)
+    return harden(settings.require("database_url").reveal(), kind, role=role_of(kind), search_path=search_path)
+
+
+def harden(url: str, kind: Kind, *, role: str | None = None, search_path: str | None = None) -> str:
+    """An address with the timeouts of a kind of process, its name and, if wanted, a role; what it says itself wins."""
+    given = conninfo_to_dict(url)
+    statement, lock, idle = TIMEOUTS[kind]
+    options = {
+        "statement_timeout": statement,
+        "lock_timeout": lock,
+        "idle_in_transaction_session_timeout": idle,
+        "TimeZone": "UTC",
+        **({"role": role} if role else {}),
+        **({"search_path": search_path} if search_path else {}),
+    }
+    defaults: dict[str, Any] = {
+        **NETWORK,
+        "application_name": f"surety-{kind}",
+        "target_session_attrs": "any" if kind in READERS else "read-write",
+    }
+    words = [f"-c {name}={value}" for name, value in options.items()]
+    if given.get("options"):
+        words.append(str(given["options"]))
+    return make_conninfo(**{**defaults, **given, "options": " ".join(words)})
+
+
+def connect(kind: Kind, settings: Settings) -> Connection[tuple[Any, ...]]:
+    """A connection in autocommit mode, so that a transaction is always a block in the code."""
+    return psycopg.connect(conninfo(kind, settings), autocommit=True)
+
+
+async def connect_async(kind: Kind, settings: Settings) -> AsyncConnection[tuple[Any, ...]]:
+    """The same for asyncio."""
+    return await AsyncConnection.connect(conninfo(kind, settings), autocommit=True)

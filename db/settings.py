@@ -1,0 +1,136 @@
+"""What the environment tells Surety, typed; a variable that is wrong, missing or misspelt is an error that names it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class SettingsError(Exception):
+    """The environment is not as Surety needs it; the message names the variable."""
+
+
+class Secret:
+    """A text that shows itself only to who asks: `secret.reveal()`."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The text itself."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+class Address(Secret):
+    """The address of a database, with its password."""
+
+    __slots__ = ()
+
+    def __init__(self, value: str) -> None:
+        try:
+            conninfo_to_dict(value)
+        except ProgrammingError:
+            raise ValueError("Expected a database's address, such as postgresql://user:password@host/name") from None
+        super().__init__(value)
+
+
+class Provider(msgspec.Struct, frozen=True):
+    """Where Stripe's API is and who we are there; `url` is None for Stripe itself, the sandbox's address otherwise."""
+
+    url: str | None
+    key: Secret
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="upper", kw_only=True):
+    """The variables, each under its own name in lower case.
+
+    The addresses of the processes are those of logins of their own; without one a process uses DATABASE_URL and takes its role.
+    STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while both are active.
+    """
+
+    database_url: Address | None = None
+    surety_api_database_url: Address | None = None
+    surety_webhook_database_url: Address | None = None
+    surety_worker_database_url: Address | None = None
+    surety_analyst_database_url: Address | None = None
+    surety_auditor_database_url: Address | None = None
+
+    stripe_api_key: Secret | None = None
+    stripe_webhook_secret: Secret | None = None
+    surety_sandbox_url: str | None = None
+
+    surety_host: str = "127.0.0.1"
+    surety_api_port: Port = 8000
+    surety_webhook_port: Port = 8001
+    surety_sandbox_port: Port = 8002
+
+    surety_pg_bin: Path | None = None
+
+    @property
+    def webhook_secrets(self) -> tuple[Secret, ...]:
+        """The secrets that are active; raises SettingsError if there is none."""
+        given = self.require("stripe_webhook_secret").reveal()
+        secrets = tuple(Secret(part.strip()) for part in given.split(",") if part.strip())
+        if not secrets:
+            raise SettingsError("STRIPE_WEBHOOK_SECRET holds no secret")
+        return secrets
+
+    @property
+    def provider(self) -> Provider:
+        """Whom the workers ask for money: the sandbox if it is named, else Stripe. Raises SettingsError if neither is."""
+        if self.surety_sandbox_url is None:
+            if self.stripe_api_key is None:
+                raise SettingsError("set STRIPE_API_KEY, or SURETY_SANDBOX_URL to play with the sandbox")
+            return Provider(None, self.stripe_api_key)
+        key = self.stripe_api_key or Secret("sk_test_sandbox")
+        if "_live_" in key.reveal():
+            raise SettingsError("SURETY_SANDBOX_URL is set and STRIPE_API_KEY is a live key, which must not go to a sandbox")
+        return Provider(self.surety_sandbox_url, key)
+
+    def require(self, name: str) -> Secret:
+        """A secret or address; raises SettingsError if it isn't set."""
+        value: Secret | None = getattr(self, name)
+        if value is None:
+            raise SettingsError(f"{name.upper()} is not set")
+        return value
+
+
+def load(environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings; an empty variable counts as not set. Raises SettingsError."""
+    known = {field.encode_name for field in msgspec.structs.fields(Settings)}
+    given = {name: value for name, value in environment.items() if value and (name in known or name.startswith("SURETY_"))}
+    for name in sorted(given.keys() - known):
+        likely = difflib.get_close_matches(name, known, n=1)
+        raise SettingsError(f"{name} is no variable of Surety's" + (f"; did you mean {likely[0]}?" if likely else ""))
+    try:
+        return msgspec.convert(given, Settings, strict=False, dec_hook=decode)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$.")
+        raise SettingsError(f"{path.rstrip('`')}: {problem}") from None
+
+
+def decode(kind: type, value: Any) -> Any:
+    """Make a secret of a text."""
+    return kind(value)

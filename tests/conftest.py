@@ -1,0 +1,81 @@
+"""What every test can ask for: a real PostgreSQL, and in it a database of its own with everything deployed.
+
+The server is embedded and in memory; with DATABASE_URL it is that one, where databases named `surety_test_…` come and go and
+the one named is never touched. Several runs at once don't meet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+import pytest
+
+from db.connect import Kind, harden, role_of
+from db.deploy import deploy
+from db.server import EmbeddedServer, temporary_database
+from db.settings import Settings, load
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+Connect = Callable[[Kind], Connection]
+
+PREFIX = "surety_test"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The address of a server, by a login that may create databases and roles."""
+    if given := os.environ.get("DATABASE_URL"):
+        yield given
+        return
+    with EmbeddedServer() as embedded:
+        yield embedded.url
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """The name of a database with everything deployed, to copy."""
+    with temporary_database(server, PREFIX) as url:
+        deploy(url)
+        yield psycopg.conninfo.conninfo_to_dict(url)["dbname"]  # type: ignore[misc]
+
+
+@pytest.fixture
+def blank(server: str) -> Iterator[str]:
+    """The address of an empty database."""
+    with temporary_database(server, PREFIX) as url:
+        yield url
+
+
+@pytest.fixture
+def database(server: str, template: str) -> Iterator[str]:
+    """The address of a database with everything deployed and no rows but those of the schema."""
+    with temporary_database(server, PREFIX, template=template) as url:
+        yield url
+
+
+@pytest.fixture
+def settings(database: str) -> Settings:
+    """Settings that name the test's database and nothing else."""
+    return load({"DATABASE_URL": database})
+
+
+@pytest.fixture
+def conn(database: str) -> Iterator[Connection]:
+    """A connection in autocommit mode, with all rights."""
+    with psycopg.connect(harden(database, "deploy"), autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def connect(database: str) -> Iterator[Connect]:
+    """Connections as a kind of process, in autocommit mode, closed after the test: `connect("api")`."""
+    with ExitStack() as stack:
+
+        def open_connection(kind: Kind) -> Connection:
+            return stack.enter_context(psycopg.connect(harden(database, kind, role=role_of(kind)), autocommit=True))
+
+        yield open_connection
