@@ -1,0 +1,58 @@
+"""`python -m app.sandbox`: the sandbox as a process of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from app.sandbox.server import serve
+from app.sandbox.settings import Settings
+
+NUMBERS = [field for field in msgspec.structs.fields(Settings) if field.type in (float, int) and field.name != "seed"]
+
+
+def setting_options(command: Any) -> Any:
+    """One option for each number in the settings, `--hang-seconds` and so on."""
+    for field in reversed(NUMBERS):
+        option = "--" + field.name.replace("_", "-")
+        command = click.option(option, type=field.type, default=field.default, show_default=True)(command)
+    return command
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--host", default="127.0.0.1")
+@click.option("--port", default=0, help="0 takes a free one; it is printed.")
+@click.option("--fd", type=int, help="An open socket to listen on, instead of host and port.")
+@click.option("--memory", type=click.Path(path_type=Path, dir_okay=False), default=Path("sandbox.sqlite"))
+@click.option("--seed", default=1)
+@click.option("--faults/--no-faults", default=False, help="Misbehave as in the demo.")
+@click.option("--auto-payer", is_flag=True, help="The payer completes 3-D Secure by himself; implied by --faults.")
+@click.option("--webhook-url")
+@click.option("--webhook-secret", default="whsec_sandbox")
+@click.option("--webhook-event", "webhook_events", multiple=True, help="Deliver these types only; repeatable.")
+@click.option("--settlement-currency", help="Convert every charge to it; else each currency settles in itself.")
+@setting_options
+def main(
+    host: str,
+    port: int,
+    fd: int | None,
+    memory: Path,
+    seed: int,
+    faults: bool,
+    auto_payer: bool,
+    webhook_url: str | None,
+    webhook_secret: str,
+    webhook_events: tuple[str, ...],
+    settlement_currency: str | None,
+    **numbers: Any,
+) -> None:
+    """Serve a Stripe look-alike until SIGINT or SIGTERM."""
+    settings = Settings(
+        auto_payer=auto_payer, webhook_events=webhook_events, settlement_currency=settlement_currency, **numbers
+    )
+    serve(host, port, memory, seed, faults, webhook_url, webhook_secret, fd=fd, settings=settings)
+
+
+if __name__ == "__main__":
+    main()

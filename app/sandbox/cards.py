@@ -1,0 +1,130 @@
+"""Stripe's test cards: the tokens that its users know, and what each card does.
+
+Names follow https://docs.stripe.com/testing; the short forms without a brand are accepted there too.
+"""
+
+from hashlib import sha256
+from typing import Literal
+
+from msgspec import Struct
+
+
+class Decline(Struct, frozen=True):
+    code: str
+    """The error's code; `decline_code` is the issuer's reason, where there is one."""
+    decline_code: str | None
+    message: str
+
+
+class Card(Struct, frozen=True, kw_only=True):
+    token: str
+    brand: str = "visa"
+    last4: str = "4242"
+    funding: str = "credit"
+    country: str = "US"
+    decline: Decline | None = None
+    challenge: Literal["required", "optional", "unsupported"] = "unsupported"
+    """Whether 3-D Secure is asked for by the issuer, possible on request, or impossible."""
+    challenge_fails: bool = False
+    """3-D Secure can't be completed, whatever the payer does."""
+    available_at_once: bool = False
+    """The money skips the pending balance."""
+    dispute: str | None = None
+    """The reason of the dispute that follows each charge."""
+    inquiry: bool = False
+    """The dispute is only an inquiry: no money is withdrawn."""
+    refund: Literal["succeeds", "pending", "fails"] = "succeeds"
+    risk: Literal["normal", "elevated", "highest"] = "normal"
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells cards apart, as Stripe's does; the way back from a stored payment method to its card."""
+        return sha256(self.token.encode()).hexdigest()[:16]
+
+
+GENERIC = Decline("card_declined", "generic_decline", "Your card was declined.")
+INSUFFICIENT = Decline("card_declined", "insufficient_funds", "Your card has insufficient funds.")
+LOST = Decline("card_declined", "lost_card", "Your card was declined.")
+STOLEN = Decline("card_declined", "stolen_card", "Your card was declined.")
+VELOCITY = Decline("card_declined", "card_velocity_exceeded", "Your card was declined for making repeated attempts.")
+FRAUDULENT = Decline("card_declined", "fraudulent", "Your card was declined.")
+EXPIRED = Decline("expired_card", None, "Your card has expired.")
+INCORRECT_CVC = Decline("incorrect_cvc", None, "Your card's security code is incorrect.")
+PROCESSING = Decline("processing_error", None, "An error occurred while processing your card. Try again later.")
+AUTHENTICATION_NEEDED = Decline(
+    "authentication_required", "authentication_required", "Your card was declined. It requires authentication."
+)
+
+COUNTRIES = (
+    "us ar br ca cl co cr ec mx pa py pe uy ae at be bg by hr cy cz dk ee fi fr de gi gr hu ie it lv li lt lu mt nl no"
+    " pl pt ro sa si sk es se ch gb au cn hk in jp my nz sg tw th"
+)
+
+CARDS = {
+    card.token: card
+    for card in (
+        Card(token="pm_card_visa"),
+        Card(token="pm_card_visa_debit", last4="5556", funding="debit"),
+        Card(token="pm_card_mastercard", brand="mastercard", last4="4444"),
+        Card(token="pm_card_mastercard_debit", brand="mastercard", last4="8210", funding="debit"),
+        Card(token="pm_card_mastercard_prepaid", brand="mastercard", last4="5100", funding="prepaid"),
+        Card(token="pm_card_amex", brand="amex", last4="8431"),
+        Card(token="pm_card_amex_threeDSecureNotSupported", brand="amex", last4="0005"),
+        Card(token="pm_card_discover", brand="discover", last4="1117"),
+        Card(token="pm_card_diners", brand="diners", last4="0004"),
+        Card(token="pm_card_jcb", brand="jcb", last4="0505", country="JP"),
+        Card(token="pm_card_unionpay", brand="unionpay", last4="0005", country="CN"),
+        *(Card(token=f"pm_card_{country}", last4="0000", country=country.upper()) for country in COUNTRIES.split()),
+        Card(token="pm_card_visa_chargeDeclined", last4="0002", decline=GENERIC),
+        Card(token="pm_card_chargeDeclined", last4="0002", decline=GENERIC),
+        Card(token="pm_card_visa_chargeDeclinedInsufficientFunds", last4="9995", decline=INSUFFICIENT),
+        Card(token="pm_card_chargeDeclinedInsufficientFunds", last4="9995", decline=INSUFFICIENT),
+        Card(token="pm_card_visa_chargeDeclinedLostCard", last4="9987", decline=LOST),
+        Card(token="pm_card_chargeDeclinedLostCard", last4="9987", decline=LOST),
+        Card(token="pm_card_visa_chargeDeclinedStolenCard", last4="9979", decline=STOLEN),
+        Card(token="pm_card_chargeDeclinedStolenCard", last4="9979", decline=STOLEN),
+        Card(token="pm_card_visa_chargeDeclinedVelocityLimitExceeded", last4="6975", decline=VELOCITY),
+        Card(token="pm_card_visa_chargeDeclinedExpiredCard", last4="0069", decline=EXPIRED),
+        Card(token="pm_card_chargeDeclinedExpiredCard", last4="0069", decline=EXPIRED),
+        Card(token="pm_card_chargeDeclinedIncorrectCvc", last4="0127", decline=INCORRECT_CVC),
+        Card(token="pm_card_chargeDeclinedProcessingError", last4="0119", decline=PROCESSING),
+        Card(token="pm_card_chargeDeclinedFraudulent", last4="0019", decline=FRAUDULENT, risk="highest"),
+        Card(token="pm_card_chargeCustomerFail", last4="0341", decline=GENERIC),
+        Card(token="pm_card_radarBlock", last4="0019", decline=FRAUDULENT, risk="highest"),
+        Card(token="pm_card_riskLevelHighest", last4="4954", risk="highest"),
+        Card(token="pm_card_riskLevelElevated", last4="9235", risk="elevated"),
+        Card(token="pm_card_authenticationRequired", last4="3184", challenge="required"),
+        Card(token="pm_card_authenticationRequiredOnSetup", last4="3155", challenge="required"),
+        Card(token="pm_card_authenticationRequiredSetupForOffSession", last4="0446", challenge="required"),
+        Card(
+            token="pm_card_authenticationRequiredChargeDeclinedInsufficientFunds",
+            last4="3178",
+            challenge="required",
+            decline=INSUFFICIENT,
+        ),
+        Card(token="pm_card_threeDSecure2Required", last4="3220", country="IE", challenge="required"),
+        Card(token="pm_card_threeDSecureRequired", last4="3063", challenge="required"),
+        Card(token="pm_card_threeDSecureRequiredChargeDeclined", last4="1629", challenge="required", decline=GENERIC),
+        Card(
+            token="pm_card_threeDSecureRequiredProcessingError",
+            last4="1280",
+            challenge="required",
+            challenge_fails=True,
+        ),
+        Card(token="pm_card_threeDSecureOptional", last4="3055", challenge="optional"),
+        Card(
+            token="pm_card_threeDSecureOptionalProcessingError",
+            last4="3097",
+            challenge="optional",
+            challenge_fails=True,
+        ),
+        Card(token="pm_card_bypassPending", last4="0077", available_at_once=True),
+        Card(token="pm_card_pendingRefund", last4="7726", refund="pending"),
+        Card(token="pm_card_refundFail", last4="5126", refund="fails"),
+        Card(token="pm_card_createDispute", last4="0259", dispute="fraudulent"),
+        Card(token="pm_card_createDisputeProductNotReceived", last4="2685", dispute="product_not_received"),
+        Card(token="pm_card_createDisputeInquiry", last4="1976", dispute="fraudulent", inquiry=True),
+    )
+}
+
+BY_FINGERPRINT = {card.fingerprint: card for card in CARDS.values()}

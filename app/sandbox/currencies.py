@@ -1,0 +1,63 @@
+"""Currencies as Stripe's price lists know them: minimum charges, and fixed rates for settlement in another one."""
+
+from fractions import Fraction
+
+from app.sandbox.errors import invalid
+
+MINIMUM_MINOR = {
+    "usd": 50, "aed": 200, "aud": 50, "bgn": 100, "brl": 50, "cad": 50, "chf": 50, "czk": 1500, "dkk": 250, "eur": 50,
+    "gbp": 30, "hkd": 400, "huf": 17500, "inr": 50, "jpy": 50, "mxn": 1000, "myr": 200, "nok": 300, "nzd": 50,
+    "pln": 200, "ron": 200, "sek": 300, "sgd": 50, "thb": 1000,
+    # Stripe names no minimum for these.
+    "bhd": 1, "clp": 1, "cop": 1, "idr": 1, "ils": 1, "isk": 1, "jod": 1, "krw": 1, "kwd": 1, "omr": 1, "pen": 1,
+    "php": 1, "sar": 1, "tnd": 1, "try": 1, "twd": 1, "uah": 1, "uyu": 1, "vnd": 1, "zar": 1,
+}  # fmt: skip
+"""Smallest charge in minor units, by currency."""
+
+MAXIMUM_MINOR = 99_999_999
+THREE_DECIMALS = frozenset({"bhd", "jod", "kwd", "omr", "tnd"})
+
+US_CENTS_PER_MINOR_UNIT = {
+    "usd": Fraction(1), "eur": Fraction("1.085"), "gbp": Fraction("1.27"), "cad": Fraction("0.73"),
+    "aud": Fraction("0.66"), "chf": Fraction("1.12"), "sek": Fraction("0.095"), "nok": Fraction("0.094"),
+    "dkk": Fraction("0.145"), "pln": Fraction("0.25"), "jpy": Fraction("0.67"), "mxn": Fraction("0.055"),
+}  # fmt: skip
+
+
+def check_amount(amount: int, currency: str) -> None:
+    """Refuse what Stripe refuses: an unknown currency, an amount below its minimum or above eight digits."""
+    if currency not in MINIMUM_MINOR:
+        known = ", ".join(sorted(MINIMUM_MINOR))
+        raise invalid(f"Invalid currency: {currency}. The sandbox knows these: {known}", param="currency")
+    if amount < 1:
+        raise invalid(
+            "This value must be greater than or equal to 1.", param="amount", code="parameter_invalid_integer"
+        )
+    if amount < MINIMUM_MINOR[currency]:
+        raise invalid(
+            f"Amount must be at least {MINIMUM_MINOR[currency]} {currency}.", param="amount", code="amount_too_small"
+        )
+    if amount > MAXIMUM_MINOR:
+        raise invalid(f"Amount must be no more than {MAXIMUM_MINOR}.", param="amount", code="amount_too_large")
+    if currency in THREE_DECIMALS and amount % 10:
+        raise invalid(
+            f"Amounts in {currency} must be divisible by 10.", param="amount", code="parameter_invalid_integer"
+        )
+
+
+def exchange_rate(currency: str, into: str) -> Fraction:
+    """Minor units of `into` for one minor unit of `currency`."""
+    try:
+        return US_CENTS_PER_MINOR_UNIT[currency] / US_CENTS_PER_MINOR_UNIT[into]
+    except KeyError as unknown:
+        raise invalid(f"The sandbox has no exchange rate for {unknown}.", param="currency") from None
+
+
+def round_half_up(value: Fraction) -> int:
+    """The nearest integer; exact halves go up."""
+    return int((value * 2 + 1) // 2)
+
+
+def processing_fee(amount_minor: int) -> int:
+    """2.9 % + 30 minor units, the percentage rounded half up."""
+    return (amount_minor * 29 + 500) // 1000 + 30

@@ -1,0 +1,176 @@
+"""How the sandbox misbehaves: chosen by chance, but the same chance each time.
+
+A request's fate is a hash of the seed, the operation, what identifies the request (its idempotency key, else its
+path) and how often it was made, so a run is repeated exactly whatever the interleaving. A webhook's fate is a hash of
+its event's id. Besides, the next calls of an operation can be given a fault by name.
+"""
+
+from hashlib import blake2b
+from typing import Literal, TypeVar, get_args
+
+import msgspec
+from msgspec import Struct
+
+RequestFault = Literal[
+    "timeout_before",
+    "timeout_after",
+    "reset",
+    "error_500_before",
+    "error_500_after",
+    "conflict_409",
+    "rate_limit_429",
+    "garbage_200",
+    "slow",
+    "webhook_first",
+]
+WebhookFault = Literal["lost", "repeated", "reordered", "delayed", "forged"]
+
+F = TypeVar("F", bound=str)
+
+REQUEST_FAULTS: tuple[RequestFault, ...] = get_args(RequestFault)
+WEBHOOK_FAULTS: tuple[WebhookFault, ...] = get_args(WebhookFault)
+
+
+class Profile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Probabilities. Request faults are per POST, webhook faults per event other than `….created`."""
+
+    timeout_before: float = 0.0
+    """No answer, and nothing happened."""
+    timeout_after: float = 0.0
+    """No answer, but it happened."""
+    reset: float = 0.0
+    """It happened; the connection breaks in the middle of the answer."""
+    error_500_before: float = 0.0
+    """500, stored under the key; nothing happened."""
+    error_500_after: float = 0.0
+    """500, stored under the key; it happened."""
+    conflict_409: float = 0.0
+    """409 as if the same key were in use; nothing happened, nothing stored."""
+    rate_limit_429: float = 0.0
+    """429 with Retry-After; nothing happened, nothing stored."""
+    garbage_200: float = 0.0
+    """It happened; the answer is 200 with a body that is no JSON."""
+    slow: float = 0.0
+    """It happens late, the key being in use meanwhile."""
+    webhook_first: float = 0.0
+    """It happened; its webhooks are delivered before the answer."""
+    reads: float = 0.0
+    """Share of these probabilities that holds for GETs too."""
+    lost: float = 0.0
+    """Never delivered, never retried."""
+    repeated: float = 0.0
+    """Delivered 2 to 10 times."""
+    reordered: float = 0.0
+    """Held until later webhooks of its payment have overtaken it."""
+    delayed: float = 0.0
+    forged: float = 0.0
+    """First delivered with a signature that is wrong, then again with the right one."""
+    payer_declines: float = 0.0
+    """The payer fails 3-D Secure."""
+
+
+NONE = Profile()
+
+DEMO = Profile(
+    timeout_before=0.015,
+    timeout_after=0.015,
+    reset=0.002,
+    error_500_before=0.002,
+    error_500_after=0.002,
+    conflict_409=0.002,
+    rate_limit_429=0.004,
+    garbage_200=0.002,
+    slow=0.01,
+    webhook_first=0.02,
+    lost=0.008,
+    repeated=0.027,
+    reordered=0.017,
+    delayed=0.01,
+    forged=0.002,
+    payer_declines=0.15,
+)
+"""On 500 payments about 30 timeouts (half of them after the effect), 40 repeated, 25 reordered, 12 lost webhooks."""
+
+PROFILES = {"none": NONE, "demo": DEMO}
+
+
+class Order(Struct, forbid_unknown_fields=True):
+    """The next `times` calls of an operation get this fault; a webhook's operation is `webhook:<event type>`."""
+
+    operation: str
+    fault: str
+    times: int = 1
+    match: str = ""
+    """Only requests whose idempotency key or path contains it; for webhooks, the event's id."""
+
+    def __post_init__(self) -> None:
+        known: tuple[str, ...] = WEBHOOK_FAULTS if self.operation.startswith("webhook") else REQUEST_FAULTS
+        if self.fault not in known:
+            raise ValueError(f"{self.fault!r} is no fault of {self.operation!r}; these are: {', '.join(known)}")
+
+
+class Faults:
+    def __init__(self, seed: int, profile: Profile = NONE) -> None:
+        self.seed = seed
+        self.profile = profile
+        self.orders: list[Order] = []
+        self._attempts: dict[tuple[str, str], int] = {}
+
+    def of_request(self, operation: str, identity: str, *, writes: bool) -> RequestFault | None:
+        """What goes wrong with this call, if anything; each call counts as an attempt."""
+        ordered = self._ordered(operation, identity)
+        if ordered is not None:
+            return ordered  # type: ignore[return-value]
+        share = 1.0 if writes else self.profile.reads
+        if self.profile is NONE or not share:
+            return None
+        attempt = self._attempts.get((operation, identity), 0) + 1
+        self._attempts[operation, identity] = attempt
+        return self._draw(REQUEST_FAULTS, share, operation, identity, attempt)
+
+    def of_webhook(self, type: str, event_id: str) -> WebhookFault | None:
+        """What goes wrong with the delivery of this event, if anything."""
+        ordered = self._ordered(f"webhook:{type}", event_id)
+        if ordered is not None:
+            return ordered  # type: ignore[return-value]
+        if self.profile is NONE or type.endswith(".created"):
+            return None
+        return self._draw(WEBHOOK_FAULTS, 1.0, "webhook", event_id)
+
+    def repetitions(self, event_id: str) -> int:
+        """How often a repeated webhook is delivered, 2 to 10 times."""
+        return 2 + int(self.chance("repetitions", event_id) * 9)
+
+    def payer_declines(self, intent_id: str) -> bool:
+        return self.chance("payer", intent_id) < self.profile.payer_declines
+
+    def chance(self, *identity: object) -> float:
+        """A number in [0, 1) that follows from the seed and the identity alone."""
+        text = ":".join(map(str, (self.seed, *identity)))
+        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) / 2**64
+
+    def _draw(self, faults: tuple[F, ...], share: float, *identity: object) -> F | None:
+        left = self.chance(*identity)
+        for fault in faults:
+            left -= getattr(self.profile, fault) * share
+            if left < 0:
+                return fault
+        return None
+
+    def _ordered(self, operation: str, identity: str) -> str | None:
+        for order in self.orders:
+            if order.operation in (operation, operation.partition(":")[0]) and order.match in identity:
+                order.times -= 1
+                if order.times <= 0:
+                    self.orders.remove(order)
+                return order.fault
+        return None
+
+
+class FaultSettings(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/faults`; what is left out stays as it is."""
+
+    profile: Literal["none", "demo"] | Profile | msgspec.UnsetType = msgspec.UNSET
+    next: list[Order] | msgspec.UnsetType = msgspec.UNSET
+    hang_seconds: float | msgspec.UnsetType = msgspec.UNSET
+    slow_seconds: float | msgspec.UnsetType = msgspec.UNSET

@@ -1,0 +1,597 @@
+"""A payment intent's life, in its order: created, confirmed, authenticated, charged, captured or canceled.
+
+Every function changes records and emits events; the caller commits. Refusals before anything has changed are raised
+as they are; a decline is raised after the failed charge was recorded, so it is committed too.
+"""
+
+from typing import Any
+
+from app.sandbox import money
+from app.sandbox.cards import AUTHENTICATION_NEEDED, CARDS, Card, Decline
+from app.sandbox.currencies import check_amount
+from app.sandbox.errors import StripeError, invalid, missing, not_found, unsupported, wrong_state
+from app.sandbox.memory import Record
+from app.sandbox.parameters import (
+    CancelIntent,
+    CaptureIntent,
+    ConfirmIntent,
+    CreateIntent,
+    Metadata,
+    MethodOptions,
+    UpdateIntent,
+)
+from app.sandbox.world import World
+
+AUTHENTICATION_FAILED = Decline(
+    "payment_intent_authentication_failure",
+    None,
+    "The provided PaymentMethod has failed authentication. You can provide payment_method_data or a new PaymentMethod"
+    " to attempt to fulfill this PaymentIntent again.",
+)
+CONFIRMABLE = frozenset({"requires_payment_method", "requires_confirmation"})
+CANCELABLE = CONFIRMABLE | {"requires_action", "requires_capture"}
+SUFFIX_LENGTH_MAX = 22
+
+
+def create(world: World, account: str, given: CreateIntent) -> Record:
+    """A new intent; charged at once only if `confirm` is set."""
+    currency = given.currency.lower()
+    check_amount(given.amount, currency)
+    _check_common(given)
+    card = _card(given.payment_method)
+    if given.confirm and not card:
+        raise missing("payment_method")
+    if given.automatic_payment_methods and given.payment_method_types:
+        raise invalid(
+            "You may only specify one of these parameters: automatic_payment_methods, payment_method_types.",
+            code="parameters_exclusive",
+        )
+    memory, created = world.memory, world.second()
+    id = memory.unused_id("pi", account, (world.call and world.call.key) or f"#{memory.next_seq()}")
+    automatic = None
+    if given.automatic_payment_methods:
+        automatic = {
+            "enabled": given.automatic_payment_methods.enabled,
+            "allow_redirects": given.automatic_payment_methods.allow_redirects,
+        }
+    elif not given.payment_method_types:
+        automatic = {"enabled": True, "allow_redirects": "always"}
+    body: dict[str, Any] = {
+        "id": id,
+        "object": "payment_intent",
+        "amount": given.amount,
+        "amount_capturable": 0,
+        "amount_details": {"tip": {}},
+        "amount_received": 0,
+        "application": None,
+        "application_fee_amount": None,
+        "automatic_payment_methods": automatic,
+        "canceled_at": None,
+        "cancellation_reason": None,
+        "capture_method": given.capture_method or "automatic_async",
+        "client_secret": f"{id}_secret_{memory.unused_id('s', id)[2:]}",
+        "confirmation_method": given.confirmation_method,
+        "created": created,
+        "currency": currency,
+        "customer": given.customer or None,
+        "description": given.description or None,
+        "last_payment_error": None,
+        "latest_charge": None,
+        "livemode": False,
+        "metadata": _merged({}, given.metadata),
+        "next_action": None,
+        "on_behalf_of": None,
+        "payment_method": None,
+        "payment_method_configuration_details": None,
+        "payment_method_options": _options(None, given.payment_method_options),
+        "payment_method_types": given.payment_method_types or ["card"],
+        "processing": None,
+        "receipt_email": given.receipt_email or None,
+        "review": None,
+        "setup_future_usage": given.setup_future_usage,
+        "shipping": None,
+        "source": None,
+        "statement_descriptor": None,
+        "statement_descriptor_suffix": given.statement_descriptor_suffix or None,
+        "status": "requires_payment_method",
+        "transfer_data": None,
+        "transfer_group": given.transfer_group or None,
+    }
+    intent = Record(id, "payment_intent", account, created, body, parent=given.customer or "")
+    if card:
+        _attach(world, intent, card)
+        body["status"] = "requires_confirmation"
+    if given.confirm:
+        _check_return_url(body, given.return_url)
+    memory.save(intent)
+    world.emit("payment_intent.created", intent)
+    if card and given.confirm:
+        _pay(world, intent, card, off_session=given.off_session, return_url=given.return_url)
+    return intent
+
+
+def update(world: World, intent: Record, given: UpdateIntent) -> Record:
+    """Change an intent; amount, currency and payment method only before it is confirmed."""
+    body = intent.body
+    _check_common(given)
+    card = _card(given.payment_method)
+    touches_money = (given.amount, given.currency, given.payment_method, given.capture_method) != (None,) * 4
+    if touches_money and body["status"] not in CONFIRMABLE | {"requires_action"}:
+        raise wrong_state("update", body)
+    amount = body["amount"] if given.amount is None else given.amount
+    currency = (given.currency or body["currency"]).lower()
+    check_amount(amount, currency)
+    body.update(
+        amount=amount,
+        currency=currency,
+        capture_method=given.capture_method or body["capture_method"],
+        metadata=_merged(body["metadata"], given.metadata),
+        payment_method_options=_options(body["payment_method_options"], given.payment_method_options),
+    )
+    for name in ("customer", "description", "receipt_email", "statement_descriptor_suffix", "transfer_group"):
+        value = getattr(given, name)
+        if value is not None:
+            body[name] = value or None
+    intent.parent = body["customer"] or ""
+    if card:
+        _attach(world, intent, card)
+        body.update(status="requires_confirmation", next_action=None)
+    world.memory.save(intent)
+    return intent
+
+
+def confirm(world: World, intent: Record, given: ConfirmIntent) -> Record:
+    """Try to charge the intent's payment method."""
+    body = intent.body
+    card = _card(given.payment_method)
+    _check_method_types(given.payment_method_types)
+    if body["status"] not in CONFIRMABLE:
+        raise wrong_state("confirm", body)
+    if not card and not body["payment_method"]:
+        raise StripeError(
+            400,
+            "You cannot confirm this PaymentIntent because it's missing a payment method. You can either update the"
+            " PaymentIntent with a payment method and then confirm it again, or confirm it again directly with a"
+            " payment method or ConfirmationToken.",
+            code="payment_intent_unexpected_state",
+            stored=True,
+            payment_intent=body,
+        )
+    _check_return_url(body, given.return_url)
+    if given.capture_method:
+        body["capture_method"] = given.capture_method
+    if given.receipt_email is not None:
+        body["receipt_email"] = given.receipt_email or None
+    body["payment_method_options"] = _options(body["payment_method_options"], given.payment_method_options)
+    if card:
+        _attach(world, intent, card)
+    else:
+        card = world.card_of(body["payment_method"])
+    world.memory.save(intent)
+    _pay(world, intent, card, off_session=given.off_session, return_url=given.return_url)
+    return intent
+
+
+def authenticated(world: World, intent: Record, approved: bool) -> Record:
+    """The payer has answered the 3-D Secure challenge; declines are recorded, not raised."""
+    body = intent.body
+    if body["status"] != "requires_action":
+        return intent
+    card = world.card_of(body["payment_method"])
+    body["next_action"] = None
+    world.memory.save(intent)
+    try:
+        if not approved or card.challenge_fails:
+            _fail(world, intent, card, AUTHENTICATION_FAILED, charge=None)
+        _charge(world, intent, card, authenticated=True)
+    except StripeError as decline:
+        if decline.status != 402:
+            raise
+    return intent
+
+
+def finish_processing(world: World, intent: Record) -> None:
+    """What was processing has succeeded at the network."""
+    if intent.body["status"] == "processing":
+        _succeed(world, intent, world.memory.get(intent.body["latest_charge"]))
+
+
+def capture(world: World, intent: Record, given: CaptureIntent) -> Record:
+    """Take what was authorized, or a part of it; the rest is released."""
+    body = intent.body
+    if not given.final_capture:
+        raise unsupported("final_capture", "capturing one authorization several times")
+    if given.statement_descriptor:
+        raise _descriptor_refused()
+    if body["status"] != "requires_capture":
+        raise wrong_state("capture", body)
+    amount = body["amount_capturable"] if given.amount_to_capture is None else given.amount_to_capture
+    if amount < 1:
+        raise invalid(
+            "This value must be greater than or equal to 1.",
+            param="amount_to_capture",
+            code="parameter_invalid_integer",
+        )
+    if amount > body["amount_capturable"]:
+        raise invalid(
+            "The payment could not be captured because the requested capture amount is greater than the amount you can"
+            " capture for this charge.",
+            param="amount_to_capture",
+            code="amount_too_large",
+        )
+    charge = world.memory.get(body["latest_charge"])
+    body["metadata"] = _merged(body["metadata"], given.metadata)
+    charge.body.update(captured=True, amount_captured=amount)
+    money.book_charge(world, charge)
+    world.memory.save(charge)
+    world.emit("charge.captured", charge)
+    body.update(amount_capturable=0, amount_received=amount, status="succeeded")
+    world.memory.save(intent)
+    world.emit("payment_intent.succeeded", intent)
+    return intent
+
+
+def cancel(world: World, intent: Record, reason: CancelIntent | str) -> Record:
+    """End an intent for good; an authorization is released."""
+    body = intent.body
+    if body["status"] not in CANCELABLE:
+        raise wrong_state("cancel", body)
+    held = body["status"] == "requires_capture"
+    body.update(
+        amount_capturable=0,
+        canceled_at=world.second(),
+        cancellation_reason=reason if isinstance(reason, str) else reason.cancellation_reason,
+        next_action=None,
+        status="canceled",
+    )
+    if held:
+        charge = world.memory.get(body["latest_charge"])
+        charge.body.update(amount_refunded=charge.body["amount"], refunded=True)
+        world.memory.save(charge)
+        world.emit("charge.expired" if reason == "automatic" else "charge.refunded", charge)
+    world.memory.save(intent)
+    world.emit("payment_intent.canceled", intent)
+    return intent
+
+
+def expire_hold(world: World, intent: Record) -> None:
+    """An authorization that nobody captured in time is released."""
+    if intent.body["status"] == "requires_capture":
+        cancel(world, intent, "automatic")
+
+
+def _pay(world: World, intent: Record, card: Card, *, off_session: bool, return_url: str | None) -> None:
+    body = intent.body
+    options = (body["payment_method_options"].get("card") or {}).get("request_three_d_secure")
+    challenged = card.challenge == "required" or (card.challenge == "optional" and options in ("any", "challenge"))
+    if not challenged:
+        _charge(world, intent, card, authenticated=False)
+    elif off_session:
+        _fail(world, intent, card, AUTHENTICATION_NEEDED, charge=_new_charge(world, intent, card, False))
+    else:
+        _challenge(world, intent, return_url)
+
+
+def _challenge(world: World, intent: Record, return_url: str | None) -> None:
+    """Send the payer to the sandbox's page; without a return URL Stripe leaves that to its script."""
+    body = intent.body
+    page = f"{world.settings.public_url}/3ds/{intent.id}?client_secret={body['client_secret']}"
+    if return_url:
+        body["next_action"] = {
+            "type": "redirect_to_url",
+            "redirect_to_url": {"return_url": return_url, "url": page},
+        }
+    else:
+        body["next_action"] = {
+            "type": "use_stripe_sdk",
+            "use_stripe_sdk": {"type": "three_d_secure_redirect", "stripe_js": page},
+        }
+    body.update(status="requires_action", last_payment_error=None)
+    world.memory.save(intent)
+    world.emit("payment_intent.requires_action", intent)
+    if world.settings.auto_payer:
+        world.plan(world.settings.payer_seconds, "payer_answers", intent.id)
+
+
+def _charge(world: World, intent: Record, card: Card, *, authenticated: bool) -> None:
+    """Ask the card's issuer."""
+    body = intent.body
+    if card.decline:
+        _fail(world, intent, card, card.decline, charge=_new_charge(world, intent, card, authenticated))
+    charge = _new_charge(world, intent, card, authenticated)
+    charge.label = "succeeded"
+    body.update(latest_charge=charge.id, last_payment_error=None, next_action=None)
+    if body["capture_method"] == "manual":
+        charge.body.update(paid=True, status="succeeded")
+        body.update(amount_capturable=body["amount"], status="requires_capture")
+        world.memory.save(charge)
+        world.memory.save(intent)
+        world.emit("charge.succeeded", charge)
+        world.emit("payment_intent.amount_capturable_updated", intent)
+        world.plan(world.settings.hold_seconds, "hold_expires", intent.id)
+    elif world.settings.processing_seconds > 0:
+        charge.label = charge.body["status"] = "pending"
+        body["status"] = "processing"
+        world.memory.save(charge)
+        world.memory.save(intent)
+        world.emit("charge.pending", charge)
+        world.emit("payment_intent.processing", intent)
+        world.plan(world.settings.processing_seconds, "processing_ends", intent.id)
+    else:
+        _succeed(world, intent, charge)
+
+
+def _succeed(world: World, intent: Record, charge: Record) -> None:
+    amount = charge.body["amount"]
+    charge.label = "succeeded"
+    charge.body.update(amount_captured=amount, captured=True, paid=True, status="succeeded")
+    intent.body.update(amount_received=amount, status="succeeded")
+    if intent.body["capture_method"] == "automatic":
+        money.book_charge(world, charge)
+    else:
+        world.plan(world.settings.transaction_seconds, "book_charge", charge.id)
+    world.memory.save(charge)
+    world.memory.save(intent)
+    world.emit("charge.succeeded", charge)
+    world.emit("payment_intent.succeeded", intent)
+
+
+def _fail(world: World, intent: Record, card: Card, decline: Decline, charge: Record | None) -> None:
+    """Record a failed attempt and raise the 402 that tells of it."""
+    body = intent.body
+    method = world.memory.get(body["payment_method"]).body
+    error: dict[str, Any] = {
+        "code": decline.code,
+        "doc_url": "https://stripe.com/docs/error-codes/" + decline.code.replace("_", "-"),
+        "message": decline.message,
+        "payment_method": method,
+        "type": "card_error",
+    }
+    if decline.decline_code:
+        error["decline_code"] = decline.decline_code
+    if charge:
+        error["charge"] = charge.id
+        charge.label = "failed"
+        charge.body.update(
+            failure_code=decline.code,
+            failure_message=decline.message,
+            outcome=_outcome(card, decline),
+            paid=False,
+            status="failed",
+        )
+        world.memory.save(charge)
+        body["latest_charge"] = charge.id
+        world.emit("charge.failed", charge)
+    body.update(last_payment_error=error, next_action=None, payment_method=None, status="requires_payment_method")
+    world.memory.save(intent)
+    world.emit("payment_intent.payment_failed", intent)
+    raise StripeError(
+        402,
+        decline.message,
+        type="card_error",
+        code=decline.code,
+        decline_code=decline.decline_code,
+        charge=charge.id if charge else None,
+        payment_intent=body,
+        payment_method=method,
+        stored=True,
+    )
+
+
+def _new_charge(world: World, intent: Record, card: Card, authenticated: bool) -> Record:
+    body = intent.body
+    id = world.memory.unused_id("ch", intent.id)
+    created = world.second()
+    three_d_secure = None
+    if authenticated:
+        three_d_secure = {
+            "authentication_flow": "challenge",
+            "electronic_commerce_indicator": "05",
+            "exemption_indicator": None,
+            "result": "authenticated",
+            "result_reason": None,
+            "transaction_id": None,
+            "version": "2.2.0",
+        }
+    charge = {
+        "id": id,
+        "object": "charge",
+        "amount": body["amount"],
+        "amount_captured": 0,
+        "amount_refunded": 0,
+        "application": None,
+        "application_fee": None,
+        "application_fee_amount": None,
+        "balance_transaction": None,
+        "billing_details": _nobody(),
+        "calculated_statement_descriptor": "SURETY SANDBOX",
+        "captured": False,
+        "created": created,
+        "currency": body["currency"],
+        "customer": body["customer"],
+        "description": body["description"],
+        "disputed": False,
+        "failure_balance_transaction": None,
+        "failure_code": None,
+        "failure_message": None,
+        "fraud_details": {},
+        "livemode": False,
+        "metadata": dict(body["metadata"]),
+        "on_behalf_of": None,
+        "outcome": _outcome(card, None),
+        "paid": False,
+        "payment_intent": intent.id,
+        "payment_method": body["payment_method"],
+        "payment_method_details": {
+            "card": {
+                "amount_authorized": body["amount"],
+                "authorization_code": None,
+                "brand": card.brand,
+                "checks": {"address_line1_check": None, "address_postal_code_check": None, "cvc_check": None},
+                "country": card.country,
+                "exp_month": 11,
+                "exp_year": 2030,
+                "extended_authorization": {"status": "disabled"},
+                "fingerprint": card.fingerprint,
+                "funding": card.funding,
+                "incremental_authorization": {"status": "unavailable"},
+                "installments": None,
+                "last4": card.last4,
+                "mandate": None,
+                "multicapture": {"status": "unavailable"},
+                "network": card.brand,
+                "network_token": {"used": False},
+                "network_transaction_id": None,
+                "overcapture": {"maximum_amount_capturable": body["amount"], "status": "unavailable"},
+                "regulated_status": "unregulated",
+                "three_d_secure": three_d_secure,
+                "wallet": None,
+            },
+            "type": "card",
+        },
+        "radar_options": {},
+        "receipt_email": body["receipt_email"],
+        "receipt_number": None,
+        "receipt_url": None,
+        "refunded": False,
+        "review": None,
+        "shipping": None,
+        "source": None,
+        "source_transfer": None,
+        "statement_descriptor": None,
+        "statement_descriptor_suffix": body["statement_descriptor_suffix"],
+        "status": "pending",
+        "transfer_data": None,
+        "transfer_group": body["transfer_group"],
+    }
+    return world.memory.save(Record(id, "charge", intent.account, created, charge, parent=intent.id, label="pending"))
+
+
+def _outcome(card: Card, decline: Decline | None) -> dict[str, Any]:
+    if decline is None:
+        return {
+            "advice_code": None,
+            "network_advice_code": None,
+            "network_decline_code": None,
+            "network_status": "approved_by_network",
+            "reason": "elevated_risk_level" if card.risk == "elevated" else None,
+            "risk_level": card.risk,
+            "risk_score": {"normal": 20, "elevated": 67, "highest": 92}[card.risk],
+            "seller_message": "Payment complete.",
+            "type": "authorized",
+        }
+    blocked = card.risk == "highest"
+    return {
+        "advice_code": None,
+        "network_advice_code": None,
+        "network_decline_code": None if blocked else "05",
+        "network_status": "not_sent_to_network" if blocked else "declined_by_network",
+        "reason": "highest_risk_level" if blocked else decline.decline_code or decline.code,
+        "risk_level": card.risk,
+        "risk_score": 92 if blocked else 20,
+        "seller_message": "Stripe blocked this payment as too risky." if blocked else "The bank declined this payment.",
+        "type": "blocked" if blocked else "issuer_declined",
+    }
+
+
+def _attach(world: World, intent: Record, card: Card) -> None:
+    """Give the intent a payment method of its own, made from the test card."""
+    id, created = world.memory.unused_id("pm", intent.id), world.second()
+    method = {
+        "id": id,
+        "object": "payment_method",
+        "allow_redisplay": "unspecified",
+        "billing_details": _nobody(),
+        "card": {
+            "brand": card.brand,
+            "checks": {"address_line1_check": None, "address_postal_code_check": None, "cvc_check": None},
+            "country": card.country,
+            "display_brand": card.brand,
+            "exp_month": 11,
+            "exp_year": 2030,
+            "fingerprint": card.fingerprint,
+            "funding": card.funding,
+            "generated_from": None,
+            "last4": card.last4,
+            "networks": {"available": [card.brand], "preferred": None},
+            "regulated_status": "unregulated",
+            "three_d_secure_usage": {"supported": card.challenge != "unsupported"},
+            "wallet": None,
+        },
+        "created": created,
+        "customer": None,
+        "livemode": False,
+        "metadata": {},
+        "type": "card",
+    }
+    world.memory.save(Record(id, "payment_method", intent.account, created, method))
+    intent.body["payment_method"] = id
+
+
+def _nobody() -> dict[str, Any]:
+    address = dict.fromkeys(("city", "country", "line1", "line2", "postal_code", "state"))
+    return {"address": address, "email": None, "name": None, "phone": None, "tax_id": None}
+
+
+def _card(token: str | None) -> Card | None:
+    if token is None:
+        return None
+    if token not in CARDS:
+        raise not_found("PaymentMethod", token, param="payment_method", status=400)
+    return CARDS[token]
+
+
+def _check_common(given: UpdateIntent) -> None:
+    _check_method_types(given.payment_method_types)
+    if given.statement_descriptor:
+        raise _descriptor_refused()
+    if len(given.statement_descriptor_suffix or "") > SUFFIX_LENGTH_MAX:
+        raise invalid(
+            f"The statement descriptor suffix must be at most {SUFFIX_LENGTH_MAX} characters.",
+            param="statement_descriptor_suffix",
+        )
+
+
+def _check_method_types(types: list[str] | None) -> None:
+    if types and types != ["card"]:
+        raise unsupported("payment_method_types", "payment methods other than card")
+
+
+def _check_return_url(body: dict[str, Any], return_url: str | None) -> None:
+    """Stripe's rule for intents that take whatever the Dashboard enables: some of it redirects."""
+    automatic = body["automatic_payment_methods"]
+    if automatic and automatic["enabled"] and automatic["allow_redirects"] != "never" and not return_url:
+        raise invalid(
+            "This PaymentIntent is configured to accept payment methods enabled in your Dashboard. Because some of"
+            " these payment methods might redirect your customer off of your page, you must provide a `return_url`. If"
+            " you don't want to accept redirect-based payment methods, set `automatic_payment_methods[enabled]` to"
+            " `true` and `automatic_payment_methods[allow_redirects]` to `never` when creating Setup Intents and"
+            " Payment Intents.",
+            param="return_url",
+        )
+
+
+def _descriptor_refused() -> StripeError:
+    return invalid(
+        "The `statement_descriptor` parameter is not supported for card charges. Use `statement_descriptor_suffix`.",
+        param="statement_descriptor",
+    )
+
+
+def _merged(held: dict[str, str], given: Metadata) -> dict[str, str]:
+    if given is None:
+        return held
+    if isinstance(given, str):
+        return {}
+    if len(given) > 50 or any(len(key) > 40 or len(value) > 500 for key, value in given.items()):
+        raise invalid("Metadata holds up to 50 keys of 40 characters, with values of 500.", param="metadata")
+    return {key: value for key, value in {**held, **given}.items() if value != ""}
+
+
+def _options(held: dict[str, Any] | None, given: MethodOptions | None) -> dict[str, Any]:
+    options = held or {
+        "card": {"installments": None, "mandate_options": None, "network": None, "request_three_d_secure": "automatic"}
+    }
+    if given and given.card and given.card.request_three_d_secure:
+        options = {"card": {**options["card"], "request_three_d_secure": given.card.request_three_d_secure}}
+    return options

@@ -1,0 +1,180 @@
+"""Where charged money goes: balance transactions, the balance, automatic payouts."""
+
+from math import ceil
+from typing import Any
+
+from app.sandbox.currencies import exchange_rate, processing_fee, round_half_up
+from app.sandbox.memory import Record
+from app.sandbox.world import World
+
+
+def book_charge(world: World, charge: Record) -> None:
+    """Give a captured charge its balance transaction, of the captured amount."""
+    amount, currency = charge.body["amount_captured"], charge.body["currency"]
+    rate, settled_in = None, world.settings.settlement_currency or currency
+    if settled_in != currency:
+        exact = exchange_rate(currency, settled_in)
+        rate, amount = float(exact), round_half_up(amount * exact)
+    card = world.card_of(charge.body["payment_method"])
+    charge.body["balance_transaction"] = book(
+        world,
+        charge,
+        type="charge",
+        amount=amount,
+        fee=processing_fee(amount),
+        currency=settled_in,
+        exchange_rate=rate,
+        description=charge.body["description"],
+        delay_seconds=0 if card.available_at_once else world.settings.available_seconds,
+    ).id
+    world.memory.save(charge)
+
+
+def announce_booking(world: World, charge: Record) -> None:
+    """The balance transaction that came after its charge."""
+    if charge.body["balance_transaction"] is None:
+        book_charge(world, charge)
+        world.emit("charge.updated", charge, {"balance_transaction": None, "receipt_url": None})
+
+
+def book(
+    world: World,
+    source: Record,
+    *,
+    type: str,
+    amount: int,
+    fee: int,
+    currency: str,
+    reporting_category: str | None = None,
+    exchange_rate: float | None = None,
+    description: str | None = None,
+    delay_seconds: float = 0,
+    payout: str = "",
+) -> Record:
+    """One line of the account's balance, minor units of the currency it is settled in."""
+    created = world.second()
+    available_on = ceil(world.memory.now() + delay_seconds) if delay_seconds else created
+    id = world.memory.unused_id("txn", type, source.id)
+    details = []
+    if fee:
+        details.append(
+            {
+                "amount": fee,
+                "application": None,
+                "currency": currency,
+                "description": "Stripe processing fees",
+                "type": "stripe_fee",
+            }
+        )
+    body: dict[str, Any] = {
+        "id": id,
+        "object": "balance_transaction",
+        "amount": amount,
+        "available_on": available_on,
+        "balance_type": "payments",
+        "created": created,
+        "currency": currency,
+        "description": description,
+        "exchange_rate": exchange_rate,
+        "fee": fee,
+        "fee_details": details,
+        "net": amount - fee,
+        "reporting_category": reporting_category or type,
+        "source": source.id,
+        # Follows from `available_on` whenever it is shown.
+        "status": "pending",
+        "type": type,
+    }
+    return world.memory.save(
+        Record(
+            id,
+            "balance_transaction",
+            source.account,
+            created,
+            body,
+            parent=source.id,
+            label=type,
+            currency=currency,
+            net=amount - fee,
+            available_on=available_on,
+            payout=payout,
+        )
+    )
+
+
+def balance(world: World, account: str) -> dict[str, Any]:
+    """`GET /v1/balance`."""
+    held = list(world.memory.balance(account, world.memory.now()))
+
+    def lines(which: int) -> list[dict[str, Any]]:
+        return [{"amount": row[which], "currency": row[0], "source_types": {"card": row[which]}} for row in held] or [
+            {"amount": 0, "currency": "usd", "source_types": {"card": 0}}
+        ]
+
+    return {"object": "balance", "available": lines(1), "livemode": False, "pending": lines(2)}
+
+
+def pay_out(world: World) -> None:
+    """Automatic payouts: all available money of every account, one payout for each currency."""
+    now = world.memory.now()
+    world.memory.commit()
+    told = set()
+    for account, currency, amount in world.memory.payable(now):
+        if account not in told:
+            told.add(account)
+            world.emit("balance.available", Record("balance", "balance", account, int(now), balance(world, account)))
+        id = world.memory.unused_id("po", account, currency, world.memory.next_seq())
+        created = world.second()
+        body: dict[str, Any] = {
+            "id": id,
+            "object": "payout",
+            "amount": amount,
+            "application_fee": None,
+            "application_fee_amount": None,
+            "arrival_date": ceil(now + world.settings.payout_arrival_seconds),
+            "automatic": True,
+            "balance_transaction": None,
+            "created": created,
+            "currency": currency,
+            "description": "STRIPE PAYOUT",
+            "destination": world.memory.unused_id("ba", account, currency),
+            "failure_balance_transaction": None,
+            "failure_code": None,
+            "failure_message": None,
+            "livemode": False,
+            "metadata": {},
+            "method": "standard",
+            "original_payout": None,
+            "payout_method": None,
+            "reconciliation_status": "in_progress",
+            "reversed_by": None,
+            "source_type": "card",
+            "statement_descriptor": None,
+            "status": "in_transit",
+            "trace_id": {"status": "pending", "value": None},
+            "type": "bank_account",
+        }
+        payout = Record(id, "payout", account, created, body, label="in_transit", currency=currency)
+        world.memory.assign_to_payout(account, currency, id, now)
+        line = book(
+            world, payout, type="payout", amount=-amount, fee=0, currency=currency,
+            description="STRIPE PAYOUT", payout=id,
+        )  # fmt: skip
+        body["balance_transaction"] = line.id
+        world.memory.save(payout)
+        world.emit("payout.created", payout)
+        world.plan(world.settings.payout_arrival_seconds, "payout_arrives", id)
+
+
+def arrive(world: World, payout: Record) -> None:
+    """The bank has the money, and Stripe has listed what it consists of."""
+    if payout.body["status"] != "in_transit":
+        return
+    trace = world.memory.unused_id("tr", payout.id)[3:18]
+    payout.label = "paid"
+    payout.body.update(status="paid", trace_id={"status": "supported", "value": trace})
+    world.memory.save(payout)
+    world.emit("payout.updated", payout, {"trace_id": {"status": "pending", "value": None}})
+    world.emit("payout.paid", payout)
+    payout.body["reconciliation_status"] = "completed"
+    world.emit("payout.reconciliation_completed", payout)

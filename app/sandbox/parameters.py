@@ -1,0 +1,245 @@
+"""Request parameters: Stripe's form encoding, decoded into one struct per operation.
+
+A parameter that Stripe doesn't know is refused as Stripe does it. One that Stripe knows and the sandbox doesn't is
+refused too: pretending would hide a mistake until production.
+"""
+
+import re
+from typing import Any, Literal, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+from msgspec import Struct
+
+from app.sandbox.errors import invalid, missing
+from app.sandbox.memory import Bounds
+
+Pairs = list[tuple[str, str]]
+
+
+class Parameters(Struct, kw_only=True, forbid_unknown_fields=True):
+    expand: list[str] = []
+
+
+P = TypeVar("P", bound=Parameters)
+
+
+class CreatedRange(Struct, forbid_unknown_fields=True):
+    gt: int | None = None
+    gte: int | None = None
+    lt: int | None = None
+    lte: int | None = None
+
+    def bounds(self) -> Bounds:
+        firsts = [0, self.gte or 0, self.gt + 1 if self.gt is not None else 0]
+        lasts = [2**62]
+        if self.lte is not None:
+            lasts.append(self.lte)
+        if self.lt is not None:
+            lasts.append(self.lt - 1)
+        return Bounds(max(firsts), min(lasts))
+
+
+class Page(Parameters, kw_only=True):
+    limit: int = 10
+    starting_after: str | None = None
+    ending_before: str | None = None
+    created: CreatedRange | int | None = None
+
+    def bounds(self) -> Bounds:
+        if isinstance(self.created, int):
+            return Bounds(self.created, self.created)
+        return self.created.bounds() if self.created else Bounds()
+
+
+class ListIntents(Page):
+    customer: str | None = None
+
+
+class ListCharges(Page):
+    payment_intent: str | None = None
+    customer: str | None = None
+
+
+class ListBalanceTransactions(Page):
+    source: str | None = None
+    payout: str | None = None
+    type: str | None = None
+    currency: str | None = None
+
+
+class ListPayouts(Page):
+    status: str | None = None
+
+
+class ListEvents(Page):
+    type: str | None = None
+    types: list[str] | None = None
+
+
+class ListRefunds(Page):
+    charge: str | None = None
+    payment_intent: str | None = None
+
+
+class ListDisputes(Page):
+    charge: str | None = None
+    payment_intent: str | None = None
+
+
+CaptureMethod = Literal["automatic", "automatic_async", "manual"]
+Metadata = dict[str, str] | str | None
+"""Merged into what is stored; an empty value removes its key, an empty string all of them."""
+
+
+class AutomaticMethods(Struct, forbid_unknown_fields=True):
+    enabled: bool
+    allow_redirects: Literal["always", "never"] = "always"
+
+
+class CardOptions(Struct, forbid_unknown_fields=True):
+    request_three_d_secure: Literal["any", "automatic", "challenge"] | None = None
+
+
+class MethodOptions(Struct, forbid_unknown_fields=True):
+    card: CardOptions | None = None
+
+
+class RetrieveIntent(Parameters):
+    client_secret: str | None = None
+
+
+class ConfirmIntent(Parameters, kw_only=True):
+    payment_method: str | None = None
+    payment_method_options: MethodOptions | None = None
+    payment_method_types: list[str] | None = None
+    capture_method: CaptureMethod | None = None
+    off_session: bool = False
+    receipt_email: str | None = None
+    return_url: str | None = None
+    setup_future_usage: Literal["off_session", "on_session"] | None = None
+    use_stripe_sdk: bool = False
+
+
+class UpdateIntent(Parameters, kw_only=True):
+    amount: int | None = None
+    currency: str | None = None
+    capture_method: CaptureMethod | None = None
+    customer: str | None = None
+    description: str | None = None
+    metadata: Metadata = None
+    payment_method: str | None = None
+    payment_method_options: MethodOptions | None = None
+    payment_method_types: list[str] | None = None
+    receipt_email: str | None = None
+    setup_future_usage: Literal["off_session", "on_session"] | None = None
+    statement_descriptor: str | None = None
+    statement_descriptor_suffix: str | None = None
+    transfer_group: str | None = None
+
+
+class CreateIntent(UpdateIntent, kw_only=True):
+    amount: int
+    currency: str
+    automatic_payment_methods: AutomaticMethods | None = None
+    confirm: bool = False
+    confirmation_method: Literal["automatic", "manual"] = "automatic"
+    off_session: bool = False
+    return_url: str | None = None
+    use_stripe_sdk: bool = False
+
+
+class CancelIntent(Parameters):
+    cancellation_reason: Literal["abandoned", "duplicate", "fraudulent", "requested_by_customer"] | None = None
+
+
+class CaptureIntent(Parameters, kw_only=True):
+    amount_to_capture: int | None = None
+    final_capture: bool = True
+    metadata: Metadata = None
+    statement_descriptor: str | None = None
+    statement_descriptor_suffix: str | None = None
+
+
+class CreateRefund(Parameters, kw_only=True):
+    amount: int | None = None
+    charge: str | None = None
+    payment_intent: str | None = None
+    reason: Literal["duplicate", "fraudulent", "requested_by_customer"] | None = None
+    metadata: Metadata = None
+
+
+class UpdateDispute(Parameters, kw_only=True):
+    evidence: dict[str, str] | None = None
+    metadata: Metadata = None
+    submit: bool = True
+
+
+class UpdateRefund(Parameters, kw_only=True):
+    metadata: Metadata = None
+
+
+def decode_pairs(form: str) -> Pairs:
+    """Names and values of a form or query string, in its order."""
+    return parse_qsl(form, keep_blank_values=True, max_num_fields=1000)
+
+
+def nest(pairs: Pairs) -> dict[str, Any]:
+    """`a[b][c]=1` and `a[]=1` (or `a[0]=1`) as dictionaries and lists."""
+    nested: dict[str, Any] = {}
+    for name, value in pairs:
+        *path, last = name.replace("]", "").split("[") if name.endswith("]") else [name]
+        place = nested
+        for key in path:
+            place = place.setdefault(key or str(len(place)), {})
+            if not isinstance(place, dict):
+                raise invalid(f"Invalid object: {name}", param=name)
+        place[last or str(len(place))] = value
+    return {name: value if name == "metadata" else _listed(value) for name, value in nested.items()}
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if value and all(key.isdigit() for key in value):
+        return [_listed(item) for item in value.values()]
+    return {key: _listed(item) for key, item in value.items()}
+
+
+AT = re.compile(r" - at `\$\.?(.*)`$")
+
+
+def read_parameters(kind: type[P], pairs: Pairs) -> P:
+    """The operation's parameters, or the error that Stripe gives for them."""
+    given = nest(pairs)
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError as refusal:
+        raise _refused(kind, given, str(refusal)) from None
+
+
+def _refused(kind: type[Parameters], given: dict[str, Any], refusal: str) -> Exception:
+    """Stripe's words for what msgspec found."""
+    found = AT.search(refusal)
+    path = found[1].split(".") if found else []
+    param = path[0] + "".join(f"[{part}]" for part in path[1:]) if path else ""
+    quoted = re.findall(r"`([^`]*)`", refusal)
+    if "unknown field" in refusal:
+        name = f"{param}[{quoted[0]}]" if param else quoted[0]
+        return invalid(f"Received unknown parameter: {name}", param=name, code="parameter_unknown")
+    if "missing required field" in refusal:
+        return missing(f"{param}[{quoted[0]}]" if param else quoted[0])
+    value: Any = given
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else value
+    if value == "":
+        return invalid(
+            f"You passed an empty string for '{param}'. We assume empty values are an attempt to unset a parameter;"
+            f" however '{param}' cannot be unset. You should remove '{param}' from your request or supply a non-empty"
+            " value.",
+            param=param,
+            code="parameter_invalid_empty",
+        )
+    if "Expected `int" in refusal:
+        return invalid(f"Invalid integer: {value}", param=param, code="parameter_invalid_integer")
+    return invalid(f"Invalid {param}: {value}. {refusal.partition(' - at')[0]}.", param=param)

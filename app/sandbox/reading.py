@@ -1,0 +1,86 @@
+"""What is read: single objects, lists, and what `expand` puts in place of ids."""
+
+from typing import Any
+
+from app.sandbox.errors import invalid, not_found
+from app.sandbox.memory import Record
+from app.sandbox.parameters import Page
+from app.sandbox.world import World
+
+EXPANDABLE = {
+    "payment_intent": {"latest_charge", "payment_method"},
+    "charge": {"balance_transaction", "payment_intent", "failure_balance_transaction"},
+    "balance_transaction": {"source"},
+    "payout": {"balance_transaction", "failure_balance_transaction"},
+    "refund": {"balance_transaction", "charge", "payment_intent", "failure_balance_transaction"},
+    "dispute": {"charge", "payment_intent"},
+    "event": set[str](),
+    "payment_method": set[str](),
+    "account": set[str](),
+    "balance": set[str](),
+}
+
+
+def owned(world: World, kind: str, account: str, id: str, *, param: str = "id", status: int = 404) -> Record:
+    """An object of this account; another account's does not exist for it."""
+    record = world.memory.find(id)
+    if record is None or record.kind != kind or record.account != account:
+        raise not_found(kind, id, param=param, status=status)
+    return record
+
+
+def shown(world: World, record: Record, expand: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The object as Stripe would answer it now."""
+    body = record.body
+    if record.kind == "balance_transaction":
+        available = record.available_on <= world.memory.now()
+        body = {**body, "status": "available" if available else "pending"}
+    elif record.kind == "dispute":
+        lines = [shown(world, world.memory.get(line)) for line in body["balance_transactions"]]
+        body = {**body, "balance_transactions": lines}
+    for head, rest in _by_head(expand).items():
+        if head not in EXPANDABLE[record.kind]:
+            raise invalid(f"This property cannot be expanded ({head}).", param="expand[]")
+        id = body[head]
+        if isinstance(id, str):
+            body = {**body, head: shown(world, world.memory.get(id), rest)}
+    return body
+
+
+def _by_head(expand: list[str] | tuple[str, ...]) -> dict[str, list[str]]:
+    heads: dict[str, list[str]] = {}
+    for path in expand:
+        head, _, rest = path.partition(".")
+        heads.setdefault(head, []).extend([rest] if rest else [])
+    return heads
+
+
+def listed(
+    world: World, kind: str, account: str, given: Page, url: str, **equal: str | list[str] | None
+) -> dict[str, Any]:
+    """A page of a list, newest first."""
+    if not 1 <= given.limit <= 100:
+        raise invalid("Limit must be between 1 and 100.", param="limit", code="parameter_invalid_integer")
+    if any(not path.startswith("data.") for path in given.expand):
+        raise invalid("Lists expand properties of their data: `data.….`", param="expand[]")
+    expand = [path.removeprefix("data.") for path in given.expand]
+
+    def cursor(param: str) -> Record | None:
+        id = getattr(given, param)
+        return owned(world, kind, account, id, param=param, status=400) if id else None
+
+    records, more = world.memory.newest(
+        kind,
+        account,
+        created=given.bounds(),
+        limit=given.limit,
+        after=cursor("starting_after"),
+        before=cursor("ending_before"),
+        **equal,
+    )
+    return {
+        "object": "list",
+        "data": [shown(world, record, expand) for record in records],
+        "has_more": more,
+        "url": url,
+    }

@@ -1,0 +1,49 @@
+"""What can be set about the sandbox. Times are seconds; Stripe's days are shortened to them."""
+
+from msgspec import Struct
+
+API_VERSION = "2026-10-28.endive"
+PLATFORM = "acct_1SuretyPlatform"
+"""The account that a request without `Stripe-Account` belongs to."""
+
+
+class Settings(Struct, kw_only=True, forbid_unknown_fields=True):
+    seed: int = 1
+    """Everything that happens by chance follows from it and from the request's own identity."""
+    webhook_url: str | None = None
+    """Where events are delivered, `http://host:port/path`; None: nowhere, they can only be listed."""
+    webhook_secret: str = "whsec_sandbox"
+    webhook_events: tuple[str, ...] = ()
+    """Event types to deliver; empty: all."""
+    webhook_connections: int = 8
+    webhook_timeout_seconds: float = 10.0
+    webhook_retry_seconds: float = 0.5
+    """Delay before the second delivery; doubles with each further one, up to 16 s."""
+    webhook_attempts_max: int = 14
+    reorder_seconds: float = 0.6
+    """How long a reordered webhook is held, so that later ones of its payment overtake it."""
+    delay_seconds: float = 1.5
+    """How long a delayed webhook is held."""
+    hang_seconds: float = 25.0
+    """How long a timed-out request's connection is held before it is cut without an answer."""
+    slow_seconds: float = 0.5
+    transaction_seconds: float = 0.2
+    """From a charge under `automatic_async` to its balance transaction."""
+    available_seconds: float = 1.0
+    """From a balance transaction to its money's being available."""
+    processing_seconds: float = 0.0
+    """How long a confirmed intent stays `processing`; 0: it succeeds in the answer, as cards do at Stripe."""
+    payout_seconds: float = 5.0
+    """Between two automatic payouts of an account; 0: none."""
+    payout_arrival_seconds: float = 1.0
+    auto_payer: bool = False
+    """Whether the sandbox's payer completes 3-D Secure by himself."""
+    payer_seconds: float = 0.3
+    settlement_currency: str | None = None
+    """What every charge is converted to; None: each currency settles in itself."""
+    key_seconds: float = 24 * 3600.0
+    """How long an idempotency key is remembered."""
+    hold_seconds: float = 7 * 86400.0
+    """How long an uncaptured authorization lives."""
+    public_url: str = ""
+    """Where payers reach the sandbox's 3-D Secure pages; set by itself once the port is known."""

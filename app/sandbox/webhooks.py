@@ -1,0 +1,143 @@
+"""Delivering events: signed POSTs over kept-alive connections, retried until they are answered with 2xx."""
+
+import asyncio
+import hmac
+import time
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import httptools
+
+from app.sandbox.memory import Plan
+from app.sandbox.world import World
+
+RETRY_SECONDS_MAX = 16.0
+
+
+def signature(payload: bytes, secret: str, timestamp: int) -> str:
+    """The `Stripe-Signature` header: HMAC-SHA256 over timestamp and raw body."""
+    digest = hmac.digest(secret.encode(), b"%d.%s" % (timestamp, payload), "sha256")
+    return f"t={timestamp},v1={digest.hex()}"
+
+
+class Postman:
+    """Delivers what is planned, over a few connections at once."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._queue: asyncio.Queue[Plan] = asyncio.Queue()
+        self._delivered: dict[str, asyncio.Future[None]] = {}
+        self._latest: dict[str, int] = {}
+        """By object, the newest of its events that was delivered: what comes after it and is older was overtaken."""
+
+    def post(self, plan: Plan) -> None:
+        self._queue.put_nowait(plan)
+
+    def expect(self, event_ids: list[str]) -> "asyncio.Future[list[None]]":
+        """Done when each of these events was answered once."""
+        for id in event_ids:
+            self._delivered[id] = asyncio.get_running_loop().create_future()
+        return asyncio.gather(*(self._delivered[id] for id in event_ids))
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as connections:
+            for _ in range(self.world.settings.webhook_connections):
+                connections.create_task(self._deliver_all())
+
+    async def _deliver_all(self) -> None:
+        url = self.world.settings.webhook_url
+        connection = Connection(url) if url else None
+        while True:
+            plan = await self._queue.get()
+            if connection is not None:
+                await self._deliver(connection, plan)
+
+    async def _deliver(self, connection: "Connection", plan: Plan) -> None:
+        world, settings = self.world, self.world.settings
+        seq, subject, payload = world.memory.event(plan.subject)
+        forged = plan.what == "deliver_forged"
+        secret = settings.webhook_secret + "?" * forged
+        try:
+            async with asyncio.timeout(settings.webhook_timeout_seconds):
+                status = await connection.post(payload, signature(payload, secret, int(time.time())))
+        except (OSError, TimeoutError, ConnectionError, httptools.HttpParserError):
+            connection.close()
+            status = 0
+        world.memory.finish(plan)
+        world.memory.tally("webhooks:deliveries")
+        if 200 <= status < 300:
+            world.memory.tally("webhooks:delivered")
+            latest = self._latest.get(subject, 0)
+            if seq < latest:
+                world.memory.tally("webhooks:overtaken")
+            self._latest[subject] = max(seq, latest)
+            answered = self._delivered.pop(plan.subject, None)
+            if answered is not None and not answered.done():
+                answered.set_result(None)
+        elif plan.attempt >= settings.webhook_attempts_max:
+            world.memory.tally("webhooks:given_up")
+        else:
+            world.memory.tally("webhooks:refused")
+            delay = min(settings.webhook_retry_seconds * 2 ** (plan.attempt - 1), RETRY_SECONDS_MAX)
+            world.plan(0.1 if forged else delay, "deliver", plan.subject, plan.attempt + 1)
+        world.commit()
+
+
+class Connection:
+    """One HTTP/1.1 connection to the receiver, opened when needed and kept while it lasts."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"webhooks go to http://host:port/path, not to {url!r}")
+        self._host, self._port = parts.hostname, parts.port or 80
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._head = (
+            f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nUser-Agent: Stripe/1.0\r\nAccept: */*\r\n"
+            "Content-Type: application/json; charset=utf-8\r\n"
+        )
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def post(self, payload: bytes, signature: str) -> int:
+        """Send it and return the answer's status."""
+        request = f"{self._head}Stripe-Signature: {signature}\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
+        kept_alive = self._writer is not None
+        try:
+            return await self._exchange(request + payload)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            self.close()
+            if not kept_alive:
+                raise
+            # The receiver may close an idle connection at any time: that says nothing about this request.
+            return await self._exchange(request + payload)
+
+    async def _exchange(self, request: bytes) -> int:
+        if self._reader is None or self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+        self._writer.write(request)
+        answer = Answer()
+        parser = httptools.HttpResponseParser(answer)
+        while not answer.complete:
+            data = await self._reader.read(65536)
+            if not data:
+                raise ConnectionResetError("the receiver hung up before it answered")
+            parser.feed_data(data)
+        if not parser.should_keep_alive():
+            self.close()
+        return parser.get_status_code()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError, RuntimeError):
+                self._writer.close()
+        self._reader = self._writer = None
+
+
+class Answer:
+    """Collects nothing but that the answer is complete."""
+
+    complete = False
+
+    def on_message_complete(self) -> None:
+        self.complete = True

@@ -1,0 +1,114 @@
+"""What all operations share: settings, memory, chance, and telling the world what happened."""
+
+import heapq
+from asyncio import Event
+from dataclasses import dataclass
+from typing import Any
+
+from app.sandbox.cards import BY_FINGERPRINT, Card
+from app.sandbox.faults import Faults
+from app.sandbox.memory import Memory, Plan, Record, encode
+from app.sandbox.settings import API_VERSION, PLATFORM, Settings
+
+
+@dataclass(slots=True, frozen=True)
+class Call:
+    """Whose request is being executed."""
+
+    account: str
+    request_id: str
+    key: str | None
+
+
+class World:
+    def __init__(self, settings: Settings, memory: Memory, faults: Faults) -> None:
+        self.settings = settings
+        self.memory = memory
+        self.faults = faults
+        self.call: Call | None = None
+        """The request under execution; None while the sandbox acts by itself."""
+        self.delivering: list[str] | None = None
+        """Where to note the events that are about to be delivered, if somebody waits for them."""
+        self.agenda: list[Plan] = memory.plans()
+        """What will happen, as a heap by time."""
+        heapq.heapify(self.agenda)
+        self._fresh: list[Plan] = []
+        self.agenda_changed = Event()
+
+    def second(self) -> int:
+        """The sandbox's time as Stripe tells it, whole Unix seconds."""
+        return int(self.memory.now())
+
+    def card_of(self, method_id: str) -> Card:
+        """The test card behind a stored payment method."""
+        return BY_FINGERPRINT[self.memory.get(method_id).body["card"]["fingerprint"]]
+
+    def plan(self, delay_seconds: float, what: str, subject: str, attempt: int = 1) -> None:
+        """Let something happen later, even if the sandbox is killed before."""
+        due = self.memory.now() + delay_seconds
+        self._fresh.append(self.memory.plan(due, what, subject, attempt))
+
+    def emit(self, type: str, record: Record, previous: dict[str, Any] | None = None) -> None:
+        """Tell of a change: an event with a snapshot of the object as it is now, and its webhook."""
+        settings, memory, call = self.settings, self.memory, self.call
+        data: dict[str, Any] = {"object": record.body}
+        if previous is not None:
+            data["previous_attributes"] = previous
+        event = {
+            "id": memory.unused_id("evt", type, record.id),
+            "object": "event",
+            "api_version": API_VERSION,
+            "created": self.second(),
+            "data": data,
+            "livemode": False,
+            "pending_webhooks": 1 if settings.webhook_url else 0,
+            "request": {"id": call.request_id if call else None, "idempotency_key": call.key if call else None},
+            "type": type,
+        }
+        if record.account != PLATFORM:
+            event["account"] = record.account
+        id = event["id"]
+        memory.save_event(
+            Record(id, "event", record.account, event["created"], {}, parent=record.id, label=type),
+            encode(event).decode(),
+        )
+        if settings.webhook_url and (not settings.webhook_events or type in settings.webhook_events):
+            self._plan_delivery(id, type)
+
+    def _plan_delivery(self, event_id: str, type: str) -> None:
+        settings, tally = self.settings, self.memory.tally
+        tally("webhooks:sent")
+        fault = self.faults.of_webhook(type, event_id)
+        if fault is not None:
+            tally(f"webhooks:{fault}")
+        if fault != "lost" and self.delivering is not None:
+            self.delivering.append(event_id)
+        match fault:
+            case "lost":
+                return
+            case "repeated":
+                times = self.faults.repetitions(event_id)
+                tally("webhooks:extra_deliveries", times - 1)
+                for turn in range(times):
+                    self.plan(turn * 0.15, "deliver", event_id)
+            case "reordered":
+                self.plan(settings.reorder_seconds, "deliver", event_id)
+            case "delayed":
+                self.plan(settings.delay_seconds, "deliver", event_id)
+            case "forged":
+                self.plan(0, "deliver_forged", event_id)
+            case _:
+                self.plan(0, "deliver", event_id)
+
+    def commit(self) -> None:
+        """Make everything since the last commit durable, then let what was planned begin."""
+        self.memory.commit()
+        if self._fresh:
+            for plan in self._fresh:
+                heapq.heappush(self.agenda, plan)
+            self._fresh = []
+            self.agenda_changed.set()
+
+    def rollback(self) -> None:
+        self.memory.rollback()
+        self._fresh = []
