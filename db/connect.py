@@ -1,9 +1,9 @@
 """How each kind of process reaches the database.
 
-`SURETY_<KIND>_DATABASE_URL` names a login of its own, a member of the kind's group role. Without it DATABASE_URL serves, with
-`role` set: that guards against mistakes, not against an intruder, who could reset it. Timeouts are settings of the
-connection, for a group role's own settings don't reach the logins that are its members. A dead server is noticed within
-seconds, and of several hosts in an address those that write take the primary.
+`SURETY_<KIND>_DATABASE_URL` names a login of its own, a member of the kind's group role. Without it DATABASE_URL
+serves, with `role` set: that guards against mistakes, not against an intruder, who could reset it. Timeouts are
+settings of the connection, for a group role's own settings don't reach the logins that are its members. A dead server
+is noticed within seconds, and of several hosts in an address those that write take the primary.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def harden(url: str, kind: Kind, *, role: str | None = None, search_path: str | 
     words = [f"-c {name}={value}" for name, value in options.items()]
     if given.get("options"):
         words.append(str(given["options"]))
-    return make_conninfo(**{**defaults, **given, "options": " ".join(words)})
+    return make_conninfo("", **{**defaults, **given, "options": " ".join(words)})
 
 
 def connect(kind: Kind, settings: Settings) -> Connection[tuple[Any, ...]]:

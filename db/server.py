@@ -5,9 +5,9 @@
 
     EmbeddedServer(Path(".surety"), durable=True).start()       # kept
 
-It listens on a Unix socket in a folder that only its owner can enter, so nobody else on the machine reaches it, although it
-asks for no password. It dies with the thread that started it, even if that one is killed; what a killed run left behind is
-swept by the next. PostgreSQL refuses to run as root: then it runs as `postgres`, else as `nobody`.
+It listens on a Unix socket in a folder that only its owner can enter, so nobody else on the machine reaches it,
+although it asks for no password. It dies with the thread that started it, even if that one is killed; what a killed run
+left behind is swept by the next. PostgreSQL refuses to run as root: then it runs as `postgres`, else as `nobody`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import ctypes
 import fcntl
 import importlib.util
 import os
+import platform
 import pwd
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,9 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from db.errors import ServerError
+
+Connection = psycopg.Connection[Any]
 StopMode = Literal["smart", "fast", "immediate"]
 
 SUPERUSER = "postgres"
@@ -45,6 +48,8 @@ START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
 FOLDER_PREFIX = "surety-"
 OWNER_FILE = "owner"
+ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
+MEMORY = Path("/dev/shm")  # noqa: S108  our folders in it are made by mkdtemp
 SIGNALS: dict[StopMode, signal.Signals] = {
     "smart": signal.SIGTERM,
     "fast": signal.SIGINT,
@@ -67,10 +72,6 @@ THROW_AWAY_SETTINGS = {
 }
 
 
-class ServerError(Exception):
-    """The embedded PostgreSQL could not be started."""
-
-
 # --- where the binaries come from, and who runs them -----------------------------------------------------------------
 
 
@@ -86,6 +87,7 @@ class Binaries:
 
     @property
     def installation(self) -> Path:
+        """The folder of bin, lib and share."""
         return self.bin.parent
 
     def within(self, folder: Path) -> Binaries:
@@ -94,7 +96,9 @@ class Binaries:
         shutil.copytree(self.installation, parent / self.installation.name, symlinks=True)
         if self.libraries:
             shutil.copytree(self.libraries, folder / self.libraries.name)
-        return Binaries(parent / self.installation.name / self.bin.name, self.libraries and folder / self.libraries.name)
+        return Binaries(
+            parent / self.installation.name / self.bin.name, self.libraries and folder / self.libraries.name
+        )
 
 
 def binaries() -> Binaries:
@@ -149,8 +153,8 @@ class Account:
 def claim(folder: Path) -> int:
     """Mark a folder as in use for as long as this process lives; returns the file descriptor that holds the mark.
 
-    The lock falls with its process, however that ends, and is in place before its file can be seen. Raises ServerError if
-    somebody else holds it.
+    The lock falls with its process, however that ends, and is in place before its file can be seen. Raises ServerError
+    if somebody else holds it.
     """
     mark = folder / OWNER_FILE
     if mark.exists():
@@ -210,7 +214,7 @@ def postmaster(data: Path) -> int | None:
 
 def ask_ps(pid: int, column: str) -> str:
     """What `ps` tells about a process, where there is no /proc; nothing if it is dead."""
-    if sys.platform == "linux":
+    if Path("/proc/self").exists():
         return ""
     listing = subprocess.run(["ps", "-o", f"{column}=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return listing.stdout
@@ -218,9 +222,8 @@ def ask_ps(pid: int, column: str) -> str:
 
 def roomy_folder() -> Path:
     """Where throw-away folders go: into memory if there is room."""
-    memory = Path("/dev/shm")
-    if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ROOMY_BYTES:
-        return memory
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOMY_BYTES:
+        return MEMORY
     return Path(tempfile.gettempdir())
 
 
@@ -257,7 +260,9 @@ class EmbeddedServer:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     @property
@@ -300,10 +305,12 @@ class EmbeddedServer:
             self._claims.append(claim(self.folder))
             self._hand_over(self.folder, account)
         if account and not account.can_enter(self.folder):
-            raise ServerError(f"the server would run as `{account.name}`, which can't enter {self.folder}: choose another folder")
+            raise ServerError(
+                f"the server would run as `{account.name}`, which can't enter {self.folder}: choose another folder"
+            )
         self.socket_folder = self.folder
         if len(str(self.folder / f".s.PGSQL.{PORT}")) >= 100:
-            self.socket_folder = self._scratch_folder(Path("/tmp"), account)
+            self.socket_folder = self._scratch_folder(roomy_folder(), account)
 
         installed = binaries()
         if account and not account.can_enter(installed.bin / "postgres"):
@@ -323,23 +330,27 @@ class EmbeddedServer:
         settings = {
             **SETTINGS,
             **({} if self.durable else THROW_AWAY_SETTINGS),
-            **({} if roomy_folder() == Path("/dev/shm") else {"dynamic_shared_memory_type": "mmap"}),
+            **({} if roomy_folder() == MEMORY else {"dynamic_shared_memory_type": "mmap"}),
             "unix_socket_directories": str(self.socket_folder),
             **self.settings,
         }
         arguments = [option for name, value in settings.items() for option in ("-c", f"{name}={value}")]
         log_start = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 [installed["postgres"], "-D", str(self.data), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=die_with_parent(),
-                **self._identity(account),
+                preexec_fn=die_with_parent(),  # noqa: PLW1509  it calls nothing that another thread could have locked
+                cwd="/",
+                env=ENVIRONMENT,
+                user=account and account.uid,
+                group=account and account.gid,
+                extra_groups=[] if account else None,
             )
-        process = self.process
+        self.process = process
         wait_until(lambda: process.poll() is not None or self._is_ready(), START_SECONDS_MAX)
         if process.poll() is not None or not self._is_ready():
             with self.log.open("rb") as log_file:
@@ -372,7 +383,8 @@ class EmbeddedServer:
             lines = (self.data / "postmaster.pid").read_text().splitlines()
         except OSError:
             return False
-        return len(lines) > 7 and lines[7].strip() == "ready" and bool(self.process) and lines[0] == str(self.process.pid)
+        ours = self.process is not None and lines[:1] == [str(self.process.pid)]
+        return ours and len(lines) > 7 and lines[7].strip() == "ready"
 
     def _scratch_folder(self, base: Path, account: Account | None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base))
@@ -387,23 +399,28 @@ class EmbeddedServer:
         if account:
             os.chown(folder, account.uid, account.gid)
 
-    @staticmethod
-    def _identity(account: Account | None) -> dict[str, Any]:
-        """How to start a program of the server: as its user, in a folder everybody can enter, without our PG* variables."""
-        identity: dict[str, Any] = {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}}
-        if account:
-            identity |= {"user": account.uid, "group": account.gid, "extra_groups": []}
-        return identity
-
     def _run_as(self, account: Account | None, command: list[str]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, **self._identity(account))
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+            env=ENVIRONMENT,
+            user=account and account.uid,
+            group=account and account.gid,
+            extra_groups=[] if account else None,
+        )
         if done.returncode:
             raise ServerError(f"{Path(command[0]).name} failed:\n{done.stderr[-2000:]}")
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """What a child runs before it becomes its program, so that it gets SIGINT when the thread that started it ends (Linux)."""
-    if sys.platform != "linux":
+    """What a child runs before it becomes its program, so that it gets SIGINT when the thread that made it ends.
+
+    None where the system can't (it is Linux's).
+    """
+    if platform.system() != "Linux":
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     set_parent_death_signal, parent = 1, os.getpid()
@@ -437,11 +454,11 @@ def with_database(url: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def temporary_database(url: str, prefix: str, *, template: str = "template0") -> Iterator[str]:
+def temporary_database(url: str, prefix: str, *, template: str = "template0") -> Generator[str]:
     """The address of a database made for this block on the server of `url`, which itself is never touched.
 
-    `prefix` begins its name (`surety_demo`); the login needs CREATEDB. Databases that killed runs on this machine have left
-    under the same prefix are dropped.
+    `prefix` begins its name (`surety_demo`); the login needs CREATEDB. Databases that killed runs on this machine have
+    left under the same prefix are dropped.
     """
     owner = f"{socket.gethostname()} {os.getpid()} {start_ticks(os.getpid())}"
     name = f"{prefix}_{os.urandom(6).hex()}"
@@ -456,8 +473,8 @@ def temporary_database(url: str, prefix: str, *, template: str = "template0") ->
             drop_database(conn, name)
 
 
-def create_database(conn: psycopg.Connection, name: str, template: str = "template0") -> None:
-    """Create a database; copying files is quickest, but makes a checkpoint, which is quick only where nothing is synced."""
+def create_database(conn: Connection, name: str, template: str = "template0") -> None:
+    """Create a database. Copying files is quickest, but makes a checkpoint: only where that syncs nothing."""
     (fsync,) = conn.execute("select current_setting('fsync')").fetchone() or ("on",)
     strategy = "file_copy" if fsync == "off" else "wal_log"
     conn.execute(
@@ -467,12 +484,12 @@ def create_database(conn: psycopg.Connection, name: str, template: str = "templa
     )
 
 
-def drop_database(conn: psycopg.Connection, name: str) -> None:
+def drop_database(conn: Connection, name: str) -> None:
     """Drop a database, whoever is connected to it."""
     conn.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
 
 
-def drop_stale_databases(conn: psycopg.Connection, prefix: str) -> None:
+def drop_stale_databases(conn: Connection, prefix: str) -> None:
     """Drop the databases under a prefix whose owner, a process on this machine, is dead."""
     made_here = conn.execute(
         "select datname, shobj_description(oid, 'pg_database') from pg_database"
@@ -486,7 +503,7 @@ def drop_stale_databases(conn: psycopg.Connection, prefix: str) -> None:
 
 
 def start_ticks(pid: int) -> str:
-    """When a process began, as its system tells it; tells a process from a later one with the same id. `-` if it is dead."""
+    """When a process began, which tells it from a later one with the same id; `-` if it is dead."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

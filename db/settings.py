@@ -12,11 +12,9 @@ import msgspec
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
+from db.errors import SettingsError
+
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-
-
-class SettingsError(Exception):
-    """The environment is not as Surety needs it; the message names the variable."""
 
 
 class Secret:
@@ -66,8 +64,9 @@ class Provider(msgspec.Struct, frozen=True):
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="upper", kw_only=True):
     """The variables, each under its own name in lower case.
 
-    The addresses of the processes are those of logins of their own; without one a process uses DATABASE_URL and takes its role.
-    STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while both are active.
+    The addresses of the processes are those of logins of their own; without one a process uses DATABASE_URL and takes
+    its role. STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while
+    both are active.
     """
 
     database_url: Address | None = None
@@ -99,14 +98,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
 
     @property
     def provider(self) -> Provider:
-        """Whom the workers ask for money: the sandbox if it is named, else Stripe. Raises SettingsError if neither is."""
+        """Whom the workers ask for money: the sandbox if named, else Stripe. Raises SettingsError if neither is."""
         if self.surety_sandbox_url is None:
             if self.stripe_api_key is None:
                 raise SettingsError("set STRIPE_API_KEY, or SURETY_SANDBOX_URL to play with the sandbox")
             return Provider(None, self.stripe_api_key)
         key = self.stripe_api_key or Secret("sk_test_sandbox")
         if "_live_" in key.reveal():
-            raise SettingsError("SURETY_SANDBOX_URL is set and STRIPE_API_KEY is a live key, which must not go to a sandbox")
+            raise SettingsError(
+                "SURETY_SANDBOX_URL is set and STRIPE_API_KEY is a live key, which must not go to a sandbox"
+            )
         return Provider(self.surety_sandbox_url, key)
 
     def require(self, name: str) -> Secret:
@@ -120,7 +121,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
 def load(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings; an empty variable counts as not set. Raises SettingsError."""
     known = {field.encode_name for field in msgspec.structs.fields(Settings)}
-    given = {name: value for name, value in environment.items() if value and (name in known or name.startswith("SURETY_"))}
+    given = {
+        name: value for name, value in environment.items() if value and (name in known or name.startswith("SURETY_"))
+    }
     for name in sorted(given.keys() - known):
         likely = difflib.get_close_matches(name, known, n=1)
         raise SettingsError(f"{name} is no variable of Surety's" + (f"; did you mean {likely[0]}?" if likely else ""))

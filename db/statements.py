@@ -1,7 +1,7 @@
 """Split SQL files into statements and tell what each one creates.
 
-A statement keeps its file and line, so that an error can say where it stands. Known are line and block comments, plain, quoted
-and dollar-quoted text and the bodies of `begin atomic … end`; psql's backslash commands are not.
+A statement keeps its file and line, so that an error can say where it stands. Known are line and block comments, plain,
+quoted and dollar-quoted text and the bodies of `begin atomic … end`; psql's backslash commands are not.
 """
 
 from __future__ import annotations
@@ -58,6 +58,16 @@ class Statement:
     name: str = ""
     table: str = ""
 
+    @property
+    def identity(self) -> str:
+        """schema.name of a function or view, schema.table.name of a trigger."""
+        return f"{self.table}.{self.name}" if self.kind == "trigger" else self.name
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it can be repeated, because it says `or replace`."""
+        return re.match(r"create\s+or\s+replace\b", self.text, re.IGNORECASE) is not None
+
 
 def read_statements(path: Path) -> list[Statement]:
     """The statements of a file, in its order."""
@@ -65,7 +75,7 @@ def read_statements(path: Path) -> list[Statement]:
 
 
 def split(text: str, file: str = "") -> Iterator[Statement]:
-    """The statements of a text; comments before a statement are left out, so that they don't count as a change of it."""
+    """The statements of a text, without the comments before them: to change those is no change of the statement."""
     start, depth = 0, 0
     for token in TOKEN.finditer(text):
         word = (token["word"] or "").lower()

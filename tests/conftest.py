@@ -1,7 +1,7 @@
 """What every test can ask for: a real PostgreSQL, and in it a database of its own with everything deployed.
 
-The server is embedded and in memory; with DATABASE_URL it is that one, where databases named `surety_test_…` come and go and
-the one named is never touched. Several runs at once don't meet.
+The server is embedded and in memory; with DATABASE_URL it is that one, where databases named `surety_test_…` come and
+go and the one named is never touched. Several runs at once don't meet.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from db.connect import Kind, harden, role_of
 from db.deploy import deploy
@@ -40,7 +41,7 @@ def template(server: str) -> Iterator[str]:
     """The name of a database with everything deployed, to copy."""
     with temporary_database(server, PREFIX) as url:
         deploy(url)
-        yield psycopg.conninfo.conninfo_to_dict(url)["dbname"]  # type: ignore[misc]
+        yield str(conninfo_to_dict(url)["dbname"])
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What listens (API, webhook receiver, sandbox, console) and the command line."""

@@ -1,0 +1,63 @@
+"""`surety`, the command line: one file per command, imported only when that command is called.
+
+To add one, write its file beside this one and a line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NamedTuple
+
+import click
+
+from db.errors import SuretyError
+
+
+class Entry(NamedTuple):
+    """Where a command is (`module:name`) and its line in the list of commands."""
+
+    target: str
+    help: str
+
+
+COMMANDS = {
+    "deploy": Entry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
+}
+
+
+class Commands(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order of COMMANDS."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command itself, none of that name: None."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].target.partition(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="surety")
+def cli() -> None:
+    """A payment service that never loses a payment, never charges twice, and can prove what happened to every one."""
+
+
+def main() -> None:
+    """Run `surety`. An error that the user can do something about is one line and status 1, not a traceback."""
+    try:
+        cli(prog_name="surety")
+    except SuretyError as error:
+        click.echo(f"surety: {error}", err=True)
+        sys.exit(1)

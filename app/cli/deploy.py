@@ -1,0 +1,29 @@
+"""`surety deploy`."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+
+from db.deploy import deploy as deploy_to
+from db.settings import load
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Write functions, views and triggers again although nothing changed.")
+def deploy(force: bool) -> None:
+    """Bring the database of DATABASE_URL to this version: safe to repeat, to race and to run beside traffic."""
+    progress = Console(stderr=True, highlight=False)
+    done = deploy_to(load().require("database_url").reveal(), force=force, say=progress.print)
+    console = Console(highlight=False)
+    parts = {
+        "migrated": done.migrations,
+        "wrote anew": [] if done.outcome == "created" else done.written,
+        "dropped": done.dropped,
+    }
+    for what, names in parts.items():
+        if names:
+            console.print(f"{what} {', '.join(names)}")
+    console.print(
+        f"{done.outcome} in {done.seconds:.2f} s" + (f", {done.attempts} attempts" if done.attempts > 1 else "")
+    )
