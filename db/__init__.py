@@ -4,4 +4,20 @@ CAPABILITIES lists the files of behaviour in a payment's life order, which is th
 file may use what stands above it.
 """
 
-CAPABILITIES: tuple[str, ...] = ()
+CAPABILITIES: tuple[str, ...] = (
+    "time",
+    "partitions",
+    "audit",
+    "outbox",
+    "ledger",
+    "lifecycle",
+    "facts",
+    "requests",
+    "calls",
+    "inbox",
+    "settlement",
+    "trace",
+    "invariants",
+    "report",
+    "grants",
+)

@@ -1,0 +1,259 @@
+-- Calls to providers. begin_calls commits what will be sent before it is sent; record_results takes what came of it. No
+-- transaction is open in between. What happens if the worker dies there: the call's row says that it was sent and not
+-- answered, so the next worker sends the same bytes under the same key, or asks.
+
+create or replace function surety.stripe_request(p_payment surety.payments, p_operation text) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Parameters as Stripe names them. The intent is created unconfirmed: nothing can be charged by creating it.
+    select jsonb_strip_nulls(case p_operation
+        when 'create' then jsonb_build_object(
+            'amount', p_payment.amount_minor,
+            'currency', p_payment.currency,
+            'payment_method', p_payment.method_token,
+            'payment_method_types', jsonb_build_array('card'),
+            'capture_method', case p_payment.capture_method when 'manual' then 'manual' else 'automatic_async' end,
+            'description', p_payment.description,
+            'statement_descriptor_suffix', p_payment.statement_descriptor_suffix,
+            'metadata', jsonb_build_object(
+                'surety_payment', p_payment.id,
+                'surety_environment', (select environment.id from surety.environment)
+            )
+        )
+        when 'confirm' then jsonb_build_object('return_url', p_payment.return_url)
+        when 'cancel' then jsonb_build_object('cancellation_reason', 'abandoned')
+    end);
+end;
+
+create or replace function surety.begin_calls(p_batch bigint, p_fence bigint, p_operation text, p_actor text)
+returns table (
+    event_id text, payment_id text, todo text, idempotency_key text, request jsonb, account text, provider_id text,
+    sends integer, first_sent_at timestamptz, last_sent_at timestamptz, failures integer, amount_minor bigint,
+    currency text, livemode boolean, state text
+)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- For each event left in the batch, what to do about its payment:
+--   send   the request, under the key, both as they were written down
+--   ask    the provider first: an earlier send's outcome is unknown and sending again would not tell
+--   skip   nothing is left to do
+-- Steps initiated payments to submitting. Returns nothing when the lease is another's by now.
+declare
+    v_now timestamptz := surety.time_now();
+begin
+    perform from surety.payments as p
+    where p.id in (select e.aggregate_id from outbox.batch_events(p_batch, p_fence) as e)
+    order by p.id for update;
+    return query
+    with events as (
+        select
+            e.event_id, e.failures, p.id as payment_id, p.state, p.captured_minor, p as payment,
+            c.first_sent_at, c.last_sent_at, c.answered_at, c.status, c.payment_id is not null as was_sent
+        from outbox.batch_events(p_batch, p_fence) as e
+        join surety.payments as p on p.id = e.aggregate_id
+        left join surety.calls as c on c.payment_id = p.id and c.operation = p_operation
+    ),
+    judged as (
+        select
+            e.*,
+            case
+                when p_operation = 'create' and e.state not in ('initiated', 'submitting') then 'skip'
+                when p_operation = 'confirm' and e.state <> 'provider_submitted' then 'skip'
+                when p_operation = 'cancel' and (
+                    e.captured_minor > 0
+                    or e.state not in ('provider_submitted', 'requires_action', 'authorized', 'processing')
+                ) then 'skip'
+                when not e.was_sent then 'send'
+                -- A key's first answer is replayed for 24 hours at least, server errors included.
+                when p_operation = 'create' and e.first_sent_at > v_now - interval '23 hours' and coalesce(e.status, 0) < 500
+                    then 'send'
+                when p_operation <> 'create' and e.answered_at is not null and e.status between 400 and 499 then 'send'
+                else 'ask'
+            end as verdict
+        from events as e
+    ),
+    written as (
+        insert into surety.calls as c (payment_id, operation, idempotency_key, request, first_sent_at, last_sent_at)
+        select
+            j.payment_id, p_operation, j.payment_id || ':' || p_operation,
+            surety.stripe_request(j.payment, p_operation)::text, v_now, v_now
+        from judged as j where j.verdict <> 'skip'
+        order by j.payment_id
+        on conflict on constraint calls_pkey do update
+        set sends = c.sends + 1, last_sent_at = excluded.last_sent_at, answered_at = null, status = null
+        returning c.payment_id, c.idempotency_key, c.request, c.sends, c.first_sent_at, c.last_sent_at
+    ),
+    stepped as (
+        insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
+        select j.payment_id, (j.payment).version + 1, 'initiated', 'submitting', 'command', v_now, p_actor
+        from judged as j where j.verdict <> 'skip' and j.state = 'initiated'
+        order by j.payment_id
+    ),
+    told as (
+        insert into audit.entries (id, at, kind, actor, payment_id, merchant_id, outcome, snapshot)
+        select
+            surety.new_id('aud', v_now), v_now, 'call', p_actor, j.payment_id, (j.payment).merchant_id,
+            case j.verdict when 'ask' then 'asked' else 'sent' end,
+            jsonb_build_object('operation', p_operation, 'key', w.idempotency_key, 'sends', w.sends)
+        from judged as j join written as w on w.payment_id = j.payment_id
+    )
+    select
+        j.event_id, j.payment_id, j.verdict, w.idempotency_key, w.request::jsonb, (j.payment).provider_account,
+        (j.payment).provider_id, w.sends, w.first_sent_at, coalesce(j.last_sent_at, w.last_sent_at), j.failures,
+        (j.payment).amount_minor, (j.payment).currency, (j.payment).livemode, j.state
+    from judged as j left join written as w on w.payment_id = j.payment_id
+    order by j.event_id;
+end;
+$$;
+
+create or replace function surety.renew_call(p_payment_id text, p_operation text) returns text
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    update surety.calls
+    set
+        idempotency_key = calls.payment_id || ':' || calls.operation || ':' || calls.sends,
+        first_sent_at = surety.time_now(),
+        last_sent_at = surety.time_now()
+    where calls.payment_id = p_payment_id and calls.operation = p_operation
+    returning calls.idempotency_key;
+end;
+comment on function surety.renew_call(text, text) is
+'A fresh key for a call that was asked about and that the provider does not know of. Returns the key.';
+
+create or replace function surety.refuse_payments(p_results jsonb, p_actor text) returns text []
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Payments whose creation the provider refused for what they are: nothing exists there, so they have failed.
+declare
+    v_now timestamptz := surety.time_now();
+    v_types text [];
+begin
+    perform from surety.payments as p
+    where p.id in (
+        select r.result ->> 'payment_id' from jsonb_array_elements(p_results) as r (result) where r.result ? 'refused'
+    )
+    order by p.id for update;
+    update surety.payments as p
+    set failure = r.refused
+    from jsonb_to_recordset(p_results) as r (payment_id text, refused jsonb)
+    where p.id = r.payment_id and r.refused is not null and p.state = 'submitting';
+    with refused as (
+        insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
+        select p.id, p.version + 1, p.state, 'failed', 'refused', v_now, p_actor
+        from jsonb_to_recordset(p_results) as r (payment_id text, refused jsonb)
+        join surety.payments as p on p.id = r.payment_id
+        where r.refused is not null and p.state = 'submitting'
+        order by p.id
+        returning to_state
+    )
+    select coalesce(array_agg(distinct 'payment.' || s.to_state), '{}') into v_types from refused as s;
+    return v_types;
+end;
+$$;
+
+create or replace function surety.record_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
+returns table (is_held boolean, event_types text [])
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- What came of events: [{"event_id", "payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?,
+-- "facts"?: [], "refused"?: {code, decline_code, message}, "error"?, "release_seconds"?}].
+-- Facts, answers and audit entries are recorded whoever holds the lease; only the events' completion needs it.
+-- An event with release_seconds is given back uncounted, one with error has failed, every other is finished.
+declare
+    v_now timestamptz := surety.time_now();
+    v_facts jsonb;
+    v_types text [] := '{}';
+    v_held boolean := true;
+    v_failed jsonb;
+    v_done text [];
+    v_released record;
+    v_entries jsonb;
+begin
+    select jsonb_agg(f.fact) into v_facts
+    from jsonb_array_elements(p_results) as r (result)
+    cross join lateral jsonb_array_elements(
+        case when jsonb_typeof(r.result -> 'facts') = 'array' then r.result -> 'facts' else '[]' end
+    ) as f (fact);
+    if v_facts is not null then
+        v_types := surety.record_facts(v_facts, p_actor);
+    end if;
+    if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'refused') then
+        v_types := v_types || surety.refuse_payments(p_results, p_actor);
+    end if;
+
+    update surety.calls as c
+    set answered_at = v_now, status = r.status
+    from jsonb_to_recordset(p_results) as r (payment_id text, operation text, status smallint)
+    where c.payment_id = r.payment_id and c.operation = r.operation and r.status is not null;
+
+    select jsonb_agg(jsonb_build_object(
+        'kind', 'answer', 'actor', p_actor, 'payment_id', r.payment_id, 'outcome', r.outcome,
+        'reason', r.error, 'duration_ms', r.duration_ms,
+        'snapshot', coalesce(r.snapshot, '{}') || jsonb_build_object('operation', r.operation, 'status', r.status)))
+    into v_entries
+    from jsonb_to_recordset(p_results) as r (
+        payment_id text, operation text, status smallint, outcome text, error text, duration_ms numeric, snapshot jsonb
+    )
+    where r.operation is not null and r.outcome is not null;
+    if v_entries is not null then
+        perform audit.record(v_entries);
+    end if;
+
+    select
+        jsonb_agg(jsonb_build_object('event_id', r.event_id, 'error', r.error))
+            filter (where r.error is not null and r.release_seconds is null),
+        array_agg(r.event_id) filter (where r.error is null and r.release_seconds is null)
+    into v_failed, v_done
+    from jsonb_to_recordset(p_results) as r (event_id text, error text, release_seconds numeric);
+    for v_released in
+        select r.release_seconds, array_agg(r.event_id) as ids, min(r.error) as reason
+        from jsonb_to_recordset(p_results) as r (event_id text, error text, release_seconds numeric)
+        where r.release_seconds is not null
+        group by r.release_seconds
+    loop
+        v_held := outbox.release(
+            p_batch, p_fence, v_released.ids, make_interval(secs => v_released.release_seconds::double precision),
+            coalesce(v_released.reason, 'given back')) and v_held;
+    end loop;
+    if v_failed is not null then
+        v_held := outbox.fail(p_batch, p_fence, v_failed) and v_held;
+    end if;
+    if v_done is not null then
+        v_held := outbox.finish(p_batch, p_fence, v_done) and v_held;
+    end if;
+    return query select v_held, v_types;
+end;
+$$;
+
+create or replace function surety.claim_questions(p_limit integer)
+returns table (payment_id text, provider_id text, account text, state text, asked integer)
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with due as (
+        select payments.id
+        from surety.payments
+        where payments.ask_at <= surety.time_now()
+        order by payments.ask_at
+        limit p_limit
+        for update skip locked
+    ),
+
+    claimed as (
+        update surety.payments
+        set asked = payments.asked + 1, ask_at = surety.time_now() + states.ask_after * least(64, 2 ^ (payments.asked + 1))
+        from due, surety.states
+        where payments.id = due.id and payments.state = states.state
+        returning payments.id, payments.provider_id, payments.provider_account, payments.state, payments.asked
+    )
+
+    select
+        claimed.id,
+        claimed.provider_id,
+        claimed.provider_account,
+        claimed.state,
+        claimed.asked
+    from claimed;
+end;
+comment on function surety.claim_questions(integer) is
+'Unfinished payments that the sweep should ask their provider about now; each is asked again at growing intervals, up to
+64 times the state''s ask_after, for as long as it is unfinished.';

@@ -1,0 +1,64 @@
+-- Who may do what, whole. A running role executes its functions and reads its views, nothing else; tests compare the
+-- database's grants with this file's.
+
+revoke all on all functions in schema surety, ledger, outbox, audit, api from public;
+grant usage on schema surety, api to surety_api;
+grant usage on schema surety, outbox to surety_webhook;
+grant usage on schema surety, outbox, audit to surety_worker;
+grant usage on schema report to surety_analyst, surety_auditor;
+grant usage on schema surety to surety_auditor;
+
+grant execute on function
+surety.time_now(),
+api.identify(bytea),
+api.create_payments(jsonb),
+api.deny(bytea, text, text, text, text),
+api.get_payment(bytea, text),
+api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text),
+api.list_events(bytea, text, integer),
+api.get_trace(bytea, text)
+to surety_api;
+grant usage on schema outbox to surety_api;
+grant execute on function outbox.kick(text []) to surety_api, surety_webhook, surety_worker;
+
+grant execute on function
+surety.receive_webhooks(jsonb),
+surety.reject_webhook(text, text, jsonb, bytea, text)
+to surety_webhook;
+
+grant execute on function
+surety.time_now(),
+surety.maintain_partitions(integer),
+surety.record_facts(jsonb, text, text),
+surety.record_results(bigint, bigint, text, jsonb),
+surety.begin_calls(bigint, bigint, text, text),
+surety.renew_call(text, text),
+surety.claim_questions(integer),
+surety.read_inbox(bigint, bigint),
+surety.expect_settlement(bigint, bigint, text []),
+surety.close_settled(bigint, bigint, text []),
+surety.open_overdue(integer),
+surety.lists_to_poll(text, interval),
+surety.polled(text, text, text, timestamptz),
+surety.due_money(integer),
+surety.retry_parked(integer),
+surety.forget_idempotency_keys(integer),
+outbox.claim(text, text),
+outbox.batch_events(bigint, bigint),
+outbox.finish(bigint, bigint, text []),
+outbox.renew(bigint, bigint),
+outbox.fail(bigint, bigint, jsonb),
+outbox.release(bigint, bigint, text [], interval, text),
+outbox.has_work(text),
+outbox.kick_due(),
+audit.record(jsonb)
+to surety_worker;
+
+-- Procrastinate's workers use its tables directly.
+grant usage on schema procrastinate to surety_worker;
+grant select, insert, update, delete on all tables in schema procrastinate to surety_worker;
+grant usage on all sequences in schema procrastinate to surety_worker;
+grant execute on all functions in schema procrastinate to surety_worker;
+
+grant select on all tables in schema report to surety_analyst, surety_auditor;
+grant execute on function surety.trace(text), surety.check_invariants() to surety_auditor;

@@ -1,0 +1,221 @@
+-- The promises that a database can check about itself. Tests, the demo and crash runs use this one function.
+
+create or replace function surety.check_invariants() returns table (name text, violations bigint, example text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with checked (name, subject) as (
+        select
+            'every payment stands where its last step ended',
+            payments.id
+        from surety.payments
+        left join lateral (
+            select
+                steps.version,
+                steps.to_state
+            from surety.steps
+            where steps.payment_id = payments.id
+            order by steps.version desc
+            limit 1
+        ) as last on true
+        where (payments.version, payments.state) is distinct from (last.version, last.to_state)
+        union all
+        select
+            'every step starts where the last ended',
+            steps.payment_id
+        from surety.steps
+        left join surety.steps as prior on steps.payment_id = prior.payment_id and prior.version = steps.version - 1
+        where steps.version > 1 and steps.from_state is distinct from prior.to_state
+        union all
+        select
+            'every step is legal',
+            steps.payment_id
+        from surety.steps
+        left join surety.transitions
+            on steps.from_state = transitions.from_state and steps.to_state = transitions.to_state
+        where steps.version > 1 and transitions.from_state is null
+        union all
+        select
+            'every state is what its facts say',
+            payments.id
+        from surety.payments
+        inner join lateral surety.derive(array[payments.id]) as derived on true
+        where
+            payments.state <> derived.target_state
+            and not (
+                payments.state in ('failed', 'canceled')
+                and derived.target_state in ('provider_submitted', 'requires_action', 'authorized', 'processing')
+            )
+        union all
+        select
+            'every step has one audit entry',
+            steps.payment_id
+        from surety.steps
+        where (
+            select count(*) from audit.entries
+            where entries.payment_id = steps.payment_id and entries.kind = 'step' and entries.version = steps.version
+        ) <> 1
+        union all
+        select
+            'every step has one event',
+            steps.payment_id
+        from surety.steps
+        left join (
+            select
+                events.aggregate_id,
+                events.version,
+                count(*) as events
+            from outbox.events
+            where events.aggregate_type = 'payment' and events.type not in ('payment.attempt_failed', 'payment.action_overdue')
+            group by events.aggregate_id, events.version
+        ) as told on steps.payment_id = told.aggregate_id and steps.version = told.version
+        where told.events is distinct from 1
+        union all
+        select
+            'debits equal credits, per currency',
+            sums.currency
+        from (
+            select
+                legs.currency,
+                sum(legs.amount_minor) as total
+            from (
+                select
+                    accounts.currency,
+                    transfers.amount_minor
+                from ledger.transfers
+                inner join ledger.accounts on transfers.credit_account = accounts.id
+                union all
+                select
+                    accounts.currency,
+                    -transfers.amount_minor
+                from ledger.transfers
+                inner join ledger.accounts on transfers.debit_account = accounts.id
+            ) as legs
+            group by legs.currency
+        ) as sums
+        where sums.total <> 0
+        union all
+        select
+            'every balance is the sum of its transfers',
+            balances.account_id
+        from ledger.balances
+        where balances.balance_minor <> coalesce((
+            select sum(transfers.amount_minor) from ledger.transfers where transfers.credit_account = balances.account_id
+        ), 0) - coalesce((
+            select sum(transfers.amount_minor) from ledger.transfers where transfers.debit_account = balances.account_id
+        ), 0)
+        union all
+        select
+            'every cause posted what its rule says',
+            postings.cause
+        from ledger.postings
+        where not exists (select from ledger.rules where rules.cause = postings.rule)
+        union all
+        select
+            'what is captured is owed to the merchant',
+            payments.id
+        from surety.payments
+        where payments.captured_minor > 0 and not exists (
+            select from ledger.postings where postings.payment_id = payments.id and postings.rule = 'captured'
+        )
+        union all
+        select
+            'what is settled is available to the merchant',
+            steps.payment_id
+        from surety.steps
+        where steps.to_state = 'settled' and not exists (
+            select from ledger.postings where postings.cause = steps.payment_id || ':settled'
+        )
+        union all
+        select
+            'every fact is known by its key',
+            facts.payment_id
+        from surety.facts
+        left join surety.fact_keys
+            on
+                facts.provider = fact_keys.provider and facts.account = fact_keys.account
+                and facts.livemode = fact_keys.livemode and facts.object_id = fact_keys.object_id
+                and facts.kind = fact_keys.kind and facts.revision = fact_keys.revision
+        where fact_keys.fact_id is distinct from facts.id
+        union all
+        select
+            'every reference in use is of a payment that lives',
+            payment_references.payment_id
+        from surety.payment_references
+        left join surety.payments on payment_references.payment_id = payments.id
+        where payments.id is null or payments.state in ('failed', 'canceled')
+        union all
+        select
+            'no payment has two live objects at the provider',
+            provider_objects.payment_id
+        from surety.provider_objects
+        where provider_objects.object_id like 'ch\_%'
+        group by provider_objects.payment_id
+        having count(*) filter (
+            where exists (
+                select from surety.facts
+                where facts.payment_id = provider_objects.payment_id and facts.object_id = provider_objects.object_id
+                    and facts.kind = 'captured'
+            )
+        ) > 1
+        union all
+        select
+            'no batch outlives its lease unnoticed',
+            batches.id::text
+        from outbox.batches
+        where batches.leased_until < surety.time_now() - interval '10 minutes'
+        union all
+        select
+            'every event is in at most one place per handler',
+            held.event_id
+        from (
+            select
+                batches.handler,
+                taken.event_id
+            from outbox.batches
+            cross join lateral unnest(batches.event_ids) as taken (event_id)
+            union all
+            select
+                retries.handler,
+                retries.event_id
+            from outbox.retries
+            where retries.due_at is not null
+        ) as held
+        group by held.handler, held.event_id
+        having count(*) > 1
+    ),
+
+    names (name, place) as (
+        select
+            listed.name,
+            listed.place
+        from unnest(array[
+            'every payment stands where its last step ended',
+            'every step starts where the last ended',
+            'every step is legal',
+            'every state is what its facts say',
+            'every step has one audit entry',
+            'every step has one event',
+            'debits equal credits, per currency',
+            'every balance is the sum of its transfers',
+            'every cause posted what its rule says',
+            'what is captured is owed to the merchant',
+            'what is settled is available to the merchant',
+            'every fact is known by its key',
+            'every reference in use is of a payment that lives',
+            'no payment has two live objects at the provider',
+            'no batch outlives its lease unnoticed',
+            'every event is in at most one place per handler'
+        ]) with ordinality as listed (name, place)
+    )
+
+    select
+        names.name,
+        count(checked.subject),
+        min(checked.subject)
+    from names
+    left join checked on names.name = checked.name
+    group by names.name, names.place
+    order by names.place;
+end;
+comment on function surety.check_invariants() is
+'Each promise with the number of its violations, zero in a sound database, and one example.';

@@ -1,0 +1,230 @@
+-- Steps: inserting them is the only way to change a payment's state. The trigger below projects them and tells the outbox
+-- and the audit trail, once per statement, for all payments of a batch.
+
+create or replace function surety.project_steps() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_epoch integer := outbox.epoch();
+begin
+    -- A new payment is inserted with its first state, so only later steps need projecting.
+    update surety.payments as p
+    set version = last.version, state = last.to_state, updated_at = last.at,
+        ask_at = last.at + s.ask_after, asked = 0,
+        next_action = case when last.to_state = 'requires_action' then p.next_action end
+    from (
+        select distinct on (n.payment_id) n.payment_id, n.version, n.to_state, n.at
+        from new_steps as n
+        order by n.payment_id, n.version desc
+    ) as last
+    join surety.states as s on s.state = last.to_state
+    where p.id = last.payment_id and last.version > 1;
+
+    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
+    select
+        surety.new_id('evt', v_now), 'payment', n.payment_id, 'payment.' || n.to_state,
+        jsonb_strip_nulls(jsonb_build_object(
+            'payment_id', n.payment_id, 'state', n.to_state, 'version', n.version, 'at', surety.iso(n.at),
+            'amount_captured', nullif(p.captured_minor, 0), 'amount_refunded', nullif(p.refunded_minor, 0),
+            'provider_id', p.provider_id, 'failure', p.failure,
+            'next_action', case when n.to_state = 'requires_action' then p.next_action end)),
+        p.merchant_id, n.version, v_epoch
+    from new_steps as n
+    join surety.payments as p on p.id = n.payment_id
+    order by n.payment_id, n.version;
+
+    insert into audit.entries (
+        id, at, kind, actor, request_id, payment_id, merchant_id, version, from_state, to_state, outcome, reason, snapshot
+    )
+    select
+        surety.new_id('aud', v_now), n.at, 'step', n.actor, n.request_id, n.payment_id, p.merchant_id, n.version,
+        n.from_state, n.to_state, case when n.implied then 'implied' else 'done' end, n.cause, '{}'
+    from new_steps as n
+    join surety.payments as p on p.id = n.payment_id
+    order by n.payment_id, n.version;
+
+    -- A reference is free again once its payment has failed or was canceled, and taken back if it succeeds after all.
+    if exists (select from new_steps as n where n.to_state in ('failed', 'canceled')) then
+        delete from surety.payment_references as r
+        using new_steps as n join surety.payments as p on p.id = n.payment_id
+        where n.to_state in ('failed', 'canceled') and r.payment_id = n.payment_id
+            and r.merchant_id = p.merchant_id and r.reference = p.reference;
+    end if;
+    if exists (select from new_steps as n where n.from_state in ('failed', 'canceled')) then
+        with again as (
+            select p.merchant_id, p.reference, p.id
+            from new_steps as n join surety.payments as p on p.id = n.payment_id
+            where n.from_state in ('failed', 'canceled') and p.reference is not null
+        ),
+        taken as (
+            insert into surety.payment_references (merchant_id, reference, payment_id)
+            select a.merchant_id, a.reference, a.id from again as a
+            order by a.merchant_id, a.reference
+            on conflict (merchant_id, reference) do nothing
+            returning payment_id
+        )
+        insert into surety.discrepancies (id, kind, subject, payment_id, detail, opened_at)
+        select
+            surety.new_id('dis', v_now), 'duplicate', a.id, a.id,
+            'it succeeded after it had ended, and its reference belongs to another payment by now', v_now
+        from again as a where a.id not in (select t.payment_id from taken as t)
+        on conflict (kind, subject) do nothing;
+    end if;
+
+    update outbox.dead_letters as d
+    set closed_at = v_now, closed_as = 'resolved', closed_by = 'system', closed_because = 'the payment is ' || n.to_state
+    from new_steps as n join surety.states as s on s.state = n.to_state
+    where d.payment_id = n.payment_id and d.closed_at is null and s.is_final;
+    return null;
+end;
+$$;
+
+create or replace trigger steps_are_projected after insert on surety.steps
+referencing new table as new_steps for each statement execute function surety.project_steps();
+
+create or replace function surety.derive(p_payment_ids text [])
+returns setof surety.derived
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+begin atomic
+    with counted as (
+        select
+            facts.payment_id,
+            facts.object_id,
+            facts.kind,
+            facts.revision,
+            facts.amount_minor,
+            facts.currency,
+            facts.data,
+            fact_kinds.family,
+            fact_kinds.rank,
+            fact_kinds.evidences
+        from unnest(p_payment_ids) as asked (payment_id)
+        inner join surety.facts on asked.payment_id = facts.payment_id
+        inner join surety.fact_kinds on facts.kind = fact_kinds.kind
+        where facts.disregarded is null
+    ),
+
+    -- Per object the highest rank wins; where a kind is not monotone, the last revision.
+    winners as (
+        select distinct on (counted.payment_id, counted.family, counted.object_id)
+            counted.payment_id,
+            counted.kind,
+            counted.amount_minor
+        from counted
+        where counted.family in ('refund', 'dispute', 'charge')
+        order by counted.payment_id asc, counted.family asc, counted.object_id asc, counted.revision desc, counted.rank desc
+    ),
+
+    outcomes as (
+        select
+            winners.payment_id,
+            coalesce(sum(winners.amount_minor) filter (where winners.kind in ('captured', 'returned')), 0)::bigint as captured,
+            coalesce(sum(winners.amount_minor) filter (where winners.kind = 'refund_succeeded'), 0)::bigint as refunded,
+            coalesce(sum(winners.amount_minor) filter (where winners.kind = 'refund_pending'), 0)::bigint as refunding,
+            coalesce(sum(winners.amount_minor) filter (where winners.kind = 'dispute_opened'), 0)::bigint as at_risk,
+            coalesce(sum(winners.amount_minor) filter (where winners.kind in ('dispute_lost', 'returned')), 0)::bigint
+                as reversed,
+            coalesce(bool_or(winners.kind = 'dispute_lost'), false) as lost
+        from winners
+        group by winners.payment_id
+    ),
+
+    money as (
+        select
+            counted.payment_id,
+            -- In the payment's currency: other_gross where the record is in another.
+            sum(coalesce((counted.data ->> 'other_gross')::bigint, counted.amount_minor)) as gross,
+            bool_and(exists (
+                select from counted as available
+                where available.payment_id = counted.payment_id and available.object_id = counted.object_id
+                    and available.kind = 'available'
+            )) as is_available
+        from counted
+        where counted.kind = 'money' and counted.data ->> 'category' in ('charge', 'partial_capture_reversal')
+        group by counted.payment_id
+    ),
+
+    known as (
+        select
+            counted.payment_id,
+            bool_or(counted.kind = 'failed') as failed,
+            bool_or(counted.kind = 'canceled') as canceled,
+            bool_or(counted.kind = 'processing') as processing,
+            bool_or(counted.kind = 'authorized') as authorized,
+            bool_or(counted.kind = 'action') as action,
+            array_agg(distinct counted.evidences) filter (where counted.evidences is not null) as evidenced,
+            max(counted.object_id) filter (where counted.family = 'intent') as provider_id,
+            (array_agg(counted.data -> 'next_action') filter (where counted.kind = 'action'))[1] as next_action,
+            (array_agg(counted.data -> 'failure' order by counted.rank desc) filter (
+                where counted.kind in ('failed', 'attempt_failed') and counted.data ? 'failure'
+            ))[1] as failure
+        from counted
+        group by counted.payment_id
+    ),
+
+    amounts as (
+        select
+            known.payment_id,
+            payments.capture_method,
+            known.failed,
+            known.canceled,
+            known.processing,
+            known.authorized,
+            known.action,
+            known.evidenced,
+            known.provider_id,
+            known.next_action,
+            known.failure,
+            coalesce(outcomes.lost, false) as lost,
+            least(coalesce(outcomes.captured, 0), payments.amount_minor) as captured,
+            coalesce(outcomes.captured, 0) as captured_really,
+            coalesce(outcomes.refunded, 0) as refunded,
+            coalesce(outcomes.refunding, 0) as refunding,
+            coalesce(outcomes.at_risk, 0) as at_risk,
+            coalesce(outcomes.reversed, 0) as reversed,
+            coalesce(money.is_available and money.gross = outcomes.captured, false) as settled
+        from known
+        inner join surety.payments on known.payment_id = payments.id
+        left join outcomes on known.payment_id = outcomes.payment_id
+        left join money on known.payment_id = money.payment_id
+    )
+
+    select
+        amounts.payment_id,
+        case
+            when amounts.captured > 0 and amounts.at_risk > 0 then 'disputed'
+            when
+                amounts.captured > 0 and amounts.reversed > 0
+                and amounts.reversed + amounts.refunded >= amounts.captured then 'reversed'
+            when amounts.captured > 0 and amounts.refunded >= amounts.captured then 'refunded'
+            when amounts.captured > 0 and amounts.refunded > 0 then 'partially_refunded'
+            when amounts.captured > 0 and amounts.settled then 'settled'
+            when amounts.captured > 0 then 'confirmed'
+            when amounts.failed then 'failed'
+            when amounts.canceled then 'canceled'
+            when amounts.processing then 'processing'
+            when amounts.authorized and amounts.capture_method = 'manual' then 'authorized'
+            when amounts.action then 'requires_action'
+            else 'provider_submitted'
+        end,
+        amounts.captured,
+        amounts.captured_really - amounts.captured,
+        least(amounts.refunded, amounts.captured),
+        greatest(0, least(amounts.refunding, amounts.captured - amounts.refunded)),
+        case when amounts.captured > 0 then greatest(0, amounts.refunded - amounts.captured) else 0 end,
+        case when amounts.captured > 0 then amounts.at_risk else 0 end,
+        case when amounts.captured > 0 then amounts.reversed else 0 end,
+        amounts.settled,
+        amounts.lost,
+        amounts.evidenced,
+        amounts.provider_id,
+        amounts.next_action,
+        case when amounts.captured = 0 and amounts.failed then amounts.failure end
+    from amounts;
+end;
+comment on function surety.derive(text []) is
+'What each payment''s facts say: its state and amounts in minor units. A pure function of surety.facts: neither their
+order nor the present state matters.';

@@ -1,0 +1,56 @@
+-- Monthly partitions by id. What belongs to a payment goes by the payment's id, everything else by its own.
+
+create or replace view surety.partitioned_tables as
+select
+    listed.parent::regclass as parent,
+    listed.prefix
+from (
+    values
+    ('surety.payments', 'pay'), ('surety.steps', 'pay'), ('surety.calls', 'pay'), ('surety.facts', 'pay'),
+    ('surety.expectations', 'pay'), ('surety.inbox', 'whk'), ('ledger.transfers', 'pst'), ('outbox.events', 'evt'),
+    ('audit.entries', 'aud')
+) as listed (parent, prefix);
+comment on view surety.partitioned_tables is 'Tables kept in monthly partitions, and the prefix of the ids that decide the month.';
+
+create or replace function surety.maintain_partitions(p_months_ahead integer default 3) returns integer
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Makes this month's partitions and those of the months ahead, as tables that are then attached (which hardly locks the
+-- parent). The very first partition begins before all time. Returns how many were made. Safe to repeat and to race.
+declare
+    v_table record;
+    v_month timestamptz;
+    v_this timestamptz := date_trunc('month', surety.time_now(), 'UTC');
+    v_name text;
+    v_from text;
+    v_made integer := 0;
+begin
+    perform pg_advisory_xact_lock(hashtext('surety.maintain_partitions'));
+    for v_table in
+        select parent, prefix, n.nspname, c.relname
+        from surety.partitioned_tables
+        join pg_class c on c.oid = parent join pg_namespace n on n.oid = c.relnamespace
+    loop
+        for v_month in select generate_series(v_this, v_this + make_interval(months => p_months_ahead), '1 month', 'UTC') loop
+            v_name := v_table.relname || to_char(v_month at time zone 'UTC', '_YYYYMM');
+            continue when to_regclass(format('%I.%I', v_table.nspname, v_name)) is not null;
+            v_from := case
+                when exists (select from pg_inherits where inhparent = v_table.parent)
+                    then quote_literal(surety.id_at(v_table.prefix, v_month))
+                else 'minvalue'
+            end;
+            execute format(
+                'create table %1$I.%2$I (like %1$I.%3$I including defaults including generated including constraints)',
+                v_table.nspname, v_name, v_table.relname);
+            execute format(
+                'alter table %1$I.%3$I attach partition %1$I.%2$I for values from (%4$s) to (%5$L)',
+                v_table.nspname, v_name, v_table.relname, v_from,
+                surety.id_at(v_table.prefix, date_trunc('month', v_month + interval '1 month', 'UTC')));
+            v_made := v_made + 1;
+        end loop;
+    end loop;
+    return v_made;
+end;
+$$;
+
+select surety.maintain_partitions();

@@ -1,0 +1,437 @@
+-- What the API asks for. Every function takes the request's key hash and finds the merchant itself, so that no caller can
+-- name one. Foreseeable refusals are rows, not exceptions.
+
+create or replace function api.payment_document(p surety.payments) returns json
+language sql stable parallel safe set search_path = pg_catalog, pg_temp
+begin atomic
+    -- The payment as merchants see it; columns in the order of the document.
+    select row_to_json(document.*) from (
+        select
+            p.id as id,
+            'payment' as object,
+            (select states.status from surety.states where states.state = p.state) as status,
+            p.state as state,
+            p.version as version,
+            p.amount_minor as amount,
+            p.captured_minor as amount_captured,
+            p.refunded_minor as amount_refunded,
+            p.currency as currency,
+            json_build_object('type', p.rail) as payment_method,
+            p.capture_method as capture_method,
+            p.next_action as next_action,
+            p.failure as failure,
+            case when p.provider_id is not null then json_build_object('name', p.provider, 'id', p.provider_id) end as provider,
+            p.reference as reference,
+            p.description as description,
+            p.statement_descriptor_suffix as statement_descriptor_suffix,
+            p.return_url as return_url,
+            p.customer as customer,
+            p.metadata as metadata,
+            surety.iso(p.created_at) as created_at,
+            surety.iso(p.updated_at) as updated_at
+    ) as document;
+end;
+
+create or replace function api.identify(p_key_hash bytea)
+returns table (key_id text, merchant_id text, is_suspended boolean, provider_account text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        api_keys.id,
+        merchants.id,
+        merchants.suspended_at is not null,
+        merchants.provider_account
+    from surety.api_keys
+    inner join surety.merchants on api_keys.merchant_id = merchants.id
+    where api_keys.hash = p_key_hash and api_keys.revoked_at is null;
+end;
+comment on function api.identify(bytea) is
+'Whose key this SHA-256 is; no row for an unknown or revoked one.';
+
+create or replace function api.create_payments(p_requests jsonb)
+returns table (n integer, status smallint, problem text, detail jsonb, body text, is_replayed boolean, payment_id text)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- All requests of a batch in one transaction, an outcome for each:
+--   201 a new payment, body its document            201 is_replayed: the first answer, byte for byte
+--   401 unauthenticated   403 forbidden (suspended)  400 invalid-request, detail {field, rule, limit, given}
+--   409 reference-taken, detail {payment_id}         422 idempotency-key-reused
+-- p_requests: [{"n", "key_hash" (hex), "request_id", "address", "idempotency_key", "request_hash" (hex), "amount", "currency",
+-- "rail", "method_token", "capture_method", "reference", "description", "statement_descriptor_suffix", "return_url",
+-- "customer", "metadata"}]. Locks: idempotency keys, references, each sorted; payments are new.
+declare
+    v_route constant text := 'POST /v1/payments';
+    v_now timestamptz := surety.time_now();
+    v_livemode boolean := (select e.livemode from surety.environment as e);
+    v_asked jsonb;
+    v_payments surety.payments [];
+    v_won text [];
+    v_taken text [];
+begin
+    -- Who asks, and which rule is broken, if any.
+    with given as (
+        select
+            r.*, k.key_id, k.merchant_id, k.is_suspended, k.provider_account,
+            c.minimum_minor, c.maximum_minor, surety.new_id('pay', v_now) as new_id
+        from jsonb_to_recordset(p_requests) as r (
+            n integer, key_hash text, request_id text, address text, idempotency_key text, request_hash text, amount bigint,
+            currency text, rail text, method_token text, capture_method text, reference text, description text,
+            statement_descriptor_suffix text, return_url text, customer jsonb, metadata jsonb
+        )
+        left join lateral api.identify(decode(r.key_hash, 'hex')) as k on true
+        left join surety.currencies as c on c.currency = r.currency
+    ),
+    judged as (
+        select
+            g.*,
+            case
+                when g.merchant_id is null then 'unauthenticated'
+                when g.is_suspended then 'forbidden'
+                when g.minimum_minor is null or g.amount not between g.minimum_minor and g.maximum_minor
+                    then 'invalid-request'
+            end as problem,
+            case
+                when g.minimum_minor is null then
+                    jsonb_build_object('field', '/currency', 'rule', 'known', 'given', g.currency)
+                when g.amount < g.minimum_minor then jsonb_build_object(
+                    'field', '/amount', 'rule', 'minimum', 'limit', g.minimum_minor, 'given', g.amount, 'currency', g.currency)
+                when g.amount > g.maximum_minor then jsonb_build_object(
+                    'field', '/amount', 'rule', 'maximum', 'limit', g.maximum_minor, 'given', g.amount, 'currency', g.currency)
+            end as detail,
+            -- Two requests of one batch with one key are one: the first of them is asked, the others replay it.
+            row_number() over (partition by g.merchant_id, g.idempotency_key order by g.n) as turn
+        from given as g
+    )
+    select
+        jsonb_agg(to_jsonb(j) - 'customer' - 'metadata' order by j.merchant_id, j.idempotency_key, j.n),
+        array_agg((
+            j.new_id, j.merchant_id, 1, 'initiated', j.amount, j.currency, 0, 0, 0, 0, 0, j.rail, j.capture_method,
+            j.method_token, j.reference, j.description, j.statement_descriptor_suffix, j.return_url, j.customer,
+            coalesce(j.metadata, '{}'), 'stripe', j.provider_account, v_livemode, null, null, null, '{}', v_now, v_now,
+            null, 0
+        )::surety.payments order by j.merchant_id, j.idempotency_key)
+            filter (where j.problem is null and j.turn = 1)
+    into v_asked, v_payments
+    from judged as j;
+
+    if v_payments is not null then
+        with keyed as (
+            insert into surety.idempotency_keys as i (
+                merchant_id, route, key, request_hash, payment_id, status, response, created_at
+            )
+            select
+                p.merchant_id, v_route, a.idempotency_key, decode(a.request_hash, 'hex'), p.id, 201,
+                api.payment_document(p)::text, v_now
+            from unnest(v_payments) as p
+            join jsonb_to_recordset(v_asked) as a (new_id text, idempotency_key text, request_hash text) on a.new_id = p.id
+            order by p.merchant_id, a.idempotency_key
+            on conflict (merchant_id, route, key) do nothing
+            returning i.payment_id
+        )
+        select array_agg(k.payment_id) into v_won from keyed as k;
+
+        -- A reference in use refuses the request: its key must not be kept, as nothing took effect.
+        with wanted as (
+            select p.merchant_id, p.reference, p.id from unnest(v_payments) as p
+            where p.reference is not null and p.id = any(v_won)
+        ),
+        referred as (
+            insert into surety.payment_references as r (merchant_id, reference, payment_id)
+            select w.merchant_id, w.reference, w.id from wanted as w
+            order by w.merchant_id, w.reference, w.id
+            on conflict (merchant_id, reference) do nothing
+            returning r.payment_id
+        )
+        select array_agg(w.id) into v_taken from wanted as w
+        where w.id not in (select r.payment_id from referred as r);
+        if v_taken is not null then
+            delete from surety.idempotency_keys as i
+            using unnest(v_payments) as p, jsonb_to_recordset(v_asked) as a (new_id text, idempotency_key text)
+            where p.id = any(v_taken) and a.new_id = p.id
+                and i.merchant_id = p.merchant_id and i.route = v_route and i.key = a.idempotency_key;
+        end if;
+
+        insert into surety.payments
+        select p.* from unnest(v_payments) as p
+        where p.id = any(v_won) and p.id <> all(coalesce(v_taken, '{}'));
+        insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor, request_id)
+        select p.id, 1, null, 'initiated', 'request', v_now, 'key:' || a.key_id, a.request_id
+        from unnest(v_payments) as p
+        join jsonb_to_recordset(v_asked) as a (new_id text, key_id text, request_id text) on a.new_id = p.id
+        where p.id = any(v_won) and p.id <> all(coalesce(v_taken, '{}'));
+        insert into audit.entries (
+            id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, snapshot
+        )
+        select
+            surety.new_id('aud', v_now), v_now, 'request', 'key:' || a.key_id, a.address, a.request_id, p.id, p.merchant_id,
+            'accepted',
+            jsonb_build_object(
+                'route', v_route, 'idempotency_key', a.idempotency_key, 'amount', p.amount_minor, 'currency', p.currency)
+        from unnest(v_payments) as p
+        join jsonb_to_recordset(v_asked) as a (
+            new_id text, key_id text, request_id text, address text, idempotency_key text
+        ) on a.new_id = p.id
+        where p.id = any(v_won) and p.id <> all(coalesce(v_taken, '{}'));
+    end if;
+
+    -- In a statement of its own: one statement can't see what it waited for.
+    return query
+    select
+        a.n,
+        case
+            when a.problem = 'unauthenticated' then 401
+            when a.problem = 'forbidden' then 403
+            when a.problem is not null then 400
+            when i.key is null then 409
+            when i.request_hash <> decode(a.request_hash, 'hex') then 422
+            else i.status
+        end::smallint,
+        case
+            when a.problem is not null then a.problem
+            when i.key is null then 'reference-taken'
+            when i.request_hash <> decode(a.request_hash, 'hex') then 'idempotency-key-reused'
+        end,
+        case
+            when a.problem is not null then a.detail
+            when i.key is null then jsonb_build_object('payment_id', t.payment_id)
+        end,
+        case when i.request_hash = decode(a.request_hash, 'hex') then i.response end,
+        i.key is not null and i.request_hash = decode(a.request_hash, 'hex')
+        and (i.payment_id <> a.new_id or a.turn > 1),
+        i.payment_id
+    from jsonb_to_recordset(v_asked) as a (
+        n integer, merchant_id text, idempotency_key text, request_hash text, problem text, detail jsonb, new_id text,
+        reference text, turn bigint
+    )
+    left join surety.idempotency_keys as i
+        on a.problem is null and i.merchant_id = a.merchant_id and i.route = v_route and i.key = a.idempotency_key
+    left join surety.payment_references as t on t.merchant_id = a.merchant_id and t.reference = a.reference
+    order by a.n;
+end;
+$$;
+
+create or replace function api.deny(p_key_hash bytea, p_request_id text, p_address text, p_route text, p_reason text)
+returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Only keys that exist leave an entry: strangers must not be able to fill the trail.
+    insert into audit.entries (id, at, kind, actor, address, request_id, merchant_id, outcome, reason, snapshot)
+    select
+        surety.new_id('aud', surety.time_now()),
+        surety.time_now(),
+        'denied',
+        'key:' || api_keys.id,
+        p_address,
+        p_request_id,
+        api_keys.merchant_id,
+        'denied',
+        p_reason,
+        jsonb_build_object('route', p_route)
+    from surety.api_keys
+    where api_keys.hash = p_key_hash;
+end;
+
+create or replace function api.get_payment(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- No row: no such key. body is null where the merchant has no such payment.
+    select
+        who.merchant_id,
+        (
+            select api.payment_document(payments)::text from surety.payments
+            where payments.id = p_id and payments.merchant_id = who.merchant_id
+        )
+    from api.identify(p_key_hash) as who;
+end;
+
+create or replace function api.list_payments(
+    p_key_hash bytea, p_state text, p_status text, p_reference text, p_created_from timestamptz,
+    p_created_before timestamptz, p_limit integer, p_starting_after text
+) returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Newest first; ids sort by time, so the id is the cursor. No row: no such key.
+    with found as (
+        select
+            payments.id,
+            api.payment_document(payments) as document,
+            who.merchant_id
+        from api.identify(p_key_hash) as who
+        inner join surety.payments on who.merchant_id = payments.merchant_id
+        where
+            (p_starting_after is null or payments.id < p_starting_after)
+            and (p_created_from is null or payments.id >= surety.id_at('pay', p_created_from))
+            and (p_created_before is null or payments.id < surety.id_at('pay', p_created_before))
+            and (p_state is null or payments.state = p_state)
+            and (
+                p_status is null
+                or payments.state in (select states.state from surety.states where states.status = p_status)
+            )
+            and (p_reference is null or payments.reference = p_reference)
+        order by payments.id desc
+        limit p_limit + 1
+    ),
+
+    page as (
+        select
+            found.id,
+            found.document
+        from found
+        order by found.id desc
+        limit p_limit
+    )
+
+    select
+        who.merchant_id,
+        json_build_object(
+            'object', 'list',
+            'data', coalesce((select json_agg(page.document order by page.id desc) from page), '[]'::json),
+            'has_more', (select count(*) from found) > p_limit
+        )::text
+    from api.identify(p_key_hash) as who;
+end;
+
+create or replace function api.list_events(p_key_hash bytea, p_after text, p_limit integer)
+returns table (merchant_id text, body text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- A merchant's events, oldest first. The cursor holds a handler's pair of snapshots, so a reader that keeps asking with the
+-- last cursor skips nothing, however late a transaction commits. Raises SU006 for a cursor that we did not make.
+declare
+    v_merchant text;
+    v_seen pg_snapshot := '1:1:';
+    v_goal pg_snapshot;
+    v_now_seen pg_snapshot := pg_current_snapshot();
+    v_epoch integer := outbox.epoch();
+    v_at_xid xid8 := '0';
+    v_at_id text := '';
+    v_low_xid xid8;
+    v_low_id text;
+    v_parts text [];
+    v_data json;
+    v_count bigint;
+    v_last_xid xid8;
+    v_last_id text;
+    v_next text;
+begin
+    select k.merchant_id into v_merchant from api.identify(p_key_hash) as k;
+    if not found then
+        return;
+    end if;
+    if p_after is not null then
+        begin
+            v_parts := string_to_array(convert_from(decode(translate(p_after, '-_', '+/'), 'base64'), 'UTF8'), ' ');
+            if cardinality(v_parts) <> 5 then
+                raise exception 'parts' using errcode = 'invalid_text_representation';
+            end if;
+            v_epoch := v_parts[1]::integer;
+            v_seen := v_parts[2]::pg_snapshot;
+            v_goal := nullif(v_parts[3], '-')::pg_snapshot;
+            v_at_xid := v_parts[4]::xid8;
+            v_at_id := nullif(v_parts[5], '-');
+        exception
+            when data_exception then
+                raise exception 'after is not a cursor of this API' using errcode = 'SU006';
+        end;
+        v_at_id := coalesce(v_at_id, '');
+    end if;
+    v_goal := coalesce(v_goal, v_now_seen);
+    v_low_xid := greatest(v_at_xid, pg_snapshot_xmax(v_seen));
+    v_low_id := case when v_at_xid >= pg_snapshot_xmax(v_seen) then v_at_id else '' end;
+    with page as (
+        select found.* from (
+            (
+                select e.xid, e.id, e.type, e.payload, e.aggregate_id
+                from pg_snapshot_xip(v_seen) as open (xid)
+                join outbox.events as e on e.merchant_id = v_merchant and e.epoch = v_epoch and e.xid = open.xid
+                where pg_visible_in_snapshot(open.xid, v_goal) and (e.xid, e.id) > (v_at_xid, v_at_id)
+                order by e.xid, e.id
+                limit p_limit
+            )
+            union all
+            (
+                select e.xid, e.id, e.type, e.payload, e.aggregate_id
+                from outbox.events as e
+                where e.merchant_id = v_merchant and e.epoch = v_epoch and (e.xid, e.id) > (v_low_xid, v_low_id)
+                    and e.xid < pg_snapshot_xmax(v_goal) and pg_visible_in_snapshot(e.xid, v_goal)
+                order by e.xid, e.id
+                limit p_limit
+            )
+        ) as found
+        order by found.xid, found.id
+        limit p_limit
+    )
+    select
+        coalesce(json_agg(json_build_object(
+            'id', g.id, 'type', g.type, 'created_at', g.payload ->> 'at',
+            'data', api.payment_document((
+                p.id, p.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state', p.amount_minor, p.currency,
+                coalesce((g.payload ->> 'amount_captured')::bigint, 0),
+                coalesce((g.payload ->> 'amount_refunded')::bigint, 0), 0, 0, 0, p.rail,
+                p.capture_method, p.method_token, p.reference, p.description, p.statement_descriptor_suffix, p.return_url,
+                p.customer, p.metadata, p.provider, p.provider_account, p.livemode, g.payload ->> 'provider_id',
+                g.payload -> 'next_action', g.payload -> 'failure', p.flags, p.created_at,
+                (g.payload ->> 'at')::timestamptz, null, 0
+            )::surety.payments)
+        ) order by g.xid, g.id) filter (where p.id is not null), '[]'::json),
+        count(*), max(g.xid), (array_agg(g.id order by g.xid desc, g.id desc))[1]
+    into v_data, v_count, v_last_xid, v_last_id
+    from page as g left join surety.payments as p on p.id = g.aggregate_id and p.merchant_id = v_merchant;
+    v_next := case
+        when v_count = p_limit then concat_ws(' ', v_epoch, v_seen, v_goal, v_last_xid, v_last_id)
+        else concat_ws(' ', v_epoch, v_goal, '-', '0', '-')
+    end;
+    return query select
+        v_merchant,
+        json_build_object(
+            'object', 'list', 'data', v_data, 'has_more', v_count = p_limit or v_goal::text <> v_now_seen::text,
+            'next', translate(encode(convert_to(v_next, 'UTF8'), 'base64'), E'+/\n', '-_'))::text;
+end;
+$$;
+
+create or replace function surety.add_merchant(p_name text, p_provider_account text default '') returns text
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into surety.merchants (id, name, provider_account, created_at)
+    values (surety.new_id('mer', surety.time_now()), p_name, p_provider_account, surety.time_now())
+    returning id;
+end;
+
+create or replace function surety.add_api_key(p_merchant_id text, p_hash bytea, p_hint text) returns text
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into surety.api_keys (id, merchant_id, hash, hint, created_at)
+    values (surety.new_id('key', surety.time_now()), p_merchant_id, p_hash, p_hint, surety.time_now())
+    returning id;
+end;
+
+create or replace function surety.revoke_api_key(p_key_id text) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with revoked as (
+        update surety.api_keys set revoked_at = surety.time_now()
+        where api_keys.id = p_key_id and api_keys.revoked_at is null
+        returning api_keys.id
+    )
+
+    select exists (select from revoked);
+end;
+
+create or replace function surety.forget_idempotency_keys(p_limit integer default 10000) returns integer
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with forgotten as (
+        delete from surety.idempotency_keys
+        where ctid = any(array(
+            select old.ctid from surety.idempotency_keys as old
+            where old.created_at < surety.time_now() - interval '30 days'
+            limit p_limit
+            for update skip locked
+        ))
+        returning idempotency_keys.key
+    )
+
+    select count(*)::integer from forgotten;
+end;

@@ -1,0 +1,113 @@
+-- From confirmed to settled: the expectation, the polling of balance transactions, and the close.
+
+create or replace function surety.expect_settlement(p_batch bigint, p_fence bigint, p_event_ids text []) returns boolean
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- payment.confirmed: money should arrive. Effects and completion are one transaction.
+declare
+    v_now timestamptz := surety.time_now();
+begin
+    insert into surety.expectations (payment_id, kind, opened_at, due_at, met_at)
+    select
+        p.id, 'settlement', v_now, v_now + interval '7 days', case when s.position > 7 then v_now end
+    from outbox.batch_events(p_batch, p_fence) as e
+    join surety.payments as p on p.id = e.aggregate_id
+    join surety.states as s on s.state = p.state
+    where e.event_id = any(p_event_ids)
+    order by p.id
+    on conflict (payment_id, kind) do nothing;
+    return outbox.finish(p_batch, p_fence, p_event_ids);
+end;
+$$;
+
+create or replace function surety.close_settled(p_batch bigint, p_fence bigint, p_event_ids text []) returns boolean
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- payment.settled: what was expected has come. The payment may be settled before its expectation was opened.
+declare
+    v_now timestamptz := surety.time_now();
+begin
+    insert into surety.expectations as x (payment_id, kind, opened_at, due_at, met_at)
+    select e.aggregate_id, 'settlement', v_now, v_now, v_now
+    from outbox.batch_events(p_batch, p_fence) as e
+    where e.event_id = any(p_event_ids)
+    order by e.aggregate_id
+    on conflict (payment_id, kind) do update set met_at = coalesce(x.met_at, excluded.met_at);
+    update surety.discrepancies as d
+    set closed_at = v_now, closed_because = 'it settled'
+    from outbox.batch_events(p_batch, p_fence) as e
+    where e.event_id = any(p_event_ids) and d.kind = 'overdue' and d.subject = e.aggregate_id and d.closed_at is null;
+    return outbox.finish(p_batch, p_fence, p_event_ids);
+end;
+$$;
+
+create or replace function surety.open_overdue(p_limit integer default 500) returns integer
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with opened as (
+        insert into surety.discrepancies (id, kind, subject, payment_id, detail, opened_at)
+        select
+            surety.new_id('dis', surety.time_now()),
+            'overdue',
+            expectations.payment_id,
+            expectations.payment_id,
+            expectations.kind || ' was expected by ' || surety.iso(expectations.due_at),
+            surety.time_now()
+        from surety.expectations
+        where expectations.met_at is null and expectations.due_at < surety.time_now()
+        order by expectations.due_at
+        limit p_limit
+        on conflict (kind, subject) do nothing
+        returning discrepancies.id
+    )
+
+    select count(*)::integer from opened;
+end;
+
+create or replace function surety.lists_to_poll(p_list text, p_overlap interval)
+returns table (provider text, account text, read_from timestamptz)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        'stripe',
+        accounts.account,
+        coalesce(
+            poll_cursors.polled_to, (select min(environment.created_at) from surety.environment)
+        ) - p_overlap
+    from (
+        select merchants.provider_account as account from surety.merchants
+        union
+        select ''
+    ) as accounts
+    left join surety.poll_cursors
+        on poll_cursors.provider = 'stripe' and accounts.account = poll_cursors.account and poll_cursors.list = p_list
+    order by accounts.account;
+end;
+comment on function surety.lists_to_poll(text, interval) is
+'From when each account''s list must be read again; overlapping, because a list may show a row late.';
+
+create or replace function surety.polled(p_provider text, p_account text, p_list text, p_to timestamptz) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into surety.poll_cursors (provider, account, list, polled_to)
+    values (p_provider, p_account, p_list, p_to)
+    on conflict (provider, account, list) do update
+    set polled_to = greatest(poll_cursors.polled_to, excluded.polled_to);
+end;
+
+create or replace function surety.due_money(p_limit integer)
+returns table (provider text, account text, object_id text, created_at timestamptz, available_at timestamptz)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        pending_money.provider,
+        pending_money.account,
+        pending_money.object_id,
+        pending_money.created_at,
+        pending_money.available_at
+    from surety.pending_money
+    where pending_money.available_at <= surety.time_now()
+    order by pending_money.available_at, pending_money.object_id
+    limit p_limit;
+end;
+comment on function surety.due_money(integer) is 'Balance transactions that should have become available by now.';

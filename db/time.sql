@@ -1,0 +1,34 @@
+-- Time and ids.
+
+create or replace function surety.time_now() returns timestamptz
+language sql stable parallel safe
+begin atomic
+    select statement_timestamp() + coalesce((select clock.ahead from surety.clock), interval '0');
+end;
+comment on function surety.time_now() is
+'The one source of time: the statement''s, moved only where surety.clock has a row (a test database).';
+
+-- The first id of an instant: prefix and 12 hex digits of milliseconds.
+create or replace function surety.id_at(p_prefix text, p_at timestamptz) returns text
+language sql immutable parallel safe
+begin atomic
+    select p_prefix || '_' || substr(encode(int8send(floor(date_part('epoch', p_at) * 1000)::bigint), 'hex'), 5);
+end;
+
+create or replace function surety.new_id(p_prefix text, p_at timestamptz) returns text
+language sql volatile parallel safe
+begin atomic
+    select surety.id_at(p_prefix, p_at) || substr(encode(uuid_send(gen_random_uuid()), 'hex'), 13);
+end;
+comment on function surety.new_id(text, timestamptz) is
+'A fresh id: prefix, underscore, 12 hex digits of milliseconds, 20 random ones. Ids of one prefix sort by time.';
+
+create or replace function surety.iso(p_at timestamptz) returns text
+language sql immutable parallel safe
+begin atomic
+    select to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"');
+end;
+comment on function surety.iso(timestamptz) is 'RFC 3339 in UTC with milliseconds, as the API shows time.';
+
+insert into surety.environment (id, kind) select surety.new_id('env', surety.time_now()), 'production'
+where not exists (select from surety.environment);

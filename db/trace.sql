@@ -1,0 +1,134 @@
+-- One id leads to the whole story.
+
+create or replace function surety.trace(p_payment_id text)
+returns table (
+    at timestamptz, kind text, actor text, summary text, from_state text, to_state text, outcome text, duration_ms numeric,
+    data jsonb
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+begin atomic
+    with
+    told as (
+        select
+            entries.at,
+            entries.id as place,
+            case entries.kind when 'answer' then 'call' when 'dead_letter' then 'retry' else entries.kind end as kind,
+            entries.actor,
+            case entries.kind
+                when 'request' then entries.snapshot ->> 'route'
+                when 'step' then entries.to_state || coalesce(' by ' || entries.reason, '')
+                when 'call' then '-> ' || (entries.snapshot ->> 'operation') || ', key ' || (entries.snapshot ->> 'key')
+                when 'answer' then
+                    '<- ' || (entries.snapshot ->> 'operation') || ' ' || entries.outcome || coalesce(': ' || entries.reason, '')
+                else concat_ws(' ', entries.kind, entries.outcome, entries.reason)
+            end as summary,
+            entries.from_state,
+            entries.to_state,
+            entries.outcome,
+            entries.duration_ms,
+            entries.snapshot || jsonb_strip_nulls(jsonb_build_object(
+                'request_id', entries.request_id, 'address', entries.address, 'version', entries.version
+            )) as data
+        from audit.entries
+        where entries.payment_id = p_payment_id
+    ),
+
+    heard as (
+        select
+            coalesce(inbox.received_at, facts.recorded_at) as at,
+            facts.id as place,
+            facts.source as kind,
+            facts.provider as actor,
+            case
+                when inbox.id is null then facts.kind || ' ' || facts.object_id
+                else inbox.type || ' (' || inbox.event_id || '), signature valid'
+            end as summary,
+            null::text as from_state,
+            null::text as to_state,
+            coalesce(facts.disregarded, 'recorded') as outcome,
+            null::numeric as duration_ms,
+            jsonb_strip_nulls(jsonb_build_object(
+                'fact', facts.kind, 'object', facts.object_id, 'amount', facts.amount_minor, 'currency', facts.currency,
+                'recorded_at', surety.iso(facts.recorded_at)
+            )) as data
+        from surety.facts
+        left join surety.inbox on facts.source = 'webhook' and facts.source_id = inbox.id
+        where facts.payment_id = p_payment_id and facts.source <> 'response'
+    ),
+
+    moved as (
+        select
+            postings.at,
+            postings.id as place,
+            'transfer' as kind,
+            'ledger' as actor,
+            transfers.amount_minor || ' ' || transfers.currency || ' ' || split_part(transfers.debit_account, ':', 1)
+            || ' <- ' || split_part(transfers.credit_account, ':', 1) || ' (' || postings.rule || ')' as summary,
+            null::text as from_state,
+            null::text as to_state,
+            'posted' as outcome,
+            null::numeric as duration_ms,
+            jsonb_build_object(
+                'cause', postings.cause, 'rule', postings.rule, 'debit', transfers.debit_account,
+                'credit', transfers.credit_account, 'amount', transfers.amount_minor, 'currency', transfers.currency
+            ) as data
+        from ledger.postings
+        inner join ledger.transfers on postings.id = transfers.posting_id
+        where postings.payment_id = p_payment_id
+    )
+
+    select
+        story.at,
+        story.kind,
+        story.actor,
+        story.summary,
+        story.from_state,
+        story.to_state,
+        story.outcome,
+        story.duration_ms,
+        story.data
+    from (
+        select * from told
+        union all
+        select * from heard
+        union all
+        select * from moved
+    ) as story
+    order by story.at, story.place;
+end;
+comment on function surety.trace(text) is
+'Everything known about a payment in the order in which it happened: requests, steps, calls, webhooks, transfers, retries.';
+
+create or replace function api.get_trace(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.merchant_id,
+        (
+            select json_build_object(
+                'payment', api.payment_document(payments),
+                'entries', (
+                    select coalesce(json_agg(json_build_object(
+                        'at', surety.iso(told.at),
+                        'kind', told.kind,
+                        'actor', json_build_object(
+                            'type', split_part(told.actor, ':', 1), 'id', nullif(split_part(told.actor, ':', 2), '')
+                        ),
+                        'summary', told.summary,
+                        'from', told.from_state,
+                        'to', told.to_state,
+                        'outcome', told.outcome,
+                        'duration_ms', told.duration_ms,
+                        'data', told.data
+                    ) order by told.place), '[]'::json)
+                    from surety.trace(p_id) with ordinality as told (
+                        at, kind, actor, summary, from_state, to_state, outcome, duration_ms, data, place
+                    )
+                )
+            )::text
+            from surety.payments
+            where payments.id = p_id and payments.merchant_id = who.merchant_id
+        )
+    from api.identify(p_key_hash) as who;
+end;

@@ -1,0 +1,949 @@
+-- Surety's state: types, tables, constraints, indexes, roles. Behaviour (functions, triggers, views) is in db/*.sql.
+--
+-- Read it downward; it follows a payment's life.
+--
+--   roles         who owns it, who may connect as what; the grants stand in db/grants.sql
+--   environment   which environment this database is, and the clock that only a test database may move
+--   law           currencies, states, transitions, mandatory steps, kinds of facts: rules kept as rows
+--   merchants     who is paid, and the API keys with which they ask
+--   requests      idempotency keys and merchants' references: unique for ever, so narrow and unpartitioned
+--   payments      payments, their steps, our calls to providers
+--   facts         what the outside told us: webhooks as they came, facts as they were read from them
+--   ledger        accounts, postings (one per cause), transfers (one debit, one credit, one positive amount)
+--   outbox        events, handlers with their snapshot cursors, leased batches, retries, dead letters
+--   audit         what happened, append-only
+--   reconciliation  expectations and discrepancies
+--
+-- Conventions. Amounts are bigint minor units, named *_minor. Time is timestamptz, UTC, named *_at, and comes from
+-- surety.time_now() only. Ids are text: a prefix, 12 hex digits of milliseconds, 20 random ones; so they sort by time.
+-- Constraints are named as the claims they make: those names are the vocabulary of the API's errors.
+--
+-- Invariants that constraints keep:
+--   a step is legal            steps (from_state, to_state) -> transitions
+--   a step starts where the last ended   steps (payment_id, version - 1, from_state) -> steps (payment_id, version, to_state)
+--   a payment's state is its last step   payments (id, version, state) -> steps
+--   a posting can't be unbalanced        a transfer names one debit, one credit, one amount
+--   a cause posts once                   postings.cause is unique
+--   a fact counts once                   fact_keys
+-- Lock order, everywhere, each sorted, once per transaction:
+--   idempotency keys, references, inbox and facts, payments, refunds, accounts, batch.
+
+-- ---------------------------------------------------------------------------------------------------------- roles
+
+-- Roles belong to the whole cluster, and several databases of one cluster may be deployed at once.
+do $$
+declare
+    v_role text;
+begin
+    foreach v_role in array array[
+        'surety_owner', 'surety_api', 'surety_webhook', 'surety_worker', 'surety_analyst', 'surety_auditor'
+    ] loop
+        begin
+            execute format('create role %I nologin', v_role);
+        exception
+            when duplicate_object or unique_violation then null;
+        end;
+    end loop;
+    if not pg_has_role(current_user, 'surety_owner', 'usage') then
+        execute format('grant surety_owner to %I', current_user);
+    end if;
+end;
+$$;
+
+create schema surety authorization surety_owner;
+create schema ledger authorization surety_owner;
+create schema outbox authorization surety_owner;
+create schema audit authorization surety_owner;
+create schema api authorization surety_owner;
+create schema report authorization surety_owner;
+
+set local role surety_owner;
+
+-- ---------------------------------------------------------------------------------------------------- environment
+
+create table surety.environment (
+    singleton boolean not null default true,
+    id text collate "C" not null,
+    kind text not null,
+    livemode boolean not null default false,
+    created_at timestamptz not null default now(),
+    constraint environment_pkey primary key (singleton),
+    constraint environment_is_one_row check (singleton),
+    constraint environment_kind_is_known check (kind in ('production', 'test')),
+    constraint test_environment_moves_no_real_money check (kind = 'production' or not livemode),
+    constraint environment_kind_can_be_referred_to unique (kind)
+);
+comment on table surety.environment is
+'One row: this database''s identity. Its id goes into providers'' metadata, so foreign money can be told from lost money.';
+
+create table surety.clock (
+    kind text not null default 'test',
+    ahead interval not null,
+    constraint clock_pkey primary key (kind),
+    constraint clock_is_for_tests check (kind = 'test'),
+    constraint clock_moves_only_in_a_test_database foreign key (kind) references surety.environment (kind)
+);
+comment on table surety.clock is
+'How far surety.time_now() runs ahead of the server. A row can exist only where environment.kind is test.';
+
+-- ------------------------------------------------------------------------------------------------------------ law
+
+create table surety.currencies (
+    currency text collate "C" not null,
+    exponent smallint not null,
+    minimum_minor bigint not null,
+    maximum_minor bigint not null,
+    constraint currencies_pkey primary key (currency),
+    constraint currency_is_lower_case_iso_4217 check (currency ~ '^[a-z]{3}$'),
+    constraint currency_exponent_is_known check (exponent in (0, 2, 3)),
+    constraint currency_bounds_are_ordered check (minimum_minor between 1 and maximum_minor)
+);
+comment on table surety.currencies is
+'Currencies accepted, with the number of minor digits and the smallest and largest amount of one payment.';
+
+create table surety.states (
+    state text collate "C" not null,
+    position smallint not null,
+    status text not null,
+    is_final boolean not null,
+    ask_after interval,
+    meaning text not null,
+    constraint states_pkey primary key (state),
+    constraint state_position_is_unique unique (position),
+    constraint state_status_is_known check (
+        status in ('pending', 'action_required', 'succeeded', 'failed', 'canceled', 'refunded', 'disputed')
+    )
+);
+comment on table surety.states is
+'The fourteen states. status is the coarse one that merchants see; ask_after is how long the sweep lets a payment wait
+there before it asks the provider (null: nothing to ask).';
+
+create table surety.transitions (
+    from_state text collate "C" not null,
+    to_state text collate "C" not null,
+    constraint transitions_pkey primary key (from_state, to_state),
+    constraint transition_starts_in_a_state foreign key (from_state) references surety.states (state),
+    constraint transition_ends_in_a_state foreign key (to_state) references surety.states (state)
+);
+comment on table surety.transitions is 'The legal steps. A step that is not a row here can not be written.';
+
+create table surety.mandatory_steps (
+    rail text not null,
+    capture_method text not null,
+    position smallint not null,
+    state text collate "C" not null,
+    constraint mandatory_steps_pkey primary key (rail, capture_method, position),
+    constraint mandatory_step_is_visited_once unique (rail, capture_method, state),
+    constraint mandatory_step_is_a_state foreign key (state) references surety.states (state)
+);
+comment on table surety.mandatory_steps is
+'The canonical path of each rail and capture method: the steps that every payment there makes, whatever order its facts
+come in.';
+
+create table surety.fact_kinds (
+    kind text collate "C" not null,
+    family text not null,
+    rank smallint not null,
+    evidences text collate "C",
+    meaning text not null,
+    constraint fact_kinds_pkey primary key (kind),
+    constraint fact_family_is_known check (family in ('intent', 'charge', 'refund', 'dispute', 'money', 'payout')),
+    constraint fact_evidences_a_state foreign key (evidences) references surety.states (state)
+);
+comment on table surety.fact_kinds is
+'What a provider can tell us. Within a family the highest rank about one object wins; evidences names the state that the
+fact alone proves.';
+
+insert into surety.currencies (currency, exponent, minimum_minor, maximum_minor) values
+('usd', 2, 50, 99999999),
+('eur', 2, 50, 99999999),
+('gbp', 2, 30, 99999999),
+('aud', 2, 50, 99999999),
+('cad', 2, 50, 99999999),
+('chf', 2, 50, 99999999),
+('czk', 2, 1500, 99999999),
+('dkk', 2, 250, 99999999),
+('hkd', 2, 400, 99999999),
+('jpy', 0, 50, 99999999),
+('krw', 0, 500, 99999999),
+('kwd', 3, 200, 99999990),
+('mxn', 2, 1000, 99999999),
+('nok', 2, 300, 99999999),
+('nzd', 2, 50, 99999999),
+('pln', 2, 200, 99999999),
+('sek', 2, 300, 99999999),
+('sgd', 2, 50, 99999999);
+
+insert into surety.states (state, position, status, is_final, ask_after, meaning) values
+('initiated', 1, 'pending', false, null, 'accepted and stored; nothing sent'),
+('submitting', 2, 'pending', false, null, 'a provider call is in flight, or its outcome is unknown'),
+('provider_submitted', 3, 'pending', false, '60 seconds', 'the provider''s id is held'),
+('requires_action', 4, 'action_required', false, '60 seconds', 'the payer must act'),
+('authorized', 5, 'pending', false, '1 hour', 'funds held, not captured'),
+('processing', 6, 'pending', false, '60 seconds', 'capture or the ACH network under way'),
+('confirmed', 7, 'succeeded', false, null, 'the provider says that it succeeded'),
+('settled', 8, 'succeeded', true, null, 'matched to money that arrived'),
+('partially_refunded', 9, 'refunded', true, null, 'a part of it was given back'),
+('refunded', 10, 'refunded', true, null, 'all of it was given back'),
+('disputed', 11, 'disputed', false, null, 'funds held back by the network'),
+('reversed', 12, 'failed', true, null, 'returned, or a dispute lost'),
+('failed', 13, 'failed', true, null, 'it did not succeed'),
+('canceled', 14, 'canceled', true, null, 'called off before it succeeded');
+
+insert into surety.transitions (from_state, to_state) values
+('initiated', 'submitting'),
+('initiated', 'canceled'),
+('initiated', 'failed'),
+('submitting', 'provider_submitted'),
+('submitting', 'failed'),
+('provider_submitted', 'requires_action'),
+('provider_submitted', 'authorized'),
+('provider_submitted', 'processing'),
+('provider_submitted', 'confirmed'),
+('provider_submitted', 'failed'),
+('provider_submitted', 'canceled'),
+('requires_action', 'authorized'),
+('requires_action', 'processing'),
+('requires_action', 'confirmed'),
+('requires_action', 'failed'),
+('requires_action', 'canceled'),
+('authorized', 'processing'),
+('authorized', 'confirmed'),
+('authorized', 'failed'),
+('authorized', 'canceled'),
+('processing', 'authorized'),
+('processing', 'confirmed'),
+('processing', 'failed'),
+('processing', 'canceled'),
+('confirmed', 'settled'),
+('confirmed', 'partially_refunded'),
+('confirmed', 'refunded'),
+('confirmed', 'disputed'),
+('confirmed', 'reversed'),
+('settled', 'partially_refunded'),
+('settled', 'refunded'),
+('settled', 'disputed'),
+('settled', 'reversed'),
+('partially_refunded', 'partially_refunded'),
+('partially_refunded', 'refunded'),
+('partially_refunded', 'confirmed'),
+('partially_refunded', 'settled'),
+('partially_refunded', 'disputed'),
+('partially_refunded', 'reversed'),
+('refunded', 'partially_refunded'),
+('refunded', 'confirmed'),
+('refunded', 'settled'),
+('refunded', 'disputed'),
+('refunded', 'reversed'),
+('disputed', 'confirmed'),
+('disputed', 'settled'),
+('disputed', 'partially_refunded'),
+('disputed', 'refunded'),
+('disputed', 'reversed'),
+('reversed', 'disputed'),
+('reversed', 'settled'),
+('reversed', 'confirmed'),
+('reversed', 'partially_refunded'),
+('reversed', 'refunded'),
+('failed', 'confirmed'),
+('canceled', 'confirmed');
+
+insert into surety.mandatory_steps (rail, capture_method, position, state) values
+('card', 'automatic', 1, 'initiated'),
+('card', 'automatic', 2, 'submitting'),
+('card', 'automatic', 3, 'provider_submitted'),
+('card', 'automatic', 5, 'confirmed'),
+('card', 'automatic', 6, 'settled'),
+('card', 'manual', 1, 'initiated'),
+('card', 'manual', 2, 'submitting'),
+('card', 'manual', 3, 'provider_submitted'),
+('card', 'manual', 4, 'authorized'),
+('card', 'manual', 5, 'confirmed'),
+('card', 'manual', 6, 'settled'),
+('ach', 'automatic', 1, 'initiated'),
+('ach', 'automatic', 2, 'submitting'),
+('ach', 'automatic', 3, 'provider_submitted'),
+('ach', 'automatic', 4, 'processing'),
+('ach', 'automatic', 5, 'confirmed'),
+('ach', 'automatic', 6, 'settled');
+
+insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
+('submitted', 'intent', 1, 'provider_submitted', 'the provider holds the payment under this id'),
+('action', 'intent', 2, 'requires_action', 'the payer must act; data.next_action says how'),
+('processing', 'intent', 3, 'processing', 'the network is at work'),
+('attempt_failed', 'intent', 3, null, 'one attempt was declined; the intent still lives'),
+('failed', 'intent', 4, 'failed', 'the intent was ended after a decline'),
+('canceled', 'intent', 4, 'canceled', 'the intent was called off'),
+('authorized', 'charge', 1, 'authorized', 'funds are held'),
+('captured', 'charge', 2, 'confirmed', 'the amount was captured'),
+('returned', 'charge', 3, 'reversed', 'the network took the captured amount back'),
+('refund_pending', 'refund', 1, null, 'a refund is under way'),
+('refund_succeeded', 'refund', 2, null, 'a refund reached the payer'),
+('refund_failed', 'refund', 3, null, 'a refund came back'),
+('refund_canceled', 'refund', 3, null, 'a refund was called off'),
+('dispute_opened', 'dispute', 1, 'disputed', 'the network withdrew the amount'),
+('dispute_lost', 'dispute', 1, 'reversed', 'the network keeps it'),
+('dispute_won', 'dispute', 1, null, 'the network gave it back'),
+('money', 'money', 1, null, 'a balance transaction: the provider''s money moved'),
+('available', 'money', 2, null, 'the balance transaction''s money may be paid out'),
+('payout', 'payout', 1, null, 'the provider sent money to the bank'),
+('payout_failed', 'payout', 2, null, 'the money came back');
+
+-- ------------------------------------------------------------------------------------------------------ merchants
+
+create table surety.merchants (
+    id text collate "C" not null,
+    name text not null,
+    provider_account text not null default '',
+    fee_basis_points integer not null default 340,
+    fee_fixed_minor bigint not null default 35,
+    created_at timestamptz not null,
+    suspended_at timestamptz,
+    constraint merchants_pkey primary key (id),
+    constraint merchant_id_is_a_merchant_id check (id ~ '^mer_[0-9a-f]{32}$'),
+    constraint merchant_name_is_short check (char_length(name) between 1 and 200),
+    constraint merchant_fee_is_not_negative check (fee_basis_points between 0 and 10000 and fee_fixed_minor >= 0)
+);
+comment on table surety.merchants is
+'The businesses that are paid. provider_account is their account at the provider, empty for the platform''s own. Our fee
+is amount * fee_basis_points / 10000, rounded half up, plus fee_fixed_minor.';
+
+create table surety.api_keys (
+    id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    hash bytea not null,
+    hint text not null,
+    created_at timestamptz not null,
+    revoked_at timestamptz,
+    constraint api_keys_pkey primary key (id),
+    constraint api_key_id_is_a_key_id check (id ~ '^key_[0-9a-f]{32}$'),
+    constraint api_key_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint api_key_hash_is_unique unique (hash),
+    constraint api_key_hash_is_sha256 check (length(hash) = 32)
+);
+comment on table surety.api_keys is
+'API keys by their SHA-256; the key itself is shown once, when it is made. hint holds its last characters.';
+
+-- ------------------------------------------------------------------------------------------------------- requests
+
+create table surety.idempotency_keys (
+    merchant_id text collate "C" not null,
+    route text not null,
+    key text collate "C" not null,
+    request_hash bytea not null,
+    payment_id text collate "C" not null,
+    status smallint not null,
+    response text not null,
+    created_at timestamptz not null,
+    constraint idempotency_keys_pkey primary key (merchant_id, route, key),
+    constraint idempotency_key_is_printable check (key ~ '^[ -~]{1,255}$')
+);
+create index idempotency_keys_by_age on surety.idempotency_keys (created_at);
+comment on table surety.idempotency_keys is
+'Answers that took effect, kept 30 days, so that a repeated request gets the first answer byte for byte.';
+
+create table surety.payment_references (
+    merchant_id text collate "C" not null,
+    reference text collate "C" not null,
+    payment_id text collate "C" not null,
+    constraint payment_references_pkey primary key (merchant_id, reference)
+);
+comment on table surety.payment_references is
+'A merchant''s references that are in use: by payments that are neither failed nor canceled.';
+
+-- ------------------------------------------------------------------------------------------------------- payments
+
+create table surety.payments (
+    id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    version integer not null,
+    state text collate "C" not null,
+    amount_minor bigint not null,
+    currency text collate "C" not null,
+    captured_minor bigint not null default 0,
+    refunded_minor bigint not null default 0,
+    refund_pending_minor bigint not null default 0,
+    at_risk_minor bigint not null default 0,
+    reversed_minor bigint not null default 0,
+    rail text not null,
+    capture_method text not null,
+    method_token text not null,
+    reference text collate "C",
+    description text,
+    statement_descriptor_suffix text,
+    return_url text,
+    customer jsonb,
+    metadata jsonb not null default '{}',
+    provider text not null,
+    provider_account text not null,
+    livemode boolean not null,
+    provider_id text collate "C",
+    next_action jsonb,
+    failure jsonb,
+    flags jsonb not null default '{}',
+    created_at timestamptz not null,
+    updated_at timestamptz not null,
+    ask_at timestamptz,
+    asked integer not null default 0,
+    constraint payments_pkey primary key (id),
+    constraint payment_id_is_a_payment_id check (id ~ '^pay_[0-9a-f]{32}$'),
+    constraint payment_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint payment_currency_is_known foreign key (currency) references surety.currencies (currency),
+    constraint payment_amount_is_positive check (amount_minor > 0),
+    constraint payment_rail_has_a_path check (
+        rail = 'card' and capture_method in ('automatic', 'manual') or rail = 'ach' and capture_method = 'automatic'
+    ),
+    constraint captured_stays_within_amount check (captured_minor between 0 and amount_minor),
+    constraint refunds_stay_within_captured check (
+        refunded_minor >= 0 and refund_pending_minor >= 0 and refunded_minor + refund_pending_minor <= captured_minor
+    ),
+    constraint losses_are_not_negative check (at_risk_minor >= 0 and reversed_minor >= 0),
+    constraint payment_reference_is_short check (char_length(reference) between 1 and 255),
+    constraint payment_description_is_short check (char_length(description) between 1 and 1000),
+    constraint payment_descriptor_suffix_is_short check (char_length(statement_descriptor_suffix) between 1 and 22),
+    constraint payment_return_url_is_short check (char_length(return_url) between 1 and 2048),
+    constraint payment_metadata_is_an_object check (jsonb_typeof(metadata) = 'object')
+) partition by range (id);
+create index payments_of_a_merchant on surety.payments (merchant_id, id);
+create index payments_to_ask_about on surety.payments (ask_at) where ask_at is not null;
+comment on table surety.payments is
+'Payments. state and version project the last step; amounts beside them come from facts. ask_at is when the sweep asks
+the provider next. Changed only by inserting steps and recording facts.';
+
+create table surety.steps (
+    payment_id text collate "C" not null,
+    version integer not null,
+    prior_version integer not null generated always as (version - 1) stored,
+    from_state text collate "C",
+    to_state text collate "C" not null,
+    cause text not null,
+    implied boolean not null default false,
+    at timestamptz not null,
+    actor text not null,
+    request_id text collate "C",
+    constraint steps_pkey primary key (payment_id, version),
+    constraint step_end_can_be_referred_to unique (payment_id, version, to_state),
+    constraint step_belongs_to_a_payment foreign key (payment_id) references surety.payments (id),
+    constraint step_is_legal foreign key (from_state, to_state)
+    references surety.transitions (from_state, to_state),
+    constraint step_starts_where_the_last_ended foreign key (payment_id, prior_version, from_state)
+    references surety.steps (payment_id, version, to_state),
+    constraint only_the_first_step_starts_nowhere check ((version = 1) = (from_state is null)),
+    constraint step_version_is_positive check (version >= 1),
+    constraint first_step_is_initiated check (version > 1 or to_state = 'initiated')
+) partition by range (payment_id);
+comment on table surety.steps is
+'The truth about states: a chain of steps per payment. implied marks a step that was walked because it must have happened.';
+
+alter table surety.payments add constraint payment_state_is_its_last_step
+foreign key (id, version, state) references surety.steps (payment_id, version, to_state)
+deferrable initially deferred;
+
+create table surety.calls (
+    payment_id text collate "C" not null,
+    operation text not null,
+    idempotency_key text collate "C" not null,
+    request text not null,
+    first_sent_at timestamptz not null,
+    last_sent_at timestamptz not null,
+    sends integer not null default 1,
+    answered_at timestamptz,
+    status smallint,
+    constraint calls_pkey primary key (payment_id, operation),
+    constraint call_belongs_to_a_payment foreign key (payment_id) references surety.payments (id),
+    constraint call_operation_is_known check (operation in ('create', 'confirm', 'capture', 'cancel')),
+    constraint call_answer_has_a_status check ((answered_at is null) = (status is null))
+) partition by range (payment_id);
+comment on table surety.calls is
+'What we send to providers: the very bytes and key, written before they are sent, so that an unknown outcome can be asked
+about with the same ones. answered_at is null while the outcome is unknown.';
+
+-- ---------------------------------------------------------------------------------------------------------- facts
+
+create table surety.inbox (
+    id text collate "C" not null,
+    provider text not null,
+    account text not null,
+    livemode boolean not null,
+    event_id text collate "C" not null,
+    type text not null,
+    headers jsonb not null,
+    body text not null,
+    received_at timestamptz not null,
+    constraint inbox_pkey primary key (id)
+) partition by range (id);
+comment on table surety.inbox is
+'Webhooks with a valid signature, as they came, once per provider event. body is the signed text.';
+
+create table surety.inbox_keys (
+    provider text not null,
+    account text not null,
+    event_id text collate "C" not null,
+    inbox_id text collate "C" not null,
+    constraint inbox_keys_pkey primary key (provider, account, event_id)
+);
+comment on table surety.inbox_keys is 'Provider event ids ever received: what makes a repeated webhook a repeat.';
+
+create table surety.rejected_webhooks (
+    id text collate "C" not null,
+    provider text not null,
+    reason text not null,
+    headers jsonb not null,
+    body bytea not null,
+    body_bytes integer not null,
+    received_at timestamptz not null,
+    constraint rejected_webhooks_pkey primary key (id),
+    constraint rejected_body_is_bounded check (length(body) <= 4096)
+);
+comment on table surety.rejected_webhooks is
+'Webhooks whose signature did not hold, cut to 4096 bytes; the newest thousand are kept.';
+
+create table surety.provider_objects (
+    provider text not null,
+    account text not null,
+    object_id text collate "C" not null,
+    payment_id text collate "C" not null,
+    constraint provider_objects_pkey primary key (provider, account, object_id)
+);
+comment on table surety.provider_objects is 'Which payment a provider''s object (pi_, ch_, re_, dp_, txn_) belongs to.';
+
+create table surety.fact_keys (
+    provider text not null,
+    account text not null,
+    livemode boolean not null,
+    object_id text collate "C" not null,
+    kind text collate "C" not null,
+    revision integer not null default 0,
+    fact_id text collate "C" not null,
+    constraint fact_keys_pkey primary key (provider, account, livemode, object_id, kind, revision),
+    constraint fact_kind_is_known foreign key (kind) references surety.fact_kinds (kind)
+);
+comment on table surety.fact_keys is
+'Facts ever recorded: neither amount, time nor source is part of the key, so a webhook and a poll about one object are one
+fact. revision numbers the fetches of what is not monotone (disputes); elsewhere it is 0.';
+
+create table surety.facts (
+    id text collate "C" not null,
+    payment_id text collate "C" not null,
+    provider text not null,
+    account text not null,
+    livemode boolean not null,
+    object_id text collate "C" not null,
+    kind text collate "C" not null,
+    revision integer not null default 0,
+    amount_minor bigint,
+    currency text collate "C",
+    data jsonb not null default '{}',
+    source text not null,
+    source_id text collate "C",
+    disregarded text,
+    occurred_at timestamptz,
+    recorded_at timestamptz not null,
+    constraint facts_pkey primary key (payment_id, id),
+    constraint fact_belongs_to_a_payment foreign key (payment_id) references surety.payments (id),
+    constraint fact_source_is_known check (source in ('response', 'webhook', 'poll', 'file', 'operator'))
+) partition by range (payment_id);
+-- What a payment's facts amount to: surety.derive returns it.
+create type surety.derived as (
+    payment_id text,
+    target_state text,
+    captured_minor bigint,
+    excess_minor bigint,
+    refunded_minor bigint,
+    refund_pending_minor bigint,
+    over_refunded_minor bigint,
+    at_risk_minor bigint,
+    reversed_minor bigint,
+    is_settled boolean,
+    is_lost boolean,
+    evidenced text [],
+    provider_id text,
+    next_action jsonb,
+    failure jsonb
+);
+comment on table surety.facts is
+'What providers told us about payments. The state is a function of these rows. disregarded says why one counts for
+nothing (another currency, account or mode): such facts have opened a discrepancy.';
+
+create table surety.parked_facts (
+    id text collate "C" not null,
+    provider text not null,
+    account text not null,
+    livemode boolean not null,
+    object_id text collate "C" not null,
+    kind text collate "C" not null,
+    revision integer not null default 0,
+    fact jsonb not null,
+    parked_at timestamptz not null,
+    ended_at timestamptz,
+    ended_as text,
+    constraint parked_facts_pkey primary key (id),
+    constraint parked_fact_ends_as_something check ((ended_at is null) = (ended_as is null)),
+    constraint parked_fact_ending_is_known check (ended_as in ('attached', 'unattached', 'foreign', 'missing_here')),
+    constraint fact_is_parked_once unique (provider, account, livemode, object_id, kind, revision)
+);
+create index parked_facts_waiting on surety.parked_facts (parked_at) where ended_at is null;
+comment on table surety.parked_facts is
+'Facts without a payment. One whose payment is not known yet is tried again for 15 minutes, then it is foreign, or a
+critical discrepancy when it carries our environment''s metadata; payouts and the provider''s own fees are unattached.';
+
+create table surety.pending_money (
+    provider text not null,
+    account text not null,
+    object_id text collate "C" not null,
+    created_at timestamptz not null,
+    available_at timestamptz not null,
+    constraint pending_money_pkey primary key (provider, account, object_id)
+);
+create index pending_money_by_time on surety.pending_money (available_at);
+comment on table surety.pending_money is
+'Balance transactions that are known and not yet available: looked at again from available_at on.';
+
+-- --------------------------------------------------------------------------------------------------------- ledger
+
+create table ledger.account_kinds (
+    kind text collate "C" not null,
+    owner text not null,
+    normal_side text not null,
+    keeps_balance boolean not null,
+    meaning text not null,
+    constraint account_kinds_pkey primary key (kind),
+    constraint account_owner_is_known check (owner in ('merchant', 'provider', 'house')),
+    constraint account_side_is_known check (normal_side in ('debit', 'credit')),
+    constraint only_merchants_balances_are_kept check (keeps_balance = (owner = 'merchant'))
+);
+comment on table ledger.account_kinds is 'The chart of accounts.';
+
+insert into ledger.account_kinds (kind, owner, normal_side, keeps_balance, meaning) values
+('due', 'provider', 'debit', false, 'the provider owes us: captured, not yet in its balance'),
+('stripe', 'provider', 'debit', false, 'our balance at Stripe, pending and available'),
+('transit', 'provider', 'debit', false, 'paid out, not yet at the bank'),
+('bank', 'provider', 'debit', false, 'at the bank'),
+('network', 'provider', 'debit', false, 'withheld by the network in a dispute'),
+('ach', 'provider', 'debit', false, 'ACH clearing'),
+('reserved', 'provider', 'debit', false, 'held by the provider as a reserve'),
+('pend', 'merchant', 'credit', true, 'owed to the merchant, not yet settled'),
+('avail', 'merchant', 'credit', true, 'owed to the merchant, settled; may go negative'),
+('held', 'merchant', 'credit', true, 'the merchant''s, held back in a dispute'),
+('refunding', 'merchant', 'credit', true, 'on its way back to payers'),
+('rev', 'house', 'credit', false, 'our fees'),
+('cost', 'house', 'debit', false, 'the provider''s fees'),
+('suspense', 'house', 'credit', false, 'money that nobody has explained yet'),
+('fx', 'house', 'credit', false, 'currency exchange, one per currency');
+
+create table ledger.rules (
+    cause text collate "C" not null,
+    leg smallint not null,
+    debit text collate "C" not null,
+    credit text collate "C" not null,
+    amount text not null,
+    constraint rules_pkey primary key (cause, leg),
+    constraint rule_debits_an_account_kind foreign key (debit) references ledger.account_kinds (kind),
+    constraint rule_credits_an_account_kind foreign key (credit) references ledger.account_kinds (kind),
+    constraint rule_moves_between_two_accounts check (debit <> credit),
+    constraint rule_amount_is_known check (
+        amount in ('gross', 'fee', 'net', 'ours', 'excess', 'other_gross', 'other_net')
+    )
+);
+comment on table ledger.rules is
+'Which transfers each cause makes. gross, fee and net are the record''s (a negative one moves the other way); ours is our
+fee; other_* are in the payment''s currency where the record is in another.';
+
+insert into ledger.rules (cause, leg, debit, credit, amount) values
+('captured', 1, 'due', 'pend', 'gross'),
+('captured', 2, 'pend', 'rev', 'ours'),
+('captured', 3, 'due', 'suspense', 'excess'),
+('charge', 1, 'stripe', 'due', 'gross'),
+('charge', 2, 'cost', 'stripe', 'fee'),
+('charge_exchanged', 1, 'fx', 'due', 'other_gross'),
+('charge_exchanged', 2, 'stripe', 'fx', 'gross'),
+('charge_exchanged', 3, 'cost', 'stripe', 'fee'),
+('settled', 1, 'pend', 'avail', 'net'),
+('settled_exchanged', 1, 'pend', 'fx', 'other_net'),
+('settled_exchanged', 2, 'fx', 'avail', 'net'),
+('refund_asked', 1, 'avail', 'refunding', 'gross'),
+('refund_failed', 1, 'refunding', 'avail', 'gross'),
+('refund', 1, 'stripe', 'refunding', 'gross'),
+('refund', 2, 'cost', 'stripe', 'fee'),
+('refund_failure', 1, 'stripe', 'refunding', 'gross'),
+('refund_failure', 2, 'cost', 'stripe', 'fee'),
+('dispute_opened', 1, 'avail', 'held', 'gross'),
+('dispute_won', 1, 'held', 'avail', 'gross'),
+('dispute_lost', 1, 'held', 'network', 'gross'),
+('dispute_reinstated', 1, 'network', 'avail', 'gross'),
+('dispute_appealed', 1, 'network', 'held', 'gross'),
+('dispute', 1, 'stripe', 'network', 'gross'),
+('dispute', 2, 'cost', 'stripe', 'fee'),
+('dispute', 3, 'avail', 'rev', 'fee'),
+('dispute_reversal', 1, 'stripe', 'network', 'gross'),
+('dispute_reversal', 2, 'cost', 'stripe', 'fee'),
+('payout', 1, 'stripe', 'transit', 'gross'),
+('payout_reversal', 1, 'stripe', 'transit', 'gross'),
+('provider_fee', 1, 'stripe', 'cost', 'net'),
+('reserve', 1, 'stripe', 'reserved', 'net'),
+('foreign', 1, 'stripe', 'suspense', 'net');
+
+-- One cause that moves money, as ledger.post takes it. ours, excess and other_* default to nothing.
+create type ledger.entry as (
+    cause text,
+    rule text,
+    payment_id text,
+    merchant_id text,
+    provider_owner text,
+    currency text,
+    gross bigint,
+    fee bigint,
+    net bigint,
+    ours bigint,
+    excess bigint,
+    other_currency text,
+    other_gross bigint,
+    other_net bigint
+);
+
+create table ledger.accounts (
+    id text collate "C" not null,
+    kind text collate "C" not null,
+    owner_id text collate "C" not null,
+    currency text collate "C" not null,
+    constraint accounts_pkey primary key (id),
+    constraint account_kind_is_known foreign key (kind) references ledger.account_kinds (kind),
+    constraint account_id_tells_kind_owner_and_currency check (id = kind || ':' || owner_id || ':' || currency),
+    constraint account_currency_can_be_referred_to unique (id, currency)
+);
+comment on table ledger.accounts is
+'Accounts, made when first used. The id is kind:owner:currency, the owner a merchant''s id, a provider''s account or house.';
+
+create table ledger.postings (
+    id text collate "C" not null,
+    cause text collate "C" not null,
+    rule text collate "C" not null,
+    payment_id text collate "C",
+    at timestamptz not null,
+    constraint postings_pkey primary key (id),
+    constraint cause_posts_once unique (cause)
+);
+create index postings_of_a_payment on ledger.postings (payment_id) where payment_id is not null;
+comment on table ledger.postings is
+'One row per cause that moved money; cause names the provider''s object or the payment, and what happened to it.';
+
+create table ledger.transfers (
+    posting_id text collate "C" not null,
+    leg smallint not null,
+    debit_account text collate "C" not null,
+    credit_account text collate "C" not null,
+    amount_minor bigint not null,
+    currency text collate "C" not null,
+    constraint transfers_pkey primary key (posting_id, leg),
+    constraint transfer_belongs_to_a_posting foreign key (posting_id) references ledger.postings (id),
+    constraint transfer_debits_an_account_in_its_currency foreign key (debit_account, currency)
+    references ledger.accounts (id, currency),
+    constraint transfer_credits_an_account_in_its_currency foreign key (credit_account, currency)
+    references ledger.accounts (id, currency),
+    constraint transfer_moves_a_positive_amount check (amount_minor > 0),
+    constraint transfer_moves_between_two_accounts check (debit_account <> credit_account)
+) partition by range (posting_id);
+create index transfers_debiting on ledger.transfers (debit_account);
+create index transfers_crediting on ledger.transfers (credit_account);
+comment on table ledger.transfers is
+'Double entry by construction: one account debited, one credited, one positive amount in minor units.';
+
+create table ledger.balances (
+    account_id text collate "C" not null,
+    balance_minor bigint not null,
+    constraint balances_pkey primary key (account_id),
+    constraint balance_is_of_an_account foreign key (account_id) references ledger.accounts (id)
+);
+comment on table ledger.balances is
+'Credits minus debits of merchants'' accounts, in minor units. Written last in a transaction, in sorted order.';
+
+-- --------------------------------------------------------------------------------------------------------- outbox
+
+create table outbox.epochs (
+    epoch integer not null,
+    system_identifier bigint not null,
+    started_at timestamptz not null,
+    reason text not null,
+    constraint epochs_pkey primary key (epoch)
+);
+comment on table outbox.epochs is
+'Transaction ids are comparable only within one epoch; a restored database opens a new one (surety restored).';
+
+create table outbox.events (
+    id text collate "C" not null,
+    aggregate_type text not null,
+    aggregate_id text collate "C" not null,
+    type text collate "C" not null,
+    payload jsonb not null,
+    merchant_id text collate "C",
+    version integer,
+    epoch integer not null,
+    xid xid8 not null default pg_current_xact_id(),
+    constraint events_pkey primary key (id)
+) partition by range (id);
+create index events_in_commit_order on outbox.events (epoch, xid, id);
+create index events_of_a_merchant on outbox.events (merchant_id, epoch, xid, id) where merchant_id is not null;
+comment on table outbox.events is
+'The outbox, insert-only. Columns as Debezium''s outbox router reads them, with the writing transaction''s id.';
+
+create table outbox.handlers (
+    handler text collate "C" not null,
+    event_types text [] not null,
+    batch_size integer not null,
+    batches_at_once integer not null,
+    lease interval not null default '60 seconds',
+    retry_after interval [] not null default '{"5 seconds","60 seconds"}',
+    epoch integer not null,
+    seen pg_snapshot not null,
+    goal pg_snapshot,
+    at_xid xid8 not null default '0',
+    at_id text collate "C" not null default '',
+    paused_at timestamptz,
+    constraint handlers_pkey primary key (handler),
+    constraint handler_batch_is_bounded check (batch_size between 1 and 10000 and batches_at_once between 1 and 16),
+    constraint handler_gives_up_after_its_delays check (cardinality(retry_after) between 1 and 10)
+);
+comment on table outbox.handlers is
+'One cursor per handler: everything visible in seen has been taken, goal is being walked, (at_xid, at_id) says how far.
+A failed event is tried again after each of retry_after, then it is a dead letter.';
+
+create sequence outbox.fences;
+
+create table outbox.batches (
+    id bigint not null default nextval('outbox.fences'),
+    handler text collate "C" not null,
+    event_ids text [] not null,
+    first_id text collate "C" not null,
+    last_id text collate "C" not null,
+    is_retry boolean not null default false,
+    is_suspect boolean not null default false,
+    fence bigint not null,
+    leased_by text not null,
+    leased_until timestamptz not null,
+    claimed_at timestamptz not null,
+    constraint batches_pkey primary key (id),
+    constraint batch_belongs_to_a_handler foreign key (handler) references outbox.handlers (handler),
+    constraint batch_is_not_empty check (cardinality(event_ids) > 0),
+    constraint suspects_run_alone check (not is_suspect or cardinality(event_ids) = 1)
+);
+create index batches_by_lease on outbox.batches (handler, leased_until);
+comment on table outbox.batches is
+'Events taken and not finished, one row per claim. first_id and last_id bound event_ids, so that reading them touches few
+partitions. Who finishes must show the fence.';
+
+create table outbox.retries (
+    handler text collate "C" not null,
+    event_id text collate "C" not null,
+    failures smallint not null default 0,
+    kills smallint not null default 0,
+    attempts jsonb not null default '[]',
+    due_at timestamptz,
+    constraint retries_pkey primary key (handler, event_id),
+    constraint retry_belongs_to_a_handler foreign key (handler) references outbox.handlers (handler)
+);
+create index retries_due on outbox.retries (handler, due_at) where due_at is not null;
+comment on table outbox.retries is
+'Events that failed (failures) or whose worker died holding them (kills). due_at is null while one is being tried.';
+
+create table outbox.dead_letters (
+    id text collate "C" not null,
+    handler text collate "C" not null,
+    event_id text collate "C" not null,
+    type text collate "C" not null,
+    payment_id text collate "C",
+    payload jsonb not null,
+    attempts jsonb not null,
+    reason text not null,
+    died_at timestamptz not null,
+    closed_at timestamptz,
+    closed_as text,
+    closed_by text,
+    closed_because text,
+    constraint dead_letters_pkey primary key (id),
+    constraint dead_letter_is_closed_with_a_reason check (
+        (closed_at is null) = (closed_as is null) and (closed_at is null) = (closed_because is null)
+    ),
+    constraint dead_letter_ending_is_known check (closed_as in ('replayed', 'discarded', 'resolved'))
+);
+create unique index dead_letter_is_open_once on outbox.dead_letters (handler, event_id) where closed_at is null;
+create index dead_letters_of_a_payment on outbox.dead_letters (payment_id) where payment_id is not null;
+comment on table outbox.dead_letters is 'Events given up on, with payload and every error, until a person or the payment''s own end closes them.';
+
+-- ---------------------------------------------------------------------------------------------------------- audit
+
+create table audit.entries (
+    id text collate "C" not null,
+    at timestamptz not null,
+    xid xid8 not null default pg_current_xact_id(),
+    kind text not null,
+    actor text not null,
+    address text,
+    request_id text collate "C",
+    payment_id text collate "C",
+    merchant_id text collate "C",
+    version integer,
+    from_state text,
+    to_state text,
+    outcome text not null,
+    reason text,
+    duration_ms numeric(12, 3),
+    snapshot jsonb not null default '{}',
+    constraint entries_pkey primary key (id),
+    constraint entry_kind_is_known check (
+        kind in ('request', 'step', 'call', 'answer', 'webhook', 'operator', 'denied', 'retry', 'dead_letter', 'system')
+    ),
+    constraint entry_of_a_step_tells_the_step check ((kind = 'step') = (version is not null and to_state is not null))
+) partition by range (id);
+create index entries_of_a_payment on audit.entries (payment_id, id) where payment_id is not null;
+create index entries_in_commit_order on audit.entries (xid, id);
+comment on table audit.entries is
+'The audit trail, append-only: requests, steps, calls outside (before and after), webhooks, operators'' doings, denials.';
+
+-- ------------------------------------------------------------------------------------------------- reconciliation
+
+create table surety.expectations (
+    payment_id text collate "C" not null,
+    kind text not null,
+    opened_at timestamptz not null,
+    due_at timestamptz not null,
+    met_at timestamptz,
+    constraint expectations_pkey primary key (payment_id, kind),
+    constraint expectation_is_of_a_payment foreign key (payment_id) references surety.payments (id),
+    constraint expectation_kind_is_known check (kind in ('settlement'))
+) partition by range (payment_id);
+create index expectations_open on surety.expectations (due_at) where met_at is null;
+comment on table surety.expectations is
+'What should follow and by when; one that is not met in time opens a discrepancy.';
+
+create table surety.discrepancies (
+    id text collate "C" not null,
+    kind text not null,
+    subject text collate "C" not null,
+    payment_id text collate "C",
+    detail text not null,
+    data jsonb not null default '{}',
+    is_critical boolean not null default false,
+    opened_at timestamptz not null,
+    closed_at timestamptz,
+    closed_because text,
+    constraint discrepancies_pkey primary key (id),
+    constraint discrepancy_kind_is_known check (
+        kind in (
+            'missing_at_provider', 'missing_here', 'amount', 'currency', 'fee', 'state', 'duplicate', 'overdue', 'account',
+            'livemode', 'foreign', 'unmatched_cash', 'exchange', 'return_without_entry', 'negative_balance', 'category'
+        )
+    ),
+    constraint discrepancy_is_closed_with_a_reason check ((closed_at is null) = (closed_because is null)),
+    constraint discrepancy_is_told_once unique (kind, subject)
+);
+create index discrepancies_of_a_payment on surety.discrepancies (payment_id) where payment_id is not null;
+comment on table surety.discrepancies is 'Where our records and the outside''s differ, until somebody or something explains it.';
+
+create table surety.poll_cursors (
+    provider text not null,
+    account text not null,
+    list text not null,
+    polled_to timestamptz not null,
+    constraint poll_cursors_pkey primary key (provider, account, list)
+);
+comment on table surety.poll_cursors is 'How far each list of a provider has been read; every reading overlaps the last.';
