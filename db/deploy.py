@@ -10,8 +10,10 @@ transaction with db/*.sql. It never waits for a lock longer than LOCK_TIMEOUT, s
 either: it gives everything back and tries again.
 
 Functions are replaced in place, which takes no lock that a call could meet. Replacing views and triggers does, so they
-are written only where they changed, triggers at the end and their tables locked in the order in which schema.sql has
-them. What stands in our schemas and in no file any more is dropped, unless others have built on it: that is an error.
+are written only where they changed. Tables that a migration alters or that get a trigger are locked first of all, in
+the order in which schema.sql has them, which is that of every transaction of ours: a deploy that took a view first
+would meet a writer coming the other way every time. What stands in our schemas and in no file any more is dropped,
+unless others have built on it: that is an error.
 
 The login that deploys owns the database, may create roles, and is a member of the role that owns our schemas. It need
 not be a superuser.
@@ -57,7 +59,7 @@ union all
 select
     'trigger',
     concat_ws('.', nspname, relname, tgname),
-    concat_ws('.', nspname, relname, tgname),
+    format('%%I on %%I.%%I', tgname, nspname, relname),
     concat_ws(' ', tgenabled, pg_get_triggerdef(t.oid)),
     t.oid
 from pg_trigger t
@@ -264,6 +266,7 @@ class Run:
     def migrate(self, migrations: Sequence[Migration], then: Callable[[], None] = lambda: None) -> None:
         """Run migrations that share this transaction."""
         self.become(self.owner())
+        self.lock_tables(migrations)
         for migration in migrations:
             with self.search_path(migration.search_path):
                 self.execute_all(migration.statements)
@@ -298,6 +301,19 @@ class Run:
             name = sql.Identifier(schema, statement.name)
             self.conn.execute(sql.SQL("drop index concurrently if exists {}").format(name))
 
+    def lock_tables(self, migrations: Iterable[Migration]) -> None:
+        """Lock the tables to be altered or to get a trigger, in the order in which everybody locks them."""
+        modes = {trigger.table: "share row exclusive" for trigger in self.stale() if trigger.kind == "trigger"}
+        ours = (migration for migration in migrations if migration.origin == "surety")
+        for statement in (statement for migration in ours for statement in migration.statements):
+            if statement.kind == "alteration":
+                modes[statement.table] = "access exclusive"
+        creates = "\n".join(statement.text.lower() for statement in self.source.schema)
+        for table in sorted(modes, key=lambda name: creates.find(f"create table {name} ")):
+            if self.conn.execute("select to_regclass(%s)", (table,)).fetchone() != (None,):
+                name = sql.Identifier(*table.split("."))
+                self.conn.execute(sql.SQL("lock table {} in {} mode").format(name, sql.SQL(modes[table])))
+
     def record(self, migrations: Iterable[Migration]) -> None:
         """Note migrations as applied."""
         with self.conn.cursor() as cursor:
@@ -314,10 +330,8 @@ class Run:
         for statement in self.source.statements:
             if statement.kind not in ("view", "trigger"):
                 self.execute(statement)
-            elif statement.kind == "view" and statement in stale:
-                self.execute(statement)
-                self.written.append(statement.identity)
-        self.write_triggers([statement for statement in stale if statement.kind == "trigger"])
+            elif statement in stale:
+                self.replace(statement)
         self.drop_leftovers()
         self.refuse_overloads()
         self.remember()
@@ -338,19 +352,13 @@ class Run:
 
         return [each for each in self.source.statements if each.kind in ("view", "trigger") and not is_current(each)]
 
-    def write_triggers(self, triggers: Sequence[Statement]) -> None:
-        """Write triggers, their tables locked beforehand in the order in which everybody locks them."""
-        creates = "\n".join(statement.text.lower() for statement in self.source.schema)
-        tables = sorted({each.table for each in triggers}, key=lambda table: creates.find(f"create table {table} "))
-        for table in tables:
-            name = sql.Identifier(*table.split("."))
-            self.conn.execute(sql.SQL("lock table {} in share row exclusive mode").format(name))
-        there = {each.identity for each in self.objects() if each.kind == "trigger"}
-        for trigger in triggers:
-            if trigger.identity in there and not trigger.replaces:
-                self.drop_trigger(trigger.identity)
-            self.execute(trigger)
-            self.written.append(trigger.identity)
+    def replace(self, statement: Statement) -> None:
+        """Write a view or trigger; a constraint trigger can't be replaced in place."""
+        if not statement.replaces:
+            schema, table, name = map(sql.Identifier, statement.identity.split("."))
+            self.conn.execute(sql.SQL("drop trigger if exists {} on {}.{}").format(name, schema, table))
+        self.execute(statement)
+        self.written.append(statement.identity)
 
     def drop_leftovers(self) -> None:
         """Drop what an earlier deploy wrote and this one doesn't know, each after what depends on it."""
@@ -372,15 +380,8 @@ class Run:
 
     def drop(self, leftover: Object) -> None:
         """Drop a function, view or trigger."""
-        if leftover.kind == "trigger":
-            self.drop_trigger(leftover.identity)
-        else:
-            self.conn.execute(f"drop {'view' if leftover.kind == 'view' else 'routine'} {leftover.name}".encode())
-
-    def drop_trigger(self, identity: str) -> None:
-        """Drop a trigger by schema.table.name."""
-        schema, table, name = map(sql.Identifier, identity.split("."))
-        self.conn.execute(sql.SQL("drop trigger {} on {}.{}").format(name, schema, table))
+        kind = "routine" if leftover.kind == "function" else leftover.kind
+        self.conn.execute(f"drop {kind} {leftover.name}".encode())
 
     def refuse_overloads(self) -> None:
         """A changed signature makes a second function beside the first, which would live on unseen."""

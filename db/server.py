@@ -120,31 +120,40 @@ def binaries() -> Binaries:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The user as whom a server runs."""
+    """The user as whom a server runs; no ids: as whoever calls."""
 
-    name: str
-    uid: int
-    gid: int
+    name: str = ""
+    uid: int | None = None
+    gid: int | None = None
+    groups: list[int] | None = None
 
     @classmethod
-    def for_servers(cls) -> Account | None:
-        """None: as whoever calls."""
+    def for_servers(cls) -> Account:
+        """Whoever calls, unless that is root."""
         if os.geteuid() != 0:
-            return None
+            return cls()
         for name in ("postgres", "nobody"):
             with contextlib.suppress(KeyError):
                 entry = pwd.getpwnam(name)
-                return cls(name, entry.pw_uid, entry.pw_gid)
+                return cls(name, entry.pw_uid, entry.pw_gid, groups=[])
         raise ServerError("PostgreSQL can't run as root, and neither `postgres` nor `nobody` exists on this machine")
 
     def can_enter(self, path: Path) -> bool:
-        """Whether it may read and enter this path and all folders above it, by their permission bits."""
+        """Whether it may enter this path and all folders above it, by their permission bits."""
+        if self.uid is None:
+            return True
         for place in (path.resolve(), *path.resolve().parents):
             status = place.stat()
             shift = 6 if status.st_uid == self.uid else 3 if status.st_gid == self.gid else 0
             if not (status.st_mode >> shift) & 0o1:
                 return False
         return True
+
+    def take(self, folder: Path) -> None:
+        """Give it a folder, to it alone."""
+        folder.chmod(0o700)
+        if self.uid is not None and self.gid is not None:
+            os.chown(folder, self.uid, self.gid)
 
 
 # --- folders that a later run may sweep ------------------------------------------------------------------------------
@@ -301,10 +310,13 @@ class EmbeddedServer:
             self.folder = self._scratch_folder(roomy_folder(), account)
         assert self.folder
         if self.kept:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._claims.append(claim(self.folder))
-            self._hand_over(self.folder, account)
-        if account and not account.can_enter(self.folder):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._claims.append(claim(self.folder))
+                account.take(self.folder)
+            except PermissionError:
+                raise ServerError(f"{self.folder} belongs to another user") from None
+        if not account.can_enter(self.folder):
             raise ServerError(
                 f"the server would run as `{account.name}`, which can't enter {self.folder}: choose another folder"
             )
@@ -313,8 +325,8 @@ class EmbeddedServer:
             self.socket_folder = self._scratch_folder(roomy_folder(), account)
 
         installed = binaries()
-        if account and not account.can_enter(installed.bin / "postgres"):
-            copies = self._scratch_folder(Path(tempfile.gettempdir()), None)
+        if not account.can_enter(installed.bin / "postgres"):
+            copies = self._scratch_folder(Path(tempfile.gettempdir()), Account())
             copies.chmod(0o755)
             installed = installed.within(copies)
         if not (self.data / "PG_VERSION").exists():
@@ -324,9 +336,10 @@ class EmbeddedServer:
                 "--no-instructions", *([] if self.durable else ["--no-sync"]),
             ])  # fmt: skip
         stop_stray(self.data)
+        self._how = account, installed
         self._spawn(account, installed)
 
-    def _spawn(self, account: Account | None, installed: Binaries) -> None:
+    def _spawn(self, account: Account, installed: Binaries) -> None:
         settings = {
             **SETTINGS,
             **({} if self.durable else THROW_AWAY_SETTINGS),
@@ -346,9 +359,9 @@ class EmbeddedServer:
                 preexec_fn=die_with_parent(),  # noqa: PLW1509  it calls nothing that another thread could have locked
                 cwd="/",
                 env=ENVIRONMENT,
-                user=account and account.uid,
-                group=account and account.gid,
-                extra_groups=[] if account else None,
+                user=account.uid,
+                group=account.gid,
+                extra_groups=account.groups,
             )
         self.process = process
         wait_until(lambda: process.poll() is not None or self._is_ready(), START_SECONDS_MAX)
@@ -357,21 +370,30 @@ class EmbeddedServer:
                 log_file.seek(log_start)
                 raise ServerError(f"PostgreSQL did not start:\n{log_file.read().decode(errors='replace')[-2000:]}")
 
+    def restart(self, mode: StopMode = "fast") -> None:
+        """Stop the server and start it on the same data; `immediate` is a crash, so it starts by recovering."""
+        self._halt(mode)
+        self._spawn(*self._how)
+
     def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server and remove what was only for this run. `immediate` is a crash: the next start recovers."""
-        if self.process:
-            self._signal(SIGNALS[mode])
-            try:
-                self.process.wait(STOP_SECONDS_MAX)
-            except subprocess.TimeoutExpired:
-                self._signal(SIGNALS["immediate"])
-                self.process.wait(STOP_SECONDS_MAX)
-            self.process = None
+        """Stop the server and remove what was only for this run."""
+        self._halt(mode)
         for folder in reversed(self._scratch):
             shutil.rmtree(folder, ignore_errors=True)
         self._scratch.clear()
         while self._claims:
             os.close(self._claims.pop())
+
+    def _halt(self, mode: StopMode) -> None:
+        if self.process is None:
+            return
+        self._signal(SIGNALS[mode])
+        try:
+            self.process.wait(STOP_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            self._signal(SIGNALS["immediate"])
+            self.process.wait(STOP_SECONDS_MAX)
+        self.process = None
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process and self.process.poll() is None:
@@ -386,20 +408,14 @@ class EmbeddedServer:
         ours = self.process is not None and lines[:1] == [str(self.process.pid)]
         return ours and len(lines) > 7 and lines[7].strip() == "ready"
 
-    def _scratch_folder(self, base: Path, account: Account | None) -> Path:
+    def _scratch_folder(self, base: Path, account: Account) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base))
         self._scratch.append(folder)
         self._claims.append(claim(folder))
-        self._hand_over(folder, account)
+        account.take(folder)
         return folder
 
-    @staticmethod
-    def _hand_over(folder: Path, account: Account | None) -> None:
-        folder.chmod(0o700)
-        if account:
-            os.chown(folder, account.uid, account.gid)
-
-    def _run_as(self, account: Account | None, command: list[str]) -> None:
+    def _run_as(self, account: Account, command: list[str]) -> None:
         done = subprocess.run(
             command,
             capture_output=True,
@@ -407,9 +423,9 @@ class EmbeddedServer:
             check=False,
             cwd="/",
             env=ENVIRONMENT,
-            user=account and account.uid,
-            group=account and account.gid,
-            extra_groups=[] if account else None,
+            user=account.uid,
+            group=account.gid,
+            extra_groups=account.groups,
         )
         if done.returncode:
             raise ServerError(f"{Path(command[0]).name} failed:\n{done.stderr[-2000:]}")

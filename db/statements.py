@@ -1,4 +1,4 @@
-"""Split SQL files into statements and tell what each one creates.
+"""Split SQL files into statements and tell what each one creates or alters.
 
 A statement keeps its file and line, so that an error can say where it stands. Known are line and block comments, plain,
 quoted and dollar-quoted text and the bodies of `begin atomic … end`; psql's backslash commands are not.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["function", "view", "trigger", "schema", "index", "other"]
+Kind = Literal["function", "view", "trigger", "schema", "index", "alteration", "other"]
 
 TOKEN = re.compile(
     r"""
@@ -29,7 +29,7 @@ TOKEN = re.compile(
 )
 COMMENT = re.compile(r"\s+|--[^\n]*|/\*.*?\*/", re.DOTALL)
 NAME = r"(?P<name>[\w.]+)"
-CREATES: dict[Kind, re.Pattern[str]] = {
+PATTERNS: dict[Kind, re.Pattern[str]] = {
     "function": re.compile(rf"create\s+(?:or\s+replace\s+)?(?:function|procedure)\s+{NAME}", re.IGNORECASE),
     "view": re.compile(rf"create\s+(?:or\s+replace\s+)?(?:recursive\s+)?view\s+{NAME}", re.IGNORECASE),
     "trigger": re.compile(
@@ -44,6 +44,7 @@ CREATES: dict[Kind, re.Pattern[str]] = {
         r"(?:only\s+)?(?P<table>[\w.]+)",
         re.IGNORECASE,
     ),
+    "alteration": re.compile(r"alter\s+table\s+(?:if\s+exists\s+)?(?:only\s+)?(?P<table>[\w.]+)", re.IGNORECASE),
 }
 
 
@@ -97,9 +98,9 @@ def classify(text: str, start: int, end: int, file: str) -> Iterator[Statement]:
     if not body:
         return
     line = text.count("\n", 0, start) + 1
-    for kind, pattern in CREATES.items():
+    for kind, pattern in PATTERNS.items():
         if found := pattern.match(body):
             groups = found.groupdict()
-            yield Statement(body, file, line, kind, groups["name"].lower(), groups.get("table", "").lower())
+            yield Statement(body, file, line, kind, groups.get("name", "").lower(), groups.get("table", "").lower())
             return
     yield Statement(body, file, line, "other")
