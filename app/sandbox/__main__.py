@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from app.sandbox.server import serve
-from app.sandbox.settings import Settings
+from app.sandbox.settings import SECRET, Settings
 
 NUMBERS = [field for field in msgspec.structs.fields(Settings) if field.type in (float, int) and field.name != "seed"]
 
@@ -29,11 +29,12 @@ def setting_options(command: Any) -> Any:
 @click.option("--faults/--no-faults", default=False, help="Misbehave as in the demo.")
 @click.option("--auto-payer", is_flag=True, help="The payer completes 3-D Secure by himself; implied by --faults.")
 @click.option("--webhook-url")
-@click.option("--webhook-secret", default="whsec_sandbox")
+@click.option("--webhook-secret", default=SECRET)
 @click.option("--webhook-event", "webhook_events", multiple=True, help="Deliver these types only; repeatable.")
 @click.option("--settlement-currency", help="Convert every charge to it; else each currency settles in itself.")
 @setting_options
 def main(
+    *,
     host: str,
     port: int,
     fd: int | None,
@@ -51,7 +52,10 @@ def main(
     settings = Settings(
         auto_payer=auto_payer, webhook_events=webhook_events, settlement_currency=settlement_currency, **numbers
     )
-    serve(host, port, memory, seed, faults, webhook_url, webhook_secret, fd=fd, settings=settings)
+    serve(
+        host=host, port=port, fd=fd, memory=memory, seed=seed, faults=faults,
+        webhook_url=webhook_url, webhook_secret=webhook_secret, settings=settings,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ async def follow(world: World, postman: Postman) -> None:
 def _carry_out_due(world: World, postman: Postman) -> float | None:
     """Carry out what is due; returns the seconds until the next plan, None if there is none."""
     agenda = world.agenda
-    while agenda and agenda[0].due <= (now := world.memory.now()):
+    while agenda and agenda[0].due <= world.memory.now():
         plan = heapq.heappop(agenda)
         if plan.what.startswith("deliver"):
             postman.post(plan)

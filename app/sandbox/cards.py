@@ -10,13 +10,17 @@ from msgspec import Struct
 
 
 class Decline(Struct, frozen=True):
+    """Why a card isn't charged."""
+
     code: str
     """The error's code; `decline_code` is the issuer's reason, where there is one."""
     decline_code: str | None
     message: str
 
 
-class Card(Struct, frozen=True, kw_only=True):
+class Card(Struct, frozen=True):
+    """A test card, and what comes of using it."""
+
     token: str
     brand: str = "visa"
     last4: str = "4242"
@@ -63,67 +67,67 @@ COUNTRIES = (
 CARDS = {
     card.token: card
     for card in (
-        Card(token="pm_card_visa"),
-        Card(token="pm_card_visa_debit", last4="5556", funding="debit"),
-        Card(token="pm_card_mastercard", brand="mastercard", last4="4444"),
-        Card(token="pm_card_mastercard_debit", brand="mastercard", last4="8210", funding="debit"),
-        Card(token="pm_card_mastercard_prepaid", brand="mastercard", last4="5100", funding="prepaid"),
-        Card(token="pm_card_amex", brand="amex", last4="8431"),
-        Card(token="pm_card_amex_threeDSecureNotSupported", brand="amex", last4="0005"),
-        Card(token="pm_card_discover", brand="discover", last4="1117"),
-        Card(token="pm_card_diners", brand="diners", last4="0004"),
-        Card(token="pm_card_jcb", brand="jcb", last4="0505", country="JP"),
-        Card(token="pm_card_unionpay", brand="unionpay", last4="0005", country="CN"),
-        *(Card(token=f"pm_card_{country}", last4="0000", country=country.upper()) for country in COUNTRIES.split()),
-        Card(token="pm_card_visa_chargeDeclined", last4="0002", decline=GENERIC),
-        Card(token="pm_card_chargeDeclined", last4="0002", decline=GENERIC),
-        Card(token="pm_card_visa_chargeDeclinedInsufficientFunds", last4="9995", decline=INSUFFICIENT),
-        Card(token="pm_card_chargeDeclinedInsufficientFunds", last4="9995", decline=INSUFFICIENT),
-        Card(token="pm_card_visa_chargeDeclinedLostCard", last4="9987", decline=LOST),
-        Card(token="pm_card_chargeDeclinedLostCard", last4="9987", decline=LOST),
-        Card(token="pm_card_visa_chargeDeclinedStolenCard", last4="9979", decline=STOLEN),
-        Card(token="pm_card_chargeDeclinedStolenCard", last4="9979", decline=STOLEN),
-        Card(token="pm_card_visa_chargeDeclinedVelocityLimitExceeded", last4="6975", decline=VELOCITY),
-        Card(token="pm_card_visa_chargeDeclinedExpiredCard", last4="0069", decline=EXPIRED),
-        Card(token="pm_card_chargeDeclinedExpiredCard", last4="0069", decline=EXPIRED),
-        Card(token="pm_card_chargeDeclinedIncorrectCvc", last4="0127", decline=INCORRECT_CVC),
-        Card(token="pm_card_chargeDeclinedProcessingError", last4="0119", decline=PROCESSING),
-        Card(token="pm_card_chargeDeclinedFraudulent", last4="0019", decline=FRAUDULENT, risk="highest"),
-        Card(token="pm_card_chargeCustomerFail", last4="0341", decline=GENERIC),
-        Card(token="pm_card_radarBlock", last4="0019", decline=FRAUDULENT, risk="highest"),
-        Card(token="pm_card_riskLevelHighest", last4="4954", risk="highest"),
-        Card(token="pm_card_riskLevelElevated", last4="9235", risk="elevated"),
-        Card(token="pm_card_authenticationRequired", last4="3184", challenge="required"),
-        Card(token="pm_card_authenticationRequiredOnSetup", last4="3155", challenge="required"),
-        Card(token="pm_card_authenticationRequiredSetupForOffSession", last4="0446", challenge="required"),
+        Card("pm_card_visa"),
+        Card("pm_card_visa_debit", last4="5556", funding="debit"),
+        Card("pm_card_mastercard", brand="mastercard", last4="4444"),
+        Card("pm_card_mastercard_debit", brand="mastercard", last4="8210", funding="debit"),
+        Card("pm_card_mastercard_prepaid", brand="mastercard", last4="5100", funding="prepaid"),
+        Card("pm_card_amex", brand="amex", last4="8431"),
+        Card("pm_card_amex_threeDSecureNotSupported", brand="amex", last4="0005"),
+        Card("pm_card_discover", brand="discover", last4="1117"),
+        Card("pm_card_diners", brand="diners", last4="0004"),
+        Card("pm_card_jcb", brand="jcb", last4="0505", country="JP"),
+        Card("pm_card_unionpay", brand="unionpay", last4="0005", country="CN"),
+        *(Card(f"pm_card_{country}", last4="0000", country=country.upper()) for country in COUNTRIES.split()),
+        Card("pm_card_visa_chargeDeclined", last4="0002", decline=GENERIC),
+        Card("pm_card_chargeDeclined", last4="0002", decline=GENERIC),
+        Card("pm_card_visa_chargeDeclinedInsufficientFunds", last4="9995", decline=INSUFFICIENT),
+        Card("pm_card_chargeDeclinedInsufficientFunds", last4="9995", decline=INSUFFICIENT),
+        Card("pm_card_visa_chargeDeclinedLostCard", last4="9987", decline=LOST),
+        Card("pm_card_chargeDeclinedLostCard", last4="9987", decline=LOST),
+        Card("pm_card_visa_chargeDeclinedStolenCard", last4="9979", decline=STOLEN),
+        Card("pm_card_chargeDeclinedStolenCard", last4="9979", decline=STOLEN),
+        Card("pm_card_visa_chargeDeclinedVelocityLimitExceeded", last4="6975", decline=VELOCITY),
+        Card("pm_card_visa_chargeDeclinedExpiredCard", last4="0069", decline=EXPIRED),
+        Card("pm_card_chargeDeclinedExpiredCard", last4="0069", decline=EXPIRED),
+        Card("pm_card_chargeDeclinedIncorrectCvc", last4="0127", decline=INCORRECT_CVC),
+        Card("pm_card_chargeDeclinedProcessingError", last4="0119", decline=PROCESSING),
+        Card("pm_card_chargeDeclinedFraudulent", last4="0019", decline=FRAUDULENT, risk="highest"),
+        Card("pm_card_chargeCustomerFail", last4="0341", decline=GENERIC),
+        Card("pm_card_radarBlock", last4="0019", decline=FRAUDULENT, risk="highest"),
+        Card("pm_card_riskLevelHighest", last4="4954", risk="highest"),
+        Card("pm_card_riskLevelElevated", last4="9235", risk="elevated"),
+        Card("pm_card_authenticationRequired", last4="3184", challenge="required"),
+        Card("pm_card_authenticationRequiredOnSetup", last4="3155", challenge="required"),
+        Card("pm_card_authenticationRequiredSetupForOffSession", last4="0446", challenge="required"),
         Card(
-            token="pm_card_authenticationRequiredChargeDeclinedInsufficientFunds",
+            "pm_card_authenticationRequiredChargeDeclinedInsufficientFunds",
             last4="3178",
             challenge="required",
             decline=INSUFFICIENT,
         ),
-        Card(token="pm_card_threeDSecure2Required", last4="3220", country="IE", challenge="required"),
-        Card(token="pm_card_threeDSecureRequired", last4="3063", challenge="required"),
-        Card(token="pm_card_threeDSecureRequiredChargeDeclined", last4="1629", challenge="required", decline=GENERIC),
+        Card("pm_card_threeDSecure2Required", last4="3220", country="IE", challenge="required"),
+        Card("pm_card_threeDSecureRequired", last4="3063", challenge="required"),
+        Card("pm_card_threeDSecureRequiredChargeDeclined", last4="1629", challenge="required", decline=GENERIC),
         Card(
-            token="pm_card_threeDSecureRequiredProcessingError",
+            "pm_card_threeDSecureRequiredProcessingError",
             last4="1280",
             challenge="required",
             challenge_fails=True,
         ),
-        Card(token="pm_card_threeDSecureOptional", last4="3055", challenge="optional"),
+        Card("pm_card_threeDSecureOptional", last4="3055", challenge="optional"),
         Card(
-            token="pm_card_threeDSecureOptionalProcessingError",
+            "pm_card_threeDSecureOptionalProcessingError",
             last4="3097",
             challenge="optional",
             challenge_fails=True,
         ),
-        Card(token="pm_card_bypassPending", last4="0077", available_at_once=True),
-        Card(token="pm_card_pendingRefund", last4="7726", refund="pending"),
-        Card(token="pm_card_refundFail", last4="5126", refund="fails"),
-        Card(token="pm_card_createDispute", last4="0259", dispute="fraudulent"),
-        Card(token="pm_card_createDisputeProductNotReceived", last4="2685", dispute="product_not_received"),
-        Card(token="pm_card_createDisputeInquiry", last4="1976", dispute="fraudulent", inquiry=True),
+        Card("pm_card_bypassPending", last4="0077", available_at_once=True),
+        Card("pm_card_pendingRefund", last4="7726", refund="pending"),
+        Card("pm_card_refundFail", last4="5126", refund="fails"),
+        Card("pm_card_createDispute", last4="0259", dispute="fraudulent"),
+        Card("pm_card_createDisputeProductNotReceived", last4="2685", dispute="product_not_received"),
+        Card("pm_card_createDisputeInquiry", last4="1976", dispute="fraudulent", inquiry=True),
     )
 }
 

@@ -1,7 +1,7 @@
 """What Stripe doesn't have: the sandbox asked about its memory, its clock moved, its faults chosen."""
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -9,30 +9,37 @@ from msgspec import Struct
 
 from app.sandbox import intents
 from app.sandbox.errors import StripeError, invalid
-from app.sandbox.faults import PROFILES, Faults, FaultSettings, Profile
+from app.sandbox.faults import PROFILES, WEBHOOK_FAULTS, Faults, FaultSettings, Profile
 from app.sandbox.memory import Record, encode
-from app.sandbox.parameters import CreateIntent, decode_pairs
+from app.sandbox.parameters import AutomaticMethods, CreateIntent, decode_pairs
 from app.sandbox.settings import PLATFORM
+from app.sandbox.wire import Connection, json_answer
 from app.sandbox.world import World
 
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
 CHUNK_RECORDS = 500
+DELIVERY_TALLIES = (
+    *("sent", "deliveries", "delivered", "refused", "given_up", "overtaken", "extra_deliveries"),
+    *WEBHOOK_FAULTS,
+)
 
 
 class Advance(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/clock`."""
+
     advance: float
     """Seconds to move the sandbox's clock on by."""
 
 
 class ForeignCharge(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/foreign-charge`."""
+
     amount: int = 1234
     currency: str = "usd"
     account: str = PLATFORM
     metadata: dict[str, str] = {}
 
 
-async def answer(world: World, method: str, path: str, query: str, body: str, send: Send) -> None:
+async def answer(world: World, connection: Connection, method: str, path: str, query: str, body: str) -> None:
     """Answer `/sandbox/…`."""
     asked = dict(decode_pairs(query))
     try:
@@ -40,7 +47,7 @@ async def answer(world: World, method: str, path: str, query: str, body: str, se
             case "GET", "/sandbox/health":
                 told: Any = {"status": "ok", "now": world.memory.now()}
             case "GET", "/sandbox/charges":
-                await _stream_charges(world, send)
+                await connection.send_chunks(_charges(world))
                 return
             case "GET", "/sandbox/charges/summary":
                 told = summary(world, asked.get("metadata_key", ""))
@@ -60,8 +67,7 @@ async def answer(world: World, method: str, path: str, query: str, body: str, se
                 raise StripeError(404, f"Unrecognized request URL ({method}: {path}).")
     except msgspec.DecodeError as refusal:
         raise invalid(str(refusal)) from None
-    await _start(send)
-    await send({"type": "http.response.body", "body": encode(told)})
+    await connection.send(json_answer(told))
 
 
 def succeeded(record: Record) -> bool:
@@ -87,11 +93,7 @@ def summary(world: World, metadata_key: str) -> dict[str, Any]:
 
 def webhooks(world: World) -> dict[str, int]:
     """How deliveries went. `sent` counts events that were to be delivered, `delivered` those answers that were 2xx."""
-    counted = dict.fromkeys(
-        ("sent", "deliveries", "delivered", "refused", "given_up", "lost", "repeated", "extra_deliveries")
-        + ("reordered", "overtaken", "delayed", "forged"),
-        0,
-    )
+    counted = dict.fromkeys(DELIVERY_TALLIES, 0)
     counted.update(world.memory.tallies("webhooks:"))
     counted["pending"] = sum(plan.what.startswith("deliver") for plan in world.memory.plans())
     return counted
@@ -100,7 +102,7 @@ def webhooks(world: World) -> dict[str, int]:
 def injected(world: World) -> dict[str, Any]:
     """What went wrong on purpose, by operation and fault, and how often the request had its effect all the same."""
     effects = world.memory.tallies("effects:")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, count in world.memory.tallies("faults:").items():
         operation, fault = name.split(":")
         rows.append({"operation": operation, "fault": fault, "count": count, "took_effect": effects.get(name, 0)})
@@ -139,7 +141,7 @@ def charge_foreign(world: World, given: ForeignCharge) -> dict[str, Any]:
             amount=given.amount,
             currency=given.currency,
             payment_method="pm_card_visa",
-            payment_method_types=["card"],
+            automatic_payment_methods=AutomaticMethods(enabled=True, allow_redirects="never"),
             metadata=given.metadata,
             confirm=True,
         ),
@@ -148,9 +150,8 @@ def charge_foreign(world: World, given: ForeignCharge) -> dict[str, Any]:
     return {"payment_intent": intent.id, "charge": intent.body["latest_charge"]}
 
 
-async def _stream_charges(world: World, send: Send) -> None:
-    """Every successful charge of every account, oldest first, as one JSON array."""
-    await _start(send)
+def _charges(world: World) -> Iterator[bytes]:
+    """Every successful charge of every account, oldest first, as one JSON array in chunks."""
     chunk, separator = [], b"["
     for record in world.memory.every("charge"):
         if not succeeded(record):
@@ -167,12 +168,6 @@ async def _stream_charges(world: World, send: Send) -> None:
         chunk.append(separator + encode(told))
         separator = b","
         if len(chunk) == CHUNK_RECORDS:
-            await send({"type": "http.response.body", "body": b"".join(chunk), "more_body": True})
+            yield b"".join(chunk)
             chunk.clear()
-    ending = b"]" if separator == b"," else b"[]"
-    await send({"type": "http.response.body", "body": b"".join(chunk) + ending})
-
-
-async def _start(send: Send) -> None:
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    yield b"".join(chunk) + (b"]" if separator == b"," else b"[]")

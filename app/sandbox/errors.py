@@ -37,6 +37,7 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None) 
 
 
 def missing(param: str) -> StripeError:
+    """400: a required parameter isn't there."""
     return invalid(f"Missing required param: {param}.", param=param, code="parameter_missing")
 
 
@@ -46,6 +47,7 @@ def unsupported(param: str, why: str) -> StripeError:
 
 
 def not_found(kind: str, id: str, *, param: str = "id", status: int = 404) -> StripeError:
+    """404, or 400 where the id is a parameter: this account has no such object."""
     return StripeError(status, f"No such {kind.replace('_', ' ')}: '{id}'", code="resource_missing", param=param)
 
 

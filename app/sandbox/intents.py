@@ -12,6 +12,7 @@ from app.sandbox.currencies import check_amount
 from app.sandbox.errors import StripeError, invalid, missing, not_found, unsupported, wrong_state
 from app.sandbox.memory import Record
 from app.sandbox.parameters import (
+    AutomaticMethods,
     CancelIntent,
     CaptureIntent,
     ConfirmIntent,
@@ -41,21 +42,9 @@ def create(world: World, account: str, given: CreateIntent) -> Record:
     card = _card(given.payment_method)
     if given.confirm and not card:
         raise missing("payment_method")
-    if given.automatic_payment_methods and given.payment_method_types:
-        raise invalid(
-            "You may only specify one of these parameters: automatic_payment_methods, payment_method_types.",
-            code="parameters_exclusive",
-        )
     memory, created = world.memory, world.second()
     id = memory.unused_id("pi", account, (world.call and world.call.key) or f"#{memory.next_seq()}")
-    automatic = None
-    if given.automatic_payment_methods:
-        automatic = {
-            "enabled": given.automatic_payment_methods.enabled,
-            "allow_redirects": given.automatic_payment_methods.allow_redirects,
-        }
-    elif not given.payment_method_types:
-        automatic = {"enabled": True, "allow_redirects": "always"}
+    automatic = given.automatic_payment_methods or AutomaticMethods(enabled=True)
     body: dict[str, Any] = {
         "id": id,
         "object": "payment_intent",
@@ -65,7 +54,7 @@ def create(world: World, account: str, given: CreateIntent) -> Record:
         "amount_received": 0,
         "application": None,
         "application_fee_amount": None,
-        "automatic_payment_methods": automatic,
+        "automatic_payment_methods": {"allow_redirects": automatic.allow_redirects, "enabled": automatic.enabled},
         "canceled_at": None,
         "cancellation_reason": None,
         "capture_method": given.capture_method or "automatic_async",
@@ -84,13 +73,12 @@ def create(world: World, account: str, given: CreateIntent) -> Record:
         "payment_method": None,
         "payment_method_configuration_details": None,
         "payment_method_options": _options(None, given.payment_method_options),
-        "payment_method_types": given.payment_method_types or ["card"],
+        "payment_method_types": ["card"],
         "processing": None,
         "receipt_email": given.receipt_email or None,
         "review": None,
         "setup_future_usage": given.setup_future_usage,
         "shipping": None,
-        "source": None,
         "statement_descriptor": None,
         "statement_descriptor_suffix": given.statement_descriptor_suffix or None,
         "status": "requires_payment_method",
@@ -102,7 +90,7 @@ def create(world: World, account: str, given: CreateIntent) -> Record:
         _attach(world, intent, card)
         body["status"] = "requires_confirmation"
     if given.confirm:
-        _check_return_url(body, given.return_url)
+        _check_return_url(body, given)
     memory.save(intent)
     world.emit("payment_intent.created", intent)
     if card and given.confirm:
@@ -144,7 +132,7 @@ def confirm(world: World, intent: Record, given: ConfirmIntent) -> Record:
     """Try to charge the intent's payment method."""
     body = intent.body
     card = _card(given.payment_method)
-    _check_method_types(given.payment_method_types)
+    _check_method_types(given)
     if body["status"] not in CONFIRMABLE:
         raise wrong_state("confirm", body)
     if not card and not body["payment_method"]:
@@ -157,7 +145,7 @@ def confirm(world: World, intent: Record, given: ConfirmIntent) -> Record:
             stored=True,
             payment_intent=body,
         )
-    _check_return_url(body, given.return_url)
+    _check_return_url(body, given)
     if given.capture_method:
         body["capture_method"] = given.capture_method
     if given.receipt_email is not None:
@@ -456,7 +444,6 @@ def _new_charge(world: World, intent: Record, card: Card, authenticated: bool) -
         "refunded": False,
         "review": None,
         "shipping": None,
-        "source": None,
         "source_transfer": None,
         "statement_descriptor": None,
         "statement_descriptor_suffix": body["statement_descriptor_suffix"],
@@ -542,7 +529,7 @@ def _card(token: str | None) -> Card | None:
 
 
 def _check_common(given: UpdateIntent) -> None:
-    _check_method_types(given.payment_method_types)
+    _check_method_types(given)
     if given.statement_descriptor:
         raise _descriptor_refused()
     if len(given.statement_descriptor_suffix or "") > SUFFIX_LENGTH_MAX:
@@ -552,15 +539,23 @@ def _check_common(given: UpdateIntent) -> None:
         )
 
 
-def _check_method_types(types: list[str] | None) -> None:
-    if types and types != ["card"]:
-        raise unsupported("payment_method_types", "payment methods other than card")
+def _check_method_types(given: UpdateIntent | ConfirmIntent) -> None:
+    """Since 2026-09-30.endive the types follow from the account's settings and can only be narrowed."""
+    if given.payment_method_types is not None:
+        raise invalid(
+            "payment_method_types can no longer be set. Use automatic_payment_methods, allowed_payment_method_types or"
+            " excluded_payment_method_types.",
+            param="payment_method_types",
+            code="payment_method_types_no_longer_supported",
+        )
+    if given.allowed_payment_method_types is not None and "card" not in given.allowed_payment_method_types:
+        raise unsupported("allowed_payment_method_types", "payment methods other than card")
 
 
-def _check_return_url(body: dict[str, Any], return_url: str | None) -> None:
-    """Stripe's rule for intents that take whatever the Dashboard enables: some of it redirects."""
-    automatic = body["automatic_payment_methods"]
-    if automatic and automatic["enabled"] and automatic["allow_redirects"] != "never" and not return_url:
+def _check_return_url(body: dict[str, Any], given: CreateIntent | ConfirmIntent) -> None:
+    """Stripe's rule for intents that take whatever the Dashboard enables: some of it redirects the payer."""
+    redirects = body["automatic_payment_methods"]["allow_redirects"] != "never"
+    if redirects and not given.return_url and not given.off_session:
         raise invalid(
             "This PaymentIntent is configured to accept payment methods enabled in your Dashboard. Because some of"
             " these payment methods might redirect your customer off of your page, you must provide a `return_url`. If"

@@ -142,8 +142,8 @@ class Memory:
         self.seed = seed
         self._file = sqlite3.connect(path, isolation_level=None)
         self._file.executescript(
-            "pragma journal_mode = wal; pragma synchronous = normal; pragma cache_size = -65536;"
-            "pragma wal_autocheckpoint = 4000;" + TABLES
+            "pragma journal_mode = wal; pragma synchronous = off; pragma cache_size = -65536;"
+            "pragma wal_autocheckpoint = 8000;" + TABLES
         )
         self._cache: dict[str, Record] = {}
         self._changes = _Changes()

@@ -112,6 +112,7 @@ class RetrieveIntent(Parameters):
 class ConfirmIntent(Parameters, kw_only=True):
     payment_method: str | None = None
     payment_method_options: MethodOptions | None = None
+    allowed_payment_method_types: list[str] | None = None
     payment_method_types: list[str] | None = None
     capture_method: CaptureMethod | None = None
     off_session: bool = False
@@ -130,6 +131,7 @@ class UpdateIntent(Parameters, kw_only=True):
     metadata: Metadata = None
     payment_method: str | None = None
     payment_method_options: MethodOptions | None = None
+    allowed_payment_method_types: list[str] | None = None
     payment_method_types: list[str] | None = None
     receipt_email: str | None = None
     setup_future_usage: Literal["off_session", "on_session"] | None = None
@@ -221,7 +223,7 @@ def read_parameters(kind: type[P], pairs: Pairs) -> P:
 def _refused(kind: type[Parameters], given: dict[str, Any], refusal: str) -> Exception:
     """Stripe's words for what msgspec found."""
     found = AT.search(refusal)
-    path = found[1].split(".") if found else []
+    path = found[1].replace("[...]", "").split(".") if found else []
     param = path[0] + "".join(f"[{part}]" for part in path[1:]) if path else ""
     quoted = re.findall(r"`([^`]*)`", refusal)
     if "unknown field" in refusal:

