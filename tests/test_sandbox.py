@@ -478,9 +478,8 @@ def test_the_summary_counts_charges_per_payment_and_names_doubles(tmp_path: Path
 
 @pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # how the SDK calls httpx
 async def test_stripes_own_client_works_with_it(sandbox: Sandbox) -> None:
-    client = stripe.StripeClient(
-        KEY, base_addresses={"api": sandbox.url}, http_client=stripe.HTTPXClient(timeout=5), max_network_retries=0
-    )
+    http = stripe.HTTPXClient(timeout=5)
+    client = stripe.StripeClient(KEY, base_addresses={"api": sandbox.url}, http_client=http, max_network_retries=0)
     intent = await client.v1.payment_intents.create_async(
         {
             "amount": 4999,
@@ -506,3 +505,4 @@ async def test_stripes_own_client_works_with_it(sandbox: Sandbox) -> None:
         paid.latest_charge.id,
         declined.value.error.charge if declined.value.error else None,
     ]
+    await http.close_async()  # type: ignore[no-untyped-call]

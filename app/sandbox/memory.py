@@ -26,7 +26,7 @@ create table if not exists objects (
     kind text not null,
     account text not null,
     created integer not null,
-    parent text not null, -- a charge's intent, a balance transaction's source, an event's object, an intent's customer
+    parent text not null, -- a charge's intent, a balance transaction's source, an event's payment, an intent's customer
     label text not null, -- a charge's, refund's or payout's status, a balance transaction's or event's type
     currency text not null,
     net integer not null, -- what a balance transaction adds to the balance, minor units
@@ -213,7 +213,7 @@ class Memory:
         return record
 
     def event(self, id: str) -> tuple[int, str, bytes]:
-        """An event's place in the order of all, the object it tells of, and its text."""
+        """An event's place in the order of all, the payment (or other object) it tells of, and its text."""
         seq, parent, text = self._file.execute("select seq, parent, body from objects where id = ?", (id,)).fetchone()
         return seq, parent, text.encode()
 

@@ -28,7 +28,7 @@ class Postman:
         self._queue: asyncio.Queue[Plan] = asyncio.Queue()
         self._delivered: dict[str, asyncio.Future[None]] = {}
         self._latest: dict[str, int] = {}
-        """By object, the newest of its events that was delivered: what comes after it and is older was overtaken."""
+        """By payment, the newest of its events that was delivered: what comes after it and is older was overtaken."""
 
     def post(self, plan: Plan) -> None:
         """Take a delivery that is due."""

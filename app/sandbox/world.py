@@ -70,10 +70,11 @@ class World:
             "request": {"id": call.request_id if call else None, "idempotency_key": call.key if call else None},
             "type": type,
         }
+        payment = record.body.get("payment_intent") or record.id
         if record.account != PLATFORM:
             event["account"] = record.account
         memory.save_event(
-            Record(id, "event", record.account, created, {}, parent=record.id, label=type), encode(event).decode()
+            Record(id, "event", record.account, created, {}, parent=payment, label=type), encode(event).decode()
         )
         if settings.webhook_url and (not settings.webhook_events or type in settings.webhook_events):
             self._plan_delivery(id, type)
