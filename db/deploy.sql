@@ -22,7 +22,8 @@ create table if not exists deploy.deploys (
     dropped text[] not null,
     constraint deploys_pkey primary key (id)
 );
-comment on table deploy.deploys is 'Every deploy that changed something: what it migrated, which views and triggers it wrote, what it dropped.';
+comment on table deploy.deploys is
+'Every deploy that changed something: what it migrated, which views and triggers it wrote, what it dropped.';
 
 create table if not exists deploy.objects (
     kind text not null,
@@ -33,4 +34,4 @@ create table if not exists deploy.objects (
     constraint kind_is_known check (kind in ('view', 'trigger'))
 );
 comment on table deploy.objects is
-'How views and triggers were written and how PostgreSQL tells them since: only those that differ are written again, for that takes locks.';
+'Views and triggers as they were written and as PostgreSQL tells them: only those that differ are written again.';

@@ -19,11 +19,37 @@ from db.connect import Kind, harden, role_of
 from db.deploy import deploy
 from db.server import EmbeddedServer, temporary_database
 from db.settings import Settings, load
+from tests.judges import Judges
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Connect = Callable[[Kind], Connection]
 
 PREFIX = "surety_test"
+JUDGES = pytest.StashKey[Judges]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The judges work while the other tests run, so ask them last."""
+    items.sort(key=lambda item: item.path.name == "test_lint.py")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Set the judges to work, if anybody is going to ask them."""
+    asked = any(item.path.name == "test_lint.py" for item in session.items)
+    if asked and not session.config.option.collectonly:
+        session.config.stash[JUDGES] = Judges()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Send them home, whatever came between."""
+    if judges := config.stash.get(JUDGES, None):
+        judges.dismiss()
+
+
+@pytest.fixture
+def judges(pytestconfig: pytest.Config) -> Judges:
+    """The judges of style and types, at work since the session began."""
+    return pytestconfig.stash[JUDGES]
 
 
 @pytest.fixture(scope="session")

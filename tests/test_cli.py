@@ -1,0 +1,54 @@
+"""The command line's frame."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from app.cli import COMMANDS, Commands, cli
+
+
+def surety(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from app.cli import main; main()", *arguments],
+        env={"PATH": os.defpath, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_surety_tells_its_version() -> None:
+    assert surety("--version").stdout == f"surety, version {version('surety')}\n"
+
+
+def test_help_lists_every_command_and_imports_none() -> None:
+    script = (
+        "import sys; from app.cli import cli; cli(['--help'], standalone_mode=False); print('psycopg' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    *page, imported = done.stdout.splitlines()
+    assert imported == "False"
+    assert set(COMMANDS) <= {line.split()[0] for line in page if line.startswith("  ")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there_and_documented(name: str) -> None:
+    assert isinstance(cli, Commands)
+    command = cli.get_command(cli.make_context("surety", [], resilient_parsing=True), name)
+    assert command
+    assert command.help
+
+
+def test_what_a_user_can_mend_is_one_line_and_no_traceback() -> None:
+    done = surety("deploy")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "surety: DATABASE_URL is not set\n")
+
+
+def test_deploy_tells_what_it_did(blank: str) -> None:
+    assert surety("deploy", DATABASE_URL=blank).stdout.startswith("created in ")
+    assert surety("deploy", DATABASE_URL=blank).stdout.startswith("unchanged in ")
