@@ -39,6 +39,7 @@ declare
     v_now timestamptz := surety.time_now();
     v_facts surety.facts [];
     v_unmatched jsonb [];
+    v_objects surety.provider_objects [];
     v_new surety.facts [];
     v_ids text [];
     v_derived surety.derived [];
@@ -54,8 +55,8 @@ begin
         from jsonb_array_elements(p_facts) as e (fact)
         cross join lateral jsonb_to_record(e.fact) as f (
             payment_id text, provider text, account text, livemode boolean, object_id text, kind text, revision integer,
-            amount_minor bigint, currency text, intent text, metadata_payment text, data jsonb, source text,
-            source_id text, occurred_at timestamptz
+            amount_minor bigint, currency text, intent text, metadata_payment text, objects jsonb, data jsonb,
+            source text, source_id text, occurred_at timestamptz
         )
     )
     select
@@ -65,8 +66,18 @@ begin
             g.occurred_at, v_now
         )::surety.facts order by g.provider, g.account, g.livemode, g.object_id, g.kind, g.revision)
             filter (where g.matched is not null),
-        array_agg(g.fact) filter (where g.matched is null)
-    into v_facts, v_unmatched
+        array_agg(g.fact) filter (where g.matched is null),
+        (
+            select array_agg((n.provider, n.account, o.object_id, n.matched)::surety.provider_objects)
+            from given as n
+            cross join lateral (
+                select n.object_id
+                union
+                select jsonb_array_elements_text(coalesce(n.objects, '[]'))
+            ) as o (object_id)
+            where n.matched is not null
+        )
+    into v_facts, v_unmatched, v_objects
     from given as g;
 
     if v_unmatched is not null then
@@ -78,15 +89,7 @@ begin
 
     insert into surety.provider_objects (provider, account, object_id, payment_id)
     select distinct on (o.provider, o.account, o.object_id) o.provider, o.account, o.object_id, o.payment_id
-    from (
-        select f.provider, f.account, f.object_id, f.payment_id from unnest(v_facts) as f
-        union all
-        select e.fact ->> 'provider', e.fact ->> 'account', also.object_id, f.payment_id
-        from jsonb_array_elements(p_facts) as e (fact)
-        cross join lateral jsonb_array_elements_text(e.fact -> 'objects') as also (object_id)
-        join unnest(v_facts) as f
-            on f.object_id = e.fact ->> 'object_id' and f.kind = e.fact ->> 'kind' and f.account = e.fact ->> 'account'
-    ) as o
+    from unnest(v_objects) as o
     where not exists (
         select from surety.provider_objects as k
         where k.provider = o.provider and k.account = o.account and k.object_id = o.object_id
@@ -102,8 +105,9 @@ begin
         on conflict (provider, account, livemode, object_id, kind, revision) do nothing
         returning fact_id
     )
-    select array_agg(f order by f.payment_id, f.object_id, f.kind) into v_new
-    from unnest(v_facts) as f join keyed as k on k.fact_id = f.id;
+    select array_agg(f order by f.payment_id, f.object_id, f.kind) filter (where f.id in (select k.fact_id from keyed as k))
+    into v_new
+    from unnest(v_facts) as f;
 
     if coalesce(cardinality(v_new), 0) < cardinality(v_facts) then
         perform surety.compare_with_known(v_facts, v_now);
@@ -231,9 +235,9 @@ declare
     v_now timestamptz := surety.time_now();
     v_types text [];
 begin
-    with targets as (
+    with targets as materialized (
         select
-            p.id, p.version, p.state, p.rail, p.capture_method, d.target_state, d.is_settled, d.is_lost, d.evidenced,
+            d.*, p.id, p.version, p.state, p.rail, p.capture_method,
             d.captured_minor > 0 as is_captured,
             p.state in ('failed', 'canceled') as has_ended,
             d.refunded_minor <> p.refunded_minor as is_refunded_otherwise,
@@ -245,61 +249,70 @@ begin
             and p.failure is not distinct from d.failure as is_same
         from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
     ),
-    changed as (
-        update surety.payments as p
-        set captured_minor = d.captured_minor, refunded_minor = d.refunded_minor,
-            refund_pending_minor = d.refund_pending_minor, at_risk_minor = d.at_risk_minor,
-            reversed_minor = d.reversed_minor, provider_id = coalesce(d.provider_id, p.provider_id),
-            next_action = d.next_action, failure = d.failure, updated_at = v_now
-        from targets as t join unnest(p_derived) as d on d.payment_id = t.id
-        where p.id = t.id and not t.is_same
-    ),
-    path as (
-        -- What the mandatory path demands up to the target and was never visited …
-        select t.id, m.position, m.state
+    path as materialized (
+        select
+            t.id, t.version, t.state as from_first, t.evidenced, t.is_settled, t.target_state,
+            way.position, way.state, row_number() over w as n, lag(way.state, 1, t.state) over w as from_state,
+            t.is_same, t.captured_minor, t.refunded_minor, t.refund_pending_minor, t.at_risk_minor, t.reversed_minor,
+            t.provider_id, t.next_action, t.failure
         from targets as t
-        join surety.mandatory_steps as m on m.rail = t.rail and m.capture_method = t.capture_method
-        where m.state <> all(t.visited)
-            and case
-                when t.is_captured and t.has_ended then m.position = 5 or (m.position = 6 and t.is_settled)
-                when t.is_captured then m.position <= 5 or t.is_settled
-                else m.position <= 3 and not t.has_ended
-            end
-        union all
-        -- … a lost dispute was a dispute …
-        select t.id, 90, 'disputed'
-        from targets as t
-        where t.target_state = 'reversed' and t.is_lost and t.state not in ('disputed', 'reversed')
-        union all
-        -- … and the target itself, unless it is where we stand or one of the above.
-        select t.id, 99, t.target_state
-        from targets as t
-        where (t.is_captured or not t.has_ended)
-            and (
-                t.target_state <> t.state
-                or t.target_state = 'partially_refunded' and t.is_refunded_otherwise
-                or t.is_settled and t.target_state <> 'settled' and 'settled' <> all(t.visited)
-            )
-            and not exists (
-                select from surety.mandatory_steps as m
-                where m.rail = t.rail and m.capture_method = t.capture_method and m.state = t.target_state
-                    and m.state <> all(t.visited)
-            )
+        left join lateral (
+            -- What the mandatory path demands up to the target and was never visited …
+            select m.position, m.state
+            from surety.mandatory_steps as m
+            where m.rail = t.rail and m.capture_method = t.capture_method and m.state <> all(t.visited)
+                and case
+                    when t.is_captured and t.has_ended then m.position = 5 or (m.position = 6 and t.is_settled)
+                    when t.is_captured then m.position <= 5 or t.is_settled
+                    else m.position <= 3 and not t.has_ended
+                end
+            union all
+            -- … a lost dispute was a dispute …
+            select 90, 'disputed'
+            where t.target_state = 'reversed' and t.is_lost and t.state not in ('disputed', 'reversed')
+            union all
+            -- … and the target itself, unless it is where we stand or one of the above.
+            select 99, t.target_state
+            where (t.is_captured or not t.has_ended)
+                and (
+                    t.target_state <> t.state
+                    or t.target_state = 'partially_refunded' and t.is_refunded_otherwise
+                    or t.is_settled and t.target_state <> 'settled' and 'settled' <> all(t.visited)
+                )
+                and not exists (
+                    select from surety.mandatory_steps as m
+                    where m.rail = t.rail and m.capture_method = t.capture_method and m.state = t.target_state
+                        and m.state <> all(t.visited)
+                )
+        ) as way on true
+        window w as (partition by t.id order by way.position)
     ),
     walked as (
         insert into surety.steps (payment_id, version, from_state, to_state, cause, implied, at, actor, request_id)
         select
-            t.id,
-            t.version + (row_number() over w)::integer,
-            lag(path.state, 1, t.state) over w,
-            path.state, p_cause,
-            path.state <> t.target_state and path.state <> all(coalesce(t.evidenced, '{}'))
-            and not (path.state = 'settled' and t.is_settled),
+            path.id, path.version + path.n::integer, path.from_state, path.state, p_cause,
+            path.state <> path.target_state and path.state <> all(coalesce(path.evidenced, '{}'))
+            and not (path.state = 'settled' and path.is_settled),
             v_now, p_actor, p_request_id
-        from path join targets as t on t.id = path.id
-        window w as (partition by t.id order by path.position)
-        order by t.id, path.position
+        from path where path.state is not null
+        order by path.id, path.position
         returning to_state
+    ),
+    -- State and amounts in one update: the steps' trigger finds the projection already made.
+    changed as (
+        update surety.payments as p
+        set version = t.version + case when t.state is null then 0 else t.n::integer end,
+            state = coalesce(t.state, p.state),
+            captured_minor = t.captured_minor, refunded_minor = t.refunded_minor,
+            refund_pending_minor = t.refund_pending_minor, at_risk_minor = t.at_risk_minor,
+            reversed_minor = t.reversed_minor, provider_id = coalesce(t.provider_id, p.provider_id),
+            next_action = case when coalesce(t.state, p.state) = 'requires_action' then t.next_action end,
+            failure = t.failure, updated_at = v_now,
+            ask_at = case when t.state is null then p.ask_at else v_now + s.ask_after end,
+            asked = case when t.state is null then p.asked else 0 end
+        from (select distinct on (path.id) path.* from path order by path.id, path.position desc) as t
+        left join surety.states as s on s.state = t.state
+        where p.id = t.id and (not t.is_same or t.state is not null)
     ),
     orphans as (
         -- We ended it, and the provider holds something live: never a step, always somebody's business.

@@ -2,7 +2,6 @@
 
 create or replace function ledger.post(p_entries ledger.entry [], p_at timestamptz) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 begin atomic
     with entries as (
         select distinct on (e.cause)
@@ -122,10 +121,11 @@ begin atomic
             used.owner_id,
             used.currency
         from used
-        where not exists (
-            select from ledger.accounts
+        -- A scalar look-up per account used, never a join with all accounts.
+        where (
+            select accounts.id from ledger.accounts
             where accounts.id = used.kind || ':' || used.owner_id || ':' || used.currency
-        )
+        ) is null
         order by 1
         on conflict (id) do nothing
     ),

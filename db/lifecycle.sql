@@ -9,7 +9,7 @@ declare
     v_now timestamptz := surety.time_now();
     v_epoch integer := outbox.epoch();
 begin
-    -- A new payment is inserted with its first state, so only later steps need projecting.
+    -- Who inserts a payment or changes its amounts has written the projection along; here it is made for the others.
     update surety.payments as p
     set version = last.version, state = last.to_state, updated_at = last.at,
         ask_at = last.at + s.ask_after, asked = 0,
@@ -20,7 +20,7 @@ begin
         order by n.payment_id, n.version desc
     ) as last
     join surety.states as s on s.state = last.to_state
-    where p.id = last.payment_id and last.version > 1;
+    where p.id = last.payment_id and p.version < last.version;
 
     insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
     select
@@ -87,8 +87,8 @@ referencing new table as new_steps for each statement execute function surety.pr
 create or replace function surety.derive(p_payment_ids text [])
 returns setof surety.derived
 language sql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 begin atomic
+    -- offset 0 keeps the look-ups of facts and payments what they are, whatever the planner believes of their number.
     with counted as (
         select
             facts.payment_id,
@@ -102,9 +102,20 @@ begin atomic
             fact_kinds.rank,
             fact_kinds.evidences
         from unnest(p_payment_ids) as asked (payment_id)
-        inner join surety.facts on asked.payment_id = facts.payment_id
+        cross join lateral (
+            select
+                known.payment_id,
+                known.object_id,
+                known.kind,
+                known.revision,
+                known.amount_minor,
+                known.currency,
+                known.data
+            from surety.facts as known
+            where asked.payment_id = known.payment_id and known.disregarded is null
+            offset 0
+        ) as facts
         inner join surety.fact_kinds on facts.kind = fact_kinds.kind
-        where facts.disregarded is null
     ),
 
     -- Per object the highest rank wins; where a kind is not monotone, the last revision.
@@ -132,19 +143,29 @@ begin atomic
         group by winners.payment_id
     ),
 
-    money as (
+    transactions as (
         select
             counted.payment_id,
+            counted.object_id,
+            bool_or(counted.kind = 'available') as is_available,
             -- In the payment's currency: other_gross where the record is in another.
-            sum(coalesce((counted.data ->> 'other_gross')::bigint, counted.amount_minor)) as gross,
-            bool_and(exists (
-                select from counted as available
-                where available.payment_id = counted.payment_id and available.object_id = counted.object_id
-                    and available.kind = 'available'
-            )) as is_available
+            max(coalesce((counted.data ->> 'other_gross')::bigint, counted.amount_minor)) filter (
+                where counted.kind = 'money'
+                and counted.data ->> 'category' in ('charge', 'partial_capture_reversal')
+            ) as gross
         from counted
-        where counted.kind = 'money' and counted.data ->> 'category' in ('charge', 'partial_capture_reversal')
-        group by counted.payment_id
+        where counted.family = 'money'
+        group by counted.payment_id, counted.object_id
+    ),
+
+    money as (
+        select
+            transactions.payment_id,
+            sum(transactions.gross) as gross,
+            bool_and(transactions.is_available) as is_available
+        from transactions
+        where transactions.gross is not null
+        group by transactions.payment_id
     ),
 
     known as (
@@ -187,7 +208,14 @@ begin atomic
             coalesce(outcomes.reversed, 0) as reversed,
             coalesce(money.is_available and money.gross = outcomes.captured, false) as settled
         from known
-        inner join surety.payments on known.payment_id = payments.id
+        cross join lateral (
+            select
+                one.amount_minor,
+                one.capture_method
+            from surety.payments as one
+            where known.payment_id = one.id
+            offset 0
+        ) as payments
         left join outcomes on known.payment_id = outcomes.payment_id
         left join money on known.payment_id = money.payment_id
     )

@@ -16,7 +16,8 @@ create or replace function surety.maintain_partitions(p_months_ahead integer def
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Makes this month's partitions and those of the months ahead, as tables that are then attached (which hardly locks the
--- parent). The very first partition begins before all time. Returns how many were made. Safe to repeat and to race.
+-- parent), with the keys between siblings. The very first partition begins before all time. Returns how many were made.
+-- Safe to repeat and to race.
 declare
     v_table record;
     v_month timestamptz;
@@ -24,6 +25,7 @@ declare
     v_name text;
     v_from text;
     v_made integer := 0;
+    v_key record;
 begin
     perform pg_advisory_xact_lock(hashtext('surety.maintain_partitions'));
     for v_table in
@@ -48,6 +50,20 @@ begin
                 surety.id_at(v_table.prefix, date_trunc('month', v_month + interval '1 month', 'UTC')));
             v_made := v_made + 1;
         end loop;
+    end loop;
+    for v_key in
+        select k.name, k.columns, k.parent_columns, k.is_deferred, child.oid::regclass as child, parent.oid::regclass as parent
+        from surety.sibling_keys as k
+        join pg_inherits as i on i.inhparent = ('surety.' || k.child)::regclass
+        join pg_class as child on child.oid = i.inhrelid
+        join pg_class as parent on parent.relnamespace = 'surety'::regnamespace
+            and parent.relname = k.parent || right(child.relname, 7)
+        where not exists (select from pg_constraint as c where c.conrelid = child.oid and c.conname = k.name)
+    loop
+        execute format(
+            'alter table %s add constraint %I foreign key (%s) references %s (%s) %s',
+            v_key.child, v_key.name, v_key.columns, v_key.parent, v_key.parent_columns,
+            case when v_key.is_deferred then 'deferrable initially deferred' end);
     end loop;
     return v_made;
 end;
