@@ -27,7 +27,7 @@ create table if not exists objects (
     account text not null,
     created integer not null,
     parent text not null, -- a charge's intent, a balance transaction's source, an event's payment, an intent's customer
-    label text not null, -- a charge's, refund's or payout's status, a balance transaction's or event's type
+    label text not null, -- a charge's or payout's status, a balance transaction's or event's type
     currency text not null,
     net integer not null, -- what a balance transaction adds to the balance, minor units
     available_on integer not null,
@@ -371,12 +371,12 @@ class Memory:
                 del self._cache[id]
 
     def rollback(self) -> None:
-        """Forget all changes since the last commit."""
+        """Forget all changes since the last commit, but not that plans were carried out."""
         for id in self._changes.records:
             self._cache.pop(id, None)
         if self._file.in_transaction:
             self._file.execute("rollback")
-        self._changes = _Changes()
+        self._changes = _Changes(done=self._changes.done, tallies=self._changes.tallies)
 
     def _begin(self) -> None:
         if not self._file.in_transaction:

@@ -34,7 +34,7 @@ def announce_booking(world: World, charge: Record) -> None:
     """The balance transaction that came after its charge."""
     if charge.body["balance_transaction"] is None:
         book_charge(world, charge)
-        world.emit("charge.updated", charge, {"balance_transaction": None, "receipt_url": None})
+        world.emit("charge.updated", charge, {"balance_transaction": None})
 
 
 def book(

@@ -77,16 +77,6 @@ class ListEvents(Page):
     types: list[str] | None = None
 
 
-class ListRefunds(Page):
-    charge: str | None = None
-    payment_intent: str | None = None
-
-
-class ListDisputes(Page):
-    charge: str | None = None
-    payment_intent: str | None = None
-
-
 CaptureMethod = Literal["automatic", "automatic_async", "manual"]
 Metadata = dict[str, str] | str | None
 """Merged into what is stored; an empty value removes its key, an empty string all of them."""
@@ -161,24 +151,6 @@ class CaptureIntent(Parameters, kw_only=True):
     metadata: Metadata = None
     statement_descriptor: str | None = None
     statement_descriptor_suffix: str | None = None
-
-
-class CreateRefund(Parameters, kw_only=True):
-    amount: int | None = None
-    charge: str | None = None
-    payment_intent: str | None = None
-    reason: Literal["duplicate", "fraudulent", "requested_by_customer"] | None = None
-    metadata: Metadata = None
-
-
-class UpdateDispute(Parameters, kw_only=True):
-    evidence: dict[str, str] | None = None
-    metadata: Metadata = None
-    submit: bool = True
-
-
-class UpdateRefund(Parameters, kw_only=True):
-    metadata: Metadata = None
 
 
 def decode_pairs(form: str) -> Pairs:

@@ -12,8 +12,6 @@ EXPANDABLE = {
     "charge": {"balance_transaction", "payment_intent", "failure_balance_transaction"},
     "balance_transaction": {"source"},
     "payout": {"balance_transaction", "failure_balance_transaction"},
-    "refund": {"balance_transaction", "charge", "payment_intent", "failure_balance_transaction"},
-    "dispute": {"charge", "payment_intent"},
     "event": set[str](),
     "payment_method": set[str](),
     "account": set[str](),
@@ -35,9 +33,6 @@ def shown(world: World, record: Record, expand: list[str] | tuple[str, ...] = ()
     if record.kind == "balance_transaction":
         available = record.available_on <= world.memory.now()
         body = {**body, "status": "available" if available else "pending"}
-    elif record.kind == "dispute":
-        lines = [shown(world, world.memory.get(line)) for line in body["balance_transactions"]]
-        body = {**body, "balance_transactions": lines}
     for head, rest in _by_head(expand).items():
         if head not in EXPANDABLE[record.kind]:
             raise invalid(f"This property cannot be expanded ({head}).", param="expand[]")

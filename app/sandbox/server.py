@@ -5,6 +5,7 @@ another.
 """
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ from app.sandbox.settings import SECRET, Settings
 from app.sandbox.webhooks import Postman
 from app.sandbox.wire import Answer, Connection, Message, ProtocolWithTransport, Receive, Send
 from app.sandbox.world import World
+
+log = logging.getLogger("sandbox")
 
 BACKLOG = 2048
 
@@ -139,6 +142,8 @@ async def _live(listening: socket.socket, path: Path, settings: Settings, profil
     own_life = [asyncio.create_task(agenda.follow(world, postman)), asyncio.create_task(postman.run())]
     if settings.payout_seconds > 0:
         own_life.append(asyncio.create_task(agenda.pay_out_regularly(world)))
+    for task in own_life:
+        task.add_done_callback(_tell_of_failure)
     try:
         await uvicorn.Server(config).serve(sockets=[listening])
     finally:
@@ -146,3 +151,9 @@ async def _live(listening: socket.socket, path: Path, settings: Settings, profil
             task.cancel()
         await asyncio.gather(*own_life, return_exceptions=True)
         memory.close()
+
+
+def _tell_of_failure(task: asyncio.Task[None]) -> None:
+    """The sandbox's own life only ends with it; anything else is a bug to be seen at once."""
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        log.critical("the sandbox stopped living by itself", exc_info=failure)

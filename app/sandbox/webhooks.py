@@ -82,7 +82,7 @@ class Postman:
             world.memory.tally("webhooks:refused")
             delay = min(settings.webhook_retry_seconds * 2 ** (plan.attempt - 1), RETRY_SECONDS_MAX)
             world.plan(0.1 if forged else delay, "deliver", plan.subject, plan.attempt + 1)
-        world.commit()
+        world.commit_soon()
 
 
 class Connection:
@@ -119,15 +119,14 @@ class Connection:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
         self._writer.write(request)
         answer = Answer()
-        parser = httptools.HttpResponseParser(answer)
         while not answer.complete:
             data = await self._reader.read(65536)
             if not data:
                 raise ConnectionResetError("the receiver hung up before it answered")
-            parser.feed_data(data)
-        if not parser.should_keep_alive():
+            answer.parser.feed_data(data)
+        if not answer.keeps_alive:
             self.close()
-        return parser.get_status_code()
+        return answer.parser.get_status_code()
 
     def close(self) -> None:
         """Hang up; the next request opens another."""
@@ -138,10 +137,14 @@ class Connection:
 
 
 class Answer:
-    """Collects nothing but that the answer is complete."""
+    """Of an answer, what matters: its status, that it is complete, and whether another request may follow."""
 
-    complete = False
+    def __init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.complete = False
+        self.keeps_alive = False
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
         self.complete = True
+        self.keeps_alive = self.parser.should_keep_alive()

@@ -1,7 +1,7 @@
 """What all operations share: settings, memory, chance, and telling the world what happened."""
 
 import heapq
-from asyncio import Event
+from asyncio import Event, get_running_loop
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,8 @@ from app.sandbox.cards import BY_FINGERPRINT, Card
 from app.sandbox.faults import Faults
 from app.sandbox.memory import Memory, Plan, Record, encode
 from app.sandbox.settings import API_VERSION, PLATFORM, Settings
+
+COMMIT_SOON_SECONDS = 0.01
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,6 +40,7 @@ class World:
         heapq.heapify(self.agenda)
         self._fresh: list[Plan] = []
         self.agenda_changed = Event()
+        self._commit_is_near = False
 
     def second(self) -> int:
         """The sandbox's time as Stripe tells it, whole Unix seconds."""
@@ -112,6 +115,19 @@ class World:
                 heapq.heappush(self.agenda, plan)
             self._fresh = []
             self.agenda_changed.set()
+
+    def commit_soon(self) -> None:
+        """Commit within a few milliseconds, together with what else happens until then.
+
+        For what may be done once more after a kill, as deliveries may.
+        """
+        if not self._commit_is_near:
+            self._commit_is_near = True
+            get_running_loop().call_later(COMMIT_SOON_SECONDS, self._commit_now)
+
+    def _commit_now(self) -> None:
+        self._commit_is_near = False
+        self.commit()
 
     def rollback(self) -> None:
         """Forget everything since the last commit."""
