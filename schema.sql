@@ -20,7 +20,8 @@
 --
 -- Invariants that constraints keep:
 --   a step is legal            steps (from_state, to_state) -> transitions
---   a step starts where the last ended   steps (payment_id, version - 1, from_state) -> steps (payment_id, version, to_state)
+--   a step starts where the last ended
+--                              steps (payment_id, version - 1, from_state) -> steps (payment_id, version, to_state)
 --   a payment's state is its last step   payments (id, version, state) -> steps; both stand in surety.sibling_keys
 --   a posting can't be unbalanced        a transfer names one debit, one credit, one amount
 --   a cause posts once                   postings.cause is unique
@@ -74,7 +75,8 @@ create table surety.environment (
     constraint environment_kind_can_be_referred_to unique (kind)
 );
 comment on table surety.environment is
-'One row: this database''s identity. Its id goes into providers'' metadata, so foreign money can be told from lost money.';
+'One row: this database''s identity. Its id goes into providers'' metadata, so foreign money can be told from lost
+money.';
 
 create table surety.clock (
     kind text not null default 'test',
@@ -430,9 +432,11 @@ create table surety.steps (
     constraint first_step_is_initiated check (version > 1 or to_state = 'initiated')
 ) partition by range (payment_id);
 comment on table surety.steps is
-'The truth about states: a chain of steps per payment. implied marks a step that was walked because it must have happened.';
+'The truth about states: a chain of steps per payment. implied marks a step that was walked because it must have
+happened.';
 
--- Keys between tables that are partitioned alike. A row and what it refers to lie in the partitions of one month, so each
+-- Keys between tables that are partitioned alike. A row and what it refers to lie in the partitions of one month, so
+-- each
 -- pair of partitions gets the key when it is made (surety.maintain_partitions). The claim is the same as that of a key
 -- between the parents, at a third of its cost: those look through every partition for each row.
 create table surety.sibling_keys (
@@ -471,8 +475,19 @@ create table surety.calls (
     constraint call_answer_has_a_status check ((answered_at is null) = (status is null))
 ) partition by range (payment_id);
 comment on table surety.calls is
-'What we send to providers: the very bytes and key, written before they are sent, so that an unknown outcome can be asked
+'What we send to providers: the very bytes and key, written before they are sent, so that an unknown outcome can be
+asked
 about with the same ones. answered_at is null while the outcome is unknown.';
+
+create unlogged table surety.provider_paces (
+    provider text not null,
+    account text not null,
+    next_at timestamptz not null,
+    constraint provider_paces_pkey primary key (provider, account)
+);
+comment on table surety.provider_paces is
+'When each account''s next request to its provider may go out: one token bucket shared by all workers. Losing it loses
+nothing.';
 
 -- ---------------------------------------------------------------------------------------------------------- facts
 
@@ -535,7 +550,8 @@ create table surety.fact_keys (
     constraint fact_kind_is_known foreign key (kind) references surety.fact_kinds (kind)
 );
 comment on table surety.fact_keys is
-'Facts ever recorded: neither amount, time nor source is part of the key, so a webhook and a poll about one object are one
+'Facts ever recorded: neither amount, time nor source is part of the key, so a webhook and a poll about one object are
+one
 fact. revision numbers the fetches of what is not monotone (disputes); elsewhere it is 0.';
 
 create table surety.facts (
@@ -661,7 +677,8 @@ create table ledger.rules (
     )
 );
 comment on table ledger.rules is
-'Which transfers each cause makes. gross, fee and net are the record''s (a negative one moves the other way); ours is our
+'Which transfers each cause makes. gross, fee and net are the record''s (a negative one moves the other way); ours is
+our
 fee; other_* are in the payment''s currency where the record is in another.';
 
 insert into ledger.rules (cause, leg, debit, credit, amount) values
@@ -727,7 +744,8 @@ create table ledger.accounts (
     constraint account_currency_can_be_referred_to unique (id, currency)
 );
 comment on table ledger.accounts is
-'Accounts, made when first used. The id is kind:owner:currency, the owner a merchant''s id, a provider''s account or house.';
+'Accounts, made when first used. The id is kind:owner:currency, the owner a merchant''s id, a provider''s account or
+house.';
 
 create table ledger.postings (
     id text collate "C" not null,
@@ -803,11 +821,11 @@ comment on table outbox.events is
 
 create table outbox.handlers (
     handler text collate "C" not null,
-    event_types text [] not null,
+    event_types text[] not null,
     batch_size integer not null,
     batches_at_once integer not null,
     lease interval not null default '60 seconds',
-    retry_after interval [] not null default '{"5 seconds","60 seconds"}',
+    retry_after interval[] not null default '{"5 seconds","60 seconds"}',
     epoch integer not null,
     seen pg_snapshot not null,
     goal pg_snapshot,
@@ -827,7 +845,7 @@ create sequence outbox.fences;
 create table outbox.batches (
     id bigint not null default nextval('outbox.fences'),
     handler text collate "C" not null,
-    event_ids text [] not null,
+    event_ids text[] not null,
     first_id text collate "C" not null,
     last_id text collate "C" not null,
     is_retry boolean not null default false,
@@ -843,7 +861,8 @@ create table outbox.batches (
 );
 create index batches_by_lease on outbox.batches (handler, leased_until);
 comment on table outbox.batches is
-'Events taken and not finished, one row per claim. first_id and last_id bound event_ids, so that reading them touches few
+'Events taken and not finished, one row per claim. first_id and last_id bound event_ids, so that reading them touches
+few
 partitions. Who finishes must show the fence.';
 
 create table outbox.retries (
@@ -882,7 +901,8 @@ create table outbox.dead_letters (
 );
 create unique index dead_letter_is_open_once on outbox.dead_letters (handler, event_id) where closed_at is null;
 create index dead_letters_of_a_payment on outbox.dead_letters (payment_id) where payment_id is not null;
-comment on table outbox.dead_letters is 'Events given up on, with payload and every error, until a person or the payment''s own end closes them.';
+comment on table outbox.dead_letters is 'Events given up on, with payload and every error, until a person or the
+payment''s own end closes them.';
 
 -- ---------------------------------------------------------------------------------------------------------- audit
 
@@ -912,7 +932,8 @@ create table audit.entries (
 create index entries_of_a_payment on audit.entries (payment_id, id) where payment_id is not null;
 create index entries_in_commit_order on audit.entries (xid, id);
 comment on table audit.entries is
-'The audit trail, append-only: requests, steps, calls outside (before and after), webhooks, operators'' doings, denials.';
+'The audit trail, append-only: requests, steps, calls outside (before and after), webhooks, operators'' doings,
+denials.';
 
 -- ------------------------------------------------------------------------------------------------- reconciliation
 
@@ -943,7 +964,15 @@ create table surety.discrepancies (
     constraint discrepancies_pkey primary key (id),
     constraint discrepancy_kind_is_known check (
         kind in (
-            'missing_at_provider', 'missing_here', 'amount', 'currency', 'fee', 'state', 'duplicate', 'overdue', 'account',
+            'missing_at_provider',
+            'missing_here',
+            'amount',
+            'currency',
+            'fee',
+            'state',
+            'duplicate',
+            'overdue',
+            'account',
             'livemode', 'foreign', 'unmatched_cash', 'exchange', 'return_without_entry', 'negative_balance', 'category'
         )
     ),
@@ -951,7 +980,8 @@ create table surety.discrepancies (
     constraint discrepancy_is_told_once unique (kind, subject)
 );
 create index discrepancies_of_a_payment on surety.discrepancies (payment_id) where payment_id is not null;
-comment on table surety.discrepancies is 'Where our records and the outside''s differ, until somebody or something explains it.';
+comment on table surety.discrepancies is 'Where our records and the outside''s differ, until somebody or something
+explains it.';
 
 create table surety.poll_cursors (
     provider text not null,
@@ -960,4 +990,5 @@ create table surety.poll_cursors (
     polled_to timestamptz not null,
     constraint poll_cursors_pkey primary key (provider, account, list)
 );
-comment on table surety.poll_cursors is 'How far each list of a provider has been read; every reading overlaps the last.';
+comment on table surety.poll_cursors is 'How far each list of a provider has been read; every reading overlaps the
+last.';

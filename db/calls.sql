@@ -11,7 +11,8 @@ begin atomic
             'amount', p_payment.amount_minor,
             'currency', p_payment.currency,
             'payment_method', p_payment.method_token,
-            'payment_method_types', jsonb_build_array('card'),
+            'automatic_payment_methods', jsonb_build_object('enabled', true, 'allow_redirects', 'never'),
+            'allowed_payment_method_types', jsonb_build_array('card'),
             'capture_method', case p_payment.capture_method when 'manual' then 'manual' else 'automatic_async' end,
             'description', p_payment.description,
             'statement_descriptor_suffix', p_payment.statement_descriptor_suffix,
@@ -25,15 +26,16 @@ begin atomic
     end);
 end;
 
-create or replace function surety.begin_calls(p_batch bigint, p_fence bigint, p_operation text, p_actor text)
-returns table (
+create or replace function surety.begin_calls(
+    p_batch bigint, p_fence bigint, p_operation text, p_actor text, p_event_ids text [] default null
+) returns table (
     event_id text, payment_id text, todo text, idempotency_key text, request jsonb, account text, provider_id text,
     sends integer, first_sent_at timestamptz, last_sent_at timestamptz, failures integer, amount_minor bigint,
     currency text, livemode boolean, state text
 )
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- For each event left in the batch, what to do about its payment:
+-- For each event left in the batch (of p_event_ids, if given), what to do about its payment:
 --   send   the request, under the key, both as they were written down
 --   ask    the provider first: an earlier send's outcome is unknown and sending again would not tell
 --   skip   nothing is left to do
@@ -42,7 +44,10 @@ declare
     v_now timestamptz := surety.time_now();
 begin
     perform from surety.payments as p
-    where p.id in (select e.aggregate_id from outbox.batch_events(p_batch, p_fence) as e)
+    where p.id in (
+        select e.aggregate_id from outbox.batch_events(p_batch, p_fence) as e
+        where p_event_ids is null or e.event_id = any(p_event_ids)
+    )
     order by p.id for update;
     return query
     with events as (
@@ -52,6 +57,7 @@ begin
         from outbox.batch_events(p_batch, p_fence) as e
         join surety.payments as p on p.id = e.aggregate_id
         left join surety.calls as c on c.payment_id = p.id and c.operation = p_operation
+        where p_event_ids is null or e.event_id = any(p_event_ids)
     ),
     judged as (
         select
@@ -80,7 +86,13 @@ begin
         from judged as j where j.verdict <> 'skip'
         order by j.payment_id
         on conflict on constraint calls_pkey do update
-        set sends = c.sends + 1, last_sent_at = excluded.last_sent_at, answered_at = null, status = null
+        set
+            sends = c.sends + 1,
+            last_sent_at = excluded.last_sent_at,
+            -- While it is only asked about, the last answer still decides whether the key can be used again.
+            (answered_at, status) = (
+                select c.answered_at, c.status from judged as a where a.payment_id = c.payment_id and a.verdict = 'ask'
+            )
         returning c.payment_id, c.idempotency_key, c.request, c.sends, c.first_sent_at, c.last_sent_at
     ),
     stepped as (
@@ -113,12 +125,43 @@ begin atomic
     set
         idempotency_key = calls.payment_id || ':' || calls.operation || ':' || calls.sends,
         first_sent_at = surety.time_now(),
-        last_sent_at = surety.time_now()
+        last_sent_at = surety.time_now(),
+        answered_at = null,
+        status = null
     where calls.payment_id = p_payment_id and calls.operation = p_operation
     returning calls.idempotency_key;
 end;
 comment on function surety.renew_call(text, text) is
 'A fresh key for a call that was asked about and that the provider does not know of. Returns the key.';
+
+create or replace function surety.take_turn(
+    p_provider text, p_account text, p_per_second double precision, p_is_urgent boolean
+) returns double precision
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- GCRA in one statement: next_at moves on by one request's share of a second and may lag by half a second's worth.
+    -- Who isn't urgent takes a turn only where nobody would wait for it. A minute's backlog at most is kept, so that a
+    -- clock that was set back can't stop us.
+    with taken as (
+        insert into surety.provider_paces as paces (provider, account, next_at)
+        values (
+            p_provider, p_account,
+            surety.time_now() - interval '500 milliseconds' + make_interval(secs => 1 / p_per_second)
+        )
+        on conflict (provider, account) do update
+        set next_at = greatest(
+            least(paces.next_at, surety.time_now() + interval '1 minute'),
+            surety.time_now() - interval '500 milliseconds'
+        ) + make_interval(secs => 1 / p_per_second)
+        where p_is_urgent or paces.next_at < surety.time_now() - interval '250 milliseconds'
+        returning extract(epoch from paces.next_at - surety.time_now())::double precision as seconds
+    )
+
+    select greatest(0, taken.seconds) from taken;
+end;
+comment on function surety.take_turn(text, text, double precision, boolean) is
+'Seconds to wait before one request may be sent to a provider''s account, its turn being taken; null where the turn was
+left to urgent requests.';
 
 create or replace function surety.refuse_payments(p_results jsonb, p_actor text) returns text []
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -156,7 +199,8 @@ returns table (is_held boolean, event_types text [])
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- What came of events: [{"event_id", "payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?,
--- "facts"?: [], "refused"?: {code, decline_code, message}, "error"?, "release_seconds"?}].
+-- "facts"?: [], "refused"?: {code, decline_code, message}, "discrepancy"?: {kind, subject, detail}, "error"?,
+-- "release_seconds"?}].
 -- Facts, answers and audit entries are recorded whoever holds the lease; only the events' completion needs it.
 -- An event with release_seconds is given back uncounted, one with error has failed, every other is finished.
 declare
@@ -180,6 +224,11 @@ begin
     if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'refused') then
         v_types := v_types || surety.refuse_payments(p_results, p_actor);
     end if;
+    perform surety.open_discrepancy(
+        r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', r.payment_id, r.discrepancy ->> 'detail', '{}', true, v_now)
+    from jsonb_to_recordset(p_results) as r (payment_id text, discrepancy jsonb)
+    where r.discrepancy is not null
+    order by r.discrepancy ->> 'kind', r.discrepancy ->> 'subject';
 
     update surety.calls as c
     set answered_at = v_now, status = r.status

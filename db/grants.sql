@@ -19,7 +19,7 @@ api.list_events(bytea, text, integer),
 api.get_trace(bytea, text)
 to surety_api;
 grant usage on schema outbox to surety_api;
-grant execute on function outbox.kick(text []) to surety_api, surety_webhook, surety_worker;
+grant execute on function outbox.kick(text[]) to surety_api, surety_webhook, surety_worker;
 
 grant execute on function
 surety.receive_webhooks(jsonb),
@@ -31,24 +31,28 @@ surety.time_now(),
 surety.maintain_partitions(integer),
 surety.record_facts(jsonb, text, text),
 surety.record_results(bigint, bigint, text, jsonb),
-surety.begin_calls(bigint, bigint, text, text),
+surety.begin_calls(bigint, bigint, text, text, text[]),
+surety.take_turn(text, text, double precision, boolean),
+surety.call_off_overdue(interval, integer),
+surety.unknown_facts(jsonb),
 surety.renew_call(text, text),
 surety.claim_questions(integer),
 surety.read_inbox(bigint, bigint),
-surety.expect_settlement(bigint, bigint, text []),
-surety.close_settled(bigint, bigint, text []),
+surety.expect_settlement(bigint, bigint, text[]),
+surety.close_settled(bigint, bigint, text[]),
 surety.open_overdue(integer),
 surety.lists_to_poll(text, interval),
 surety.polled(text, text, text, timestamptz),
-surety.due_money(integer),
+surety.claim_money(integer, interval),
 surety.retry_parked(integer),
 surety.forget_idempotency_keys(integer),
+outbox.list_handlers(),
 outbox.claim(text, text),
 outbox.batch_events(bigint, bigint),
-outbox.finish(bigint, bigint, text []),
+outbox.finish(bigint, bigint, text[]),
 outbox.renew(bigint, bigint),
 outbox.fail(bigint, bigint, jsonb),
-outbox.release(bigint, bigint, text [], interval, text),
+outbox.release(bigint, bigint, text[], interval, text),
 outbox.has_work(text),
 outbox.kick_due(),
 audit.record(jsonb)

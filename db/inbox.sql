@@ -94,3 +94,21 @@ begin atomic
     order by e.event_id;
 end;
 comment on function surety.read_inbox(bigint, bigint) is 'The webhooks of a batch of webhook.received events.';
+
+create or replace function surety.unknown_facts(p_objects jsonb) returns text[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Of [{"provider", "account", "livemode", "object_id", "kinds": []}] the ids of objects about which none of the
+    -- kinds is known yet: what a webhook announces and need not be fetched twice.
+    select coalesce(array_agg(asked.object_id), '{}')
+    from jsonb_to_recordset(p_objects) as asked (
+        provider text, account text, livemode boolean, object_id text, kinds jsonb
+    )
+    where not exists (
+        select from surety.fact_keys
+        where
+            asked.provider = fact_keys.provider and asked.account = fact_keys.account
+            and asked.livemode = fact_keys.livemode and asked.object_id = fact_keys.object_id
+            and asked.kinds ? fact_keys.kind
+    );
+end;

@@ -207,6 +207,21 @@ begin
 end;
 $$;
 
+create or replace function outbox.list_handlers()
+returns table (handler text, event_types text [], batch_size integer, lease_seconds double precision)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        handlers.handler,
+        handlers.event_types,
+        handlers.batch_size,
+        extract(epoch from handlers.lease)::double precision
+    from outbox.handlers
+    order by handlers.handler;
+end;
+comment on function outbox.list_handlers() is
+'Which handler wants which events, how many at once, and how long it may hold them before it must renew its lease.';
+
 create or replace function outbox.claim(p_handler text, p_worker text)
 returns table (batch_id bigint, fence bigint, event_ids text [], is_suspect boolean, leased_until timestamptz)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -235,7 +250,12 @@ begin
         return;
     end if;
     perform outbox.take_over(p_handler, v_now);
-    if (select count(*) from outbox.batches as b where b.handler = p_handler) >= v_handler.batches_at_once then
+    -- What is left of a batch after a second are slow calls: they must not keep others waiting.
+    if (
+        select count(*) from outbox.batches as b
+        where b.handler = p_handler
+            and (cardinality(b.event_ids) > v_handler.batch_size / 10 or b.claimed_at > v_now - interval '1 second')
+    ) >= v_handler.batches_at_once then
         return;
     end if;
 
@@ -437,7 +457,10 @@ begin
     where held.event_id = any(p_event_ids)
     order by held.event_id
     on conflict (handler, event_id) do update
-    set attempts = r.attempts || excluded.attempts, due_at = excluded.due_at;
+    set
+        -- Only the last twenty: a provider may be busy for long.
+        attempts = case when jsonb_array_length(r.attempts) >= 20 then r.attempts - 0 else r.attempts end || excluded.attempts,
+        due_at = excluded.due_at;
     return outbox.finish(p_batch, p_fence, p_event_ids);
 end;
 $$;

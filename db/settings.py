@@ -15,6 +15,8 @@ from psycopg.conninfo import conninfo_to_dict
 from db.errors import SettingsError
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+PollSeconds = Annotated[int, msgspec.Meta(ge=1, le=3600)]
 
 
 class Secret:
@@ -67,6 +69,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     The addresses of the processes are those of logins of their own; without one a process uses DATABASE_URL and takes
     its role. STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while
     both are active.
+
+    For the workers, in seconds: SURETY_PROVIDER_TIMEOUT bounds a call to the provider, SURETY_POLL_SECONDS is how often
+    it is asked for what no webhook told, SURETY_ACTION_SECONDS is how long a payer may take to act.
+    SURETY_PROVIDER_RATE bounds the requests per second and account, 0 is no bound; without it Stripe's own limits are
+    kept, and the sandbox has none.
     """
 
     database_url: Address | None = None
@@ -84,6 +91,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     surety_api_port: Port = 8000
     surety_webhook_port: Port = 8001
     surety_sandbox_port: Port = 8002
+
+    surety_provider_timeout: Seconds = 20.0
+    surety_provider_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    surety_poll_seconds: PollSeconds = 60
+    surety_action_seconds: Seconds = 86_400.0
 
     surety_pg_bin: Path | None = None
 

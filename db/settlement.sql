@@ -95,19 +95,64 @@ begin atomic
     set polled_to = greatest(poll_cursors.polled_to, excluded.polled_to);
 end;
 
-create or replace function surety.due_money(p_limit integer)
-returns table (provider text, account text, object_id text, created_at timestamptz, available_at timestamptz)
-language sql stable security definer set search_path = pg_catalog, pg_temp
+create or replace function surety.claim_money(p_limit integer, p_again_after interval)
+returns table (provider text, account text, object_id text, created_at timestamptz)
+language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    select
-        pending_money.provider,
-        pending_money.account,
-        pending_money.object_id,
-        pending_money.created_at,
-        pending_money.available_at
-    from surety.pending_money
-    where pending_money.available_at <= surety.time_now()
-    order by pending_money.available_at, pending_money.object_id
-    limit p_limit;
+    with due as (
+        select
+            pending_money.provider,
+            pending_money.account,
+            pending_money.object_id
+        from surety.pending_money
+        where pending_money.available_at <= surety.time_now()
+        order by pending_money.available_at, pending_money.object_id
+        limit p_limit
+        for update skip locked
+    )
+
+    update surety.pending_money
+    set available_at = surety.time_now() + p_again_after
+    from due
+    where
+        pending_money.provider = due.provider and pending_money.account = due.account
+        and pending_money.object_id = due.object_id
+    returning pending_money.provider, pending_money.account, pending_money.object_id, pending_money.created_at;
 end;
-comment on function surety.due_money(integer) is 'Balance transactions that should have become available by now.';
+comment on function surety.claim_money(integer, interval) is
+'Balance transactions that should have become available by now; what is asked for and still isn''t comes again later, so
+that it keeps no other from being asked for.';
+
+create or replace function surety.call_off_overdue(p_after interval, p_limit integer default 500) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Payments whose payer has been asked to act for longer than p_after: an event each, once, for whoever cancels them.
+-- Every unfinished payment has ask_at, so that index finds them. Returns the types of the events made.
+declare
+    v_now timestamptz := surety.time_now();
+    v_ids text[];
+begin
+    select array_agg(overdue.id) into v_ids
+    from (
+        select p.id
+        from surety.payments as p
+        join surety.steps as s on s.payment_id = p.id and s.version = p.version
+        where p.ask_at is not null and p.state = 'requires_action' and s.at < v_now - p_after
+            and not p.flags ? 'overdue_at'
+        order by p.id
+        limit p_limit
+        for update of p skip locked
+    ) as overdue;
+    if v_ids is null then
+        return '{}';
+    end if;
+    update surety.payments as p
+    set flags = p.flags || jsonb_build_object('overdue_at', surety.iso(v_now))
+    where p.id = any(v_ids);
+    perform outbox.emit(
+        'payment', p.id, 'payment.action_overdue', jsonb_build_object('payment_id', p.id, 'reason', 'overdue'),
+        p.merchant_id, p.version)
+    from surety.payments as p where p.id = any(v_ids);
+    return array['payment.action_overdue'];
+end;
+$$;
