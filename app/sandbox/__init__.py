@@ -1,13 +1,14 @@
 """A stateful Stripe look-alike over real sockets, for tests, benchmarks and the demo. It imports none of the rest.
 
-server       a request's way: key, fault, operation, answer     operations   the table of all operations
-parameters   form encoding, one struct per operation            errors       Stripe's refusals
-intents      a payment intent's life                            payer        the 3-D Secure page
-money        balance transactions, balance, payouts             reading      objects, lists, expand
-world        what all share; events                             agenda       what happens by itself, in time
-webhooks     signed deliveries                                  faults       how it misbehaves, from a seed
-memory       one SQLite file                                    control      /sandbox/…: asked and steered
-cards, currencies, settings                                     tables
+server       the process, routing               wire         sockets, and breaking them
+answering    a request: key, execution, answer  misbehaving  what each fault does to it
+operations   the table of all operations        parameters   form encoding, one struct per operation
+intents      a payment intent's life            shapes       what new objects look like
+money        balance transactions, payouts      payer        the 3-D Secure page
+reading      objects, lists, expand             world        what all share; events
+agenda       what happens by itself, in time    webhooks     signed deliveries
+faults       how it misbehaves, from a seed     control      /sandbox/…: asked and steered
+memory       one SQLite file                    cards, currencies, errors, settings: tables
 """
 
 from app.sandbox.faults import DEMO, NONE, Profile

@@ -6,7 +6,7 @@ as they are; a decline is raised after the failed charge was recorded, so it is 
 
 from typing import Any
 
-from app.sandbox import money
+from app.sandbox import money, shapes
 from app.sandbox.cards import AUTHENTICATION_NEEDED, CARDS, Card, Decline
 from app.sandbox.currencies import check_amount
 from app.sandbox.errors import StripeError, invalid, missing, not_found, unsupported, wrong_state
@@ -45,46 +45,9 @@ def create(world: World, account: str, given: CreateIntent) -> Record:
     memory, created = world.memory, world.second()
     id = memory.unused_id("pi", account, (world.call and world.call.key) or f"#{memory.next_seq()}")
     automatic = given.automatic_payment_methods or AutomaticMethods(enabled=True)
-    body: dict[str, Any] = {
-        "id": id,
-        "object": "payment_intent",
-        "amount": given.amount,
-        "amount_capturable": 0,
-        "amount_details": {"tip": {}},
-        "amount_received": 0,
-        "application": None,
-        "application_fee_amount": None,
-        "automatic_payment_methods": {"allow_redirects": automatic.allow_redirects, "enabled": automatic.enabled},
-        "canceled_at": None,
-        "cancellation_reason": None,
-        "capture_method": given.capture_method or "automatic_async",
-        "client_secret": f"{id}_secret_{memory.unused_id('s', id)[2:]}",
-        "confirmation_method": given.confirmation_method,
-        "created": created,
-        "currency": currency,
-        "customer": given.customer or None,
-        "description": given.description or None,
-        "last_payment_error": None,
-        "latest_charge": None,
-        "livemode": False,
-        "metadata": _merged({}, given.metadata),
-        "next_action": None,
-        "on_behalf_of": None,
-        "payment_method": None,
-        "payment_method_configuration_details": None,
-        "payment_method_options": _options(None, given.payment_method_options),
-        "payment_method_types": ["card"],
-        "processing": None,
-        "receipt_email": given.receipt_email or None,
-        "review": None,
-        "setup_future_usage": given.setup_future_usage,
-        "shipping": None,
-        "statement_descriptor": None,
-        "statement_descriptor_suffix": given.statement_descriptor_suffix or None,
-        "status": "requires_payment_method",
-        "transfer_data": None,
-        "transfer_group": given.transfer_group or None,
-    }
+    body = shapes.intent(id, f"{id}_secret_{memory.unused_id('s', id)[2:]}", created, currency, given, automatic)
+    body["metadata"] = _merged({}, given.metadata)
+    body["payment_method_options"] = _options(None, given.payment_method_options)
     intent = Record(id, "payment_intent", account, created, body, parent=given.customer or "")
     if card:
         _attach(world, intent, card)
@@ -255,7 +218,7 @@ def _pay(world: World, intent: Record, card: Card, *, off_session: bool, return_
     if not challenged:
         _charge(world, intent, card, authenticated=False)
     elif off_session:
-        _fail(world, intent, card, AUTHENTICATION_NEEDED, charge=_new_charge(world, intent, card, False))
+        _fail(world, intent, card, AUTHENTICATION_NEEDED, charge=_new_charge(world, intent, card, authenticated=False))
     else:
         _challenge(world, intent, return_url)
 
@@ -285,8 +248,8 @@ def _charge(world: World, intent: Record, card: Card, *, authenticated: bool) ->
     """Ask the card's issuer."""
     body = intent.body
     if card.decline:
-        _fail(world, intent, card, card.decline, charge=_new_charge(world, intent, card, authenticated))
-    charge = _new_charge(world, intent, card, authenticated)
+        _fail(world, intent, card, card.decline, charge=_new_charge(world, intent, card, authenticated=authenticated))
+    charge = _new_charge(world, intent, card, authenticated=authenticated)
     charge.label = "succeeded"
     body.update(latest_charge=charge.id, last_payment_error=None, next_action=None)
     if body["capture_method"] == "manual":
@@ -343,7 +306,7 @@ def _fail(world: World, intent: Record, card: Card, decline: Decline, charge: Re
         charge.body.update(
             failure_code=decline.code,
             failure_message=decline.message,
-            outcome=_outcome(card, decline),
+            outcome=shapes.outcome(card, decline),
             paid=False,
             status="failed",
         )
@@ -366,158 +329,17 @@ def _fail(world: World, intent: Record, card: Card, decline: Decline, charge: Re
     )
 
 
-def _new_charge(world: World, intent: Record, card: Card, authenticated: bool) -> Record:
-    body = intent.body
-    id = world.memory.unused_id("ch", intent.id)
-    created = world.second()
-    three_d_secure = None
-    if authenticated:
-        three_d_secure = {
-            "authentication_flow": "challenge",
-            "electronic_commerce_indicator": "05",
-            "exemption_indicator": None,
-            "result": "authenticated",
-            "result_reason": None,
-            "transaction_id": None,
-            "version": "2.2.0",
-        }
-    charge = {
-        "id": id,
-        "object": "charge",
-        "amount": body["amount"],
-        "amount_captured": 0,
-        "amount_refunded": 0,
-        "application": None,
-        "application_fee": None,
-        "application_fee_amount": None,
-        "balance_transaction": None,
-        "billing_details": _nobody(),
-        "calculated_statement_descriptor": "SURETY SANDBOX",
-        "captured": False,
-        "created": created,
-        "currency": body["currency"],
-        "customer": body["customer"],
-        "description": body["description"],
-        "disputed": False,
-        "failure_balance_transaction": None,
-        "failure_code": None,
-        "failure_message": None,
-        "fraud_details": {},
-        "livemode": False,
-        "metadata": dict(body["metadata"]),
-        "on_behalf_of": None,
-        "outcome": _outcome(card, None),
-        "paid": False,
-        "payment_intent": intent.id,
-        "payment_method": body["payment_method"],
-        "payment_method_details": {
-            "card": {
-                "amount_authorized": body["amount"],
-                "authorization_code": None,
-                "brand": card.brand,
-                "checks": {"address_line1_check": None, "address_postal_code_check": None, "cvc_check": None},
-                "country": card.country,
-                "exp_month": 11,
-                "exp_year": 2030,
-                "extended_authorization": {"status": "disabled"},
-                "fingerprint": card.fingerprint,
-                "funding": card.funding,
-                "incremental_authorization": {"status": "unavailable"},
-                "installments": None,
-                "last4": card.last4,
-                "mandate": None,
-                "multicapture": {"status": "unavailable"},
-                "network": card.brand,
-                "network_token": {"used": False},
-                "network_transaction_id": None,
-                "overcapture": {"maximum_amount_capturable": body["amount"], "status": "unavailable"},
-                "regulated_status": "unregulated",
-                "three_d_secure": three_d_secure,
-                "wallet": None,
-            },
-            "type": "card",
-        },
-        "radar_options": {},
-        "receipt_email": body["receipt_email"],
-        "receipt_number": None,
-        "receipt_url": None,
-        "refunded": False,
-        "review": None,
-        "shipping": None,
-        "source_transfer": None,
-        "statement_descriptor": None,
-        "statement_descriptor_suffix": body["statement_descriptor_suffix"],
-        "status": "pending",
-        "transfer_data": None,
-        "transfer_group": body["transfer_group"],
-    }
-    return world.memory.save(Record(id, "charge", intent.account, created, charge, parent=intent.id, label="pending"))
-
-
-def _outcome(card: Card, decline: Decline | None) -> dict[str, Any]:
-    if decline is None:
-        return {
-            "advice_code": None,
-            "network_advice_code": None,
-            "network_decline_code": None,
-            "network_status": "approved_by_network",
-            "reason": "elevated_risk_level" if card.risk == "elevated" else None,
-            "risk_level": card.risk,
-            "risk_score": {"normal": 20, "elevated": 67, "highest": 92}[card.risk],
-            "seller_message": "Payment complete.",
-            "type": "authorized",
-        }
-    blocked = card.risk == "highest"
-    return {
-        "advice_code": None,
-        "network_advice_code": None,
-        "network_decline_code": None if blocked else "05",
-        "network_status": "not_sent_to_network" if blocked else "declined_by_network",
-        "reason": "highest_risk_level" if blocked else decline.decline_code or decline.code,
-        "risk_level": card.risk,
-        "risk_score": 92 if blocked else 20,
-        "seller_message": "Stripe blocked this payment as too risky." if blocked else "The bank declined this payment.",
-        "type": "blocked" if blocked else "issuer_declined",
-    }
+def _new_charge(world: World, intent: Record, card: Card, *, authenticated: bool) -> Record:
+    id, created = world.memory.unused_id("ch", intent.id), world.second()
+    body = shapes.charge(id, intent.body, card, created, authenticated=authenticated)
+    return world.memory.save(Record(id, "charge", intent.account, created, body, parent=intent.id, label="pending"))
 
 
 def _attach(world: World, intent: Record, card: Card) -> None:
     """Give the intent a payment method of its own, made from the test card."""
     id, created = world.memory.unused_id("pm", intent.id), world.second()
-    method = {
-        "id": id,
-        "object": "payment_method",
-        "allow_redisplay": "unspecified",
-        "billing_details": _nobody(),
-        "card": {
-            "brand": card.brand,
-            "checks": {"address_line1_check": None, "address_postal_code_check": None, "cvc_check": None},
-            "country": card.country,
-            "display_brand": card.brand,
-            "exp_month": 11,
-            "exp_year": 2030,
-            "fingerprint": card.fingerprint,
-            "funding": card.funding,
-            "generated_from": None,
-            "last4": card.last4,
-            "networks": {"available": [card.brand], "preferred": None},
-            "regulated_status": "unregulated",
-            "three_d_secure_usage": {"supported": card.challenge != "unsupported"},
-            "wallet": None,
-        },
-        "created": created,
-        "customer": None,
-        "livemode": False,
-        "metadata": {},
-        "type": "card",
-    }
-    world.memory.save(Record(id, "payment_method", intent.account, created, method))
+    world.memory.save(Record(id, "payment_method", intent.account, created, shapes.method(id, card, created)))
     intent.body["payment_method"] = id
-
-
-def _nobody() -> dict[str, Any]:
-    address = dict.fromkeys(("city", "country", "line1", "line2", "postal_code", "state"))
-    return {"address": address, "email": None, "name": None, "phone": None, "tax_id": None}
 
 
 def _card(token: str | None) -> Card | None:

@@ -1,0 +1,202 @@
+"""What new objects look like: every property that Stripe's have, with the values they begin with."""
+
+from typing import Any
+
+from app.sandbox.cards import Card, Decline
+from app.sandbox.parameters import AutomaticMethods, CreateIntent
+
+
+def intent(
+    id: str, secret: str, created: int, currency: str, given: CreateIntent, automatic: AutomaticMethods
+) -> dict[str, Any]:
+    """A payment intent without a payment method."""
+    return {
+        "id": id,
+        "object": "payment_intent",
+        "amount": given.amount,
+        "amount_capturable": 0,
+        "amount_details": {"tip": {}},
+        "amount_received": 0,
+        "application": None,
+        "application_fee_amount": None,
+        "automatic_payment_methods": {"allow_redirects": automatic.allow_redirects, "enabled": automatic.enabled},
+        "canceled_at": None,
+        "cancellation_reason": None,
+        "capture_method": given.capture_method or "automatic_async",
+        "client_secret": secret,
+        "confirmation_method": given.confirmation_method,
+        "created": created,
+        "currency": currency,
+        "customer": given.customer or None,
+        "description": given.description or None,
+        "last_payment_error": None,
+        "latest_charge": None,
+        "livemode": False,
+        "metadata": {},
+        "next_action": None,
+        "on_behalf_of": None,
+        "payment_method": None,
+        "payment_method_configuration_details": None,
+        "payment_method_options": None,
+        "payment_method_types": ["card"],
+        "processing": None,
+        "receipt_email": given.receipt_email or None,
+        "review": None,
+        "setup_future_usage": given.setup_future_usage,
+        "shipping": None,
+        "statement_descriptor": None,
+        "statement_descriptor_suffix": given.statement_descriptor_suffix or None,
+        "status": "requires_payment_method",
+        "transfer_data": None,
+        "transfer_group": given.transfer_group or None,
+    }
+
+
+def method(id: str, card: Card, created: int) -> dict[str, Any]:
+    """A payment method made from a test card."""
+    return {
+        "id": id,
+        "object": "payment_method",
+        "allow_redisplay": "unspecified",
+        "billing_details": nobody(),
+        "card": {
+            "brand": card.brand,
+            "checks": {"address_line1_check": None, "address_postal_code_check": None, "cvc_check": None},
+            "country": card.country,
+            "display_brand": card.brand,
+            "exp_month": 11,
+            "exp_year": 2030,
+            "fingerprint": card.fingerprint,
+            "funding": card.funding,
+            "generated_from": None,
+            "last4": card.last4,
+            "networks": {"available": [card.brand], "preferred": None},
+            "regulated_status": "unregulated",
+            "three_d_secure_usage": {"supported": card.challenge != "unsupported"},
+            "wallet": None,
+        },
+        "created": created,
+        "customer": None,
+        "livemode": False,
+        "metadata": {},
+        "type": "card",
+    }
+
+
+def charge(id: str, intent: dict[str, Any], card: Card, created: int, *, authenticated: bool) -> dict[str, Any]:
+    """A charge of an intent's payment method that the issuer has not answered yet."""
+    three_d_secure = None
+    if authenticated:
+        three_d_secure = {
+            "authentication_flow": "challenge",
+            "electronic_commerce_indicator": "05",
+            "exemption_indicator": None,
+            "result": "authenticated",
+            "result_reason": None,
+            "transaction_id": None,
+            "version": "2.2.0",
+        }
+    return {
+        "id": id,
+        "object": "charge",
+        "amount": intent["amount"],
+        "amount_captured": 0,
+        "amount_refunded": 0,
+        "application": None,
+        "application_fee": None,
+        "application_fee_amount": None,
+        "balance_transaction": None,
+        "billing_details": nobody(),
+        "calculated_statement_descriptor": "SURETY SANDBOX",
+        "captured": False,
+        "created": created,
+        "currency": intent["currency"],
+        "customer": intent["customer"],
+        "description": intent["description"],
+        "disputed": False,
+        "failure_balance_transaction": None,
+        "failure_code": None,
+        "failure_message": None,
+        "fraud_details": {},
+        "livemode": False,
+        "metadata": dict(intent["metadata"]),
+        "on_behalf_of": None,
+        "outcome": outcome(card, None),
+        "paid": False,
+        "payment_intent": intent["id"],
+        "payment_method": intent["payment_method"],
+        "payment_method_details": {
+            "card": {
+                "amount_authorized": intent["amount"],
+                "authorization_code": None,
+                "brand": card.brand,
+                "checks": {"address_line1_check": None, "address_postal_code_check": None, "cvc_check": None},
+                "country": card.country,
+                "exp_month": 11,
+                "exp_year": 2030,
+                "extended_authorization": {"status": "disabled"},
+                "fingerprint": card.fingerprint,
+                "funding": card.funding,
+                "incremental_authorization": {"status": "unavailable"},
+                "installments": None,
+                "last4": card.last4,
+                "mandate": None,
+                "multicapture": {"status": "unavailable"},
+                "network": card.brand,
+                "network_token": {"used": False},
+                "network_transaction_id": None,
+                "overcapture": {"maximum_amount_capturable": intent["amount"], "status": "unavailable"},
+                "regulated_status": "unregulated",
+                "three_d_secure": three_d_secure,
+                "wallet": None,
+            },
+            "type": "card",
+        },
+        "radar_options": {},
+        "receipt_email": intent["receipt_email"],
+        "receipt_number": None,
+        "receipt_url": None,
+        "refunded": False,
+        "review": None,
+        "shipping": None,
+        "source_transfer": None,
+        "statement_descriptor": None,
+        "statement_descriptor_suffix": intent["statement_descriptor_suffix"],
+        "status": "pending",
+        "transfer_data": None,
+        "transfer_group": intent["transfer_group"],
+    }
+
+
+def outcome(card: Card, decline: Decline | None) -> dict[str, Any]:
+    """What the network and the risk rules said of an attempt."""
+    if decline is None:
+        return {
+            "advice_code": None,
+            "network_advice_code": None,
+            "network_decline_code": None,
+            "network_status": "approved_by_network",
+            "reason": "elevated_risk_level" if card.risk == "elevated" else None,
+            "risk_level": card.risk,
+            "risk_score": {"normal": 20, "elevated": 67, "highest": 92}[card.risk],
+            "seller_message": "Payment complete.",
+            "type": "authorized",
+        }
+    blocked = card.risk == "highest"
+    return {
+        "advice_code": None,
+        "network_advice_code": None,
+        "network_decline_code": None if blocked else "05",
+        "network_status": "not_sent_to_network" if blocked else "declined_by_network",
+        "reason": "highest_risk_level" if blocked else decline.decline_code or decline.code,
+        "risk_level": card.risk,
+        "risk_score": 92 if blocked else 20,
+        "seller_message": "Stripe blocked this payment as too risky." if blocked else "The bank declined this payment.",
+        "type": "blocked" if blocked else "issuer_declined",
+    }
+
+
+def nobody() -> dict[str, Any]:
+    """Billing details of which none are known."""
+    address = dict.fromkeys(("city", "country", "line1", "line2", "postal_code", "state"))
+    return {"address": address, "email": None, "name": None, "phone": None, "tax_id": None}
