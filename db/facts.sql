@@ -22,15 +22,27 @@ language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select coalesce(
         p_payment_id,
-        (select o.payment_id from surety.provider_objects as o where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_object_id)),
-        (select o.payment_id from surety.provider_objects as o where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_intent)),
-        (select o.payment_id from surety.provider_objects as o where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_source_object)),
+        (
+            select o.payment_id
+            from surety.provider_objects as o
+            where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_object_id)
+        ),
+        (
+            select o.payment_id
+            from surety.provider_objects as o
+            where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_intent)
+        ),
+        (
+            select o.payment_id
+            from surety.provider_objects as o
+            where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_source_object)
+        ),
         (select p.id from surety.payments as p where p.id = p_metadata_payment)
     );
 end;
 
 create or replace function surety.record_facts(p_facts jsonb, p_actor text, p_request_id text default null)
-returns text []
+returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
@@ -166,7 +178,7 @@ begin atomic
     on conflict (kind, subject) do nothing;
 end;
 
-create or replace function surety.disregard_strangers(p_facts surety.facts [], p_at timestamptz) returns surety.facts []
+create or replace function surety.disregard_strangers(p_facts surety.facts[], p_at timestamptz) returns surety.facts[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
 -- Marks facts that can't be about their payment as it is: another account, mode or currency. Each opens a discrepancy.
@@ -200,7 +212,7 @@ begin
 end;
 $$;
 
-create or replace function surety.compare_with_known(p_facts surety.facts [], p_at timestamptz) returns void
+create or replace function surety.compare_with_known(p_facts surety.facts[], p_at timestamptz) returns void
 language sql volatile set search_path = pg_catalog, pg_temp
 begin atomic
     -- The same object with another amount or currency is a contradiction, whoever says it.
@@ -224,8 +236,8 @@ begin atomic
         and (f.amount_minor is distinct from known.amount_minor or f.currency is distinct from known.currency);
 end;
 
-create or replace function surety.advance(p_derived surety.derived [], p_cause text, p_actor text, p_request_id text)
-returns text []
+create or replace function surety.advance(p_derived surety.derived[], p_cause text, p_actor text, p_request_id text)
+returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
@@ -342,12 +354,13 @@ begin
 end;
 $$;
 
-create or replace function surety.post_facts(p_facts surety.facts [], p_derived surety.derived [], p_at timestamptz)
+create or replace function surety.post_facts(p_facts surety.facts[], p_derived surety.derived[], p_at timestamptz)
 returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- The ledger's consequences of new facts. Status moves merchants' balances; only balance transactions move the provider's.
+-- The ledger's consequences of new facts. Status moves merchants' balances; only balance transactions move the
+-- provider's.
 declare
     v_entries ledger.entry [];
 begin
@@ -463,7 +476,9 @@ begin atomic
     select
         owed.exchange is not null,
         coalesce(owed.exchange ->> 'currency', p_payment.currency),
-        case when owed.exchange is null then owed.net else round(owed.net * (owed.exchange ->> 'rate')::numeric)::bigint end,
+        case
+            when owed.exchange is null then owed.net else round(owed.net * (owed.exchange ->> 'rate')::numeric)::bigint
+        end,
         p_payment.currency,
         owed.net
     from owed;
@@ -560,7 +575,7 @@ begin atomic
     )::ledger.entry;
 end;
 
-create or replace function surety.retry_parked(p_limit integer default 500) returns text []
+create or replace function surety.retry_parked(p_limit integer default 500) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Facts that found no payment are tried again; after 15 minutes they are foreign, or a critical discrepancy when they

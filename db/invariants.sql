@@ -23,8 +23,8 @@ begin atomic
             'every step starts where the last ended',
             steps.payment_id
         from surety.steps
-        left join surety.steps as prior on steps.payment_id = prior.payment_id and prior.version = steps.version - 1
-        where steps.version > 1 and steps.from_state is distinct from prior.to_state
+        left join surety.steps as before on steps.payment_id = before.payment_id and before.version = steps.version - 1
+        where steps.version > 1 and steps.from_state is distinct from before.to_state
         union all
         select
             'every step is legal',
@@ -65,7 +65,9 @@ begin atomic
                 events.version,
                 count(*) as events
             from outbox.events
-            where events.aggregate_type = 'payment' and events.type not in ('payment.attempt_failed', 'payment.action_overdue')
+            where
+                events.aggregate_type = 'payment'
+                and events.type not in ('payment.attempt_failed', 'payment.action_overdue')
             group by events.aggregate_id, events.version
         ) as told on steps.payment_id = told.aggregate_id and steps.version = told.version
         where told.events is distinct from 1
@@ -99,7 +101,8 @@ begin atomic
             balances.account_id
         from ledger.balances
         where balances.balance_minor <> coalesce((
-            select sum(transfers.amount_minor) from ledger.transfers where transfers.credit_account = balances.account_id
+            select sum(transfers.amount_minor) from ledger.transfers
+            where transfers.credit_account = balances.account_id
         ), 0) - coalesce((
             select sum(transfers.amount_minor) from ledger.transfers where transfers.debit_account = balances.account_id
         ), 0)

@@ -1,6 +1,6 @@
 -- The ledger. post() writes what ledger.rules say for each cause, once; a trigger keeps merchants' balances.
 
-create or replace function ledger.post(p_entries ledger.entry [], p_at timestamptz) returns integer
+create or replace function ledger.post(p_entries ledger.entry[], p_at timestamptz) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with entries as (
@@ -145,7 +145,7 @@ begin atomic
 
     select count(*)::integer from moved;
 end;
-comment on function ledger.post(ledger.entry [], timestamptz) is
+comment on function ledger.post(ledger.entry[], timestamptz) is
 'Posts each cause that has not posted yet, by ledger.rules; returns the number of transfers. A negative amount moves the
 other way, nothing moves for zero. Call it last in a transaction: it locks merchants'' balances, in sorted order.';
 
@@ -171,7 +171,9 @@ $$;
 create or replace trigger transfers_keep_balances after insert on ledger.transfers
 referencing new table as new_transfers for each statement execute function ledger.keep_balances();
 
-create or replace function ledger.fee(p_amount_minor bigint, p_basis_points integer, p_fixed_minor bigint) returns bigint
+create or replace function ledger.fee(
+    p_amount_minor bigint, p_basis_points integer, p_fixed_minor bigint
+) returns bigint
 language sql immutable parallel safe
 begin atomic
     select least(p_amount_minor, (p_amount_minor * p_basis_points + 5000) / 10000 + p_fixed_minor);

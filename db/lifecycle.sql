@@ -1,4 +1,5 @@
--- Steps: inserting them is the only way to change a payment's state. The trigger below projects them and tells the outbox
+-- Steps: inserting them is the only way to change a payment's state. The trigger below projects them and tells the
+-- outbox
 -- and the audit trail, once per statement, for all payments of a batch.
 
 create or replace function surety.project_steps() returns trigger
@@ -84,7 +85,7 @@ $$;
 create or replace trigger steps_are_projected after insert on surety.steps
 referencing new table as new_steps for each statement execute function surety.project_steps();
 
-create or replace function surety.derive(p_payment_ids text [])
+create or replace function surety.derive(p_payment_ids text[])
 returns setof surety.derived
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -126,13 +127,15 @@ begin atomic
             counted.amount_minor
         from counted
         where counted.family in ('refund', 'dispute', 'charge')
-        order by counted.payment_id asc, counted.family asc, counted.object_id asc, counted.revision desc, counted.rank desc
+        order by
+            counted.payment_id asc, counted.family asc, counted.object_id asc, counted.revision desc, counted.rank desc
     ),
 
     outcomes as (
         select
             winners.payment_id,
-            coalesce(sum(winners.amount_minor) filter (where winners.kind in ('captured', 'returned')), 0)::bigint as captured,
+            coalesce(sum(winners.amount_minor) filter (where winners.kind in ('captured', 'returned')), 0)::bigint
+                as captured,
             coalesce(sum(winners.amount_minor) filter (where winners.kind = 'refund_succeeded'), 0)::bigint as refunded,
             coalesce(sum(winners.amount_minor) filter (where winners.kind = 'refund_pending'), 0)::bigint as refunding,
             coalesce(sum(winners.amount_minor) filter (where winners.kind = 'dispute_opened'), 0)::bigint as at_risk,
@@ -253,6 +256,6 @@ begin atomic
         case when amounts.captured = 0 and amounts.failed then amounts.failure end
     from amounts;
 end;
-comment on function surety.derive(text []) is
+comment on function surety.derive(text[]) is
 'What each payment''s facts say: its state and amounts in minor units. A pure function of surety.facts: neither their
 order nor the present state matters.';

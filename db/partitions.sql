@@ -10,7 +10,8 @@ from (
     ('surety.expectations', 'pay'), ('surety.inbox', 'whk'), ('ledger.transfers', 'pst'), ('outbox.events', 'evt'),
     ('audit.entries', 'aud')
 ) as listed (parent, prefix);
-comment on view surety.partitioned_tables is 'Tables kept in monthly partitions, and the prefix of the ids that decide the month.';
+comment on view surety.partitioned_tables is
+'Tables kept in monthly partitions, and the prefix of the ids that decide the month.';
 
 create or replace function surety.maintain_partitions(p_months_ahead integer default 3) returns integer
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp

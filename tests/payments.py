@@ -58,7 +58,7 @@ def pay(conn: Connection, key_hash: bytes, count: int = 1, **fields: Any) -> lis
 
 
 def fact(payment_id: str | None, kind: str, object_id: str, amount: int | None = None, **fields: Any) -> Fact:
-    """A fact as record_facts takes it. Amounts in minor units; objects of one payment end alike, so that they never meet."""
+    """A fact as record_facts takes it. Amounts in minor units; the same objects of two payments differ."""
     return {
         "payment_id": payment_id,
         "provider": "stripe",

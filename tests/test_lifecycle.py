@@ -1,8 +1,9 @@
-"""Fourteen states, 56 legal steps, 196 pairs: what is not a row of surety.transitions can not be written, by anybody."""
+"""Fourteen states, 56 legal steps, 196 pairs: what is not a row of surety.transitions can not be written."""
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 
 import psycopg
 import pytest
@@ -40,7 +41,7 @@ def shortest_paths(states: list[str], legal: set[tuple[str, str]]) -> dict[str, 
 
 def put_into(conn: Connection, payment_id: str, path: list[str]) -> int:
     """Walks a new payment along a path; its version then."""
-    for version, (from_state, to_state) in enumerate(zip(path, path[1:], strict=False), start=2):
+    for version, (from_state, to_state) in enumerate(pairwise(path), start=2):
         step(conn, payment_id, version, from_state, to_state)
     return len(path)
 
@@ -124,7 +125,9 @@ def test_a_payments_state_cannot_be_set_beside_its_steps(conn: Connection, chang
 )
 @pytest.mark.parametrize("statement", ["delete from {}", "truncate {} cascade", "update {} set {} = {}"])
 def test_what_was_written_is_never_changed(conn: Connection, table: str, statement: str) -> None:
-    column = {"ledger.transfers": "posting_id", "surety.steps": "payment_id", "surety.facts": "payment_id"}.get(table, "id")
+    column = {"ledger.transfers": "posting_id", "surety.steps": "payment_id", "surety.facts": "payment_id"}.get(
+        table, "id"
+    )
     with pytest.raises(psycopg.DatabaseError, match="append-only") as refusal:
         conn.execute(statement.format(table, column, column).encode())
     assert refusal.value.sqlstate == "SU003"
@@ -134,7 +137,9 @@ def test_each_step_writes_one_event_and_one_audit_entry_and_moves_the_projection
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     put_into(conn, payment_id, ["initiated", "submitting", "provider_submitted", "confirmed", "settled"])
-    events = conn.execute("select type, version from outbox.events where aggregate_id = %s order by version", (payment_id,))
+    events = conn.execute(
+        "select type, version from outbox.events where aggregate_id = %s order by version", (payment_id,)
+    )
     assert events.fetchall() == [
         ("payment.initiated", 1),
         ("payment.submitting", 2),
