@@ -1,4 +1,4 @@
-"""The three races that broke the old system, each with two real connections in each order, and the deadlocks it knew."""
+"""The three races that broke the old system, with two real connections in each order, and the deadlocks it knew."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def waits(conn: Connection, waiting: Connection) -> bool:
 
 
 def at_once(conn: Connection, two: Two, first: Callable[[], object], second: Callable[[], object]) -> None:
-    """Runs `second` while `first` has done its work and not committed; lets `first` commit once `second` waits for it."""
+    """Runs `second` while `first` has worked and not committed; `first` commits once `second` ends or waits for it."""
     one, other = two
     with ThreadPoolExecutor(1) as pool:
         first()
