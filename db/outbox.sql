@@ -510,7 +510,9 @@ end;
 $$;
 
 create or replace function outbox.kick(p_handlers text []) returns integer
-language sql volatile security definer set search_path = pg_catalog, pg_temp
+language sql volatile security definer
+-- Procrastinate's triggers name no schema.
+set search_path = pg_catalog, procrastinate, pg_temp
 begin atomic
     with woken as (
         insert into procrastinate.procrastinate_jobs (queue_name, task_name, queueing_lock, args)

@@ -65,7 +65,7 @@ begin atomic
 end;
 
 create or replace function surety.lists_to_poll(p_list text, p_overlap interval)
-returns table (provider text, account text, read_from timestamptz)
+returns table (provider text, account text, read_from timestamptz, read_to timestamptz)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -73,7 +73,8 @@ begin atomic
         accounts.account,
         coalesce(
             poll_cursors.polled_to, (select min(environment.created_at) from surety.environment)
-        ) - p_overlap
+        ) - p_overlap,
+        surety.time_now()
     from (
         select merchants.provider_account as account from surety.merchants
         union
@@ -84,7 +85,8 @@ begin atomic
     order by accounts.account;
 end;
 comment on function surety.lists_to_poll(text, interval) is
-'From when each account''s list must be read again; overlapping, because a list may show a row late.';
+'From when each account''s list must be read again, overlapping, because a list may show a row late; and what to tell
+surety.polled afterwards.';
 
 create or replace function surety.polled(p_provider text, p_account text, p_list text, p_to timestamptz) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp

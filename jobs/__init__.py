@@ -1,0 +1,123 @@
+"""What works: drains of the outbox, the rails to providers, periodic tasks. Run by `procrastinate --app jobs.app worker`.
+
+A payment's way through these files:
+
+    drain          an event's way: claimed, handled, finished; or failed, given back, taken over
+    handlers       one function per handler, each calling the domain
+    calls          a batch's calls to a provider: what to send, all at once, results recorded as they come
+    stripe_rail    the one place that calls Stripe, and what its answers mean
+    stripe_facts   what Stripe's objects say, as facts
+    periodic       what nobody has to ask for: sweep, balance transactions, deadlines, upkeep
+    worker         what all of them work with
+    database       the workers' way to PostgreSQL
+
+Procrastinate runs the processes and wakes them; nothing of ours is kept in its tables, so deleting all their rows loses
+nothing. Importing this package needs no settings; starting a worker does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any, Unpack
+
+from procrastinate import App, PsycopgConnector
+from procrastinate.app import WorkerOptions
+from psycopg_pool import AsyncConnectionPool
+
+from db.connect import conninfo
+from db.settings import load
+
+log = logging.getLogger("surety.worker")
+
+RESTART_SECONDS = 1.0
+
+
+class Workers(App):
+    """Procrastinate's app, with what our tasks work with, and with a supervisor of its own.
+
+    Procrastinate's worker ends, even with status 0, when one of its side tasks fails, as by a restart of the database;
+    then it is started again here until we are told to stop.
+    """
+
+    async def run_worker_async(self, **options: Unpack[WorkerOptions]) -> None:
+        from jobs.periodic import schedule
+        from jobs.worker import open_worker
+
+        settings = load()
+        name = options.setdefault("name", f"{socket.gethostname()}-{os.getpid()}")
+        keep_quiet()
+        schedule(self, settings)
+        async with open_worker(settings, name) as worker:
+            options["additional_context"] = {"worker": worker}
+            by_signals = options.pop("install_signal_handlers", True)
+            while not worker.stopping.is_set():
+                running = asyncio.create_task(super().run_worker_async(install_signal_handlers=False, **options))
+                with stopped_by_signals(worker.stopping, running) if by_signals else contextlib.nullcontext():
+                    await supervised(worker.stopping, running)
+
+
+async def supervised(stopping: asyncio.Event, running: asyncio.Task[None]) -> None:
+    """Wait for Procrastinate's worker to end; unless we are stopping, tell why it did and pause."""
+    try:
+        await running
+    except asyncio.CancelledError:
+        if not stopping.is_set():
+            raise
+    except Exception:  # noqa: BLE001  # whatever ended it, working goes on
+        log.exception("the worker broke down")
+    if not stopping.is_set():
+        log.error("the worker ended by itself; it is started again in %s s", RESTART_SECONDS)
+        await asyncio.sleep(RESTART_SECONDS)
+
+
+@contextlib.contextmanager
+def stopped_by_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM lets the worker finish what it holds; a second one ends it at once."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        stopping.set()
+        # Procrastinate takes the cancellation of its runner for a graceful stop.
+        running.cancel()
+
+    for number in signals:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def keep_quiet() -> None:
+    """Libraries tell of every job and request; at debug level Stripe's would tell client secrets."""
+    for name in ("procrastinate", "httpx", "httpcore", "stripe"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def open_pool(**options: Any) -> AsyncConnectionPool:
+    """Procrastinate's own connections; raises SettingsError when a worker starts without settings."""
+    where = conninfo("worker", load(), search_path="procrastinate")
+    return AsyncConnectionPool(where, min_size=1, max_size=4, **options)
+
+
+app = Workers(
+    connector=PsycopgConnector(pool_factory=open_pool),
+    import_paths=["jobs.drain", "jobs.periodic"],
+    worker_defaults={
+        # More than one drain of each handler and every periodic task at once: a looping drain must starve nobody.
+        "concurrency": 24,
+        "delete_jobs": "always",
+        "fetch_job_polling_interval": 1.0,
+        "shutdown_graceful_timeout": 30.0,
+    },
+)

@@ -1,0 +1,124 @@
+"""The workers' way to PostgreSQL: a small pool, statements as transactions, another try where that is harmless."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, LiteralString, TypeVar
+
+import psycopg
+from psycopg import AsyncConnection, AsyncCursor, errors
+from psycopg.rows import class_row, scalar_row
+from psycopg_pool import AsyncConnectionPool
+
+from db.connect import conninfo
+from db.settings import Settings
+
+log = logging.getLogger("surety.database")
+
+T = TypeVar("T")
+Row = TypeVar("Row")
+
+CONNECTIONS_MAX = 12
+TRIES = 5
+PAUSE_SECONDS = 0.05
+
+# The server or the connection went away, somebody else was in the way, or a deploy changed what a prepared statement
+# returns.
+PASSING = (psycopg.OperationalError, psycopg.InterfaceError, errors.FeatureNotSupported)
+# These are operational errors by name, but the statement's own fault.
+LASTING = (errors.QueryCanceled, errors.ProgramLimitExceeded)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error says nothing about what was asked, so that asking again may help."""
+    return isinstance(error, PASSING) and not isinstance(error, LASTING)
+
+
+class Database:
+    """Statements of a worker, each a transaction of its own."""
+
+    def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:
+        self._pool = pool
+
+    async def rows(self, kind: type[Row], query: LiteralString, *values: Any) -> list[Row]:
+        """The rows of a query, each as a struct with the columns' names."""
+
+        async def fetch(connection: AsyncConnection[Any]) -> list[Row]:
+            cursor: AsyncCursor[Row] = connection.cursor(row_factory=class_row(kind))
+            return await (await cursor.execute(query, values)).fetchall()
+
+        return await self._try(fetch)
+
+    async def value(self, query: LiteralString, *values: Any) -> Any:
+        """The one value that a query gives, None if there is no row."""
+
+        async def fetch(connection: AsyncConnection[Any]) -> Any:
+            cursor = connection.cursor(row_factory=scalar_row)
+            return await (await cursor.execute(query, values)).fetchone()
+
+        return await self._try(fetch)
+
+    async def effect(self, query: LiteralString, *values: Any) -> bool:
+        """Whether a query that answers true did so; when it answers false, what it did is rolled back."""
+
+        async def attempt(connection: AsyncConnection[Any]) -> bool:
+            async with connection.transaction() as transaction:
+                row = await (await connection.execute(query, values)).fetchone()
+                if row is not None and row[0]:
+                    return True
+                raise psycopg.Rollback(transaction)
+            return False
+
+        return await self._try(attempt)
+
+    @asynccontextmanager
+    async def alone(self, name: str) -> AsyncIterator[bool]:
+        """Whether nobody else is within `alone(name)`, in any worker; it ends with the connection, so never too late."""
+        async with self._pool.connection() as connection:
+            cursor = connection.cursor(row_factory=scalar_row)
+            key = f"surety:{name}"
+            locked = await (await cursor.execute("select pg_try_advisory_lock(hashtext(%s))", (key,))).fetchone()
+            try:
+                yield bool(locked)
+            finally:
+                if locked:
+                    await cursor.execute("select pg_advisory_unlock(hashtext(%s))", (key,))
+
+    async def _try(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+        """Do it on a connection of the pool, again if it was hindered by something that passes."""
+        for turn in range(1, TRIES):
+            try:
+                async with self._pool.connection() as connection:
+                    return await self._on(connection, work)
+            except PASSING as error:
+                if not is_passing(error):
+                    raise
+                log.info("try %s of %s: %s", turn, TRIES, error)
+                await asyncio.sleep(PAUSE_SECONDS * 2**turn)
+        async with self._pool.connection() as connection:
+            return await self._on(connection, work)
+
+    async def _on(self, connection: AsyncConnection[Any], work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+        try:
+            return await work(connection)
+        except errors.FeatureNotSupported:
+            await connection.close()
+            raise
+
+
+@asynccontextmanager
+async def open_database(settings: Settings) -> AsyncIterator[Database]:
+    """The pool, open for as long as the worker works; raises if there is no server within 30 s."""
+    pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
+        conninfo("worker", settings),
+        kwargs={"autocommit": True},
+        min_size=1,
+        max_size=CONNECTIONS_MAX,
+        open=False,
+    )
+    await pool.open(wait=True)
+    async with pool:
+        yield Database(pool)

@@ -1,0 +1,110 @@
+"""An event's way through a handler: claimed in a batch, handled, finished.
+
+    claim      a batch of events is leased to us
+    handle     the handler's effects and the completion of its events are one transaction, in as many parts as it likes
+    fail       an event whose handling fails unforeseen is found by halving the batch; the others go uncounted
+    release    a stopping worker gives back what it has not begun
+
+A lease is renewed in thirds of its time. Once it is lost, another worker has the batch: nothing more is begun, what has
+been begun is still recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from procrastinate import JobContext
+from psycopg.types.json import Jsonb
+
+from jobs import app
+from jobs.database import is_passing
+from jobs.handlers import HANDLERS
+from jobs.worker import Batch, Worker, worker_of
+
+log = logging.getLogger("surety.drain")
+
+DRAIN_SECONDS = 5.0
+PAUSE_SECONDS = 1.0
+
+
+Handle = Callable[[Worker, Batch, list[str]], Awaitable[None]]
+
+
+@app.task(name="drain", queue="outbox", pass_context=True)
+async def drain(context: JobContext, handler: str) -> None:
+    """Handle what is due, until nothing is or others must have their turn."""
+    worker = worker_of(context)
+    end = time.monotonic() + DRAIN_SECONDS
+    while batch := await claim(worker, handler):
+        if len(batch.event_ids) == worker.handlers[handler].batch_size:
+            await worker.kick([handler])
+        async with leased(worker, batch, worker.handlers[handler].lease_seconds):
+            await handle(worker, batch, batch.event_ids, HANDLERS[handler])
+        if worker.stopping.is_set() or time.monotonic() > end:
+            await worker.kick([handler])
+            return
+
+
+async def claim(worker: Worker, handler: str) -> Batch | None:
+    """The next batch, if anything is due and nobody else is at it."""
+    claimed = await worker.database.rows(
+        Batch, "select batch_id, fence, event_ids from outbox.claim(%s, %s)", handler, worker.name
+    )
+    return claimed[0] if claimed else None
+
+
+@asynccontextmanager
+async def leased(worker: Worker, batch: Batch, lease_seconds: float) -> AsyncIterator[None]:
+    """Renew the batch's lease for as long as it is worked on, and notice when it is lost."""
+
+    async def renew() -> None:
+        held = True
+        try:
+            while held:
+                await asyncio.sleep(lease_seconds / 3)
+                held = await worker.database.value("select outbox.renew(%s, %s)", batch.batch_id, batch.fence)
+        finally:
+            batch.is_lost = True
+
+    renewing = asyncio.create_task(renew(), name=f"lease of batch {batch.batch_id}")
+    try:
+        yield
+    finally:
+        renewing.cancel()
+        await asyncio.gather(renewing, return_exceptions=True)
+
+
+async def handle(worker: Worker, batch: Batch, event_ids: list[str], handler: Handle) -> None:
+    """Handle these events of a batch; if that fails unforeseen, each half of them, down to the one that fails."""
+    try:
+        await handler(worker, batch, event_ids)
+    except Exception as error:  # noqa: BLE001  # one event's error, whatever it is, must not stop the others
+        if is_passing(error):
+            await release(worker, batch, event_ids, error)
+            return
+        if len(event_ids) == 1:
+            await fail(worker, batch, event_ids[0], error)
+            return
+        middle = len(event_ids) // 2
+        await handle(worker, batch, event_ids[:middle], handler)
+        await handle(worker, batch, event_ids[middle:], handler)
+
+
+async def fail(worker: Worker, batch: Batch, event_id: str, error: Exception) -> None:
+    """Count a failure of one event; the third makes a dead letter."""
+    log.error("event %s failed", event_id, exc_info=error)
+    told = Jsonb([{"event_id": event_id, "error": f"{type(error).__name__}: {error}"}])
+    await worker.database.value("select outbox.fail(%s, %s, %s)", batch.batch_id, batch.fence, told)
+
+
+async def release(worker: Worker, batch: Batch, event_ids: list[str], error: Exception) -> None:
+    """Give events back uncounted: the database was in the way, not they."""
+    log.warning("%s events of %s are given back: %s", len(event_ids), batch.batch_id, error)
+    await worker.database.value(
+        "select outbox.release(%s, %s, %s, make_interval(secs => %s), %s)",
+        batch.batch_id, batch.fence, event_ids, PAUSE_SECONDS, str(error),
+    )  # fmt: skip

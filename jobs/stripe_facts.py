@@ -1,0 +1,231 @@
+"""What Stripe's objects say, as facts in the form that surety.record_facts takes. Pure functions.
+
+An object is read for what it is now: an intent by its status, a charge by its captured amount. What it went through is
+told by other facts, or never mattered. Client secrets are not read at all.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from msgspec import Struct
+
+Json = dict[str, Any]
+Fact = dict[str, Any]
+
+DISPUTE_FLAGS = frozenset({"warning_needs_response", "warning_under_review", "warning_closed"})
+REFUND_KINDS = {
+    "pending": "refund_pending",
+    "requires_action": "refund_pending",
+    "succeeded": "refund_succeeded",
+    "failed": "refund_failed",
+    "canceled": "refund_canceled",
+}
+
+
+class Origin(Struct, frozen=True):
+    """Where an object was read: whose account, which mode, by what."""
+
+    account: str
+    livemode: bool
+    source: str
+    source_id: str | None = None
+
+
+def moment(seconds: int | None) -> str | None:
+    """Stripe's time, seconds since 1970, as RFC 3339."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def fact(origin: Origin, object_id: str, kind: str, *, told: Json | None = None, **more: Any) -> Fact:
+    """One fact; `told` is the object whose metadata name the payment."""
+    metadata = (told or {}).get("metadata") or {}
+    fields = {
+        "provider": "stripe",
+        "account": origin.account,
+        "livemode": origin.livemode,
+        "object_id": object_id,
+        "kind": kind,
+        "metadata_payment": metadata.get("surety_payment"),
+        "metadata_environment": metadata.get("surety_environment"),
+        "source": origin.source,
+        "source_id": origin.source_id,
+        **more,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def id_of(reference: str | Json | None) -> str | None:
+    """The id of something that is there as an id or, expanded, as an object."""
+    return reference["id"] if isinstance(reference, dict) else reference
+
+
+def failure(error: Json | None) -> Json | None:
+    """Why an attempt failed, as merchants see it."""
+    if error is None:
+        return None
+    told = {name: error.get(name) for name in ("code", "decline_code", "message")}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def next_action(action: Json | None) -> Json | None:
+    """What the payer must do, as merchants see it: where to send him, or that Stripe's script must take over."""
+    if action is None:
+        return None
+    if action["type"] == "redirect_to_url":
+        return {"type": "redirect", "url": action["redirect_to_url"]["url"]}
+    return {"type": action["type"]}
+
+
+def intent_facts(intent: Json, origin: Origin) -> list[Fact]:
+    """What a payment intent says, and its charge and balance transaction where they are expanded in it."""
+    pi, status, currency = intent["id"], intent["status"], intent["currency"]
+    charge, ch = intent.get("latest_charge"), id_of(intent.get("latest_charge"))
+    objects = [pi, ch] if ch else [pi]
+
+    def about(object_id: str, kind: str, **more: Any) -> Fact:
+        return fact(origin, object_id, kind, told=intent, intent=pi, objects=objects, currency=currency, **more)
+
+    facts = [about(pi, "submitted", amount_minor=intent["amount"])]
+    error = failure(intent.get("last_payment_error"))
+    match status:
+        case "requires_payment_method" if error is not None:
+            facts.append(about(pi, "attempt_failed", data={"failure": error}))
+        case "requires_action":
+            facts.append(about(pi, "action", data={"next_action": next_action(intent["next_action"])}))
+        case "processing":
+            facts.append(about(pi, "processing"))
+        case "requires_capture" if ch:
+            facts.append(about(ch, "authorized", amount_minor=intent["amount_capturable"]))
+        case "succeeded" if ch:
+            facts.append(about(ch, "captured", amount_minor=intent["amount_received"]))
+        case "canceled" if error is not None:
+            facts.append(about(pi, "failed", data={"failure": error}))
+        case "canceled":
+            facts.append(about(pi, "canceled"))
+    if isinstance(charge, dict) and isinstance(charge.get("balance_transaction"), dict):
+        facts += money_facts(charge["balance_transaction"], origin, source=charge)
+    return facts
+
+
+def decline_facts(error: Json, origin: Origin, payment_id: str, intent_id: str) -> list[Fact]:
+    """A confirmation that was answered with an error about the payment: the attempt failed, the intent lives."""
+    told = {"failure": failure(error)}
+    return [
+        fact(
+            origin, intent_id, "attempt_failed", payment_id=payment_id, intent=intent_id, objects=[intent_id], data=told
+        )
+    ]
+
+
+def money_facts(line: Json, origin: Origin, source: Json | None = None) -> list[Fact]:
+    """What a balance transaction says; `source` is what it stems from, where that is known.
+
+    A line in another currency than its source was exchanged: other_gross is what was exchanged, in minor units.
+    """
+    source = source or (line["source"] if isinstance(line["source"], dict) else None)
+    data: Json = {
+        "category": line["reporting_category"],
+        "source": id_of(line["source"]),
+        "fee": line["fee"],
+        "net": line["net"],
+        "available_at": moment(line["available_on"]),
+    }
+    if line.get("exchange_rate") is not None and source is not None:
+        data["other_currency"] = source["currency"]
+        data["other_gross"] = source.get("amount_captured", source["amount"])
+        data["rate"] = line["exchange_rate"]
+    common: Json = {
+        "told": source,
+        "intent": id_of((source or {}).get("payment_intent")),
+        "amount_minor": line["amount"],
+        "currency": line["currency"],
+        "occurred_at": moment(line["created"]),
+        "data": data,
+    }
+    facts = [fact(origin, line["id"], "money", **common)]
+    if line["status"] == "available":
+        facts.append(fact(origin, line["id"], "available", **common))
+    return facts
+
+
+def refund_facts(refund: Json, origin: Origin) -> list[Fact]:
+    """What a refund says."""
+    return [
+        fact(
+            origin,
+            refund["id"],
+            REFUND_KINDS[refund["status"]],
+            told=refund,
+            intent=id_of(refund.get("payment_intent")),
+            amount_minor=refund["amount"],
+            currency=refund["currency"],
+            objects=[refund["id"]],
+        )
+    ]
+
+
+def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
+    """What a dispute says at its n-th fetch; nothing while it is only an inquiry.
+
+    What the network withdrew and gave back, not the status alone, tells whether the amount is gone.
+    """
+    withdrawn = -sum(line["amount"] for line in dispute["balance_transactions"])
+    match dispute["status"]:
+        case status if status in DISPUTE_FLAGS:
+            return []
+        case "lost":
+            kind = "dispute_lost"
+        case "won" | "prevented":
+            kind = "dispute_won"
+        case _ if withdrawn > 0:
+            kind = "dispute_opened"
+        case _:
+            return []
+    told = fact(
+        origin,
+        dispute["id"],
+        kind,
+        told=dispute,
+        revision=revision,
+        intent=id_of(dispute.get("payment_intent")),
+        amount_minor=dispute["amount"],
+        currency=dispute["currency"],
+        objects=[dispute["id"]],
+        data={"reason": dispute["reason"], "status": dispute["status"]},
+    )
+    lines = [money for line in dispute["balance_transactions"] for money in money_facts(line, origin, source=dispute)]
+    return [told, *lines]
+
+
+def payout_facts(payout: Json, origin: Origin) -> list[Fact]:
+    """What a payout says; it belongs to no payment."""
+    failed = payout["status"] in {"failed", "canceled"}
+    told = {name: payout.get(name) for name in ("status", "arrival_date", "automatic", "failure_code")}
+    return [
+        fact(
+            origin,
+            payout["id"],
+            "payout_failed" if failed else "payout",
+            amount_minor=payout["amount"],
+            currency=payout["currency"],
+            occurred_at=moment(payout["created"]),
+            data=told,
+        )
+    ]
+
+
+def redacted(body: Json) -> Json:
+    """What the audit trail keeps of an answer: named fields only, never a secret."""
+    kept = (
+        "id", "object", "status", "amount", "amount_received", "amount_capturable", "currency", "latest_charge",
+        "cancellation_reason", "capture_method", "created", "livemode", "has_more",
+    )  # fmt: skip
+    told = {name: body[name] for name in kept if body.get(name) is not None}
+    if isinstance(told.get("latest_charge"), dict):
+        told["latest_charge"] = told["latest_charge"]["id"]
+    error = failure(body.get("error") or body.get("last_payment_error"))
+    if error:
+        told["failure"] = error
+    return told

@@ -1,0 +1,286 @@
+"""The one place that calls Stripe, and what its answers mean.
+
+Every call ends in one of these; whoever gets an exception knows what to do by its class alone:
+
+    an answer      the object, checked against the payment it should be about
+    ProviderError
+    ├── Busy       409 and 429: the same again a little later; nobody's failure
+    ├── Unknown    no answer, half of one, 5xx or nonsense: it may have happened or not, so ask before sending again
+    ├── Refused    the payment itself can't be made: an unknown card, a forbidden amount
+    ├── Declined   402: the issuer said no; the intent lives on
+    ├── Misfit     an answer about something else than what was asked: nothing of it is believed
+    └── Rejected   every other 4xx: our mistake or our account's, and a person's business
+
+Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+import httpx
+import stripe
+from msgspec import Struct
+
+from db.settings import Settings
+from jobs.database import Database
+
+Json = dict[str, Any]
+
+API_VERSION = "2026-10-28.endive"
+CONNECTIONS_MAX = 64
+PAGE = 100
+LIVE_PER_SECOND = 80.0
+TEST_PER_SECOND = 20.0
+BUSY_SECONDS = 1.0
+BUSY_SECONDS_MAX = 60.0
+QUIET_SECONDS = 0.25
+
+# Parameters that a merchant's request decides: a refusal that names one is about the payment, not about us.
+OF_THE_PAYMENT = frozenset({"amount", "payment_method", "return_url", "statement_descriptor_suffix", "description"})
+
+
+class ProviderError(Exception):
+    """A call to a provider that has no answer to believe."""
+
+    outcome = "error"
+
+    def __init__(self, message: str, *, status: int | None = None, body: Json | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body: Json = body or {}
+
+    @property
+    def error(self) -> Json:
+        """What the answer tells under `error`."""
+        told = self.body.get("error")
+        return told if isinstance(told, dict) else {"message": str(self)}
+
+
+class Busy(ProviderError):
+    """The provider asks us to come again later."""
+
+    outcome = "busy"
+
+    def __init__(self, message: str, *, seconds: float, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.seconds = seconds
+
+
+class Unknown(ProviderError):
+    """Nobody knows whether it happened."""
+
+    outcome = "unknown"
+
+
+class Refused(ProviderError):
+    """The payment can't be made as it is."""
+
+    outcome = "refused"
+
+
+class Declined(ProviderError):
+    """The issuer said no."""
+
+    outcome = "declined"
+
+
+class Misfit(ProviderError):
+    """The answer is about something else; `kind` is the discrepancy's."""
+
+    outcome = "misfit"
+
+    def __init__(self, message: str, *, kind: str, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.kind = kind
+
+
+class Rejected(ProviderError):
+    """The request was wrong, or we may not make it."""
+
+    outcome = "rejected"
+
+
+class Answer(Struct, frozen=True):
+    """What Stripe said."""
+
+    body: Json
+    status: int
+    request_id: str | None
+
+
+class HttpClient(stripe.HTTPXClient):
+    """The SDK's client, with connections bounded and kept."""
+
+    def __init__(self) -> None:
+        super().__init__(timeout=None)
+        self._client_async = httpx.AsyncClient(
+            limits=httpx.Limits(
+                max_connections=CONNECTIONS_MAX, max_keepalive_connections=CONNECTIONS_MAX, keepalive_expiry=30
+            ),
+            verify=httpx.create_ssl_context(verify=stripe.ca_bundle_path),
+            timeout=None,
+        )
+
+
+class StripeRail:
+    """Calls to Stripe, paced and bounded. It belongs to the event loop that opened it."""
+
+    def __init__(self, client: stripe.StripeClient, settings: Settings, database: Database) -> None:
+        self._client = client
+        self._database = database
+        self._timeout_seconds = settings.surety_provider_timeout
+        self._per_second = per_second(settings)
+        self._places = asyncio.Semaphore(CONNECTIONS_MAX)
+        self.livemode = "_live_" in settings.provider.key.reveal()
+
+    async def create_intent(self, account: str, key: str, request: Json) -> Answer:
+        """A new payment intent, unconfirmed."""
+        return await self._send("post", "/v1/payment_intents", account, request, key=key)
+
+    async def confirm_intent(self, account: str, key: str, intent_id: str, request: Json) -> Answer:
+        """The attempt to charge it."""
+        return await self._send("post", f"/v1/payment_intents/{intent_id}/confirm", account, request, key=key)
+
+    async def cancel_intent(self, account: str, key: str, intent_id: str, request: Json) -> Answer:
+        """The end of an intent that hasn't succeeded."""
+        return await self._send("post", f"/v1/payment_intents/{intent_id}/cancel", account, request, key=key)
+
+    async def fetch_intent(self, account: str, intent_id: str, *, urgent: bool = False) -> Answer:
+        """An intent as it is now, with its charge and that charge's balance transaction."""
+        expand = {"expand": ["latest_charge.balance_transaction"]}
+        return await self._send("get", f"/v1/payment_intents/{intent_id}", account, expand, urgent=urgent)
+
+    async def fetch_dispute(self, account: str, dispute_id: str) -> Answer:
+        """A dispute as it is now, with its balance transactions."""
+        return await self._send("get", f"/v1/disputes/{dispute_id}", account, {}, urgent=False)
+
+    async def find_intent(self, account: str, payment_id: str, since: datetime, until: datetime) -> Answer | None:
+        """The intent whose metadata name a payment, among all created in that time: lists don't lag, search does."""
+        created = {"gte": int(since.timestamp()), "lte": int(until.timestamp()) + 1}
+        async for page in self._pages("/v1/payment_intents", account, {"created": created}, urgent=True):
+            for intent in page.body["data"]:
+                if (intent.get("metadata") or {}).get("surety_payment") == payment_id:
+                    return Answer(intent, page.status, page.request_id)
+        return None
+
+    async def list_balance_transactions(self, account: str, since: datetime, until: datetime | None = None) -> list[Json]:
+        """The lines of an account's balance created in that time, each with its source."""
+        created = {"gte": int(since.timestamp())}
+        if until is not None:
+            created["lte"] = int(until.timestamp()) + 1
+        asked = {"created": created, "expand": ["data.source"]}
+        pages = self._pages("/v1/balance_transactions", account, asked, urgent=False)
+        return [line async for page in pages for line in page.body["data"]]
+
+    async def list_payouts(self, account: str, since: datetime) -> list[Json]:
+        """An account's payouts created since then."""
+        asked = {"created": {"gte": int(since.timestamp())}}
+        pages = self._pages("/v1/payouts", account, asked, urgent=False)
+        return [payout async for page in pages for payout in page.body["data"]]
+
+    async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncIterator[Answer]:
+        after: Json = {}
+        while True:
+            page = await self._send("get", path, account, {**asked, "limit": PAGE, **after}, urgent=urgent)
+            if not isinstance(page.body.get("data"), list):
+                raise Unknown(f"a list without data from {path}", status=page.status)
+            yield page
+            if not page.body.get("has_more") or not page.body["data"]:
+                return
+            after = {"starting_after": page.body["data"][-1]["id"]}
+
+    async def _send(
+        self, method: str, path: str, account: str, request: Json, *, key: str | None = None, urgent: bool = True
+    ) -> Answer:
+        """One request and its answer, or what its failure means."""
+        await self._turn(account, urgent=urgent)
+        options: Json = {"stripe_version": API_VERSION, "max_network_retries": 0}
+        if key is not None:
+            options["idempotency_key"] = key
+        if account:
+            options["stripe_account"] = account
+        async with self._places:
+            try:
+                async with asyncio.timeout(self._timeout_seconds):
+                    reply = await self._client.raw_request_async(method, path, **request, **options)
+            except TimeoutError:
+                raise Unknown(f"no answer within {self._timeout_seconds:g} s") from None
+            except stripe.StripeError as error:
+                # The SDK's own text may hold the whole answer, with its client secret.
+                raise meaning(error) from None
+        if not isinstance(reply.data, dict):
+            raise Unknown("an answer that is no object", status=reply.code)
+        return Answer(reply.data, reply.code, reply.request_id)
+
+    async def _turn(self, account: str, *, urgent: bool) -> None:
+        """Wait for the turn that all workers share; what isn't urgent lets the rest go first."""
+        if not self._per_second:
+            return
+        query = "select surety.take_turn('stripe', %s, %s, %s)"
+        while (seconds := await self._database.value(query, account, self._per_second, urgent)) is None:
+            await asyncio.sleep(QUIET_SECONDS)
+        if seconds:
+            await asyncio.sleep(seconds)
+
+
+def per_second(settings: Settings) -> float:
+    """Requests per second and account; 0 is no bound. Stripe allows 100 live and 25 in its sandbox."""
+    if settings.surety_provider_rate is not None:
+        return settings.surety_provider_rate
+    provider = settings.provider
+    if provider.url is not None:
+        return 0.0
+    return LIVE_PER_SECOND if "_live_" in provider.key.reveal() else TEST_PER_SECOND
+
+
+def meaning(error: stripe.StripeError) -> ProviderError:
+    """What an error of the SDK means for the payment."""
+    status, headers = error.http_status, {name.lower(): value for name, value in (error.headers or {}).items()}
+    body: Json = error.json_body if isinstance(error.json_body, dict) else {}
+    told = body.get("error")
+    if status is None:
+        return Unknown(f"no answer: {error.__cause__.__class__.__name__ if error.__cause__ else 'connection lost'}")
+    if not isinstance(told, dict):
+        return Unknown(f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None)
+    code, param = told.get("code"), told.get("param")
+    message = f"Stripe {status}{f' {code}' if code else ''}: {told.get('message')}"
+    if status >= 500:
+        return Unknown(message, status=status, body=body)
+    retry = headers.get("stripe-should-retry")
+    if (status in (409, 429) and retry != "false") or retry == "true":
+        return Busy(message, seconds=busy_seconds(headers), status=status, body=body)
+    if status == 402:
+        return Declined(message, status=status, body=body)
+    if status in (400, 404) and param in OF_THE_PAYMENT:
+        return Refused(message, status=status, body=body)
+    return Rejected(message, status=status, body=body)
+
+
+def busy_seconds(headers: Mapping[str, str]) -> float:
+    """How long to leave the provider alone: what it asks for, within reason."""
+    asked = headers.get("retry-after", "")
+    return min(float(asked), BUSY_SECONDS_MAX) if asked.isdecimal() else BUSY_SECONDS
+
+
+@asynccontextmanager
+async def open_rail(settings: Settings, database: Database) -> AsyncIterator[StripeRail]:
+    """The rail of this event loop. Raises SettingsError if neither a key nor a sandbox is named."""
+    provider = settings.provider
+    stripe.enable_telemetry = False
+    http = HttpClient()
+    client = stripe.StripeClient(
+        provider.key.reveal(),
+        base_addresses={"api": provider.url.rstrip("/")} if provider.url else None,
+        http_client=http,
+        max_network_retries=0,
+        stripe_version=API_VERSION,
+    )
+    try:
+        yield StripeRail(client, settings, database)
+    finally:
+        await http.close_async()

@@ -1,0 +1,77 @@
+"""What a worker's tasks work with: its name, the database, the rail to Stripe, who handles which events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from msgspec import Struct
+from procrastinate import JobContext
+
+from db.settings import Settings
+from jobs.database import Database, open_database
+from jobs.stripe_rail import StripeRail, open_rail
+
+
+class Handler(Struct, frozen=True):
+    """A row of outbox.list_handlers."""
+
+    handler: str
+    event_types: list[str]
+    batch_size: int
+    lease_seconds: float
+
+
+class Batch(Struct):
+    """A row of outbox.claim: events leased to us, until somebody notices that they aren't any more."""
+
+    batch_id: int
+    fence: int
+    event_ids: list[str]
+    is_lost: bool = False
+
+
+class Worker:
+    """One process; its tasks share this."""
+
+    def __init__(self, name: str, settings: Settings, database: Database, stripe: StripeRail) -> None:
+        self.name = name
+        self.settings = settings
+        self.database = database
+        self.stripe = stripe
+        self.handlers: dict[str, Handler] = {}
+        self.stopping = asyncio.Event()
+
+    @property
+    def actor(self) -> str:
+        """Who did it, in the audit trail."""
+        return f"worker:{self.name}"
+
+    async def wake(self, event_types: Iterable[str]) -> None:
+        """Start the handlers of events that were just committed."""
+        made = set(event_types)
+        await self.kick([row.handler for row in self.handlers.values() if made.intersection(row.event_types)])
+
+    async def kick(self, handlers: list[str]) -> None:
+        """Start handlers, in whichever worker is free."""
+        if handlers:
+            await self.database.value("select outbox.kick(%s)", handlers)
+
+
+def worker_of(context: JobContext) -> Worker:
+    """The worker that runs a job."""
+    worker: Worker = context.additional_context["worker"]
+    return worker
+
+
+@asynccontextmanager
+async def open_worker(settings: Settings, name: str) -> AsyncIterator[Worker]:
+    """Connections, open for as long as the worker works. Raises SettingsError if no provider is named."""
+    async with open_database(settings) as database, open_rail(settings, database) as stripe:
+        worker = Worker(name, settings, database, stripe)
+        found = await database.rows(
+            Handler, "select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()"
+        )
+        worker.handlers = {row.handler: row for row in found}
+        yield worker
