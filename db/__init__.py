@@ -9,6 +9,7 @@ CAPABILITIES: tuple[str, ...] = (
     "partitions",
     "audit",
     "outbox",
+    "dead_letters",
     "ledger",
     "lifecycle",
     "facts",

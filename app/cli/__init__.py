@@ -22,6 +22,7 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
+    "demo": Entry("app.cli.demo:demo", "Everything, for real, on this machine: payments, faults, promises checked."),
     "deploy": Entry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
 }
 

@@ -1,0 +1,158 @@
+"""What became of the demo's payments, by the database and by the sandbox's own memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import httpx
+import msgspec
+import psycopg
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+ENDED = ("settled", "failed", "canceled")
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+class Stage(NamedTuple):
+    """How long payments took from one state to the next, in milliseconds."""
+
+    name: str
+    p50_ms: float
+    p99_ms: float
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """The demo's result; `--json` prints it."""
+
+    payments: int
+    states: dict[str, int]
+    invariants: dict[str, int]
+    charges_at_provider: int
+    confirmed_here: int
+    double_charges: int
+    lost: int
+    not_ended: int
+    seconds: float
+    seed: int
+    stages: list[dict[str, Any]]
+    faults: dict[str, Any]
+    dead_letters: int
+    replayed: int
+    example: str | None
+
+    @property
+    def is_sound(self) -> bool:
+        """Nothing violated, everything ended."""
+        return not (any(self.invariants.values()) or self.lost or self.double_charges or self.not_ended)
+
+
+def count_ended(conn: Connection) -> int:
+    """Payments that are settled, failed or canceled."""
+    row = conn.execute("select count(*) from surety.payments where state = any(%s)", (list(ENDED),)).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def measure_stages(conn: Connection) -> list[Stage]:
+    """From accepted to submitted to confirmed to settled, over all payments that got there."""
+    stages = (
+        ("accepted → submitted", "initiated", "provider_submitted"),
+        ("submitted → confirmed", "provider_submitted", "confirmed"),
+        ("confirmed → settled", "confirmed", "settled"),
+    )
+    measured = []
+    for name, begin, end in stages:
+        row = conn.execute(
+            """
+            select
+                percentile_cont(0.5) within group (order by extract(epoch from later.at - sooner.at) * 1000),
+                percentile_cont(0.99) within group (order by extract(epoch from later.at - sooner.at) * 1000)
+            from surety.steps as sooner
+            join surety.steps as later on later.payment_id = sooner.payment_id and later.to_state = %s
+            where sooner.to_state = %s
+            """,
+            (end, begin),
+        ).fetchone()
+        if row and row[0] is not None:
+            measured.append(Stage(name, float(row[0]), float(row[1])))
+    return measured
+
+
+def check_promises(conn: Connection, acknowledged: list[str], sandbox: dict[str, Any]) -> tuple[dict[str, int], int]:
+    """Violations by promise, first those that need the merchants' or the provider's word; and the number of lost ones."""
+    lost = conn.execute(
+        "select count(*) from unnest(%s::text[]) as told (id) where not exists"
+        " (select from surety.payments as p where p.id = told.id)",
+        (acknowledged,),
+    ).fetchone()
+    assert lost is not None
+    promises: dict[str, int] = {
+        "every acknowledged payment is present": int(lost[0]),
+        "no payment is charged twice": len(sandbox["double"]),
+    }
+    checked = conn.execute("select name, violations from surety.check_invariants()")
+    return promises | {str(name): int(violations) for name, violations in checked}, int(lost[0])
+
+
+def find_example(conn: Connection) -> str | None:
+    """A settled payment with a story: one confirmed by its webhook before the answer to our confirm, if there is one."""
+    row = conn.execute(
+        """
+        select p.id from surety.payments as p
+        where p.state = 'settled'
+        order by exists (
+            select from surety.facts as f
+            where f.payment_id = p.id and f.kind = 'captured' and f.source = 'webhook'
+        ) desc, p.id
+        limit 1
+        """
+    ).fetchone()
+    return str(row[0]) if row else None
+
+
+def ask_sandbox(url: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The provider's own memory: its charges, the faults it made, the webhooks it sent."""
+    with httpx.Client(base_url=url, timeout=30) as client:
+        charges = client.get("/sandbox/charges/summary", params={"metadata_key": "surety_payment"}).json()
+        return charges, client.get("/sandbox/faults").json(), client.get("/sandbox/webhooks").json()
+
+
+def duration(ms: float) -> str:
+    """Milliseconds for people: 38 ms, 1.9 s."""
+    return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
+
+
+def draw(report: Report) -> RenderableType:
+    """The report for a terminal."""
+    ends = Table(box=None, pad_edge=False, title="Where they ended", title_justify="left", show_header=False)
+    for state, count in report.states.items():
+        ends.add_row(f"  {state}", Text(str(count), justify="right"))
+    times = Table(box=None, pad_edge=False, title="Stage to stage", title_justify="left")
+    for heading in ("", "p50", "p99"):
+        times.add_column(heading, justify="left" if not heading else "right")
+    for stage in report.stages:
+        times.add_row(stage["name"], duration(stage["p50_ms"]), duration(stage["p99_ms"]))
+    top = Table.grid(padding=(0, 4))
+    top.add_row(ends, times)
+
+    wrong = Table(box=None, pad_edge=False, title="What went wrong, and what became of it", title_justify="left")
+    wrong.show_header = False
+    wrong.add_column(justify="right")
+    for fault in report.faults["told"]:
+        wrong.add_row(str(fault["count"]), fault["what"], Text(fault["became"], style="dim"))
+
+    promises = Table(box=None, pad_edge=False)
+    promises.add_column("Promises")
+    promises.add_column("violations", justify="right")
+    for name, violations in report.invariants.items():
+        promises.add_row(f"  {name}", Text(str(violations), style="red bold" if violations else ""))
+    same = "=" if report.charges_at_provider == report.confirmed_here else "≠"
+    tally = f"charged at the provider: {report.charges_at_provider} {same} confirmed here: {report.confirmed_here}"
+    return Group(top, "", wrong, "", promises, tally)
+
+
+def say(console: Console, report: Report) -> None:
+    """Print it."""
+    console.print(draw(report))
