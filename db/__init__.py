@@ -2,6 +2,9 @@
 
 CAPABILITIES lists the files of behaviour in a payment's life order, which is the order in which they are deployed: a
 file may use what stands above it.
+
+LOCK_ORDER lists the tables that transactions write, in the order in which all of them do; a deploy that needs several
+takes them in that order, too. Those that aren't listed come last.
 """
 
 CAPABILITIES: tuple[str, ...] = (
@@ -21,4 +24,20 @@ CAPABILITIES: tuple[str, ...] = (
     "invariants",
     "report",
     "grants",
+)
+
+LOCK_ORDER: tuple[str, ...] = (
+    "surety.idempotency_keys",
+    "surety.payment_references",
+    "surety.inbox",
+    "surety.fact_keys",
+    "surety.facts",
+    "surety.payments",
+    "surety.steps",
+    "outbox.events",
+    "audit.entries",
+    "ledger.postings",
+    "ledger.transfers",
+    "ledger.balances",
+    "outbox.batches",
 )

@@ -11,9 +11,8 @@ either: it gives everything back and tries again.
 
 Functions are replaced in place, which takes no lock that a call could meet. Replacing views and triggers does, so they
 are written only where they changed. Tables that a migration alters or that get a trigger are locked first of all, in
-the order in which schema.sql has them, which is that of every transaction of ours: a deploy that took a view first
-would meet a writer coming the other way every time. What stands in our schemas and in no file any more is dropped,
-unless others have built on it: that is an error.
+LOCK_ORDER: a deploy in another order, or one that took a view first, would meet writers coming the other way. What
+stands in our schemas and in no file any more is dropped, unless others have built on it: that is an error.
 
 The login that deploys owns the database, may create roles, and is a member of the role that owns our schemas. It need
 not be a superuser.
@@ -35,7 +34,7 @@ from psycopg import errors, sql
 
 from db.connect import harden
 from db.errors import DeployError
-from db.source import BOOKKEEPING, Migration, Source, place
+from db.source import BOOKKEEPING, Migration, Source, lock_rank, place
 from db.statements import Statement, read_statements
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -196,6 +195,7 @@ class Run:
         self.source = source
         self.lock_seconds_max = lock_seconds_max
         self.say = say
+        self.doing = ""
         self.attempts = 0
         self.migrated: list[str] = []
         self.written: list[str] = []
@@ -254,9 +254,10 @@ class Run:
             except psycopg.Error as error:
                 if not passes(error):
                     raise
+                reason = f"{self.doing}: {error.diag.message_primary or error}"
                 if time.monotonic() > deadline:
-                    raise DeployError(f"gave up after {self.attempts} attempts: {error}") from error
-                self.say(f"attempt {self.attempts}: {error.diag.message_primary or error}; trying again")
+                    raise DeployError(f"gave up after {self.attempts} attempts, at {reason}") from error
+                self.say(f"attempt {self.attempts}, at {reason}; trying again")
             else:
                 return
             time.sleep(random.uniform(0.5, 1.0) * min(0.05 * 2**self.attempts, 2.0))
@@ -308,9 +309,9 @@ class Run:
         for statement in (statement for migration in ours for statement in migration.statements):
             if statement.kind == "alteration":
                 modes[statement.table] = "access exclusive"
-        creates = "\n".join(statement.text.lower() for statement in self.source.schema)
-        for table in sorted(modes, key=lambda name: creates.find(f"create table {name} ")):
+        for table in sorted(modes, key=lock_rank):
             if self.conn.execute("select to_regclass(%s)", (table,)).fetchone() != (None,):
+                self.doing = f"locking {table}"
                 name = sql.Identifier(*table.split("."))
                 self.conn.execute(sql.SQL("lock table {} in {} mode").format(name, sql.SQL(modes[table])))
 
@@ -446,6 +447,7 @@ class Run:
 
     def execute(self, statement: Statement) -> None:
         """Execute a statement; an error that won't pass tells its place."""
+        self.doing = place(statement)
         try:
             self.conn.execute(statement.text.encode())
         except psycopg.Error as error:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import psycopg
 
-from db import CAPABILITIES
+from db import CAPABILITIES, LOCK_ORDER
 from db.errors import DeployError
 from db.statements import Statement, read_statements
 
@@ -107,6 +107,11 @@ class Migration:
     origin: Literal["surety", "procrastinate"]
     path: Path
 
+    @staticmethod
+    def lock_rank(table: str) -> tuple[int, str]:
+        """Sorts tables into the order in which to lock them."""
+        return (LOCK_ORDER.index(table) if table in LOCK_ORDER else len(LOCK_ORDER)), table
+
     @cached_property
     def statements(self) -> list[Statement]:
         """Its statements."""
@@ -133,6 +138,11 @@ class Migration:
     def waits_for_new_code(self) -> bool:
         """Procrastinate's rule: such a one runs only when no worker of the version before is left."""
         return self.origin == "procrastinate" and "_post_" in self.path.name
+
+
+def lock_rank(table: str) -> tuple[int, str]:
+    """Sorts tables into the order in which to lock them."""
+    return (LOCK_ORDER.index(table) if table in LOCK_ORDER else len(LOCK_ORDER)), table
 
 
 def place(statement: Statement, error: psycopg.Error | None = None) -> str:

@@ -18,11 +18,13 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from db import LOCK_ORDER
 from db.deploy import Deployed, deploy
 from db.errors import DeployError
 from db.server import EmbeddedServer, binaries, temporary_database, wait_until, with_database
 from db.source import Source, state_folder
 from tests.conftest import PREFIX, Connection
+from tests.payments import add_merchant, fact, pay, record, violations
 
 POSTGRESQL_15 = Path("/usr/lib/postgresql/15/bin")
 
@@ -443,8 +445,9 @@ def test_procrastinates_migrations_that_wait_for_new_workers_come_one_deploy_lat
 class Traffic:
     """Clients that call without pause; counts their calls and keeps their errors."""
 
-    def __init__(self, url: str, clients: int) -> None:
+    def __init__(self, url: str, clients: int, call: Callable[[Connection, int], None]) -> None:
         self.url = url
+        self.call = call
         self.ids = itertools.count()
         self.calls = 0
         self.errors: list[psycopg.Error] = []
@@ -470,19 +473,40 @@ class Traffic:
                     self.errors.append(error)
                 self.calls += 1
 
-    @staticmethod
-    def call(conn: Connection, number: int) -> None:
-        with conn.transaction():
-            conn.execute("insert into shop.orders (id, amount) values (%s, 5)", (number,))
-            conn.execute("select id, price from shop.prices where id = %s", (number,))
-            conn.execute("select shop.price(%s)", (number,))
+
+def test_no_payment_fails_while_all_of_surety_is_written_again_and_again(database: str, conn: Connection) -> None:
+    _, key_hash = add_merchant(conn)
+
+    def call(client: Connection, number: int) -> None:
+        [payment_id] = pay(client, key_hash)
+        record(client, [fact(payment_id, "captured", "ch", 10000)])
+        client.execute("select merchant_id, body from api.get_payment(%s, %s)", (key_hash, payment_id))
+
+    with Traffic(database, 4, call) as traffic:
+        for _ in range(5):
+            before = traffic.calls
+            conn.execute("delete from deploy.objects")
+            assert len(deploy(database, force=True).written) > 10
+            assert wait_until(lambda before=before: traffic.calls > before + 10, 20)  # type: ignore[misc]
+    assert traffic.errors == []
+    assert violations(conn) == {}
+
+
+def test_every_table_of_the_lock_order_exists(conn: Connection) -> None:
+    assert [name for name in LOCK_ORDER if conn.execute("select to_regclass(%s)", (name,)).fetchone() == (None,)] == []
+
+
+def order(client: Connection, number: int) -> None:
+    with client.transaction():
+        client.execute("insert into shop.orders (id, amount) values (%s, 5)", (number,))
+        client.execute("select id, price from shop.prices where id = %s", (number,))
+        client.execute("select shop.price(%s)", (number,))
 
 
 def test_no_call_fails_while_everything_is_deployed_again_and_again(blank: str, shop: Shop) -> None:
     shop.deploy(blank)
-    rounds = 12
-    with Traffic(blank, clients=6) as traffic:
-        for number in range(rounds):
+    with Traffic(blank, 6, order) as traffic:
+        for number in range(12):
             before = traffic.calls
             shop.write(behaviour=BEHAVIOUR)
             shop.change("'v1'", f"'v{number}'")

@@ -18,7 +18,7 @@ def texts(text: str) -> list[str]:
         "select ';', 'it''s;', e'\\';', \"a;b\", $$;$$, $body$ $$;$$ $body$, $1;",
         "select 1 /* a; */ -- b;\n, 2;",
         "create function a.f() returns int language sql begin atomic select case when true then 1 end; select 2; end;",
-        "create function a.f() returns int\nBEGIN\n  ATOMIC select case 1 when 1 then case when 2 > 1 then 2 end end; end;",
+        "create function a.f() returns int\nBEGIN\n  ATOMIC select case 1 when 1 then case when b then 2 end end; end;",
         "do $$ begin perform 1; end $$;",
         "select case when a then b end;",
         "select 'no semicolon at the end'",
