@@ -27,7 +27,7 @@ begin atomic
 end;
 
 create or replace function surety.begin_calls(
-    p_batch bigint, p_fence bigint, p_operation text, p_actor text, p_event_ids text [] default null
+    p_batch bigint, p_fence bigint, p_operation text, p_actor text, p_event_ids text[] default null
 ) returns table (
     event_id text, payment_id text, todo text, idempotency_key text, request jsonb, account text, provider_id text,
     sends integer, first_sent_at timestamptz, last_sent_at timestamptz, failures integer, amount_minor bigint,
@@ -163,13 +163,13 @@ comment on function surety.take_turn(text, text, double precision, boolean) is
 'Seconds to wait before one request may be sent to a provider''s account, its turn being taken; null where the turn was
 left to urgent requests.';
 
-create or replace function surety.refuse_payments(p_results jsonb, p_actor text) returns text []
+create or replace function surety.refuse_payments(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Payments whose creation the provider refused for what they are: nothing exists there, so they have failed.
 declare
     v_now timestamptz := surety.time_now();
-    v_types text [];
+    v_types text[];
 begin
     perform from surety.payments as p
     where p.id in (
@@ -194,23 +194,17 @@ begin
 end;
 $$;
 
-create or replace function surety.record_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
-returns table (is_held boolean, event_types text [])
+create or replace function surety.record_outcomes(p_actor text, p_results jsonb) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- What came of events: [{"event_id", "payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?,
--- "facts"?: [], "refused"?: {code, decline_code, message}, "discrepancy"?: {kind, subject, detail}, "error"?,
--- "release_seconds"?}].
--- Facts, answers and audit entries are recorded whoever holds the lease; only the events' completion needs it.
--- An event with release_seconds is given back uncounted, one with error has failed, every other is finished.
+-- What came of calls: [{"payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?, "facts"?: [],
+-- "refused"?: {code, decline_code, message}, "discrepancy"?: {kind, subject, detail}, "error"?}].
+-- Facts and refusals each lock their payments, so one array holds either: else two of them could wait for each other.
+-- Returns the types of the events made.
 declare
     v_now timestamptz := surety.time_now();
     v_facts jsonb;
-    v_types text [] := '{}';
-    v_held boolean := true;
-    v_failed jsonb;
-    v_done text [];
-    v_released record;
+    v_types text[] := '{}';
     v_entries jsonb;
 begin
     select jsonb_agg(f.fact) into v_facts
@@ -222,10 +216,14 @@ begin
         v_types := surety.record_facts(v_facts, p_actor);
     end if;
     if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'refused') then
-        v_types := v_types || surety.refuse_payments(p_results, p_actor);
+        if v_facts is not null then
+            raise exception 'facts and refusals are recorded in transactions of their own' using errcode = 'SU004';
+        end if;
+        v_types := surety.refuse_payments(p_results, p_actor);
     end if;
     perform surety.open_discrepancy(
-        r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', r.payment_id, r.discrepancy ->> 'detail', '{}', true, v_now)
+        r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', r.payment_id, r.discrepancy ->> 'detail', '{}', true,
+        v_now)
     from jsonb_to_recordset(p_results) as r (payment_id text, discrepancy jsonb)
     where r.discrepancy is not null
     order by r.discrepancy ->> 'kind', r.discrepancy ->> 'subject';
@@ -247,7 +245,24 @@ begin
     if v_entries is not null then
         perform audit.record(v_entries);
     end if;
+    return v_types;
+end;
+$$;
 
+create or replace function surety.record_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
+returns table (is_held boolean, event_types text[])
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- What came of events: results as record_outcomes takes them, each with its "event_id" and perhaps "release_seconds".
+-- They are recorded whoever holds the lease; only the events' completion needs it. An event with release_seconds is
+-- given back uncounted, one with error has failed, every other is finished.
+declare
+    v_types text[] := surety.record_outcomes(p_actor, p_results);
+    v_held boolean := true;
+    v_failed jsonb;
+    v_done text[];
+    v_released record;
+begin
     select
         jsonb_agg(jsonb_build_object('event_id', r.event_id, 'error', r.error))
             filter (where r.error is not null and r.release_seconds is null),
@@ -275,7 +290,9 @@ end;
 $$;
 
 create or replace function surety.claim_questions(p_limit integer)
-returns table (payment_id text, provider_id text, account text, state text, asked integer)
+returns table (
+    payment_id text, provider_id text, account text, amount_minor bigint, currency text, livemode boolean, asked integer
+)
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with due as (
@@ -289,17 +306,23 @@ begin atomic
 
     claimed as (
         update surety.payments
-        set asked = payments.asked + 1, ask_at = surety.time_now() + states.ask_after * least(64, 2 ^ (payments.asked + 1))
+        set
+            asked = payments.asked + 1,
+            ask_at = surety.time_now() + states.ask_after * least(64, 2 ^ (payments.asked + 1))
         from due, surety.states
         where payments.id = due.id and payments.state = states.state
-        returning payments.id, payments.provider_id, payments.provider_account, payments.state, payments.asked
+        returning
+            payments.id, payments.provider_id, payments.provider_account, payments.amount_minor, payments.currency,
+            payments.livemode, payments.asked
     )
 
     select
         claimed.id,
         claimed.provider_id,
         claimed.provider_account,
-        claimed.state,
+        claimed.amount_minor,
+        claimed.currency,
+        claimed.livemode,
         claimed.asked
     from claimed;
 end;

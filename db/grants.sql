@@ -31,6 +31,8 @@ surety.time_now(),
 surety.maintain_partitions(integer),
 surety.record_facts(jsonb, text, text),
 surety.record_results(bigint, bigint, text, jsonb),
+surety.record_outcomes(text, jsonb),
+surety.next_revision(text, text, boolean, text),
 surety.begin_calls(bigint, bigint, text, text, text[]),
 surety.take_turn(text, text, double precision, boolean),
 surety.call_off_overdue(interval, integer),
@@ -55,6 +57,7 @@ outbox.fail(bigint, bigint, jsonb),
 outbox.release(bigint, bigint, text[], interval, text),
 outbox.has_work(text),
 outbox.kick_due(),
+outbox.forget_jobs(),
 audit.record(jsonb)
 to surety_worker;
 

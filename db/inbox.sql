@@ -112,3 +112,14 @@ begin atomic
             and asked.kinds ? fact_keys.kind
     );
 end;
+
+create or replace function surety.next_revision(p_provider text, p_account text, p_livemode boolean, p_object_id text)
+returns integer
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- The number of an object's next fetch, where the last fetch wins: disputes.
+    select coalesce(max(fact_keys.revision) + 1, 0) from surety.fact_keys
+    where
+        fact_keys.provider = p_provider and fact_keys.account = p_account and fact_keys.livemode = p_livemode
+        and fact_keys.object_id = p_object_id;
+end;

@@ -92,6 +92,7 @@ begin atomic
     -- offset 0 keeps the look-ups of facts and payments what they are, whatever the planner believes of their number.
     with counted as (
         select
+            facts.id,
             facts.payment_id,
             facts.object_id,
             facts.kind,
@@ -105,6 +106,7 @@ begin atomic
         from unnest(p_payment_ids) as asked (payment_id)
         cross join lateral (
             select
+                known.id,
                 known.payment_id,
                 known.object_id,
                 known.kind,
@@ -180,7 +182,9 @@ begin atomic
             bool_or(counted.kind = 'authorized') as authorized,
             bool_or(counted.kind = 'action') as action,
             array_agg(distinct counted.evidences) filter (where counted.evidences is not null) as evidenced,
-            max(counted.object_id) filter (where counted.family = 'intent') as provider_id,
+            -- The first that was told of stays the payment's: what was confirmed once must never be another by now.
+            (array_agg(counted.object_id order by counted.id) filter (where counted.family = 'intent'))[1]
+                as provider_id,
             (array_agg(counted.data -> 'next_action') filter (where counted.kind = 'action'))[1] as next_action,
             (array_agg(counted.data -> 'failure' order by counted.rank desc) filter (
                 where counted.kind in ('failed', 'attempt_failed') and counted.data ? 'failure'

@@ -145,7 +145,7 @@ begin
 end;
 $$;
 
-create or replace function outbox.bury(p_handler text, p_event_ids text [], p_reason text, p_at timestamptz) returns void
+create or replace function outbox.bury(p_handler text, p_event_ids text[], p_reason text, p_at timestamptz) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
 -- Makes dead letters of events that stand in outbox.retries, keeping their errors, and tells the audit trail.
@@ -174,7 +174,7 @@ as $$
 -- Batches whose lease ran out: each event left in them is a suspect, counted as a kill, not as a failure; from now on it
 -- runs alone. One that has seen three workers die is buried.
 declare
-    v_dead text [];
+    v_dead text[];
     v_kills_max constant integer := 3;
 begin
     with lost as (
@@ -208,7 +208,7 @@ end;
 $$;
 
 create or replace function outbox.list_handlers()
-returns table (handler text, event_types text [], batch_size integer, lease_seconds double precision)
+returns table (handler text, event_types text[], batch_size integer, lease_seconds double precision)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -223,7 +223,7 @@ comment on function outbox.list_handlers() is
 'Which handler wants which events, how many at once, and how long it may hold them before it must renew its lease.';
 
 create or replace function outbox.claim(p_handler text, p_worker text)
-returns table (batch_id bigint, fence bigint, event_ids text [], is_suspect boolean, leased_until timestamptz)
+returns table (batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, leased_until timestamptz)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Takes work for p_handler: no row when there is none, or when enough of its batches are being worked on.
@@ -231,7 +231,7 @@ as $$
 declare
     v_now timestamptz := surety.time_now();
     v_handler outbox.handlers;
-    v_ids text [];
+    v_ids text[];
     v_suspect boolean := false;
     v_retry boolean := true;
     v_goal pg_snapshot;
@@ -344,14 +344,14 @@ begin
 end;
 $$;
 
-create or replace function outbox.finish(p_batch bigint, p_fence bigint, p_event_ids text []) returns boolean
+create or replace function outbox.finish(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Takes p_event_ids out of the batch and renews its lease; false, and nothing done, when the lease is another's by now.
 -- Call it last: the batch is the last lock of every transaction.
 declare
     v_batch outbox.batches;
-    v_left text [];
+    v_left text[];
 begin
     select b.* into v_batch from outbox.batches as b where b.id = p_batch and b.fence = p_fence for update;
     if not found then
@@ -387,7 +387,7 @@ begin atomic
         returning batches.id
     )
 
-    select exists (select from renewed);
+    select count(*) > 0 from renewed;
 end;
 
 create or replace function outbox.fail(p_batch bigint, p_fence bigint, p_failures jsonb) returns boolean
@@ -399,8 +399,8 @@ declare
     v_now timestamptz := surety.time_now();
     v_batch outbox.batches;
     v_handler outbox.handlers;
-    v_ids text [];
-    v_dead text [];
+    v_ids text[];
+    v_dead text[];
 begin
     select b.* into v_batch from outbox.batches as b where b.id = p_batch and b.fence = p_fence for update;
     if not found then
@@ -434,7 +434,7 @@ end;
 $$;
 
 create or replace function outbox.release(
-    p_batch bigint, p_fence bigint, p_event_ids text [], p_after interval, p_reason text
+    p_batch bigint, p_fence bigint, p_event_ids text[], p_after interval, p_reason text
 ) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -466,7 +466,9 @@ end;
 $$;
 
 create or replace function outbox.batch_events(p_batch bigint, p_fence bigint)
-returns table (event_id text, type text, aggregate_id text, merchant_id text, version integer, payload jsonb, failures integer)
+returns table (
+    event_id text, type text, aggregate_id text, merchant_id text, version integer, payload jsonb, failures integer
+)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -481,7 +483,8 @@ begin atomic
     cross join lateral unnest(batches.event_ids) as held (event_id)
     inner join outbox.events
         on held.event_id = events.id and events.id between batches.first_id and batches.last_id
-    left join outbox.retries on batches.is_retry and batches.handler = retries.handler and held.event_id = retries.event_id
+    left join outbox.retries
+        on batches.is_retry and batches.handler = retries.handler and held.event_id = retries.event_id
     where batches.id = p_batch and batches.fence = p_fence
     order by events.id;
 end;
@@ -509,7 +512,7 @@ begin
 end;
 $$;
 
-create or replace function outbox.kick(p_handlers text []) returns integer
+create or replace function outbox.kick(p_handlers text[]) returns integer
 language sql volatile security definer
 -- Procrastinate's triggers name no schema.
 set search_path = pg_catalog, procrastinate, pg_temp
@@ -530,15 +533,36 @@ begin atomic
 
     select count(*)::integer from woken;
 end;
-comment on function outbox.kick(text []) is
-'Wakes a worker for each handler, unless a job for it waits already. Call it after the commit of what should be handled.';
+comment on function outbox.kick(text[]) is
+'Wakes a worker for each handler, unless a job for it waits already. Call it after the commit of what should be
+handled.';
 
-create or replace function outbox.kick_due() returns text []
+create or replace function outbox.forget_jobs() returns integer
+language sql volatile security definer
+set search_path = pg_catalog, procrastinate, pg_temp
+begin atomic
+    -- A worker that died leaves its jobs as being done; whatever they were to do has been found again by then.
+    with forgotten as (
+        delete from procrastinate.procrastinate_jobs
+        where
+            procrastinate_jobs.status = 'doing' and not exists (
+                select from procrastinate.procrastinate_workers
+                where
+                    procrastinate_workers.id = procrastinate_jobs.worker_id
+                    and procrastinate_workers.last_heartbeat > now() - interval '10 minutes'
+            )
+        returning procrastinate_jobs.id
+    )
+
+    select count(*)::integer from forgotten;
+end;
+
+create or replace function outbox.kick_due() returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- The tick: wakes the handlers that have due work, and says which.
 declare
-    v_due text [];
+    v_due text[];
 begin
     select array_agg(h.handler order by h.handler) into v_due
     from outbox.handlers as h where outbox.has_work(h.handler);

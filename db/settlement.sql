@@ -1,6 +1,6 @@
 -- From confirmed to settled: the expectation, the polling of balance transactions, and the close.
 
-create or replace function surety.expect_settlement(p_batch bigint, p_fence bigint, p_event_ids text []) returns boolean
+create or replace function surety.expect_settlement(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- payment.confirmed: money should arrive. Effects and completion are one transaction.
@@ -20,7 +20,7 @@ begin
 end;
 $$;
 
-create or replace function surety.close_settled(p_batch bigint, p_fence bigint, p_event_ids text []) returns boolean
+create or replace function surety.close_settled(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- payment.settled: what was expected has come. The payment may be settled before its expectation was opened.
