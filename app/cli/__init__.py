@@ -23,6 +23,7 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "demo": Entry("app.cli.demo:demo", "Everything, for real, on this machine: payments, faults, promises checked."),
+    "sandbox": Entry("app.sandbox.__main__:main", "A look-alike of Stripe, for playing and for tests."),
     "deploy": Entry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
 }
 
