@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, LiteralString
 
 import psycopg
 from psycopg import errors, sql
@@ -304,7 +304,9 @@ class Run:
 
     def lock_tables(self, migrations: Iterable[Migration]) -> None:
         """Lock the tables to be altered or to get a trigger, in the order in which everybody locks them."""
-        modes = {trigger.table: "share row exclusive" for trigger in self.stale() if trigger.kind == "trigger"}
+        modes: dict[str, LiteralString] = {
+            trigger.table: "share row exclusive" for trigger in self.stale() if trigger.kind == "trigger"
+        }
         ours = (migration for migration in migrations if migration.origin == "surety")
         for statement in (statement for migration in ours for statement in migration.statements):
             if statement.kind == "alteration":
