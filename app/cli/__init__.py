@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": Entry("app.cli.demo:demo", "Everything, for real, on this machine: payments, faults, promises checked."),
     "sandbox": Entry("app.sandbox.__main__:main", "A look-alike of Stripe, for playing and for tests."),
     "deploy": Entry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
+    "restored": Entry("app.cli.restored:restored", "Open a database that was restored from a dump."),
 }
 
 

@@ -1,0 +1,26 @@
+"""`surety restored`."""
+
+from __future__ import annotations
+
+import click
+import psycopg
+
+from db.connect import harden
+from db.settings import load
+
+
+@click.command()
+@click.option("--reason", required=True, help="Why a dump was restored; kept with the epoch.")
+def restored(reason: str) -> None:
+    """Open the database of DATABASE_URL for business after a dump was restored into another cluster.
+
+    Until then nothing is accepted or handled there. What had not been handled is due again; run twice, it does nothing.
+    """
+    url = load().require("database_url").reveal()
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
+        before = conn.execute("select max(epoch) from outbox.epochs").fetchone()
+        after = conn.execute("select outbox.restored(%s)", (reason,)).fetchone()
+    assert before is not None and after is not None
+    click.echo(
+        f"epoch {after[0]} is open" if after != before else f"nothing to do: epoch {after[0]} is of this cluster"
+    )
