@@ -1,10 +1,11 @@
-"""What works: drains of the outbox, the rails to providers, periodic tasks. Run by `procrastinate --app jobs.app worker`.
+"""What works: drains of the outbox, the rails to providers, what happens regularly.
 
-A payment's way through these files:
+Run by `procrastinate --app jobs.app worker`, as often as you like. A payment's way through these files:
 
     drain          an event's way: claimed, handled, finished; or failed, given back, taken over
     handlers       one function per handler, each calling the domain
     calls          a batch's calls to a provider: what to send, all at once, results recorded as they come
+    webhooks       what the provider's news say, and what is fetched because of them
     stripe_rail    the one place that calls Stripe, and what its answers mean
     stripe_facts   what Stripe's objects say, as facts
     periodic       what nobody has to ask for: sweep, balance transactions, deadlines, upkeep
@@ -23,7 +24,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Unpack
 
 from procrastinate import App, PsycopgConnector
@@ -46,18 +47,24 @@ class Workers(App):
     """
 
     async def run_worker_async(self, **options: Unpack[WorkerOptions]) -> None:
+        """Work until told to stop. Raises SettingsError if no provider or no database is named."""
         from jobs.periodic import schedule
         from jobs.worker import open_worker
 
         settings = load()
-        name = options.setdefault("name", f"{socket.gethostname()}-{os.getpid()}")
         keep_quiet()
         schedule(self, settings)
+        name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
+        by_signals = options.get("install_signal_handlers", True)
         async with open_worker(settings, name) as worker:
-            options["additional_context"] = {"worker": worker}
-            by_signals = options.pop("install_signal_handlers", True)
+            work: WorkerOptions = {
+                **options,
+                "name": name,
+                "install_signal_handlers": False,
+                "additional_context": {"worker": worker},
+            }
             while not worker.stopping.is_set():
-                running = asyncio.create_task(super().run_worker_async(install_signal_handlers=False, **options))
+                running = asyncio.create_task(super().run_worker_async(**work))
                 with stopped_by_signals(worker.stopping, running) if by_signals else contextlib.nullcontext():
                     await supervised(worker.stopping, running)
 
@@ -69,7 +76,7 @@ async def supervised(stopping: asyncio.Event, running: asyncio.Task[None]) -> No
     except asyncio.CancelledError:
         if not stopping.is_set():
             raise
-    except Exception:  # noqa: BLE001  # whatever ended it, working goes on
+    except Exception:
         log.exception("the worker broke down")
     if not stopping.is_set():
         log.error("the worker ended by itself; it is started again in %s s", RESTART_SECONDS)
@@ -77,7 +84,7 @@ async def supervised(stopping: asyncio.Event, running: asyncio.Task[None]) -> No
 
 
 @contextlib.contextmanager
-def stopped_by_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> Iterator[None]:
+def stopped_by_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> Generator[None]:
     """The first SIGINT or SIGTERM lets the worker finish what it holds; a second one ends it at once."""
     loop = asyncio.get_running_loop()
     signals = (signal.SIGINT, signal.SIGTERM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, LiteralString, TypeVar
 
@@ -66,17 +66,17 @@ class Database:
 
         async def attempt(connection: AsyncConnection[Any]) -> bool:
             async with connection.transaction() as transaction:
-                row = await (await connection.execute(query, values)).fetchone()
-                if row is not None and row[0]:
-                    return True
-                raise psycopg.Rollback(transaction)
-            return False
+                cursor = connection.cursor(row_factory=scalar_row)
+                done = bool(await (await cursor.execute(query, values)).fetchone())
+                if not done:
+                    raise psycopg.Rollback(transaction)
+            return done
 
         return await self._try(attempt)
 
     @asynccontextmanager
-    async def alone(self, name: str) -> AsyncIterator[bool]:
-        """Whether nobody else is within `alone(name)`, in any worker; it ends with the connection, so never too late."""
+    async def alone(self, name: str) -> AsyncGenerator[bool]:
+        """Whether nobody else, in any worker, is within `alone` of that name. A killed worker's lock ends with it."""
         async with self._pool.connection() as connection:
             cursor = connection.cursor(row_factory=scalar_row)
             key = f"surety:{name}"
@@ -110,7 +110,7 @@ class Database:
 
 
 @asynccontextmanager
-async def open_database(settings: Settings) -> AsyncIterator[Database]:
+async def open_database(settings: Settings) -> AsyncGenerator[Database]:
     """The pool, open for as long as the worker works; raises if there is no server within 30 s."""
     pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
         conninfo("worker", settings),

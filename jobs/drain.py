@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from procrastinate import JobContext
@@ -58,7 +58,7 @@ async def claim(worker: Worker, handler: str) -> Batch | None:
 
 
 @asynccontextmanager
-async def leased(worker: Worker, batch: Batch, lease_seconds: float) -> AsyncIterator[None]:
+async def leased(worker: Worker, batch: Batch, lease_seconds: float) -> AsyncGenerator[None]:
     """Renew the batch's lease for as long as it is worked on, and notice when it is lost."""
 
     async def renew() -> None:

@@ -1,47 +1,55 @@
 """What nobody has to ask for.
 
-Every round runs in one worker at a time, whichever takes its job; a round that finds another under way leaves it alone.
-How often the provider is asked is SURETY_POLL_SECONDS.
+Each of these rounds is a job that runs in one worker at a time, whichever takes it; one that finds another under way
+leaves it alone. How often the provider is asked is SURETY_POLL_SECONDS.
+
+    tick           wakes handlers that have due work             every second
+    sweep          asks about unfinished payments
+    settlements    reads what moved in the provider's balance
+    due_money      looks again at what should be available by now
+    payouts        reads what was sent to the bank
+    parked         facts that found no payment, once more
+    overdue        what should have followed, and payers who don't act
+    upkeep         partitions ahead, what may be forgotten       every hour
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
+import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
 
 from msgspec import Struct
-from procrastinate import App, JobContext
+from procrastinate import JobContext
+from procrastinate.tasks import Task
 from psycopg.types.json import Jsonb
 
 from db.settings import Settings
-from jobs import app
-from jobs.stripe_facts import Fact, Origin, intent_facts, money_facts, payout_facts
+from jobs import Workers, app
+from jobs.calls import Result, Subject, in_groups, outcome
+from jobs.stripe_facts import Json, Origin, money_facts, payout_facts
 from jobs.stripe_rail import ProviderError
 from jobs.worker import Worker, worker_of
 
-log = logging.getLogger("surety.periodic")
-
 QUESTIONS_MAX = 200
-QUESTIONS_AT_ONCE = 16
 LINES_MAX = 1000
-# A list may show a row late, and the provider's clock may lag behind ours.
+# Every reading of a list overlaps the last by so many polls: a list may show a row late, a clock may be behind.
 OVERLAP_POLLS = 10
 GAP = timedelta(hours=1)
+MINUTE = 60
 
 Round = Callable[[Worker], Awaitable[None]]
 
 
-class Question(Struct):
+class Question(Subject, kw_only=True):
     """A row of surety.claim_questions."""
 
-    payment_id: str
     provider_id: str
-    account: str
 
 
-class List(Struct):
+class Unread(Struct):
     """A row of surety.lists_to_poll."""
 
     account: str
@@ -53,7 +61,6 @@ class Line(Struct):
     """A row of surety.claim_money."""
 
     account: str
-    object_id: str
     created_at: datetime
 
 
@@ -65,76 +72,51 @@ async def tick(worker: Worker) -> None:
 async def sweep(worker: Worker) -> None:
     """Ask about unfinished payments: all would end even if every webhook were lost."""
     questions = await worker.database.rows(
-        Question, "select payment_id, provider_id, account from surety.claim_questions(%s)", QUESTIONS_MAX
+        Question,
+        "select payment_id, provider_id, account, amount_minor, currency, livemode from surety.claim_questions(%s)",
+        QUESTIONS_MAX,
     )
-    places = asyncio.Semaphore(QUESTIONS_AT_ONCE)
+    await tell(worker, [asking("fetch", question.payment_id) for question in questions])
 
-    async def ask(question: Question) -> list[Fact]:
-        async with places:
-            try:
-                answer = await worker.stripe.fetch_intent(question.account, question.provider_id)
-            except ProviderError as error:
-                log.warning("%s could not be asked about: %s", question.payment_id, error)
-                return []
-        origin = Origin(question.account, bool(answer.body["livemode"]), "poll", answer.request_id)
-        return intent_facts(answer.body, origin)
+    async def ask(question: Question) -> list[Result]:
+        answering = worker.stripe.fetch_intent(question.account, question.provider_id)
+        return [await outcome(question, "fetch", answering, source="poll")]
 
-    answers = await asyncio.gather(*(ask(question) for question in questions))
-    await record_facts(worker, [fact for facts in answers for fact in facts])
+    async for results in in_groups([partial(ask, question) for question in questions]):
+        await record(worker, results)
 
 
 async def settlements(worker: Worker) -> None:
-    """Balance transactions, which no webhook announces reliably, by the time of their creation."""
-    overlap = timedelta(seconds=OVERLAP_POLLS * worker.settings.surety_poll_seconds)
-    for account in await lists(worker, "balance_transactions", overlap):
-        lines = await worker.stripe.list_balance_transactions(account.account, account.read_from)
-        origin = Origin(account.account, worker.stripe.livemode, "poll")
-        await record_facts(worker, [fact for line in lines for fact in money_facts(line, origin)])
-        await worker.database.value(
-            "select surety.polled('stripe', %s, 'balance_transactions', %s)", account.account, account.read_to
-        )
+    """Balance transactions, which no webhook tells of, by the time of their creation."""
+    for unread in await unread_lists(worker, "balance_transactions"):
+        if await read_balance(worker, unread.account, unread.read_from, None):
+            await mark_read(worker, unread, "balance_transactions")
 
 
 async def due_money(worker: Worker) -> None:
-    """Balance transactions that should have become available."""
+    """Balance transactions that should have become available. They lie close together, so lists find them."""
     due = await worker.database.rows(
-        Line, "select account, object_id, created_at from surety.claim_money(%s, make_interval(secs => %s))",
-        LINES_MAX, worker.settings.surety_poll_seconds,
-    )  # fmt: skip
+        Line,
+        "select account, created_at from surety.claim_money(%s, make_interval(secs => %s))",
+        LINES_MAX,
+        worker.settings.surety_poll_seconds,
+    )
     for account in sorted({line.account for line in due}):
-        moments = sorted(line.created_at for line in due if line.account == account)
-        for since, until in spans(moments, GAP):
-            lines = await worker.stripe.list_balance_transactions(account, since, until)
-            origin = Origin(account, worker.stripe.livemode, "poll")
-            await record_facts(worker, [fact for line in lines for fact in money_facts(line, origin)])
-
-
-def spans(moments: list[datetime], gap: timedelta) -> list[tuple[datetime, datetime]]:
-    """The stretches of time in which the moments, sorted, lie without a gap."""
-    found: list[tuple[datetime, datetime]] = []
-    for moment in moments:
-        if found and moment - found[-1][1] <= gap:
-            found[-1] = (found[-1][0], moment)
-        else:
-            found.append((moment, moment))
-    return found
+        for since, until in stretches([line.created_at for line in due if line.account == account]):
+            await read_balance(worker, account, since, until)
 
 
 async def payouts(worker: Worker) -> None:
     """What the provider sent to the bank."""
-    overlap = timedelta(seconds=OVERLAP_POLLS * worker.settings.surety_poll_seconds)
-    for account in await lists(worker, "payouts", overlap):
-        found = await worker.stripe.list_payouts(account.account, account.read_from)
-        origin = Origin(account.account, worker.stripe.livemode, "poll")
-        await record_facts(worker, [fact for payout in found for fact in payout_facts(payout, origin)])
-        await worker.database.value("select surety.polled('stripe', %s, 'payouts', %s)", account.account, account.read_to)
+    for unread in await unread_lists(worker, "payouts"):
 
+        async def read(unread: Unread = unread) -> Result:
+            found = await worker.stripe.list_payouts(unread.account, unread.read_from)
+            origin = Origin(unread.account, worker.stripe.livemode, "poll")
+            return {"facts": [fact for payout in found for fact in payout_facts(payout, origin)]}
 
-async def lists(worker: Worker, name: str, overlap: timedelta) -> list[List]:
-    """The accounts whose list is to be read, and from when."""
-    return await worker.database.rows(
-        List, "select account, read_from, read_to from surety.lists_to_poll(%s, %s)", name, overlap
-    )
+        if await ask_for_list(worker, "list payouts", unread.account, unread.read_from, read):
+            await mark_read(worker, unread, "payouts")
 
 
 async def parked(worker: Worker) -> None:
@@ -145,58 +127,114 @@ async def parked(worker: Worker) -> None:
 async def overdue(worker: Worker) -> None:
     """What should have followed by now and didn't; payers who were asked to act and don't."""
     await worker.database.value("select surety.open_overdue()")
-    made = await worker.database.value(
-        "select surety.call_off_overdue(make_interval(secs => %s))", worker.settings.surety_action_seconds
-    )
-    await worker.wake(made)
+    query = "select surety.call_off_overdue(make_interval(secs => %s))"
+    await worker.wake(await worker.database.value(query, worker.settings.surety_action_seconds))
 
 
 async def upkeep(worker: Worker) -> None:
-    """Partitions for the months ahead; keys that need be remembered no longer."""
+    """Partitions for the months ahead; what need not be remembered any longer."""
     await worker.database.value("select surety.maintain_partitions()")
     await worker.database.value("select surety.forget_idempotency_keys()")
+    await worker.database.value("select outbox.forget_jobs()")
 
 
-async def record_facts(worker: Worker, facts: list[Fact]) -> None:
-    """Record what was read, and wake who is concerned."""
-    if facts:
-        made = await worker.database.value("select surety.record_facts(%s, %s)", Jsonb(facts), worker.actor)
-        await worker.wake(made)
+async def read_balance(worker: Worker, account: str, since: datetime, until: datetime | None) -> bool:
+    """Record what moved in an account's balance; whether the provider told."""
+
+    async def read() -> Result:
+        lines = await worker.stripe.list_balance_transactions(account, since, until)
+        origin = Origin(account, worker.stripe.livemode, "poll")
+        return {"facts": [fact for line in lines for fact in money_facts(line, origin)]}
+
+    return await ask_for_list(worker, "list balance transactions", account, since, read)
 
 
-def schedule(app: App, settings: Settings) -> None:
-    """Let the rounds begin: called once, when a worker starts."""
-    every_second = "* * * * * *"
-    poll = cron(settings.surety_poll_seconds)
-    plan: dict[Round, str] = {
-        tick: every_second,
-        sweep: poll,
-        settlements: poll,
-        due_money: poll,
-        payouts: poll,
-        parked: poll,
-        overdue: poll,
-        upkeep: "0 * * * *",
-    }
-    for work, when in plan.items():
-        app.periodic(cron=when)(as_task(app, work))
+async def ask_for_list(
+    worker: Worker, operation: str, account: str, since: datetime, read: Callable[[], Awaitable[Result]]
+) -> bool:
+    """Record what a list of the provider's says; whether it said anything. What it didn't is read next time."""
+    await tell(worker, [asking(operation, None, account=account, since=since.isoformat())])
+    began = time.monotonic()
+    try:
+        told = await read()
+        told |= {"outcome": "answered", "snapshot": {"account": account, "facts": len(told["facts"])}}
+    except ProviderError as error:
+        told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
+    except (KeyError, TypeError, AttributeError) as error:
+        told = {"outcome": "unknown", "error": f"a list as it was never seen: {type(error).__name__} {error}"}
+    duration_ms = round((time.monotonic() - began) * 1000, 3)
+    await record(worker, [{"operation": operation, "duration_ms": duration_ms, **told}])
+    return bool(told["outcome"] == "answered")
 
 
-def as_task(app, work: Round):
-    name = work.__name__
+async def unread_lists(worker: Worker, name: str) -> list[Unread]:
+    """The accounts whose list is to be read, and from when."""
+    overlap = timedelta(seconds=OVERLAP_POLLS * worker.settings.surety_poll_seconds)
+    query = "select account, read_from, read_to from surety.lists_to_poll(%s, %s)"
+    return await worker.database.rows(Unread, query, name, overlap)
 
-    @app.task(name=name, queue="periodic", queueing_lock=name, pass_context=True)
-    async def run(context: JobContext, timestamp: int) -> None:
+
+async def mark_read(worker: Worker, unread: Unread, name: str) -> None:
+    """An account's list was read up to now."""
+    await worker.database.value("select surety.polled('stripe', %s, %s, %s)", unread.account, name, unread.read_to)
+
+
+def stretches(moments: list[datetime]) -> list[tuple[datetime, datetime]]:
+    """The stretches of time in which moments lie, without a gap of more than an hour."""
+    found: list[tuple[datetime, datetime]] = []
+    for moment in sorted(moments):
+        if found and moment - found[-1][1] <= GAP:
+            found[-1] = (found[-1][0], moment)
+        else:
+            found.append((moment, moment))
+    return found
+
+
+def asking(operation: str, payment_id: str | None, **more: Json | str) -> Json:
+    """What the audit trail keeps of a question."""
+    return {"kind": "call", "payment_id": payment_id, "outcome": "asked", "snapshot": {"operation": operation, **more}}
+
+
+async def tell(worker: Worker, entries: list[Json]) -> None:
+    """Tell the audit trail."""
+    if entries:
+        told = [entry | {"actor": worker.actor} for entry in entries]
+        await worker.database.value("select audit.record(%s)", Jsonb(told))
+
+
+async def record(worker: Worker, results: list[Result]) -> None:
+    """Record what came of calls that belong to no event, and wake who is concerned."""
+    query = "select surety.record_outcomes(%s, %s)"
+    await worker.wake(await worker.database.value(query, worker.actor, Jsonb(results)))
+
+
+ROUNDS: tuple[Round, ...] = (tick, sweep, settlements, due_money, payouts, parked, overdue, upkeep)
+
+
+def as_task(work: Round, name: str) -> Task[Any, Any, Any]:
+    """A round as a task of Procrastinate's: at most one waits, at most one runs."""
+
+    async def run(context: JobContext, /, timestamp: int) -> None:
         worker = worker_of(context)
         async with worker.database.alone(name) as is_alone:
             if is_alone:
                 await work(worker)
 
-    return run
+    return app.task(name=name, queue="periodic", queueing_lock=name, pass_context=True)(run)
+
+
+TASKS = {work.__name__: as_task(work, work.__name__) for work in ROUNDS}
+
+
+def schedule(workers: Workers, settings: Settings) -> None:
+    """Say when each round begins; a later start of a worker in the same process says it anew."""
+    poll = cron(settings.surety_poll_seconds)
+    workers.periodic_registry.periodic_tasks.clear()
+    for name, task in TASKS.items():
+        when = {"tick": cron(1), "upkeep": "0 * * * *"}.get(name, poll)
+        workers.periodic(cron=when)(task)
 
 
 def cron(seconds: int) -> str:
-    """Every so many seconds, as a crontab line with seconds last; whole minutes from a minute on."""
-    if seconds < 60:
-        return f"* * * * * */{seconds}"
-    return f"*/{min(59, seconds // 60)} * * * *"
+    """Every so many seconds, below a minute; whole minutes above. Procrastinate's crontab has the seconds last."""
+    return f"* * * * * */{seconds}" if seconds < MINUTE else f"*/{min(59, seconds // MINUTE)} * * * *"

@@ -4,12 +4,12 @@ Every call ends in one of these; whoever gets an exception knows what to do by i
 
     an answer      the object, checked against the payment it should be about
     ProviderError
-    ├── Busy       409 and 429: the same again a little later; nobody's failure
+    ├── Busy       409 and 429: the same again a little later. 401 and 403 too: no payment's failure, but ours
     ├── Unknown    no answer, half of one, 5xx or nonsense: it may have happened or not, so ask before sending again
     ├── Refused    the payment itself can't be made: an unknown card, a forbidden amount
     ├── Declined   402: the issuer said no; the intent lives on
     ├── Misfit     an answer about something else than what was asked: nothing of it is believed
-    └── Rejected   every other 4xx: our mistake or our account's, and a person's business
+    └── Rejected   every other 4xx: our mistake, and a person's business
 
 Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
 """
@@ -17,7 +17,8 @@ Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempot
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import ssl
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
@@ -100,7 +101,7 @@ class Misfit(ProviderError):
 
 
 class Rejected(ProviderError):
-    """The request was wrong, or we may not make it."""
+    """The request was wrong."""
 
     outcome = "rejected"
 
@@ -116,14 +117,14 @@ class Answer(Struct, frozen=True):
 class HttpClient(stripe.HTTPXClient):
     """The SDK's client, with connections bounded and kept."""
 
-    def __init__(self) -> None:
-        super().__init__(timeout=None)
-        self._client_async = httpx.AsyncClient(
+    def __init__(self, timeout_seconds: float) -> None:
+        super().__init__(timeout=timeout_seconds)
+        self.kept = self._client_async = httpx.AsyncClient(
             limits=httpx.Limits(
                 max_connections=CONNECTIONS_MAX, max_keepalive_connections=CONNECTIONS_MAX, keepalive_expiry=30
             ),
-            verify=httpx.create_ssl_context(verify=stripe.ca_bundle_path),
-            timeout=None,
+            verify=ssl.create_default_context(cafile=stripe.ca_bundle_path),
+            timeout=timeout_seconds,
         )
 
 
@@ -155,12 +156,12 @@ class StripeRail:
         expand = {"expand": ["latest_charge.balance_transaction"]}
         return await self._send("get", f"/v1/payment_intents/{intent_id}", account, expand, urgent=urgent)
 
-    async def fetch_dispute(self, account: str, dispute_id: str) -> Answer:
-        """A dispute as it is now, with its balance transactions."""
-        return await self._send("get", f"/v1/disputes/{dispute_id}", account, {}, urgent=False)
+    async def fetch(self, account: str, kind: str, object_id: str) -> Answer:
+        """A refund, dispute or payout as it is now; `kind` as in Stripe's paths, `disputes`."""
+        return await self._send("get", f"/v1/{kind}/{object_id}", account, {}, urgent=False)
 
     async def find_intent(self, account: str, payment_id: str, since: datetime, until: datetime) -> Answer | None:
-        """The intent whose metadata name a payment, among all created in that time: lists don't lag, search does."""
+        """The intent whose metadata name a payment, among all created in that time. Lists don't lag; search does."""
         created = {"gte": int(since.timestamp()), "lte": int(until.timestamp()) + 1}
         async for page in self._pages("/v1/payment_intents", account, {"created": created}, urgent=True):
             for intent in page.body["data"]:
@@ -168,7 +169,9 @@ class StripeRail:
                     return Answer(intent, page.status, page.request_id)
         return None
 
-    async def list_balance_transactions(self, account: str, since: datetime, until: datetime | None = None) -> list[Json]:
+    async def list_balance_transactions(
+        self, account: str, since: datetime, until: datetime | None = None
+    ) -> list[Json]:
         """The lines of an account's balance created in that time, each with its source."""
         created = {"gte": int(since.timestamp())}
         if until is not None:
@@ -183,7 +186,7 @@ class StripeRail:
         pages = self._pages("/v1/payouts", account, asked, urgent=False)
         return [payout async for page in pages for payout in page.body["data"]]
 
-    async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncIterator[Answer]:
+    async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[Answer]:
         after: Json = {}
         while True:
             page = await self._send("get", path, account, {**asked, "limit": PAGE, **after}, urgent=urgent)
@@ -222,10 +225,11 @@ class StripeRail:
         if not self._per_second:
             return
         query = "select surety.take_turn('stripe', %s, %s, %s)"
-        while (seconds := await self._database.value(query, account, self._per_second, urgent)) is None:
-            await asyncio.sleep(QUIET_SECONDS)
-        if seconds:
-            await asyncio.sleep(seconds)
+        while True:
+            seconds = await self._database.value(query, account, self._per_second, urgent)
+            await asyncio.sleep(QUIET_SECONDS if seconds is None else seconds)
+            if seconds is not None:
+                return
 
 
 def per_second(settings: Settings) -> float:
@@ -254,6 +258,8 @@ def meaning(error: stripe.StripeError) -> ProviderError:
     retry = headers.get("stripe-should-retry")
     if (status in (409, 429) and retry != "false") or retry == "true":
         return Busy(message, seconds=busy_seconds(headers), status=status, body=body)
+    if status in (401, 403):
+        return Busy(message, seconds=BUSY_SECONDS_MAX, status=status, body=body)
     if status == 402:
         return Declined(message, status=status, body=body)
     if status in (400, 404) and param in OF_THE_PAYMENT:
@@ -268,11 +274,11 @@ def busy_seconds(headers: Mapping[str, str]) -> float:
 
 
 @asynccontextmanager
-async def open_rail(settings: Settings, database: Database) -> AsyncIterator[StripeRail]:
+async def open_rail(settings: Settings, database: Database) -> AsyncGenerator[StripeRail]:
     """The rail of this event loop. Raises SettingsError if neither a key nor a sandbox is named."""
     provider = settings.provider
     stripe.enable_telemetry = False
-    http = HttpClient()
+    http = HttpClient(settings.surety_provider_timeout)
     client = stripe.StripeClient(
         provider.key.reveal(),
         base_addresses={"api": provider.url.rstrip("/")} if provider.url else None,
@@ -283,4 +289,4 @@ async def open_rail(settings: Settings, database: Database) -> AsyncIterator[Str
     try:
         yield StripeRail(client, settings, database)
     finally:
-        await http.close_async()
+        await http.kept.aclose()

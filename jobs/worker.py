@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 
 from msgspec import Struct
@@ -66,7 +66,7 @@ def worker_of(context: JobContext) -> Worker:
 
 
 @asynccontextmanager
-async def open_worker(settings: Settings, name: str) -> AsyncIterator[Worker]:
+async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
     """Connections, open for as long as the worker works. Raises SettingsError if no provider is named."""
     async with open_database(settings) as database, open_rail(settings, database) as stripe:
         worker = Worker(name, settings, database, stripe)
