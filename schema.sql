@@ -44,10 +44,11 @@ begin
         exception
             when duplicate_object or unique_violation then null;
         end;
+        -- Who deploys may act as each of them: so a login that is no superuser serves for all processes, too.
+        if not pg_has_role(current_user, v_role, 'usage') then
+            execute format('grant %I to %I', v_role, current_user);
+        end if;
     end loop;
-    if not pg_has_role(current_user, 'surety_owner', 'usage') then
-        execute format('grant surety_owner to %I', current_user);
-    end if;
 end;
 $$;
 

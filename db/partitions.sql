@@ -21,8 +21,8 @@ as $$
 -- Safe to repeat and to race.
 declare
     v_table record;
-    v_month timestamptz;
-    v_this timestamptz := date_trunc('month', surety.time_now(), 'UTC');
+    v_month timestamp;
+    v_this timestamp := date_trunc('month', surety.time_now() at time zone 'UTC');
     v_name text;
     v_from text;
     v_made integer := 0;
@@ -34,12 +34,12 @@ begin
         from surety.partitioned_tables
         join pg_class c on c.oid = parent join pg_namespace n on n.oid = c.relnamespace
     loop
-        for v_month in select generate_series(v_this, v_this + make_interval(months => p_months_ahead), '1 month', 'UTC') loop
-            v_name := v_table.relname || to_char(v_month at time zone 'UTC', '_YYYYMM');
+        for v_month in select generate_series(v_this, v_this + make_interval(months => p_months_ahead), '1 month') loop
+            v_name := v_table.relname || to_char(v_month, '_YYYYMM');
             continue when to_regclass(format('%I.%I', v_table.nspname, v_name)) is not null;
             v_from := case
                 when exists (select from pg_inherits where inhparent = v_table.parent)
-                    then quote_literal(surety.id_at(v_table.prefix, v_month))
+                    then quote_literal(surety.id_at(v_table.prefix, v_month at time zone 'UTC'))
                 else 'minvalue'
             end;
             execute format(
@@ -48,12 +48,14 @@ begin
             execute format(
                 'alter table %1$I.%3$I attach partition %1$I.%2$I for values from (%4$s) to (%5$L)',
                 v_table.nspname, v_name, v_table.relname, v_from,
-                surety.id_at(v_table.prefix, date_trunc('month', v_month + interval '1 month', 'UTC')));
+                surety.id_at(v_table.prefix, (v_month + interval '1 month') at time zone 'UTC'));
             v_made := v_made + 1;
         end loop;
     end loop;
     for v_key in
-        select k.name, k.columns, k.parent_columns, k.is_deferred, child.oid::regclass as child, parent.oid::regclass as parent
+        select
+            k.name, k.columns, k.parent_columns, k.is_deferred, child.oid::regclass as child,
+            parent.oid::regclass as parent
         from surety.sibling_keys as k
         join pg_inherits as i on i.inhparent = ('surety.' || k.child)::regclass
         join pg_class as child on child.oid = i.inhrelid
