@@ -18,13 +18,15 @@ from msgspec import Struct
 from psycopg.types.json import Jsonb
 
 from jobs.database import is_passing
-from jobs.stripe_facts import Json, Origin, decline_facts, failure, intent_facts, redacted
+from jobs.stripe_facts import Json, Origin, decline_fact, failure, intent_facts, redacted
 from jobs.stripe_rail import Answer, Busy, Declined, Misfit, ProviderError, Refused, Rejected, Unknown
 from jobs.worker import Batch, Worker
 
 log = logging.getLogger("surety.calls")
 
 CALLS_AT_ONCE = 32
+# A group of results costs a commit; so the first of many waits this long for others.
+GATHER_SECONDS = 0.025
 
 Result = dict[str, Any]
 """As surety.record_results takes it."""
@@ -104,6 +106,9 @@ async def in_groups(works: Iterable[Work]) -> AsyncGenerator[list[Result]]:
     try:
         while pending:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if pending:
+                more, pending = await asyncio.wait(pending, timeout=GATHER_SECONDS)
+                done |= more
             yield [result for task in done for result in task.result()]
     finally:
         for task in pending:
@@ -168,7 +173,7 @@ def unanswered(subject: Subject, operation: str, error: ProviderError) -> Result
         if subject.provider_id is None:
             return told | {"refused": failure(error.error)}
         origin = Origin(subject.account, subject.livemode, "response")
-        return told | {"facts": decline_facts(error.error, origin, subject.payment_id, subject.provider_id)}
+        return told | {"facts": [decline_fact(error.error, origin, subject.provider_id, subject.currency)]}
     told["error"] = str(error)
     if isinstance(error, Busy):
         told["release_seconds"] = error.seconds

@@ -109,14 +109,10 @@ def intent_facts(intent: Json, origin: Origin) -> list[Fact]:
     return facts
 
 
-def decline_facts(error: Json, origin: Origin, payment_id: str, intent_id: str) -> list[Fact]:
+def decline_fact(error: Json, origin: Origin, intent_id: str, currency: str) -> Fact:
     """A confirmation that was answered with an error about the payment: the attempt failed, the intent lives."""
     told = {"failure": failure(error)}
-    return [
-        fact(
-            origin, intent_id, "attempt_failed", payment_id=payment_id, intent=intent_id, objects=[intent_id], data=told
-        )
-    ]
+    return fact(origin, intent_id, "attempt_failed", intent=intent_id, currency=currency, data=told)
 
 
 def money_facts(line: Json, origin: Origin, source: Json | None = None) -> list[Fact]:

@@ -33,7 +33,7 @@ from jobs.database import Database
 Json = dict[str, Any]
 
 API_VERSION = "2026-10-28.endive"
-CONNECTIONS_MAX = 64
+CONNECTIONS_MAX = 32
 PAGE = 100
 LIVE_PER_SECOND = 80.0
 TEST_PER_SECOND = 20.0
