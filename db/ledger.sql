@@ -5,6 +5,7 @@ language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with entries as (
         select distinct on (e.cause)
+            surety.new_id('pst', p_at) as id,
             e.cause,
             e.rule,
             e.payment_id,
@@ -26,7 +27,7 @@ begin atomic
     posted as (
         insert into ledger.postings (id, cause, rule, payment_id, at)
         select
-            surety.new_id('pst', p_at),
+            entries.id,
             entries.cause,
             entries.rule,
             entries.payment_id,
@@ -34,12 +35,12 @@ begin atomic
         from entries
         order by entries.cause
         on conflict (cause) do nothing
-        returning id, cause
+        returning id
     ),
 
     amounts as (
         select
-            posted.id as posting_id,
+            entries.id as posting_id,
             rules.leg,
             rules.debit,
             rules.credit,
@@ -57,9 +58,10 @@ begin atomic
                 when 'other_gross' then entries.other_gross
                 when 'other_net' then entries.other_net
             end as amount_minor
-        from posted
-        inner join entries on posted.cause = entries.cause
+        from entries
         inner join ledger.rules on entries.rule = rules.cause
+        -- `is true` keeps this a look-up in a hash; the planner expects few rows and would compare each with each.
+        where (entries.id in (select posted.id from posted)) is true
     ),
 
     legs as (

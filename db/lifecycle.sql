@@ -88,6 +88,8 @@ referencing new table as new_steps for each statement execute function surety.pr
 create or replace function surety.derive(p_payment_ids text[])
 returns setof surety.derived
 language sql stable security definer set search_path = pg_catalog, pg_temp
+-- Callers switch hash joins off for their own look-ups; here a batch's parts meet by them.
+set enable_hashjoin = on
 begin atomic
     -- offset 0 keeps the look-ups of facts and payments what they are, whatever the planner believes of their number.
     with counted as (

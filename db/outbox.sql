@@ -123,11 +123,18 @@ begin
     select found.xid, found.id, found.type
     from (
         (
-            select e.xid, e.id, e.type
+            -- One look-up per open transaction: a join would walk the whole log and compare.
+            select late.xid, late.id, late.type
             from pg_snapshot_xip(p_seen) as open (xid)
-            join outbox.events as e on e.epoch = p_epoch and e.xid = open.xid
-            where pg_visible_in_snapshot(open.xid, p_goal) and (e.xid, e.id) > (p_at_xid, p_at_id)
-            order by e.xid, e.id
+            cross join lateral (
+                select e.xid, e.id, e.type
+                from outbox.events as e
+                where e.epoch = p_epoch and e.xid = open.xid and (e.xid, e.id) > (p_at_xid, p_at_id)
+                order by e.xid, e.id
+                limit p_limit
+            ) as late
+            where pg_visible_in_snapshot(open.xid, p_goal)
+            order by late.xid, late.id
             limit p_limit
         )
         union all
