@@ -81,7 +81,7 @@ def measure_stages(conn: Connection) -> list[Stage]:
 
 
 def check_promises(conn: Connection, acknowledged: list[str], sandbox: dict[str, Any]) -> tuple[dict[str, int], int]:
-    """Violations by promise, first those that need the merchants' or the provider's word; and the number of lost ones."""
+    """Violations by promise, those that need a merchant's or the provider's word first; and how many were lost."""
     lost = conn.execute(
         "select count(*) from unnest(%s::text[]) as told (id) where not exists"
         " (select from surety.payments as p where p.id = told.id)",
@@ -97,7 +97,7 @@ def check_promises(conn: Connection, acknowledged: list[str], sandbox: dict[str,
 
 
 def find_example(conn: Connection) -> str | None:
-    """A settled payment with a story: one confirmed by its webhook before the answer to our confirm, if there is one."""
+    """A settled payment with a story: confirmed by its webhook before the answer to our confirm, if there is one."""
     row = conn.execute(
         """
         select p.id from surety.payments as p
@@ -126,31 +126,36 @@ def duration(ms: float) -> str:
 
 def draw(report: Report) -> RenderableType:
     """The report for a terminal."""
-    ends = Table(box=None, pad_edge=False, title="Where they ended", title_justify="left", show_header=False)
+    ends = columns("Where they ended", "")
     for state, count in report.states.items():
-        ends.add_row(f"  {state}", Text(str(count), justify="right"))
-    times = Table(box=None, pad_edge=False, title="Stage to stage", title_justify="left")
-    for heading in ("", "p50", "p99"):
-        times.add_column(heading, justify="left" if not heading else "right")
+        ends.add_row(f"  {state}", str(count))
+    times = columns("Stage to stage", "p50", "p99")
     for stage in report.stages:
-        times.add_row(stage["name"], duration(stage["p50_ms"]), duration(stage["p99_ms"]))
+        times.add_row(f"  {stage['name']}", duration(stage["p50_ms"]), duration(stage["p99_ms"]))
     top = Table.grid(padding=(0, 4))
     top.add_row(ends, times)
 
-    wrong = Table(box=None, pad_edge=False, title="What went wrong, and what became of it", title_justify="left")
-    wrong.show_header = False
-    wrong.add_column(justify="right")
+    wrong = Table(box=None, pad_edge=False)
+    wrong.add_column("What went wrong", no_wrap=True)
+    wrong.add_column("What became of it", style="dim")
     for fault in report.faults["told"]:
-        wrong.add_row(str(fault["count"]), fault["what"], Text(fault["became"], style="dim"))
+        wrong.add_row(f"{fault['count']:>4} {fault['what']}", fault["became"])
 
-    promises = Table(box=None, pad_edge=False)
-    promises.add_column("Promises")
-    promises.add_column("violations", justify="right")
+    promises = columns("Promises", "violations")
     for name, violations in report.invariants.items():
         promises.add_row(f"  {name}", Text(str(violations), style="red bold" if violations else ""))
     same = "=" if report.charges_at_provider == report.confirmed_here else "≠"
     tally = f"charged at the provider: {report.charges_at_provider} {same} confirmed here: {report.confirmed_here}"
     return Group(top, "", wrong, "", promises, tally)
+
+
+def columns(first: str, *numbers: str) -> Table:
+    """A table without lines: a text, and numbers at the right."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def say(console: Console, report: Report) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -109,10 +109,18 @@ class Troupe:
 
     def wait_for_port(self, name: str, port: int) -> None:
         """Wait until a process listens. Raises DemoError with the end of its log."""
-        deadline = time.monotonic() + START_SECONDS_MAX
-        while True:
+
+        def listens() -> bool:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                return
+                return True
+            return False
+
+        self.wait_for(name, listens)
+
+    def wait_for(self, name: str, is_ready: Callable[[], bool]) -> None:
+        """Wait until a process is ready. Raises DemoError with the end of its log if it ends or takes too long."""
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while not is_ready():
             if self.processes[name].poll() is not None or time.monotonic() > deadline:
                 raise DemoError(f"{name} did not start:\n{self.tail(name)}")
             time.sleep(0.02)
