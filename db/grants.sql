@@ -11,6 +11,7 @@ grant usage on schema surety to surety_auditor;
 grant execute on function
 surety.time_now(),
 api.identify(bytea),
+api.judge_amount(bigint, text),
 api.create_payments(jsonb),
 api.deny(bytea, text, text, text, text),
 api.get_payment(bytea, text),
@@ -68,4 +69,4 @@ grant usage on all sequences in schema procrastinate to surety_worker;
 grant execute on all functions in schema procrastinate to surety_worker;
 
 grant select on all tables in schema report to surety_analyst, surety_auditor;
-grant execute on function surety.trace(text), surety.check_invariants() to surety_auditor;
+grant execute on function surety.trace(text), surety.summarize(text), surety.check_invariants() to surety_auditor;

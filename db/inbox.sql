@@ -3,8 +3,8 @@
 create or replace function surety.receive_webhooks(p_webhooks jsonb) returns table (n integer, is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- p_webhooks: [{"n", "provider", "account", "livemode", "event_id", "type", "headers", "body", "address"}], their signatures
--- verified. One commit for all; is_new is false for an event that was received before.
+-- p_webhooks: [{"n", "provider", "account", "livemode", "event_id", "type", "headers", "body", "address"}], their
+-- signatures verified. One commit for all; is_new is false for an event that was received before.
 declare
     v_now timestamptz := surety.time_now();
     v_epoch integer := outbox.epoch();
@@ -13,8 +13,8 @@ begin
     with given as (
         select w.*, surety.new_id('whk', v_now) as id
         from jsonb_to_recordset(p_webhooks) as w (
-            n integer, provider text, account text, livemode boolean, event_id text, type text, headers jsonb, body text,
-            address text
+            n integer, provider text, account text, livemode boolean, event_id text, type text, headers jsonb,
+            body text, address text
         )
     ),
     keyed as (
@@ -61,7 +61,9 @@ declare
     v_kept_max constant integer := 1000;
 begin
     insert into surety.rejected_webhooks (id, provider, reason, headers, body, body_bytes, received_at)
-    values (surety.new_id('rej', v_now), p_provider, p_reason, p_headers, substr(p_body, 1, 4096), length(p_body), v_now);
+    values (
+        surety.new_id('rej', v_now), p_provider, p_reason, p_headers, substr(p_body, 1, 4096), length(p_body), v_now
+    );
     insert into audit.entries (id, at, kind, actor, address, outcome, reason)
     values (surety.new_id('aud', v_now), v_now, 'webhook', p_provider, p_address, 'rejected', p_reason);
     delete from surety.rejected_webhooks

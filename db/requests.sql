@@ -1,5 +1,5 @@
--- What the API asks for. Every function takes the request's key hash and finds the merchant itself, so that no caller can
--- name one. Foreseeable refusals are rows, not exceptions.
+-- What the API asks for. Every function takes the request's key hash and finds the merchant itself, so that no caller
+-- can name one. Foreseeable refusals are rows, not exceptions.
 
 create or replace function api.payment_document(p surety.payments) returns json
 language sql stable parallel safe set search_path = pg_catalog, pg_temp
@@ -20,7 +20,8 @@ begin atomic
             p.capture_method as capture_method,
             p.next_action as next_action,
             p.failure as failure,
-            case when p.provider_id is not null then json_build_object('name', p.provider, 'id', p.provider_id) end as provider,
+            case when p.provider_id is not null then json_build_object('name', p.provider, 'id', p.provider_id) end
+                as provider,
             p.reference as reference,
             p.description as description,
             p.statement_descriptor_suffix as statement_descriptor_suffix,
@@ -48,8 +49,31 @@ end;
 comment on function api.identify(bytea) is
 'Whose key this SHA-256 is; no row for an unknown or revoked one.';
 
+create or replace function api.judge_amount(p_amount bigint, p_currency text) returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- The rule that an amount in minor units breaks in its currency; null if it breaks none.
+    select
+        case
+            when currencies.currency is null
+                then jsonb_build_object('field', '/currency', 'rule', 'known', 'given', p_currency)
+            when p_amount < currencies.minimum_minor
+                then jsonb_build_object(
+                    'field', '/amount', 'rule', 'minimum', 'limit', currencies.minimum_minor, 'given', p_amount,
+                    'currency', p_currency)
+            when p_amount > currencies.maximum_minor
+                then jsonb_build_object(
+                    'field', '/amount', 'rule', 'maximum', 'limit', currencies.maximum_minor, 'given', p_amount,
+                    'currency', p_currency)
+        end
+    from (values (p_currency)) as asked (currency)
+    left join surety.currencies on asked.currency = currencies.currency;
+end;
+
 create or replace function api.create_payments(p_requests jsonb)
-returns table (n integer, status smallint, problem text, detail jsonb, body text, is_replayed boolean, payment_id text)
+returns table (
+    n integer, status smallint, problem text, detail jsonb, body text, is_replayed boolean, payment_id text
+)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
@@ -57,9 +81,9 @@ as $$
 --   201 a new payment, body its document            201 is_replayed: the first answer, byte for byte
 --   401 unauthenticated   403 forbidden (suspended)  400 invalid-request, detail {field, rule, limit, given}
 --   409 reference-taken, detail {payment_id}         422 idempotency-key-reused
--- p_requests: [{"n", "key_hash" (hex), "request_id", "address", "idempotency_key", "request_hash" (hex), "amount", "currency",
--- "rail", "method_token", "capture_method", "reference", "description", "statement_descriptor_suffix", "return_url",
--- "customer", "metadata"}]. Locks: idempotency keys, references, each sorted; payments are new.
+-- p_requests: [{"n", "key_hash" (hex), "request_id", "address", "idempotency_key", "request_hash" (hex), "amount",
+-- "currency", "rail", "method_token", "capture_method", "reference", "description", "statement_descriptor_suffix",
+-- "return_url", "customer", "metadata"}]. Locks: idempotency keys, references, each sorted; payments are new.
 declare
     v_route constant text := 'POST /v1/payments';
     v_now timestamptz := surety.time_now();
@@ -75,9 +99,9 @@ begin
             r.*, k.key_id, k.merchant_id, k.is_suspended, k.provider_account,
             c.minimum_minor, c.maximum_minor, surety.new_id('pay', v_now) as new_id
         from jsonb_to_recordset(p_requests) as r (
-            n integer, key_hash text, request_id text, address text, idempotency_key text, request_hash text, amount bigint,
-            currency text, rail text, method_token text, capture_method text, reference text, description text,
-            statement_descriptor_suffix text, return_url text, customer jsonb, metadata jsonb
+            n integer, key_hash text, request_id text, address text, idempotency_key text, request_hash text,
+            amount bigint, currency text, rail text, method_token text, capture_method text, reference text,
+            description text, statement_descriptor_suffix text, return_url text, customer jsonb, metadata jsonb
         )
         left join lateral api.identify(decode(r.key_hash, 'hex')) as k on true
         left join surety.currencies as c on c.currency = r.currency
@@ -90,18 +114,16 @@ begin
                 when g.is_suspended then 'forbidden'
                 when g.minimum_minor is null or g.amount not between g.minimum_minor and g.maximum_minor
                     then 'invalid-request'
-            end as problem,
-            case
-                when g.minimum_minor is null then
-                    jsonb_build_object('field', '/currency', 'rule', 'known', 'given', g.currency)
-                when g.amount < g.minimum_minor then jsonb_build_object(
-                    'field', '/amount', 'rule', 'minimum', 'limit', g.minimum_minor, 'given', g.amount, 'currency', g.currency)
-                when g.amount > g.maximum_minor then jsonb_build_object(
-                    'field', '/amount', 'rule', 'maximum', 'limit', g.maximum_minor, 'given', g.amount, 'currency', g.currency)
-            end as detail,
-            -- Two requests of one batch with one key are one: the first of them is asked, the others replay it.
-            row_number() over (partition by g.merchant_id, g.idempotency_key order by g.n) as turn
+            end as problem
         from given as g
+    ),
+    ordered as (
+        -- Two requests of one batch with one key are one: the first that may is asked, the others replay it.
+        select
+            j.*,
+            row_number() over (partition by j.merchant_id, j.idempotency_key, j.problem is null order by j.n) as turn,
+            case when j.problem = 'invalid-request' then api.judge_amount(j.amount, j.currency) end as detail
+        from judged as j
     )
     select
         jsonb_agg(to_jsonb(j) - 'customer' - 'metadata' order by j.merchant_id, j.idempotency_key, j.n),
@@ -113,7 +135,7 @@ begin
         )::surety.payments order by j.merchant_id, j.idempotency_key)
             filter (where j.problem is null and j.turn = 1)
     into v_asked, v_payments
-    from judged as j;
+    from ordered as j;
 
     if v_payments is not null then
         with keyed as (
@@ -124,7 +146,8 @@ begin
                 p.merchant_id, v_route, a.idempotency_key, decode(a.request_hash, 'hex'), p.id, 201,
                 api.payment_document(p)::text, v_now
             from unnest(v_payments) as p
-            join jsonb_to_recordset(v_asked) as a (new_id text, idempotency_key text, request_hash text) on a.new_id = p.id
+            join jsonb_to_recordset(v_asked) as a (new_id text, idempotency_key text, request_hash text)
+                on a.new_id = p.id
             order by p.merchant_id, a.idempotency_key
             on conflict (merchant_id, route, key) do nothing
             returning i.payment_id
@@ -164,10 +187,11 @@ begin
             id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, snapshot
         )
         select
-            surety.new_id('aud', v_now), v_now, 'request', 'key:' || a.key_id, a.address, a.request_id, p.id, p.merchant_id,
-            'accepted',
+            surety.new_id('aud', v_now), v_now, 'request', 'key:' || a.key_id, a.address, a.request_id, p.id,
+            p.merchant_id, 'accepted',
             jsonb_build_object(
-                'route', v_route, 'idempotency_key', a.idempotency_key, 'amount', p.amount_minor, 'currency', p.currency)
+                'route', v_route, 'idempotency_key', a.idempotency_key,
+                'amount', p.amount_minor, 'currency', p.currency)
         from unnest(v_payments) as p
         join jsonb_to_recordset(v_asked) as a (
             new_id text, key_id text, request_id text, address text, idempotency_key text
@@ -261,8 +285,8 @@ begin atomic
         inner join surety.payments on who.merchant_id = payments.merchant_id
         where
             (p_starting_after is null or payments.id < p_starting_after)
-            and (p_created_from is null or payments.id >= surety.id_at('pay', p_created_from))
-            and (p_created_before is null or payments.id < surety.id_at('pay', p_created_before))
+            and (p_created_from is null or payments.id >= surety.id_at('pay', greatest(p_created_from, 'epoch')))
+            and (p_created_before is null or payments.id < surety.id_at('pay', greatest(p_created_before, 'epoch')))
             and (p_state is null or payments.state = p_state)
             and (
                 p_status is null
@@ -297,8 +321,8 @@ returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- A merchant's events, oldest first. The cursor holds a handler's pair of snapshots, so a reader that keeps asking with the
--- last cursor skips nothing, however late a transaction commits. Raises SU006 for a cursor that we did not make.
+-- A merchant's events, oldest first. The cursor holds a handler's pair of snapshots, so a reader that keeps asking with
+-- the last cursor skips nothing, however late a transaction commits. Raises SU006 for a cursor that we did not make.
 declare
     v_merchant text;
     v_seen pg_snapshot := '1:1:';
@@ -367,12 +391,12 @@ begin
         coalesce(json_agg(json_build_object(
             'id', g.id, 'type', g.type, 'created_at', g.payload ->> 'at',
             'data', api.payment_document((
-                p.id, p.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state', p.amount_minor, p.currency,
-                coalesce((g.payload ->> 'amount_captured')::bigint, 0),
+                p.id, p.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state', p.amount_minor,
+                p.currency, coalesce((g.payload ->> 'amount_captured')::bigint, 0),
                 coalesce((g.payload ->> 'amount_refunded')::bigint, 0), 0, 0, 0, p.rail,
-                p.capture_method, p.method_token, p.reference, p.description, p.statement_descriptor_suffix, p.return_url,
-                p.customer, p.metadata, p.provider, p.provider_account, p.livemode, g.payload ->> 'provider_id',
-                g.payload -> 'next_action', g.payload -> 'failure', p.flags, p.created_at,
+                p.capture_method, p.method_token, p.reference, p.description, p.statement_descriptor_suffix,
+                p.return_url, p.customer, p.metadata, p.provider, p.provider_account, p.livemode,
+                g.payload ->> 'provider_id', g.payload -> 'next_action', g.payload -> 'failure', p.flags, p.created_at,
                 (g.payload ->> 'at')::timestamptz, null, 0
             )::surety.payments)
         ) order by g.xid, g.id) filter (where p.id is not null), '[]'::json),
@@ -391,32 +415,95 @@ begin
 end;
 $$;
 
-create or replace function surety.add_merchant(p_name text, p_provider_account text default '') returns text
+create or replace function surety.tell_operation(
+    p_actor text, p_merchant_id text, p_outcome text, p_snapshot jsonb
+) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    insert into surety.merchants (id, name, provider_account, created_at)
-    values (surety.new_id('mer', surety.time_now()), p_name, p_provider_account, surety.time_now())
-    returning id;
+    insert into audit.entries (id, at, kind, actor, merchant_id, outcome, snapshot)
+    values (
+        surety.new_id('aud', surety.time_now()), surety.time_now(), 'operator', 'operator:' || p_actor, p_merchant_id,
+        p_outcome, p_snapshot
+    );
+end;
+comment on function surety.tell_operation(text, text, text, jsonb) is
+'Writes an operator''s doing into the audit trail, in the transaction of what was done.';
+
+create or replace function surety.add_merchant(
+    p_name text, p_provider_account text default '', p_actor text default session_user
+) returns text
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with added as (
+        insert into surety.merchants (id, name, provider_account, created_at)
+        values (surety.new_id('mer', surety.time_now()), p_name, p_provider_account, surety.time_now())
+        returning id
+    )
+
+    select added.id
+    from added, surety.tell_operation(
+        p_actor, added.id, 'merchant added', jsonb_build_object('name', p_name, 'provider_account', p_provider_account)
+    );
 end;
 
-create or replace function surety.add_api_key(p_merchant_id text, p_hash bytea, p_hint text) returns text
+create or replace function surety.suspend_merchant(
+    p_merchant_id text, p_is_suspended boolean, p_actor text default session_user
+) returns boolean
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    insert into surety.api_keys (id, merchant_id, hash, hint, created_at)
-    values (surety.new_id('key', surety.time_now()), p_merchant_id, p_hash, p_hint, surety.time_now())
-    returning id;
+    -- Suspends a merchant, or lets it go on; false if it stood so already, null if there is no such merchant.
+    with changed as (
+        update surety.merchants
+        set suspended_at = case when p_is_suspended then surety.time_now() end
+        where merchants.id = p_merchant_id and (merchants.suspended_at is not null) <> p_is_suspended
+        returning merchants.id
+    ),
+
+    told as (
+        select changed.id
+        from changed, surety.tell_operation(
+            p_actor, changed.id, case when p_is_suspended then 'merchant suspended' else 'merchant resumed' end, '{}'
+        )
+    )
+
+    select (select count(*) > 0 from told) from surety.merchants where merchants.id = p_merchant_id;
 end;
 
-create or replace function surety.revoke_api_key(p_key_id text) returns boolean
+create or replace function surety.add_api_key(
+    p_merchant_id text, p_hash bytea, p_hint text, p_actor text default session_user
+) returns text
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
+    with added as (
+        insert into surety.api_keys (id, merchant_id, hash, hint, created_at)
+        values (surety.new_id('key', surety.time_now()), p_merchant_id, p_hash, p_hint, surety.time_now())
+        returning id
+    )
+
+    select added.id
+    from added, surety.tell_operation(
+        p_actor, p_merchant_id, 'key created', jsonb_build_object('key', added.id, 'hint', p_hint)
+    );
+end;
+
+create or replace function surety.revoke_api_key(p_key_id text, p_actor text default session_user) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- False if it was revoked already, null if there is no such key.
     with revoked as (
         update surety.api_keys set revoked_at = surety.time_now()
         where api_keys.id = p_key_id and api_keys.revoked_at is null
-        returning api_keys.id
+        returning api_keys.id, api_keys.merchant_id, api_keys.hint
+    ),
+
+    told as (
+        select revoked.id
+        from revoked, surety.tell_operation(
+            p_actor, revoked.merchant_id, 'key revoked', jsonb_build_object('key', revoked.id, 'hint', revoked.hint)
+        )
     )
 
-    select exists (select from revoked);
+    select (select count(*) > 0 from told) from surety.api_keys where api_keys.id = p_key_id;
 end;
 
 create or replace function surety.forget_idempotency_keys(p_limit integer default 10000) returns integer

@@ -1,9 +1,18 @@
 -- One id leads to the whole story.
 
+create or replace function surety.money(p_amount_minor bigint, p_currency text) returns text
+language sql stable parallel safe set search_path = pg_catalog, pg_temp
+begin atomic
+    -- An amount in major units with its currency, as people read it: 49.99 USD.
+    select round(p_amount_minor / 10.0 ^ currencies.exponent, currencies.exponent) || ' ' || upper(p_currency)
+    from surety.currencies
+    where currencies.currency = p_currency;
+end;
+
 create or replace function surety.trace(p_payment_id text)
 returns table (
-    at timestamptz, kind text, actor text, summary text, from_state text, to_state text, outcome text, duration_ms numeric,
-    data jsonb
+    at timestamptz, kind text, actor text, summary text, from_state text, to_state text, outcome text,
+    duration_ms numeric, data jsonb
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
@@ -12,15 +21,26 @@ begin atomic
     told as (
         select
             entries.at,
-            entries.id as place,
+            -- What happened in one statement has one time; this is the order in which people tell it.
+            case entries.kind
+                when 'request' then 0
+                when 'answer' then 1
+                when 'step' then 3
+                when 'call' then 5
+                else 6
+            end as turn,
+            coalesce(to_char(entries.version, 'FM00000'), entries.id) as place,
             case entries.kind when 'answer' then 'call' when 'dead_letter' then 'retry' else entries.kind end as kind,
             entries.actor,
             case entries.kind
-                when 'request' then entries.snapshot ->> 'route'
+                when 'request' then
+                    (entries.snapshot ->> 'route') || coalesce(', key sty_…' || api_keys.hint, '')
+                    || ', Idempotency-Key ' || (entries.snapshot ->> 'idempotency_key')
                 when 'step' then entries.to_state || coalesce(' by ' || entries.reason, '')
-                when 'call' then '-> ' || (entries.snapshot ->> 'operation') || ', key ' || (entries.snapshot ->> 'key')
+                when 'call' then '→ ' || (entries.snapshot ->> 'operation') || ', key ' || (entries.snapshot ->> 'key')
                 when 'answer' then
-                    '<- ' || (entries.snapshot ->> 'operation') || ' ' || entries.outcome || coalesce(': ' || entries.reason, '')
+                    '← ' || (entries.snapshot ->> 'operation') || ' ' || entries.outcome
+                    || coalesce(': ' || entries.reason, '')
                 else concat_ws(' ', entries.kind, entries.outcome, entries.reason)
             end as summary,
             entries.from_state,
@@ -31,12 +51,15 @@ begin atomic
                 'request_id', entries.request_id, 'address', entries.address, 'version', entries.version
             )) as data
         from audit.entries
-        where entries.payment_id = p_payment_id
+        left join surety.api_keys on entries.kind = 'request' and substr(entries.actor, 5) = api_keys.id
+        -- Nothing can have happened to a payment before its id was made: older partitions are not looked at.
+        where entries.payment_id = p_payment_id and entries.id >= 'aud_' || substr(p_payment_id, 5, 12)
     ),
 
     heard as (
         select
             coalesce(inbox.received_at, facts.recorded_at) as at,
+            2 as turn,
             facts.id as place,
             facts.source as kind,
             facts.provider as actor,
@@ -60,11 +83,13 @@ begin atomic
     moved as (
         select
             postings.at,
-            postings.id as place,
+            4 as turn,
+            postings.id || transfers.leg as place,
             'transfer' as kind,
             'ledger' as actor,
-            transfers.amount_minor || ' ' || transfers.currency || ' ' || split_part(transfers.debit_account, ':', 1)
-            || ' <- ' || split_part(transfers.credit_account, ':', 1) || ' (' || postings.rule || ')' as summary,
+            surety.money(transfers.amount_minor, transfers.currency)
+            || ' ' || split_part(transfers.debit_account, ':', 1)
+            || ' ← ' || split_part(transfers.credit_account, ':', 1) || ' (' || postings.rule || ')' as summary,
             null::text as from_state,
             null::text as to_state,
             'posted' as outcome,
@@ -95,10 +120,52 @@ begin atomic
         union all
         select * from moved
     ) as story
-    order by story.at, story.place;
+    order by story.at, story.turn, story.place;
 end;
 comment on function surety.trace(text) is
-'Everything known about a payment in the order in which it happened: requests, steps, calls, webhooks, transfers, retries.';
+'Everything known about a payment, in the order in which it happened: requests, steps, calls, webhooks, transfers,
+retries.';
+
+create or replace function surety.summarize(p_payment_id text)
+returns table (
+    amount text, state text, merchant text, reference text, provider_id text, charges bigint, steps integer,
+    transfers bigint, still_open text[]
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        surety.money(payments.amount_minor, payments.currency),
+        payments.state,
+        merchants.name,
+        payments.reference,
+        payments.provider_id,
+        (select count(*) from surety.facts where facts.payment_id = payments.id and facts.kind = 'captured'),
+        payments.version,
+        (
+            select count(*)
+            from ledger.postings
+            inner join ledger.transfers on postings.id = transfers.posting_id
+            where postings.payment_id = payments.id
+        ),
+        array(
+            select expectations.kind || ' expected by ' || surety.iso(expectations.due_at)
+            from surety.expectations
+            where expectations.payment_id = payments.id and expectations.met_at is null
+            union all
+            select 'dead letter of ' || dead_letters.handler
+            from outbox.dead_letters
+            where dead_letters.payment_id = payments.id and dead_letters.closed_at is null
+            union all
+            select 'discrepancy: ' || discrepancies.kind
+            from surety.discrepancies
+            where discrepancies.payment_id = payments.id and discrepancies.closed_at is null
+        )
+    from surety.payments
+    inner join surety.merchants on payments.merchant_id = merchants.id
+    where payments.id = p_payment_id;
+end;
+comment on function surety.summarize(text) is
+'A payment in one line, with what is still open about it; no row for an id that no payment has.';
 
 create or replace function api.get_trace(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp

@@ -25,6 +25,11 @@ COMMANDS = {
     "demo": Entry("app.cli.demo:demo", "Everything, for real, on this machine: payments, faults, promises checked."),
     "sandbox": Entry("app.sandbox.__main__:main", "A look-alike of Stripe, for playing and for tests."),
     "deploy": Entry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
+    "api": Entry("app.cli.api:api", "Serve the HTTP API."),
+    "webhooks": Entry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
+    "merchants": Entry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
+    "keys": Entry("app.cli.keys:keys", "Create, list and revoke API keys."),
+    "trace": Entry("app.cli.trace:trace", "Tell all that happened to a payment."),
     "restored": Entry("app.cli.restored:restored", "Open a database that was restored from a dump."),
 }
 

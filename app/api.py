@@ -1,0 +1,264 @@
+"""The HTTP API: every route decodes, calls one SQL function and encodes.
+
+    POST /v1/payments                             app/acceptance.py, by the lanes: batches, one commit each
+    GET  /v1/payments[/{id}[/trace]], /v1/events  a call each
+    GET  /problems/{type}, /docs, /health         nothing but this process, and for health its database
+
+The SQL functions take the SHA-256 of the API key and find the merchant themselves, so no route can name one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, TypeVar
+
+from litestar import HttpMethod, Litestar, Request, Response, get, post, route
+from litestar.params import Parameter
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from app.acceptance import BODY_BYTES_MAX, JSON, STATEMENT, Acceptance
+from app.answers import Answer, new_request_id, read_body
+from app.database import Database
+from app.documents import (
+    EventList,
+    EventsQuery,
+    Health,
+    NewPayment,
+    Payment,
+    PaymentList,
+    PaymentsQuery,
+    ProblemType,
+    Trace,
+)
+from app.doorkeeper import Caller, Doorkeeper
+from app.frame import Asgi, answer_error, name_request, request_id_of, with_head
+from app.lanes import Kicker, Lanes
+from app.openapi import OPENAPI, assets, parameters_of, refusals
+from app.problems import TYPES, Problem
+from app.rules import read_query
+from db.connect import connect_async
+from db.settings import Settings, load
+
+T = TypeVar("T")
+
+PAYMENT_ID = re.compile("pay_[0-9a-f]{32}")
+
+
+@route("/v1/payments", http_method=[HttpMethod.OPTIONS], include_in_schema=False)
+async def allow_payments() -> Response[None]:
+    """What is allowed here. Litestar's own answer knows one of the two routes on this path."""
+    return Response(None, status_code=204, headers={"allow": "GET, HEAD, OPTIONS, POST"})
+
+
+def at_the_lanes(app: ASGIApp) -> ASGIApp:
+    """Answers before Litestar's machinery begins: it would take more time than everything else."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await scope["litestar_app"].state.acceptance(scope, receive, send)
+
+    return answer
+
+
+@post(
+    "/v1/payments",
+    middleware=[at_the_lanes],
+    responses=refusals(
+        "invalid-request",
+        "idempotency-key-missing",
+        "unauthenticated",
+        "forbidden",
+        "reference-taken",
+        "too-large",
+        "not-json",
+        "idempotency-key-reused",
+        "overloaded",
+    ),
+)
+async def create_payment(
+    data: NewPayment,
+    idempotency_key: Annotated[
+        str,
+        Parameter(
+            header="Idempotency-Key",
+            min_length=1,
+            max_length=255,
+            description="1 to 255 printable characters: new for each payment, the same for each repetition.",
+        ),
+    ],
+) -> Payment:
+    """Take a payment.
+
+    201 means: stored for good, and on its way to the provider. The same key with the same body gets the first answer
+    again, byte for byte, with `Idempotency-Replayed: true`.
+    """
+    raise AssertionError("at_the_lanes has answered")
+
+
+@get(
+    "/v1/payments/{payment_id:str}",
+    responses=refusals("unauthenticated", "not-found", "overloaded"),
+)
+async def get_payment(request: Request[Any, Any, Any], payment_id: str) -> Response[Payment]:
+    """Read a payment."""
+    caller = caller_of(request, "GET /v1/payments/{id}")
+    return json(request, await caller.fetch("select body from api.get_payment(%s, %s)", well_formed(payment_id)))
+
+
+@get(
+    "/v1/payments/{payment_id:str}/trace",
+    responses=refusals("unauthenticated", "not-found", "overloaded"),
+)
+async def get_trace(request: Request[Any, Any, Any], payment_id: str) -> Response[Trace]:
+    """Read all that happened to a payment: requests, steps, calls to the provider, webhooks, transfers."""
+    caller = caller_of(request, "GET /v1/payments/{id}/trace")
+    return json(request, await caller.fetch("select body from api.get_trace(%s, %s)", well_formed(payment_id)))
+
+
+@get(
+    "/v1/payments",
+    operation_class=parameters_of(PaymentsQuery),
+    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+)
+async def list_payments(request: Request[Any, Any, Any]) -> Response[PaymentList]:
+    """List payments, newest first."""
+    caller = caller_of(request, "GET /v1/payments")
+    asked = await query_of(request, caller, PaymentsQuery)
+    document = await caller.fetch(
+        "select body from api.list_payments(%s, %s, %s, %s, %s, %s, %s, %s)",
+        asked.state,
+        asked.status,
+        asked.reference,
+        asked.created_from,
+        asked.created_before,
+        asked.limit,
+        asked.starting_after,
+    )
+    return json(request, document)
+
+
+@get(
+    "/v1/events",
+    operation_class=parameters_of(EventsQuery),
+    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+)
+async def list_events(request: Request[Any, Any, Any]) -> Response[EventList]:
+    """List events, oldest first. A reader that always asks on with `next` misses none."""
+    caller = caller_of(request, "GET /v1/events")
+    asked = await query_of(request, caller, EventsQuery)
+    return json(request, await caller.fetch("select body from api.list_events(%s, %s, %s)", asked.after, asked.limit))
+
+
+@get("/problems", security=[{}])
+async def list_problems() -> list[ProblemType]:
+    """Explain all types of problems."""
+    return [explained(name) for name in TYPES]
+
+
+@get("/problems/{name:str}", security=[{}], responses=refusals("not-found"))
+async def explain_problem(name: str) -> ProblemType:
+    """Explain a type of problem."""
+    if name not in TYPES:
+        raise Problem("not-found", f"there is no problem of the type {name[:100]}")
+    return explained(name)
+
+
+@get("/health", security=[{}], responses=refusals("overloaded"))
+async def get_health(request: Request[Any, Any, Any]) -> Health:
+    """Tell whether this process can take payments."""
+    await request.app.state.doorkeeper.database.row("select surety.time_now()")
+    return Health("ok")
+
+
+def idle(app: ASGIApp) -> ASGIApp:
+    """Reads the body and answers: what a request costs before anything is done for it."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(receive, BODY_BYTES_MAX)
+        await Answer(201, b"{}", new_request_id(), [JSON])(scope, receive, send)
+
+    return answer
+
+
+@post("/noop", middleware=[idle], include_in_schema=False)
+async def noop() -> None:
+    """Do nothing; for benchmarks only."""
+    raise AssertionError("idle has answered")
+
+
+def caller_of(request: Request[Any, Any, Any], route: str) -> Caller:
+    """Who asks; raises Problem for what can't be a key."""
+    doorkeeper: Doorkeeper = request.app.state.doorkeeper
+    return doorkeeper.caller(request.scope, dict(request.scope["headers"]), request_id_of(request), route)
+
+
+async def query_of(request: Request[Any, Any, Any], caller: Caller, struct: type[T]) -> T:
+    """The query as a struct. Raises Problem: for a stranger first, then for the rules that the query breaks."""
+    try:
+        return read_query(request.scope["query_string"], struct)
+    except Problem:
+        await caller.must_be_known()
+        raise
+
+
+def well_formed(payment_id: str) -> str:
+    """A payment's id, or one that no payment has."""
+    return payment_id if PAYMENT_ID.fullmatch(payment_id) else ""
+
+
+def json(request: Request[Any, Any, Any], document: str) -> Response[Any]:
+    """A document that the database has rendered."""
+    headers = {"request-id": request_id_of(request)}
+    return Response(document.encode(), media_type="application/json", headers=headers)
+
+
+def explained(name: str) -> ProblemType:
+    """A type of problem as its page tells it."""
+    return ProblemType(f"/problems/{name}", TYPES[name].title, TYPES[name].status, TYPES[name].explanation)
+
+
+def create_app(
+    settings: Settings | None = None, *, lanes: int = 2, batch_max: int = 200, benchmark: bool = False
+) -> Asgi:
+    """The API as an ASGI application. `benchmark` adds POST /noop, which reads its body and answers at once."""
+    settings = settings or load()
+
+    @asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+        database = Database("api", settings)
+        line = Lanes(lambda: connect_async("api", settings), STATEMENT, lanes=lanes, batch_max=batch_max)
+        await line.open()
+        await database.open()
+        kicker = Kicker(lambda: database.row("select outbox.kick('{submit}')"))
+        app.state.doorkeeper = Doorkeeper(database)
+        app.state.acceptance = Acceptance(app.state.doorkeeper, line, kicker)
+        try:
+            yield
+        finally:
+            await line.close()
+            await kicker.close()
+            await database.close()
+
+    return with_head(
+        Litestar(
+            [
+                allow_payments,
+                create_payment,
+                list_payments,
+                get_payment,
+                get_trace,
+                list_events,
+                list_problems,
+                explain_problem,
+                get_health,
+                assets(),
+                *([noop] if benchmark else []),
+            ],
+            lifespan=[lifespan],
+            openapi_config=OPENAPI,
+            exception_handlers={Exception: answer_error},
+            after_request=name_request,
+            logging_config=None,
+        )
+    )

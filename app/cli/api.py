@@ -1,0 +1,26 @@
+"""`surety api`."""
+
+from __future__ import annotations
+
+import click
+
+from db.settings import load
+
+
+@click.command()
+@click.option("--host", help="Default: SURETY_HOST, else 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Default: SURETY_API_PORT, else 8000; 0 takes a free one.")
+@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True)
+def api(host: str | None, port: int | None, processes: int) -> None:
+    """Serve the HTTP API until interrupted; requests that wait are finished first."""
+    from app.database import require_deployed
+    from app.serving import serve
+
+    settings = load()
+    require_deployed("api", settings, "api.create_payments(jsonb)")
+    serve(
+        "app.api:create_app",
+        host=host or settings.surety_host,
+        port=settings.surety_api_port if port is None else port,
+        processes=processes,
+    )

@@ -1,0 +1,77 @@
+"""`surety merchants`: the businesses that are paid. What changes them is in the audit trail, with the user's name."""
+
+from __future__ import annotations
+
+import getpass
+
+import click
+import psycopg
+from rich.table import Table
+
+from app.cli.tables import show
+from db.connect import connect
+from db.errors import SuretyError
+from db.settings import load
+
+
+class NoSuchMerchant(SuretyError):
+    """No merchant has this id."""
+
+
+@click.group()
+def merchants() -> None:
+    """Add, list, suspend and resume merchants."""
+
+
+@merchants.command()
+@click.argument("name")
+@click.option("--account", default="", help="Their account at the provider (acct_…), if they have one of their own.")
+def add(name: str, account: str) -> None:
+    """Add a merchant; prints its id."""
+    with connect("deploy", load()) as conn:
+        try:
+            row = conn.execute("select surety.add_merchant(%s, %s, %s)", (name, account, getpass.getuser())).fetchone()
+        except psycopg.errors.CheckViolation:
+            raise SuretyError("a merchant's name has 1 to 200 characters") from None
+    assert row is not None
+    click.echo(row[0])
+
+
+@merchants.command(name="list")
+def list_all() -> None:
+    """List all merchants, the oldest first."""
+    table = Table("id", "name", "account", "keys", "since", "suspended", box=None)
+    with connect("deploy", load()) as conn:
+        rows = conn.execute(
+            "select m.id, m.name, m.provider_account, count(k.id) filter (where k.revoked_at is null),"
+            " surety.iso(m.created_at), surety.iso(m.suspended_at)"
+            " from surety.merchants as m left join surety.api_keys as k on k.merchant_id = m.id"
+            " group by m.id order by m.id"
+        ).fetchall()
+    show(table, rows)
+
+
+@merchants.command()
+@click.argument("merchant_id")
+def suspend(merchant_id: str) -> None:
+    """Let a merchant take no more payments; its requests are answered 403, what is under way goes on."""
+    change(merchant_id, is_suspended=True)
+
+
+@merchants.command()
+@click.argument("merchant_id")
+def resume(merchant_id: str) -> None:
+    """Let a suspended merchant take payments again."""
+    change(merchant_id, is_suspended=False)
+
+
+def change(merchant_id: str, *, is_suspended: bool) -> None:
+    """Suspend or resume."""
+    with connect("deploy", load()) as conn:
+        row = conn.execute(
+            "select surety.suspend_merchant(%s, %s, %s)", (merchant_id, is_suspended, getpass.getuser())
+        ).fetchone()
+    if row is None or row[0] is None:
+        raise NoSuchMerchant(f"there is no merchant {merchant_id}")
+    done = "suspended" if is_suspended else "active"
+    click.echo(f"{merchant_id} is {done}" + ("" if row[0] else " already"))

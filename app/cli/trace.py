@@ -1,0 +1,162 @@
+"""`surety trace`: one id leads to the whole story."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+from typing import Any
+
+import click
+import psycopg
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from db.connect import connect
+from db.errors import SuretyError
+from db.settings import load
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+class NoSuchPayment(SuretyError):
+    """No payment has this id."""
+
+
+@click.command()
+@click.argument("payment_id")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: the summary and all entries.")
+def trace(payment_id: str, as_json: bool) -> None:
+    """Tell all that happened to a payment, from its request to the money on the account."""
+    with connect("auditor", load()) as conn:
+        if as_json:
+            click.echo(json.dumps(read_trace(conn, payment_id), ensure_ascii=False))
+        else:
+            console = Console(highlight=False)
+            console.print(draw_trace(conn, payment_id), soft_wrap=not console.is_terminal)
+
+
+def read_summary(conn: Connection, payment_id: str) -> dict[str, Any]:
+    """A payment in one line. Raises NoSuchPayment."""
+    cursor = conn.execute(
+        "select amount, state, merchant, reference, provider_id, charges, steps, transfers, still_open"
+        " from surety.summarize(%s)",
+        (payment_id,),
+    )
+    row = cursor.fetchone()
+    if row is None or cursor.description is None:
+        raise NoSuchPayment(f"there is no payment {payment_id}")
+    return dict(zip((column.name for column in cursor.description), row, strict=True))
+
+
+def read_entries(conn: Connection, payment_id: str) -> list[dict[str, Any]]:
+    """What happened to a payment, oldest first."""
+    cursor = conn.execute(
+        "select at, kind, actor, summary, from_state, to_state, outcome, duration_ms, data from surety.trace(%s)",
+        (payment_id,),
+    )
+    assert cursor.description is not None
+    names = [column.name for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def read_trace(conn: Connection, payment_id: str) -> dict[str, Any]:
+    """The summary and all entries, as JSON can hold them."""
+    summary = read_summary(conn, payment_id)
+    entries = read_entries(conn, payment_id)
+    for entry in entries:
+        entry["at"] = entry["at"].isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        entry["duration_ms"] = None if entry["duration_ms"] is None else float(entry["duration_ms"])
+    return {"payment_id": payment_id, **summary, "entries": entries}
+
+
+def draw_trace(conn: Connection, payment_id: str) -> Group:
+    """A payment's story for people: what, when, how long after the line before. Raises NoSuchPayment."""
+    summary = read_summary(conn, payment_id)
+    entries = read_entries(conn, payment_id)
+    about = " · ".join(part for part in (summary["merchant"], summary["reference"], summary["provider_id"]) if part)
+    story = Table.grid(padding=(0, 2))
+    story.add_column(no_wrap=True)
+    story.add_column(no_wrap=True, justify="right")
+    story.add_column(no_wrap=True)
+    story.add_column(overflow="fold")
+    before: datetime | None = None
+    for entry in entries:
+        if entry["kind"] == "step" and entry["from_state"] is None:
+            continue  # the request's own line tells it
+        at: datetime = entry["at"]
+        is_later = before is None or at - before >= timedelta(milliseconds=1)
+        story.add_row(
+            f"{at:%H:%M:%S}.{at.microsecond // 1000:03}" if is_later else "",
+            gap(at - before) if before is not None and is_later else "",
+            label(entry),
+            told(entry),
+        )
+        before = at
+    counts = [
+        counted(summary["charges"], "charge"),
+        counted(summary["steps"], "step"),
+        counted(summary["transfers"], "transfer"),
+        " · ".join(summary["still_open"]) or "nothing open",
+    ]
+    day = f"{entries[0]['at']:%Y-%m-%d}" if entries else ""
+    head = Text.assemble(
+        (payment_id, "bold"), f"   {summary['amount']}   ", (summary["state"], "bold"), f"   {about}   {day}"
+    )
+    return Group(head, story, Text(" · ".join(counts)))
+
+
+def label(entry: dict[str, Any]) -> Text:
+    """The column that says what kind of thing it was; a step's state stands out."""
+    match entry["kind"]:
+        case "request":
+            return Text("accepted", "bold")
+        case "step":
+            return Text(entry["to_state"], "bold")
+        case "call":
+            arrow = entry["summary"][:1]
+            return Text(f"  {arrow} {provider_name(entry)}")
+        case "webhook" | "poll" | "file":
+            return Text(f"  ← {entry['kind']}")
+        case "transfer":
+            return Text("  ledger")
+    return Text(f"  {entry['kind']}")
+
+
+def told(entry: dict[str, Any]) -> Text:
+    """The column that says what happened."""
+    text: str = entry["summary"]
+    match entry["kind"]:
+        case "call":
+            text = text[1:].lstrip()
+            if entry["duration_ms"] is not None:
+                text += f", {entry['duration_ms']:.0f} ms"
+        case "step":
+            text = text.removeprefix(entry["to_state"]).strip()
+            if entry["outcome"] == "implied":
+                text += ", implied"
+    if entry["outcome"] not in {"accepted", "done", "implied", "posted", "recorded", "sent", "ok"}:
+        text += "" if entry["outcome"] in text else f" [{entry['outcome']}]"
+    return Text(text)
+
+
+def provider_name(entry: dict[str, Any]) -> str:
+    """Who was called."""
+    return str(entry["data"].get("provider", "stripe")).capitalize()
+
+
+def gap(between: timedelta) -> str:
+    """How long after the line before, in the unit that people would use."""
+    seconds = between.total_seconds()
+    if seconds < 1:
+        return f"+{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"+{seconds:.1f} s"
+    if seconds < 3600:
+        return f"+{seconds / 60:.0f} min"
+    return f"+{seconds / 3600:.0f} h"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,72 @@
+"""What the API and the receiver share as HTTP services: problem documents for whatever goes wrong, a Request-Id on
+every answer, HEAD wherever there is GET.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+from litestar import Litestar, Request, Response
+from litestar.exceptions import HTTPException
+
+from app.answers import Receive, Scope, Send, new_request_id
+from app.lanes import Unavailable
+from app.problems import Problem, from_database, overloaded
+
+log = logging.getLogger("surety.http")
+
+Asgi = Callable[[Scope, Receive, Send], Any]
+
+
+def with_head(app: Litestar) -> Asgi:
+    """The application, answering HEAD as GET; the server leaves out the body."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await app(scope, receive, send)  # type: ignore[arg-type]
+
+    return answer
+
+
+def request_id_of(request: Request[Any, Any, Any]) -> str:
+    """The request's id, the same each time it is asked for."""
+    request_id: str = request.scope["state"].setdefault("request_id", new_request_id())
+    return request_id
+
+
+def name_request(response: Response[Any]) -> Response[Any]:
+    """Give an answer its Request-Id, unless it has one."""
+    response.headers.setdefault("request-id", new_request_id())
+    return response
+
+
+def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+    """Whatever a route raises, as a problem document."""
+    answer = problem_of(request, error).answer(request_id_of(request))
+    headers = {name.decode(): value.decode() for name, value in answer.headers} | {"request-id": answer.request_id}
+    return Response(answer.body, status_code=answer.status, headers=headers, media_type=headers["content-type"])
+
+
+def problem_of(request: Request[Any, Any, Any], error: Exception) -> Problem:
+    """Which problem an error is."""
+    match error:
+        case Problem():
+            return error
+        case Unavailable():
+            return overloaded()
+        case psycopg.Error():
+            log.error("%s failed: %s", request_id_of(request), error)
+            return from_database(error)
+        case HTTPException(status_code=405):
+            allowed = (error.headers or {}).get("allow", "").replace("GET", "GET, HEAD")
+            return Problem("method-not-allowed", f"here are only {allowed}", headers=[(b"allow", allowed.encode())])
+        case HTTPException(status_code=404):
+            return Problem("not-found", f"nothing is at {request.url.path[:200]}")
+        case HTTPException(status_code=status) if status < 500:
+            return Problem("invalid-request", error.detail, errors=[])
+    log.error("%s failed", request_id_of(request), exc_info=error)
+    return Problem("internal", "an error of ours; nothing took effect")

@@ -1,0 +1,71 @@
+"""Serving an application by uvicorn: one process or several on one socket, ended in good order."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+import click
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from db.errors import SuretyError
+
+BACKLOG = 2048
+SHUTDOWN_SECONDS_MAX = 20
+
+
+class CantListen(SuretyError):
+    """The address is taken, or not ours."""
+
+
+def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
+    """Serve `module:factory` until SIGINT or SIGTERM, then finish what waits.
+
+    Prints `listening on HOST:PORT` once connections are accepted; port 0 takes a free one. A process that dies is
+    replaced where there are several.
+    """
+    config = uvicorn.Config(
+        factory,
+        factory=True,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=LOGGING,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS_MAX,
+        workers=processes,
+    )
+    try:
+        listening = socket.create_server((host, port), backlog=BACKLOG, reuse_port=False)
+    except OSError as error:
+        raise CantListen(f"can't listen on {host}:{port}: {error.strerror}") from None
+    listening.set_inheritable(True)
+    # uvicorn raises the signal that ended it once more when all is done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    click.echo("listening on {}:{}".format(*listening.getsockname()[:2]))
+    with suppress(KeyboardInterrupt), listening:
+        if processes > 1:
+            Multiprocess(config, sockets=[listening]).run()
+        else:
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "loggers": {
+        "surety": {"level": "INFO", "handlers": ["stderr"]},
+        "uvicorn": {"level": "WARNING", "handlers": ["stderr"]},
+        "psycopg.pool": {"level": "ERROR", "handlers": ["stderr"]},
+    },
+}
