@@ -9,7 +9,6 @@ grant usage on schema report to surety_analyst, surety_auditor;
 grant usage on schema surety to surety_auditor;
 
 grant execute on function
-surety.time_now(),
 api.identify(bytea),
 api.judge_amount(bigint, text),
 api.create_payments(jsonb),
@@ -28,7 +27,6 @@ surety.reject_webhook(text, text, jsonb, bytea, text)
 to surety_webhook;
 
 grant execute on function
-surety.time_now(),
 surety.maintain_partitions(integer),
 surety.record_facts(jsonb, text, text),
 surety.record_results(bigint, bigint, text, jsonb),
