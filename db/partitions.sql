@@ -73,3 +73,61 @@ end;
 $$;
 
 select surety.maintain_partitions();
+
+create or replace function surety.past_partitions(p_keep interval) returns table (partition text, detach text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Partitions of events and webhooks that may be detached, oldest first, each with the statement that does it beside traffic
+-- (it can't run inside a function): older than p_keep, every handler's cursor past them, nothing of theirs in a batch, due
+-- again, or a dead letter that is open. Payments, ledger and audit trail are kept.
+declare
+    v_part record;
+    v_is_held boolean;
+begin
+    for v_part in
+        select
+            t.parent, t.prefix, i.inhrelid::regclass as name,
+            substring(pg_get_expr(c.relpartbound, c.oid) from $x$FROM \('([^']+)'\)$x$) as first_id,
+            substring(pg_get_expr(c.relpartbound, c.oid) from $x$TO \('([^']+)'\)$x$) as end_id
+        from surety.partitioned_tables as t
+        join pg_inherits as i on i.inhparent = t.parent
+        join pg_class as c on c.oid = i.inhrelid
+        where t.prefix in ('evt', 'whk')
+        order by 3
+    loop
+        continue when v_part.end_id > surety.id_at(v_part.prefix, surety.time_now() - p_keep);
+        if v_part.prefix = 'evt' then
+            -- A partition's ids tell when its events were made, and so does a webhook's event: it is made with the webhook.
+            select exists (
+                select from outbox.events as e cross join outbox.handlers as h
+                where e.id >= coalesce(v_part.first_id, '') and e.id < v_part.end_id
+                    and e.type = any(h.event_types) and e.epoch = h.epoch and not pg_visible_in_snapshot(e.xid, h.seen)
+            ) or exists (
+                select from outbox.batches as b, unnest(b.event_ids) as held (id) where held.id < v_part.end_id
+            ) or exists (
+                select from outbox.retries as r where r.event_id < v_part.end_id
+            ) or exists (
+                select from outbox.dead_letters as d where d.event_id < v_part.end_id and d.closed_at is null
+            ) into v_is_held;
+            -- What is older than a partition that is still held is held with it, webhooks too.
+            exit when v_is_held;
+        else
+            select exists (
+                select from outbox.events as e
+                join outbox.handlers as h on e.type = any(h.event_types)
+                where e.aggregate_type = 'webhook' and e.aggregate_id < v_part.end_id
+                    and (
+                        e.epoch = h.epoch and not pg_visible_in_snapshot(e.xid, h.seen)
+                        or exists (select from outbox.retries as r where r.event_id = e.id)
+                        or exists (select from outbox.batches as b where e.id = any(b.event_ids))
+                        or exists (select from outbox.dead_letters as d where d.event_id = e.id and d.closed_at is null)
+                    )
+            ) into v_is_held;
+            continue when v_is_held;
+        end if;
+        partition := v_part.name::text;
+        detach := format('alter table %s detach partition %s concurrently', v_part.parent, v_part.name);
+        return next;
+    end loop;
+end;
+$$;
