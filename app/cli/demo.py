@@ -355,7 +355,8 @@ def stay(progress: Console, stage: Stage, url: str, key: str) -> None:
         f"  DATABASE_URL='{url}'\n"
         f"  curl {stage.url('api')}/v1/payments -H 'Authorization: Bearer {key}'\n"
         f"  {stage.url('api')}/docs\n"
-        f"  logs in {stage.scene}"
+        f"  logs in {stage.scene}",
+        soft_wrap=True,
     )
     while True:
         time.sleep(3600)
