@@ -114,12 +114,14 @@ class Answer(Struct, frozen=True):
     request_id: str | None
 
 
-class HttpClient(stripe.HTTPXClient):
-    """The SDK's client, with connections bounded and kept."""
+class HttpClient(stripe.HTTPClient):
+    """What the SDK sends its requests with: httpx, its connections bounded and kept."""
+
+    name = "httpx"
 
     def __init__(self, timeout_seconds: float) -> None:
-        super().__init__(timeout=timeout_seconds)
-        self.kept = self._client_async = httpx.AsyncClient(
+        super().__init__()
+        self.kept = httpx.AsyncClient(
             limits=httpx.Limits(
                 max_connections=CONNECTIONS_MAX, max_keepalive_connections=CONNECTIONS_MAX, keepalive_expiry=30
             ),
@@ -127,12 +129,25 @@ class HttpClient(stripe.HTTPXClient):
             timeout=timeout_seconds,
         )
 
+    async def request_async(
+        self, method: str, url: str, headers: Mapping[str, str], post_data: str | None = None
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        """One request. Raises APIConnectionError if no whole answer comes."""
+        try:
+            answer = await self.kept.request(method, url, headers=headers, content=post_data)
+        except httpx.HTTPError as error:
+            raise stripe.APIConnectionError(type(error).__name__) from error  # type: ignore[no-untyped-call]
+        return answer.content, answer.status_code, answer.headers
+
 
 class StripeRail:
     """Calls to Stripe, paced and bounded. It belongs to the event loop that opened it."""
 
-    def __init__(self, client: stripe.StripeClient, settings: Settings, database: Database) -> None:
+    def __init__(
+        self, client: stripe.StripeClient, http: httpx.AsyncClient, settings: Settings, database: Database
+    ) -> None:
         self._client = client
+        self.http = http
         self._database = database
         self._timeout_seconds = settings.surety_provider_timeout
         self._per_second = per_second(settings)
@@ -248,7 +263,7 @@ def meaning(error: stripe.StripeError) -> ProviderError:
     body: Json = error.json_body if isinstance(error.json_body, dict) else {}
     told = body.get("error")
     if status is None:
-        return Unknown(f"no answer: {error.__cause__.__class__.__name__ if error.__cause__ else 'connection lost'}")
+        return Unknown(f"no answer: {error.user_message or type(error).__name__}")
     if not isinstance(told, dict):
         return Unknown(f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None)
     code, param = told.get("code"), told.get("param")
@@ -287,6 +302,6 @@ async def open_rail(settings: Settings, database: Database) -> AsyncGenerator[St
         stripe_version=API_VERSION,
     )
     try:
-        yield StripeRail(client, settings, database)
+        yield StripeRail(client, http.kept, settings, database)
     finally:
         await http.kept.aclose()

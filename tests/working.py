@@ -1,0 +1,106 @@
+"""Workers for tests: as processes of Procrastinate's, or their handlers worked off here, one batch after another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from db.settings import load
+from jobs.drain import claim, handle, leased
+from jobs.handlers import HANDLERS
+from jobs.worker import Worker, open_worker
+from tests.payments import Connection
+from tests.sandbox_process import eventually
+from tests.stripe_description import check_answer, check_request
+
+ROOT = Path(__file__).parent.parent
+QUICK = {"SURETY_PROVIDER_TIMEOUT": "5", "SURETY_POLL_SECONDS": "1"}
+
+
+def environment(database: str, sandbox_url: str, **more: str) -> dict[str, str]:
+    """What a worker is told."""
+    return {"DATABASE_URL": database, "SURETY_SANDBOX_URL": sandbox_url, **QUICK, **more}
+
+
+def hasten(conn: Connection, lease: str = "2 seconds") -> None:
+    """Shorten what is otherwise seconds and minutes; before workers start."""
+    conn.execute("update outbox.handlers set lease = %s, retry_after = '{0.05 s,0.1 s}'", (lease,))
+    conn.execute("update surety.states set ask_after = '1 second' where ask_after = '60 seconds'")
+
+
+@contextmanager
+def worker_process(database: str, sandbox_url: str, name: str = "w", **more: str) -> Generator[subprocess.Popen[bytes]]:
+    """A worker as operators start it, ended in the end."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SURETY_", "STRIPE_"))}
+    command = [sys.executable, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", name]
+    process = subprocess.Popen(command, cwd=ROOT, env=inherited | environment(database, sandbox_url, **more))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_worker(conn: Connection, count: int = 1) -> None:
+    """Until so many workers are at work."""
+    query = "select count(*) from procrastinate.procrastinate_workers"
+    eventually(lambda: (conn.execute(query).fetchone() or (0,))[0] >= count, 15)
+
+
+@asynccontextmanager
+async def worker_here(database: str, sandbox_url: str, *, judged: bool = True, **more: str) -> AsyncGenerator[Worker]:
+    """A worker whose handlers are worked off by hand; what it sent and got is judged by Stripe's description after."""
+    exchanged: list[httpx.Response] = []
+
+    async def remember(response: httpx.Response) -> None:
+        exchanged.append(response)
+
+    async with open_worker(load(environment(database, sandbox_url, **more)), "here") as worker:
+        worker.stripe.http.event_hooks["response"].append(remember)
+        yield worker
+    for response in exchanged if judged else ():
+        judge(response)
+
+
+def judge(response: httpx.Response) -> None:
+    """Raises if Stripe would not accept the request, or could not have answered that."""
+    request = response.request
+    path = request.url.raw_path.decode()
+    check_request(request.method, path, dict(request.headers), request.content.decode())
+    assert request.headers["stripe-version"] == "2026-10-28.endive"
+    # A connection that broke in the middle of the answer left nothing to judge.
+    with suppress(httpx.ResponseNotRead):
+        if response.content.startswith(b"{"):
+            check_answer(request.method, path, response.status_code, response.json())
+
+
+async def work_off(worker: Worker, *handlers: str) -> int:
+    """Handle what is due now, handler after handler, until nothing is; how many batches there were."""
+    batches = 0
+    while True:
+        before = batches
+        for name in handlers or HANDLERS:
+            while batch := await claim(worker, name):
+                async with leased(worker, batch, worker.handlers[name].lease_seconds):
+                    await handle(worker, batch, batch.event_ids, HANDLERS[name])
+                batches += 1
+        if batches == before:
+            return batches
+
+
+def due(conn: Connection) -> None:
+    """What waits to be tried again is due now."""
+    conn.execute("update outbox.retries set due_at = now() where due_at is not null")
+
+
+def attempts(conn: Connection) -> list[tuple[Any, ...]]:
+    """Handler, counted failures and errors of what waits to be tried again."""
+    query = "select handler, failures, jsonb_path_query_array(attempts, '$[*].error') from outbox.retries order by 1, 2"
+    return conn.execute(query).fetchall()
