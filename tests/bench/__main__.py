@@ -1,0 +1,82 @@
+"""`python -m tests.bench`: one command per benchmark."""
+
+from __future__ import annotations
+
+import click
+
+from tests.bench import ground
+
+as_json = click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on the last line.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+def bench() -> None:
+    """Measure Surety. The sizes are those of the promises; smaller ones are for trying."""
+
+
+@bench.command()
+@click.option("--events", default=20_000, help="Events drained in each measurement.")
+@click.option("--past", default=1_000_000, help="Events that have passed in the aged database.")
+@click.option("--backlog", default=100_000, help="Events that wait in it.")
+@click.option("--jobs", default=1_500, help="Procrastinate's jobs in each measurement.")
+@click.option("--concurrency", default=0, help="Its jobs at once in each process; 0: try which is fastest.")
+@click.option("--merchants", default=300)
+@click.option("--rounds", default=5)
+@as_json
+def drain(*, as_json: bool, **sizes: int) -> None:
+    """Events per second through a handler, against Procrastinate with a job for each event."""
+    from tests.bench.drain import run
+
+    figures = run(**sizes)
+    ground.finish(figures, as_json=as_json)
+
+
+@bench.command()
+@click.option("--entries", default=1_000_000, help="Audit entries in the database, at least.")
+@click.option("--traces", default=1_000, help="Traces of each kind in a round.")
+@click.option("--merchants", default=300)
+@click.option("--rounds", default=5)
+@click.option("--seed", default=1, help="Which payments are asked for.")
+@as_json
+def trace(*, as_json: bool, **sizes: int) -> None:
+    """Milliseconds until a payment's whole trace is told."""
+    from tests.bench.trace import run
+
+    figures = run(**sizes)
+    ground.finish(figures, as_json=as_json)
+
+
+@bench.command()
+@click.option("--seconds", default=4.0, help="How long each measurement takes.")
+@click.option("--connections", default=32)
+@click.option(
+    "--single-lanes", default=0, help="Lanes that take one request at a time; 0: try which number is fastest."
+)
+@click.option("--merchants", default=20)
+@click.option("--rounds", default=5)
+@as_json
+def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
+    """Payments accepted per second over HTTP, against a no-op and against a transaction for each request."""
+    from tests.bench.accept import run
+
+    figures = run(seconds=seconds, **sizes)
+    ground.finish(figures, as_json=as_json)
+
+
+@bench.command()
+@click.option("--payments", default=2_000, help="Payments at once in each round.")
+@click.option("--merchants", default=20)
+@click.option("--workers", default=2)
+@click.option("--idle-payments", default=43, help="Payments one after the other.")
+@click.option("--rounds", default=3)
+@as_json
+def lifecycle(*, as_json: bool, **sizes: int) -> None:
+    """Payments per second from POST to settled, and how soon the provider hears of one on an idle system."""
+    from tests.bench.lifecycle import run
+
+    figures = run(**sizes)
+    ground.finish(figures, as_json=as_json)
+
+
+if __name__ == "__main__":
+    bench()

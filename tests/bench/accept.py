@@ -1,0 +1,124 @@
+"""`accept`: payments accepted per second over HTTP, at 32 connections.
+
+    noop      POST /noop of the same process: what a request costs before anything is done for it
+    accepted  POST /v1/payments as the product serves it: what waits together is committed together
+    single    POST /v1/payments of a process that differs in one number: a batch is one request, so each has a
+              transaction of its own; with as many lanes as make it fastest here
+
+All three get the same requests, by turns. The load comes from wrk where it is installed, from one thread; server,
+database and generator share the machine. Every payment that was acknowledged must be in the database afterwards: by
+number after each round, and by id after a last round in which the generator keeps the ids.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+
+from app.demo.merchants import open_shops
+from app.demo.stage import Troupe, folder, free_port
+from tests.bench.ground import (
+    Connection,
+    Figures,
+    connection,
+    deployed,
+    median,
+    median_ratio,
+    rounded,
+    server,
+    tell,
+)
+from tests.bench.load import Loaded, generator, load
+from tests.payments import violations
+
+LANES = 2
+BATCH_MAX = 200
+LANES_OF_SINGLES = (2, 8)
+
+
+def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, rounds: int) -> Figures:
+    """Each of the three for so many seconds in each round. `single_lanes` 0: as many as are fastest here."""
+    with ExitStack() as stack:
+        url = stack.enter_context(deployed(stack.enter_context(server())))
+        conn = stack.enter_context(connection(url))
+        keys = open_shops(conn, merchants, seed=1)
+        batched = stack.enter_context(api(url, LANES, BATCH_MAX))
+        choices = (single_lanes,) if single_lanes else LANES_OF_SINGLES
+        singles = {lanes: stack.enter_context(api(url, lanes, 1)) for lanes in choices}
+
+        def measure(name: str, address: str, path: str, *, ids: bool = False) -> Loaded:
+            before = held(conn)
+            loaded = load(address + path, connections=connections, seconds=seconds, run=name, keys=keys, ids=ids)
+            assert loaded.errors == 0, f"{name}: {loaded.errors} requests were not answered by a 201"
+            if path != "/noop":
+                assert held(conn) - before >= loaded.answers, f"{name}: fewer payments than were acknowledged"
+            return loaded
+
+        lanes = single_lanes or max(choices, key=lambda n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second)
+        tell(f"load by {generator()}; a transaction for each request is fastest with {lanes} lanes")
+        rates: dict[str, list[float]] = {"noop": [], "accepted": [], "single": []}
+        p50: list[float] = []
+        p99: list[float] = []
+        for turn in range(rounds):
+            rates["noop"].append(measure(f"noop-{turn}", batched, "/noop").per_second)
+            accepted = measure(f"accept-{turn}", batched, "/v1/payments")
+            rates["accepted"].append(accepted.per_second)
+            p50.append(accepted.p50_ms)
+            p99.append(accepted.p99_ms)
+            rates["single"].append(measure(f"single-{turn}", singles[lanes], "/v1/payments").per_second)
+            tell(f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items()))
+        last = measure("ids", batched, "/v1/payments", ids=True)
+        lost = missing(conn, last.ids)
+        assert lost == 0, f"{lost} acknowledged payments are not there"
+        assert violations(conn) == {}
+    return {
+        "benchmark": "accept",
+        "accepted_per_second": median(rates["accepted"], 0),
+        "noop_per_second": median(rates["noop"], 0),
+        "single_per_second": median(rates["single"], 0),
+        "ratio_to_noop": median_ratio(rates["accepted"], rates["noop"]),
+        "ratio_to_single": median_ratio(rates["accepted"], rates["single"]),
+        "p50_ms": median(p50, 2),
+        "p99_ms": median(p99, 2),
+        "errors": 0,
+        "acknowledged_and_checked_by_id": len(last.ids),
+        "lost": lost,
+        "connections": connections,
+        "single_lanes": lanes,
+        "generator": generator(),
+        "rounds": rounded(rates),
+    }
+
+
+@contextmanager
+def api(url: str, lanes: int, batch_max: int) -> Generator[str]:
+    """The address of an API in a process of its own."""
+    with folder() as scene:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "PG"))}
+        troupe = Troupe(scene, environment | {"DATABASE_URL": url})
+        port = free_port(0)
+        try:
+            troupe.start("api", "-m", "tests.bench.servers", str(port), str(lanes), str(batch_max))
+            troupe.wait_for_port("api", port)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            troupe.stop()
+
+
+def held(conn: Connection) -> int:
+    """How many payments there are."""
+    row = conn.execute("select count(*) from surety.payments").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def missing(conn: Connection, ids: list[str]) -> int:
+    """How many of these payments are not there."""
+    row = conn.execute(
+        "select count(*) from unnest(%s::text[]) as told (id)"
+        " where not exists (select from surety.payments as p where p.id = told.id)",
+        (ids,),
+    ).fetchone()
+    assert row is not None
+    return int(row[0])

@@ -1,0 +1,165 @@
+"""`drain`: events per second through a handler that makes a step, an audit entry and ledger transfers for each.
+
+The handler records the fact that a submitted payment was captured, by surety.record_facts, as an answer of the provider
+or a webhook would: for each event a fact, a step to `confirmed` with its audit entry and event, a posting and two
+transfers, merchants' balances, all in one transaction with the completion of the events. It is drained by the
+product's own loop (jobs.drain), two processes at once.
+
+    fresh        a database that holds nothing but the events to drain
+    aged         1,000,000 events have passed, with all that belongs to their payments, and 100,000 wait
+    blocked      as fresh, while another database of the cluster holds a writing transaction open
+    procrastinate  as fresh, but a job of Procrastinate's for each event makes the same effects, two processes at once
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from contextlib import ExitStack
+
+from db.server import temporary_database
+from tests.bench import history
+from tests.bench.drainers import drain_outbox, rate_of, run_jobs
+from tests.bench.ground import (
+    PREFIX,
+    Connection,
+    Figures,
+    connection,
+    copy_of,
+    deployed,
+    median,
+    median_ratio,
+    rounded,
+    server,
+    tell,
+)
+from tests.payments import violations
+
+EVENTS_PER_LIFE = 5
+
+
+def run(*, events: int, past: int, backlog: int, jobs: int, concurrency: int, merchants: int, rounds: int) -> Figures:
+    """All measurements, in turn, `rounds` times. `events` are drained in each, `jobs` where there is one for each.
+
+    `concurrency` is Procrastinate's in each of two processes; 0: that with which it is fastest here.
+    """
+    with ExitStack() as stack:
+        url = stack.enter_context(server())
+        fresh = stack.enter_context(waiting(url, events, merchants))
+        tell(f"a database in which {events:,} events wait")
+        aged, aged_payment = stack.enter_context(with_past(url, past, backlog, merchants))
+        tell(f"one with a past of {past:,} events in which {backlog:,} wait")
+        if not concurrency:
+            concurrency = tune(url, fresh, min(jobs, 400))
+            tell(f"Procrastinate works best with {concurrency} jobs at once in each process")
+        rates: dict[str, list[float]] = {"fresh": [], "blocked": [], "aged": [], "procrastinate": []}
+        for turn in range(rounds):
+            with copy_of(url, fresh) as copy:
+                rates["fresh"].append(rate_of(drain_outbox, ready(copy), events))
+                check(copy, events, thoroughly=turn == 0)
+            with copy_of(url, fresh) as copy, writing_elsewhere(url):
+                rates["blocked"].append(rate_of(drain_outbox, ready(copy), events))
+                check(copy, events)
+            rates["aged"].append(rate_of(drain_outbox, ready(aged), events))
+            with copy_of(url, fresh) as copy:
+                rates["procrastinate"].append(rate_jobs(copy, jobs, concurrency))
+                check(copy, jobs)
+            tell(f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items()))
+            if turn + 1 < rounds:
+                history.copy_lives(aged, aged_payment, events, days_ago=1, first=backlog + turn * events)
+    return {
+        "benchmark": "drain",
+        "events_per_second": median(rates["fresh"], 0),
+        "procrastinate_jobs_per_second": median(rates["procrastinate"], 0),
+        "procrastinate_concurrency": concurrency,
+        "ratio_to_procrastinate": median_ratio(rates["fresh"], rates["procrastinate"]),
+        "flatness": median_ratio(rates["aged"], rates["fresh"]),
+        "blocked_ratio": median_ratio(rates["blocked"], rates["fresh"]),
+        "past_events": past,
+        "backlog": backlog,
+        "rounds": rounded(rates),
+    }
+
+
+@contextlib.contextmanager
+def waiting(server_url: str, events: int, merchants: int) -> Generator[str]:
+    """A database in which as many events wait, and nothing else."""
+    with deployed(server_url) as url:
+        with connection(url) as conn:
+            payment_id = history.submitted(conn, history.prepare(conn, merchants))
+            history.take_all(conn)
+        history.copy_lives(url, payment_id, events, days_ago=1)
+        history.settle_down(url)
+        yield url
+
+
+@contextlib.contextmanager
+def with_past(server_url: str, past: int, backlog: int, merchants: int) -> Generator[tuple[str, str]]:
+    """A database in which events have passed and others wait, and the payment to copy for more of them."""
+    with deployed(server_url) as url:
+        with connection(url) as conn:
+            key_hash = history.prepare(conn, merchants)
+            done = history.settled(conn, key_hash)
+        history.copy_lives(url, done, past // EVENTS_PER_LIFE, days_ago=9)
+        with connection(url) as conn:
+            payment_id = history.submitted(conn, key_hash)
+            history.take_all(conn)
+        history.copy_lives(url, payment_id, backlog, days_ago=1)
+        history.settle_down(url)
+        yield url, payment_id
+
+
+def ready(url: str) -> str:
+    """The same database, put in order and written out."""
+    with connection(url) as conn:
+        conn.execute("vacuum (analyze)")
+        conn.execute("checkpoint")
+    return url
+
+
+@contextlib.contextmanager
+def writing_elsewhere(server_url: str) -> Generator[None]:
+    """Another database of the cluster, in which a transaction has written and stays open."""
+    with temporary_database(server_url, PREFIX) as url, connection(url) as conn:
+        conn.execute("create table written (n integer)")
+        with conn.transaction(force_rollback=True):
+            conn.execute("insert into written values (1)")
+            yield
+
+
+def rate_jobs(url: str, jobs: int, concurrency: int) -> float:
+    """Jobs per second."""
+    with connection(url) as conn:
+        conn.execute("select bench.defer_jobs(%s)", (jobs,))
+    return rate_of(run_jobs, ready(url), jobs, concurrency)
+
+
+def tune(server_url: str, fresh: str, jobs: int) -> int:
+    """With how many jobs at once in each process Procrastinate is fastest."""
+    rates = {}
+    for concurrency in (1, 4, 10, 20):
+        with copy_of(server_url, fresh) as copy:
+            rates[concurrency] = rate_jobs(copy, jobs, concurrency)
+    return max(rates, key=lambda concurrency: rates[concurrency])
+
+
+def check(url: str, events: int, *, thoroughly: bool = False) -> None:
+    """Every event must have had its effects exactly once, and no promise be broken, which takes long to find out."""
+    with connection(url) as conn:
+        assert effects(conn) == (events, events, events, 2 * events)
+        assert not thoroughly or violations(conn) == {}
+
+
+def effects(conn: Connection) -> tuple[int, ...]:
+    """Steps to confirmed, their audit entries, postings, transfers."""
+    row = conn.execute(
+        """
+        select
+            (select count(*) from surety.steps as s where s.to_state = 'confirmed'),
+            (select count(*) from audit.entries as e where e.kind = 'step' and e.to_state = 'confirmed'),
+            (select count(*) from ledger.postings as p where p.rule = 'captured'),
+            (select count(*) from ledger.transfers)
+        """
+    ).fetchone()
+    assert row is not None
+    return row

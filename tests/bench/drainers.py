@@ -1,0 +1,145 @@
+"""The processes that `drain` measures: two that drain the outbox, or two of Procrastinate's with a job per event.
+
+Both sides make the same effects by the same SQL function, have the same rights and stand ready before the clock starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.queues import Queue
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Barrier
+
+from procrastinate import App, PsycopgConnector
+from psycopg_pool import AsyncConnectionPool
+
+from db.connect import conninfo
+from db.settings import Settings, load
+from jobs import drain
+from jobs.worker import Batch, Worker, open_worker
+
+PROCESSES = 2
+HANDLER = "bench"
+WAIT_SECONDS_MAX = 300.0
+
+# The server imports everything once; what it forks has neither threads nor connections.
+forking = multiprocessing.get_context("forkserver")
+forking.set_forkserver_preload([__name__])
+
+
+@dataclass
+class Work:
+    """What the processes of one measurement share: how many events are wanted and taken, and a common start."""
+
+    url: str
+    wanted: int
+    taken: Synchronized[int]
+    start: Barrier
+    ended: Queue[tuple[float, float]]
+
+    def take(self, events: int) -> None:
+        """Say that as many more have been taken."""
+        with self.taken.get_lock():
+            self.taken.value += events
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether as many as were wanted have been taken."""
+        return self.taken.value >= self.wanted
+
+    async def begin(self) -> float:
+        """Wait for the others; returns the time."""
+        await asyncio.to_thread(self.start.wait, WAIT_SECONDS_MAX)
+        return time.monotonic()
+
+    def end(self, began: float) -> None:
+        """Tell how long it took."""
+        self.ended.put((began, time.monotonic()))
+
+
+def rate_of(run: Callable[..., None], url: str, wanted: int, *arguments: int) -> float:
+    """Events per second of two processes that `run` until `wanted` events were taken or nothing is left."""
+    work = Work(url, wanted, forking.Value("q", 0), forking.Barrier(PROCESSES), forking.Queue())
+    processes: list[ForkServerProcess] = [
+        forking.Process(target=run, args=(work, *arguments), daemon=True) for _ in range(PROCESSES)
+    ]
+    for process in processes:
+        process.start()
+    times = [work.ended.get(timeout=WAIT_SECONDS_MAX) for _ in processes]
+    for process in processes:
+        process.join()
+    return work.taken.value / (max(end for _, end in times) - min(begin for begin, _ in times))
+
+
+def settings_of(url: str) -> Settings:
+    """A worker's settings; there is a provider in them whom nobody ever calls."""
+    return load({"DATABASE_URL": url, "SURETY_SANDBOX_URL": "http://127.0.0.1:9"})
+
+
+def drain_outbox(work: Work) -> None:
+    """Claim, handle and finish batches as the product's workers do."""
+    asyncio.run(drain_batches(work))
+
+
+async def drain_batches(work: Work) -> None:
+    """One drain."""
+    async with open_worker(settings_of(work.url), f"bench-{os.getpid()}") as worker:
+        lease_seconds = worker.handlers[HANDLER].lease_seconds
+        began = await work.begin()
+        while not work.is_enough and (batch := await drain.claim(worker, HANDLER)):
+            work.take(len(batch.event_ids))
+            async with drain.leased(worker, batch, lease_seconds):
+                await drain.handle(worker, batch, batch.event_ids, confirm)
+        work.end(began)
+
+
+async def confirm(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
+    """The benchmark's handler."""
+    query = "select bench.confirm_batch(%s, %s, %s)"
+    batch.is_lost = not await worker.database.effect(query, batch.batch_id, batch.fence, event_ids)
+    assert not batch.is_lost
+
+
+def run_jobs(work: Work, concurrency: int) -> None:
+    """Let Procrastinate's worker run one job per event until none is left."""
+    asyncio.run(work_jobs(work, concurrency))
+
+
+async def work_jobs(work: Work, concurrency: int) -> None:
+    """One worker with as many jobs at once, a connection for each; done jobs are deleted: its table stays small."""
+    settings = settings_of(work.url)
+    connector = PsycopgConnector(
+        conninfo=conninfo("worker", settings, search_path="procrastinate"), min_size=4, max_size=concurrency + 4
+    )
+    app = App(connector=connector)
+    pool = AsyncConnectionPool(
+        conninfo("worker", settings),
+        kwargs={"autocommit": True},
+        min_size=concurrency,
+        max_size=concurrency,
+        open=False,
+    )
+
+    @app.task(name="confirm_one", queue="bench")
+    async def confirm_one(payment_id: str) -> None:
+        async with pool.connection() as conn:
+            await conn.execute("select bench.confirm_one(%s)", (payment_id,))
+        work.take(1)
+
+    async with pool, app.open_async():
+        await pool.wait()
+        began = await work.begin()
+        await app.run_worker_async(
+            queues=["bench"],
+            wait=False,
+            concurrency=concurrency,
+            delete_jobs="successful",
+            install_signal_handlers=False,
+        )
+        work.end(began)

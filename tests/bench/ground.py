@@ -1,0 +1,98 @@
+"""Where benchmarks run: a server, databases of their own on it, and how results are told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from db.connect import harden
+from db.deploy import deploy
+from db.server import EmbeddedServer, temporary_database
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+Figures = dict[str, Any]
+
+PREFIX = "surety_bench"
+ROOT = Path(__file__).parent.parent.parent
+
+# Commits wait for the log as in production. Vacuum and checkpoints come between measurements, so that none of them pays
+# for what another has left behind.
+SERVER_SETTINGS = {"shared_buffers": "512MB", "max_wal_size": "16GB", "checkpoint_timeout": "1h", "autovacuum": "off"}
+
+
+@contextlib.contextmanager
+def server() -> Generator[str]:
+    """The address of a server, by a superuser: DATABASE_URL's, else an embedded one whose commits are durable."""
+    if given := os.environ.get("DATABASE_URL"):
+        yield given
+        return
+    with EmbeddedServer(durable=True, settings=SERVER_SETTINGS) as embedded:
+        yield embedded.url
+
+
+@contextlib.contextmanager
+def deployed(server_url: str) -> Generator[str]:
+    """The address of a database of our own with everything deployed."""
+    with temporary_database(server_url, PREFIX) as url:
+        deploy(url, say=tell)
+        yield url
+
+
+@contextlib.contextmanager
+def copy_of(server_url: str, url: str) -> Generator[str]:
+    """The address of a copy of a database to which nobody is connected."""
+    name = conninfo_to_dict(url)["dbname"]
+    with temporary_database(server_url, PREFIX, template=str(name)) as copy:
+        yield copy
+
+
+@contextlib.contextmanager
+def connection(url: str) -> Generator[Connection]:
+    """A connection in autocommit mode, with all rights."""
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
+        yield conn
+
+
+def tell(message: str) -> None:
+    """Progress, for who waits."""
+    print(f"{time.strftime('%H:%M:%S')}  {message}", file=sys.stderr, flush=True)
+
+
+def finish(figures: Figures, *, as_json: bool) -> None:
+    """The results: as one line of JSON, last, or for people."""
+    if as_json:
+        print(json.dumps(figures), flush=True)
+        return
+    for name, value in figures.items():
+        print(f"{name:28} {value}")
+
+
+def median(values: Sequence[float], digits: int = 3) -> float:
+    """The middle of several rounds, rounded."""
+    return round(statistics.median(values), digits)
+
+
+def median_ratio(these: Sequence[float], those: Sequence[float]) -> float:
+    """The median of what each round's two measurements make of each other: neighbours disturb both alike."""
+    return median([this / that for this, that in zip(these, those, strict=True)])
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which a share (0 to 1) of the values lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def rounded(rounds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Every round's measurement, so that a reader sees how much they scatter."""
+    return {name: [round(value, 1) for value in values] for name, values in rounds.items()}

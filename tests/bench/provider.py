@@ -1,0 +1,73 @@
+"""A wire to the sandbox that notes when the provider hears of a payment: what is sent passes through unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+CREATE = b"POST /v1/payment_intents HTTP/1.1\r\n"
+
+
+class Wire:
+    """Listens on a port of its own and passes everything on; `heard` holds the times of requests to create an intent.
+
+    It has a thread to itself, and its clock is this process's time.perf_counter().
+    """
+
+    def __init__(self, port: int) -> None:
+        self.heard: list[float] = []
+        self.url = ""
+        self._to = port
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._listening = threading.Event()
+        self._stopped = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._listening.wait()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stopped.set)
+        self._thread.join()
+
+    def wait_for(self, number: int, seconds_max: float) -> float:
+        """The time at which the intent of that number was asked for. Raises TimeoutError."""
+        deadline = time.monotonic() + seconds_max
+        while len(self.heard) <= number:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the provider has heard nothing")
+            time.sleep(0.001)
+        return self.heard[number]
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        async with await asyncio.start_server(self._connect, "127.0.0.1", 0) as server:
+            self.url = "http://{}:{}".format(*server.sockets[0].getsockname())
+            self._listening.set()
+            await self._stopped.wait()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        their_reader, their_writer = await asyncio.open_connection("127.0.0.1", self._to)
+        await asyncio.gather(self._pass(reader, their_writer, listen=True), self._pass(their_reader, writer))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, listen: bool = False) -> None:
+        try:
+            while part := await reader.read(1 << 16):
+                if listen and part.startswith(CREATE):
+                    self.heard.append(time.perf_counter())
+                writer.write(part)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
