@@ -53,7 +53,8 @@ begin
     with events as (
         select
             e.event_id, e.failures, p.id as payment_id, p.state, p.captured_minor, p as payment,
-            c.first_sent_at, c.last_sent_at, c.answered_at, c.status, c.payment_id is not null as was_sent
+            c.first_sent_at, c.last_sent_at, c.answered_at, c.status, c.payment_id is not null as was_sent,
+            row_number() over (partition by p.id order by e.event_id) as turn
         from outbox.batch_events(p_batch, p_fence) as e
         join surety.payments as p on p.id = e.aggregate_id
         left join surety.calls as c on c.payment_id = p.id and c.operation = p_operation
@@ -63,6 +64,8 @@ begin
         select
             e.*,
             case
+                -- Two events may ask for one cancellation.
+                when e.turn > 1 then 'skip'
                 when p_operation = 'create' and e.state not in ('initiated', 'submitting') then 'skip'
                 when p_operation = 'confirm' and e.state <> 'provider_submitted' then 'skip'
                 when p_operation = 'cancel' and (
@@ -107,13 +110,13 @@ begin
             surety.new_id('aud', v_now), v_now, 'call', p_actor, j.payment_id, (j.payment).merchant_id,
             case j.verdict when 'ask' then 'asked' else 'sent' end,
             jsonb_build_object('operation', p_operation, 'key', w.idempotency_key, 'sends', w.sends)
-        from judged as j join written as w on w.payment_id = j.payment_id
+        from judged as j join written as w on w.payment_id = j.payment_id and j.verdict <> 'skip'
     )
     select
         j.event_id, j.payment_id, j.verdict, w.idempotency_key, w.request::jsonb, (j.payment).provider_account,
         (j.payment).provider_id, w.sends, w.first_sent_at, coalesce(j.last_sent_at, w.last_sent_at), j.failures,
         (j.payment).amount_minor, (j.payment).currency, (j.payment).livemode, j.state
-    from judged as j left join written as w on w.payment_id = j.payment_id
+    from judged as j left join written as w on w.payment_id = j.payment_id and j.verdict <> 'skip'
     order by j.event_id;
 end;
 $$;

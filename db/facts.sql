@@ -215,25 +215,51 @@ $$;
 create or replace function surety.compare_with_known(p_facts surety.facts[], p_at timestamptz) returns void
 language sql volatile set search_path = pg_catalog, pg_temp
 begin atomic
-    -- The same object with another amount or currency is a contradiction, whoever says it.
+    -- The same object with another amount, currency or payment is a contradiction, whoever says it. What is known may
+    -- be in the same array: the first of its key.
     select surety.open_discrepancy(
-        case when f.currency is distinct from known.currency then 'currency' else 'amount' end,
+        case
+            when known.id is null then 'duplicate'
+            when f.currency is distinct from known.currency then 'currency'
+            else 'amount'
+        end,
         f.object_id || ':' || f.kind, f.payment_id,
-        format(
-            '%s %s was told with %s %s, now with %s %s',
-            f.kind, f.object_id, known.amount_minor, known.currency, f.amount_minor, f.currency
-        ),
-        jsonb_build_object('told', to_jsonb(f), 'known', known.id), true, p_at
+        case
+            when known.id is null then format('%s %s was told of another payment', f.kind, f.object_id)
+            else format(
+                '%s %s was told with %s %s, now with %s %s',
+                f.kind, f.object_id, known.amount_minor, known.currency, f.amount_minor, f.currency
+            )
+        end,
+        jsonb_build_object('told', to_jsonb(f), 'known', keys.fact_id), true, p_at
     )
     from unnest(p_facts) as f
     inner join surety.fact_keys as keys
         on
             f.provider = keys.provider and f.account = keys.account and f.livemode = keys.livemode
             and f.object_id = keys.object_id and f.kind = keys.kind and f.revision = keys.revision
-    inner join surety.facts as known on keys.fact_id = known.id and f.payment_id = known.payment_id
+    left join lateral (
+        select
+            stored.id,
+            stored.amount_minor,
+            stored.currency
+        from surety.facts as stored
+        where keys.fact_id = stored.id and f.payment_id = stored.payment_id
+        union all
+        select
+            told.id,
+            told.amount_minor,
+            told.currency
+        from unnest(p_facts) as told
+        where keys.fact_id = told.id and f.payment_id = told.payment_id
+    ) as known on true
     where
         keys.fact_id <> f.id
-        and (f.amount_minor is distinct from known.amount_minor or f.currency is distinct from known.currency);
+        and (
+            known.id is null
+            or f.amount_minor is distinct from known.amount_minor or f.currency is distinct from known.currency
+        )
+    order by f.object_id, f.kind, f.id;
 end;
 
 create or replace function surety.advance(p_derived surety.derived[], p_cause text, p_actor text, p_request_id text)
@@ -274,9 +300,11 @@ begin
             from surety.mandatory_steps as m
             where m.rail = t.rail and m.capture_method = t.capture_method and m.state <> all(t.visited)
                 and case
-                    when t.is_captured and t.has_ended then m.position = 5 or (m.position = 6 and t.is_settled)
+                    -- What ended once and succeeded after all goes on from confirmed, whatever it had left out before.
+                    when t.is_captured and t.visited && array['failed', 'canceled']
+                        then m.position = 5 or (m.position = 6 and t.is_settled)
                     when t.is_captured then m.position <= 5 or t.is_settled
-                    else m.position <= 3 and not t.has_ended
+                    else (m.position <= 3 or m.state = t.target_state) and not t.has_ended
                 end
             union all
             -- … a lost dispute was a dispute …
@@ -319,7 +347,11 @@ begin
             refund_pending_minor = t.refund_pending_minor, at_risk_minor = t.at_risk_minor,
             reversed_minor = t.reversed_minor, provider_id = coalesce(t.provider_id, p.provider_id),
             next_action = case when coalesce(t.state, p.state) = 'requires_action' then t.next_action end,
-            failure = t.failure, updated_at = v_now,
+            -- Why the provider refused it is no fact, and stays true of what has failed.
+            failure = case
+                when p.state = 'failed' and t.captured_minor = 0 then coalesce(t.failure, p.failure) else t.failure
+            end,
+            updated_at = v_now,
             ask_at = case when t.state is null then p.ask_at else v_now + s.ask_after end,
             asked = case when t.state is null then p.asked else 0 end
         from (select distinct on (path.id) path.* from path order by path.id, path.position desc) as t
@@ -327,13 +359,14 @@ begin
         where p.id = t.id and (not t.is_same or t.state is not null)
     ),
     orphans as (
-        -- We ended it, and the provider holds something live: never a step, always somebody's business.
+        -- We ended it, and the provider holds something live or ended it otherwise: never a step, always somebody's
+        -- business.
         insert into surety.discrepancies (id, kind, subject, payment_id, detail, opened_at)
         select
             surety.new_id('dis', v_now), 'state', t.id, t.id,
             format('%s here, %s at the provider', t.state, t.target_state), v_now
         from targets as t
-        where t.has_ended and not t.is_captured and t.target_state in ('requires_action', 'authorized', 'processing')
+        where t.has_ended and not t.is_captured and t.target_state not in (t.state, 'provider_submitted')
         on conflict (kind, subject) do nothing
     ),
     excesses as (
@@ -423,6 +456,13 @@ begin
         join surety.merchants as m on m.id = p.merchant_id
         cross join lateral surety.settled_amounts(p, m) as s
         where d.is_settled
+        union all
+        -- Money that can't be this payment's arrived all the same. That of the other mode is none.
+        select
+            f.object_id, 'foreign', f.payment_id, null, f.provider || '/' || f.account, f.currency, f.amount_minor,
+            (f.data ->> 'fee')::bigint, (f.data ->> 'net')::bigint, null, null, null, null, null
+        from unnest(p_facts) as f
+        where f.kind = 'money' and f.disregarded in ('currency', 'account')
     )
     select array_agg((
         c.cause, c.rule, c.payment_id, c.merchant_id, c.provider_owner, c.currency, c.gross, c.fee, c.net, c.ours,
@@ -460,11 +500,21 @@ create or replace function surety.settled_amounts(p_payment surety.payments, p_m
 returns table (exchanged boolean, currency text, net bigint, other_currency text, other_net bigint)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- What the merchant is owed after our fee, in the currency that arrived.
+    -- What the merchant is owed after our fee, in the currency that arrived. The fee is the one that was taken, if the
+    -- capture has posted, for the merchant's may be another by now.
     with owed as (
         select
-            p_payment.captured_minor
-            - ledger.fee(p_payment.captured_minor, p_merchant.fee_basis_points, p_merchant.fee_fixed_minor) as net,
+            p_payment.captured_minor - coalesce(
+                (
+                    select coalesce(sum(transfers.amount_minor), 0)
+                    from ledger.postings
+                    left join ledger.transfers
+                        on postings.id = transfers.posting_id and transfers.credit_account like 'rev:%'
+                    where postings.payment_id = p_payment.id and postings.rule = 'captured'
+                    group by postings.payment_id
+                ),
+                ledger.fee(p_payment.captured_minor, p_merchant.fee_basis_points, p_merchant.fee_fixed_minor)
+            )::bigint as net,
             (
                 select facts.data || jsonb_build_object('currency', facts.currency) from surety.facts
                 where facts.payment_id = p_payment.id and facts.kind = 'money' and facts.data ? 'other_currency'

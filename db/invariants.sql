@@ -38,12 +38,25 @@ begin atomic
             'every state is what its facts say',
             payments.id
         from surety.payments
-        inner join lateral surety.derive(array[payments.id]) as derived on true
+        left join lateral surety.derive(array[payments.id]) as derived on true
         where
-            payments.state <> derived.target_state
-            and not (
-                payments.state in ('failed', 'canceled')
-                and derived.target_state in ('provider_submitted', 'requires_action', 'authorized', 'processing')
+            -- What we sent and what was refused is no fact; and what has ended here ends once, unless it succeeds.
+            payments.state is distinct from derived.target_state
+            and not (derived.payment_id is null and payments.state in ('initiated', 'submitting', 'failed', 'canceled'))
+            and not (payments.state in ('failed', 'canceled') and derived.captured_minor = 0)
+        union all
+        select
+            'every amount is what its facts say',
+            payments.id
+        from surety.payments
+        left join lateral surety.derive(array[payments.id]) as derived on true
+        where
+            (payments.captured_minor, payments.refunded_minor, payments.refund_pending_minor) <> (
+                coalesce(derived.captured_minor, 0), coalesce(derived.refunded_minor, 0),
+                coalesce(derived.refund_pending_minor, 0)
+            )
+            or (payments.at_risk_minor, payments.reversed_minor) <> (
+                coalesce(derived.at_risk_minor, 0), coalesce(derived.reversed_minor, 0)
             )
         union all
         select
@@ -98,20 +111,35 @@ begin atomic
         union all
         select
             'every balance is the sum of its transfers',
-            balances.account_id
-        from ledger.balances
-        where balances.balance_minor <> coalesce((
-            select sum(transfers.amount_minor) from ledger.transfers
-            where transfers.credit_account = balances.account_id
-        ), 0) - coalesce((
-            select sum(transfers.amount_minor) from ledger.transfers where transfers.debit_account = balances.account_id
-        ), 0)
+            accounts.id
+        from ledger.accounts
+        inner join ledger.account_kinds on accounts.kind = account_kinds.kind
+        left join ledger.balances on accounts.id = balances.account_id
+        where
+            account_kinds.keeps_balance
+            and coalesce(balances.balance_minor, 0) <> coalesce((
+                select sum(transfers.amount_minor) from ledger.transfers
+                where transfers.credit_account = accounts.id
+            ), 0) - coalesce((
+                select sum(transfers.amount_minor) from ledger.transfers where transfers.debit_account = accounts.id
+            ), 0)
         union all
         select
             'every cause posted what its rule says',
             postings.cause
         from ledger.postings
-        where not exists (select from ledger.rules where rules.cause = postings.rule)
+        left join ledger.transfers on postings.id = transfers.posting_id
+        where not exists (
+            select from ledger.rules
+            where
+                rules.cause = postings.rule
+                and (
+                    transfers.leg is null
+                    or rules.leg = transfers.leg
+                    and array[split_part(transfers.debit_account, ':', 1), split_part(transfers.credit_account, ':', 1)]
+                    in (array[rules.debit, rules.credit], array[rules.credit, rules.debit])
+                )
+        )
         union all
         select
             'what is captured is owed to the merchant',
@@ -196,6 +224,7 @@ begin atomic
             'every step starts where the last ended',
             'every step is legal',
             'every state is what its facts say',
+            'every amount is what its facts say',
             'every step has one audit entry',
             'every step has one event',
             'debits equal credits, per currency',

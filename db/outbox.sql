@@ -33,11 +33,26 @@ begin
 end;
 $$;
 
+create or replace function outbox.is_ahead(p_epoch integer) returns boolean
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+-- Whether an event stems from a transaction yet to come: the same cluster, restored, went back in time.
+declare
+    v_last xid8 := (
+        select e.xid from outbox.events as e where e.epoch = p_epoch order by e.epoch desc, e.xid desc limit 1
+    );
+begin
+    return v_last >= pg_snapshot_xmax(pg_current_snapshot())
+        and v_last is distinct from pg_current_xact_id_if_assigned();
+end;
+$$;
+
 create or replace function outbox.restored(p_reason text) returns integer
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Opens a new epoch after a dump was restored. Events that a handler had not taken become retries due at once, batches are
--- given back, cursors start at the new epoch's beginning. Returns the epoch. Without need it changes nothing.
+-- Opens a new epoch after a restore into another cluster, or into one that went back in time. Events that a handler had
+-- not taken become retries due at once, batches are given back, cursors start at the new epoch's beginning. Returns the
+-- epoch. Without need it changes nothing.
 declare
     v_now timestamptz := surety.time_now();
     v_old outbox.epochs;
@@ -45,7 +60,7 @@ declare
 begin
     lock table outbox.epochs in exclusive mode;
     select e.* into v_old from outbox.epochs as e order by e.epoch desc limit 1;
-    if v_old.system_identifier = outbox.system_identifier() then
+    if v_old.system_identifier = outbox.system_identifier() and outbox.is_ahead(v_old.epoch) is not true then
         return v_old.epoch;
     end if;
     for v_handler in select h.* from outbox.handlers as h order by h.handler for update loop
@@ -99,8 +114,7 @@ as $$
 declare
     v_epoch integer := outbox.epoch();
 begin
-    if (select e.xid from outbox.events as e where e.epoch = v_epoch order by e.epoch desc, e.xid desc limit 1)
-        >= pg_snapshot_xmax(pg_current_snapshot()) then
+    if outbox.is_ahead(v_epoch) then
         raise exception 'events stem from transactions that have not happened here: this database was restored'
             using errcode = 'SU005', hint = 'Run "surety restored" before anything is accepted or handled.';
     end if;
@@ -270,7 +284,10 @@ begin
     select array[r.event_id] into v_ids
     from outbox.retries as r
     where r.handler = p_handler and r.due_at <= v_now and r.kills > 0
-        and (r.kills = 1 or not exists (select from outbox.batches as b where b.is_suspect))
+        and (
+            r.kills = 1
+            or not exists (select from outbox.batches as b where b.is_suspect and b.leased_until >= v_now)
+        )
     order by r.kills, random()
     limit 1;
     if found then
@@ -436,7 +453,7 @@ begin
         perform outbox.bury(
             v_batch.handler, v_dead, 'it failed ' || cardinality(v_handler.retry_after) + 1 || ' times', v_now);
     end if;
-    return outbox.finish(p_batch, p_fence, v_ids);
+    return outbox.finish(p_batch, p_fence, coalesce(v_ids, '{}'));
 end;
 $$;
 

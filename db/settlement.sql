@@ -54,7 +54,13 @@ begin atomic
             expectations.kind || ' was expected by ' || surety.iso(expectations.due_at),
             surety.time_now()
         from surety.expectations
-        where expectations.met_at is null and expectations.due_at < surety.time_now()
+        where
+            expectations.met_at is null and expectations.due_at < surety.time_now()
+            -- Those that were told of already must not use up the limit.
+            and not exists (
+                select from surety.discrepancies
+                where discrepancies.kind = 'overdue' and discrepancies.subject = expectations.payment_id
+            )
         order by expectations.due_at
         limit p_limit
         on conflict (kind, subject) do nothing
@@ -153,7 +159,7 @@ begin
     where p.id = any(v_ids);
     perform outbox.emit(
         'payment', p.id, 'payment.action_overdue', jsonb_build_object('payment_id', p.id, 'reason', 'overdue'),
-        p.merchant_id, p.version)
+        null, p.version)
     from surety.payments as p where p.id = any(v_ids);
     return array['payment.action_overdue'];
 end;

@@ -1,0 +1,201 @@
+"""What an adversary tried against the SQL core and what must hold all the same."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.payments import (
+    Connection,
+    add_merchant,
+    fact,
+    ledger_of,
+    money,
+    path_of,
+    pay,
+    record,
+    state_of,
+    violations,
+)
+
+Claim = tuple[int, int, list[str]]
+
+
+@pytest.fixture
+def key_hash(conn: Connection) -> bytes:
+    return add_merchant(conn)[1]
+
+
+def claimed(conn: Connection, handler: str) -> Claim:
+    row = conn.execute("select batch_id, fence, event_ids from outbox.claim(%s, 'w')", (handler,)).fetchone()
+    assert row is not None
+    return row[0], row[1], row[2]
+
+
+def discrepancies(conn: Connection, payment_id: str) -> list[str]:
+    query = "select kind from surety.discrepancies where payment_id = %s order by kind"
+    return [row[0] for row in conn.execute(query, (payment_id,))]
+
+
+def one(conn: Connection, query: str, *values: Any) -> Any:
+    row = conn.execute(query.encode(), values).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def submitting(conn: Connection, payment_id: str) -> None:
+    conn.execute(
+        "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
+        " values (%s, 2, 'initiated', 'submitting', 'test', now(), 'test')",
+        (payment_id,),
+    )
+
+
+def refuse(conn: Connection, payment_id: str) -> None:
+    refused = {"payment_id": payment_id, "operation": "create", "status": 400, "outcome": "refused"}
+    told = json.dumps([refused | {"refused": {"code": "amount_too_small"}}])
+    conn.execute("select surety.record_outcomes('worker:test', %s)", (told,))
+
+
+def test_a_manual_payment_is_authorized_when_it_is_not_when_it_is_captured(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash, capture_method="manual")
+    record(conn, [fact(payment_id, "submitted", "pi"), fact(payment_id, "authorized", "ch", 10000)])
+    assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "authorized"]
+
+
+def test_an_ach_payment_is_processing_before_it_is_confirmed(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash, rail="ach")
+    record(conn, [fact(payment_id, "processing", "pi")])
+    assert state_of(conn, payment_id) == "processing"
+
+
+@pytest.mark.parametrize("capture", ["automatic", "manual"])
+def test_what_succeeded_after_it_had_failed_unsubmitted_can_still_settle_and_be_refunded(
+    conn: Connection, key_hash: bytes, capture: str
+) -> None:
+    [payment_id] = pay(conn, key_hash, capture_method=capture)
+    submitting(conn, payment_id)
+    refuse(conn, payment_id)
+    record(conn, [fact(payment_id, "captured", "ch", 10000)])
+    record(conn, [money(payment_id, "txn", "charge", 10000, 320), fact(payment_id, "available", "txn", 10000)])
+    record(conn, [fact(payment_id, "refund_succeeded", "re", 1000)])
+    expected = ["initiated", "submitting", "failed", "confirmed", "settled", "partially_refunded"]
+    assert path_of(conn, payment_id) == expected
+    assert not violations(conn)
+
+
+def test_why_a_payment_was_refused_outlives_later_news_of_it(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash)
+    submitting(conn, payment_id)
+    refuse(conn, payment_id)
+    record(conn, [fact(payment_id, "submitted", "pi")])
+    assert one(conn, "select failure from surety.payments") == {"code": "amount_too_small"}
+
+
+@pytest.mark.parametrize("order", [("failed", "canceled"), ("canceled", "failed")])
+def test_two_ends_of_one_intent_are_a_contradiction_that_is_told(
+    conn: Connection, key_hash: bytes, order: tuple[str, str]
+) -> None:
+    [payment_id] = pay(conn, key_hash)
+    for kind in order:
+        record(conn, [fact(payment_id, kind, "pi")])
+    assert state_of(conn, payment_id) == order[0]
+    assert discrepancies(conn, payment_id) == ([] if order[0] == "failed" else ["state"])
+    assert not violations(conn)
+
+
+def test_a_contradiction_within_one_batch_is_told_too(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [fact(payment_id, "captured", "ch", 10000), fact(payment_id, "captured", "ch", 9000)])
+    assert discrepancies(conn, payment_id) == ["amount"]
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_one_charge_told_of_two_payments_is_a_contradiction(conn: Connection, key_hash: bytes, batches: int) -> None:
+    first, second = pay(conn, key_hash, 2)
+    told = [fact(payment_id, "captured", "ch", 10000) | {"object_id": "ch_one"} for payment_id in (first, second)]
+    for facts in [told] if batches == 1 else [[one] for one in told]:
+        record(conn, facts)
+    assert sorted([state_of(conn, first), state_of(conn, second)]) == ["confirmed", "initiated"]
+    assert [*discrepancies(conn, first), *discrepancies(conn, second)] == ["duplicate"]
+
+
+def test_money_that_does_not_fit_its_payment_is_booked_to_suspense(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [money(payment_id, "txn", "charge", 900, 10, currency="eur")])
+    assert ledger_of(conn, payment_id) == {"stripe eur": 890, "suspense eur": 890}
+    assert discrepancies(conn, payment_id) == ["currency"]
+
+
+def test_money_of_the_other_mode_is_none(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [money(payment_id, "txn", "charge", 900, 10, livemode=True)])
+    assert ledger_of(conn, payment_id) == {}
+
+
+def test_a_fee_that_changes_between_capture_and_settlement_changes_nothing(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [fact(payment_id, "captured", "ch", 10000)])
+    conn.execute("update surety.merchants set fee_basis_points = 0, fee_fixed_minor = 0")
+    record(conn, [money(payment_id, "txn", "charge", 10000, 320), fact(payment_id, "available", "txn", 10000)])
+    assert ledger_of(conn, payment_id) == {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320}
+
+
+def test_a_failure_told_again_after_its_commit_was_lost_is_no_error(conn: Connection, key_hash: bytes) -> None:
+    pay(conn, key_hash, 2)
+    batch, fence, events = claimed(conn, "submit")
+    told = json.dumps([{"event_id": events[0], "error": "it did not work"}])
+    for _ in range(2):
+        assert one(conn, "select outbox.fail(%s, %s, %s)", batch, fence, told)
+    assert conn.execute("select failures from outbox.retries").fetchall() == [(1,)]
+
+
+def test_a_suspect_whose_handler_is_paused_keeps_no_other_from_running(conn: Connection, key_hash: bytes) -> None:
+    pay(conn, key_hash)
+    claimed(conn, "submit")
+    conn.execute("update outbox.batches set is_suspect = true, leased_until = now() - interval '1 second'")
+    conn.execute("update outbox.handlers set paused_at = now() where handler = 'submit'")
+    conn.execute("insert into outbox.retries (handler, event_id, kills, due_at) values ('settle', 'evt_1', 2, now())")
+    assert claimed(conn, "settle")[2] == ["evt_1"]
+
+
+def test_who_claims_what_he_has_just_written_is_not_taken_for_a_restored_database(
+    conn: Connection, key_hash: bytes
+) -> None:
+    with conn.transaction():
+        pay(conn, key_hash)
+        conn.execute("select * from outbox.claim('submit', 'w')")
+
+
+def test_a_database_that_went_back_in_time_in_its_own_cluster_gets_a_new_epoch(
+    conn: Connection, key_hash: bytes
+) -> None:
+    pay(conn, key_hash, 2)
+    with conn.transaction():
+        conn.execute("set local session_replication_role = replica")
+        conn.execute("update outbox.events set xid = '1000000000000'")
+    assert one(conn, "select outbox.restored('test')") == 2
+    assert one(conn, "select outbox.restored('test')") == 2
+    assert len(claimed(conn, "submit")[2]) == 2
+
+
+def test_a_decline_and_a_payer_who_does_not_act_make_one_cancellation(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [fact(payment_id, "action", "pi")])
+    conn.execute("select surety.call_off_overdue(interval '-1 second')")
+    record(conn, [fact(payment_id, "attempt_failed", "pi")])
+    batch, fence, _ = claimed(conn, "cancel")
+    calls = conn.execute("select todo from surety.begin_calls(%s, %s, 'cancel', 'w')", (batch, fence)).fetchall()
+    assert calls == [("send",), ("skip",)]
+
+
+def test_what_was_told_to_be_overdue_does_not_hide_what_becomes_so_later(conn: Connection, key_hash: bytes) -> None:
+    for payment_id in pay(conn, key_hash, 3):
+        conn.execute(
+            "insert into surety.expectations (payment_id, kind, opened_at, due_at)"
+            " values (%s, 'settlement', now(), now() - interval '1 day')",
+            (payment_id,),
+        )
+    assert [one(conn, "select surety.open_overdue(2)") for _ in range(3)] == [2, 1, 0]

@@ -1,0 +1,84 @@
+"""Each invariant catches its violation, and a sound database has none. Violations are made as the server's owner can,
+with every trigger and foreign key off: nobody else could.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.payments import Connection, add_merchant, fact, money, pay, record, violations
+
+# What is done to the newest settled payment, by the promise that it breaks. %(p)s is the payment.
+VIOLATIONS: dict[str, str] = {
+    "every payment stands where its last step ended": "update surety.payments set state = 'confirmed' where id = %(p)s",
+    "every step starts where the last ended": (
+        "update surety.steps set from_state = 'processing' where payment_id = %(p)s and to_state = 'confirmed'"
+    ),
+    "every step is legal": (
+        "update surety.steps set from_state = 'settled' where payment_id = %(p)s and to_state = 'submitting'"
+    ),
+    "every state is what its facts say": "delete from surety.facts where payment_id = %(p)s",
+    "every amount is what its facts say": "update surety.payments set captured_minor = 9999 where id = %(p)s",
+    "every step has one audit entry": "delete from audit.entries where payment_id = %(p)s and version = 2",
+    "every step has one event": "delete from outbox.events where aggregate_id = %(p)s and version = 2",
+    "debits equal credits, per currency": (
+        "update ledger.transfers set debit_account = 'due:nobody:usd' where debit_account like 'due:%%'"
+    ),
+    "every balance is the sum of its transfers": "delete from ledger.balances where account_id like 'avail:%%'",
+    "every cause posted what its rule says": (
+        "update ledger.transfers set credit_account = replace(credit_account, 'pend:', 'avail:')"
+        " where debit_account like 'due:%%'"
+    ),
+    "what is captured is owed to the merchant": (
+        "delete from ledger.postings where payment_id = %(p)s and rule = 'captured'"
+    ),
+    "what is settled is available to the merchant": (
+        "delete from ledger.postings where payment_id = %(p)s and rule = 'settled'"
+    ),
+    "every fact is known by its key": "delete from surety.fact_keys where kind = 'captured'",
+    "every reference in use is of a payment that lives": (
+        "insert into surety.payment_references (merchant_id, reference, payment_id)"
+        " select merchant_id, 'order-1', 'pay_that_never_was' from surety.payments where id = %(p)s"
+    ),
+    "no payment has two live objects at the provider": (
+        "with another as (insert into surety.provider_objects values ('stripe', '', 'ch_two', %(p)s))"
+        " insert into surety.facts (id, payment_id, provider, account, livemode, object_id, kind, source, recorded_at)"
+        " values ('fct_two', %(p)s, 'stripe', '', false, 'ch_two', 'captured', 'poll', now())"
+    ),
+    "no batch outlives its lease unnoticed": (
+        "insert into outbox.batches (handler, event_ids, first_id, last_id, fence, leased_by, leased_until, claimed_at)"
+        " values ('settle', array[%(p)s], '', '', 0, 'w', now() - interval '11 minutes', now())"
+    ),
+    "every event is in at most one place per handler": (
+        "with held as (insert into outbox.batches"
+        " (handler, event_ids, first_id, last_id, fence, leased_by, leased_until, claimed_at)"
+        " values ('settle', array['evt_1'], '', '', 0, 'w', now(), now()))"
+        " insert into outbox.retries (handler, event_id, due_at) values ('settle', 'evt_1', now())"
+    ),
+}
+
+
+@pytest.fixture
+def payment_id(conn: Connection) -> str:
+    """A payment that has settled, beside one that failed and one that nobody has looked at yet."""
+    _, key_hash = add_merchant(conn)
+    failed, _, settled = pay(conn, key_hash, 3)
+    record(conn, [fact(failed, "failed", "pi", data={"failure": {"code": "card_declined"}})])
+    record(conn, [fact(settled, "captured", "ch", 10000), money(settled, "txn", "charge", 10000, 320)])
+    record(conn, [fact(settled, "available", "txn", 10000)])
+    return settled
+
+
+def test_every_invariant_is_proved_to_catch_its_violation(conn: Connection) -> None:
+    names = [row[0] for row in conn.execute("select name from surety.check_invariants()")]
+    assert sorted(names) == sorted(VIOLATIONS)
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_an_invariant_catches_its_violation(conn: Connection, payment_id: str, name: str) -> None:
+    assert violations(conn) == {}
+    with conn.transaction():
+        conn.execute("set local session_replication_role = replica")
+        changed = conn.execute(VIOLATIONS[name].encode(), {"p": payment_id}).rowcount
+    assert changed > 0
+    assert name in violations(conn)
