@@ -22,6 +22,7 @@ CAPABILITIES: tuple[str, ...] = (
     "settlement",
     "trace",
     "invariants",
+    "status",
     "report",
     "grants",
 )

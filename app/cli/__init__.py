@@ -30,6 +30,8 @@ COMMANDS = {
     "merchants": Entry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
     "keys": Entry("app.cli.keys:keys", "Create, list and revoke API keys."),
     "trace": Entry("app.cli.trace:trace", "Tell all that happened to a payment."),
+    "status": Entry("app.cli.status:status", "Tell how things stand, and what to do next."),
+    "dead-letters": Entry("app.cli.dead_letters:dead_letters", "Events that were given up on: list, show, replay."),
     "restored": Entry("app.cli.restored:restored", "Open a database that was restored from a dump."),
 }
 
