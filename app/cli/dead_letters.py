@@ -19,8 +19,8 @@ from db.settings import load
 
 COLUMNS = (
     "select d.id, d.handler, d.event_id, d.type, d.payment_id, d.reason, d.attempts, d.died_at,"
-    " d.closed_at, d.closed_as, d.closed_by, d.closed_because, extract(epoch from surety.time_now() - d.died_at)::float8 as seconds"
-    " from outbox.dead_letters as d"
+    " d.closed_at, d.closed_as, d.closed_by, d.closed_because,"
+    " extract(epoch from surety.time_now() - d.died_at)::float8 as seconds from outbox.dead_letters as d"
 )
 # What a handler does with an event that comes again, whatever became of it the first time.
 ON_REPLAY = {
