@@ -1,15 +1,16 @@
 -- What the API asks for. Every function takes the request's key hash and finds the merchant itself, so that no caller
 -- can name one. Foreseeable refusals are rows, not exceptions.
 
-create or replace function api.payment_document(p surety.payments) returns json
-language sql stable parallel safe set search_path = pg_catalog, pg_temp
+create or replace function api.show_payment(p surety.payments) returns table (document json)
+language sql stable parallel safe
 begin atomic
-    -- The payment as merchants see it; columns in the order of the document.
-    select row_to_json(document.*) from (
+    -- The payment as merchants see it; columns in the order of the document. Without settings of its own, so that it
+    -- becomes a part of the query that calls it.
+    select row_to_json(shown.*) from (
         select
             p.id as id,
             'payment' as object,
-            (select states.status from surety.states where states.state = p.state) as status,
+            states.status as status,
             p.state as state,
             p.version as version,
             p.amount_minor as amount,
@@ -30,7 +31,9 @@ begin atomic
             p.metadata as metadata,
             surety.iso(p.created_at) as created_at,
             surety.iso(p.updated_at) as updated_at
-    ) as document;
+        from surety.states
+        where states.state = p.state
+    ) as shown;
 end;
 
 create or replace function api.identify(p_key_hash bytea)
@@ -76,6 +79,7 @@ returns table (
 )
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+set plan_cache_mode = force_generic_plan
 as $$
 -- All requests of a batch in one transaction, an outcome for each:
 --   201 a new payment, body its document            201 is_replayed: the first answer, byte for byte
@@ -84,58 +88,81 @@ as $$
 -- p_requests: [{"n", "key_hash" (hex), "request_id", "address", "idempotency_key", "request_hash" (hex), "amount",
 -- "currency", "rail", "method_token", "capture_method", "reference", "description", "statement_descriptor_suffix",
 -- "return_url", "customer", "metadata"}]. Locks: idempotency keys, references, each sorted; payments are new.
+-- Rows travel in arrays, side by side, for joining them again would cost more than all else.
 declare
     v_route constant text := 'POST /v1/payments';
     v_now timestamptz := surety.time_now();
     v_livemode boolean := (select e.livemode from surety.environment as e);
-    v_asked jsonb;
+    -- An element per request.
+    v_n integer [];
+    v_merchants text [];
+    v_idempotency_keys text [];
+    v_hashes bytea [];
+    v_problems text [];
+    v_details jsonb [];
+    v_references text [];
+    v_ids text [];
+    -- An element per request that may become a payment, in the order of its key.
     v_payments surety.payments [];
+    v_keys surety.idempotency_keys [];
+    v_entries audit.entries [];
     v_won text [];
     v_taken text [];
 begin
-    -- Who asks, and which rule is broken, if any.
+    -- Who asks, as api.identify would tell, and which rule is broken, if any.
     with given as (
         select
-            r.*, k.key_id, k.merchant_id, k.is_suspended, k.provider_account,
-            c.minimum_minor, c.maximum_minor, surety.new_id('pay', v_now) as new_id
+            r.*, k.id as key_id, m.id as merchant_id, m.provider_account, surety.new_id('pay', v_now) as new_id,
+            case
+                when m.id is null then 'unauthenticated'
+                when m.suspended_at is not null then 'forbidden'
+                when c.currency is null or r.amount not between c.minimum_minor and c.maximum_minor
+                    then 'invalid-request'
+            end as problem
         from jsonb_to_recordset(p_requests) as r (
             n integer, key_hash text, request_id text, address text, idempotency_key text, request_hash text,
             amount bigint, currency text, rail text, method_token text, capture_method text, reference text,
             description text, statement_descriptor_suffix text, return_url text, customer jsonb, metadata jsonb
         )
-        left join lateral api.identify(decode(r.key_hash, 'hex')) as k on true
+        left join surety.api_keys as k on k.hash = decode(r.key_hash, 'hex') and k.revoked_at is null
+        left join surety.merchants as m on m.id = k.merchant_id
         left join surety.currencies as c on c.currency = r.currency
     ),
-    judged as (
+    asked as (
         select
             g.*,
-            case
-                when g.merchant_id is null then 'unauthenticated'
-                when g.is_suspended then 'forbidden'
-                when g.minimum_minor is null or g.amount not between g.minimum_minor and g.maximum_minor
-                    then 'invalid-request'
-            end as problem
+            -- Two requests of one batch with one key are one: the first that may is asked, the others replay it.
+            g.problem is null and 1 = row_number() over (
+                partition by g.merchant_id, g.idempotency_key, g.problem is null order by g.n) as is_first,
+            (
+                g.new_id, g.merchant_id, 1, 'initiated', g.amount, g.currency, 0, 0, 0, 0, 0, g.rail, g.capture_method,
+                g.method_token, g.reference, g.description, g.statement_descriptor_suffix, g.return_url, g.customer,
+                coalesce(g.metadata, '{}'), 'stripe', g.provider_account, v_livemode, null, null, null, '{}', v_now,
+                v_now, null, 0
+            )::surety.payments as payment
         from given as g
-    ),
-    ordered as (
-        -- Two requests of one batch with one key are one: the first that may is asked, the others replay it.
-        select
-            j.*,
-            row_number() over (partition by j.merchant_id, j.idempotency_key, j.problem is null order by j.n) as turn,
-            case when j.problem = 'invalid-request' then api.judge_amount(j.amount, j.currency) end as detail
-        from judged as j
+        order by g.merchant_id, g.idempotency_key, g.n
     )
     select
-        jsonb_agg(to_jsonb(j) - 'customer' - 'metadata' order by j.merchant_id, j.idempotency_key, j.n),
+        array_agg(a.n), array_agg(a.merchant_id), array_agg(a.idempotency_key),
+        array_agg(decode(a.request_hash, 'hex')), array_agg(a.problem),
+        array_agg(case when a.problem = 'invalid-request' then api.judge_amount(a.amount, a.currency) end),
+        array_agg(a.reference), array_agg(case when a.is_first then a.new_id end),
+        array_agg(a.payment) filter (where a.is_first),
         array_agg((
-            j.new_id, j.merchant_id, 1, 'initiated', j.amount, j.currency, 0, 0, 0, 0, 0, j.rail, j.capture_method,
-            j.method_token, j.reference, j.description, j.statement_descriptor_suffix, j.return_url, j.customer,
-            coalesce(j.metadata, '{}'), 'stripe', j.provider_account, v_livemode, null, null, null, '{}', v_now, v_now,
-            null, 0
-        )::surety.payments order by j.merchant_id, j.idempotency_key)
-            filter (where j.problem is null and j.turn = 1)
-    into v_asked, v_payments
-    from ordered as j;
+            a.merchant_id, v_route, a.idempotency_key, decode(a.request_hash, 'hex'), a.new_id, 201,
+            shown.document::text, v_now
+        )::surety.idempotency_keys) filter (where a.is_first),
+        array_agg((
+            surety.new_id('aud', v_now), v_now, null, 'request', 'key:' || a.key_id, a.address, a.request_id, a.new_id,
+            a.merchant_id, null, null, null, 'accepted', null, null,
+            jsonb_build_object(
+                'route', v_route, 'idempotency_key', a.idempotency_key, 'amount', a.amount, 'currency', a.currency)
+        )::audit.entries) filter (where a.is_first)
+    into
+        v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids,
+        v_payments, v_keys, v_entries
+    from asked as a cross join lateral api.show_payment(a.payment) as shown;
 
     if v_payments is not null then
         with keyed as (
@@ -143,12 +170,8 @@ begin
                 merchant_id, route, key, request_hash, payment_id, status, response, created_at
             )
             select
-                p.merchant_id, v_route, a.idempotency_key, decode(a.request_hash, 'hex'), p.id, 201,
-                api.payment_document(p)::text, v_now
-            from unnest(v_payments) as p
-            join jsonb_to_recordset(v_asked) as a (new_id text, idempotency_key text, request_hash text)
-                on a.new_id = p.id
-            order by p.merchant_id, a.idempotency_key
+                k.merchant_id, k.route, k.key, k.request_hash, k.payment_id, k.status, k.response, k.created_at
+            from unnest(v_keys) as k
             on conflict (merchant_id, route, key) do nothing
             returning i.payment_id
         )
@@ -170,33 +193,26 @@ begin
         where w.id not in (select r.payment_id from referred as r);
         if v_taken is not null then
             delete from surety.idempotency_keys as i
-            using unnest(v_payments) as p, jsonb_to_recordset(v_asked) as a (new_id text, idempotency_key text)
-            where p.id = any(v_taken) and a.new_id = p.id
-                and i.merchant_id = p.merchant_id and i.route = v_route and i.key = a.idempotency_key;
+            using unnest(v_keys) as k
+            where k.payment_id = any(v_taken)
+                and i.merchant_id = k.merchant_id and i.route = k.route and i.key = k.key;
+            v_won := array(select w.id from unnest(v_won) as w (id) where w.id <> all(v_taken));
         end if;
 
         insert into surety.payments
         select p.* from unnest(v_payments) as p
-        where p.id = any(v_won) and p.id <> all(coalesce(v_taken, '{}'));
+        where p.id = any(v_won);
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor, request_id)
-        select p.id, 1, null, 'initiated', 'request', v_now, 'key:' || a.key_id, a.request_id
-        from unnest(v_payments) as p
-        join jsonb_to_recordset(v_asked) as a (new_id text, key_id text, request_id text) on a.new_id = p.id
-        where p.id = any(v_won) and p.id <> all(coalesce(v_taken, '{}'));
+        select e.payment_id, 1, null, 'initiated', 'request', v_now, e.actor, e.request_id
+        from unnest(v_entries) as e
+        where e.payment_id = any(v_won);
         insert into audit.entries (
             id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, snapshot
         )
         select
-            surety.new_id('aud', v_now), v_now, 'request', 'key:' || a.key_id, a.address, a.request_id, p.id,
-            p.merchant_id, 'accepted',
-            jsonb_build_object(
-                'route', v_route, 'idempotency_key', a.idempotency_key,
-                'amount', p.amount_minor, 'currency', p.currency)
-        from unnest(v_payments) as p
-        join jsonb_to_recordset(v_asked) as a (
-            new_id text, key_id text, request_id text, address text, idempotency_key text
-        ) on a.new_id = p.id
-        where p.id = any(v_won) and p.id <> all(coalesce(v_taken, '{}'));
+            e.id, e.at, e.kind, e.actor, e.address, e.request_id, e.payment_id, e.merchant_id, e.outcome, e.snapshot
+        from unnest(v_entries) as e
+        where e.payment_id = any(v_won);
     end if;
 
     -- In a statement of its own: one statement can't see what it waited for.
@@ -208,29 +224,37 @@ begin
             when a.problem = 'forbidden' then 403
             when a.problem is not null then 400
             when i.key is null then 409
-            when i.request_hash <> decode(a.request_hash, 'hex') then 422
+            when i.request_hash <> a.request_hash then 422
             else i.status
         end::smallint,
         case
             when a.problem is not null then a.problem
             when i.key is null then 'reference-taken'
-            when i.request_hash <> decode(a.request_hash, 'hex') then 'idempotency-key-reused'
+            when i.request_hash <> a.request_hash then 'idempotency-key-reused'
         end,
         case
             when a.problem is not null then a.detail
             when i.key is null then jsonb_build_object('payment_id', t.payment_id)
         end,
-        case when i.request_hash = decode(a.request_hash, 'hex') then i.response end,
-        i.key is not null and i.request_hash = decode(a.request_hash, 'hex')
-        and (i.payment_id <> a.new_id or a.turn > 1),
+        case when i.request_hash = a.request_hash then i.response end,
+        i.request_hash = a.request_hash and i.payment_id is distinct from a.new_id,
         i.payment_id
-    from jsonb_to_recordset(v_asked) as a (
-        n integer, merchant_id text, idempotency_key text, request_hash text, problem text, detail jsonb, new_id text,
-        reference text, turn bigint
-    )
-    left join surety.idempotency_keys as i
-        on a.problem is null and i.merchant_id = a.merchant_id and i.route = v_route and i.key = a.idempotency_key
-    left join surety.payment_references as t on t.merchant_id = a.merchant_id and t.reference = a.reference
+    from unnest(
+        v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids
+    ) as a (n, merchant_id, idempotency_key, request_hash, problem, detail, reference, new_id)
+    -- offset 0 keeps these look-ups: a plan made while the tables were small would read all of them for ever after.
+    left join lateral (
+        select k.key, k.request_hash, k.status, k.response, k.payment_id
+        from surety.idempotency_keys as k
+        where a.problem is null and k.merchant_id = a.merchant_id and k.route = v_route and k.key = a.idempotency_key
+        offset 0
+    ) as i on true
+    left join lateral (
+        select r.payment_id
+        from surety.payment_references as r
+        where i.key is null and r.merchant_id = a.merchant_id and r.reference = a.reference
+        offset 0
+    ) as t on true
     order by a.n;
 end;
 $$;
@@ -263,7 +287,8 @@ begin atomic
     select
         who.merchant_id,
         (
-            select api.payment_document(payments)::text from surety.payments
+            select shown.document::text
+            from surety.payments cross join lateral api.show_payment(payments) as shown
             where payments.id = p_id and payments.merchant_id = who.merchant_id
         )
     from api.identify(p_key_hash) as who;
@@ -279,10 +304,11 @@ begin atomic
     with found as (
         select
             payments.id,
-            api.payment_document(payments) as document,
+            shown.document,
             who.merchant_id
         from api.identify(p_key_hash) as who
         inner join surety.payments on who.merchant_id = payments.merchant_id
+        cross join lateral api.show_payment(payments) as shown
         where
             (p_starting_after is null or payments.id < p_starting_after)
             and (p_created_from is null or payments.id >= surety.id_at('pay', greatest(p_created_from, 'epoch')))
@@ -321,14 +347,17 @@ returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- A merchant's events, oldest first. The cursor holds a handler's pair of snapshots, so a reader that keeps asking with
--- the last cursor skips nothing, however late a transaction commits. Raises SU006 for a cursor that we did not make.
+-- A merchant's events, oldest first, epoch by epoch. The cursor holds a handler's pair of snapshots, so a reader that
+-- keeps asking with the last one skips nothing, however late a transaction commits. Raises SU006 for a cursor that we
+-- did not make.
 declare
     v_merchant text;
     v_seen pg_snapshot := '1:1:';
     v_goal pg_snapshot;
     v_now_seen pg_snapshot := pg_current_snapshot();
-    v_epoch integer := outbox.epoch();
+    v_all constant pg_snapshot := '9223372036854775807:9223372036854775807:';
+    v_last_epoch integer := outbox.epoch();
+    v_epoch integer := 1;
     v_at_xid xid8 := '0';
     v_at_id text := '';
     v_low_xid xid8;
@@ -361,17 +390,25 @@ begin
         end;
         v_at_id := coalesce(v_at_id, '');
     end if;
-    v_goal := coalesce(v_goal, v_now_seen);
+    -- An epoch that has ended gets no more events: all of them are visible.
+    v_goal := coalesce(v_goal, case when v_epoch < v_last_epoch then v_all else v_now_seen end);
     v_low_xid := greatest(v_at_xid, pg_snapshot_xmax(v_seen));
     v_low_id := case when v_at_xid >= pg_snapshot_xmax(v_seen) then v_at_id else '' end;
     with page as (
         select found.* from (
             (
-                select e.xid, e.id, e.type, e.payload, e.aggregate_id
+                select late.xid, late.id, late.type, late.payload, late.aggregate_id
                 from pg_snapshot_xip(v_seen) as open (xid)
-                join outbox.events as e on e.merchant_id = v_merchant and e.epoch = v_epoch and e.xid = open.xid
-                where pg_visible_in_snapshot(open.xid, v_goal) and (e.xid, e.id) > (v_at_xid, v_at_id)
-                order by e.xid, e.id
+                cross join lateral (
+                    select e.xid, e.id, e.type, e.payload, e.aggregate_id
+                    from outbox.events as e
+                    where e.merchant_id = v_merchant and e.epoch = v_epoch and e.xid = open.xid
+                        and (e.xid, e.id) > (v_at_xid, v_at_id)
+                    order by e.xid, e.id
+                    limit p_limit
+                ) as late
+                where pg_visible_in_snapshot(open.xid, v_goal)
+                order by late.xid, late.id
                 limit p_limit
             )
             union all
@@ -390,27 +427,30 @@ begin
     select
         coalesce(json_agg(json_build_object(
             'id', g.id, 'type', g.type, 'created_at', g.payload ->> 'at',
-            'data', api.payment_document((
-                p.id, p.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state', p.amount_minor,
-                p.currency, coalesce((g.payload ->> 'amount_captured')::bigint, 0),
-                coalesce((g.payload ->> 'amount_refunded')::bigint, 0), 0, 0, 0, p.rail,
-                p.capture_method, p.method_token, p.reference, p.description, p.statement_descriptor_suffix,
-                p.return_url, p.customer, p.metadata, p.provider, p.provider_account, p.livemode,
-                g.payload ->> 'provider_id', g.payload -> 'next_action', g.payload -> 'failure', p.flags, p.created_at,
-                (g.payload ->> 'at')::timestamptz, null, 0
-            )::surety.payments)
+            'data', shown.document
         ) order by g.xid, g.id) filter (where p.id is not null), '[]'::json),
         count(*), max(g.xid), (array_agg(g.id order by g.xid desc, g.id desc))[1]
     into v_data, v_count, v_last_xid, v_last_id
-    from page as g left join surety.payments as p on p.id = g.aggregate_id and p.merchant_id = v_merchant;
+    from page as g
+    left join surety.payments as p on p.id = g.aggregate_id
+    left join lateral api.show_payment((
+        p.id, p.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state', p.amount_minor, p.currency,
+        coalesce((g.payload ->> 'amount_captured')::bigint, 0), coalesce((g.payload ->> 'amount_refunded')::bigint, 0),
+        0, 0, 0, p.rail, p.capture_method, p.method_token, p.reference, p.description, p.statement_descriptor_suffix,
+        p.return_url, p.customer, p.metadata, p.provider, p.provider_account, p.livemode, g.payload ->> 'provider_id',
+        g.payload -> 'next_action', g.payload -> 'failure', p.flags, p.created_at, (g.payload ->> 'at')::timestamptz,
+        null, 0
+    )::surety.payments) as shown on true;
     v_next := case
         when v_count = p_limit then concat_ws(' ', v_epoch, v_seen, v_goal, v_last_xid, v_last_id)
+        when v_goal::text = v_all::text then concat_ws(' ', v_epoch + 1, '1:1:', '-', '0', '-')
         else concat_ws(' ', v_epoch, v_goal, '-', '0', '-')
     end;
     return query select
         v_merchant,
         json_build_object(
-            'object', 'list', 'data', v_data, 'has_more', v_count = p_limit or v_goal::text <> v_now_seen::text,
+            'object', 'list', 'data', v_data,
+            'has_more', v_count = p_limit or v_epoch < v_last_epoch or v_goal::text <> v_now_seen::text,
             'next', translate(encode(convert_to(v_next, 'UTF8'), 'base64'), E'+/\n', '-_'))::text;
 end;
 $$;

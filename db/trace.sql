@@ -174,7 +174,7 @@ begin atomic
         who.merchant_id,
         (
             select json_build_object(
-                'payment', api.payment_document(payments),
+                'payment', shown.document,
                 'entries', (
                     select coalesce(json_agg(json_build_object(
                         'at', surety.iso(told.at),
@@ -194,7 +194,7 @@ begin atomic
                     )
                 )
             )::text
-            from surety.payments
+            from surety.payments cross join lateral api.show_payment(payments) as shown
             where payments.id = p_id and payments.merchant_id = who.merchant_id
         )
     from api.identify(p_key_hash) as who;
