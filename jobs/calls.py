@@ -17,7 +17,7 @@ from typing import Any
 from msgspec import Struct
 from psycopg.types.json import Jsonb
 
-from jobs.database import is_passing
+from jobs.database import in_halves
 from jobs.stripe_facts import Json, Origin, decline_fact, failure, intent_facts, redacted
 from jobs.stripe_rail import Answer, Busy, Declined, Misfit, ProviderError, Refused, Rejected, Unknown
 from jobs.worker import Batch, Worker
@@ -189,33 +189,25 @@ def unanswered(subject: Subject, operation: str, error: ProviderError) -> Result
 
 
 async def record(worker: Worker, batch: Batch, results: list[Result]) -> None:
-    """Record a group of results, facts and refusals each for themselves.
-
-    If that fails unforeseen, each half of it, down to the one that can't be recorded: of that one only its failure is.
-    """
+    """Record results, facts and refusals each for themselves; of one that can't be recorded, that it can't."""
     refusals = [result for result in results if "refused" in result]
-    if refusals and len(refusals) < len(results):
-        await record(worker, batch, refusals)
-        await record(worker, batch, [result for result in results if "refused" not in result])
-        return
-    try:
+    others = [result for result in results if "refused" not in result]
+
+    async def write(results: list[Result]) -> None:
         recorded = await worker.database.rows(
             Recorded, "select is_held, event_types from surety.record_results(%s, %s, %s, %s)",
             batch.batch_id, batch.fence, worker.actor, Jsonb(results),
         )  # fmt: skip
-    except Exception as error:
-        if is_passing(error) or results[0].get("outcome") == "unusable":
-            raise
-        if len(results) == 1:
-            log.exception("the result of %s can't be recorded", results[0]["event_id"])
-            await record(worker, batch, [unusable(results[0], error)])
-            return
-        middle = len(results) // 2
-        await record(worker, batch, results[:middle])
-        await record(worker, batch, results[middle:])
-        return
-    batch.is_lost = batch.is_lost or not recorded[0].is_held
-    await worker.wake(recorded[0].event_types)
+        batch.is_lost = batch.is_lost or not recorded[0].is_held
+        await worker.wake(recorded[0].event_types)
+
+    async def give_up(result: Result, error: Exception) -> None:
+        log.error("the result of %s can't be recorded", result["event_id"], exc_info=error)
+        await write([unusable(result, error)])
+
+    for group in (refusals, others):
+        if group:
+            await in_halves(group, write, give_up)
 
 
 def unusable(result: Result, error: Exception) -> Result:

@@ -37,6 +37,26 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, PASSING) and not isinstance(error, LASTING)
 
 
+async def in_halves(
+    items: list[T], do: Callable[[list[T]], Awaitable[None]], give_up: Callable[[T, Exception], Awaitable[None]]
+) -> None:
+    """Do something with all items; if that fails for a reason that lasts, with each half of them.
+
+    So the one that is to blame is found, and given up, and takes no other along. An error that passes is raised.
+    """
+    try:
+        await do(items)
+    except Exception as error:
+        if is_passing(error):
+            raise
+        if len(items) == 1:
+            await give_up(items[0], error)
+            return
+        middle = len(items) // 2
+        await in_halves(items[:middle], do, give_up)
+        await in_halves(items[middle:], do, give_up)
+
+
 class Database:
     """Statements of a worker, each a transaction of its own."""
 

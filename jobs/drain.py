@@ -14,24 +14,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from procrastinate import JobContext
 from psycopg.types.json import Jsonb
 
 from jobs import app
-from jobs.database import is_passing
-from jobs.handlers import HANDLERS
+from jobs.database import in_halves, is_passing
+from jobs.handlers import HANDLERS, Handler
 from jobs.worker import Batch, Worker, worker_of
 
 log = logging.getLogger("surety.drain")
 
 DRAIN_SECONDS = 5.0
 PAUSE_SECONDS = 1.0
-
-
-Handle = Callable[[Worker, Batch, list[str]], Awaitable[None]]
 
 
 @app.task(name="drain", queue="outbox", pass_context=True)
@@ -43,7 +41,7 @@ async def drain(context: JobContext, handler: str) -> None:
         if len(batch.event_ids) == worker.handlers[handler].batch_size:
             await worker.kick([handler])
         async with leased(worker, batch, worker.handlers[handler].lease_seconds):
-            await handle(worker, batch, batch.event_ids, HANDLERS[handler])
+            await handle(worker, batch, HANDLERS[handler])
         if worker.stopping.is_set() or time.monotonic() > end:
             await worker.kick([handler])
             return
@@ -78,20 +76,18 @@ async def leased(worker: Worker, batch: Batch, lease_seconds: float) -> AsyncGen
         await asyncio.gather(renewing, return_exceptions=True)
 
 
-async def handle(worker: Worker, batch: Batch, event_ids: list[str], handler: Handle) -> None:
-    """Handle these events of a batch; if that fails unforeseen, each half of them, down to the one that fails."""
+async def handle(worker: Worker, batch: Batch, handler: Handler) -> None:
+    """Handle the events of a batch; the one that can't be handled is found by halving."""
+
+    async def fail_one(event_id: str, error: Exception) -> None:
+        await fail(worker, batch, event_id, error)
+
     try:
-        await handler(worker, batch, event_ids)
-    except Exception as error:  # noqa: BLE001  # one event's error, whatever it is, must not stop the others
-        if is_passing(error):
-            await release(worker, batch, event_ids, error)
-            return
-        if len(event_ids) == 1:
-            await fail(worker, batch, event_ids[0], error)
-            return
-        middle = len(event_ids) // 2
-        await handle(worker, batch, event_ids[:middle], handler)
-        await handle(worker, batch, event_ids[middle:], handler)
+        await in_halves(batch.event_ids, partial(handler, worker, batch), fail_one)
+    except Exception as error:
+        if not is_passing(error):
+            raise
+        await release(worker, batch, error)
 
 
 async def fail(worker: Worker, batch: Batch, event_id: str, error: Exception) -> None:
@@ -101,10 +97,10 @@ async def fail(worker: Worker, batch: Batch, event_id: str, error: Exception) ->
     await worker.database.value("select outbox.fail(%s, %s, %s)", batch.batch_id, batch.fence, told)
 
 
-async def release(worker: Worker, batch: Batch, event_ids: list[str], error: Exception) -> None:
-    """Give events back uncounted: the database was in the way, not they."""
-    log.warning("%s events of %s are given back: %s", len(event_ids), batch.batch_id, error)
+async def release(worker: Worker, batch: Batch, error: Exception) -> None:
+    """Give back uncounted what is left of a batch: the database was in the way, not its events."""
+    log.warning("what is left of batch %s is given back: %s", batch.batch_id, error)
     await worker.database.value(
         "select outbox.release(%s, %s, %s, make_interval(secs => %s), %s)",
-        batch.batch_id, batch.fence, event_ids, PAUSE_SECONDS, str(error),
+        batch.batch_id, batch.fence, batch.event_ids, PAUSE_SECONDS, str(error),
     )  # fmt: skip

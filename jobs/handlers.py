@@ -14,6 +14,8 @@ from jobs.stripe_rail import Answer, Rejected
 from jobs.webhooks import apply
 from jobs.worker import Batch, Worker
 
+Handler = Callable[[Worker, Batch, list[str]], Awaitable[None]]
+
 # How much the provider's clock and ours may differ when an intent is looked for by the time of its creation.
 SLACK = timedelta(minutes=5)
 
@@ -108,7 +110,7 @@ async def close(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     batch.is_lost = not await worker.database.effect(query, batch.batch_id, batch.fence, event_ids)
 
 
-HANDLERS: dict[str, Callable[[Worker, Batch, list[str]], Awaitable[None]]] = {
+HANDLERS: dict[str, Handler] = {
     "submit": submit,
     "confirm": confirm,
     "cancel": cancel,

@@ -15,8 +15,9 @@ leaves it alone. How often the provider is asked is SURETY_POLL_SECONDS.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -29,9 +30,12 @@ from psycopg.types.json import Jsonb
 from db.settings import Settings
 from jobs import Workers, app
 from jobs.calls import Result, Subject, in_groups, outcome
-from jobs.stripe_facts import Json, Origin, money_facts, payout_facts
+from jobs.database import in_halves
+from jobs.stripe_facts import Fact, Json, Origin, money_facts, payout_facts
 from jobs.stripe_rail import ProviderError
 from jobs.worker import Worker, worker_of
+
+log = logging.getLogger("surety.periodic")
 
 QUESTIONS_MAX = 200
 LINES_MAX = 1000
@@ -71,25 +75,28 @@ async def tick(worker: Worker) -> None:
 
 async def sweep(worker: Worker) -> None:
     """Ask about unfinished payments: all would end even if every webhook were lost."""
-    questions = await worker.database.rows(
+    while questions := await worker.database.rows(
         Question,
         "select payment_id, provider_id, account, amount_minor, currency, livemode from surety.claim_questions(%s)",
         QUESTIONS_MAX,
-    )
-    await tell(worker, [asking("fetch", question.payment_id) for question in questions])
+    ):
+        await tell(worker, [asking("fetch", question.payment_id) for question in questions])
+        async for results in in_groups([partial(ask, worker, question) for question in questions]):
+            await record(worker, results)
+        if worker.stopping.is_set():
+            return
 
-    async def ask(question: Question) -> list[Result]:
-        answering = worker.stripe.fetch_intent(question.account, question.provider_id)
-        return [await outcome(question, "fetch", answering, source="poll")]
 
-    async for results in in_groups([partial(ask, question) for question in questions]):
-        await record(worker, results)
+async def ask(worker: Worker, question: Question) -> list[Result]:
+    """What the provider says about one payment."""
+    answering = worker.stripe.fetch_intent(question.account, question.provider_id)
+    return [await outcome(question, "fetch", answering, source="poll")]
 
 
 async def settlements(worker: Worker) -> None:
     """Balance transactions, which no webhook tells of, by the time of their creation."""
     for unread in await unread_lists(worker, "balance_transactions"):
-        if await read_balance(worker, unread.account, unread.read_from, None):
+        if await read_balance(worker, unread.account, unread.read_from):
             await mark_read(worker, unread, "balance_transactions")
 
 
@@ -109,13 +116,8 @@ async def due_money(worker: Worker) -> None:
 async def payouts(worker: Worker) -> None:
     """What the provider sent to the bank."""
     for unread in await unread_lists(worker, "payouts"):
-
-        async def read(unread: Unread = unread) -> Result:
-            found = await worker.stripe.list_payouts(unread.account, unread.read_from)
-            origin = Origin(unread.account, worker.stripe.livemode, "poll")
-            return {"facts": [fact for payout in found for fact in payout_facts(payout, origin)]}
-
-        if await ask_for_list(worker, "list payouts", unread.account, unread.read_from, read):
+        pages = worker.stripe.payouts(unread.account, unread.read_from)
+        if await read_list(worker, "list payouts", unread.account, unread.read_from, pages, payout_facts):
             await mark_read(worker, unread, "payouts")
 
 
@@ -138,33 +140,48 @@ async def upkeep(worker: Worker) -> None:
     await worker.database.value("select outbox.forget_jobs()")
 
 
-async def read_balance(worker: Worker, account: str, since: datetime, until: datetime | None) -> bool:
-    """Record what moved in an account's balance; whether the provider told."""
-
-    async def read() -> Result:
-        lines = await worker.stripe.list_balance_transactions(account, since, until)
-        origin = Origin(account, worker.stripe.livemode, "poll")
-        return {"facts": [fact for line in lines for fact in money_facts(line, origin)]}
-
-    return await ask_for_list(worker, "list balance transactions", account, since, read)
+async def read_balance(worker: Worker, account: str, since: datetime, until: datetime | None = None) -> bool:
+    """Record what moved in an account's balance; whether the provider told all of it."""
+    pages = worker.stripe.balance_transactions(account, since, until)
+    return await read_list(worker, "list balance transactions", account, since, pages, money_facts)
 
 
-async def ask_for_list(
-    worker: Worker, operation: str, account: str, since: datetime, read: Callable[[], Awaitable[Result]]
+async def read_list(
+    worker: Worker,
+    operation: str,
+    account: str,
+    since: datetime,
+    pages: AsyncGenerator[list[Json]],
+    read: Callable[[Json, Origin], list[Fact]],
 ) -> bool:
-    """Record what a list of the provider's says; whether it said anything. What it didn't is read next time."""
+    """Record what a list of the provider's says, page by page; whether it could be read to its end."""
     await tell(worker, [asking(operation, None, account=account, since=since.isoformat())])
-    began = time.monotonic()
+    origin = Origin(account, worker.stripe.livemode, "poll")
+    began, rows = time.monotonic(), 0
     try:
-        told = await read()
-        told |= {"outcome": "answered", "snapshot": {"account": account, "facts": len(told["facts"])}}
+        async for page in pages:
+            rows += len(page)
+            await record(worker, [read_one(line, origin, read) for line in page])
+        told: Result = {"outcome": "answered", "snapshot": {"account": account, "rows": rows}}
     except ProviderError as error:
         told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
-    except (KeyError, TypeError, AttributeError) as error:
-        told = {"outcome": "unknown", "error": f"a list as it was never seen: {type(error).__name__} {error}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     await record(worker, [{"operation": operation, "duration_ms": duration_ms, **told}])
     return bool(told["outcome"] == "answered")
+
+
+def read_one(line: Json, origin: Origin, read: Callable[[Json, Origin], list[Fact]]) -> Result:
+    """The facts of one object of a list; one that can't be read is a discrepancy, and stands in nobody's way."""
+    try:
+        return {"facts": read(line, origin)}
+    except (KeyError, TypeError, AttributeError) as error:
+        return unreadable(line["id"], error)
+
+
+def unreadable(object_id: str, error: Exception) -> Result:
+    """Something of the provider's that we can't make sense of, so it isn't booked."""
+    detail = f"{object_id} can't be recorded: {type(error).__name__} {error}"
+    return {"discrepancy": {"kind": "unmatched_cash", "subject": object_id, "detail": detail[:500]}}
 
 
 async def unread_lists(worker: Worker, name: str) -> list[Unread]:
@@ -203,9 +220,18 @@ async def tell(worker: Worker, entries: list[Json]) -> None:
 
 
 async def record(worker: Worker, results: list[Result]) -> None:
-    """Record what came of calls that belong to no event, and wake who is concerned."""
-    query = "select surety.record_outcomes(%s, %s)"
-    await worker.wake(await worker.database.value(query, worker.actor, Jsonb(results)))
+    """Record what came of questions that belong to no event, and wake who is concerned."""
+
+    async def write(results: list[Result]) -> None:
+        query = "select surety.record_outcomes(%s, %s)"
+        await worker.wake(await worker.database.value(query, worker.actor, Jsonb(results)))
+
+    async def give_up(result: Result, error: Exception) -> None:
+        log.error("%s can't be recorded", result.get("payment_id", "a row"), exc_info=error)
+        await write([unreadable(fact["object_id"], error) for fact in result.get("facts", [])[:1]])
+
+    if results:
+        await in_halves(results, write, give_up)
 
 
 ROUNDS: tuple[Round, ...] = (tick, sweep, settlements, due_money, payouts, parked, overdue, upkeep)

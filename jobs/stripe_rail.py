@@ -179,38 +179,36 @@ class StripeRail:
         """The intent whose metadata name a payment, among all created in that time. Lists don't lag; search does."""
         created = {"gte": int(since.timestamp()), "lte": int(until.timestamp()) + 1}
         async for page in self._pages("/v1/payment_intents", account, {"created": created}, urgent=True):
-            for intent in page.body["data"]:
+            for intent in page:
                 if (intent.get("metadata") or {}).get("surety_payment") == payment_id:
-                    return Answer(intent, page.status, page.request_id)
+                    return Answer(intent, 200, None)
         return None
 
-    async def list_balance_transactions(
+    def balance_transactions(
         self, account: str, since: datetime, until: datetime | None = None
-    ) -> list[Json]:
-        """The lines of an account's balance created in that time, each with its source."""
+    ) -> AsyncGenerator[list[Json]]:
+        """The lines of an account's balance created in that time, in pages, each line with its source."""
         created = {"gte": int(since.timestamp())}
         if until is not None:
             created["lte"] = int(until.timestamp()) + 1
         asked = {"created": created, "expand": ["data.source"]}
-        pages = self._pages("/v1/balance_transactions", account, asked, urgent=False)
-        return [line async for page in pages for line in page.body["data"]]
+        return self._pages("/v1/balance_transactions", account, asked, urgent=False)
 
-    async def list_payouts(self, account: str, since: datetime) -> list[Json]:
-        """An account's payouts created since then."""
-        asked = {"created": {"gte": int(since.timestamp())}}
-        pages = self._pages("/v1/payouts", account, asked, urgent=False)
-        return [payout async for page in pages for payout in page.body["data"]]
+    def payouts(self, account: str, since: datetime) -> AsyncGenerator[list[Json]]:
+        """An account's payouts created since then, in pages."""
+        return self._pages("/v1/payouts", account, {"created": {"gte": int(since.timestamp())}}, urgent=False)
 
-    async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[Answer]:
+    async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[list[Json]]:
         after: Json = {}
         while True:
-            page = await self._send("get", path, account, {**asked, "limit": PAGE, **after}, urgent=urgent)
-            if not isinstance(page.body.get("data"), list):
-                raise Unknown(f"a list without data from {path}", status=page.status)
+            answer = await self._send("get", path, account, {**asked, "limit": PAGE, **after}, urgent=urgent)
+            page = answer.body.get("data")
+            if not isinstance(page, list) or not all(isinstance(one, dict) and "id" in one for one in page):
+                raise Unknown(f"no list of objects from {path}", status=answer.status)
             yield page
-            if not page.body.get("has_more") or not page.body["data"]:
+            if not page or not answer.body.get("has_more"):
                 return
-            after = {"starting_after": page.body["data"][-1]["id"]}
+            after = {"starting_after": page[-1]["id"]}
 
     async def _send(
         self, method: str, path: str, account: str, request: Json, *, key: str | None = None, urgent: bool = True

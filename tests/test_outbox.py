@@ -55,7 +55,7 @@ def claimed(conn: Connection, **more: Any) -> Claim:
 
 def call(conn: Connection, function: str, *values: Any) -> Any:
     places = ", ".join(["%s"] * len(values))
-    row = conn.execute(f"select {function}({places})", values).fetchone()
+    row = conn.execute(f"select {function}({places})".encode(), values).fetchone()
     assert row is not None
     return row[0]
 

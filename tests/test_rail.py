@@ -18,7 +18,6 @@ from tests.sandbox_process import Sandbox, running_sandbox
 from tests.working import attempts, due, hasten, work_off, worker_here
 
 PIPELINE = ("submit", "confirm", "cancel")
-IMPATIENT = {"SURETY_PROVIDER_TIMEOUT": "0.5"}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ async def test_an_unknown_outcome_counts_once_and_is_never_charged_twice(
 ) -> None:
     payment_id = payment()
     sandbox.order(OPERATIONS[handler], fault, match=payment_id)
-    async with worker_here(database, sandbox.url, **IMPATIENT) as worker:
+    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
         await work_off(worker, "submit")
         await work_off(worker, "confirm")
         [(failed, failures, [error])] = attempts(conn)
@@ -113,7 +112,7 @@ async def test_an_unknown_cancellation_is_asked_about(
 ) -> None:
     payment_id = payment("pm_card_visa_chargeDeclined")
     sandbox.order("payment_intents.cancel", fault, match=payment_id)
-    async with worker_here(database, sandbox.url, **IMPATIENT) as worker:
+    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
         await work_off(worker, *PIPELINE)
         assert state_of(conn, payment_id) == "provider_submitted"
         due(conn)
@@ -155,7 +154,7 @@ async def test_after_23_hours_the_list_is_asked_before_another_intent_is_made(
     conn.execute("update surety.environment set kind = 'test'")
     payment_id = payment()
     sandbox.order("payment_intents.create", fault, match=payment_id)
-    async with worker_here(database, sandbox.url, **IMPATIENT) as worker:
+    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
         await work_off(worker, "submit")
         conn.execute("insert into surety.clock (ahead) values ('23 hours 1 minute')")
         await work_off(worker, "submit")
@@ -181,7 +180,7 @@ async def test_within_23_hours_the_same_bytes_go_under_the_same_key(
     async def remember(request: httpx.Request) -> None:
         sent.append((request.headers["idempotency-key"], request.content))
 
-    async with worker_here(database, sandbox.url, **IMPATIENT) as worker:
+    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
         worker.stripe.http.event_hooks["request"].append(remember)
         await work_off(worker, "submit")
         conn.execute("insert into surety.clock (ahead) values ('22 hours 58 minutes')")
@@ -270,8 +269,8 @@ async def test_client_secrets_are_neither_stored_nor_audited(
         " where schemaname in ('surety', 'outbox', 'audit', 'ledger', 'procrastinate')"
     ).fetchall()
     for (table,) in tables:
-        found = conn.execute(f"select count(*) from {table} as t where t::text like '%%\\_secret\\_%%'").fetchone()
-        assert found == (0,), table
+        query = f"select count(*) from {table} as t where t::text like '%\\_secret\\_%'"
+        assert conn.execute(query.encode()).fetchone() == (0,), table
 
 
 async def test_many_calls_run_at_once_and_a_slow_one_keeps_no_result_waiting(
@@ -281,7 +280,7 @@ async def test_many_calls_run_at_once_and_a_slow_one_keeps_no_result_waiting(
     others = [payment() for _ in range(40)]
     sandbox.order("payment_intents.create", "timeout_before", match=slow)
     query = "select count(*) from surety.payments where state = 'provider_submitted'"
-    async with worker_here(database, sandbox.url, judged=False, **IMPATIENT) as worker:
+    async with worker_here(database, sandbox.url, judged=False, timeout_seconds=0.5) as worker:
         working = asyncio.create_task(work_off(worker, "submit"))
         while conn.execute(query).fetchone() != (len(others),):
             assert not working.done(), "the slow one was waited for"
@@ -411,7 +410,7 @@ async def test_a_bounded_rate_holds_for_real_calls(
 ) -> None:
     for _ in range(12):
         payment()
-    async with worker_here(database, sandbox.url, SURETY_PROVIDER_RATE="10") as worker:
+    async with worker_here(database, sandbox.url, per_second=10) as worker:
         await work_off(worker, "submit")
     query = "select extract(epoch from max(at) - min(at))::float from audit.entries where kind = 'answer'"
     [(seconds,)] = conn.execute(query).fetchall()

@@ -55,14 +55,17 @@ def wait_for_worker(conn: Connection, count: int = 1) -> None:
 
 
 @asynccontextmanager
-async def worker_here(database: str, sandbox_url: str, *, judged: bool = True, **more: str) -> AsyncGenerator[Worker]:
+async def worker_here(
+    database: str, sandbox_url: str, *, judged: bool = True, timeout_seconds: float = 5, per_second: float = 0
+) -> AsyncGenerator[Worker]:
     """A worker whose handlers are worked off by hand; what it sent and got is judged by Stripe's description after."""
     exchanged: list[httpx.Response] = []
 
     async def remember(response: httpx.Response) -> None:
         exchanged.append(response)
 
-    async with open_worker(load(environment(database, sandbox_url, **more)), "here") as worker:
+    told = {"SURETY_PROVIDER_TIMEOUT": str(timeout_seconds), "SURETY_PROVIDER_RATE": str(per_second)}
+    async with open_worker(load(environment(database, sandbox_url, **told)), "here") as worker:
         worker.stripe.http.event_hooks["response"].append(remember)
         yield worker
     for response in exchanged if judged else ():
@@ -89,7 +92,7 @@ async def work_off(worker: Worker, *handlers: str) -> int:
         for name in handlers or HANDLERS:
             while batch := await claim(worker, name):
                 async with leased(worker, batch, worker.handlers[name].lease_seconds):
-                    await handle(worker, batch, batch.event_ids, HANDLERS[name])
+                    await handle(worker, batch, HANDLERS[name])
                 batches += 1
         if batches == before:
             return batches
