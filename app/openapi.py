@@ -86,7 +86,9 @@ OPENAPI = OpenAPIConfig(
     use_handler_docstrings=True,
     components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
     security=[{"key": []}],
-    openapi_router=Router("/docs", route_handlers=[], response_headers={"content-security-policy": POLICY}),
+    openapi_router=Router(
+        "/docs", route_handlers=[], response_headers={"content-security-policy": POLICY}, include_in_schema=False
+    ),
     render_plugins=[
         SwaggerRenderPlugin(
             path="/",

@@ -1,7 +1,7 @@
 """Problem documents (RFC 9457): the types, what each means, and which of PostgreSQL's errors are whose fault.
 
-One table maps constraints to the rule that a request broke, one our SQLSTATEs to a type. Every other named constraint
-stands in BUGS: what breaks it is our mistake, and the answer is 500. A test holds the tables complete.
+One table maps constraints to the rule that a request broke, one our SQLSTATEs to a type. What breaks any other
+constraint is our mistake, and the answer is 500; tests/bugs.txt lists those, so that nobody adds one without a thought.
 """
 
 from __future__ import annotations
