@@ -18,7 +18,8 @@ from litestar import HttpMethod, Litestar, Request, Response, get, post, route
 from litestar.params import Parameter
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from app.acceptance import STATEMENT, Acceptance
+from app.acceptance import BODY_BYTES_MAX, JSON, STATEMENT, Acceptance
+from app.answers import Answer, new_request_id, read_body
 from app.database import Database
 from app.documents import (
     EventList,
@@ -175,6 +176,22 @@ async def noop(request: Request[Any, Any, Any]) -> Response[bytes]:
     """Read the body and answer, as an ordinary route: what a request costs before anything is done for it."""
     await request.body()
     return Response(b"{}", media_type="application/json", headers={"request-id": request_id_of(request)})
+
+
+def idle(app: ASGIApp) -> ASGIApp:
+    """Answers before Litestar's machinery begins, as `at_the_lanes` does."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(receive, BODY_BYTES_MAX)
+        await Answer(201, b"{}", new_request_id(), [JSON])(scope, receive, send)
+
+    return answer
+
+
+@post("/bare", middleware=[idle], include_in_schema=False)
+async def bare() -> None:
+    """Do nothing, without Litestar's machinery: the least that a request can cost this server."""
+    raise AssertionError("idle has answered")
 
 
 def caller_of(request: Request[Any, Any, Any], route: str) -> Caller:
