@@ -151,6 +151,13 @@ begin
     v_derived := array(select d from surety.derive(v_ids) as d);
     v_types := surety.advance(v_derived, v_new[1].source, p_actor, p_request_id);
 
+    -- One payment has one intent; another can't charge, for it is never confirmed, but somebody should cancel it.
+    perform surety.open_discrepancy(
+        'duplicate', f.object_id, f.payment_id, format('%s is a second intent beside %s', f.object_id, p.provider_id),
+        to_jsonb(f), false, v_now)
+    from unnest(v_new) as f join surety.payments as p on p.id = f.payment_id
+    where f.kind = 'submitted' and f.disregarded is null and f.object_id <> p.provider_id;
+
     -- A decline leaves the intent alive; it must be called off before the payment has failed.
     select array_agg(distinct f.payment_id) into v_declined
     from unnest(v_new) as f join surety.payments as p on p.id = f.payment_id join surety.states as s on s.state = p.state

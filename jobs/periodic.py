@@ -40,7 +40,7 @@ log = logging.getLogger("surety.periodic")
 QUESTIONS_MAX = 200
 LINES_MAX = 1000
 # Every reading of a list overlaps the last by so many polls: a list may show a row late, a clock may be behind.
-OVERLAP_POLLS = 10
+OVERLAP_POLLS = 3
 GAP = timedelta(hours=1)
 MINUTE = 60
 

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from jobs.stripe_facts import Origin, intent_facts
 from tests.payments import Connection, add_merchant, ledger_of, path_of, pay, state_of, violations
 from tests.sandbox_process import Sandbox, running_sandbox
 from tests.working import attempts, due, hasten, work_off, worker_here
@@ -287,6 +288,23 @@ async def test_many_calls_run_at_once_and_a_slow_one_keeps_no_result_waiting(
             await asyncio.sleep(0.005)
         await working
     assert [row[:2] for row in attempts(conn)] == [("submit", 1)]
+
+
+async def test_a_second_intent_is_told_and_never_confirmed(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    payment_id = payment()
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        [(first,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        second = sandbox.read(sandbox.create(amount=10000, **{"metadata[surety_payment]": payment_id}))
+        origin = Origin("", livemode=False, source="webhook")
+        conn.execute("select surety.record_facts(%s, 'test')", (json.dumps(intent_facts(second, origin)),))
+        await work_off(worker, "confirm")
+    assert conn.execute("select provider_id, state from surety.payments").fetchone() == (first, "confirmed")
+    assert conn.execute("select kind, subject from surety.discrepancies").fetchall() == [("duplicate", second["id"])]
+    assert sandbox.read(second["id"])["status"] == "requires_confirmation"
+    assert charges(sandbox, payment_id) == 1
 
 
 class Liar:
