@@ -409,6 +409,7 @@ create table surety.payments (
     constraint payment_metadata_is_an_object check (jsonb_typeof(metadata) = 'object')
 ) partition by range (id);
 create index payments_of_a_merchant on surety.payments (merchant_id, id);
+create index payments_by_reference on surety.payments (merchant_id, reference, id) where reference is not null;
 create index payments_to_ask_about on surety.payments (ask_at) where ask_at is not null;
 comment on table surety.payments is
 'Payments. state and version project the last step; amounts beside them come from facts. ask_at is when the sweep asks

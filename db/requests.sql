@@ -223,18 +223,21 @@ begin
             when a.problem = 'unauthenticated' then 401
             when a.problem = 'forbidden' then 403
             when a.problem is not null then 400
+            when coalesce(i.request_hash, first_value(a.request_hash) over same_key) <> a.request_hash then 422
             when i.key is null then 409
-            when i.request_hash <> a.request_hash then 422
             else i.status
         end::smallint,
         case
             when a.problem is not null then a.problem
+            -- One that was refused keeps no key, and yet it was asked first.
+            when coalesce(i.request_hash, first_value(a.request_hash) over same_key) <> a.request_hash
+                then 'idempotency-key-reused'
             when i.key is null then 'reference-taken'
-            when i.request_hash <> a.request_hash then 'idempotency-key-reused'
         end,
         case
             when a.problem is not null then a.detail
-            when i.key is null then jsonb_build_object('payment_id', t.payment_id)
+            when i.key is null and first_value(a.request_hash) over same_key = a.request_hash
+                then jsonb_build_object('payment_id', t.payment_id)
         end,
         case when i.request_hash = a.request_hash then i.response end,
         i.request_hash = a.request_hash and i.payment_id is distinct from a.new_id,
@@ -255,6 +258,7 @@ begin
         where i.key is null and r.merchant_id = a.merchant_id and r.reference = a.reference
         offset 0
     ) as t on true
+    window same_key as (partition by a.merchant_id, a.idempotency_key, a.problem is null order by a.n)
     order by a.n;
 end;
 $$;
@@ -298,49 +302,63 @@ create or replace function api.list_payments(
     p_key_hash bytea, p_state text, p_status text, p_reference text, p_created_from timestamptz,
     p_created_before timestamptz, p_limit integer, p_starting_after text
 ) returns table (merchant_id text, body text)
-language sql stable security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    -- Newest first; ids sort by time, so the id is the cursor. No row: no such key.
-    with found as (
-        select
-            payments.id,
-            shown.document,
-            who.merchant_id
-        from api.identify(p_key_hash) as who
-        inner join surety.payments on who.merchant_id = payments.merchant_id
-        cross join lateral api.show_payment(payments) as shown
-        where
-            (p_starting_after is null or payments.id < p_starting_after)
-            and (p_created_from is null or payments.id >= surety.id_at('pay', greatest(p_created_from, 'epoch')))
-            and (p_created_before is null or payments.id < surety.id_at('pay', greatest(p_created_before, 'epoch')))
-            and (p_state is null or payments.state = p_state)
-            and (
-                p_status is null
-                or payments.state in (select states.state from surety.states where states.status = p_status)
-            )
-            and (p_reference is null or payments.reference = p_reference)
-        order by payments.id desc
-        limit p_limit + 1
-    ),
-
-    page as (
-        select
-            found.id,
-            found.document
-        from found
-        order by found.id desc
-        limit p_limit
-    )
-
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- Newest first; ids sort by time, so the id is the cursor. No row: no such key. The merchant and both bounds are known
+-- before payments are looked at, so that a page costs the same whatever others have and however far back it lies.
+declare
+    v_merchant text := (select k.merchant_id from api.identify(p_key_hash) as k);
+    v_from text := surety.id_at('pay', greatest(p_created_from, 'epoch'));
+    v_before text := case
+        when p_created_before is null then 'pay_g' else surety.id_at('pay', greatest(p_created_before, 'epoch'))
+    end;
+    v_states text [];
+    v_ids text [];
+begin
+    if v_merchant is null then
+        return;
+    end if;
+    if p_state is not null or p_status is not null then
+        v_states := array(
+            select s.state from surety.states as s
+            where (p_state is null or s.state = p_state) and (p_status is null or s.status = p_status)
+        );
+    end if;
+    if p_reference is null then
+        v_ids := array(
+            select p.id from surety.payments as p
+            where p.merchant_id = v_merchant and p.id >= v_from and p.id < v_before
+                and p.id < coalesce(p_starting_after, v_before) and (v_states is null or p.state = any(v_states))
+            order by p.id desc
+            limit p_limit + 1
+        );
+    else
+        v_ids := array(
+            select p.id from surety.payments as p
+            where p.merchant_id = v_merchant and p.reference = p_reference and p.id >= v_from and p.id < v_before
+                and p.id < coalesce(p_starting_after, v_before) and (v_states is null or p.state = any(v_states))
+            order by p.id desc
+            limit p_limit + 1
+        );
+    end if;
+    return query
     select
-        who.merchant_id,
+        v_merchant,
         json_build_object(
             'object', 'list',
-            'data', coalesce((select json_agg(page.document order by page.id desc) from page), '[]'::json),
-            'has_more', (select count(*) from found) > p_limit
-        )::text
-    from api.identify(p_key_hash) as who;
+            'data', coalesce(
+                (
+                    select json_agg(shown.document order by p.id desc)
+                    from surety.payments as p cross join lateral api.show_payment(p) as shown
+                    where p.id = any(v_ids[1:p_limit])
+                ),
+                '[]'::json
+            ),
+            'has_more', cardinality(v_ids) > p_limit
+        )::text;
 end;
+$$;
 
 create or replace function api.list_events(p_key_hash bytea, p_after text, p_limit integer)
 returns table (merchant_id text, body text)

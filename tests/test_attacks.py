@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
 
+from tests.conftest import Connect
 from tests.payments import (
     Connection,
     add_merchant,
+    create,
     fact,
     ledger_of,
     money,
     path_of,
     pay,
     record,
+    request,
     state_of,
     violations,
 )
@@ -199,3 +204,93 @@ def test_what_was_told_to_be_overdue_does_not_hide_what_becomes_so_later(conn: C
             (payment_id,),
         )
     assert [one(conn, "select surety.open_overdue(2)") for _ in range(3)] == [2, 1, 0]
+
+
+def test_a_key_asked_twice_at_once_with_different_bodies_is_a_reuse_even_if_the_first_was_refused(
+    conn: Connection, key_hash: bytes
+) -> None:
+    pay(conn, key_hash, reference="order-1")
+    both = [
+        request(key_hash, idempotency_key="one", reference="order-1"),
+        request(key_hash, idempotency_key="one", reference="order-1"),
+        request(key_hash, idempotency_key="one", reference="order-2", request_hash="01"),
+    ]
+    answers = [(answer["status"], answer["problem"], answer["detail"] is None) for answer in create(conn, both)]
+    assert answers == [
+        (409, "reference-taken", False),
+        (409, "reference-taken", False),
+        (422, "idempotency-key-reused", True),
+    ]
+    assert create(conn, both[2:])[0]["status"] == 201, "nothing took effect, so the key is free"
+
+
+@pytest.mark.parametrize("kind", ["operator", "request", "denied", "webhook", "dead_letter", "step"])
+def test_a_worker_can_not_write_into_the_trail_what_others_did(connect: Connect, kind: str) -> None:
+    entry = {"kind": kind, "actor": "operator:boss", "outcome": "allowed", "version": 1, "to_state": "settled"}
+    with pytest.raises(psycopg.DatabaseError) as refusal:
+        connect("worker").execute("select audit.record(%s)", (json.dumps([entry]),))
+    assert refusal.value.sqlstate == "SU004"
+
+
+def buffers(conn: Connection, query: str, *values: Any) -> int:
+    conn.execute(query.encode(), values)  # what the catalog costs is read by then
+    [plan] = one(conn, "explain (analyze, buffers, format json) " + query, *values)
+    return int(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
+
+
+def bodies(conn: Connection, key_hash: bytes, **asked: Any) -> list[str]:
+    order = ("state", "status", "reference", "created_from", "created_before", "limit", "starting_after")
+    values = [({"limit": 20} | asked).get(name) for name in order]
+    body = one(conn, "select body from api.list_payments(%s, %s, %s, %s, %s, %s, %s, %s)", key_hash, *values)
+    return [payment["id"] for payment in json.loads(body)["data"]]
+
+
+def test_a_page_of_payments_costs_the_same_whatever_others_have(conn: Connection, key_hash: bytes) -> None:
+    mine = pay(conn, key_hash, 3, reference=None)
+    [ordered] = pay(conn, key_hash, reference="order-1")
+    _, other = add_merchant(conn)
+    theirs = pay(conn, other, 4000)
+    for analyzed in (False, True):
+        if analyzed:
+            conn.execute("analyze surety.payments")
+        query = "select * from api.list_payments(%s, %s, null, %s, null, null, 20, %s)"
+        assert buffers(conn, query, key_hash, None, None, None) < 200
+        assert buffers(conn, query, key_hash, "failed", None, None) < 200
+        assert buffers(conn, query, other, None, "order-1", None) < 200
+        assert buffers(conn, query, other, None, None, sorted(theirs)[30]) < 400
+    assert sorted(bodies(conn, key_hash)) == sorted([*mine, ordered])
+    assert bodies(conn, key_hash, reference="order-1") == [ordered]
+
+
+def test_every_filter_of_the_list_holds_alone_and_together(conn: Connection, key_hash: bytes) -> None:
+    first, second, third = sorted(pay(conn, key_hash, 3))
+    record(conn, [fact(second, "captured", "ch", 10000)])
+    now = datetime.now(UTC)
+    for asked, expected in (
+        ({}, [third, second, first]),
+        ({"limit": 2}, [third, second]),
+        ({"starting_after": second}, [first]),
+        ({"state": "confirmed"}, [second]),
+        ({"status": "succeeded"}, [second]),
+        ({"state": "confirmed", "status": "pending"}, []),
+        ({"state": "confirmed", "starting_after": second}, []),
+        ({"created_from": now - timedelta(hours=1)}, [third, second, first]),
+        ({"created_from": now + timedelta(hours=1)}, []),
+        ({"created_before": now + timedelta(hours=1), "limit": 1}, [third]),
+        ({"created_before": now - timedelta(hours=1)}, []),
+        ({"created_before": datetime(1960, 1, 1, tzinfo=UTC)}, []),
+        ({"created_from": datetime(1960, 1, 1, tzinfo=UTC)}, [third, second, first]),
+        ({"reference": "nobody's"}, []),
+    ):
+        assert bodies(conn, key_hash, **asked) == expected, asked
+
+
+def test_what_only_we_must_know_is_no_event_of_a_merchant(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [fact(payment_id, "action", "pi"), fact(payment_id, "attempt_failed", "pi")])
+    conn.execute("select surety.call_off_overdue(interval '-1 second')")
+    body = json.loads(one(conn, "select body from api.list_events(%s, null, 20)", key_hash))
+    assert {event["type"] for event in body["data"]} == {
+        f"payment.{state}" for state in ("initiated", "submitting", "provider_submitted", "requires_action")
+    }
+    assert all(event["created_at"] and event["data"]["state"] for event in body["data"])
