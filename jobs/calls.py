@@ -73,9 +73,7 @@ async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operati
         " last_sent_at, amount_minor, currency, livemode from surety.begin_calls(%s, %s, %s, %s, %s)",
         batch.batch_id, batch.fence, operation, worker.actor, event_ids,
     )  # fmt: skip
-    if not calls:
-        batch.is_lost = True
-        return
+    missing = await without_subject(worker, batch, event_ids, {call.event_id for call in calls})
 
     async def make(call: Call) -> list[Result]:
         event = {"event_id": call.event_id}
@@ -85,7 +83,20 @@ async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operati
             return [event | {"release_seconds": 0, "error": "its worker stopped"}]
         return [event | await outcome(call, operation, perform(worker, call))]
 
+    if missing:
+        await record(worker, batch, missing)
     await record_as_they_come(worker, batch, [partial(make, call) for call in calls])
+
+
+async def without_subject(worker: Worker, batch: Batch, event_ids: list[str], found: set[str]) -> list[Result]:
+    """The failures of events whose payment or webhook isn't there, unless nothing is because the lease is lost."""
+    missing = [event_id for event_id in event_ids if event_id not in found]
+    if missing and not found:
+        held = await worker.database.value("select outbox.renew(%s, %s)", batch.batch_id, batch.fence)
+        batch.is_lost = not held
+    return (
+        [] if batch.is_lost else [{"event_id": event_id, "error": "what it is about is gone"} for event_id in missing]
+    )
 
 
 async def record_as_they_come(worker: Worker, batch: Batch, works: Iterable[Work]) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from psycopg.types.json import Jsonb
 
-from jobs.calls import Result, record, record_as_they_come
+from jobs.calls import Result, record, record_as_they_come, without_subject
 from jobs.stripe_facts import (
     Fact,
     Json,
@@ -120,10 +120,7 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
         " where event_id = any(%s)",
         batch.batch_id, batch.fence, event_ids,
     )  # fmt: skip
-    if not webhooks:
-        batch.is_lost = True
-        return
-    results: list[Result] = []
+    results = await without_subject(worker, batch, event_ids, {webhook.event_id for webhook in webhooks})
     wanted: list[tuple[Webhook, Wanted]] = []
     for webhook in webhooks:
         try:

@@ -311,6 +311,18 @@ async def test_what_is_no_event_fails_three_times_and_its_neighbours_do_not(
     assert attempts(conn) == []
 
 
+@pytest.mark.parametrize(("type", "handler"), [("payment.initiated", "submit"), ("webhook.received", "apply")])
+async def test_an_event_about_nothing_fails_and_is_not_left_lying(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay, type: str, handler: str
+) -> None:
+    shop()
+    conn.execute("select outbox.emit('payment', 'nothing', %s, '{}', null, 1)", (type,))
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, handler)
+    assert [row[:2] for row in attempts(conn)] == [(handler, 1)]
+    assert count(conn, "select count(*) from outbox.batches") == 0
+
+
 async def test_a_webhook_that_cannot_be_recorded_takes_no_neighbour_along(
     conn: Connection, database: str, sandbox: Sandbox, shop: Pay
 ) -> None:

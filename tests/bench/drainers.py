@@ -95,7 +95,7 @@ async def drain_batches(work: Work) -> None:
         while not work.is_enough and (batch := await drain.claim(worker, HANDLER)):
             work.take(len(batch.event_ids))
             async with drain.leased(worker, batch, lease_seconds):
-                await drain.handle(worker, batch, batch.event_ids, confirm)
+                await drain.handle(worker, batch, confirm)
         work.end(began)
 
 
