@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from psycopg import AsyncConnection
 
 from app.acceptance import STATEMENT
 from app.documents import AskedPayment
-from app.keys import new_key
+from app.keys import NewKey, new_key
 from app.lanes import Kicker, Lanes, Refused, Row, Unavailable
 from db.connect import connect_async
 from db.server import EmbeddedServer
@@ -49,9 +48,32 @@ class Word(msgspec.Struct):
 
 @pytest.fixture
 def echo(conn: Connection) -> Connection:
-    """A function that keeps what it hears and says how large the batch was; unless told to hurry, it waits for the lock."""
+    """A function that keeps what it hears and tells the batch's size; unless told to hurry, it waits for the lock."""
     conn.execute(MAKE_ECHO.encode())
     return conn
+
+
+def wish(key: NewKey, description: str | None = None) -> AskedPayment:
+    """A payment as the API asks for it."""
+    return AskedPayment(
+        n=0,
+        request_id=fresh("req"),
+        key_hash=key.hash.hex(),
+        address="127.0.0.1",
+        idempotency_key=fresh("key"),
+        request_hash="00",
+        amount=100,
+        currency="usd",
+        rail="card",
+        method_token="pm_card_visa",
+        capture_method="automatic",
+        reference=None,
+        description=description,
+        statement_descriptor_suffix=None,
+        return_url=None,
+        customer=None,
+        metadata={},
+    )
 
 
 def hold(conn: Connection) -> None:
@@ -150,28 +172,7 @@ async def test_one_bad_request_takes_no_neighbour_along(
 async def test_text_that_postgresql_cant_hold_hurts_no_neighbour(conn: Connection, settings: Settings) -> None:
     key = new_key(livemode=False)
     conn.execute("select surety.add_api_key(surety.add_merchant('Acme Books'), %s, %s)", (key.hash, key.hint))
-    asked = [
-        AskedPayment(
-            n=0,
-            request_id=f"req_{n}",
-            key_hash=key.hash.hex(),
-            address="127.0.0.1",
-            idempotency_key=fresh("key"),
-            request_hash=hashlib.sha256(b"%d" % n).hexdigest(),
-            amount=100,
-            currency="usd",
-            rail="card",
-            method_token="pm_card_visa",
-            capture_method="automatic",
-            reference=None,
-            description="a\0b" if n == 5 else None,
-            statement_descriptor_suffix=None,
-            return_url=None,
-            customer=None,
-            metadata={},
-        )
-        for n in range(12)
-    ]
+    asked = [wish(key, description="a\0b" if n == 5 else None) for n in range(12)]
     async with opened(settings, STATEMENT, lanes=1) as lanes:
         rows = await asyncio.gather(*map(lanes.ask, asked), return_exceptions=True)
     assert isinstance(rows[5], Refused)
@@ -256,15 +257,9 @@ async def test_a_database_restored_elsewhere_accepts_nothing(conn: Connection, s
     key = new_key(livemode=False)
     conn.execute("select surety.add_api_key(surety.add_merchant('Acme Books'), %s, %s)", (key.hash, key.hint))
     conn.execute("update outbox.epochs set system_identifier = 1")
-    asked = AskedPayment(
-        **dict.fromkeys(AskedPayment.__struct_fields__)
-        | {"n": 0, "request_id": "req_1", "key_hash": key.hash.hex(), "idempotency_key": "k", "request_hash": "00"}
-        | {"amount": 100, "currency": "usd", "rail": "card", "method_token": "pm_x", "capture_method": "automatic"}
-        | {"metadata": {}}
-    )
     async with opened(settings, STATEMENT, lanes=1) as lanes:
         with pytest.raises(Unavailable):
-            await lanes.ask(asked)
+            await lanes.ask(wish(key))
 
 
 async def test_closing_finishes_what_waits_and_refuses_what_comes(echo: Connection, settings: Settings) -> None:
