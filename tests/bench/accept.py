@@ -18,6 +18,8 @@ import os
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
+import httpx
+
 from app.demo.merchants import open_shops
 from app.demo.stage import Troupe, folder, free_port
 from tests.bench.ground import (
@@ -45,13 +47,14 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
         url = stack.enter_context(deployed(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
         keys = open_shops(conn, merchants, seed=1)
-        batched = stack.enter_context(api(url, LANES, BATCH_MAX))
         choices = (single_lanes,) if single_lanes else LANES_OF_SINGLES
-        singles = {lanes: stack.enter_context(api(url, lanes, 1)) for lanes in choices}
+        batched, *rest = stack.enter_context(apis(url, [(LANES, BATCH_MAX), *((lanes, 1) for lanes in choices)]))
+        singles = dict(zip(choices, rest, strict=True))
 
         def measure(name: str, address: str, path: str, *, ids: bool = False) -> Loaded:
             before = held(conn)
             loaded = load(address + path, connections=connections, seconds=seconds, run=name, keys=keys, ids=ids)
+            assert loaded.answers, f"{name}: no request was answered"
             assert loaded.errors == 0, f"{name}: {loaded.errors} requests were not answered by a 201"
             if path == "/v1/payments":
                 assert held(conn) - before >= loaded.answers, f"{name}: fewer payments than were acknowledged"
@@ -98,16 +101,20 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
 
 
 @contextmanager
-def api(url: str, lanes: int, batch_max: int) -> Generator[str]:
-    """The address of an API in a process of its own."""
+def apis(url: str, shapes: list[tuple[int, int]]) -> Generator[list[str]]:
+    """The addresses of APIs in processes of their own, each with so many lanes and such batches at most, warm."""
     with folder() as scene:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "PG"))}
         troupe = Troupe(scene, environment | {"DATABASE_URL": url})
-        port = free_port(0)
+        ports = {f"api-{lanes}-{batch_max}": free_port(0) for lanes, batch_max in shapes}
         try:
-            troupe.start("api", "-m", "tests.bench.servers", str(port), str(lanes), str(batch_max))
-            troupe.wait_for_port("api", port)
-            yield f"http://127.0.0.1:{port}"
+            for (name, port), (lanes, batch_max) in zip(ports.items(), shapes, strict=True):
+                troupe.start(name, "-m", "tests.bench.servers", str(port), str(lanes), str(batch_max))
+            for name, port in ports.items():
+                troupe.wait_for_port(name, port)
+                for path in ("noop", "bare", "v1/payments"):
+                    httpx.post(f"http://127.0.0.1:{port}/{path}", content=b"{}", timeout=30)
+            yield [f"http://127.0.0.1:{port}" for port in ports.values()]
         finally:
             troupe.stop()
 
