@@ -10,7 +10,7 @@ The SQL functions take the SHA-256 of the API key and find the merchant themselv
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -232,7 +232,7 @@ def create_app(
     settings = settings or load()
 
     @asynccontextmanager
-    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+    async def lifespan(app: Litestar) -> AsyncGenerator[None]:
         database = Database("api", settings)
         line = Lanes(lambda: connect_async("api", settings), STATEMENT, lanes=lanes, batch_max=batch_max)
         await line.open()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 from litestar import Litestar, Request, Response
@@ -27,7 +27,7 @@ def with_head(app: Litestar) -> Asgi:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
-        await app(scope, receive, send)  # type: ignore[arg-type]
+        await app(cast(Any, scope), receive, send)
 
     return answer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -201,7 +201,7 @@ def create_app(settings: Settings | None = None, *, lanes: int = 2) -> Asgi:
     secrets = [secret.reveal().encode() for secret in settings.webhook_secrets]
 
     @asynccontextmanager
-    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+    async def lifespan(app: Litestar) -> AsyncGenerator[None]:
         database = Database("webhook", settings)
         line = Lanes(lambda: connect_async("webhook", settings), STATEMENT, lanes=lanes, batch_max=BATCH_MAX)
         await line.open()

@@ -321,13 +321,17 @@ begin
             ),
             ends as (
                 -- A full batch ends the walk at its last event; else everything scanned is behind us.
-                (select m.xid, m.id from matched as m
-                 where (select count(*) from matched) = v_handler.batch_size
-                 order by m.xid desc, m.id desc limit 1)
+                (
+                    select m.xid, m.id from matched as m
+                    where (select count(*) from matched) = v_handler.batch_size
+                    order by m.xid desc, m.id desc limit 1
+                )
                 union all
-                (select s.xid, s.id from scanned as s
-                 where (select count(*) from matched) < v_handler.batch_size
-                 order by s.xid desc, s.id desc limit 1)
+                (
+                    select s.xid, s.id from scanned as s
+                    where (select count(*) from matched) < v_handler.batch_size
+                    order by s.xid desc, s.id desc limit 1
+                )
             )
             select
                 (select count(*) from scanned), (select array_agg(m.id order by m.id) from matched as m),

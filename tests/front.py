@@ -7,7 +7,7 @@ import os
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ class Service:
 
 
 @contextmanager
-def service(command: str, database: str, *options: str) -> Iterator[Service]:
+def service(command: str, database: str, *options: str) -> Generator[Service]:
     """A process that ends in good order."""
     running = Service(command, database, *options)
     try:

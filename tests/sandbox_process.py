@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -215,7 +215,7 @@ class Receiver:
 
 
 @contextmanager
-def running_sandbox(folder: Path, *options: str, webhook_url: str | None = None) -> Iterator[Sandbox]:
+def running_sandbox(folder: Path, *options: str, webhook_url: str | None = None) -> Generator[Sandbox]:
     """A sandbox that is ended in the end."""
     sandbox = Sandbox(folder, *options, webhook_url=webhook_url)
     try:
@@ -226,7 +226,7 @@ def running_sandbox(folder: Path, *options: str, webhook_url: str | None = None)
 
 
 @contextmanager
-def running_receiver() -> Iterator[Receiver]:
+def running_receiver() -> Generator[Receiver]:
     """A receiver that is closed in the end."""
     receiver = Receiver()
     try:

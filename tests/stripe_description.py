@@ -105,9 +105,8 @@ def _allow_nulls(node: Any) -> None:
 
 
 @cache
-def _registry() -> Registry[Any]:
-    registry: Registry[Any] = Registry()
-    return registry.with_resource(HERE, Resource.from_contents(description(), DRAFT4))
+def _registry() -> Any:
+    return Registry().with_resource(HERE, Resource.from_contents(description(), DRAFT4))
 
 
 @cache

@@ -138,7 +138,10 @@ HISTORIES: list[tuple[History, str, str, dict[str, int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("history", "capture", "end", "balances"), HISTORIES, ids=[h[0].__name__ for h in HISTORIES])
+NAMES = [getattr(history, "__name__", "") for history, *_ in HISTORIES]
+
+
+@pytest.mark.parametrize(("history", "capture", "end", "balances"), HISTORIES, ids=NAMES)
 def test_every_order_of_six_facts_ends_the_same(
     conn: Connection, history: History, capture: str, end: str, balances: dict[str, int]
 ) -> None:
@@ -190,7 +193,7 @@ def test_every_order_of_six_facts_ends_the_same(
     assert not violations(conn)
 
 
-@pytest.mark.parametrize(("history", "capture", "end", "balances"), HISTORIES, ids=[h[0].__name__ for h in HISTORIES])
+@pytest.mark.parametrize(("history", "capture", "end", "balances"), HISTORIES, ids=NAMES)
 def test_all_facts_in_one_batch_are_no_different(
     conn: Connection, history: History, capture: str, end: str, balances: dict[str, int]
 ) -> None:

@@ -148,7 +148,8 @@ def test_each_step_writes_one_event_and_one_audit_entry_and_moves_the_projection
         ("payment.settled", 5),
     ]
     entries = conn.execute(
-        "select from_state, to_state, version from audit.entries where payment_id = %s and kind = 'step' order by version",
+        "select from_state, to_state, version from audit.entries"
+        " where payment_id = %s and kind = 'step' order by version",
         (payment_id,),
     )
     assert [row[2] for row in entries] == [1, 2, 3, 4, 5]

@@ -40,7 +40,7 @@ class DeadLetterError(SuretyError):
 def connect() -> psycopg.Connection[dict[str, Any]]:
     """As the owner of the database of DATABASE_URL."""
     url = load().require("database_url").reveal()
-    return psycopg.connect(harden(url, "deploy"), autocommit=True, row_factory=dict_row)
+    return psycopg.Connection[dict[str, Any]].connect(harden(url, "deploy"), autocommit=True, row_factory=dict_row)
 
 
 @click.group()

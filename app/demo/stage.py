@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -37,7 +37,7 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> Generator[None]:
     """The first INT, TERM or HUP raises Interrupted, and no further one disturbs the clearing up."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -54,7 +54,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def folder() -> Iterator[Path]:
+def folder() -> Generator[Path]:
     """A folder for logs and the sandbox's memory, removed last."""
     sweep()
     path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=roomy_folder()))
@@ -67,7 +67,7 @@ def folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def database(given: str | None) -> Iterator[str]:
+def database(given: str | None) -> Generator[str]:
     """An empty database: on the server of a given address, where nothing else is touched, or on one of our own."""
     with contextlib.ExitStack() as stack:
         if given is None:

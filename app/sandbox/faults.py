@@ -6,7 +6,7 @@ its event's id. Besides, the next calls of an operation can be given a fault by 
 """
 
 from hashlib import blake2b
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import msgspec
 from msgspec import Struct
@@ -120,7 +120,7 @@ class Faults:
         """What goes wrong with this call, if anything; each call counts as an attempt."""
         ordered = self._ordered(operation, identity)
         if ordered is not None:
-            return ordered  # type: ignore[return-value]
+            return cast(RequestFault, ordered)
         share = 1.0 if writes else self.profile.reads
         if self.profile is NONE or not share:
             return None
@@ -132,7 +132,7 @@ class Faults:
         """What goes wrong with the delivery of this event, if anything."""
         ordered = self._ordered(f"webhook:{type}", event_id)
         if ordered is not None:
-            return ordered  # type: ignore[return-value]
+            return cast(WebhookFault, ordered)
         if self.profile is NONE or type.endswith(".created"):
             return None
         return self._draw(WEBHOOK_FAULTS, 1.0, "webhook", event_id)
