@@ -129,7 +129,8 @@ begin atomic
             where accounts.id = used.kind || ':' || used.owner_id || ':' || used.currency
         ) is null
         order by 1
-        on conflict (id) do nothing
+        -- Without a target, for the key with the currency is unique, too, and who comes second may meet it first.
+        on conflict do nothing
     ),
 
     moved as (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 import pytest
 
+from db.connect import harden
 from tests.conftest import Connect
 from tests.payments import (
     Connection,
@@ -294,3 +297,24 @@ def test_what_only_we_must_know_is_no_event_of_a_merchant(conn: Connection, key_
         f"payment.{state}" for state in ("initiated", "submitting", "provider_submitted", "requires_action")
     }
     assert all(event["created_at"] and event["data"]["state"] for event in body["data"])
+
+
+def test_accounts_that_are_opened_by_several_at_once_are_opened_once(conn: Connection, database: str) -> None:
+    currencies = [row[0] for row in conn.execute("select currency from surety.currencies order by currency")]
+    start = threading.Barrier(6)
+
+    def post(number: int) -> None:
+        with psycopg.connect(harden(database, "deploy"), autocommit=True) as connection:
+            for currency in currencies:
+                cause = f"txn_{number}_{currency}"
+                start.wait(timeout=30)
+                connection.execute(
+                    "select ledger.post(array[row(%s, 'foreign', null, null, 'stripe/', %s, 5, 0, 5, null, null, null,"
+                    " null, null)::ledger.entry], now())",
+                    (cause, currency),
+                )
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(post, number) for number in range(6)]:
+            done.result(timeout=60)
+    assert one(conn, "select count(*) from ledger.accounts") == 2 * len(currencies)
