@@ -11,11 +11,16 @@ from rich.table import Table
 WIDTH_OF_A_PIPE = 500
 
 
-def show(table: Table, rows: Iterable[Sequence[Any]]) -> None:
-    """Print rows under the table's columns; nothing is cut off where nobody looks."""
+def wide_console() -> Console:
+    """stdout; nothing is cut off or wrapped where nobody looks."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH_OF_A_PIPE
+    return console
+
+
+def show(table: Table, rows: Iterable[Sequence[Any]]) -> None:
+    """Print rows under the table's columns."""
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))
-    console.print(table)
+    wide_console().print(table)

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 import psycopg
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from app.cli.tables import wide_console
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load
@@ -32,8 +33,7 @@ def trace(payment_id: str, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(read_trace(conn, payment_id), ensure_ascii=False))
         else:
-            console = Console(highlight=False)
-            console.print(draw_trace(conn, payment_id), soft_wrap=not console.is_terminal)
+            wide_console().print(draw_trace(conn, payment_id))
 
 
 def read_summary(conn: Connection, payment_id: str) -> dict[str, Any]:
