@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from typing import Any
 
@@ -174,6 +175,44 @@ def test_an_answer_is_repeated_byte_for_byte_by_a_process_started_later(merchant
         assert (again.status_code, again.content) == (201, first.content)
         assert again.headers["idempotency-replayed"] == "true"
         merchant.client.close()
+
+
+# ------------------------------------------------------------------------------------------------- when things go wrong
+
+
+def test_what_can_not_be_accepted_now_is_a_503_and_its_repetition_succeeds(merchant: Merchant) -> None:
+    key = fresh("key")
+    merchant.conn.execute("alter function api.create_payments(jsonb) rename to away")
+    answer = merchant.post(key=key)
+    problem(answer, 503, "overloaded")
+    assert answer.headers["retry-after"] == "1"
+    merchant.conn.execute("alter function api.away(jsonb) rename to create_payments")
+    assert merchant.count() == 0
+    assert merchant.post(key=key).status_code == 201
+
+
+def test_a_lost_connection_is_not_noticed(merchant: Merchant) -> None:
+    for _ in range(3):
+        merchant.conn.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where application_name = 'surety-api' and datname = current_database()"
+        )
+        made = merchant.pay()
+        assert merchant.get(f"/v1/payments/{made['id']}") == made
+
+
+def test_a_process_that_is_stopped_finishes_what_waits(merchant: Merchant, shared: str) -> None:
+    with service("api", shared) as stopping, ThreadPoolExecutor(1) as elsewhere, connected(shared) as holder:
+        merchant.client.base_url = httpx.URL(stopping.url)
+        with holder.transaction():
+            holder.execute("lock table surety.payments in share row exclusive mode")
+            answer = elsewhere.submit(merchant.post)
+            blocked = "select count(*) from pg_locks where relation = 'surety.payments'::regclass and not granted"
+            while merchant.conn.execute(blocked).fetchone() == (0,):
+                pass
+            stopping.process.terminate()
+        assert answer.result().status_code == 201
+        assert stopping.stop()[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------------ references
