@@ -20,6 +20,7 @@ from tests.payments import Connection, add_merchant, ledger_of, path_of, pay, st
 from tests.sandbox_process import Sandbox, eventually, running_sandbox
 from tests.working import (
     ROOT,
+    UNTIL_DUE,
     attempts,
     due,
     environment,
@@ -45,7 +46,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 @pytest.fixture
 def shop(conn: Connection) -> Pay:
     """Makes payments of 100.00 USD."""
-    hasten(conn)
+    hasten(conn, UNTIL_DUE)
     _, key_hash = add_merchant(conn)
     return lambda count=1, **fields: pay(conn, key_hash, count, **fields)
 
@@ -105,6 +106,7 @@ def test_procrastinates_settings_are_those_that_matter() -> None:
 def test_payments_settle_without_any_webhook_and_a_killed_workers_events_are_taken_over(
     conn: Connection, database: str, sandbox: Sandbox, shop: Pay
 ) -> None:
+    hasten(conn)
     with worker_process(database, sandbox.url, "killed") as killed:
         wait_for_worker(conn)
         held = shop(3)
@@ -159,6 +161,7 @@ def test_a_stopped_worker_finishes_what_it_sent_and_gives_back_the_rest_uncounte
 def test_nothing_is_lost_with_procrastinates_rows_or_all_connections_to_the_database(
     conn: Connection, database: str, sandbox: Sandbox, shop: Pay
 ) -> None:
+    hasten(conn)
     with worker_process(database, sandbox.url) as worker:
         wait_for_worker(conn)
         shop(20)
@@ -200,6 +203,7 @@ def test_idle_a_payment_reaches_the_provider_within_milliseconds(
 def test_an_event_that_breaks_its_handler_is_found_by_halving_and_only_it_counts(
     conn: Connection, database: str, sandbox: Sandbox, shop: Pay
 ) -> None:
+    hasten(conn)
     payments = shop(9)
     poison = payments[4]
     broken = f"alter table surety.expectations add constraint poison check (payment_id <> '{poison}')"

@@ -21,6 +21,8 @@ from tests.sandbox_process import eventually
 from tests.stripe_description import check_answer, check_request
 
 ROOT = Path(__file__).parent.parent
+UNTIL_DUE = "{1 hour,1 hour}"
+"""What failed is tried again when the test says so."""
 QUICK = {"SURETY_PROVIDER_TIMEOUT": "5", "SURETY_POLL_SECONDS": "1"}
 
 
@@ -29,9 +31,9 @@ def environment(database: str, sandbox_url: str, **more: str) -> dict[str, str]:
     return {"DATABASE_URL": database, "SURETY_SANDBOX_URL": sandbox_url, **QUICK, **more}
 
 
-def hasten(conn: Connection, lease: str = "2 seconds") -> None:
+def hasten(conn: Connection, retry_after: str = "{0.05 s,0.1 s}") -> None:
     """Shorten what is otherwise seconds and minutes; before workers start."""
-    conn.execute("update outbox.handlers set lease = %s, retry_after = '{0.05 s,0.1 s}'", (lease,))
+    conn.execute("update outbox.handlers set lease = '2 seconds', retry_after = %s::interval[]", (retry_after,))
     conn.execute("update surety.states set ask_after = '1 second' where ask_after = '60 seconds'")
 
 
