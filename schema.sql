@@ -507,7 +507,7 @@ create table surety.inbox (
     constraint inbox_pkey primary key (id)
 ) partition by range (id);
 comment on table surety.inbox is
-'Webhooks with a valid signature, as they came, once per provider event. body is the signed text.';
+'Webhooks with a valid signature, once per provider event. body is the signed text without client secrets.';
 
 create table surety.inbox_keys (
     provider text not null,

@@ -105,6 +105,14 @@ def test_a_signed_webhook_is_stored_as_it_came_and_queued(client: httpx.Client, 
     )
 
 
+def test_a_client_secret_is_not_stored(client: httpx.Client, rights: Connection) -> None:
+    body = event(data={"object": {"id": "pi_1", "client_secret": 'pi_1_secret_of"the\\payer', "amount": 5}})
+    assert deliver(client, body).status_code == 200
+    kept = one(rights, "select body from surety.inbox where event_id = %s", msgspec.json.decode(body)["id"])
+    assert "payer" not in kept
+    assert msgspec.json.decode(kept)["data"]["object"] == {"id": "pi_1", "client_secret": None, "amount": 5}
+
+
 def test_a_webhook_wakes_the_worker_that_applies_it(client: httpx.Client, rights: Connection) -> None:
     deliver(client, event())
     while not one(rights, "select count(*) from procrastinate.procrastinate_jobs where queueing_lock = 'drain:apply'"):
