@@ -1,6 +1,5 @@
 -- Steps: inserting them is the only way to change a payment's state. The trigger below projects them and tells the
--- outbox
--- and the audit trail, once per statement, for all payments of a batch.
+-- outbox and the audit trail, once per statement, for all payments of a batch.
 
 create or replace function surety.project_steps() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -9,19 +8,22 @@ as $$
 declare
     v_now timestamptz := surety.time_now();
     v_epoch integer := outbox.epoch();
+    v_is_later boolean := exists (select from new_steps as n where n.version > 1);
 begin
     -- Who inserts a payment or changes its amounts has written the projection along; here it is made for the others.
-    update surety.payments as p
-    set version = last.version, state = last.to_state, updated_at = last.at,
-        ask_at = last.at + s.ask_after, asked = 0,
-        next_action = case when last.to_state = 'requires_action' then p.next_action end
-    from (
-        select distinct on (n.payment_id) n.payment_id, n.version, n.to_state, n.at
-        from new_steps as n
-        order by n.payment_id, n.version desc
-    ) as last
-    join surety.states as s on s.state = last.to_state
-    where p.id = last.payment_id and p.version < last.version;
+    if v_is_later then
+        update surety.payments as p
+        set version = last.version, state = last.to_state, updated_at = last.at,
+            ask_at = last.at + s.ask_after, asked = 0,
+            next_action = case when last.to_state = 'requires_action' then p.next_action end
+        from (
+            select distinct on (n.payment_id) n.payment_id, n.version, n.to_state, n.at
+            from new_steps as n
+            order by n.payment_id, n.version desc
+        ) as last
+        join surety.states as s on s.state = last.to_state
+        where p.id = last.payment_id and p.version < last.version;
+    end if;
 
     insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
     select
@@ -45,6 +47,10 @@ begin
     from new_steps as n
     join surety.payments as p on p.id = n.payment_id
     order by n.payment_id, n.version;
+
+    if not v_is_later then
+        return null;
+    end if;
 
     -- A reference is free again once its payment has failed or was canceled, and taken back if it succeeds after all.
     if exists (select from new_steps as n where n.to_state in ('failed', 'canceled')) then
