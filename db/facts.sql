@@ -161,7 +161,8 @@ begin
     -- A decline leaves the intent alive; it must be called off before the payment has failed.
     select array_agg(distinct f.payment_id) into v_declined
     from unnest(v_new) as f join surety.payments as p on p.id = f.payment_id join surety.states as s on s.state = p.state
-    where f.kind = 'attempt_failed' and f.disregarded is null and not s.is_final and p.captured_minor = 0;
+    where f.kind = 'attempt_failed' and f.object_id = p.provider_id and f.disregarded is null and not s.is_final
+        and p.captured_minor = 0;
     if v_declined is not null then
         perform outbox.emit(
             'payment', p.id, 'payment.attempt_failed',

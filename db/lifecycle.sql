@@ -98,7 +98,33 @@ language sql stable security definer set search_path = pg_catalog, pg_temp
 set enable_hashjoin = on
 begin atomic
     -- offset 0 keeps the look-ups of facts and payments what they are, whatever the planner believes of their number.
-    with counted as (
+    with subjects as (
+        -- A payment has one intent, the first that was told of. What becomes of another says nothing about the payment,
+        -- unless it charges; and its charges count, whosever they are.
+        select
+            asked.payment_id,
+            coalesce(payments.provider_id, (
+                select first_told.object_id
+                from surety.facts as first_told
+                where
+                    first_told.payment_id = asked.payment_id and first_told.disregarded is null
+                    and first_told.kind in (
+                        select kinds.kind from surety.fact_kinds as kinds
+                        where kinds.family = 'intent'
+                    )
+                order by first_told.id
+                limit 1
+            )) as intent
+        from unnest(p_payment_ids) as asked (payment_id)
+        cross join lateral (
+            select one.provider_id
+            from surety.payments as one
+            where asked.payment_id = one.id
+            offset 0
+        ) as payments
+    ),
+
+    counted as (
         select
             facts.id,
             facts.payment_id,
@@ -111,7 +137,7 @@ begin atomic
             fact_kinds.family,
             fact_kinds.rank,
             fact_kinds.evidences
-        from unnest(p_payment_ids) as asked (payment_id)
+        from subjects as asked
         cross join lateral (
             select
                 known.id,
@@ -127,6 +153,7 @@ begin atomic
             offset 0
         ) as facts
         inner join surety.fact_kinds on facts.kind = fact_kinds.kind
+        where fact_kinds.family <> 'intent' or facts.object_id = asked.intent
     ),
 
     -- Per object the highest rank wins; where a kind is not monotone, the last revision.
@@ -190,9 +217,7 @@ begin atomic
             bool_or(counted.kind = 'authorized') as authorized,
             bool_or(counted.kind = 'action') as action,
             array_agg(distinct counted.evidences) filter (where counted.evidences is not null) as evidenced,
-            -- The first that was told of stays the payment's: what was confirmed once must never be another by now.
-            (array_agg(counted.object_id order by counted.id) filter (where counted.family = 'intent'))[1]
-                as provider_id,
+            max(counted.object_id) filter (where counted.family = 'intent') as provider_id,
             (array_agg(counted.data -> 'next_action') filter (where counted.kind = 'action'))[1] as next_action,
             (array_agg(counted.data -> 'failure' order by counted.rank desc) filter (
                 where counted.kind in ('failed', 'attempt_failed') and counted.data ? 'failure'

@@ -605,7 +605,8 @@ insert into outbox.epochs (epoch, system_identifier, started_at, reason)
 select 1, outbox.system_identifier(), surety.time_now(), 'first deploy'
 where not exists (select from outbox.epochs);
 
--- A handler that is added later starts with what commits from then on; name '1:1:' to start at the beginning.
+-- A handler that is added later starts with what commits from then on; name '1:1:' to start at the beginning. Which
+-- events it handles is its code's business; how many at once, the operator's.
 insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, epoch, seen)
 select
     h.handler,
@@ -623,4 +624,6 @@ from (
     ('apply', array['webhook.received'], 200, 2),
     ('cancel', array['payment.attempt_failed', 'payment.action_overdue'], 200, 2)
 ) as h (handler, event_types, batch_size, batches_at_once)
-on conflict (handler) do nothing;
+on conflict (handler) do update
+set event_types = excluded.event_types
+where handlers.event_types <> excluded.event_types;

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from db.connect import harden
+from db.deploy import deploy
 from tests.conftest import Connect
 from tests.payments import (
     Connection,
@@ -318,3 +319,25 @@ def test_accounts_that_are_opened_by_several_at_once_are_opened_once(conn: Conne
         for done in [pool.submit(post, number) for number in range(6)]:
             done.result(timeout=60)
     assert one(conn, "select count(*) from ledger.accounts") == 2 * len(currencies)
+
+
+@pytest.mark.parametrize("kind", ["canceled", "failed", "processing", "action", "attempt_failed"])
+def test_what_becomes_of_a_second_intent_says_nothing_about_the_payment(
+    conn: Connection, key_hash: bytes, kind: str
+) -> None:
+    [payment_id] = pay(conn, key_hash, reference="order-1")
+    record(conn, [fact(payment_id, "submitted", "pi")])
+    assert record(conn, [fact(payment_id, "submitted", "orphan"), fact(payment_id, kind, "orphan")]) == []
+    state, intent = conn.execute("select state, provider_id from surety.payments").fetchall()[0]
+    assert (state, intent) == ("provider_submitted", f"pi_{payment_id[-12:]}")
+    assert one(conn, "select count(*) from surety.payment_references") == 1
+    record(conn, [fact(payment_id, "captured", "ch", 10000)])
+    assert state_of(conn, payment_id) == "confirmed"
+    assert not violations(conn)
+
+
+def test_a_handler_gets_the_events_that_its_deployed_code_wants(conn: Connection, database: str) -> None:
+    conn.execute("update outbox.handlers set event_types = '{payment.attempt_failed}', batch_size = 50")
+    deploy(database, force=True)
+    row = conn.execute("select event_types, batch_size from outbox.handlers where handler = 'cancel'").fetchone()
+    assert row == (["payment.attempt_failed", "payment.action_overdue"], 50)
