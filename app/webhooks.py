@@ -42,8 +42,8 @@ RELEVANT_HEADERS = frozenset({b"stripe-signature", b"content-type", b"user-agent
 HEADER_CHARACTERS_MAX = 2000
 JSON = (b"content-type", b"application/json")
 
-# Who knows an intent's client secret can act as its payer, so it is taken out of what is stored. What is stored therefore
-# no longer verifies against its signature; that was done before.
+# Who knows an intent's client secret can act as its payer, so it is taken out of what is stored, which therefore no
+# longer verifies against its signature; that was done before.
 CLIENT_SECRET = re.compile(rb'("client_secret"\s*:\s*)"(?:[^"\\]|\\.)*"')
 
 Visible = Annotated[str, Meta(pattern=r"^[!-~]{1,255}$(?!\n)")]
