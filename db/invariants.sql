@@ -38,7 +38,8 @@ begin atomic
             'every state is what its facts say',
             payments.id
         from surety.payments
-        left join lateral surety.derive(array[payments.id]) as derived on true
+        left join surety.derive(array(select asked.id from surety.payments as asked)) as derived
+            on payments.id = derived.payment_id
         where
             -- What we sent and what was refused is no fact; and what has ended here ends once, unless it succeeds.
             payments.state is distinct from derived.target_state
@@ -49,7 +50,8 @@ begin atomic
             'every amount is what its facts say',
             payments.id
         from surety.payments
-        left join lateral surety.derive(array[payments.id]) as derived on true
+        left join surety.derive(array(select asked.id from surety.payments as asked)) as derived
+            on payments.id = derived.payment_id
         where
             (payments.captured_minor, payments.refunded_minor, payments.refund_pending_minor) <> (
                 coalesce(derived.captured_minor, 0), coalesce(derived.refunded_minor, 0),
