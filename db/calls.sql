@@ -74,7 +74,8 @@ begin
                 ) then 'skip'
                 when not e.was_sent then 'send'
                 -- A key's first answer is replayed for 24 hours at least, server errors included.
-                when p_operation = 'create' and e.first_sent_at > v_now - interval '23 hours' and coalesce(e.status, 0) < 500
+                when p_operation = 'create' and e.first_sent_at > v_now - interval '23 hours'
+                    and coalesce(e.status, 0) < 500
                     then 'send'
                 when p_operation <> 'create' and e.answered_at is not null and e.status between 400 and 499 then 'send'
                 else 'ask'

@@ -3,7 +3,8 @@
 create or replace function outbox.replay_dead_letter(p_id text, p_actor text, p_reason text) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Makes the event due again at once, with a clean count; its handler asks before it sends. False, and nothing done, for a
+-- Makes the event due again at once, with a clean count; its handler asks before it sends. False, and nothing done, for
+-- a
 -- letter that is closed: replaying twice replays once.
 declare
     v_now timestamptz := surety.time_now();

@@ -10,85 +10,6 @@
 -- visible in `goal` and not in `seen`, the ones up to (at_xid, at_id). A transaction that commits late is in no earlier
 -- snapshot, so it is taken by a later goal; one that stays open delays nobody.
 
-create or replace function outbox.system_identifier() returns bigint
-language sql stable security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    select control.system_identifier from pg_control_system() as control;
-end;
-
-create or replace function outbox.epoch() returns integer
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-as $$
--- The epoch in force. Refuses to answer in a database that was restored into another cluster: its transaction ids began
--- anew there, and what is written now would lie before the handlers' cursors.
-declare
-    v_epoch outbox.epochs;
-begin
-    select e.* into v_epoch from outbox.epochs as e order by e.epoch desc limit 1;
-    if v_epoch.system_identifier is distinct from outbox.system_identifier() then
-        raise exception 'this database was restored into another cluster' using
-            errcode = 'SU005', hint = 'Run "surety restored" before anything is accepted or handled.';
-    end if;
-    return v_epoch.epoch;
-end;
-$$;
-
-create or replace function outbox.is_ahead(p_epoch integer) returns boolean
-language plpgsql stable set search_path = pg_catalog, pg_temp
-as $$
--- Whether an event stems from a transaction yet to come: the same cluster, restored, went back in time.
-declare
-    v_last xid8 := (
-        select e.xid from outbox.events as e where e.epoch = p_epoch order by e.epoch desc, e.xid desc limit 1
-    );
-begin
-    return v_last >= pg_snapshot_xmax(pg_current_snapshot())
-        and v_last is distinct from pg_current_xact_id_if_assigned();
-end;
-$$;
-
-create or replace function outbox.restored(p_reason text) returns integer
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
-as $$
--- Opens a new epoch after a restore into another cluster, or into one that went back in time. Events that a handler had
--- not taken become retries due at once, batches are given back, cursors start at the new epoch's beginning. Returns the
--- epoch. Without need it changes nothing.
-declare
-    v_now timestamptz := surety.time_now();
-    v_old outbox.epochs;
-    v_handler outbox.handlers;
-begin
-    lock table outbox.epochs in exclusive mode;
-    select e.* into v_old from outbox.epochs as e order by e.epoch desc limit 1;
-    if v_old.system_identifier = outbox.system_identifier() and outbox.is_ahead(v_old.epoch) is not true then
-        return v_old.epoch;
-    end if;
-    for v_handler in select h.* from outbox.handlers as h order by h.handler for update loop
-        insert into outbox.retries (handler, event_id, due_at)
-        select v_handler.handler, untaken.id, v_now
-        from (
-            select e.id from outbox.events as e
-            where e.epoch = v_handler.epoch and e.type = any(v_handler.event_types)
-                and not pg_visible_in_snapshot(e.xid, v_handler.seen)
-                and (
-                    v_handler.goal is null or not pg_visible_in_snapshot(e.xid, v_handler.goal)
-                    or (e.xid, e.id) > (v_handler.at_xid, v_handler.at_id)
-                )
-            union
-            select unnest(b.event_ids) from outbox.batches as b where b.handler = v_handler.handler
-        ) as untaken
-        order by untaken.id
-        on conflict (handler, event_id) do update set due_at = excluded.due_at;
-    end loop;
-    delete from outbox.batches;
-    insert into outbox.epochs (epoch, system_identifier, started_at, reason)
-    values (v_old.epoch + 1, outbox.system_identifier(), v_now, p_reason);
-    update outbox.handlers set epoch = v_old.epoch + 1, seen = '1:1:', goal = null, at_xid = '0', at_id = '';
-    perform setval('outbox.fences', nextval('outbox.fences') + 1000000);
-    return v_old.epoch + 1;
-end;
-$$;
-
 create or replace function outbox.emit(
     p_aggregate_type text, p_aggregate_id text, p_type text, p_payload jsonb, p_merchant_id text, p_version integer
 ) returns text
@@ -106,20 +27,6 @@ begin atomic
         outbox.epoch()
     returning id;
 end;
-
-create or replace function outbox.require_epoch() returns void
-language plpgsql stable set search_path = pg_catalog, pg_temp
-as $$
--- Also refuses a restore into the same cluster that went back in time: an event from a transaction yet to come.
-declare
-    v_epoch integer := outbox.epoch();
-begin
-    if outbox.is_ahead(v_epoch) then
-        raise exception 'events stem from transactions that have not happened here: this database was restored'
-            using errcode = 'SU005', hint = 'Run "surety restored" before anything is accepted or handled.';
-    end if;
-end;
-$$;
 
 create or replace function outbox.scan(
     p_epoch integer, p_seen pg_snapshot, p_goal pg_snapshot, p_at_xid xid8, p_at_id text, p_limit integer
@@ -192,8 +99,8 @@ $$;
 create or replace function outbox.take_over(p_handler text, p_at timestamptz) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
--- Batches whose lease ran out: each event left in them is a suspect, counted as a kill, not as a failure; from now on it
--- runs alone. One that has seen three workers die is buried.
+-- Batches whose lease ran out: each event left in them is a suspect, counted as a kill, not as a failure; from now on
+-- it -- runs alone. One that has seen three workers die is buried.
 declare
     v_dead text[];
     v_kills_max constant integer := 3;
@@ -365,7 +272,8 @@ begin
         handler, event_ids, first_id, last_id, is_retry, is_suspect, fence, leased_by, leased_until, claimed_at
     )
     select
-        p_handler, v_ids, min(i.id collate "C"), max(i.id collate "C"), v_retry, v_suspect, nextval('outbox.fences'), p_worker,
+        p_handler, v_ids, min(i.id collate "C"), max(i.id collate "C"), v_retry, v_suspect, nextval('outbox.fences'),
+        p_worker,
         v_now + v_handler.lease, v_now
     from unnest(v_ids) as i (id)
     returning b.id, b.fence, b.event_ids, b.is_suspect, b.leased_until;
@@ -421,7 +329,8 @@ end;
 create or replace function outbox.fail(p_batch bigint, p_fence bigint, p_failures jsonb) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- p_failures: [{"event_id", "error"}]. Counts a failure for each, sets when it is due again (the handler's delays, give or
+-- p_failures: [{"event_id", "error"}]. Counts a failure for each, sets when it is due again (the handler's delays, give
+-- or
 -- take 20 %), buries what has used them up. False, and nothing done, when the lease is another's by now.
 declare
     v_now timestamptz := surety.time_now();
@@ -466,7 +375,7 @@ create or replace function outbox.release(
 ) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Gives events back uncounted, due again after p_after: the failure was not theirs (a busy provider, a stopping worker).
+-- Gives events back uncounted, due again after p_after: the failure was not theirs (a busy provider, a stopped worker).
 declare
     v_now timestamptz := surety.time_now();
     v_batch outbox.batches;
@@ -487,7 +396,8 @@ begin
     on conflict (handler, event_id) do update
     set
         -- Only the last twenty: a provider may be busy for long.
-        attempts = case when jsonb_array_length(r.attempts) >= 20 then r.attempts - 0 else r.attempts end || excluded.attempts,
+        attempts = case when jsonb_array_length(r.attempts) >= 20 then r.attempts - 0 else r.attempts end
+            || excluded.attempts,
         due_at = excluded.due_at;
     return outbox.finish(p_batch, p_fence, p_event_ids);
 end;
@@ -518,92 +428,6 @@ begin atomic
 end;
 comment on function outbox.batch_events(bigint, bigint) is
 'The events left in a batch; none when the lease is another''s by now. failures counts earlier attempts that failed.';
-
-create or replace function outbox.has_work(p_handler text) returns boolean
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-as $$
--- Whether a claim would find something: cheap enough to ask every second.
-declare
-    v_now timestamptz := surety.time_now();
-    v_handler outbox.handlers;
-begin
-    select h.* into v_handler from outbox.handlers as h where h.handler = p_handler;
-    return v_handler.paused_at is null and (
-        v_handler.goal is not null
-        or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)
-        or exists (select from outbox.batches as b where b.handler = p_handler and b.leased_until < v_now)
-        or exists (
-            select from outbox.scan(
-                v_handler.epoch, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id, 1)
-        )
-    );
-end;
-$$;
-
-create or replace function outbox.kick(p_handlers text[]) returns integer
-language sql volatile security definer
--- Procrastinate's triggers name no schema.
-set search_path = pg_catalog, procrastinate, pg_temp
-begin atomic
-    with woken as (
-        insert into procrastinate.procrastinate_jobs (queue_name, task_name, queueing_lock, args)
-        select
-            'outbox',
-            'drain',
-            'drain:' || h.handler,
-            jsonb_build_object('handler', h.handler)
-        from outbox.handlers as h
-        where h.handler = any(p_handlers) and h.paused_at is null
-        order by h.handler
-        on conflict (queueing_lock) where status = 'todo' do nothing
-        returning id
-    )
-
-    select count(*)::integer from woken;
-end;
-comment on function outbox.kick(text[]) is
-'Wakes a worker for each handler, unless a job for it waits already. Call it after the commit of what should be
-handled.';
-
-create or replace function outbox.forget_jobs() returns integer
-language sql volatile security definer
-set search_path = pg_catalog, procrastinate, pg_temp
-begin atomic
-    -- A worker that died leaves its jobs as being done; whatever they were to do has been found again by then.
-    with forgotten as (
-        delete from procrastinate.procrastinate_jobs
-        where
-            procrastinate_jobs.status = 'doing' and not exists (
-                select from procrastinate.procrastinate_workers
-                where
-                    procrastinate_workers.id = procrastinate_jobs.worker_id
-                    and procrastinate_workers.last_heartbeat > now() - interval '10 minutes'
-            )
-        returning procrastinate_jobs.id
-    )
-
-    select count(*)::integer from forgotten;
-end;
-
-create or replace function outbox.kick_due() returns text[]
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
-as $$
--- The tick: wakes the handlers that have due work, and says which.
-declare
-    v_due text[];
-begin
-    select array_agg(h.handler order by h.handler) into v_due
-    from outbox.handlers as h where outbox.has_work(h.handler);
-    if v_due is not null then
-        perform outbox.kick(v_due);
-    end if;
-    return v_due;
-end;
-$$;
-
-insert into outbox.epochs (epoch, system_identifier, started_at, reason)
-select 1, outbox.system_identifier(), surety.time_now(), 'first deploy'
-where not exists (select from outbox.epochs);
 
 -- A handler that is added later starts with what commits from then on; name '1:1:' to start at the beginning. Which
 -- events it handles is its code's business; how many at once, the operator's.

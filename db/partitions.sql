@@ -77,8 +77,10 @@ select surety.maintain_partitions();
 create or replace function surety.past_partitions(p_keep interval) returns table (partition text, detach text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- Partitions of events and webhooks that may be detached, oldest first, each with the statement that does it beside traffic
--- (it can't run inside a function): older than p_keep, every handler's cursor past them, nothing of theirs in a batch, due
+-- Partitions of events and webhooks that may be detached, oldest first, each with the statement that does it beside
+-- traffic
+-- (it can't run inside a function): older than p_keep, every handler's cursor past them, nothing of theirs in a batch,
+-- due
 -- again, or a dead letter that is open. Payments, ledger and audit trail are kept.
 declare
     v_part record;
@@ -97,7 +99,8 @@ begin
     loop
         continue when v_part.end_id > surety.id_at(v_part.prefix, surety.time_now() - p_keep);
         if v_part.prefix = 'evt' then
-            -- A partition's ids tell when its events were made, and so does a webhook's event: it is made with the webhook.
+            -- A partition's ids tell when its events were made, and so does a webhook's event: it is made with the
+            -- webhook.
             select exists (
                 select from outbox.events as e cross join outbox.handlers as h
                 where e.id >= coalesce(v_part.first_id, '') and e.id < v_part.end_id

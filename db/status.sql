@@ -4,7 +4,8 @@ create or replace function outbox.backlog(p_handler text, p_count_max integer)
 returns table (backlog bigint, oldest_at timestamptz, retries_due bigint, suspects bigint, dead bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- What waits for a handler: events not taken (counted up to p_count_max) and events in batches, with the oldest one's time.
+-- What waits for a handler: events not taken (counted up to p_count_max) and events in batches, with the oldest one's
+-- time.
 declare
     v_now timestamptz := surety.time_now();
     v_handler outbox.handlers;
@@ -37,7 +38,7 @@ $$;
 create or replace function surety.read_status() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- Everything that `surety status` shows. Ages are seconds. transaction is the oldest one of the whole cluster that holds
+-- Everything that `surety status` shows. Ages are seconds. transaction is the oldest of the whole cluster that holds
 -- a snapshot or has written, whatever database it is in: it keeps rows from being vacuumed and seals from being made.
 declare
     v_now timestamptz := surety.time_now();
@@ -45,13 +46,15 @@ begin
     return jsonb_build_object(
         'at', surety.iso(v_now),
         'is_restored_elsewhere', (
-            select e.system_identifier <> outbox.system_identifier() from outbox.epochs as e order by e.epoch desc limit 1
+            select e.system_identifier <> outbox.system_identifier()
+            from outbox.epochs as e order by e.epoch desc limit 1
         ),
         'handlers', (
             select jsonb_agg(jsonb_build_object(
                 'handler', h.handler, 'backlog', b.backlog,
                 'oldest_seconds', greatest(0, round(extract(epoch from v_now - b.oldest_at), 3)),
-                'retries_due', b.retries_due, 'suspects', b.suspects, 'dead', b.dead, 'is_paused', h.paused_at is not null
+                'retries_due', b.retries_due, 'suspects', b.suspects, 'dead', b.dead,
+                'is_paused', h.paused_at is not null
             ) order by h.handler)
             from outbox.handlers as h cross join lateral outbox.backlog(h.handler, 10000) as b
         ),
@@ -94,7 +97,8 @@ begin
         ),
         'partitions_until', (
             select min(ahead.until) from (
-                select max(substring(pg_get_expr(c.relpartbound, c.oid) from $x$TO \('[a-z]+_([0-9a-f]{12})'\)$x$)) as until
+                select
+                    max(substring(pg_get_expr(c.relpartbound, c.oid) from $x$TO \('\w+_([0-9a-f]{12})'\)$x$)) as until
                 from surety.partitioned_tables as t
                 join pg_inherits as i on i.inhparent = t.parent
                 join pg_class as c on c.oid = i.inhrelid

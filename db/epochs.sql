@@ -1,0 +1,100 @@
+-- Epochs: transaction ids are comparable only within the cluster that gave them. A dump restored into another cluster
+-- accepts
+-- and claims nothing until it has a new one.
+
+create or replace function outbox.system_identifier() returns bigint
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select control.system_identifier from pg_control_system() as control;
+end;
+
+create or replace function outbox.epoch() returns integer
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+-- The epoch in force. Refuses to answer in a database that was restored into another cluster: its transaction ids began
+-- anew there, and what is written now would lie before the handlers' cursors.
+declare
+    v_epoch outbox.epochs;
+begin
+    select e.* into v_epoch from outbox.epochs as e order by e.epoch desc limit 1;
+    if v_epoch.system_identifier is distinct from outbox.system_identifier() then
+        raise exception 'this database was restored into another cluster' using
+            errcode = 'SU005', hint = 'Run "surety restored" before anything is accepted or handled.';
+    end if;
+    return v_epoch.epoch;
+end;
+$$;
+
+create or replace function outbox.is_ahead(p_epoch integer) returns boolean
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+-- Whether an event stems from a transaction yet to come: the same cluster, restored, went back in time.
+declare
+    v_last xid8 := (
+        select e.xid from outbox.events as e where e.epoch = p_epoch order by e.epoch desc, e.xid desc limit 1
+    );
+begin
+    return v_last >= pg_snapshot_xmax(pg_current_snapshot())
+        and v_last is distinct from pg_current_xact_id_if_assigned();
+end;
+$$;
+
+create or replace function outbox.restored(p_reason text) returns integer
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Opens a new epoch after a restore into another cluster, or into one that went back in time. Events that a handler had
+-- not taken become retries due at once, batches are given back, cursors start at the new epoch's beginning. Returns the
+-- epoch. Without need it changes nothing.
+declare
+    v_now timestamptz := surety.time_now();
+    v_old outbox.epochs;
+    v_handler outbox.handlers;
+begin
+    lock table outbox.epochs in exclusive mode;
+    select e.* into v_old from outbox.epochs as e order by e.epoch desc limit 1;
+    if v_old.system_identifier = outbox.system_identifier() and outbox.is_ahead(v_old.epoch) is not true then
+        return v_old.epoch;
+    end if;
+    for v_handler in select h.* from outbox.handlers as h order by h.handler for update loop
+        insert into outbox.retries (handler, event_id, due_at)
+        select v_handler.handler, untaken.id, v_now
+        from (
+            select e.id from outbox.events as e
+            where e.epoch = v_handler.epoch and e.type = any(v_handler.event_types)
+                and not pg_visible_in_snapshot(e.xid, v_handler.seen)
+                and (
+                    v_handler.goal is null or not pg_visible_in_snapshot(e.xid, v_handler.goal)
+                    or (e.xid, e.id) > (v_handler.at_xid, v_handler.at_id)
+                )
+            union
+            select unnest(b.event_ids) from outbox.batches as b where b.handler = v_handler.handler
+        ) as untaken
+        order by untaken.id
+        on conflict (handler, event_id) do update set due_at = excluded.due_at;
+    end loop;
+    delete from outbox.batches;
+    insert into outbox.epochs (epoch, system_identifier, started_at, reason)
+    values (v_old.epoch + 1, outbox.system_identifier(), v_now, p_reason);
+    update outbox.handlers set epoch = v_old.epoch + 1, seen = '1:1:', goal = null, at_xid = '0', at_id = '';
+    perform setval('outbox.fences', nextval('outbox.fences') + 1000000);
+    return v_old.epoch + 1;
+end;
+$$;
+
+create or replace function outbox.require_epoch() returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+-- Also refuses a restore into the same cluster that went back in time: an event from a transaction yet to come.
+declare
+    v_epoch integer := outbox.epoch();
+begin
+    if outbox.is_ahead(v_epoch) then
+        raise exception 'events stem from transactions that have not happened here: this database was restored'
+            using errcode = 'SU005', hint = 'Run "surety restored" before anything is accepted or handled.';
+    end if;
+end;
+$$;
+
+insert into outbox.epochs (epoch, system_identifier, started_at, reason)
+select 1, outbox.system_identifier(), surety.time_now(), 'first deploy'
+where not exists (select from outbox.epochs);

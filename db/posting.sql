@@ -1,0 +1,187 @@
+-- What new facts mean for the ledger: each cause with its rule and amounts, for ledger.post.
+
+create or replace function surety.post_facts(p_facts surety.facts[], p_derived surety.derived[], p_at timestamptz)
+returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- The ledger's consequences of new facts. Status moves merchants' balances; only balance transactions move the
+-- provider's.
+declare
+    v_entries ledger.entry [];
+begin
+    with facts as (
+        select
+            f.object_id, f.kind, f.revision, f.amount_minor, f.currency, f.data, p.id as payment_id, p.merchant_id,
+            p.amount_minor as asked_minor, p.currency as payment_currency,
+            f.provider || '/' || f.account as provider_owner, m.fee_basis_points, m.fee_fixed_minor
+        from unnest(p_facts) as f
+        join surety.payments as p on p.id = f.payment_id
+        join surety.merchants as m on m.id = p.merchant_id
+        where f.disregarded is null
+    ),
+    causes as (
+        select
+            f.object_id || ':captured' as cause, 'captured' as rule, f.payment_id, f.merchant_id, f.provider_owner,
+            f.currency, least(f.amount_minor, f.asked_minor) as gross, null::bigint as fee, null::bigint as net,
+            ledger.fee(least(f.amount_minor, f.asked_minor), f.fee_basis_points, f.fee_fixed_minor) as ours,
+            greatest(0, f.amount_minor - f.asked_minor) as excess,
+            null::text as other_currency, null::bigint as other_gross, null::bigint as other_net
+        from facts as f where f.kind = 'captured'
+        union all
+        select
+            f.object_id, r.rule, f.payment_id, f.merchant_id, f.provider_owner, f.currency, f.amount_minor,
+            (f.data ->> 'fee')::bigint, (f.data ->> 'net')::bigint, null, null,
+            f.data ->> 'other_currency', (f.data ->> 'other_gross')::bigint, null
+        from facts as f
+        cross join lateral (
+            select surety.money_rule(f.data ->> 'category', f.data ? 'other_currency') as rule
+        ) as r
+        where f.kind = 'money'
+        union all
+        -- Any news of a refund means that it was asked for.
+        select
+            f.object_id || ':asked', 'refund_asked', f.payment_id, f.merchant_id, f.provider_owner, f.currency,
+            f.amount_minor, null, null, null, null, null, null, null
+        from facts as f where f.kind like 'refund\_%'
+        union all
+        select
+            f.object_id || ':failed', 'refund_failed', f.payment_id, f.merchant_id, f.provider_owner, f.currency,
+            f.amount_minor, null, null, null, null, null, null, null
+        from facts as f where f.kind in ('refund_failed', 'refund_canceled')
+        union all
+        select
+            f.object_id || ':' || moved.n || ':' || moved.rule, moved.rule, f.payment_id, f.merchant_id,
+            f.provider_owner, f.currency, f.amount_minor, null, null, null, null, null, null, null
+        from (
+            select distinct on (g.object_id) g.* from facts as g where g.kind like 'dispute\_%'
+            order by g.object_id, g.revision desc
+        ) as f
+        cross join lateral surety.dispute_moves(f.payment_id, f.object_id) as moved
+        union all
+        select
+            d.payment_id || ':settled',
+            case when s.exchanged then 'settled_exchanged' else 'settled' end,
+            p.id, p.merchant_id, p.provider || '/' || p.provider_account, s.currency,
+            null, null, s.net, null, null, s.other_currency, null, s.other_net
+        from unnest(p_derived) as d
+        join surety.payments as p on p.id = d.payment_id
+        join surety.merchants as m on m.id = p.merchant_id
+        cross join lateral surety.settled_amounts(p, m) as s
+        where d.is_settled
+        union all
+        -- Money that can't be this payment's arrived all the same. That of the other mode is none.
+        select
+            f.object_id, 'foreign', f.payment_id, null, f.provider || '/' || f.account, f.currency, f.amount_minor,
+            (f.data ->> 'fee')::bigint, (f.data ->> 'net')::bigint, null, null, null, null, null
+        from unnest(p_facts) as f
+        where f.kind = 'money' and f.disregarded in ('currency', 'account')
+    )
+    select array_agg((
+        c.cause, c.rule, c.payment_id, c.merchant_id, c.provider_owner, c.currency, c.gross, c.fee, c.net, c.ours,
+        c.excess, c.other_currency, c.other_gross, c.other_net
+    )::ledger.entry order by c.cause) into v_entries
+    from causes as c;
+    perform surety.open_discrepancy(
+        'category', f.object_id, f.payment_id, format('a balance transaction of category %s', f.data ->> 'category'),
+        to_jsonb(f), false, p_at)
+    from unnest(p_facts) as f
+    where f.kind = 'money' and f.disregarded is null
+        and surety.money_rule(f.data ->> 'category', false) = 'foreign';
+    if v_entries is not null then
+        perform ledger.post(v_entries, p_at);
+    end if;
+end;
+$$;
+
+create or replace function surety.money_rule(p_category text, p_is_exchanged boolean) returns text
+language sql immutable parallel safe
+begin atomic
+    -- Whatever we have no rule for goes to suspense, so that no money stays unbooked.
+    select case
+        when p_category in ('charge', 'partial_capture_reversal') and p_is_exchanged then 'charge_exchanged'
+        when p_category in ('charge', 'partial_capture_reversal') then 'charge'
+        when p_category in ('refund', 'refund_failure', 'dispute', 'dispute_reversal', 'payout', 'payout_reversal')
+            then p_category
+        when p_category in ('fee', 'tax', 'network_cost') then 'provider_fee'
+        when p_category = 'risk_reserved_funds' then 'reserve'
+        else 'foreign'
+    end;
+end;
+
+create or replace function surety.settled_amounts(p_payment surety.payments, p_merchant surety.merchants)
+returns table (exchanged boolean, currency text, net bigint, other_currency text, other_net bigint)
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    -- What the merchant is owed after our fee, in the currency that arrived. The fee is the one that was taken, if the
+    -- capture has posted, for the merchant's may be another by now.
+    with owed as (
+        select
+            p_payment.captured_minor - coalesce(
+                (
+                    select coalesce(sum(transfers.amount_minor), 0)
+                    from ledger.postings
+                    left join ledger.transfers
+                        on postings.id = transfers.posting_id and transfers.credit_account like 'rev:%'
+                    where postings.payment_id = p_payment.id and postings.rule = 'captured'
+                    group by postings.payment_id
+                ),
+                ledger.fee(p_payment.captured_minor, p_merchant.fee_basis_points, p_merchant.fee_fixed_minor)
+            )::bigint as net,
+            (
+                select facts.data || jsonb_build_object('currency', facts.currency) from surety.facts
+                where facts.payment_id = p_payment.id and facts.kind = 'money' and facts.data ? 'other_currency'
+                    and facts.disregarded is null
+                order by facts.id limit 1
+            ) as exchange
+    )
+
+    select
+        owed.exchange is not null,
+        coalesce(owed.exchange ->> 'currency', p_payment.currency),
+        case
+            when owed.exchange is null then owed.net else round(owed.net * (owed.exchange ->> 'rate')::numeric)::bigint
+        end,
+        p_payment.currency,
+        owed.net
+    from owed;
+end;
+
+create or replace function surety.dispute_moves(p_payment_id text, p_object_id text)
+returns table (n bigint, rule text)
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+-- What must be posted so that the merchant's balances stand as the dispute's last fetch says. A dispute can go back and
+-- forth (lost, appealed, won), so this looks at what was posted last.
+declare
+    v_count bigint;
+    v_last text;
+    v_now text;
+begin
+    select f.kind into v_now
+    from surety.facts as f
+    where f.payment_id = p_payment_id and f.object_id = p_object_id and f.kind like 'dispute\_%'
+        and f.disregarded is null
+    order by f.revision desc limit 1;
+    select count(*), (array_agg(p.rule order by split_part(p.cause, ':', 2)::bigint desc))[1] into v_count, v_last
+    from ledger.postings as p
+    where p.payment_id = p_payment_id and p.cause like p_object_id || ':%' and p.rule like 'dispute\_%';
+    return query
+    select v_count + s.ordinality, s.step
+    from unnest(case
+        when coalesce(v_last, 'none') in ('none', 'dispute_won', 'dispute_reinstated') then case v_now
+            when 'dispute_opened' then array['dispute_opened']
+            when 'dispute_lost' then array['dispute_opened', 'dispute_lost']
+            when 'dispute_won' then case when v_last is null then array['dispute_opened', 'dispute_won'] end
+        end
+        when v_last in ('dispute_opened', 'dispute_appealed') then case v_now
+            when 'dispute_won' then array['dispute_won']
+            when 'dispute_lost' then array['dispute_lost']
+        end
+        when v_last = 'dispute_lost' then case v_now
+            when 'dispute_won' then array['dispute_reinstated']
+            when 'dispute_opened' then array['dispute_appealed']
+        end
+    end) with ordinality as s (step, ordinality);
+end;
+$$;

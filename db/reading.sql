@@ -1,0 +1,190 @@
+-- What merchants read: a payment, pages of payments, their events. As in requests.sql the key says who asks.
+
+create or replace function api.get_payment(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- No row: no such key. body is null where the merchant has no such payment.
+    select
+        who.merchant_id,
+        (
+            select shown.document::text
+            from surety.payments cross join lateral api.show_payment(payments) as shown
+            where payments.id = p_id and payments.merchant_id = who.merchant_id
+        )
+    from api.identify(p_key_hash) as who;
+end;
+
+create or replace function api.list_payments(
+    p_key_hash bytea, p_state text, p_status text, p_reference text, p_created_from timestamptz,
+    p_created_before timestamptz, p_limit integer, p_starting_after text
+) returns table (merchant_id text, body text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- Newest first; ids sort by time, so the id is the cursor. No row: no such key. The merchant and both bounds are known
+-- before payments are looked at, so that a page costs the same whatever others have and however far back it lies.
+declare
+    v_merchant text := (select k.merchant_id from api.identify(p_key_hash) as k);
+    v_from text := surety.id_at('pay', greatest(p_created_from, 'epoch'));
+    v_before text := case
+        when p_created_before is null then 'pay_g' else surety.id_at('pay', greatest(p_created_before, 'epoch'))
+    end;
+    v_states text [];
+    v_ids text [];
+begin
+    if v_merchant is null then
+        return;
+    end if;
+    if p_state is not null or p_status is not null then
+        v_states := array(
+            select s.state from surety.states as s
+            where (p_state is null or s.state = p_state) and (p_status is null or s.status = p_status)
+        );
+    end if;
+    if p_reference is null then
+        v_ids := array(
+            select p.id from surety.payments as p
+            where p.merchant_id = v_merchant and p.id >= v_from and p.id < v_before
+                and p.id < coalesce(p_starting_after, v_before) and (v_states is null or p.state = any(v_states))
+            order by p.id desc
+            limit p_limit + 1
+        );
+    else
+        v_ids := array(
+            select p.id from surety.payments as p
+            where p.merchant_id = v_merchant and p.reference = p_reference and p.id >= v_from and p.id < v_before
+                and p.id < coalesce(p_starting_after, v_before) and (v_states is null or p.state = any(v_states))
+            order by p.id desc
+            limit p_limit + 1
+        );
+    end if;
+    return query
+    select
+        v_merchant,
+        json_build_object(
+            'object', 'list',
+            'data', coalesce(
+                (
+                    select json_agg(shown.document order by p.id desc)
+                    from surety.payments as p cross join lateral api.show_payment(p) as shown
+                    where p.id = any(v_ids[1:p_limit])
+                ),
+                '[]'::json
+            ),
+            'has_more', cardinality(v_ids) > p_limit
+        )::text;
+end;
+$$;
+
+create or replace function api.list_events(p_key_hash bytea, p_after text, p_limit integer)
+returns table (merchant_id text, body text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- A merchant's events, oldest first, epoch by epoch. The cursor holds a handler's pair of snapshots, so a reader that
+-- keeps asking with the last one skips nothing, however late a transaction commits. Raises SU006 for a cursor that we
+-- did not make.
+declare
+    v_merchant text;
+    v_seen pg_snapshot := '1:1:';
+    v_goal pg_snapshot;
+    v_now_seen pg_snapshot := pg_current_snapshot();
+    v_all constant pg_snapshot := '9223372036854775807:9223372036854775807:';
+    v_last_epoch integer := outbox.epoch();
+    v_epoch integer := 1;
+    v_at_xid xid8 := '0';
+    v_at_id text := '';
+    v_low_xid xid8;
+    v_low_id text;
+    v_parts text [];
+    v_data json;
+    v_count bigint;
+    v_last_xid xid8;
+    v_last_id text;
+    v_next text;
+begin
+    select k.merchant_id into v_merchant from api.identify(p_key_hash) as k;
+    if not found then
+        return;
+    end if;
+    if p_after is not null then
+        begin
+            v_parts := string_to_array(convert_from(decode(translate(p_after, '-_', '+/'), 'base64'), 'UTF8'), ' ');
+            if cardinality(v_parts) <> 5 then
+                raise exception 'parts' using errcode = 'invalid_text_representation';
+            end if;
+            v_epoch := v_parts[1]::integer;
+            v_seen := v_parts[2]::pg_snapshot;
+            v_goal := nullif(v_parts[3], '-')::pg_snapshot;
+            v_at_xid := v_parts[4]::xid8;
+            v_at_id := nullif(v_parts[5], '-');
+        exception
+            when data_exception then
+                raise exception 'after is not a cursor of this API' using errcode = 'SU006';
+        end;
+        v_at_id := coalesce(v_at_id, '');
+    end if;
+    -- An epoch that has ended gets no more events: all of them are visible.
+    v_goal := coalesce(v_goal, case when v_epoch < v_last_epoch then v_all else v_now_seen end);
+    v_low_xid := greatest(v_at_xid, pg_snapshot_xmax(v_seen));
+    v_low_id := case when v_at_xid >= pg_snapshot_xmax(v_seen) then v_at_id else '' end;
+    with page as (
+        select found.* from (
+            (
+                select late.xid, late.id, late.type, late.payload, late.aggregate_id
+                from pg_snapshot_xip(v_seen) as open (xid)
+                cross join lateral (
+                    select e.xid, e.id, e.type, e.payload, e.aggregate_id
+                    from outbox.events as e
+                    where e.merchant_id = v_merchant and e.epoch = v_epoch and e.xid = open.xid
+                        and (e.xid, e.id) > (v_at_xid, v_at_id)
+                    order by e.xid, e.id
+                    limit p_limit
+                ) as late
+                where pg_visible_in_snapshot(open.xid, v_goal)
+                order by late.xid, late.id
+                limit p_limit
+            )
+            union all
+            (
+                select e.xid, e.id, e.type, e.payload, e.aggregate_id
+                from outbox.events as e
+                where e.merchant_id = v_merchant and e.epoch = v_epoch and (e.xid, e.id) > (v_low_xid, v_low_id)
+                    and e.xid < pg_snapshot_xmax(v_goal) and pg_visible_in_snapshot(e.xid, v_goal)
+                order by e.xid, e.id
+                limit p_limit
+            )
+        ) as found
+        order by found.xid, found.id
+        limit p_limit
+    )
+    select
+        coalesce(json_agg(json_build_object(
+            'id', g.id, 'type', g.type, 'created_at', g.payload ->> 'at',
+            'data', shown.document
+        ) order by g.xid, g.id) filter (where p.id is not null), '[]'::json),
+        count(*), max(g.xid), (array_agg(g.id order by g.xid desc, g.id desc))[1]
+    into v_data, v_count, v_last_xid, v_last_id
+    from page as g
+    left join surety.payments as p on p.id = g.aggregate_id
+    left join lateral api.show_payment((
+        p.id, p.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state', p.amount_minor, p.currency,
+        coalesce((g.payload ->> 'amount_captured')::bigint, 0), coalesce((g.payload ->> 'amount_refunded')::bigint, 0),
+        0, 0, 0, p.rail, p.capture_method, p.method_token, p.reference, p.description, p.statement_descriptor_suffix,
+        p.return_url, p.customer, p.metadata, p.provider, p.provider_account, p.livemode, g.payload ->> 'provider_id',
+        g.payload -> 'next_action', g.payload -> 'failure', p.flags, p.created_at, (g.payload ->> 'at')::timestamptz,
+        null, 0
+    )::surety.payments) as shown on true;
+    v_next := case
+        when v_count = p_limit then concat_ws(' ', v_epoch, v_seen, v_goal, v_last_xid, v_last_id)
+        when v_goal::text = v_all::text then concat_ws(' ', v_epoch + 1, '1:1:', '-', '0', '-')
+        else concat_ws(' ', v_epoch, v_goal, '-', '0', '-')
+    end;
+    return query select
+        v_merchant,
+        json_build_object(
+            'object', 'list', 'data', v_data,
+            'has_more', v_count = p_limit or v_epoch < v_last_epoch or v_goal::text <> v_now_seen::text,
+            'next', translate(encode(convert_to(v_next, 'UTF8'), 'base64'), E'+/\n', '-_'))::text;
+end;
+$$;
