@@ -100,7 +100,7 @@ create or replace function outbox.take_over(p_handler text, p_at timestamptz) re
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
 -- Batches whose lease ran out: each event left in them is a suspect, counted as a kill, not as a failure; from now on
--- it -- runs alone. One that has seen three workers die is buried.
+-- it runs alone. One that has seen three workers die is buried.
 declare
     v_dead text[];
     v_kills_max constant integer := 3;
