@@ -38,8 +38,8 @@ def request_id_of(request: Request[Any, Any, Any]) -> str:
     return request_id
 
 
-def name_request(response: Response[Any]) -> Response[Any]:
-    """Give an answer its Request-Id, unless it has one."""
+async def name_request(response: Response[Any]) -> Response[Any]:
+    """Give an answer its Request-Id, unless it has one. A coroutine, for what is none would be sent to a thread."""
     response.headers.setdefault("request-id", new_request_id())
     return response
 
