@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -104,7 +104,7 @@ async def until(condition: Callable[[], Any]) -> Any:
 
 
 @asynccontextmanager
-async def opened(settings: Settings, statement: bytes = ECHO, **options: Any) -> AsyncIterator[Lanes]:
+async def opened(settings: Settings, statement: bytes = ECHO, **options: Any) -> AsyncGenerator[Lanes]:
     async def connect() -> AsyncConnection[Row]:
         return await connect_async("api" if statement is STATEMENT else "deploy", settings)
 
