@@ -33,6 +33,9 @@ QUICK = (
     "--transaction-seconds=0.05",
     "--available-seconds=0.1",
     "--payer-seconds=0.05",
+    "--refund-seconds=0.05",
+    "--dispute-seconds=0.05",
+    "--decision-seconds=0.05",
     "--webhook-retry-seconds=0.05",
 )
 

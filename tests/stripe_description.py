@@ -78,16 +78,24 @@ def description() -> Json:
 
 
 def _bring_up_to_endive(spec: Json) -> None:
-    """What API version 2026-09-30.endive changed for us since the description was published.
+    """What changed for us until API version 2026-10-28.endive since the description was published.
 
     https://docs.stripe.com/changelog/endive/2026-09-30: the types of payment methods can't be set any more, only
-    narrowed.
+    narrowed. Stripe's SDK 16.1, which is made from the description of 2026-10-28, knows appeals and tells of a dispute
+    how its evidence was submitted and on which network it is.
     """
     intents = "/v1/payment_intents"
     for path in (intents, intents + "/{intent}", intents + "/{intent}/confirm"):
         (content,) = spec["paths"][path]["post"]["requestBody"]["content"].values()
         del content["schema"]["properties"]["payment_method_types"]
         content["schema"]["properties"]["allowed_payment_method_types"] = {"type": "array", "items": {"type": "string"}}
+    schemas = spec["components"]["schemas"]
+    schemas["dispute"]["properties"]["status"]["enum"] += ["appeal_needs_response", "appeal_under_review"]
+    schemas["dispute_evidence_details"]["properties"]["submission_method"] = {
+        "type": "string",
+        "enum": ["manual", "not_submitted", "smart_disputes"],
+    }
+    schemas["dispute_payment_method_details_card"]["properties"]["network"] = {"type": "string"}
 
 
 def _allow_nulls(node: Any) -> None:

@@ -118,6 +118,9 @@ def test_what_is_canceled_stays_canceled_and_takes_no_money(sandbox: Sandbox, he
     form = {"cancellation_reason": "abandoned"}
     canceled = sandbox.post(f"/v1/payment_intents/{intent}/cancel", form)
     assert (canceled["status"], canceled["cancellation_reason"]) == ("canceled", "abandoned")
+    for charge in sandbox.get("/v1/charges", {"payment_intent": intent})["data"]:
+        assert (charge["amount_captured"], charge["amount_refunded"], charge["refunded"]) == (0, 0, False)
+    assert "charge.refunded" not in sandbox.event_types(intent)
     for verb in ("confirm", "capture", "cancel"):
         status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent}/{verb}")
         assert (status, error["code"]) == (400, "payment_intent_unexpected_state")
@@ -450,7 +453,10 @@ def test_an_authorization_nobody_captures_is_released_after_seven_days(tmp_path:
     with running_sandbox(tmp_path) as sandbox:
         intent = sandbox.pay(capture_method="manual")["id"]
         sandbox.control("clock", {"advance": 7 * 86400})
-        assert eventually(lambda: sandbox.read(intent)["cancellation_reason"]) == "automatic"
+        assert eventually(lambda: sandbox.read(intent)["cancellation_reason"]) == "expired"
+        assert {"charge.expired", "payment_intent.canceled"} <= set(sandbox.event_types(intent))
+        status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent}/capture")
+        assert (status, error["payment_intent"]["status"]) == (400, "canceled")
 
 
 def test_a_slow_network_leaves_the_payment_processing_for_a_while(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ server       the process, routing               wire         sockets, and breaki
 answering    a request: key, execution, answer  misbehaving  what each fault does to it
 operations   the table of all operations        parameters   form encoding, one struct per operation
 intents      a payment intent's life            shapes       what new objects look like
-money        balance transactions, payouts      payer        the 3-D Secure page
-reading      objects, lists, expand             world        what all share; events
-agenda       what happens by itself, in time    webhooks     signed deliveries
-faults       how it misbehaves, from a seed     control      /sandbox/…: asked and steered
+refunds      a refund's life                    disputes     a dispute's life
+fraud        early warnings                     money        balance transactions, payouts
+payer        the 3-D Secure page                reading      objects, lists, expand
+world        what all share; events             agenda       what happens by itself, in time
+webhooks     signed deliveries                  faults       how it misbehaves, from a seed
+control      /sandbox/…: asked and steered      outside      what others do, on demand
 memory       one SQLite file                    cards, currencies, errors, settings: tables
 """
 

@@ -5,7 +5,7 @@ import heapq
 import logging
 from collections.abc import Callable
 
-from app.sandbox import intents, money
+from app.sandbox import disputes, fraud, intents, money, refunds
 from app.sandbox.memory import Record
 from app.sandbox.webhooks import Postman
 from app.sandbox.world import World
@@ -23,6 +23,15 @@ HAPPENINGS: dict[str, Callable[[World, Record], object]] = {
     "processing_ends": intents.finish_processing,
     "payer_answers": payer_answers,
     "hold_expires": intents.expire_hold,
+    "refund_referenced": refunds.refer,
+    "refund_succeeds": refunds.succeed,
+    "refund_fails": refunds.fail,
+    "refund_unanswered": refunds.give_up,
+    "holder_disputes": disputes.hear_holder,
+    "dispute_decided": disputes.decide,
+    "dispute_past_due": disputes.pass_due,
+    "inquiry_ends": disputes.end_inquiry,
+    "issuer_warns": fraud.warn,
     "payout_arrives": money.arrive,
 }
 

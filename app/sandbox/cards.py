@@ -1,7 +1,7 @@
 """Stripe's test cards: the tokens that its users know, and what each card does.
 
-Names follow https://docs.stripe.com/testing; the short forms without a brand are accepted there too. Cards for what
-the sandbox doesn't do yet, refunds and disputes, are not in it: an unknown token is refused, never taken for another.
+Names follow https://docs.stripe.com/testing; the short forms without a brand are accepted there too. An unknown token
+is refused, never taken for another.
 """
 
 from hashlib import sha256
@@ -35,6 +35,12 @@ class Card(Struct, frozen=True):
     available_at_once: bool = False
     """The money skips the pending balance."""
     risk: Literal["normal", "elevated", "highest"] = "normal"
+    refunds: Literal["succeed", "pend", "fail_late", "need_action"] = "succeed"
+    """What becomes of a refund: at once; a little later; never, after it had succeeded; when its payer acts."""
+    dispute: Literal["fraudulent", "product_not_received", "inquiry"] | None = None
+    """What the holder says a little later."""
+    fraud_warning: bool = False
+    """The issuer warns that the charge may be fraudulent."""
 
     @property
     def fingerprint(self) -> str:
@@ -119,6 +125,14 @@ CARDS = {
             challenge_fails=True,
         ),
         Card("pm_card_bypassPending", last4="0077", available_at_once=True),
+        Card("pm_card_pendingRefund", last4="7726", refunds="pend"),
+        Card("pm_card_refundFail", last4="5126", refunds="fail_late"),
+        # The sandbox's own: at Stripe only payment methods without refunds of their own ask the payer to act.
+        Card("pm_card_sandboxRefundRequiresAction", refunds="need_action"),
+        Card("pm_card_createDispute", last4="0259", dispute="fraudulent"),
+        Card("pm_card_createDisputeProductNotReceived", last4="2685", dispute="product_not_received"),
+        Card("pm_card_createDisputeInquiry", last4="1976", dispute="inquiry"),
+        Card("pm_card_createIssuerFraudRecord", last4="5423", fraud_warning=True),
     )
 }
 

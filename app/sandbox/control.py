@@ -1,13 +1,13 @@
 """What Stripe doesn't have: the sandbox asked about its memory, its clock moved, its faults chosen."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from app.sandbox import intents
+from app.sandbox import intents, outside
 from app.sandbox.errors import StripeError, invalid
 from app.sandbox.faults import PROFILES, WEBHOOK_FAULTS, Faults, FaultSettings, Profile
 from app.sandbox.memory import Record, encode
@@ -41,33 +41,22 @@ class ForeignCharge(Struct, forbid_unknown_fields=True):
 
 async def answer(world: World, connection: Connection, method: str, path: str, query: str, body: str) -> None:
     """Answer `/sandbox/…`."""
-    asked = dict(decode_pairs(query))
-    try:
-        match method, path:
-            case "GET", "/sandbox/health":
-                told: Any = {"status": "ok", "now": world.memory.now()}
-            case "GET", "/sandbox/charges":
-                await connection.send_chunks(_charges(world))
-                return
-            case "GET", "/sandbox/charges/summary":
-                told = summary(world, asked.get("metadata_key", ""))
-            case "GET", "/sandbox/webhooks":
-                told = webhooks(world)
-            case "GET", "/sandbox/faults":
-                told = injected(world)
-            case "POST", "/sandbox/faults":
-                told = choose(world, msgspec.json.decode(body, type=FaultSettings))
-            case "POST", "/sandbox/clock":
-                world.memory.advance(msgspec.json.decode(body, type=Advance).advance)
-                world.agenda_changed.set()
-                told = {"now": world.memory.now()}
-            case "POST", "/sandbox/foreign-charge":
-                told = charge_foreign(world, msgspec.json.decode(body or "{}", type=ForeignCharge))
-            case _:
-                raise StripeError(404, f"Unrecognized request URL ({method}: {path}).")
-    except msgspec.DecodeError as refusal:
-        raise invalid(str(refusal)) from None
-    await connection.send(json_answer(told))
+    what, _, id = path.removeprefix("/sandbox/").partition("/")
+    if method == "GET" and path == "/sandbox/charges":
+        await connection.send_chunks(_charges(world))
+    elif method == "GET" and path.removeprefix("/sandbox/") in ASKED:
+        told = ASKED[path.removeprefix("/sandbox/")](world, dict(decode_pairs(query)))
+        await connection.send(json_answer(told))
+    elif method == "POST" and (demand := STEERED.get(f"{what}/{{id}}" if id else what)):
+        try:
+            given = msgspec.json.decode(body or "{}", type=demand.body)
+        except msgspec.DecodeError as refusal:
+            raise invalid(str(refusal)) from None
+        told = demand.run(world, id, given) if id else demand.run(world, given)
+        world.commit()
+        await connection.send(json_answer(told))
+    else:
+        raise StripeError(404, f"Unrecognized request URL ({method}: {path}).")
 
 
 def succeeded(record: Record) -> bool:
@@ -146,8 +135,19 @@ def charge_foreign(world: World, given: ForeignCharge) -> dict[str, Any]:
             confirm=True,
         ),
     )
-    world.commit()
     return {"payment_intent": intent.id, "charge": intent.body["latest_charge"]}
+
+
+def health(world: World) -> dict[str, Any]:
+    """That it lives, and its time in Unix seconds."""
+    return {"status": "ok", "now": world.memory.now()}
+
+
+def advance(world: World, given: Advance) -> dict[str, Any]:
+    """Move the clock on; what became due happens at once."""
+    world.memory.advance(given.advance)
+    world.agenda_changed.set()
+    return {"now": world.memory.now()}
 
 
 def _charges(world: World) -> Iterator[bytes]:
@@ -171,3 +171,33 @@ def _charges(world: World) -> Iterator[bytes]:
             yield b"".join(chunk)
             chunk.clear()
     yield b"".join(chunk) + (b"]" if separator == b"," else b"[]")
+
+
+ASKED: dict[str, Callable[[World, dict[str, str]], Any]] = {
+    "health": lambda world, _: health(world),
+    "charges/summary": lambda world, asked: summary(world, asked.get("metadata_key", "")),
+    "refunds": lambda world, _: outside.every(world, "refund"),
+    "refunds/summary": lambda world, asked: outside.refunds_summary(world, asked.get("metadata_key", "")),
+    "disputes": lambda world, _: outside.every(world, "dispute"),
+    "webhooks": lambda world, _: webhooks(world),
+    "faults": lambda world, _: injected(world),
+}
+
+
+class Demand(Struct, frozen=True):
+    """What a POST is about: its body, and what is done, with an id where the path has one."""
+
+    body: type[Struct]
+    run: Callable[..., dict[str, Any]]
+
+
+STEERED = {
+    "faults": Demand(FaultSettings, choose),
+    "clock": Demand(Advance, advance),
+    "foreign-charge": Demand(ForeignCharge, charge_foreign),
+    "refunds": Demand(outside.Refund, outside.refund),
+    "refunds/{id}": Demand(outside.RefundFate, outside.refund_turns),
+    "disputes": Demand(outside.Dispute, outside.dispute),
+    "disputes/{id}": Demand(outside.Decision, outside.bank_decides),
+    "fraud-warnings": Demand(outside.OfCharge, outside.warn_of_fraud),
+}

@@ -45,6 +45,17 @@ def check_amount(amount: int, currency: str) -> None:
         )
 
 
+NO_DECIMALS = frozenset({"clp", "jpy", "krw", "vnd"})
+SYMBOLS = {"usd": "$", "eur": "€", "gbp": "£"}
+
+
+def written(amount: int, currency: str) -> str:
+    """Minor units as a person reads them: $40.00."""
+    decimals = 0 if currency in NO_DECIMALS else 3 if currency in THREE_DECIMALS else 2
+    number = f"{amount / 10**decimals:.{decimals}f}"
+    return SYMBOLS[currency] + number if currency in SYMBOLS else f"{number} {currency.upper()}"
+
+
 def exchange_rate(currency: str, into: str) -> Fraction:
     """Minor units of `into` for one minor unit of `currency`."""
     try:

@@ -48,7 +48,9 @@ def unsupported(param: str, why: str) -> StripeError:
 
 def not_found(kind: str, id: str, *, param: str = "id", status: int = 404) -> StripeError:
     """404, or 400 where the id is a parameter: this account has no such object."""
-    return StripeError(status, f"No such {kind.replace('_', ' ')}: '{id}'", code="resource_missing", param=param)
+    return StripeError(
+        status, f"No such {kind.rpartition('.')[2].replace('_', ' ')}: '{id}'", code="resource_missing", param=param
+    )
 
 
 def wrong_state(verb: str, intent: dict[str, Any]) -> StripeError:

@@ -6,7 +6,7 @@ as they are; a decline is raised after the failed charge was recorded, so it is 
 
 from typing import Any
 
-from app.sandbox import money, shapes
+from app.sandbox import disputes, money, shapes
 from app.sandbox.cards import AUTHENTICATION_NEEDED, CARDS, Card, Decline
 from app.sandbox.currencies import check_amount
 from app.sandbox.errors import StripeError, invalid, missing, not_found, unsupported, wrong_state
@@ -17,9 +17,9 @@ from app.sandbox.parameters import (
     CaptureIntent,
     ConfirmIntent,
     CreateIntent,
-    Metadata,
     MethodOptions,
     UpdateIntent,
+    merged,
 )
 from app.sandbox.world import World
 
@@ -31,6 +31,7 @@ AUTHENTICATION_FAILED = Decline(
 )
 CONFIRMABLE = frozenset({"requires_payment_method", "requires_confirmation"})
 CANCELABLE = CONFIRMABLE | {"requires_action", "requires_capture"}
+EXPIRED = "expired"
 SUFFIX_LENGTH_MAX = 22
 
 
@@ -46,7 +47,7 @@ def create(world: World, account: str, given: CreateIntent) -> Record:
     id = memory.unused_id("pi", account, (world.call and world.call.key) or f"#{memory.next_seq()}")
     automatic = given.automatic_payment_methods or AutomaticMethods(enabled=True)
     body = shapes.intent(id, f"{id}_secret_{memory.unused_id('s', id)[2:]}", created, currency, given, automatic)
-    body["metadata"] = _merged({}, given.metadata)
+    body["metadata"] = merged({}, given.metadata)
     body["payment_method_options"] = _options(None, given.payment_method_options)
     intent = Record(id, "payment_intent", account, created, body, parent=given.customer or "")
     if card:
@@ -76,7 +77,7 @@ def update(world: World, intent: Record, given: UpdateIntent) -> Record:
         amount=amount,
         currency=currency,
         capture_method=given.capture_method or body["capture_method"],
-        metadata=_merged(body["metadata"], given.metadata),
+        metadata=merged(body["metadata"], given.metadata),
         payment_method_options=_options(body["payment_method_options"], given.payment_method_options),
     )
     for name in ("customer", "description", "receipt_email", "statement_descriptor_suffix", "transfer_group"):
@@ -171,11 +172,12 @@ def capture(world: World, intent: Record, given: CaptureIntent) -> Record:
             code="amount_too_large",
         )
     charge = world.memory.get(body["latest_charge"])
-    body["metadata"] = _merged(body["metadata"], given.metadata)
+    body["metadata"] = merged(body["metadata"], given.metadata)
     charge.body.update(captured=True, amount_captured=amount)
     money.book_charge(world, charge)
     world.memory.save(charge)
     world.emit("charge.captured", charge)
+    disputes.await_holder(world, charge)
     body.update(amount_capturable=0, amount_received=amount, status="succeeded")
     world.memory.save(intent)
     world.emit("payment_intent.succeeded", intent)
@@ -183,11 +185,13 @@ def capture(world: World, intent: Record, given: CaptureIntent) -> Record:
 
 
 def cancel(world: World, intent: Record, reason: CancelIntent | str) -> Record:
-    """End an intent for good; an authorization is released."""
+    """End an intent for good; an authorization is released, and since 2025-03-31.basil that is no refund.
+
+    https://docs.stripe.com/changelog/basil/2025-03-31/remove-refund-from-partial-capture-and-payment-cancellation-flow
+    """
     body = intent.body
     if body["status"] not in CANCELABLE:
         raise wrong_state("cancel", body)
-    held = body["status"] == "requires_capture"
     body.update(
         amount_capturable=0,
         canceled_at=world.second(),
@@ -195,11 +199,8 @@ def cancel(world: World, intent: Record, reason: CancelIntent | str) -> Record:
         next_action=None,
         status="canceled",
     )
-    if held:
-        charge = world.memory.get(body["latest_charge"])
-        charge.body.update(amount_refunded=charge.body["amount"], refunded=True)
-        world.memory.save(charge)
-        world.emit("charge.expired" if reason == "automatic" else "charge.refunded", charge)
+    if reason == EXPIRED:
+        world.emit("charge.expired", world.memory.get(body["latest_charge"]))
     world.memory.save(intent)
     world.emit("payment_intent.canceled", intent)
     return intent
@@ -208,7 +209,7 @@ def cancel(world: World, intent: Record, reason: CancelIntent | str) -> Record:
 def expire_hold(world: World, intent: Record) -> None:
     """An authorization that nobody captured in time is released."""
     if intent.body["status"] == "requires_capture":
-        cancel(world, intent, "automatic")
+        cancel(world, intent, EXPIRED)
 
 
 def _pay(world: World, intent: Record, card: Card, *, off_session: bool, return_url: str | None) -> None:
@@ -285,6 +286,7 @@ def _succeed(world: World, intent: Record, charge: Record) -> None:
     world.memory.save(intent)
     world.emit("charge.succeeded", charge)
     world.emit("payment_intent.succeeded", intent)
+    disputes.await_holder(world, charge)
 
 
 def _fail(world: World, intent: Record, card: Card, decline: Decline, charge: Record | None) -> None:
@@ -393,16 +395,6 @@ def _descriptor_refused() -> StripeError:
         "The `statement_descriptor` parameter is not supported for card charges. Use `statement_descriptor_suffix`.",
         param="statement_descriptor",
     )
-
-
-def _merged(held: dict[str, str], given: Metadata) -> dict[str, str]:
-    if given is None:
-        return held
-    if isinstance(given, str):
-        return {}
-    if len(given) > 50 or any(len(key) > 40 or len(value) > 500 for key, value in given.items()):
-        raise invalid("Metadata holds up to 50 keys of 40 characters, with values of 500.", param="metadata")
-    return {key: value for key, value in {**held, **given}.items() if value != ""}
 
 
 def _options(held: dict[str, Any] | None, given: MethodOptions | None) -> dict[str, Any]:

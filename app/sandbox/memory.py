@@ -26,10 +26,10 @@ create table if not exists objects (
     kind text not null,
     account text not null,
     created integer not null,
-    parent text not null, -- a charge's intent, a balance transaction's source, an event's payment, an intent's customer
+    parent text not null, -- a charge's intent, a refund's or dispute's charge, a line's source, an event's payment
     label text not null, -- a charge's or payout's status, a balance transaction's or event's type
     currency text not null,
-    net integer not null, -- what a balance transaction adds to the balance, minor units
+    net integer not null, -- what a balance transaction adds to the balance, a dispute's withheld money, minor units
     available_on integer not null,
     payout text not null,
     body text not null

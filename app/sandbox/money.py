@@ -10,11 +10,7 @@ from app.sandbox.world import World
 
 def book_charge(world: World, charge: Record) -> None:
     """Give a captured charge its balance transaction, of the captured amount."""
-    amount, currency = charge.body["amount_captured"], charge.body["currency"]
-    rate, settled_in = None, world.settings.settlement_currency or currency
-    if settled_in != currency:
-        exact = exchange_rate(currency, settled_in)
-        rate, amount = float(exact), round_half_up(amount * exact)
+    amount, currency, rate = settled(world, charge.body["amount_captured"], charge.body["currency"])
     card = world.card_of(charge.body["payment_method"])
     charge.body["balance_transaction"] = book(
         world,
@@ -22,12 +18,49 @@ def book_charge(world: World, charge: Record) -> None:
         type="charge",
         amount=amount,
         fee=processing_fee(amount),
-        currency=settled_in,
+        currency=currency,
         exchange_rate=rate,
         description=charge.body["description"],
         delay_seconds=0 if card.available_at_once else world.settings.available_seconds,
     ).id
     world.memory.save(charge)
+
+
+def settled(world: World, amount: int, currency: str) -> tuple[int, str, float | None]:
+    """An amount as the balance holds it: minor units, currency, and the rate if it was exchanged."""
+    into = world.settings.settlement_currency or currency
+    if into == currency:
+        return amount, currency, None
+    rate = exchange_rate(currency, into)
+    return round_half_up(amount * rate), into, float(rate)
+
+
+def move(
+    world: World,
+    source: Record,
+    amount: int,
+    *,
+    type: str,
+    description: str,
+    reporting_category: str | None = None,
+    fee: int = 0,
+) -> Record:
+    """A refund's or a dispute's line: a signed amount in the source's currency, a fee in the balance's."""
+    sign = 1 if amount > 0 else -1
+    size, currency, rate = settled(world, abs(amount), source.body["currency"])
+    return book(
+        world,
+        source,
+        type=type,
+        amount=sign * size,
+        fee=fee,
+        fee_description="Dispute fee",
+        currency=currency,
+        reporting_category=reporting_category,
+        exchange_rate=rate,
+        description=description,
+        delay_seconds=world.settings.available_seconds,
+    )
 
 
 def announce_booking(world: World, charge: Record) -> None:
@@ -48,13 +81,14 @@ def book(
     reporting_category: str | None = None,
     exchange_rate: float | None = None,
     description: str | None = None,
+    fee_description: str = "Stripe processing fees",
     delay_seconds: float = 0,
     payout: str = "",
 ) -> Record:
     """One line of the account's balance, minor units of the currency it is settled in."""
     created = world.second()
     available_on = ceil(world.memory.now() + delay_seconds) if delay_seconds else created
-    id = world.memory.unused_id("txn", type, source.id)
+    id = world.memory.unused_id("txn", reporting_category or type, source.id)
     details = []
     if fee:
         details.append(
@@ -62,7 +96,7 @@ def book(
                 "amount": fee,
                 "application": None,
                 "currency": currency,
-                "description": "Stripe processing fees",
+                "description": fee_description,
                 "type": "stripe_fee",
             }
         )

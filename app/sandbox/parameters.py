@@ -72,6 +72,13 @@ class ListPayouts(Page):
     status: str | None = None
 
 
+class ListOfCharge(Page):
+    """Of refunds, disputes and fraud warnings."""
+
+    charge: str | None = None
+    payment_intent: str | None = None
+
+
 class ListEvents(Page):
     type: str | None = None
     types: list[str] | None = None
@@ -151,6 +158,37 @@ class CaptureIntent(Parameters, kw_only=True):
     metadata: Metadata = None
     statement_descriptor: str | None = None
     statement_descriptor_suffix: str | None = None
+
+
+class CreateRefund(Parameters, kw_only=True):
+    charge: str | None = None
+    payment_intent: str | None = None
+    amount: int | None = None
+    reason: Literal["duplicate", "fraudulent", "requested_by_customer"] | None = None
+    instructions_email: str | None = None
+    metadata: Metadata = None
+
+
+class UpdateRefund(Parameters, kw_only=True):
+    metadata: Metadata = None
+
+
+class UpdateDispute(Parameters, kw_only=True):
+    evidence: dict[str, str] = {}
+    submit: bool | None = None
+    """True where evidence is given, unless it says otherwise."""
+    metadata: Metadata = None
+
+
+def merged(held: dict[str, str], given: Metadata) -> dict[str, str]:
+    """Metadata after a change."""
+    if given is None:
+        return held
+    if isinstance(given, str):
+        return {}
+    if len(given) > 50 or any(len(key) > 40 or len(value) > 500 for key, value in given.items()):
+        raise invalid("Metadata holds up to 50 keys of 40 characters, with values of 500.", param="metadata")
+    return {key: value for key, value in {**held, **given}.items() if value != ""}
 
 
 def decode_pairs(form: str) -> Pairs:

@@ -3,13 +3,16 @@
 from typing import Any
 
 from app.sandbox.errors import invalid, not_found
-from app.sandbox.memory import Record
+from app.sandbox.memory import Bounds, Record
 from app.sandbox.parameters import Page
 from app.sandbox.world import World
 
 EXPANDABLE = {
     "payment_intent": {"latest_charge", "payment_method"},
     "charge": {"balance_transaction", "payment_intent", "failure_balance_transaction"},
+    "refund": {"balance_transaction", "charge", "failure_balance_transaction", "payment_intent"},
+    "dispute": {"charge", "payment_intent"},
+    "radar.early_fraud_warning": {"charge", "payment_intent"},
     "balance_transaction": {"source"},
     "payout": {"balance_transaction", "failure_balance_transaction"},
     "event": set[str](),
@@ -29,14 +32,17 @@ def owned(world: World, kind: str, account: str, id: str, *, param: str = "id", 
 
 def shown(world: World, record: Record, expand: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """The object as Stripe would answer it now."""
-    body = record.body
+    body: dict[str, Any] = record.body
     if record.kind == "balance_transaction":
         available = record.available_on <= world.memory.now()
         body = {**body, "status": "available" if available else "pending"}
+    if record.kind == "dispute":
+        lines = [shown(world, world.memory.get(line["id"])) for line in body["balance_transactions"]]
+        body = {**body, "balance_transactions": lines}
     for head, rest in _by_head(expand).items():
         if head not in EXPANDABLE[record.kind]:
             raise invalid(f"This property cannot be expanded ({head}).", param="expand[]")
-        id = body[head]
+        id = body.get(head)
         if isinstance(id, str):
             body = {**body, head: shown(world, world.memory.get(id), rest)}
     return body
@@ -51,9 +57,9 @@ def _by_head(expand: list[str] | tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def listed(
-    world: World, kind: str, account: str, given: Page, url: str, **equal: str | list[str] | None
+    world: World, kind: str, account: str, given: Page, url: str, *, oldest: int = 0, **equal: str | list[str] | None
 ) -> dict[str, Any]:
-    """A page of a list, newest first."""
+    """A page of a list, newest first; of nothing that was created before `oldest`, Unix seconds."""
     if not 1 <= given.limit <= 100:
         raise invalid("Limit must be between 1 and 100.", param="limit", code="parameter_invalid_integer")
     if any(not path.startswith("data.") for path in given.expand):
@@ -64,10 +70,11 @@ def listed(
         id = getattr(given, param)
         return owned(world, kind, account, id, param=param, status=400) if id else None
 
+    created = given.bounds()
     records, more = world.memory.newest(
         kind,
         account,
-        created=given.bounds(),
+        created=Bounds(max(created.first, oldest), created.last),
         limit=given.limit,
         after=cursor("starting_after"),
         before=cursor("ending_before"),

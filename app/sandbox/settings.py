@@ -50,5 +50,17 @@ class Settings(Struct, kw_only=True, forbid_unknown_fields=True):
     """How long an idempotency key is remembered."""
     hold_seconds: float = 7 * 86400.0
     """How long an uncaptured authorization lives."""
+    event_seconds: float = 30 * 86400.0
+    """How long events can be read."""
+    refund_seconds: float = 1.0
+    """From a refund's creation to what becomes of it later: its reference, its success, its late failure."""
+    dispute_seconds: float = 0.5
+    """From a charge with a disputing card to its dispute."""
+    decision_seconds: float = 0.5
+    """From submitted evidence to the bank's decision."""
+    response_seconds: float = 8 * 86400.0
+    """How long a dispute waits for evidence before it is lost."""
+    inquiry_seconds: float = 120 * 86400.0
+    """How long an inquiry stays open."""
     public_url: str = ""
     """Where payers reach the sandbox's 3-D Secure pages; set by itself once the port is known."""

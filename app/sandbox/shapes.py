@@ -196,6 +196,92 @@ def outcome(card: Card, decline: Decline | None) -> dict[str, Any]:
     }
 
 
+def refund(
+    id: str, charge: dict[str, Any], amount: int, reason: str | None, metadata: dict[str, str], created: int
+) -> dict[str, Any]:
+    """A refund that has succeeded at once; its reference at the payer's bank is not known yet."""
+    return {
+        "id": id,
+        "object": "refund",
+        "amount": amount,
+        "balance_transaction": None,
+        "charge": charge["id"],
+        "created": created,
+        "currency": charge["currency"],
+        "destination_details": {
+            "card": {
+                "reference_status": "pending",
+                "reference_type": "acquirer_reference_number",
+                "type": "refund",
+            },
+            "type": "card",
+        },
+        "metadata": metadata,
+        "payment_intent": charge["payment_intent"],
+        "reason": reason,
+        "receipt_number": None,
+        "source_transfer_reversal": None,
+        "status": "succeeded",
+        "transfer_reversal": None,
+    }
+
+
+EVIDENCE = (
+    *("access_activity_log", "billing_address", "cancellation_policy", "cancellation_policy_disclosure"),
+    *("cancellation_rebuttal", "customer_communication", "customer_email_address", "customer_name"),
+    *("customer_purchase_ip", "customer_signature", "duplicate_charge_documentation", "duplicate_charge_explanation"),
+    *("duplicate_charge_id", "product_description", "receipt", "refund_policy", "refund_policy_disclosure"),
+    *("refund_refusal_explanation", "service_date", "service_documentation", "shipping_address", "shipping_carrier"),
+    *("shipping_date", "shipping_documentation", "shipping_tracking_number", "uncategorized_file"),
+    "uncategorized_text",
+)
+"""What a merchant can say for himself: texts, and ids of files."""
+
+NETWORK_REASONS = {"fraudulent": "10.4", "product_not_received": "13.1"}
+"""Visa's codes."""
+
+
+def dispute(
+    id: str, charge: dict[str, Any], amount: int, reason: str, created: int, due_by: int, *, inquiry: bool
+) -> dict[str, Any]:
+    """A dispute that waits for its merchant's answer; no money has moved yet."""
+    card = charge["payment_method_details"]["card"]
+    return {
+        "id": id,
+        "object": "dispute",
+        "amount": amount,
+        "balance_transactions": [],
+        "charge": charge["id"],
+        "created": created,
+        "currency": charge["currency"],
+        "enhanced_eligibility_types": [],
+        "evidence": {**dict.fromkeys(EVIDENCE), "enhanced_evidence": {}},
+        "evidence_details": {
+            "due_by": due_by,
+            "enhanced_eligibility": {},
+            "has_evidence": False,
+            "past_due": False,
+            "submission_count": 0,
+            "submission_method": "not_submitted",
+        },
+        "is_charge_refundable": inquiry,
+        "livemode": False,
+        "metadata": {},
+        "payment_intent": charge["payment_intent"],
+        "payment_method_details": {
+            "card": {
+                "brand": card["brand"],
+                "case_type": "inquiry" if inquiry else "chargeback",
+                "network": card["network"],
+                "network_reason_code": "10" if inquiry else NETWORK_REASONS.get(reason),
+            },
+            "type": "card",
+        },
+        "reason": reason,
+        "status": "warning_needs_response" if inquiry else "needs_response",
+    }
+
+
 def nobody() -> dict[str, Any]:
     """Billing details of which none are known."""
     address = dict.fromkeys(("city", "country", "line1", "line2", "postal_code", "state"))
