@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
+import threading
 from contextlib import suppress
+from functools import partial
+from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import click
 import uvicorn
+from uvicorn.importer import import_from_string
 from uvicorn.supervisors import Multiprocess
 
 from db.errors import SuretyError
@@ -25,10 +32,10 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
     """Serve `module:factory` until SIGINT or SIGTERM, then finish what waits.
 
     Prints `listening on HOST:PORT` once connections are accepted; port 0 takes a free one. A process that dies is
-    replaced where there are several.
+    replaced where there are several; they end with the one that started them, however that dies.
     """
     config = uvicorn.Config(
-        factory,
+        partial(load, factory),
         factory=True,
         loop="uvloop",
         http="httptools",
@@ -56,6 +63,19 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
             Multiprocess(config, sockets=[listening]).run()
         else:
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def load(factory: str) -> Any:
+    """The application, in the process that serves it."""
+    if (parent := parent_process()) is not None:
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    return import_from_string(factory)()
+
+
+def end_with(parent: BaseProcess) -> None:
+    """Finish what waits once the parent is gone: whoever is started in its place finds the port free."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 LOGGING = {

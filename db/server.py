@@ -431,8 +431,8 @@ class EmbeddedServer:
             raise ServerError(f"{Path(command[0]).name} failed:\n{done.stderr[-2000:]}")
 
 
-def die_with_parent() -> Callable[[], None] | None:
-    """What a child runs before it becomes its program, so that it gets SIGINT when the thread that made it ends.
+def die_with_parent(number: signal.Signals = signal.SIGINT) -> Callable[[], None] | None:
+    """What a child runs before it becomes its program, so that it gets a signal when the thread that made it ends.
 
     None where the system can't (it is Linux's).
     """
@@ -442,7 +442,7 @@ def die_with_parent() -> Callable[[], None] | None:
     set_parent_death_signal, parent = 1, os.getpid()
 
     def prepare() -> None:
-        prctl(set_parent_death_signal, signal.SIGINT)
+        prctl(set_parent_death_signal, number)
         if os.getppid() != parent:
             os._exit(1)
 

@@ -41,7 +41,7 @@ class Service:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509  no thread runs in the tests when a process is started
+            preexec_fn=die_with_parent(),  # noqa: PLW1509  it calls nothing that another thread could have locked
         )
         assert self.process.stdout is not None
         announced = self.process.stdout.readline()

@@ -56,6 +56,19 @@ def test_ctrl_c_leaves_no_process_and_no_folder(moment: str, tmp_path: Path) -> 
     assert left == set()
 
 
+def test_a_killed_demo_takes_its_processes_along() -> None:
+    process = start("--payments", "200", "--seed", "1", "--no-faults")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "workers" in line:
+            break
+    family = children_of(process.pid)
+    assert len(family) > 5
+    process.kill()
+    process.communicate(timeout=30)
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 15)
+
+
 def children_of(pid: int) -> set[int]:
     """A process's descendants."""
     children = {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}

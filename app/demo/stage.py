@@ -104,7 +104,7 @@ class Troupe:
                 stderr=subprocess.STDOUT,
                 env=self.environment,
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509  no threads have been started when processes are
+                preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509  it calls nothing that another thread could have locked
             )
 
     def wait_for_port(self, name: str, port: int) -> None:

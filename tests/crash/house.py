@@ -1,0 +1,113 @@
+"""The processes that are killed, and the supervisor that starts them again."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+
+import psycopg
+
+from app.cli.demo import POLL_SECONDS, PROVIDER_TIMEOUT_SECONDS, count_workers, shorten
+from app.demo.stage import Troupe, free_port
+from db.connect import harden
+from db.deploy import deploy
+from db.errors import ServerError
+from db.server import PORT, EmbeddedServer, create_database, with_database
+from tests.crash.proxy import Proxy
+
+Connection = psycopg.Connection[tuple[object, ...]]
+
+DATABASE = "surety_crash"
+WORKERS = ("worker-1", "worker-2")
+START_SECONDS_MAX = 30.0
+
+
+class House:
+    """PostgreSQL, the proxy before it, and all of our processes behind that."""
+
+    def __init__(self, scene: Path, seed: int) -> None:
+        self.server = EmbeddedServer(durable=True)
+        self.server.start()
+        with psycopg.connect(self.server.url, autocommit=True) as conn:
+            create_database(conn, DATABASE)
+        self.url = with_database(self.server.url, DATABASE)
+        deploy(self.url)
+        with self.connect() as conn:
+            shorten(conn)
+        self.proxy = Proxy(f"{self.server.socket_folder}/.s.PGSQL.{PORT}")
+        self.ports = {name: free_port(0) for name in ("api", "webhooks", "sandbox")}
+        secret = f"whsec_{secrets.token_hex(16)}"
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))
+        }
+        told = {
+            "DATABASE_URL": f"postgresql://postgres@127.0.0.1:{self.proxy.port}/{DATABASE}",
+            "STRIPE_WEBHOOK_SECRET": secret,
+            "SURETY_SANDBOX_URL": self.http("sandbox"),
+            "SURETY_PROVIDER_TIMEOUT": PROVIDER_TIMEOUT_SECONDS,
+            "SURETY_POLL_SECONDS": POLL_SECONDS,
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.troupe = Troupe(scene, inherited | told)
+        cli = ("-m", "app.cli")
+        self.commands: dict[str, tuple[str, ...]] = {
+            "api": (*cli, "api", "--port", str(self.ports["api"]), "--processes", "2"),
+            "webhooks": (*cli, "webhooks", "--port", str(self.ports["webhooks"])),
+            "sandbox": (
+                *("-m", "app.sandbox", "--port", str(self.ports["sandbox"]), "--seed", str(seed), "--faults"),
+                *("--memory", str(scene / "sandbox.sqlite"), "--webhook-secret", secret),
+                *("--webhook-url", f"{self.http('webhooks')}/stripe"),
+            ),
+            **{name: ("-m", "procrastinate", "--app", "jobs.app", "worker", "--name", name) for name in WORKERS},
+        }
+
+    def http(self, name: str) -> str:
+        """Where a process listens."""
+        return f"http://127.0.0.1:{self.ports[name]}"
+
+    def open(self) -> None:
+        """Start everything; returns once all listen and the workers are at work."""
+        for name, command in self.commands.items():
+            self.troupe.start(name, *command)
+        for name, port in self.ports.items():
+            self.troupe.wait_for_port(name, port)
+        with self.connect() as conn:
+            self.troupe.wait_for(WORKERS[0], lambda: count_workers(conn) >= len(WORKERS))
+
+    def connect(self) -> Connection:
+        """A connection of the run's own, beside the proxy."""
+        return psycopg.connect(harden(self.url, "deploy"), autocommit=True)
+
+    def revive(self) -> list[str]:
+        """Start what is not running, as a supervisor would; their names."""
+        dead = [name for name in self.commands if name not in self.troupe.processes or name in self.troupe.dead()]
+        for name in dead:
+            self.troupe.start(name, *self.commands[name])
+        return dead
+
+    def kill_server(self) -> None:
+        """SIGKILL for PostgreSQL's first process; its backends end by themselves, some of them late."""
+        assert self.server.process is not None
+        self.server.process.kill()
+        self.server.process.wait()
+
+    def start_server(self) -> None:
+        """Start it on the same data, as soon as nothing of the one before it is left."""
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while True:
+            try:
+                self.server.restart("immediate")
+            except ServerError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+            else:
+                return
+
+    def close(self) -> None:
+        """End everything."""
+        self.troupe.stop()
+        self.proxy.stop()
+        self.server.stop()
