@@ -327,6 +327,22 @@ create table surety.api_keys (
 comment on table surety.api_keys is
 'API keys by their SHA-256; the key itself is shown once, when it is made. hint holds its last characters.';
 
+create table surety.operator_keys (
+    id text collate "C" not null,
+    operator text not null,
+    hash bytea not null,
+    hint text not null,
+    created_at timestamptz not null,
+    revoked_at timestamptz,
+    constraint operator_keys_pkey primary key (id),
+    constraint operator_key_id_is_a_key_id check (id ~ '^key_[0-9a-f]{32}$'),
+    constraint operator_name_is_short_and_plain check (operator ~ '^[A-Za-z0-9._@-]{1,100}$'),
+    constraint operator_key_hash_is_unique unique (hash),
+    constraint operator_key_hash_is_sha256 check (length(hash) = 32)
+);
+comment on table surety.operator_keys is
+'Keys of people who run the service, kept like merchants'' keys; they open the operators'' routes and nothing else.';
+
 -- ------------------------------------------------------------------------------------------------------- requests
 
 create table surety.idempotency_keys (
@@ -899,10 +915,12 @@ create table outbox.dead_letters (
     constraint dead_letters_pkey primary key (id),
     constraint dead_letter_is_closed_with_a_reason check (
         (closed_at is null) = (closed_as is null) and (closed_at is null) = (closed_because is null)
+        and btrim(closed_because) <> ''
     ),
     constraint dead_letter_ending_is_known check (closed_as in ('replayed', 'discarded', 'resolved'))
 );
 create unique index dead_letter_is_open_once on outbox.dead_letters (handler, event_id) where closed_at is null;
+create index dead_letters_that_are_open on outbox.dead_letters (id) where closed_at is null;
 create index dead_letters_of_a_payment on outbox.dead_letters (payment_id) where payment_id is not null;
 comment on table outbox.dead_letters is 'Events given up on, with payload and every error, until a person or the
 payment''s own end closes them.';

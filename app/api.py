@@ -2,6 +2,7 @@
 
     POST /v1/payments                             app/acceptance.py, by the lanes: batches, one commit each
     GET  /v1/payments[/{id}[/trace]], /v1/events  a call each
+    /v1/operator/…                                app/operators.py, with operators' keys
     GET  /problems/{type}, /docs, /health         nothing but this process, and for health its database
 
 The SQL functions take the SHA-256 of the API key and find the merchant themselves, so no route can name one.
@@ -36,6 +37,7 @@ from app.doorkeeper import Caller, Doorkeeper
 from app.frame import Asgi, answer_error, name_request, request_id_of, with_head
 from app.lanes import Kicker, Lanes
 from app.openapi import OPENAPI, assets, parameters_of, refusals
+from app.operators import OPERATORS
 from app.problems import TYPES, Problem
 from app.rules import read_query
 from db.connect import connect_async
@@ -259,6 +261,7 @@ def create_app(
                 list_problems,
                 explain_problem,
                 get_health,
+                OPERATORS,
                 assets(),
                 *([noop, bare] if benchmark else []),
             ],

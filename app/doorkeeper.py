@@ -12,7 +12,7 @@ from typing import Any, LiteralString
 import psycopg
 
 from app.bounds import PerSecond
-from app.database import Database
+from app.database import Database, Row
 from app.keys import hash_of
 from app.lanes import Unavailable
 from app.problems import Problem
@@ -21,7 +21,7 @@ log = logging.getLogger("surety.doorkeeper")
 
 DENIALS_PER_SECOND_MAX = 20
 DETAILS = {
-    "unauthenticated": "the API key is missing, misspelt, unknown or revoked",
+    "unauthenticated": "the API key is missing, misspelt, unknown, revoked or an operator's",
     "forbidden": "this merchant is suspended",
     "not-found": "this merchant has no such payment",
 }
@@ -77,6 +77,35 @@ class Caller:
             raise await self.denied("unauthenticated")
         if row[0]:
             raise await self.denied("forbidden")
+
+    async def must_be_operator(self) -> None:
+        """Raises Problem unless the key is an operator's."""
+        await self.row_as_operator("select operator from api.identify_operator(%s)")
+
+    async def fetch_as_operator(self, query: LiteralString, *values: Any) -> str:
+        """The document that a function renders for this operator's key. Raises Problem."""
+        document: str | None = (await self.row_as_operator(query, *values))[0]
+        if document is None:
+            raise Problem("not-found", "there is no such thing")
+        return document
+
+    async def row_as_operator(self, query: LiteralString, *values: Any) -> Row:
+        """The row that a function gives for this operator's key. Raises Problem for a key that is none."""
+        row = await self._doorkeeper.database.row(query, self.key_hash, *values)
+        if row is not None:
+            return row
+        is_told = self._doorkeeper.denials.lets_through()
+        denied = await self._doorkeeper.database.row(
+            "select api.deny_operator(%s, %s, %s, %s, %s)",
+            self.key_hash,
+            self.request_id,
+            self.address,
+            self.route,
+            is_told,
+        )
+        assert denied is not None
+        name: str = denied[0]
+        raise Problem(name, "this key is no operator's" if name == "forbidden" else DETAILS[name])
 
     async def denied(self, name: str) -> Problem:
         """The refusal, written down if the key exists. It stands whether or not that can be done."""

@@ -1,5 +1,6 @@
-"""API keys: `sty_test_…` or `sty_live_…`, 32 random characters and a checksum of 6, so that a misspelt key, or a text
-that a secret scanner found, is told from a real one without asking the database, which knows only the SHA-256.
+"""API keys: `sty_test_…`, `sty_live_…` or an operator's `sty_operator_…`, 32 random characters and a checksum of 6, so
+that a misspelt key, or a text that a secret scanner found, is told from a real one without asking the database, which
+knows only the SHA-256.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-SHAPE = re.compile(r"(sty_(?:live|test)_[0-9A-Za-z]{32})([0-9A-Za-z]{6})")
+SHAPE = re.compile(r"(sty_(?:live|test|operator)_[0-9A-Za-z]{32})([0-9A-Za-z]{6})")
 HINT_CHARACTERS = 4
 
 
@@ -26,8 +27,18 @@ class NewKey(NamedTuple):
 
 
 def new_key(*, livemode: bool) -> NewKey:
-    """A key that nobody has had before."""
-    body = f"sty_{'live' if livemode else 'test'}_{''.join(secrets.choice(ALPHABET) for _ in range(32))}"
+    """A merchant's key that nobody has had before."""
+    return new_key_for("live" if livemode else "test")
+
+
+def new_operator_key() -> NewKey:
+    """An operator's key that nobody has had before."""
+    return new_key_for("operator")
+
+
+def new_key_for(kind: str) -> NewKey:
+    """A key that tells its kind."""
+    body = f"sty_{kind}_{''.join(secrets.choice(ALPHABET) for _ in range(32))}"
     text = body + checksum(body)
     return NewKey(text, hashlib.sha256(text.encode()).digest(), text[-HINT_CHARACTERS:])
 

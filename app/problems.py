@@ -43,8 +43,9 @@ TYPES: dict[str, Type] = {
     ),
     "forbidden": Type(
         403,
-        "This merchant is suspended",
-        "The key is valid, but its merchant may not take payments at present. Ask who gave you the key.",
+        "This key may not do that",
+        "The key is valid, but not for this: its merchant is suspended and may not take payments at present, or the "
+        "route is the operators' and needs a key of theirs (`sty_operator_…`). Ask who gave you the key.",
     ),
     "not-found": Type(
         404,
@@ -62,8 +63,9 @@ TYPES: dict[str, Type] = {
     ),
     "wrong-state": Type(
         409,
-        "The payment's state does not allow this",
-        "Read the payment: `state` says where it is. Nothing changed.",
+        "Its state does not allow this",
+        "Read the payment, or the dead letter: its state says where it is, `detail` what is in the way. Nothing "
+        "changed.",
     ),
     "too-large": Type(413, "The body is too large", "`limit` is the largest body in bytes. Nothing was stored."),
     "not-json": Type(

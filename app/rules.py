@@ -77,7 +77,9 @@ def malformed(why: str) -> Problem:
     return invalid([Broken("", "json", f"the body is not JSON: {why}")])
 
 
-def broken_rules(value: Any, kind: Any, at: str = "", form: str = "") -> Iterator[Broken]:
+def broken_rules(  # noqa: C901  a case for each kind of type
+    value: Any, kind: Any, at: str = "", form: str = ""
+) -> Iterator[Broken]:
     """Every rule of `kind`, as msgspec.inspect tells it, that a parsed value breaks. `form` says a pattern in words."""
     match kind:
         case inspect.UnionType():
@@ -90,6 +92,9 @@ def broken_rules(value: Any, kind: Any, at: str = "", form: str = "") -> Iterato
             yield from of_struct(value, kind, at)
         case inspect.DictType():
             yield from of_dict(value, kind, at)
+        case inspect.BoolType():
+            if not isinstance(value, bool):
+                yield wrong_type(at, "boolean", value)
         case inspect.IntType():
             yield from of_int(value, kind, at)
         case inspect.StrType():

@@ -14,7 +14,6 @@ CAPABILITIES: tuple[str, ...] = (
     "epochs",
     "outbox",
     "waking",
-    "dead_letters",
     "ledger",
     "lifecycle",
     "posting",
@@ -27,8 +26,10 @@ CAPABILITIES: tuple[str, ...] = (
     "inbox",
     "settlement",
     "trace",
+    "dead_letters",
     "invariants",
     "status",
+    "operators",
     "report",
     "grants",
 )

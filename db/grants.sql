@@ -16,7 +16,14 @@ api.deny(bytea, text, text, text, text),
 api.get_payment(bytea, text),
 api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text),
 api.list_events(bytea, text, integer),
-api.get_trace(bytea, text)
+api.get_trace(bytea, text),
+api.identify_operator(bytea),
+api.deny_operator(bytea, text, text, text, boolean),
+api.list_dead_letters(bytea, text, text, text, integer, text),
+api.get_dead_letter(bytea, text),
+api.replay_dead_letter(bytea, text, text, boolean, text, text),
+api.discard_dead_letter(bytea, text, text, boolean, text, text),
+api.read_status(bytea)
 to surety_api;
 grant usage on schema outbox to surety_api;
 grant execute on function outbox.kick(text[]) to surety_api, surety_webhook, surety_worker;

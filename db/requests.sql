@@ -273,15 +273,22 @@ begin atomic
         surety.new_id('aud', surety.time_now()),
         surety.time_now(),
         'denied',
-        'key:' || api_keys.id,
+        known.actor,
         p_address,
         p_request_id,
-        api_keys.merchant_id,
+        known.merchant_id,
         'denied',
         p_reason,
         jsonb_build_object('route', p_route)
-    from surety.api_keys
-    where api_keys.hash = p_key_hash;
+    from (
+        select 'key:' || api_keys.id as actor, api_keys.merchant_id
+        from surety.api_keys
+        where api_keys.hash = p_key_hash
+        union all
+        select 'operator:' || operator_keys.operator, null
+        from surety.operator_keys
+        where operator_keys.hash = p_key_hash
+    ) as known;
 end;
 
 create or replace function surety.forget_idempotency_keys(p_limit integer default 10000) returns integer

@@ -148,7 +148,7 @@ def test_a_lane_reads_all_that_its_function_returns(rights: Connection, statemen
 
 
 @pytest.mark.parametrize(
-    ("kind", "files"), [("api", "app/(acceptance|api|doorkeeper).py"), ("webhook", "app/webhooks.py")]
+    ("kind", "files"), [("api", "app/(acceptance|api|doorkeeper|operators).py"), ("webhook", "app/webhooks.py")]
 )
 def test_a_process_may_execute_what_it_calls(rights: Connection, kind: Kind, files: str) -> None:
     functions = {name for name, places in called("app").items() if any(re.fullmatch(files, place) for place in places)}

@@ -28,10 +28,12 @@ COMMANDS = {
     "api": Entry("app.cli.api:api", "Serve the HTTP API."),
     "webhooks": Entry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
     "merchants": Entry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
-    "keys": Entry("app.cli.keys:keys", "Create, list and revoke API keys."),
+    "keys": Entry("app.cli.keys:keys", "Create, list and revoke keys of merchants and operators."),
     "trace": Entry("app.cli.trace:trace", "Tell all that happened to a payment."),
     "status": Entry("app.cli.status:status", "Tell how things stand, and what to do next."),
-    "dead-letters": Entry("app.cli.dead_letters:dead_letters", "Events that were given up on: list, show, replay."),
+    "dead-letters": Entry(
+        "app.cli.dead_letters:dead_letters", "Events that were given up on: list, show, replay, discard."
+    ),
     "restored": Entry("app.cli.restored:restored", "Open a database that was restored from a dump."),
 }
 

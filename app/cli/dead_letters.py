@@ -1,136 +1,221 @@
-"""`surety dead-letters`: events that were given up on, and how they are made due again."""
+"""`surety dead-letters`: events that were given up on, and what a person does about them."""
 
 from __future__ import annotations
 
 import getpass
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any, Literal, LiteralString
 
 import click
 import psycopg
-from psycopg.rows import dict_row
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.status import age
-from db.connect import harden
+from app.standing import age, counted
+from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load
 
-COLUMNS = (
-    "select d.id, d.handler, d.event_id, d.type, d.payment_id, d.reason, d.attempts, d.died_at,"
-    " d.closed_at, d.closed_as, d.closed_by, d.closed_because,"
-    " extract(epoch from surety.time_now() - d.died_at)::float8 as seconds from outbox.dead_letters as d"
-)
-# What a handler does with an event that comes again, whatever became of it the first time.
-ON_REPLAY = {
-    "submit": "creates the intent under the same key, or looks for it first: at most one will exist",
-    "confirm": "asks about the intent first, and confirms it only if it was not",
-    "cancel": "asks about the intent first, and cancels it only if it still lives",
-    "apply": "reads the webhook again; facts that are known change nothing",
-    "settle": "opens the expectation of money, unless it is open",
-    "close": "closes the expectation of money, unless it is closed",
-}
+Connection = psycopg.Connection[tuple[Any, ...]]
+Letter = dict[str, Any]
+Doing = Literal["replay", "discard"]
+Command = Callable[..., None]
+
+PAGE = 100
+REFUSED = 1
 
 
 class DeadLetterError(SuretyError):
-    """There is no such dead letter, or it is closed; the message says which."""
-
-
-def connect() -> psycopg.Connection[dict[str, Any]]:
-    """As the owner of the database of DATABASE_URL."""
-    url = load().require("database_url").reveal()
-    return psycopg.Connection[dict[str, Any]].connect(harden(url, "deploy"), autocommit=True, row_factory=dict_row)
+    """There is no such dead letter, or it was not said which ones; the message says which."""
 
 
 @click.group()
 def dead_letters() -> None:
-    """List events that were given up on, show one with all its errors, make it due again."""
+    """List events that were given up on, show one with all its errors, replay or discard them."""
+
+
+def filters(command: Command) -> Command:
+    """The options that choose letters."""
+    error = click.option("--error", help="Only those whose last error contains this text.")
+    return click.option("--handler", help="Only those of one handler.")(error(command))
+
+
+def decision(command: Command) -> Command:
+    """The arguments and options of a command that does something to letters."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Only tell what would happen."),
+        click.option("--reason", required=True, help="Why; kept in the audit trail."),
+        filters,
+        click.argument("letter_ids", nargs=-1, metavar="[ID]..."),
+    ):
+        command = option(command)
+    return command
 
 
 @dead_letters.command("list")
-@click.option("--handler", help="Only those of one handler.")
-@click.option("--error", help="Only those whose last error contains this text.")
+@filters
 @click.option("--closed", is_flag=True, help="Those that are closed, too.")
 def list_letters(handler: str | None, error: str | None, closed: bool) -> None:
     """List dead letters, the oldest first."""
-    with connect() as conn:
-        letters = conn.execute(
-            f"{COLUMNS} where (%(closed)s or d.closed_at is null)"
-            " and (%(handler)s::text is null or d.handler = %(handler)s)"
-            " and (%(error)s::text is null or position(%(error)s in d.attempts -> -1 ->> 'error') > 0)"
-            " order by d.died_at limit 1000",
-            {"handler": handler, "error": error, "closed": closed},
-        ).fetchall()
     table = Table(box=None, pad_edge=False)
-    for heading in ("letter", "handler", "payment", "dead for", "last error"):
+    for heading in ("letter", "handler", "payment", "since", "last error"):
         table.add_column(heading, no_wrap=heading != "last error")
-    for letter in letters:
-        closed_as = f" ({letter['closed_as']})" if letter["closed_as"] else ""
-        last = letter["attempts"][-1]["error"] if letter["attempts"] else letter["reason"]
-        table.add_row(
-            letter["id"] + closed_as, letter["handler"], letter["payment_id"] or "–", age(letter["seconds"]), last
-        )
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-    console.print(table if letters else "no dead letters")
+    with connect("deploy", load()) as conn:
+        for letter in find(conn, handler, error, status=None if closed else "open"):
+            closed_as = f" ({letter['status']})" if letter["closed"] else ""
+            table.add_row(
+                letter["id"] + closed_as,
+                letter["handler"],
+                letter["payment"]["id"] if letter["payment"] else "–",
+                f"{letter['died_at'][:19]}Z",
+                letter["attempts"][-1]["error"] if letter["attempts"] else letter["reason"],
+            )
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+    console.print(table if table.row_count else "no dead letters")
 
 
 @dead_letters.command("show")
-@click.argument("letter_id")
+@click.argument("letter_id", metavar="ID")
 def show_letter(letter_id: str) -> None:
-    """Show a dead letter: what was tried, where its payment stands, what a replay would do."""
-    with connect() as conn:
-        letter = find(conn, letter_id)
-        payment = conn.execute(
-            "select state, amount_minor, currency, provider_id from surety.payments where id = %s",
-            (letter["payment_id"],),
+    """Show a dead letter: what was tried, where its payment stands, what a replay and a discard would do."""
+    with connect("deploy", load()) as conn:
+        row = conn.execute(
+            "select shown.document,"
+            " extract(epoch from surety.time_now() - d.died_at)::float8"
+            " from outbox.dead_letters as d cross join lateral outbox.show_dead_letter(d) as shown where d.id = %s",
+            (letter_id,),
         ).fetchone()
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    about = " · ".join(part for part in (letter["handler"], letter["type"], letter["payment_id"]) if part)
-    console.print(f"{letter['id']}   {about}   dead since {letter['died_at']:%H:%M:%S} ({age(letter['seconds'])})")
-    console.print(f"reason      {letter['reason']}")
-    before = None
-    for number, attempt in enumerate(letter["attempts"], start=1):
-        error = "same" if attempt["error"] == before else attempt["error"]
-        before = attempt["error"]
-        console.print(f"{number}  {attempt['at']}  {error}  [{attempt['worker']}]")
+    if row is None:
+        raise DeadLetterError(f"there is no dead letter {letter_id}")
+    Console(highlight=False, markup=False, soft_wrap=True).print("\n".join(tell(*row)))
+
+
+def tell(letter: Letter, seconds: float) -> Iterator[str]:
+    """A letter on one screen."""
+    payment, at_provider, closed = letter["payment"], letter["provider"], letter["closed"]
+    about = [letter["handler"], letter["event"]["type"], payment["id"] if payment else letter["event"]["id"]]
+    yield f"{letter['id']}   {' · '.join(about)}   dead since {clock(letter['died_at'])} ({age(seconds)})"
+    yield from tell_attempts(letter["attempts"])
+    yield f"reason      {letter['reason']}"
     if payment:
-        held = payment["provider_id"] or "no object known"
-        console.print(
-            f"payment     {payment['state']}, {payment['amount_minor']} {payment['currency']}; at the provider: {held}"
+        yield f"payment     {payment['state']}, {payment['text']}; at {at_provider['name'].capitalize()}: " + (
+            tell_provider(at_provider)
         )
-    if letter["closed_at"]:
-        console.print(f"closed      {letter['closed_as']} by {letter['closed_by']}: {letter['closed_because']}")
-    else:
-        console.print(f"replay      {ON_REPLAY[letter['handler']]}")
-        console.print(f'surety dead-letters replay {letter["id"]} --reason "…"     (--dry-run first)')
+    if closed:
+        yield f"closed      {letter['status']} at {clock(closed['at'])} by {closed['by']}: {closed['because']}"
+        return
+    yield f"replay      {letter['on_replay']}"
+    yield f"discard     {letter['on_discard']['detail']}"
+    doings = ["replay"] if letter["on_discard"]["verdict"] == "refuse" else ["replay", "discard"]
+    for doing in doings:
+        yield f'surety dead-letters {doing} {letter["id"]} --reason "…"     (--dry-run first)'
+
+
+def tell_attempts(attempts: list[dict[str, Any]]) -> Iterator[str]:
+    """Each error in full once; those that say the same behind it on one line."""
+    numbered = list(enumerate(attempts, start=1))
+    for error, group in groupby(numbered, key=lambda one: one[1]["error"]):
+        (number, first), *others = list(group)
+        yield f"{number}  {clock(first['at'])}  {error}  [{first['worker']}]"
+        if others:
+            yield "       ".join(f"{number}  {clock(attempt['at'])}  same" for number, attempt in others)
+
+
+def tell_provider(at_provider: dict[str, Any]) -> str:
+    """What the provider was last heard to hold."""
+    as_of = f" (heard at {clock(at_provider['as_of'])})" if at_provider["as_of"] else ""
+    match at_provider["holds"]:
+        case "object":
+            return f"{at_provider['id']}{as_of}"
+        case "nothing":
+            return f"no object{as_of or ', nothing was sent'}"
+    return f"unknown: what was sent has no answer{as_of}"
+
+
+def clock(at: str) -> str:
+    """A time of day of a document's instant; the date stands in `list` and in the id."""
+    return at[11:19]
 
 
 @dead_letters.command("replay")
-@click.argument("letter_ids", nargs=-1, required=True)
-@click.option("--reason", required=True, help="Why; kept in the audit trail.")
-@click.option("--dry-run", is_flag=True, help="Only tell what would happen.")
-def replay_letters(letter_ids: tuple[str, ...], reason: str, dry_run: bool) -> None:
-    """Make events due again, with a clean count. What was replayed already is left alone."""
+@decision
+def replay_letters(
+    letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, dry_run: bool
+) -> None:
+    """Make events due again at once, with a clean count: those of the ids, or all that match.
+
+    What was replayed already, or whose payment has ended meanwhile, is left alone. Exit status 1 if one was refused.
+    """
+    do("replay", letter_ids, handler, error, reason, dry_run=dry_run)
+
+
+@dead_letters.command("discard")
+@decision
+def discard_letters(
+    letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, dry_run: bool
+) -> None:
+    """Give events up for good: those of the ids, or all that match.
+
+    A payment that nothing was sent for ends as failed. Refused where the provider may hold a charge: exit status 1.
+    """
+    do("discard", letter_ids, handler, error, reason, dry_run=dry_run)
+
+
+STATEMENTS: dict[Doing, LiteralString] = {
+    "replay": "select outcome, detail from outbox.replay_dead_letter(%s, %s, %s, %s)",
+    "discard": "select outcome, detail from outbox.discard_dead_letter(%s, %s, %s, %s)",
+}
+OUTCOMES = {
+    "replayed": "is due again",
+    "discarded": "is discarded",
+    "would_replay": "would be replayed",
+    "would_discard": "would be discarded",
+    "unchanged": "is left alone",
+    "refused": "is refused",
+}
+
+
+def do(
+    doing: Doing, letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, *, dry_run: bool
+) -> None:
+    """One letter, one transaction; tell what became of each."""
     if not reason.strip():
         raise DeadLetterError("--reason must say why")
-    with connect() as conn:
-        for letter in [find(conn, letter_id) for letter_id in letter_ids]:
-            if letter["closed_at"]:
-                click.echo(f"{letter['id']} is closed already ({letter['closed_as']})")
-            elif dry_run:
-                click.echo(f"{letter['id']} would be replayed: {letter['handler']} {ON_REPLAY[letter['handler']]}")
-            else:
-                conn.execute(
-                    "select outbox.replay_dead_letter(%s, %s, %s)",
-                    (letter["id"], f"operator:{getpass.getuser()}", reason),
-                )
-                click.echo(f"{letter['id']} is due again")
+    if bool(letter_ids) == bool(handler or error):
+        raise DeadLetterError(f"say which to {doing}: ids, or all that match --handler or --error")
+    told: dict[str, int] = {}
+    with connect("deploy", load()) as conn:
+        for letter_id in letter_ids or [letter["id"] for letter in find(conn, handler, error, status="open")]:
+            row = conn.execute(
+                STATEMENTS[doing], (letter_id, f"operator:{getpass.getuser()}", reason, dry_run)
+            ).fetchone()
+            assert row is not None
+            outcome, detail = row
+            if outcome == "not_found":
+                raise DeadLetterError(detail)
+            told[outcome] = told.get(outcome, 0) + 1
+            click.echo(f"{letter_id} {OUTCOMES[outcome]}: {detail}")
+    if not letter_ids:
+        click.echo(
+            ", ".join(f"{counted(number, 'letter')} {outcome.replace('_', ' ')}" for outcome, number in told.items())
+            or "no dead letter matches"
+        )
+    if "refused" in told:
+        sys.exit(REFUSED)
 
 
-def find(conn: psycopg.Connection[dict[str, Any]], letter_id: str) -> dict[str, Any]:
-    """A dead letter; raises DeadLetterError if there is none of that id."""
-    letter = conn.execute(f"{COLUMNS} where d.id = %s", (letter_id,)).fetchone()
-    if letter is None:
-        raise DeadLetterError(f"there is no dead letter {letter_id}")
-    return letter
+def find(conn: Connection, handler: str | None, error: str | None, *, status: str | None) -> Iterator[Letter]:
+    """All letters that match, the oldest first, page by page."""
+    after = None
+    while True:
+        rows = conn.execute(
+            "select found.id, shown.document from outbox.find_dead_letters(%s, %s, %s, %s, %s) as found"
+            " cross join lateral outbox.show_dead_letter(found) as shown order by found.id",
+            (status, handler, error, after, PAGE),
+        ).fetchall()
+        yield from (document for _, document in rows)
+        if len(rows) < PAGE:
+            return
+        after = rows[-1][0]

@@ -1,15 +1,16 @@
-"""`surety keys`: the API keys of merchants. Only their SHA-256 is kept, so each is shown once, when it is made."""
+"""`surety keys`: the API keys of merchants and operators. Only their SHA-256 is kept, so each is shown once."""
 
 from __future__ import annotations
 
 import getpass
+from typing import Any
 
 import click
 import psycopg
 from rich.table import Table
 
 from app.cli.tables import show
-from app.keys import new_key
+from app.keys import new_key, new_operator_key
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load
@@ -25,10 +26,19 @@ def keys() -> None:
 
 
 @keys.command()
-@click.argument("merchant_id")
-def create(merchant_id: str) -> None:
-    """Create a key for a merchant and print it: it can't be shown again."""
+@click.argument("merchant_id", required=False)
+@click.option("--operator", metavar="NAME", help="For a person who runs the service, instead of a merchant.")
+def create(merchant_id: str | None, operator: str | None) -> None:
+    """Create a key for a merchant, or for an operator, and print it: it can't be shown again.
+
+    A merchant's key opens its payments, an operator's /v1/operator, and neither the other.
+    """
+    if (merchant_id is None) == (operator is None):
+        raise SuretyError("name a merchant's id, or --operator NAME")
     with connect("deploy", load()) as conn:
+        if operator is not None:
+            click.echo(create_for_operator(conn, operator))
+            return
         environment = conn.execute("select livemode from surety.environment").fetchone()
         key = new_key(livemode=bool(environment and environment[0]))
         try:
@@ -40,16 +50,32 @@ def create(merchant_id: str) -> None:
     click.echo(key.text)
 
 
+def create_for_operator(conn: psycopg.Connection[tuple[Any, ...]], operator: str) -> str:
+    """A new key of an operator's. Raises SuretyError for a name that can't be one."""
+    key = new_operator_key()
+    try:
+        conn.execute(
+            "select surety.add_operator_key(%s, %s, %s, %s)", (operator, key.hash, key.hint, getpass.getuser())
+        )
+    except psycopg.errors.CheckViolation:
+        raise SuretyError("an operator's name has 1 to 100 letters, digits and . _ @ -") from None
+    return key.text
+
+
 @keys.command(name="list")
 @click.option("--merchant", "merchant_id", help="Only this merchant's.")
 def list_all(merchant_id: str | None) -> None:
     """List keys, the oldest first; of each key its last characters are known."""
-    table = Table("id", "ends in", "merchant", "name", "since", "revoked", box=None)
+    table = Table("id", "ends in", "of", "name", "since", "revoked", box=None)
     with connect("deploy", load()) as conn:
         rows = conn.execute(
             "select k.id, k.hint, m.id, m.name, surety.iso(k.created_at), surety.iso(k.revoked_at)"
             " from surety.api_keys as k join surety.merchants as m on m.id = k.merchant_id"
-            " where %(merchant)s::text is null or m.id = %(merchant)s order by k.id",
+            " where %(merchant)s::text is null or m.id = %(merchant)s"
+            " union all"
+            " select o.id, o.hint, 'operator', o.operator, surety.iso(o.created_at), surety.iso(o.revoked_at)"
+            " from surety.operator_keys as o where %(merchant)s::text is null"
+            " order by 1",
             {"merchant": merchant_id},
         ).fetchall()
     show(table, rows)
@@ -60,7 +86,10 @@ def list_all(merchant_id: str | None) -> None:
 def revoke(key_id: str) -> None:
     """Revoke a key at once and for ever."""
     with connect("deploy", load()) as conn:
-        row = conn.execute("select surety.revoke_api_key(%s, %s)", (key_id, getpass.getuser())).fetchone()
+        row = conn.execute(
+            "select coalesce(surety.revoke_api_key(%(key)s, %(by)s), surety.revoke_operator_key(%(key)s, %(by)s))",
+            {"key": key_id, "by": getpass.getuser()},
+        ).fetchone()
     if row is None or row[0] is None:
         raise NoSuchKey(f"there is no key {key_id}")
     click.echo(f"{key_id} is revoked" + ("" if row[0] else " already"))
