@@ -951,7 +951,6 @@ create table audit.entries (
     constraint entry_of_a_step_tells_the_step check ((kind = 'step') = (version is not null and to_state is not null))
 ) partition by range (id);
 create index entries_of_a_payment on audit.entries (payment_id, id) where payment_id is not null;
-create index entries_in_commit_order on audit.entries (xid, id);
 comment on table audit.entries is
 'The audit trail, append-only: requests, steps, calls outside (before and after), webhooks, operators'' doings,
 denials.';

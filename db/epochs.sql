@@ -1,12 +1,20 @@
 -- Epochs: transaction ids are comparable only within the cluster that gave them. A dump restored into another cluster
--- accepts
--- and claims nothing until it has a new one.
+-- accepts and claims nothing until it has a new one.
 
 create or replace function outbox.system_identifier() returns bigint
-language sql stable security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    select control.system_identifier from pg_control_system() as control;
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+-- The cluster's identity. A session never sees it change, so it reads the control file once and keeps it in a setting.
+declare
+    v_known text := nullif(current_setting('surety.system_identifier', true), '');
+begin
+    if v_known is null then
+        select control.system_identifier into v_known from pg_control_system() as control;
+        perform set_config('surety.system_identifier', v_known, false);
+    end if;
+    return v_known;
 end;
+$$;
 
 create or replace function outbox.epoch() returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp

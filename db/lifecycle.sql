@@ -25,29 +25,34 @@ begin
         where p.id = last.payment_id and p.version < last.version;
     end if;
 
-    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
-    select
-        surety.new_id('evt', v_now), 'payment', n.payment_id, 'payment.' || n.to_state,
-        jsonb_strip_nulls(jsonb_build_object(
-            'payment_id', n.payment_id, 'state', n.to_state, 'version', n.version, 'at', surety.iso(n.at),
-            'amount_captured', nullif(p.captured_minor, 0), 'amount_refunded', nullif(p.refunded_minor, 0),
-            'provider_id', p.provider_id, 'failure', p.failure,
-            'next_action', case when n.to_state = 'requires_action' then p.next_action end)),
-        p.merchant_id, n.version, v_epoch
-    from new_steps as n
-    join surety.payments as p on p.id = n.payment_id
-    order by n.payment_id, n.version;
-
+    with told as materialized (
+        select
+            n.payment_id, n.version, n.from_state, n.to_state, n.cause, n.implied, n.at, n.actor, n.request_id,
+            p.merchant_id, p.captured_minor, p.refunded_minor, p.provider_id, p.failure, p.next_action
+        from new_steps as n
+        join surety.payments as p on p.id = n.payment_id
+        order by n.payment_id, n.version
+    ),
+    emitted as (
+        insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
+        select
+            surety.new_id('evt', v_now), 'payment', t.payment_id, 'payment.' || t.to_state,
+            jsonb_strip_nulls(jsonb_build_object(
+                'payment_id', t.payment_id, 'state', t.to_state, 'version', t.version, 'at', surety.iso(t.at),
+                'amount_captured', nullif(t.captured_minor, 0), 'amount_refunded', nullif(t.refunded_minor, 0),
+                'provider_id', t.provider_id, 'failure', t.failure,
+                'next_action', case when t.to_state = 'requires_action' then t.next_action end)),
+            t.merchant_id, t.version, v_epoch
+        from told as t
+    )
     insert into audit.entries (
         id, at, kind, actor, request_id, payment_id, merchant_id, version, from_state, to_state, outcome, reason,
         snapshot
     )
     select
-        surety.new_id('aud', v_now), n.at, 'step', n.actor, n.request_id, n.payment_id, p.merchant_id, n.version,
-        n.from_state, n.to_state, case when n.implied then 'implied' else 'done' end, n.cause, '{}'
-    from new_steps as n
-    join surety.payments as p on p.id = n.payment_id
-    order by n.payment_id, n.version;
+        surety.new_id('aud', v_now), t.at, 'step', t.actor, t.request_id, t.payment_id, t.merchant_id, t.version,
+        t.from_state, t.to_state, case when t.implied then 'implied' else 'done' end, t.cause, '{}'
+    from told as t;
 
     if not v_is_later then
         return null;

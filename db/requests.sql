@@ -165,6 +165,7 @@ begin
     from asked as a cross join lateral api.show_payment(a.payment) as shown;
 
     if v_payments is not null then
+        -- A reference in use refuses the request: its key must not be kept, as nothing took effect.
         with keyed as (
             insert into surety.idempotency_keys as i (
                 merchant_id, route, key, request_hash, payment_id, status, response, created_at
@@ -174,13 +175,14 @@ begin
             from unnest(v_keys) as k
             on conflict (merchant_id, route, key) do nothing
             returning i.payment_id
-        )
-        select array_agg(k.payment_id) into v_won from keyed as k;
-
-        -- A reference in use refuses the request: its key must not be kept, as nothing took effect.
-        with wanted as (
-            select p.merchant_id, p.reference, p.id from unnest(v_payments) as p
-            where p.reference is not null and p.id = any(v_won)
+        ),
+        won as materialized (
+            select array_agg(k.payment_id) as ids from keyed as k
+        ),
+        wanted as materialized (
+            select p.merchant_id, p.reference, p.id
+            from won cross join unnest(v_payments) as p
+            where p.reference is not null and p.id = any(won.ids)
         ),
         referred as (
             insert into surety.payment_references as r (merchant_id, reference, payment_id)
@@ -189,8 +191,10 @@ begin
             on conflict (merchant_id, reference) do nothing
             returning r.payment_id
         )
-        select array_agg(w.id) into v_taken from wanted as w
-        where w.id not in (select r.payment_id from referred as r);
+        select
+            (select w.ids from won as w),
+            (select array_agg(w.id) from wanted as w where w.id not in (select r.payment_id from referred as r))
+        into v_won, v_taken;
         if v_taken is not null then
             delete from surety.idempotency_keys as i
             using unnest(v_keys) as k
@@ -198,21 +202,37 @@ begin
                 and i.merchant_id = k.merchant_id and i.route = k.route and i.key = k.key;
             v_won := array(select w.id from unnest(v_won) as w (id) where w.id <> all(v_taken));
         end if;
+        if cardinality(v_won) is distinct from cardinality(v_payments) then
+            v_payments := array(select p from unnest(v_payments) as p where p.id = any(v_won));
+            v_entries := array(select e from unnest(v_entries) as e where e.payment_id = any(v_won));
+        end if;
 
-        insert into surety.payments
-        select p.* from unnest(v_payments) as p
-        where p.id = any(v_won);
-        insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor, request_id)
-        select e.payment_id, 1, null, 'initiated', 'request', v_now, e.actor, e.request_id
-        from unnest(v_entries) as e
-        where e.payment_id = any(v_won);
+        with paid as (
+            insert into surety.payments
+            select p.* from unnest(v_payments) as p
+        ),
+        stepped as (
+            insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor, request_id)
+            select e.payment_id, 1, null, 'initiated', 'request', v_now, e.actor, e.request_id
+            from unnest(v_entries) as e
+        )
         insert into audit.entries (
             id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, snapshot
         )
         select
             e.id, e.at, e.kind, e.actor, e.address, e.request_id, e.payment_id, e.merchant_id, e.outcome, e.snapshot
-        from unnest(v_entries) as e
-        where e.payment_id = any(v_won);
+        from unnest(v_entries) as e;
+    end if;
+
+    if cardinality(v_won) = cardinality(v_n) then
+        -- All are new: the arrays hold the same requests, each at its place.
+        return query
+        select a.n, a.status, null::text, null::jsonb, a.response, false, a.payment_id
+        from rows from (unnest(v_n), unnest(v_keys)) as a (
+            n, merchant_id, route, key, request_hash, payment_id, status, response, created_at
+        )
+        order by a.n;
+        return;
     end if;
 
     -- In a statement of its own: one statement can't see what it waited for.

@@ -143,6 +143,21 @@ async def test_a_batch_is_bounded(echo: Connection, settings: Settings) -> None:
         assert [row[1] for row in rows] == [4] * 8 + [2] * 2
 
 
+async def test_another_lane_begins_when_as_many_wait_as_are_worked_on(
+    echo: Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.lanes.HELD_UP_SECONDS", 60.0)
+    async with opened(settings, lanes=3) as lanes:
+        hold(echo)
+        stuck = [lanes.ask(Word(f"stuck{n}")) for n in range(3)]
+        await until(lambda: waiting(echo))
+        few = [lanes.ask(Word("hurry")) for _ in range(2)]
+        enough = [*few, lanes.ask(Word("hurry"))]
+        assert [row[1] for row in await asyncio.gather(*enough)] == [3] * 3
+        let_go(echo)
+        assert [row[1] for row in await asyncio.gather(*stuck)] == [3] * 3
+
+
 async def test_a_lane_that_is_held_up_holds_up_no_other(echo: Connection, settings: Settings) -> None:
     async with opened(settings, lanes=2) as lanes:
         hold(echo)
