@@ -39,7 +39,7 @@ def give_up(
 def letter_of(conn: Connection, payment_id: str) -> str:
     """The open letter of a payment."""
     query = "select id from outbox.dead_letters where payment_id = %s and closed_at is null"
-    [letter] = conn.execute(query, (payment_id,)).fetchone() or ()
+    [(letter,)] = conn.execute(query, (payment_id,)).fetchall()
     return str(letter)
 
 

@@ -134,7 +134,7 @@ def test_a_replayed_event_that_fails_again_makes_a_letter_of_its_own_with_all_it
     replay(conn, letter)
     [second] = letters.give_up(conn, "submit", "another error")
     assert letters.closed_as(conn, letter) == "replayed"
-    [attempts] = conn.execute("select attempts from outbox.dead_letters where id = %s", (second,)).fetchone() or ()
+    [(attempts,)] = conn.execute("select attempts from outbox.dead_letters where id = %s", (second,)).fetchall()
     assert [attempt["error"] for attempt in attempts] == [letters.REFUSAL] * 3 + ["another error"] * 3
 
 
