@@ -74,4 +74,4 @@ grant usage on all sequences in schema procrastinate to surety_worker;
 grant execute on all functions in schema procrastinate to surety_worker;
 
 grant select on all tables in schema report to surety_analyst, surety_auditor;
-grant execute on function surety.trace(text), surety.summarize(text), surety.check_invariants() to surety_auditor;
+grant execute on function surety.trace(text), surety.sum_up(text), surety.check_invariants() to surety_auditor;

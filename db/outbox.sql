@@ -358,7 +358,16 @@ begin
         set failures = r.failures + 1, attempts = r.attempts || excluded.attempts,
             due_at = v_now + v_handler.retry_after[least(r.failures + 1, cardinality(v_handler.retry_after))]
                 * (0.8 + 0.4 * random())
-        returning r.event_id, r.failures
+        returning r.event_id, r.failures, r.attempts -> -1 ->> 'error' as error
+    ),
+    told as (
+        insert into audit.entries (id, at, kind, actor, payment_id, merchant_id, outcome, reason, snapshot)
+        select
+            surety.new_id('aud', v_now), v_now, 'retry', v_batch.leased_by,
+            case when e.aggregate_type = 'payment' then e.aggregate_id end, e.merchant_id, 'failed', f.error,
+            jsonb_build_object(
+                'handler', v_batch.handler, 'event', f.event_id, 'type', e.type, 'failures', f.failures)
+        from failed as f join outbox.events as e on e.id = f.event_id
     )
     select array_agg(event_id), array_agg(event_id) filter (where failures > cardinality(v_handler.retry_after))
     into v_ids, v_dead from failed;

@@ -9,6 +9,26 @@ begin atomic
     where currencies.currency = p_currency;
 end;
 
+create or replace function surety.say_fact(
+    p_kind text, p_object_id text, p_amount_minor bigint, p_currency text, p_data jsonb
+) returns text
+language sql stable parallel safe set search_path = pg_catalog, pg_temp
+begin atomic
+    -- What a provider told, in words: refund failed 25.00 USD (re_1).
+    select concat_ws(
+        ' ',
+        case
+            when p_kind = 'money'
+                then concat_ws(' ', replace(p_data ->> 'category', '_', ' '), surety.money(p_amount_minor, p_currency))
+            || ', fee ' || surety.money((p_data ->> 'fee')::bigint, p_currency)
+            when p_kind in ('submitted', 'action', 'processing', 'attempt_failed', 'failed', 'canceled')
+                then replace(p_kind, '_', ' ')
+            else concat_ws(' ', replace(p_kind, '_', ' '), surety.money(p_amount_minor, p_currency))
+        end,
+        '(' || p_object_id || ')'
+    );
+end;
+
 create or replace function surety.trace(p_payment_id text)
 returns table (
     at timestamptz, kind text, actor text, summary text, from_state text, to_state text, outcome text,
@@ -34,13 +54,26 @@ begin atomic
             entries.actor,
             case entries.kind
                 when 'request' then
-                    (entries.snapshot ->> 'route') || coalesce(', key sty_…' || api_keys.hint, '')
+                    (entries.snapshot ->> 'route')
+                    || case
+                        when entries.snapshot ->> 'route' = 'POST /v1/payments' then ''
+                        else coalesce(
+                            ' '
+                            || surety.money((entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'),
+                            ''
+                        )
+                    end
+                    || coalesce(', key sty_…' || api_keys.hint, '')
                     || ', Idempotency-Key ' || (entries.snapshot ->> 'idempotency_key')
                 when 'step' then entries.to_state || coalesce(' by ' || entries.reason, '')
                 when 'call' then '→ ' || (entries.snapshot ->> 'operation') || ', key ' || (entries.snapshot ->> 'key')
                 when 'answer' then
                     '← ' || (entries.snapshot ->> 'operation') || ' ' || entries.outcome
                     || coalesce(': ' || entries.reason, '')
+                when 'retry' then
+                    (entries.snapshot ->> 'handler') || ' failed, time ' || (entries.snapshot ->> 'failures')
+                    || ': ' || entries.reason
+                when 'dead_letter' then 'dead letter of ' || substr(entries.actor, 9) || ': ' || entries.reason
                 else concat_ws(' ', entries.kind, entries.outcome, entries.reason)
             end as summary,
             entries.from_state,
@@ -64,7 +97,9 @@ begin atomic
             facts.source as kind,
             facts.provider as actor,
             case
-                when inbox.id is null then facts.kind || ' ' || facts.object_id
+                when inbox.id is null then said.fact
+                when facts.kind in ('money', 'available') or fact_kinds.family in ('refund', 'dispute')
+                    then inbox.type || ' (' || inbox.event_id || '), signature valid: ' || said.fact
                 else inbox.type || ' (' || inbox.event_id || '), signature valid'
             end as summary,
             null::text as from_state,
@@ -76,6 +111,9 @@ begin atomic
                 'recorded_at', surety.iso(facts.recorded_at)
             )) as data
         from surety.facts
+        inner join surety.fact_kinds on facts.kind = fact_kinds.kind
+        cross join lateral
+            surety.say_fact(facts.kind, facts.object_id, facts.amount_minor, facts.currency, facts.data) as said (fact)
         left join surety.inbox on facts.source = 'webhook' and facts.source_id = inbox.id
         where facts.payment_id = p_payment_id and facts.source <> 'response'
     ),
@@ -126,10 +164,10 @@ comment on function surety.trace(text) is
 'Everything known about a payment, in the order in which it happened: requests, steps, calls, webhooks, transfers,
 retries.';
 
-create or replace function surety.summarize(p_payment_id text)
+create or replace function surety.sum_up(p_payment_id text)
 returns table (
-    amount text, state text, merchant text, reference text, provider_id text, charges bigint, steps integer,
-    transfers bigint, still_open text[]
+    amount text, state text, merchant text, reference text, provider_id text, charges bigint, refunds bigint,
+    disputes bigint, steps integer, transfers bigint, still_open text[]
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -139,7 +177,9 @@ begin atomic
         merchants.name,
         payments.reference,
         payments.provider_id,
-        (select count(*) from surety.facts where facts.payment_id = payments.id and facts.kind = 'captured'),
+        told.charges,
+        told.refunds - told.refunds_come_to_nothing,
+        told.disputes,
         payments.version,
         (
             select count(*)
@@ -152,6 +192,12 @@ begin atomic
             from surety.expectations
             where expectations.payment_id = payments.id and expectations.met_at is null
             union all
+            select surety.money(payments.refund_pending_minor, payments.currency) || ' to be refunded'
+            where payments.refund_pending_minor > 0
+            union all
+            select surety.money(payments.at_risk_minor, payments.currency) || ' disputed'
+            where payments.at_risk_minor > 0
+            union all
             select 'dead letter of ' || dead_letters.handler
             from outbox.dead_letters
             where dead_letters.payment_id = payments.id and dead_letters.closed_at is null
@@ -162,9 +208,20 @@ begin atomic
         )
     from surety.payments
     inner join surety.merchants on payments.merchant_id = merchants.id
+    cross join lateral (
+        select
+            count(*) filter (where facts.kind = 'captured') as charges,
+            count(distinct facts.object_id) filter (where fact_kinds.family = 'refund') as refunds,
+            count(distinct facts.object_id) filter (where facts.kind in ('refund_failed', 'refund_canceled'))
+                as refunds_come_to_nothing,
+            count(distinct facts.object_id) filter (where fact_kinds.family = 'dispute') as disputes
+        from surety.facts
+        inner join surety.fact_kinds on facts.kind = fact_kinds.kind
+        where facts.payment_id = payments.id
+    ) as told
     where payments.id = p_payment_id;
 end;
-comment on function surety.summarize(text) is
+comment on function surety.sum_up(text) is
 'A payment in one line, with what is still open about it; no row for an id that no payment has.';
 
 create or replace function api.get_trace(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
@@ -182,7 +239,9 @@ begin atomic
                         'actor', json_build_object(
                             'type', split_part(told.actor, ':', 1), 'id', nullif(split_part(told.actor, ':', 2), '')
                         ),
-                        'summary', told.summary,
+                        -- What an error says about us is not the merchants'.
+                        'summary',
+                        case told.kind when 'retry' then split_part(told.summary, ':', 1) else told.summary end,
                         'from', told.from_state,
                         'to', told.to_state,
                         'outcome', told.outcome,

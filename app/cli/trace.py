@@ -39,8 +39,8 @@ def trace(payment_id: str, as_json: bool) -> None:
 def read_summary(conn: Connection, payment_id: str) -> dict[str, Any]:
     """A payment in one line. Raises NoSuchPayment."""
     cursor = conn.execute(
-        "select amount, state, merchant, reference, provider_id, charges, steps, transfers, still_open"
-        " from surety.summarize(%s)",
+        "select amount, state, merchant, reference, provider_id, charges, refunds, disputes, steps, transfers,"
+        " still_open from surety.sum_up(%s)",
         (payment_id,),
     )
     row = cursor.fetchone()
@@ -95,6 +95,7 @@ def draw_trace(conn: Connection, payment_id: str) -> Group:
         before = at
     counts = [
         counted(summary["charges"], "charge"),
+        *(counted(summary[noun + "s"], noun) for noun in ("refund", "dispute") if summary[noun + "s"]),
         counted(summary["steps"], "step"),
         counted(summary["transfers"], "transfer"),
         " · ".join(summary["still_open"]) or "nothing open",
