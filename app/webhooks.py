@@ -229,5 +229,6 @@ def create_app(settings: Settings | None = None, *, lanes: int = 2) -> Asgi:
             exception_handlers={Exception: answer_error},
             after_request=name_request,
             logging_config=None,
-        )
+        ),
+        {("POST", "/stripe"): "receiver"},
     )
