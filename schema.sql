@@ -508,6 +508,28 @@ comment on table surety.provider_paces is
 'When each account''s next request to its provider may go out: one token bucket shared by all workers. Losing it loses
 nothing.';
 
+create table surety.breakers (
+    provider text not null,
+    account text not null,
+    bucket_at timestamptz not null,
+    answered integer not null default 0,
+    failed integer not null default 0,
+    prior_answered integer not null default 0,
+    prior_failed integer not null default 0,
+    in_a_row integer not null default 0,
+    answered_at timestamptz,
+    opened_at timestamptz,
+    closed_at timestamptz,
+    next_probe_at timestamptz,
+    probes integer not null default 0,
+    reason text,
+    constraint breakers_pkey primary key (provider, account),
+    constraint open_breaker_is_probed check ((opened_at is null) = (next_probe_at is null))
+);
+comment on table surety.breakers is
+'Circuit breakers, one per provider''s account, open while opened_at is set. answered and failed count calls of the
+bucket of 30 seconds that began at bucket_at, prior_* of the one before.';
+
 -- ---------------------------------------------------------------------------------------------------------- facts
 
 create table surety.inbox (
@@ -843,6 +865,7 @@ create table outbox.handlers (
     event_types text[] not null,
     batch_size integer not null,
     batches_at_once integer not null,
+    calls_provider boolean not null default false,
     lease interval not null default '60 seconds',
     retry_after interval[] not null default '{"5 seconds","60 seconds"}',
     epoch integer not null,
@@ -891,12 +914,15 @@ create table outbox.retries (
     kills smallint not null default 0,
     attempts jsonb not null default '[]',
     due_at timestamptz,
+    blocked_by text,
     constraint retries_pkey primary key (handler, event_id),
     constraint retry_belongs_to_a_handler foreign key (handler) references outbox.handlers (handler)
 );
 create index retries_due on outbox.retries (handler, due_at) where due_at is not null;
+create index retries_blocked on outbox.retries (blocked_by) where blocked_by is not null;
 comment on table outbox.retries is
-'Events that failed (failures) or whose worker died holding them (kills). due_at is null while one is being tried.';
+'Events that failed (failures) or whose worker died holding them (kills). due_at is null while one is being tried.
+blocked_by is the provider''s account whose outage failed it last or holds it.';
 
 create table outbox.dead_letters (
     id text collate "C" not null,

@@ -22,6 +22,7 @@ CAPABILITIES: tuple[str, ...] = (
     "merchants",
     "requests",
     "reading",
+    "breaker",
     "calls",
     "inbox",
     "settlement",
@@ -47,5 +48,6 @@ LOCK_ORDER: tuple[str, ...] = (
     "ledger.postings",
     "ledger.transfers",
     "ledger.balances",
+    "surety.breakers",
     "outbox.batches",
 )

@@ -257,31 +257,36 @@ create or replace function surety.record_results(p_batch bigint, p_fence bigint,
 returns table (is_held boolean, event_types text[])
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- What came of events: results as record_outcomes takes them, each with its "event_id" and perhaps "release_seconds".
--- They are recorded whoever holds the lease; only the events' completion needs it. An event with release_seconds is
--- given back uncounted, one with error has failed, every other is finished.
+-- What came of events: results as record_outcomes takes them, each with its "event_id" and perhaps "release_seconds"
+-- or "outage". They are recorded whoever holds the lease; only the events' completion needs it. An event with
+-- release_seconds is given back uncounted, one with error has failed (unless db/breaker.sql finds that its provider
+-- has), every other is finished.
 declare
     v_types text[] := surety.record_outcomes(p_actor, p_results);
+    v_results jsonb := p_results;
     v_held boolean := true;
     v_failed jsonb;
     v_done text[];
     v_released record;
 begin
+    if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'outage') then
+        v_results := surety.excuse_outages(p_batch, p_results);
+    end if;
     select
-        jsonb_agg(jsonb_build_object('event_id', r.event_id, 'error', r.error))
+        jsonb_agg(jsonb_build_object('event_id', r.event_id, 'error', r.error, 'outage', r.outage))
             filter (where r.error is not null and r.release_seconds is null),
         array_agg(r.event_id) filter (where r.error is null and r.release_seconds is null)
     into v_failed, v_done
-    from jsonb_to_recordset(p_results) as r (event_id text, error text, release_seconds numeric);
+    from jsonb_to_recordset(v_results) as r (event_id text, error text, outage text, release_seconds numeric);
     for v_released in
-        select r.release_seconds, array_agg(r.event_id) as ids, min(r.error) as reason
-        from jsonb_to_recordset(p_results) as r (event_id text, error text, release_seconds numeric)
+        select r.release_seconds, r.outage, array_agg(r.event_id) as ids, min(r.error) as reason
+        from jsonb_to_recordset(v_results) as r (event_id text, error text, outage text, release_seconds numeric)
         where r.release_seconds is not null
-        group by r.release_seconds
+        group by r.release_seconds, r.outage
     loop
         v_held := outbox.release(
             p_batch, p_fence, v_released.ids, make_interval(secs => v_released.release_seconds::double precision),
-            coalesce(v_released.reason, 'given back')) and v_held;
+            coalesce(v_released.reason, 'given back'), v_released.outage) and v_held;
     end loop;
     if v_failed is not null then
         v_held := outbox.fail(p_batch, p_fence, v_failed) and v_held;
@@ -302,7 +307,14 @@ begin atomic
     with due as (
         select payments.id
         from surety.payments
-        where payments.ask_at <= surety.time_now()
+        where
+            payments.ask_at <= surety.time_now()
+            and not exists (
+                select from surety.breakers
+                where
+                    breakers.provider = payments.provider and breakers.account = payments.provider_account
+                    and breakers.opened_at is not null
+            )
         order by payments.ask_at
         limit p_limit
         for update skip locked

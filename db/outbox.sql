@@ -3,7 +3,7 @@
 --   claim    takes over what a dead worker left, then what is due again, then what is new; writes one batch row
 --   finish   removes finished ids from the batch and renews the lease; the batch goes with its last id
 --   fail     moves ids to outbox.retries, or to outbox.dead_letters when their delays are used up
---   release  moves ids back uncounted
+--   release  moves ids back uncounted; db/breaker.sql says when a failure is the provider's
 --   kick     wakes a worker after commit
 --
 -- The cursor's claim: every event whose transaction is visible in `seen` has been taken by exactly one batch; of those
@@ -178,6 +178,9 @@ begin
         return;
     end if;
     perform outbox.take_over(p_handler, v_now);
+    if v_handler.calls_provider and surety.is_cut_off() then
+        return;
+    end if;
     -- What is left of a batch after a second are slow calls: they must not keep others waiting.
     if (
         select count(*) from outbox.batches as b
@@ -329,9 +332,9 @@ end;
 create or replace function outbox.fail(p_batch bigint, p_fence bigint, p_failures jsonb) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- p_failures: [{"event_id", "error"}]. Counts a failure for each, sets when it is due again (the handler's delays, give
--- or
--- take 20 %), buries what has used them up. False, and nothing done, when the lease is another's by now.
+-- p_failures: [{"event_id", "error", "outage"?}]. Counts a failure for each, sets when it is due again (the handler's
+-- delays, give or take 20 %), buries what has used them up. outage names the provider's account that failed it.
+-- False, and nothing done, when the lease is another's by now.
 declare
     v_now timestamptz := surety.time_now();
     v_batch outbox.batches;
@@ -345,17 +348,18 @@ begin
     end if;
     select h.* into v_handler from outbox.handlers as h where h.handler = v_batch.handler;
     with failed as (
-        insert into outbox.retries as r (handler, event_id, failures, attempts, due_at)
+        insert into outbox.retries as r (handler, event_id, failures, attempts, due_at, blocked_by)
         select
             v_batch.handler, f.event_id, 1,
-            jsonb_build_array(jsonb_build_object(
-                'at', surety.iso(v_now), 'worker', v_batch.leased_by, 'error', left(f.error, 2000))),
-            v_now + v_handler.retry_after[1] * (0.8 + 0.4 * random())
-        from jsonb_to_recordset(p_failures) as f (event_id text, error text)
+            jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+                'at', surety.iso(v_now), 'worker', v_batch.leased_by, 'error', left(f.error, 2000),
+                'outage', f.outage))),
+            v_now + v_handler.retry_after[1] * (0.8 + 0.4 * random()), f.outage
+        from jsonb_to_recordset(p_failures) as f (event_id text, error text, outage text)
         where f.event_id = any(v_batch.event_ids)
         order by f.event_id
         on conflict (handler, event_id) do update
-        set failures = r.failures + 1, attempts = r.attempts || excluded.attempts,
+        set failures = r.failures + 1, attempts = r.attempts || excluded.attempts, blocked_by = excluded.blocked_by,
             due_at = v_now + v_handler.retry_after[least(r.failures + 1, cardinality(v_handler.retry_after))]
                 * (0.8 + 0.4 * random())
         returning r.event_id, r.failures, r.attempts -> -1 ->> 'error' as error
@@ -380,11 +384,13 @@ end;
 $$;
 
 create or replace function outbox.release(
-    p_batch bigint, p_fence bigint, p_event_ids text[], p_after interval, p_reason text
+    p_batch bigint, p_fence bigint, p_event_ids text[], p_after interval, p_reason text, p_outage text default null,
+    p_is_held boolean default false
 ) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Gives events back uncounted, due again after p_after: the failure was not theirs (a busy provider, a stopped worker).
+-- p_outage names the provider's account that is out; what is held for it without being tried makes no attempt.
 declare
     v_now timestamptz := surety.time_now();
     v_batch outbox.batches;
@@ -393,12 +399,13 @@ begin
     if not found then
         return false;
     end if;
-    insert into outbox.retries as r (handler, event_id, attempts, due_at)
+    insert into outbox.retries as r (handler, event_id, attempts, due_at, blocked_by)
     select
         v_batch.handler, held.event_id,
-        jsonb_build_array(jsonb_build_object(
-            'at', surety.iso(v_now), 'worker', v_batch.leased_by, 'error', left(p_reason, 2000), 'counted', false)),
-        v_now + p_after
+        case when p_is_held then '[]' else jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+            'at', surety.iso(v_now), 'worker', v_batch.leased_by, 'error', left(p_reason, 2000), 'outage', p_outage,
+            'counted', false))) end,
+        v_now + p_after, p_outage
     from unnest(v_batch.event_ids) as held (event_id)
     where held.event_id = any(p_event_ids)
     order by held.event_id
@@ -407,7 +414,8 @@ begin
         -- Only the last twenty: a provider may be busy for long.
         attempts = case when jsonb_array_length(r.attempts) >= 20 then r.attempts - 0 else r.attempts end
             || excluded.attempts,
-        due_at = excluded.due_at;
+        due_at = excluded.due_at,
+        blocked_by = excluded.blocked_by;
     return outbox.finish(p_batch, p_fence, p_event_ids);
 end;
 $$;
@@ -440,23 +448,24 @@ comment on function outbox.batch_events(bigint, bigint) is
 
 -- A handler that is added later starts with what commits from then on; name '1:1:' to start at the beginning. Which
 -- events it handles is its code's business; how many at once, the operator's.
-insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, epoch, seen)
+insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, calls_provider, epoch, seen)
 select
     h.handler,
     h.event_types,
     h.batch_size,
     h.batches_at_once,
+    h.calls_provider,
     outbox.epoch(),
     case when exists (select from outbox.events) then pg_current_snapshot() else '1:1:'::pg_snapshot end
 from (
     values
-    ('submit', array['payment.initiated'], 200, 2),
-    ('confirm', array['payment.provider_submitted'], 200, 2),
-    ('settle', array['payment.confirmed'], 500, 2),
-    ('close', array['payment.settled'], 500, 2),
-    ('apply', array['webhook.received'], 200, 2),
-    ('cancel', array['payment.attempt_failed', 'payment.action_overdue'], 200, 2)
-) as h (handler, event_types, batch_size, batches_at_once)
+    ('submit', array['payment.initiated'], 200, 2, true),
+    ('confirm', array['payment.provider_submitted'], 200, 2, true),
+    ('settle', array['payment.confirmed'], 500, 2, false),
+    ('close', array['payment.settled'], 500, 2, false),
+    ('apply', array['webhook.received'], 200, 2, false),
+    ('cancel', array['payment.attempt_failed', 'payment.action_overdue'], 200, 2, true)
+) as h (handler, event_types, batch_size, batches_at_once, calls_provider)
 on conflict (handler) do update
-set event_types = excluded.event_types
-where handlers.event_types <> excluded.event_types;
+set event_types = excluded.event_types, calls_provider = excluded.calls_provider
+where (handlers.event_types, handlers.calls_provider) <> (excluded.event_types, excluded.calls_provider);

@@ -88,6 +88,13 @@ begin atomic
     ) as accounts
     left join surety.poll_cursors
         on poll_cursors.provider = 'stripe' and accounts.account = poll_cursors.account and poll_cursors.list = p_list
+    where
+        not exists (
+            select from surety.breakers
+            where
+                breakers.provider = 'stripe' and breakers.account = accounts.account
+                and breakers.opened_at is not null
+        )
     order by accounts.account;
 end;
 comment on function surety.lists_to_poll(text, interval) is
@@ -113,7 +120,14 @@ begin atomic
             pending_money.account,
             pending_money.object_id
         from surety.pending_money
-        where pending_money.available_at <= surety.time_now()
+        where
+            pending_money.available_at <= surety.time_now()
+            and not exists (
+                select from surety.breakers
+                where
+                    breakers.provider = pending_money.provider and breakers.account = pending_money.account
+                    and breakers.opened_at is not null
+            )
         order by pending_money.available_at, pending_money.object_id
         limit p_limit
         for update skip locked

@@ -9,6 +9,9 @@ declare
     v_handler outbox.handlers;
 begin
     select h.* into v_handler from outbox.handlers as h where h.handler = p_handler;
+    if v_handler.calls_provider and surety.is_cut_off() then
+        return false;
+    end if;
     return v_handler.paused_at is null and (
         v_handler.goal is not null
         or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)

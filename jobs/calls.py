@@ -17,9 +17,10 @@ from typing import Any
 from msgspec import Struct
 from psycopg.types.json import Jsonb
 
+from jobs.breaker import account_of, outage_key
 from jobs.database import in_halves
 from jobs.stripe_facts import Json, Origin, decline_fact, failure, intent_facts, redacted
-from jobs.stripe_rail import Answer, Busy, Declined, Misfit, ProviderError, Refused, Rejected, Unknown
+from jobs.stripe_rail import Answer, Busy, Declined, Misfit, Outage, ProviderError, Refused, Rejected, Unknown
 from jobs.worker import Batch, Worker
 
 log = logging.getLogger("surety.calls")
@@ -67,6 +68,9 @@ Work = Callable[[], Awaitable[list[Result]]]
 
 async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operation: str, perform: Perform) -> None:
     """Make the calls of these events and record what comes of each."""
+    event_ids = await without_held(worker, batch, event_ids)
+    if not event_ids:
+        return
     calls = await worker.database.rows(
         Call,
         "select event_id, payment_id, todo, idempotency_key, request, account, provider_id, first_sent_at,"
@@ -81,11 +85,33 @@ async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operati
             return [event]
         if batch.is_lost or worker.stopping.is_set():
             return [event | {"release_seconds": 0, "error": "its worker stopped"}]
+        if call.account in worker.breaker.blocked:
+            return [event | not_sent(call, operation)]
         return [event | await outcome(call, operation, perform(worker, call))]
 
     if missing:
         await record(worker, batch, missing)
     await record_as_they_come(worker, batch, [partial(make, call) for call in calls])
+
+
+async def without_held(worker: Worker, batch: Batch, event_ids: list[str]) -> list[str]:
+    """The events that may be handled now; those whose account is cut off are given back."""
+    if not worker.breaker.blocked:
+        return event_ids
+    query = "select surety.hold_blocked(%s, %s, %s)"
+    held = set(await worker.database.value(query, batch.batch_id, batch.fence, event_ids))
+    return [event_id for event_id in event_ids if event_id not in held]
+
+
+def not_sent(subject: Subject, operation: str) -> Result:
+    """A call that was written down, and not made because its account was cut off meanwhile."""
+    return {
+        "payment_id": subject.payment_id,
+        "operation": operation,
+        "outcome": "not_sent",
+        "error": "not sent: the provider is out",
+        "outage": outage_key(subject.account),
+    }
 
 
 async def without_subject(worker: Worker, batch: Batch, event_ids: list[str], found: set[str]) -> list[Result]:
@@ -136,6 +162,8 @@ async def outcome(subject: Subject, operation: str, answering: Awaitable[Answer]
     except Exception as error:  # whatever went wrong about one call must not touch the others
         log.exception("%s of %s", operation, subject.payment_id)
         told = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
+    if "outage" in told:
+        told["began"] = began
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     return {"payment_id": subject.payment_id, "operation": operation, "duration_ms": duration_ms, **told}
 
@@ -186,7 +214,9 @@ def unanswered(subject: Subject, operation: str, error: ProviderError) -> Result
         origin = Origin(subject.account, subject.livemode, "response")
         return told | {"facts": [decline_fact(error.error, origin, subject.provider_id, subject.currency)]}
     told["error"] = str(error)
-    if isinstance(error, Busy):
+    if isinstance(error, Outage):
+        told["outage"] = outage_key(subject.account)
+    elif isinstance(error, Busy):
         told["release_seconds"] = error.seconds
     elif isinstance(error, Misfit):
         told["discrepancy"] = {
@@ -201,6 +231,9 @@ def unanswered(subject: Subject, operation: str, error: ProviderError) -> Result
 
 async def record(worker: Worker, batch: Batch, results: list[Result]) -> None:
     """Record results, facts and refusals each for themselves; of one that can't be recorded, that it can't."""
+    failed = [(result["outage"], result.pop("began")) for result in results if "began" in result]
+    if failed:
+        await worker.breaker.consider((account_of(key), began) for key, began in failed)
     refusals = [result for result in results if "refused" in result]
     others = [result for result in results if "refused" not in result]
 

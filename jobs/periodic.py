@@ -29,7 +29,7 @@ from psycopg.types.json import Jsonb
 
 from db.settings import Settings
 from jobs import Workers, app
-from jobs.calls import Result, Subject, in_groups, outcome
+from jobs.calls import Result, Subject, in_groups, not_sent, outcome
 from jobs.database import in_halves
 from jobs.stripe_facts import Fact, Json, Origin, money_facts, payout_facts
 from jobs.stripe_rail import ProviderError
@@ -89,6 +89,8 @@ async def sweep(worker: Worker) -> None:
 
 async def ask(worker: Worker, question: Question) -> list[Result]:
     """What the provider says about one payment."""
+    if question.account in worker.breaker.blocked:
+        return [not_sent(question, "fetch")]
     answering = worker.stripe.fetch_intent(question.account, question.provider_id)
     return [await outcome(question, "fetch", answering, source="poll")]
 

@@ -5,7 +5,8 @@ Every call ends in one of these; whoever gets an exception knows what to do by i
     an answer      the object, checked against the payment it should be about
     ProviderError
     ├── Busy       409 and 429: the same again a little later. 401 and 403 too: no payment's failure, but ours
-    ├── Unknown    no answer, half of one, 5xx or nonsense: it may have happened or not, so ask before sending again
+    ├── Unknown    it may have happened or not, so ask before sending again
+    │   └── Outage no answer, half of one, 5xx or nonsense: the provider's failure, never the payment's
     ├── Refused    the payment itself can't be made: an unknown card, a forbidden amount
     ├── Declined   402: the issuer said no; the intent lives on
     ├── Misfit     an answer about something else than what was asked: nothing of it is believed
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
@@ -40,6 +42,7 @@ TEST_PER_SECOND = 20.0
 BUSY_SECONDS = 1.0
 BUSY_SECONDS_MAX = 60.0
 QUIET_SECONDS = 0.25
+PROBE_SECONDS = 5.0
 
 # Parameters that a merchant's request decides: a refusal that names one is about the payment, not about us.
 OF_THE_PAYMENT = frozenset({"amount", "payment_method", "return_url", "statement_descriptor_suffix", "description"})
@@ -78,6 +81,10 @@ class Unknown(ProviderError):
     outcome = "unknown"
 
 
+class Outage(Unknown):
+    """The provider gave no answer that could be one."""
+
+
 class Refused(ProviderError):
     """The payment can't be made as it is."""
 
@@ -104,6 +111,10 @@ class Rejected(ProviderError):
     """The request was wrong."""
 
     outcome = "rejected"
+
+
+OnCall = Callable[[str, float, ProviderError | None, bool], None]
+"""Told of every call: its account, when it began on the monotonic clock, what failed it, whether it was a command."""
 
 
 class Answer(Struct, frozen=True):
@@ -153,6 +164,7 @@ class StripeRail:
         self._per_second = per_second(settings)
         self._places = asyncio.Semaphore(CONNECTIONS_MAX)
         self.livemode = "_live_" in settings.provider.key.reveal()
+        self.on_call: OnCall = lambda *_: None
 
     async def create_intent(self, account: str, key: str, request: Json) -> Answer:
         """A new payment intent, unconfirmed."""
@@ -198,6 +210,14 @@ class StripeRail:
         """An account's payouts created since then, in pages."""
         return self._pages("/v1/payouts", account, {"created": {"gte": int(since.timestamp())}}, urgent=False)
 
+    async def probe(self, account: str) -> None:
+        """Ask something harmless. Raises Outage if the provider is out."""
+        options = {"stripe_version": API_VERSION, "max_network_retries": 0}
+        if account:
+            options["stripe_account"] = account
+        # Not by the calls' places, which may all hang; nor by their turns, which none takes now.
+        await self._exchange("get", "/v1/balance", {}, options, min(PROBE_SECONDS, self._timeout_seconds))
+
     async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[list[Json]]:
         after: Json = {}
         while True:
@@ -221,16 +241,26 @@ class StripeRail:
         if account:
             options["stripe_account"] = account
         async with self._places:
+            began = time.monotonic()
             try:
-                async with asyncio.timeout(self._timeout_seconds):
-                    reply = await self._client.raw_request_async(method, path, **request, **options)
-            except TimeoutError:
-                raise Unknown(f"no answer within {self._timeout_seconds:g} s") from None
-            except stripe.StripeError as error:
-                # The SDK's own text may hold the whole answer, with its client secret.
-                raise meaning(error) from None
+                answer = await self._exchange(method, path, request, options, self._timeout_seconds)
+            except ProviderError as error:
+                self.on_call(account, began, error, key is not None)
+                raise
+        self.on_call(account, began, None, key is not None)
+        return answer
+
+    async def _exchange(self, method: str, path: str, request: Json, options: Json, seconds: float) -> Answer:
+        try:
+            async with asyncio.timeout(seconds):
+                reply = await self._client.raw_request_async(method, path, **request, **options)
+        except TimeoutError:
+            raise Outage(f"no answer within {seconds:g} s") from None
+        except stripe.StripeError as error:
+            # The SDK's own text may hold the whole answer, with its client secret.
+            raise meaning(error) from None
         if not isinstance(reply.data, dict):
-            raise Unknown("an answer that is no object", status=reply.code)
+            raise Outage("an answer that is no object", status=reply.code)
         return Answer(reply.data, reply.code, reply.request_id)
 
     async def _turn(self, account: str, *, urgent: bool) -> None:
@@ -261,13 +291,15 @@ def meaning(error: stripe.StripeError) -> ProviderError:
     body: Json = error.json_body if isinstance(error.json_body, dict) else {}
     told = body.get("error")
     if status is None:
-        return Unknown(f"no answer: {error.user_message or type(error).__name__}")
+        return Outage(f"no answer: {error.user_message or type(error).__name__}")
     if not isinstance(told, dict):
-        return Unknown(f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None)
+        return Outage(f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None)
     code, param = told.get("code"), told.get("param")
     message = f"Stripe {status}{f' {code}' if code else ''}: {told.get('message')}"
     if status >= 500:
-        return Unknown(message, status=status, body=body)
+        # A failure of long ago, told again, says nothing about now.
+        meant = Unknown if headers.get("idempotent-replayed") == "true" else Outage
+        return meant(message, status=status, body=body)
     retry = headers.get("stripe-should-retry")
     if (status in (409, 429) and retry != "false") or retry == "true":
         return Busy(message, seconds=busy_seconds(headers), status=status, body=body)

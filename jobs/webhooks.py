@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 from psycopg.types.json import Jsonb
 
+from jobs.breaker import outage_key
 from jobs.calls import Result, record, record_as_they_come, without_subject
 from jobs.stripe_facts import (
     Fact,
@@ -28,7 +29,7 @@ from jobs.stripe_facts import (
     redacted,
     refund_facts,
 )
-from jobs.stripe_rail import API_VERSION, Answer, Busy, ProviderError, Unknown
+from jobs.stripe_rail import API_VERSION, Answer, Busy, Outage, ProviderError, Unknown
 from jobs.worker import Batch, Worker
 
 DISPUTE_PAUSE_SECONDS = 1.0
@@ -136,6 +137,9 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     to_fetch = await without_known(worker, wanted)
     asking = [webhook for webhooks in to_fetch.values() for webhook in webhooks]
     results += [{"event_id": webhook.event_id} for webhook, _ in wanted if webhook not in asking]
+    for source in [source for source in to_fetch if source.account in worker.breaker.blocked]:
+        held = {"error": "not asked: the provider is out", "outage": outage_key(source.account)}
+        results += [held | {"event_id": webhook.event_id} for webhook in to_fetch.pop(source)]
     if results:
         await record(worker, batch, results)
     await announce(worker, to_fetch)
@@ -227,11 +231,14 @@ async def fetch(worker: Worker, source: Source, webhooks: list[Webhook]) -> list
         told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
         if isinstance(error, Busy):
             told["release_seconds"] = error.seconds
+        elif isinstance(error, Outage):
+            told |= {"outage": outage_key(source.account), "began": began}
     except (KeyError, TypeError, AttributeError) as error:
         told = {"outcome": "unknown", "error": f"{source.id} as it was never seen: {type(error).__name__} {error}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     results: list[Result] = [
-        {name: told[name] for name in ("error", "release_seconds") if name in told} | {"event_id": webhook.event_id}
+        {name: told[name] for name in ("error", "release_seconds", "outage") if name in told}
+        | {"event_id": webhook.event_id}
         for webhook in webhooks
     ]
     results[0] |= {"operation": "fetch", "duration_ms": duration_ms, **told}

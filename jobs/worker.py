@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 
+import psycopg
 from msgspec import Struct
 from procrastinate import JobContext
 
 from db.settings import Settings
+from jobs.breaker import Breaker
 from jobs.database import Database, open_database
 from jobs.stripe_rail import StripeRail, open_rail
+
+log = logging.getLogger("surety.worker")
+
+PULSE_SECONDS = 1.0
 
 
 class Handler(Struct, frozen=True):
@@ -40,6 +47,7 @@ class Worker:
         self.settings = settings
         self.database = database
         self.stripe = stripe
+        self.breaker = Breaker(database, stripe, self.actor)
         self.handlers: dict[str, Handler] = {}
         self.stopping = asyncio.Event()
 
@@ -74,4 +82,19 @@ async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
             Handler, "select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()"
         )
         worker.handlers = {row.handler: row for row in found}
-        yield worker
+        pulse = asyncio.create_task(keep_pulse(worker), name="pulse")
+        try:
+            yield worker
+        finally:
+            pulse.cancel()
+            await asyncio.gather(pulse, return_exceptions=True)
+
+
+async def keep_pulse(worker: Worker) -> None:
+    """What every worker does for itself each second."""
+    while True:
+        try:
+            await worker.breaker.pulse()
+        except psycopg.Error as error:
+            log.warning("the pulse found no database: %s", error)
+        await asyncio.sleep(PULSE_SECONDS)

@@ -1,0 +1,149 @@
+"""A worker's part in the circuit breakers (db/breaker.sql): it tells what its calls came to, and probes.
+
+What failed is told before it is recorded, so that the database can judge whose failure it was. Whether nobody has had
+an answer since the failed call began, a probe finds out: only where that is answered may the event be to blame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+
+from msgspec import Struct
+from psycopg.types.json import Jsonb
+
+from jobs.database import Database
+from jobs.stripe_rail import Outage, ProviderError, StripeRail
+
+log = logging.getLogger("surety.breaker")
+
+PROVIDER = "stripe"
+TELL_SECONDS = 5.0
+
+
+def outage_key(account: str) -> str:
+    """What an account's outage is called, as surety.breaker_key calls it."""
+    return f"{PROVIDER}:{account}"
+
+
+def account_of(key: str) -> str:
+    """The account of such a name."""
+    return key.removeprefix(f"{PROVIDER}:")
+
+
+class Tally(Struct):
+    """What an account's calls came to since it was told last."""
+
+    answered: int = 0
+    failed: int = 0
+    in_a_row: int = 0
+    answered_at: float | None = None
+
+
+class Told(Struct):
+    """A row of surety.note_calls."""
+
+    account: str
+    is_open: bool
+    answered_seconds: float | None
+
+
+class Breaker:
+    """What this worker knows about the provider's accounts. `blocked` are those whose breaker is open."""
+
+    def __init__(self, database: Database, rail: StripeRail, actor: str) -> None:
+        self.blocked: frozenset[str] = frozenset()
+        self._database = database
+        self._rail = rail
+        self._actor = actor
+        self._tallies: defaultdict[str, Tally] = defaultdict(Tally)
+        self._reopened: dict[str, float] = {}
+        self._probing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._probed_at: dict[str, float] = {}
+        self._told_at = 0.0
+        rail.on_call = self.note
+
+    def note(self, account: str, began: float, error: ProviderError | None, is_command: bool) -> None:
+        """A call that began at a time of the monotonic clock has ended."""
+        tally = self._tallies[account]
+        if not isinstance(error, Outage):
+            tally.answered += is_command
+            tally.in_a_row = 0
+            tally.answered_at = time.monotonic()
+        elif account not in self.blocked and began > self._reopened.get(account, 0.0):
+            tally.failed += 1
+            tally.in_a_row += 1
+
+    async def pulse(self) -> None:
+        """Tell what there is to tell, and probe what is due; to be called every second."""
+        if time.monotonic() - self._told_at > TELL_SECONDS or any(tally.failed for tally in self._tallies.values()):
+            await self._tell()
+        if self.blocked:
+            due: list[str] = await self._database.value("select surety.claim_probes(%s)", PROVIDER)
+            await asyncio.gather(*(self._probe(account) for account in due))
+
+    async def consider(self, failed: Iterable[tuple[str, float]]) -> None:
+        """Find out about accounts where calls failed, each with when the call began, on the monotonic clock."""
+        began: dict[str, float] = {}
+        for account, at in failed:
+            began[account] = max(at, began.get(account, at))
+        answered = await self._tell()
+        unsure = [account for account, at in began.items() if answered.get(account, 0.0) < at]
+        await asyncio.gather(*(self._probe(account) for account in unsure if account not in self.blocked))
+
+    async def _tell(self) -> dict[str, float]:
+        """When each account answered anybody last, on the monotonic clock, of those that were told of."""
+        self._told_at = time.monotonic()
+        tallies, self._tallies = self._tallies, defaultdict(Tally)
+        calls = [
+            {
+                "account": account,
+                "answered": tally.answered,
+                "failed": tally.failed,
+                "in_a_row": tally.in_a_row,
+                "answered_seconds": None if tally.answered_at is None else self._told_at - tally.answered_at,
+            }
+            for account, tally in tallies.items()
+        ]
+        query = "select account, is_open, answered_seconds from surety.note_calls(%s, %s, %s)"
+        told = await self._database.rows(Told, query, PROVIDER, Jsonb(calls), self._actor)
+        self._know(frozenset(row.account for row in told if row.is_open))
+        return {row.account: self._told_at - row.answered_seconds for row in told if row.answered_seconds is not None}
+
+    def _know(self, blocked: frozenset[str]) -> None:
+        now = time.monotonic()
+        for account in self.blocked - blocked:
+            self._reopened[account] = now
+        self.blocked = blocked
+
+    async def _probe(self, account: str) -> None:
+        """Ask the provider something harmless: its breaker is open afterwards if there was no answer, else closed."""
+        wanted_at = time.monotonic()
+        async with self._probing[account]:
+            if self._probed_at.get(account, 0.0) > wanted_at:
+                return
+            try:
+                await self._rail.probe(account)
+            except Outage as error:
+                await self._open(account, f"nothing is answered: {error}")
+            except ProviderError as error:
+                await self._close(account, f"it answers: {error}")
+            else:
+                await self._close(account, "it answers")
+            self._probed_at[account] = time.monotonic()
+
+    async def _open(self, account: str, reason: str) -> None:
+        query = "select surety.open_breaker(%s, %s, %s, %s)"
+        if await self._database.value(query, PROVIDER, account, reason, self._actor):
+            log.warning("account %r at %s is cut off: %s", account, PROVIDER, reason)
+        self._know(self.blocked | {account})
+
+    async def _close(self, account: str, reason: str) -> None:
+        if account in self.blocked:
+            query = "select surety.close_breaker(%s, %s, %s, %s)"
+            if await self._database.value(query, PROVIDER, account, reason, self._actor):
+                log.warning("account %r at %s is served again: %s", account, PROVIDER, reason)
+            self._know(self.blocked - {account})
