@@ -25,31 +25,19 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 Connect = Callable[[Kind], Connection]
 
 PREFIX = "surety_test"
-JUDGES = pytest.StashKey[Judges]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The judges work while the other tests run, so ask them last."""
-    items.sort(key=lambda item: item.path.name == "test_lint.py")
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Three processes for everything: two cores are never idle then. One for a few tests, which begin at once."""
+    return 3 if config.args == config.getini("testpaths") else 0
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Set the judges to work, if anybody is going to ask them."""
-    asked = any(item.path.name == "test_lint.py" for item in session.items)
-    if asked and not session.config.option.collectonly:
-        session.config.stash[JUDGES] = Judges()
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Send them home, whatever came between."""
-    if judges := config.stash.get(JUDGES, None):
-        judges.dismiss()
-
-
-@pytest.fixture
-def judges(pytestconfig: pytest.Config) -> Judges:
-    """The judges of style and types, at work since the session began."""
-    return pytestconfig.stash[JUDGES]
+@pytest.fixture(scope="session")
+def judges() -> Iterator[Judges]:
+    """The judges of style and types, all at work together."""
+    at_work = Judges()
+    yield at_work
+    at_work.dismiss()
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ class Judges:
     def verdict(self, name: str) -> tuple[int, str]:
         """A judge's exit status and what it said, once it is done."""
         process, output = self.running[name]
-        status = process.wait(180)
+        status = process.wait(400)
         output.seek(0)
         return status, output.read().decode(errors="replace")
 

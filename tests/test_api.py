@@ -440,14 +440,21 @@ def test_an_idempotency_key_may_be_long_and_odd(merchant: Merchant) -> None:
 # ------------------------------------------------------------------------------------------------------- who may ask
 
 
-def strangers() -> list[str]:
-    """Headers that let nobody in: none, another scheme, misspelt in one character, none of ours."""
+def strangers() -> dict[str, str]:
+    """Headers that let nobody in."""
     known = new_key(livemode=False).text
     misspelt = known[:20] + ("a" if known[20] != "a" else "b") + known[21:]
-    return ["", "Bearer", f"Basic {known}", f"Bearer {misspelt}", f"Bearer {known}", "Bearer sk_test_123"]
+    return {
+        "no header": "",
+        "no key": "Bearer",
+        "another scheme": f"Basic {known}",
+        "misspelt": f"Bearer {misspelt}",
+        "unknown": f"Bearer {known}",
+        "not ours": "Bearer sk_test_123",
+    }
 
 
-@pytest.mark.parametrize("authorization", strangers())
+@pytest.mark.parametrize("authorization", strangers().values(), ids=strangers())
 def test_strangers_are_told_so_before_anything_else(merchant: Merchant, authorization: str) -> None:
     for body in (payment(), b"no json", payment(amount=0)):
         problem(merchant.post(body, Authorization=authorization), 401, "unauthenticated")

@@ -1,4 +1,4 @@
-"""The judges of style and types; they work beside the other tests, so their verdicts come last."""
+"""The judges of style and types; they work beside each other and beside the other processes' tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from sqlfluff.core import FluffConfig, Linter
 from tests.judges import JUDGES, Judges
 
 ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.xdist_group("judges")
 
 
 @pytest.mark.parametrize("name", JUDGES)
