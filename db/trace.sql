@@ -47,6 +47,7 @@ begin atomic
                 when 'answer' then 1
                 when 'step' then 3
                 when 'call' then 5
+                when 'dead_letter' then 7
                 else 6
             end as turn,
             coalesce(to_char(entries.version, 'FM00000'), entries.id) as place,

@@ -21,13 +21,13 @@ JUDGES: dict[str, tuple[str, ...]] = {
 
 
 class Judges:
-    """All judges at work, at low priority so that they slow no test."""
+    """All judges at work."""
 
     def __init__(self) -> None:
         self.running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
         for name, (program, *arguments) in JUDGES.items():
             output = tempfile.TemporaryFile()  # noqa: SIM115  open until it was read
-            command = ["nice", str(BIN / program), *arguments]
+            command = [str(BIN / program), *arguments]
             self.running[name] = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output), output
 
     def verdict(self, name: str) -> tuple[int, str]:
