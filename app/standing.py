@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 BACKLOG_SECONDS_MAX = 300
 TRANSACTION_SECONDS_MAX = 600
+UNKNOWN_SECONDS_MAX = 300
+HELD_XIDS_MAX = 100_000_000
+SLOT_BYTES_MAX = 1_000_000_000
 PARTITIONS_DAYS_MIN = 21
 VERDICTS = ("GOOD", "LOOK", "ACT")
 
@@ -25,36 +28,87 @@ class Finding(NamedTuple):
 
 def judge(state: dict[str, Any]) -> list[Finding]:
     """What is not as it should be, the most urgent first."""
-    found = []
+    found = [
+        *judge_work(state),
+        *judge_money(state),
+        *(finding for holder in state["holders"] if (finding := judge_holder(holder))),
+        *(finding for provider in state["providers"] if (finding := judge_provider(provider))),
+    ]
     if state["is_restored_elsewhere"]:
         found.append(Finding(2, "restored from a dump: nothing is accepted", 'surety restored --reason "…"'))
-    waiting = [handler for handler in state["handlers"] if handler["backlog"]]
-    if not state["workers"]["alive"]:
-        urgency = 2 if waiting else 1
-        found.append(Finding(urgency, "no worker is alive", "procrastinate --app jobs.app worker"))
-    for handler in waiting:
-        if (handler["oldest_seconds"] or 0) > BACKLOG_SECONDS_MAX:
-            what = f"{handler['handler']} is {age(handler['oldest_seconds'])} behind"
-            found.append(Finding(2, what, "more workers, or their logs"))
-    if critical := state["discrepancies"]["critical"]:
-        what = (
-            f"{counted(critical, 'critical discrepancy', 'critical discrepancies')}: {state['discrepancies']['first']}"
-        )
-        found.append(Finding(2, what, "report.discrepancies"))
-    elif opened := state["discrepancies"]["open"]:
-        what = f"{counted(opened, 'discrepancy', 'discrepancies')}, the first {state['discrepancies']['first']}"
-        found.append(Finding(1, what, "report.discrepancies"))
-    letters = state["dead_letters"]
-    if letters["open"]:
-        what = f"{counted(letters['open'], 'dead letter')}; the oldest has waited {age(letters['oldest_seconds'])}"
-        found.append(Finding(1, what, f"surety dead-letters show {letters['first']}"))
-    transaction = state["transaction"]
-    if transaction and transaction["seconds"] > TRANSACTION_SECONDS_MAX:
-        what = f"a transaction is open for {age(transaction['seconds'])} in {transaction['database']}"
-        found.append(Finding(1, what, f"select pg_terminate_backend({transaction['pid']})"))
     if days_ahead(state) < PARTITIONS_DAYS_MIN:
         found.append(Finding(2, "partitions run out", "select surety.maintain_partitions()"))
     return sorted(found, key=lambda finding: -finding.urgency)
+
+
+def judge_work(state: dict[str, Any]) -> Iterator[Finding]:
+    """Workers, what waits for them, what they gave up on."""
+    waiting = [handler for handler in state["handlers"] if handler["backlog"]]
+    if not state["workers"]["alive"]:
+        yield Finding(2 if waiting else 1, "no worker is alive", "procrastinate --app jobs.app worker")
+    for handler in waiting:
+        if (handler["oldest_seconds"] or 0) > BACKLOG_SECONDS_MAX:
+            what = f"{handler['handler']} is {age(handler['oldest_seconds'])} behind"
+            yield Finding(2, what, "more workers, or their logs")
+    for handler in state["handlers"]:
+        if handler["is_paused"]:
+            resume = f"update outbox.handlers set paused_at = null where handler = '{handler['handler']}'"
+            yield Finding(1, f"{handler['handler']} is paused", resume)
+    letters = state["dead_letters"]
+    if letters["open"]:
+        what = f"{counted(letters['open'], 'dead letter')}; the oldest has waited {age(letters['oldest_seconds'])}"
+        yield Finding(1, what, f"surety dead-letters show {letters['first']}")
+
+
+def judge_money(state: dict[str, Any]) -> Iterator[Finding]:
+    """Where our records and the provider's differ, and what nobody knows yet."""
+    differing = state["discrepancies"]
+    if critical := differing["critical"]:
+        what = f"{counted(critical, 'critical discrepancy', 'critical discrepancies')}: {differing['first']}"
+        yield Finding(2, what, "report.discrepancies")
+    elif opened := differing["open"]:
+        what = f"{counted(opened, 'discrepancy', 'discrepancies')}, the first {differing['first']}"
+        yield Finding(1, what, "report.discrepancies")
+    unknown = state["unknown"]
+    if unknown["count"] and unknown["oldest_seconds"] > UNKNOWN_SECONDS_MAX:
+        what = f"{counted(unknown['count'], 'unknown outcome')}, the oldest for {age(unknown['oldest_seconds'])}"
+        yield Finding(1, what, f"surety trace {unknown['first']}")
+
+
+def judge_provider(provider: dict[str, Any]) -> Finding | None:
+    """An outage is waited out; one that lasts is looked at."""
+    if not provider["open"]:
+        return None
+    what = f"{provider['provider']} is out for {age(provider['open_seconds'])}: {provider['reason']}"
+    if provider["accounts"] > 1:
+        what += f" ({provider['open']} of {provider['accounts']} accounts)"
+    return Finding(1, what, f"{provider['provider']}'s status page; what waits goes on by itself")
+
+
+def judge_holder(holder: dict[str, Any]) -> Finding | None:
+    """What keeps rows from being vacuumed: for long, or for so many transactions that the server may stop."""
+    kind, name, seconds = holder["kind"], holder["name"], holder["seconds"] or 0
+    is_grave = (holder["xids"] or 0) > HELD_XIDS_MAX
+    is_idle_slot = (
+        kind == "replication slot" and not holder["is_active"] and ((holder["wal_bytes"] or 0) > SLOT_BYTES_MAX)
+    )
+    if not (is_grave or seconds > TRANSACTION_SECONDS_MAX or is_idle_slot):
+        return None
+    where = f" in {holder['database']}" if holder["database"] else ""
+    match kind:
+        case "transaction":
+            what = f"a transaction of {name} is open for {age(seconds)}{where}"
+            mend = f"select pg_terminate_backend({holder['pid']})"
+        case "prepared transaction":
+            what = f"the prepared transaction {name} has waited {age(seconds)}{where}"
+            mend = f"rollback prepared '{name}', or commit it{where}"
+        case "replication slot":
+            what = f"nobody reads the replication slot {name}" if is_idle_slot else f"the slot {name} is far behind"
+            what += f": it keeps {(holder['wal_bytes'] or 0) / 1e9:.1f} GB"
+            mend = f"its reader; or select pg_drop_replication_slot('{name}')"
+        case _:
+            what, mend = f"the standby {name} holds back {holder['xids']} transactions", f"long queries on {name}"
+    return Finding(2 if is_grave else 1, what, mend)
 
 
 def days_ahead(state: dict[str, Any]) -> float:

@@ -35,13 +35,126 @@ begin
 end;
 $$;
 
+create or replace function surety.holders()
+returns table (
+    kind text, name text, database text, seconds double precision, xids integer, pid integer, is_active boolean,
+    wal_bytes bigint
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- What keeps dead rows from being vacuumed and seals from being made, in whatever database of the cluster, the one
+    -- that holds back the most transactions first: open transactions with a snapshot or an id, prepared transactions,
+    -- replication slots, standbys that report theirs.
+    select
+        held.kind,
+        held.name,
+        held.database,
+        held.seconds,
+        held.xids,
+        held.pid,
+        held.is_active,
+        held.wal_bytes
+    from (
+        select
+            'transaction' as kind,
+            coalesce(nullif(a.application_name, ''), a.usename::text, a.backend_type) as name,
+            a.datname::text as database,
+            extract(epoch from clock_timestamp() - a.xact_start)::double precision as seconds,
+            greatest(age(a.backend_xid), age(a.backend_xmin)) as xids,
+            a.pid,
+            a.state = 'active' as is_active,
+            null::bigint as wal_bytes
+        from pg_stat_activity as a
+        where
+            a.xact_start is not null and (a.backend_xid is not null or a.backend_xmin is not null)
+            and a.pid <> pg_backend_pid() and a.backend_type not in ('autovacuum worker', 'walsender')
+        union all
+        select
+            'prepared transaction',
+            p.gid,
+            p.database::text,
+            extract(epoch from clock_timestamp() - p.prepared)::double precision,
+            age(p.transaction),
+            null,
+            false,
+            null
+        from pg_prepared_xacts as p
+        union all
+        select
+            'replication slot',
+            s.slot_name::text,
+            s.database::text,
+            null,
+            greatest(age(s.xmin), age(s.catalog_xmin)),
+            s.active_pid,
+            s.active,
+            case
+                when not pg_is_in_recovery() then pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn)::bigint
+            end
+        from pg_replication_slots as s
+        union all
+        select
+            'standby',
+            r.application_name,
+            null,
+            null,
+            age(r.backend_xmin),
+            r.pid,
+            true,
+            null
+        from pg_stat_replication as r
+        where r.backend_xmin is not null
+    ) as held
+    order by held.xids desc nulls last, held.seconds desc nulls last
+    limit 20;
+end;
+
+create or replace function surety.unfinished_elsewhere(p_limit integer)
+returns table (payment_id text, is_unknown boolean, sent_at timestamptz)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+begin atomic
+    -- Unfinished payments whose events wait to be tried again or were given up on, at most p_limit of each, and whether
+    -- a call for them was sent that has no answer to believe.
+    with waiting as (
+        (
+            select events.aggregate_id as payment_id
+            from outbox.retries
+            inner join outbox.events on retries.event_id = events.id
+            where events.aggregate_type = 'payment'
+            order by retries.event_id
+            limit p_limit
+        )
+        union
+        (
+            select dead_letters.payment_id
+            from outbox.dead_letters
+            where dead_letters.closed_at is null and dead_letters.payment_id is not null
+            order by dead_letters.id
+            limit p_limit
+        )
+    )
+
+    select
+        payments.id,
+        count(calls.payment_id) > 0,
+        min(calls.first_sent_at)
+    from waiting
+    inner join surety.payments on waiting.payment_id = payments.id
+    inner join surety.states on payments.state = states.state
+    left join surety.calls
+        on payments.id = calls.payment_id and (calls.answered_at is null or calls.status >= 500)
+    where not states.is_final
+    group by payments.id;
+end;
+
 create or replace function surety.read_status() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- Everything that `surety status` shows. Ages are seconds. transaction is the oldest of the whole cluster that holds
--- a snapshot or has written, whatever database it is in: it keeps rows from being vacuumed and seals from being made.
+-- Everything that `surety status` shows. Ages are seconds. sees_all tells whether other logins' transactions are seen.
 declare
     v_now timestamptz := surety.time_now();
+    v_count_max constant integer := 2000;
 begin
     return jsonb_build_object(
         'at', surety.iso(v_now),
@@ -81,20 +194,37 @@ begin
                 'id', p.id, 'state', p.state, 'seconds', round(extract(epoch from v_now - p.created_at), 3),
                 'asked', p.asked)
             from surety.payments as p
-            where p.ask_at is not null
-            order by p.created_at
-            limit 1
+            where p.id = least(
+                -- By time, not by id: the index of what is asked about is small, that of ids is not.
+                (select a.id from surety.payments as a where a.ask_at is not null order by a.created_at limit 1),
+                (select min(e.payment_id) from surety.unfinished_elsewhere(v_count_max) as e)
+            )
         ),
-        'transaction', (
+        'unknown', (
             select jsonb_build_object(
-                'seconds', round(extract(epoch from clock_timestamp() - a.xact_start), 3), 'database', a.datname,
-                'application', a.application_name, 'pid', a.pid, 'state', a.state)
-            from pg_stat_activity as a
-            where a.xact_start is not null and (a.backend_xid is not null or a.backend_xmin is not null)
-                and a.pid <> pg_backend_pid()
-            order by a.xact_start
-            limit 1
+                'count', count(*), 'first', min(e.payment_id),
+                'oldest_seconds', round(extract(epoch from v_now - min(e.sent_at)), 3))
+            from surety.unfinished_elsewhere(v_count_max) as e where e.is_unknown
         ),
+        'providers', (
+            select coalesce(jsonb_agg(to_jsonb(told) order by told.provider), '[]')
+            from (
+                select
+                    b.provider, count(*) as accounts, count(b.opened_at) as open, sum(b.held) as held,
+                    round(max(b.error_share)::numeric, 4) as error_share,
+                    round(extract(epoch from v_now - min(b.opened_at)), 3) as open_seconds,
+                    (array_agg(b.account order by b.opened_at) filter (where b.opened_at is not null))[1] as first,
+                    (array_agg(b.reason order by b.opened_at) filter (where b.opened_at is not null))[1] as reason,
+                    round(extract(epoch from min(b.next_probe_at) - v_now), 3) as probe_seconds
+                from surety.provider_status() as b
+                group by b.provider
+            ) as told
+        ),
+        'holders', (
+            select coalesce(jsonb_agg(to_jsonb(h) order by h.xids desc nulls last, h.seconds desc nulls last), '[]')
+            from surety.holders() as h
+        ),
+        'sees_all', pg_has_role('surety_owner', 'pg_read_all_stats', 'usage'),
         'partitions_until', (
             select min(ahead.until) from (
                 select

@@ -13,33 +13,83 @@ from rich.table import Table
 
 from app.standing import VERDICTS, Finding, age, judge, verdict_of
 from db.connect import harden
+from db.errors import SettingsError
 from db.settings import load
+
+PATIENCE = "30s"
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def status(as_json: bool) -> None:
-    """Tell how things stand. Exit status 0: good, 1: look, 2: act."""
-    url = load().require("database_url").reveal()
-    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
-        row = conn.execute("select surety.read_status()").fetchone()
-    assert row is not None
-    state: dict[str, Any] = row[0]
-    findings = judge(state)
+@click.option("--check", is_flag=True, help="Count violations of every promise, too: that reads everything.")
+def status(as_json: bool, check: bool) -> None:
+    """Tell how things stand. Exit status 0: good, 1: look, 2: act; 2 also if that can't be told."""
+    state: dict[str, Any] = {}
+    try:
+        state = read_state(check=check)
+        findings = [*judge_promises(state), *judge(state)]
+    except (psycopg.Error, SettingsError) as error:
+        findings = [untold(error)]
     urgency = verdict_of(findings)
     if as_json:
         told = [finding._asdict() for finding in findings]
         click.echo(json.dumps({"verdict": VERDICTS[urgency].lower(), "findings": told, **state}))
     else:
-        draw(Console(highlight=False), state, findings, urgency)
+        draw(Console(highlight=False, soft_wrap=True), state, findings, urgency)
     sys.exit(urgency)
+
+
+def read_state(*, check: bool) -> dict[str, Any]:
+    """What the database of DATABASE_URL tells. Raises psycopg.Error, SettingsError."""
+    url = load().require("database_url").reveal()
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
+        if not check:
+            conn.execute(f"set statement_timeout = '{PATIENCE}'")
+        state: dict[str, Any] = {}
+        [(state,)] = conn.execute("select surety.read_status()").fetchall()
+        if check:
+            state["violations"] = dict(conn.execute("select name, violations from surety.check_invariants()"))
+    return state
+
+
+def untold(error: psycopg.Error | SettingsError) -> Finding:
+    """Why nothing could be told, and what to do about it."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    match error:
+        case SettingsError():
+            return Finding(2, first_line, "DATABASE_URL names the database to tell about")
+        case psycopg.errors.UndefinedFunction() | psycopg.errors.InvalidSchemaName():
+            return Finding(2, "this database has no Surety, or one of another version", "surety deploy")
+        case psycopg.OperationalError() if error.sqlstate is None:
+            what = str(error).strip().splitlines()[-1].strip()
+            return Finding(2, f"PostgreSQL can't be reached: {what}", "the server, its log, and DATABASE_URL")
+    return Finding(2, f"PostgreSQL can't tell: {first_line}", "the server and its log")
+
+
+def judge_promises(state: dict[str, Any]) -> list[Finding]:
+    """Promises that are broken, if they were checked."""
+    return [
+        Finding(2, f"{count} violations of: {name}", f"select * from surety.check_invariants() where name = '{name}'")
+        for name, count in state.get("violations", {}).items()
+        if count
+    ]
 
 
 def draw(console: Console, state: dict[str, Any], findings: list[Finding], urgency: int) -> None:
     """For people."""
-    console.print(f"{VERDICTS[urgency]:<6} {findings[0].what if findings else 'all is well'}", style="bold")
+    console.print(
+        f"{VERDICTS[urgency]:<6} {findings[0].what if findings else 'all is well'}", style="bold", markup=False
+    )
     for finding in findings[1:]:
-        console.print(f"       {finding.what}")
+        console.print(f"       {finding.what}", markup=False)
+    if state:
+        draw_state(console, state)
+    if findings:
+        console.print(f"next: {findings[0].next}", markup=False)
+
+
+def draw_state(console: Console, state: dict[str, Any]) -> None:
+    """The figures behind the verdict."""
     table = Table(box=None, pad_edge=False)
     table.add_column("handler")
     for heading in ("backlog", "oldest", "retries due", "suspects", "dead"):
@@ -52,15 +102,49 @@ def draw(console: Console, state: dict[str, Any], findings: list[Finding], urgen
             *(str(handler[name]) for name in ("retries_due", "suspects", "dead")),
         )
     console.print(table)
-    workers = state["workers"]
-    console.print(f"workers  {workers['alive']} alive" + (f", {workers['silent']} silent" if workers["silent"] else ""))
+    workers, unknown = state["workers"], state["unknown"]
+    lines = [
+        ("workers", f"{workers['alive']} alive" + (f", {workers['silent']} silent" if workers["silent"] else "")),
+        ("providers", " · ".join(map(tell_provider, state["providers"])) or "not called yet"),
+    ]
+    if unknown["count"]:
+        lines.append(("unknown outcomes", f"{unknown['count']}, the oldest {age(unknown['oldest_seconds'])}"))
     if unfinished := state["unfinished"]:
-        console.print(
-            f"oldest unfinished payment  {unfinished['id']}  {age(unfinished['seconds'])}, {unfinished['state']}",
-            soft_wrap=True,
-        )
-    if transaction := state["transaction"]:
-        where = f"{transaction['application']} in {transaction['database']}"
-        console.print(f"oldest transaction  {age(transaction['seconds'])}, {where}")
-    if findings:
-        console.print(f"next: {findings[0].next}", markup=False)
+        lines.append((
+            "oldest unfinished payment",
+            f"{unfinished['id']}  {age(unfinished['seconds'])}, {unfinished['state']}",
+        ))  # fmt: skip
+    seen: set[str] = set()
+    for holder in state["holders"]:
+        if holder["kind"] not in seen:
+            seen.add(holder["kind"])
+            lines.append((f"oldest {holder['kind']}", tell_holder(holder)))
+    if not state["sees_all"]:
+        lines.append(("oldest transaction", "others' are not seen: grant pg_read_all_stats to surety_owner"))
+    if "violations" in state:
+        lines.append(("promises", f"{len(state['violations'])} checked"))
+    for name, text in lines:
+        console.print(f"{name}  {text}", markup=False)
+
+
+def tell_provider(provider: dict[str, Any]) -> str:
+    """Stripe closed (0.4 % errors); stripe open for 3 min, 41 held, asked again in 12 s."""
+    share = f" ({provider['error_share'] * 100:.1f} % errors)" if provider["error_share"] is not None else ""
+    if not provider["open"]:
+        return f"{provider['provider']} closed{share}"
+    accounts = f" for {provider['open']} of {provider['accounts']} accounts" if provider["accounts"] > 1 else ""
+    probe = max(0.0, provider["probe_seconds"] or 0.0)
+    return (
+        f"{provider['provider']} open{accounts} for {age(provider['open_seconds'])}, {provider['held']} held, "
+        f"asked again in {age(probe)}"
+    )
+
+
+def tell_holder(holder: dict[str, Any]) -> str:
+    """12 ms, surety-worker in surety, holds back 3 transactions."""
+    where = f" in {holder['database']}" if holder["database"] else ""
+    parts = [age(holder["seconds"])] if holder["seconds"] is not None else []
+    parts.append(f"{holder['name']}{where}")
+    if holder["xids"] is not None:
+        parts.append(f"holds back {holder['xids']} transactions")
+    return ", ".join(parts)
