@@ -462,9 +462,8 @@ comment on table surety.steps is
 happened.';
 
 -- Keys between tables that are partitioned alike. A row and what it refers to lie in the partitions of one month, so
--- each
--- pair of partitions gets the key when it is made (surety.maintain_partitions). The claim is the same as that of a key
--- between the parents, at a third of its cost: those look through every partition for each row.
+-- each pair of partitions gets the key when it is made (surety.maintain_partitions). The claim is the same as that of a
+-- key between the parents, at a third of its cost: those look through every partition for each row.
 create table surety.sibling_keys (
     name text not null,
     child text not null,
@@ -502,8 +501,7 @@ create table surety.calls (
 ) partition by range (payment_id);
 comment on table surety.calls is
 'What we send to providers: the very bytes and key, written before they are sent, so that an unknown outcome can be
-asked
-about with the same ones. answered_at is null while the outcome is unknown.';
+asked about with the same ones. answered_at is null while the outcome is unknown.';
 
 create unlogged table surety.provider_paces (
     provider text not null,
@@ -599,8 +597,7 @@ create table surety.fact_keys (
 );
 comment on table surety.fact_keys is
 'Facts ever recorded: neither amount, time nor source is part of the key, so a webhook and a poll about one object are
-one
-fact. revision numbers the fetches of what is not monotone (disputes); elsewhere it is 0.';
+one fact. revision numbers the fetches of what is not monotone (disputes); elsewhere it is 0.';
 
 create table surety.facts (
     id text collate "C" not null,
@@ -726,8 +723,7 @@ create table ledger.rules (
 );
 comment on table ledger.rules is
 'Which transfers each cause makes. gross, fee and net are the record''s (a negative one moves the other way); ours is
-our
-fee; other_* are in the payment''s currency where the record is in another.';
+our fee; other_* are in the payment''s currency where the record is in another.';
 
 insert into ledger.rules (cause, leg, debit, credit, amount) values
 ('captured', 1, 'due', 'pend', 'gross'),
@@ -911,8 +907,7 @@ create table outbox.batches (
 create index batches_by_lease on outbox.batches (handler, leased_until);
 comment on table outbox.batches is
 'Events taken and not finished, one row per claim. first_id and last_id bound event_ids, so that reading them touches
-few
-partitions. Who finishes must show the fence.';
+few partitions. Who finishes must show the fence.';
 
 create table outbox.retries (
     handler text collate "C" not null,

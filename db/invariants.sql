@@ -85,7 +85,24 @@ begin atomic
                 and events.type not in ('payment.attempt_failed', 'payment.action_overdue')
             group by events.aggregate_id, events.version
         ) as told on steps.payment_id = told.aggregate_id and steps.version = told.version
-        where told.events is distinct from 1
+        where
+            told.events is distinct from 1
+            -- Events are kept for so long only: steps older than the oldest partition have none any more.
+            and surety.id_at('evt', steps.at) >= (
+                select coalesce(min(kept.since), '')
+                from pg_catalog.pg_inherits
+                inner join pg_catalog.pg_class on pg_inherits.inhrelid = pg_class.oid
+                cross join lateral (
+                    select coalesce(
+                        substring(
+                            pg_catalog.pg_get_expr(pg_class.relpartbound, pg_class.oid)
+                            from 'FROM \(''(evt_[0-9a-f]+)'
+                        ),
+                        ''
+                    ) as since
+                ) as kept
+                where pg_inherits.inhparent = 'outbox.events'::regclass
+            )
         union all
         select
             'debits equal credits, per currency',

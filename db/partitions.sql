@@ -78,10 +78,8 @@ create or replace function surety.past_partitions(p_keep interval) returns table
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Partitions of events and webhooks that may be detached, oldest first, each with the statement that does it beside
--- traffic
--- (it can't run inside a function): older than p_keep, every handler's cursor past them, nothing of theirs in a batch,
--- due
--- again, or a dead letter that is open. Payments, ledger and audit trail are kept.
+-- traffic (it can't run inside a function): older than p_keep, every handler's cursor past them, nothing of theirs in a
+-- batch, due again, or a dead letter that is open. Payments, ledger and audit trail are kept.
 declare
     v_part record;
     v_is_held boolean;
