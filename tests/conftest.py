@@ -27,6 +27,15 @@ Connect = Callable[[Kind], Connection]
 PREFIX = "surety_test"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show the tables that tests have recorded as properties of theirs: titles and lines."""
+    for report in [one for reports in terminalreporter.stats.values() for one in reports]:
+        for title, lines in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
+            terminalreporter.section(title)
+            terminalreporter.write_line("
+".join(lines))
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Three processes for everything: two cores are never idle then. One for a few tests, which begin at once."""
     return 3 if config.args == config.getini("testpaths") else 0

@@ -53,7 +53,7 @@ class Profile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     slow: float = 0.0
     """It happens late, the key being in use meanwhile."""
     webhook_first: float = 0.0
-    """It happened; its webhooks are delivered before the answer."""
+    """It happened; its webhooks are delivered before the answer. For a GET, those that are still held."""
     reads: float = 0.0
     """Share of these probabilities that holds for GETs too."""
     lost: float = 0.0
@@ -101,7 +101,8 @@ class Order(Struct, forbid_unknown_fields=True):
     fault: str
     times: int = 1
     match: str = ""
-    """Only requests whose idempotency key or path contains it; for webhooks, the event's id."""
+    """Only requests whose idempotency key or path contains it; for webhooks, the event's id, the payment's, or a value
+    of the object's metadata."""
 
     def __post_init__(self) -> None:
         known: tuple[str, ...] = WEBHOOK_FAULTS if self.operation.startswith("webhook") else REQUEST_FAULTS
@@ -128,9 +129,9 @@ class Faults:
         self._attempts[operation, identity] = attempt
         return self._draw(REQUEST_FAULTS, share, operation, identity, attempt)
 
-    def of_webhook(self, type: str, event_id: str) -> WebhookFault | None:
-        """What goes wrong with the delivery of this event, if anything."""
-        ordered = self._ordered(f"webhook:{type}", event_id)
+    def of_webhook(self, type: str, event_id: str, about: tuple[str, ...] = ()) -> WebhookFault | None:
+        """What goes wrong with the delivery of this event, if anything; `about` matches, too."""
+        ordered = self._ordered(f"webhook:{type}", " ".join((event_id, *about)))
         if ordered is not None:
             return cast(WebhookFault, ordered)
         if self.profile is NONE or type.endswith(".created"):
@@ -138,8 +139,8 @@ class Faults:
         return self._draw(WEBHOOK_FAULTS, 1.0, "webhook", event_id)
 
     def repetitions(self, event_id: str) -> int:
-        """How often a repeated webhook is delivered, 2 to 10 times."""
-        return 2 + int(self.chance("repetitions", event_id) * 9)
+        """How often a repeated webhook is delivered: 2 to 10 times by chance, ten times by order alone."""
+        return 10 if self.profile is NONE else 2 + int(self.chance("repetitions", event_id) * 9)
 
     def payer_declines(self, intent_id: str) -> bool:
         return self.chance("payer", intent_id) < self.profile.payer_declines

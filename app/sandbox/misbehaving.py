@@ -64,6 +64,11 @@ async def _execute_and_tell_first(world: World, postman: Postman, request: Reque
     world.delivering = told = list[str]()
     answered = answer(world, request)
     world.delivering = None
+    if not request.writes:
+        held = world.take_held(request.id)
+        told += [plan.subject for plan in held]
+        for plan in held:
+            postman.post(plan)
     with suppress(TimeoutError):
         async with asyncio.timeout(WEBHOOK_FIRST_SECONDS_MAX):
             await postman.delivery(told)

@@ -80,12 +80,13 @@ class World:
             Record(id, "event", record.account, created, {}, parent=payment, label=type), encode(event).decode()
         )
         if settings.webhook_url and (not settings.webhook_events or type in settings.webhook_events):
-            self._plan_delivery(id, type)
+            about = (payment, *(record.body.get("metadata") or {}).values())
+            self._plan_delivery(id, type, about)
 
-    def _plan_delivery(self, event_id: str, type: str) -> None:
+    def _plan_delivery(self, event_id: str, type: str, about: tuple[str, ...]) -> None:
         settings, tally = self.settings, self.memory.tally
         tally("webhooks:sent")
-        fault = self.faults.of_webhook(type, event_id)
+        fault = self.faults.of_webhook(type, event_id, about)
         if fault is not None:
             tally(f"webhooks:{fault}")
         if fault != "lost" and self.delivering is not None:
@@ -106,6 +107,17 @@ class World:
                 self.plan(0, "deliver_forged", event_id)
             case _:
                 self.plan(0, "deliver", event_id)
+
+    def take_held(self, about: str) -> list[Plan]:
+        """The deliveries that are still to come about a payment, or about all of them if it is "", off the agenda."""
+        held = [
+            plan
+            for plan in self.agenda
+            if plan.what.startswith("deliver") and about in (self.memory.event(plan.subject)[1], "")
+        ]
+        self.agenda = [plan for plan in self.agenda if plan not in held]
+        heapq.heapify(self.agenda)
+        return held
 
     def commit(self) -> None:
         """Make everything since the last commit durable, then let what was planned begin."""

@@ -1,0 +1,406 @@
+"""Every call to the provider, each with everything that can go wrong about it, on clocks that the test moves.
+
+Payments by the hundred go through the worker's real code and the real sandbox at once, each on its way to one call that
+goes wrong for it in one way. A pair of call and fault counts when the sandbox has really done it.
+
+The calls are those of the outbox's phases: what `submit`, `confirm` and `cancel` send, what they ask when an outcome is
+unknown, what `apply` fetches because of a webhook, and what the periodic rounds read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.periodic import Round, due_money, payouts, settlements, sweep
+from jobs.worker import Worker
+from tests.payments import Connection, add_merchant, pay
+from tests.sandbox_process import Sandbox, eventually
+from tests.working import work_off
+
+Json = dict[str, Any]
+
+MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
+DELAY_SECONDS = 3 * DAY
+REORDER_SECONDS = HOUR
+SOON = 80.0
+"""Longer than any delay before a retry, and than the sweep's patience."""
+ROUNDS_MAX = 12
+PAYMENTS_PER_PAIR = 2
+ACCOUNTS = ("", "acct_1SuretyOne", "acct_1SuretyTwo")
+
+VISA, DECLINED, ASKING = "pm_card_visa", "pm_card_visa_chargeDeclined", "pm_card_authenticationRequired"
+
+# What the table calls a fault, and what the sandbox does for it.
+OF_THE_CALL = {
+    "timeout before": "timeout_before",
+    "timeout after": "timeout_after",
+    "reset in mid-body": "reset",
+    "500 before": "error_500_before",
+    "500 after": "error_500_after",
+    "409": "conflict_409",
+    "429": "rate_limit_429",
+    "malformed 200": "garbage_200",
+    "after 25 hours": "timeout_after",
+    "webhook first": "webhook_first",
+}
+OF_THE_WEBHOOK = {
+    "ten duplicates": "repeated",
+    "reordered": "reordered",
+    "delayed by days": "delayed",
+    "lost": "lost",
+    "wrongly signed": "forged",
+}
+FAULTS = OF_THE_CALL | OF_THE_WEBHOOK
+LATE = "after 25 hours"
+FIRST = "webhook first"
+
+# Where a question brings webhooks that are late, which ones those are.
+LATE_WEBHOOKS = {
+    "apply: fetch": "charge.failed",
+    "sweep: fetch": "payment_intent.succeeded",
+    "settlements: list": "charge.updated",
+    "due_money: list": "charge.updated",
+    "payouts: list": "payout.paid",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One of our calls: the sandbox's name for it, a card that leads there, and the webhooks that belong to it."""
+
+    operation: str
+    card: str
+    webhook: str
+    overtaken: str
+    """The webhook that others overtake."""
+
+
+CALLS = {
+    "submit: create": Call("payment_intents.create", VISA, "payment_intent.created", "payment_intent.created"),
+    "submit: look for it": Call("payment_intents.list", VISA, "payment_intent.created", "payment_intent.created"),
+    "confirm: confirm": Call("payment_intents.confirm", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
+    "confirm: ask": Call("payment_intents.retrieve", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
+    "cancel: cancel": Call(
+        "payment_intents.cancel", DECLINED, "payment_intent.canceled", "payment_intent.payment_failed"
+    ),
+    "cancel: ask": Call(
+        "payment_intents.retrieve", DECLINED, "payment_intent.canceled", "payment_intent.payment_failed"
+    ),
+    "apply: fetch": Call(
+        "payment_intents.retrieve", DECLINED, "payment_intent.payment_failed", "payment_intent.payment_failed"
+    ),
+    "sweep: fetch": Call("payment_intents.retrieve", ASKING, "payment_intent.succeeded", "payment_intent.succeeded"),
+    "settlements: list": Call("balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"),
+    "due_money: list": Call("balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"),
+    "payouts: list": Call("payouts.list", VISA, "payout.paid", "payout.created"),
+}
+
+
+READINGS: dict[str, Round] = {
+    "settlements: list": settlements, "due_money: list": due_money, "payouts: list": payouts
+}  # fmt: skip
+
+
+def is_late(call: str, fault: str) -> bool:
+    """Whether a pair has to wait until other payments' delayed webhooks have come: a list that comes after webhooks
+    brings all that are held.
+    """
+    return fault == LATE or (fault == FIRST and CALLS[call].operation.endswith(".list"))
+
+
+@dataclass
+class Case:
+    """A payment on its way to one pair."""
+
+    payment_id: str
+    call: str
+    fault: str
+    turn: int
+    intent: str = ""
+
+
+@dataclass
+class Order:
+    """A fault ordered of the sandbox, and the pair that it counts for; None where it only leads somewhere."""
+
+    pair: tuple[str, str] | None
+    operation: str
+    fault: str
+    match: str = ""
+    times: int = 1
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.operation, self.fault, self.match
+
+    def told(self) -> Json:
+        """As the sandbox takes it."""
+        return {"operation": self.operation, "fault": self.fault, "match": self.match, "times": self.times}
+
+
+class Trial:
+    """One database, one sandbox, one worker, and all payments."""
+
+    def __init__(self, conn: Connection, sandbox: Sandbox, worker: Worker) -> None:
+        self.conn, self.sandbox, self.worker = conn, sandbox, worker
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.cases: list[Case] = []
+        self._standing: list[Order] = []
+        self._ahead_seconds = 0.0
+        self._keys = [add_merchant(conn, account=account)[1] for account in ACCOUNTS]
+        conn.execute("update surety.environment set kind = 'test'")
+        # Only what was ordered may use up a payment's attempts, not a machine that is busy with something else.
+        conn.execute("update outbox.handlers set retry_after = array_fill(interval '60 seconds', array[9])")
+        self.move(0)
+
+    # --- the way of all payments, up to each call
+
+    async def go(self, *, late: bool) -> None:
+        """Lead payments into every call with each of its faults, and heal all of them in the end.
+
+        Late are the faults between which and the next attempt 25 hours pass.
+        """
+        pause_seconds = 25 * HOUR if late else SOON
+        pairs = [(call, fault) for call in CALLS for fault in FAULTS if is_late(call, fault) == late]
+        self.cases = [self._open(*pair, turn) for pair in pairs for turn in range(PAYMENTS_PER_PAIR)]
+        await self._submit(pause_seconds)
+        await self._confirm(pause_seconds)
+        await self._cancel(pause_seconds)
+        await self._sweep()
+        for call, read in READINGS.items():
+            await self._read(read, [pair for pair in pairs if pair[0] == call], pause_seconds)
+        await self.heal()
+
+    def _open(self, call: str, fault: str, turn: int) -> Case:
+        key = self._keys[len(fault) % len(ACCOUNTS)]
+        [payment_id] = pay(self.conn, key, method_token=CALLS[call].card, return_url="https://shop.example/return")
+        return Case(payment_id, call, fault, turn)
+
+    async def _submit(self, pause_seconds: float) -> None:
+        orders = []
+        for case in self._of("submit: create"):
+            orders += self._of_call(case, case.payment_id) + self._of_webhook(case, case.payment_id)
+        for case in self._of("submit: look for it"):
+            error = ("error_500_before", "error_500_after")[case.turn % 2]
+            orders += [Order(None, "payment_intents.create", error, case.payment_id)]
+            orders += self._of_webhook(case, case.payment_id) + self._held(case, case.payment_id)
+        await self._beside_apply(orders, "submit")
+        self.move(pause_seconds)
+        await self._act([o for case in self._of("submit: look for it") for o in self._of_call(case, "")], "submit")
+        await self._until_none_is("submitting", "submit")
+        intents: dict[str, str] = dict(self.conn.execute("select id, provider_id from surety.payments").fetchall())
+        for case in self.cases:
+            case.intent = intents[case.payment_id]
+
+    async def _confirm(self, pause_seconds: float) -> None:
+        orders = self._before_confirming()
+        for case in self._of("confirm: confirm"):
+            orders += self._of_call(case, case.payment_id)
+        for case in self._of("apply: fetch"):
+            orders += self._of_call(case, case.intent)
+        await self._beside_apply(orders, "confirm")
+        self._wait_for_webhooks([case for case in self._of("apply: fetch") if case.fault in OF_THE_CALL])
+        await self._act([], "apply")
+        self.move(pause_seconds)
+        await self._act([o for case in self._of("confirm: ask") for o in self._of_call(case, case.intent)], "confirm")
+        self.move(pause_seconds)
+        await self._act([], "confirm", "apply")
+
+    def _before_confirming(self) -> list[Order]:
+        """What must have gone wrong, and which webhooks must be late, for the calls that come after."""
+        orders = []
+        for case in self.cases:
+            if not case.call.startswith("submit"):
+                orders += self._of_webhook(case, "" if case.call == "payouts: list" else case.intent)
+            match case.call:
+                case "apply: fetch":
+                    orders += [Order(None, "payment_intents.confirm", "timeout_after", case.payment_id)]
+                case "confirm: ask":
+                    has_happened = (case.turn % 2 == 1 and case.fault in OF_THE_CALL) or case.fault == FIRST
+                    orders += [Order(None, "payment_intents.confirm", timeout(has_happened), case.payment_id)]
+                    orders += self._held(case, case.intent)
+            if case.fault == FIRST and (late := LATE_WEBHOOKS.get(case.call)):
+                orders += [Order(None, f"webhook:{late}", "delayed", "" if late == "payout.paid" else case.intent)]
+        return orders
+
+    async def _cancel(self, pause_seconds: float) -> None:
+        orders = []
+        for case in self._of("cancel: cancel"):
+            orders += self._of_call(case, case.payment_id)
+        for case in self._of("cancel: ask"):
+            has_happened = case.turn % 2 == 1 or case.fault == FIRST
+            orders += [Order(None, "payment_intents.cancel", timeout(has_happened), case.payment_id)]
+            orders += self._held(case, case.intent)
+        await self._beside_apply(orders, "cancel")
+        self.move(pause_seconds)
+        await self._act([o for case in self._of("cancel: ask") for o in self._of_call(case, case.intent)], "cancel")
+
+    async def _sweep(self) -> None:
+        cases = self._of("sweep: fetch")
+        for case in cases:
+            self._pay_at_the_bank(case.intent)
+        self.move(SOON)
+        self._order([o for case in cases for o in self._of_call(case, case.intent)])
+        await sweep(self.worker)
+        self._count()
+
+    async def _read(self, read: Round, pairs: list[tuple[str, str]], pause_seconds: float) -> None:
+        """A periodic reading of a list, which belongs to all payments: one fault after the other."""
+        for call, fault in pairs:
+            if fault not in OF_THE_CALL:
+                continue
+            self._order([Order((call, fault), CALLS[call].operation, OF_THE_CALL[fault])])
+            for _ in range(ROUNDS_MAX):
+                await read(self.worker)
+                self._count()
+                self.move(pause_seconds)
+                if self.counts[call, fault]:
+                    break
+
+    # --- ends
+
+    async def heal(self) -> None:
+        """Time goes by, and nothing goes wrong any more, until every payment has ended."""
+        for _ in range(ROUNDS_MAX):
+            self.move(SOON)
+            await work_off(self.worker)
+            for round_ in (sweep, settlements, due_money, payouts):
+                await round_(self.worker)
+            if not self.unfinished():
+                return
+
+    async def hear_the_last(self) -> None:
+        """Days go by: what was delayed or overtaken is delivered, and applied."""
+        self.move(DELAY_SECONDS + DAY)
+        eventually(lambda: self.sandbox.control("webhooks")["pending"] == 0, 30)
+        await self.heal()
+        self._count()
+
+    def unfinished(self) -> list[tuple[Any, ...]]:
+        """What has not come to its end."""
+        return self.conn.execute(
+            """
+            select p.id, p.state from surety.payments as p where p.state not in ('settled', 'failed')
+            union all
+            select r.event_id, r.handler from outbox.retries as r
+            union all
+            select b.id::text, b.handler from outbox.batches as b
+            """
+        ).fetchall()
+
+    def move(self, seconds: float) -> None:
+        """Move our clock and the provider's."""
+        self._ahead_seconds += seconds
+        self.conn.execute(
+            "insert into surety.clock (ahead) values (make_interval(secs => %s))"
+            " on conflict (kind) do update set ahead = excluded.ahead",
+            (self._ahead_seconds,),
+        )
+        self.conn.execute("select surety.maintain_partitions()")
+        if seconds:
+            self.sandbox.control("clock", {"advance": seconds})
+
+    # --- orders
+
+    def _of(self, call: str) -> list[Case]:
+        return [case for case in self.cases if case.call == call]
+
+    def _of_call(self, case: Case, match: str) -> list[Order]:
+        """The fault of the call itself, if the case is about one."""
+        fault = OF_THE_CALL.get(case.fault)
+        return [Order((case.call, case.fault), CALLS[case.call].operation, fault, match)] if fault else []
+
+    def _of_webhook(self, case: Case, match: str) -> list[Order]:
+        """The fault of the call's webhook, if the case is about one."""
+        fault = OF_THE_WEBHOOK.get(case.fault)
+        if fault is None:
+            return []
+        call = CALLS[case.call]
+        type_ = call.overtaken if fault == "reordered" else call.webhook
+        return [Order((case.call, case.fault), f"webhook:{type_}", fault, match)]
+
+    def _held(self, case: Case, match: str) -> list[Order]:
+        """All webhooks of a payment delayed, so that none of them spares us the question that the case is about."""
+        is_about_webhooks = case.fault in OF_THE_WEBHOOK
+        return [] if is_about_webhooks else [Order(None, "webhook", "delayed", match, 20)]
+
+    def _order(self, orders: list[Order]) -> None:
+        self._count()
+        self._standing += orders
+        self.sandbox.control("faults", {"next": [order.told() for order in self._standing]})
+
+    def _count(self) -> None:
+        """What the sandbox has done of what was ordered."""
+        left: Counter[tuple[str, str, str]] = Counter()
+        for order in self.sandbox.control("faults")["next"]:
+            left[order["operation"], order["fault"], order.get("match", "")] += order.get("times", 1)
+        for order in reversed(self._standing):
+            stays = min(order.times, left[order.key])
+            left[order.key] -= stays
+            if order.pair is not None:
+                self.counts[order.pair] += order.times - stays
+            order.times = stays
+        self._standing = [order for order in self._standing if order.times]
+
+    # --- acts
+
+    async def _act(self, orders: list[Order], *handlers: str) -> None:
+        self._order(orders)
+        await work_off(self.worker, *handlers)
+        self._count()
+
+    async def _beside_apply(self, orders: list[Order], handler: str) -> None:
+        """Work a handler off while webhooks are applied as they come, so that they may come before the answer."""
+        self._order(orders)
+        done = asyncio.Event()
+
+        async def apply() -> None:
+            while not done.is_set():
+                await work_off(self.worker, "apply")
+                await asyncio.sleep(0.02)
+
+        applying = asyncio.create_task(apply())
+        try:
+            await work_off(self.worker, handler)
+        finally:
+            done.set()
+            await applying
+        self._count()
+
+    async def _until_none_is(self, state: str, handler: str) -> None:
+        for _ in range(ROUNDS_MAX):
+            if not self.conn.execute("select from surety.payments where state = %s limit 1", (state,)).fetchall():
+                return
+            self.move(SOON)
+            await self._act([], handler)
+
+    def _wait_for_webhooks(self, cases: list[Case]) -> None:
+        """Until the webhooks that announce what these cases fetch have come."""
+        query = "select count(*) from surety.inbox where type = %s and body like any(%s)"
+        wanted = [f"%{case.intent}%" for case in cases]
+        type_ = CALLS["apply: fetch"].webhook
+        eventually(lambda: self.conn.execute(query, (type_, wanted)).fetchone() == (len(cases),), 20)
+
+    def _pay_at_the_bank(self, intent: str) -> None:
+        url = self.conn.execute(
+            "select next_action ->> 'url' from surety.payments where provider_id = %s", (intent,)
+        ).fetchone()
+        assert url is not None and url[0] is not None, intent
+        answer = self.sandbox.client.post(url[0], data={"outcome": "approve"})
+        assert answer.status_code < 400, answer.text
+
+
+def timeout(has_happened: bool) -> str:
+    """What leaves an outcome unknown."""
+    return "timeout_after" if has_happened else "timeout_before"
+
+
+def table(counts: Counter[tuple[str, str]]) -> list[str]:
+    """The counts, calls downwards and faults across, the faults' names above in numbers."""
+    lines = [f"{number:>2} {fault}" for number, fault in enumerate(FAULTS, 1)]
+    head = " " * 22 + "".join(f"{number:>4}" for number in range(1, len(FAULTS) + 1))
+    rows = [f"{call:<22}" + "".join(f"{counts[call, fault]:>4}" for fault in FAULTS) for call in CALLS]
+    return [*lines, "", head, *rows]

@@ -1,0 +1,59 @@
+"""Every call to the provider with everything that can go wrong about it: nothing lost, nothing twice, nothing open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TABLES
+from tests.front import SECRETS, service
+from tests.payments import Connection, violations
+from tests.provider_faults import CALLS, DELAY_SECONDS, FAULTS, PAYMENTS_PER_PAIR, REORDER_SECONDS, Trial, table
+from tests.sandbox_process import running_sandbox
+from tests.working import worker_here
+
+TIMEOUT_SECONDS = 0.5
+
+
+async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
+    conn: Connection, database: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    with service("webhooks", database) as receiver:
+        options = (
+            f"--webhook-url={receiver.url}/stripe",
+            f"--webhook-secret={SECRETS[0]}",
+            f"--delay-seconds={DELAY_SECONDS}",
+            f"--reorder-seconds={REORDER_SECONDS}",
+            "--hang-seconds=20",
+            "--payout-seconds=1",
+        )
+        with running_sandbox(tmp_path, *options) as sandbox:
+            async with worker_here(database, sandbox.url, timeout_seconds=TIMEOUT_SECONDS) as worker:
+                trial = Trial(conn, sandbox, worker)
+                try:
+                    for late in (False, True):
+                        await trial.go(late=late)
+                        await trial.hear_the_last()
+                finally:
+                    pytestconfig.stash[TABLES]["what the provider did, by call and fault"] = table(trial.counts)
+            charges = sandbox.control("charges/summary?metadata_key=surety_payment")
+            lines = [line["id"] for line in sandbox.get("/v1/balance_transactions", {"limit": 100})["data"]]
+    assert trial.unfinished() == []
+    assert violations(conn) == {}
+    states: dict[str, int] = dict(conn.execute("select state, count(*) from surety.payments group by 1").fetchall())
+    assert states.keys() == {"settled", "failed"}
+    assert sum(states.values()) == len(CALLS) * len(FAULTS) * PAYMENTS_PER_PAIR
+    assert charges == {"charges": states["settled"], "payments": states["settled"], "double": []}
+    assert (
+        conn.execute("select kind, subject, detail from surety.discrepancies where closed_at is null").fetchall() == []
+    )
+    assert conn.execute("select count(*) from outbox.dead_letters").fetchone() == (0,)
+    known = conn.execute("select object_id from surety.fact_keys where kind = 'money'").fetchall()
+    assert {(line,) for line in lines if line} <= {*known, *parked_money(conn)}
+    assert [(call, fault) for call in CALLS for fault in FAULTS if not trial.counts[call, fault]] == []
+
+
+def parked_money(conn: Connection) -> set[tuple[str]]:
+    """Balance transactions that belong to no payment: payouts'."""
+    return {(row[0],) for row in conn.execute("select object_id from surety.parked_facts where kind = 'money'")}
