@@ -27,6 +27,15 @@ NETWORK = {
     "keepalives_count": 3,
 }
 
+# The server's own end: what a client that is gone without a word has locked is free again within half a minute, not two
+# hours. Over a Unix socket it means nothing.
+SERVERS_END = {
+    "tcp_keepalives_idle": str(NETWORK["keepalives_idle"]),
+    "tcp_keepalives_interval": str(NETWORK["keepalives_interval"]),
+    "tcp_keepalives_count": str(NETWORK["keepalives_count"]),
+    "tcp_user_timeout": str(NETWORK["tcp_user_timeout"]),
+}
+
 # statement_timeout, lock_timeout, idle_in_transaction_session_timeout
 TIMEOUTS: dict[Kind, tuple[str, str, str]] = {
     "deploy": ("0", "0", "60s"),
@@ -64,6 +73,7 @@ def harden(url: str, kind: Kind, *, role: str | None = None, search_path: str | 
         "lock_timeout": lock,
         "idle_in_transaction_session_timeout": idle,
         "TimeZone": "UTC",
+        **SERVERS_END,
         **({"role": role} if role else {}),
         **({"search_path": search_path} if search_path else {}),
     }

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from db.server import wait_until
 from jobs.periodic import Round, due_money, payouts, settlements, sweep
 from jobs.worker import Worker
 from tests.payments import Connection, add_merchant, pay
@@ -190,7 +192,7 @@ class Trial:
         await self._beside_apply(orders, "submit")
         self.move(pause_seconds)
         await self._act([o for case in self._of("submit: look for it") for o in self._of_call(case, "")], "submit")
-        await self._until_none_is("submitting", "submit")
+        await self._until(lambda: not self._in_state("submitting"), "submit")
         intents: dict[str, str] = dict(self.conn.execute("select id, provider_id from surety.payments").fetchall())
         for case in self.cases:
             case.intent = intents[case.payment_id]
@@ -240,6 +242,7 @@ class Trial:
 
     async def _sweep(self) -> None:
         cases = self._of("sweep: fetch")
+        await self._until(lambda: {case.intent for case in cases} <= self._in_state("requires_action"), "confirm")
         for case in cases:
             self._pay_at_the_bank(case.intent)
         self.move(SOON)
@@ -370,19 +373,26 @@ class Trial:
             await applying
         self._count()
 
-    async def _until_none_is(self, state: str, handler: str) -> None:
+    async def _until(self, is_so: Callable[[], bool], handler: str) -> None:
+        """Let time go by, for what a machine that is busy with something else has made late."""
         for _ in range(ROUNDS_MAX):
-            if not self.conn.execute("select from surety.payments where state = %s limit 1", (state,)).fetchall():
+            if is_so():
                 return
             self.move(SOON)
             await self._act([], handler)
 
+    def _in_state(self, state: str) -> set[str]:
+        """The intents of payments in a state."""
+        return {
+            row[0] for row in self.conn.execute("select provider_id from surety.payments where state = %s", (state,))
+        }
+
     def _wait_for_webhooks(self, cases: list[Case]) -> None:
-        """Until the webhooks that announce what these cases fetch have come."""
+        """Until the webhooks that announce what these cases fetch have come, unless a confirmation has been slow."""
         query = "select count(*) from surety.inbox where type = %s and body like any(%s)"
         wanted = [f"%{case.intent}%" for case in cases]
         type_ = CALLS["apply: fetch"].webhook
-        eventually(lambda: self.conn.execute(query, (type_, wanted)).fetchone() == (len(cases),), 20)
+        wait_until(lambda: self.conn.execute(query, (type_, wanted)).fetchone() == (len(cases),), 5)
 
     def _pay_at_the_bank(self, intent: str) -> None:
         url = self.conn.execute(

@@ -10,6 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psycopg
+
+from app.demo.stage import free_port
+from db.connect import harden
 from db.server import PORT, EmbeddedServer, wait_until
 from tests.crash.kills import CARDS, KINDS, children_of
 from tests.crash.proxy import Proxy
@@ -62,6 +66,17 @@ def test_of_a_cut_connection_neither_end_is_told() -> None:
                 assert ask_for_tls(connection) is None
         finally:
             proxy.stop()
+
+
+def test_the_server_too_notices_a_client_that_is_gone() -> None:
+    port = str(free_port(0))
+    with EmbeddedServer(settings={"listen_addresses": "127.0.0.1", "port": port}):
+        where = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        with psycopg.connect(harden(where, "worker")) as conn:
+            asked = ("idle", "interval", "count")
+            told = [conn.execute(f"show tcp_keepalives_{name}".encode()).fetchone() for name in asked]
+            assert told == [("10",), ("5",), ("3",)]
+            assert conn.execute("show tcp_user_timeout").fetchone() == ("10000",)
 
 
 def ask_for_tls(connection: socket.socket) -> bytes | None:

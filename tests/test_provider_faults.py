@@ -13,7 +13,7 @@ from tests.provider_faults import CALLS, DELAY_SECONDS, FAULTS, PAYMENTS_PER_PAI
 from tests.sandbox_process import running_sandbox
 from tests.working import worker_here
 
-TIMEOUT_SECONDS = 0.5
+TIMEOUT_SECONDS = 1.0
 
 
 async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
