@@ -31,7 +31,6 @@ SOON = 80.0
 """Longer than any delay before a retry, and than the sweep's patience."""
 ROUNDS_MAX = 12
 PAYMENTS_PER_PAIR = 2
-ACCOUNTS = ("", "acct_1SuretyOne", "acct_1SuretyTwo")
 
 VISA, DECLINED, ASKING = "pm_card_visa", "pm_card_visa_chargeDeclined", "pm_card_authenticationRequired"
 
@@ -56,6 +55,8 @@ OF_THE_WEBHOOK = {
     "wrongly signed": "forged",
 }
 FAULTS = OF_THE_CALL | OF_THE_WEBHOOK
+# An account each: what goes wrong at once must not look like the provider's outage, which is another story.
+ACCOUNTS = {fault: f"acct_1SuretyFault{number}" for number, fault in enumerate(FAULTS)}
 LATE = "after 25 hours"
 FIRST = "webhook first"
 
@@ -152,7 +153,7 @@ class Trial:
         self.cases: list[Case] = []
         self._standing: list[Order] = []
         self._ahead_seconds = 0.0
-        self._keys = [add_merchant(conn, account=account)[1] for account in ACCOUNTS]
+        self._keys = {fault: add_merchant(conn, account=account)[1] for fault, account in ACCOUNTS.items()}
         conn.execute("update surety.environment set kind = 'test'")
         # Only what was ordered may use up a payment's attempts, not a machine that is busy with something else.
         conn.execute("update outbox.handlers set retry_after = array_fill(interval '60 seconds', array[9])")
@@ -177,7 +178,7 @@ class Trial:
         await self.heal()
 
     def _open(self, call: str, fault: str, turn: int) -> Case:
-        key = self._keys[len(fault) % len(ACCOUNTS)]
+        key = self._keys[fault]
         [payment_id] = pay(self.conn, key, method_token=CALLS[call].card, return_url="https://shop.example/return")
         return Case(payment_id, call, fault, turn)
 
