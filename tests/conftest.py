@@ -32,8 +32,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in [one for reports in terminalreporter.stats.values() for one in reports]:
         for title, lines in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
             terminalreporter.section(title)
-            terminalreporter.write_line("
-".join(lines))
+            terminalreporter.write_line("\n".join(lines))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from tests.conftest import TABLES
 from tests.front import SECRETS, service
 from tests.payments import Connection, violations
 from tests.provider_faults import (
@@ -26,7 +24,7 @@ TIMEOUT_SECONDS = 1.0
 
 
 async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
-    conn: Connection, database: str, tmp_path: Path, pytestconfig: pytest.Config
+    conn: Connection, database: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     with service("webhooks", database) as receiver:
         options = (
@@ -45,7 +43,7 @@ async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
                         await trial.go(late=late)
                         await trial.hear_the_last()
                 finally:
-                    pytestconfig.stash[TABLES]["what the provider did, by call and fault"] = table(trial.counts)
+                    record_property("what the provider did, by call and fault", table(trial.counts))
             charges = sandbox.control("charges/summary?metadata_key=surety_payment")
             lines = {
                 line["id"]
