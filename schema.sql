@@ -157,7 +157,9 @@ create table surety.fact_kinds (
     evidences text collate "C",
     meaning text not null,
     constraint fact_kinds_pkey primary key (kind),
-    constraint fact_family_is_known check (family in ('intent', 'charge', 'refund', 'dispute', 'money', 'payout')),
+    constraint fact_family_is_known check (
+        family in ('intent', 'charge', 'command', 'refund', 'dispute', 'money', 'payout')
+    ),
     constraint fact_evidences_a_state foreign key (evidences) references surety.states (state)
 );
 comment on table surety.fact_kinds is
@@ -287,6 +289,8 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('authorized', 'charge', 1, 'authorized', 'funds are held'),
 ('captured', 'charge', 2, 'confirmed', 'the amount was captured'),
 ('returned', 'charge', 3, 'reversed', 'the network took the captured amount back'),
+('capture_requested', 'command', 1, 'processing', 'the merchant asked us to capture'),
+('capture_refused', 'command', 2, null, 'the provider would not capture that; the hold lives'),
 ('refund_pending', 'refund', 1, null, 'a refund is under way'),
 ('refund_succeeded', 'refund', 2, null, 'a refund reached the payer'),
 ('refund_failed', 'refund', 3, null, 'a refund came back'),
@@ -367,6 +371,25 @@ create table surety.idempotency_keys (
 create index idempotency_keys_by_age on surety.idempotency_keys (created_at);
 comment on table surety.idempotency_keys is
 'Answers that took effect, kept 30 days, so that a repeated request gets the first answer byte for byte.';
+
+-- What came of a command: a document, or a problem of the API with its particulars.
+create type api.outcome as (
+    status smallint,
+    problem text,
+    detail jsonb,
+    body text,
+    is_replayed boolean
+);
+
+-- Who sent a command, and how it is kept from being done twice; outcome is set if it is over before it has begun.
+create type api.admission as (
+    merchant_id text,
+    actor text,
+    route text,
+    key text,
+    admitted_at timestamptz,
+    outcome api.outcome
+);
 
 create table surety.payment_references (
     merchant_id text collate "C" not null,
@@ -617,7 +640,7 @@ create table surety.facts (
     occurred_at timestamptz,
     recorded_at timestamptz not null,
     constraint facts_pkey primary key (payment_id, id),
-    constraint fact_source_is_known check (source in ('response', 'webhook', 'poll', 'file', 'operator'))
+    constraint fact_source_is_known check (source in ('response', 'webhook', 'poll', 'file', 'operator', 'request'))
 ) partition by range (payment_id);
 -- What a payment's facts amount to: surety.derive returns it.
 create type surety.derived as (

@@ -1,6 +1,7 @@
 """The HTTP API: every route decodes, calls one SQL function and encodes.
 
     POST /v1/payments                             app/acceptance.py, by the lanes: batches, one commit each
+    POST /v1/payments/{id}/capture, …/cancel      app/commands.py: a call each, one commit each
     GET  /v1/payments[/{id}[/trace]], /v1/events  a call each
     /v1/operator/…                                app/operators.py, with operators' keys
     GET  /problems/{type}, /docs, /health         nothing but this process, and for health its database
@@ -10,7 +11,6 @@ The SQL functions take the SHA-256 of the API key and find the merchant themselv
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
@@ -21,11 +21,14 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from app.acceptance import BODY_BYTES_MAX, JSON, STATEMENT, Acceptance
 from app.answers import Answer, new_request_id, read_body
+from app.commands import CANCEL, CAPTURE, PAYMENT_ID, Commands, at
 from app.database import Database
 from app.documents import (
     EventList,
     EventsQuery,
     Health,
+    NewCancellation,
+    NewCapture,
     NewPayment,
     Payment,
     PaymentList,
@@ -45,13 +48,35 @@ from db.settings import Settings, load
 
 T = TypeVar("T")
 
-PAYMENT_ID = re.compile("pay_[0-9a-f]{32}")
+Key = Annotated[
+    str,
+    Parameter(
+        header="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        description="1 to 255 printable characters: new for each request, the same for each repetition.",
+    ),
+]
 
 
 @route("/v1/payments", http_method=[HttpMethod.OPTIONS], include_in_schema=False)
 async def allow_payments() -> Response[None]:
     """What is allowed here. Litestar's own answer knows one of the two routes on this path."""
     return Response(None, status_code=204, headers={"allow": "GET, HEAD, OPTIONS, POST"})
+
+
+REFUSALS = (
+    "invalid-request",
+    "idempotency-key-missing",
+    "unauthenticated",
+    "forbidden",
+    "not-found",
+    "wrong-state",
+    "too-large",
+    "not-json",
+    "idempotency-key-reused",
+    "overloaded",
+)
 
 
 def at_the_lanes(app: ASGIApp) -> ASGIApp:
@@ -78,24 +103,42 @@ def at_the_lanes(app: ASGIApp) -> ASGIApp:
         "overloaded",
     ),
 )
-async def create_payment(
-    data: NewPayment,
-    idempotency_key: Annotated[
-        str,
-        Parameter(
-            header="Idempotency-Key",
-            min_length=1,
-            max_length=255,
-            description="1 to 255 printable characters: new for each payment, the same for each repetition.",
-        ),
-    ],
-) -> Payment:
+async def create_payment(data: NewPayment, idempotency_key: Key) -> Payment:
     """Take a payment.
 
     201 means: stored for good, and on its way to the provider. The same key with the same body gets the first answer
     again, byte for byte, with `Idempotency-Replayed: true`.
     """
     raise AssertionError("at_the_lanes has answered")
+
+
+@post(
+    "/v1/payments/{payment_id:str}/capture",
+    status_code=202,
+    middleware=[at(CAPTURE)],
+    responses=refusals(*REFUSALS),
+)
+async def capture_payment(payment_id: str, data: NewCapture, idempotency_key: Key) -> Payment:
+    """Capture what an authorized payment holds, or a part of it, once.
+
+    202 means: stored for good, and on its way to the provider. The rest of what is held is let go.
+    """
+    raise AssertionError("app.commands has answered")
+
+
+@post(
+    "/v1/payments/{payment_id:str}/cancel",
+    status_code=202,
+    middleware=[at(CANCEL)],
+    responses=refusals(*REFUSALS),
+)
+async def cancel_payment(payment_id: str, data: NewCancellation, idempotency_key: Key) -> Payment:
+    """Cancel a payment that has not succeeded yet.
+
+    200: it is canceled, nothing had been sent. 202: the provider is asked to call it off; the payment's state will tell
+    whether it came in time.
+    """
+    raise AssertionError("app.commands has answered")
 
 
 @get(
@@ -233,11 +276,14 @@ def create_app(
         app.state.doorkeeper = Doorkeeper(database)
         app.state.acceptance = Acceptance(app.state.doorkeeper, line, kicker)
         app.state.bare = bare
+        commands_kicker = Kicker(lambda: database.row("select outbox.kick('{capture,cancel}')"))
+        app.state.commands = Commands(app.state.doorkeeper, commands_kicker)
         try:
             yield
         finally:
             await line.close()
             await kicker.close()
+            await commands_kicker.close()
             await database.close()
 
     return with_head(
@@ -245,6 +291,8 @@ def create_app(
             [
                 allow_payments,
                 create_payment,
+                capture_payment,
+                cancel_payment,
                 list_payments,
                 get_payment,
                 get_trace,

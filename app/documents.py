@@ -139,6 +139,16 @@ class NewPayment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     metadata: Metadata = {}
 
 
+class NewCapture(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What is held is to be taken: all of it, or `amount`; the rest is let go."""
+
+    amount: MinorUnits | None = None
+
+
+class NewCancellation(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A payment is to be called off. Nothing more needs to be said."""
+
+
 class AskedPayment(Struct, omit_defaults=True):
     """A request as api.create_payments takes it."""
 
@@ -304,7 +314,9 @@ class BrokenRule(Struct, rename={"place": "in"}):
 
 
 class ProblemDocument(Struct):
-    """Why a request was refused, as in RFC 9457. `payment` names the payment that has the reference already."""
+    """Why a request was refused, as in RFC 9457. `payment` names the payment that has the reference already, `state`
+    the state that is in the way.
+    """
 
     type: str
     title: str
@@ -313,6 +325,7 @@ class ProblemDocument(Struct):
     request_id: str
     errors: list[BrokenRule] | None = None
     payment: str | None = None
+    state: str | None = None
 
 
 class ProblemType(Struct):

@@ -64,8 +64,8 @@ TYPES: dict[str, Type] = {
     "wrong-state": Type(
         409,
         "Its state does not allow this",
-        "Read the payment, or the dead letter: its state says where it is, `detail` what is in the way. Nothing "
-        "changed.",
+        "`state` says where the object is, `detail` what is in the way. Nothing changed, and the Idempotency-Key is "
+        "free.",
     ),
     "too-large": Type(413, "The body is too large", "`limit` is the largest body in bytes. Nothing was stored."),
     "not-json": Type(

@@ -21,6 +21,7 @@ CAPABILITIES: tuple[str, ...] = (
     "facts",
     "merchants",
     "requests",
+    "commands",
     "reading",
     "breaker",
     "calls",

@@ -2,6 +2,26 @@
 -- transaction is open in between. What happens if the worker dies there: the call's row says that it was sent and not
 -- answered, so the next worker sends the same bytes under the same key, or asks.
 
+create or replace function surety.capture_asked(p_payment_id text)
+returns table (amount_minor bigint, revision integer)
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    -- The capture that is under way, if any: asked for and not refused.
+    select
+        facts.amount_minor,
+        facts.revision
+    from surety.facts
+    where
+        facts.payment_id = p_payment_id and facts.kind = 'capture_requested' and not exists (
+            select from surety.facts as refused
+            where
+                refused.payment_id = facts.payment_id and refused.object_id = facts.object_id
+                and refused.kind = 'capture_refused' and refused.revision = facts.revision
+        )
+    order by facts.revision desc
+    limit 1;
+end;
+
 create or replace function surety.stripe_request(p_payment surety.payments, p_operation text) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
@@ -22,7 +42,13 @@ begin atomic
             )
         )
         when 'confirm' then jsonb_build_object('return_url', p_payment.return_url)
-        when 'cancel' then jsonb_build_object('cancellation_reason', 'abandoned')
+        when 'capture' then jsonb_build_object(
+            'amount_to_capture', (select asked.amount_minor from surety.capture_asked(p_payment.id) as asked)
+        )
+        when 'cancel' then jsonb_build_object(
+            'cancellation_reason',
+            case when p_payment.flags ? 'cancel_requested_at' then 'requested_by_customer' else 'abandoned' end
+        )
     end);
 end;
 
@@ -38,6 +64,8 @@ as $$
 -- For each event left in the batch (of p_event_ids, if given), what to do about its payment:
 --   send   the request, under the key, both as they were written down
 --   ask    the provider first: an earlier send's outcome is unknown and sending again would not tell
+--   find   it, and if it isn't there, end the payment: it was canceled before the provider answered
+--   wait   until it is known whether the provider holds the payment
 --   skip   nothing is left to do
 -- Steps initiated payments to submitting. Returns nothing when the lease is another's by now.
 declare
@@ -52,12 +80,14 @@ begin
     return query
     with events as (
         select
-            e.event_id, e.failures, p.id as payment_id, p.state, p.captured_minor, p as payment,
+            e.event_id, e.failures, e.type, p.id as payment_id, p.state, p.captured_minor, p as payment,
+            p.flags ? 'cancel_requested_at' as is_called_off, asked.revision as capture_revision,
             c.first_sent_at, c.last_sent_at, c.answered_at, c.status, c.payment_id is not null as was_sent,
-            row_number() over (partition by p.id order by e.event_id) as turn
+            row_number() over (partition by p.id, e.type = 'payment.authorized_late' order by e.event_id) as turn
         from outbox.batch_events(p_batch, p_fence) as e
         join surety.payments as p on p.id = e.aggregate_id
         left join surety.calls as c on c.payment_id = p.id and c.operation = p_operation
+        left join lateral surety.capture_asked(p.id) as asked on p_operation in ('capture', 'cancel')
         where p_event_ids is null or e.event_id = any(p_event_ids)
     ),
     judged as (
@@ -67,9 +97,16 @@ begin
                 -- Two events may ask for one cancellation.
                 when e.turn > 1 then 'skip'
                 when p_operation = 'create' and e.state not in ('initiated', 'submitting') then 'skip'
-                when p_operation = 'confirm' and e.state <> 'provider_submitted' then 'skip'
-                when p_operation = 'cancel' and (
-                    e.captured_minor > 0
+                when p_operation = 'create' and e.is_called_off and e.was_sent then 'find'
+                when p_operation = 'confirm' and (e.state <> 'provider_submitted' or e.is_called_off) then 'skip'
+                when p_operation = 'capture' and (e.state <> 'processing' or e.capture_revision is null) then 'skip'
+                when p_operation = 'cancel' and e.type = 'payment.authorized_late' and (
+                    e.captured_minor > 0 or e.state not in ('failed', 'canceled') or (e.payment).provider_id is null
+                ) then 'skip'
+                when p_operation = 'cancel' and e.type <> 'payment.authorized_late' and e.state = 'submitting'
+                    then 'wait'
+                when p_operation = 'cancel' and e.type <> 'payment.authorized_late' and (
+                    e.captured_minor > 0 or e.capture_revision is not null
                     or e.state not in ('provider_submitted', 'requires_action', 'authorized', 'processing')
                 ) then 'skip'
                 when not e.was_sent then 'send'
@@ -85,9 +122,11 @@ begin
     written as (
         insert into surety.calls as c (payment_id, operation, idempotency_key, request, first_sent_at, last_sent_at)
         select
-            j.payment_id, p_operation, j.payment_id || ':' || p_operation,
+            j.payment_id, p_operation,
+            j.payment_id || ':' || p_operation
+            || case when p_operation = 'capture' and j.capture_revision > 0 then ':' || j.capture_revision else '' end,
             surety.stripe_request(j.payment, p_operation)::text, v_now, v_now
-        from judged as j where j.verdict <> 'skip'
+        from judged as j where j.verdict not in ('skip', 'wait')
         order by j.payment_id
         on conflict on constraint calls_pkey do update
         set
@@ -95,29 +134,30 @@ begin
             last_sent_at = excluded.last_sent_at,
             -- While it is only asked about, the last answer still decides whether the key can be used again.
             (answered_at, status) = (
-                select c.answered_at, c.status from judged as a where a.payment_id = c.payment_id and a.verdict = 'ask'
+                select c.answered_at, c.status from judged as a
+                where a.payment_id = c.payment_id and a.verdict in ('ask', 'find')
             )
         returning c.payment_id, c.idempotency_key, c.request, c.sends, c.first_sent_at, c.last_sent_at
     ),
     stepped as (
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
         select j.payment_id, (j.payment).version + 1, 'initiated', 'submitting', 'command', v_now, p_actor
-        from judged as j where j.verdict <> 'skip' and j.state = 'initiated'
+        from judged as j where j.verdict not in ('skip', 'wait') and j.state = 'initiated'
         order by j.payment_id
     ),
     told as (
         insert into audit.entries (id, at, kind, actor, payment_id, merchant_id, outcome, snapshot)
         select
             surety.new_id('aud', v_now), v_now, 'call', p_actor, j.payment_id, (j.payment).merchant_id,
-            case j.verdict when 'ask' then 'asked' else 'sent' end,
+            case when j.verdict in ('ask', 'find') then 'asked' else 'sent' end,
             jsonb_build_object('operation', p_operation, 'key', w.idempotency_key, 'sends', w.sends)
-        from judged as j join written as w on w.payment_id = j.payment_id and j.verdict <> 'skip'
+        from judged as j join written as w on w.payment_id = j.payment_id and j.verdict not in ('skip', 'wait')
     )
     select
         j.event_id, j.payment_id, j.verdict, w.idempotency_key, w.request::jsonb, (j.payment).provider_account,
         (j.payment).provider_id, w.sends, w.first_sent_at, coalesce(j.last_sent_at, w.last_sent_at), j.failures,
         (j.payment).amount_minor, (j.payment).currency, (j.payment).livemode, j.state
-    from judged as j left join written as w on w.payment_id = j.payment_id and j.verdict <> 'skip'
+    from judged as j left join written as w on w.payment_id = j.payment_id and j.verdict not in ('skip', 'wait')
     order by j.event_id;
 end;
 $$;
@@ -173,7 +213,7 @@ as $$
 -- Payments whose creation the provider refused for what they are: nothing exists there, so they have failed.
 declare
     v_now timestamptz := surety.time_now();
-    v_types text[];
+    v_types text[] := '{}';
 begin
     perform from surety.payments as p
     where p.id in (
@@ -184,6 +224,7 @@ begin
     set failure = r.refused
     from jsonb_to_recordset(p_results) as r (payment_id text, refused jsonb)
     where p.id = r.payment_id and r.refused is not null and p.state = 'submitting';
+    v_types := surety.refuse_captures(p_results, p_actor);
     with refused as (
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
         select p.id, p.version + 1, p.state, 'failed', 'refused', v_now, p_actor
@@ -193,8 +234,37 @@ begin
         order by p.id
         returning to_state
     )
-    select coalesce(array_agg(distinct 'payment.' || s.to_state), '{}') into v_types from refused as s;
+    select v_types || coalesce(array_agg(distinct 'payment.' || s.to_state), '{}') into v_types from refused as s;
     return v_types;
+end;
+$$;
+
+create or replace function surety.refuse_captures(p_results jsonb, p_actor text) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Captures that the provider would not make, of payments that are locked: the hold lives, another may be asked for.
+declare
+    v_now timestamptz := surety.time_now();
+    v_refused surety.facts [];
+begin
+    select array_agg((
+        surety.new_id('fct', v_now), p.id, p.provider, p.provider_account, p.livemode, p.id || ':capture',
+        'capture_refused', asked.revision, asked.amount_minor, p.currency, jsonb_build_object('failure', r.refused),
+        'response', null, null, null, v_now
+    )::surety.facts order by p.id) into v_refused
+    from jsonb_to_recordset(p_results) as r (payment_id text, operation text, refused jsonb)
+    join surety.payments as p on p.id = r.payment_id
+    cross join lateral surety.capture_asked(p.id) as asked
+    where r.refused is not null and r.operation = 'capture';
+    if v_refused is null then
+        return '{}';
+    end if;
+    insert into surety.fact_keys (provider, account, livemode, object_id, kind, revision, fact_id)
+    select f.provider, f.account, f.livemode, f.object_id, f.kind, f.revision, f.id from unnest(v_refused) as f;
+    insert into surety.facts select f.* from unnest(v_refused) as f;
+    return surety.advance(
+        array(select d from surety.derive(array(select f.payment_id from unnest(v_refused) as f)) as d), 'response',
+        p_actor, null);
 end;
 $$;
 

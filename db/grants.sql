@@ -12,6 +12,8 @@ grant execute on function
 api.identify(bytea),
 api.judge_amount(bigint, text),
 api.create_payments(jsonb),
+api.capture_payment(jsonb),
+api.cancel_payment(jsonb),
 api.deny(bytea, text, text, text, text),
 api.get_payment(bytea, text),
 api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text),

@@ -80,9 +80,8 @@ begin atomic
                 events.version,
                 count(*) as events
             from outbox.events
-            where
-                events.aggregate_type = 'payment'
-                and events.type not in ('payment.attempt_failed', 'payment.action_overdue')
+            inner join surety.states on events.type = 'payment.' || states.state
+            where events.aggregate_type = 'payment'
             group by events.aggregate_id, events.version
         ) as told on steps.payment_id = told.aggregate_id and steps.version = told.version
         where

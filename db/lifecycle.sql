@@ -170,7 +170,7 @@ begin atomic
             counted.kind,
             counted.amount_minor
         from counted
-        where counted.family in ('refund', 'dispute', 'charge')
+        where counted.family in ('refund', 'dispute', 'charge', 'command')
         order by
             counted.payment_id asc, counted.family asc, counted.object_id asc, counted.revision desc, counted.rank desc
     ),
@@ -185,7 +185,8 @@ begin atomic
             coalesce(sum(winners.amount_minor) filter (where winners.kind = 'dispute_opened'), 0)::bigint as at_risk,
             coalesce(sum(winners.amount_minor) filter (where winners.kind in ('dispute_lost', 'returned')), 0)::bigint
                 as reversed,
-            coalesce(bool_or(winners.kind = 'dispute_lost'), false) as lost
+            coalesce(bool_or(winners.kind = 'dispute_lost'), false) as lost,
+            coalesce(bool_or(winners.kind = 'capture_requested'), false) as capturing
         from winners
         group by winners.payment_id
     ),
@@ -239,7 +240,7 @@ begin atomic
             payments.capture_method,
             known.failed,
             known.canceled,
-            known.processing,
+            known.processing or coalesce(outcomes.capturing, false) as processing,
             known.authorized,
             known.action,
             known.evidenced,
@@ -326,7 +327,8 @@ begin
             = array[d.captured_minor, d.refunded_minor, d.refund_pending_minor, d.at_risk_minor, d.reversed_minor]
             and p.provider_id is not distinct from d.provider_id
             and (p.next_action is not distinct from d.next_action or d.target_state <> 'requires_action')
-            and p.failure is not distinct from d.failure as is_same
+            and p.failure is not distinct from d.failure as is_same,
+            p.provider_id is distinct from d.provider_id as is_another
         from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
     ),
     path as materialized (
@@ -410,6 +412,16 @@ begin
         from targets as t
         where t.has_ended and not t.is_captured and t.target_state not in (t.state, 'provider_submitted')
         on conflict (kind, subject) do nothing
+        returning payment_id, detail
+    ),
+    called_off as (
+        select outbox.emit(
+            'payment', t.id, 'payment.authorized_late', jsonb_build_object('payment_id', t.id, 'reason', 'ended'),
+            null, t.version) as event_id
+        from targets as t
+        where t.has_ended and not t.is_captured
+            and t.target_state in ('provider_submitted', 'requires_action', 'authorized', 'processing')
+            and (t.is_another or t.id in (select o.payment_id from orphans as o))
     ),
     excesses as (
         insert into surety.discrepancies (id, kind, subject, payment_id, detail, data, is_critical, opened_at)
@@ -424,7 +436,12 @@ begin
         where d.excess_minor > 0 or d.over_refunded_minor > 0
         on conflict (kind, subject) do nothing
     )
-    select array_agg(distinct 'payment.' || w.to_state) into v_types from walked as w;
+    select array_agg(distinct made.type) into v_types
+    from (
+        select 'payment.' || w.to_state as type from walked as w
+        union all
+        select 'payment.authorized_late' from called_off
+    ) as made;
     return coalesce(v_types, '{}');
 end;
 $$;

@@ -464,7 +464,14 @@ from (
     ('settle', array['payment.confirmed'], 500, 2, false),
     ('close', array['payment.settled'], 500, 2, false),
     ('apply', array['webhook.received'], 200, 2, false),
-    ('cancel', array['payment.attempt_failed', 'payment.action_overdue'], 200, 2, true)
+    (
+        'cancel',
+        array[
+            'payment.attempt_failed', 'payment.action_overdue', 'payment.cancel_requested', 'payment.authorized_late'
+        ],
+        200, 2, true
+    ),
+    ('capture', array['payment.capture_requested'], 200, 2, true)
 ) as h (handler, event_types, batch_size, batches_at_once, calls_provider)
 on conflict (handler) do update
 set event_types = excluded.event_types, calls_provider = excluded.calls_provider

@@ -116,7 +116,7 @@ begin atomic
         cross join lateral
             surety.say_fact(facts.kind, facts.object_id, facts.amount_minor, facts.currency, facts.data) as said (fact)
         left join surety.inbox on facts.source = 'webhook' and facts.source_id = inbox.id
-        where facts.payment_id = p_payment_id and facts.source <> 'response'
+        where facts.payment_id = p_payment_id and facts.source not in ('response', 'request')
     ),
 
     moved as (

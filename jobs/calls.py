@@ -28,6 +28,8 @@ log = logging.getLogger("surety.calls")
 CALLS_AT_ONCE = 32
 # A group of results costs a commit; so the first of many waits this long for others.
 GATHER_SECONDS = 0.025
+# How long a command waits for the outcome of what was sent before it.
+WAIT_SECONDS = 1.0
 
 Result = dict[str, Any]
 """As surety.record_results takes it."""
@@ -83,6 +85,8 @@ async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operati
         event = {"event_id": call.event_id}
         if call.todo == "skip":
             return [event]
+        if call.todo == "wait":
+            return [event | {"release_seconds": WAIT_SECONDS, "error": "an earlier call's outcome is unknown yet"}]
         if batch.is_lost or worker.stopping.is_set():
             return [event | {"release_seconds": 0, "error": "its worker stopped"}]
         if call.account in worker.breaker.blocked:
@@ -209,7 +213,7 @@ def unanswered(subject: Subject, operation: str, error: ProviderError) -> Result
     """A call without an answer to believe, by what that means."""
     told: Result = {"outcome": error.outcome, "status": error.status, "snapshot": redacted(error.body)}
     if isinstance(error, Refused | Declined):
-        if subject.provider_id is None:
+        if subject.provider_id is None or operation == "capture":
             return told | {"refused": failure(error.error)}
         origin = Origin(subject.account, subject.livemode, "response")
         return told | {"facts": [decline_fact(error.error, origin, subject.provider_id, subject.currency)]}

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 from jobs.calls import Call, make_calls
-from jobs.stripe_rail import Answer, Rejected
+from jobs.stripe_rail import Answer, Refused, Rejected
 from jobs.webhooks import apply
 from jobs.worker import Batch, Worker
 
@@ -18,6 +18,7 @@ Handler = Callable[[Worker, Batch, list[str]], Awaitable[None]]
 
 # How much the provider's clock and ours may differ when an intent is looked for by the time of its creation.
 SLACK = timedelta(minutes=5)
+CALLED_OFF = {"code": "canceled", "message": "canceled before the provider held it"}
 
 
 async def submit(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
@@ -30,13 +31,15 @@ async def create_intent(worker: Worker, call: Call) -> Answer:
     assert call.request is not None
     assert call.idempotency_key is not None
     key = call.idempotency_key
-    if call.todo == "ask":
+    if call.todo in {"ask", "find"}:
         assert call.first_sent_at is not None
         assert call.last_sent_at is not None
         since, until = call.first_sent_at - SLACK, call.last_sent_at + SLACK
         found = await worker.stripe.find_intent(call.account, call.payment_id, since, until)
         if found is not None:
             return found
+        if call.todo == "find":
+            raise Refused("canceled before the provider held it", body={"error": CALLED_OFF})
         key = await renew_key(worker, call, "create")
     return await worker.stripe.create_intent(call.account, key, call.request)
 
@@ -63,8 +66,30 @@ async def confirm_intent(worker: Worker, call: Call) -> Answer:
         return await intent_instead(worker, call, error)
 
 
+async def capture(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
+    """payment.capture_requested: what is held is taken. An intent is captured once, so this can't charge twice."""
+    await make_calls(worker, batch, event_ids, "capture", capture_intent)
+
+
+async def capture_intent(worker: Worker, call: Call) -> Answer:
+    """The intent after its capture, or as it is if nothing is held any more."""
+    assert call.request is not None
+    assert call.idempotency_key is not None
+    assert call.provider_id is not None
+    key = call.idempotency_key
+    if call.todo == "ask":
+        found = await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
+        if found.body.get("status") != "requires_capture":
+            return found
+        key = await renew_key(worker, call, "capture")
+    try:
+        return await worker.stripe.capture_intent(call.account, key, call.provider_id, call.request)
+    except Rejected as error:
+        return await intent_instead(worker, call, error)
+
+
 async def cancel(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """payment.attempt_failed, payment.action_overdue: no payer may succeed with it any more."""
+    """payment.cancel_requested, and where a payment has ended here: no payer may succeed with it any more."""
     await make_calls(worker, batch, event_ids, "cancel", cancel_intent)
 
 
@@ -113,6 +138,7 @@ async def close(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
 HANDLERS: dict[str, Handler] = {
     "submit": submit,
     "confirm": confirm,
+    "capture": capture,
     "cancel": cancel,
     "settle": settle,
     "close": close,

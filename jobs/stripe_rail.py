@@ -45,7 +45,9 @@ QUIET_SECONDS = 0.25
 PROBE_SECONDS = 5.0
 
 # Parameters that a merchant's request decides: a refusal that names one is about the payment, not about us.
-OF_THE_PAYMENT = frozenset({"amount", "payment_method", "return_url", "statement_descriptor_suffix", "description"})
+OF_THE_PAYMENT = frozenset(
+    {"amount", "amount_to_capture", "payment_method", "return_url", "statement_descriptor_suffix", "description"}
+)
 
 
 class ProviderError(Exception):
@@ -173,6 +175,10 @@ class StripeRail:
     async def confirm_intent(self, account: str, key: str, intent_id: str, request: Json) -> Answer:
         """The attempt to charge it."""
         return await self._send("post", f"/v1/payment_intents/{intent_id}/confirm", account, request, key=key)
+
+    async def capture_intent(self, account: str, key: str, intent_id: str, request: Json) -> Answer:
+        """What is held is taken, all of it or a part, once."""
+        return await self._send("post", f"/v1/payment_intents/{intent_id}/capture", account, request, key=key)
 
     async def cancel_intent(self, account: str, key: str, intent_id: str, request: Json) -> Answer:
         """The end of an intent that hasn't succeeded."""

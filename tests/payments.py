@@ -127,3 +127,21 @@ def violations(conn: Connection) -> dict[str, int]:
     """The invariants that do not hold."""
     rows = conn.execute("select name, violations from surety.check_invariants()")
     return {name: count for name, count in rows if count}
+
+
+def command(conn: Connection, function: str, key_hash: bytes, **fields: Any) -> dict[str, Any]:
+    """The outcome of one command, `capture_payment`, under a fresh idempotency key unless one is given."""
+    number = next(_numbers)
+    asked = {
+        "key_hash": key_hash.hex(),
+        "request_id": f"req_{number}",
+        "address": "127.0.0.1",
+        "idempotency_key": f"key-{number}",
+        "request_hash": "00",
+        **fields,
+    }
+    query = f"select status, problem, detail, body::jsonb, is_replayed from api.{function}(%s)"
+    with conn.cursor(row_factory=dict_row) as cursor:
+        outcome = cursor.execute(query.encode(), (json.dumps(asked),)).fetchone()
+    assert outcome is not None
+    return outcome

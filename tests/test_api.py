@@ -675,6 +675,8 @@ def test_the_documentation_describes_every_route(api: Service) -> None:
     assert set(told["paths"]) == {
         "/v1/payments",
         "/v1/payments/{payment_id}",
+        "/v1/payments/{payment_id}/cancel",
+        "/v1/payments/{payment_id}/capture",
         "/v1/payments/{payment_id}/trace",
         "/v1/events",
         "/v1/operator/dead-letters",

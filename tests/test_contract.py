@@ -103,7 +103,8 @@ def test_capture_methods_are_those_that_cards_have(rights: Connection) -> None:
 
 def test_every_state_has_its_event_and_no_handler_waits_for_another(rights: Connection) -> None:
     events = {f"payment.{state}" for state in get_args(documents.State)}
-    events |= {"payment.attempt_failed", "payment.action_overdue", "webhook.received"}
+    events |= {"payment.attempt_failed", "payment.action_overdue", "payment.authorized_late", "webhook.received"}
+    events |= {"payment.capture_requested", "payment.cancel_requested"}
     assert set(column(rights, "select distinct unnest(event_types) from outbox.handlers")) <= events
 
 
@@ -148,7 +149,8 @@ def test_a_lane_reads_all_that_its_function_returns(rights: Connection, statemen
 
 
 @pytest.mark.parametrize(
-    ("kind", "files"), [("api", "app/(acceptance|api|doorkeeper|operators).py"), ("webhook", "app/webhooks.py")]
+    ("kind", "files"),
+    [("api", "app/(acceptance|api|commands|doorkeeper|operators).py"), ("webhook", "app/webhooks.py")],
 )
 def test_a_process_may_execute_what_it_calls(rights: Connection, kind: Kind, files: str) -> None:
     functions = {name for name, places in called("app").items() if any(re.fullmatch(files, place) for place in places)}
