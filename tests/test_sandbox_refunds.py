@@ -253,6 +253,7 @@ def test_the_summary_counts_standing_refunds_and_names_doubles(tmp_path: Path) -
         sandbox.control("refunds", {"payment_intent": intent, "amount": 50})
         assert sandbox.control("refunds/summary?metadata_key=surety_refund") == {
             "refunds": 5,
+            "amounts": {"usd": 450},
             "payments": 1,
             "double": ["ref_2"],
         }

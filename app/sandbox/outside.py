@@ -121,7 +121,7 @@ def every(world: World, kind: str) -> list[dict[str, Any]]:
 
 
 def refunds_summary(world: World, metadata_key: str) -> dict[str, Any]:
-    """How many refunds stand, of how many payments, and which demands were refunded more than once.
+    """How many refunds stand, their sums in minor units, of how many payments, and what was refunded more than once.
 
     A demand is what the metadata key names on the refund; refunds without it, as those made in the dashboard, count as
     refunds only. One that failed or was canceled gave nothing back and may be made again.
@@ -131,8 +131,12 @@ def refunds_summary(world: World, metadata_key: str) -> dict[str, Any]:
     for record in standing:
         if demand := record.body["metadata"].get(metadata_key):
             demands[demand] += 1
+    amounts: Counter[str] = Counter()
+    for record in standing:
+        amounts[record.body["currency"]] += record.body["amount"]
     return {
         "refunds": len(standing),
+        "amounts": dict(amounts),
         "payments": len({record.body["charge"] for record in standing}),
         "double": sorted(demand for demand, times in demands.items() if times > 1),
     }
