@@ -11,7 +11,7 @@ from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict
 
-from app.demo.stage import free_port
+from app.processes import free_port
 from tests.diagram import README, draw, with_diagram
 from tests.payments import Connection, state_of
 

@@ -23,6 +23,7 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "demo": Entry("app.cli.demo:demo", "Everything, for real, on this machine: payments, faults, promises checked."),
+    "up": Entry("app.cli.up:up", "Run everything on this machine, for everyday work."),
     "sandbox": Entry("app.sandbox.__main__:main", "A look-alike of Stripe, for playing and for tests."),
     "deploy": Entry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
     "api": Entry("app.cli.api:api", "Serve the HTTP API."),
@@ -70,6 +71,23 @@ def main() -> None:
     """Run `surety`. An error that the user can do something about is one line and status 1, not a traceback."""
     try:
         cli(prog_name="surety")
-    except SuretyError as error:
-        click.echo(f"surety: {error}", err=True)
+    except Exception as error:
+        if (told := tell(error)) is None:
+            raise
+        click.echo(f"surety: {told}", err=True)
         sys.exit(1)
+
+
+def tell(error: Exception) -> str | None:
+    """What a user can do something about, in a line; None for our own mistakes."""
+    if isinstance(error, SuretyError):
+        return str(error)
+    psycopg = sys.modules.get("psycopg")
+    if psycopg is None or not isinstance(error, psycopg.Error):
+        return None
+    last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+        return f"PostgreSQL can't be reached: {last_line}"
+    if error.sqlstate in {"3F000", "42883", "42P01"}:
+        return "this database has no Surety, or one of another version: run `surety deploy`"
+    return None

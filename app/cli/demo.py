@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.demo import merchants, report
-from app.demo.stage import Interrupted, Troupe, database, folder, free_port, interruptible
+from app.demo.stage import database, folder
+from app.processes import Interrupted, Troupe, free_port, interruptible
 from db.connect import harden
 from db.deploy import deploy
 

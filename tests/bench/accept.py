@@ -21,7 +21,8 @@ from contextlib import ExitStack, contextmanager
 import httpx
 
 from app.demo.merchants import open_shops
-from app.demo.stage import Troupe, folder, free_port
+from app.demo.stage import folder
+from app.processes import Troupe, free_port
 from tests.bench.ground import (
     Connection,
     Figures,

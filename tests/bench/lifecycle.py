@@ -22,7 +22,8 @@ import httpx
 
 from app.demo import report
 from app.demo.merchants import Order, Till, open_shops, sell
-from app.demo.stage import Troupe, folder, free_port
+from app.demo.stage import folder
+from app.processes import Troupe, free_port
 from tests.bench.ground import Connection, Figures, connection, deployed, median, percentile, server, tell
 from tests.bench.provider import Wire
 from tests.payments import violations

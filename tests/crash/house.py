@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 
 from app.cli.demo import POLL_SECONDS, PROVIDER_TIMEOUT_SECONDS, count_workers, shorten
-from app.demo.stage import Troupe, free_port
+from app.processes import Troupe, free_port
 from db.connect import harden
 from db.deploy import deploy
 from db.errors import ServerError

@@ -1,0 +1,157 @@
+"""`surety up`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+import psycopg
+from rich.console import Console
+from rich.text import Text
+
+from app.keys import new_key
+from app.processes import Interrupted, free_port, interruptible
+from app.up import Supervisor, kept_secret, own_folder
+from db.connect import harden
+from db.deploy import deploy
+from db.errors import SettingsError
+from db.server import EmbeddedServer
+from db.settings import Settings, load
+
+COLORS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
+
+ORDER = (
+    "--header 'Idempotency-Key: order-1' --json "
+    """'{"amount": 4999, "currency": "usd", "payment_method": {"type": "card", "token": "pm_card_visa"}}'"""
+)
+
+
+@click.command()
+@click.option(
+    "--folder", type=click.Path(path_type=Path, file_okay=False), default=Path(".surety"), show_default=True,
+    help="What is kept: the data of a PostgreSQL of its own, the sandbox's memory.",
+)  # fmt: skip
+@click.option("--sandbox", is_flag=True, help="Play with a sandbox of Stripe, started along; no real money moves.")
+@click.option("--workers", type=click.IntRange(1, 16), default=1, show_default=True, help="How many workers.")
+def up(folder: Path, sandbox: bool, workers: int) -> None:
+    """Run everything on this machine, for everyday work, until Ctrl-C: API, webhook receiver, workers.
+
+    Uses the database of DATABASE_URL, else a PostgreSQL of its own that keeps its data in the folder. Brings it to this
+    version first. What dies is started again. With Stripe it needs STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET; --sandbox
+    needs nothing.
+    """
+    settings = load()
+    check_provider(settings, sandbox=sandbox)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        with interruptible(), ExitStack() as stack:
+            run(stack, settings, folder.absolute(), console, sandbox=sandbox, workers=workers)
+    except Interrupted as interruption:
+        console.print(f"{interruption}: all has ended; the data are kept")
+        sys.exit(130)
+
+
+def check_provider(settings: Settings, *, sandbox: bool) -> None:
+    """Raises SettingsError unless it is said whom to ask for money."""
+    if sandbox:
+        if settings.stripe_api_key and "_live_" in settings.stripe_api_key.reveal():
+            raise SettingsError("STRIPE_API_KEY is a live key, which must not go to a sandbox")
+        return
+    if settings.surety_sandbox_url is None and settings.stripe_api_key is None:
+        raise SettingsError("set STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET, or play: surety up --sandbox")
+    assert settings.webhook_secrets
+
+
+def run(stack: ExitStack, settings: Settings, folder: Path, console: Console, *, sandbox: bool, workers: int) -> None:
+    """Everything, until somebody interrupts."""
+    kept = stack.enter_context(own_folder(folder))
+    say = speaker(console)
+    server = None
+    if settings.database_url is None:
+        server = stack.enter_context(EmbeddedServer(kept / "postgresql"))
+    url = settings.database_url.reveal() if settings.database_url else server.url if server else ""
+    say("up", f"database: {deploy(url).outcome}")
+    if sandbox:
+        check_money(url)
+    ports = {"api": free_port(settings.surety_api_port), "webhooks": free_port(settings.surety_webhook_port)}
+    environment = {name: value for name, value in os.environ.items() if server is None or not is_database(name)}
+    environment |= {"DATABASE_URL": url, "PYTHONUNBUFFERED": "1"}
+    supervisor = Supervisor(environment, say, server)
+    stack.callback(supervisor.stop)
+    if sandbox:
+        ports["sandbox"] = free_port(settings.surety_sandbox_port)
+        secret = (
+            settings.webhook_secrets[0].reveal()
+            if settings.stripe_webhook_secret
+            else kept_secret(kept / "webhook-secret")
+        )
+        supervisor.environment |= {
+            "STRIPE_WEBHOOK_SECRET": secret,
+            "SURETY_SANDBOX_URL": f"http://127.0.0.1:{ports['sandbox']}",
+            "SURETY_POLL_SECONDS": os.environ.get("SURETY_POLL_SECONDS") or "5",
+        }
+        supervisor.add(
+            "sandbox", "-m", "app.sandbox", "--port", str(ports["sandbox"]), "--auto-payer",
+            "--memory", str(kept / "sandbox.sqlite"), "--webhook-secret", secret,
+            "--webhook-url", f"http://127.0.0.1:{ports['webhooks']}/stripe", port=ports["sandbox"],
+        )  # fmt: skip
+    for name in ("webhooks", "api"):
+        supervisor.add(name, "-m", "app.cli", name, "--port", str(ports[name]), port=ports[name])
+    for number in range(1, workers + 1):
+        name = f"worker-{number}"
+        supervisor.add(name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"{name}-{os.getpid()}")
+    greet(console, url, ports, first_key(url))
+    supervisor.watch()
+
+
+def is_database(name: str) -> bool:
+    """Whether a variable says where a database is; a server of our own needs none, and none may lead elsewhere."""
+    return name.startswith("PG") or name.endswith("_DATABASE_URL")
+
+
+def check_money(url: str) -> None:
+    """Raises SettingsError for a sandbox and a database that moves real money."""
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
+        if conn.execute("select 1 from surety.environment where livemode").fetchone():
+            raise SettingsError("this database moves real money (environment.livemode): no sandbox may touch it")
+
+
+def first_key(url: str) -> str | None:
+    """A key of a first merchant's, in a database that has none and moves no real money."""
+    key = new_key(livemode=False)
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
+        made = conn.execute(
+            "select surety.add_api_key(surety.add_merchant('First merchant', '', 'up'), %s, %s, 'up')"
+            " from surety.environment where not livemode and not exists (select from surety.merchants)",
+            (key.hash, key.hint),
+        ).fetchone()
+    return key.text if made else None
+
+
+def speaker(console: Console) -> Callable[[str, str], None]:
+    """Shows lines, each with its process's name before it."""
+    colors: dict[str, str] = {}
+
+    def say(name: str, line: str) -> None:
+        color = colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
+        console.print(Text.assemble((f"{name:<9} ", color), line))
+
+    return say
+
+
+def greet(console: Console, url: str, ports: dict[str, int], key: str | None) -> None:
+    """Where everything is, and the first request to try."""
+    console.print("  ".join(f"{name} http://127.0.0.1:{port}" for name, port in ports.items()), markup=False)
+    console.print(f"export DATABASE_URL='{url}'", markup=False)
+    if key is None:
+        console.print("a key: surety merchants list, then surety keys create MERCHANT_ID", markup=False)
+        return
+    console.print(
+        f"the first merchant's key, shown this once: {key}\n"
+        f"curl http://127.0.0.1:{ports['api']}/v1/payments --header 'Authorization: Bearer {key}' {ORDER}",
+        markup=False,
+    )
