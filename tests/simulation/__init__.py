@@ -1,0 +1,13 @@
+"""Whole lives of payments under a seeded scheduler: the real SQL on a real PostgreSQL, the real lanes and workers.
+
+Everything that could come in another order on another day is decided here instead, by lot from one seed:
+
+    loop        time stands still until it is moved; nothing happens but what was decided
+    ground      the database: its clock, connections that can be cut at each statement's boundaries, locks that are felt
+    provider    the sandbox's own mind without its sockets, and everything that can go wrong on the way to it
+    actors      the processes: API, receiver, workers; they can be killed, stopped, replaced
+    schedule    one schedule: what it is made of, who is next, what goes wrong, and how it heals
+    promises    what must hold afterwards
+    shrinking   a failing schedule with less in it
+    __main__    many of them: python -m tests.simulation --schedules 300 --seed 1 --json
+"""

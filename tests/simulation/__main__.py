@@ -1,0 +1,102 @@
+"""Run schedules: `python -m tests.simulation --schedules 300 --seed 1 --json`.
+
+Seeds follow each other from --seed on, spread over as many processes as there are cores. A seed that fails tells which
+promise was broken, the one command that repeats it exactly, and, shrunk, another one that fails with less in it. The
+last line is JSON if asked for: schedules, steps, faults, violations, seconds. The exit status is 1 if a promise broke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from itertools import takewhile
+
+from tests.simulation.running import run_all, run_here, runners
+from tests.simulation.schedule import RATES, Outcome, Plan
+from tests.simulation.shrinking import shrink
+
+SHRUNK_MAX = 3
+
+
+def tell_failure(outcome: Outcome) -> None:
+    """What went wrong, and how to see it again."""
+    for promise, example in outcome.violations.items():
+        print(f"seed {outcome.plan.seed} broke: {promise}\n    {example}")
+    print(f"    {outcome.plan.command()} --tell", flush=True)
+
+
+def read_arguments() -> argparse.Namespace:
+    """What is asked for."""
+    usual = Plan(seed=1)
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Whole lives of payments, by lot.")
+    parser.add_argument("--schedules", type=int, default=300, help="how many, one per seed")
+    parser.add_argument("--seed", type=int, default=1, help="the first seed")
+    parser.add_argument("--steps", type=int, default=usual.steps, help="decisions until everything heals")
+    parser.add_argument("--payments", type=int, default=usual.payments)
+    parser.add_argument("--workers", type=int, default=usual.workers)
+    parser.add_argument("--lanes", type=int, default=usual.lanes)
+    parser.add_argument("--without", default="", help=f"kinds of faults to leave out: {', '.join(RATES)}")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more schedules after this time")
+    parser.add_argument("--until-broken", action="store_true", help="stop at the first broken promise, don't shrink")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--tell", action="store_true", help="print every decision")
+    parser.add_argument("--json", action="store_true", help="print the sum as JSON in the last line")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what is asked for."""
+    asked = read_arguments()
+    without = frozenset(filter(None, asked.without.split(",")))
+    sizes = {"steps": asked.steps, "payments": asked.payments, "workers": asked.workers, "lanes": asked.lanes}
+    began = time.monotonic()
+    seeds = range(asked.seed, asked.seed + asked.schedules)
+    in_time = takewhile(lambda _: time.monotonic() - began < asked.seconds, seeds)
+    plans = (Plan(seed=seed, without=without, **sizes) for seed in in_time)
+    processes = min(asked.processes, asked.schedules)
+    schedules, steps, faults = 0, 0, Counter[str]()
+    failed: list[Outcome] = []
+
+    def count(outcome: Outcome) -> bool:
+        nonlocal schedules, steps
+        schedules += 1
+        steps += outcome.steps
+        faults.update(outcome.faults)
+        if outcome.violations:
+            failed.append(outcome)
+            tell_failure(outcome)
+        elif asked.tell or asked.schedules == 1:
+            print(f"seed {outcome.plan.seed} kept every promise, digest {outcome.digest}")
+        return not (failed and asked.until_broken)
+
+    with runners(processes) as executor:
+        began = time.monotonic()
+        if asked.tell:
+            for plan in plans:
+                count(executor.submit(run_here, plan, tell=True).result())
+        else:
+            run_all(executor, plans, processes, count)
+        seconds = time.monotonic() - began
+        if not asked.until_broken and not asked.tell:
+            for outcome in failed[:SHRUNK_MAX]:
+                shrunk = shrink(outcome, lambda plan: executor.submit(run_here, plan).result())
+                print("    shrunk: ", end="")
+                tell_failure(shrunk)
+    told = {
+        "schedules": schedules,
+        "steps": steps,
+        "faults": faults.total(),
+        "violations": sum(len(outcome.violations) for outcome in failed),
+        "seconds": round(seconds, 1),
+    }
+    print("faults:", ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items())) or "none")
+    print(json.dumps(told) if asked.json else ", ".join(f"{value} {name}" for name, value in told.items()))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""The database under a schedule: one for thousands of them, emptied in between.
+
+Two things differ from production. surety.time_now() reads a setting of the session, which follows the schedule's clock:
+so time stands still while nobody moves it, and a replay reads the very same instants. And there is a handler more,
+`probe`, whose effect can't be repeated unseen: it counts.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, waiting
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
+
+from db.connect import harden
+from db.deploy import deploy
+from jobs.worker import Handler
+from tests.simulation.loop import Process
+
+if TYPE_CHECKING:
+    from tests.simulation.schedule import Schedule
+
+SERVER = {
+    "autovacuum": "off",
+    "deadlock_timeout": "50ms",
+    "plan_cache_mode": "force_generic_plan",
+    "max_connections": "100",
+}
+PREFIX = "surety_simulation"
+SWEEP_EVERY = 25
+QUIET_MS = 3
+
+CLOCK = """
+create or replace function surety.time_now() returns timestamptz
+language sql stable parallel safe
+begin atomic
+    select date_trunc('month', environment.created_at)
+        + coalesce(nullif(current_setting('simulation.ahead', true), ''), '0')::interval
+    from surety.environment;
+end
+"""
+SETUP = (
+    "update surety.environment set kind = 'test', created_at = date_trunc('month', now())",
+    CLOCK,
+    "create schema simulation",
+    # What can't be done twice unseen, nor left out.
+    "create table simulation.effects (event_id text not null)",
+    """
+    create function simulation.count_effects(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
+    language plpgsql as $$
+    begin
+        insert into simulation.effects (event_id)
+        select e.event_id from outbox.batch_events(p_batch, p_fence) as e where e.event_id = any(p_event_ids);
+        return outbox.finish(p_batch, p_fence, p_event_ids);
+    end;
+    $$
+    """,
+    """
+    insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, epoch, seen)
+    select 'probe', array_agg('payment.' || state) || '{webhook.received}', 3, 2, outbox.epoch(), '1:1:'
+    from surety.states
+    """,
+    # Small, so that a batch is seldom the whole of what waits.
+    "update outbox.handlers set batch_size = 3",
+    "create table simulation.emptied (name text not null)",
+    """
+    create function simulation.empty() returns void
+    language plpgsql set session_replication_role = replica as $$
+    declare
+        v_name text;
+    begin
+        for v_name in select name from simulation.emptied loop
+            execute 'delete from ' || v_name;
+        end loop;
+        for v_name in
+            select format('%I.%I', schemaname, sequencename) from pg_sequences
+            where schemaname in ('surety', 'ledger', 'outbox', 'audit')
+        loop
+            perform setval(v_name, 1, false);
+        end loop;
+        update outbox.handlers set seen = pg_current_snapshot(), goal = null, at_xid = '0', at_id = '';
+    end;
+    $$
+    """,
+)
+
+
+TABLES = """
+select format('%I.%I', n.nspname, c.relname)
+from pg_class as c join pg_namespace as n on n.oid = c.relnamespace
+where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'procrastinate', 'simulation') and c.relkind = 'r'
+    and c.relname <> 'emptied'
+"""
+
+
+class Cursor(AsyncCursor[Any]):
+    """Tells its connection what it is going to do."""
+
+    async def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        wire = self._conn
+        assert isinstance(wire, Wire)
+        wire.begin_doing(query, params)
+        return await super().execute(query, params, **options)
+
+
+class Wire(AsyncConnection[Any]):
+    """A connection that a schedule owns: each statement waits for its turn and may be cut off at its boundaries.
+
+    A statement outside of a transaction gets one of its own, whose commit is a turn again: so transactions of several
+    processes are really open side by side, and one that waits for another's lock is noticed and left waiting.
+    """
+
+    schedule: Schedule | None = None
+    process: Process | None = None
+    is_cut = False
+    doing = ""
+    told = ""
+
+    def begin_doing(self, query: Any, params: Any) -> None:
+        """Note what is coming."""
+        text = query.decode() if isinstance(query, bytes) else str(query)
+        self.doing = text.split("(", 1)[0].split()[-1] if "(" in text else text.split()[0]
+        if self.schedule is not None:
+            self.schedule.on_statement(self.doing, params)
+
+    @asynccontextmanager
+    async def transaction(self, *given: Any, **options: Any) -> AsyncGenerator[AsyncTransaction]:
+        self.doing = "transaction"
+        async with super().transaction(*given, **options) as transaction:
+            yield transaction
+            self.doing = "commit"
+
+    async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ASYNC109
+        schedule = self.schedule
+        if schedule is None:
+            return waiting.wait(gen, self.pgconn.socket, interval=interval)
+        assert self.process is not None
+        if self.is_cut:
+            raise psycopg.OperationalError("the connection is closed")
+        await schedule.turn(self.process, self.doing)
+        if schedule.lot("cut_before"):
+            raise self.cut()
+        is_idle = self.pgconn.transaction_status == TransactionStatus.IDLE
+        is_alone = is_idle and self.doing != "transaction" and not schedule.is_calm
+        self.tell_time(schedule.loop.seconds, "begin" if is_alone else "")
+        try:
+            result = await self.drive(gen)
+            if is_alone:
+                await self.commit_in_turn(schedule, self.process)
+        except psycopg.Error as error:
+            if not self.is_cut:
+                schedule.on_error(self.doing, error)
+                if is_alone:
+                    self.run("rollback")
+            raise
+        finally:
+            schedule.settle()
+        if schedule.lot("cut_after"):
+            raise self.cut()
+        return result
+
+    async def commit_in_turn(self, schedule: Schedule, process: Process) -> None:
+        """Commit, perhaps after others have gone on, unless the connection is lost before."""
+        if schedule.leaves_open():
+            await schedule.turn(process, f"{self.doing}: commit")
+        if schedule.lot("cut_open"):
+            raise self.cut()
+        self.run("commit")
+
+    def tell_time(self, seconds: float, *commands: str) -> None:
+        """Let the server know what time it is, before it does something."""
+        told = f"set simulation.ahead = '{seconds:.6f} s'"
+        if self.pgconn.transaction_status == TransactionStatus.INERROR:
+            return
+        # Within a transaction a rollback would take it back.
+        is_news = told != self.told
+        self.told = told if self.pgconn.transaction_status == TransactionStatus.IDLE else ""
+        if wanted := [command for command in (told if is_news else "", *commands) if command]:
+            self.run("; ".join(wanted))
+            if "begin" in commands:
+                self.told = ""
+
+    def run(self, command: str) -> None:
+        """Something quick that waits for nobody."""
+        result = self.pgconn.exec_(command.encode())
+        if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
+            raise psycopg.errors.error_from_result(result)
+
+    def cut(self) -> psycopg.OperationalError:
+        """Lose the connection: the server rolls back what is open."""
+        self.is_cut = True
+        self.tidy()
+        return psycopg.OperationalError("server closed the connection unexpectedly")
+
+    async def drive(self, gen: Any) -> Any:
+        """Run psycopg's own protocol; a lock that another transaction holds is waited for beside the others."""
+        assert self.schedule is not None
+        try:
+            state = next(gen)
+            while True:
+                if state == waiting.WAIT_R and not self.has_answered():
+                    await self.schedule.blocked(self)
+                state = gen.send(waiting.READY_R if state == waiting.WAIT_R else waiting.READY_W)
+        except StopIteration as end:
+            return end.value
+
+    def has_answered(self) -> bool:
+        """Whether the server has answered, False if it waits for somebody's lock; one of both comes true soon."""
+        assert self.schedule is not None
+        poll = select.poll()
+        poll.register(self.pgconn.socket, select.POLLIN)
+        while not poll.poll(QUIET_MS):
+            if self.schedule.ground.waits_for_a_lock(self):
+                return bool(poll.poll(0))
+        return True
+
+    def tidy(self) -> None:
+        """As after a client's death: nothing open, nothing locked."""
+        if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            self.cancel()
+            while self.pgconn.get_result() is not None:
+                pass
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            self.run("rollback")
+        self._num_transactions = 0
+        self.run("select pg_advisory_unlock_all()")
+
+    async def close(self) -> None:
+        """Hang up."""
+        if self.schedule is None:
+            await super().close()
+        else:
+            self.schedule.ground.take_back(self)
+
+
+class Ground:
+    """One database, and connections to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = harden(url, "deploy")
+        deploy(url)
+        self.overseer = psycopg.connect(self.url, autocommit=True)
+        for statement in SETUP:
+            self.overseer.execute(statement.encode())
+        # What holds rows by now is law; the rest goes after each schedule.
+        for (name,) in self.rows(TABLES):
+            if not self.rows(f"select from {name} limit 1"):
+                self.rows("insert into simulation.emptied (name) values (%s) returning name", name)
+        self.wires: list[Wire] = []
+        self.free: list[Wire] = []
+        self.used = 0
+        rows = self.rows("select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()")
+        self.handlers = {row[0]: Handler(*row) for row in rows}
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What the overseer sees, who is no part of the schedule."""
+        return self.overseer.execute(query.encode(), values or None).fetchall()
+
+    def move_clock(self, seconds: float) -> None:
+        """Let the overseer see the schedule's time."""
+        self.overseer.execute(f"set simulation.ahead = '{seconds:.6f} s'".encode())
+
+    def empty(self, seed: int) -> None:
+        """Begin anew; chance inside the database follows from the seed too."""
+        if self.used % SWEEP_EVERY == 0:
+            self.overseer.execute("vacuum (analyze)")
+        self.used += 1
+        self.overseer.execute("select simulation.empty()")
+        self.move_clock(0)
+        self.free = self.wires[::-1]
+        for number, wire in enumerate(self.wires):
+            wire.tidy()
+            wire.run(f"select setseed({fraction(seed, number)})")
+
+    def lease(self, schedule: Schedule, process: Process) -> Wire:
+        """A connection for a process."""
+        if not self.free:
+            wire = waiting.wait_conn(Wire._connect_gen(self.url), interval=0.1)
+            wire._autocommit = True
+            wire.prepare_threshold = None
+            wire.cursor_factory = Cursor
+            wire.run(f"select setseed({fraction(schedule.plan.seed, len(self.wires))})")
+            self.wires.append(wire)
+            self.free.append(wire)
+        wire = self.free.pop()
+        assert wire.pgconn.status == ConnStatus.OK
+        wire.schedule, wire.process, wire.is_cut = schedule, process, False
+        return wire
+
+    def take_back(self, wire: Wire) -> None:
+        """A connection that its process has no use for any more."""
+        if wire not in self.free:
+            if wire.is_cut or (wire.process and wire.process.is_dead) or wire.pgconn.transaction_status:
+                wire.tidy()
+            schedule, wire.schedule = wire.schedule, None
+            self.free.append(wire)
+            if schedule is not None:
+                schedule.settle()
+
+    def waits_for_a_lock(self, wire: Wire) -> bool:
+        """Whether the server's process of a connection stands in line for a lock."""
+        return bool(self.rows("select cardinality(pg_blocking_pids(%s)) > 0", wire.pgconn.backend_pid)[0][0])
+
+
+class Pool:
+    """A process's connections, as jobs.database asks for them."""
+
+    def __init__(self, schedule: Schedule, process: Process) -> None:
+        self._schedule = schedule
+        self._process = process
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncGenerator[Wire]:
+        """One of them."""
+        wire = self._schedule.ground.lease(self._schedule, self._process)
+        try:
+            yield wire
+        finally:
+            self._schedule.ground.take_back(wire)
+
+
+def fraction(seed: int, number: int) -> float:
+    """A seed for a connection's random()."""
+    return ((seed * 7919 + number * 104729) % 1_000_003) / 1_000_003

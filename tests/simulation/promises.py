@@ -1,0 +1,133 @@
+"""What must hold when a schedule has healed, beside what the database checks about itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.simulation.actors import decoded
+
+if TYPE_CHECKING:
+    from tests.simulation.schedule import Schedule
+
+ENDED_WELL = frozenset({"settled"})
+
+
+def check(schedule: Schedule) -> None:
+    """Say which promises are broken."""
+    keep_invariants(schedule)
+    keep_acknowledgements(schedule)
+    keep_effects(schedule)
+    keep_charges(schedule)
+    keep_money(schedule)
+    conclude(schedule)
+
+
+def keep_invariants(schedule: Schedule) -> None:
+    """What check_invariants() says."""
+    for name, count, example in schedule.ground.rows("select name, violations, example from surety.check_invariants()"):
+        if count:
+            schedule.violate(name, f"{count}, such as {example}")
+
+
+def keep_acknowledgements(schedule: Schedule) -> None:
+    """What was answered stays true: one payment per key, one answer per payment, and it is there."""
+    present = dict(schedule.ground.rows("select id, amount_minor from surety.payments"))
+    made: dict[str, str] = {}
+    for wanted in schedule.wanted:
+        answers = {(row[1], row[2], row[4]) for row in wanted.answers}
+        if len({answer for answer in answers if answer[0] == 201}) > 1:
+            schedule.violate("a repeated request gets the first answer", f"{wanted.key}: {answers}")
+        for row in wanted.answers:
+            if row[1] != 201:
+                if row[2] != "reference-taken":
+                    schedule.violate("no sound request is refused", f"{wanted.key}: {row[1:4]}")
+                continue
+            payment_id = row[6]
+            if present.get(payment_id) != wanted.amount or decoded(row)["id"] != payment_id:
+                schedule.violate("every acknowledged payment is present", f"{wanted.key}: {payment_id}")
+            if made.setdefault(payment_id, wanted.key) != wanted.key:
+                schedule.violate("two keys are two payments", f"{payment_id}: {made[payment_id]} and {wanted.key}")
+    if strange := present.keys() - made.keys():
+        schedule.violate("a key makes one payment", ", ".join(sorted(strange)))
+
+
+def keep_effects(schedule: Schedule) -> None:
+    """Each event was effective once."""
+    rows = schedule.ground.rows(
+        "select e.id, e.type, count(x.event_id) from outbox.events as e left join simulation.effects as x"
+        " on x.event_id = e.id where e.type = any(select unnest(event_types) from outbox.handlers"
+        " where handler = 'probe') group by e.id, e.type having count(x.event_id) <> 1"
+    )
+    if rows:
+        schedule.violate("every event is effective once per handler", str(rows[0]))
+
+
+def keep_charges(schedule: Schedule) -> None:
+    """What the provider did and what we believe are the same."""
+    memory = schedule.provider.memory
+    charged: dict[str, int] = {}
+    intents = {intent.id: intent for intent in memory.every("payment_intent")}
+    for charge in memory.every("charge"):
+        if charge.body["captured"]:
+            payment_id = intents[charge.body["payment_intent"]].body["metadata"]["surety_payment"]
+            if payment_id in charged:
+                schedule.violate("no payment is charged twice", payment_id)
+            charged[payment_id] = charge.body["amount_captured"]
+    rows = schedule.ground.rows("select id, state, captured_minor, provider_id from surety.payments order by id")
+    for payment_id, state, captured, provider_id in rows:
+        if captured != charged.get(payment_id, 0):
+            schedule.violate(
+                "what was charged is what we captured",
+                f"{payment_id}: {captured} here, {charged.get(payment_id)} there",
+            )
+        if (state in ENDED_WELL) != (payment_id in charged):
+            schedule.violate("who was charged is told so", f"{payment_id}: {state}")
+        if provider_id is not None and state in {"failed", "canceled"}:
+            status = intents[provider_id].body["status"]
+            if status != "canceled":
+                schedule.violate("what has failed can't succeed any more", f"{payment_id}: {state}, {status}")
+
+
+def keep_money(schedule: Schedule) -> None:
+    """The ledger as an accountant would have kept it, from what the provider did and what was agreed."""
+    memory = schedule.provider.memory
+    expected: dict[str, int] = {}
+
+    def book(account: str, amount: int) -> None:
+        expected[account] = expected.get(account, 0) + amount
+
+    for line in memory.every("balance_transaction"):
+        book(f"stripe {line.currency}", -line.body["net"])
+        book(f"cost {line.currency}", -line.body["fee"])
+    for payment_id, merchant, currency in schedule.ground.rows(
+        "select id, merchant_id, currency from surety.payments where captured_minor > 0"
+    ):
+        [(amount,)] = schedule.ground.rows("select captured_minor from surety.payments where id = %s", payment_id)
+        fee = (amount * 340 + 5000) // 10000 + 35
+        book(f"avail {merchant} {currency}", amount - fee)
+        book(f"rev {currency}", fee)
+    found = {
+        f"{kind} {owner} {currency}" if kind in {"avail", "pend"} else f"{kind} {currency}": int(total)
+        for kind, owner, currency, total in schedule.ground.rows(
+            "select a.kind, a.owner_id, a.currency, sum(case when l.is_credit then l.amount_minor"
+            " else - l.amount_minor end) from (select credit_account as id, amount_minor, true as is_credit"
+            " from ledger.transfers union all select debit_account, amount_minor, false from ledger.transfers) as l"
+            " join ledger.accounts as a on a.id = l.id group by 1, 2, 3"
+        )
+        if total
+    }
+    expected = {account: total for account, total in expected.items() if total}
+    if found != expected:
+        differing = {name: (expected.get(name), found.get(name)) for name in sorted(found.keys() | expected.keys())}
+        wrong = {name: both for name, both in differing.items() if both[0] != both[1]}
+        schedule.violate("the ledger is what was agreed and what happened", f"expected and found: {wrong}")
+
+
+def conclude(schedule: Schedule) -> None:
+    """Where it all ended belongs to the digest, too."""
+    rows = schedule.ground.rows(
+        "select p.amount_minor, p.state, p.version, (select string_agg(s.to_state, ' ' order by s.version)"
+        " from surety.steps as s where s.payment_id = p.id) from surety.payments as p order by p.id"
+    )
+    for row in rows:
+        schedule.note("ended", *map(str, row))

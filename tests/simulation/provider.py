@@ -1,0 +1,239 @@
+"""Stripe, as the sandbox understands it, without its sockets: deterministic, in memory, at the schedule's time.
+
+Requests arrive in the form in which Stripe's SDK makes them, and what it answers is understood by the real rail. What
+goes wrong on the way is named as the sandbox names it; webhooks wait in a mailbox until it is decided to deliver one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import msgspec
+import stripe
+
+from app.sandbox.agenda import HAPPENINGS
+from app.sandbox.answering import Request, answer, broken, key_in_use, rate_limited, refuse, store, understand
+from app.sandbox.errors import StripeError
+from app.sandbox.faults import REQUEST_FAULTS, Faults, RequestFault
+from app.sandbox.memory import Memory
+from app.sandbox.settings import Settings
+from app.sandbox.wire import Answer
+from app.sandbox.world import World
+from tests.simulation.loop import PROCESS, Process
+
+if TYPE_CHECKING:
+    from tests.simulation.schedule import Schedule
+
+Json = dict[str, Any]
+
+MEMORY = Path(":memory:")
+LATE_SECONDS = (0.5, 5.0, 30.0, 25 * 3600.0)
+
+
+class TimelessMemory(Memory):
+    """A memory whose time is the schedule's."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__(MEMORY, schedule.plan.seed)
+        self._schedule = schedule
+
+    def now(self) -> float:
+        seconds: float = self._schedule.epoch_seconds + self._schedule.loop.seconds
+        return seconds
+
+
+class Provider:
+    """The provider of one schedule."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        chance = schedule.chance
+        settings = Settings(
+            seed=schedule.plan.seed,
+            webhook_url="mailbox",
+            transaction_seconds=2.0,
+            available_seconds=chance.choice((1.0, 86_400.0)),
+            processing_seconds=chance.choice((0.0, 0.0, 40.0)),
+            payout_seconds=0,
+            hold_seconds=86_400.0,
+            public_url="http://provider",
+        )
+        self.world = World(settings, TimelessMemory(schedule), Faults(settings.seed))
+        self.process = Process("provider")
+        self.mailbox: list[str] = []
+        self.late: list[str] = []
+        self.altered: set[str] = set()
+        """Payments about which an answer lied."""
+        self._requests = 0
+
+    @property
+    def memory(self) -> Memory:
+        """What really happened."""
+        return self.world.memory
+
+    def happen(self) -> None:
+        """Carry out what is due by now."""
+        memory = self.world.memory
+        while self.world.agenda and self.world.agenda[0].due <= memory.now():
+            plan = heapq.heappop(self.world.agenda)
+            HAPPENINGS[plan.what](self.world, memory.get(plan.subject))
+            memory.finish(plan)
+            self.commit()
+
+    def next_due(self) -> float | None:
+        """When it does something by itself, in the schedule's seconds."""
+        agenda = self.world.agenda
+        return agenda[0].due - self.schedule.epoch_seconds if agenda else None
+
+    def commit(self) -> None:
+        """Make what happened durable, and put its webhooks into the mailbox, or wherever they get lost."""
+        self.world.commit()
+        schedule = self.schedule
+        deliveries = [plan for plan in self.world.agenda if plan.what == "deliver"]
+        if deliveries:
+            self.world.agenda = [plan for plan in self.world.agenda if plan.what != "deliver"]
+            heapq.heapify(self.world.agenda)
+        for plan in sorted(deliveries):
+            if schedule.lot("webhook_lost"):
+                continue
+            if schedule.lot("webhook_delayed"):
+                self.late.append(plan.subject)
+                continue
+            times = schedule.chance.randint(2, 10) if schedule.lot("webhook_repeated") else 1
+            self.mailbox += [plan.subject] * times
+
+    def payer_acts(self) -> bool:
+        """One payer who was asked to act does so; whether there was one."""
+        waiting = [one for one in self.memory.every("payment_intent") if one.body["status"] == "requires_action"]
+        if not waiting:
+            return False
+        from app.sandbox import intents
+
+        intents.authenticated(self.world, self.schedule.chance.choice(waiting), self.schedule.chance.random() < 0.7)
+        self.commit()
+        return True
+
+    def receive(self, method: str, url: str, headers: Mapping[str, str], form: str) -> Request | Answer:
+        """A request, or the refusal to understand it."""
+        self._requests += 1
+        address = urlsplit(url)
+        named = {name.lower().encode(): value for name, value in headers.items()}
+        told = address.query if method == "GET" else form
+        try:
+            return understand(self.world, method, address.path, named, told, f"req_{self._requests:08d}")
+        except StripeError as refusal:
+            return refuse(refusal)
+
+    async def respond(self, request: Request) -> Answer | None:
+        """The answer after whatever goes wrong; None if none ever comes."""
+        name = request.operation.name
+        drawn = [fault for fault in REQUEST_FAULTS if request.writes and self.schedule.lot(fault, name)]
+        fault: RequestFault | None = drawn[0] if drawn else None
+        match fault:
+            case "timeout_before":
+                return None
+            case "conflict_409":
+                return refuse(key_in_use(request.call.key or ""))
+            case "rate_limit_429":
+                refused = refuse(rate_limited())
+                refused.headers.append((b"retry-after", b"1"))
+                return refused
+            case "slow":
+                return await asyncio.shield(self.process.start(self.answer_late(request)))
+        answered = self.execute(request, fault)
+        self.commit()
+        return await self.send_back(request, answered, fault)
+
+    def execute(self, request: Request, fault: RequestFault | None) -> Answer:
+        """Do what is asked, or break down before or after it."""
+        match fault:
+            case "error_500_before":
+                answered = request.replay or refuse(broken())
+                store(self.world, request, answered)
+                return answered
+            case "error_500_after":
+                return answer(self.world, request, instead=broken())
+        return answer(self.world, request)
+
+    async def send_back(self, request: Request, answered: Answer, fault: RequestFault | None) -> Answer | None:
+        """The answer on its way."""
+        match fault:
+            case "timeout_after":
+                return None
+            case "reset":
+                raise stripe.APIConnectionError("ReadError")  # type: ignore[no-untyped-call]
+            case "garbage_200":
+                return Answer(200, b"<html>upstream connect error\x00", [])
+            case "webhook_first":
+                await self.schedule.deliver_all()
+        return self.lie(request, answered) if answered.status == 200 else answered
+
+    async def answer_late(self, request: Request) -> Answer:
+        """Execute late; the key is in use meanwhile, whoever asked may have given up or died."""
+        in_use = (request.call.account, request.call.key or request.call.request_id)
+        self.world.keys_in_use.add(in_use)
+        await asyncio.sleep(self.schedule.chance.choice(LATE_SECONDS))
+        self.world.keys_in_use.discard(in_use)
+        answered = answer(self.world, request)
+        self.commit()
+        return answered
+
+    def lie(self, request: Request, answered: Answer) -> Answer:
+        """An answer with another amount, once in a while: whoever believes it books what nobody paid."""
+        if not request.operation.name.startswith("payment_intents.") or request.operation.name.endswith("list"):
+            return answered
+        if not self.schedule.lot("other_amount", request.operation.name):
+            return answered
+        body = msgspec.json.decode(answered.body)
+        body["amount"] += 1
+        self.altered.add(body["metadata"].get("surety_payment", ""))
+        return Answer(answered.status, msgspec.json.encode(body), answered.headers)
+
+
+class Http(stripe.HTTPClient):
+    """The SDK's way to the provider of whichever schedule the calling process belongs to."""
+
+    name = "httpx"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.provider: Provider | None = None
+
+    async def request_async(
+        self, method: str, url: str, headers: Mapping[str, str], post_data: str | None = None
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        """One request: it arrives or not, is answered or not."""
+        provider = self.provider
+        assert provider is not None
+        schedule, process = provider.schedule, PROCESS.get()
+        assert process is not None
+        path = "/".join(part for part in urlsplit(url).path.split("/") if "_" not in part or part == "payment_intents")
+        doing = f"{method} {path}"
+        await schedule.turn(process, doing)
+        received = provider.receive(method.upper(), url, headers, post_data or "")
+        answered = received if isinstance(received, Answer) else await provider.respond(received)
+        if answered is None:
+            await asyncio.get_running_loop().create_future()
+            raise AssertionError
+        await schedule.turn(process, f"{doing}: answer")
+        return answered.body, answered.status, {name.decode(): value.decode() for name, value in answered.headers}
+
+
+HTTP = Http()
+
+
+def make_client(version: str) -> stripe.StripeClient:
+    """Stripe's own client, connected to the simulation."""
+    stripe.enable_telemetry = False
+    return stripe.StripeClient(
+        "sk_test_simulation",
+        base_addresses={"api": "http://provider"},
+        http_client=HTTP,
+        max_network_retries=0,
+        stripe_version=version,
+    )

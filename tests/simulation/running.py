@@ -1,0 +1,58 @@
+"""Schedules side by side, in processes with a database each."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+
+from db.server import EmbeddedServer, temporary_database
+from tests.simulation.ground import PREFIX, SERVER, Ground
+from tests.simulation.schedule import Outcome, Plan, Schedule
+
+_grounds: list[Ground] = []
+
+
+def settle_down(urls: SimpleQueue[str]) -> None:
+    """Prepare this process for schedules: a database of its own."""
+    logging.disable(logging.CRITICAL)
+    _grounds.append(Ground(urls.get()))
+
+
+def run_here(plan: Plan, *, tell: bool = False) -> Outcome:
+    """One schedule, in this process's database."""
+    return Schedule(plan, _grounds[0], tell=tell).run()
+
+
+@contextmanager
+def runners(count: int) -> Generator[ProcessPoolExecutor]:
+    """Processes that run schedules."""
+    context = get_context("spawn")
+    with ExitStack() as stack:
+        server = os.environ.get("DATABASE_URL") or stack.enter_context(EmbeddedServer(settings=SERVER)).url
+        urls: SimpleQueue[str] = context.SimpleQueue()
+        for _ in range(count):
+            urls.put(stack.enter_context(temporary_database(server, PREFIX)))
+        yield stack.enter_context(ProcessPoolExecutor(count, context, settle_down, (urls,)))
+
+
+def run_all(
+    executor: ProcessPoolExecutor, plans: Iterable[Plan], at_once: int, goes_on: Callable[[Outcome], bool]
+) -> None:
+    """Run plans, a few ahead of those that run, until there are no more or `goes_on` says so."""
+    coming = iter(plans)
+    running: set[Future[Outcome]] = {executor.submit(run_here, plan) for plan in islice(coming, 2 * at_once)}
+    while running:
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        # All that are done are told, and in the order of their seeds.
+        answers = [goes_on(outcome) for outcome in sorted((one.result() for one in done), key=lambda o: o.plan.seed)]
+        if not all(answers):
+            for one in running:
+                one.cancel()
+            return
+        running |= {executor.submit(run_here, plan) for plan in islice(coming, len(done))}

@@ -1,0 +1,474 @@
+"""One schedule: what it is made of, who is next, what goes wrong; and how everything heals in the end.
+
+Each decision is drawn from one stream of chance, each kind of fault from a stream of its own: so the same seed gives
+the same schedule, and leaving a kind of fault out, or stopping earlier, leaves the rest as like it as can be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections import Counter
+from typing import Any
+
+import psycopg
+from msgspec import Struct
+
+from app.sandbox.faults import REQUEST_FAULTS
+from tests.simulation.actors import ROUNDS, ListeningProcess, Wanted, WorkerProcess, deliver, insist
+from tests.simulation.ground import Ground, Wire
+from tests.simulation.loop import PROCESS, Killed, Loop, Process
+from tests.simulation.provider import HTTP, Provider
+
+# How often each fault may come where it can, when a schedule has drawn it: seldom or often.
+RATES: dict[str, tuple[float, float]] = {
+    "cut_before": (0.01, 0.05),
+    "cut_open": (0.01, 0.05),
+    "cut_after": (0.01, 0.05),
+    **dict.fromkeys(REQUEST_FAULTS, (0.03, 0.2)),
+    "other_amount": (0.02, 0.1),
+    "webhook_lost": (0.1, 1.0),
+    "webhook_repeated": (0.1, 0.5),
+    "webhook_delayed": (0.1, 0.5),
+    "worker_killed": (0.005, 0.02),
+    "worker_stopped": (0.005, 0.01),
+    "api_killed": (0.005, 0.01),
+    "stalled": (0.005, 0.02),
+}
+LEAPS = (0.05, 1.5, 6.0, 21.0, 61.0, 200.0, 3700.0, 90_000.0)
+TOKENS = ("pm_card_visa",) * 5 + (
+    "pm_card_chargeDeclined",
+    "pm_card_authenticationRequired",
+    "pm_card_authenticationRequiredChargeDeclinedInsufficientFunds",
+    "pm_card_bypassPending",
+    "pm_card_unknown",
+)
+HEALING_ROUNDS_MAX = 60
+JOBS_MAX = 4
+HEALING = ("sweep", "settlements", "due_money", "parked", "overdue")
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """What a schedule is drawn from. Fewer of anything makes it smaller."""
+
+    seed: int
+    steps: int = 400
+    payments: int = 4
+    workers: int = 2
+    lanes: int = 2
+    without: frozenset[str] = frozenset()
+
+    def command(self) -> str:
+        """What repeats it."""
+        words = ["python -m tests.simulation --schedules 1", f"--seed {self.seed}"]
+        usual = Plan(seed=self.seed)
+        sizes = ("steps", "payments", "workers", "lanes")
+        words += [f"--{name} {getattr(self, name)}" for name in sizes if getattr(self, name) != getattr(usual, name)]
+        if self.without:
+            words.append(f"--without {','.join(sorted(self.without))}")
+        return " ".join(words)
+
+
+class Outcome(Struct):
+    """What came of a schedule."""
+
+    plan: Plan
+    steps: int
+    faults: dict[str, int]
+    violations: dict[str, str]
+    """By promise, an example."""
+    digest: str
+    """Of everything that was decided, and of where it all ended."""
+
+
+class Turn:
+    """Somebody who would go on."""
+
+    __slots__ = ("doing", "future", "process")
+
+    def __init__(self, process: Process, doing: str, future: asyncio.Future[None]) -> None:
+        self.process = process
+        self.doing = doing
+        self.future = future
+
+
+class Schedule:
+    """One schedule under way."""
+
+    def __init__(self, plan: Plan, ground: Ground, *, tell: bool = False) -> None:
+        self.plan = plan
+        self.ground = ground
+        self.loop = Loop(self.decide)
+        self.chance = random.Random(f"{plan.seed}:order")
+        self._lots = {kind: random.Random(f"{plan.seed}:{kind}") for kind in RATES}
+        self.rates = {
+            kind: self._lots[kind].choice((0.0, 0.0, seldom, often)) for kind, (seldom, often) in RATES.items()
+        }
+        self.openness = self.chance.choice((0.2, 0.5, 0.8))
+        self.steps = 0
+        self.faults: Counter[str] = Counter()
+        self.violations: dict[str, str] = {}
+        self.turns: list[Turn] = []
+        self.api: ListeningProcess
+        self.held_up: dict[Wire, asyncio.Future[None]] = {}
+        self.is_calm = False
+        self.doings = 0
+        self.kicked: dict[str, None] = {}
+        self._tell = tell
+        self._digest = hashlib.sha256()
+        [(self.epoch_seconds,)] = ground.rows("select extract(epoch from surety.time_now())::float8")
+
+    # What goes on, and what goes wrong
+
+    async def turn(self, process: Process, doing: str) -> None:
+        """Wait until it is decided that this process goes on."""
+        if process.is_dead:
+            raise Killed
+        if self.is_calm:
+            return
+        turn = Turn(process, doing, self.loop.create_future())
+        self.turns.append(turn)
+        try:
+            await turn.future
+        finally:
+            if turn in self.turns:
+                self.turns.remove(turn)
+
+    def lot(self, kind: str, where: str = "") -> bool:
+        """Whether this goes wrong here."""
+        drawn = self._lots[kind].random() < self.rates[kind]
+        if not drawn or self.is_calm or kind in self.plan.without:
+            return False
+        self.faults[f"{kind} {where}".strip()] += 1
+        self.note("fault", kind, where)
+        return True
+
+    def leaves_open(self) -> bool:
+        """Whether a transaction stays open while others go on."""
+        return not self.is_calm and self.chance.random() < self.openness
+
+    def note(self, *what: str) -> None:
+        """Remember a decision."""
+        line = " ".join(what)
+        self._digest.update(line.encode() + b"\n")
+        if self._tell:
+            print(f"{self.steps:4} {self.loop.seconds:12.3f}  {line}", flush=True)
+
+    def violate(self, promise: str, example: str) -> None:
+        """A promise was broken."""
+        self.note("violated", promise, example if self._tell else "")
+        self.violations.setdefault(promise, example)
+
+    def on_statement(self, doing: str, params: Any) -> None:
+        """Who was woken is drained soon."""
+        if doing == "outbox.kick" and params:
+            self.kicked.update(dict.fromkeys(params[0]))
+        elif doing != "outbox.claim":
+            self.doings += 1
+
+    def on_error(self, doing: str, error: psycopg.Error) -> None:
+        """The product's statements are never refused."""
+        if error.sqlstate is not None:
+            self.violate("no statement fails", f"{doing}: {error.sqlstate} {str(error)[:300]}")
+
+    # Locks
+
+    async def blocked(self, wire: Wire) -> None:
+        """Wait, beside the others, until the lock that a connection stands in line for is granted."""
+        self.note("blocked", wire.process.name if wire.process else "", wire.doing)
+        self.held_up[wire] = self.loop.create_future()
+        if len(self.held_up) > 1 and self.is_deadlocked():
+            self.violate("nobody waits in a circle", ", ".join(other.doing for other in self.held_up))
+            while not any(other.has_answered() for other in self.held_up):
+                pass
+            self.settle()
+        try:
+            await self.held_up[wire]
+        finally:
+            self.held_up.pop(wire, None)
+
+    def is_deadlocked(self) -> bool:
+        """Whether those who wait wait for each other."""
+        pids = [wire.pgconn.backend_pid for wire in self.held_up]
+        waits = dict(self.ground.rows("select pid, pg_blocking_pids(pid) from unnest(%s::integer[]) as p (pid)", pids))
+
+        def leads_back(start: int, at: int, seen: set[int]) -> bool:
+            for following in waits.get(at, []):
+                if following == start or (following not in seen and leads_back(start, following, seen | {following})):
+                    return True
+            return False
+
+        return any(leads_back(pid, pid, {pid}) for pid in pids)
+
+    def settle(self) -> None:
+        """Let go on who has got his lock by now."""
+        for wire, future in list(self.held_up.items()):
+            if not future.done() and wire.has_answered():
+                future.set_result(None)
+
+    # Decisions
+
+    def decide(self) -> None:
+        """What happens next. Called when everybody waits for something."""
+        if self.is_calm:
+            self.calm_down()
+            return
+        self.steps += 1
+        if self.steps > self.plan.steps:
+            self.is_calm = True
+            for turn in self.turns:
+                if not turn.future.done():
+                    turn.future.set_result(None)
+            self.enough.set_result(None)
+            return
+        timer = self.loop.next_timer()
+        soon = timer is not None and timer - self.loop.seconds < 1
+        going = [worker for worker in self.workers if sum(worker.running.values()) < JOBS_MAX]
+        ways: list[tuple[float, Any]] = [
+            (12.0 if self.turns else 0.0, self.go_on),
+            (3.0 if soon else 0.3 if timer is not None else 0.0, self.tick),
+            (1.0 if not soon else 0.2, self.leap),
+            (3.0 if going else 0.0, self.start_job),
+            (2.0 if self.unasked else 0.0, self.ask),
+            (2.0 if self.provider.mailbox else 0.0, self.post),
+            (0.5, self.payer),
+            (0.5, self.disturb),
+        ]
+        [way] = self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])
+        way()
+
+    def go_on(self) -> None:
+        """One of those who wait for their turn."""
+        turn = self.turns.pop(self.chance.randrange(len(self.turns)))
+        self.note(turn.process.name, turn.doing)
+        turn.future.set_result(None)
+
+    def tick(self) -> None:
+        """Time goes on until something is due."""
+        timer = self.loop.next_timer()
+        assert timer is not None
+        self.move_to(max(timer, self.loop.seconds + 0.001))
+
+    def leap(self) -> None:
+        """Time goes on."""
+        far = len(LEAPS) if self.lot("stalled") else 3
+        self.move_to(self.loop.seconds + self.chance.choice(LEAPS[:far]))
+
+    def move_to(self, seconds: float) -> None:
+        """Set the time, for everybody."""
+        self.loop.seconds = seconds
+        self.note("time")
+        self.provider.happen()
+
+    def start_job(self) -> None:
+        """A worker takes a job: one that somebody was woken for, or any."""
+        worker = self.chance.choice([one for one in self.workers if sum(one.running.values()) < JOBS_MAX])
+        names = list(self.kicked) if self.kicked and self.chance.random() < 0.7 else [*self.ground.handlers, *ROUNDS]
+        name = self.chance.choice(names)
+        self.kicked.pop(name, None)
+        self.note(worker.name, "begins", name)
+        if name in self.ground.handlers:
+            worker.drain(name)
+        else:
+            worker.round(name)
+
+    def ask(self) -> None:
+        """A client asks, perhaps several at once with one key."""
+        wanted = self.unasked.pop()
+        for _ in range(self.chance.choice((1, 1, 2, 3))):
+            self.asking.append(self.clients.start(insist(self, wanted)))
+
+    def post(self) -> None:
+        """The provider delivers a webhook, any that waits."""
+        mailbox = self.provider.mailbox
+        self.asking.append(self.provider.process.start(deliver(self, mailbox.pop(self.chance.randrange(len(mailbox))))))
+
+    def payer(self) -> None:
+        """A payer who was asked to act does so, or fails."""
+        if self.provider.payer_acts():
+            self.note("payer")
+
+    def disturb(self) -> None:
+        """Processes die, or are replaced by a deploy."""
+        for number, worker in enumerate(self.workers):
+            if self.lot("worker_killed"):
+                worker.kill()
+            elif self.lot("worker_stopped"):
+                worker.worker.stopping.set()
+            else:
+                continue
+            self.workers[number] = WorkerProcess(self, f"{worker.name}'")
+        if self.lot("api_killed"):
+            self.api.kill()
+            self.api = ListeningProcess(self, f"{self.api.name}'")
+            self.asking.append(self.clients.start(self.api.open()))
+
+    async def deliver_all(self) -> None:
+        """What waits in the mailbox is delivered now."""
+        events, self.provider.mailbox = self.provider.mailbox, []
+        for event_id in events:
+            await self.provider.process.start(deliver(self, event_id))
+
+    # A life
+
+    def run(self) -> Outcome:
+        """Everything."""
+        HTTP.provider = None
+        random.seed(self.plan.seed)
+        self.ground.empty(self.plan.seed)
+        PROCESS.set(None)
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_until_complete(self.live())
+        finally:
+            self.loop.close()
+            asyncio.set_event_loop(None)
+            HTTP.provider = None
+        for broken in self.loop.broken:
+            self.violate("no task breaks down", broken)
+        return Outcome(self.plan, self.steps, dict(self.faults), self.violations, self._digest.hexdigest()[:16])
+
+    async def live(self) -> None:
+        """Trouble, healing, and the reckoning."""
+        from tests.simulation.promises import check
+
+        await self.prepare()
+        await self.enough
+        await self.heal()
+        check(self)
+
+    async def prepare(self) -> None:
+        """Everybody in place."""
+        self.enough: asyncio.Future[None] = self.loop.create_future()
+        self.clients = Process("client")
+        self.provider = Provider(self)
+        HTTP.provider = self.provider
+        self.asking: list[asyncio.Task[Any]] = []
+        self.merchants: list[str] = []
+        self.keys: list[bytes] = []
+        for number in range(2):
+            [(merchant,)] = self.ground.rows("select surety.add_merchant(%s)", f"merchant {number}")
+            key_hash = hashlib.sha256(f"key {number}".encode()).digest()
+            self.ground.rows("select surety.add_api_key(%s, %s, 'test')", merchant, key_hash)
+            self.merchants.append(merchant)
+            self.keys.append(key_hash)
+        self.unasked = [
+            Wanted(
+                number=number,
+                merchant=self.chance.randrange(2),
+                key=f"key-{number}",
+                amount=self.chance.randrange(100, 20_000),
+                currency=self.chance.choice(("usd", "usd", "eur")),
+                token=self.chance.choice(TOKENS),
+                capture_method=self.chance.choice(("automatic",) * 5 + ("manual",)),
+                reference=f"order-{self.chance.randrange(3)}" if self.chance.random() < 0.3 else None,
+            )
+            for number in range(self.plan.payments)
+        ]
+        self.wanted = list(self.unasked)
+        self.workers = [WorkerProcess(self, f"worker-{number}") for number in range(self.plan.workers)]
+        self.api = ListeningProcess(self, "api")
+        self.is_calm = True
+        await self.api.open()
+        self.is_calm = False
+
+    def calm_down(self) -> None:
+        """Nothing goes wrong any more; only time may have to go on."""
+        if self.held_up:
+            self.settle()
+            return
+        timer = self.loop.next_timer()
+        assert timer is not None, "everybody waits for nothing"
+        self.loop.seconds = max(timer, self.loop.seconds)
+        self.provider.happen()
+
+    async def heal(self) -> None:
+        """What a healthy day does: lost workers are replaced, clients insist, time passes, operators replay."""
+        self.is_calm = True
+        is_crash = self.chance.random() < 0.5
+        for worker in self.workers:
+            if is_crash:
+                worker.kill()
+            else:
+                worker.worker.stopping.set()
+        await asyncio.sleep(1)
+        while self.unasked:
+            self.ask()
+        healer = WorkerProcess(self, "healer")
+        for turn in range(HEALING_ROUNDS_MAX):
+            self.provider.mailbox += self.provider.late
+            self.provider.late = []
+            await self.deliver_all()
+            await self.work_off(healer)
+            if await self.is_at_rest():
+                break
+            self.ground.rows(
+                "select outbox.replay_dead_letter(d.id, 'operator', 'healed') from outbox.dead_letters as d"
+                " where d.closed_at is null order by d.id"
+            )
+            self.move_to(self.next_due(65.0 * 10**turn))
+            self.ground.move_clock(self.loop.seconds)
+            await asyncio.sleep(0)
+        else:
+            self.violate("what is unfinished is finished", self.what_is_left())
+        healer.kill()
+        for process in (*self.workers, self.api, self.clients, self.provider.process):
+            process.kill()
+        await asyncio.sleep(0)
+
+    async def work_off(self, healer: WorkerProcess) -> None:
+        """Everything that the tick finds, until it finds nothing, or what only time can give free."""
+        for name in HEALING:
+            await healer.round(name)
+        while True:
+            self.ground.move_clock(self.loop.seconds)
+            [(due,)] = self.ground.rows("select outbox.kick_due()")
+            before = self.doings
+            for handler in due or ():
+                await healer.drain(handler)
+            if self.doings == before:
+                return
+
+    async def is_at_rest(self) -> bool:
+        """Whether nothing is to be expected any more."""
+        if self.provider.mailbox or self.provider.next_due() is not None or not all(one.done() for one in self.asking):
+            return False
+        [(left,)] = self.ground.rows(
+            "select exists (select from surety.payments where state in ('initiated', 'submitting',"
+            " 'provider_submitted', 'requires_action', 'authorized', 'processing', 'confirmed'))"
+            " or exists (select from outbox.batches) or exists (select from outbox.retries where due_at is not null)"
+            " or exists (select from surety.pending_money)"
+            " or exists (select from outbox.dead_letters where closed_at is null)"
+            " or exists (select from surety.parked_facts where ended_at is null)"
+        )
+        return not left
+
+    def next_due(self, at_least: float) -> float:
+        """When something is due, in the schedule's seconds; so many seconds later at least, a day at most."""
+        self.ground.move_clock(self.loop.seconds)
+        [(seconds,)] = self.ground.rows(
+            "select extract(epoch from least("
+            " (select min(due_at) from outbox.retries), (select min(leased_until) from outbox.batches),"
+            " (select min(ask_at) from surety.payments), (select min(available_at) from surety.pending_money),"
+            " (select min(parked_at) + interval '15 minutes' from surety.parked_facts where ended_at is null)"
+            ") - surety.time_now())::float8"
+        )
+        dues = [86_400.0 if seconds is None else seconds]
+        if (own := self.provider.next_due()) is not None:
+            dues.append(own - self.loop.seconds)
+        if not all(one.done() for one in self.asking):
+            dues.append(31.0)
+        return self.loop.seconds + min(86_400.0, max(at_least, min(dues) + 0.01))
+
+    def what_is_left(self) -> str:
+        """What did not come to rest."""
+        return str(
+            self.ground.rows(
+                "select (select array_agg(id || ' ' || state) from surety.payments where state not in ('settled',"
+                " 'failed', 'canceled')), (select array_agg(handler || ' ' || event_ids::text) from outbox.batches),"
+                " (select array_agg(handler || ' ' || attempts::text) from outbox.retries),"
+                " (select count(*) from surety.pending_money), (select count(*) from outbox.dead_letters"
+                " where closed_at is null), (select count(*) from surety.parked_facts where ended_at is null)"
+            )
+        )

@@ -1,0 +1,44 @@
+"""A failing schedule with less in it: fewer steps, kinds of faults, payments, processes, as long as it still fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from tests.simulation.schedule import RATES, Outcome, Plan
+
+Run = Callable[[Plan], Outcome]
+
+
+def shrink(failed: Outcome, run: Run) -> Outcome:
+    """The smallest schedule found that breaks one of the same promises."""
+    promises = failed.violations.keys()
+
+    def still(plan: Plan) -> Outcome | None:
+        outcome = run(plan)
+        return outcome if promises & outcome.violations.keys() else None
+
+    smallest = fewer_steps(failed, still)
+    for kind in RATES:
+        if any(fault.split()[0] == kind for fault in smallest.faults):
+            without = replace(smallest.plan, without=smallest.plan.without | {kind})
+            smallest = still(without) or smallest
+    for name in ("workers", "lanes", "payments"):
+        while (count := getattr(smallest.plan, name)) > 1 and (
+            less := still(replace(smallest.plan, **{name: count - 1}))
+        ):
+            smallest = less
+    return fewer_steps(smallest, still)
+
+
+def fewer_steps(failed: Outcome, still: Callable[[Plan], Outcome | None]) -> Outcome:
+    """The shortest beginning that fails, found by halving."""
+    smallest, low = failed, 0
+    while low < smallest.plan.steps:
+        middle = (low + smallest.plan.steps) // 2
+        if outcome := still(replace(smallest.plan, steps=middle)):
+            smallest = outcome
+        else:
+            low = middle + 1
+    return smallest

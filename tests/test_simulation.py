@@ -1,0 +1,52 @@
+"""Whole lives of payments by lot, with everything going wrong that can; see tests/simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from tests.simulation.running import run_all, run_here, runners
+from tests.simulation.schedule import Outcome, Plan
+
+SCHEDULES = 60
+PROCESSES = 2
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[ProcessPoolExecutor]:
+    """Processes with a database each."""
+    with runners(PROCESSES) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def outcomes(executor: ProcessPoolExecutor) -> dict[int, Outcome]:
+    """What came of each seed."""
+    found: dict[int, Outcome] = {}
+
+    def keep(outcome: Outcome) -> bool:
+        found[outcome.plan.seed] = outcome
+        return True
+
+    run_all(executor, (Plan(seed=seed) for seed in range(1, SCHEDULES + 1)), PROCESSES, keep)
+    return found
+
+
+def test_no_schedule_breaks_a_promise(outcomes: dict[int, Outcome]) -> None:
+    assert len(outcomes) == SCHEDULES
+    assert not {one.plan.command(): one.violations for one in outcomes.values() if one.violations}
+
+
+def test_every_kind_of_fault_comes(outcomes: dict[int, Outcome]) -> None:
+    from tests.simulation.schedule import RATES
+
+    came = {fault.split()[0] for outcome in outcomes.values() for fault in outcome.faults}
+    assert came == set(RATES)
+
+
+def test_the_same_seed_is_the_same_schedule(executor: ProcessPoolExecutor, outcomes: dict[int, Outcome]) -> None:
+    again = [executor.submit(run_here, outcomes[seed].plan).result() for seed in (50, 7, 31, 7)]
+    assert [one.digest for one in again] == [outcomes[one.plan.seed].digest for one in again]
+    assert len({one.digest for one in outcomes.values()}) == SCHEDULES
