@@ -20,7 +20,7 @@ from jobs.database import Database, is_passing
 from jobs.drain import drain
 from jobs.handlers import HANDLERS
 from jobs.stripe_rail import API_VERSION, StripeRail
-from jobs.worker import Batch, Worker
+from jobs.worker import Batch, Worker, keep_pulse
 from tests.simulation.ground import Pool
 from tests.simulation.loop import Process
 from tests.simulation.provider import make_client
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 30.0
 SETTINGS = load({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
 CLIENT = make_client(API_VERSION)
-ROUNDS = ("sweep", "settlements", "due_money", "payouts", "parked", "overdue", "upkeep")
+ROUNDS = tuple(name for name in periodic.TASKS if name != "tick")
 
 
 async def probe(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
@@ -66,6 +66,7 @@ class WorkerProcess(Process):
             abort_reason=lambda: None,
         )
         self.running: dict[str, int] = {}
+        self.start(keep_pulse(self.worker))
 
     def drain(self, handler: str) -> asyncio.Task[Any]:
         """Start draining."""

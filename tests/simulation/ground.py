@@ -7,7 +7,9 @@ so time stands still while nobody moves it, and a replay reads the very same ins
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 SERVER = {
     "autovacuum": "off",
-    "deadlock_timeout": "50ms",
+    # The schedule sees a circle itself, and a process that looks for one now and then could not be held still.
+    "deadlock_timeout": "1h",
     "plan_cache_mode": "force_generic_plan",
     "max_connections": "100",
 }
@@ -117,6 +120,7 @@ class Wire(AsyncConnection[Any]):
     schedule: Schedule | None = None
     process: Process | None = None
     is_cut = False
+    is_still = False
     doing = ""
     told = ""
 
@@ -218,8 +222,17 @@ class Wire(AsyncConnection[Any]):
                 return bool(poll.poll(0))
         return True
 
+    def hold_still(self, still: bool) -> None:
+        """Stop the server's process that waits, or let it go on: of several that one commit frees, one goes first."""
+        assert self.schedule is not None
+        if still != self.is_still and self.schedule.ground.is_ours:
+            self.is_still = still
+            os.kill(self.pgconn.backend_pid, signal.SIGSTOP if still else signal.SIGCONT)
+
     def tidy(self) -> None:
         """As after a client's death: nothing open, nothing locked."""
+        if self.is_still:
+            self.hold_still(False)
         if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
             self.cancel()
             while self.pgconn.get_result() is not None:
@@ -238,9 +251,10 @@ class Wire(AsyncConnection[Any]):
 
 
 class Ground:
-    """One database, and connections to it."""
+    """One database, and connections to it; `is_ours` if nobody else has a process on its server."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, is_ours: bool) -> None:
+        self.is_ours = is_ours
         self.url = harden(url, "deploy")
         deploy(url)
         self.overseer = psycopg.connect(self.url, autocommit=True)

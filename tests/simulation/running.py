@@ -18,10 +18,10 @@ from tests.simulation.schedule import Outcome, Plan, Schedule
 _grounds: list[Ground] = []
 
 
-def settle_down(urls: SimpleQueue[str]) -> None:
+def settle_down(urls: SimpleQueue[str], is_ours: bool) -> None:
     """Prepare this process for schedules: a database of its own."""
     logging.disable(logging.CRITICAL)
-    _grounds.append(Ground(urls.get()))
+    _grounds.append(Ground(urls.get(), is_ours=is_ours))
 
 
 def run_here(plan: Plan, *, tell: bool = False) -> Outcome:
@@ -34,11 +34,12 @@ def runners(count: int) -> Generator[ProcessPoolExecutor]:
     """Processes that run schedules."""
     context = get_context("spawn")
     with ExitStack() as stack:
-        server = os.environ.get("DATABASE_URL") or stack.enter_context(EmbeddedServer(settings=SERVER)).url
+        given = os.environ.get("DATABASE_URL")
+        server = given or stack.enter_context(EmbeddedServer(settings=SERVER)).url
         urls: SimpleQueue[str] = context.SimpleQueue()
         for _ in range(count):
             urls.put(stack.enter_context(temporary_database(server, PREFIX)))
-        yield stack.enter_context(ProcessPoolExecutor(count, context, settle_down, (urls,)))
+        yield stack.enter_context(ProcessPoolExecutor(count, context, settle_down, (urls, not given)))
 
 
 def run_all(
