@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg
 
-from app.demo.stage import free_port
+from app.processes import free_port
 from db.connect import harden
 from db.server import PORT, EmbeddedServer, wait_until
 from tests.crash.kills import CARDS, KINDS, children_of
