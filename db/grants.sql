@@ -11,7 +11,7 @@ grant usage on schema surety to surety_auditor;
 grant execute on function
 api.identify(bytea),
 api.judge_amount(bigint, text),
-api.create_payments(jsonb),
+api.create_payments(json),
 api.capture_payment(jsonb),
 api.cancel_payment(jsonb),
 api.deny(bytea, text, text, text, text),

@@ -73,7 +73,7 @@ begin atomic
     left join surety.currencies on asked.currency = currencies.currency;
 end;
 
-create or replace function api.create_payments(p_requests jsonb)
+create or replace function api.create_payments(p_requests json)
 returns table (
     n integer, status smallint, problem text, detail jsonb, body text, is_replayed boolean, payment_id text
 )
@@ -119,7 +119,7 @@ begin
                 when c.currency is null or r.amount not between c.minimum_minor and c.maximum_minor
                     then 'invalid-request'
             end as problem
-        from jsonb_to_recordset(p_requests) as r (
+        from json_to_recordset(p_requests) as r (
             n integer, key_hash text, request_id text, address text, idempotency_key text, request_hash text,
             amount bigint, currency text, rail text, method_token text, capture_method text, reference text,
             description text, statement_descriptor_suffix text, return_url text, customer jsonb, metadata jsonb

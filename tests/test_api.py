@@ -182,7 +182,7 @@ def test_an_answer_is_repeated_byte_for_byte_by_a_process_started_later(merchant
 
 def test_what_can_not_be_accepted_now_is_a_503_and_its_repetition_succeeds(merchant: Merchant) -> None:
     key = fresh("key")
-    merchant.conn.execute("alter function api.create_payments(jsonb) rename to away")
+    merchant.conn.execute("alter function api.create_payments(json) rename to away")
     answer = merchant.post(key=key)
     problem(answer, 503, "overloaded")
     assert answer.headers["retry-after"] == "1"

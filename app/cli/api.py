@@ -17,7 +17,7 @@ def api(host: str | None, port: int | None, processes: int) -> None:
     from app.serving import serve
 
     settings = load()
-    require_deployed("api", settings, "api.create_payments(jsonb)")
+    require_deployed("api", settings, "api.create_payments(json)")
     serve(
         "app.api:create_app",
         host=host or settings.surety_host,
