@@ -30,9 +30,11 @@ def test_forty_payments_with_faults_keep_every_promise() -> None:
     result = json.loads(stdout.splitlines()[-1])
     assert process.returncode == 0, f"{stdout}\n{stderr}"
     assert result["payments"] == sum(result["states"].values()) == 40
-    assert set(result["states"]) <= {"settled", "failed", "canceled"}
+    assert set(result["states"]) <= {"settled", "failed", "canceled", "partially_refunded", "refunded", "reversed"}
     assert len(result["invariants"]) >= 10 and not any(result["invariants"].values())
-    assert (result["double_charges"], result["lost"]) == (0, 0)
+    assert (result["double_charges"], result["double_refunds"], result["lost"]) == (0, 0, 0)
+    later = result["afterwards"]
+    assert later["captured later"] > later["of these, in part"] > 0 and later["released"] > 0
     assert result["charges_at_provider"] == result["confirmed_here"] > 0
 
 
@@ -46,7 +48,8 @@ def test_ctrl_c_leaves_no_process_and_no_folder(moment: str, tmp_path: Path) -> 
             if "workers" in line:
                 break
     else:
-        assert wait_until(lambda: bool(set(MEMORY.glob("surety-*")) - before), 20)
+        # Its first child is PostgreSQL, or who prepares it; others' folders come and go meanwhile.
+        assert wait_until(lambda: bool(children_of(process.pid)), 20)
     family = children_of(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=30)

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 import msgspec
 import psycopg
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from app.demo import merchants, report
+from app.demo import aftersales, merchants, report
 from app.demo.stage import database, folder
 from app.processes import Interrupted, Troupe, free_port, interruptible
 from db.connect import harden
@@ -29,6 +30,8 @@ from db.deploy import deploy
 WORKERS = 2
 PATIENCE_SECONDS = 50.0
 SECONDS_PER_PAYMENT = 0.1
+PAYMENTS_PER_SHOP_MIN = 10
+"""Who sells less can't give much back."""
 
 # A minute is short: what takes its time in earnest is shortened here, in the demo's own database and processes.
 LEASE = "4 seconds"
@@ -60,6 +63,7 @@ def demo(payments: int, shops: int, seed: int | None, no_faults: bool, keep: boo
     nothing behind. Real keys in the environment are ignored. Exit status 1 if a promise is broken.
     """
     seed = secrets.randbelow(10_000) if seed is None else seed
+    shops = min(shops, max(1, payments // PAYMENTS_PER_SHOP_MIN))
     progress = Console(stderr=True, highlight=False)
     try:
         with interruptible():
@@ -94,9 +98,9 @@ def play(
             f"  webhooks :{stage.ports['webhooks']}  sandbox :{stage.ports['sandbox']}  workers {WORKERS}"
         )
         keys = merchants.open_shops(conn, shops, seed)
-        orders = merchants.write_orders(keys, payments, seed)
+        orders, clerks = aftersales.make_plans(merchants.write_orders(keys, payments, seed), seed)
         selling = time.monotonic()
-        till, kill = trade(stage, conn, orders, progress)
+        till, kill = trade(stage, conn, orders, clerks, progress)
         seconds = time.monotonic() - selling
         replayed = replay_dead_letters(conn, stage, payments)
         result = summarize(conn, stage, till, kill, replayed, seed=seed, payments=payments, seconds=seconds)
@@ -174,7 +178,11 @@ def count_workers(conn: report.Connection) -> int:
 
 
 def trade(
-    stage: Stage, conn: report.Connection, orders: list[merchants.Order], progress: Console
+    stage: Stage,
+    conn: report.Connection,
+    orders: list[merchants.Order],
+    clerks: list[aftersales.Clerk],
+    progress: Console,
 ) -> tuple[merchants.Till, Kill | None]:
     """Post all orders, kill a worker in the middle, wait until all payments have ended."""
     till = merchants.Till()
@@ -182,8 +190,7 @@ def trade(
 
     def sell() -> None:
         try:
-            sold = asyncio.run(merchants.sell(stage.url("api"), orders, lambda: None))
-            till.acknowledged, till.refused, till.repeated = sold.acknowledged, sold.refused, sold.repeated
+            asyncio.run(do_business(stage.url("api"), orders, clerks, till))
         except BaseException as error:  # noqa: BLE001  # told to the main thread, which raises it
             failures.append(error)
 
@@ -201,7 +208,8 @@ def trade(
                 kill = strike(stage, conn, is_late=ended > len(orders) // 2)
             if failures:
                 raise failures[0]
-            if ended >= len(orders) - len(till.refused) and not selling.is_alive():
+            is_over = ended >= len(orders) - len(till.refused) and not selling.is_alive()
+            if is_over and not report.still_to_hear(conn, stage.url("sandbox")):
                 break
             if time.monotonic() > deadline:
                 break
@@ -210,6 +218,18 @@ def trade(
                 break
             time.sleep(0.05)
     return till, kill
+
+
+async def do_business(
+    url: str, orders: list[merchants.Order], clerks: list[aftersales.Clerk], till: merchants.Till
+) -> None:
+    """Sell, and do what the merchants want done afterwards."""
+    async with httpx.AsyncClient(base_url=url, timeout=10) as client, asyncio.TaskGroup() as tasks:
+        for clerk in clerks:
+            tasks.create_task(clerk.work(client))
+        sold = await merchants.sell(url, orders, lambda: None)
+    till.acknowledged, till.refused, till.repeated = sold.acknowledged, sold.refused, sold.repeated
+    till.turned_down = [refusal for clerk in clerks for refusal in clerk.refusals]
 
 
 def strike(stage: Stage, conn: report.Connection, *, is_late: bool) -> Kill | None:
@@ -249,18 +269,21 @@ def summarize(
 ) -> report.Report:
     """Ask the database and the sandbox's own memory."""
     charges, faults, webhooks = report.ask_sandbox(stage.url("sandbox"))
+    refunds, disputes = report.ask_about_returns(stage.url("sandbox"))
     promises, lost = report.check_promises(conn, till.acknowledged, charges)
     counts = conn.execute(
         "select p.state, count(*) from surety.payments as p join surety.states as s on s.state = p.state"
         " group by p.state, s.position order by s.position"
     )
     states = {str(state): int(count) for state, count in counts}
-    ended = sum(states.get(state, 0) for state in report.ENDED)
     confirmed = conn.execute("select count(*) from surety.payments where captured_minor > 0").fetchone()
     dead = conn.execute("select count(*) from outbox.dead_letters").fetchone()
     assert confirmed is not None and dead is not None
     if confirmed[0] != charges["payments"]:
         promises["charged at the provider = confirmed here"] = abs(confirmed[0] - charges["payments"])
+    promises["no refund is made twice"] = len(refunds["double"])
+    promises["refunded at the provider = refunded here"] = report.refunds_that_differ(conn, refunds["amounts"])
+    promises["what merchants ask for afterwards is accepted"] = len(till.turned_down)
     return report.Report(
         payments=payments,
         states=states,
@@ -268,11 +291,15 @@ def summarize(
         charges_at_provider=charges["charges"],
         confirmed_here=confirmed[0],
         double_charges=len(charges["double"]),
+        refunds=refunds["refunds"],
+        double_refunds=len(refunds["double"]),
+        disputes=disputes,
         lost=lost,
-        not_ended=payments - ended,
+        not_ended=payments - report.count_ended(conn),
         seconds=round(seconds, 2),
         seed=seed,
         stages=[stage._asdict() for stage in report.measure_stages(conn)],
+        afterwards=report.tell_afterwards(conn),
         faults={"told": tell_faults(conn, faults, webhooks, kill, replayed), "at_the_provider": faults["injected"]},
         dead_letters=dead[0],
         replayed=replayed,

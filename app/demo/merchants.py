@@ -43,6 +43,8 @@ class Till:
     acknowledged: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     repeated: int = 0
+    turned_down: list[str] = field(default_factory=list)
+    """What was asked for afterwards and refused."""
 
 
 def open_shops(conn: psycopg.Connection[tuple[object, ...]], count: int, seed: int) -> list[str]:

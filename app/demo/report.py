@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import httpx
@@ -11,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-ENDED = ("settled", "failed", "canceled")
+ENDED = ("settled", "partially_refunded", "refunded", "reversed", "failed", "canceled")
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
@@ -32,11 +33,17 @@ class Report(msgspec.Struct, kw_only=True):
     charges_at_provider: int
     confirmed_here: int
     double_charges: int
+    refunds: int
+    """That stand at the provider."""
+    double_refunds: int
+    disputes: dict[str, int]
+    """At the provider, by status."""
     lost: int
     not_ended: int
     seconds: float
     seed: int
     stages: list[dict[str, Any]]
+    afterwards: dict[str, int]
     faults: dict[str, Any]
     dead_letters: int
     replayed: int
@@ -45,14 +52,63 @@ class Report(msgspec.Struct, kw_only=True):
     @property
     def is_sound(self) -> bool:
         """Nothing violated, everything ended."""
-        return not (any(self.invariants.values()) or self.lost or self.double_charges or self.not_ended)
+        twice = self.double_charges or self.double_refunds
+        return not (any(self.invariants.values()) or self.lost or twice or self.not_ended)
 
 
 def count_ended(conn: Connection) -> int:
-    """Payments that are settled, failed or canceled."""
-    row = conn.execute("select count(*) from surety.payments where state = any(%s)", (list(ENDED),)).fetchone()
+    """Payments in a final state, of which nothing is being refunded or disputed."""
+    row = conn.execute(
+        "select count(*) from surety.payments where state = any(%s) and refund_pending_minor = 0 and at_risk_minor = 0",
+        (list(ENDED),),
+    ).fetchone()
     assert row is not None
     return int(row[0])
+
+
+def still_to_hear(conn: Connection, url: str) -> int:
+    """Refunds and disputes of which the provider knows what we don't know yet."""
+    with httpx.Client(base_url=url, timeout=30) as client:
+        ends = {
+            (record["id"], f"{record['object']}_{record['status']}")
+            for kind in ("refunds", "disputes")
+            for record in client.get(f"/sandbox/{kind}").json()
+        }
+    known = conn.execute("select object_id, kind from surety.facts where kind ~ '^(refund|dispute)_'")
+    return len(ends - {(str(object_id), str(kind)) for object_id, kind in known})
+
+
+def refunds_that_differ(conn: Connection, at_the_provider: dict[str, int]) -> int:
+    """Currencies in which another sum was refunded here than at the provider."""
+    rows = conn.execute(
+        "select currency, sum(refunded_minor + refund_pending_minor)::bigint from surety.payments group by 1"
+    )
+    here = {str(currency): int(amount) for currency, amount in rows if amount}
+    return len(here.items() ^ at_the_provider.items())
+
+
+def tell_afterwards(conn: Connection) -> dict[str, int]:
+    """How many payments had which story after they were accepted."""
+    cursor = conn.execute(
+        """
+        select
+            count(*) filter (where p.captured_minor > 0 and p.capture_method = 'manual') as "captured later",
+            count(*) filter (where p.captured_minor between 1 and p.amount_minor - 1) as "of these, in part",
+            count(*) filter (where p.state = 'canceled' and p.capture_method = 'manual') as "released",
+            count(*) filter (where p.state = 'refunded') as "refunded",
+            count(*) filter (where p.state = 'partially_refunded') as "refunded in part",
+            count(*) filter (where 'refund_failed' = any(told.kinds)) as "refunds that came back",
+            count(*) filter (where 'dispute_won' = any(told.kinds)) as "disputes won",
+            count(*) filter (where 'dispute_lost' = any(told.kinds)) as "disputes lost"
+        from surety.payments as p
+        cross join lateral (
+            select array_agg(f.kind) as kinds from surety.facts as f where f.payment_id = p.id
+        ) as told
+        """
+    )
+    row = cursor.fetchone()
+    assert row is not None and cursor.description is not None
+    return {column.name: int(count) for column, count in zip(cursor.description, row, strict=True)}
 
 
 def measure_stages(conn: Connection) -> list[Stage]:
@@ -119,6 +175,13 @@ def ask_sandbox(url: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
         return charges, client.get("/sandbox/faults").json(), client.get("/sandbox/webhooks").json()
 
 
+def ask_about_returns(url: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The provider's own memory: its refunds, and its disputes by status."""
+    with httpx.Client(base_url=url, timeout=30) as client:
+        refunds = client.get("/sandbox/refunds/summary", params={"metadata_key": "surety_refund"}).json()
+        return refunds, dict(Counter(dispute["status"] for dispute in client.get("/sandbox/disputes").json()))
+
+
 def duration(ms: float) -> str:
     """Milliseconds for people: 38 ms, 1.9 s."""
     return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
@@ -132,8 +195,12 @@ def draw(report: Report) -> RenderableType:
     times = columns("Stage to stage", "p50", "p99")
     for stage in report.stages:
         times.add_row(f"  {stage['name']}", duration(stage["p50_ms"]), duration(stage["p99_ms"]))
+    later = columns("After the charge", "")
+    for what, count in report.afterwards.items():
+        if count:
+            later.add_row(f"  {what}", str(count))
     top = Table.grid(padding=(0, 4))
-    top.add_row(ends, times)
+    top.add_row(ends, later, times)
 
     wrong = Table(box=None, pad_edge=False)
     wrong.add_column("What went wrong", no_wrap=True)

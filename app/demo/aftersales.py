@@ -1,0 +1,125 @@
+"""What merchants do after the charge: capture, cancel, refund, answer disputes.
+
+Each merchant's clerk follows its feed of events, `GET /v1/events`, as a merchant's system would, and acts on what it
+reads: so the feed is tried out, too, for whoever skips an event never acts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+
+from app.demo.merchants import USUAL_TOKENS, Order
+
+POLL_SECONDS = 0.3
+AGAIN_SECONDS = 0.5
+PAGE_LIMIT = 100
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a merchant does about a payment, and when."""
+
+    share: float
+    """Of the payments of a shop; of few payments one, at least."""
+    on: tuple[str, ...]
+    """Types of the events that it waits for."""
+    path: str
+    """Where it is asked for; `{id}` is the payment's."""
+    tenths: int | None = None
+    """Of the payment's amount; None: all, by not naming any."""
+    special: Json = field(default_factory=dict)
+    """What such a payment is made with."""
+
+    def body(self, amount_minor: int) -> Json:
+        """What is sent about a payment of so many minor units."""
+        return {} if self.tenths is None else {"amount": amount_minor * self.tenths // 10}
+
+
+HELD = ("payment.authorized",)
+MANUAL: Json = {"capture_method": "manual"}
+
+PLANS = (
+    Plan(0.03, HELD, "/v1/payments/{id}/capture", special=MANUAL),
+    Plan(0.02, HELD, "/v1/payments/{id}/capture", 7, special=MANUAL),
+    Plan(0.01, HELD, "/v1/payments/{id}/cancel", special=MANUAL),
+)
+AMOUNT_MINOR_MAX = 5_000
+"""Of a planned payment, in the currency in which every shop earns: what is given back must have been earned."""
+
+
+def make_plans(orders: list[Order], seed: int) -> tuple[list[Order], list[Clerk]]:
+    """The orders, some of them changed so that a merchant does something about them later, and who does it."""
+    lot = random.Random(f"{seed} plans")
+    wanted = [plan for plan in PLANS for _ in range(max(1, round(plan.share * len(orders))))]
+    numbers = lot.sample(range(len(orders)), min(len(orders) // 2, len(wanted)))
+    orders, clerks = list(orders), dict[str, Clerk]()
+    for number, plan in zip(numbers, wanted, strict=False):
+        order = orders[number]
+        body: Json = {
+            **order.body,
+            "amount": lot.randint(100, AMOUNT_MINOR_MAX),
+            "currency": "usd",
+            "payment_method": {"type": "card", "token": lot.choice(USUAL_TOKENS)},
+            **plan.special,
+        }
+        orders[number] = replace(order, body=body)
+        clerks.setdefault(order.api_key, Clerk(order.api_key)).plans[str(body["reference"])] = plan
+    return orders, list(clerks.values())
+
+
+@dataclass(slots=True)
+class Clerk:
+    """Of one merchant."""
+
+    api_key: str
+    plans: dict[str, Plan] = field(default_factory=dict)
+    """By the payment's reference; what is left to be done."""
+    refusals: list[str] = field(default_factory=list)
+    _asked: dict[str, tuple[str, Json]] = field(default_factory=dict)
+    """By reference, what to send, until it is accepted."""
+
+    def read(self, event: Json) -> None:
+        """Note what an event asks for."""
+        told = event["data"]
+        plan = self.plans.get(told.get("reference") or "")
+        if plan is not None and event["type"] in plan.on:
+            self._asked[told["reference"]] = (plan.path.format(id=told["id"]), plan.body(told["amount"]))
+
+    async def act(self, client: httpx.AsyncClient) -> None:
+        """Send what is asked for; what can't be done yet is tried again later, under the same key."""
+        for reference, (path, body) in list(self._asked.items()):
+            headers = {"Authorization": f"Bearer {self.api_key}", "Idempotency-Key": f"{reference} {path}"}
+            try:
+                answer = await client.post(path, json=body, headers=headers)
+            except httpx.TransportError:
+                continue
+            if answer.is_success:
+                del self.plans[reference], self._asked[reference]
+            elif answer.status_code not in (409, 503):
+                self.refusals.append(f"{path}: {answer.status_code} {answer.text}")
+                del self.plans[reference], self._asked[reference]
+
+    async def work(self, client: httpx.AsyncClient) -> None:
+        """Follow the feed and act until nothing is left to do."""
+        after: str | None = None
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        while self.plans:
+            asked = {"limit": PAGE_LIMIT} | ({"after": after} if after else {})
+            try:
+                page = (await client.get("/v1/events", params=asked, headers=headers)).raise_for_status().json()
+            except httpx.HTTPError:
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
+            after = page["next"]
+            for event in page["data"]:
+                self.read(event)
+            await self.act(client)
+            if not page["has_more"]:
+                await asyncio.sleep(POLL_SECONDS)
