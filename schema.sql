@@ -8,6 +8,7 @@
 --   merchants     who is paid, and the API keys with which they ask
 --   requests      idempotency keys and merchants' references: unique for ever, so narrow and unpartitioned
 --   payments      payments, their steps, our calls to providers
+--   refunds       what goes back to payers: refunds and their steps
 --   facts         what the outside told us: webhooks as they came, facts as they were read from them
 --   ledger        accounts, postings (one per cause), transfers (one debit, one credit, one positive amount)
 --   outbox        events, handlers with their snapshot cursors, leased batches, retries, dead letters
@@ -292,9 +293,10 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('capture_requested', 'command', 1, 'processing', 'the merchant asked us to capture'),
 ('capture_refused', 'command', 2, null, 'the provider would not capture that; the hold lives'),
 ('refund_pending', 'refund', 1, null, 'a refund is under way'),
-('refund_succeeded', 'refund', 2, null, 'a refund reached the payer'),
-('refund_failed', 'refund', 3, null, 'a refund came back'),
-('refund_canceled', 'refund', 3, null, 'a refund was called off'),
+('refund_action', 'refund', 2, null, 'the payer must say where a refund is to go'),
+('refund_succeeded', 'refund', 3, null, 'a refund reached the payer'),
+('refund_canceled', 'refund', 4, null, 'a refund was called off'),
+('refund_failed', 'refund', 5, null, 'a refund came back'),
 ('dispute_opened', 'dispute', 1, 'disputed', 'the network withdrew the amount'),
 ('dispute_lost', 'dispute', 1, 'reversed', 'the network keeps it'),
 ('dispute_won', 'dispute', 1, null, 'the network gave it back'),
@@ -302,6 +304,47 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('available', 'money', 2, null, 'the balance transaction''s money may be paid out'),
 ('payout', 'payout', 1, null, 'the provider sent money to the bank'),
 ('payout_failed', 'payout', 2, null, 'the money came back');
+
+create table surety.refund_states (
+    state text collate "C" not null,
+    position smallint not null,
+    is_live boolean not null,
+    ask_after interval,
+    meaning text not null,
+    constraint refund_states_pkey primary key (state),
+    constraint refund_state_position_is_unique unique (position)
+);
+comment on table surety.refund_states is
+'The states of a refund. A live one takes up a part of what was captured; ask_after is how long the sweep lets it wait
+there before it asks the provider (null: nothing to ask).';
+
+create table surety.refund_transitions (
+    from_state text collate "C" not null,
+    to_state text collate "C" not null,
+    constraint refund_transitions_pkey primary key (from_state, to_state),
+    constraint refund_transition_starts_in_a_state foreign key (from_state) references surety.refund_states (state),
+    constraint refund_transition_ends_in_a_state foreign key (to_state) references surety.refund_states (state)
+);
+comment on table surety.refund_transitions is 'The legal steps of a refund. Any other can not be written.';
+
+insert into surety.refund_states (state, position, is_live, ask_after, meaning) values
+('pending', 1, true, '60 seconds', 'asked for; on its way to the provider or with it'),
+('requires_action', 2, true, '10 minutes', 'the payer must say where it is to go'),
+('succeeded', 3, true, null, 'on its way to the payer; it may still come back'),
+('failed', 4, false, null, 'refused, or it came back'),
+('canceled', 5, false, null, 'called off');
+
+insert into surety.refund_transitions (from_state, to_state) values
+('pending', 'requires_action'),
+('pending', 'succeeded'),
+('pending', 'failed'),
+('pending', 'canceled'),
+('requires_action', 'succeeded'),
+('requires_action', 'failed'),
+('requires_action', 'canceled'),
+('succeeded', 'failed'),
+('succeeded', 'canceled'),
+('canceled', 'failed');
 
 -- ------------------------------------------------------------------------------------------------------ merchants
 
@@ -519,7 +562,9 @@ create table surety.calls (
     answered_at timestamptz,
     status smallint,
     constraint calls_pkey primary key (payment_id, operation),
-    constraint call_operation_is_known check (operation in ('create', 'confirm', 'capture', 'cancel')),
+    constraint call_operation_is_known check (
+        operation in ('create', 'confirm', 'capture', 'cancel') or operation ~ '^refund:ref_[0-9a-f]+$'
+    ),
     constraint call_answer_has_a_status check ((answered_at is null) = (status is null))
 ) partition by range (payment_id);
 comment on table surety.calls is
@@ -557,6 +602,67 @@ create table surety.breakers (
 comment on table surety.breakers is
 'Circuit breakers, one per provider''s account, open while opened_at is set. answered and failed count calls of the
 bucket of 30 seconds that began at bucket_at, prior_* of the one before.';
+
+-- -------------------------------------------------------------------------------------------------------- refunds
+
+create table surety.refunds (
+    id text collate "C" not null,
+    payment_id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    version integer not null default 1,
+    state text collate "C" not null default 'pending',
+    amount_minor bigint not null,
+    currency text collate "C" not null,
+    reason text,
+    metadata jsonb not null default '{}',
+    provider text not null,
+    provider_account text not null,
+    provider_id text collate "C",
+    is_ours boolean not null,
+    failure jsonb,
+    created_at timestamptz not null,
+    updated_at timestamptz not null,
+    ask_at timestamptz,
+    asked integer not null default 0,
+    constraint refunds_pkey primary key (id),
+    constraint refund_id_is_a_refund_id check (length(id) = 36 and id ~ '^ref_[0-9a-f]+$'),
+    constraint refund_belongs_to_a_payment foreign key (payment_id) references surety.payments (id),
+    constraint refund_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint refund_amount_is_positive check (amount_minor > 0),
+    constraint refund_metadata_is_an_object check (jsonb_typeof(metadata) = 'object'),
+    constraint providers_refund_is_one_refund unique (provider, provider_account, provider_id)
+);
+create index refunds_of_a_payment on surety.refunds (payment_id, id);
+create index refunds_of_a_merchant on surety.refunds (merchant_id, id);
+create index refunds_to_ask_about on surety.refunds (ask_at) where ask_at is not null;
+comment on table surety.refunds is
+'Refunds: those that merchants asked for (is_ours), and those that were made at the provider. The amount is taken up
+from the moment it is asked for. state and version project the last step.';
+
+create table surety.refund_steps (
+    refund_id text collate "C" not null,
+    version integer not null,
+    prior_version integer not null generated always as (version - 1) stored,
+    from_state text collate "C",
+    to_state text collate "C" not null,
+    cause text not null,
+    at timestamptz not null,
+    actor text not null,
+    request_id text collate "C",
+    constraint refund_steps_pkey primary key (refund_id, version),
+    constraint refund_step_end_can_be_referred_to unique (refund_id, version, to_state),
+    constraint refund_step_belongs_to_a_refund foreign key (refund_id) references surety.refunds (id),
+    constraint refund_step_is_legal foreign key (from_state, to_state)
+    references surety.refund_transitions (from_state, to_state),
+    constraint refund_step_starts_where_the_last_ended foreign key (refund_id, prior_version, from_state)
+    references surety.refund_steps (refund_id, version, to_state),
+    constraint only_the_first_refund_step_starts_nowhere check ((version = 1) = (from_state is null)),
+    constraint refund_step_version_is_positive check (version >= 1),
+    constraint first_refund_step_is_pending check (version > 1 or to_state = 'pending')
+);
+alter table surety.refunds add constraint refund_state_is_its_last_step foreign key (id, version, state)
+references surety.refund_steps (refund_id, version, to_state) deferrable initially deferred;
+comment on table surety.refund_steps is 'The truth about refunds'' states: a chain of steps per refund.';
 
 -- ---------------------------------------------------------------------------------------------------------- facts
 
@@ -997,7 +1103,10 @@ create table audit.entries (
     snapshot jsonb not null default '{}',
     constraint entries_pkey primary key (id),
     constraint entry_kind_is_known check (
-        kind in ('request', 'step', 'call', 'answer', 'webhook', 'operator', 'denied', 'retry', 'dead_letter', 'system')
+        kind in (
+            'request', 'step', 'refund', 'call', 'answer', 'webhook', 'operator', 'denied', 'retry', 'dead_letter',
+            'system'
+        )
     ),
     constraint entry_of_a_step_tells_the_step check ((kind = 'step') = (version is not null and to_state is not null))
 ) partition by range (id);

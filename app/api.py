@@ -1,8 +1,8 @@
 """The HTTP API: every route decodes, calls one SQL function and encodes.
 
     POST /v1/payments                             app/acceptance.py, by the lanes: batches, one commit each
-    POST /v1/payments/{id}/capture, …/cancel      app/commands.py: a call each, one commit each
     GET  /v1/payments[/{id}[/trace]], /v1/events  a call each
+    what comes after a payment was accepted       app/afterwards.py
     /v1/operator/…                                app/operators.py, with operators' keys
     GET  /problems/{type}, /docs, /health         nothing but this process, and for health its database
 
@@ -13,22 +13,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 from litestar import HttpMethod, Litestar, Request, Response, get, post, route
-from litestar.params import Parameter
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from app.acceptance import BODY_BYTES_MAX, JSON, STATEMENT, Acceptance
+from app.afterwards import AFTERWARDS, KICK
 from app.answers import Answer, new_request_id, read_body
-from app.commands import CANCEL, CAPTURE, PAYMENT_ID, Commands, at
+from app.commands import Commands
 from app.database import Database
 from app.documents import (
     EventList,
     EventsQuery,
     Health,
-    NewCancellation,
-    NewCapture,
     NewPayment,
     Payment,
     PaymentList,
@@ -36,47 +34,21 @@ from app.documents import (
     ProblemType,
     Trace,
 )
-from app.doorkeeper import Caller, Doorkeeper
+from app.doorkeeper import Doorkeeper
 from app.frame import Asgi, answer_error, name_request, request_id_of, with_head
 from app.lanes import Kicker, Lanes
 from app.openapi import OPENAPI, assets, parameters_of, refusals
 from app.operators import OPERATORS
 from app.problems import TYPES, Problem
-from app.rules import read_query
+from app.reading import Key, caller_of, json, query_of, well_formed
 from db.connect import connect_async
 from db.settings import Settings, load
-
-T = TypeVar("T")
-
-Key = Annotated[
-    str,
-    Parameter(
-        header="Idempotency-Key",
-        min_length=1,
-        max_length=255,
-        description="1 to 255 printable characters: new for each request, the same for each repetition.",
-    ),
-]
 
 
 @route("/v1/payments", http_method=[HttpMethod.OPTIONS], include_in_schema=False)
 async def allow_payments() -> Response[None]:
     """What is allowed here. Litestar's own answer knows one of the two routes on this path."""
     return Response(None, status_code=204, headers={"allow": "GET, HEAD, OPTIONS, POST"})
-
-
-REFUSALS = (
-    "invalid-request",
-    "idempotency-key-missing",
-    "unauthenticated",
-    "forbidden",
-    "not-found",
-    "wrong-state",
-    "too-large",
-    "not-json",
-    "idempotency-key-reused",
-    "overloaded",
-)
 
 
 def at_the_lanes(app: ASGIApp) -> ASGIApp:
@@ -110,35 +82,6 @@ async def create_payment(data: NewPayment, idempotency_key: Key) -> Payment:
     again, byte for byte, with `Idempotency-Replayed: true`.
     """
     raise AssertionError("at_the_lanes has answered")
-
-
-@post(
-    "/v1/payments/{payment_id:str}/capture",
-    status_code=202,
-    middleware=[at(CAPTURE)],
-    responses=refusals(*REFUSALS),
-)
-async def capture_payment(payment_id: str, data: NewCapture, idempotency_key: Key) -> Payment:
-    """Capture what an authorized payment holds, or a part of it, once.
-
-    202 means: stored for good, and on its way to the provider. The rest of what is held is let go.
-    """
-    raise AssertionError("app.commands has answered")
-
-
-@post(
-    "/v1/payments/{payment_id:str}/cancel",
-    status_code=202,
-    middleware=[at(CANCEL)],
-    responses=refusals(*REFUSALS),
-)
-async def cancel_payment(payment_id: str, data: NewCancellation, idempotency_key: Key) -> Payment:
-    """Cancel a payment that has not succeeded yet.
-
-    200: it is canceled, nothing had been sent. 202: the provider is asked to call it off; the payment's state will tell
-    whether it came in time.
-    """
-    raise AssertionError("app.commands has answered")
 
 
 @get(
@@ -229,32 +172,6 @@ async def bare(scope: Scope, receive: Receive, send: Send) -> None:
     await Answer(201, b"{}", new_request_id(), [JSON])(scope, receive, send)
 
 
-def caller_of(request: Request[Any, Any, Any], route: str) -> Caller:
-    """Who asks; raises Problem for what can't be a key."""
-    doorkeeper: Doorkeeper = request.app.state.doorkeeper
-    return doorkeeper.caller(request.scope, dict(request.scope["headers"]), request_id_of(request), route)
-
-
-async def query_of(request: Request[Any, Any, Any], caller: Caller, struct: type[T]) -> T:
-    """The query as a struct. Raises Problem: for a stranger first, then for the rules that the query breaks."""
-    try:
-        return read_query(request.scope["query_string"], struct)
-    except Problem:
-        await caller.must_be_known()
-        raise
-
-
-def well_formed(payment_id: str) -> str:
-    """A payment's id, or one that no payment has."""
-    return payment_id if PAYMENT_ID.fullmatch(payment_id) else ""
-
-
-def json(request: Request[Any, Any, Any], document: str) -> Response[Any]:
-    """A document that the database has rendered."""
-    headers = {"request-id": request_id_of(request)}
-    return Response(document.encode(), media_type="application/json", headers=headers)
-
-
 def explained(name: str) -> ProblemType:
     """A type of problem as its page tells it."""
     return ProblemType(f"/problems/{name}", TYPES[name].title, TYPES[name].status, TYPES[name].explanation)
@@ -276,7 +193,7 @@ def create_app(
         app.state.doorkeeper = Doorkeeper(database)
         app.state.acceptance = Acceptance(app.state.doorkeeper, line, kicker)
         app.state.bare = bare
-        commands_kicker = Kicker(lambda: database.row("select outbox.kick('{capture,cancel}')"))
+        commands_kicker = Kicker(lambda: database.row(KICK))
         app.state.commands = Commands(app.state.doorkeeper, commands_kicker)
         try:
             yield
@@ -291,12 +208,11 @@ def create_app(
             [
                 allow_payments,
                 create_payment,
-                capture_payment,
-                cancel_payment,
                 list_payments,
                 get_payment,
                 get_trace,
                 list_events,
+                *AFTERWARDS,
                 list_problems,
                 explain_problem,
                 get_health,

@@ -18,10 +18,11 @@ from msgspec import Struct
 
 from app.acceptance import BODY_BYTES_MAX, IDEMPOTENCY_KEY, JSON, REPLAYED, broken_bound, is_json
 from app.answers import Answer, Gone, TooLarge, new_request_id, read_body
-from app.documents import NewCancellation, NewCapture
+from app.documents import NewCancellation, NewCapture, NewRefund
 from app.doorkeeper import Caller, Doorkeeper
 from app.lanes import Kicker, Unavailable
 from app.problems import Broken, Problem, from_database, invalid, overloaded
+from app.reading import PAYMENT_ID
 from app.rules import checker, parse
 
 encode = msgspec.json.Encoder(order="deterministic").encode
@@ -110,6 +111,9 @@ class Commands:
             case "wrong-state":
                 reason = f": {detail['reason']}" if detail.get("reason") else ""
                 raise Problem(problem, f"it is {detail['state']}{reason}", state=detail["state"])
+            case "balance-too-low":
+                told = f"{detail['needed']} is needed, the balance is {detail['balance']} {detail['currency']}"
+                raise Problem(problem, told, **detail)
         raise Problem(problem, "this Idempotency-Key was sent before with another body or for another object")
 
 
@@ -130,8 +134,6 @@ def read_asked(headers: dict[bytes, bytes], body: bytes, struct: type[Struct]) -
     return msgspec.convert(given, struct)
 
 
-PAYMENT_ID = re.compile("pay_[0-9a-f]{32}")
-
 CAPTURE = Command(
     "POST /v1/payments/{id}/capture",
     "select status, problem, detail, body, is_replayed from api.capture_payment(%s)",
@@ -145,6 +147,15 @@ CANCEL = Command(
     "payment_id",
     PAYMENT_ID,
     NewCancellation,
+)
+
+REFUND = Command(
+    "POST /v1/payments/{id}/refunds",
+    "select status, problem, detail, body, is_replayed from api.create_refund(%s)",
+    "payment_id",
+    PAYMENT_ID,
+    NewRefund,
+    "/v1/refunds/",
 )
 
 

@@ -149,6 +149,18 @@ class NewCancellation(Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """A payment is to be called off. Nothing more needs to be said."""
 
 
+RefundState = Literal["pending", "requires_action", "succeeded", "failed", "canceled"]
+RefundReason = Literal["duplicate", "fraudulent", "requested_by_customer"]
+
+
+class NewRefund(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A payment is to be given back: all that is left of it, or `amount`."""
+
+    amount: MinorUnits | None = None
+    reason: RefundReason | None = None
+    metadata: Metadata = {}
+
+
 class AskedPayment(Struct, omit_defaults=True):
     """A request as api.create_payments takes it."""
 
@@ -234,13 +246,46 @@ class PaymentList(Struct):
     has_more: bool
 
 
+class RefundFailure(Struct):
+    """Why it was refused, or came back."""
+
+    code: str
+    message: str | None = None
+
+
+class Refund(Struct):
+    """Money on its way back to the payer. The amount, in minor units, is taken up from the moment it is asked for."""
+
+    id: str
+    object: Literal["refund"]
+    state: RefundState
+    version: int
+    payment: str
+    amount: int
+    currency: str
+    reason: str | None
+    failure: RefundFailure | None
+    provider: Provider | None
+    metadata: dict[str, str]
+    created_at: str
+    updated_at: str
+
+
+class RefundList(Struct):
+    """Newest first. The next page starts after the last id: `starting_after`."""
+
+    object: Literal["list"]
+    data: list[Refund]
+    has_more: bool
+
+
 class Event(Struct):
-    """A step of a payment; `data` is the payment at that version."""
+    """A step of a payment or of a refund; `data` is what it was at that version, told apart by `object`."""
 
     id: str
     type: str
     created_at: str
-    data: Payment
+    data: dict[str, Any]
 
 
 class EventList(Struct):
@@ -261,7 +306,7 @@ class TraceEntry(Struct, rename={"from_": "from"}):
     """Something that happened to a payment; `duration_ms` is told for calls to a provider."""
 
     at: str
-    kind: Literal["request", "step", "call", "webhook", "poll", "file", "transfer", "retry", "operator"]
+    kind: Literal["request", "step", "refund", "call", "webhook", "poll", "file", "transfer", "retry", "operator"]
     actor: Actor
     summary: str
     from_: str | None
@@ -293,6 +338,17 @@ class PaymentsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     created_before: Instant | None = None
     limit: Limit = 20
     starting_after: PaymentId | None = None
+
+
+RefundId = Annotated[str, Meta(pattern=whole("ref_[0-9a-f]{32}"), extra={"form": "must be a refund's id"})]
+
+
+class RefundsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which refunds to list."""
+
+    payment: PaymentId | None = None
+    limit: Limit = 20
+    starting_after: RefundId | None = None
 
 
 class EventsQuery(Struct, frozen=True, forbid_unknown_fields=True):

@@ -23,7 +23,7 @@ DENIALS_PER_SECOND_MAX = 20
 DETAILS = {
     "unauthenticated": "the API key is missing, misspelt, unknown, revoked or an operator's",
     "forbidden": "this merchant is suspended",
-    "not-found": "this merchant has no such payment",
+    "not-found": "this merchant has nothing of that id",
 }
 
 

@@ -67,6 +67,12 @@ TYPES: dict[str, Type] = {
         "`state` says where the object is, `detail` what is in the way. Nothing changed, and the Idempotency-Key is "
         "free.",
     ),
+    "balance-too-low": Type(
+        409,
+        "The balance does not cover this",
+        "What goes back to payers must be covered by what you are owed, settled or not: `balance`, in minor units of "
+        "`currency`; `needed` is what was asked for. Nothing changed, and the Idempotency-Key is free.",
+    ),
     "too-large": Type(413, "The body is too large", "`limit` is the largest body in bytes. Nothing was stored."),
     "not-json": Type(
         415, "The body is not JSON", "Send `Content-Type: application/json`. Nothing was read, nothing stored."
@@ -158,6 +164,7 @@ CONSTRAINTS: dict[str, tuple[str, str, int | None]] = {
     "payment_descriptor_suffix_is_short": ("/statement_descriptor_suffix", "max_length", 22),
     "payment_return_url_is_short": ("/return_url", "max_length", 2048),
     "payment_metadata_is_an_object": ("/metadata", "type", None),
+    "refund_metadata_is_an_object": ("/metadata", "type", None),
     "idempotency_key_is_printable": ("Idempotency-Key", "pattern", None),
 }
 

@@ -224,7 +224,7 @@ begin
     set failure = r.refused
     from jsonb_to_recordset(p_results) as r (payment_id text, refused jsonb)
     where p.id = r.payment_id and r.refused is not null and p.state = 'submitting';
-    v_types := surety.refuse_captures(p_results, p_actor);
+    v_types := surety.refuse_captures(p_results, p_actor) || surety.refuse_refunds(p_results, p_actor);
     with refused as (
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
         select p.id, p.version + 1, p.state, 'failed', 'refused', v_now, p_actor

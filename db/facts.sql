@@ -46,7 +46,8 @@ returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- Returns the types of the events that it made, to wake who handles them. Locks facts, payments, accounts, each sorted.
+-- Returns the types of the events that it made, to wake who handles them. Locks facts, payments, refunds, accounts,
+-- each sorted.
 declare
     v_now timestamptz := surety.time_now();
     v_facts surety.facts [];
@@ -150,8 +151,9 @@ begin
     using unnest(v_new) as f
     where f.kind = 'available' and m.provider = f.provider and m.account = f.account and m.object_id = f.object_id;
 
+    v_types := surety.advance_refunds(v_new, p_actor, p_request_id);
     v_derived := array(select d from surety.derive(v_ids) as d);
-    v_types := surety.advance(v_derived, v_new[1].source, p_actor, p_request_id);
+    v_types := v_types || surety.advance(v_derived, v_new[1].source, p_actor, p_request_id);
 
     -- One payment has one intent; another can't charge, for it is never confirmed, but somebody should cancel it.
     perform surety.open_discrepancy(

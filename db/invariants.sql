@@ -194,6 +194,80 @@ begin atomic
         where payments.id is null or payments.state in ('failed', 'canceled')
         union all
         select
+            'every refund stands where its last step ended',
+            refunds.id
+        from surety.refunds
+        left join lateral (
+            select
+                refund_steps.version,
+                refund_steps.to_state
+            from surety.refund_steps
+            where refund_steps.refund_id = refunds.id
+            order by refund_steps.version desc
+            limit 1
+        ) as last on true
+        where (refunds.version, refunds.state) is distinct from (last.version, last.to_state)
+        union all
+        select
+            'every refund step starts where the last ended',
+            refund_steps.refund_id
+        from surety.refund_steps
+        left join surety.refund_steps as before
+            on refund_steps.refund_id = before.refund_id and refund_steps.prior_version = before.version
+        where refund_steps.version > 1 and refund_steps.from_state is distinct from before.to_state
+        union all
+        select
+            'every payment has given back what its refunds say',
+            payments.id
+        from surety.payments
+        left join (
+            select
+                refunds.payment_id,
+                sum(refunds.amount_minor) filter (where refunds.state = 'succeeded') as succeeded,
+                sum(refunds.amount_minor) filter (where refunds.state in ('pending', 'requires_action')) as pending
+            from surety.refunds
+            group by refunds.payment_id
+        ) as given on payments.id = given.payment_id
+        where
+            payments.refunded_minor <> least(coalesce(given.succeeded, 0), payments.captured_minor)
+            or payments.refund_pending_minor
+            <> least(coalesce(given.pending, 0), payments.captured_minor - payments.refunded_minor)
+        union all
+        select
+            'what is reserved for refunds is on its way',
+            sums.account_id
+        from (
+            select
+                parts.account_id,
+                sum(parts.amount_minor) as amount_minor
+            from (
+                select
+                    'refunding:' || refunds.merchant_id || ':' || refunds.currency as account_id,
+                    refunds.amount_minor
+                from surety.refunds
+                inner join surety.refund_states on refunds.state = refund_states.state
+                where refund_states.is_live
+                union all
+                select
+                    'refunding:' || payments.merchant_id || ':' || facts.currency,
+                    facts.amount_minor
+                from surety.facts
+                inner join surety.payments on facts.payment_id = payments.id
+                where
+                    facts.kind = 'money' and facts.disregarded is null
+                    and facts.data ->> 'category' in ('refund', 'refund_failure')
+                union all
+                select
+                    balances.account_id,
+                    -balances.balance_minor
+                from ledger.balances
+                where balances.account_id like 'refunding:%'
+            ) as parts
+            group by parts.account_id
+        ) as sums
+        where sums.amount_minor <> 0
+        union all
+        select
             'no payment has two live objects at the provider',
             provider_objects.payment_id
         from surety.provider_objects
@@ -252,6 +326,10 @@ begin atomic
             'what is settled is available to the merchant',
             'every fact is known by its key',
             'every reference in use is of a payment that lives',
+            'every refund stands where its last step ended',
+            'every refund step starts where the last ended',
+            'every payment has given back what its refunds say',
+            'what is reserved for refunds is on its way',
             'no payment has two live objects at the provider',
             'no batch outlives its lease unnoticed',
             'every event is in at most one place per handler'

@@ -90,7 +90,7 @@ begin
     set closed_at = v_now, closed_as = 'resolved', closed_by = 'system',
         closed_because = 'the payment is ' || n.to_state
     from new_steps as n join surety.states as s on s.state = n.to_state
-    where d.payment_id = n.payment_id and d.closed_at is null and s.is_final;
+    where d.payment_id = n.payment_id and d.type like 'payment.%' and d.closed_at is null and s.is_final;
     return null;
 end;
 $$;
@@ -181,7 +181,9 @@ begin atomic
             coalesce(sum(winners.amount_minor) filter (where winners.kind in ('captured', 'returned')), 0)::bigint
                 as captured,
             coalesce(sum(winners.amount_minor) filter (where winners.kind = 'refund_succeeded'), 0)::bigint as refunded,
-            coalesce(sum(winners.amount_minor) filter (where winners.kind = 'refund_pending'), 0)::bigint as refunding,
+            coalesce(
+                sum(winners.amount_minor) filter (where winners.kind in ('refund_pending', 'refund_action')), 0
+            )::bigint as refunding,
             coalesce(sum(winners.amount_minor) filter (where winners.kind = 'dispute_opened'), 0)::bigint as at_risk,
             coalesce(sum(winners.amount_minor) filter (where winners.kind in ('dispute_lost', 'returned')), 0)::bigint
                 as reversed,
@@ -251,7 +253,7 @@ begin atomic
             least(coalesce(outcomes.captured, 0), payments.amount_minor) as captured,
             coalesce(outcomes.captured, 0) as captured_really,
             coalesce(outcomes.refunded, 0) as refunded,
-            coalesce(outcomes.refunding, 0) as refunding,
+            coalesce(outcomes.refunding, 0) + reserved.minor as refunding,
             coalesce(outcomes.at_risk, 0) as at_risk,
             coalesce(outcomes.reversed, 0) as reversed,
             coalesce(money.is_available and money.gross = outcomes.captured, false) as settled
@@ -264,6 +266,12 @@ begin atomic
             where known.payment_id = one.id
             offset 0
         ) as payments
+        -- What was asked for and has no object at the provider yet is on its way, too.
+        cross join lateral (
+            select coalesce(sum(refunds.amount_minor), 0)::bigint as minor
+            from surety.refunds
+            where refunds.payment_id = known.payment_id and refunds.provider_id is null and refunds.state = 'pending'
+        ) as reserved
         left join outcomes on known.payment_id = outcomes.payment_id
         left join money on known.payment_id = money.payment_id
     )
@@ -302,8 +310,8 @@ begin atomic
     from amounts;
 end;
 comment on function surety.derive(text[]) is
-'What each payment''s facts say: its state and amounts in minor units. A pure function of surety.facts: neither their
-order nor the present state matters.';
+'What each payment''s facts say: its state and amounts in minor units. A pure function of surety.facts, and of the
+refunds that were asked for and that no fact tells of yet: neither their order nor the present state matters.';
 
 create or replace function surety.advance(p_derived surety.derived[], p_cause text, p_actor text, p_request_id text)
 returns text[]

@@ -81,7 +81,8 @@ begin
     insert into outbox.dead_letters (id, handler, event_id, type, payment_id, payload, attempts, reason, died_at)
     select
         surety.new_id('dl', p_at), p_handler, e.id, e.type,
-        case when e.aggregate_type = 'payment' then e.aggregate_id end, e.payload, r.attempts, p_reason, p_at
+        case e.aggregate_type when 'payment' then e.aggregate_id else e.payload ->> 'payment_id' end, e.payload,
+        r.attempts, p_reason, p_at
     from outbox.retries as r join outbox.events as e on e.id = r.event_id
     where r.handler = p_handler and r.event_id = any(p_event_ids)
     order by e.id
@@ -90,7 +91,8 @@ begin
     insert into audit.entries (id, at, kind, actor, payment_id, merchant_id, outcome, reason, snapshot)
     select
         surety.new_id('aud', p_at), p_at, 'dead_letter', 'handler:' || p_handler,
-        case when e.aggregate_type = 'payment' then e.aggregate_id end, e.merchant_id, 'dead', p_reason,
+        case e.aggregate_type when 'payment' then e.aggregate_id else e.payload ->> 'payment_id' end, e.merchant_id,
+        'dead', p_reason,
         jsonb_build_object('event', e.id, 'type', e.type)
     from outbox.events as e where e.id = any(p_event_ids);
 end;
@@ -471,7 +473,8 @@ from (
         ],
         200, 2, true
     ),
-    ('capture', array['payment.capture_requested'], 200, 2, true)
+    ('capture', array['payment.capture_requested'], 200, 2, true),
+    ('refund', array['refund.pending'], 200, 2, true)
 ) as h (handler, event_types, batch_size, batches_at_once, calls_provider)
 on conflict (handler) do update
 set event_types = excluded.event_types, calls_provider = excluded.calls_provider

@@ -9,10 +9,12 @@ as $$
 -- provider's.
 declare
     v_entries ledger.entry [];
+    v_new text [] := array(select f.id from unnest(p_facts) as f);
 begin
     with facts as (
         select
-            f.object_id, f.kind, f.revision, f.amount_minor, f.currency, f.data, p.id as payment_id, p.merchant_id,
+            f.id, f.provider, f.account, f.object_id, f.kind, f.revision, f.amount_minor, f.currency, f.data,
+            p.id as payment_id, p.merchant_id,
             p.amount_minor as asked_minor, p.currency as payment_currency,
             f.provider || '/' || f.account as provider_owner, m.fee_basis_points, m.fee_fixed_minor
         from unnest(p_facts) as f
@@ -21,13 +23,24 @@ begin
         where f.disregarded is null
     ),
     causes as (
+        -- What is captured in all, up to the amount asked for, is the merchant's; any more is nobody's yet.
         select
             f.object_id || ':captured' as cause, 'captured' as rule, f.payment_id, f.merchant_id, f.provider_owner,
-            f.currency, least(f.amount_minor, f.asked_minor) as gross, null::bigint as fee, null::bigint as net,
-            ledger.fee(least(f.amount_minor, f.asked_minor), f.fee_basis_points, f.fee_fixed_minor) as ours,
-            greatest(0, f.amount_minor - f.asked_minor) as excess,
+            f.currency, least(f.asked_minor, c.up_to) - least(f.asked_minor, c.before) as gross, null::bigint as fee,
+            null::bigint as net,
+            ledger.fee(least(f.asked_minor, c.up_to), f.fee_basis_points, f.fee_fixed_minor)
+            - ledger.fee(least(f.asked_minor, c.before), f.fee_basis_points, f.fee_fixed_minor) as ours,
+            f.amount_minor - least(f.asked_minor, c.up_to) + least(f.asked_minor, c.before) as excess,
             null::text as other_currency, null::bigint as other_gross, null::bigint as other_net
-        from facts as f where f.kind = 'captured'
+        from facts as f
+        cross join lateral (
+            select
+                coalesce(sum(k.amount_minor) filter (where k.id < f.id or k.id <> all(v_new)), 0)::bigint as before,
+                coalesce(sum(k.amount_minor) filter (where k.id <= f.id or k.id <> all(v_new)), 0)::bigint as up_to
+            from surety.facts as k
+            where k.payment_id = f.payment_id and k.kind = 'captured' and k.disregarded is null
+        ) as c
+        where f.kind = 'captured'
         union all
         select
             f.object_id, r.rule, f.payment_id, f.merchant_id, f.provider_owner, f.currency, f.amount_minor,
@@ -39,16 +52,31 @@ begin
         ) as r
         where f.kind = 'money'
         union all
-        -- Any news of a refund means that it was asked for.
+        -- Any news of a refund means that it was asked for. Its causes are named by our id, for it is asked for here
+        -- before the provider knows of it; if another amount was refunded than was asked for, the rest follows.
         select
-            f.object_id || ':asked', 'refund_asked', f.payment_id, f.merchant_id, f.provider_owner, f.currency,
-            f.amount_minor, null, null, null, null, null, null, null
-        from facts as f where f.kind like 'refund\_%'
+            r.id || ':asked' || case when asked.minor is null then '' else ':' || r.amount_minor end, 'refund_asked',
+            f.payment_id, f.merchant_id, f.provider_owner, f.currency, r.amount_minor - coalesce(asked.minor, 0), null,
+            null, null,
+            null, null, null, null
+        from facts as f
+        join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
+            and r.provider_id = f.object_id
+        cross join lateral (
+            select sum(case when t.credit_account like 'refunding:%' then t.amount_minor else - t.amount_minor end)
+                as minor
+            from ledger.postings as g join ledger.transfers as t on t.posting_id = g.id
+            where g.payment_id = r.payment_id and g.rule = 'refund_asked' and g.cause like r.id || ':asked%'
+        ) as asked
+        where f.kind like 'refund\_%' and asked.minor is distinct from r.amount_minor
         union all
         select
-            f.object_id || ':failed', 'refund_failed', f.payment_id, f.merchant_id, f.provider_owner, f.currency,
-            f.amount_minor, null, null, null, null, null, null, null
-        from facts as f where f.kind in ('refund_failed', 'refund_canceled')
+            r.id || ':failed', 'refund_failed', f.payment_id, f.merchant_id, f.provider_owner, f.currency,
+            r.amount_minor, null, null, null, null, null, null, null
+        from facts as f
+        join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
+            and r.provider_id = f.object_id
+        where f.kind in ('refund_failed', 'refund_canceled')
         union all
         select
             f.object_id || ':' || moved.n || ':' || moved.rule, moved.rule, f.payment_id, f.merchant_id,

@@ -161,8 +161,8 @@ begin
     select
         coalesce(json_agg(json_build_object(
             'id', g.id, 'type', g.type, 'created_at', g.payload ->> 'at',
-            'data', shown.document
-        ) order by g.xid, g.id) filter (where p.id is not null), '[]'::json),
+            'data', coalesce(shown.document, refund.document)
+        ) order by g.xid, g.id) filter (where p.id is not null or r.id is not null), '[]'::json),
         count(*), max(g.xid), (array_agg(g.id order by g.xid desc, g.id desc))[1]
     into v_data, v_count, v_last_xid, v_last_id
     from page as g
@@ -174,7 +174,14 @@ begin
         p.return_url, p.customer, p.metadata, p.provider, p.provider_account, p.livemode, g.payload ->> 'provider_id',
         g.payload -> 'next_action', g.payload -> 'failure', p.flags, p.created_at, (g.payload ->> 'at')::timestamptz,
         null, 0
-    )::surety.payments) as shown on true;
+    )::surety.payments) as shown on p.id is not null
+    left join surety.refunds as r on r.id = g.aggregate_id
+    left join lateral api.show_refund((
+        r.id, r.payment_id, r.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state',
+        (g.payload ->> 'amount')::bigint, r.currency, r.reason, r.metadata, r.provider, r.provider_account,
+        g.payload ->> 'provider_id', r.is_ours, g.payload -> 'failure', r.created_at,
+        (g.payload ->> 'at')::timestamptz, null, 0
+    )::surety.refunds) as refund on r.id is not null;
     v_next := case
         when v_count = p_limit then concat_ws(' ', v_epoch, v_seen, v_goal, v_last_xid, v_last_id)
         when v_goal::text = v_all::text then concat_ws(' ', v_epoch + 1, '1:1:', '-', '0', '-')

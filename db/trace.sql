@@ -46,6 +46,7 @@ begin atomic
                 when 'request' then 0
                 when 'answer' then 1
                 when 'step' then 3
+                when 'refund' then 3
                 when 'call' then 5
                 when 'dead_letter' then 7
                 else 6
@@ -67,6 +68,10 @@ begin atomic
                     || coalesce(', key sty_…' || api_keys.hint, '')
                     || ', Idempotency-Key ' || (entries.snapshot ->> 'idempotency_key')
                 when 'step' then entries.to_state || coalesce(' by ' || entries.reason, '')
+                when 'refund' then
+                    'refund of ' || surety.money(
+                        (entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'
+                    ) || ' ' || entries.to_state || ' (' || (entries.snapshot ->> 'refund') || ')'
                 when 'call' then '→ ' || (entries.snapshot ->> 'operation') || ', key ' || (entries.snapshot ->> 'key')
                 when 'answer' then
                     '← ' || (entries.snapshot ->> 'operation') || ' ' || entries.outcome

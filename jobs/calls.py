@@ -66,6 +66,8 @@ class Recorded(Struct):
 
 Perform = Callable[[Worker, Call], Awaitable[Answer]]
 Work = Callable[[], Awaitable[list[Result]]]
+Read = Callable[[Answer], Result]
+Excuse = Callable[[ProviderError], Result]
 
 
 async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operation: str, perform: Perform) -> None:
@@ -156,13 +158,24 @@ async def in_groups(works: Iterable[Work]) -> AsyncGenerator[list[Result]]:
             task.cancel()
 
 
-async def outcome(subject: Subject, operation: str, answering: Awaitable[Answer], source: str = "response") -> Result:
-    """What came of one call that is answered by the payment's intent."""
+async def outcome(
+    subject: Subject,
+    operation: str,
+    answering: Awaitable[Answer],
+    source: str = "response",
+    *,
+    read: Read | None = None,
+    excuse: Excuse | None = None,
+) -> Result:
+    """What came of one call: an answer as `read` understands it, by itself as the payment's intent, or what its failure
+    means.
+    """
     began = time.monotonic()
     try:
-        told = answered(subject, await answering, source)
+        answer = await answering
+        told = read(answer) if read else answered(subject, answer, source)
     except ProviderError as error:
-        told = unanswered(subject, operation, error)
+        told = excuse(error) if excuse else unanswered(subject, operation, error)
     except Exception as error:  # whatever went wrong about one call must not touch the others
         log.exception("%s of %s", operation, subject.payment_id)
         told = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}

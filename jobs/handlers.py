@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 from jobs.calls import Call, make_calls
+from jobs.refunds import refund
 from jobs.stripe_rail import Answer, Refused, Rejected
 from jobs.webhooks import apply
 from jobs.worker import Batch, Worker
@@ -140,6 +141,7 @@ HANDLERS: dict[str, Handler] = {
     "confirm": confirm,
     "capture": capture,
     "cancel": cancel,
+    "refund": refund,
     "settle": settle,
     "close": close,
     "apply": apply,

@@ -4,7 +4,7 @@ Each of these rounds is a job that runs in one worker at a time, whichever takes
 leaves it alone. How often the provider is asked is SURETY_POLL_SECONDS.
 
     tick           wakes handlers that have due work             every second
-    sweep          asks about unfinished payments
+    sweep          asks about unfinished payments and refunds
     settlements    reads what moved in the provider's balance
     due_money      looks again at what should be available by now
     payouts        reads what was sent to the bank
@@ -31,7 +31,7 @@ from db.settings import Settings
 from jobs import Workers, app
 from jobs.calls import Result, Subject, in_groups, not_sent, outcome
 from jobs.database import in_halves
-from jobs.stripe_facts import Fact, Json, Origin, money_facts, payout_facts
+from jobs.stripe_facts import Fact, Json, Origin, money_facts, payout_facts, redacted, refund_facts
 from jobs.stripe_rail import ProviderError
 from jobs.worker import Worker, worker_of
 
@@ -51,6 +51,16 @@ class Question(Subject, kw_only=True):
     """A row of surety.claim_questions."""
 
     provider_id: str
+
+
+class RefundQuestion(Struct):
+    """A row of surety.claim_refund_questions."""
+
+    refund_id: str
+    payment_id: str
+    provider_id: str
+    account: str
+    livemode: bool
 
 
 class Unread(Struct):
@@ -85,6 +95,32 @@ async def sweep(worker: Worker) -> None:
             await record(worker, results)
         if worker.stopping.is_set():
             return
+    while pending := await worker.database.rows(
+        RefundQuestion,
+        "select refund_id, payment_id, provider_id, account, livemode from surety.claim_refund_questions(%s)",
+        QUESTIONS_MAX,
+    ):
+        await tell(worker, [asking("fetch refund", question.payment_id) for question in pending])
+        async for results in in_groups([partial(ask_refund, worker, question) for question in pending]):
+            await record(worker, results)
+        if worker.stopping.is_set():
+            return
+
+
+async def ask_refund(worker: Worker, question: RefundQuestion) -> list[Result]:
+    """What the provider says about one refund."""
+    origin = Origin(question.account, question.livemode, "poll")
+    began = time.monotonic()
+    told: Result
+    try:
+        answer = await worker.stripe.fetch(question.account, "refunds", question.provider_id)
+        told = {"outcome": "answered", "status": answer.status, "snapshot": redacted(answer.body)}
+        if answer.body.get("id") == question.provider_id:
+            told |= read_one(answer.body, origin, refund_facts)
+    except ProviderError as error:
+        told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
+    duration_ms = round((time.monotonic() - began) * 1000, 3)
+    return [{"payment_id": question.payment_id, "operation": "fetch refund", "duration_ms": duration_ms, **told}]
 
 
 async def ask(worker: Worker, question: Question) -> list[Result]:

@@ -16,8 +16,9 @@ Fact = dict[str, Any]
 
 DISPUTE_FLAGS = frozenset({"warning_needs_response", "warning_under_review", "warning_closed"})
 REFUND_KINDS = {
+    None: "refund_pending",
     "pending": "refund_pending",
-    "requires_action": "refund_pending",
+    "requires_action": "refund_action",
     "succeeded": "refund_succeeded",
     "failed": "refund_failed",
     "canceled": "refund_canceled",
@@ -147,7 +148,12 @@ def money_facts(line: Json, origin: Origin, source: Json | None = None) -> list[
 
 
 def refund_facts(refund: Json, origin: Origin) -> list[Fact]:
-    """What a refund says."""
+    """What a refund says; `refund` in its data is ours, if it was asked for here."""
+    told = {
+        "refund": (refund.get("metadata") or {}).get("surety_refund"),
+        "reason": refund.get("reason"),
+        "failure": {"code": refund["failure_reason"]} if refund.get("failure_reason") else None,
+    }
     return [
         fact(
             origin,
@@ -158,6 +164,7 @@ def refund_facts(refund: Json, origin: Origin) -> list[Fact]:
             amount_minor=refund["amount"],
             currency=refund["currency"],
             objects=[refund["id"]],
+            data={name: value for name, value in told.items() if value is not None},
         )
     ]
 

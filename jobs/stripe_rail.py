@@ -48,6 +48,16 @@ PROBE_SECONDS = 5.0
 OF_THE_PAYMENT = frozenset(
     {"amount", "amount_to_capture", "payment_method", "return_url", "statement_descriptor_suffix", "description"}
 )
+# Codes that tell why a refund can't be made: likewise.
+OF_THE_REFUND = frozenset(
+    {
+        "charge_already_refunded",
+        "charge_disputed",
+        "charge_not_refundable",
+        "insufficient_funds",
+        "refund_disputed_payment",
+    }
+)
 
 
 class ProviderError(Exception):
@@ -184,6 +194,18 @@ class StripeRail:
         """The end of an intent that hasn't succeeded."""
         return await self._send("post", f"/v1/payment_intents/{intent_id}/cancel", account, request, key=key)
 
+    async def create_refund(self, account: str, key: str, request: Json) -> Answer:
+        """Money back to the payer."""
+        return await self._send("post", "/v1/refunds", account, request, key=key)
+
+    async def find_refund(self, account: str, intent_id: str, refund_id: str) -> Answer | None:
+        """The refund of an intent whose metadata name one of ours."""
+        async for page in self._pages("/v1/refunds", account, {"payment_intent": intent_id}, urgent=True):
+            for refund in page:
+                if (refund.get("metadata") or {}).get("surety_refund") == refund_id:
+                    return Answer(refund, 200, None)
+        return None
+
     async def fetch_intent(self, account: str, intent_id: str, *, urgent: bool = False) -> Answer:
         """An intent as it is now, with its charge and that charge's balance transaction."""
         expand = {"expand": ["latest_charge.balance_transaction"]}
@@ -313,7 +335,7 @@ def meaning(error: stripe.StripeError) -> ProviderError:
         return Busy(message, seconds=BUSY_SECONDS_MAX, status=status, body=body)
     if status == 402:
         return Declined(message, status=status, body=body)
-    if status in (400, 404) and param in OF_THE_PAYMENT:
+    if status in (400, 404) and (param in OF_THE_PAYMENT or code in OF_THE_REFUND):
         return Refused(message, status=status, body=body)
     return Rejected(message, status=status, body=body)
 

@@ -96,6 +96,11 @@ def test_states_and_statuses_are_the_databases_rows(rights: Connection) -> None:
     assert set(get_args(documents.Status)) == set(column(rights, "select status from surety.states"))
 
 
+def test_a_refunds_states_are_the_databases_rows(rights: Connection) -> None:
+    states = column(rights, "select state from surety.refund_states order by position")
+    assert list(get_args(documents.RefundState)) == states
+
+
 def test_capture_methods_are_those_that_cards_have(rights: Connection) -> None:
     methods = column(rights, "select distinct capture_method from surety.mandatory_steps where rail = 'card'")
     assert set(get_args(documents.CaptureMethod)) == set(methods)
@@ -104,6 +109,7 @@ def test_capture_methods_are_those_that_cards_have(rights: Connection) -> None:
 def test_every_state_has_its_event_and_no_handler_waits_for_another(rights: Connection) -> None:
     events = {f"payment.{state}" for state in get_args(documents.State)}
     events |= {"payment.attempt_failed", "payment.action_overdue", "payment.authorized_late", "webhook.received"}
+    events |= {f"refund.{state}" for state in get_args(documents.RefundState)}
     events |= {"payment.capture_requested", "payment.cancel_requested"}
     assert set(column(rights, "select distinct unnest(event_types) from outbox.handlers")) <= events
 
@@ -150,7 +156,7 @@ def test_a_lane_reads_all_that_its_function_returns(rights: Connection, statemen
 
 @pytest.mark.parametrize(
     ("kind", "files"),
-    [("api", "app/(acceptance|api|commands|doorkeeper|operators).py"), ("webhook", "app/webhooks.py")],
+    [("api", "app/(acceptance|afterwards|api|commands|doorkeeper|operators).py"), ("webhook", "app/webhooks.py")],
 )
 def test_a_process_may_execute_what_it_calls(rights: Connection, kind: Kind, files: str) -> None:
     functions = {name for name, places in called("app").items() if any(re.fullmatch(files, place) for place in places)}

@@ -174,7 +174,7 @@ def test_available_money_is_a_fact_of_its_own(sandbox: Sandbox) -> None:
     ("status", "kind"),
     [
         ("pending", "refund_pending"),
-        ("requires_action", "refund_pending"),
+        ("requires_action", "refund_action"),
         ("succeeded", "refund_succeeded"),
         ("failed", "refund_failed"),
         ("canceled", "refund_canceled"),

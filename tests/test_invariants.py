@@ -8,6 +8,12 @@ import pytest
 
 from tests.payments import Connection, add_merchant, fact, money, pay, record, violations
 
+REFUND = (
+    "insert into surety.refunds (id, payment_id, merchant_id, amount_minor, currency, provider, provider_account,"
+    " is_ours, created_at, updated_at, state)"
+    " select 'ref_' || repeat('0', 32), id, merchant_id, 100, currency, provider, provider_account, true, now(), now(),"
+)
+
 # What is done to the newest settled payment, by the promise that it breaks. %(p)s is the payment.
 VIOLATIONS: dict[str, str] = {
     "every payment stands where its last step ended": "update surety.payments set state = 'confirmed' where id = %(p)s",
@@ -40,6 +46,16 @@ VIOLATIONS: dict[str, str] = {
         "insert into surety.payment_references (merchant_id, reference, payment_id)"
         " select merchant_id, 'order-1', 'pay_that_never_was' from surety.payments where id = %(p)s"
     ),
+    "every refund stands where its last step ended": f"{REFUND} 'succeeded' from surety.payments where id = %(p)s",
+    "every refund step starts where the last ended": (
+        f"with made as ({REFUND} 'pending' from surety.payments where id = %(p)s returning id)"
+        " insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor)"
+        " select id, 2, 'succeeded', 'failed', 'test', now(), 'test' from made"
+    ),
+    "every payment has given back what its refunds say": (
+        f"{REFUND} 'succeeded' from surety.payments where id = %(p)s"
+    ),
+    "what is reserved for refunds is on its way": f"{REFUND} 'pending' from surety.payments where id = %(p)s",
     "no payment has two live objects at the provider": (
         "with another as (insert into surety.provider_objects values ('stripe', '', 'ch_two', %(p)s))"
         " insert into surety.facts (id, payment_id, provider, account, livemode, object_id, kind, source, recorded_at)"

@@ -1,0 +1,96 @@
+"""Routes to what comes after a payment was accepted: capture, cancel, refunds.
+
+What is asked for goes through app/commands.py, which answers in these routes' stead; they document it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Request, Response, get, post
+
+from app.commands import CANCEL, CAPTURE, REFUND, at
+from app.documents import NewCancellation, NewCapture, NewRefund, Payment, Refund, RefundList, RefundsQuery
+from app.openapi import parameters_of, refusals
+from app.reading import REFUND_ID, Key, caller_of, json, query_of, well_formed
+
+KICK = "select outbox.kick('{capture,cancel,refund}')"
+
+REFUSALS = (
+    "invalid-request",
+    "idempotency-key-missing",
+    "unauthenticated",
+    "forbidden",
+    "not-found",
+    "wrong-state",
+    "too-large",
+    "not-json",
+    "idempotency-key-reused",
+    "overloaded",
+)
+
+
+@post(
+    "/v1/payments/{payment_id:str}/capture",
+    status_code=202,
+    middleware=[at(CAPTURE)],
+    responses=refusals(*REFUSALS),
+)
+async def capture_payment(payment_id: str, data: NewCapture, idempotency_key: Key) -> Payment:
+    """Capture what an authorized payment holds, or a part of it, once.
+
+    202 means: stored for good, and on its way to the provider. The rest of what is held is let go.
+    """
+    raise AssertionError("app.commands has answered")
+
+
+@post(
+    "/v1/payments/{payment_id:str}/cancel",
+    status_code=202,
+    middleware=[at(CANCEL)],
+    responses=refusals(*REFUSALS),
+)
+async def cancel_payment(payment_id: str, data: NewCancellation, idempotency_key: Key) -> Payment:
+    """Cancel a payment that has not succeeded yet.
+
+    200: it is canceled, nothing had been sent. 202: the provider is asked to call it off; the payment's state will tell
+    whether it came in time.
+    """
+    raise AssertionError("app.commands has answered")
+
+
+@post(
+    "/v1/payments/{payment_id:str}/refunds",
+    middleware=[at(REFUND)],
+    responses=refusals(*REFUSALS, "balance-too-low"),
+)
+async def create_refund(payment_id: str, data: NewRefund, idempotency_key: Key) -> Refund:
+    """Give back what was captured, all that is left of it or an amount.
+
+    201 means: the amount is taken up, no other refund can have it, and the provider will be told.
+    """
+    raise AssertionError("app.commands has answered")
+
+
+@get("/v1/refunds/{refund_id:str}", responses=refusals("unauthenticated", "not-found", "overloaded"))
+async def get_refund(request: Request[Any, Any, Any], refund_id: str) -> Response[Refund]:
+    """Read a refund."""
+    caller = caller_of(request, "GET /v1/refunds/{id}")
+    asked = well_formed(refund_id, REFUND_ID)
+    return json(request, await caller.fetch("select body from api.get_refund(%s, %s)", asked))
+
+
+@get(
+    "/v1/refunds",
+    operation_class=parameters_of(RefundsQuery),
+    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+)
+async def list_refunds(request: Request[Any, Any, Any]) -> Response[RefundList]:
+    """List refunds, newest first."""
+    caller = caller_of(request, "GET /v1/refunds")
+    asked = await query_of(request, caller, RefundsQuery)
+    query = "select body from api.list_refunds(%s, %s, %s, %s)"
+    return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
+
+
+AFTERWARDS = [capture_payment, cancel_payment, create_refund, get_refund, list_refunds]
