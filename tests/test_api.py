@@ -186,7 +186,7 @@ def test_what_can_not_be_accepted_now_is_a_503_and_its_repetition_succeeds(merch
     answer = merchant.post(key=key)
     problem(answer, 503, "overloaded")
     assert answer.headers["retry-after"] == "1"
-    merchant.conn.execute("alter function api.away(jsonb) rename to create_payments")
+    merchant.conn.execute("alter function api.away(json) rename to create_payments")
     assert merchant.count() == 0
     assert merchant.post(key=key).status_code == 201
 

@@ -134,7 +134,7 @@ def test_a_request_has_the_fields_that_its_function_reads(
     rights: Connection, struct: type[msgspec.Struct], function: str
 ) -> None:
     source = one(rights, "select prosrc from pg_proc where oid = %s::regproc", function)
-    recordset = re.search(r"jsonb_to_recordset\(p_\w+\) as \w+ \(([^)]+)\)", source)
+    recordset = re.search(r"jsonb?_to_recordset\(p_\w+\) as \w+ \(([^)]+)\)", source)
     assert recordset
     read = [column.split()[0] for column in recordset[1].split(",")]
     assert sorted(set(names(struct)) | {"request_id"}) == sorted({*read, "request_id"})
