@@ -14,7 +14,7 @@ from db.connect import harden
 from db.deploy import deploy
 from db.server import temporary_database
 from tests.front import SECRETS, Merchant, fresh, service
-from tests.payments import Connection, ledger_of, violations
+from tests.payments import Connection, ledger_of, path_of, violations
 from tests.sandbox_process import Json, Sandbox, eventually, running_sandbox
 from tests.working import hasten, wait_for_worker, worker_process
 
@@ -59,6 +59,14 @@ class House:
     def intent(self, payment: str) -> str:
         return str(self.merchant.get(f"/v1/payments/{payment}")["provider"]["id"])
 
+    def refund_becomes(self, refund: str, state: str) -> Json:
+        """The refund, once it is in the state."""
+        return self.found(f"/v1/refunds/{refund}", state)
+
+    def refunds_at_stripe(self, payment: str) -> list[Json]:
+        refunds: list[Json] = self.sandbox.get("/v1/refunds", {"payment_intent": self.intent(payment)})["data"]
+        return refunds
+
     def balances(self, payment: str, expected: dict[str, int]) -> None:
         """Waits until the payment's transfers come to these balances."""
         eventually(lambda: ledger_of(self.conn, payment) == expected, WITHIN_SECONDS)
@@ -102,7 +110,53 @@ def test_a_hold_that_is_called_off_takes_nothing(house: House) -> None:
     assert ledger_of(house.conn, payment) == {}
 
 
+def test_a_part_is_given_back_before_or_after_it_is_settled(house: House) -> None:
+    payment = house.pay()
+    house.becomes(payment, "confirmed", "settled")
+    asked = house.ask(f"/v1/payments/{payment}/refunds", amount=2500, reason="duplicate", metadata={"case": "7"})
+    assert (asked["state"], asked["amount"], asked["payment"]) == ("pending", 2500, payment)
+    house.refund_becomes(asked["id"], "succeeded")
+    assert house.becomes(payment, "partially_refunded")["amount_refunded"] == 2500
+    house.balances(payment, {"avail": 7125, "stripe": 7180, "rev": 375, "cost": 320})
+    [at_stripe] = house.refunds_at_stripe(payment)
+    assert (at_stripe["reason"], at_stripe["metadata"]["surety_refund"]) == ("duplicate", asked["id"])
+
+
+def test_a_refund_that_comes_back_late_is_the_merchants_money_again(house: House) -> None:
+    payment = house.pay("pm_card_refundFail")
+    house.becomes(payment, "settled")
+    asked = house.ask(f"/v1/payments/{payment}/refunds", amount=3000)
+    failed = house.refund_becomes(asked["id"], "failed")
+    assert failed["failure"]["code"] == "expired_or_canceled_card"
+    assert house.becomes(payment, "settled")["amount_refunded"] == 0
+    house.balances(payment, {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320})
+    again = house.ask(f"/v1/payments/{payment}/refunds", amount=3000)
+    assert again["id"] != asked["id"]
+
+
+def test_a_refund_in_the_dashboard_is_known_and_booked(house: House) -> None:
+    payment = house.pay()
+    house.becomes(payment, "settled")
+    house.sandbox.control("refunds", {"payment_intent": house.intent(payment), "amount": 10000})
+    house.becomes(payment, "refunded")
+    [found] = house.merchant.get("/v1/refunds", payment=payment)["data"]
+    assert (found["state"], found["amount"]) == ("succeeded", 10000)
+    house.balances(payment, {"avail": -375, "stripe": -320, "rev": 375, "cost": 320})
+    assert house.send(f"/v1/payments/{payment}/refunds", amount=1).status_code in (400, 409)
+
+
 LOST = ("timeout_before", "timeout_after", "reset", "error_500_before", "error_500_after", "garbage_200")
+
+
+@pytest.mark.parametrize("fault", LOST)
+def test_a_refund_whose_answer_is_lost_is_made_once(house: House, fault: str) -> None:
+    payment = house.pay()
+    house.becomes(payment, "settled")
+    house.sandbox.order("refunds.create", fault)
+    asked = house.ask(f"/v1/payments/{payment}/refunds", amount=2500)
+    house.refund_becomes(asked["id"], "succeeded")
+    assert [refund["amount"] for refund in house.refunds_at_stripe(payment)] == [2500]
+    house.balances(payment, {"avail": 7125, "stripe": 7180, "rev": 375, "cost": 320})
 
 
 @pytest.mark.parametrize("fault", LOST)
@@ -113,3 +167,44 @@ def test_a_capture_whose_answer_is_lost_is_made_once(house: House, fault: str) -
     house.ask(f"/v1/payments/{payment}/capture", amount=7000)
     assert house.becomes(payment, "settled")["amount_captured"] == 7000
     house.balances(payment, {"avail": 6727, "stripe": 6767, "rev": 273, "cost": 233})
+
+
+def disputed(house: House) -> tuple[str, str]:
+    """A settled payment that is disputed, and the dispute at the provider."""
+    payment = house.pay()
+    house.becomes(payment, "settled")
+    dispute = house.sandbox.control("disputes", {"payment_intent": house.intent(payment)})
+    house.becomes(payment, "disputed")
+    house.balances(
+        payment, {"avail": -1875, "held": 10000, "network": 10000, "stripe": -1820, "rev": 1875, "cost": 1820}
+    )
+    return payment, str(dispute["id"])
+
+
+def test_a_dispute_that_is_lost_takes_amount_and_fee(house: House) -> None:
+    payment, dispute = disputed(house)
+    house.sandbox.control(f"disputes/{dispute}", {"outcome": "lost"})
+    house.becomes(payment, "reversed")
+    house.balances(payment, {"avail": -1875, "stripe": -1820, "rev": 1875, "cost": 1820})
+    house.sandbox.control(f"disputes/{dispute}", {"outcome": "reinstated"})
+    house.becomes(payment, "settled")
+    house.balances(payment, {"avail": 8125, "stripe": 8180, "rev": 1875, "cost": 1820})
+
+
+def test_a_dispute_that_is_won_takes_the_fee_only(house: House) -> None:
+    payment, dispute = disputed(house)
+    house.sandbox.control(f"disputes/{dispute}", {"outcome": "won"})
+    house.becomes(payment, "settled")
+    house.balances(payment, {"avail": 8125, "stripe": 8180, "rev": 1875, "cost": 1820})
+
+
+def test_an_inquiry_changes_nothing(house: House) -> None:
+    payment = house.pay()
+    house.becomes(payment, "settled")
+    told = {"payment_intent": house.intent(payment), "inquiry": True}
+    dispute = house.sandbox.control("disputes", told)
+    house.sandbox.control(f"disputes/{dispute['id']}", {"outcome": "closed"})
+    heard = "select count(*) from surety.inbox where type like 'charge.dispute.%%' and body like %s"
+    eventually(lambda: (house.conn.execute(heard, (f"%{dispute['id']}%",)).fetchone() or (0,))[0] == 2)
+    assert path_of(house.conn, payment)[-1] == "settled"
+    assert ledger_of(house.conn, payment) == {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320}

@@ -116,6 +116,7 @@ def shorten(conn: report.Connection) -> None:
     conn.execute("update surety.environment set kind = 'test'")
     conn.execute("update outbox.handlers set lease = %s::interval, retry_after = %s::interval[]", (LEASE, RETRY_AFTER))
     conn.execute("update surety.states set ask_after = %s::interval where ask_after is not null", (ASK_AFTER,))
+    conn.execute("update surety.refund_states set ask_after = %s::interval where ask_after is not null", (ASK_AFTER,))
 
 
 class Stage:

@@ -34,6 +34,8 @@ class Plan:
     """Where it is asked for; `{id}` is the payment's."""
     tenths: int | None = None
     """Of the payment's amount; None: all, by not naming any."""
+    until: str | None = None
+    """Type of an event of what was asked for, without which the story isn't over."""
     special: Json = field(default_factory=dict)
     """What such a payment is made with."""
 
@@ -43,12 +45,22 @@ class Plan:
 
 
 HELD = ("payment.authorized",)
+PAID = ("payment.confirmed", "payment.settled")
 MANUAL: Json = {"capture_method": "manual"}
+
+
+def paid_by(token: str) -> Json:
+    """What is special about a payment by a certain card."""
+    return {"payment_method": {"type": "card", "token": token}}
+
 
 PLANS = (
     Plan(0.03, HELD, "/v1/payments/{id}/capture", special=MANUAL),
     Plan(0.02, HELD, "/v1/payments/{id}/capture", 7, special=MANUAL),
     Plan(0.01, HELD, "/v1/payments/{id}/cancel", special=MANUAL),
+    Plan(0.03, PAID, "/v1/payments/{id}/refunds"),
+    Plan(0.03, PAID, "/v1/payments/{id}/refunds", 3),
+    Plan(0.005, PAID, "/v1/payments/{id}/refunds", special=paid_by("pm_card_refundFail"), until="refund.failed"),
 )
 AMOUNT_MINOR_MAX = 5_000
 """Of a planned payment, in the currency in which every shop earns: what is given back must have been earned."""
@@ -82,12 +94,16 @@ class Clerk:
     plans: dict[str, Plan] = field(default_factory=dict)
     """By the payment's reference; what is left to be done."""
     refusals: list[str] = field(default_factory=list)
+    waits_for: dict[str, str] = field(default_factory=dict)
+    """By the id of what was asked for, the type of an event that is still to come."""
     _asked: dict[str, tuple[str, Json]] = field(default_factory=dict)
     """By reference, what to send, until it is accepted."""
 
     def read(self, event: Json) -> None:
         """Note what an event asks for."""
         told = event["data"]
+        if self.waits_for.get(told["id"]) == event["type"]:
+            del self.waits_for[told["id"]]
         plan = self.plans.get(told.get("reference") or "")
         if plan is not None and event["type"] in plan.on:
             self._asked[told["reference"]] = (plan.path.format(id=told["id"]), plan.body(told["amount"]))
@@ -101,7 +117,10 @@ class Clerk:
             except httpx.TransportError:
                 continue
             if answer.is_success:
-                del self.plans[reference], self._asked[reference]
+                plan = self.plans.pop(reference)
+                del self._asked[reference]
+                if plan.until:
+                    self.waits_for[answer.json()["id"]] = plan.until
             elif answer.status_code not in (409, 503):
                 self.refusals.append(f"{path}: {answer.status_code} {answer.text}")
                 del self.plans[reference], self._asked[reference]
@@ -110,7 +129,7 @@ class Clerk:
         """Follow the feed and act until nothing is left to do."""
         after: str | None = None
         headers = {"Authorization": f"Bearer {self.api_key}"}
-        while self.plans:
+        while self.plans or self.waits_for:
             asked = {"limit": PAGE_LIMIT} | ({"after": after} if after else {})
             try:
                 page = (await client.get("/v1/events", params=asked, headers=headers)).raise_for_status().json()
