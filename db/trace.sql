@@ -72,9 +72,11 @@ begin atomic
                     'refund of ' || surety.money(
                         (entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'
                     ) || ' ' || entries.to_state || ' (' || (entries.snapshot ->> 'refund') || ')'
-                when 'call' then '→ ' || (entries.snapshot ->> 'operation') || ', key ' || (entries.snapshot ->> 'key')
+                when 'call' then
+                    '→ ' || split_part(entries.snapshot ->> 'operation', ':', 1)
+                    || ', key ' || (entries.snapshot ->> 'key')
                 when 'answer' then
-                    '← ' || (entries.snapshot ->> 'operation') || ' ' || entries.outcome
+                    '← ' || split_part(entries.snapshot ->> 'operation', ':', 1) || ' ' || entries.outcome
                     || coalesce(': ' || entries.reason, '')
                 when 'retry' then
                     (entries.snapshot ->> 'handler') || ' failed, time ' || (entries.snapshot ->> 'failures')

@@ -36,6 +36,7 @@ def test_forty_payments_with_faults_keep_every_promise() -> None:
     later = result["afterwards"]
     assert later["captured later"] > later["of these, in part"] > 0 and later["released"] > 0
     assert later["refunded"] > 0 and later["refunded in part"] > 0 and later["refunds that came back"] > 0
+    assert result["disputes"] == {"won": later["disputes won"], "lost": later["disputes lost"]} == {"won": 1, "lost": 1}
     assert result["refunds"] == later["refunded"] + later["refunded in part"]
     assert result["charges_at_provider"] == result["confirmed_here"] > 0
 

@@ -191,7 +191,7 @@ def trade(
 
     def sell() -> None:
         try:
-            asyncio.run(do_business(stage.url("api"), orders, clerks, till))
+            asyncio.run(do_business(stage, orders, clerks, till))
         except BaseException as error:  # noqa: BLE001  # told to the main thread, which raises it
             failures.append(error)
 
@@ -222,13 +222,14 @@ def trade(
 
 
 async def do_business(
-    url: str, orders: list[merchants.Order], clerks: list[aftersales.Clerk], till: merchants.Till
+    stage: Stage, orders: list[merchants.Order], clerks: list[aftersales.Clerk], till: merchants.Till
 ) -> None:
     """Sell, and do what the merchants want done afterwards."""
-    async with httpx.AsyncClient(base_url=url, timeout=10) as client, asyncio.TaskGroup() as tasks:
+    api, sandbox = (httpx.AsyncClient(base_url=stage.url(name), timeout=10) for name in ("api", "sandbox"))
+    async with api, sandbox, asyncio.TaskGroup() as tasks:
         for clerk in clerks:
-            tasks.create_task(clerk.work(client))
-        sold = await merchants.sell(url, orders, lambda: None)
+            tasks.create_task(clerk.work(api, sandbox))
+        sold = await merchants.sell(stage.url("api"), orders, lambda: None)
     till.acknowledged, till.refused, till.repeated = sold.acknowledged, sold.refused, sold.repeated
     till.turned_down = [refusal for clerk in clerks for refusal in clerk.refusals]
 

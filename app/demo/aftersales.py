@@ -1,7 +1,7 @@
-"""What merchants do after the charge: capture, cancel, refund, answer disputes.
+"""What happens after the charge: merchants capture, cancel and refund; holders dispute, and their banks decide.
 
 Each merchant's clerk follows its feed of events, `GET /v1/events`, as a merchant's system would, and acts on what it
-reads: so the feed is tried out, too, for whoever skips an event never acts.
+reads: so the feed is tried out, too, for whoever skips an event never acts. The banks are the sandbox's.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ class Plan:
     """Of the payments of a shop; of few payments one, at least."""
     on: tuple[str, ...]
     """Types of the events that it waits for."""
-    path: str
+    path: str = ""
     """Where it is asked for; `{id}` is the payment's."""
+    verdict: str = ""
+    """What the bank decides about the payment's dispute, instead."""
     tenths: int | None = None
     """Of the payment's amount; None: all, by not naming any."""
     until: str | None = None
@@ -56,11 +58,13 @@ def paid_by(token: str) -> Json:
 
 PLANS = (
     Plan(0.03, HELD, "/v1/payments/{id}/capture", special=MANUAL),
-    Plan(0.02, HELD, "/v1/payments/{id}/capture", 7, special=MANUAL),
+    Plan(0.02, HELD, "/v1/payments/{id}/capture", tenths=7, special=MANUAL),
     Plan(0.01, HELD, "/v1/payments/{id}/cancel", special=MANUAL),
     Plan(0.03, PAID, "/v1/payments/{id}/refunds"),
-    Plan(0.03, PAID, "/v1/payments/{id}/refunds", 3),
+    Plan(0.03, PAID, "/v1/payments/{id}/refunds", tenths=3),
     Plan(0.005, PAID, "/v1/payments/{id}/refunds", special=paid_by("pm_card_refundFail"), until="refund.failed"),
+    Plan(0.005, ("payment.disputed",), verdict="won", special=paid_by("pm_card_createDispute")),
+    Plan(0.005, ("payment.disputed",), verdict="lost", special=paid_by("pm_card_createDisputeProductNotReceived")),
 )
 AMOUNT_MINOR_MAX = 5_000
 """Of a planned payment, in the currency in which every shop earns: what is given back must have been earned."""
@@ -98,6 +102,8 @@ class Clerk:
     """By the id of what was asked for, the type of an event that is still to come."""
     _asked: dict[str, tuple[str, Json]] = field(default_factory=dict)
     """By reference, what to send, until it is accepted."""
+    _tried: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By reference, the intent whose dispute is to be decided, and how."""
 
     def read(self, event: Json) -> None:
         """Note what an event asks for."""
@@ -105,13 +111,31 @@ class Clerk:
         if self.waits_for.get(told["id"]) == event["type"]:
             del self.waits_for[told["id"]]
         plan = self.plans.get(told.get("reference") or "")
-        if plan is not None and event["type"] in plan.on:
+        if plan is None or event["type"] not in plan.on:
+            return
+        if plan.verdict:
+            self._tried[told["reference"]] = (told["provider"]["id"], plan.verdict)
+        else:
             self._asked[told["reference"]] = (plan.path.format(id=told["id"]), plan.body(told["amount"]))
+
+    async def await_verdicts(self, sandbox: httpx.AsyncClient) -> None:
+        """Let the banks decide; raises if the provider knows of no dispute that we were told of."""
+        if not self._tried:
+            return
+        disputes = {told["payment_intent"]: told["id"] for told in (await sandbox.get("/sandbox/disputes")).json()}
+        for reference, (intent, verdict) in self._tried.items():
+            decided = await sandbox.post(f"/sandbox/disputes/{disputes[intent]}", json={"outcome": verdict})
+            decided.raise_for_status()
+            del self.plans[reference]
+        self._tried.clear()
 
     async def act(self, client: httpx.AsyncClient) -> None:
         """Send what is asked for; what can't be done yet is tried again later, under the same key."""
         for reference, (path, body) in list(self._asked.items()):
-            headers = {"Authorization": f"Bearer {self.api_key}", "Idempotency-Key": f"{reference} {path}"}
+            headers = {
+                "Authorization": f"Bearer {self.api_key}",
+                "Idempotency-Key": f"{reference}-{path.rpartition('/')[2]}",
+            }
             try:
                 answer = await client.post(path, json=body, headers=headers)
             except httpx.TransportError:
@@ -125,7 +149,7 @@ class Clerk:
                 self.refusals.append(f"{path}: {answer.status_code} {answer.text}")
                 del self.plans[reference], self._asked[reference]
 
-    async def work(self, client: httpx.AsyncClient) -> None:
+    async def work(self, client: httpx.AsyncClient, sandbox: httpx.AsyncClient) -> None:
         """Follow the feed and act until nothing is left to do."""
         after: str | None = None
         headers = {"Authorization": f"Bearer {self.api_key}"}
@@ -140,5 +164,6 @@ class Clerk:
             for event in page["data"]:
                 self.read(event)
             await self.act(client)
+            await self.await_verdicts(sandbox)
             if not page["has_more"]:
                 await asyncio.sleep(POLL_SECONDS)

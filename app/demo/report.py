@@ -153,12 +153,12 @@ def check_promises(conn: Connection, acknowledged: list[str], sandbox: dict[str,
 
 
 def find_example(conn: Connection) -> str | None:
-    """A settled payment with a story: confirmed by its webhook before the answer to our confirm, if there is one."""
+    """A payment with a story: refunded in part, and confirmed by its webhook before our answer, if there are such."""
     row = conn.execute(
         """
         select p.id from surety.payments as p
-        where p.state = 'settled'
-        order by exists (
+        where p.state in ('settled', 'partially_refunded')
+        order by p.state = 'partially_refunded' desc, exists (
             select from surety.facts as f
             where f.payment_id = p.id and f.kind = 'captured' and f.source = 'webhook'
         ) desc, p.id
