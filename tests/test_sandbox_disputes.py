@@ -274,3 +274,39 @@ def test_events_can_be_read_for_30_days(tmp_path: Path) -> None:
         sandbox.control("clock", {"advance": 30 * 86400 + 2})
         assert sandbox.get("/v1/events")["data"] == []
         assert sandbox.get("/v1/events", {"created[gte]": 1})["data"] == []
+
+
+def test_a_payout_contains_disputes_and_what_came_back(tmp_path: Path) -> None:
+    with running_sandbox(tmp_path, "--payout-seconds=0.3") as sandbox:
+        for outcome in ("won", "lost"):
+            dispute = sandbox.control("disputes", {"payment_intent": sandbox.pay(amount=10000)["id"]})
+            decide(sandbox, dispute, outcome)
+        sandbox.pay(amount=50000)
+        net = 2 * 9680 + 48520 - 11500 - 1500
+
+        def paid() -> list[Json]:
+            payouts = sandbox.get("/v1/payouts")["data"]
+            return payouts if sum(payout["amount"] for payout in payouts) == net else []
+
+        lines = [
+            line
+            for payout in eventually(paid)
+            for line in sandbox.get("/v1/balance_transactions", {"payout": payout["id"]})["data"]
+        ]
+        categories = [line["reporting_category"] for line in lines if line["type"] == "adjustment"]
+        assert sorted(categories) == ["dispute", "dispute", "dispute_reversal"]
+        balance = sandbox.get("/v1/balance")
+        assert sum(line["amount"] for line in balance["available"] + balance["pending"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"), [("error_500_before", "needs_response"), ("error_500_after", "under_review")]
+)
+def test_evidence_whose_answer_is_lost_can_be_asked_about(sandbox: Sandbox, fault: str, status: str) -> None:
+    dispute = disputed(sandbox)
+    sandbox.order("disputes.update", fault)
+    path, form = f"/v1/disputes/{dispute['id']}", {"evidence[customer_name]": "Ada"}
+    assert sandbox.send("POST", path, form, key=f"evidence-{fault}").status_code == 500
+    assert read(sandbox, dispute)["status"] == status
+    assert sandbox.send("POST", path, form, key=f"evidence-{fault}").status_code == 500
+    assert sandbox.send("POST", path, form).status_code == (400 if status == "under_review" else 200)
