@@ -7,10 +7,10 @@ from typing import Any, LiteralString
 
 import psycopg
 from psycopg import AsyncConnection, errors
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from app.lanes import Unavailable, is_passing
-from db.connect import Kind, connect, conninfo
+from db.connect import Kind, connect, conninfo, patient
 from db.errors import SuretyError
 from db.settings import Settings
 
@@ -30,10 +30,13 @@ class Database:
     def __init__(self, kind: Kind, settings: Settings) -> None:
         self._pool: AsyncConnectionPool[AsyncConnection[Row]] = AsyncConnectionPool(
             conninfo(kind, settings),
+            connection_class=patient(kind),
             kwargs={"autocommit": True},
             min_size=1,
             max_size=CONNECTIONS_MAX,
             timeout=PATIENCE_SECONDS,
+            # The pool's own pauses double; so it gives up early, and the next request makes it try again.
+            reconnect_timeout=PATIENCE_SECONDS,
             open=False,
         )
 
@@ -55,6 +58,8 @@ class Database:
                     except errors.FeatureNotSupported:
                         await connection.close()
                         raise
+            except PoolTimeout as error:
+                raise Unavailable(str(error)) from None
             except psycopg.Error as error:
                 if not is_passing(error):
                     raise

@@ -3,19 +3,26 @@
 `SURETY_<KIND>_DATABASE_URL` names a login of its own, a member of the kind's group role. Without it DATABASE_URL
 serves, with `role` set: that guards against mistakes, not against an intruder, who could reset it. Timeouts are
 settings of the connection, for a group role's own settings don't reach the logins that are its members. A dead server
-is noticed within seconds, and of several hosts in an address those that write take the primary.
+is noticed within seconds, one that acknowledges and never answers a little after its statement's timeout, and of
+several hosts in an address those that write take the primary.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import asyncio
+import os
+import socket
+from typing import Any, Literal, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, Connection
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
 
 from db.settings import Settings
 
+Result = TypeVar("Result")
 Kind = Literal["deploy", "api", "webhook", "worker", "analyst", "auditor"]
 
 NETWORK = {
@@ -41,10 +48,12 @@ TIMEOUTS: dict[Kind, tuple[str, str, str]] = {
     "deploy": ("0", "0", "60s"),
     "api": ("10s", "5s", "10s"),
     "webhook": ("10s", "5s", "10s"),
-    "worker": ("60s", "10s", "30s"),
+    "worker": ("30s", "10s", "30s"),
     "analyst": ("15min", "5s", "5min"),
     "auditor": ("60s", "5s", "60s"),
 }
+# How long a process that listens or works waits for the answer to a statement: longer than the server would.
+PATIENCE_SECONDS: dict[Kind, float] = {"api": 15.0, "webhook": 15.0, "worker": 35.0}
 READERS: frozenset[Kind] = frozenset({"analyst", "auditor"})
 
 
@@ -93,6 +102,39 @@ def connect(kind: Kind, settings: Settings) -> Connection[tuple[Any, ...]]:
     return psycopg.connect(conninfo(kind, settings), autocommit=True)
 
 
+class Patient(AsyncConnection[tuple[Any, ...]]):
+    """Hangs up where a statement is not answered in time, which fails it like any lost connection.
+
+    A peer that acknowledges what it gets and never answers is noticed by neither tcp_user_timeout nor keepalives.
+    Waiting for notifications has no end.
+    """
+
+    patience_seconds = 35.0
+
+    async def wait(
+        self,
+        gen: PQGen[Result],
+        interval: float = 0.1,
+        timeout: float | None = None,  # noqa: ASYNC109  psycopg's signature
+    ) -> Result:
+        """As psycopg's, with an end."""
+        timer = asyncio.get_running_loop().call_later(self.patience_seconds, self._hang_up)
+        try:
+            return await super().wait(gen, interval, timeout)
+        finally:
+            timer.cancel()
+
+    def _hang_up(self) -> None:
+        if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            with socket.socket(fileno=os.dup(self.pgconn.socket)) as line:
+                line.shutdown(socket.SHUT_RDWR)
+
+
+def patient(kind: Kind) -> type[Patient]:
+    """The connections of a kind of process that listens or works."""
+    return type(f"Patient{kind.title()}", (Patient,), {"patience_seconds": PATIENCE_SECONDS[kind]})
+
+
 async def connect_async(kind: Kind, settings: Settings) -> AsyncConnection[tuple[Any, ...]]:
-    """The same for asyncio."""
-    return await AsyncConnection.connect(conninfo(kind, settings), autocommit=True)
+    """The same for asyncio, and with an end to waiting."""
+    return await patient(kind).connect(conninfo(kind, settings), autocommit=True)

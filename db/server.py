@@ -372,19 +372,11 @@ class EmbeddedServer:
 
     def restart(self, mode: StopMode = "fast") -> None:
         """Stop the server and start it on the same data; `immediate` is a crash, so it starts by recovering."""
-        self._halt(mode)
-        self._spawn(*self._how)
+        self.halt(mode)
+        self.resume()
 
-    def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server and remove what was only for this run."""
-        self._halt(mode)
-        for folder in reversed(self._scratch):
-            shutil.rmtree(folder, ignore_errors=True)
-        self._scratch.clear()
-        while self._claims:
-            os.close(self._claims.pop())
-
-    def _halt(self, mode: StopMode) -> None:
+    def halt(self, mode: StopMode = "fast") -> None:
+        """Stop the server and keep its data, so that it can be resumed."""
         if self.process is None:
             return
         self._signal(SIGNALS[mode])
@@ -394,6 +386,19 @@ class EmbeddedServer:
             self._signal(SIGNALS["immediate"])
             self.process.wait(STOP_SECONDS_MAX)
         self.process = None
+
+    def resume(self) -> None:
+        """Start a server that was halted."""
+        self._spawn(*self._how)
+
+    def stop(self, mode: StopMode = "fast") -> None:
+        """Stop the server and remove what was only for this run."""
+        self.halt(mode)
+        for folder in reversed(self._scratch):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._scratch.clear()
+        while self._claims:
+            os.close(self._claims.pop())
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process and self.process.poll() is None:

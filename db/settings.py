@@ -71,7 +71,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     both are active.
 
     For the workers, in seconds: SURETY_PROVIDER_TIMEOUT bounds a call to the provider, SURETY_POLL_SECONDS is how often
-    it is asked for what no webhook told, SURETY_ACTION_SECONDS is how long a payer may take to act.
+    it is asked for what no webhook told, SURETY_ACTION_SECONDS is how long a payer may take to act,
+    SURETY_STALL_SECONDS is how long a worker may seem dead before it ends itself, for its supervisor to replace it.
     SURETY_PROVIDER_RATE bounds the requests per second and account, 0 is no bound; without it Stripe's own limits are
     kept, and the sandbox has none.
     """
@@ -96,6 +97,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     surety_provider_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None
     surety_poll_seconds: PollSeconds = 60
     surety_action_seconds: Seconds = 86_400.0
+    surety_stall_seconds: Annotated[float, msgspec.Meta(ge=1)] = 30.0
 
     surety_pg_bin: Path | None = None
 

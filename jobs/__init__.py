@@ -11,6 +11,7 @@ Run by `procrastinate --app jobs.app worker`, as often as you like. A payment's 
     stripe_facts   what Stripe's objects say, as facts
     breaker        whether the provider is to blame, and when it is well again
     periodic       what nobody has to ask for: sweep, balance transactions, deadlines, upkeep
+    watchdog       ends a worker that has stopped working
     worker         what all of them work with
     database       the workers' way to PostgreSQL
 
@@ -33,8 +34,9 @@ from procrastinate import App, PsycopgConnector
 from procrastinate.app import WorkerOptions
 from psycopg_pool import AsyncConnectionPool
 
-from db.connect import conninfo
+from db.connect import conninfo, patient
 from db.settings import load
+from jobs.database import POOL_SECONDS, is_away
 
 log = logging.getLogger("surety.worker")
 
@@ -59,6 +61,7 @@ class Workers(App):
         name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
         by_signals = options.get("install_signal_handlers", True)
         async with open_worker(settings, name) as worker:
+            worker.watchdog.start()
             work: WorkerOptions = {
                 **options,
                 "name": name,
@@ -78,8 +81,11 @@ async def supervised(stopping: asyncio.Event, running: asyncio.Task[None]) -> No
     except asyncio.CancelledError:
         if not stopping.is_set():
             raise
-    except Exception:
-        log.exception("the worker broke down")
+    except Exception as error:
+        if is_away(error) or is_away(error.__cause__):
+            log.warning("the database is away: %s", str(error.__cause__ or error).strip())
+        else:
+            log.exception("the worker broke down")
     if not stopping.is_set():
         log.error("the worker ended by itself; it is started again in %s s", RESTART_SECONDS)
         await asyncio.sleep(RESTART_SECONDS)
@@ -111,12 +117,22 @@ def keep_quiet() -> None:
     """Libraries tell of every job and request; at debug level Stripe's would tell client secrets."""
     for name in ("procrastinate", "httpx", "httpcore", "stripe"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It tells of each try to connect; jobs/database.py tells once.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 
 
 def open_pool(**options: Any) -> AsyncConnectionPool:
     """Procrastinate's own connections; raises SettingsError when a worker starts without settings."""
     where = conninfo("worker", load(), search_path="procrastinate")
-    return AsyncConnectionPool(where, min_size=1, max_size=4, **options)
+    return AsyncConnectionPool(
+        where,
+        connection_class=patient("worker"),
+        min_size=1,
+        max_size=4,
+        timeout=POOL_SECONDS,
+        reconnect_timeout=POOL_SECONDS,
+        **options,
+    )
 
 
 app = Workers(

@@ -21,7 +21,6 @@ from jobs.stripe_rail import Outage, ProviderError, StripeRail
 log = logging.getLogger("surety.breaker")
 
 PROVIDER = "stripe"
-TELL_SECONDS = 5.0
 
 
 def outage_key(account: str) -> str:
@@ -54,11 +53,12 @@ class Told(Struct):
 class Breaker:
     """What this worker knows about the provider's accounts. `blocked` are those whose breaker is open."""
 
-    def __init__(self, database: Database, rail: StripeRail, actor: str) -> None:
+    def __init__(self, database: Database, rail: StripeRail, actor: str, tell_seconds: float) -> None:
         self.blocked: frozenset[str] = frozenset()
         self._database = database
         self._rail = rail
         self._actor = actor
+        self._tell_seconds = tell_seconds
         self._tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self._reopened: dict[str, float] = {}
         self._probing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -77,13 +77,15 @@ class Breaker:
             tally.failed += 1
             tally.in_a_row += 1
 
-    async def pulse(self) -> None:
-        """Tell what there is to tell, and probe what is due; to be called every second."""
-        if time.monotonic() - self._told_at > TELL_SECONDS or any(tally.failed for tally in self._tallies.values()):
+    async def pulse(self) -> bool:
+        """Tell what there is to tell, and probe what is due, every second; whether the database was told anything."""
+        is_time = time.monotonic() - self._told_at > self._tell_seconds
+        if is_time or any(tally.failed for tally in self._tallies.values()):
             await self._tell()
         if self.blocked:
             due: list[str] = await self._database.value("select surety.claim_probes(%s)", PROVIDER)
             await asyncio.gather(*(self._probe(account) for account in due))
+        return is_time
 
     async def consider(self, failed: Iterable[tuple[str, float]]) -> None:
         """Find out about accounts where calls failed, each with when the call began, on the monotonic clock."""

@@ -13,7 +13,7 @@ from psycopg import AsyncConnection, AsyncCursor, errors
 from psycopg.rows import class_row, scalar_row
 from psycopg_pool import AsyncConnectionPool
 
-from db.connect import conninfo
+from db.connect import conninfo, patient
 from db.settings import Settings
 
 log = logging.getLogger("surety.database")
@@ -22,8 +22,12 @@ T = TypeVar("T")
 Row = TypeVar("Row")
 
 CONNECTIONS_MAX = 12
+# The pool's own pauses double up to minutes; so it gives up early, and is asked again.
+POOL_SECONDS = 5.0
+START_SECONDS_MAX = 30.0
 TRIES = 5
 PAUSE_SECONDS = 0.05
+PAUSE_SECONDS_MAX = 1.0
 
 # The server or the connection went away, somebody else was in the way, or a deploy changed what a prepared statement
 # returns.
@@ -35,6 +39,13 @@ LASTING = (errors.QueryCanceled, errors.ProgramLimitExceeded)
 def is_passing(error: Exception) -> bool:
     """Whether an error says nothing about what was asked, so that asking again may help."""
     return isinstance(error, PASSING) and not isinstance(error, LASTING)
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Whether there is no server to ask, or none that answers: then all that helps is to wait for it."""
+    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+        return False
+    return error.sqlstate is None or error.sqlstate.startswith(("08", "57P"))
 
 
 async def in_halves(
@@ -108,18 +119,23 @@ class Database:
                     await cursor.execute("select pg_advisory_unlock(hashtext(%s))", (key,))
 
     async def _try(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
-        """Do it on a connection of the pool, again if it was hindered by something that passes."""
-        for turn in range(1, TRIES):
+        """Do it on a connection of the pool, again if it was hindered by something that passes.
+
+        While the server is away there is nothing better to do than to wait for it, for what is held here (what a
+        provider answered) is worth keeping.
+        """
+        turn = 0
+        while True:
             try:
                 async with self._pool.connection() as connection:
                     return await self._on(connection, work)
             except PASSING as error:
-                if not is_passing(error):
+                turn += 1
+                if not is_passing(error) or (turn >= TRIES and not is_away(error)):
                     raise
-                log.info("try %s of %s: %s", turn, TRIES, error)
-                await asyncio.sleep(PAUSE_SECONDS * 2**turn)
-        async with self._pool.connection() as connection:
-            return await self._on(connection, work)
+                level = logging.WARNING if turn == TRIES else logging.INFO
+                log.log(level, "try %s: %s", turn, str(error).strip() or type(error).__name__)
+                await asyncio.sleep(min(PAUSE_SECONDS * 2 ** min(turn, 10), PAUSE_SECONDS_MAX))
 
     async def _on(self, connection: AsyncConnection[Any], work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         try:
@@ -134,11 +150,14 @@ async def open_database(settings: Settings) -> AsyncGenerator[Database]:
     """The pool, open for as long as the worker works; raises if there is no server within 30 s."""
     pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
         conninfo("worker", settings),
+        connection_class=patient("worker"),
         kwargs={"autocommit": True},
         min_size=1,
         max_size=CONNECTIONS_MAX,
+        timeout=POOL_SECONDS,
+        reconnect_timeout=POOL_SECONDS,
         open=False,
     )
-    await pool.open(wait=True)
+    await pool.open(wait=True, timeout=START_SECONDS_MAX)
     async with pool:
         yield Database(pool)

@@ -11,14 +11,18 @@ import psycopg
 from msgspec import Struct
 from procrastinate import JobContext
 
+from db.connect import conninfo
 from db.settings import Settings
 from jobs.breaker import Breaker
 from jobs.database import Database, open_database
 from jobs.stripe_rail import StripeRail, open_rail
+from jobs.watchdog import Watchdog
 
 log = logging.getLogger("surety.worker")
 
 PULSE_SECONDS = 1.0
+TELL_SECONDS_MAX = 5.0
+TURNS = 30
 
 
 class Handler(Struct, frozen=True):
@@ -47,7 +51,8 @@ class Worker:
         self.settings = settings
         self.database = database
         self.stripe = stripe
-        self.breaker = Breaker(database, stripe, self.actor)
+        self.watchdog = Watchdog(conninfo("worker", settings), settings.surety_stall_seconds)
+        self.breaker = Breaker(database, stripe, self.actor, min(TELL_SECONDS_MAX, settings.surety_stall_seconds / 5))
         self.handlers: dict[str, Handler] = {}
         self.stopping = asyncio.Event()
 
@@ -82,19 +87,29 @@ async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
             Handler, "select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()"
         )
         worker.handlers = {row.handler: row for row in found}
-        pulse = asyncio.create_task(keep_pulse(worker), name="pulse")
+        tasks = [asyncio.create_task(keep_pulse(worker)), asyncio.create_task(keep_turning(worker))]
         try:
             yield worker
         finally:
-            pulse.cancel()
-            await asyncio.gather(pulse, return_exceptions=True)
+            worker.watchdog.stop()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def keep_pulse(worker: Worker) -> None:
-    """What every worker does for itself each second."""
+    """What every worker does for itself each second; if it never ends, the watchdog ends the worker."""
     while True:
         try:
-            await worker.breaker.pulse()
+            if await worker.breaker.pulse():
+                worker.watchdog.heard()
         except psycopg.Error as error:
             log.warning("the pulse found no database: %s", error)
-        await asyncio.sleep(PULSE_SECONDS)
+        await asyncio.sleep(min(PULSE_SECONDS, worker.settings.surety_stall_seconds / 10))
+
+
+async def keep_turning(worker: Worker) -> None:
+    """Show the watchdog that the event loop turns."""
+    while True:
+        worker.watchdog.turned()
+        await asyncio.sleep(worker.settings.surety_stall_seconds / TURNS)

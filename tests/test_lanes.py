@@ -231,7 +231,7 @@ async def test_an_outage_shorter_than_patience_is_not_noticed_and_a_longer_one_i
         there = msgspec.structs.replace(settings, database_url=Address(server.url))
         async with opened(there, lanes=2, patience_seconds=0.5) as lanes:
             await lanes.ask(Word("before"))
-            server._halt("immediate")
+            server.halt("immediate")
             with pytest.raises(Unavailable):
                 await lanes.ask(Word("too long"))
             lanes.patience_seconds = 20

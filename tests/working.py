@@ -38,10 +38,12 @@ def hasten(conn: Connection, retry_after: str = "{0.05 s,0.1 s}") -> None:
 
 
 @contextmanager
-def worker_process(database: str, sandbox_url: str, name: str = "w", **more: str) -> Generator[subprocess.Popen[bytes]]:
+def worker_process(
+    database: str, sandbox_url: str, name: str = "w", app: str = "jobs.app", **more: str
+) -> Generator[subprocess.Popen[bytes]]:
     """A worker as operators start it, ended in the end."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SURETY_", "STRIPE_"))}
-    command = [sys.executable, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", name]
+    command = [sys.executable, "-m", "procrastinate", "--app", app, "worker", "--name", name]
     process = subprocess.Popen(command, cwd=ROOT, env=inherited | environment(database, sandbox_url, **more))
     try:
         yield process
