@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from litestar import Request, Response, get, post
+from litestar.openapi import ResponseSpec
 
 from app.commands import CANCEL, CAPTURE, REFUND, at
 from app.documents import NewCancellation, NewCapture, NewRefund, Payment, Refund, RefundList, RefundsQuery
@@ -48,7 +49,8 @@ async def capture_payment(payment_id: str, data: NewCapture, idempotency_key: Ke
     "/v1/payments/{payment_id:str}/cancel",
     status_code=202,
     middleware=[at(CANCEL)],
-    responses=refusals(*REFUSALS),
+    responses=refusals(*REFUSALS)
+    | {200: ResponseSpec(Payment, generate_examples=False, description="It is canceled; nothing had been sent.")},
 )
 async def cancel_payment(payment_id: str, data: NewCancellation, idempotency_key: Key) -> Payment:
     """Cancel a payment that has not succeeded yet.

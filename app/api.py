@@ -37,7 +37,7 @@ from app.documents import (
 from app.doorkeeper import Doorkeeper
 from app.frame import Asgi, answer_error, name_request, request_id_of, with_head
 from app.lanes import Kicker, Lanes
-from app.openapi import OPENAPI, assets, parameters_of, refusals
+from app.openapi import OPENAPI, assets, parameters_of, refusals, tell_truly
 from app.operators import OPERATORS
 from app.problems import TYPES, Problem
 from app.reading import Key, caller_of, json, query_of, well_formed
@@ -185,6 +185,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncGenerator[None]:
+        tell_truly(app)
         database = Database("api", settings)
         line = Lanes(lambda: connect_async("api", settings), STATEMENT, lanes=lanes, batch_max=batch_max)
         await line.open()

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from litestar import Router
+from litestar import Litestar, Router
 from litestar.openapi import OpenAPIConfig, ResponseSpec
 from litestar.openapi.plugins import SwaggerRenderPlugin
-from litestar.openapi.spec import Components, OpenAPIMediaType, Operation, RequestBody, Schema, SecurityScheme
+from litestar.openapi.spec import (
+    Components,
+    OpenAPIHeader,
+    OpenAPIMediaType,
+    Operation,
+    RequestBody,
+    Schema,
+    SecurityScheme,
+)
 from litestar.openapi.spec import Parameter as Documented
 from litestar.static_files import create_static_files_router
 
@@ -90,6 +98,51 @@ def described(schema: dict[str, Any]) -> str | None:
     """A schema's description, its own or that of what it may be beside null."""
     parts = [schema, *schema.get("anyOf", [])]
     return next((part["description"] for part in parts if "description" in part), None)
+
+
+HEADERS = {
+    "Request-Id": OpenAPIHeader(
+        description="Names the request, in the audit trail and in our logs.",
+        required=True,
+        schema=Told(as_is={"type": "string", "pattern": "^req_[0-9a-f]{32}$"}),
+    ),
+    "Location": OpenAPIHeader(
+        description="Where what was made can be read.", required=True, schema=Told(as_is={"type": "string"})
+    ),
+    "Idempotency-Replayed": OpenAPIHeader(
+        description="Told where this is the first answer, repeated.", schema=Told(as_is={"const": "true"})
+    ),
+    "Retry-After": OpenAPIHeader(
+        description="Seconds to wait.", required=True, schema=Told(as_is={"type": "string", "pattern": "^[0-9]+$"})
+    ),
+    "WWW-Authenticate": OpenAPIHeader(required=True, schema=Told(as_is={"const": "Bearer"})),
+}
+
+
+def tell_truly(app: Litestar) -> None:
+    """Complete the description: the headers of every answer, and no answers that Litestar would give but we don't."""
+    for path in (app.openapi_schema.paths or {}).values():
+        for operation in (path.get, path.post):
+            if operation is not None and operation.responses is not None:
+                tell_of_answers(operation, operation.responses)
+
+
+def tell_of_answers(operation: Operation, responses: dict[str, Any]) -> None:
+    """Complete the description of one route's answers."""
+    for status, answer in list(responses.items()):
+        if status >= "400" and "application/problem+json" not in (answer.content or {}):
+            del responses[status]
+            continue
+        names = {"401": ["WWW-Authenticate"], "429": ["Retry-After"], "503": ["Retry-After"], "201": ["Location"]}
+        told = ["Request-Id", *names.get(status, [])]
+        if status < "300" and any(parameter_name(one) == "Idempotency-Key" for one in operation.parameters or []):
+            told.append("Idempotency-Replayed")
+        answer.headers = {name: HEADERS[name] for name in told}
+
+
+def parameter_name(parameter: Any) -> str:
+    """What a documented parameter is called."""
+    return str(getattr(parameter, "name", ""))
 
 
 OPENAPI = OpenAPIConfig(

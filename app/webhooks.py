@@ -45,6 +45,17 @@ JSON = (b"content-type", b"application/json")
 # Who knows an intent's client secret can act as its payer, so it is taken out of what is stored, which therefore no
 # longer verifies against its signature; that was done before.
 CLIENT_SECRET = re.compile(rb'("client_secret"\s*:\s*)"(?:[^"\\]|\\.)*"')
+# The same with the key's letters escaped, as JSON allows.
+ESCAPED_SECRET = re.compile(
+    b'("%s"%s)"%s"'
+    % (
+        b"".join(rb"(?:%c|\\u00(?i:%02x))" % (letter, letter) for letter in b"client_secret"),
+        rb"\s*:\s*",
+        rb'(?:[^"\\]|\\.)*',
+    )
+)
+# What a secret looks like where it can't be told by its key, in what is no JSON.
+SECRET = re.compile(rb"(_secret_)[0-9A-Za-z]+")
 
 Visible = Annotated[str, Meta(pattern=r"^[!-~]{1,255}$(?!\n)")]
 
@@ -164,7 +175,11 @@ class Receiver:
         log.warning("%s rejected: %s", request_id, reason)
         try:
             await self._database.row(
-                "select surety.reject_webhook('stripe', %s, %s, %s, %s)", reason, Jsonb(headers), body, address
+                "select surety.reject_webhook('stripe', %s, %s, %s, %s)",
+                reason,
+                Jsonb(headers),
+                SECRET.sub(rb"\1", without_secrets(body)),
+                address,
             )
         except (psycopg.Error, Unavailable):
             log.exception("%s: the evidence could not be kept", request_id)
@@ -173,9 +188,14 @@ class Receiver:
 def read(body: bytes) -> tuple[StripeEvent, str]:
     """The event and its text, without client secrets. Raises Rejected."""
     try:
-        return decode(body), CLIENT_SECRET.sub(rb"\1null", body).decode()
+        return decode(body), without_secrets(body).decode()
     except (ValueError, RecursionError):
         raise Rejected("signed, but no event") from None
+
+
+def without_secrets(body: bytes) -> bytes:
+    """JSON with client secrets made null."""
+    return (ESCAPED_SECRET if b"\\u00" in body else CLIENT_SECRET).sub(rb"\1null", body)
 
 
 def at_the_lanes(app: ASGIApp) -> ASGIApp:
