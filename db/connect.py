@@ -52,8 +52,15 @@ TIMEOUTS: dict[Kind, tuple[str, str, str]] = {
     "analyst": ("15min", "5s", "5min"),
     "auditor": ("60s", "5s", "60s"),
 }
-# How long a process that listens or works waits for the answer to a statement: longer than the server would.
-PATIENCE_SECONDS: dict[Kind, float] = {"api": 15.0, "webhook": 15.0, "worker": 35.0}
+# How long asyncio's connections wait for the answer to a statement: longer than the server would.
+PATIENCE_SECONDS: dict[Kind, float] = {
+    "deploy": 86_400.0,
+    "api": 15.0,
+    "webhook": 15.0,
+    "worker": 35.0,
+    "analyst": 905.0,
+    "auditor": 65.0,
+}
 READERS: frozenset[Kind] = frozenset({"analyst", "auditor"})
 
 
@@ -131,7 +138,7 @@ class Patient(AsyncConnection[tuple[Any, ...]]):
 
 
 def patient(kind: Kind) -> type[Patient]:
-    """The connections of a kind of process that listens or works."""
+    """The connections of a kind of process."""
     return type(f"Patient{kind.title()}", (Patient,), {"patience_seconds": PATIENCE_SECONDS[kind]})
 
 
