@@ -19,7 +19,6 @@ from uvicorn.importer import import_from_string
 from uvicorn.supervisors import Multiprocess
 
 from db.errors import SuretyError
-from db.server import die_with_parent
 
 BACKLOG = 2048
 SHUTDOWN_SECONDS_MAX = 20
@@ -29,27 +28,13 @@ class CantListen(SuretyError):
     """The address is taken, or not ours."""
 
 
-class Config(uvicorn.Config):
-    """Also in the processes that serve: they die with the one that supervises them, even if that is killed."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._supervisor = os.getpid()
-        super().__init__(*arguments, **options)
-
-    def configure_logging(self) -> None:
-        """The first that uvicorn calls in a new process."""
-        super().configure_logging()
-        if os.getpid() != self._supervisor and (prepare := die_with_parent(parent=self._supervisor)):
-            prepare()
-
-
 def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
     """Serve `module:factory` until SIGINT or SIGTERM, then finish what waits.
 
     Prints `listening on HOST:PORT` once connections are accepted; port 0 takes a free one. A process that dies is
     replaced where there are several; they end with the one that started them, however that dies.
     """
-    config = Config(
+    config = uvicorn.Config(
         partial(load, factory),
         factory=True,
         loop="uvloop",

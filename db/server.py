@@ -436,15 +436,15 @@ class EmbeddedServer:
             raise ServerError(f"{Path(command[0]).name} failed:\n{done.stderr[-2000:]}")
 
 
-def die_with_parent(number: signal.Signals = signal.SIGINT, *, parent: int | None = None) -> Callable[[], None] | None:
+def die_with_parent(number: signal.Signals = signal.SIGINT) -> Callable[[], None] | None:
     """What a child runs before it becomes its program, so that it gets a signal when the thread that made it ends.
 
-    `parent` is for one that is its program already: who its parent was. None where the system can't (it is Linux's).
+    None where the system can't (it is Linux's).
     """
     if platform.system() != "Linux":
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl
-    set_parent_death_signal, parent = 1, parent or os.getpid()
+    set_parent_death_signal, parent = 1, os.getpid()
 
     def prepare() -> None:
         prctl(set_parent_death_signal, number)
