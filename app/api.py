@@ -41,6 +41,7 @@ from app.openapi import OPENAPI, assets, parameters_of, refusals, tell_truly
 from app.operators import OPERATORS
 from app.problems import TYPES, Problem
 from app.reading import Key, caller_of, json, query_of, well_formed
+from app.shedding import GATES
 from db.connect import connect_async
 from db.settings import Settings, load
 
@@ -196,9 +197,11 @@ def create_app(
         app.state.bare = bare
         commands_kicker = Kicker(lambda: database.row(KICK))
         app.state.commands = Commands(app.state.doorkeeper, commands_kicker)
+        GATES[b"POST", b"/v1/payments"] = line.is_full
         try:
             yield
         finally:
+            del GATES[b"POST", b"/v1/payments"]
             await line.close()
             await kicker.close()
             await commands_kicker.close()

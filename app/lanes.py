@@ -9,7 +9,8 @@ it out in batches of one, two, three, each at nearly the price of sixteen.
     an error that one request caused       the batch is bisected until that request stands alone: Refused
     a connection lost, a server that       the same batch again on a new connection while patience lasts, then
     restarts, a function replaced          Unavailable: the functions called here may be repeated
-    more waiting than the line holds       Unavailable at once, and nothing was accepted
+    more waiting than the line holds,      Unavailable at once, and nothing was accepted
+    or more than we serve for a while
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ PASSING = ("08", "57P", "40", "53", "55P03", "0A000", "25006")
 # What no request has caused: a function missing, rights missing, a cancelled statement, a database that was restored.
 OURS = ("42", "3F", "28", "3D", "57014", "SU005")
 HELD_UP_SECONDS = 0.025
+# How long more requests may be under way than are served without waiting.
+BURST_SECONDS = 0.05
+# After so long without that, the next burst is a new one.
+CALM_SECONDS = 1.0
 BACKOFF_SECONDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
@@ -81,10 +86,12 @@ class Lanes:
         lanes: int = 2,
         batch_max: int = 200,
         waiting_max: int = 2000,
+        standing_max: int = 64,
         patience_seconds: float = 5.0,
     ) -> None:
         self.batch_max = batch_max
         self.waiting_max = waiting_max
+        self.standing_max = standing_max
         self.patience_seconds = patience_seconds
         self._connect = connect
         self._statement = statement
@@ -92,6 +99,7 @@ class Lanes:
         self._idle: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._at_work = 0
+        self._strained_at = self._strained_since = float("-inf")
         self._is_beginning = False
         self._closing = False
         self._lanes = [Lane(self) for _ in range(lanes)]
@@ -116,12 +124,28 @@ class Lanes:
 
     def ask(self, asked: Asked) -> asyncio.Future[Row]:
         """Join the line: the future brings the function's row, Refused or Unavailable. Raises Unavailable at once."""
-        if self._closing or len(self._line) >= self.waiting_max:
+        if self._closing or self.is_full():
             raise Unavailable
         answer: asyncio.Future[Row] = self._loop.create_future()
         self._line.append(Waiting(asked, answer, self._loop.time()))
         self._look()
         return answer
+
+    def is_full(self) -> bool:
+        """Whether one more would have to wait too long.
+
+        A burst may fill the whole line, for it will be served soon. What stands for longer than BURST_SECONDS is more
+        than we can serve: a long line would only make everybody wait, so then few may be under way.
+        """
+        under_way = len(self._line) + self._at_work
+        if under_way >= self.standing_max:
+            now = self._loop.time()
+            if now > self._strained_at + CALM_SECONDS:
+                self._strained_since = now
+            self._strained_at = now
+            if now > self._strained_since + BURST_SECONDS:
+                return True
+        return len(self._line) >= self.waiting_max
 
     async def next_batch(self) -> list[Waiting]:
         """All that waits, up to the bound, once that is worth a batch; empty when the line is closed and done."""

@@ -18,6 +18,7 @@ import uvicorn
 from uvicorn.importer import import_from_string
 from uvicorn.supervisors import Multiprocess
 
+from app.shedding import SheddingProtocol
 from db.errors import SuretyError
 
 BACKLOG = 2048
@@ -38,7 +39,7 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
         partial(load, factory),
         factory=True,
         loop="uvloop",
-        http="httptools",
+        http=SheddingProtocol,
         ws="none",
         lifespan="on",
         log_config=LOGGING,

@@ -24,12 +24,14 @@ SIZES = {
     ],
     "trace": ["--entries=2000", "--traces=20", "--merchants=5", "--rounds=1"],
     "lifecycle": ["--payments=20", "--merchants=3", "--workers=1", "--idle-payments=4", "--rounds=1"],
+    "overload": ["--seconds=1", "--connections=32", "--probes=4", "--merchants=3", "--rounds=1"],
     "accept": ["--seconds=1", "--connections=8", "--single-lanes=2", "--merchants=3", "--rounds=1"],
 }
 PROMISED = {
     "drain": {"ratio_to_procrastinate", "flatness", "blocked_ratio"},
     "trace": {"p99_ms"},
     "lifecycle": {"payments_per_second", "idle_p50_ms"},
+    "overload": {"p99_ratio", "goodput_ratio", "refused_share"},
     "accept": {"ratio_to_noop", "ratio_to_single", "p99_ms"},
 }
 
@@ -52,3 +54,4 @@ def test_benchmark_tells_what_is_promised(name: str) -> None:
     assert figures["benchmark"] == name
     assert figures.keys() >= PROMISED[name]
     assert all(figures[promised] > 0 for promised in PROMISED[name])
+    assert figures.get("lost", 0) == 0

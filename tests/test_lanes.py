@@ -108,7 +108,7 @@ async def opened(settings: Settings, statement: bytes = ECHO, **options: Any) ->
     async def connect() -> AsyncConnection[Row]:
         return await connect_async("api" if statement is STATEMENT else "deploy", settings)
 
-    lanes = Lanes(connect, statement, **options)
+    lanes = Lanes(connect, statement, **{"standing_max": 10_000, **options})
     await lanes.open()
     try:
         yield lanes
@@ -209,6 +209,20 @@ async def test_past_the_bounded_line_a_request_is_refused_at_once_and_not_accept
         await asyncio.gather(first, *rest)
         await lanes.ask(Word("e"))
     assert heard(echo) == ["a", "b", "c", "d", "e"]
+
+
+async def test_a_burst_is_let_in_and_what_stands_for_longer_is_not(echo: Connection, settings: Settings) -> None:
+    async with opened(settings, lanes=1, standing_max=8) as lanes:
+        await lanes.ask(Word("calm"))
+        hold(echo)
+        burst = [lanes.ask(Word(f"w{n}")) for n in range(100)]
+        await until(lanes.is_full)
+        with pytest.raises(Unavailable):
+            lanes.ask(Word("more"))
+        let_go(echo)
+        assert len(await asyncio.gather(*burst)) == 100
+        assert not lanes.is_full()
+        assert (await lanes.ask(Word("calm again")))[1] >= 1
 
 
 async def test_a_batch_whose_connection_is_lost_is_asked_again(echo: Connection, settings: Settings) -> None:

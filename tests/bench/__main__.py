@@ -78,5 +78,20 @@ def lifecycle(*, as_json: bool, **sizes: int) -> None:
     ground.finish(figures, as_json=as_json)
 
 
+@bench.command()
+@click.option("--seconds", default=6.0, help="How long each measurement takes.")
+@click.option("--connections", default=32, help="As many as keep it busy; ten times as many overload it.")
+@click.option("--probes", default=8, help="Connections that time their requests.")
+@click.option("--merchants", default=20)
+@click.option("--rounds", default=3)
+@as_json
+def overload(*, as_json: bool, seconds: float, **sizes: int) -> None:
+    """What becomes of payments when ten times as many are sent as are served."""
+    from tests.bench.overload import run
+
+    figures = run(seconds=seconds, **sizes)
+    ground.finish(figures, as_json=as_json)
+
+
 if __name__ == "__main__":
     bench()
