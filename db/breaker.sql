@@ -354,3 +354,40 @@ end;
 comment on function surety.provider_status() is
 'Each provider''s account that was called: whether its breaker is open, the share of calls that failed within the last
 minute of calls (null if there were none), when it is probed next, and how many events are held for it.';
+
+create or replace function surety.unknown_outcomes()
+returns table (operation text, payments bigint, oldest_sent_at timestamptz, oldest_payment text, given_up bigint)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- What is being tried again or was given up on is all that can be unknown for longer than a call lasts.
+    with waiting as (
+        select
+            events.aggregate_id as payment_id,
+            false as is_dead
+        from outbox.retries
+        inner join outbox.handlers on retries.handler = handlers.handler and handlers.calls_provider
+        inner join outbox.events on retries.event_id = events.id
+        union all
+        select
+            dead_letters.payment_id,
+            true
+        from outbox.dead_letters
+        inner join outbox.handlers on dead_letters.handler = handlers.handler and handlers.calls_provider
+        where dead_letters.closed_at is null
+    )
+
+    select
+        split_part(calls.operation, ':', 1),
+        count(distinct calls.payment_id),
+        min(calls.first_sent_at),
+        (array_agg(calls.payment_id order by calls.first_sent_at, calls.payment_id))[1],
+        count(distinct calls.payment_id) filter (where waiting.is_dead)
+    from waiting
+    inner join surety.calls on waiting.payment_id = calls.payment_id
+    where calls.answered_at is null or calls.status >= 500
+    group by split_part(calls.operation, ':', 1)
+    order by split_part(calls.operation, ':', 1);
+end;
+comment on function surety.unknown_outcomes() is
+'Payments of which nobody knows whether a call to the provider took effect, by operation, and how many of them are dead
+letters by now.';

@@ -188,6 +188,36 @@ async def test_one_payment_that_the_provider_can_not_make_is_dead_after_three_fa
     assert conn.execute(retried + " order by id", (bad,)).fetchall() == [("failed", str(n)) for n in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("fault", ["timeout_after", "timeout_before"])
+async def test_a_dead_letter_that_is_replayed_after_25_hours_makes_no_second_charge(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]], fault: str
+) -> None:
+    payments = shop(10)
+    bad = payments[3]
+    unknown = "select operation, payments, oldest_payment, given_up from surety.unknown_outcomes()"
+    never = {"operation": "payment_intents.create", "fault": fault, "times": 99, "match": bad}
+    sandbox.control("faults", {"next": [never]})
+    async with worker_here(database, sandbox.url, timeout_seconds=2) as worker:
+        await work_off(worker)
+        assert conn.execute(unknown).fetchall() == [("create", 1, bad, 0)]
+        for _ in range(2):
+            due(conn)
+            await work_off(worker)
+        assert conn.execute(unknown).fetchall() == [("create", 1, bad, 1)]
+        sandbox.control("faults", WELL)
+        pass_time(conn, "25 hours")
+        sandbox.control("clock", {"advance": 25 * 3600})
+        replay = (
+            "select outcome from outbox.dead_letters as d, outbox.replay_dead_letter(d.id, 'me', 'it is well again')"
+        )
+        assert conn.execute(replay).fetchall() == [("replayed",)]
+        await work_off(worker)
+    assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+    made = [charge["metadata"]["surety_payment"] for charge in sandbox.control("charges")]
+    assert made.count(bad) == 1
+    assert conn.execute(unknown).fetchall() == []
+
+
 async def test_a_decline_and_a_busy_provider_are_no_outage(
     conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
 ) -> None:
