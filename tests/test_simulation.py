@@ -10,8 +10,10 @@ import pytest
 from tests.simulation.running import run_all, run_here, runners
 from tests.simulation.schedule import Outcome, Plan
 
-SCHEDULES = 60
+SCHEDULES = 100
 PROCESSES = 2
+
+pytestmark = pytest.mark.xdist_group("simulation")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from jobs.handlers import HANDLERS
 from jobs.stripe_rail import API_VERSION, StripeRail
 from jobs.worker import Batch, Worker, keep_pulse
 from tests.simulation.ground import Pool
-from tests.simulation.loop import Process
+from tests.simulation.loop import PROCESS, Process
 from tests.simulation.provider import make_client
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ ROUNDS = tuple(name for name in periodic.TASKS if name != "tick")
 
 
 async def probe(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """Count what is handled, in the transaction that finishes it."""
+    """Count what is handled, in the transaction that finishes it; poison kills who handles it."""
+    process = PROCESS.get()
+    assert isinstance(process, WorkerProcess)
+    process.schedule.taste(process, event_ids)
     query = "select simulation.count_effects(%s, %s, %s)"
     batch.is_lost = not await worker.database.effect(query, batch.batch_id, batch.fence, event_ids)
 

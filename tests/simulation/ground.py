@@ -315,6 +315,12 @@ class Ground:
             if schedule is not None:
                 schedule.settle()
 
+    def take_back_all(self, process: Process) -> None:
+        """All that a dead process has held."""
+        for wire in self.wires:
+            if wire.process is process and wire.schedule is not None:
+                self.take_back(wire)
+
     def waits_for_a_lock(self, wire: Wire) -> bool:
         """Whether the server's process of a connection stands in line for a lock."""
         return bool(self.rows("select cardinality(pg_blocking_pids(%s)) > 0", wire.pgconn.backend_pid)[0][0])

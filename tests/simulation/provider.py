@@ -67,8 +67,6 @@ class Provider:
         self.process = Process("provider")
         self.mailbox: list[str] = []
         self.late: list[str] = []
-        self.altered: set[str] = set()
-        """Payments about which an answer lied."""
         self._requests = 0
 
     @property
@@ -191,7 +189,6 @@ class Provider:
             return answered
         body = msgspec.json.decode(answered.body)
         body["amount"] += 1
-        self.altered.add(body["metadata"].get("surety_payment", ""))
         return Answer(answered.status, msgspec.json.encode(body), answered.headers)
 
 

@@ -11,15 +11,18 @@ import hashlib
 import random
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import psycopg
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.sandbox.faults import REQUEST_FAULTS
 from tests.simulation.actors import ROUNDS, ListeningProcess, Wanted, WorkerProcess, deliver, insist
 from tests.simulation.ground import Ground, Wire
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
+from tests.simulation.promises import check
 from tests.simulation.provider import HTTP, Provider
 
 # How often each fault may come where it can, when a schedule has drawn it: seldom or often.
@@ -32,10 +35,10 @@ RATES: dict[str, tuple[float, float]] = {
     "webhook_lost": (0.1, 1.0),
     "webhook_repeated": (0.1, 0.5),
     "webhook_delayed": (0.1, 0.5),
-    "worker_killed": (0.005, 0.02),
-    "worker_stopped": (0.005, 0.01),
-    "api_killed": (0.005, 0.01),
-    "stalled": (0.005, 0.02),
+    "worker_killed": (0.02, 0.1),
+    "worker_stopped": (0.01, 0.05),
+    "api_killed": (0.01, 0.05),
+    "stalled": (0.03, 0.15),
 }
 LEAPS = (0.05, 1.5, 6.0, 21.0, 61.0, 200.0, 3700.0, 90_000.0)
 TOKENS = ("pm_card_visa",) * 5 + (
@@ -108,6 +111,9 @@ class Schedule:
             kind: self._lots[kind].choice((0.0, 0.0, seldom, often)) for kind, (seldom, often) in RATES.items()
         }
         self.openness = self.chance.choice((0.2, 0.5, 0.8))
+        self.poisonous = self.chance.randrange(8) if self.chance.random() < 0.25 else None
+        self.poison: str | None = None
+        self.tasted: dict[str, None] = {}
         self.steps = 0
         self.faults: Counter[str] = Counter()
         self.violations: dict[str, str] = {}
@@ -119,7 +125,7 @@ class Schedule:
         self.kicked: dict[str, None] = {}
         self._tell = tell
         self._digest = hashlib.sha256()
-        [(self.epoch_seconds,)] = ground.rows("select extract(epoch from surety.time_now())::float8")
+        self.epoch_seconds = 0.0
 
     # What goes on, and what goes wrong
 
@@ -168,6 +174,34 @@ class Schedule:
             self.kicked.update(dict.fromkeys(params[0]))
         elif doing != "outbox.claim":
             self.doings += 1
+
+    def taste(self, process: Process, event_ids: list[str]) -> None:
+        """One event in some schedules is poison: it kills each worker that handles it."""
+        self.tasted.update(dict.fromkeys(event_ids))
+        if self.poison is None and self.poisonous is not None and len(self.tasted) > self.poisonous:
+            self.poison = list(self.tasted)[self.poisonous]
+        if self.poison in event_ids:
+            self.note(process.name, "dies of poison")
+            self.replace_worker(process)
+            self.end(process)
+            raise Killed
+
+    def end(self, process: Process) -> None:
+        """A process dies; the server notices that its connections are gone."""
+        process.kill()
+        self.provider.process.start(self.bury(process))
+
+    async def bury(self, process: Process) -> None:
+        """Roll back what a dead process has left open."""
+        if left := [task for task in process.tasks if task is not asyncio.current_task()]:
+            await asyncio.wait(left)
+        self.ground.take_back_all(process)
+
+    def replace_worker(self, process: Process) -> None:
+        """Whoever looks after the processes starts another one."""
+        for number, worker in enumerate(self.workers):
+            if worker is process:
+                self.workers[number] = WorkerProcess(self, f"{worker.name}'")
 
     def on_error(self, doing: str, error: psycopg.Error) -> None:
         """The product's statements are never refused."""
@@ -240,6 +274,7 @@ class Schedule:
             (1.0 if not soon else 0.2, self.leap),
             (3.0 if going else 0.0, self.start_job),
             (2.0 if self.unasked else 0.0, self.ask),
+            (0.2 if len(self.unasked) < len(self.wanted) else 0.0, self.storm),
             (2.0 if self.provider.mailbox else 0.0, self.post),
             (0.5, self.payer),
             (0.5, self.disturb),
@@ -261,7 +296,7 @@ class Schedule:
 
     def leap(self) -> None:
         """Time goes on."""
-        far = len(LEAPS) if self.lot("stalled") else 3
+        far = len(LEAPS) if self.poisonous is None and self.lot("stalled") else 3
         self.move_to(self.loop.seconds + self.chance.choice(LEAPS[:far]))
 
     def move_to(self, seconds: float) -> None:
@@ -288,6 +323,13 @@ class Schedule:
         for _ in range(self.chance.choice((1, 1, 2, 3))):
             self.asking.append(self.clients.start(insist(self, wanted)))
 
+    def storm(self) -> None:
+        """All clients have lost patience and ask again, each in an order of its own."""
+        asked = [wanted for wanted in self.wanted if wanted not in self.unasked]
+        for _ in range(self.plan.lanes + 1):
+            for wanted in self.chance.sample(asked, len(asked)):
+                self.asking.append(self.clients.start(insist(self, wanted)))
+
     def post(self) -> None:
         """The provider delivers a webhook, any that waits."""
         mailbox = self.provider.mailbox
@@ -300,16 +342,17 @@ class Schedule:
 
     def disturb(self) -> None:
         """Processes die, or are replaced by a deploy."""
-        for number, worker in enumerate(self.workers):
-            if self.lot("worker_killed"):
-                worker.kill()
+        for worker in list(self.workers):
+            # Where one event kills, its neighbours must not owe their deaths to chance.
+            if self.poisonous is None and self.lot("worker_killed"):
+                self.end(worker)
             elif self.lot("worker_stopped"):
                 worker.worker.stopping.set()
             else:
                 continue
-            self.workers[number] = WorkerProcess(self, f"{worker.name}'")
+            self.replace_worker(worker)
         if self.lot("api_killed"):
-            self.api.kill()
+            self.end(self.api)
             self.api = ListeningProcess(self, f"{self.api.name}'")
             self.asking.append(self.clients.start(self.api.open()))
 
@@ -326,6 +369,7 @@ class Schedule:
         HTTP.provider = None
         random.seed(self.plan.seed)
         self.ground.empty(self.plan.seed)
+        [(self.epoch_seconds,)] = self.ground.rows("select extract(epoch from surety.time_now())::float8")
         PROCESS.set(None)
         asyncio.set_event_loop(self.loop)
         monotonic = time.monotonic
@@ -343,8 +387,6 @@ class Schedule:
 
     async def live(self) -> None:
         """Trouble, healing, and the reckoning."""
-        from tests.simulation.promises import check
-
         await self.prepare()
         await self.enough
         await self.heal()
@@ -374,10 +416,14 @@ class Schedule:
                 currency=self.chance.choice(("usd", "usd", "eur")),
                 token=self.chance.choice(TOKENS),
                 capture_method=self.chance.choice(("automatic",) * 5 + ("manual",)),
-                reference=f"order-{self.chance.randrange(3)}" if self.chance.random() < 0.3 else None,
+                reference=f"order-{self.chance.randrange(2)}" if self.chance.random() < 0.5 else None,
             )
             for number in range(self.plan.payments)
         ]
+        if self.chance.random() < 0.3:
+            # Somebody's program uses a key again for something else.
+            again = self.chance.choice(self.unasked)
+            self.unasked.append(replace(again, number=len(self.unasked), amount=again.amount + 1, answers=[]))
         self.wanted = list(self.unasked)
         self.workers = [WorkerProcess(self, f"worker-{number}") for number in range(self.plan.workers)]
         self.api = ListeningProcess(self, "api")
@@ -398,39 +444,40 @@ class Schedule:
     async def heal(self) -> None:
         """What a healthy day does: lost workers are replaced, clients insist, time passes, operators replay."""
         self.is_calm = True
-        is_crash = self.chance.random() < 0.5
+        is_crash = self.poisonous is None and self.chance.random() < 0.5
         for worker in self.workers:
             if is_crash:
-                worker.kill()
+                self.end(worker)
             else:
                 worker.worker.stopping.set()
         await asyncio.sleep(1)
         while self.unasked:
             self.ask()
-        healer = WorkerProcess(self, "healer")
+        self.workers.append(WorkerProcess(self, "healer"))
         for turn in range(HEALING_ROUNDS_MAX):
             self.provider.mailbox += self.provider.late
             self.provider.late = []
             await self.deliver_all()
-            await self.work_off(healer)
+            await self.work_off()
             if await self.is_at_rest():
                 break
             self.ground.rows(
                 "select outbox.replay_dead_letter(d.id, 'operator', 'healed') from outbox.dead_letters as d"
-                " where d.closed_at is null order by d.id"
+                " where d.closed_at is null and d.event_id is distinct from %s order by d.id",
+                self.poison,
             )
             self.move_to(self.next_due(65.0 * 10**turn))
             self.ground.move_clock(self.loop.seconds)
             await asyncio.sleep(0)
         else:
             self.violate("what is unfinished is finished", self.what_is_left())
-        healer.kill()
         for process in (*self.workers, self.api, self.clients, self.provider.process):
             process.kill()
         await asyncio.sleep(0)
 
-    async def work_off(self, healer: WorkerProcess) -> None:
+    async def work_off(self) -> None:
         """Everything that the tick finds, until it finds nothing, or what only time can give free."""
+        healer = self.workers[-1]
         await healer.start(healer.worker.breaker.pulse())
         for name in HEALING:
             await healer.round(name)
@@ -439,7 +486,8 @@ class Schedule:
             [(due,)] = self.ground.rows("select outbox.kick_due()")
             before = self.doings
             for handler in due or ():
-                await healer.drain(handler)
+                with suppress(asyncio.CancelledError, Killed):
+                    await self.workers[-1].drain(handler)
             if self.doings == before:
                 return
 
@@ -452,8 +500,9 @@ class Schedule:
             " 'provider_submitted', 'requires_action', 'authorized', 'processing', 'confirmed'))"
             " or exists (select from outbox.batches) or exists (select from outbox.retries where due_at is not null)"
             " or exists (select from surety.pending_money)"
-            " or exists (select from outbox.dead_letters where closed_at is null)"
-            " or exists (select from surety.parked_facts where ended_at is null)"
+            " or exists (select from outbox.dead_letters where closed_at is null and event_id is distinct from %s)"
+            " or exists (select from surety.parked_facts where ended_at is null)",
+            self.poison,
         )
         return not left
 
