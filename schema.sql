@@ -297,6 +297,7 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('refund_succeeded', 'refund', 3, null, 'a refund reached the payer'),
 ('refund_canceled', 'refund', 4, null, 'a refund was called off'),
 ('refund_failed', 'refund', 5, null, 'a refund came back'),
+('dispute_flagged', 'dispute', 1, null, 'an inquiry, or a dispute for which nothing was withdrawn'),
 ('dispute_opened', 'dispute', 1, 'disputed', 'the network withdrew the amount'),
 ('dispute_lost', 'dispute', 1, 'reversed', 'the network keeps it'),
 ('dispute_won', 'dispute', 1, null, 'the network gave it back'),
@@ -326,6 +327,30 @@ create table surety.refund_transitions (
     constraint refund_transition_ends_in_a_state foreign key (to_state) references surety.refund_states (state)
 );
 comment on table surety.refund_transitions is 'The legal steps of a refund. Any other can not be written.';
+
+create table surety.dispute_statuses (
+    status text collate "C" not null,
+    position smallint not null,
+    takes_evidence boolean not null,
+    ask_after interval,
+    meaning text not null,
+    constraint dispute_statuses_pkey primary key (status),
+    constraint dispute_status_position_is_unique unique (position)
+);
+comment on table surety.dispute_statuses is
+'The statuses of disputes as Stripe publishes them. Whether money is gone, their balance transactions tell, not these.';
+
+insert into surety.dispute_statuses (status, position, takes_evidence, ask_after, meaning) values
+('warning_needs_response', 1, true, '6 hours', 'an inquiry: no money has moved, an answer may prevent a dispute'),
+('warning_under_review', 2, false, '6 hours', 'an inquiry that was answered'),
+('warning_closed', 3, false, null, 'an inquiry that ended'),
+('needs_response', 4, true, '6 hours', 'the amount was withdrawn; evidence is due'),
+('under_review', 5, false, '6 hours', 'evidence was submitted'),
+('won', 6, false, null, 'the amount was given back'),
+('lost', 7, false, null, 'the network keeps it; an appeal may still win it'),
+('prevented', 8, false, null, 'resolved before it became a dispute'),
+('appeal_needs_response', 9, true, '6 hours', 'lost, and the network lets it be appealed: evidence is due again'),
+('appeal_under_review', 10, false, '6 hours', 'an appeal was submitted');
 
 insert into surety.refund_states (state, position, is_live, ask_after, meaning) values
 ('pending', 1, true, '60 seconds', 'asked for; on its way to the provider or with it'),
@@ -563,7 +588,8 @@ create table surety.calls (
     status smallint,
     constraint calls_pkey primary key (payment_id, operation),
     constraint call_operation_is_known check (
-        operation in ('create', 'confirm', 'capture', 'cancel') or operation ~ '^refund:ref_[0-9a-f]+$'
+        operation in ('create', 'confirm', 'capture', 'cancel')
+        or operation ~ '^(refund:ref|evidence:dp)_[0-9a-f]+(:[0-9]+)?$'
     ),
     constraint call_answer_has_a_status check ((answered_at is null) = (status is null))
 ) partition by range (payment_id);
@@ -663,6 +689,46 @@ create table surety.refund_steps (
 alter table surety.refunds add constraint refund_state_is_its_last_step foreign key (id, version, state)
 references surety.refund_steps (refund_id, version, to_state) deferrable initially deferred;
 comment on table surety.refund_steps is 'The truth about refunds'' states: a chain of steps per refund.';
+
+-- ------------------------------------------------------------------------------------------------------- disputes
+
+create table surety.disputes (
+    id text collate "C" not null,
+    payment_id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    status text collate "C" not null,
+    amount_minor bigint not null,
+    withdrawn_minor bigint not null,
+    currency text collate "C" not null,
+    reason text,
+    provider text not null,
+    provider_account text not null,
+    provider_id text collate "C" not null,
+    revision integer not null,
+    evidence jsonb not null default '{}',
+    evidence_revision integer not null default 0,
+    evidence_due_at timestamptz,
+    submit_asked_at timestamptz,
+    reminded_at timestamptz,
+    created_at timestamptz not null,
+    updated_at timestamptz not null,
+    ask_at timestamptz,
+    constraint disputes_pkey primary key (id),
+    constraint dispute_id_is_a_dispute_id check (length(id) = 35 and id ~ '^dp_[0-9a-f]+$'),
+    constraint dispute_belongs_to_a_payment foreign key (payment_id) references surety.payments (id),
+    constraint dispute_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint dispute_amount_is_positive check (amount_minor > 0),
+    constraint dispute_withdrawal_is_not_negative check (withdrawn_minor >= 0),
+    constraint dispute_evidence_is_an_object check (jsonb_typeof(evidence) = 'object'),
+    constraint providers_dispute_is_one_dispute unique (provider, provider_account, provider_id)
+);
+create index disputes_of_a_payment on surety.disputes (payment_id, id);
+create index disputes_of_a_merchant on surety.disputes (merchant_id, id);
+create index disputes_to_ask_about on surety.disputes (ask_at) where ask_at is not null;
+create index disputes_to_remind_of on surety.disputes (evidence_due_at) where reminded_at is null;
+comment on table surety.disputes is
+'Disputes and inquiries as their last fetch (revision) told them. Any status that the provider may publish has a place;
+what it means for money is in the facts. evidence is what the merchant gave us, merged.';
 
 -- ---------------------------------------------------------------------------------------------------------- facts
 
@@ -882,6 +948,7 @@ insert into ledger.rules (cause, leg, debit, credit, amount) values
 ('dispute', 3, 'avail', 'rev', 'fee'),
 ('dispute_reversal', 1, 'stripe', 'network', 'gross'),
 ('dispute_reversal', 2, 'cost', 'stripe', 'fee'),
+('dispute_reversal', 3, 'avail', 'rev', 'fee'),
 ('payout', 1, 'stripe', 'transit', 'gross'),
 ('payout_reversal', 1, 'stripe', 'transit', 'gross'),
 ('provider_fee', 1, 'stripe', 'cost', 'net'),
@@ -925,10 +992,12 @@ create table ledger.postings (
     cause text collate "C" not null,
     rule text collate "C" not null,
     payment_id text collate "C",
+    merchant_id text collate "C",
     at timestamptz not null,
     constraint postings_pkey primary key (id),
     constraint cause_posts_once unique (cause)
 );
+create index postings_of_a_merchant on ledger.postings (merchant_id, id) where merchant_id is not null;
 create index postings_of_a_payment on ledger.postings (payment_id) where payment_id is not null;
 comment on table ledger.postings is
 'One row per cause that moved money; cause names the provider''s object or the payment, and what happened to it.';
@@ -1104,8 +1173,8 @@ create table audit.entries (
     constraint entries_pkey primary key (id),
     constraint entry_kind_is_known check (
         kind in (
-            'request', 'step', 'refund', 'call', 'answer', 'webhook', 'operator', 'denied', 'retry', 'dead_letter',
-            'system'
+            'request', 'step', 'refund', 'dispute', 'call', 'answer', 'webhook', 'operator', 'denied', 'retry',
+            'dead_letter', 'system'
         )
     ),
     constraint entry_of_a_step_tells_the_step check ((kind = 'step') = (version is not null and to_state is not null))

@@ -1,4 +1,4 @@
-"""Routes to what comes after a payment was accepted: capture, cancel, refunds.
+"""Routes to what comes after a payment was accepted: capture, cancel, refunds, disputes, the balance.
 
 What is asked for goes through app/commands.py, which answers in these routes' stead; they document it.
 """
@@ -10,12 +10,27 @@ from typing import Any
 from litestar import Request, Response, get, post
 from litestar.openapi import ResponseSpec
 
-from app.commands import CANCEL, CAPTURE, REFUND, at
-from app.documents import NewCancellation, NewCapture, NewRefund, Payment, Refund, RefundList, RefundsQuery
+from app.commands import CANCEL, CAPTURE, EVIDENCE, REFUND, at
+from app.documents import (
+    Balance,
+    BalanceTransactionList,
+    BalanceTransactionsQuery,
+    Dispute,
+    DisputeList,
+    DisputesQuery,
+    NewCancellation,
+    NewCapture,
+    NewRefund,
+    Payment,
+    Refund,
+    RefundList,
+    RefundsQuery,
+    SubmittedEvidence,
+)
 from app.openapi import parameters_of, refusals
-from app.reading import REFUND_ID, Key, caller_of, json, query_of, well_formed
+from app.reading import DISPUTE_ID, REFUND_ID, Key, caller_of, json, query_of, well_formed
 
-KICK = "select outbox.kick('{capture,cancel,refund}')"
+KICK = "select outbox.kick('{capture,cancel,refund,evidence}')"
 
 REFUSALS = (
     "invalid-request",
@@ -95,4 +110,67 @@ async def list_refunds(request: Request[Any, Any, Any]) -> Response[RefundList]:
     return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
 
 
-AFTERWARDS = [capture_payment, cancel_payment, create_refund, get_refund, list_refunds]
+@get("/v1/disputes/{dispute_id:str}", responses=refusals("unauthenticated", "not-found", "overloaded"))
+async def get_dispute(request: Request[Any, Any, Any], dispute_id: str) -> Response[Dispute]:
+    """Read a dispute."""
+    caller = caller_of(request, "GET /v1/disputes/{id}")
+    asked = well_formed(dispute_id, DISPUTE_ID)
+    return json(request, await caller.fetch("select body from api.get_dispute(%s, %s)", asked))
+
+
+@get(
+    "/v1/disputes",
+    operation_class=parameters_of(DisputesQuery),
+    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+)
+async def list_disputes(request: Request[Any, Any, Any]) -> Response[DisputeList]:
+    """List disputes and inquiries, newest first."""
+    caller = caller_of(request, "GET /v1/disputes")
+    asked = await query_of(request, caller, DisputesQuery)
+    query = "select body from api.list_disputes(%s, %s, %s, %s)"
+    return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
+
+
+@post(
+    "/v1/disputes/{dispute_id:str}/evidence",
+    status_code=202,
+    middleware=[at(EVIDENCE)],
+    responses=refusals(*REFUSALS),
+)
+async def submit_evidence(dispute_id: str, data: SubmittedEvidence, idempotency_key: Key) -> Dispute:
+    """Say what speaks against a dispute. With `submit` it goes to the network, which can be done once."""
+    raise AssertionError("app.commands has answered")
+
+
+@get("/v1/balance", responses=refusals("unauthenticated", "overloaded"))
+async def get_balance(request: Request[Any, Any, Any]) -> Response[Balance]:
+    """Read what you are owed, by currency."""
+    caller = caller_of(request, "GET /v1/balance")
+    return json(request, await caller.fetch("select body from api.get_balance(%s)"))
+
+
+@get(
+    "/v1/balance/transactions",
+    operation_class=parameters_of(BalanceTransactionsQuery),
+    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+)
+async def list_balance_transactions(request: Request[Any, Any, Any]) -> Response[BalanceTransactionList]:
+    """List what changed your balance, newest first."""
+    caller = caller_of(request, "GET /v1/balance/transactions")
+    asked = await query_of(request, caller, BalanceTransactionsQuery)
+    query = "select body from api.list_balance_transactions(%s, %s, %s, %s)"
+    return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
+
+
+AFTERWARDS = [
+    capture_payment,
+    cancel_payment,
+    create_refund,
+    get_refund,
+    list_refunds,
+    get_dispute,
+    list_disputes,
+    submit_evidence,
+    get_balance,
+    list_balance_transactions,
+]

@@ -18,11 +18,11 @@ from msgspec import Struct
 
 from app.acceptance import BODY_BYTES_MAX, IDEMPOTENCY_KEY, JSON, REPLAYED, broken_bound, is_json
 from app.answers import Answer, Gone, TooLarge, new_request_id, read_body
-from app.documents import NewCancellation, NewCapture, NewRefund
+from app.documents import NewCancellation, NewCapture, NewRefund, SubmittedEvidence
 from app.doorkeeper import Caller, Doorkeeper
 from app.lanes import Kicker, Unavailable
 from app.problems import Broken, Problem, from_database, invalid, overloaded
-from app.reading import PAYMENT_ID
+from app.reading import DISPUTE_ID, PAYMENT_ID
 from app.rules import checker, parse
 
 encode = msgspec.json.Encoder(order="deterministic").encode
@@ -156,6 +156,14 @@ REFUND = Command(
     PAYMENT_ID,
     NewRefund,
     "/v1/refunds/",
+)
+
+EVIDENCE = Command(
+    "POST /v1/disputes/{id}/evidence",
+    "select status, problem, detail, body, is_replayed from api.submit_evidence(%s)",
+    "dispute_id",
+    DISPUTE_ID,
+    SubmittedEvidence,
 )
 
 

@@ -149,6 +149,8 @@ class NewCancellation(Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """A payment is to be called off. Nothing more needs to be said."""
 
 
+Text = Annotated[str, Meta(min_length=1, max_length=5000)]
+LongText = Annotated[str, Meta(min_length=1, max_length=20000)]
 RefundState = Literal["pending", "requires_action", "succeeded", "failed", "canceled"]
 RefundReason = Literal["duplicate", "fraudulent", "requested_by_customer"]
 
@@ -246,6 +248,111 @@ class PaymentList(Struct):
     has_more: bool
 
 
+class NewEvidence(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What speaks against a dispute, as texts; up to 150,000 characters in all."""
+
+    access_activity_log: LongText | None = None
+    billing_address: Text | None = None
+    cancellation_policy_disclosure: LongText | None = None
+    cancellation_rebuttal: LongText | None = None
+    customer_email_address: Text | None = None
+    customer_name: Text | None = None
+    customer_purchase_ip: Text | None = None
+    duplicate_charge_explanation: LongText | None = None
+    duplicate_charge_id: Text | None = None
+    product_description: LongText | None = None
+    refund_policy_disclosure: LongText | None = None
+    refund_refusal_explanation: LongText | None = None
+    service_date: Text | None = None
+    shipping_address: Text | None = None
+    shipping_carrier: Text | None = None
+    shipping_date: Text | None = None
+    shipping_tracking_number: Text | None = None
+    uncategorized_text: LongText | None = None
+
+
+class SubmittedEvidence(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Evidence, kept for later, or submitted to the network: that can be done once."""
+
+    evidence: NewEvidence
+    submit: bool = False
+
+
+class EvidenceGiven(Struct):
+    """By when evidence is due, which fields were given, and when it was to be submitted."""
+
+    due_at: str | None
+    given: list[str]
+    submit_asked_at: str | None
+
+
+class Dispute(Struct):
+    """Money that the network asks back, or an inquiry before it does. `status` is the provider's."""
+
+    id: str
+    object: Literal["dispute"]
+    status: str
+    payment: str
+    amount: int
+    amount_withdrawn: int
+    currency: str
+    reason: str | None
+    evidence: EvidenceGiven
+    provider: Provider
+    created_at: str
+    updated_at: str
+
+
+class DisputeList(Struct):
+    """Newest first. The next page starts after the last id: `starting_after`."""
+
+    object: Literal["list"]
+    data: list[Dispute]
+    has_more: bool
+
+
+class CurrencyBalance(Struct):
+    """What you are owed in one currency, in minor units: not settled yet, settled (it may be negative), held back in
+    disputes, on its way back to payers.
+    """
+
+    currency: str
+    pending: int
+    available: int
+    held: int
+    refunding: int
+
+
+class Balance(Struct):
+    object: Literal["balance"]
+    data: list[CurrencyBalance]
+
+
+class BalanceChange(Struct):
+    account: Literal["pending", "available", "held", "refunding"]
+    amount: int
+    currency: str
+
+
+class BalanceTransaction(Struct):
+    """Something that changed what you are owed; `type` says what."""
+
+    id: str
+    object: Literal["balance_transaction"]
+    type: str
+    payment: str | None
+    changes: list[BalanceChange]
+    created_at: str
+
+
+class BalanceTransactionList(Struct):
+    """Newest first. The next page starts after the last id: `starting_after`."""
+
+    object: Literal["list"]
+    data: list[BalanceTransaction]
+    has_more: bool
+
+
 class RefundFailure(Struct):
     """Why it was refused, or came back."""
 
@@ -280,7 +387,7 @@ class RefundList(Struct):
 
 
 class Event(Struct):
-    """A step of a payment or of a refund; `data` is what it was at that version, told apart by `object`."""
+    """A step of a payment, a refund or a dispute; `data` is what it was at that version, told apart by `object`."""
 
     id: str
     type: str
@@ -306,7 +413,9 @@ class TraceEntry(Struct, rename={"from_": "from"}):
     """Something that happened to a payment; `duration_ms` is told for calls to a provider."""
 
     at: str
-    kind: Literal["request", "step", "refund", "call", "webhook", "poll", "file", "transfer", "retry", "operator"]
+    kind: Literal[
+        "request", "step", "refund", "dispute", "call", "webhook", "poll", "file", "transfer", "retry", "operator"
+    ]
     actor: Actor
     summary: str
     from_: str | None
@@ -349,6 +458,28 @@ class RefundsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     payment: PaymentId | None = None
     limit: Limit = 20
     starting_after: RefundId | None = None
+
+
+DisputeId = Annotated[str, Meta(pattern=whole("dp_[0-9a-f]{32}"), extra={"form": "must be a dispute's id"})]
+PostingId = Annotated[
+    str, Meta(pattern=whole("pst_[0-9a-f]{32}"), extra={"form": "must be a balance transaction's id"})
+]
+
+
+class DisputesQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which disputes to list."""
+
+    payment: PaymentId | None = None
+    limit: Limit = 20
+    starting_after: DisputeId | None = None
+
+
+class BalanceTransactionsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which balance transactions to list."""
+
+    payment: PaymentId | None = None
+    limit: Limit = 20
+    starting_after: PostingId | None = None
 
 
 class EventsQuery(Struct, frozen=True, forbid_unknown_fields=True):

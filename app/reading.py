@@ -16,6 +16,7 @@ from app.rules import read_query
 T = TypeVar("T")
 
 PAYMENT_ID = re.compile("pay_[0-9a-f]{32}")
+DISPUTE_ID = re.compile("dp_[0-9a-f]{32}")
 REFUND_ID = re.compile("ref_[0-9a-f]{32}")
 
 Key = Annotated[

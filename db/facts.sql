@@ -151,7 +151,7 @@ begin
     using unnest(v_new) as f
     where f.kind = 'available' and m.provider = f.provider and m.account = f.account and m.object_id = f.object_id;
 
-    v_types := surety.advance_refunds(v_new, p_actor, p_request_id);
+    v_types := surety.advance_refunds(v_new, p_actor, p_request_id) || surety.advance_disputes(v_new, p_actor);
     v_derived := array(select d from surety.derive(v_ids) as d);
     v_types := v_types || surety.advance(v_derived, v_new[1].source, p_actor, p_request_id);
 

@@ -25,12 +25,13 @@ begin atomic
     ),
 
     posted as (
-        insert into ledger.postings (id, cause, rule, payment_id, at)
+        insert into ledger.postings (id, cause, rule, payment_id, merchant_id, at)
         select
             entries.id,
             entries.cause,
             entries.rule,
             entries.payment_id,
+            entries.merchant_id,
             p_at
         from entries
         order by entries.cause

@@ -437,11 +437,16 @@ begin
             surety.new_id('dis', v_now), 'amount', d.payment_id, d.payment_id,
             case
                 when d.excess_minor > 0 then format('%s more was captured than was asked for', d.excess_minor)
-                else format('%s more was refunded than was captured', d.over_refunded_minor)
+                when d.over_refunded_minor > 0
+                    then format('%s more was refunded than was captured', d.over_refunded_minor)
+                else format(
+                    '%s was refunded and %s disputed or returned, of %s',
+                    d.refunded_minor, d.at_risk_minor + d.reversed_minor, d.captured_minor)
             end,
             '{}', true, v_now
         from unnest(p_derived) as d
         where d.excess_minor > 0 or d.over_refunded_minor > 0
+            or d.refunded_minor + d.at_risk_minor + d.reversed_minor > d.captured_minor
         on conflict (kind, subject) do nothing
     )
     select array_agg(distinct made.type) into v_types

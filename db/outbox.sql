@@ -474,7 +474,8 @@ from (
         200, 2, true
     ),
     ('capture', array['payment.capture_requested'], 200, 2, true),
-    ('refund', array['refund.pending'], 200, 2, true)
+    ('refund', array['refund.pending'], 200, 2, true),
+    ('evidence', array['dispute.evidence_given'], 200, 2, true)
 ) as h (handler, event_types, batch_size, batches_at_once, calls_provider)
 on conflict (handler) do update
 set event_types = excluded.event_types, calls_provider = excluded.calls_provider

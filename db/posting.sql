@@ -80,12 +80,12 @@ begin
         union all
         select
             f.object_id || ':' || moved.n || ':' || moved.rule, moved.rule, f.payment_id, f.merchant_id,
-            f.provider_owner, f.currency, f.amount_minor, null, null, null, null, null, null, null
+            f.provider_owner, f.currency, moved.amount_minor, null, null, null, null, null, null, null
         from (
             select distinct on (g.object_id) g.* from facts as g where g.kind like 'dispute\_%'
             order by g.object_id, g.revision desc
         ) as f
-        cross join lateral surety.dispute_moves(f.payment_id, f.object_id) as moved
+        cross join lateral surety.dispute_transfers(f.payment_id, f.object_id) as moved
         union all
         select
             d.payment_id || ':settled',
@@ -175,41 +175,82 @@ begin atomic
     from owed;
 end;
 
-create or replace function surety.dispute_moves(p_payment_id text, p_object_id text)
-returns table (n bigint, rule text)
-language plpgsql stable set search_path = pg_catalog, pg_temp
-as $$
--- What must be posted so that the merchant's balances stand as the dispute's last fetch says. A dispute can go back and
--- forth (lost, appealed, won), so this looks at what was posted last.
-declare
-    v_count bigint;
-    v_last text;
-    v_now text;
-begin
-    select f.kind into v_now
-    from surety.facts as f
-    where f.payment_id = p_payment_id and f.object_id = p_object_id and f.kind like 'dispute\_%'
-        and f.disregarded is null
-    order by f.revision desc limit 1;
-    select count(*), (array_agg(p.rule order by split_part(p.cause, ':', 2)::bigint desc))[1] into v_count, v_last
-    from ledger.postings as p
-    where p.payment_id = p_payment_id and p.cause like p_object_id || ':%' and p.rule like 'dispute\_%';
-    return query
-    select v_count + s.ordinality, s.step
-    from unnest(case
-        when coalesce(v_last, 'none') in ('none', 'dispute_won', 'dispute_reinstated') then case v_now
-            when 'dispute_opened' then array['dispute_opened']
-            when 'dispute_lost' then array['dispute_opened', 'dispute_lost']
-            when 'dispute_won' then case when v_last is null then array['dispute_opened', 'dispute_won'] end
-        end
-        when v_last in ('dispute_opened', 'dispute_appealed') then case v_now
-            when 'dispute_won' then array['dispute_won']
-            when 'dispute_lost' then array['dispute_lost']
-        end
-        when v_last = 'dispute_lost' then case v_now
-            when 'dispute_won' then array['dispute_reinstated']
-            when 'dispute_opened' then array['dispute_appealed']
-        end
-    end) with ordinality as s (step, ordinality);
+create or replace function surety.dispute_transfers(p_payment_id text, p_object_id text)
+returns table (n bigint, rule text, amount_minor bigint)
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    -- What must be posted so that the merchant's balances stand as the dispute's last fetch says: how much is held back
+    -- (held), how much is lost. A dispute can go back and forth (lost, appealed, won, lost in part), so this looks at
+    -- what was posted so far.
+    with told as (
+        select
+            case when facts.kind = 'dispute_opened' then facts.amount_minor else 0 end as held,
+            case when facts.kind = 'dispute_lost' then facts.amount_minor else 0 end as lost
+        from surety.facts
+        where
+            facts.payment_id = p_payment_id and facts.object_id = p_object_id and facts.kind like 'dispute\_%'
+            and facts.disregarded is null
+        order by facts.revision desc
+        limit 1
+    ),
+
+    posted as (
+        select
+            count(distinct postings.id) as postings,
+            coalesce(sum(case postings.rule
+                when 'dispute_opened' then transfers.amount_minor
+                when 'dispute_appealed' then transfers.amount_minor
+                when 'dispute_won' then -transfers.amount_minor
+                when 'dispute_lost' then -transfers.amount_minor
+                else 0
+            end), 0)::bigint as held,
+            coalesce(sum(case postings.rule
+                when 'dispute_lost' then transfers.amount_minor
+                when 'dispute_appealed' then -transfers.amount_minor
+                when 'dispute_reinstated' then -transfers.amount_minor
+                else 0
+            end), 0)::bigint as lost
+        from ledger.postings
+        inner join ledger.transfers on postings.id = transfers.posting_id
+        where
+            postings.payment_id = p_payment_id and postings.cause like p_object_id || ':%'
+            and postings.rule like 'dispute\_%'
+    ),
+
+    steps as (
+        select
+            posted.postings,
+            greatest(0, told.held + told.lost - posted.held - posted.lost) as opened,
+            greatest(0, told.lost - posted.lost) as lost,
+            least(greatest(0, posted.lost - told.lost), greatest(0, told.held - posted.held)) as appealed,
+            posted.held,
+            posted.lost as lost_before,
+            told.held as held_after,
+            told.lost as lost_after
+        from told cross join posted
+    ),
+
+    moves as (
+        select
+            steps.postings,
+            made.place,
+            made.rule,
+            made.amount_minor
+        from steps
+        cross join lateral (
+            values
+            (1, 'dispute_opened', steps.opened),
+            (2, 'dispute_lost', steps.lost),
+            (3, 'dispute_appealed', steps.appealed),
+            (4, 'dispute_reinstated', greatest(0, steps.lost_before - steps.lost_after) - steps.appealed),
+            (5, 'dispute_won', steps.held + steps.opened - steps.lost + steps.appealed - steps.held_after)
+        ) as made (place, rule, amount_minor)
+        where made.amount_minor > 0
+    )
+
+    select
+        moves.postings + row_number() over (order by moves.place),
+        moves.rule,
+        moves.amount_minor
+    from moves;
 end;
-$$;

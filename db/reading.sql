@@ -161,8 +161,8 @@ begin
     select
         coalesce(json_agg(json_build_object(
             'id', g.id, 'type', g.type, 'created_at', g.payload ->> 'at',
-            'data', coalesce(shown.document, refund.document)
-        ) order by g.xid, g.id) filter (where p.id is not null or r.id is not null), '[]'::json),
+            'data', coalesce(shown.document, refund.document, dispute.document)
+        ) order by g.xid, g.id) filter (where coalesce(p.id, r.id, d.id) is not null), '[]'::json),
         count(*), max(g.xid), (array_agg(g.id order by g.xid desc, g.id desc))[1]
     into v_data, v_count, v_last_xid, v_last_id
     from page as g
@@ -181,7 +181,14 @@ begin
         (g.payload ->> 'amount')::bigint, r.currency, r.reason, r.metadata, r.provider, r.provider_account,
         g.payload ->> 'provider_id', r.is_ours, g.payload -> 'failure', r.created_at,
         (g.payload ->> 'at')::timestamptz, null, 0
-    )::surety.refunds) as refund on r.id is not null;
+    )::surety.refunds) as refund on r.id is not null
+    left join surety.disputes as d on d.id = g.aggregate_id
+    left join lateral api.show_dispute((
+        d.id, d.payment_id, d.merchant_id, g.payload ->> 'status', d.amount_minor,
+        (g.payload ->> 'amount_withdrawn')::bigint, d.currency, d.reason, d.provider, d.provider_account, d.provider_id,
+        d.revision, d.evidence, d.evidence_revision, d.evidence_due_at, d.submit_asked_at, d.reminded_at, d.created_at,
+        (g.payload ->> 'at')::timestamptz, d.ask_at
+    )::surety.disputes) as dispute on d.id is not null;
     v_next := case
         when v_count = p_limit then concat_ws(' ', v_epoch, v_seen, v_goal, v_last_xid, v_last_id)
         when v_goal::text = v_all::text then concat_ws(' ', v_epoch + 1, '1:1:', '-', '0', '-')

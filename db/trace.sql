@@ -68,6 +68,10 @@ begin atomic
                     || coalesce(', key sty_…' || api_keys.hint, '')
                     || ', Idempotency-Key ' || (entries.snapshot ->> 'idempotency_key')
                 when 'step' then entries.to_state || coalesce(' by ' || entries.reason, '')
+                when 'dispute' then
+                    'dispute of ' || surety.money(
+                        (entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'
+                    ) || ' ' || entries.to_state || coalesce(', ' || entries.reason, '')
                 when 'refund' then
                     'refund of ' || surety.money(
                         (entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'

@@ -6,6 +6,7 @@ Run by `procrastinate --app jobs.app worker`, as often as you like. A payment's 
     handlers       one function per handler, each calling the domain
     calls          a batch's calls to a provider: what to send, all at once, results recorded as they come
     refunds        money back, as calls are made
+    disputes       evidence, likewise
     webhooks       what the provider's news say, and what is fetched because of them
     stripe_rail    the one place that calls Stripe, and what its answers mean
     stripe_facts   what Stripe's objects say, as facts

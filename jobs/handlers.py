@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 from jobs.calls import Call, make_calls
+from jobs.disputes import evidence
 from jobs.refunds import refund
 from jobs.stripe_rail import Answer, Refused, Rejected
 from jobs.webhooks import apply
@@ -142,6 +143,7 @@ HANDLERS: dict[str, Handler] = {
     "capture": capture,
     "cancel": cancel,
     "refund": refund,
+    "evidence": evidence,
     "settle": settle,
     "close": close,
     "apply": apply,

@@ -4,12 +4,12 @@ Each of these rounds is a job that runs in one worker at a time, whichever takes
 leaves it alone. How often the provider is asked is SURETY_POLL_SECONDS.
 
     tick           wakes handlers that have due work             every second
-    sweep          asks about unfinished payments and refunds
+    sweep          asks about unfinished payments, refunds and disputes
     settlements    reads what moved in the provider's balance
     due_money      looks again at what should be available by now
     payouts        reads what was sent to the bank
     parked         facts that found no payment, once more
-    overdue        what should have followed, and payers who don't act
+    overdue        what should have followed, payers who don't act, evidence that is due
     upkeep         partitions ahead, what may be forgotten       every hour
 """
 
@@ -33,6 +33,7 @@ from jobs.calls import Result, Subject, in_groups, not_sent, outcome
 from jobs.database import in_halves
 from jobs.stripe_facts import Fact, Json, Origin, money_facts, payout_facts, redacted, refund_facts
 from jobs.stripe_rail import ProviderError
+from jobs.webhooks import Source, fetch_dispute
 from jobs.worker import Worker, worker_of
 
 log = logging.getLogger("surety.periodic")
@@ -43,6 +44,8 @@ LINES_MAX = 1000
 OVERLAP_POLLS = 3
 GAP = timedelta(hours=1)
 MINUTE = 60
+# How long before its deadline a dispute's missing evidence is told of.
+REMIND_BEFORE = timedelta(days=3)
 
 Round = Callable[[Worker], Awaitable[None]]
 
@@ -58,6 +61,14 @@ class RefundQuestion(Struct):
 
     refund_id: str
     payment_id: str
+    provider_id: str
+    account: str
+    livemode: bool
+
+
+class DisputeQuestion(Struct):
+    """A row of surety.claim_dispute_questions."""
+
     provider_id: str
     account: str
     livemode: bool
@@ -105,6 +116,29 @@ async def sweep(worker: Worker) -> None:
             await record(worker, results)
         if worker.stopping.is_set():
             return
+
+    while open_ones := await worker.database.rows(
+        DisputeQuestion,
+        "select provider_id, account, livemode from surety.claim_dispute_questions(%s)",
+        QUESTIONS_MAX,
+    ):
+        for question in open_ones:
+            await ask_dispute(worker, question)
+        if worker.stopping.is_set():
+            return
+
+
+async def ask_dispute(worker: Worker, question: DisputeQuestion) -> None:
+    """What the provider says about one dispute."""
+    await tell(worker, [asking("fetch dispute", None, object=question.provider_id)])
+    source = Source(question.account, question.livemode, "dispute", question.provider_id)
+    began = time.monotonic()
+    try:
+        told = await fetch_dispute(worker, source, Origin(question.account, question.livemode, "poll"))
+    except ProviderError as error:
+        told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
+    duration_ms = round((time.monotonic() - began) * 1000, 3)
+    await record(worker, [{"operation": "fetch dispute", "duration_ms": duration_ms, **told}])
 
 
 async def ask_refund(worker: Worker, question: RefundQuestion) -> list[Result]:
@@ -169,6 +203,7 @@ async def overdue(worker: Worker) -> None:
     await worker.database.value("select surety.open_overdue()")
     query = "select surety.call_off_overdue(make_interval(secs => %s))"
     await worker.wake(await worker.database.value(query, worker.settings.surety_action_seconds))
+    await worker.wake(await worker.database.value("select surety.remind_evidence(%s)", REMIND_BEFORE))
 
 
 async def upkeep(worker: Worker) -> None:

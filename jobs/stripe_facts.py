@@ -170,14 +170,17 @@ def refund_facts(refund: Json, origin: Origin) -> list[Fact]:
 
 
 def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
-    """What a dispute says at its n-th fetch; nothing while it is only an inquiry.
+    """What a dispute says at its n-th fetch. The fact's amount is what is gone, or what was asked for if nothing is.
 
     What the network withdrew and gave back, not the status alone, tells whether the amount is gone.
     """
-    withdrawn = -sum(line["amount"] for line in dispute["balance_transactions"])
+    lines = dispute["balance_transactions"]
+    withdrawn = -sum(line["amount"] for line in lines)
+    # Withdrawn in another currency, it is the dispute's own amount that is gone.
+    gone = withdrawn if all(line["currency"] == dispute["currency"] for line in lines) else dispute["amount"]
     match dispute["status"]:
         case status if status in DISPUTE_FLAGS:
-            return []
+            kind = "dispute_flagged"
         case "lost":
             kind = "dispute_lost"
         case "won" | "prevented":
@@ -185,7 +188,14 @@ def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
         case _ if withdrawn > 0:
             kind = "dispute_opened"
         case _:
-            return []
+            kind = "dispute_flagged"
+    due = moment((dispute.get("evidence_details") or {}).get("due_by"))
+    data = {
+        "reason": dispute["reason"],
+        "status": dispute["status"],
+        "amount": dispute["amount"],
+        "evidence_due_at": due,
+    }
     told = fact(
         origin,
         dispute["id"],
@@ -193,13 +203,12 @@ def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
         told=dispute,
         revision=revision,
         intent=id_of(dispute.get("payment_intent")),
-        amount_minor=dispute["amount"],
+        amount_minor=max(0, gone) if kind in {"dispute_opened", "dispute_lost"} else dispute["amount"],
         currency=dispute["currency"],
         objects=[dispute["id"]],
-        data={"reason": dispute["reason"], "status": dispute["status"]},
+        data={name: value for name, value in data.items() if value is not None},
     )
-    lines = [money for line in dispute["balance_transactions"] for money in money_facts(line, origin, source=dispute)]
-    return [told, *lines]
+    return [told, *(money for line in lines for money in money_facts(line, origin, source=dispute))]
 
 
 def payout_facts(payout: Json, origin: Origin) -> list[Fact]:

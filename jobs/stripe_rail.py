@@ -206,6 +206,10 @@ class StripeRail:
                     return Answer(refund, 200, None)
         return None
 
+    async def update_dispute(self, account: str, key: str, dispute_id: str, request: Json) -> Answer:
+        """Evidence for a dispute."""
+        return await self._send("post", f"/v1/disputes/{dispute_id}", account, request, key=key)
+
     async def fetch_intent(self, account: str, intent_id: str, *, urgent: bool = False) -> Answer:
         """An intent as it is now, with its charge and that charge's balance transaction."""
         expand = {"expand": ["latest_charge.balance_transaction"]}

@@ -110,7 +110,7 @@ def test_every_state_has_its_event_and_no_handler_waits_for_another(rights: Conn
     events = {f"payment.{state}" for state in get_args(documents.State)}
     events |= {"payment.attempt_failed", "payment.action_overdue", "payment.authorized_late", "webhook.received"}
     events |= {f"refund.{state}" for state in get_args(documents.RefundState)}
-    events |= {"payment.capture_requested", "payment.cancel_requested"}
+    events |= {"payment.capture_requested", "payment.cancel_requested", "dispute.evidence_given"}
     assert set(column(rights, "select distinct unnest(event_types) from outbox.handlers")) <= events
 
 

@@ -1,0 +1,229 @@
+"""Disputes: the last fetch wins, every status has a place, only money that moved is booked, evidence has a deadline.
+The balance that remains, and what changed it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.front import Merchant, problem, service
+from tests.payments import (
+    Connection,
+    Fact,
+    add_merchant,
+    command,
+    fact,
+    ledger_of,
+    money,
+    pay,
+    record,
+    state_of,
+    violations,
+)
+from tests.sandbox_process import eventually, running_sandbox
+from tests.working import UNTIL_DUE, hasten, work_off, worker_here
+
+STATUSES = {
+    "warning_needs_response": ("dispute_flagged", "confirmed"),
+    "warning_under_review": ("dispute_flagged", "confirmed"),
+    "warning_closed": ("dispute_flagged", "confirmed"),
+    "needs_response": ("dispute_opened", "disputed"),
+    "under_review": ("dispute_opened", "disputed"),
+    "won": ("dispute_won", "confirmed"),
+    "lost": ("dispute_lost", "reversed"),
+    "prevented": ("dispute_won", "confirmed"),
+    "appeal_needs_response": ("dispute_opened", "disputed"),
+    "appeal_under_review": ("dispute_opened", "disputed"),
+    "a_status_of_tomorrow": ("dispute_opened", "disputed"),
+}
+
+
+def captured(conn: Connection, key: bytes) -> str:
+    [payment_id] = pay(conn, key)
+    record(conn, [fact(payment_id, "submitted", "pi", 10000), fact(payment_id, "captured", "ch", 10000)])
+    return payment_id
+
+
+def told(p: str, status: str, revision: int, amount: int = 10000, **data: Any) -> Fact:
+    return fact(p, STATUSES[status][0], "dp", amount, revision=revision, data={"status": status, **data})
+
+
+def dispute(conn: Connection) -> dict[str, Any]:
+    """The one dispute, as merchants see it."""
+    row = conn.execute("select s.document from surety.disputes as d cross join api.show_dispute(d) as s").fetchone()
+    assert row is not None
+    shown: dict[str, Any] = row[0]
+    return shown
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_every_status_has_a_place_and_only_what_was_withdrawn_counts(conn: Connection, status: str) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    record(conn, [told(payment_id, status, 0)])
+    assert dispute(conn)["status"] == status
+    assert state_of(conn, payment_id) == STATUSES[status][1]
+    events = conn.execute("select type from outbox.events where aggregate_type = 'dispute'").fetchall()
+    assert events == [(f"dispute.{status}",)]
+    assert not violations(conn)
+
+
+def test_the_statuses_of_the_rows_are_those_that_stripe_publishes(conn: Connection) -> None:
+    from tests.stripe_description import description
+
+    published = description()["components"]["schemas"]["dispute"]["properties"]["status"]["enum"]
+    rows = {row[0] for row in conn.execute("select status from surety.dispute_statuses")}
+    assert rows == set(published)
+
+
+# What a dispute goes through, and what is left of 10000 captured by then: avail, held, and network without money told.
+COURSES: dict[str, tuple[list[tuple[str, int]], dict[str, int]]] = {
+    "an inquiry, then a dispute": (
+        [("warning_needs_response", 10000), ("needs_response", 10000)],
+        {"avail": -10000, "held": 10000},
+    ),
+    "won": ([("needs_response", 10000), ("won", 10000)], {}),
+    "lost": ([("needs_response", 10000), ("lost", 10000)], {"avail": -10000, "network": -10000}),
+    "lost in part": ([("needs_response", 10000), ("lost", 6000)], {"avail": -6000, "network": -6000}),
+    "appealed": (
+        [("needs_response", 10000), ("lost", 10000), ("under_review", 10000)],
+        {"avail": -10000, "held": 10000},
+    ),
+    "appealed and won": ([("needs_response", 10000), ("lost", 10000), ("under_review", 10000), ("won", 10000)], {}),
+    "reinstated at once": ([("needs_response", 10000), ("lost", 10000), ("won", 10000)], {}),
+    "appealed and lost again": (
+        [("needs_response", 10000), ("lost", 10000), ("under_review", 10000), ("lost", 10000)],
+        {"avail": -10000, "network": -10000},
+    ),
+}
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_a_dispute_in_every_order_of_its_fetches_ends_alike(conn: Connection, course: str) -> None:
+    steps, end = COURSES[course]
+    _, key = add_merchant(conn)
+    for order in itertools.permutations(range(len(steps))):
+        payment_id = captured(conn, key)
+        for place in order:
+            status, amount = steps[place]
+            record(conn, [told(payment_id, status, place, amount)])
+        rest = {"due": 10000, "pend": 9625, "rev": 375}
+        assert ledger_of(conn, payment_id) == rest | end, order
+    assert not violations(conn)
+
+
+def test_a_fee_that_the_network_gives_back_is_given_back_to_the_merchant(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    record(conn, [told(payment_id, "needs_response", 0), money(payment_id, "t1", "dispute", -10000, 1500)])
+    record(conn, [told(payment_id, "won", 1), money(payment_id, "t2", "dispute_reversal", 10000, -1500)])
+    assert ledger_of(conn, payment_id) == {"due": 10000, "pend": 9625, "rev": 375}
+
+
+def test_a_dispute_of_what_is_refunded_already_is_a_loss_that_is_told(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    record(conn, [fact(payment_id, "refund_succeeded", "re", 4000), told(payment_id, "lost", 0)])
+    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("amount", True)]
+    assert not violations(conn)
+
+
+# ---------------------------------------------------------------------------------------------------------- evidence
+
+
+def give(conn: Connection, key: bytes, **fields: Any) -> dict[str, Any]:
+    asked = {"dispute_id": dispute(conn)["id"], "evidence": {"uncategorized_text": "sent"}, "submit": False} | fields
+    return command(conn, "submit_evidence", key, **asked)
+
+
+def test_evidence_is_merged_and_submitted_once(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    _, stranger = add_merchant(conn)
+    record(conn, [told(captured(conn, key), "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
+    assert give(conn, stranger)["status"] == 404
+    assert give(conn, key)["body"]["evidence"]["given"] == ["uncategorized_text"]
+    given = give(conn, key, evidence={"customer_name": "Ann"}, submit=True)
+    assert (given["status"], given["body"]["evidence"]["given"]) == (202, ["customer_name", "uncategorized_text"])
+    refused = give(conn, key)
+    assert (refused["status"], refused["problem"], refused["detail"]["state"]) == (409, "wrong-state", "needs_response")
+
+
+@pytest.mark.parametrize(
+    ("status", "due"), [("lost", "2099-01-01T00:00:00Z"), ("needs_response", "2020-01-01T00:00:00Z")]
+)
+def test_evidence_that_comes_too_late_is_refused(conn: Connection, status: str, due: str) -> None:
+    _, key = add_merchant(conn)
+    record(conn, [told(captured(conn, key), status, 0, evidence_due_at=due)])
+    assert give(conn, key)["problem"] == "wrong-state"
+
+
+def test_evidence_that_is_due_soon_is_told_of_once(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    record(conn, [told(captured(conn, key), "needs_response", 0, evidence_due_at="2020-01-01T00:00:00Z")])
+    remind = "select surety.remind_evidence('3 days')"
+    assert conn.execute(remind).fetchone() == (["dispute.evidence_due"],)
+    assert conn.execute(remind).fetchone() == ([],)
+
+
+async def test_evidence_reaches_the_provider_and_wins(conn: Connection, database: str, tmp_path: Any) -> None:
+    hasten(conn, UNTIL_DUE)
+    _, key = add_merchant(conn)
+    [payment_id] = pay(conn, key, method_token="pm_card_createDispute")
+    with running_sandbox(tmp_path) as sandbox:
+        async with worker_here(database, sandbox.url) as worker:
+            await work_off(worker, "submit", "confirm")
+            [made] = eventually(lambda: sandbox.get("/v1/disputes", {"limit": 10})["data"])
+            record(conn, [told(payment_id, "needs_response", 0) | {"object_id": made["id"]}])
+            assert give(conn, key, evidence={"uncategorized_text": "winning_evidence"}, submit=True)["status"] == 202
+            await work_off(worker, "evidence")
+        there = sandbox.get(f"/v1/disputes/{made['id']}")
+    assert there["evidence"]["uncategorized_text"] == "winning_evidence"
+    assert dispute(conn)["status"] in {"under_review", "won"}
+    assert not violations(conn)
+
+
+# ---------------------------------------------------------------------------------------------------------- over HTTP
+
+
+@pytest.fixture
+def merchant(conn: Connection, database: str) -> Iterator[Merchant]:
+    with service("api", database) as api:
+        merchant = Merchant(conn, api.url)
+        with merchant.client:
+            yield merchant
+
+
+def test_the_api_shows_disputes_takes_evidence_and_tells_the_balance(conn: Connection, merchant: Merchant) -> None:
+    assert merchant.get("/v1/balance")["data"] == []
+    payment_id = merchant.pay(amount=10000)["id"]
+    record(conn, [fact(payment_id, "submitted", "pi", 10000), fact(payment_id, "captured", "ch", 10000)])
+    record(conn, [told(payment_id, "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
+    [shown] = merchant.get("/v1/disputes")["data"]
+    assert (shown["status"], shown["amount"], shown["payment"]) == ("needs_response", 10000, payment_id)
+    assert merchant.get(f"/v1/disputes/{shown['id']}") == shown
+    assert merchant.get("/v1/disputes", payment=f"pay_{32 * '0'}")["data"] == []
+    path = f"/v1/disputes/{shown['id']}/evidence"
+    body = {"evidence": {"uncategorized_text": "it was sent"}, "submit": True}
+    answer = merchant.client.post(path, json=body, headers={"Idempotency-Key": "a"})
+    assert answer.status_code == 202, answer.text
+    again = merchant.client.post(path, json=body, headers={"Idempotency-Key": "a"})
+    assert (again.content, again.headers["idempotency-replayed"]) == (answer.content, "true")
+    problem(merchant.client.post(path, json=body, headers={"Idempotency-Key": "b"}), 409, "wrong-state")
+    event = next(e for e in merchant.get("/v1/events")["data"] if e["type"].startswith("dispute."))
+    assert (event["type"], event["data"]["id"]) == ("dispute.needs_response", shown["id"])
+    [usd] = merchant.get("/v1/balance")["data"]
+    assert usd == {"currency": "usd", "pending": 9625, "available": -10000, "held": 10000, "refunding": 0}
+    listed = merchant.get("/v1/balance/transactions")["data"]
+    assert [row["type"] for row in listed] == ["dispute_opened", "captured"]
+    assert listed[0]["changes"] == [
+        {"account": "available", "amount": -10000, "currency": "usd"},
+        {"account": "held", "amount": 10000, "currency": "usd"},
+    ]
+    page = merchant.get("/v1/balance/transactions", limit=1)
+    assert (page["data"], page["has_more"]) == (listed[:1], True)
+    assert merchant.get("/v1/balance/transactions", starting_after=listed[0]["id"])["data"] == listed[1:]
+    problem(merchant.client.get(f"/v1/disputes/dp_{32 * '0'}"), 404, "not-found")
