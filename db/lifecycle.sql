@@ -52,7 +52,9 @@ begin
     select
         surety.new_id('aud', v_now), t.at, 'step', t.actor, t.request_id, t.payment_id, t.merchant_id, t.version,
         t.from_state, t.to_state, case when t.implied then 'implied' else 'done' end, t.cause, '{}'
-    from told as t;
+    from told as t
+    -- The request that makes a payment tells its first step itself, with what only it knows.
+    where t.version > 1 or t.cause <> 'request';
 
     if not v_is_later then
         return null;

@@ -154,8 +154,8 @@ begin
             shown.document::text, v_now
         )::surety.idempotency_keys) filter (where a.is_first),
         array_agg((
-            surety.new_id('aud', v_now), v_now, null, 'request', 'key:' || a.key_id, a.address, a.request_id, a.new_id,
-            a.merchant_id, null, null, null, 'accepted', null, null,
+            surety.new_id('aud', v_now), v_now, null, 'step', 'key:' || a.key_id, a.address, a.request_id, a.new_id,
+            a.merchant_id, 1, null, 'initiated', 'accepted', 'request', null,
             jsonb_build_object(
                 'route', v_route, 'idempotency_key', a.idempotency_key, 'amount', a.amount, 'currency', a.currency)
         )::audit.entries) filter (where a.is_first)
@@ -216,11 +216,14 @@ begin
             select e.payment_id, 1, null, 'initiated', 'request', v_now, e.actor, e.request_id
             from unnest(v_entries) as e
         )
+        -- The request's entry is the first step's, too.
         insert into audit.entries (
-            id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, snapshot
+            id, at, kind, actor, address, request_id, payment_id, merchant_id, version, to_state, outcome, reason,
+            snapshot
         )
         select
-            e.id, e.at, e.kind, e.actor, e.address, e.request_id, e.payment_id, e.merchant_id, e.outcome, e.snapshot
+            e.id, e.at, e.kind, e.actor, e.address, e.request_id, e.payment_id, e.merchant_id, e.version, e.to_state,
+            e.outcome, e.reason, e.snapshot
         from unnest(v_entries) as e;
     end if;
 

@@ -42,7 +42,7 @@ begin atomic
         select
             entries.at,
             -- What happened in one statement has one time; this is the order in which people tell it.
-            case entries.kind
+            case entry.kind
                 when 'request' then 0
                 when 'answer' then 1
                 when 'step' then 3
@@ -52,9 +52,9 @@ begin atomic
                 else 6
             end as turn,
             coalesce(to_char(entries.version, 'FM00000'), entries.id) as place,
-            case entries.kind when 'answer' then 'call' when 'dead_letter' then 'retry' else entries.kind end as kind,
+            case entry.kind when 'answer' then 'call' when 'dead_letter' then 'retry' else entry.kind end as kind,
             entries.actor,
-            case entries.kind
+            case entry.kind
                 when 'request' then
                     (entries.snapshot ->> 'route')
                     || case
@@ -86,7 +86,7 @@ begin atomic
                     (entries.snapshot ->> 'handler') || ' failed, time ' || (entries.snapshot ->> 'failures')
                     || ': ' || entries.reason
                 when 'dead_letter' then 'dead letter of ' || substr(entries.actor, 9) || ': ' || entries.reason
-                else concat_ws(' ', entries.kind, entries.outcome, entries.reason)
+                else concat_ws(' ', entry.kind, entries.outcome, entries.reason)
             end as summary,
             entries.from_state,
             entries.to_state,
@@ -96,7 +96,12 @@ begin atomic
                 'request_id', entries.request_id, 'address', entries.address, 'version', entries.version
             )) as data
         from audit.entries
-        left join surety.api_keys on entries.kind = 'request' and substr(entries.actor, 5) = api_keys.id
+        -- The entry of a payment's first step is its request's.
+        cross join lateral (
+            select case when entries.kind = 'step' and entries.snapshot ? 'route' then 'request' else entries.kind end
+                as kind
+        ) as entry
+        left join surety.api_keys on entry.kind = 'request' and substr(entries.actor, 5) = api_keys.id
         -- Nothing can have happened to a payment before its id was made: older partitions are not looked at.
         where entries.payment_id = p_payment_id and entries.id >= 'aud_' || substr(p_payment_id, 5, 12)
     ),

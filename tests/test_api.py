@@ -574,7 +574,7 @@ def test_a_payment_tells_its_whole_story(merchant: Merchant) -> None:
     story = merchant.get(f"/v1/payments/{made['id']}/trace")
     strictly(story, Trace)
     assert story["payment"] == made
-    assert [(entry["kind"], entry["to"]) for entry in story["entries"]] == [("request", None), ("step", "initiated")]
+    assert [(entry["kind"], entry["to"]) for entry in story["entries"]] == [("request", "initiated")]
     assert story["entries"][0]["actor"] == {"type": "key", "id": merchant.key_id}
     assert story["entries"][0]["data"]["address"] == "127.0.0.1"
     assert re.fullmatch("req_[0-9a-f]{32}", story["entries"][0]["data"]["request_id"])

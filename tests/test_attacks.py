@@ -337,7 +337,9 @@ def test_what_becomes_of_a_second_intent_says_nothing_about_the_payment(
 
 
 def test_a_handler_gets_the_events_that_its_deployed_code_wants(conn: Connection, database: str) -> None:
+    query = "select event_types, batch_size from outbox.handlers where handler = 'cancel'"
+    [(wanted, _)] = conn.execute(query).fetchall()
     conn.execute("update outbox.handlers set event_types = '{payment.attempt_failed}', batch_size = 50")
     deploy(database, force=True)
-    row = conn.execute("select event_types, batch_size from outbox.handlers where handler = 'cancel'").fetchone()
-    assert row == (["payment.attempt_failed", "payment.action_overdue"], 50)
+    assert len(wanted) > 1
+    assert conn.execute(query).fetchone() == (wanted, 50)

@@ -82,8 +82,6 @@ def draw_trace(conn: Connection, payment_id: str) -> Group:
     story.add_column(overflow="fold")
     before: datetime | None = None
     for entry in entries:
-        if entry["kind"] == "step" and entry["from_state"] is None:
-            continue  # the request's own line tells it
         at: datetime = entry["at"]
         is_later = before is None or at - before >= timedelta(milliseconds=1)
         story.add_row(
