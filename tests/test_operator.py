@@ -75,6 +75,16 @@ def test_a_critical_discrepancy_asks_for_action(conn: Connection, database: str)
     code, state = judged(database)
     assert code == 2
     assert "critical" in state["findings"][0]["what"]
+    conn.execute("update surety.discrepancies set closed_at = now(), closed_because = 'explained' where is_critical")
+    assert judged(database)[1]["discrepancies"]["critical"] == 0
+
+
+def test_partitions_that_run_out_are_made_by_what_is_told(conn: Connection, database: str) -> None:
+    hire(conn)
+    _, state = judged(database)
+    state["partitions_until"] = "000000000000"
+    [finding] = [finding for finding in judge(state) if finding.what == "partitions run out"]
+    conn.execute(finding.next.encode())
 
 
 def test_a_dead_letter_is_a_reason_to_look_and_the_next_command_is_told(conn: Connection, database: str) -> None:

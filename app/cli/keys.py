@@ -22,7 +22,7 @@ class NoSuchKey(SuretyError):
 
 @click.group()
 def keys() -> None:
-    """Create, list and revoke API keys."""
+    """Create, list and revoke keys of merchants and operators."""
 
 
 @keys.command()
