@@ -208,3 +208,35 @@ def test_an_inquiry_changes_nothing(house: House) -> None:
     eventually(lambda: (house.conn.execute(heard, (f"%{dispute['id']}%",)).fetchone() or (0,))[0] == 2)
     assert path_of(house.conn, payment)[-1] == "settled"
     assert ledger_of(house.conn, payment) == {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320}
+
+
+def answered(house: House, evidence: str, fault: str | None = None) -> str:
+    """A disputed payment whose merchant has submitted evidence."""
+    payment, _ = disputed(house)
+    [dispute] = house.merchant.get("/v1/disputes", payment=payment)["data"]
+    assert (dispute["status"], dispute["amount"], dispute["payment"]) == ("needs_response", 10000, payment)
+    if fault:
+        house.sandbox.order("disputes.update", fault)
+    told = {"uncategorized_text": evidence, "customer_name": "Ada"}
+    house.ask(f"/v1/disputes/{dispute['id']}/evidence", evidence=told, submit=True)
+    return payment
+
+
+def test_evidence_that_convinces_the_bank_wins_the_dispute(house: House) -> None:
+    payment = answered(house, "winning_evidence")
+    house.becomes(payment, "settled")
+    house.balances(payment, {"avail": 8125, "stripe": 8180, "rev": 1875, "cost": 1820})
+    [dispute] = house.merchant.get("/v1/disputes", payment=payment)["data"]
+    assert dispute["status"] == "won"
+
+
+def test_evidence_that_does_not_convince_it_loses_the_dispute(house: House) -> None:
+    house.becomes(answered(house, "losing_evidence"), "reversed")
+
+
+@pytest.mark.parametrize("fault", LOST)
+def test_evidence_whose_answer_is_lost_is_submitted_once(house: House, fault: str) -> None:
+    payment = answered(house, "winning_evidence", fault)
+    house.becomes(payment, "settled")
+    [at_stripe] = house.sandbox.get("/v1/disputes", {"payment_intent": house.intent(payment)})["data"]
+    assert (at_stripe["status"], at_stripe["evidence_details"]["submission_count"]) == ("won", 1)

@@ -116,6 +116,9 @@ def shorten(conn: report.Connection) -> None:
     conn.execute("update surety.environment set kind = 'test'")
     conn.execute("update outbox.handlers set lease = %s::interval, retry_after = %s::interval[]", (LEASE, RETRY_AFTER))
     conn.execute("update surety.states set ask_after = %s::interval where ask_after is not null", (ASK_AFTER,))
+    conn.execute(
+        "update surety.dispute_statuses set ask_after = %s::interval where ask_after is not null", (ASK_AFTER,)
+    )
     conn.execute("update surety.refund_states set ask_after = %s::interval where ask_after is not null", (ASK_AFTER,))
 
 
@@ -225,10 +228,9 @@ async def do_business(
     stage: Stage, orders: list[merchants.Order], clerks: list[aftersales.Clerk], till: merchants.Till
 ) -> None:
     """Sell, and do what the merchants want done afterwards."""
-    api, sandbox = (httpx.AsyncClient(base_url=stage.url(name), timeout=10) for name in ("api", "sandbox"))
-    async with api, sandbox, asyncio.TaskGroup() as tasks:
+    async with httpx.AsyncClient(base_url=stage.url("api"), timeout=10) as client, asyncio.TaskGroup() as tasks:
         for clerk in clerks:
-            tasks.create_task(clerk.work(api, sandbox))
+            tasks.create_task(clerk.work(client))
         sold = await merchants.sell(stage.url("api"), orders, lambda: None)
     till.acknowledged, till.refused, till.repeated = sold.acknowledged, sold.refused, sold.repeated
     till.turned_down = [refusal for clerk in clerks for refusal in clerk.refusals]

@@ -1,7 +1,7 @@
-"""What happens after the charge: merchants capture, cancel and refund; holders dispute, and their banks decide.
+"""What merchants do after the charge: capture, cancel, refund, answer disputes.
 
 Each merchant's clerk follows its feed of events, `GET /v1/events`, as a merchant's system would, and acts on what it
-reads: so the feed is tried out, too, for whoever skips an event never acts. The banks are the sandbox's.
+reads: so the feed is tried out, too, for whoever skips an event never acts.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Plan:
     """Of the payments of a shop; of few payments one, at least."""
     on: tuple[str, ...]
     """Types of the events that it waits for."""
-    path: str = ""
-    """Where it is asked for; `{id}` is the payment's."""
-    verdict: str = ""
-    """What the bank decides about the payment's dispute, instead."""
+    path: str
+    """Where it is asked for; `{id}` is the payment's, `{dispute}` its dispute's."""
+    evidence: str | None = None
+    """What is said against a dispute; the sandbox's banks go by it."""
     tenths: int | None = None
     """Of the payment's amount; None: all, by not naming any."""
     until: str | None = None
@@ -43,11 +43,15 @@ class Plan:
 
     def body(self, amount_minor: int) -> Json:
         """What is sent about a payment of so many minor units."""
+        if self.evidence is not None:
+            return {"evidence": {"uncategorized_text": self.evidence}, "submit": True}
         return {} if self.tenths is None else {"amount": amount_minor * self.tenths // 10}
 
 
 HELD = ("payment.authorized",)
 PAID = ("payment.confirmed", "payment.settled")
+DISPUTED = ("payment.disputed",)
+EVIDENCE = "/v1/disputes/{dispute}/evidence"
 MANUAL: Json = {"capture_method": "manual"}
 
 
@@ -63,8 +67,14 @@ PLANS = (
     Plan(0.03, PAID, "/v1/payments/{id}/refunds"),
     Plan(0.03, PAID, "/v1/payments/{id}/refunds", tenths=3),
     Plan(0.005, PAID, "/v1/payments/{id}/refunds", special=paid_by("pm_card_refundFail"), until="refund.failed"),
-    Plan(0.005, ("payment.disputed",), verdict="won", special=paid_by("pm_card_createDispute")),
-    Plan(0.005, ("payment.disputed",), verdict="lost", special=paid_by("pm_card_createDisputeProductNotReceived")),
+    Plan(0.005, DISPUTED, EVIDENCE, evidence="winning_evidence", special=paid_by("pm_card_createDispute")),
+    Plan(
+        0.005,
+        DISPUTED,
+        EVIDENCE,
+        evidence="losing_evidence",
+        special=paid_by("pm_card_createDisputeProductNotReceived"),
+    ),
 )
 AMOUNT_MINOR_MAX = 5_000
 """Of a planned payment, in the currency in which every shop earns: what is given back must have been earned."""
@@ -102,8 +112,6 @@ class Clerk:
     """By the id of what was asked for, the type of an event that is still to come."""
     _asked: dict[str, tuple[str, Json]] = field(default_factory=dict)
     """By reference, what to send, until it is accepted."""
-    _tried: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """By reference, the intent whose dispute is to be decided, and how."""
 
     def read(self, event: Json) -> None:
         """Note what an event asks for."""
@@ -111,34 +119,21 @@ class Clerk:
         if self.waits_for.get(told["id"]) == event["type"]:
             del self.waits_for[told["id"]]
         plan = self.plans.get(told.get("reference") or "")
-        if plan is None or event["type"] not in plan.on:
-            return
-        if plan.verdict:
-            self._tried[told["reference"]] = (told["provider"]["id"], plan.verdict)
-        else:
-            self._asked[told["reference"]] = (plan.path.format(id=told["id"]), plan.body(told["amount"]))
-
-    async def await_verdicts(self, sandbox: httpx.AsyncClient) -> None:
-        """Let the banks decide; raises if the provider knows of no dispute that we were told of."""
-        if not self._tried:
-            return
-        disputes = {told["payment_intent"]: told["id"] for told in (await sandbox.get("/sandbox/disputes")).json()}
-        for reference, (intent, verdict) in self._tried.items():
-            decided = await sandbox.post(f"/sandbox/disputes/{disputes[intent]}", json={"outcome": verdict})
-            decided.raise_for_status()
-            del self.plans[reference]
-        self._tried.clear()
+        if plan is not None and event["type"] in plan.on:
+            self._asked[told["reference"]] = (told["id"], plan.body(told["amount"]))
 
     async def act(self, client: httpx.AsyncClient) -> None:
         """Send what is asked for; what can't be done yet is tried again later, under the same key."""
-        for reference, (path, body) in list(self._asked.items()):
-            headers = {
-                "Authorization": f"Bearer {self.api_key}",
-                "Idempotency-Key": f"{reference}-{path.rpartition('/')[2]}",
-            }
+        for reference, (payment, body) in list(self._asked.items()):
+            path = self.plans[reference].path
+            headers = {"Authorization": f"Bearer {self.api_key}"}
+            keyed = headers | {"Idempotency-Key": f"{reference}-{path.rpartition('/')[2]}"}
             try:
-                answer = await client.post(path, json=body, headers=headers)
-            except httpx.TransportError:
+                if "{dispute}" in path:
+                    listed = await client.get("/v1/disputes", params={"payment": payment}, headers=headers)
+                    path = path.format(dispute=listed.raise_for_status().json()["data"][0]["id"])
+                answer = await client.post(path.format(id=payment), json=body, headers=keyed)
+            except httpx.HTTPError:
                 continue
             if answer.is_success:
                 plan = self.plans.pop(reference)
@@ -149,7 +144,7 @@ class Clerk:
                 self.refusals.append(f"{path}: {answer.status_code} {answer.text}")
                 del self.plans[reference], self._asked[reference]
 
-    async def work(self, client: httpx.AsyncClient, sandbox: httpx.AsyncClient) -> None:
+    async def work(self, client: httpx.AsyncClient) -> None:
         """Follow the feed and act until nothing is left to do."""
         after: str | None = None
         headers = {"Authorization": f"Bearer {self.api_key}"}
@@ -164,6 +159,5 @@ class Clerk:
             for event in page["data"]:
                 self.read(event)
             await self.act(client)
-            await self.await_verdicts(sandbox)
             if not page["has_more"]:
                 await asyncio.sleep(POLL_SECONDS)
