@@ -212,6 +212,13 @@ begin atomic
             select surety.money(payments.refund_pending_minor, payments.currency) || ' to be refunded'
             where payments.refund_pending_minor > 0
             union all
+            select 'evidence due by ' || surety.iso(disputes.evidence_due_at)
+            from surety.disputes
+            inner join surety.dispute_statuses on disputes.status = dispute_statuses.status
+            where
+                disputes.payment_id = payments.id and disputes.submit_asked_at is null
+                and dispute_statuses.takes_evidence and disputes.evidence_due_at is not null
+            union all
             select surety.money(payments.at_risk_minor, payments.currency) || ' disputed'
             where payments.at_risk_minor > 0
             union all

@@ -76,13 +76,15 @@ def test_a_refund_under_way_is_open(conn: Connection) -> None:
 def test_a_dispute_is_open_until_it_is_decided(conn: Connection) -> None:
     payment_id, _ = paid(conn)
     withdrawn = money(payment_id, "txn_d", "dispute", -10000, 1500)
+    told = {"status": "needs_response", "reason": "fraudulent", "evidence_due_at": "2026-12-01T00:00:00Z"}
     hear(
         conn, payment_id, "charge.dispute.created",
-        fact(payment_id, "dispute_opened", "du", 10000, revision=1), withdrawn,
+        fact(payment_id, "dispute_opened", "du", 10000, revision=1, data=told), withdrawn,
     )  # fmt: skip
-    told = story(conn, payment_id)
-    assert "signature valid: dispute opened 100.00 USD (du_" in told
-    assert "signature valid: dispute -100.00 USD, fee 15.00 USD (txn_d_" in told
+    assert "evidence due by 2026-12-01T00:00:00.000Z" in last(conn, payment_id)
+    printed = story(conn, payment_id)
+    assert "signature valid: dispute opened 100.00 USD (du_" in printed
+    assert "signature valid: dispute -100.00 USD, fee 15.00 USD (txn_d_" in printed
     assert "1 dispute" in last(conn, payment_id) and last(conn, payment_id).endswith("100.00 USD disputed")
     record(conn, [fact(payment_id, "dispute_lost", "du", 10000, revision=2)])
     assert read_summary(conn, payment_id)["state"] == "reversed"
