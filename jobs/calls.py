@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 from psycopg.types.json import Jsonb
 
 from jobs.breaker import account_of, outage_key
@@ -55,6 +55,7 @@ class Call(Subject, kw_only=True):
     request: Json | None
     first_sent_at: datetime | None
     last_sent_at: datetime | None
+    begun_at: float = field(default_factory=time.monotonic)
 
 
 class Recorded(Struct):

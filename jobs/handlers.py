@@ -37,7 +37,7 @@ async def create_intent(worker: Worker, call: Call) -> Answer:
         assert call.first_sent_at is not None
         assert call.last_sent_at is not None
         since, until = call.first_sent_at - SLACK, call.last_sent_at + SLACK
-        found = await worker.stripe.find_intent(call.account, call.payment_id, since, until)
+        found = await worker.stripe.find_intent(call.account, call.payment_id, since, until, call.begun_at)
         if found is not None:
             return found
         if call.todo == "find":

@@ -43,6 +43,9 @@ BUSY_SECONDS = 1.0
 BUSY_SECONDS_MAX = 60.0
 QUIET_SECONDS = 0.25
 PROBE_SECONDS = 5.0
+# Windows of lists begin and end at multiples of so many seconds, so that many questions have the same.
+WINDOW = 300
+LISTING_SECONDS = 60.0
 
 # Parameters that a merchant's request decides: a refusal that names one is about the payment, not about us.
 OF_THE_PAYMENT = frozenset(
@@ -137,6 +140,13 @@ class Answer(Struct, frozen=True):
     request_id: str | None
 
 
+class Listing(Struct, frozen=True):
+    """A reading of a list, under way or done, since a time of the monotonic clock."""
+
+    begun: float
+    reading: asyncio.Task[dict[str, str]]
+
+
 class HttpClient(stripe.HTTPClient):
     """What the SDK sends its requests with: httpx, its connections bounded and kept."""
 
@@ -176,6 +186,7 @@ class StripeRail:
         self._per_second = per_second(settings)
         self._places = asyncio.Semaphore(CONNECTIONS_MAX)
         self.livemode = "_live_" in settings.provider.key.reveal()
+        self._listings: dict[tuple[str, int, int], Listing] = {}
         self.on_call: OnCall = lambda *_: None
 
     async def create_intent(self, account: str, key: str, request: Json) -> Answer:
@@ -219,14 +230,34 @@ class StripeRail:
         """A refund, dispute or payout as it is now; `kind` as in Stripe's paths, `disputes`."""
         return await self._send("get", f"/v1/{kind}/{object_id}", account, {}, urgent=False)
 
-    async def find_intent(self, account: str, payment_id: str, since: datetime, until: datetime) -> Answer | None:
-        """The intent whose metadata name a payment, among all created in that time. Lists don't lag; search does."""
-        created = {"gte": int(since.timestamp()), "lte": int(until.timestamp()) + 1}
-        async for page in self._pages("/v1/payment_intents", account, {"created": created}, urgent=True):
+    async def find_intent(
+        self, account: str, payment_id: str, since: datetime, until: datetime, asked_at: float
+    ) -> Answer | None:
+        """The intent whose metadata name a payment, among all created in that time. Lists don't lag; search does.
+
+        Whoever asks about the same time shares one reading, if that began after `asked_at` (monotonic).
+        """
+        first, last = int(since.timestamp()) // WINDOW, int(until.timestamp()) // WINDOW + 1
+        key = (account, first, last)
+        listing = self._listings.get(key)
+        if listing is None or listing.begun < asked_at:
+            begun = time.monotonic()
+            listing = Listing(begun, asyncio.create_task(self._list_intents(account, first * WINDOW, last * WINDOW)))
+            kept = {one: known for one, known in self._listings.items() if known.begun > begun - LISTING_SECONDS}
+            self._listings = kept | {key: listing}
+        found = (await asyncio.shield(listing.reading)).get(payment_id)
+        return None if found is None else await self.fetch_intent(account, found, urgent=True)
+
+    async def _list_intents(self, account: str, first: int, last: int) -> dict[str, str]:
+        """The ids of our intents created in that time, by their payments' ids."""
+        found: dict[str, str] = {}
+        asked = {"created": {"gte": first, "lte": last}}
+        async for page in self._pages("/v1/payment_intents", account, asked, urgent=True):
             for intent in page:
-                if (intent.get("metadata") or {}).get("surety_payment") == payment_id:
-                    return Answer(intent, 200, None)
-        return None
+                payment_id = (intent.get("metadata") or {}).get("surety_payment")
+                if payment_id is not None:
+                    found.setdefault(payment_id, intent["id"])
+        return found
 
     def balance_transactions(
         self, account: str, since: datetime, until: datetime | None = None

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from jobs.periodic import sweep
@@ -216,6 +217,28 @@ async def test_a_dead_letter_that_is_replayed_after_25_hours_makes_no_second_cha
     made = [charge["metadata"]["surety_payment"] for charge in sandbox.control("charges")]
     assert made.count(bad) == 1
     assert conn.execute(unknown).fetchall() == []
+
+
+async def test_many_that_must_be_looked_for_share_one_reading_of_the_list(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    payments = shop(20)
+    lists: list[str] = []
+
+    async def remember(request: httpx.Request) -> None:
+        if request.method == "GET" and request.url.path == "/v1/payment_intents":
+            lists.append(str(request.url))
+
+    async with worker_here(database, sandbox.url) as worker:
+        worker.stripe.http.event_hooks["request"].append(remember)
+        sandbox.control("faults", {"profile": {"error_500_after": 0.5, "error_500_before": 0.5}})
+        await work_off(worker, "submit")
+        sandbox.control("faults", WELL)
+        for _ in range(3):
+            await later(conn, worker, "1 hour")
+    assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+    assert 1 <= len(lists) <= 4
+    assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
 
 
 async def test_a_decline_and_a_busy_provider_are_no_outage(
