@@ -97,3 +97,45 @@ select
     dead_letters.closed_because
 from outbox.dead_letters;
 comment on view report.dead_letters is 'Events that were given up on, open while closed_at is null.';
+
+create or replace view report.refunds as
+select
+    refunds.id,
+    refunds.payment_id,
+    refunds.merchant_id,
+    refunds.state,
+    refunds.version,
+    refunds.amount_minor,
+    refunds.currency,
+    refunds.reason,
+    refunds.is_ours,
+    refunds.provider,
+    refunds.provider_account,
+    refunds.provider_id,
+    refunds.failure ->> 'code' as failure_code,
+    refunds.created_at,
+    refunds.updated_at
+from surety.refunds;
+comment on view report.refunds is
+'One row per refund, as it stands now; is_ours is false for one that was made at the provider.';
+
+create or replace view report.disputes as
+select
+    disputes.id,
+    disputes.payment_id,
+    disputes.merchant_id,
+    disputes.status,
+    disputes.amount_minor,
+    disputes.withdrawn_minor,
+    disputes.currency,
+    disputes.reason,
+    disputes.evidence_due_at,
+    disputes.submit_asked_at,
+    disputes.provider,
+    disputes.provider_account,
+    disputes.provider_id,
+    disputes.created_at,
+    disputes.updated_at
+from surety.disputes;
+comment on view report.disputes is
+'One row per dispute or inquiry, as its last fetch told it; withdrawn_minor is what the network holds or keeps.';

@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 
+from db.connect import harden
 from tests.front import Merchant, Service, broken, problem, service
 from tests.payments import (
     Connection,
@@ -21,6 +23,7 @@ from tests.payments import (
     violations,
 )
 from tests.sandbox_process import Sandbox, running_sandbox
+from tests.test_races import Two, at_once
 from tests.working import UNTIL_DUE, due, hasten, work_off, worker_here
 
 PIPELINE = ("submit", "confirm", "capture", "cancel")
@@ -36,6 +39,12 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 def api(database: str) -> Iterator[Service]:
     with service("api", database) as running:
         yield running
+
+
+@pytest.fixture
+def two(database: str) -> Iterator[Two]:
+    with psycopg.connect(harden(database, "deploy")) as one, psycopg.connect(harden(database, "deploy")) as other:
+        yield one, other
 
 
 @pytest.fixture
@@ -177,6 +186,38 @@ def test_a_hold_that_comes_after_the_end_is_called_off_and_told(conn: Connection
     assert "payment.authorized_late" in record(conn, [fact(payment_id, "authorized", "ch", 10000)])
     assert state_of(conn, payment_id) == "canceled"
     assert conn.execute("select kind from surety.discrepancies").fetchall() == [("state",)]
+
+
+RACES: dict[str, tuple[str, str, list[str | None], str]] = {
+    # who is first, who is second, the problem of each command among them, where the payment ends
+    "capture, then cancel": ("capture_payment", "cancel_payment", [None, "wrong-state"], "processing"),
+    "cancel, then capture": ("cancel_payment", "capture_payment", [None, "wrong-state"], "authorized"),
+    "capture, then expiry": ("capture_payment", "canceled", [None], "canceled"),
+    "expiry, then capture": ("canceled", "capture_payment", ["wrong-state"], "canceled"),
+    "cancel, then the capture's news": ("cancel_payment", "captured", [None], "confirmed"),
+    "the capture's news, then cancel": ("captured", "cancel_payment", ["wrong-state"], "confirmed"),
+    "capture, then the same again": ("capture_payment", "capture_payment", [None, "wrong-state"], "processing"),
+}
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_two_at_once_are_one_after_the_other(conn: Connection, two: Two, race: str) -> None:
+    first, second, problems, end = RACES[race]
+    _, key = add_merchant(conn)
+    payment_id = held(conn, key)
+    outcomes: list[str | None] = []
+
+    def do(connection: Connection, what: str) -> None:
+        if what == "canceled":
+            record(connection, [fact(payment_id, "canceled", "pi")])
+        elif what == "captured":
+            record(connection, [fact(payment_id, "captured", "ch", 10000)])
+        else:
+            outcomes.append(command(connection, what, key, payment_id=payment_id)["problem"])
+
+    at_once(conn, two, lambda: do(two[0], first), lambda: do(two[1], second))
+    assert (outcomes, state_of(conn, payment_id)) == (problems, end)
+    assert not violations(conn)
 
 
 # ------------------------------------------------------------------------------------------------- at the provider

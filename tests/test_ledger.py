@@ -1,7 +1,7 @@
 """Double entry: what a transfer can't say, and the balances that a payment's history must end with.
 
 The histories are those of a merchant with a fee of 3.4 % + 35 at a provider that takes 2.9 % + 30; cents. Each is tried
-in every order of its facts, or, where there are more than 120 orders, in 120 of them drawn from a seed.
+in every order of its facts, or, where there are more than 720 orders, in 720 of them drawn from a seed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from psycopg import errors
 
 from tests.payments import Connection, Fact, add_merchant, fact, ledger_of, money, pay, record, violations
 
-ORDERS_MAX = 120
+ORDERS_MAX = 720
 
 
 def settled(p: str, amount: int = 10000, fee: int = 320) -> list[Fact]:
