@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+import psycopg
 from msgspec import Struct
 from procrastinate import JobContext
 
@@ -22,7 +24,7 @@ from jobs.handlers import HANDLERS
 from jobs.stripe_rail import API_VERSION, StripeRail
 from jobs.worker import Batch, Worker, keep_pulse
 from tests.simulation.ground import Pool
-from tests.simulation.loop import PROCESS, Process
+from tests.simulation.loop import PROCESS, Killed, Process
 from tests.simulation.provider import make_client
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
 PATIENCE_SECONDS = 30.0
+RETRY_AFTER_SECONDS = 1.0
 SETTINGS = load({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
 CLIENT = make_client(API_VERSION)
 ROUNDS = tuple(name for name in periodic.TASKS if name != "tick")
@@ -127,6 +130,9 @@ class Wanted(Struct):
     answers: list[tuple[Any, ...]] = []
     """What was acknowledged: rows of api.create_payments."""
 
+    commands: dict[str, int] = {}
+    """What was told of captures and cancellations that took effect, by function."""
+
     @property
     def payment_id(self) -> str | None:
         """The payment that was acknowledged."""
@@ -166,8 +172,34 @@ async def insist(schedule: Schedule, wanted: Wanted) -> None:
         except (Unavailable, Refused, TimeoutError) as error:
             if isinstance(error, Refused):
                 schedule.violate("no statement fails", repr(error))
+            await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
         wanted.answers.append(tuple(row))
+        return
+
+
+async def command(schedule: Schedule, wanted: Wanted, function: str, amount: int | None) -> None:
+    """A client wants a payment captured or called off, until it is told what becomes of that."""
+    asked = {
+        "key_hash": schedule.keys[wanted.merchant].hex(),
+        "request_id": f"req_{wanted.number}",
+        "address": "127.0.0.1",
+        "idempotency_key": f"{function}-{wanted.number}",
+        "request_hash": f"{amount or 0:08x}",
+        "payment_id": wanted.payment_id,
+        "amount": amount,
+    }
+    while True:
+        await schedule.turn(schedule.clients, "client asks")
+        try:
+            async with Pool(schedule, schedule.api).connection() as wire:
+                query = f"select status, problem from api.{function}(%s)"
+                row = await (await wire.cursor().execute(query.encode(), (json.dumps(asked),))).fetchone()
+        except (psycopg.OperationalError, Killed):
+            await asyncio.sleep(RETRY_AFTER_SECONDS)
+            continue
+        if row is not None and row[0] in {200, 202}:
+            wanted.commands[function] = row[0]
         return
 
 
@@ -196,6 +228,7 @@ async def deliver(schedule: Schedule, event_id: str) -> None:
         except (Unavailable, Refused, TimeoutError) as error:
             if isinstance(error, Refused):
                 schedule.violate("no statement fails", repr(error))
+            await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
         return
 

@@ -39,6 +39,7 @@ def keep_invariants(schedule: Schedule) -> None:
 def keep_acknowledgements(schedule: Schedule) -> None:
     """What was answered stays true: one payment per key, one answer per payment, and it is there."""
     present = dict(schedule.ground.rows("select id, amount_minor from surety.payments"))
+    states = dict(schedule.ground.rows("select id, state from surety.payments"))
     made: dict[str, str] = {}
     keys = Counter((wanted.merchant, wanted.key) for wanted in schedule.wanted)
     for wanted in schedule.wanted:
@@ -56,6 +57,10 @@ def keep_acknowledgements(schedule: Schedule) -> None:
             payment_id = row[6]
             if present.get(payment_id) != wanted.amount or decoded(row)["id"] != payment_id:
                 schedule.violate("every acknowledged payment is present", f"{wanted.key}: {payment_id}")
+            if wanted.commands.get("cancel_payment") == 200 and states.get(payment_id) != "canceled":
+                schedule.violate(
+                    "what was canceled before anything was sent stays so", f"{payment_id}: {wanted.commands}"
+                )
             if made.setdefault(payment_id, wanted.key) != wanted.key:
                 schedule.violate("two keys are two payments", f"{payment_id}: {made[payment_id]} and {wanted.key}")
     if strange := present.keys() - made.keys():

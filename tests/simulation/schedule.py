@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.sandbox.faults import REQUEST_FAULTS
-from tests.simulation.actors import ROUNDS, ListeningProcess, Wanted, WorkerProcess, deliver, insist
+from tests.simulation.actors import ROUNDS, ListeningProcess, Wanted, WorkerProcess, command, deliver, insist
 from tests.simulation.ground import Ground, Wire
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
 from tests.simulation.promises import check
@@ -277,6 +277,7 @@ class Schedule:
             (0.2 if len(self.unasked) < len(self.wanted) else 0.0, self.storm),
             (2.0 if self.provider.mailbox else 0.0, self.post),
             (0.5, self.payer),
+            (0.5, self.instruct),
             (0.5, self.disturb),
         ]
         [way] = self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])
@@ -339,6 +340,16 @@ class Schedule:
         """A payer who was asked to act does so, or fails."""
         if self.provider.payer_acts():
             self.note("payer")
+
+    def instruct(self) -> None:
+        """A merchant captures what is held, or a part of it, or calls a payment off."""
+        known = [wanted for wanted in self.wanted if wanted.payment_id is not None]
+        if known:
+            wanted = self.chance.choice(known)
+            function = self.chance.choice(("capture_payment", "cancel_payment"))
+            is_part = function == "capture_payment" and self.chance.random() < 0.3
+            amount = wanted.amount // 2 if is_part else None
+            self.asking.append(self.clients.start(command(self, wanted, function, amount)))
 
     def disturb(self) -> None:
         """Processes die, or are replaced by a deploy."""
@@ -415,7 +426,7 @@ class Schedule:
                 amount=self.chance.randrange(100, 20_000),
                 currency=self.chance.choice(("usd", "usd", "eur")),
                 token=self.chance.choice(TOKENS),
-                capture_method=self.chance.choice(("automatic",) * 5 + ("manual",)),
+                capture_method=self.chance.choice(("automatic", "automatic", "manual")),
                 reference=f"order-{self.chance.randrange(2)}" if self.chance.random() < 0.5 else None,
             )
             for number in range(self.plan.payments)
@@ -423,7 +434,9 @@ class Schedule:
         if self.chance.random() < 0.3:
             # Somebody's program uses a key again for something else.
             again = self.chance.choice(self.unasked)
-            self.unasked.append(replace(again, number=len(self.unasked), amount=again.amount + 1, answers=[]))
+            self.unasked.append(
+                replace(again, number=len(self.unasked), amount=again.amount + 1, answers=[], commands={})
+            )
         self.wanted = list(self.unasked)
         self.workers = [WorkerProcess(self, f"worker-{number}") for number in range(self.plan.workers)]
         self.api = ListeningProcess(self, "api")
