@@ -18,7 +18,7 @@ from typing import Any
 from db.server import wait_until
 from jobs.periodic import Round, due_money, payouts, settlements, sweep
 from jobs.worker import Worker
-from tests.payments import Connection, add_merchant, pay
+from tests.payments import Connection, add_merchant, command, pay
 from tests.sandbox_process import Sandbox, eventually
 from tests.working import work_off
 
@@ -92,6 +92,14 @@ CALLS = {
     "cancel: ask": Call(
         "payment_intents.retrieve", DECLINED, "payment_intent.canceled", "payment_intent.payment_failed"
     ),
+    "capture: capture": Call(
+        "payment_intents.capture", VISA, "payment_intent.succeeded", "payment_intent.amount_capturable_updated"
+    ),
+    "capture: ask": Call(
+        "payment_intents.retrieve", VISA, "payment_intent.succeeded", "payment_intent.amount_capturable_updated"
+    ),
+    "refund: refund": Call("refunds.create", VISA, "refund.created", "refund.created"),
+    "refund: look for it": Call("refunds.list", VISA, "refund.created", "refund.created"),
     "apply: fetch": Call(
         "payment_intents.retrieve", DECLINED, "payment_intent.payment_failed", "payment_intent.payment_failed"
     ),
@@ -172,6 +180,8 @@ class Trial:
         await self._submit(pause_seconds)
         await self._confirm(pause_seconds)
         await self._cancel(pause_seconds)
+        await self._capture(pause_seconds)
+        await self._refund(pause_seconds)
         await self._sweep()
         for call, read in READINGS.items():
             await self._read(read, [pair for pair in pairs if pair[0] == call], pause_seconds)
@@ -179,7 +189,10 @@ class Trial:
 
     def _open(self, call: str, fault: str, turn: int) -> Case:
         key = self._keys[fault]
-        [payment_id] = pay(self.conn, key, method_token=CALLS[call].card, return_url="https://shop.example/return")
+        method = "manual" if call.startswith("capture") else "automatic"
+        [payment_id] = pay(
+            self.conn, key, method_token=CALLS[call].card, capture_method=method, return_url="https://shop.example/back"
+        )
         return Case(payment_id, call, fault, turn)
 
     async def _submit(self, pause_seconds: float) -> None:
@@ -234,12 +247,48 @@ class Trial:
         for case in self._of("cancel: cancel"):
             orders += self._of_call(case, case.payment_id)
         for case in self._of("cancel: ask"):
-            has_happened = case.turn % 2 == 1 or case.fault == FIRST
-            orders += [Order(None, "payment_intents.cancel", timeout(has_happened), case.payment_id)]
-            orders += self._held(case, case.intent)
+            orders += self._left_unknown(case, "payment_intents.cancel", case.payment_id)
         await self._beside_apply(orders, "cancel")
         self.move(pause_seconds)
         await self._act([o for case in self._of("cancel: ask") for o in self._of_call(case, case.intent)], "cancel")
+
+    async def _capture(self, pause_seconds: float) -> None:
+        sent, asked = self._of("capture: capture"), self._of("capture: ask")
+        await self._until(lambda: {case.intent for case in sent + asked} <= self._in_state("authorized"), "confirm")
+        for case in sent + asked:
+            self._command("capture_payment", case)
+        orders = [order for case in sent for order in self._of_call(case, case.payment_id)]
+        for case in asked:
+            orders += self._left_unknown(case, "payment_intents.capture", case.payment_id)
+        await self._beside_apply(orders, "capture")
+        self.move(pause_seconds)
+        await self._act([order for case in asked for order in self._of_call(case, case.intent)], "capture")
+        # Before what is held expires.
+        taken = {case.intent for case in sent + asked}
+        await self._until(lambda: not taken & (self._in_state("authorized") | self._in_state("processing")), "capture")
+
+    async def _refund(self, pause_seconds: float) -> None:
+        sent, asked = self._of("refund: refund"), self._of("refund: look for it")
+        wanted = {case.intent for case in sent + asked}
+        await self._until(lambda: wanted <= self._in_state("confirmed") | self._in_state("settled"), "confirm")
+        refunds = {case.payment_id: self._command("create_refund", case) for case in sent + asked}
+        orders = [order for case in sent for order in self._of_call(case, refunds[case.payment_id])]
+        for case in asked:
+            orders += self._left_unknown(case, "refunds.create", refunds[case.payment_id])
+        await self._beside_apply(orders, "refund")
+        self.move(pause_seconds)
+        await self._act([order for case in asked for order in self._of_call(case, "")], "refund")
+
+    def _command(self, function: str, case: Case) -> str:
+        """Ask for something about a payment; the id of what is answered."""
+        outcome = command(self.conn, function, self._keys[case.fault], payment_id=case.payment_id)
+        assert outcome["problem"] is None, outcome
+        return str(outcome["body"]["id"])
+
+    def _left_unknown(self, case: Case, operation: str, match: str) -> list[Order]:
+        """Nobody knows whether a call has happened, and no webhook tells."""
+        has_happened = case.turn % 2 == 1 or case.fault == FIRST
+        return [Order(None, operation, timeout(has_happened), match), *self._held(case, case.intent)]
 
     async def _sweep(self) -> None:
         cases = self._of("sweep: fetch")
@@ -287,7 +336,7 @@ class Trial:
         """What has not come to its end."""
         return self.conn.execute(
             """
-            select p.id, p.state from surety.payments as p where p.state not in ('settled', 'failed')
+            select p.id, p.state from surety.payments as p where p.state not in ('settled', 'refunded', 'failed')
             union all
             select r.event_id, r.handler from outbox.retries as r
             union all

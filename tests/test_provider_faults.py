@@ -45,6 +45,7 @@ async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
                 finally:
                     record_property("what the provider did, by call and fault", table(trial.counts))
             charges = sandbox.control("charges/summary?metadata_key=surety_payment")
+            refunds = sandbox.control("refunds/summary?metadata_key=surety_refund")
             lines = {
                 line["id"]
                 for account in ACCOUNTS.values()
@@ -53,9 +54,11 @@ async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
     assert trial.unfinished() == []
     assert violations(conn) == {}
     states: dict[str, int] = dict(conn.execute("select state, count(*) from surety.payments group by 1").fetchall())
-    assert states.keys() == {"settled", "failed"}
+    assert states.keys() == {"settled", "refunded", "failed"}
     assert sum(states.values()) == len(CALLS) * len(FAULTS) * PAYMENTS_PER_PAIR
-    assert charges == {"charges": states["settled"], "payments": states["settled"], "double": []}
+    charged = states["settled"] + states["refunded"]
+    assert charges == {"charges": charged, "payments": charged, "double": []}
+    assert (refunds["refunds"], refunds["double"]) == (states["refunded"], [])
     assert (
         conn.execute("select kind, subject, detail from surety.discrepancies where closed_at is null").fetchall() == []
     )
