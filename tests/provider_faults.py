@@ -206,7 +206,7 @@ class Trial:
         await self._beside_apply(orders, "submit")
         self.move(pause_seconds)
         await self._act([o for case in self._of("submit: look for it") for o in self._of_call(case, "")], "submit")
-        await self._until(lambda: not self._in_state("submitting"), "submit")
+        await self._until(lambda: not self._in_state("initiated") | self._in_state("submitting"), "submit")
         intents: dict[str, str] = dict(self.conn.execute("select id, provider_id from surety.payments").fetchall())
         for case in self.cases:
             case.intent = intents[case.payment_id]
@@ -215,13 +215,13 @@ class Trial:
         orders = self._before_confirming()
         for case in self._of("confirm: confirm"):
             orders += self._of_call(case, case.payment_id)
-        for case in self._of("apply: fetch"):
+        for case in self._of("apply: fetch") + self._of("confirm: ask"):
             orders += self._of_call(case, case.intent)
         await self._beside_apply(orders, "confirm")
         self._wait_for_webhooks([case for case in self._of("apply: fetch") if case.fault in OF_THE_CALL])
         await self._act([], "apply")
         self.move(pause_seconds)
-        await self._act([o for case in self._of("confirm: ask") for o in self._of_call(case, case.intent)], "confirm")
+        await self._act([], "confirm")
         self.move(pause_seconds)
         await self._act([], "confirm", "apply")
 
@@ -248,9 +248,10 @@ class Trial:
             orders += self._of_call(case, case.payment_id)
         for case in self._of("cancel: ask"):
             orders += self._left_unknown(case, "payment_intents.cancel", case.payment_id)
+            orders += self._of_call(case, case.intent)
         await self._beside_apply(orders, "cancel")
         self.move(pause_seconds)
-        await self._act([o for case in self._of("cancel: ask") for o in self._of_call(case, case.intent)], "cancel")
+        await self._act([], "cancel")
 
     async def _capture(self, pause_seconds: float) -> None:
         sent, asked = self._of("capture: capture"), self._of("capture: ask")
@@ -260,9 +261,10 @@ class Trial:
         orders = [order for case in sent for order in self._of_call(case, case.payment_id)]
         for case in asked:
             orders += self._left_unknown(case, "payment_intents.capture", case.payment_id)
+            orders += self._of_call(case, case.intent)
         await self._beside_apply(orders, "capture")
         self.move(pause_seconds)
-        await self._act([order for case in asked for order in self._of_call(case, case.intent)], "capture")
+        await self._act([], "capture")
         # Before what is held expires.
         taken = {case.intent for case in sent + asked}
         await self._until(lambda: not taken & (self._in_state("authorized") | self._in_state("processing")), "capture")
@@ -274,10 +276,10 @@ class Trial:
         refunds = {case.payment_id: self._command("create_refund", case) for case in sent + asked}
         orders = [order for case in sent for order in self._of_call(case, refunds[case.payment_id])]
         for case in asked:
-            orders += self._left_unknown(case, "refunds.create", refunds[case.payment_id])
+            orders += self._left_unknown(case, "refunds.create", refunds[case.payment_id]) + self._of_call(case, "")
         await self._beside_apply(orders, "refund")
         self.move(pause_seconds)
-        await self._act([order for case in asked for order in self._of_call(case, "")], "refund")
+        await self._act([], "refund")
 
     def _command(self, function: str, case: Case) -> str:
         """Ask for something about a payment; the id of what is answered."""
@@ -319,6 +321,7 @@ class Trial:
         """Time goes by, and nothing goes wrong any more, until every payment has ended."""
         for _ in range(ROUNDS_MAX):
             self.move(SOON)
+            await self.worker.breaker.pulse()
             await work_off(self.worker)
             for round_ in (sweep, settlements, due_money, payouts):
                 await round_(self.worker)
@@ -429,6 +432,7 @@ class Trial:
             if is_so():
                 return
             self.move(SOON)
+            await self.worker.breaker.pulse()
             await self._act([], handler)
 
     def _in_state(self, state: str) -> set[str]:

@@ -20,7 +20,7 @@ from tests.provider_faults import (
 from tests.sandbox_process import running_sandbox
 from tests.working import worker_here
 
-TIMEOUT_SECONDS = 1.0
+TIMEOUT_SECONDS = 1.5
 
 
 async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(

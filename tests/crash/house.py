@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import time
 from pathlib import Path
 
 import psycopg
 
-from app.cli.demo import POLL_SECONDS, PROVIDER_TIMEOUT_SECONDS, count_workers, shorten
+from app.cli.demo import POLL_SECONDS, count_workers, shorten
 from app.processes import Troupe, free_port
 from db.connect import harden
 from db.deploy import deploy
@@ -20,8 +21,13 @@ from tests.crash.proxy import Proxy
 Connection = psycopg.Connection[tuple[object, ...]]
 
 DATABASE = "surety_crash"
+# Below those that the system gives to clients: while nobody listens, a client that tries again and again would get the
+# port itself and talk to itself, and nobody could listen there any more.
+PORTS = range(20_000, 30_000)
 WORKERS = ("worker-1", "worker-2")
 START_SECONDS_MAX = 30.0
+# Processes that begin and end all the time make everything slow, which must not look like the provider's outage.
+PROVIDER_TIMEOUT_SECONDS = "5"
 
 
 class House:
@@ -37,7 +43,8 @@ class House:
         with self.connect() as conn:
             shorten(conn)
         self.proxy = Proxy(f"{self.server.socket_folder}/.s.PGSQL.{PORT}")
-        self.ports = {name: free_port(0) for name in ("api", "webhooks", "sandbox")}
+        lot = random.Random(os.getpid())
+        self.ports = {name: free_port(lot.choice(PORTS)) for name in ("api", "webhooks", "sandbox")}
         secret = f"whsec_{secrets.token_hex(16)}"
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))

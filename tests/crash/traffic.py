@@ -21,6 +21,7 @@ SHOPPERS = 8
 ORDERS_PER_SECOND = 10.0
 ANSWER_SECONDS_MAX = 6.0
 PAUSE_SECONDS = 0.1
+STOP_SECONDS_MAX = 60.0
 AGAIN_SHARE = 0.1
 PORTION = 500
 
@@ -60,7 +61,9 @@ class Traffic:
     def stop(self) -> None:
         """Take no further order; returns when all that were begun are answered."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(STOP_SECONDS_MAX)
+        if self._thread.is_alive():
+            self.wrong.append(f"orders are still unanswered after {STOP_SECONDS_MAX:.0f} s")
         if self._failure is not None:
             raise self._failure
 
