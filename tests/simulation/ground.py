@@ -21,7 +21,7 @@ from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from db.connect import harden
 from db.deploy import deploy
 from jobs.worker import Handler
-from tests.simulation.loop import Process
+from tests.simulation.loop import PROCESS, Process
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -121,6 +121,7 @@ class Wire(AsyncConnection[Any]):
     process: Process | None = None
     is_cut = False
     is_still = False
+    lease = 0
     doing = ""
     told = ""
 
@@ -246,7 +247,7 @@ class Wire(AsyncConnection[Any]):
         """Hang up."""
         if self.schedule is None:
             await super().close()
-        else:
+        elif self.process is PROCESS.get():
             self.schedule.ground.take_back(self)
 
 
@@ -303,6 +304,7 @@ class Ground:
         wire = self.free.pop()
         assert wire.pgconn.status == ConnStatus.OK
         wire.schedule, wire.process, wire.is_cut = schedule, process, False
+        wire.lease += 1
         return wire
 
     def take_back(self, wire: Wire) -> None:
@@ -337,10 +339,13 @@ class Pool:
     async def connection(self) -> AsyncGenerator[Wire]:
         """One of them."""
         wire = self._schedule.ground.lease(self._schedule, self._process)
+        lease = wire.lease
         try:
             yield wire
         finally:
-            self._schedule.ground.take_back(wire)
+            # Of a process that has died the server has noticed it, and somebody else may have the connection by now.
+            if wire.lease == lease:
+                self._schedule.ground.take_back(wire)
 
 
 def fraction(seed: int, number: int) -> float:
