@@ -119,7 +119,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "a step is told to the trail",
-        ("db/lifecycle.sql", "    from told as t;\n", "    from told as t where t.to_state <> 'provider_submitted';\n"),
+        (
+            "db/lifecycle.sql",
+            "    where t.version > 1 or t.cause <> 'request';\n",
+            "    where t.version > 1 and t.to_state <> 'provider_submitted';\n",
+        ),
     ),
     mutant(
         "our fee is posted",

@@ -93,7 +93,7 @@ async def work_off(worker: Worker, *handlers: str) -> int:
     batches = 0
     while True:
         before = batches
-        for name in handlers or HANDLERS:
+        for name in handlers or list(worker.handlers):
             while batch := await claim(worker, name):
                 async with leased(worker, batch, worker.handlers[name].lease_seconds):
                     await handle(worker, batch, HANDLERS[name])
