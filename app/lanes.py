@@ -2,8 +2,8 @@
 
 A lane is a task with a connection of its own. It takes all that waits, up to a bound, and calls the function; what
 comes meanwhile forms the next batch. Alone, a request waits for nobody. While a lane works another one joins in only
-when as many wait as are being worked on, or when one has waited for long: lanes that took whatever there is would share
-it out in batches of one, two, three, each at nearly the price of sixteen.
+when as many wait as are being worked on and a batch of them is large enough to be cheap, or when one has waited for
+long: lanes that took whatever there is would share it out in small batches, and sixteen cost little more than one.
 
     in the batch's rows                    a request's own answer
     an error that one request caused       the batch is bisected until that request stands alone: Refused
@@ -38,6 +38,8 @@ PASSING = ("08", "57P", "40", "53", "55P03", "0A000", "25006")
 # What no request has caused: a function missing, rights missing, a cancelled statement, a database that was restored.
 OURS = ("42", "3F", "28", "3D", "57014", "SU005")
 HELD_UP_SECONDS = 0.025
+# From here on a batch's fixed cost is small beside its rows', and lanes side by side win more than sharing out loses.
+SHARED_MIN = 32
 # How long more requests may be under way than are served without waiting.
 BURST_SECONDS = 0.05
 # After so long without that, the next burst is a new one.
@@ -169,7 +171,7 @@ class Lanes:
     def _is_worth_a_batch(self) -> bool:
         if not self._line:
             return False
-        enough = 0 if self._closing else min(self._at_work, self.batch_max)
+        enough = 0 if self._closing or not self._at_work else min(max(self._at_work, SHARED_MIN), self.batch_max)
         return len(self._line) >= enough or self._loop.time() >= self._line[0].since + HELD_UP_SECONDS
 
     def _look(self) -> None:

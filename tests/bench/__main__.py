@@ -54,6 +54,7 @@ def trace(*, as_json: bool, **sizes: int) -> None:
 )
 @click.option("--merchants", default=20)
 @click.option("--rounds", default=5)
+@click.option("--warm-mb", default=512, help="How much of the server's memory and log is used once before.")
 @as_json
 def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
     """Payments accepted per second over HTTP, against a no-op and against a transaction for each request."""

@@ -33,6 +33,7 @@ from tests.bench.ground import (
     rounded,
     server,
     tell,
+    warm_up,
 )
 from tests.bench.load import Loaded, generator, load
 from tests.payments import violations
@@ -42,12 +43,13 @@ BATCH_MAX = 200
 LANES_OF_SINGLES = (2, 8)
 
 
-def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, rounds: int) -> Figures:
+def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, rounds: int, warm_mb: int) -> Figures:
     """Each of them for so many seconds in each round. `single_lanes` 0: as many as are fastest here."""
     with ExitStack() as stack:
         url = stack.enter_context(deployed(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
         keys = open_shops(conn, merchants, seed=1)
+        warm_up(conn, warm_mb)
         choices = (single_lanes,) if single_lanes else LANES_OF_SINGLES
         batched, *rest = stack.enter_context(apis(url, [(LANES, BATCH_MAX), *((lanes, 1) for lanes in choices)]))
         singles = dict(zip(choices, rest, strict=True))
@@ -67,6 +69,8 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
         p50: list[float] = []
         p99: list[float] = []
         for turn in range(rounds):
+            # The log's segments are used again, as they are by a server that has run for a while.
+            conn.execute("checkpoint")
             for name in ("noop", "bare"):
                 rates[name].append(measure(f"{name}-{turn}", batched, f"/{name}").per_second)
             accepted = measure(f"accept-{turn}", batched, "/v1/payments")

@@ -27,7 +27,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 # Commits wait for the log as in production. Vacuum and checkpoints come between measurements, so that none of them pays
 # for what another has left behind.
-SERVER_SETTINGS = {"shared_buffers": "512MB", "max_wal_size": "16GB", "checkpoint_timeout": "1h", "autovacuum": "off"}
+SERVER_SETTINGS = {
+    "shared_buffers": "512MB",
+    "min_wal_size": "1GB",
+    "max_wal_size": "16GB",
+    "checkpoint_timeout": "1h",
+    "autovacuum": "off",
+}
 
 
 @contextlib.contextmanager
@@ -61,6 +67,16 @@ def connection(url: str) -> Generator[Connection]:
     """A connection in autocommit mode, with all rights."""
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         yield conn
+
+
+def warm_up(conn: Connection, megabytes: int) -> None:
+    """Use so much of the server's memory and log once, as one that has run for a while has: a virtual machine's first
+    touch of each page costs more than what is written there.
+    """
+    conn.execute("create table public.filler (t text)")
+    conn.execute("insert into public.filler select repeat('x', 1900) from generate_series(1, %s)", (megabytes * 520,))
+    conn.execute("drop table public.filler")
+    conn.execute("checkpoint")
 
 
 def tell(message: str) -> None:
