@@ -157,8 +157,13 @@ class Lanes:
             idle: asyncio.Future[None] = self._loop.create_future()
             self._idle.append(idle)
             self._look()
-            await idle
-            self._is_beginning = False
+            try:
+                await idle
+            finally:
+                if idle in self._idle:
+                    self._idle.remove(idle)
+                else:
+                    self._is_beginning = False
         batch = [self._line.popleft() for _ in range(min(len(self._line), self.batch_max))]
         self._at_work += len(batch)
         self._look()

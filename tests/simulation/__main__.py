@@ -42,7 +42,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--without", default="", help=f"kinds of faults to leave out: {', '.join(RATES)}")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more schedules after this time")
     parser.add_argument("--until-broken", action="store_true", help="stop at the first broken promise, don't shrink")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=2 * (os.cpu_count() or 1), help="a half of each is the server")
     parser.add_argument("--tell", action="store_true", help="print every decision")
     parser.add_argument("--json", action="store_true", help="print the sum as JSON in the last line")
     return parser.parse_args()

@@ -7,6 +7,7 @@ so time stands still while nobody moves it, and a replay reads the very same ins
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import signal
@@ -31,10 +32,11 @@ SERVER = {
     # The schedule sees a circle itself, and a process that looks for one now and then could not be held still.
     "deadlock_timeout": "1h",
     "plan_cache_mode": "force_generic_plan",
-    "max_connections": "100",
+    # Each process has some thirty at most; one refused would be a fault that no seed has drawn.
+    "max_connections": "400",
 }
 PREFIX = "surety_simulation"
-SWEEP_EVERY = 25
+SWEEP_EVERY = 400
 QUIET_MS = 3
 
 CLOCK = """
@@ -305,6 +307,8 @@ class Ground:
         assert wire.pgconn.status == ConnStatus.OK
         wire.schedule, wire.process, wire.is_cut = schedule, process, False
         wire.lease += 1
+        # Who held it before may have died in the middle of a statement.
+        wire.lock = asyncio.Lock()
         return wire
 
     def take_back(self, wire: Wire) -> None:
@@ -315,6 +319,7 @@ class Ground:
             schedule, wire.schedule = wire.schedule, None
             self.free.append(wire)
             if schedule is not None:
+                schedule.give_up(wire)
                 schedule.settle()
 
     def take_back_all(self, process: Process) -> None:

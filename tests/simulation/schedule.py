@@ -142,6 +142,9 @@ class Schedule:
         finally:
             if turn in self.turns:
                 self.turns.remove(turn)
+        # Somebody else's task, for whom it did something, goes on without it.
+        if process.is_dead:
+            raise Killed
 
     def lot(self, kind: str, where: str = "") -> bool:
         """Whether this goes wrong here."""
@@ -213,7 +216,7 @@ class Schedule:
     async def blocked(self, wire: Wire) -> None:
         """Wait, beside the others, until the lock that a connection stands in line for is granted."""
         self.note("blocked", wire.process.name if wire.process else "", wire.doing)
-        self.held_up[wire] = self.loop.create_future()
+        freed = self.held_up[wire] = self.loop.create_future()
         if len(self.held_up) > 1:
             if self.is_deadlocked():
                 self.violate("nobody waits in a circle", ", ".join(other.doing for other in self.held_up))
@@ -222,9 +225,16 @@ class Schedule:
             else:
                 wire.hold_still(True)
         try:
-            await self.held_up[wire]
+            await freed
         finally:
-            self.held_up.pop(wire, None)
+            if self.held_up.get(wire) is freed:
+                del self.held_up[wire]
+
+    def give_up(self, wire: Wire) -> None:
+        """Nobody waits for a lock any more on this connection: whoever did is dead, and what he did is rolled back."""
+        freed = self.held_up.pop(wire, None)
+        if freed is not None and not freed.done():
+            freed.set_exception(Killed())
 
     def is_deadlocked(self) -> bool:
         """Whether those who wait wait for each other."""
