@@ -25,6 +25,18 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 Connect = Callable[[Kind], Connection]
 
 PREFIX = "surety_test"
+LONGEST = (
+    "test_simulation.py",
+    "test_provider_faults.py",
+    "test_away.py",
+    "test_breaker.py",
+    "test_crash.py",
+    "test_afterwards.py",
+    "test_demo.py",
+    "test_bench.py",
+    "test_up.py",
+    "test_lint.py",
+)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -38,6 +50,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Three processes for everything: two cores are never idle then. One for a few tests, which begin at once."""
     return 3 if config.args == config.getini("testpaths") else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left alone with one in the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -344,6 +344,8 @@ class Trial:
             select r.event_id, r.handler from outbox.retries as r
             union all
             select b.id::text, b.handler from outbox.batches as b
+            union all
+            select d.event_id, d.handler || ': ' || d.reason from outbox.dead_letters as d where d.closed_at is null
             """
         ).fetchall()
 

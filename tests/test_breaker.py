@@ -288,7 +288,8 @@ async def test_a_provider_that_fails_now_and_then_is_called_on_and_nothing_count
             assert opened(conn) == set()
             assert sum(failures for _, failures, _ in attempts(conn)) < 5, "those that came before it was known"
         sandbox.control("faults", WELL)
-        await later(conn, worker, "61 seconds")
+        for _ in range(3):
+            await later(conn, worker, "61 seconds")
     assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
     assert count(conn, "select count(*) from outbox.dead_letters") == 0
 

@@ -143,17 +143,22 @@ async def test_a_batch_is_bounded(echo: Connection, settings: Settings) -> None:
         assert [row[1] for row in rows] == [4] * 8 + [2] * 2
 
 
-async def test_another_lane_begins_when_as_many_wait_as_are_worked_on(
-    echo: Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shared_min", [2, 5])
+async def test_another_lane_begins_when_as_many_wait_as_are_worked_on_and_share_its_cost(
+    echo: Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch, shared_min: int
 ) -> None:
     monkeypatch.setattr("app.lanes.HELD_UP_SECONDS", 60.0)
+    monkeypatch.setattr("app.lanes.SHARED_MIN", shared_min)
+    enough = max(3, shared_min)
     async with opened(settings, lanes=3) as lanes:
         hold(echo)
         stuck = [lanes.ask(Word(f"stuck{n}")) for n in range(3)]
         await until(lambda: waiting(echo))
-        few = [lanes.ask(Word("hurry")) for _ in range(2)]
-        enough = [*few, lanes.ask(Word("hurry"))]
-        assert [row[1] for row in await asyncio.gather(*enough)] == [3] * 3
+        few = [lanes.ask(Word("hurry")) for _ in range(enough - 1)]
+        await asyncio.sleep(0.05)
+        assert not any(one.done() for one in few)
+        answered = [*few, lanes.ask(Word("hurry"))]
+        assert [row[1] for row in await asyncio.gather(*answered)] == [enough] * enough
         let_go(echo)
         assert [row[1] for row in await asyncio.gather(*stuck)] == [3] * 3
 

@@ -11,8 +11,6 @@ from tests.judges import JUDGES, Judges
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.xdist_group("judges")
-
 
 @pytest.mark.parametrize("name", JUDGES)
 def test_judge_finds_nothing(name: str, judges: Judges) -> None:

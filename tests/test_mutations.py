@@ -26,7 +26,6 @@ def test_each_guard_is_there_to_be_taken_away(mutant: Mutant, tmp_path: Path) ->
     assert any((tmp_path / patch.path).read_text() != (ROOT / patch.path).read_text() for patch in mutant.patches)
 
 
-@pytest.mark.skip(reason="a schedule of the simulation can stand still, and a gate must end; run by command")
 @pytest.mark.parametrize("guard", CAUGHT_SOON)
 def test_a_guard_taken_away_is_missed(guard: str) -> None:
     assert judge(named(guard), seconds=120, processes=1).broken is not None

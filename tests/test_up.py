@@ -117,6 +117,7 @@ def is_settled(database: str, payment_id: str) -> bool:
 def test_up_starts_again_what_dies_and_leaves_nothing_behind_and_keeps_its_data(folder: Path) -> None:
     up = Up(folder)
     try:
+        assert eventually(lambda: KEY.search(up.said()), 20), up.said()
         [key] = set(KEY.findall(up.said()))
         first = pay(up, key)
         assert eventually(lambda: is_settled(up.database, first), 60), up.said()
