@@ -30,7 +30,6 @@ REORDER_SECONDS = HOUR
 SOON = 80.0
 """Longer than any delay before a retry, and than the sweep's patience."""
 ROUNDS_MAX = 12
-PAYMENTS_PER_PAIR = 2
 
 VISA, DECLINED, ASKING = "pm_card_visa", "pm_card_visa_chargeDeclined", "pm_card_authenticationRequired"
 
@@ -176,7 +175,8 @@ class Trial:
         """
         pause_seconds = 25 * HOUR if late else SOON
         pairs = [(call, fault) for call in CALLS for fault in FAULTS if is_late(call, fault) == late]
-        self.cases = [self._open(*pair, turn) for pair in pairs for turn in range(PAYMENTS_PER_PAIR)]
+        # By turns what went wrong before had its effect, or not.
+        self.cases = [self._open(*pair, turn) for turn, pair in enumerate(pairs)]
         await self._submit(pause_seconds)
         await self._confirm(pause_seconds)
         await self._cancel(pause_seconds)
