@@ -1,7 +1,9 @@
 """Refusing costs next to nothing: what would only be told to come again later is told so before its request is decoded.
 
 A refusal by way of the application costs a tenth of a millisecond; ten times what a process serves would keep it busy
-with refusing. Here it is written as soon as the request has been read, and no task is started for it.
+with refusing. Here it is written as soon as the request has been read, and no task is started for it. A client that
+comes again at once all the same, though it was told when to, is not read for a while: else those who don't wait would
+take the time in which others are served.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from app.answers import new_request_id
 from app.problems import overloaded
 
 Refuse = Callable[[], bool]
+
+# Well within what Retry-After asks for.
+UNREAD_SECONDS = 0.25
 
 GATES: dict[tuple[bytes, bytes], Refuse] = {}
 """By method and path, what says whether a request would be refused now. An application adds its own, and removes it."""
@@ -75,3 +80,9 @@ class SheddingProtocol(HttpToolsProtocol):
             b"".join((BEFORE, request_id, HEAD_END, b"\r\n", date, b"\r\n", BODY_BEGIN, request_id, AFTER))
         )
         self.on_response_complete()
+        self.flow.pause_reading()
+        self.loop.call_later(UNREAD_SECONDS, self._read_on)
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()

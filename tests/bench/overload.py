@@ -4,8 +4,8 @@
                 the most that it serves, and how long an accepted payment takes then
     overload    ten times as many, none of which waits after a refusal, so that it sends all that it can
 
-Beside the load a few probes send the same payments, slowly enough to time them well: latencies are theirs, from the
-request's last byte to the answer's. Every payment that was acknowledged, to the load or to a probe, must be in the
+Beside the load a few probes send the same payments, slowly enough to time them well, and wait after a refusal for as
+long as it says: latencies are theirs, from the request's last byte to the answer's. Every payment that was acknowledged, to the load or to a probe, must be in the
 database afterwards, found by its id, and every refusal must be a 503 that says when to come again.
 
 Run by itself, this file is the probes: `python -m tests.bench.overload URL PROBES SECONDS RUN KEY…`.
@@ -58,7 +58,7 @@ class Probed(msgspec.Struct):
 
 @dataclass
 class Probe(Client):
-    """A connection that times its requests, and waits a little after each."""
+    """A connection that times its requests, and waits a little after each; longer where it is told to."""
 
     seen: Probed = field(default_factory=Probed)
 
@@ -78,6 +78,7 @@ class Probe(Client):
                 self.seen.ids.append(body[7:43].decode())
             elif head.startswith(b"http/1.1 503 ") and b"\r\nretry-after: " in head and b"/problems/overloaded" in body:
                 self.seen.refused_ms.append(took_ms)
+                await asyncio.sleep(float(head.partition(b"\r\nretry-after: ")[2].partition(b"\r\n")[0]))
             else:
                 self.seen.odd += 1
             await asyncio.sleep(PAUSE_SECONDS)
