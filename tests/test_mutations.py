@@ -9,7 +9,7 @@ import pytest
 
 from tests.mutations import MUTANTS, ROOT, Mutant, apply, judge
 
-CAUGHT_SOON = ("our fee is posted", "the trail is append-only")
+CAUGHT_SOON = ("the trail is append-only",)
 
 
 def named(guard: str) -> Mutant:

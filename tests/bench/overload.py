@@ -5,8 +5,9 @@
     overload    ten times as many, none of which waits after a refusal, so that it sends all that it can
 
 Beside the load a few probes send the same payments, slowly enough to time them well, and wait after a refusal for as
-long as it says: latencies are theirs, from the request's last byte to the answer's. Every payment that was acknowledged, to the load or to a probe, must be in the
-database afterwards, found by its id, and every refusal must be a 503 that says when to come again.
+long as it says: latencies are theirs, from the request's last byte to the answer's. Every payment that was
+acknowledged, to the load or to a probe, must be in the database afterwards, found by its id, and every refusal must be
+a 503 that says when to come again.
 
 Run by itself, this file is the probes: `python -m tests.bench.overload URL PROBES SECONDS RUN KEY…`.
 """

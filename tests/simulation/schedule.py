@@ -489,7 +489,7 @@ class Schedule:
                 " where d.closed_at is null and d.event_id is distinct from %s order by d.id",
                 self.poison,
             )
-            self.move_to(self.next_due(65.0 * 10**turn))
+            self.move_to(self.next_due(65.0 * 40**turn))
             self.ground.move_clock(self.loop.seconds)
             await asyncio.sleep(0)
         else:
