@@ -5,7 +5,7 @@ What is asked for goes through app/commands.py, which answers in these routes' s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, LiteralString
 
 from litestar import Request, Response, get, post
 from litestar.openapi import ResponseSpec
@@ -44,6 +44,18 @@ REFUSALS = (
     "idempotency-key-reused",
     "overloaded",
 )
+
+
+async def page(
+    request: Request[Any, Any, Any],
+    route: str,
+    asked_as: type[RefundsQuery | DisputesQuery | BalanceTransactionsQuery],
+    query: LiteralString,
+) -> Response[Any]:
+    """A page of a list, of one payment's entries if that is asked for."""
+    caller = caller_of(request, route)
+    asked = await query_of(request, caller, asked_as)
+    return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
 
 
 @post(
@@ -104,10 +116,8 @@ async def get_refund(request: Request[Any, Any, Any], refund_id: str) -> Respons
 )
 async def list_refunds(request: Request[Any, Any, Any]) -> Response[RefundList]:
     """List refunds, newest first."""
-    caller = caller_of(request, "GET /v1/refunds")
-    asked = await query_of(request, caller, RefundsQuery)
     query = "select body from api.list_refunds(%s, %s, %s, %s)"
-    return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
+    return await page(request, "GET /v1/refunds", RefundsQuery, query)
 
 
 @get("/v1/disputes/{dispute_id:str}", responses=refusals("unauthenticated", "not-found", "overloaded"))
@@ -125,10 +135,8 @@ async def get_dispute(request: Request[Any, Any, Any], dispute_id: str) -> Respo
 )
 async def list_disputes(request: Request[Any, Any, Any]) -> Response[DisputeList]:
     """List disputes and inquiries, newest first."""
-    caller = caller_of(request, "GET /v1/disputes")
-    asked = await query_of(request, caller, DisputesQuery)
     query = "select body from api.list_disputes(%s, %s, %s, %s)"
-    return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
+    return await page(request, "GET /v1/disputes", DisputesQuery, query)
 
 
 @post(
@@ -156,10 +164,8 @@ async def get_balance(request: Request[Any, Any, Any]) -> Response[Balance]:
 )
 async def list_balance_transactions(request: Request[Any, Any, Any]) -> Response[BalanceTransactionList]:
     """List what changed your balance, newest first."""
-    caller = caller_of(request, "GET /v1/balance/transactions")
-    asked = await query_of(request, caller, BalanceTransactionsQuery)
     query = "select body from api.list_balance_transactions(%s, %s, %s, %s)"
-    return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
+    return await page(request, "GET /v1/balance/transactions", BalanceTransactionsQuery, query)
 
 
 AFTERWARDS = [
