@@ -308,13 +308,21 @@ begin
     if v_merchant is null then
         return;
     end if;
-    v_ids := array(
-        select d.id from surety.disputes as d
-        where d.merchant_id = v_merchant and d.id < coalesce(p_starting_after, 'dp_g')
-            and (p_payment is null or d.payment_id = p_payment)
-        order by d.id desc
-        limit p_limit + 1
-    );
+    if p_payment is null then
+        v_ids := array(
+            select d.id from surety.disputes as d
+            where d.merchant_id = v_merchant and d.id < coalesce(p_starting_after, 'dp_g')
+            order by d.id desc
+            limit p_limit + 1
+        );
+    else
+        v_ids := array(
+            select d.id from surety.disputes as d
+            where d.payment_id = p_payment and d.merchant_id = v_merchant and d.id < coalesce(p_starting_after, 'dp_g')
+            order by d.id desc
+            limit p_limit + 1
+        );
+    end if;
     return query
     select
         v_merchant,
