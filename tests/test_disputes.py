@@ -205,6 +205,7 @@ def test_the_api_shows_disputes_takes_evidence_and_tells_the_balance(conn: Conne
     [shown] = merchant.get("/v1/disputes")["data"]
     assert (shown["status"], shown["amount"], shown["payment"]) == ("needs_response", 10000, payment_id)
     assert merchant.get(f"/v1/disputes/{shown['id']}") == shown
+    assert merchant.get("/v1/disputes", payment=payment_id)["data"] == [shown]
     assert merchant.get("/v1/disputes", payment=f"pay_{32 * '0'}")["data"] == []
     path = f"/v1/disputes/{shown['id']}/evidence"
     body = {"evidence": {"uncategorized_text": "it was sent"}, "submit": True}
