@@ -189,7 +189,7 @@ insert into surety.currencies (currency, exponent, minimum_minor, maximum_minor)
 
 insert into surety.states (state, position, status, is_final, ask_after, meaning) values
 ('initiated', 1, 'pending', false, null, 'accepted and stored; nothing sent'),
-('submitting', 2, 'pending', false, null, 'a provider call is in flight, or its outcome is unknown'),
+('submitting', 2, 'pending', false, '5 minutes', 'a provider call is in flight, or its outcome is unknown'),
 ('provider_submitted', 3, 'pending', false, '60 seconds', 'the provider''s id is held'),
 ('requires_action', 4, 'action_required', false, '60 seconds', 'the payer must act'),
 ('authorized', 5, 'pending', false, '1 hour', 'funds held, not captured'),
@@ -590,6 +590,7 @@ create table surety.calls (
     constraint call_operation_is_known check (
         operation in ('create', 'confirm', 'capture', 'cancel')
         or operation ~ '^(refund:ref|evidence:dp)_[0-9a-f]+(:[0-9]+)?$'
+        or operation ~ '^cancel:[0-9A-Za-z_]+$'
     ),
     constraint call_answer_has_a_status check ((answered_at is null) = (status is null))
 ) partition by range (payment_id);
@@ -745,7 +746,8 @@ create table surety.inbox (
     constraint inbox_pkey primary key (id)
 ) partition by range (id);
 comment on table surety.inbox is
-'Webhooks with a valid signature, once per provider event. body is the signed text without client secrets.';
+'What the provider told of, once per event of its: webhooks with a valid signature, and events that were read from its
+list (without headers). body is its text without client secrets.';
 
 create table surety.inbox_keys (
     provider text not null,

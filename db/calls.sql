@@ -49,13 +49,15 @@ begin atomic
             'cancellation_reason',
             case when p_payment.flags ? 'cancel_requested_at' then 'requested_by_customer' else 'abandoned' end
         )
+        else jsonb_build_object('cancellation_reason', 'duplicate')
     end);
 end;
 
 create or replace function surety.begin_calls(
     p_batch bigint, p_fence bigint, p_operation text, p_actor text, p_event_ids text[] default null
 ) returns table (
-    event_id text, payment_id text, todo text, idempotency_key text, request jsonb, account text, provider_id text,
+    event_id text, payment_id text, todo text, operation text, idempotency_key text, request jsonb, account text,
+    provider_id text,
     sends integer, first_sent_at timestamptz, last_sent_at timestamptz, failures integer, amount_minor bigint,
     currency text, livemode boolean, state text
 )
@@ -67,6 +69,7 @@ as $$
 --   find   it, and if it isn't there, end the payment: it was canceled before the provider answered
 --   wait   until it is known whether the provider holds the payment
 --   skip   nothing is left to do
+-- An intent beside the payment's own (payment.orphan_found) is canceled by a call of its own, `cancel:pi_…`.
 -- Steps initiated payments to submitting. Returns nothing when the lease is another's by now.
 declare
     v_now timestamptz := surety.time_now();
@@ -83,10 +86,16 @@ begin
             e.event_id, e.failures, e.type, p.id as payment_id, p.state, p.captured_minor, p as payment,
             p.flags ? 'cancel_requested_at' as is_called_off, asked.revision as capture_revision,
             c.first_sent_at, c.last_sent_at, c.answered_at, c.status, c.payment_id is not null as was_sent,
-            row_number() over (partition by p.id, e.type = 'payment.authorized_late' order by e.event_id) as turn
+            about.operation, coalesce(e.payload ->> 'object_id', p.provider_id) as object_id,
+            row_number() over (
+                partition by p.id, about.operation, e.type = 'payment.authorized_late' order by e.event_id
+            ) as turn
         from outbox.batch_events(p_batch, p_fence) as e
         join surety.payments as p on p.id = e.aggregate_id
-        left join surety.calls as c on c.payment_id = p.id and c.operation = p_operation
+        cross join lateral (
+            select p_operation || coalesce(':' || (e.payload ->> 'object_id'), '') as operation
+        ) as about
+        left join surety.calls as c on c.payment_id = p.id and c.operation = about.operation
         left join lateral surety.capture_asked(p.id) as asked on p_operation in ('capture', 'cancel')
         where p_event_ids is null or e.event_id = any(p_event_ids)
     ),
@@ -100,12 +109,13 @@ begin
                 when p_operation = 'create' and e.is_called_off and e.was_sent then 'find'
                 when p_operation = 'confirm' and (e.state <> 'provider_submitted' or e.is_called_off) then 'skip'
                 when p_operation = 'capture' and (e.state <> 'processing' or e.capture_revision is null) then 'skip'
+                when e.type = 'payment.orphan_found' and e.object_id = (e.payment).provider_id then 'skip'
                 when p_operation = 'cancel' and e.type = 'payment.authorized_late' and (
                     e.captured_minor > 0 or e.state not in ('failed', 'canceled') or (e.payment).provider_id is null
                 ) then 'skip'
-                when p_operation = 'cancel' and e.type <> 'payment.authorized_late' and e.state = 'submitting'
+                when e.operation = 'cancel' and e.type <> 'payment.authorized_late' and e.state = 'submitting'
                     then 'wait'
-                when p_operation = 'cancel' and e.type <> 'payment.authorized_late' and (
+                when e.operation = 'cancel' and e.type <> 'payment.authorized_late' and (
                     e.captured_minor > 0 or e.capture_revision is not null
                     or e.state not in ('provider_submitted', 'requires_action', 'authorized', 'processing')
                 ) then 'skip'
@@ -122,12 +132,12 @@ begin
     written as (
         insert into surety.calls as c (payment_id, operation, idempotency_key, request, first_sent_at, last_sent_at)
         select
-            j.payment_id, p_operation,
-            j.payment_id || ':' || p_operation
+            j.payment_id, j.operation,
+            j.payment_id || ':' || j.operation
             || case when p_operation = 'capture' and j.capture_revision > 0 then ':' || j.capture_revision else '' end,
-            surety.stripe_request(j.payment, p_operation)::text, v_now, v_now
+            surety.stripe_request(j.payment, j.operation)::text, v_now, v_now
         from judged as j where j.verdict not in ('skip', 'wait')
-        order by j.payment_id
+        order by j.payment_id, j.operation
         on conflict on constraint calls_pkey do update
         set
             sends = c.sends + 1,
@@ -135,9 +145,9 @@ begin
             -- While it is only asked about, the last answer still decides whether the key can be used again.
             (answered_at, status) = (
                 select c.answered_at, c.status from judged as a
-                where a.payment_id = c.payment_id and a.verdict in ('ask', 'find')
+                where a.payment_id = c.payment_id and a.operation = c.operation and a.verdict in ('ask', 'find')
             )
-        returning c.payment_id, c.idempotency_key, c.request, c.sends, c.first_sent_at, c.last_sent_at
+        returning c.payment_id, c.operation, c.idempotency_key, c.request, c.sends, c.first_sent_at, c.last_sent_at
     ),
     stepped as (
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
@@ -150,14 +160,19 @@ begin
         select
             surety.new_id('aud', v_now), v_now, 'call', p_actor, j.payment_id, (j.payment).merchant_id,
             case when j.verdict in ('ask', 'find') then 'asked' else 'sent' end,
-            jsonb_build_object('operation', p_operation, 'key', w.idempotency_key, 'sends', w.sends)
-        from judged as j join written as w on w.payment_id = j.payment_id and j.verdict not in ('skip', 'wait')
+            jsonb_build_object('operation', j.operation, 'key', w.idempotency_key, 'sends', w.sends)
+        from judged as j
+        join written as w on w.payment_id = j.payment_id and w.operation = j.operation
+            and j.verdict not in ('skip', 'wait')
     )
     select
-        j.event_id, j.payment_id, j.verdict, w.idempotency_key, w.request::jsonb, (j.payment).provider_account,
-        (j.payment).provider_id, w.sends, w.first_sent_at, coalesce(j.last_sent_at, w.last_sent_at), j.failures,
-        (j.payment).amount_minor, (j.payment).currency, (j.payment).livemode, j.state
-    from judged as j left join written as w on w.payment_id = j.payment_id and j.verdict not in ('skip', 'wait')
+        j.event_id, j.payment_id, j.verdict, j.operation, w.idempotency_key, w.request::jsonb,
+        (j.payment).provider_account, j.object_id, w.sends, w.first_sent_at,
+        coalesce(j.last_sent_at, w.last_sent_at), j.failures, (j.payment).amount_minor, (j.payment).currency,
+        (j.payment).livemode, j.state
+    from judged as j
+    left join written as w on w.payment_id = j.payment_id and w.operation = j.operation
+        and j.verdict not in ('skip', 'wait')
     order by j.event_id;
 end;
 $$;
@@ -370,7 +385,8 @@ $$;
 
 create or replace function surety.claim_questions(p_limit integer)
 returns table (
-    payment_id text, provider_id text, account text, amount_minor bigint, currency text, livemode boolean, asked integer
+    payment_id text, provider_id text, account text, amount_minor bigint, currency text, livemode boolean,
+    first_sent_at timestamptz, last_sent_at timestamptz
 )
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -399,7 +415,7 @@ begin atomic
         where payments.id = due.id and payments.state = states.state
         returning
             payments.id, payments.provider_id, payments.provider_account, payments.amount_minor, payments.currency,
-            payments.livemode, payments.asked
+            payments.livemode
     )
 
     select
@@ -409,9 +425,14 @@ begin atomic
         claimed.amount_minor,
         claimed.currency,
         claimed.livemode,
-        claimed.asked
-    from claimed;
+        calls.first_sent_at,
+        calls.last_sent_at
+    from claimed
+    left join surety.calls on claimed.id = calls.payment_id and calls.operation = 'create'
+    -- Nothing was sent for it, so there is nothing to ask.
+    where claimed.provider_id is not null or calls.payment_id is not null;
 end;
 comment on function surety.claim_questions(integer) is
 'Unfinished payments that the sweep should ask their provider about now; each is asked again at growing intervals, up to
-64 times the state''s ask_after, for as long as it is unfinished.';
+64 times the state''s ask_after, for as long as it is unfinished. One without provider_id was sent between first_sent_at
+and last_sent_at, and nobody knows whether it came there.';

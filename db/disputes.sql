@@ -257,7 +257,14 @@ begin atomic
     with due as (
         select disputes.id
         from surety.disputes
-        where disputes.ask_at <= surety.time_now()
+        where
+            disputes.ask_at <= surety.time_now()
+            and not exists (
+                select from surety.breakers
+                where
+                    breakers.provider = disputes.provider and breakers.account = disputes.provider_account
+                    and breakers.opened_at is not null
+            )
         order by disputes.ask_at
         limit p_limit
         for update skip locked

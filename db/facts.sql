@@ -155,12 +155,7 @@ begin
     v_derived := array(select d from surety.derive(v_ids) as d);
     v_types := v_types || surety.advance(v_derived, v_new[1].source, p_actor, p_request_id);
 
-    -- One payment has one intent; another can't charge, for it is never confirmed, but somebody should cancel it.
-    perform surety.open_discrepancy(
-        'duplicate', f.object_id, f.payment_id, format('%s is a second intent beside %s', f.object_id, p.provider_id),
-        to_jsonb(f), false, v_now)
-    from unnest(v_new) as f join surety.payments as p on p.id = f.payment_id
-    where f.kind = 'submitted' and f.disregarded is null and f.object_id <> p.provider_id;
+    v_types := v_types || surety.call_off_orphans(v_new, v_now);
 
     -- A decline leaves the intent alive; it must be called off before the payment has failed.
     select array_agg(distinct f.payment_id) into v_declined
@@ -179,6 +174,43 @@ begin
 
     perform surety.post_facts(v_new, v_derived, v_now);
     return v_types;
+end;
+$$;
+
+create or replace function surety.call_off_orphans(p_facts surety.facts[], p_at timestamptz) returns text[]
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+-- One payment has one intent. Another can't charge, for it is never confirmed; it is told, called off when it is seen
+-- (by whoever handles the event), and no discrepancy any more once it is over. The payments are locked. Returns the
+-- types of the events made.
+declare
+    v_orphans surety.facts [];
+begin
+    select array_agg(f order by f.payment_id, f.object_id) into v_orphans
+    from unnest(p_facts) as f join surety.payments as p on p.id = f.payment_id
+    where f.kind in ('submitted', 'canceled', 'failed') and f.disregarded is null and f.object_id <> p.provider_id;
+    if v_orphans is null then
+        return '{}';
+    end if;
+    perform surety.open_discrepancy(
+        'duplicate', f.object_id, f.payment_id, format('%s is a second intent beside %s', f.object_id, p.provider_id),
+        to_jsonb(f), false, p_at)
+    from unnest(v_orphans) as f join surety.payments as p on p.id = f.payment_id
+    where f.kind = 'submitted';
+    update surety.discrepancies as d
+    set closed_at = p_at, closed_because = 'it is canceled'
+    from unnest(v_orphans) as f
+    where f.kind in ('canceled', 'failed') and d.kind = 'duplicate' and d.subject = f.object_id and d.closed_at is null;
+    perform outbox.emit(
+        'payment', f.payment_id, 'payment.orphan_found',
+        jsonb_build_object('payment_id', f.payment_id, 'object_id', f.object_id, 'reason', 'a second intent'),
+        null, null)
+    from unnest(v_orphans) as f
+    where f.kind = 'submitted' and not exists (
+        select from unnest(v_orphans) as over
+        where over.object_id = f.object_id and over.kind in ('canceled', 'failed')
+    );
+    return case when found then array['payment.orphan_found'] else '{}' end;
 end;
 $$;
 

@@ -1,4 +1,5 @@
--- Webhooks: stored as they came, once per provider event, with an event for `apply`; nothing else happens here.
+-- The provider's events, by webhook or read from its list: stored as they came, each once, with an event for `apply`;
+-- nothing else happens here.
 
 create or replace function surety.receive_webhooks(p_webhooks jsonb) returns table (n integer, is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -42,7 +43,7 @@ begin
         insert into audit.entries (id, at, kind, actor, address, outcome, snapshot)
         select
             surety.new_id('aud', v_now), v_now, 'webhook', g.provider, g.address,
-            case when k.inbox_id is null then 'repeated' else 'received' end,
+            case when k.inbox_id is null then 'repeated' when g.headers = '{}' then 'listed' else 'received' end,
             jsonb_build_object('event', g.event_id, 'type', g.type)
         from given as g left join keyed as k on k.inbox_id = g.id
     )
@@ -73,6 +74,34 @@ begin
     );
 end;
 $$;
+
+create or replace function surety.unheard_events(p_provider text, p_account text, p_event_ids text[]) returns text[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select coalesce(array_agg(listed.event_id), '{}')
+    from unnest(p_event_ids) as listed (event_id)
+    where not exists (
+        select from surety.inbox_keys
+        where
+            inbox_keys.provider = p_provider and inbox_keys.account = p_account
+            and inbox_keys.event_id = listed.event_id
+    );
+end;
+comment on function surety.unheard_events(text, text, text[]) is
+'Those events of a provider''s list that no webhook has told of yet.';
+
+create or replace function surety.receive_listed(p_events jsonb) returns bigint
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Whoever reads the list can't say that it was a webhook, signed: what he brings has no headers.
+    select count(*) filter (where taken.is_new)
+    from surety.receive_webhooks((
+        select jsonb_agg(listed.event || '{"headers": {}}')
+        from jsonb_array_elements(p_events) as listed (event)
+    )) as taken;
+end;
+comment on function surety.receive_listed(jsonb) is
+'Stores events of the provider''s list as surety.receive_webhooks does; returns how many were new.';
 
 create or replace function surety.read_inbox(p_batch bigint, p_fence bigint)
 returns table (

@@ -469,7 +469,8 @@ from (
     (
         'cancel',
         array[
-            'payment.attempt_failed', 'payment.action_overdue', 'payment.cancel_requested', 'payment.authorized_late'
+            'payment.attempt_failed', 'payment.action_overdue', 'payment.cancel_requested', 'payment.authorized_late',
+            'payment.orphan_found'
         ],
         200, 2, true
     ),

@@ -487,13 +487,22 @@ end;
 $$;
 
 create or replace function surety.claim_refund_questions(p_limit integer)
-returns table (refund_id text, payment_id text, provider_id text, account text, livemode boolean)
+returns table (
+    refund_id text, payment_id text, provider_id text, intent_id text, account text, livemode boolean
+)
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with due as (
         select refunds.id
         from surety.refunds
-        where refunds.ask_at <= surety.time_now()
+        where
+            refunds.ask_at <= surety.time_now()
+            and not exists (
+                select from surety.breakers
+                where
+                    breakers.provider = refunds.provider and breakers.account = refunds.provider_account
+                    and breakers.opened_at is not null
+            )
         order by refunds.ask_at
         limit p_limit
         for update skip locked
@@ -513,11 +522,16 @@ begin atomic
         claimed.id,
         claimed.payment_id,
         claimed.provider_id,
+        payments.provider_id,
         claimed.provider_account,
-        environment.livemode
+        payments.livemode
     from claimed
-    cross join surety.environment
-    where claimed.provider_id is not null;
+    inner join surety.payments on claimed.payment_id = payments.id
+    left join surety.calls
+        on claimed.payment_id = calls.payment_id and calls.operation = 'refund:' || claimed.id
+    -- Nothing was sent for it, so there is nothing to ask.
+    where claimed.provider_id is not null or calls.payment_id is not null;
 end;
 comment on function surety.claim_refund_questions(integer) is
-'Refunds under way that the sweep should ask their provider about now, at growing intervals.';
+'Refunds under way that the sweep should ask their provider about now, at growing intervals. One without provider_id was
+sent, and nobody knows whether it came there: it is among those of the intent, or is not.';

@@ -51,6 +51,7 @@ class Call(Subject, kw_only=True):
 
     event_id: str
     todo: str
+    operation: str
     idempotency_key: str | None
     request: Json | None
     first_sent_at: datetime | None
@@ -78,7 +79,7 @@ async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operati
         return
     calls = await worker.database.rows(
         Call,
-        "select event_id, payment_id, todo, idempotency_key, request, account, provider_id, first_sent_at,"
+        "select event_id, payment_id, todo, operation, idempotency_key, request, account, provider_id, first_sent_at,"
         " last_sent_at, amount_minor, currency, livemode from surety.begin_calls(%s, %s, %s, %s, %s)",
         batch.batch_id, batch.fence, operation, worker.actor, event_ids,
     )  # fmt: skip
@@ -93,8 +94,8 @@ async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operati
         if batch.is_lost or worker.stopping.is_set():
             return [event | {"release_seconds": 0, "error": "its worker stopped"}]
         if call.account in worker.breaker.blocked:
-            return [event | not_sent(call, operation)]
-        return [event | await outcome(call, operation, perform(worker, call))]
+            return [event | not_sent(call, call.operation)]
+        return [event | await outcome(call, call.operation, perform(worker, call))]
 
     if missing:
         await record(worker, batch, missing)

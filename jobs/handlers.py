@@ -7,7 +7,6 @@ are tried again in halves.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
 
 from jobs.calls import Call, make_calls
 from jobs.disputes import evidence
@@ -18,8 +17,6 @@ from jobs.worker import Batch, Worker
 
 Handler = Callable[[Worker, Batch, list[str]], Awaitable[None]]
 
-# How much the provider's clock and ours may differ when an intent is looked for by the time of its creation.
-SLACK = timedelta(minutes=5)
 CALLED_OFF = {"code": "canceled", "message": "canceled before the provider held it"}
 
 
@@ -36,13 +33,13 @@ async def create_intent(worker: Worker, call: Call) -> Answer:
     if call.todo in {"ask", "find"}:
         assert call.first_sent_at is not None
         assert call.last_sent_at is not None
-        since, until = call.first_sent_at - SLACK, call.last_sent_at + SLACK
-        found = await worker.stripe.find_intent(call.account, call.payment_id, since, until, call.begun_at)
+        sent = call.first_sent_at, call.last_sent_at
+        found = await worker.stripe.find_intent(call.account, call.payment_id, *sent, call.begun_at)
         if found is not None:
             return found
         if call.todo == "find":
             raise Refused("canceled before the provider held it", body={"error": CALLED_OFF})
-        key = await renew_key(worker, call, "create")
+        key = await renew_key(worker, call)
     return await worker.stripe.create_intent(call.account, key, call.request)
 
 
@@ -61,7 +58,7 @@ async def confirm_intent(worker: Worker, call: Call) -> Answer:
         found = await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
         if found.body.get("status") != "requires_confirmation":
             return found
-        key = await renew_key(worker, call, "confirm")
+        key = await renew_key(worker, call)
     try:
         return await worker.stripe.confirm_intent(call.account, key, call.provider_id, call.request)
     except Rejected as error:
@@ -83,7 +80,7 @@ async def capture_intent(worker: Worker, call: Call) -> Answer:
         found = await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
         if found.body.get("status") != "requires_capture":
             return found
-        key = await renew_key(worker, call, "capture")
+        key = await renew_key(worker, call)
     try:
         return await worker.stripe.capture_intent(call.account, key, call.provider_id, call.request)
     except Rejected as error:
@@ -91,7 +88,7 @@ async def capture_intent(worker: Worker, call: Call) -> Answer:
 
 
 async def cancel(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """payment.cancel_requested, and where a payment has ended here: no payer may succeed with it any more."""
+    """payment.cancel_requested, where a payment has ended here, an intent too many: no payer may succeed with it."""
     await make_calls(worker, batch, event_ids, "cancel", cancel_intent)
 
 
@@ -105,7 +102,7 @@ async def cancel_intent(worker: Worker, call: Call) -> Answer:
         found = await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
         if found.body.get("status") in {"succeeded", "canceled", "processing"}:
             return found
-        key = await renew_key(worker, call, "cancel")
+        key = await renew_key(worker, call)
     try:
         return await worker.stripe.cancel_intent(call.account, key, call.provider_id, call.request)
     except Rejected as error:
@@ -119,9 +116,9 @@ async def intent_instead(worker: Worker, call: Call, error: Rejected) -> Answer:
     return await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
 
 
-async def renew_key(worker: Worker, call: Call, operation: str) -> str:
+async def renew_key(worker: Worker, call: Call) -> str:
     """A fresh idempotency key: what the old one would replay is known, and is no answer."""
-    key: str = await worker.database.value("select surety.renew_call(%s, %s)", call.payment_id, operation)
+    key: str = await worker.database.value("select surety.renew_call(%s, %s)", call.payment_id, call.operation)
     return key
 
 

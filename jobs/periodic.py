@@ -5,6 +5,7 @@ leaves it alone. How often the provider is asked is SURETY_POLL_SECONDS.
 
     tick           wakes handlers that have due work             every second
     sweep          asks about unfinished payments, refunds and disputes
+    news           reads the provider's list of events, for what no webhook has told
     settlements    reads what moved in the provider's balance
     due_money      looks again at what should be available by now
     payouts        reads what was sent to the bank
@@ -32,8 +33,8 @@ from jobs import Workers, app
 from jobs.calls import Result, Subject, in_groups, not_sent, outcome
 from jobs.database import in_halves
 from jobs.stripe_facts import Fact, Json, Origin, money_facts, payout_facts, redacted, refund_facts
-from jobs.stripe_rail import ProviderError
-from jobs.webhooks import Source, fetch_dispute
+from jobs.stripe_rail import Absent, Answer, ProviderError
+from jobs.webhooks import LISTED, Source, fetch_dispute, take_listed
 from jobs.worker import Worker, worker_of
 
 log = logging.getLogger("surety.periodic")
@@ -53,7 +54,8 @@ Round = Callable[[Worker], Awaitable[None]]
 class Question(Subject, kw_only=True):
     """A row of surety.claim_questions."""
 
-    provider_id: str
+    first_sent_at: datetime | None
+    last_sent_at: datetime | None
 
 
 class RefundQuestion(Struct):
@@ -61,7 +63,8 @@ class RefundQuestion(Struct):
 
     refund_id: str
     payment_id: str
-    provider_id: str
+    provider_id: str | None
+    intent_id: str
     account: str
     livemode: bool
 
@@ -98,7 +101,8 @@ async def sweep(worker: Worker) -> None:
     """Ask about unfinished payments: all would end even if every webhook were lost."""
     while questions := await worker.database.rows(
         Question,
-        "select payment_id, provider_id, account, amount_minor, currency, livemode from surety.claim_questions(%s)",
+        "select payment_id, provider_id, account, amount_minor, currency, livemode, first_sent_at, last_sent_at"
+        " from surety.claim_questions(%s)",
         QUESTIONS_MAX,
     ):
         await tell(worker, [asking("fetch", question.payment_id) for question in questions])
@@ -108,7 +112,8 @@ async def sweep(worker: Worker) -> None:
             return
     while pending := await worker.database.rows(
         RefundQuestion,
-        "select refund_id, payment_id, provider_id, account, livemode from surety.claim_refund_questions(%s)",
+        "select refund_id, payment_id, provider_id, intent_id, account, livemode"
+        " from surety.claim_refund_questions(%s)",
         QUESTIONS_MAX,
     ):
         await tell(worker, [asking("fetch refund", question.payment_id) for question in pending])
@@ -147,9 +152,9 @@ async def ask_refund(worker: Worker, question: RefundQuestion) -> list[Result]:
     began = time.monotonic()
     told: Result
     try:
-        answer = await worker.stripe.fetch(question.account, "refunds", question.provider_id)
+        answer = await find_refund(worker, question)
         told = {"outcome": "answered", "status": answer.status, "snapshot": redacted(answer.body)}
-        if answer.body.get("id") == question.provider_id:
+        if question.provider_id in {None, answer.body.get("id")}:
             told |= read_one(answer.body, origin, refund_facts)
     except ProviderError as error:
         told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
@@ -157,12 +162,43 @@ async def ask_refund(worker: Worker, question: RefundQuestion) -> list[Result]:
     return [{"payment_id": question.payment_id, "operation": "fetch refund", "duration_ms": duration_ms, **told}]
 
 
+async def find_refund(worker: Worker, question: RefundQuestion) -> Answer:
+    """The refund as it is at the provider. Raises Absent if it never came there."""
+    if question.provider_id is not None:
+        return await worker.stripe.fetch(question.account, "refunds", question.provider_id)
+    found = await worker.stripe.find_refund(question.account, question.intent_id, question.refund_id)
+    if found is None:
+        raise Absent(f"{question.intent_id} has no refund {question.refund_id}")
+    return found
+
+
 async def ask(worker: Worker, question: Question) -> list[Result]:
     """What the provider says about one payment."""
     if question.account in worker.breaker.blocked:
         return [not_sent(question, "fetch")]
-    answering = worker.stripe.fetch_intent(question.account, question.provider_id)
-    return [await outcome(question, "fetch", answering, source="poll")]
+    return [await outcome(question, "fetch", find_intent(worker, question), source="poll")]
+
+
+async def find_intent(worker: Worker, question: Question) -> Answer:
+    """The payment's intent as it is at the provider. Raises Absent if it never came there."""
+    if question.provider_id is not None:
+        return await worker.stripe.fetch_intent(question.account, question.provider_id)
+    assert question.first_sent_at is not None
+    assert question.last_sent_at is not None
+    sent = question.first_sent_at, question.last_sent_at
+    found = await worker.stripe.find_intent(question.account, question.payment_id, *sent, time.monotonic())
+    if found is None:
+        raise Absent(f"no intent is made for {question.payment_id}")
+    return found
+
+
+async def news(worker: Worker) -> None:
+    """What the provider has told of and nobody heard: all would be known even if every webhook were lost."""
+    for unread in await unread_lists(worker, "events"):
+        pages = worker.stripe.events(unread.account, unread.read_from, sorted(LISTED))
+        take = partial(take_listed, worker, unread.account)
+        if await read_list(worker, "list events", unread.account, unread.read_from, pages, take):
+            await mark_read(worker, unread, "events")
 
 
 async def settlements(worker: Worker) -> None:
@@ -189,7 +225,8 @@ async def payouts(worker: Worker) -> None:
     """What the provider sent to the bank."""
     for unread in await unread_lists(worker, "payouts"):
         pages = worker.stripe.payouts(unread.account, unread.read_from)
-        if await read_list(worker, "list payouts", unread.account, unread.read_from, pages, payout_facts):
+        take = partial(book, worker, unread.account, payout_facts)
+        if await read_list(worker, "list payouts", unread.account, unread.read_from, pages, take):
             await mark_read(worker, unread, "payouts")
 
 
@@ -216,7 +253,14 @@ async def upkeep(worker: Worker) -> None:
 async def read_balance(worker: Worker, account: str, since: datetime, until: datetime | None = None) -> bool:
     """Record what moved in an account's balance; whether the provider told all of it."""
     pages = worker.stripe.balance_transactions(account, since, until)
-    return await read_list(worker, "list balance transactions", account, since, pages, money_facts)
+    take = partial(book, worker, account, money_facts)
+    return await read_list(worker, "list balance transactions", account, since, pages, take)
+
+
+async def book(worker: Worker, account: str, read: Callable[[Json, Origin], list[Fact]], page: list[Json]) -> None:
+    """Record what the objects of a list say."""
+    origin = Origin(account, worker.stripe.livemode, "poll")
+    await record(worker, [read_one(line, origin, read) for line in page])
 
 
 async def read_list(
@@ -225,16 +269,15 @@ async def read_list(
     account: str,
     since: datetime,
     pages: AsyncGenerator[list[Json]],
-    read: Callable[[Json, Origin], list[Fact]],
+    take: Callable[[list[Json]], Awaitable[None]],
 ) -> bool:
-    """Record what a list of the provider's says, page by page; whether it could be read to its end."""
+    """Take a list of the provider's page by page; whether it could be read to its end."""
     await tell(worker, [asking(operation, None, account=account, since=since.isoformat())])
-    origin = Origin(account, worker.stripe.livemode, "poll")
     began, rows = time.monotonic(), 0
     try:
         async for page in pages:
             rows += len(page)
-            await record(worker, [read_one(line, origin, read) for line in page])
+            await take(page)
         told: Result = {"outcome": "answered", "snapshot": {"account": account, "rows": rows}}
     except ProviderError as error:
         told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
@@ -307,7 +350,7 @@ async def record(worker: Worker, results: list[Result]) -> None:
         await in_halves(results, write, give_up)
 
 
-ROUNDS: tuple[Round, ...] = (tick, sweep, settlements, due_money, payouts, parked, overdue, upkeep)
+ROUNDS: tuple[Round, ...] = (tick, sweep, news, settlements, due_money, payouts, parked, overdue, upkeep)
 
 
 def as_task(work: Round, name: str) -> Task[Any, Any, Any]:

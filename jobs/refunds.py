@@ -38,23 +38,24 @@ async def refund(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
         return
     calls = await worker.database.rows(
         RefundCall,
-        "select event_id, refund_id, refund_minor, payment_id, todo, idempotency_key, request, account, provider_id,"
-        " first_sent_at, last_sent_at, amount_minor, currency, livemode from surety.begin_refunds(%s, %s, %s, %s)",
+        "select event_id, refund_id, refund_minor, payment_id, todo, 'refund:' || refund_id as operation,"
+        " idempotency_key, request, account, provider_id, first_sent_at, last_sent_at, amount_minor, currency, livemode"
+        " from surety.begin_refunds(%s, %s, %s, %s)",
         batch.batch_id, batch.fence, worker.actor, event_ids,
     )  # fmt: skip
     missing = await without_subject(worker, batch, event_ids, {call.event_id for call in calls})
 
     async def make(call: RefundCall) -> list[Result]:
-        event, operation = {"event_id": call.event_id}, f"refund:{call.refund_id}"
+        event = {"event_id": call.event_id}
         if call.todo == "skip":
             return [event]
         if batch.is_lost or worker.stopping.is_set():
             return [event | {"release_seconds": 0, "error": "its worker stopped"}]
         if call.account in worker.breaker.blocked:
-            return [event | not_sent(call, operation)]
+            return [event | not_sent(call, call.operation)]
         making = create_refund(worker, call)
-        told = await outcome(call, operation, making, read=partial(answered, call), excuse=partial(unanswered, call))
-        return [event | told]
+        read, excuse = partial(answered, call), partial(unanswered, call)
+        return [event | await outcome(call, call.operation, making, read=read, excuse=excuse)]
 
     if missing:
         await record(worker, batch, missing)
@@ -72,8 +73,7 @@ async def create_refund(worker: Worker, call: RefundCall) -> Answer:
         if found is not None:
             return found
     if call.todo == "renew":
-        query = "select surety.renew_call(%s, %s)"
-        key = await worker.database.value(query, call.payment_id, f"refund:{call.refund_id}")
+        key = await worker.database.value("select surety.renew_call(%s, %s)", call.payment_id, call.operation)
     return await worker.stripe.create_refund(call.account, key, call.request)
 
 
@@ -111,4 +111,4 @@ def unanswered(call: RefundCall, error: ProviderError) -> Result:
             "refund_id": call.refund_id,
             "refused": failure(error.error),
         }
-    return unexplained(call, f"refund:{call.refund_id}", error)
+    return unexplained(call, call.operation, error)

@@ -7,6 +7,7 @@ Every call ends in one of these; whoever gets an exception knows what to do by i
     ├── Busy       409 and 429: the same again a little later. 401 and 403 too: no payment's failure, but ours
     ├── Unknown    it may have happened or not, so ask before sending again
     │   └── Outage no answer, half of one, 5xx or nonsense: the provider's failure, never the payment's
+    ├── Absent     it was looked for where it would be, and isn't there
     ├── Refused    the payment itself can't be made: an unknown card, a forbidden amount
     ├── Declined   402: the issuer said no; the intent lives on
     ├── Misfit     an answer about something else than what was asked: nothing of it is believed
@@ -20,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
@@ -46,6 +47,8 @@ PROBE_SECONDS = 5.0
 # Windows of lists begin and end at multiples of so many seconds, so that many questions have the same.
 WINDOW = 300
 LISTING_SECONDS = 60.0
+# How much the provider's clock and ours may differ when an intent is looked for by the time of its creation.
+SLACK_SECONDS = 300
 
 # Parameters that a merchant's request decides: a refusal that names one is about the payment, not about us.
 OF_THE_PAYMENT = frozenset(
@@ -98,6 +101,12 @@ class Unknown(ProviderError):
 
 class Outage(Unknown):
     """The provider gave no answer that could be one."""
+
+
+class Absent(ProviderError):
+    """The provider has no such object."""
+
+    outcome = "absent"
 
 
 class Refused(ProviderError):
@@ -231,13 +240,14 @@ class StripeRail:
         return await self._send("get", f"/v1/{kind}/{object_id}", account, {}, urgent=False)
 
     async def find_intent(
-        self, account: str, payment_id: str, since: datetime, until: datetime, asked_at: float
+        self, account: str, payment_id: str, first_sent_at: datetime, last_sent_at: datetime, asked_at: float
     ) -> Answer | None:
-        """The intent whose metadata name a payment, among all created in that time. Lists don't lag; search does.
+        """The intent whose metadata name a payment, among all created while it was sent. Lists don't lag; search does.
 
         Whoever asks about the same time shares one reading, if that began after `asked_at` (monotonic).
         """
-        first, last = int(since.timestamp()) // WINDOW, int(until.timestamp()) // WINDOW + 1
+        first = int(first_sent_at.timestamp() - SLACK_SECONDS) // WINDOW
+        last = int(last_sent_at.timestamp() + SLACK_SECONDS) // WINDOW + 1
         key = (account, first, last)
         listing = self._listings.get(key)
         if listing is None or listing.begun < asked_at:
@@ -272,6 +282,11 @@ class StripeRail:
     def payouts(self, account: str, since: datetime) -> AsyncGenerator[list[Json]]:
         """An account's payouts created since then, in pages."""
         return self._pages("/v1/payouts", account, {"created": {"gte": int(since.timestamp())}}, urgent=False)
+
+    def events(self, account: str, since: datetime, types: Collection[str]) -> AsyncGenerator[list[Json]]:
+        """An account's events of these types, at most twenty, created since then and not more than 30 days ago."""
+        asked = {"created": {"gte": int(since.timestamp())}, "types": list(types)}
+        return self._pages("/v1/events", account, asked, urgent=False)
 
     async def probe(self, account: str) -> None:
         """Ask something harmless. Raises Outage if the provider is out."""

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -66,6 +67,25 @@ ABOUT_THE_CHARGE = frozenset({"charge.succeeded", "charge.captured"})
 
 FETCHED = frozenset(
     {
+        "refund.failed",
+        "charge.dispute.created",
+        "charge.dispute.updated",
+        "charge.dispute.closed",
+        "charge.dispute.funds_withdrawn",
+        "charge.dispute.funds_reinstated",
+    }
+)
+
+# What nothing else would tell, should its webhook be lost: what happens to a payment that has ended here, what was done
+# in the dashboard, what the network does.
+LISTED = frozenset(
+    {
+        "payment_intent.created",
+        "payment_intent.succeeded",
+        "payment_intent.canceled",
+        "charge.expired",
+        "refund.created",
+        "refund.updated",
         "refund.failed",
         "charge.dispute.created",
         "charge.dispute.updated",
@@ -175,6 +195,37 @@ def announced(webhook: Webhook, told: Json) -> list[Fact] | Wanted:
         return []
     source = Source(webhook.account, webhook.livemode, "payment_intent", intent)
     return Wanted(source, about, ANNOUNCING[webhook.type])
+
+
+async def take_listed(worker: Worker, account: str, events: list[Json]) -> None:
+    """Take events of the provider's list that no webhook has brought, as if it had."""
+    query = "select surety.unheard_events('stripe', %s, %s)"
+    unheard = set(await worker.database.value(query, account, [event["id"] for event in events]))
+    taken = [
+        {
+            "n": number,
+            "provider": "stripe",
+            "account": account,
+            "livemode": event["livemode"],
+            "event_id": event["id"],
+            "type": event["type"],
+            "body": msgspec.json.encode(without_secrets(event)).decode(),
+        }
+        for number, event in enumerate(events)
+        if event["id"] in unheard
+    ]
+    if taken:
+        await worker.database.value("select surety.receive_listed(%s)", Jsonb(taken))
+        await worker.wake(["webhook.received"])
+
+
+def without_secrets(told: Any) -> Any:
+    """The same with client secrets made null, however deep they are."""
+    if isinstance(told, dict):
+        return {name: None if name == "client_secret" else without_secrets(value) for name, value in told.items()}
+    if isinstance(told, list):
+        return [without_secrets(value) for value in told]
+    return told
 
 
 async def without_known(worker: Worker, wanted: list[tuple[Webhook, Wanted]]) -> dict[Source, list[Webhook]]:

@@ -210,8 +210,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "the same call has the same key at the provider",
         (
             "db/calls.sql",
-            "            j.payment_id || ':' || p_operation\n",
-            "            j.payment_id || ':' || p_operation || random()\n",
+            "            j.payment_id || ':' || j.operation\n",
+            "            j.payment_id || ':' || j.operation || random()\n",
         ),
         (
             "db/calls.sql",

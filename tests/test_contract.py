@@ -109,6 +109,7 @@ def test_capture_methods_are_those_that_cards_have(rights: Connection) -> None:
 def test_every_state_has_its_event_and_no_handler_waits_for_another(rights: Connection) -> None:
     events = {f"payment.{state}" for state in get_args(documents.State)}
     events |= {"payment.attempt_failed", "payment.action_overdue", "payment.authorized_late", "webhook.received"}
+    events |= {"payment.orphan_found"}
     events |= {f"refund.{state}" for state in get_args(documents.RefundState)}
     events |= {"payment.capture_requested", "payment.cancel_requested", "dispute.evidence_given"}
     assert set(column(rights, "select distinct unnest(event_types) from outbox.handlers")) <= events

@@ -284,7 +284,7 @@ async def test_many_calls_run_at_once_and_a_slow_one_keeps_no_result_waiting(
     assert [row[:2] for row in attempts(conn)] == [("submit", 1)]
 
 
-async def test_a_second_intent_is_told_and_never_confirmed(
+async def test_a_second_intent_is_told_never_confirmed_and_called_off(
     conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
 ) -> None:
     payment_id = payment()
@@ -294,11 +294,18 @@ async def test_a_second_intent_is_told_and_never_confirmed(
         second = sandbox.read(sandbox.create(amount=10000, **{"metadata[surety_payment]": payment_id}))
         origin = Origin("", livemode=False, source="webhook")
         conn.execute("select surety.record_facts(%s, 'test')", (json.dumps(intent_facts(second, origin)),))
-        await work_off(worker, "confirm")
+        told = "select kind, subject, closed_because from surety.discrepancies"
+        assert conn.execute(told).fetchall() == [("duplicate", second["id"], None)]
+        sandbox.order("payment_intents.cancel", "timeout_after", match=payment_id)
+        await work_off(worker, "confirm", "cancel")
+        due(conn)
+        await work_off(worker, "cancel")
     assert conn.execute("select provider_id, state from surety.payments").fetchone() == (first, "confirmed")
-    assert conn.execute("select kind, subject from surety.discrepancies").fetchall() == [("duplicate", second["id"])]
-    assert sandbox.read(second["id"])["status"] == "requires_confirmation"
+    assert conn.execute(told).fetchall() == [("duplicate", second["id"], "it is canceled")]
+    assert sandbox.read(second["id"])["status"] == "canceled"
+    assert sandbox.read(second["id"])["cancellation_reason"] == "duplicate"
     assert charges(sandbox, payment_id) == 1
+    assert not violations(conn)
 
 
 class Liar:
