@@ -101,7 +101,7 @@ async def replay_dead_letter(request: Request[Any, Any, Any], letter_id: str) ->
     responses=DECIDING,
 )
 async def discard_dead_letter(request: Request[Any, Any, Any], letter_id: str) -> Response[Done]:
-    """Give the event up. Its payment ends as failed where that is true; 409 where the provider may hold a charge."""
+    """Give the event up. What it was to do has failed, where that is sure; 409 where the provider may have done it."""
     return await decide(request, letter_id, "discard")
 
 

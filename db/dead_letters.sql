@@ -2,7 +2,8 @@
 -- audit trail keeps, and is done once however often it is asked for.
 --
 -- What a discard does is judged by what is known, never by what is hoped:
---   fail       nothing was sent, or the provider refused to make the payment: it ends as failed
+--   fail       nothing was sent, or the provider refused to do it: the payment or refund ends as failed, a capture as
+--              refused, and what was held for it lives
 --   call_off   the provider holds an intent that was never confirmed: it is asked to cancel it
 --   forget     the event has nothing left to do, or it touches nothing outside: only the letter is closed
 --   refuse     the provider may hold a charge: only asking it can tell, which is what a replay does
@@ -21,12 +22,20 @@ begin atomic
             calls.status,
             states.is_final or payments.captured_minor > 0 as has_ended,
             -- A request that was refused for what it is made nothing, and would be refused again.
-            coalesce(calls.status in (400, 402, 404), false) as is_refused
+            calls.payment_id is null or coalesce(calls.status in (400, 402, 404), false) as is_undone,
+            refunds.state = 'pending' and refunds.provider_id is null as is_refund_open,
+            asked.revision is not null as is_capture_open
         from surety.payments
         inner join surety.states on payments.state = states.state
+        left join surety.refunds on payments.id = refunds.payment_id and refunds.id = p_letter.payload ->> 'refund_id'
+        left join lateral surety.capture_asked(payments.id) as asked on p_letter.handler = 'capture'
         left join surety.calls
             on payments.id = calls.payment_id
-            and calls.operation = case p_letter.handler when 'submit' then 'create' else p_letter.handler end
+            and calls.operation = case p_letter.handler
+                when 'submit' then 'create'
+                when 'refund' then 'refund:' || (p_letter.payload ->> 'refund_id')
+                else p_letter.handler
+            end
         where payments.id = p_letter.payment_id
     ),
 
@@ -35,14 +44,18 @@ begin atomic
             asked.letter_id,
             subject.*,
             case
-                when subject.id is null or p_letter.handler in ('settle', 'close', 'apply') then 'forget'
+                when subject.id is null or p_letter.handler in ('settle', 'close', 'apply', 'evidence') then 'forget'
+                when p_letter.type = 'payment.orphan_found' then 'forget'
+                when p_letter.handler = 'refund' and subject.is_refund_open is not true then 'forget'
+                when p_letter.handler = 'capture' and not (subject.state = 'processing' and subject.is_capture_open)
+                    then 'forget'
+                when p_letter.handler in ('refund', 'capture') and subject.is_undone then 'fail'
                 when p_letter.handler in ('submit', 'confirm', 'cancel') and subject.has_ended then 'forget'
                 when p_letter.handler = 'submit' and subject.state = 'initiated' then 'fail'
-                when p_letter.handler = 'submit' and subject.state = 'submitting' and subject.is_refused then 'fail'
+                when p_letter.handler = 'submit' and subject.state = 'submitting' and subject.is_undone then 'fail'
                 when p_letter.handler = 'submit' and subject.state <> 'submitting' then 'forget'
                 when p_letter.handler = 'confirm' and subject.state <> 'provider_submitted' then 'forget'
-                when p_letter.handler = 'confirm' and (subject.first_sent_at is null or subject.is_refused)
-                    then 'call_off'
+                when p_letter.handler = 'confirm' and subject.is_undone then 'call_off'
                 else 'refuse'
             end as verdict
         from (values (p_letter.id)) as asked (letter_id)
@@ -53,10 +66,15 @@ begin atomic
         judged.verdict,
         case judged.verdict
             when 'fail' then
-                'ends the payment as failed, tells the merchant, keeps the record: '
+                case p_letter.handler
+                    when 'refund' then 'ends the refund as failed, gives its amount back to the merchant'
+                    when 'capture' then 'ends the capture as refused: what is held stays held'
+                    else 'ends the payment as failed'
+                end
+                || ', tells the merchant, keeps the record: '
                 || case
                     when judged.first_sent_at is null then 'nothing was sent'
-                    else 'the provider refused to make it (' || judged.status || ')'
+                    else 'the provider refused to do it (' || judged.status || ')'
                 end
             when 'call_off' then
                 'asks the provider to cancel ' || judged.provider_id
@@ -64,9 +82,19 @@ begin atomic
             when 'forget' then
                 'closes the letter, keeps the record'
                 || coalesce('; the payment stays ' || judged.state, '')
-                || case when p_letter.handler = 'settle' then ', and nobody is told if its money stays away' else '' end
+                || case
+                    when p_letter.handler = 'settle' then ', and nobody is told if its money stays away'
+                    when p_letter.handler = 'evidence' then ', and the network is not told, unless more is given'
+                    when p_letter.type = 'payment.orphan_found'
+                        then ', and ' || (p_letter.payload ->> 'object_id') || ', which was never confirmed, stays'
+                    else ''
+                end
             when 'refuse' then
-                'is refused: the provider may hold a charge'
+                'is refused: '
+                || case p_letter.handler
+                    when 'refund' then 'the provider may have made the refund'
+                    else 'the provider may hold a charge'
+                end
                 || coalesce(
                     ', for what became of the ' || p_letter.handler || ' sent at ' || surety.iso(judged.last_sent_at)
                     || ' is unknown',
@@ -84,6 +112,9 @@ begin atomic
         when 'submit' then 'creates the intent under the same key, or looks for it first: at most one will exist'
         when 'confirm' then 'asks about the intent first, and confirms it only if it was not'
         when 'cancel' then 'asks about the intent first, and cancels it only if it still lives'
+        when 'capture' then 'asks about the intent first, and captures it only if it is still held'
+        when 'refund' then 'looks for the refund among those of the payment first: at most one will exist'
+        when 'evidence' then 'sends all that was given, as it is sent once more and told once'
         when 'apply' then 'reads the webhook again; facts that are known change nothing'
         when 'settle' then 'opens the expectation of money, unless it is open'
         when 'close' then 'closes the expectation of money, unless it is closed'
@@ -271,7 +302,12 @@ begin
     update outbox.dead_letters as d
     set closed_at = v_now, closed_as = 'discarded', closed_by = p_actor, closed_because = p_reason
     where d.id = p_id;
-    if v_verdict = 'fail' then
+    if v_verdict = 'fail' and v_letter.handler in ('refund', 'capture') then
+        perform surety.refuse_payments(jsonb_build_array(jsonb_build_object(
+            'payment_id', v_letter.payment_id, 'operation', v_letter.handler, 'refund_id', v_letter.payload ->> 'refund_id',
+            'refused', jsonb_build_object('code', 'processing_error', 'message', 'It could not be processed.'))),
+            p_actor);
+    elsif v_verdict = 'fail' then
         update surety.payments as p
         set failure = jsonb_build_object(
             'code', 'processing_error', 'message', 'It could not be processed. Nothing was charged.')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.payments import Connection, add_merchant, fact, pay, record
+from tests.payments import Connection, add_merchant, command, fact, pay, record
 
 REFUSAL = 'Stripe 400 parameter_invalid: currency "usx"'
 
@@ -81,6 +81,48 @@ def held(conn: Connection, *, operation: str | None = None, status: int | None =
     conn.execute("select surety.record_results(%s, %s, 'worker:w', %s)", (*row[:2], json.dumps([answered])))
     give_up(conn, "confirm", operation=operation, status=status)
     return letter_of(conn, payment_id), payment_id
+
+
+def refund(conn: Connection, sent: str, status: int | None = None) -> tuple[str, str]:
+    """A letter about a refund of 4000, sent with that answer (None: unknown) or unsent, and its payment."""
+    _, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [fact(payment_id, "captured", "ch", 10000)])
+    assert command(conn, "create_refund", key_hash, payment_id=payment_id, amount=4000)["status"] == 201
+    return dead_command(conn, "refund", f"refund:{refund_of(conn)}", payment_id, sent, status), payment_id
+
+
+def refund_of(conn: Connection) -> str:
+    """The one refund there is."""
+    [(refund_id,)] = conn.execute("select id from surety.refunds").fetchall()
+    return str(refund_id)
+
+
+def capture(conn: Connection, sent: str, status: int | None = None) -> tuple[str, str]:
+    """A letter about a capture, sent with that answer (None: unknown) or unsent, and its payment."""
+    _, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash, capture_method="manual")
+    record(conn, [fact(payment_id, "authorized", "ch", 10000)])
+    assert command(conn, "capture_payment", key_hash, payment_id=payment_id)["status"] == 202
+    return dead_command(conn, "capture", "capture", payment_id, sent, status), payment_id
+
+
+def dead_command(conn: Connection, handler: str, operation: str, payment_id: str, sent: str, status: int | None) -> str:
+    """Handle a command in vain until it is given up; if it is sent, it is each time, with that answer."""
+    conn.execute("update outbox.handlers set retry_after = '{0 s,0 s}' where handler = %s", (handler,))
+    claim = "select batch_id, fence, event_ids from outbox.claim(%s, 'worker-1')"
+    while row := conn.execute(claim, (handler,)).fetchone():
+        batch, fence, [event_id] = row
+        result = {"event_id": event_id, "error": REFUSAL}
+        if sent == "sent":
+            begin = "select from surety.begin_refunds(%s, %s, 'worker:w')"
+            if handler == "capture":
+                begin = "select from surety.begin_calls(%s, %s, 'capture', 'worker:w')"
+            conn.execute(begin.encode(), (batch, fence))
+            told = {"payment_id": payment_id, "operation": operation, "outcome": "rejected", "status": status}
+            result |= {name: value for name, value in told.items() if value is not None}
+        conn.execute("select surety.record_results(%s, %s, 'worker:w', %s)", (batch, fence, json.dumps([result])))
+    return letter_of(conn, payment_id)
 
 
 def end(conn: Connection, payment_id: str) -> None:

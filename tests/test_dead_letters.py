@@ -10,7 +10,17 @@ from psycopg import errors
 
 from tests import letters
 from tests.front import connected
-from tests.payments import Connection, add_merchant, path_of, pay, state_of, violations
+from tests.payments import (
+    Connection,
+    add_merchant,
+    fact,
+    ledger_of,
+    path_of,
+    pay,
+    record,
+    state_of,
+    violations,
+)
 from tests.test_operator import surety
 
 ME = f"operator:{getpass.getuser()}"
@@ -59,7 +69,7 @@ def test_discarding_what_was_never_sent_ends_the_payment_as_failed_and_keeps_the
 def test_discarding_what_the_provider_refused_to_make_ends_the_payment_as_failed(conn: Connection) -> None:
     letter, payment_id = letters.refused(conn)
     outcome, detail = discard(conn, letter)
-    assert outcome == "discarded" and "refused to make it (400)" in detail
+    assert outcome == "discarded" and "refused to do it (400)" in detail
     assert path_of(conn, payment_id) == ["initiated", "submitting", "failed"]
     assert violations(conn) == {}
 
@@ -89,6 +99,46 @@ def test_discarding_what_was_never_confirmed_asks_the_provider_to_cancel_it(conn
     [batch] = conn.execute("select batch_id, fence from outbox.claim('cancel', 'worker-1')").fetchall()
     todo = conn.execute("select payment_id, todo from surety.begin_calls(%s, %s, 'cancel', 'worker:w')", batch)
     assert todo.fetchall() == [(payment_id, "send")]
+
+
+@pytest.mark.parametrize("status", [None, 400])
+def test_discarding_a_refund_that_was_not_made_gives_its_amount_back(conn: Connection, status: int | None) -> None:
+    letter, payment_id = letters.refund(conn, "sent" if status else "unsent", status)
+    assert conn.execute("select refund_pending_minor from surety.payments").fetchone() == (4000,)
+    outcome, detail = discard(conn, letter)
+    assert outcome == "discarded" and "gives its amount back" in detail
+    assert ("nothing was sent" in detail) == (status is None)
+    assert conn.execute("select state, failure ->> 'code' from surety.refunds").fetchone() == (
+        "failed", "processing_error"
+    )  # fmt: skip
+    assert conn.execute("select refund_pending_minor from surety.payments").fetchone() == (0,)
+    assert "refunding" not in ledger_of(conn, payment_id)
+    assert violations(conn) == {}
+
+
+def test_discarding_a_refund_is_refused_while_the_provider_may_have_made_it(conn: Connection) -> None:
+    letter, payment_id = letters.refund(conn, "sent")
+    outcome, detail = discard(conn, letter)
+    assert outcome == "refused" and "may have made the refund" in detail
+    record(conn, [fact(payment_id, "refund_failed", "re", 4000, data={"refund": letters.refund_of(conn)})])
+    assert letters.closed_as(conn, letter) == "resolved"
+
+
+@pytest.mark.parametrize("status", [None, 400])
+def test_discarding_a_capture_that_was_not_made_leaves_what_is_held(conn: Connection, status: int | None) -> None:
+    letter, payment_id = letters.capture(conn, "sent" if status else "unsent", status)
+    outcome, detail = discard(conn, letter)
+    assert outcome == "discarded" and "stays held" in detail
+    assert state_of(conn, payment_id) == "authorized"
+    assert violations(conn) == {}
+
+
+def test_discarding_a_capture_is_refused_while_nobody_knows_whether_it_was_made(conn: Connection) -> None:
+    letter, payment_id = letters.capture(conn, "sent")
+    assert discard(conn, letter)[0] == "refused"
+    record(conn, [fact(payment_id, "captured", "ch", 10000)])
+    outcome, detail = discard(conn, letter)
+    assert outcome == "discarded" and "stays confirmed" in detail
 
 
 def test_discarding_bookkeeping_leaves_its_payment_alone(conn: Connection) -> None:

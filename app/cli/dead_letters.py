@@ -158,7 +158,8 @@ def discard_letters(
 ) -> None:
     """Give events up for good: those of the ids, or all that match.
 
-    A payment that nothing was sent for ends as failed. Refused where the provider may hold a charge: exit status 1.
+    A payment, refund or capture that nothing was sent for ends as failed. Refused where the provider may have done it:
+    exit status 1.
     """
     do("discard", letter_ids, handler, error, reason, dry_run=dry_run)
 
