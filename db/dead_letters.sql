@@ -305,7 +305,8 @@ begin
     if v_verdict = 'fail' and v_letter.handler in ('refund', 'capture') then
         perform surety.refuse_payments(jsonb_build_array(jsonb_build_object(
             'payment_id', v_letter.payment_id, 'operation', v_letter.handler,
-            'refund_id', v_letter.payload ->> 'refund_id', 'refused', jsonb_build_object('code', 'processing_error', 'message', 'It could not be processed.'))),
+            'refund_id', v_letter.payload ->> 'refund_id',
+            'refused', jsonb_build_object('code', 'processing_error', 'message', 'It could not be processed.'))),
             p_actor);
     elsif v_verdict = 'fail' then
         update surety.payments as p
