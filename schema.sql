@@ -159,7 +159,7 @@ create table surety.fact_kinds (
     meaning text not null,
     constraint fact_kinds_pkey primary key (kind),
     constraint fact_family_is_known check (
-        family in ('intent', 'charge', 'command', 'refund', 'dispute', 'money', 'payout')
+        family in ('intent', 'charge', 'command', 'refund', 'dispute', 'return', 'money', 'payout')
     ),
     constraint fact_evidences_a_state foreign key (evidences) references surety.states (state)
 );
@@ -289,7 +289,6 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('canceled', 'intent', 4, 'canceled', 'the intent was called off'),
 ('authorized', 'charge', 1, 'authorized', 'funds are held'),
 ('captured', 'charge', 2, 'confirmed', 'the amount was captured'),
-('returned', 'charge', 3, 'reversed', 'the network took the captured amount back'),
 ('capture_requested', 'command', 1, 'processing', 'the merchant asked us to capture'),
 ('capture_refused', 'command', 2, null, 'the provider would not capture that; the hold lives'),
 ('refund_pending', 'refund', 1, null, 'a refund is under way'),
@@ -301,6 +300,9 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('dispute_opened', 'dispute', 1, 'disputed', 'the network withdrew the amount'),
 ('dispute_lost', 'dispute', 1, 'reversed', 'the network keeps it'),
 ('dispute_won', 'dispute', 1, null, 'the network gave it back'),
+('returned', 'return', 1, 'processing', 'an ACH entry came back; if it was captured, that is reversed'),
+('dishonored', 'return', 2, 'processing', 'the return was refused: the entry stands'),
+('contested', 'return', 3, 'processing', 'the return was made again, and stands'),
 ('money', 'money', 1, null, 'a balance transaction: the provider''s money moved'),
 ('available', 'money', 2, null, 'the balance transaction''s money may be paid out'),
 ('payout', 'payout', 1, null, 'the provider sent money to the bank'),
@@ -920,26 +922,43 @@ create table ledger.rules (
 );
 comment on table ledger.rules is
 'Which transfers each cause makes. gross, fee and net are the record''s (a negative one moves the other way); ours is
-our fee; other_* are in the payment''s currency where the record is in another.';
+our fee; other_* are in the payment''s currency where the record is in another. *_ach are for payments that a
+bank carries, not Stripe.';
 
 insert into ledger.rules (cause, leg, debit, credit, amount) values
 ('captured', 1, 'due', 'pend', 'gross'),
 ('captured', 2, 'pend', 'rev', 'ours'),
 ('captured', 3, 'due', 'suspense', 'excess'),
+('captured_ach', 1, 'ach', 'pend', 'gross'),
+('captured_ach', 2, 'pend', 'rev', 'ours'),
+('captured_ach', 3, 'ach', 'suspense', 'excess'),
 ('charge', 1, 'stripe', 'due', 'gross'),
 ('charge', 2, 'cost', 'stripe', 'fee'),
 ('charge_exchanged', 1, 'fx', 'due', 'other_gross'),
 ('charge_exchanged', 2, 'stripe', 'fx', 'gross'),
 ('charge_exchanged', 3, 'cost', 'stripe', 'fee'),
+('charge_failure', 1, 'stripe', 'due', 'gross'),
+('charge_failure', 2, 'cost', 'stripe', 'fee'),
+('ach_credit', 1, 'bank', 'ach', 'gross'),
+('ach_credit', 2, 'cost', 'bank', 'fee'),
+('ach_return', 1, 'bank', 'ach', 'gross'),
+('ach_return', 2, 'cost', 'bank', 'fee'),
 ('settled', 1, 'pend', 'avail', 'net'),
 ('settled_exchanged', 1, 'pend', 'fx', 'other_net'),
 ('settled_exchanged', 2, 'fx', 'avail', 'net'),
+('return', 1, 'avail', 'due', 'gross'),
+('return_ach', 1, 'avail', 'ach', 'gross'),
 ('refund_asked', 1, 'avail', 'refunding', 'gross'),
 ('refund_failed', 1, 'refunding', 'avail', 'gross'),
 ('refund', 1, 'stripe', 'refunding', 'gross'),
 ('refund', 2, 'cost', 'stripe', 'fee'),
 ('refund_failure', 1, 'stripe', 'refunding', 'gross'),
 ('refund_failure', 2, 'cost', 'stripe', 'fee'),
+('refund_exchanged', 1, 'avail', 'refunding', 'other_gross'),
+('refund_exchanged', 2, 'stripe', 'avail', 'gross'),
+('refund_exchanged', 3, 'cost', 'stripe', 'fee'),
+('refund_ach', 1, 'bank', 'refunding', 'gross'),
+('refund_ach', 2, 'cost', 'bank', 'fee'),
 ('dispute_opened', 1, 'avail', 'held', 'gross'),
 ('dispute_won', 1, 'held', 'avail', 'gross'),
 ('dispute_lost', 1, 'held', 'network', 'gross'),
@@ -951,11 +970,18 @@ insert into ledger.rules (cause, leg, debit, credit, amount) values
 ('dispute_reversal', 1, 'stripe', 'network', 'gross'),
 ('dispute_reversal', 2, 'cost', 'stripe', 'fee'),
 ('dispute_reversal', 3, 'avail', 'rev', 'fee'),
+('dispute_exchanged', 1, 'avail', 'network', 'other_gross'),
+('dispute_exchanged', 2, 'stripe', 'avail', 'gross'),
+('dispute_exchanged', 3, 'cost', 'stripe', 'fee'),
+('dispute_exchanged', 4, 'avail', 'rev', 'fee'),
 ('payout', 1, 'stripe', 'transit', 'gross'),
 ('payout_reversal', 1, 'stripe', 'transit', 'gross'),
+('bank_line', 1, 'bank', 'transit', 'gross'),
 ('provider_fee', 1, 'stripe', 'cost', 'net'),
+('bank_fee', 1, 'bank', 'cost', 'net'),
 ('reserve', 1, 'stripe', 'reserved', 'net'),
-('foreign', 1, 'stripe', 'suspense', 'net');
+('foreign', 1, 'stripe', 'suspense', 'net'),
+('foreign_bank', 1, 'bank', 'suspense', 'net');
 
 -- One cause that moves money, as ledger.post takes it. ours, excess and other_* default to nothing.
 create type ledger.entry as (

@@ -12,7 +12,9 @@
 --    "intent"?, "metadata_payment"?, "metadata_environment"?, "objects"?: [other ids of the payment], "data"?: {},
 --    "source", "source_id"?, "occurred_at"?}
 -- data of money: category (charge, refund, dispute, payout, …), source, fee, net, available_at, and where the record is
--- in another currency than the payment: other_currency, other_gross, rate. amount_minor is the record's gross, signed.
+-- in another currency than the payment: other_currency, other_gross, rate. amount_minor is the record's gross, signed,
+-- and so is other_gross. What a bank says of ACH has the provider bank: ach_credit, ach_return, refund, refund_failure.
+-- A line of the bank's that was matched to a payout, bank_line, is told of the account that paid out.
 
 create or replace function surety.match_fact(
     p_payment_id text, p_provider text, p_account text, p_object_id text, p_intent text, p_source_object text,
@@ -140,7 +142,7 @@ begin
     insert into surety.pending_money (provider, account, object_id, created_at, available_at)
     select f.provider, f.account, f.object_id, f.occurred_at, (f.data ->> 'available_at')::timestamptz
     from unnest(v_new) as f
-    where f.kind = 'money' and not exists (
+    where f.kind = 'money' and f.data ? 'available_at' and not exists (
         select from surety.fact_keys as k
         where k.provider = f.provider and k.account = f.account and k.livemode = f.livemode
             and k.object_id = f.object_id and k.kind = 'available' and k.revision = 0
@@ -235,7 +237,10 @@ begin
         select
             f as fact, f.id,
             case
-                when f.account <> p.provider_account then 'account'
+                -- Who carries an ACH payment has accounts of his own.
+                when case
+                    when f.provider = p.provider then f.account <> p.provider_account else p.rail <> 'ach'
+                end then 'account'
                 when f.livemode <> p.livemode then 'livemode'
                 when f.currency <> p.currency and f.kind not in ('money', 'available') then 'currency'
                 when

@@ -164,7 +164,8 @@ begin atomic
             payments.id
         from surety.payments
         where payments.captured_minor > 0 and not exists (
-            select from ledger.postings where postings.payment_id = payments.id and postings.rule = 'captured'
+            select from ledger.postings
+            where postings.payment_id = payments.id and postings.rule in ('captured', 'captured_ach')
         )
         union all
         select
@@ -249,8 +250,9 @@ begin atomic
                 where refund_states.is_live
                 union all
                 select
-                    'refunding:' || payments.merchant_id || ':' || facts.currency,
-                    facts.amount_minor
+                    'refunding:' || payments.merchant_id || ':'
+                    || coalesce(facts.data ->> 'other_currency', facts.currency),
+                    coalesce((facts.data ->> 'other_gross')::bigint, facts.amount_minor)
                 from surety.facts
                 inner join surety.payments on facts.payment_id = payments.id
                 where

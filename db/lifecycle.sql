@@ -172,7 +172,7 @@ begin atomic
             counted.kind,
             counted.amount_minor
         from counted
-        where counted.family in ('refund', 'dispute', 'charge', 'command')
+        where counted.family in ('refund', 'dispute', 'return', 'charge', 'command')
         order by
             counted.payment_id asc, counted.family asc, counted.object_id asc, counted.revision desc, counted.rank desc
     ),
@@ -180,15 +180,16 @@ begin atomic
     outcomes as (
         select
             winners.payment_id,
-            coalesce(sum(winners.amount_minor) filter (where winners.kind in ('captured', 'returned')), 0)::bigint
-                as captured,
+            coalesce(sum(winners.amount_minor) filter (where winners.kind = 'captured'), 0)::bigint as captured,
             coalesce(sum(winners.amount_minor) filter (where winners.kind = 'refund_succeeded'), 0)::bigint as refunded,
             coalesce(
                 sum(winners.amount_minor) filter (where winners.kind in ('refund_pending', 'refund_action')), 0
             )::bigint as refunding,
             coalesce(sum(winners.amount_minor) filter (where winners.kind = 'dispute_opened'), 0)::bigint as at_risk,
-            coalesce(sum(winners.amount_minor) filter (where winners.kind in ('dispute_lost', 'returned')), 0)::bigint
-                as reversed,
+            coalesce(
+                sum(winners.amount_minor) filter (where winners.kind in ('dispute_lost', 'returned', 'contested')), 0
+            )::bigint as reversed,
+            coalesce(bool_or(winners.kind in ('returned', 'contested')), false) as returned,
             coalesce(bool_or(winners.kind = 'dispute_lost'), false) as lost,
             coalesce(bool_or(winners.kind = 'capture_requested'), false) as capturing
         from winners
@@ -199,11 +200,12 @@ begin atomic
         select
             counted.payment_id,
             counted.object_id,
-            bool_or(counted.kind = 'available') as is_available,
+            -- What a bank has credited is there.
+            bool_or(counted.kind = 'available' or counted.data ->> 'category' = 'ach_credit') as is_available,
             -- In the payment's currency: other_gross where the record is in another.
             max(coalesce((counted.data ->> 'other_gross')::bigint, counted.amount_minor)) filter (
                 where counted.kind = 'money'
-                and counted.data ->> 'category' in ('charge', 'partial_capture_reversal')
+                and counted.data ->> 'category' in ('charge', 'partial_capture_reversal', 'ach_credit')
             ) as gross
         from counted
         where counted.family = 'money'
@@ -225,14 +227,15 @@ begin atomic
             counted.payment_id,
             bool_or(counted.kind = 'failed') as failed,
             bool_or(counted.kind = 'canceled') as canceled,
-            bool_or(counted.kind = 'processing') as processing,
+            bool_or(counted.kind = 'processing' or counted.family = 'return') as processing,
             bool_or(counted.kind = 'authorized') as authorized,
             bool_or(counted.kind = 'action') as action,
             array_agg(distinct counted.evidences) filter (where counted.evidences is not null) as evidenced,
             max(counted.object_id) filter (where counted.family = 'intent') as provider_id,
             (array_agg(counted.data -> 'next_action') filter (where counted.kind = 'action'))[1] as next_action,
             (array_agg(counted.data -> 'failure' order by counted.rank desc) filter (
-                where counted.kind in ('failed', 'attempt_failed') and counted.data ? 'failure'
+                where counted.kind in ('failed', 'attempt_failed', 'returned', 'contested')
+                and counted.data ? 'failure'
             ))[1] as failure
         from counted
         group by counted.payment_id
@@ -242,7 +245,8 @@ begin atomic
         select
             known.payment_id,
             payments.capture_method,
-            known.failed,
+            -- What came back before it was captured has failed.
+            known.failed or coalesce(outcomes.returned, false) as failed,
             known.canceled,
             known.processing or coalesce(outcomes.capturing, false) as processing,
             known.authorized,
@@ -358,7 +362,11 @@ begin
                     when t.is_captured and t.visited && array['failed', 'canceled']
                         then m.position = 5 or (m.position = 6 and t.is_settled)
                     when t.is_captured then m.position <= 5 or t.is_settled
-                    else (m.position <= 3 or m.state = t.target_state) and not t.has_ended
+                    else not t.has_ended and (
+                        m.position <= 3 or m.state = t.target_state
+                        -- … or, on the way to its end, is known to have been …
+                        or m.position = 4 and m.state = any(t.evidenced) and t.target_state <> t.state
+                    )
                 end
             union all
             -- … a lost dispute was a dispute …

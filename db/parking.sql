@@ -22,7 +22,7 @@ begin
         returning *
     )
     select array_agg(surety.unattached_entry(
-        k.fact, surety.money_rule(k.fact -> 'data' ->> 'category', false)) order by k.object_id)
+        k.fact, surety.money_rule(k.provider, k.fact -> 'data' ->> 'category', false)) order by k.object_id)
     into v_entries
     from parked as k where k.ended_as = 'unattached' and k.kind = 'money';
     if v_entries is not null then
@@ -37,7 +37,7 @@ begin atomic
     select coalesce(
         p_fact ->> 'kind' in ('payout', 'payout_failed')
         or p_fact -> 'data' ->> 'category' in (
-            'payout', 'payout_reversal', 'fee', 'tax', 'network_cost', 'risk_reserved_funds'
+            'payout', 'payout_reversal', 'bank_line', 'fee', 'tax', 'network_cost', 'risk_reserved_funds'
         ),
         false
     );
@@ -100,10 +100,12 @@ begin
     end if;
     if v_given_up is not null then
         perform surety.open_discrepancy(
-            g.ended_as, g.object_id || ':' || g.kind, null,
+            case when g.kind in ('returned', 'dishonored', 'contested') then 'return_without_entry' else g.ended_as end,
+            g.object_id || ':' || g.kind, null,
             format('%s %s belongs to no payment here', g.kind, g.object_id), g.fact, g.ended_as = 'missing_here', v_now)
         from unnest(v_given_up) as g;
-        perform ledger.post(array_agg(surety.unattached_entry(g.fact, 'foreign') order by g.object_id), v_now)
+        perform ledger.post(array_agg(surety.unattached_entry(
+            g.fact, surety.money_rule(g.provider, 'foreign', false)) order by g.object_id), v_now)
         from unnest(v_given_up) as g where g.kind = 'money'
         having count(*) > 0;
     end if;

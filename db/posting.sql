@@ -1,4 +1,7 @@
 -- What new facts mean for the ledger: each cause with its rule and amounts, for ledger.post.
+--
+-- An ACH payment is carried by a bank or by Stripe: who tells of it, the fact's provider, decides which accounts its
+-- money goes through, bank and ach or stripe and due.
 
 create or replace function surety.post_facts(p_facts surety.facts[], p_derived surety.derived[], p_at timestamptz)
 returns void
@@ -14,8 +17,7 @@ begin
     with facts as (
         select
             f.id, f.provider, f.account, f.object_id, f.kind, f.revision, f.amount_minor, f.currency, f.data,
-            p.id as payment_id, p.merchant_id,
-            p.amount_minor as asked_minor, p.currency as payment_currency,
+            p.id as payment_id, p.merchant_id, p.amount_minor as asked_minor, p.captured_minor,
             f.provider || '/' || f.account as provider_owner, m.fee_basis_points, m.fee_fixed_minor
         from unnest(p_facts) as f
         join surety.payments as p on p.id = f.payment_id
@@ -25,9 +27,10 @@ begin
     causes as (
         -- What is captured in all, up to the amount asked for, is the merchant's; any more is nobody's yet.
         select
-            f.object_id || ':captured' as cause, 'captured' as rule, f.payment_id, f.merchant_id, f.provider_owner,
-            f.currency, least(f.asked_minor, c.up_to) - least(f.asked_minor, c.before) as gross, null::bigint as fee,
-            null::bigint as net,
+            f.object_id || ':captured' as cause,
+            case f.provider when 'bank' then 'captured_ach' else 'captured' end as rule, f.payment_id, f.merchant_id,
+            f.provider_owner, f.currency, least(f.asked_minor, c.up_to) - least(f.asked_minor, c.before) as gross,
+            null::bigint as fee, null::bigint as net,
             ledger.fee(least(f.asked_minor, c.up_to), f.fee_basis_points, f.fee_fixed_minor)
             - ledger.fee(least(f.asked_minor, c.before), f.fee_basis_points, f.fee_fixed_minor) as ours,
             f.amount_minor - least(f.asked_minor, c.up_to) + least(f.asked_minor, c.before) as excess,
@@ -48,7 +51,7 @@ begin
             f.data ->> 'other_currency', (f.data ->> 'other_gross')::bigint, null
         from facts as f
         cross join lateral (
-            select surety.money_rule(f.data ->> 'category', f.data ? 'other_currency') as rule
+            select surety.money_rule(f.provider, f.data ->> 'category', f.data ? 'other_currency') as rule
         ) as r
         where f.kind = 'money'
         union all
@@ -87,6 +90,20 @@ begin
         ) as f
         cross join lateral surety.dispute_transfers(f.payment_id, f.object_id) as moved
         union all
+        -- The merchant gives back what he was owed. That may be known later than that it came back, so news of either
+        -- tells of all returns; those that have posted don't post again.
+        select
+            k.object_id || ':' || k.kind, case k.provider when 'bank' then 'return_ach' else 'return' end,
+            f.payment_id, f.merchant_id, k.provider || '/' || k.account, k.currency,
+            case k.kind when 'dishonored' then - k.amount_minor else k.amount_minor end,
+            null, null, null, null, null, null, null
+        from (
+            select distinct g.payment_id, g.merchant_id from facts as g
+            where g.kind in ('captured', 'returned', 'dishonored', 'contested') and g.captured_minor > 0
+        ) as f
+        join surety.facts as k on k.payment_id = f.payment_id
+        where k.kind in ('returned', 'dishonored', 'contested') and k.disregarded is null
+        union all
         select
             d.payment_id || ':settled',
             case when s.exchanged then 'settled_exchanged' else 'settled' end,
@@ -100,8 +117,9 @@ begin
         union all
         -- Money that can't be this payment's arrived all the same. That of the other mode is none.
         select
-            f.object_id, 'foreign', f.payment_id, null, f.provider || '/' || f.account, f.currency, f.amount_minor,
-            (f.data ->> 'fee')::bigint, (f.data ->> 'net')::bigint, null, null, null, null, null
+            f.object_id, surety.money_rule(f.provider, 'foreign', false), f.payment_id, null,
+            f.provider || '/' || f.account, f.currency, f.amount_minor, (f.data ->> 'fee')::bigint,
+            (f.data ->> 'net')::bigint, null, null, null, null, null
         from unnest(p_facts) as f
         where f.kind = 'money' and f.disregarded in ('currency', 'account')
     )
@@ -115,26 +133,54 @@ begin
         to_jsonb(f), false, p_at)
     from unnest(p_facts) as f
     where f.kind = 'money' and f.disregarded is null
-        and surety.money_rule(f.data ->> 'category', false) = 'foreign';
+        and surety.money_rule(f.provider, f.data ->> 'category', false) like 'foreign%';
     if v_entries is not null then
         perform ledger.post(v_entries, p_at);
     end if;
 end;
 $$;
 
-create or replace function surety.money_rule(p_category text, p_is_exchanged boolean) returns text
+create or replace function surety.money_rule(p_provider text, p_category text, p_is_exchanged boolean) returns text
 language sql immutable parallel safe
 begin atomic
-    -- Whatever we have no rule for goes to suspense, so that no money stays unbooked.
+    -- Whatever we have no rule for goes to suspense, so that no money stays unbooked. What is refunded or disputed is
+    -- on its way or held in the payment's currency; where it was exchanged, the merchant pays it in the other, at the
+    -- rate of that day.
     select case
-        when p_category in ('charge', 'partial_capture_reversal') and p_is_exchanged then 'charge_exchanged'
+        when p_provider = 'bank' and p_category in ('ach_credit', 'ach_return') then p_category
+        when p_provider = 'bank' and p_category in ('refund', 'refund_failure') then 'refund_ach'
+        when p_provider = 'bank' and p_category = 'fee' then 'bank_fee'
+        when p_provider = 'bank' then 'foreign_bank'
+        when p_category in ('charge', 'partial_capture_reversal', 'charge_failure') and p_is_exchanged
+            then 'charge_exchanged'
         when p_category in ('charge', 'partial_capture_reversal') then 'charge'
-        when p_category in ('refund', 'refund_failure', 'dispute', 'dispute_reversal', 'payout', 'payout_reversal')
+        when p_category in ('refund', 'refund_failure') and p_is_exchanged then 'refund_exchanged'
+        when p_category in ('dispute', 'dispute_reversal') and p_is_exchanged then 'dispute_exchanged'
+        when
+            p_category in (
+                'charge_failure', 'refund', 'refund_failure', 'dispute', 'dispute_reversal', 'payout',
+                'payout_reversal', 'bank_line'
+            )
             then p_category
         when p_category in ('fee', 'tax', 'network_cost') then 'provider_fee'
         when p_category = 'risk_reserved_funds' then 'reserve'
         else 'foreign'
     end;
+end;
+
+create or replace function surety.exchange_of(p_payment_id text) returns table (currency text, rate numeric)
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    -- In which currency its charge arrived, if not in its own, and at what rate; refunds and disputes have others.
+    select
+        facts.currency,
+        (facts.data ->> 'rate')::numeric
+    from surety.facts
+    where
+        facts.payment_id = p_payment_id and facts.kind = 'money' and facts.data ? 'other_currency'
+        and facts.data ->> 'category' = 'charge' and facts.disregarded is null
+    order by facts.object_id
+    limit 1;
 end;
 
 create or replace function surety.settled_amounts(p_payment surety.payments, p_merchant surety.merchants)
@@ -151,28 +197,22 @@ begin atomic
                     from ledger.postings
                     left join ledger.transfers
                         on postings.id = transfers.posting_id and transfers.credit_account like 'rev:%'
-                    where postings.payment_id = p_payment.id and postings.rule = 'captured'
+                    where
+                        postings.payment_id = p_payment.id and postings.rule in ('captured', 'captured_ach')
                     group by postings.payment_id
                 ),
                 ledger.fee(p_payment.captured_minor, p_merchant.fee_basis_points, p_merchant.fee_fixed_minor)
-            )::bigint as net,
-            (
-                select facts.data || jsonb_build_object('currency', facts.currency) from surety.facts
-                where facts.payment_id = p_payment.id and facts.kind = 'money' and facts.data ? 'other_currency'
-                    and facts.disregarded is null
-                order by facts.id limit 1
-            ) as exchange
+            )::bigint as net
     )
 
     select
-        owed.exchange is not null,
-        coalesce(owed.exchange ->> 'currency', p_payment.currency),
-        case
-            when owed.exchange is null then owed.net else round(owed.net * (owed.exchange ->> 'rate')::numeric)::bigint
-        end,
+        exchange.currency is not null,
+        coalesce(exchange.currency, p_payment.currency),
+        case when exchange.currency is null then owed.net else round(owed.net * exchange.rate)::bigint end,
         p_payment.currency,
         owed.net
-    from owed;
+    from owed
+    left join surety.exchange_of(p_payment.id) as exchange on true;
 end;
 
 create or replace function surety.dispute_transfers(p_payment_id text, p_object_id text)

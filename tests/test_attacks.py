@@ -17,6 +17,7 @@ from tests.conftest import Connect
 from tests.payments import (
     Connection,
     add_merchant,
+    at_bank,
     create,
     fact,
     ledger_of,
@@ -78,6 +79,79 @@ def test_an_ach_payment_is_processing_before_it_is_confirmed(conn: Connection, k
     [payment_id] = pay(conn, key_hash, rail="ach")
     record(conn, [fact(payment_id, "processing", "pi")])
     assert state_of(conn, payment_id) == "processing"
+
+
+def test_what_was_held_was_so_before_it_was_called_off_even_if_both_are_told_at_once(
+    conn: Connection, key_hash: bytes
+) -> None:
+    called_off, under_way = pay(conn, key_hash, 2, capture_method="manual")
+    record(conn, [fact(called_off, "authorized", "ch", 10000), fact(called_off, "canceled", "pi")])
+    assert path_of(conn, called_off)[-2:] == ["authorized", "canceled"]
+    record(conn, [fact(under_way, "processing", "pi")])
+    record(conn, [fact(under_way, "authorized", "ch", 10000)])
+    assert path_of(conn, under_way)[-1] == "processing", "it is further than that"
+    assert not violations(conn)
+
+
+def test_a_credit_waits_for_the_confirmation_of_its_entry(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash, rail="ach")
+    record(conn, [at_bank(fact(payment_id, "processing", "entry"))])
+    record(conn, [at_bank(money(payment_id, "credit", "ach_credit", 10000))])
+    assert (state_of(conn, payment_id), ledger_of(conn)) == ("processing", {"bank": 10000, "ach": -10000})
+    record(conn, [at_bank(fact(payment_id, "captured", "entry", 10000))])
+    assert path_of(conn, payment_id)[-3:] == ["processing", "confirmed", "settled"]
+    assert one(conn, "select count(*) from surety.pending_money") == 0, "there is nothing to ask Stripe about"
+
+
+def test_a_banks_account_is_not_that_of_the_merchant_at_stripe(conn: Connection) -> None:
+    _, key_hash = add_merchant(conn, account="acct_1")
+    [payment_id] = pay(conn, key_hash, rail="ach")
+    record(conn, [at_bank(fact(payment_id, "captured", "entry", 10000, account="odfi_1"))])
+    record(conn, [fact(payment_id, "captured", "ch", 10000, account="odfi_1")])
+    assert ledger_of(conn, payment_id) == {"ach": 10000, "pend": 9625, "rev": 375}
+    assert discrepancies(conn, payment_id) == ["account"]
+    assert one(conn, "select array_agg(id) from ledger.accounts where kind = 'ach'") == ["ach:bank/odfi_1:usd"]
+
+
+def test_a_card_payment_has_nothing_at_a_bank(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [at_bank(fact(payment_id, "captured", "entry", 10000))])
+    record(conn, [at_bank(money(payment_id, "credit", "ach_credit", 10000))])
+    assert state_of(conn, payment_id) == "initiated"
+    assert ledger_of(conn, payment_id) == {"bank": 10000, "suspense": 10000}
+    assert discrepancies(conn, payment_id) == ["account", "account"]
+
+
+def test_a_return_of_no_entry_of_ours_is_told_and_its_money_is_booked(conn: Connection) -> None:
+    conn.execute("update surety.environment set kind = 'test'")
+    told = [fact(None, "returned", "return", 5000), money(None, "txn", "ach_return", -5000, 250)]
+    record(conn, [at_bank(each) for each in told])
+    conn.execute("insert into surety.clock (ahead) values ('16 minutes')")
+    conn.execute("select surety.retry_parked()")
+    assert ledger_of(conn) == {"bank": -5250, "suspense": -5250}
+    kinds = one(conn, "select array_agg(kind order by kind) from surety.discrepancies")
+    assert kinds == ["foreign", "return_without_entry"]
+
+
+def test_a_banks_fee_is_a_cost_and_what_else_it_takes_is_nobodys_yet(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash, rail="ach")
+    record(conn, [at_bank(money(None, "fee", "fee", -300)), at_bank(money(payment_id, "odd", "charge", -700))])
+    assert ledger_of(conn) == {"bank": -1000, "cost": 300, "suspense": -700}
+    assert discrepancies(conn, payment_id) == ["category"]
+
+
+def test_a_return_before_its_confirmation_is_a_failure_with_its_reason(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash, rail="ach", reference="order-1")
+    returned = fact(payment_id, "returned", "return", 10000, data={"failure": {"code": "R01"}})
+    record(conn, [at_bank(returned)])
+    assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "processing", "failed"]
+    assert one(conn, "select failure from surety.payments") == {"code": "R01"}
+    record(conn, [at_bank(fact(payment_id, "dishonored", "return", 10000))])
+    assert discrepancies(conn, payment_id) == ["state"], "it ended here, and lives at the bank"
+    record(conn, [at_bank(fact(payment_id, "captured", "entry", 10000))])
+    assert path_of(conn, payment_id)[-2:] == ["failed", "confirmed"]
+    assert one(conn, "select failure from surety.payments") is None
+    assert not violations(conn)
 
 
 @pytest.mark.parametrize("capture", ["automatic", "manual"])

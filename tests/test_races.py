@@ -122,7 +122,7 @@ CROSSINGS: dict[str, tuple[Callable[[str], Fact], Callable[[str], Fact], str]] =
         "disputed",
     ),
     "a refund crosses a return": (
-        lambda p: fact(p, "returned", "ch", 10000),
+        lambda p: fact(p, "returned", "return", 10000),
         lambda p: fact(p, "refund_succeeded", "re", 4000),
         "reversed",
     ),

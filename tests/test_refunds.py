@@ -282,7 +282,7 @@ OTHERS: dict[str, tuple[list[Callable[[str], Fact]], Callable[[str], Fact], Any,
     ),
     "return": (
         [lambda p: fact(p, "captured", "ch", 10000)],
-        lambda p: fact(p, "returned", "ch", 10000),
+        lambda p: fact(p, "returned", "return", 10000),
         "wrong-state",
         None,
     ),
