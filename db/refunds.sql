@@ -92,7 +92,8 @@ as $$
 -- that is left.
 -- 404 not-found   409 wrong-state, detail {state}   400 invalid-request: more than is left
 -- 409 balance-too-low, detail {needed, balance, currency}: the merchant's money, settled or not, must cover it; our fee
--- for this very payment may be overdrawn, so that who has nothing else can still give all of it back.
+-- for this very payment may be overdrawn, so that who has nothing else can still give all of it back. What arrived in
+-- another currency is worth, here and in balance, what it was at the payment's own rate.
 declare
     v_admitted api.admission := api.admit('POST /v1/payments/{id}/refunds', p_request);
     v_now timestamptz := v_admitted.admitted_at;
@@ -100,7 +101,10 @@ declare
     v_refund surety.refunds;
     v_left bigint;
     v_amount bigint;
+    v_exchange record;
+    v_accounts text [];
     v_balance bigint;
+    v_other bigint;
     v_fee bigint;
 begin
     if (v_admitted.outcome).status is not null then
@@ -127,24 +131,28 @@ begin
             'limit', case when v_amount < 1 then 1 else v_left end, 'given', v_amount, 'currency', v_payment.currency));
     end if;
 
-    perform from ledger.balances as b
-    where b.account_id = any(array[
-        'avail:' || v_payment.merchant_id || ':' || v_payment.currency,
-        'pend:' || v_payment.merchant_id || ':' || v_payment.currency
-    ])
-    order by b.account_id for update;
-    select coalesce(sum(b.balance_minor), 0) into v_balance
-    from ledger.balances as b
-    where b.account_id = any(array[
-        'avail:' || v_payment.merchant_id || ':' || v_payment.currency,
-        'pend:' || v_payment.merchant_id || ':' || v_payment.currency
-    ]);
+    select e.currency, e.rate into v_exchange from surety.exchange_of(v_payment.id) as e;
+    v_accounts := array(
+        select a.kind || ':' || v_payment.merchant_id || ':' || c.currency
+        from unnest(array['avail', 'pend']) as a (kind)
+        cross join unnest(array[v_payment.currency, v_exchange.currency]) as c (currency)
+        where c.currency is not null
+    );
+    perform from ledger.balances as b where b.account_id = any(v_accounts) order by b.account_id for update;
+    select
+        coalesce(sum(b.balance_minor) filter (where a.currency = v_payment.currency), 0),
+        coalesce(sum(b.balance_minor) filter (where a.currency <> v_payment.currency), 0)
+    into v_balance, v_other
+    from ledger.balances as b join ledger.accounts as a on a.id = b.account_id
+    where b.account_id = any(v_accounts);
     select coalesce(sum(t.amount_minor), 0) into v_fee
     from ledger.postings as g join ledger.transfers as t on t.posting_id = g.id
-    where g.payment_id = v_payment.id and g.rule = 'captured' and t.credit_account like 'rev:%';
-    if v_balance + v_fee < v_amount then
+    where g.payment_id = v_payment.id and g.rule in ('captured', 'captured_ach') and t.credit_account like 'rev:%';
+    -- Rounded as it was when it settled, else who has nothing else could lack a cent.
+    if round((v_amount - v_fee - v_balance) * coalesce(v_exchange.rate, 1)) > v_other then
         return api.refuse(v_admitted, 409, 'balance-too-low', jsonb_build_object(
-            'needed', v_amount, 'balance', v_balance, 'currency', v_payment.currency));
+            'needed', v_amount, 'balance', v_balance + floor(v_other / coalesce(v_exchange.rate, 1))::bigint,
+            'currency', v_payment.currency));
     end if;
 
     insert into surety.refunds (

@@ -37,7 +37,9 @@ def two(database: str) -> Iterator[Two]:
 
 def captured(conn: Connection, key: bytes, **fields: Any) -> str:
     [payment_id] = pay(conn, key, **fields)
-    record(conn, [fact(payment_id, "submitted", "pi", 10000), fact(payment_id, "captured", "ch", 10000)])
+    currency = fields.get("currency", "usd")
+    told = [fact(payment_id, *what, 10000, currency=currency) for what in (("submitted", "pi"), ("captured", "ch"))]
+    record(conn, told)
     return payment_id
 
 
@@ -120,6 +122,50 @@ def test_a_refund_must_be_covered_by_what_the_merchant_is_owed(conn: Connection)
     assert ask(conn, key, second, 9600)["status"] == 201
     _, alone = add_merchant(conn)
     assert ask(conn, alone, captured(conn, alone))["status"] == 201
+
+
+def arrived_in_dollars(conn: Connection, key: bytes, cents: int, rate: str) -> str:
+    """A payment of 100 euros that has settled, for so many dollars' cents."""
+    payment_id = captured(conn, key, currency="eur")
+    data = {"other_currency": "eur", "other_gross": 10000, "rate": rate}
+    record(conn, [money(payment_id, "txn", "charge", cents, 345, data=data)])
+    record(conn, [fact(payment_id, "available", "txn", cents)])
+    return payment_id
+
+
+# 0.7351 * 9625 is 7075.3, and 7075 / 0.7351 is 9624.5: back and forth loses a cent.
+@pytest.mark.parametrize(("cents", "rate"), [(10850, "1.085"), (7351, "0.7351"), (6700, "0.67")])
+def test_what_arrived_in_another_currency_can_be_given_back_by_who_has_nothing_else(
+    conn: Connection, cents: int, rate: str
+) -> None:
+    _, key = add_merchant(conn)
+    payment_id = arrived_in_dollars(conn, key, cents, rate)
+    assert ask(conn, key, payment_id, 4000)["status"] == 201
+    assert ask(conn, key, payment_id)["status"] == 201
+    assert states(conn, payment_id) == [("pending", 4000), ("pending", 6000)]
+    assert not violations(conn)
+
+
+def test_a_refund_of_what_was_exchanged_must_be_covered_in_both_currencies_together(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = arrived_in_dollars(conn, key, 10850, "1.085")
+    another = arrived_in_dollars(conn, key, 10850, "1.085")
+    record(conn, [fact(another, "dispute_opened", "dp", 10000, currency="eur")])
+    refused = ask(conn, key, payment_id, 9626)
+    assert (refused["status"], refused["problem"]) == (409, "balance-too-low")
+    assert refused["detail"] == {"needed": 9626, "balance": 9249, "currency": "eur"}
+    assert ask(conn, key, payment_id, 9625)["status"] == 201
+    assert ledger_of(conn)["avail eur"] == -19625
+    assert not violations(conn)
+
+
+def test_dollars_of_other_payments_cover_a_refund_in_euros_only_where_it_was_exchanged(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    captured(conn, key)
+    record(conn, [fact(captured(conn, key, currency="eur"), "dispute_opened", "dp", 10000, currency="eur")])
+    in_euros, in_dollars = captured(conn, key, currency="eur"), arrived_in_dollars(conn, key, 10850, "1.085")
+    assert ask(conn, key, in_dollars)["status"] == 201
+    assert ask(conn, key, in_euros)["problem"] == "balance-too-low"
 
 
 def test_the_same_key_brings_the_same_refund(conn: Connection) -> None:
