@@ -24,6 +24,9 @@ REFUND_KINDS = {
     "canceled": "refund_canceled",
 }
 
+RATES_ERROR = 1e-5
+"""How far an exchange rate may be off, as a part of it."""
+
 
 class Origin(Struct, frozen=True):
     """Where an object was read: whose account, which mode, by what."""
@@ -119,7 +122,8 @@ def decline_fact(error: Json, origin: Origin, intent_id: str, currency: str) -> 
 def money_facts(line: Json, origin: Origin, source: Json | None = None) -> list[Fact]:
     """What a balance transaction says; `source` is what it stems from, where that is known.
 
-    A line in another currency than its source was exchanged: other_gross is what was exchanged, in minor units.
+    A line in another currency than its source was exchanged: other_gross is what was exchanged. One that takes back
+    what had been charged means that the charge was returned.
     """
     source = source or (line["source"] if isinstance(line["source"], dict) else None)
     data: Json = {
@@ -129,10 +133,10 @@ def money_facts(line: Json, origin: Origin, source: Json | None = None) -> list[
         "net": line["net"],
         "available_at": moment(line["available_on"]),
     }
+    amount, currency = line["amount"], line["currency"]
     if line.get("exchange_rate") is not None and source is not None:
-        data["other_currency"] = source["currency"]
-        data["other_gross"] = source.get("amount_captured", source["amount"])
-        data["rate"] = line["exchange_rate"]
+        amount, currency = amount_of_source(line, source), source["currency"]
+        data |= {"other_currency": currency, "other_gross": amount, "rate": line["exchange_rate"]}
     common: Json = {
         "told": source,
         "intent": id_of((source or {}).get("payment_intent")),
@@ -144,7 +148,29 @@ def money_facts(line: Json, origin: Origin, source: Json | None = None) -> list[
     facts = [fact(origin, line["id"], "money", **common)]
     if line["status"] == "available":
         facts.append(fact(origin, line["id"], "available", **common))
+    if line["reporting_category"] == "charge_failure":
+        common |= {"amount_minor": -amount, "currency": currency, "data": {"source": data["source"]}}
+        facts.append(fact(origin, line["id"], "returned", **common))
     return facts
+
+
+def amount_of_source(line: Json, source: Json) -> int:
+    """A line's amount, in minor units of its source's currency.
+
+    If it was exchanged, it is the amount of the source's that the rate leads to, for rates are told in few digits: all
+    of it, or of a charge that was captured in part that part or the rest. A part of a dispute is what the rate says.
+    """
+    if line["currency"] == source["currency"]:
+        return int(line["amount"])
+    size, rate = abs(line["amount"]), line["exchange_rate"]
+    whole: int = source["amount"]
+    captured: int = source.get("amount_captured", whole)
+    nearest = captured
+    if rate is not None:
+        nearest = min((captured, whole, whole - captured), key=lambda amount: abs(amount * rate - size))
+        if abs(nearest * rate - size) > 1 + size * RATES_ERROR:
+            nearest = round(size / rate)
+    return nearest if line["amount"] > 0 else -nearest
 
 
 def refund_facts(refund: Json, origin: Origin) -> list[Fact]:
@@ -175,9 +201,7 @@ def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
     What the network withdrew and gave back, not the status alone, tells whether the amount is gone.
     """
     lines = dispute["balance_transactions"]
-    withdrawn = -sum(line["amount"] for line in lines)
-    # Withdrawn in another currency, it is the dispute's own amount that is gone.
-    gone = withdrawn if all(line["currency"] == dispute["currency"] for line in lines) else dispute["amount"]
+    withdrawn = -sum(amount_of_source(line, dispute) for line in lines)
     match dispute["status"]:
         case status if status in DISPUTE_FLAGS:
             kind = "dispute_flagged"
@@ -203,7 +227,7 @@ def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
         told=dispute,
         revision=revision,
         intent=id_of(dispute.get("payment_intent")),
-        amount_minor=max(0, gone) if kind in {"dispute_opened", "dispute_lost"} else dispute["amount"],
+        amount_minor=max(0, withdrawn) if kind in {"dispute_opened", "dispute_lost"} else dispute["amount"],
         currency=dispute["currency"],
         objects=[dispute["id"]],
         data={name: value for name, value in data.items() if value is not None},

@@ -11,6 +11,7 @@ import pytest
 
 from jobs.stripe_facts import (
     Origin,
+    amount_of_source,
     decline_fact,
     dispute_facts,
     intent_facts,
@@ -160,6 +161,44 @@ def test_exchanged_money_tells_what_was_exchanged(sandbox: Sandbox) -> None:
     )
 
 
+HELD = {"id": "ch_1", "currency": "eur", "amount": 10000, "amount_captured": 7000, "metadata": {}}
+LINE = {"id": "txn_1", "source": "ch_1", "fee": 0, "net": 0, "available_on": 1, "created": 1, "status": "pending"}
+
+
+def line(category: str, amount: int, rate: float | None = 1.085, currency: str = "usd") -> Json:
+    return LINE | {"reporting_category": category, "amount": amount, "exchange_rate": rate, "currency": currency}
+
+
+@pytest.mark.parametrize(
+    ("told", "of_source"),
+    [
+        (line("charge", 7595), 7000),
+        (line("charge", 10850), 10000),
+        (line("partial_capture_reversal", -3255), -3000),
+        (line("dispute", -10900, 1.09), -10000),
+        (line("dispute_reversal", 4340), 4000),
+        (line("charge", 10850, None), 7000),
+        (line("charge", 10000, None, "eur"), 10000),
+    ],
+)
+def test_what_was_exchanged_is_told_with_the_lines_sign(told: Json, of_source: int) -> None:
+    assert amount_of_source(told, HELD) == of_source
+
+
+def test_a_rate_of_few_digits_leads_to_the_amount_that_was_exchanged() -> None:
+    yen = {"id": "re_1", "currency": "jpy", "amount": 9876543}
+    assert amount_of_source(line("refund", -6617313, 0.67000), yen) == -9876543
+    assert amount_of_source(line("refund", -6617300, 0.67), yen) == -9876543
+    assert amount_of_source(line("refund", -5000000, 0.67), yen) == -7462687
+
+
+def test_a_charge_that_was_taken_back_was_returned() -> None:
+    [money, returned] = money_facts(line("charge_failure", -5000, None, "eur"), ORIGIN, source=HELD)
+    assert (money["kind"], money["amount_minor"], money["data"]["category"]) == ("money", -5000, "charge_failure")
+    assert (returned["kind"], returned["amount_minor"], returned["currency"]) == ("returned", 5000, "eur")
+    assert (returned["object_id"], returned["data"]) == ("txn_1", {"source": "ch_1"})
+
+
 def test_available_money_is_a_fact_of_its_own(sandbox: Sandbox) -> None:
     id = sandbox.pay("pm_card_bypassPending")["latest_charge"]
     line = eventually(
@@ -224,6 +263,18 @@ def test_a_dispute_is_what_its_status_and_its_money_say(told: Json, kind: str) -
     assert [fact["kind"] for fact in facts if fact["object_id"] == "dp_1"] == [kind]
     assert facts[0]["revision"] == 7
     assert sum(fact["kind"] == "money" for fact in facts) == len(told["balance_transactions"])
+
+
+def test_what_is_gone_in_a_dispute_is_told_in_its_currency() -> None:
+    exchanged = {"currency": "usd", "exchange_rate": 1.085}
+    told = dispute("lost", -5425, 2170)
+    told |= {
+        "currency": "eur",
+        "balance_transactions": [transaction | exchanged for transaction in told["balance_transactions"]],
+    }
+    lost, *moved = dispute_facts(told, ORIGIN, 1)
+    assert (lost["kind"], lost["amount_minor"], lost["currency"]) == ("dispute_lost", 3000, "eur")
+    assert [fact["data"]["other_gross"] for fact in moved if fact["kind"] == "money"] == [-5000, 2000]
 
 
 @pytest.mark.parametrize(

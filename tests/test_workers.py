@@ -16,7 +16,9 @@ import psycopg
 import pytest
 
 from jobs.periodic import TASKS, cron, payouts, settlements, stretches, sweep
-from tests.payments import Connection, add_merchant, ledger_of, path_of, pay, state_of, violations
+from jobs.stripe_facts import Origin
+from jobs.webhooks import Source, fetch_dispute
+from tests.payments import Connection, add_merchant, command, ledger_of, path_of, pay, state_of, violations
 from tests.sandbox_process import Sandbox, eventually, running_sandbox
 from tests.working import (
     ROOT,
@@ -482,6 +484,39 @@ async def test_a_euro_charge_that_settles_in_dollars_is_exchanged(
     assert ledger["stripe"] == line["net"]
     assert ledger["rev eur"] == 375
     assert "due eur" not in ledger
+    assert not violations(conn)
+
+
+async def test_euros_that_settled_in_dollars_are_refunded_and_disputed(
+    conn: Connection, database: str, tmp_path: Path
+) -> None:
+    hasten(conn, UNTIL_DUE)
+    _, key = add_merchant(conn)
+    refunded, disputed = pay(conn, key, 2, currency="eur")
+    with running_sandbox(tmp_path, "--settlement-currency=usd", "--available-seconds=0") as sandbox:
+        async with worker_here(database, sandbox.url) as worker:
+            await work_off(worker)
+            eventually(lambda: len(sandbox.get("/v1/balance_transactions")["data"]) == 2)
+            await settlements(worker)
+            assert command(conn, "create_refund", key, payment_id=refunded)["status"] == 201
+            await work_off(worker)
+            row = conn.execute("select provider_id from surety.payments where id = %s", (disputed,)).fetchone()
+            assert row is not None
+            dispute = sandbox.control("disputes", {"payment_intent": row[0]})["id"]
+            sandbox.control(f"disputes/{dispute}", {"outcome": "partly_lost", "returned": 4000})
+            await fetch_dispute(worker, Source("", False, "dispute", dispute), Origin("", False, "poll"))
+            await settlements(worker)
+    charged = {"rev eur": 375, "fx eur": -375, "fx": 407}
+    assert state_of(conn, refunded) == "refunded"
+    assert ledger_of(conn, refunded) == charged | {"avail": 10443 - 10850, "stripe": 10505 - 10850, "cost": 345}
+    row = conn.execute("select withdrawn_minor, currency from surety.disputes").fetchone()
+    assert row == (6000, "eur")
+    assert ledger_of(conn, disputed) == charged | {
+        "avail": 10443 - 10850 - 1500 + 4340,
+        "stripe": 10505 - 10850 - 1500 + 4340,
+        "rev": 1500,
+        "cost": 345 + 1500,
+    }
     assert not violations(conn)
 
 
