@@ -50,6 +50,25 @@ begin atomic
     );
 end;
 
+create or replace function surety.dispute_status(p_kind text, p_data jsonb) returns text
+language sql immutable parallel safe
+begin atomic
+    select coalesce(
+        p_data ->> 'status',
+        case p_kind
+            when 'dispute_opened' then 'needs_response'
+            when 'dispute_flagged' then 'warning_needs_response'
+            else substr(p_kind, 9)
+        end
+    );
+end;
+
+create or replace function surety.dispute_withdrawn(p_kind text, p_amount_minor bigint) returns bigint
+language sql immutable parallel safe
+begin atomic
+    select case when p_kind in ('dispute_opened', 'dispute_lost') then greatest(0, p_amount_minor) else 0 end;
+end;
+
 create or replace function surety.advance_disputes(p_facts surety.facts[], p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -80,18 +99,12 @@ begin
         select
             surety.new_id('dp', v_now), p.id, p.merchant_id, s.status,
             greatest(1, coalesce((t.data ->> 'amount')::bigint, t.amount_minor)),
-            case when t.kind in ('dispute_opened', 'dispute_lost') then greatest(0, t.amount_minor) else 0 end,
+            surety.dispute_withdrawn(t.kind, t.amount_minor),
             t.currency, t.data ->> 'reason', t.provider, t.account, t.object_id, t.revision,
             (t.data ->> 'evidence_due_at')::timestamptz, v_now, v_now, v_now + k.ask_after
         from told as t
         join surety.payments as p on p.id = t.payment_id
-        cross join lateral (
-            select coalesce(t.data ->> 'status', case t.kind
-                when 'dispute_opened' then 'needs_response'
-                when 'dispute_flagged' then 'warning_needs_response'
-                else substr(t.kind, 9)
-            end) as status
-        ) as s
+        cross join lateral (select surety.dispute_status(t.kind, t.data) as status) as s
         left join surety.dispute_statuses as k on k.status = s.status
         order by t.payment_id, t.object_id
         on conflict (provider, provider_account, provider_id) do update

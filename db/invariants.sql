@@ -3,7 +3,24 @@
 create or replace function surety.check_invariants() returns table (name text, violations bigint, example text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    with checked (name, subject) as (
+    with last_fetches as (
+        select distinct on (facts.provider, facts.account, facts.object_id)
+            facts.provider,
+            facts.account,
+            facts.object_id,
+            facts.payment_id,
+            facts.revision,
+            facts.kind,
+            facts.amount_minor,
+            facts.currency,
+            surety.dispute_status(facts.kind, facts.data) as status,
+            surety.dispute_withdrawn(facts.kind, facts.amount_minor) as withdrawn_minor
+        from surety.facts
+        where facts.kind like 'dispute\_%' and facts.disregarded is null
+        order by facts.provider asc, facts.account asc, facts.object_id asc, facts.revision desc
+    ),
+
+    checked (name, subject) as (
         select
             'every payment stands where its last step ended',
             payments.id
@@ -270,6 +287,62 @@ begin atomic
         where sums.amount_minor <> 0
         union all
         select
+            'every dispute stands as its last fetch told',
+            coalesce(disputes.id, last_fetches.object_id)
+        from surety.disputes
+        full join last_fetches
+            on
+                disputes.provider = last_fetches.provider and disputes.provider_account = last_fetches.account
+                and disputes.provider_id = last_fetches.object_id
+        where
+            (disputes.payment_id, disputes.revision, disputes.status, disputes.withdrawn_minor) is distinct from (
+                last_fetches.payment_id, last_fetches.revision, last_fetches.status, last_fetches.withdrawn_minor
+            )
+        union all
+        select
+            'every dispute has posted what its last fetch told',
+            disputes.id
+        from surety.disputes
+        where exists (select from surety.dispute_transfers(disputes.payment_id, disputes.provider_id))
+        union all
+        select
+            'what disputes hold back is held',
+            sums.account_id
+        from (
+            select
+                parts.account_id,
+                sum(parts.amount_minor) as amount_minor
+            from (
+                select
+                    'held:' || payments.merchant_id || ':' || last_fetches.currency as account_id,
+                    last_fetches.amount_minor
+                from last_fetches
+                inner join surety.payments on last_fetches.payment_id = payments.id
+                where last_fetches.kind = 'dispute_opened'
+                union all
+                select
+                    balances.account_id,
+                    -balances.balance_minor
+                from ledger.balances
+                where balances.account_id like 'held:%'
+            ) as parts
+            group by parts.account_id
+        ) as sums
+        where sums.amount_minor <> 0
+        union all
+        select
+            'what came back is taken from the merchant',
+            facts.object_id
+        from surety.facts
+        inner join surety.payments on facts.payment_id = payments.id
+        where
+            facts.kind in ('returned', 'dishonored', 'contested') and facts.disregarded is null
+            and payments.captured_minor > 0
+            and not exists (
+                select from ledger.postings where postings.cause = facts.object_id || ':' || facts.kind
+            )
+        union all
+        select
             'no payment has two live objects at the provider',
             provider_objects.payment_id
         from surety.provider_objects
@@ -332,6 +405,10 @@ begin atomic
             'every refund step starts where the last ended',
             'every payment has given back what its refunds say',
             'what is reserved for refunds is on its way',
+            'every dispute stands as its last fetch told',
+            'every dispute has posted what its last fetch told',
+            'what disputes hold back is held',
+            'what came back is taken from the merchant',
             'no payment has two live objects at the provider',
             'no batch outlives its lease unnoticed',
             'every event is in at most one place per handler'

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.payments import Connection, add_merchant, fact, money, pay, record, violations
+from tests.payments import Connection, add_merchant, at_bank, fact, money, pay, record, violations
 
 REFUND = (
     "insert into surety.refunds (id, payment_id, merchant_id, amount_minor, currency, provider, provider_account,"
@@ -56,6 +56,10 @@ VIOLATIONS: dict[str, str] = {
         f"{REFUND} 'succeeded' from surety.payments where id = %(p)s"
     ),
     "what is reserved for refunds is on its way": f"{REFUND} 'pending' from surety.payments where id = %(p)s",
+    "every dispute stands as its last fetch told": "update surety.disputes set status = 'won'",
+    "every dispute has posted what its last fetch told": "delete from ledger.postings where rule = 'dispute_opened'",
+    "what disputes hold back is held": "delete from ledger.balances where account_id like 'held:%%'",
+    "what came back is taken from the merchant": "delete from ledger.postings where rule = 'return_ach'",
     "no payment has two live objects at the provider": (
         "with another as (insert into surety.provider_objects values ('stripe', '', 'ch_two', %(p)s))"
         " insert into surety.facts (id, payment_id, provider, account, livemode, object_id, kind, source, recorded_at)"
@@ -76,9 +80,14 @@ VIOLATIONS: dict[str, str] = {
 
 @pytest.fixture
 def payment_id(conn: Connection) -> str:
-    """A payment that has settled, beside one that failed and one that nobody has looked at yet."""
+    """A payment that has settled, beside one that came back, one that failed, one that nobody has looked at yet and
+    one that is disputed.
+    """
     _, key_hash = add_merchant(conn)
-    failed, _, settled = pay(conn, key_hash, 3)
+    [returned] = pay(conn, key_hash, rail="ach")
+    record(conn, [at_bank(fact(returned, kind, kind, 10000)) for kind in ("captured", "returned")])
+    failed, _, disputed, settled = pay(conn, key_hash, 4)
+    record(conn, [fact(disputed, "captured", "ch", 10000), fact(disputed, "dispute_opened", "dp", 10000)])
     record(conn, [fact(failed, "failed", "pi", data={"failure": {"code": "card_declined"}})])
     record(conn, [fact(settled, "captured", "ch", 10000), money(settled, "txn", "charge", 10000, 320)])
     record(conn, [fact(settled, "available", "txn", 10000)])
