@@ -28,7 +28,8 @@ declare
     v_now timestamptz := surety.time_now();
 begin
     insert into surety.expectations as x (payment_id, kind, opened_at, due_at, met_at)
-    select e.aggregate_id, 'settlement', v_now, v_now, v_now
+    -- It may have settled twice: a refund in between has come back.
+    select distinct e.aggregate_id, 'settlement', v_now, v_now, v_now
     from outbox.batch_events(p_batch, p_fence) as e
     where e.event_id = any(p_event_ids)
     order by e.aggregate_id

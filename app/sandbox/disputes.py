@@ -116,8 +116,8 @@ def decide(world: World, dispute: Record) -> None:
 
 
 def pass_due(world: World, dispute: Record) -> None:
-    """No evidence was submitted in time."""
-    if dispute.body["status"] in SUBMITTED:
+    """No evidence was submitted in time, unless it is due later by now."""
+    if dispute.body["status"] in SUBMITTED and dispute.body["evidence_details"]["due_by"] <= world.memory.now():
         dispute.body["evidence_details"] = {**dispute.body["evidence_details"], "past_due": True}
         if dispute.body["status"] == "warning_needs_response":
             world.memory.save(dispute)
@@ -147,6 +147,7 @@ def appeal(world: World, dispute: Record) -> None:
     """A lost dispute is opened once more."""
     if dispute.body["status"] != "lost":
         raise invalid("Only a lost dispute can be appealed.", param="outcome")
+    _ask_again(world, dispute)
     _become(world, dispute, "appeal_needs_response")
 
 
@@ -163,6 +164,7 @@ def escalate(world: World, dispute: Record) -> None:
     }
     body["is_charge_refundable"] = False
     _withdraw(world, dispute, FEE_MINOR)
+    _ask_again(world, dispute)
     _become(world, dispute, "needs_response")
     world.emit("charge.dispute.funds_withdrawn", dispute)
     refunds.fail_unfinished(world, world.memory.get(body["charge"]))
@@ -181,6 +183,14 @@ def end_inquiry(world: World, dispute: Record) -> None:
     """Nobody escalated it."""
     if dispute.body["status"].startswith("warning_") and dispute.body["status"] not in ENDED:
         _end(world, dispute, "warning_closed")
+
+
+def _ask_again(world: World, dispute: Record) -> None:
+    """Evidence is due anew."""
+    due_by = int(world.second() + world.settings.response_seconds)
+    details = dispute.body["evidence_details"]
+    dispute.body["evidence_details"] = {**details, "due_by": due_by, "past_due": False}
+    world.plan(world.settings.response_seconds, "dispute_past_due", dispute.id)
 
 
 def _withdraw(world: World, dispute: Record, fee: int) -> None:

@@ -1,20 +1,14 @@
-"""The processes of a schedule, with the product's own code in them, and the merchants' clients outside."""
+"""The processes of a schedule, with the product's own code in them, and the provider's webhooks from outside."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any, cast
 
-import msgspec
-import psycopg
-from msgspec import Struct
 from procrastinate import JobContext
 
 from app import webhooks
 from app.acceptance import STATEMENT
-from app.documents import AskedPayment
 from app.lanes import Lanes, Refused, Unavailable
 from db.settings import load
 from jobs import app, periodic
@@ -23,8 +17,9 @@ from jobs.drain import drain
 from jobs.handlers import HANDLERS
 from jobs.stripe_rail import API_VERSION, StripeRail
 from jobs.worker import Batch, Worker, keep_pulse
+from tests.simulation.clients import PATIENCE_SECONDS, RETRY_AFTER_SECONDS
 from tests.simulation.ground import Pool
-from tests.simulation.loop import PROCESS, Killed, Process
+from tests.simulation.loop import PROCESS, Process
 from tests.simulation.provider import make_client
 
 if TYPE_CHECKING:
@@ -35,8 +30,6 @@ if TYPE_CHECKING:
 
     from tests.simulation.schedule import Schedule
 
-PATIENCE_SECONDS = 30.0
-RETRY_AFTER_SECONDS = 1.0
 SETTINGS = load({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
 CLIENT = make_client(API_VERSION)
 ROUNDS = tuple(name for name in periodic.TASKS if name != "tick")
@@ -116,93 +109,6 @@ class ListeningProcess(Process):
         await self.webhooks.open()
 
 
-class Wanted(Struct):
-    """A payment that a merchant wants, under one key, however often it is asked for."""
-
-    number: int
-    merchant: int
-    key: str
-    amount: int
-    currency: str
-    token: str
-    capture_method: str
-    reference: str | None
-    answers: list[tuple[Any, ...]] = []
-    """What was acknowledged: rows of api.create_payments."""
-
-    commands: dict[str, int] = {}
-    """What was told of captures and cancellations that took effect, by function."""
-
-    @property
-    def payment_id(self) -> str | None:
-        """The payment that was acknowledged."""
-        return next((row[6] for row in self.answers if row[1] == 201), None)
-
-    def asked(self, key_hash: bytes) -> AskedPayment:
-        """The request."""
-        body = f"{self.amount} {self.currency} {self.token} {self.capture_method} {self.reference}"
-        return AskedPayment(
-            n=0,
-            request_id=f"req_{self.number}",
-            key_hash=key_hash.hex(),
-            address="127.0.0.1",
-            idempotency_key=self.key,
-            request_hash=hashlib.sha256(body.encode()).hexdigest(),
-            amount=self.amount,
-            currency=self.currency,
-            rail="card",
-            method_token=self.token,
-            capture_method=self.capture_method,
-            reference=self.reference,
-            description=None,
-            statement_descriptor_suffix=None,
-            return_url=None,
-            customer=None,
-            metadata={},
-        )
-
-
-async def insist(schedule: Schedule, wanted: Wanted) -> None:
-    """A client: asks until it is answered, wherever somebody listens."""
-    while True:
-        await schedule.turn(schedule.clients, "client asks")
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                row = await schedule.api.payments.ask(wanted.asked(schedule.keys[wanted.merchant]))
-        except (Unavailable, Refused, TimeoutError) as error:
-            if isinstance(error, Refused):
-                schedule.violate("no statement fails", repr(error))
-            await asyncio.sleep(RETRY_AFTER_SECONDS)
-            continue
-        wanted.answers.append(tuple(row))
-        return
-
-
-async def command(schedule: Schedule, wanted: Wanted, function: str, amount: int | None) -> None:
-    """A client wants a payment captured or called off, until it is told what becomes of that."""
-    asked = {
-        "key_hash": schedule.keys[wanted.merchant].hex(),
-        "request_id": f"req_{wanted.number}",
-        "address": "127.0.0.1",
-        "idempotency_key": f"{function}-{wanted.number}",
-        "request_hash": f"{amount or 0:08x}",
-        "payment_id": wanted.payment_id,
-        "amount": amount,
-    }
-    while True:
-        await schedule.turn(schedule.clients, "client asks")
-        try:
-            async with Pool(schedule, schedule.api).connection() as wire:
-                query = f"select status, problem from api.{function}(%s)"
-                row = await (await wire.cursor().execute(query.encode(), (json.dumps(asked),))).fetchone()
-        except (psycopg.OperationalError, Killed):
-            await asyncio.sleep(RETRY_AFTER_SECONDS)
-            continue
-        if row is not None and row[0] in {200, 202}:
-            wanted.commands[function] = row[0]
-        return
-
-
 async def deliver(schedule: Schedule, event_id: str) -> None:
     """The provider tells of an event until somebody takes it."""
     _, _, payload = schedule.provider.memory.event(event_id)
@@ -231,8 +137,3 @@ async def deliver(schedule: Schedule, event_id: str) -> None:
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
         return
-
-
-def decoded(row: tuple[Any, ...]) -> Any:
-    """The document of an answer."""
-    return msgspec.json.decode(row[4])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import psycopg
 
-from tests.simulation.actors import decoded
-
 if TYPE_CHECKING:
     from app.sandbox.memory import Record
+    from tests.simulation.clients import Wanted
     from tests.simulation.schedule import Schedule
 
-ENDED_WELL = frozenset({"settled"})
+# Of a refund at the provider: it took the money, or will.
+STANDING = frozenset({"pending", "requires_action", "succeeded"})
+OPEN = frozenset({"needs_response", "under_review", "appeal_needs_response", "appeal_under_review"})
 
 
 def check(schedule: Schedule) -> None:
@@ -23,6 +26,8 @@ def check(schedule: Schedule) -> None:
     keep_uniqueness(schedule)
     keep_effects(schedule)
     keep_charges(schedule)
+    keep_refunds(schedule)
+    keep_disputes(schedule)
     keep_money(schedule)
     keep_expectations(schedule)
     refuse_lies(schedule)
@@ -39,7 +44,6 @@ def keep_invariants(schedule: Schedule) -> None:
 def keep_acknowledgements(schedule: Schedule) -> None:
     """What was answered stays true: one payment per key, one answer per payment, and it is there."""
     present = dict(schedule.ground.rows("select id, amount_minor from surety.payments"))
-    states = dict(schedule.ground.rows("select id, state from surety.payments"))
     made: dict[str, str] = {}
     keys = Counter((wanted.merchant, wanted.key) for wanted in schedule.wanted)
     for wanted in schedule.wanted:
@@ -55,16 +59,29 @@ def keep_acknowledgements(schedule: Schedule) -> None:
                     schedule.violate("no sound request is refused", f"{wanted.key}: {row[1:4]}")
                 continue
             payment_id = row[6]
-            if present.get(payment_id) != wanted.amount or decoded(row)["id"] != payment_id:
+            if present.get(payment_id) != wanted.amount or json.loads(row[4])["id"] != payment_id:
                 schedule.violate("every acknowledged payment is present", f"{wanted.key}: {payment_id}")
-            if wanted.commands.get("cancel_payment") == 200 and states.get(payment_id) != "canceled":
-                schedule.violate(
-                    "what was canceled before anything was sent stays so", f"{payment_id}: {wanted.commands}"
-                )
             if made.setdefault(payment_id, wanted.key) != wanted.key:
                 schedule.violate("two keys are two payments", f"{payment_id}: {made[payment_id]} and {wanted.key}")
+        keep_commands(schedule, wanted)
     if strange := present.keys() - made.keys():
         schedule.violate("a key makes one payment", ", ".join(sorted(strange)))
+
+
+def keep_commands(schedule: Schedule, wanted: Wanted) -> None:
+    """What was answered to a merchant's commands stays true, too."""
+    for key, answers in wanted.told.items():
+        if len(set(answers)) > 1:
+            schedule.violate("a repeated request gets the first answer", f"{key}: {answers}")
+        status, document = answers[0][0], json.loads(answers[0][1])
+        if key.startswith("cancel_payment") and status == 200:
+            [(state,)] = schedule.ground.rows("select state from surety.payments where id = %s", document["id"])
+            if state != "canceled":
+                schedule.violate("what was canceled before anything was sent stays so", f"{document['id']}: {state}")
+        if key.startswith("create_refund"):
+            query = "select amount_minor from surety.refunds where id = %s and payment_id = %s"
+            if schedule.ground.rows(query, document["id"], document["payment"]) != [(document["amount"],)]:
+                schedule.violate("every acknowledged refund is present", document["id"])
 
 
 ONCE = {
@@ -116,37 +133,98 @@ def keep_charges(schedule: Schedule) -> None:
     # What comes a day late leaves an orphan, which can't charge; without that there is none.
     if not any(fault.startswith(("slow", "stalled")) for fault in schedule.faults) and made.total() > len(made):
         schedule.violate("a payment has one intent", str(made.most_common(1)))
-    keep_states(schedule, intents, charged)
+    for intent in intents.values():
+        # One that nobody wants any more was called off when it was seen.
+        if intent.body["status"] not in {"succeeded", "canceled"}:
+            schedule.violate("no payer can succeed with what has ended", f"{intent.id}: {intent.body['status']}")
+    keep_states(schedule, charged)
 
 
-def keep_states(schedule: Schedule, intents: dict[str, Record], charged: dict[str, int]) -> None:
-    """Where each payment ended is what became of its intent."""
-    rows = schedule.ground.rows("select id, state, captured_minor, provider_id from surety.payments order by id")
-    for payment_id, state, captured, provider_id in rows:
+def keep_states(schedule: Schedule, charged: dict[str, int]) -> None:
+    """Where each payment ended is what the provider remembers of it."""
+    memory = schedule.provider.memory
+    refunded: Counter[str] = Counter()
+    for refund in memory.every("refund"):
+        if refund.body["status"] == "succeeded":
+            refunded[paid_by(schedule, refund)] += refund.body["amount"]
+    at_risk: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
+    for dispute in memory.every("dispute"):
+        if dispute.body["status"] in OPEN:
+            at_risk[paid_by(schedule, dispute)] += max(0, -dispute.net)
+        if dispute.body["status"] == "lost":
+            lost[paid_by(schedule, dispute)] += max(0, -dispute.net)
+    rows = schedule.ground.rows("select id, state, captured_minor from surety.payments order by id")
+    for payment_id, state, captured in rows:
         if captured != charged.get(payment_id, 0):
             schedule.violate(
                 "what was charged is what we captured",
                 f"{payment_id}: {captured} here, {charged.get(payment_id)} there",
             )
-        if (state in ENDED_WELL) != (payment_id in charged):
-            schedule.violate("who was charged is told so", f"{payment_id}: {state}")
-        if provider_id is not None and state in {"failed", "canceled"}:
-            status = intents[provider_id].body["status"]
-            if status != "canceled":
-                schedule.violate("what has failed can't succeed any more", f"{payment_id}: {state}, {status}")
+        expected = {"failed", "canceled"}
+        if payment_id in charged:
+            given, gone = refunded[payment_id], lost[payment_id]
+            is_back = given + gone >= captured
+            expected = {
+                "disputed" if at_risk[payment_id]
+                else "reversed" if gone and is_back
+                else "refunded" if is_back
+                else "partially_refunded" if given
+                else "settled"
+            }  # fmt: skip
+        if state not in expected:
+            schedule.violate("a payment is where the provider has it", f"{payment_id}: {state}, not {expected}")
+
+
+def paid_by(schedule: Schedule, record: Record) -> str:
+    """The payment that a refund or dispute at the provider belongs to."""
+    payment_id: str = schedule.provider.memory.get(record.body["charge"]).body["metadata"]["surety_payment"]
+    return payment_id
+
+
+def keep_refunds(schedule: Schedule) -> None:
+    """Each refund of the provider's is one of ours, as it stands there; and none was made twice."""
+    there = {refund.id: refund.body for refund in schedule.provider.memory.every("refund")}
+    standing = [body for body in there.values() if body["status"] in STANDING]
+    demands = Counter(body["metadata"].get("surety_refund") for body in standing)
+    for demand, times in demands.items():
+        if demand is not None and times > 1:
+            schedule.violate("no refund is made twice", demand)
+    rows = schedule.ground.rows("select id, provider_id, state, amount_minor from surety.refunds order by id")
+    for refund_id, provider_id, state, amount in rows:
+        made = there.pop(provider_id, None)
+        if made is None and state != "failed":
+            schedule.violate("a refund stands as the provider has it", f"{refund_id}: {state}, never made")
+        if made is not None and (made["status"], made["amount"]) != (state, amount):
+            told = f"{refund_id}: {state} {amount}, there {made['status']} {made['amount']}"
+            schedule.violate("a refund stands as the provider has it", told)
+    if there:
+        schedule.violate("every refund at the provider is known", ", ".join(there))
+
+
+def keep_disputes(schedule: Schedule) -> None:
+    """Each dispute of the provider's is one of ours, as it stands there."""
+    rows = schedule.ground.rows("select provider_id, status, withdrawn_minor from surety.disputes order by id")
+    found = {row[0]: row[1:] for row in rows}
+    expected = {
+        dispute.id: (
+            dispute.body["status"],
+            max(0, -dispute.net) if dispute.body["status"] == "lost" or dispute.body["status"] in OPEN else 0,
+        )
+        for dispute in schedule.provider.memory.every("dispute")
+    }
+    if found != expected:
+        schedule.violate("a dispute stands as the provider has it", f"{found}, there {expected}")
 
 
 def keep_money(schedule: Schedule) -> None:
     """The ledger as an accountant would have kept it, from what the provider did and what was agreed."""
-    memory = schedule.provider.memory
     expected: dict[str, int] = {}
 
     def book(account: str, amount: int) -> None:
         expected[account] = expected.get(account, 0) + amount
 
-    for line in memory.every("balance_transaction"):
-        book(f"stripe {line.currency}", -line.body["net"])
-        book(f"cost {line.currency}", -line.body["fee"])
+    book_what_the_provider_did(schedule, book)
     for payment_id, merchant, currency in schedule.ground.rows(
         "select id, merchant_id, currency from surety.payments where captured_minor > 0"
     ):
@@ -155,7 +233,9 @@ def keep_money(schedule: Schedule) -> None:
         book(f"avail {merchant} {currency}", amount - fee)
         book(f"rev {currency}", fee)
     found = {
-        f"{kind} {owner} {currency}" if kind in {"avail", "pend"} else f"{kind} {currency}": int(total)
+        f"{kind} {owner} {currency}" if kind in {"avail", "pend", "held", "refunding"} else f"{kind} {currency}": int(
+            total
+        )
         for kind, owner, currency, total in schedule.ground.rows(
             "select a.kind, a.owner_id, a.currency, sum(case when l.is_credit then l.amount_minor"
             " else - l.amount_minor end) from (select credit_account as id, amount_minor, true as is_credit"
@@ -169,6 +249,37 @@ def keep_money(schedule: Schedule) -> None:
         differing = {name: (expected.get(name), found.get(name)) for name in sorted(found.keys() | expected.keys())}
         wrong = {name: both for name, both in differing.items() if both[0] != both[1]}
         schedule.violate("the ledger is what was agreed and what happened", f"expected and found: {wrong}")
+
+
+def book_what_the_provider_did(schedule: Schedule, book: Callable[[str, int], None]) -> None:
+    """Its balance transactions, and what it holds that is a merchant's."""
+    memory = schedule.provider.memory
+    merchants = dict(schedule.ground.rows("select id, merchant_id from surety.payments"))
+    for line in memory.every("balance_transaction"):
+        book(f"stripe {line.currency}", -line.body["net"])
+        book(f"cost {line.currency}", -line.body["fee"])
+        source = memory.find(line.body["source"] or "")
+        if source is None or source.kind not in {"refund", "dispute"}:
+            continue
+        merchant = f"{merchants[paid_by(schedule, source)]} {line.currency}"
+        if source.kind == "refund":
+            book(f"refunding {merchant}", line.body["amount"])
+        else:
+            book(f"network {line.currency}", line.body["amount"])
+            # The network's fee is passed on.
+            book(f"avail {merchant}", -line.body["fee"])
+            book(f"rev {line.currency}", line.body["fee"])
+    for refund in memory.every("refund"):
+        if refund.body["status"] in STANDING:
+            merchant = f"{merchants[paid_by(schedule, refund)]} {refund.body['currency']}"
+            book(f"avail {merchant}", -refund.body["amount"])
+            book(f"refunding {merchant}", refund.body["amount"])
+    for dispute in memory.every("dispute"):
+        is_lost, currency = dispute.body["status"] == "lost", dispute.body["currency"]
+        if is_lost or dispute.body["status"] in OPEN:
+            merchant = f"{merchants[paid_by(schedule, dispute)]} {currency}"
+            book(f"avail {merchant}", dispute.net)
+            book(f"network {currency}" if is_lost else f"held {merchant}", -dispute.net)
 
 
 def keep_expectations(schedule: Schedule) -> None:
@@ -196,9 +307,13 @@ LIES: dict[str, str] = {
     ),
     "a step that starts where the last did not end": (
         "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
-        " select id, version + 1, 'refunded', 'settled', 'lie', now(), 'liar' from surety.payments where id = %(p)s"
+        " select id, version + 1, case state when 'refunded' then 'disputed' else 'refunded' end, 'settled', 'lie',"
+        " now(), 'liar' from surety.payments where id = %(p)s"
     ),
-    "a state without its step": "update surety.payments set state = 'reversed' where id = %(p)s",
+    "a state without its step": (
+        "update surety.payments set state = case state when 'reversed' then 'refunded' else 'reversed' end"
+        " where id = %(p)s"
+    ),
     "another past": "update surety.steps set at = now() where payment_id = %(p)s",
     "another trail": "delete from audit.entries where payment_id = %(p)s",
     "another fact": "update surety.facts set amount_minor = 1 where payment_id = %(p)s",

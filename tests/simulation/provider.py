@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 import stripe
 
+from app.sandbox import outside
 from app.sandbox.agenda import HAPPENINGS
 from app.sandbox.answering import Request, answer, broken, key_in_use, rate_limited, refuse, store, understand
 from app.sandbox.errors import StripeError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 MEMORY = Path(":memory:")
+# A day late comes only what can be done once: nobody could tell that a refund was not made from one that still will be.
 LATE_SECONDS = (0.5, 5.0, 30.0, 25 * 3600.0)
 
 
@@ -61,6 +63,8 @@ class Provider:
             processing_seconds=chance.choice((0.0, 0.0, 40.0)),
             payout_seconds=0,
             hold_seconds=86_400.0,
+            response_seconds=43_200.0,
+            inquiry_seconds=86_400.0,
             public_url="http://provider",
         )
         self.world = World(settings, TimelessMemory(schedule), Faults(settings.seed))
@@ -115,6 +119,46 @@ class Provider:
         intents.authenticated(self.world, self.schedule.chance.choice(waiting), self.schedule.chance.random() < 0.7)
         self.commit()
         return True
+
+    def others_act(self) -> str | None:
+        """A holder disputes, a bank decides or returns a refund, somebody refunds in the dashboard; which of these."""
+        chance = self.schedule.chance
+        charges = [charge for charge in self.memory.every("charge") if charge.body["captured"]]
+        disputes, refunds = list(self.memory.every("dispute")), list(self.memory.every("refund"))
+        undisputed = [charge for charge in charges if not charge.body["disputed"]]
+        doing = chance.choice(("dispute", "decide", "decide", "return", "refund"))
+        subjects = {"dispute": undisputed, "decide": disputes, "return": refunds, "refund": undisputed}[doing]
+        if not subjects:
+            return None
+        subject = chance.choice(subjects)
+        try:
+            match doing:
+                case "dispute":
+                    part = chance.choice((None, subject.body["amount_captured"] // 2))
+                    outside.dispute(
+                        self.world, outside.Dispute(charge=subject.id, amount=part, inquiry=chance.random() < 0.2)
+                    )
+                case "decide":
+                    outcome: Any = chance.choice((*outside.DECISIONS, "partly_lost"))
+                    outside.bank_decides(self.world, subject.id, outside.Decision(outcome=outcome, returned=1))
+                case "return":
+                    outside.refund_turns(self.world, subject.id, outside.RefundFate(outcome="failed"))
+                case "refund":
+                    outside.refund(
+                        self.world, outside.Refund(charge=subject.id, amount=subject.body["amount_captured"] // 4)
+                    )
+        except StripeError:
+            return None
+        self.commit()
+        return doing
+
+    def decide_all(self) -> None:
+        """The banks decide whatever they still have before them."""
+        for dispute in list(self.memory.every("dispute")):
+            outcome: Any = "closed" if dispute.body["status"].startswith("warning_") else "lost"
+            if dispute.body["status"] in outside.DECISIONS[outcome][0]:
+                outside.bank_decides(self.world, dispute.id, outside.Decision(outcome=outcome))
+                self.commit()
 
     def receive(self, method: str, url: str, headers: Mapping[str, str], form: str) -> Request | Answer:
         """A request, or the refusal to understand it."""
@@ -175,7 +219,8 @@ class Provider:
         """Execute late; the key is in use meanwhile, whoever asked may have given up or died."""
         in_use = (request.call.account, request.call.key or request.call.request_id)
         self.world.keys_in_use.add(in_use)
-        await asyncio.sleep(self.schedule.chance.choice(LATE_SECONDS))
+        is_once = request.operation.name.startswith("payment_intents.")
+        await asyncio.sleep(self.schedule.chance.choice(LATE_SECONDS if is_once else LATE_SECONDS[:-1]))
         self.world.keys_in_use.discard(in_use)
         answered = answer(self.world, request)
         self.commit()

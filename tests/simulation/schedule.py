@@ -11,6 +11,7 @@ import hashlib
 import random
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +20,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.sandbox.faults import REQUEST_FAULTS
-from tests.simulation.actors import ROUNDS, ListeningProcess, Wanted, WorkerProcess, command, deliver, insist
+from tests.simulation.actors import ROUNDS, ListeningProcess, WorkerProcess, deliver
+from tests.simulation.clients import Wanted, insist, instruct
 from tests.simulation.ground import Ground, Wire
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
 from tests.simulation.promises import check
@@ -39,9 +41,14 @@ RATES: dict[str, tuple[float, float]] = {
     "worker_stopped": (0.01, 0.05),
     "api_killed": (0.01, 0.05),
     "stalled": (0.03, 0.15),
+    "deploy": (0.005, 0.02),
 }
 LEAPS = (0.05, 1.5, 6.0, 21.0, 61.0, 200.0, 3700.0, 90_000.0)
-TOKENS = ("pm_card_visa",) * 5 + (
+TOKENS = ("pm_card_visa",) * 8 + (
+    "pm_card_pendingRefund",
+    "pm_card_refundFail",
+    "pm_card_createDispute",
+    "pm_card_createDisputeInquiry",
     "pm_card_chargeDeclined",
     "pm_card_authenticationRequired",
     "pm_card_authenticationRequiredChargeDeclinedInsufficientFunds",
@@ -49,6 +56,8 @@ TOKENS = ("pm_card_visa",) * 5 + (
     "pm_card_unknown",
 )
 HEALING_ROUNDS_MAX = 60
+# In which of these the banks decide what nobody has answered.
+BANKS_TURN = 3
 JOBS_MAX = 4
 BOOTED_SECONDS = 1000.0
 HEALING = tuple(name for name in ROUNDS if name not in {"payouts", "upkeep"})
@@ -287,7 +296,8 @@ class Schedule:
             (0.2 if len(self.unasked) < len(self.wanted) else 0.0, self.storm),
             (2.0 if self.provider.mailbox else 0.0, self.post),
             (0.5, self.payer),
-            (0.5, self.instruct),
+            (1.2, self.instruct),
+            (0.6, self.others),
             (0.5, self.disturb),
         ]
         [way] = self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])
@@ -352,17 +362,16 @@ class Schedule:
             self.note("payer")
 
     def instruct(self) -> None:
-        """A merchant captures what is held, or a part of it, or calls a payment off."""
-        known = [wanted for wanted in self.wanted if wanted.payment_id is not None]
-        if known:
-            wanted = self.chance.choice(known)
-            function = self.chance.choice(("capture_payment", "cancel_payment"))
-            is_part = function == "capture_payment" and self.chance.random() < 0.3
-            amount = wanted.amount // 2 if is_part else None
-            self.asking.append(self.clients.start(command(self, wanted, function, amount)))
+        """A merchant wants something done about a payment of his."""
+        instruct(self)
+
+    def others(self) -> None:
+        """Somebody else does something about a payment, at the provider."""
+        if done := self.provider.others_act():
+            self.note(done)
 
     def disturb(self) -> None:
-        """Processes die, or are replaced by a deploy."""
+        """Processes die, or are replaced; what they call is replaced beside them by a deploy."""
         for worker in list(self.workers):
             # Where one event kills, its neighbours must not owe their deaths to chance.
             if self.poisonous is None and self.lot("worker_killed"):
@@ -376,6 +385,8 @@ class Schedule:
             self.end(self.api)
             self.api = ListeningProcess(self, f"{self.api.name}'")
             self.asking.append(self.clients.start(self.api.open()))
+        if self.lot("deploy") and not self.ground.deploy_again():
+            self.note("the deploy gave way")
 
     async def deliver_all(self) -> None:
         """What waits in the mailbox is delivered now."""
@@ -444,15 +455,29 @@ class Schedule:
         if self.chance.random() < 0.3:
             # Somebody's program uses a key again for something else.
             again = self.chance.choice(self.unasked)
-            self.unasked.append(
-                replace(again, number=len(self.unasked), amount=again.amount + 1, answers=[], commands={})
-            )
+            self.unasked.append(replace(again, number=len(self.unasked), amount=again.amount + 1, answers=[], told={}))
         self.wanted = list(self.unasked)
         self.workers = [WorkerProcess(self, f"worker-{number}") for number in range(self.plan.workers)]
         self.api = ListeningProcess(self, "api")
         self.is_calm = True
         await self.api.open()
+        await self.begin_calmly()
         self.is_calm = False
+
+    async def begin_calmly(self) -> None:
+        """Bring some payments to where the rest of their lives begins: trouble should find them there, too."""
+        rounds = self.chance.choice((None, (), (), HEALING, HEALING))
+        if rounds is None:
+            return
+        for _ in range(self.chance.randint(1, len(self.unasked))):
+            self.ask()
+        await asyncio.wait(self.asking)
+        await self.work_off(rounds)
+        if rounds:
+            self.move_to(self.loop.seconds + 3)
+            await self.work_off(rounds)
+        if self.chance.random() < 0.5:
+            await self.deliver_all()
 
     def calm_down(self) -> None:
         """Nothing goes wrong any more; only time may have to go on."""
@@ -478,10 +503,12 @@ class Schedule:
             self.ask()
         self.workers.append(WorkerProcess(self, "healer"))
         for turn in range(HEALING_ROUNDS_MAX):
+            if turn == BANKS_TURN:
+                self.provider.decide_all()
             self.provider.mailbox += self.provider.late
             self.provider.late = []
             await self.deliver_all()
-            await self.work_off()
+            await self.work_off(HEALING)
             if await self.is_at_rest():
                 break
             self.ground.rows(
@@ -498,11 +525,11 @@ class Schedule:
             process.kill()
         await asyncio.sleep(0)
 
-    async def work_off(self) -> None:
+    async def work_off(self, rounds: Iterable[str]) -> None:
         """Everything that the tick finds, until it finds nothing, or what only time can give free."""
         healer = self.workers[-1]
         await healer.start(healer.worker.breaker.pulse())
-        for name in HEALING:
+        for name in rounds:
             await healer.round(name)
         while True:
             self.ground.move_clock(self.loop.seconds)
@@ -520,7 +547,9 @@ class Schedule:
             return False
         [(left,)] = self.ground.rows(
             "select exists (select from surety.payments where state in ('initiated', 'submitting',"
-            " 'provider_submitted', 'requires_action', 'authorized', 'processing', 'confirmed'))"
+            " 'provider_submitted', 'requires_action', 'authorized', 'processing', 'confirmed', 'disputed'))"
+            " or exists (select from surety.refunds where state = 'pending')"
+            " or exists (select from surety.disputes where ask_at is not null)"
             " or exists (select from outbox.batches) or exists (select from outbox.retries where due_at is not null)"
             " or exists (select from surety.pending_money)"
             " or exists (select from outbox.dead_letters where closed_at is null and event_id is distinct from %s)"
@@ -536,6 +565,7 @@ class Schedule:
             "select extract(epoch from least("
             " (select min(due_at) from outbox.retries), (select min(leased_until) from outbox.batches),"
             " (select min(ask_at) from surety.payments), (select min(available_at) from surety.pending_money),"
+            " (select min(ask_at) from surety.refunds), (select min(ask_at) from surety.disputes),"
             " (select min(parked_at) + interval '15 minutes' from surety.parked_facts where ended_at is null)"
             ") - surety.time_now())::float8"
         )
@@ -550,8 +580,10 @@ class Schedule:
         """What did not come to rest."""
         return str(
             self.ground.rows(
-                "select (select array_agg(id || ' ' || state) from surety.payments where state not in ('settled',"
-                " 'failed', 'canceled')), (select array_agg(handler || ' ' || event_ids::text) from outbox.batches),"
+                "select (select array_agg(p.id || ' ' || p.state) from surety.payments as p join surety.states as s"
+                " using (state) where not s.is_final), (select array_agg(id || ' ' || state) from surety.refunds"
+                " where state = 'pending'), (select array_agg(id || ' ' || status) from surety.disputes"
+                " where ask_at is not null), (select array_agg(handler || ' ' || event_ids::text) from outbox.batches),"
                 " (select array_agg(handler || ' ' || attempts::text) from outbox.retries),"
                 " (select count(*) from surety.pending_money), (select count(*) from outbox.dead_letters"
                 " where closed_at is null), (select count(*) from surety.parked_facts where ended_at is null)"

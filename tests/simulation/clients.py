@@ -1,0 +1,142 @@
+"""The merchants: what they want, asked for until it is answered, and what they were told."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from msgspec import Struct, field
+
+from app.documents import AskedPayment
+from app.lanes import Refused, Unavailable
+from tests.simulation.ground import Pool
+from tests.simulation.loop import Killed
+
+if TYPE_CHECKING:
+    from tests.simulation.schedule import Schedule
+
+PATIENCE_SECONDS = 30.0
+RETRY_AFTER_SECONDS = 1.0
+REFUNDS_MAX = 3
+WORDS = ("winning_evidence", "losing_evidence", "escalate_inquiry_evidence", "no more than the truth")
+
+
+class Wanted(Struct):
+    """A payment that a merchant wants, under one key, however often it is asked for."""
+
+    number: int
+    merchant: int
+    key: str
+    amount: int
+    currency: str
+    token: str
+    capture_method: str
+    reference: str | None
+    answers: list[tuple[Any, ...]] = []
+    """What was acknowledged: rows of api.create_payments."""
+
+    told: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    """By key, what was told of commands that took effect: status and document."""
+
+    @property
+    def payment_id(self) -> str | None:
+        """The payment that was acknowledged."""
+        return next((row[6] for row in self.answers if row[1] == 201), None)
+
+    def asked(self, key_hash: bytes) -> AskedPayment:
+        """The request."""
+        body = f"{self.amount} {self.currency} {self.token} {self.capture_method} {self.reference}"
+        return AskedPayment(
+            n=0,
+            request_id=f"req_{self.number}",
+            key_hash=key_hash.hex(),
+            address="127.0.0.1",
+            idempotency_key=self.key,
+            request_hash=hashlib.sha256(body.encode()).hexdigest(),
+            amount=self.amount,
+            currency=self.currency,
+            rail="card",
+            method_token=self.token,
+            capture_method=self.capture_method,
+            reference=self.reference,
+            description=None,
+            statement_descriptor_suffix=None,
+            return_url=None,
+            customer=None,
+            metadata={},
+        )
+
+
+async def insist(schedule: Schedule, wanted: Wanted) -> None:
+    """A client: asks until it is answered, wherever somebody listens."""
+    while True:
+        await schedule.turn(schedule.clients, "client asks")
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                row = await schedule.api.payments.ask(wanted.asked(schedule.keys[wanted.merchant]))
+        except (Unavailable, Refused, TimeoutError) as error:
+            if isinstance(error, Refused):
+                schedule.violate("no statement fails", repr(error))
+            await asyncio.sleep(RETRY_AFTER_SECONDS)
+            continue
+        wanted.answers.append(tuple(row))
+        return
+
+
+def instruct(schedule: Schedule) -> None:
+    """A merchant wants something done about a payment of his: taken, called off, given back, defended."""
+    known = [wanted for wanted in schedule.wanted if wanted.payment_id is not None]
+    if not known:
+        return
+    chance = schedule.chance
+    wanted = chance.choice(known)
+    function = chance.choice(("capture_payment", "cancel_payment", "create_refund", "create_refund", "submit_evidence"))
+    asked: dict[str, Any] = {"payment_id": wanted.payment_id}
+    key = function
+    match function:
+        case "capture_payment" if chance.random() < 0.3:
+            asked["amount"] = wanted.amount // 2
+        case "create_refund":
+            number = chance.randrange(REFUNDS_MAX)
+            key = f"{function} {number}"
+            # The last one wants all that is left.
+            asked["amount"] = None if number == REFUNDS_MAX - 1 else wanted.amount // 3
+        case "submit_evidence":
+            disputes = schedule.ground.rows(
+                "select id from surety.disputes where payment_id = %s order by id", wanted.payment_id
+            )
+            if not disputes:
+                return
+            text = chance.choice(WORDS)
+            submit = chance.random() < 0.7
+            key = f"{function} {text} {submit}"
+            asked = {"dispute_id": disputes[0][0], "evidence": {"uncategorized_text": text}, "submit": submit}
+    schedule.asking.append(schedule.clients.start(command(schedule, wanted, function, f"{key} {wanted.number}", asked)))
+
+
+async def command(schedule: Schedule, wanted: Wanted, function: str, key: str, about: dict[str, Any]) -> None:
+    """A client wants something done about a payment, until it is told what becomes of that."""
+    asked = {
+        "key_hash": schedule.keys[wanted.merchant].hex(),
+        "request_id": f"req_{wanted.number}",
+        "address": "127.0.0.1",
+        "idempotency_key": key,
+        "request_hash": hashlib.sha256(json.dumps(about).encode()).hexdigest(),
+        **about,
+    }
+    while True:
+        await schedule.turn(schedule.clients, "client asks")
+        try:
+            async with Pool(schedule, schedule.api).connection() as wire:
+                query = f"select status, body from api.{function}(%s)"
+                row = await (await wire.cursor().execute(query.encode(), (json.dumps(asked),))).fetchone()
+        except (psycopg.OperationalError, Killed):
+            await asyncio.sleep(RETRY_AFTER_SECONDS)
+            continue
+        assert row is not None
+        if row[1] is not None:
+            wanted.told.setdefault(key, []).append((row[0], row[1]))
+        return
