@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -73,6 +73,8 @@ class Database:
 
     def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:
         self._pool = pool
+        self._locks: Locks | None = None
+        self._taking = asyncio.Lock()
 
     async def rows(self, kind: type[Row], query: LiteralString, *values: Any) -> list[Row]:
         """The rows of a query, each as a struct with the columns' names."""
@@ -108,15 +110,17 @@ class Database:
     @asynccontextmanager
     async def alone(self, name: str) -> AsyncGenerator[bool]:
         """Whether nobody else, in any worker, is within `alone` of that name. A killed worker's lock ends with it."""
-        async with self._pool.connection() as connection:
-            cursor = connection.cursor(row_factory=scalar_row)
-            key = f"surety:{name}"
-            locked = await (await cursor.execute("select pg_try_advisory_lock(hashtext(%s))", (key,))).fetchone()
-            try:
-                yield bool(locked)
-            finally:
-                if locked:
-                    await cursor.execute("select pg_advisory_unlock(hashtext(%s))", (key,))
+        async with self._taking:
+            if self._locks is None or self._locks.is_lost:
+                self._locks = Locks(self._pool)
+            locks = self._locks
+            is_alone = await locks.take(name)
+        try:
+            yield is_alone
+        finally:
+            if is_alone:
+                async with self._taking:
+                    await locks.give_back(name)
 
     async def _try(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         """Do it on a connection of the pool, again if it was hindered by something that passes.
@@ -143,6 +147,61 @@ class Database:
         except errors.FeatureNotSupported:
             await connection.close()
             raise
+
+
+class Locks:
+    """What this process has locked, all of it on one connection, which is the pool's again when nothing is locked.
+
+    Who has a lock needs connections for what he does meanwhile. If each lock took one of its own, as many locks as
+    there are connections would wait for each other for ever.
+    """
+
+    def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:
+        self.is_lost = False
+        """The connection is gone, and with it the locks."""
+        self._pool = pool
+        self._stack = AsyncExitStack()
+        self._cursor: AsyncCursor[Any] | None = None
+        self._names: set[str] = set()
+
+    async def take(self, name: str) -> bool:
+        """Whether it was free: a session can take its own lock twice, so we look ourselves first."""
+        if name in self._names:
+            return False
+        try:
+            if await self._ask("select pg_try_advisory_lock(hashtext(%s))", name):
+                self._names.add(name)
+        finally:
+            await self._let_go()
+        return name in self._names
+
+    async def give_back(self, name: str) -> None:
+        """Unlock; a connection that was lost has done so by itself."""
+        self._names.remove(name)
+        try:
+            if not self.is_lost:
+                await self._ask("select pg_advisory_unlock(hashtext(%s))", name)
+        except psycopg.Error as error:
+            log.info("%s ends with its connection: %s", name, error)
+        finally:
+            await self._let_go()
+
+    async def _ask(self, query: LiteralString, name: str) -> bool:
+        if self._cursor is None:
+            connection = await self._stack.enter_async_context(self._pool.connection())
+            self._cursor = connection.cursor(row_factory=scalar_row)
+        try:
+            return bool(await (await self._cursor.execute(query, (f"surety:{name}",))).fetchone())
+        except BaseException:
+            # Whatever it still holds must end; also if nobody waits for the answer any more.
+            self.is_lost = True
+            await self._cursor.connection.close()
+            raise
+
+    async def _let_go(self) -> None:
+        if self.is_lost or not self._names:
+            self._cursor = None
+            await self._stack.aclose()
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from jobs.database import CONNECTIONS_MAX
 from jobs.periodic import TASKS, cron, payouts, settlements, stretches, sweep
 from jobs.stripe_facts import Origin
 from jobs.webhooks import Source, fetch_dispute
@@ -518,6 +520,48 @@ async def test_euros_that_settled_in_dollars_are_refunded_and_disputed(
         "cost": 345 + 1500,
     }
     assert not violations(conn)
+
+
+async def test_more_disputes_than_connections_are_fetched_beside_each_other(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    count = CONNECTIONS_MAX + 1
+    shop(count)
+    origin = Origin("", False, "poll")
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker)
+        intents = [row[0] for row in conn.execute("select provider_id from surety.payments")]
+        opened = [sandbox.control("disputes", {"payment_intent": intent})["id"] for intent in intents]
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(fetch_dispute(worker, Source("", False, "dispute", id), origin) for id in opened))
+    assert conn.execute("select count(*) from surety.disputes").fetchone() == (count,)
+
+
+async def test_of_two_that_would_be_alone_one_is_and_a_lost_lock_is_free_again(
+    conn: Connection, database: str, sandbox: Sandbox
+) -> None:
+    locks = "pg_locks where locktype = 'advisory' and database = (select oid from pg_database where datname = %s)"
+    name = conn.info.dbname
+    async with worker_here(database, sandbox.url) as here, worker_here(database, sandbox.url) as there:
+        one, other = here.database, there.database
+        async with one.alone("a") as first, one.alone("a") as again, other.alone("a") as second:
+            assert (first, again, second) == (True, False, False)
+            async with one.alone("b") as beside:
+                assert beside
+        async with other.alone("a") as later:
+            assert later
+        async with one.alone("a"), one.alone("b"):
+            conn.execute(f"select pg_terminate_backend(pid) from {locks}".encode(), (name,))
+            with pytest.raises(psycopg.OperationalError):
+                async with one.alone("c"):
+                    raise AssertionError("nobody can know whether it is")
+            async with other.alone("a") as taken_over, one.alone("b") as anew:
+                assert taken_over
+                assert anew
+        async with one.alone("a") as last, one.alone("b") as very_last:
+            assert last
+            assert very_last
+    assert conn.execute(f"select count(*) from {locks}".encode(), (name,)).fetchone() == (0,)
 
 
 def test_money_that_should_be_available_is_asked_for_in_stretches_of_time() -> None:
