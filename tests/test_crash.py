@@ -10,14 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import psycopg
 
 from app.processes import free_port
 from db.connect import harden
 from db.server import PORT, EmbeddedServer, wait_until
+from tests.crash.correspondence import refusal_of
 from tests.crash.kills import CARDS, KINDS, children_of
 from tests.crash.proxy import Proxy
+from tests.crash.questions import compare
 from tests.front import service
+from tests.payments import Connection, add_merchant, pay
+from tests.sandbox_process import running_sandbox
+from tests.working import work_off, worker_here
 
 ROOT = Path(__file__).parent.parent
 HANDFUL = ("half_open", "worker", "postmaster", "api")
@@ -33,7 +39,36 @@ def test_a_handful_of_kills_loses_nothing_and_charges_nobody_twice() -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert {kind: count for kind, count in result["kills"].items() if count} == dict.fromkeys(HANDFUL, 1)
     assert result["acknowledged"] >= len(HANDFUL)
-    assert (result["lost"], result["double_charges"], result["violations"], result["not_ended"]) == (0, 0, 0, 0)
+    assert result["refunds"] > 0 and result["disputes"]
+    broken = ("lost", "double_charges", "double_refunds", "violations", "not_ended")
+    assert {name: result[name] for name in broken} == dict.fromkeys(broken, 0)
+
+
+def test_what_a_sound_request_can_meet_is_no_wrong_answer_and_all_else_is() -> None:
+    def refusal(name: str, **more: object) -> str | None:
+        return refusal_of(httpx.Response(400, json={"type": f"/problems/{name}", **more}))
+
+    assert refusal("wrong-state") == "wrong-state"
+    assert refusal("balance-too-low") == "balance-too-low"
+    assert refusal("invalid-request", errors=[{"field": "/amount", "rule": "maximum"}]) == "invalid-request"
+    assert refusal("invalid-request", errors=[{"field": "/amount", "rule": "minimum"}]) is None
+    assert refusal("not-found") is None
+
+
+async def test_what_only_the_provider_knows_is_a_difference(conn: Connection, database: str, tmp_path: Path) -> None:
+    _, key = add_merchant(conn)
+    pay(conn, key)
+    with running_sandbox(tmp_path) as sandbox:
+        async with worker_here(database, sandbox.url) as worker:
+            await work_off(worker)
+        assert compare(conn, sandbox.url) == {}
+        row = conn.execute("select provider_id from surety.payments").fetchone()
+        assert row is not None
+        sandbox.control("refunds", {"payment_intent": row[0], "amount": 100})
+        refunds = {"refunded at the provider = refunded here": 1, "a refund stands as the provider has it": 1}
+        assert compare(conn, sandbox.url) == refunds
+        sandbox.control("disputes", {"payment_intent": row[0]})
+        assert compare(conn, sandbox.url) == refunds | {"a dispute stands as the provider has it": 1}
 
 
 def test_the_lots_have_their_shares() -> None:

@@ -28,6 +28,8 @@ WORKERS = ("worker-1", "worker-2")
 START_SECONDS_MAX = 30.0
 # Processes that begin and end all the time make everything slow, which must not look like the provider's outage.
 PROVIDER_TIMEOUT_SECONDS = "5"
+# Days in earnest. What is in time is answered within a few seconds, what nobody answers is lost soon.
+EVIDENCE_SECONDS = "5"
 
 
 class House:
@@ -66,6 +68,7 @@ class House:
                 *("-m", "app.sandbox", "--port", str(self.ports["sandbox"]), "--seed", str(seed), "--faults"),
                 *("--memory", str(scene / "sandbox.sqlite"), "--webhook-secret", secret),
                 *("--webhook-url", f"{self.http('webhooks')}/stripe"),
+                *("--response-seconds", EVIDENCE_SECONDS, "--inquiry-seconds", EVIDENCE_SECONDS),
             ),
             **{name: ("-m", "procrastinate", "--app", "jobs.app", "worker", "--name", name) for name in WORKERS},
         }

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import LiteralString
 
 import msgspec
 
 from app.demo.merchants import open_shops
-from app.demo.report import ENDED, ask_sandbox, check_promises
-from tests.crash.house import Connection, House
+from app.demo.report import ask_about_returns, tell_afterwards
+from tests.crash.house import House
 from tests.crash.kills import KINDS, draw, strike
+from tests.crash.questions import PRESENT, TWICE_CHARGED, TWICE_REFUNDED, compare, count_unfinished, inspect, look
 from tests.crash.traffic import Traffic
 
 MERCHANTS = 10
@@ -36,11 +36,21 @@ class Result(msgspec.Struct, kw_only=True):
     acknowledged: int
     lost: int
     double_charges: int
+    double_refunds: int
     violations: int
     violated: dict[str, int]
     """The promises that were broken, with how often."""
     not_ended: int
+    """Payments, refunds and disputes."""
     states: dict[str, int]
+    refunds: int
+    """Acknowledged."""
+    disputes: dict[str, int]
+    """At the provider, by status."""
+    afterwards: dict[str, int]
+    """How many payments had which story after they were accepted."""
+    refused: dict[str, int]
+    """What could be refused and was, such as a refund of more than is left, by the problem's name."""
     repeated: int
     """Requests that had to be sent again."""
     asked_again: int
@@ -52,7 +62,8 @@ class Result(msgspec.Struct, kw_only=True):
 
     @property
     def is_sound(self) -> bool:
-        return not (self.lost or self.double_charges or self.violations or self.not_ended)
+        twice = self.double_charges or self.double_refunds
+        return not (self.lost or twice or self.violations or self.not_ended)
 
 
 def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) -> Result:
@@ -65,6 +76,7 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
         with house.connect() as conn:
             keys = open_shops(conn, MERCHANTS, seed)
         traffic = Traffic(house.http("api"), keys, seed, scene / "acknowledged.log")
+        told = traffic.told
         traffic.start()
         kills: dict[str, int] = dict.fromkeys(KINDS, 0)
         heal_seconds: list[float] = []
@@ -79,27 +91,40 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
                 violated[f"cycle {number}: heals within {HEAL_SECONDS_MAX:.0f} s"] = 1
                 break
             heal_seconds.append(took)
-            violated = inspect(house, traffic)
-            say(f"{number:>4} {kind}: {struck}; healed in {took:.1f} s; {len(traffic.acknowledged)} acknowledged")
+            violated = inspect(house, told)
+            acknowledged = f"{len(told.payments)} payments and {len(told.refunds)} refunds acknowledged"
+            say(f"{number:>4} {kind}: {struck}; healed in {took:.1f} s; {acknowledged}")
             if violated:
                 break
-        traffic.stop()
+        traffic.close()
+        closed_at = time.monotonic()
         if not violated:
-            finish(house)
-            violated = inspect(house, traffic) | compare(house)
-        dead_letters, states = look(house)
+            differing = finish(house, traffic)
+            traffic.stop()
+            violated = inspect(house, told) | differing
+            say(f"it all ended {time.monotonic() - closed_at:.1f} s after the last order")
+        for line in told.wrong:
+            say(f"wrong: {line}")
+        with house.connect() as conn:
+            dead_letters, states = look(conn)
+            not_ended, afterwards = count_unfinished(conn), tell_afterwards(conn)
         return Result(
             cycles=sum(kills.values()),
             kills=kills,
-            acknowledged=len(traffic.acknowledged),
-            lost=violated.pop("every acknowledged payment is present", 0),
-            double_charges=violated.pop("no payment is charged twice", 0),
+            acknowledged=len(told.payments),
+            lost=violated.pop(PRESENT, 0),
+            double_charges=violated.pop(TWICE_CHARGED, 0),
+            double_refunds=violated.pop(TWICE_REFUNDED, 0),
             violations=sum(violated.values()),
             violated=violated,
-            not_ended=sum(count for state, count in states.items() if state not in ENDED),
+            not_ended=not_ended,
             states=states,
-            repeated=traffic.repeated,
-            asked_again=traffic.asked_again,
+            refunds=len(told.refunds),
+            disputes=ask_about_returns(house.http("sandbox"))[1],
+            afterwards=afterwards,
+            refused=dict(told.refused),
+            repeated=told.repeated,
+            asked_again=told.asked_again,
             dead_letters=dead_letters,
             heal_seconds={
                 "median": round(statistics.median(heal_seconds or [0]), 2), "max": round(max(heal_seconds or [0]), 2)
@@ -109,42 +134,25 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
         )  # fmt: skip
 
 
-def finish(house: House) -> None:
-    """Wait until all payments have ended, replaying dead letters as an operator would; not for ever."""
+def finish(house: House, traffic: Traffic) -> dict[str, int]:
+    """What differs from the provider's memory when all that was begun is at its end; it is not waited for for ever.
+
+    Dead letters are replayed, as an operator would.
+    """
     deadline = time.monotonic() + END_SECONDS_MAX
     with house.connect() as conn:
-        while time.monotonic() < deadline:
+        while True:
             house.revive()
             conn.execute(
                 "select outbox.replay_dead_letter(id, 'operator:crash', 'its workers were killed')"
                 " from outbox.dead_letters where closed_at is null"
             )
-            if not count(conn, "select count(*) from surety.payments where state <> all(%s)", list(ENDED)):
-                return
+            is_late = time.monotonic() > deadline
+            if is_late or not (traffic.is_busy or count_unfinished(conn)):
+                differing = compare(conn, house.http("sandbox"))
+                if is_late or not differing:
+                    return differing
             time.sleep(0.2)
-
-
-def compare(house: House) -> dict[str, int]:
-    """How far the provider's memory and ours differ, once everything has ended."""
-    charges, _, _ = ask_sandbox(house.http("sandbox"))
-    with house.connect() as conn:
-        captured = count(conn, "select count(*) from surety.payments where captured_minor > 0")
-    difference = abs(captured - charges["payments"])
-    return {"charged at the provider = confirmed here": difference} if difference else {}
-
-
-def look(house: House) -> tuple[int, dict[str, int]]:
-    """How many dead letters there were, and how many payments are in each state."""
-    with house.connect() as conn:
-        states = conn.execute("select state, count(*) from surety.payments group by state order by state").fetchall()
-        return count(conn, "select count(*) from outbox.dead_letters"), {str(s): int(str(n)) for s, n in states}
-
-
-def count(conn: Connection, query: LiteralString, *values: object) -> int:
-    """The one number that a query gives."""
-    row = conn.execute(query, values).fetchone()
-    assert row is not None
-    return int(str(row[0]))
 
 
 def heal(house: House, traffic: Traffic) -> float | None:
@@ -160,12 +168,3 @@ def heal(house: House, traffic: Traffic) -> float | None:
                 return time.monotonic() - began
         time.sleep(0.02)
     return None
-
-
-def inspect(house: House, traffic: Traffic) -> dict[str, int]:
-    """The promises that are broken."""
-    charges, _, _ = ask_sandbox(house.http("sandbox"))
-    with house.connect() as conn:
-        promises, _ = check_promises(conn, list(traffic.acknowledged), charges)
-    promises["what was answered is answered again, and nothing else"] = len(traffic.wrong)
-    return {name: count for name, count in promises.items() if count}

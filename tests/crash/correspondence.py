@@ -1,0 +1,122 @@
+"""What merchants' systems ask and are told: each request is repeated under its key until it is answered, and what was
+acknowledged is on disk before anything else is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+ANSWER_SECONDS_MAX = 6.0
+PAUSE_SECONDS = 0.1
+AGAIN_SHARE = 0.1
+
+Json = dict[str, Any]
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What is asked for; its key makes every repetition the same request."""
+
+    api_key: str
+    idempotency_key: str
+    path: str
+    body: Json
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Who asks, under which key."""
+        return {"Authorization": f"Bearer {self.api_key}", "Idempotency-Key": self.idempotency_key}
+
+
+class Told(msgspec.Struct):
+    """A line of the log: what a merchant was told. The answer is kept, for every repetition must bring the same."""
+
+    id: str
+    request: Request
+    status: int
+    body: bytes
+
+
+class Correspondence:
+    """Everybody's, with one log."""
+
+    def __init__(self, log: Path, lot: random.Random) -> None:
+        self.payments: list[str] = []
+        """Acknowledged."""
+        self.refunds: dict[str, int] = {}
+        """Acknowledged, with their amounts."""
+        self.refused: Counter[str] = Counter()
+        """What may be refused and was, by the problem's name."""
+        self.wrong: list[str] = []
+        """Answers that should never be: other refusals, and repetitions that differ from the first answer."""
+        self.repeated = 0
+        self.asked_again = 0
+        self._lot = lot
+        self._log = log.open("wb")
+
+    async def ask(self, client: httpx.AsyncClient, request: Request, *, may_be_refused: bool = False) -> None:
+        """Ask until it is answered, write the answer down and now and then ask once more."""
+        answer = await self._answer(client, request)
+        if not answer.is_success:
+            refusal = refusal_of(answer) if may_be_refused else None
+            if refusal:
+                self.refused[refusal] += 1
+            else:
+                self.wrong.append(said(request, answer))
+            return
+        told = self.write_down(request, answer)
+        if self._lot.random() < AGAIN_SHARE:
+            again = await self._answer(client, request)
+            self.asked_again += 1
+            if (again.status_code, again.content) != (told.status, told.body):
+                self.wrong.append(f"{said(request, again)}, not {told.status} {told.body!r}")
+
+    async def _answer(self, client: httpx.AsyncClient, request: Request) -> httpx.Response:
+        """The first answer that tells how it ended."""
+        while True:
+            try:
+                answer = await client.post(request.path, json=request.body, headers=request.headers)
+            except httpx.TransportError:
+                pass
+            else:
+                if answer.status_code < 500:
+                    return answer
+                if answer.status_code != 503:
+                    self.wrong.append(said(request, answer))
+            self.repeated += 1
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    def write_down(self, request: Request, answer: httpx.Response) -> Told:
+        """To disk, and only then to memory."""
+        document = answer.json()
+        told = Told(document["id"], request, answer.status_code, answer.content)
+        self._log.write(msgspec.json.encode(told) + b"\n")
+        self._log.flush()
+        os.fsync(self._log.fileno())
+        if document["object"] == "refund":
+            self.refunds[told.id] = document["amount"]
+        elif request.path == "/v1/payments":
+            self.payments.append(told.id)
+        return told
+
+
+def refusal_of(answer: httpx.Response) -> str | None:
+    """The problem's name if it is one that a sound request can meet: too late, too much, not covered."""
+    problem = answer.json()
+    name = str(problem["type"]).removeprefix("/problems/")
+    is_too_much = name == "invalid-request" and [(e["field"], e["rule"]) for e in problem["errors"]] == [
+        ("/amount", "maximum")
+    ]
+    return name if is_too_much or name in {"wrong-state", "balance-too-low"} else None
+
+
+def said(request: Request, answer: httpx.Response) -> str:
+    """An answer as a line."""
+    return f"{request.path} {request.idempotency_key}: {answer.status_code} {answer.text}"

@@ -1,0 +1,113 @@
+"""What is asked of database and provider: after each kill, and when all is at its end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, LiteralString
+
+import httpx
+
+from app.demo.report import ENDED, ask_sandbox, check_promises
+from tests.crash.correspondence import Correspondence, Json
+from tests.crash.house import Connection, House
+
+PRESENT = "every acknowledged payment is present"
+TWICE_CHARGED = "no payment is charged twice"
+TWICE_REFUNDED = "no refund is made twice"
+STANDING = ("pending", "requires_action", "succeeded")
+
+
+def inspect(house: House, told: Correspondence) -> dict[str, int]:
+    """The promises that are broken."""
+    sandbox = house.http("sandbox")
+    charges, _, _ = ask_sandbox(sandbox)
+    refunds = ask(sandbox, "refunds/summary?metadata_key=surety_refund")
+    with house.connect() as conn:
+        promises, _ = check_promises(conn, list(told.payments), charges)
+        refunded = list(told.refunds.items())
+        promises["every acknowledged refund is present"] = count(
+            conn,
+            "select count(*) from unnest(%s::text[], %s::bigint[]) as told (id, amount_minor) where not exists"
+            " (select from surety.refunds as r where r.id = told.id and r.amount_minor = told.amount_minor)",
+            [id for id, _ in refunded],
+            [amount for _, amount in refunded],
+        )
+    promises[TWICE_REFUNDED] = len(refunds["double"])
+    promises["what was answered is answered again, and nothing else"] = len(told.wrong)
+    return {name: times for name, times in promises.items() if times}
+
+
+def count_unfinished(conn: Connection) -> int:
+    """Payments, refunds and disputes that are not at their end."""
+    return count(
+        conn,
+        """
+        select
+            (select count(*) from surety.payments where state <> all(%s))
+            + (select count(*) from surety.refunds where state in ('pending', 'requires_action'))
+            + (
+                select count(*) from surety.disputes
+                where status not in ('won', 'lost', 'prevented', 'warning_closed')
+            )
+        """,
+        list(ENDED),
+    )
+
+
+def compare(conn: Connection, sandbox: str) -> dict[str, int]:
+    """How many payments, refunds and disputes stand otherwise here than in the provider's memory."""
+    charges, refunds, disputes = (ask(sandbox, what) for what in ("charges", "refunds", "disputes"))
+    standing = [refund for refund in refunds if refund["status"] in STANDING]
+    paid = {(charge["metadata"]["surety_payment"], charge["amount"]) for charge in charges}
+    given_back = Counter[str]()
+    for refund in standing:
+        given_back[refund["payment_metadata"]["surety_payment"]] += refund["amount"]
+    found = {
+        "charged at the provider = confirmed here": paid
+        ^ rows(conn, "select id, captured_minor from surety.payments where captured_minor > 0"),
+        "refunded at the provider = refunded here": given_back.items()
+        ^ rows(
+            conn,
+            "select id, refunded_minor + refund_pending_minor from surety.payments"
+            " where refunded_minor + refund_pending_minor > 0",
+        ),
+        # One that the provider refused was never made there.
+        "a refund stands as the provider has it": {(r["id"], r["status"], r["amount"]) for r in refunds}
+        ^ rows(
+            conn,
+            "select provider_id, state, amount_minor from surety.refunds"
+            " where provider_id is not null or state <> 'failed'",
+        ),
+        "a dispute stands as the provider has it": {(d["id"], d["status"], d["amount"], withdrawn(d)) for d in disputes}
+        ^ rows(conn, "select provider_id, status, amount_minor, withdrawn_minor from surety.disputes"),
+    }
+    return {name: len({id for id, *_ in differing}) for name, differing in found.items() if differing}
+
+
+def withdrawn(dispute: Json) -> int:
+    """What the network took and has not given back, in minor units."""
+    moved = sum(int(line["amount"]) for line in dispute["balance_transactions"])
+    return max(0, -moved)
+
+
+def look(conn: Connection) -> tuple[int, dict[str, int]]:
+    """How many dead letters there were, and how many payments are in each state."""
+    states = conn.execute("select state, count(*) from surety.payments group by state order by state").fetchall()
+    return count(conn, "select count(*) from outbox.dead_letters"), {str(s): int(str(n)) for s, n in states}
+
+
+def ask(sandbox: str, what: str) -> Any:
+    """What the sandbox remembers."""
+    return httpx.get(f"{sandbox}/sandbox/{what}", timeout=30).json()
+
+
+def count(conn: Connection, query: LiteralString, *values: object) -> int:
+    """The one number that a query gives."""
+    row = conn.execute(query, values).fetchone()
+    assert row is not None
+    return int(str(row[0]))
+
+
+def rows(conn: Connection, query: LiteralString) -> set[tuple[object, ...]]:
+    """All that a query gives."""
+    return set(conn.execute(query))
