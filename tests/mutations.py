@@ -207,6 +207,48 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/facts.sql", "    if v_declined is not null then\n", "    if false then\n"),
     ),
     mutant(
+        "what is asked to be refunded is reserved at once",
+        (
+            "db/lifecycle.sql",
+            "coalesce(outcomes.refunding, 0) + reserved.minor as refunding",
+            "coalesce(outcomes.refunding, 0) + 0 * reserved.minor as refunding",
+        ),
+    ),
+    mutant(
+        "a refund has the same key at the provider",
+        ("db/refunds.sql", "j.refund_id || ':create',", "j.refund_id || ':create' || random(),"),
+        (
+            "db/refunds.sql",
+            "            sends = c.sends + 1,\n",
+            "            sends = c.sends + 1,\n            idempotency_key = excluded.idempotency_key,\n",
+        ),
+        ("jobs/refunds.py", 'if call.todo in {"ask", "renew"}:', "if call.todo in set():"),
+    ),
+    mutant(
+        "a refund that has failed is given back",
+        ("schema.sql", "('refund_failed', 1, 'refunding', 'avail', 'gross'),\n", ""),
+    ),
+    mutant(
+        "a refund can fail after it has succeeded",
+        ("schema.sql", "('refund_failed', 'refund', 5, null,", "('refund_failed', 'refund', 0, null,"),
+    ),
+    mutant(
+        "the network's fee is passed on",
+        ("schema.sql", "('dispute', 3, 'avail', 'rev', 'fee'),\n", ""),
+    ),
+    mutant(
+        "what is disputed is held back",
+        ("db/posting.sql", "(1, 'dispute_opened', steps.opened),", "(1, 'dispute_opened', steps.lost),"),
+    ),
+    mutant(
+        "what no webhook tells is read from the list",
+        ("jobs/periodic.py", '    for unread in await unread_lists(worker, "events"):\n', "    for unread in ():\n"),
+    ),
+    mutant(
+        "a second intent is called off",
+        ("db/facts.sql", "    v_types := v_types || surety.call_off_orphans(v_new, v_now);\n", ""),
+    ),
+    mutant(
         "the same call has the same key at the provider",
         (
             "db/calls.sql",

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 30.0
 RETRY_AFTER_SECONDS = 1.0
 REFUNDS_MAX = 3
+# What a merchant who looks first wants, by the payment's state; others want anything at any time.
+SENSIBLE: dict[str, tuple[str, ...]] = {
+    "authorized": ("capture_payment", "capture_payment", "cancel_payment"),
+    "disputed": ("submit_evidence",),
+    **dict.fromkeys(("submitting", "provider_submitted", "requires_action"), ("cancel_payment",)),
+    **dict.fromkeys(("confirmed", "settled", "partially_refunded"), ("create_refund",)),
+}
+ANYTHING = ("capture_payment", "cancel_payment", "create_refund", "submit_evidence")
 WORDS = ("winning_evidence", "losing_evidence", "escalate_inquiry_evidence", "no more than the truth")
 
 
@@ -93,7 +101,13 @@ def instruct(schedule: Schedule) -> None:
         return
     chance = schedule.chance
     wanted = chance.choice(known)
-    function = chance.choice(("capture_payment", "cancel_payment", "create_refund", "create_refund", "submit_evidence"))
+    functions: tuple[str, ...] = ANYTHING
+    if chance.random() < 0.8:
+        [(state,)] = schedule.ground.rows("select state from surety.payments where id = %s", wanted.payment_id)
+        functions = SENSIBLE.get(state, ())
+    if not functions:
+        return
+    function = chance.choice(functions)
     asked: dict[str, Any] = {"payment_id": wanted.payment_id}
     key = function
     match function:

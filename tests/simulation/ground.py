@@ -127,6 +127,7 @@ class Wire(AsyncConnection[Any]):
     is_cut = False
     is_still = False
     lease = 0
+    seed: float | None = None
     doing = ""
     told = ""
 
@@ -168,7 +169,9 @@ class Wire(AsyncConnection[Any]):
                     self.run("rollback")
             raise
         finally:
-            schedule.settle()
+            # Within a transaction nothing is let go that others wait for.
+            if self.pgconn.transaction_status != TransactionStatus.INTRANS:
+                schedule.settle()
         if schedule.lot("cut_after"):
             raise self.cut()
         return result
@@ -302,7 +305,7 @@ class Ground:
         """Let the overseer see the schedule's time."""
         self.overseer.execute(f"set simulation.ahead = '{seconds:.6f} s'".encode())
 
-    def empty(self, seed: int) -> None:
+    def empty(self) -> None:
         """Begin anew; chance inside the database follows from the seed too."""
         if self.used % SWEEP_EVERY == 0:
             self.overseer.execute("vacuum (analyze)")
@@ -310,9 +313,10 @@ class Ground:
         self.overseer.execute("select simulation.empty()")
         self.move_clock(0)
         self.free = self.wires[::-1]
-        for number, wire in enumerate(self.wires):
-            wire.tidy()
-            wire.run(f"select setseed({fraction(seed, number)})")
+        for wire in self.wires:
+            if wire.seed is not None:
+                wire.tidy()
+                wire.seed = None
 
     def lease(self, schedule: Schedule, process: Process) -> Wire:
         """A connection for a process."""
@@ -321,11 +325,13 @@ class Ground:
             wire._autocommit = True
             wire.prepare_threshold = None
             wire.cursor_factory = Cursor
-            wire.run(f"select setseed({fraction(schedule.plan.seed, len(self.wires))})")
             self.wires.append(wire)
             self.free.append(wire)
         wire = self.free.pop()
         assert wire.pgconn.status == ConnStatus.OK
+        if wire.seed is None:
+            wire.seed = fraction(schedule.plan.seed, self.wires.index(wire))
+            wire.run(f"select setseed({wire.seed})")
         wire.schedule, wire.process, wire.is_cut = schedule, process, False
         wire.lease += 1
         # Who held it before may have died in the middle of a statement.

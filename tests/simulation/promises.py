@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Of a refund at the provider: it took the money, or will.
 STANDING = frozenset({"pending", "requires_action", "succeeded"})
+# What somebody will have seen to, once time has passed.
+OF_THE_END = frozenset({"no batch outlives its lease unnoticed"})
 OPEN = frozenset({"needs_response", "under_review", "appeal_needs_response", "appeal_under_review"})
 
 
@@ -34,10 +36,10 @@ def check(schedule: Schedule) -> None:
     conclude(schedule)
 
 
-def keep_invariants(schedule: Schedule) -> None:
+def keep_invariants(schedule: Schedule, besides: Collection[str] = ()) -> None:
     """What check_invariants() says."""
     for name, count, example in schedule.ground.rows("select name, violations, example from surety.check_invariants()"):
-        if count:
+        if count and name not in besides:
             schedule.violate(name, f"{count}, such as {example}")
 
 

@@ -24,7 +24,7 @@ from tests.simulation.actors import ROUNDS, ListeningProcess, WorkerProcess, del
 from tests.simulation.clients import Wanted, insist, instruct
 from tests.simulation.ground import Ground, Wire
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
-from tests.simulation.promises import check
+from tests.simulation.promises import OF_THE_END, check, keep_invariants
 from tests.simulation.provider import HTTP, Provider
 
 # How often each fault may come where it can, when a schedule has drawn it: seldom or often.
@@ -67,7 +67,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """What a schedule is drawn from. Fewer of anything makes it smaller."""
 
     seed: int
-    steps: int = 400
+    steps: int = 240
     payments: int = 4
     workers: int = 2
     lanes: int = 2
@@ -299,6 +299,7 @@ class Schedule:
             (1.2, self.instruct),
             (0.6, self.others),
             (0.5, self.disturb),
+            (0.1, self.inspect),
         ]
         [way] = self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])
         way()
@@ -388,6 +389,11 @@ class Schedule:
         if self.lot("deploy") and not self.ground.deploy_again():
             self.note("the deploy gave way")
 
+    def inspect(self) -> None:
+        """Somebody looks into the middle of it: what is committed keeps its promises at any time."""
+        self.note("inspection")
+        keep_invariants(self, besides=OF_THE_END)
+
     async def deliver_all(self) -> None:
         """What waits in the mailbox is delivered now."""
         events, self.provider.mailbox = self.provider.mailbox, []
@@ -400,7 +406,7 @@ class Schedule:
         """Everything."""
         HTTP.provider = None
         random.seed(self.plan.seed)
-        self.ground.empty(self.plan.seed)
+        self.ground.empty()
         [(self.epoch_seconds,)] = self.ground.rows("select extract(epoch from surety.time_now())::float8")
         PROCESS.set(None)
         asyncio.set_event_loop(self.loop)
