@@ -7,6 +7,7 @@ afterwards, by one at a time.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from functools import partial
 
 from msgspec import Struct
@@ -61,6 +62,10 @@ async def hand_over(worker: Worker, batch: Batch, call: EvidenceCall) -> list[Re
     assert call.request is not None
     assert call.idempotency_key is not None
     key, began = call.idempotency_key, time.monotonic()
+    subject = (
+        Source(call.account, call.livemode, "dispute", call.provider_id),
+        Origin(call.account, call.livemode, "response"),
+    )
     told: Result
     try:
         if call.todo == "renew":
@@ -68,8 +73,7 @@ async def hand_over(worker: Worker, batch: Batch, call: EvidenceCall) -> list[Re
             key = await worker.database.value(query, call.payment_id, call.operation)
         answer = await worker.stripe.update_dispute(call.account, key, call.provider_id, call.request)
         told = {"outcome": "answered", "status": answer.status, "snapshot": redacted(answer.body)}
-        source = Source(call.account, call.livemode, "dispute", call.provider_id)
-        await fetch_dispute(worker, source, Origin(call.account, call.livemode, "response"))
+        await fetch_dispute(worker, *subject)
     except ProviderError as error:
         told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
         if isinstance(error, Busy):
@@ -78,5 +82,8 @@ async def hand_over(worker: Worker, batch: Batch, call: EvidenceCall) -> list[Re
             told |= {"outage": outage_key(call.account), "began": began}
         elif isinstance(error, Rejected):
             told["snapshot"] = redacted(error.body)
+            # It may have been submitted by a call whose answer was lost, or be over: then the dispute says so.
+            with suppress(ProviderError):
+                await fetch_dispute(worker, *subject)
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     return [event | {"payment_id": call.payment_id, "operation": call.operation, "duration_ms": duration_ms} | told]

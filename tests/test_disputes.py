@@ -4,12 +4,17 @@ The balance that remains, and what changed it.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from jobs.database import CONNECTIONS_MAX
+from jobs.stripe_facts import Origin
+from jobs.webhooks import Source, fetch_dispute
+from jobs.worker import Worker
 from tests.front import Merchant, problem, service
 from tests.payments import (
     Connection,
@@ -24,8 +29,10 @@ from tests.payments import (
     state_of,
     violations,
 )
-from tests.sandbox_process import eventually, running_sandbox
-from tests.working import UNTIL_DUE, hasten, work_off, worker_here
+from tests.sandbox_process import Sandbox, running_sandbox
+from tests.working import UNTIL_DUE, attempts, due, hasten, work_off, worker_here
+
+POLL = Origin("", False, "poll")
 
 STATUSES = {
     "warning_needs_response": ("dispute_flagged", "confirmed"),
@@ -169,21 +176,68 @@ def test_evidence_that_is_due_soon_is_told_of_once(conn: Connection) -> None:
     assert conn.execute(remind).fetchone() == ([],)
 
 
-async def test_evidence_reaches_the_provider_and_wins(conn: Connection, database: str, tmp_path: Any) -> None:
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    with running_sandbox(tmp_path_factory.mktemp("disputes"), "--hang-seconds=0.1") as sandbox:
+        yield sandbox
+
+
+async def disputed(conn: Connection, worker: Worker, sandbox: Sandbox, key: bytes) -> str:
+    """The provider's id of a dispute that waits for evidence. No webhook tells of what becomes of it."""
+    [payment_id] = pay(conn, key)
+    await work_off(worker, "submit", "confirm")
+    [(intent,)] = conn.execute("select provider_id from surety.payments where id = %s", (payment_id,)).fetchall()
+    made: str = sandbox.control("disputes", {"payment_intent": intent})["id"]
+    record(conn, [told(payment_id, "needs_response", 0) | {"object_id": made}])
+    return made
+
+
+async def test_evidence_reaches_the_provider_and_wins(conn: Connection, database: str, sandbox: Sandbox) -> None:
     hasten(conn, UNTIL_DUE)
     _, key = add_merchant(conn)
-    [payment_id] = pay(conn, key, method_token="pm_card_createDispute")
-    with running_sandbox(tmp_path) as sandbox:
-        async with worker_here(database, sandbox.url) as worker:
-            await work_off(worker, "submit", "confirm")
-            [made] = eventually(lambda: sandbox.get("/v1/disputes", {"limit": 10})["data"])
-            record(conn, [told(payment_id, "needs_response", 0) | {"object_id": made["id"]}])
-            assert give(conn, key, evidence={"uncategorized_text": "winning_evidence"}, submit=True)["status"] == 202
-            await work_off(worker, "evidence")
-        there = sandbox.get(f"/v1/disputes/{made['id']}")
+    async with worker_here(database, sandbox.url) as worker:
+        made = await disputed(conn, worker, sandbox, key)
+        assert give(conn, key, evidence={"uncategorized_text": "winning_evidence"}, submit=True)["status"] == 202
+        await work_off(worker, "evidence")
+    there = sandbox.get(f"/v1/disputes/{made}")
     assert there["evidence"]["uncategorized_text"] == "winning_evidence"
     assert dispute(conn)["status"] in {"under_review", "won"}
     assert not violations(conn)
+
+
+@pytest.mark.parametrize("fault", ["timeout_before", "timeout_after", "error_500_before", "error_500_after"])
+async def test_evidence_whose_answer_is_lost_is_submitted_once(
+    conn: Connection, database: str, sandbox: Sandbox, fault: str
+) -> None:
+    """A second submission is refused; then the dispute tells that there was a first."""
+    hasten(conn, UNTIL_DUE)
+    _, key = add_merchant(conn)
+    async with worker_here(database, sandbox.url) as worker:
+        made = await disputed(conn, worker, sandbox, key)
+        body = give(conn, key, submit=True)["body"]
+        sandbox.order("disputes.update", fault, match=body["id"])
+        for _ in range(3):
+            await work_off(worker, "evidence")
+            due(conn)
+    assert sandbox.get(f"/v1/disputes/{made}")["evidence_details"]["submission_count"] == 1
+    assert dispute(conn)["status"] == "under_review"
+    assert attempts(conn) == []
+    assert conn.execute("select count(*) from outbox.dead_letters").fetchone() == (0,)
+    assert not violations(conn)
+
+
+async def test_more_disputes_at_once_than_the_worker_has_connections_are_fetched(
+    conn: Connection, database: str, sandbox: Sandbox
+) -> None:
+    """Each keeps a connection, so that it is fetched by one at a time, and needs another."""
+    _, key = add_merchant(conn)
+    payments = pay(conn, key, CONNECTIONS_MAX + 1)
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit", "confirm")
+        intents: dict[str, str] = dict(conn.execute("select id, provider_id from surety.payments").fetchall())
+        made = [sandbox.control("disputes", {"payment_intent": intents[one]})["id"] for one in payments]
+        await asyncio.gather(*(fetch_dispute(worker, Source("", False, "dispute", one), POLL) for one in made))
+    assert {state_of(conn, one) for one in payments} == {"disputed"}
 
 
 # ---------------------------------------------------------------------------------------------------------- over HTTP
