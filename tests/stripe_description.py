@@ -126,14 +126,19 @@ def _paths() -> list[tuple[re.Pattern[str], str]]:
 
 def _operation(method: str, path: str) -> tuple[str, Json]:
     for pattern, template in _paths():
-        operation = description()["paths"][template].get(method.lower()) if pattern.match(path) else None
-        if operation is not None:
-            return template, operation
+        if pattern.match(path) and method.lower() in description()["paths"][template]:
+            return template, _operation_at(template, method.lower())
     raise AssertionError(f"Stripe has no {method} {path}")
 
 
+@cache
+def _operation_at(template: str, method: str) -> Json:
+    operation: Json = _absolute(description()["paths"][template][method])
+    return operation
+
+
 def _validate(schema: Json, value: Any, where: str) -> None:
-    validator = OAS30Validator({"$id": HERE + "/judged", "allOf": [_absolute(schema)]}, registry=_registry())
+    validator = OAS30Validator({"$id": HERE + "/judged", "allOf": [schema]}, registry=_registry())
     wrong = [f"{where}: {_place(error)}: {error.message[:300]}" for error in validator.iter_errors(value)]
     assert not wrong, "\n".join(wrong)
 
