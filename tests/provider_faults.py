@@ -3,8 +3,9 @@
 Payments by the hundred go through the worker's real code and the real sandbox at once, each on its way to one call that
 goes wrong for it in one way. A pair of call and fault counts when the sandbox has really done it.
 
-The calls are those of the outbox's phases: what `submit`, `confirm` and `cancel` send, what they ask when an outcome is
-unknown, what `apply` fetches because of a webhook, and what the periodic rounds read.
+The calls are those of the outbox's phases: what `submit`, `confirm`, `cancel`, `capture`, `refund` and `evidence` send,
+what they ask when an outcome is unknown or has to be known, what `apply` fetches because of a webhook, what the sweep
+asks, and what the periodic rounds read.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from db.server import wait_until
-from jobs.periodic import Round, due_money, payouts, settlements, sweep
+from jobs.periodic import Round, due_money, news, payouts, settlements, sweep
 from jobs.worker import Worker
-from tests.payments import Connection, add_merchant, command, pay
+from tests.payments import Connection, add_merchant, command, create, request
 from tests.sandbox_process import Sandbox, eventually
 from tests.working import work_off
 
@@ -28,10 +29,16 @@ MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 DELAY_SECONDS = 3 * DAY
 REORDER_SECONDS = HOUR
 SOON = 80.0
-"""Longer than any delay before a retry, and than the sweep's patience."""
+"""Longer than any delay before a retry."""
+LATER = 7 * HOUR
+"""Longer than the sweep's patience, and than money is pending."""
+PENDING_SECONDS = HOUR
+UNDECIDED_SECONDS = 8 * DAY
+"""How long refunds and disputes stay as they are, unless the test decides them."""
 ROUNDS_MAX = 12
 
 VISA, DECLINED, ASKING = "pm_card_visa", "pm_card_visa_chargeDeclined", "pm_card_authenticationRequired"
+PENDING = "pm_card_pendingRefund"
 
 # What the table calls a fault, and what the sandbox does for it.
 OF_THE_CALL = {
@@ -62,10 +69,12 @@ FIRST = "webhook first"
 # Where a question brings webhooks that are late, which ones those are.
 LATE_WEBHOOKS = {
     "apply: fetch": "charge.failed",
+    "apply: fetch dispute": "charge.dispute.funds_withdrawn",
     "sweep: fetch": "payment_intent.succeeded",
     "settlements: list": "charge.updated",
     "due_money: list": "charge.updated",
     "payouts: list": "payout.paid",
+    "news: list": "charge.updated",
 }
 
 
@@ -99,18 +108,25 @@ CALLS = {
     ),
     "refund: refund": Call("refunds.create", VISA, "refund.created", "refund.created"),
     "refund: look for it": Call("refunds.list", VISA, "refund.created", "refund.created"),
+    "evidence: submit": Call("disputes.update", VISA, "charge.dispute.updated", "charge.dispute.updated"),
+    "evidence: fetch": Call("disputes.retrieve", VISA, "charge.dispute.closed", "charge.dispute.updated"),
     "apply: fetch": Call(
         "payment_intents.retrieve", DECLINED, "payment_intent.payment_failed", "payment_intent.payment_failed"
     ),
+    "apply: fetch dispute": Call("disputes.retrieve", VISA, "charge.dispute.created", "charge.dispute.created"),
     "sweep: fetch": Call("payment_intents.retrieve", ASKING, "payment_intent.succeeded", "payment_intent.succeeded"),
-    "settlements: list": Call("balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"),
+    "sweep: fetch refund": Call("refunds.retrieve", PENDING, "refund.updated", "refund.updated"),
+    "sweep: fetch dispute": Call("disputes.retrieve", VISA, "charge.dispute.closed", "charge.dispute.closed"),
     "due_money: list": Call("balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"),
+    "settlements: list": Call("balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"),
     "payouts: list": Call("payouts.list", VISA, "payout.paid", "payout.created"),
+    "news: list": Call("events.list", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
 }
 
 
+# What is due is looked at before all is read, or nothing would be left to look at.
 READINGS: dict[str, Round] = {
-    "settlements: list": settlements, "due_money: list": due_money, "payouts: list": payouts
+    "due_money: list": due_money, "settlements: list": settlements, "payouts: list": payouts, "news: list": news
 }  # fmt: skip
 
 
@@ -130,6 +146,9 @@ class Case:
     fault: str
     turn: int
     intent: str = ""
+    refund: str = ""
+    dispute: str = ""
+    """The provider's id of it, as the intent's."""
 
 
 @dataclass
@@ -162,8 +181,8 @@ class Trial:
         self._ahead_seconds = 0.0
         self._keys = {fault: add_merchant(conn, account=account)[1] for fault, account in ACCOUNTS.items()}
         conn.execute("update surety.environment set kind = 'test'")
-        # Only what was ordered may use up a payment's attempts, not a machine that is busy with something else.
-        conn.execute("update outbox.handlers set retry_after = array_fill(interval '60 seconds', array[9])")
+        # As many attempts as ever, at times that the test's clock reaches.
+        conn.execute("update outbox.handlers set retry_after = '{60 s,60 s}'")
         self.move(0)
 
     # --- the way of all payments, up to each call
@@ -176,24 +195,29 @@ class Trial:
         pause_seconds = 25 * HOUR if late else SOON
         pairs = [(call, fault) for call in CALLS for fault in FAULTS if is_late(call, fault) == late]
         # By turns what went wrong before had its effect, or not.
-        self.cases = [self._open(*pair, turn) for turn, pair in enumerate(pairs)]
-        await self._submit(pause_seconds)
-        await self._confirm(pause_seconds)
-        await self._cancel(pause_seconds)
-        await self._capture(pause_seconds)
-        await self._refund(pause_seconds)
-        await self._sweep()
+        self.cases = self._open(pairs)
+        for lead in (
+            self._submit, self._confirm, self._cancel, self._capture, self._refund, self._dispute, self._give_evidence,
+            self._sweep,
+        ):  # fmt: skip
+            await lead(pause_seconds)
+            self._withdraw()
         for call, read in READINGS.items():
             await self._read(read, [pair for pair in pairs if pair[0] == call], pause_seconds)
         await self.heal()
 
-    def _open(self, call: str, fault: str, turn: int) -> Case:
-        key = self._keys[fault]
-        method = "manual" if call.startswith("capture") else "automatic"
-        [payment_id] = pay(
-            self.conn, key, method_token=CALLS[call].card, capture_method=method, return_url="https://shop.example/back"
-        )
-        return Case(payment_id, call, fault, turn)
+    def _open(self, pairs: list[tuple[str, str]]) -> list[Case]:
+        requests = [
+            request(
+                self._keys[fault],
+                method_token=CALLS[call].card,
+                capture_method="manual" if call.startswith("capture") else "automatic",
+                return_url="https://shop.example/back",
+            )
+            for call, fault in pairs
+        ]
+        opened = zip((outcome["payment_id"] for outcome in create(self.conn, requests)), pairs, strict=True)
+        return [Case(payment_id, *pair, turn) for turn, (payment_id, pair) in enumerate(opened)]
 
     async def _submit(self, pause_seconds: float) -> None:
         orders = []
@@ -218,7 +242,8 @@ class Trial:
         for case in self._of("apply: fetch") + self._of("confirm: ask"):
             orders += self._of_call(case, case.intent)
         await self._beside_apply(orders, "confirm")
-        self._wait_for_webhooks([case for case in self._of("apply: fetch") if case.fault in OF_THE_CALL])
+        fetched = [case for case in self._of("apply: fetch") if case.fault in OF_THE_CALL]
+        self._wait_for_webhooks(CALLS["apply: fetch"].webhook, fetched)
         await self._act([], "apply")
         self.move(pause_seconds)
         await self._act([], "confirm")
@@ -257,7 +282,7 @@ class Trial:
         sent, asked = self._of("capture: capture"), self._of("capture: ask")
         await self._until(lambda: {case.intent for case in sent + asked} <= self._in_state("authorized"), "confirm")
         for case in sent + asked:
-            self._command("capture_payment", case)
+            self._command("capture_payment", case, payment_id=case.payment_id)
         orders = [order for case in sent for order in self._of_call(case, case.payment_id)]
         for case in asked:
             orders += self._left_unknown(case, "payment_intents.capture", case.payment_id)
@@ -271,19 +296,50 @@ class Trial:
 
     async def _refund(self, pause_seconds: float) -> None:
         sent, asked = self._of("refund: refund"), self._of("refund: look for it")
-        wanted = {case.intent for case in sent + asked}
-        await self._until(lambda: wanted <= self._in_state("confirmed") | self._in_state("settled"), "confirm")
-        refunds = {case.payment_id: self._command("create_refund", case) for case in sent + asked}
+        swept = self._of("sweep: fetch refund")
+        cases = sent + asked + swept
+        await self._until_charged(cases)
+        refunds = {case.payment_id: self._command("create_refund", case, payment_id=case.payment_id) for case in cases}
         orders = [order for case in sent for order in self._of_call(case, refunds[case.payment_id])]
         for case in asked:
             orders += self._left_unknown(case, "refunds.create", refunds[case.payment_id]) + self._of_call(case, "")
         await self._beside_apply(orders, "refund")
         self.move(pause_seconds)
         await self._act([], "refund")
+        made: dict[str, str] = dict(self.conn.execute("select id, provider_id from surety.refunds").fetchall())
+        for case in swept:
+            case.refund = made[refunds[case.payment_id]]
 
-    def _command(self, function: str, case: Case) -> str:
+    async def _dispute(self, pause_seconds: float) -> None:
+        """Holders dispute; `apply` fetches what they say."""
+        calls = ("apply: fetch dispute", "evidence: submit", "evidence: fetch", "sweep: fetch dispute")
+        cases = [case for call in calls for case in self._of(call)]
+        await self._until_charged(cases)
+        for case in cases:
+            case.dispute = self.sandbox.control("disputes", {"payment_intent": case.intent})["id"]
+        fetched = self._of("apply: fetch dispute")
+        self._wait_for_webhooks("charge.dispute.created", [case for case in cases if case.fault in OF_THE_CALL])
+        await self._act([order for case in fetched for order in self._of_call(case, case.dispute)], "apply")
+        self.move(pause_seconds)
+        await self._act([], "apply")
+
+    async def _give_evidence(self, pause_seconds: float) -> None:
+        sent, asked = self._of("evidence: submit"), self._of("evidence: fetch")
+        known: dict[str, str] = dict(self.conn.execute("select provider_id, id from surety.disputes").fetchall())
+        orders = []
+        for case in sent + asked:
+            said = {"uncategorized_text": ("winning_evidence", "losing_evidence")[case.turn % 2]}
+            self._command("submit_evidence", case, dispute_id=known[case.dispute], evidence=said, submit=True)
+            orders += self._of_call(case, known[case.dispute] if case in sent else case.dispute)
+            # What comes of it is not told meanwhile, unless it is told first.
+            orders += self._held(case, case.intent) if case.fault != FIRST or case in asked else []
+        await self._beside_apply(orders, "evidence")
+        self.move(pause_seconds)
+        await self._act([], "evidence")
+
+    def _command(self, function: str, case: Case, **asked: Any) -> str:
         """Ask for something about a payment; the id of what is answered."""
-        outcome = command(self.conn, function, self._keys[case.fault], payment_id=case.payment_id)
+        outcome = command(self.conn, function, self._keys[case.fault], **asked)
         assert outcome["problem"] is None, outcome
         return str(outcome["body"]["id"])
 
@@ -292,35 +348,42 @@ class Trial:
         has_happened = case.turn % 2 == 1 or case.fault == FIRST
         return [Order(None, operation, timeout(has_happened), match), *self._held(case, case.intent)]
 
-    async def _sweep(self) -> None:
-        cases = self._of("sweep: fetch")
-        await self._until(lambda: {case.intent for case in cases} <= self._in_state("requires_action"), "confirm")
-        for case in cases:
+    async def _sweep(self, pause_seconds: float) -> None:
+        """Payers, banks and the network act, and nothing tells: what became of it, the sweep has to ask."""
+        paid, refunded, disputed = (self._of(f"sweep: fetch{what}") for what in ("", " refund", " dispute"))
+        await self._until(lambda: {case.intent for case in paid} <= self._in_state("requires_action"), "confirm")
+        self._order([order for case in refunded + disputed for order in self._held(case, case.intent)])
+        for case in paid:
             self._pay_at_the_bank(case.intent)
-        self.move(SOON)
-        self._order([o for case in cases for o in self._of_call(case, case.intent)])
+        for case in refunded:
+            self.sandbox.control(f"refunds/{case.refund}", {"outcome": ("succeeded", "failed")[case.turn % 2]})
+        for case in disputed + self._of("apply: fetch dispute"):
+            self.sandbox.control(f"disputes/{case.dispute}", {"outcome": ("won", "lost")[case.turn % 2]})
+        self.move(LATER)
+        orders = [order for case in paid for order in self._of_call(case, case.intent)]
+        orders += [order for case in refunded for order in self._of_call(case, case.refund)]
+        self._order(orders + [order for case in disputed for order in self._of_call(case, case.dispute)])
         await sweep(self.worker)
         self._count()
+        self.move(pause_seconds)
 
     async def _read(self, read: Round, pairs: list[tuple[str, str]], pause_seconds: float) -> None:
-        """A periodic reading of a list, which belongs to all payments: one fault after the other."""
-        for call, fault in pairs:
-            if fault not in OF_THE_CALL:
-                continue
-            self._order([Order((call, fault), CALLS[call].operation, OF_THE_CALL[fault])])
-            for _ in range(ROUNDS_MAX):
-                await read(self.worker)
-                self._count()
-                self.move(pause_seconds)
-                if self.counts[call, fault]:
-                    break
+        """A periodic reading of lists, which belong to all payments: each fault meets another account's."""
+        asked = [pair for pair in pairs if pair[1] in OF_THE_CALL]
+        self._order([Order((call, fault), CALLS[call].operation, OF_THE_CALL[fault]) for call, fault in asked])
+        await read(self.worker)
+        self._count()
+        self._withdraw()
+        self.move(pause_seconds)
 
     # --- ends
 
     async def heal(self) -> None:
         """Time goes by, and nothing goes wrong any more, until every payment has ended."""
+        self._standing = [order for order in self._standing if order.pair is not None]
+        self._withdraw()
         for _ in range(ROUNDS_MAX):
-            self.move(SOON)
+            self.move(LATER)
             await self.worker.breaker.pulse()
             await work_off(self.worker)
             for round_ in (sweep, settlements, due_money, payouts):
@@ -339,7 +402,12 @@ class Trial:
         """What has not come to its end."""
         return self.conn.execute(
             """
-            select p.id, p.state from surety.payments as p where p.state not in ('settled', 'refunded', 'failed')
+            select p.id, p.state from surety.payments as p where p.state not in (
+                'settled', 'refunded', 'reversed', 'failed')
+            union all
+            select r.id, r.state from surety.refunds as r where r.state in ('pending', 'requires_action')
+            union all
+            select d.id, d.status from surety.disputes as d where d.status not in ('won', 'lost')
             union all
             select r.event_id, r.handler from outbox.retries as r
             union all
@@ -367,9 +435,14 @@ class Trial:
         return [case for case in self.cases if case.call == call]
 
     def _of_call(self, case: Case, match: str) -> list[Order]:
-        """The fault of the call itself, if the case is about one."""
+        """The fault of the call itself, if the case is about one. No webhook saves what is asked again after a day."""
         fault = OF_THE_CALL.get(case.fault)
-        return [Order((case.call, case.fault), CALLS[case.call].operation, fault, match)] if fault else []
+        if fault is None:
+            return []
+        operation = CALLS[case.call].operation
+        is_sent = not operation.endswith((".list", ".retrieve"))
+        held = self._held(case, case.intent or case.payment_id) if is_sent and case.fault == LATE else []
+        return [Order((case.call, case.fault), operation, fault, match), *held]
 
     def _of_webhook(self, case: Case, match: str) -> list[Order]:
         """The fault of the call's webhook, if the case is about one."""
@@ -384,6 +457,11 @@ class Trial:
         """All webhooks of a payment delayed, so that none of them spares us the question that the case is about."""
         is_about_webhooks = case.fault in OF_THE_WEBHOOK
         return [] if is_about_webhooks else [Order(None, "webhook", "delayed", match, 20)]
+
+    def _withdraw(self) -> None:
+        """What was ordered for a call that didn't come must not count for another's; webhooks are still to come."""
+        self._standing = [order for order in self._standing if order.operation.startswith("webhook")]
+        self._order([])
 
     def _order(self, orders: list[Order]) -> None:
         self._count()
@@ -437,17 +515,20 @@ class Trial:
             await self.worker.breaker.pulse()
             await self._act([], handler)
 
+    async def _until_charged(self, cases: list[Case]) -> None:
+        wanted = {case.intent for case in cases}
+        await self._until(lambda: wanted <= self._in_state("confirmed") | self._in_state("settled"), "confirm")
+
     def _in_state(self, state: str) -> set[str]:
         """The intents of payments in a state."""
         return {
             row[0] for row in self.conn.execute("select provider_id from surety.payments where state = %s", (state,))
         }
 
-    def _wait_for_webhooks(self, cases: list[Case]) -> None:
+    def _wait_for_webhooks(self, type_: str, cases: list[Case]) -> None:
         """Until the webhooks that announce what these cases fetch have come, unless a confirmation has been slow."""
         query = "select count(*) from surety.inbox where type = %s and body like any(%s)"
         wanted = [f"%{case.intent}%" for case in cases]
-        type_ = CALLS["apply: fetch"].webhook
         wait_until(lambda: self.conn.execute(query, (type_, wanted)).fetchone() == (len(cases),), 5)
 
     def _pay_at_the_bank(self, intent: str) -> None:

@@ -12,14 +12,18 @@ from tests.provider_faults import (
     CALLS,
     DELAY_SECONDS,
     FAULTS,
+    PENDING_SECONDS,
     REORDER_SECONDS,
+    UNDECIDED_SECONDS,
     Trial,
     table,
 )
 from tests.sandbox_process import running_sandbox
 from tests.working import worker_here
 
-TIMEOUT_SECONDS = 1.5
+# Nobody answers and the connection is cut, long before the worker gives up by itself (tests/test_rail.py): so nothing
+# fails but what was ordered, however busy the machine is.
+HANG_SECONDS = 0.1
 
 
 async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
@@ -31,11 +35,14 @@ async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
             f"--webhook-secret={SECRETS[0]}",
             f"--delay-seconds={DELAY_SECONDS}",
             f"--reorder-seconds={REORDER_SECONDS}",
-            "--hang-seconds=20",
-            "--payout-seconds=1",
+            f"--hang-seconds={HANG_SECONDS}",
+            f"--available-seconds={PENDING_SECONDS}",
+            f"--refund-seconds={UNDECIDED_SECONDS}",
+            f"--response-seconds={UNDECIDED_SECONDS}",
+            "--payout-seconds=0.3",
         )
         with running_sandbox(tmp_path, *options) as sandbox:
-            async with worker_here(database, sandbox.url, timeout_seconds=TIMEOUT_SECONDS) as worker:
+            async with worker_here(database, sandbox.url) as worker:
                 trial = Trial(conn, sandbox, worker)
                 try:
                     for late in (False, True):
@@ -45,6 +52,7 @@ async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
                     record_property("what the provider did, by call and fault", table(trial.counts))
             charges = sandbox.control("charges/summary?metadata_key=surety_payment")
             refunds = sandbox.control("refunds/summary?metadata_key=surety_refund")
+            disputes = {dispute["id"]: dispute["status"] for dispute in sandbox.control("disputes")}
             lines = {
                 line["id"]
                 for account in ACCOUNTS.values()
@@ -53,11 +61,12 @@ async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
     assert trial.unfinished() == []
     assert violations(conn) == {}
     states: dict[str, int] = dict(conn.execute("select state, count(*) from surety.payments group by 1").fetchall())
-    assert states.keys() == {"settled", "refunded", "failed"}
+    assert states.keys() == {"settled", "refunded", "reversed", "failed"}
     assert sum(states.values()) == len(CALLS) * len(FAULTS)
-    charged = states["settled"] + states["refunded"]
+    charged = sum(states.values()) - states["failed"]
     assert charges == {"charges": charged, "payments": charged, "double": []}
     assert (refunds["refunds"], refunds["double"]) == (states["refunded"], [])
+    assert disputes == dict(conn.execute("select provider_id, status from surety.disputes").fetchall())
     assert (
         conn.execute("select kind, subject, detail from surety.discrepancies where closed_at is null").fetchall() == []
     )

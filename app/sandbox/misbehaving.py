@@ -65,7 +65,8 @@ async def _execute_and_tell_first(world: World, postman: Postman, request: Reque
     answered = answer(world, request)
     world.delivering = None
     if not request.writes:
-        held = world.take_held(request.id)
+        named = world.memory.find(request.id)
+        held = world.take_held(named.body.get("payment_intent") or named.id if named else "")
         told += [plan.subject for plan in held]
         for plan in held:
             postman.post(plan)
