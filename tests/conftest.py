@@ -112,6 +112,13 @@ def conn(database: str) -> Iterator[Connection]:
 
 
 @pytest.fixture
+def two(database: str) -> Iterator[tuple[Connection, Connection]]:
+    """Two connections with all rights, in transactions of their own."""
+    with psycopg.connect(harden(database, "deploy")) as one, psycopg.connect(harden(database, "deploy")) as other:
+        yield one, other
+
+
+@pytest.fixture
 def connect(database: str) -> Iterator[Connect]:
     """Connections as a kind of process, in autocommit mode, closed after the test: `connect("api")`."""
     with ExitStack() as stack:

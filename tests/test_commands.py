@@ -6,10 +6,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import psycopg
 import pytest
 
-from db.connect import harden
 from tests.front import Merchant, Service, broken, problem, service
 from tests.payments import (
     Connection,
@@ -39,12 +37,6 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 def api(database: str) -> Iterator[Service]:
     with service("api", database) as running:
         yield running
-
-
-@pytest.fixture
-def two(database: str) -> Iterator[Two]:
-    with psycopg.connect(harden(database, "deploy")) as one, psycopg.connect(harden(database, "deploy")) as other:
-        yield one, other
 
 
 @pytest.fixture

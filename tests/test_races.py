@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import psycopg
@@ -29,13 +29,6 @@ from tests.payments import (
 )
 
 Two = tuple[Connection, Connection]
-
-
-@pytest.fixture
-def two(database: str) -> Iterator[Two]:
-    """Two connections in transactions of their own."""
-    with psycopg.connect(harden(database, "deploy")) as one, psycopg.connect(harden(database, "deploy")) as other:
-        yield one, other
 
 
 def waits(conn: Connection, waiting: Connection) -> bool:

@@ -13,7 +13,6 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from db.connect import harden
 from tests.front import Merchant, broken, problem, service
 from tests.payments import Connection, Fact, add_merchant, command, fact, ledger_of, money, pay, record, violations
 from tests.sandbox_process import Sandbox, running_sandbox
@@ -27,12 +26,6 @@ PIPELINE = ("submit", "confirm", "refund")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     with running_sandbox(tmp_path_factory.mktemp("refunds"), "--hang-seconds=1", "--slow-seconds=0.1") as sandbox:
         yield sandbox
-
-
-@pytest.fixture
-def two(database: str) -> Iterator[Two]:
-    with psycopg.connect(harden(database, "deploy")) as one, psycopg.connect(harden(database, "deploy")) as other:
-        yield one, other
 
 
 def captured(conn: Connection, key: bytes, **fields: Any) -> str:
