@@ -309,8 +309,8 @@ class Merchant(RuleBasedStateMachine):
     @rule(asked=refunds, kinds=st.lists(st.sampled_from(REFUND_KINDS), min_size=1, max_size=3))
     def hear_of_a_refund(self, asked: tuple[Payment, Refund], kinds: list[str]) -> None:
         payment, refund = asked
-        about = {"amount": refund.amount, "data": {"refund": refund.id}}
-        record(self.conn, [fact(payment.id, f"refund_{kind}", f"re_{refund.id}", **about) for kind in kinds])
+        id, data = f"re_{refund.id}", {"refund": refund.id}
+        record(self.conn, [fact(payment.id, f"refund_{kind}", id, refund.amount, data=data) for kind in kinds])
         refund.told.update(kinds)
 
     @invariant()
@@ -351,12 +351,13 @@ class Merchant(RuleBasedStateMachine):
             steps = self.heard.setdefault(told["id"], {})
             assert told["version"] not in steps
             steps[told["version"]] = told["state"]
+        states = {payment.id: payment.state for payment in self.model.payments.values()}
         for payment in self.model.payments.values():
-            for one in (payment, *payment.refunds):
-                if one.id is not None:
-                    steps = self.heard[one.id]
-                    assert sorted(steps) == list(range(1, len(steps) + 1))
-                    assert steps[len(steps)] == one.state
+            states |= {refund.id: refund.state for refund in payment.refunds if refund.id is not None}
+        for id, state in states.items():
+            steps = self.heard[id]
+            assert sorted(steps) == list(range(1, len(steps) + 1))
+            assert steps[len(steps)] == state
 
     def teardown(self) -> None:
         assert not violations(self.conn)
