@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import httpx
 
@@ -77,15 +78,41 @@ async def worker_here(
 
 
 def judge(response: httpx.Response) -> None:
-    """Raises if Stripe would not accept the request, or could not have answered that."""
+    """Raises if Stripe would not accept the request, or could not have answered that.
+
+    The description knows names, types and listed texts; what differs from something judged before in none of these is
+    not judged again.
+    """
     request = response.request
-    path = request.url.raw_path.decode()
-    check_request(request.method, path, dict(request.headers), request.content.decode())
+    path, form = request.url.raw_path.decode(), request.content.decode()
     assert request.headers["stripe-version"] == "2026-10-28.endive"
+    answer = None
     # A connection that broke in the middle of the answer left nothing to judge.
     with suppress(httpx.ResponseNotRead):
-        if response.content.startswith(b"{"):
-            check_answer(request.method, path, response.status_code, response.json())
+        answer = response.json() if response.content.startswith(b"{") else None
+    asked = parse_qsl(request.url.query.decode()), parse_qsl(form), list(request.headers)
+    likeness = (request.method, shape(path.partition("?")[0].split("/")), response.status_code, shape([*asked, answer]))
+    if likeness in _judged:
+        return
+    check_request(request.method, path, dict(request.headers), form)
+    if answer is not None:
+        check_answer(request.method, path, response.status_code, answer)
+    _judged.add(likeness)
+
+
+_judged: set[tuple[Any, ...]] = set()
+
+
+def shape(value: Any) -> Any:
+    """A value without what makes it one of many: numbers, and texts that are no words."""
+    match value:
+        case dict():
+            return tuple((name, shape(part)) for name, part in value.items())
+        case list() | tuple():
+            return tuple(dict.fromkeys(map(shape, value)))
+        case str() if value.replace("_", "").replace(".", "").isalpha():
+            return value
+    return value if value is None or isinstance(value, bool) else type(value)
 
 
 async def work_off(worker: Worker, *handlers: str) -> int:
