@@ -156,6 +156,7 @@ def test_while_a_request_is_slow_its_key_is_in_use(sandbox: Sandbox) -> None:
     sandbox.order("payment_intents.confirm", "slow")
     with ThreadPoolExecutor(1) as threads:
         slow = threads.submit(raw_confirm, sandbox, intent, key)
+        eventually(lambda: not sandbox.control("faults")["next"])
         refused = eventually(lambda: _conflict(sandbox, intent, key))
         assert refused.json()["error"]["code"] == "idempotency_key_in_use"
         assert slow.result().json()["status"] == "succeeded"
