@@ -264,7 +264,7 @@ end;
 $$;
 
 create or replace function surety.claim_dispute_questions(p_limit integer)
-returns table (provider_id text, account text, livemode boolean)
+returns table (payment_id text, provider_id text, account text, livemode boolean)
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with due as (
@@ -288,10 +288,11 @@ begin atomic
         set ask_at = surety.time_now() + dispute_statuses.ask_after
         from due, surety.dispute_statuses
         where disputes.id = due.id and disputes.status = dispute_statuses.status
-        returning disputes.provider_id, disputes.provider_account
+        returning disputes.payment_id, disputes.provider_id, disputes.provider_account
     )
 
     select
+        claimed.payment_id,
         claimed.provider_id,
         claimed.provider_account,
         environment.livemode

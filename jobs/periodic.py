@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, LiteralString, TypeVar
 
 from msgspec import Struct
 from procrastinate import JobContext
@@ -72,9 +72,13 @@ class RefundQuestion(Struct):
 class DisputeQuestion(Struct):
     """A row of surety.claim_dispute_questions."""
 
+    payment_id: str
     provider_id: str
     account: str
     livemode: bool
+
+
+Asked = TypeVar("Asked", Question, RefundQuestion, DisputeQuestion)
 
 
 class Unread(Struct):
@@ -98,52 +102,49 @@ async def tick(worker: Worker) -> None:
 
 
 async def sweep(worker: Worker) -> None:
-    """Ask about unfinished payments: all would end even if every webhook were lost."""
-    while questions := await worker.database.rows(
-        Question,
+    """Ask about what is unfinished: all would end even if every webhook were lost."""
+    await ask_about(
+        worker, Question, "fetch", ask,
         "select payment_id, provider_id, account, amount_minor, currency, livemode, first_sent_at, last_sent_at"
         " from surety.claim_questions(%s)",
-        QUESTIONS_MAX,
-    ):
-        await tell(worker, [asking("fetch", question.payment_id) for question in questions])
-        async for results in in_groups([partial(ask, worker, question) for question in questions]):
-            await record(worker, results)
-        if worker.stopping.is_set():
-            return
-    while pending := await worker.database.rows(
-        RefundQuestion,
+    )  # fmt: skip
+    await ask_about(
+        worker, RefundQuestion, "fetch refund", ask_refund,
         "select refund_id, payment_id, provider_id, intent_id, account, livemode"
         " from surety.claim_refund_questions(%s)",
-        QUESTIONS_MAX,
-    ):
-        await tell(worker, [asking("fetch refund", question.payment_id) for question in pending])
-        async for results in in_groups([partial(ask_refund, worker, question) for question in pending]):
+    )  # fmt: skip
+    await ask_about(
+        worker, DisputeQuestion, "fetch dispute", ask_dispute,
+        "select payment_id, provider_id, account, livemode from surety.claim_dispute_questions(%s)",
+    )  # fmt: skip
+
+
+async def ask_about(
+    worker: Worker,
+    kind: type[Asked],
+    operation: str,
+    ask_one: Callable[[Worker, Asked], Awaitable[list[Result]]],
+    claim: LiteralString,
+) -> None:
+    """Ask whatever is due, a bounded number of questions at once, and record what is answered."""
+    while not worker.stopping.is_set() and (questions := await worker.database.rows(kind, claim, QUESTIONS_MAX)):
+        await tell(worker, [asking(operation, question.payment_id) for question in questions])
+        async for results in in_groups([partial(ask_one, worker, question) for question in questions]):
             await record(worker, results)
-        if worker.stopping.is_set():
-            return
-
-    while open_ones := await worker.database.rows(
-        DisputeQuestion,
-        "select provider_id, account, livemode from surety.claim_dispute_questions(%s)",
-        QUESTIONS_MAX,
-    ):
-        for question in open_ones:
-            await ask_dispute(worker, question)
-        if worker.stopping.is_set():
-            return
 
 
-async def ask_dispute(worker: Worker, question: DisputeQuestion) -> None:
+async def ask_dispute(worker: Worker, question: DisputeQuestion) -> list[Result]:
     """What the provider says about one dispute."""
-    await tell(worker, [asking("fetch dispute", None, object=question.provider_id)])
     source = Source(question.account, question.livemode, "dispute", question.provider_id)
     began = time.monotonic()
     try:
         told = await fetch_dispute(worker, source, Origin(question.account, question.livemode, "poll"))
     except ProviderError as error:
         told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
+    except (KeyError, TypeError, AttributeError) as error:
+        told = {"outcome": "unknown"} | unreadable(question.provider_id, error)
     duration_ms = round((time.monotonic() - began) * 1000, 3)
-    await record(worker, [{"operation": "fetch dispute", "duration_ms": duration_ms, **told}])
+    return [{"payment_id": question.payment_id, "operation": "fetch dispute", "duration_ms": duration_ms, **told}]
 
 
 async def ask_refund(worker: Worker, question: RefundQuestion) -> list[Result]:
