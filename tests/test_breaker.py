@@ -353,7 +353,8 @@ def test_an_event_that_kills_its_worker_three_times_is_dead_and_has_taken_nobody
     payments = shop(20)
     poison = payments[3]
     for _ in range(3):
-        hang = {"operation": "payment_intents.create", "fault": "timeout_after", "match": poison}
+        # Had it taken effect, the provider's list of events would tell, and nothing would be left to do.
+        hang = {"operation": "payment_intents.create", "fault": "timeout_before", "match": poison}
         sandbox.control("faults", {"next": [hang]})
         with worker_process(database, sandbox.url, SURETY_PROVIDER_TIMEOUT="60") as worker:
             eventually(lambda: sandbox.control("faults")["next"] == [], 20)
