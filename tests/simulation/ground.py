@@ -72,8 +72,6 @@ SETUP = (
     select 'probe', array_agg('payment.' || state) || '{webhook.received}', 3, 2, outbox.epoch(), '1:1:'
     from surety.states
     """,
-    # Small, so that a batch is seldom the whole of what waits.
-    "update outbox.handlers set batch_size = 3",
     "create table simulation.emptied (name text not null)",
     """
     create function simulation.empty() returns void
@@ -287,6 +285,15 @@ class Ground:
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """What the overseer sees, who is no part of the schedule."""
         return self.overseer.execute(query.encode(), values or None).fetchall()
+
+    def let_batches_hold(self, events: int) -> None:
+        """How many events a batch holds: few, so that it is seldom the whole of what waits, or as many as there are."""
+        # Where a claim is open, it stays as it is: the overseer waits for nobody.
+        self.overseer.execute(
+            "update outbox.handlers set batch_size = %s where handler in"
+            " (select handler from outbox.handlers for update skip locked)",
+            (events,),
+        )
 
     def deploy_again(self) -> bool:
         """Replace all functions by the same ones, beside whatever is open: who has called one calls another now.

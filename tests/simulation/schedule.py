@@ -32,8 +32,8 @@ RATES: dict[str, tuple[float, float]] = {
     "cut_before": (0.01, 0.05),
     "cut_open": (0.01, 0.05),
     "cut_after": (0.01, 0.05),
-    **dict.fromkeys(REQUEST_FAULTS, (0.03, 0.2)),
-    "other_amount": (0.02, 0.1),
+    **dict.fromkeys(REQUEST_FAULTS, (0.05, 0.3)),
+    "other_amount": (0.05, 0.2),
     "webhook_lost": (0.1, 1.0),
     "webhook_repeated": (0.1, 0.5),
     "webhook_delayed": (0.1, 0.5),
@@ -59,6 +59,7 @@ HEALING_ROUNDS_MAX = 60
 # In which of these the banks decide what nobody has answered.
 BANKS_TURN = 3
 JOBS_MAX = 4
+FEW, ALL = 3, 100
 BOOTED_SECONDS = 1000.0
 HEALING = tuple(name for name in ROUNDS if name not in {"payouts", "upkeep"})
 
@@ -407,6 +408,7 @@ class Schedule:
         HTTP.provider = None
         random.seed(self.plan.seed)
         self.ground.empty()
+        self.ground.let_batches_hold(FEW)
         [(self.epoch_seconds,)] = self.ground.rows("select extract(epoch from surety.time_now())::float8")
         PROCESS.set(None)
         asyncio.set_event_loop(self.loop)
@@ -472,9 +474,10 @@ class Schedule:
 
     async def begin_calmly(self) -> None:
         """Bring some payments to where the rest of their lives begins: trouble should find them there, too."""
-        rounds = self.chance.choice((None, (), (), HEALING, HEALING))
+        rounds = self.chance.choice((None, None, (), (), HEALING))
         if rounds is None:
             return
+        self.ground.let_batches_hold(ALL)
         for _ in range(self.chance.randint(1, len(self.unasked))):
             self.ask()
         await asyncio.wait(self.asking)
@@ -484,6 +487,7 @@ class Schedule:
             await self.work_off(rounds)
         if self.chance.random() < 0.5:
             await self.deliver_all()
+        self.ground.let_batches_hold(FEW)
 
     def calm_down(self) -> None:
         """Nothing goes wrong any more; only time may have to go on."""
@@ -514,8 +518,9 @@ class Schedule:
             self.provider.mailbox += self.provider.late
             self.provider.late = []
             await self.deliver_all()
-            await self.work_off(HEALING)
-            if await self.is_at_rest():
+            self.ground.let_batches_hold(ALL)
+            await self.work_off(HEALING if turn else ())
+            if turn and await self.is_at_rest():
                 break
             self.ground.rows(
                 "select outbox.replay_dead_letter(d.id, 'operator', 'healed') from outbox.dead_letters as d"
