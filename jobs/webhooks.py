@@ -309,7 +309,7 @@ async def fetch_one(worker: Worker, source: Source) -> Answer:
 
 async def fetch_dispute(worker: Worker, source: Source, origin: Origin) -> Result:
     """A dispute is fetched by one at a time, and numbered: it goes back and forth, and the last fetch wins."""
-    async with worker.dispute_places, worker.database.alone(f"dispute:{source.id}") as is_alone:
+    async with worker.database.alone(f"dispute:{source.id}") as is_alone:
         if not is_alone:
             raise Busy("somebody else is fetching it", seconds=DISPUTE_PAUSE_SECONDS)
         revision = await worker.database.value(

@@ -23,8 +23,6 @@ log = logging.getLogger("surety.worker")
 PULSE_SECONDS = 1.0
 TELL_SECONDS_MAX = 5.0
 TURNS = 30
-# Each fetch of a dispute keeps a connection while it needs others: as many as the pool has would wait for each other.
-DISPUTES_AT_ONCE = 4
 
 
 class Handler(Struct, frozen=True):
@@ -56,7 +54,6 @@ class Worker:
         self.watchdog = Watchdog(conninfo("worker", settings), settings.surety_stall_seconds)
         self.breaker = Breaker(database, stripe, self.actor, min(TELL_SECONDS_MAX, settings.surety_stall_seconds / 5))
         self.handlers: dict[str, Handler] = {}
-        self.dispute_places = asyncio.Semaphore(DISPUTES_AT_ONCE)
         self.stopping = asyncio.Event()
 
     @property

@@ -4,16 +4,13 @@ The balance that remains, and what changed it.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from jobs.database import CONNECTIONS_MAX
 from jobs.stripe_facts import Origin
-from jobs.webhooks import Source, fetch_dispute
 from jobs.worker import Worker
 from tests.front import Merchant, problem, service
 from tests.payments import (
@@ -224,20 +221,6 @@ async def test_evidence_whose_answer_is_lost_is_submitted_once(
     assert attempts(conn) == []
     assert conn.execute("select count(*) from outbox.dead_letters").fetchone() == (0,)
     assert not violations(conn)
-
-
-async def test_more_disputes_at_once_than_the_worker_has_connections_are_fetched(
-    conn: Connection, database: str, sandbox: Sandbox
-) -> None:
-    """Each keeps a connection, so that it is fetched by one at a time, and needs another."""
-    _, key = add_merchant(conn)
-    payments = pay(conn, key, CONNECTIONS_MAX + 1)
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit", "confirm")
-        intents: dict[str, str] = dict(conn.execute("select id, provider_id from surety.payments").fetchall())
-        made = [sandbox.control("disputes", {"payment_intent": intents[one]})["id"] for one in payments]
-        await asyncio.gather(*(fetch_dispute(worker, Source("", False, "dispute", one), POLL) for one in made))
-    assert {state_of(conn, one) for one in payments} == {"disputed"}
 
 
 # ---------------------------------------------------------------------------------------------------------- over HTTP

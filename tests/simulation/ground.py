@@ -42,18 +42,19 @@ PREFIX = "surety_simulation"
 SWEEP_EVERY = 400
 QUIET_MS = 3
 
+TIME = "select statement_timestamp() + coalesce((select clock.ahead from surety.clock), interval '0');"
 CLOCK = """
-create or replace function surety.time_now() returns timestamptz
-language sql stable parallel safe
-begin atomic
     select date_trunc('month', environment.created_at)
         + coalesce(nullif(current_setting('simulation.ahead', true), ''), '0')::interval
     from surety.environment;
-end
 """
 SETUP = (
     "update surety.environment set kind = 'test', created_at = date_trunc('month', now())",
-    CLOCK,
+    f"""
+    create or replace function surety.time_now() returns timestamptz
+    language sql stable parallel safe
+    begin atomic {CLOCK} end
+    """,
     "create schema simulation",
     # What can't be done twice unseen, nor left out.
     "create table simulation.effects (event_id text not null)",
@@ -101,6 +102,15 @@ from pg_class as c join pg_namespace as n on n.oid = c.relnamespace
 where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'procrastinate', 'simulation') and c.relkind = 'r'
     and c.relname <> 'emptied'
 """
+
+
+def alter(source: Source, function: str, before: str, after: str) -> None:
+    """Deploy a function with another text."""
+    assert any(one.identity == function and before in one.text for one in source.statements), function
+    vars(source)["statements"] = [
+        replace(one, text=one.text.replace(before, after)) if one.identity == function else one
+        for one in source.statements
+    ]
 
 
 class Cursor(AsyncCursor[Any]):
@@ -263,19 +273,18 @@ class Ground:
     def __init__(self, url: str, *, is_ours: bool) -> None:
         self.is_ours = is_ours
         self.url = harden(url, "deploy")
-        deploy(url)
+        self._source = Source.installed()
+        # Each month ahead costs every plan a little.
+        alter(self._source, "surety.maintain_partitions", "default 3", "default 1")
+        deploy(url, self._source)
         self.overseer = psycopg.connect(self.url, autocommit=True)
         for statement in SETUP:
             self.overseer.execute(statement.encode())
+        alter(self._source, "surety.time_now", TIME, CLOCK)
         # What holds rows by now is law; the rest goes after each schedule.
         for (name,) in self.rows(TABLES):
             if not self.rows(f"select from {name} limit 1"):
                 self.rows("insert into simulation.emptied (name) values (%s) returning name", name)
-        self._source = Source.installed()
-        # All as it is installed, but for the schedule's clock.
-        statements = self._source.statements
-        clock = next(one for one in statements if one.identity == "surety.time_now")
-        vars(self._source)["statements"] = [replace(one, text=CLOCK) if one is clock else one for one in statements]
         self.wires: list[Wire] = []
         self.free: list[Wire] = []
         self.used = 0

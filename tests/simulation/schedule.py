@@ -57,7 +57,7 @@ TOKENS = ("pm_card_visa",) * 8 + (
 )
 HEALING_ROUNDS_MAX = 60
 # In which of these the banks decide what nobody has answered.
-BANKS_TURN = 3
+BANKS_TURN = 2
 JOBS_MAX = 4
 FEW, ALL = 3, 100
 BOOTED_SECONDS = 1000.0
@@ -68,7 +68,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """What a schedule is drawn from. Fewer of anything makes it smaller."""
 
     seed: int
-    steps: int = 240
+    steps: int = 120
     payments: int = 4
     workers: int = 2
     lanes: int = 2
@@ -527,7 +527,7 @@ class Schedule:
                 " where d.closed_at is null and d.event_id is distinct from %s order by d.id",
                 self.poison,
             )
-            self.move_to(self.next_due(65.0 * 40**turn))
+            self.move_to(self.next_due(65.0 if not turn else 86_400.0))
             self.ground.move_clock(self.loop.seconds)
             await asyncio.sleep(0)
         else:
