@@ -18,6 +18,9 @@ from psycopg import errors
 from tests.payments import Connection, Fact, add_merchant, at_bank, fact, ledger_of, money, pay, record, violations
 
 ORDERS_MAX = 720
+# Of those histories that come beside the thirteen.
+VARIANTS_ORDERS_MAX = 120
+THIRTEEN = frozenset(map(str, range(1, 14)))
 
 
 def settled(p: str, amount: int = 10000, fee: int = 320) -> list[Fact]:
@@ -373,8 +376,9 @@ def test_a_history_ends_with_its_balances_in_every_order_of_its_facts(conn: Conn
         conn.execute("update surety.merchants set fee_basis_points = 100, fee_fixed_minor = 0")
     count = len(tell("pay_" + 32 * "0"))
     orders = list(itertools.permutations(range(count)))
-    if len(orders) > ORDERS_MAX:
-        orders = random.Random(13).sample(orders, ORDERS_MAX)
+    orders_max = ORDERS_MAX if history.split(maxsplit=1)[0] in THIRTEEN else VARIANTS_ORDERS_MAX
+    if len(orders) > orders_max:
+        orders = random.Random(13).sample(orders, orders_max)
     told = [tell(payment_id) for payment_id in begin(conn, key_hash, history, len(orders))]
     for place in range(count):
         record(conn, [facts[order[place]] for facts, order in zip(told, orders, strict=True)])

@@ -12,7 +12,7 @@ from tests.simulation.schedule import RATES, Outcome, Plan
 
 # Shorter ones than by command, where a schedule takes 400 decisions: trouble begins early, and each heals in full.
 SCHEDULES = 300
-STEPS = 60
+STEPS = 80
 PAYMENTS = 2
 PROCESSES = 2
 PLANS = [Plan(seed=seed, steps=STEPS, payments=PAYMENTS) for seed in range(1, SCHEDULES + 1)]

@@ -68,7 +68,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """What a schedule is drawn from. Fewer of anything makes it smaller."""
 
     seed: int
-    steps: int = 120
+    steps: int = 80
     payments: int = 4
     workers: int = 2
     lanes: int = 2
@@ -331,7 +331,7 @@ class Schedule:
     def start_job(self) -> None:
         """A worker takes a job: one that somebody was woken for, or any."""
         worker = self.chance.choice([one for one in self.workers if sum(one.running.values()) < JOBS_MAX])
-        names = list(self.kicked) if self.kicked and self.chance.random() < 0.7 else [*self.ground.handlers, *ROUNDS]
+        names = list(self.kicked) if self.kicked and self.chance.random() < 0.85 else [*self.ground.handlers, *ROUNDS]
         name = self.chance.choice(names)
         self.kicked.pop(name, None)
         self.note(worker.name, "begins", name)
@@ -474,17 +474,20 @@ class Schedule:
 
     async def begin_calmly(self) -> None:
         """Bring some payments to where the rest of their lives begins: trouble should find them there, too."""
-        rounds = self.chance.choice((None, None, (), (), HEALING))
-        if rounds is None:
+        stage = self.chance.choice(("new", "held", "held", "charged", "settled"))
+        if stage == "new":
             return
         self.ground.let_batches_hold(ALL)
         for _ in range(self.chance.randint(1, len(self.unasked))):
             self.ask()
         await asyncio.wait(self.asking)
-        await self.work_off(rounds)
-        if rounds:
+        if stage == "held":
+            await self.workers[-1].drain("submit")
+        else:
+            await self.work_off(())
+        if stage == "settled":
             self.move_to(self.loop.seconds + 3)
-            await self.work_off(rounds)
+            await self.work_off(HEALING)
         if self.chance.random() < 0.5:
             await self.deliver_all()
         self.ground.let_batches_hold(FEW)
@@ -519,7 +522,7 @@ class Schedule:
             self.provider.late = []
             await self.deliver_all()
             self.ground.let_batches_hold(ALL)
-            await self.work_off(HEALING if turn else ())
+            await self.work_off(self.rounds_that_matter() if turn else ())
             if turn and await self.is_at_rest():
                 break
             self.ground.rows(
@@ -535,6 +538,15 @@ class Schedule:
         for process in (*self.workers, self.api, self.clients, self.provider.process):
             process.kill()
         await asyncio.sleep(0)
+
+    def rounds_that_matter(self) -> list[str]:
+        """Those that have something to do, and those that ask to find out."""
+        [found] = self.ground.rows(
+            "select exists (select from surety.pending_money), exists (select from surety.parked_facts where ended_at"
+            " is null), exists (select from surety.payments where state in ('confirmed', 'requires_action'))"
+        )
+        idle = {name for name, has_work in zip(("due_money", "parked", "overdue"), found, strict=True) if not has_work}
+        return [name for name in HEALING if name not in idle]
 
     async def work_off(self, rounds: Iterable[str]) -> None:
         """Everything that the tick finds, until it finds nothing, or what only time can give free."""
