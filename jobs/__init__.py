@@ -11,7 +11,7 @@ Run by `procrastinate --app jobs.app worker`, as often as you like. A payment's 
     stripe_rail    the one place that calls Stripe, and what its answers mean
     stripe_facts   what Stripe's objects say, as facts
     breaker        whether the provider is to blame, and when it is well again
-    periodic       what nobody has to ask for: sweep, balance transactions, deadlines, upkeep
+    periodic       what nobody has to ask for: sweep, lists of events and money, deadlines, upkeep
     watchdog       ends a worker that has stopped working
     worker         what all of them work with
     database       the workers' way to PostgreSQL
