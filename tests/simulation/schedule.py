@@ -11,8 +11,6 @@ import hashlib
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -23,6 +21,7 @@ from app.sandbox.faults import REQUEST_FAULTS
 from tests.simulation.actors import ROUNDS, ListeningProcess, WorkerProcess, deliver
 from tests.simulation.clients import Wanted, insist, instruct
 from tests.simulation.ground import Ground, Wire
+from tests.simulation.healing import ALL, FEW, HEALING, heal, work_off
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
 from tests.simulation.promises import OF_THE_END, check, keep_invariants
 from tests.simulation.provider import HTTP, Provider
@@ -55,13 +54,8 @@ TOKENS = ("pm_card_visa",) * 8 + (
     "pm_card_bypassPending",
     "pm_card_unknown",
 )
-HEALING_ROUNDS_MAX = 60
-# In which of these the banks decide what nobody has answered.
-BANKS_TURN = 2
 JOBS_MAX = 4
-FEW, ALL = 3, 100
 BOOTED_SECONDS = 1000.0
-HEALING = tuple(name for name in ROUNDS if name not in {"payouts", "upkeep"})
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -429,7 +423,7 @@ class Schedule:
         """Trouble, healing, and the reckoning."""
         await self.prepare()
         await self.enough
-        await self.heal()
+        await heal(self)
         check(self)
 
     async def prepare(self) -> None:
@@ -484,10 +478,10 @@ class Schedule:
         if stage == "held":
             await self.workers[-1].drain("submit")
         else:
-            await self.work_off(())
+            await work_off(self, ())
         if stage == "settled":
             self.move_to(self.loop.seconds + 3)
-            await self.work_off(HEALING)
+            await work_off(self, HEALING)
         if self.chance.random() < 0.5:
             await self.deliver_all()
         self.ground.let_batches_hold(FEW)
@@ -501,114 +495,3 @@ class Schedule:
         assert timer is not None, "everybody waits for nothing"
         self.loop.seconds = max(timer, self.loop.seconds)
         self.provider.happen()
-
-    async def heal(self) -> None:
-        """What a healthy day does: lost workers are replaced, clients insist, time passes, operators replay."""
-        self.is_calm = True
-        is_crash = self.poisonous is None and self.chance.random() < 0.5
-        for worker in self.workers:
-            if is_crash:
-                self.end(worker)
-            else:
-                worker.worker.stopping.set()
-        await asyncio.sleep(1)
-        while self.unasked:
-            self.ask()
-        self.workers.append(WorkerProcess(self, "healer"))
-        for turn in range(HEALING_ROUNDS_MAX):
-            if turn == BANKS_TURN:
-                self.provider.decide_all()
-            self.provider.mailbox += self.provider.late
-            self.provider.late = []
-            await self.deliver_all()
-            self.ground.let_batches_hold(ALL)
-            await self.work_off(self.rounds_that_matter() if turn else ())
-            if turn and await self.is_at_rest():
-                break
-            self.ground.rows(
-                "select outbox.replay_dead_letter(d.id, 'operator', 'healed') from outbox.dead_letters as d"
-                " where d.closed_at is null and d.event_id is distinct from %s order by d.id",
-                self.poison,
-            )
-            self.move_to(self.next_due(65.0 if not turn else 86_400.0))
-            self.ground.move_clock(self.loop.seconds)
-            await asyncio.sleep(0)
-        else:
-            self.violate("what is unfinished is finished", self.what_is_left())
-        for process in (*self.workers, self.api, self.clients, self.provider.process):
-            process.kill()
-        await asyncio.sleep(0)
-
-    def rounds_that_matter(self) -> list[str]:
-        """Those that have something to do, and those that ask to find out."""
-        [found] = self.ground.rows(
-            "select exists (select from surety.pending_money), exists (select from surety.parked_facts where ended_at"
-            " is null), exists (select from surety.payments where state in ('confirmed', 'requires_action'))"
-        )
-        idle = {name for name, has_work in zip(("due_money", "parked", "overdue"), found, strict=True) if not has_work}
-        return [name for name in HEALING if name not in idle]
-
-    async def work_off(self, rounds: Iterable[str]) -> None:
-        """Everything that the tick finds, until it finds nothing, or what only time can give free."""
-        healer = self.workers[-1]
-        await healer.start(healer.worker.breaker.pulse())
-        for name in rounds:
-            await healer.round(name)
-        while True:
-            self.ground.move_clock(self.loop.seconds)
-            [(due,)] = self.ground.rows("select outbox.kick_due()")
-            before = self.doings
-            for handler in due or ():
-                with suppress(asyncio.CancelledError, Killed):
-                    await self.workers[-1].drain(handler)
-            if self.doings == before:
-                return
-
-    async def is_at_rest(self) -> bool:
-        """Whether nothing is to be expected any more."""
-        if self.provider.mailbox or self.provider.next_due() is not None or not all(one.done() for one in self.asking):
-            return False
-        [(left,)] = self.ground.rows(
-            "select exists (select from surety.payments where state in ('initiated', 'submitting',"
-            " 'provider_submitted', 'requires_action', 'authorized', 'processing', 'confirmed', 'disputed'))"
-            " or exists (select from surety.refunds where state = 'pending')"
-            " or exists (select from surety.disputes where ask_at is not null)"
-            " or exists (select from outbox.batches) or exists (select from outbox.retries where due_at is not null)"
-            " or exists (select from surety.pending_money)"
-            " or exists (select from outbox.dead_letters where closed_at is null and event_id is distinct from %s)"
-            " or exists (select from surety.parked_facts where ended_at is null)",
-            self.poison,
-        )
-        return not left
-
-    def next_due(self, at_least: float) -> float:
-        """When something is due, in the schedule's seconds; so many seconds later at least, a day at most."""
-        self.ground.move_clock(self.loop.seconds)
-        [(seconds,)] = self.ground.rows(
-            "select extract(epoch from least("
-            " (select min(due_at) from outbox.retries), (select min(leased_until) from outbox.batches),"
-            " (select min(ask_at) from surety.payments), (select min(available_at) from surety.pending_money),"
-            " (select min(ask_at) from surety.refunds), (select min(ask_at) from surety.disputes),"
-            " (select min(parked_at) + interval '15 minutes' from surety.parked_facts where ended_at is null)"
-            ") - surety.time_now())::float8"
-        )
-        dues = [86_400.0 if seconds is None else seconds]
-        if (own := self.provider.next_due()) is not None:
-            dues.append(own - self.loop.seconds)
-        if not all(one.done() for one in self.asking):
-            dues.append(31.0)
-        return self.loop.seconds + min(86_400.0, max(at_least, min(dues) + 0.01))
-
-    def what_is_left(self) -> str:
-        """What did not come to rest."""
-        return str(
-            self.ground.rows(
-                "select (select array_agg(p.id || ' ' || p.state) from surety.payments as p join surety.states as s"
-                " using (state) where not s.is_final), (select array_agg(id || ' ' || state) from surety.refunds"
-                " where state = 'pending'), (select array_agg(id || ' ' || status) from surety.disputes"
-                " where ask_at is not null), (select array_agg(handler || ' ' || event_ids::text) from outbox.batches),"
-                " (select array_agg(handler || ' ' || attempts::text) from outbox.retries),"
-                " (select count(*) from surety.pending_money), (select count(*) from outbox.dead_letters"
-                " where closed_at is null), (select count(*) from surety.parked_facts where ended_at is null)"
-            )
-        )

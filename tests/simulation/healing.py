@@ -1,0 +1,139 @@
+"""How a schedule heals: what a healthy day does, until nothing is to be expected any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from tests.simulation.actors import ROUNDS, WorkerProcess
+from tests.simulation.loop import Killed
+
+if TYPE_CHECKING:
+    from tests.simulation.schedule import Schedule
+
+ROUNDS_MAX = 60
+# In which of these the banks decide what nobody has answered.
+BANKS_TURN = 2
+HEALING = tuple(name for name in ROUNDS if name not in {"payouts", "upkeep"})
+# How many events a batch holds, in trouble and where there is none.
+FEW, ALL = 3, 100
+
+
+async def heal(schedule: Schedule) -> None:
+    """What a healthy day does: lost workers are replaced, clients insist, time passes, operators replay."""
+    schedule.is_calm = True
+    is_crash = schedule.poisonous is None and schedule.chance.random() < 0.5
+    for worker in schedule.workers:
+        if is_crash:
+            schedule.end(worker)
+        else:
+            worker.worker.stopping.set()
+    await asyncio.sleep(1)
+    while schedule.unasked:
+        schedule.ask()
+    schedule.workers.append(WorkerProcess(schedule, "healer"))
+    for turn in range(ROUNDS_MAX):
+        if turn == BANKS_TURN:
+            schedule.provider.decide_all()
+        schedule.provider.mailbox += schedule.provider.late
+        schedule.provider.late = []
+        await schedule.deliver_all()
+        schedule.ground.let_batches_hold(ALL)
+        await work_off(schedule, rounds_that_matter(schedule) if turn else ())
+        if turn and await is_at_rest(schedule):
+            break
+        schedule.ground.rows(
+            "select outbox.replay_dead_letter(d.id, 'operator', 'healed') from outbox.dead_letters as d"
+            " where d.closed_at is null and d.event_id is distinct from %s order by d.id",
+            schedule.poison,
+        )
+        schedule.move_to(next_due(schedule, 65.0 if not turn else 86_400.0))
+        schedule.ground.move_clock(schedule.loop.seconds)
+        await asyncio.sleep(0)
+    else:
+        schedule.violate("what is unfinished is finished", what_is_left(schedule))
+    for process in (*schedule.workers, schedule.api, schedule.clients, schedule.provider.process):
+        process.kill()
+    await asyncio.sleep(0)
+
+
+def rounds_that_matter(schedule: Schedule) -> list[str]:
+    """Those that have something to do, and those that ask to find out."""
+    [found] = schedule.ground.rows(
+        "select exists (select from surety.pending_money), exists (select from surety.parked_facts where ended_at"
+        " is null), exists (select from surety.payments where state in ('confirmed', 'requires_action'))"
+    )
+    idle = {name for name, has_work in zip(("due_money", "parked", "overdue"), found, strict=True) if not has_work}
+    return [name for name in HEALING if name not in idle]
+
+
+async def work_off(schedule: Schedule, rounds: Iterable[str]) -> None:
+    """Everything that the tick finds, until it finds nothing, or what only time can give free."""
+    healer = schedule.workers[-1]
+    await healer.start(healer.worker.breaker.pulse())
+    for name in rounds:
+        await healer.round(name)
+    while True:
+        schedule.ground.move_clock(schedule.loop.seconds)
+        [(due,)] = schedule.ground.rows("select outbox.kick_due()")
+        before = schedule.doings
+        for handler in due or ():
+            with suppress(asyncio.CancelledError, Killed):
+                await schedule.workers[-1].drain(handler)
+        if schedule.doings == before:
+            return
+
+
+async def is_at_rest(schedule: Schedule) -> bool:
+    """Whether nothing is to be expected any more."""
+    provider = schedule.provider
+    if provider.mailbox or provider.next_due() is not None or not all(one.done() for one in schedule.asking):
+        return False
+    [(left,)] = schedule.ground.rows(
+        "select exists (select from surety.payments where state in ('initiated', 'submitting',"
+        " 'provider_submitted', 'requires_action', 'authorized', 'processing', 'confirmed', 'disputed'))"
+        " or exists (select from surety.refunds where state = 'pending')"
+        " or exists (select from surety.disputes where ask_at is not null)"
+        " or exists (select from outbox.batches) or exists (select from outbox.retries where due_at is not null)"
+        " or exists (select from surety.pending_money)"
+        " or exists (select from outbox.dead_letters where closed_at is null and event_id is distinct from %s)"
+        " or exists (select from surety.parked_facts where ended_at is null)",
+        schedule.poison,
+    )
+    return not left
+
+
+def next_due(schedule: Schedule, at_least: float) -> float:
+    """When something is due, in the schedule's seconds; so many seconds later at least, a day at most."""
+    schedule.ground.move_clock(schedule.loop.seconds)
+    [(seconds,)] = schedule.ground.rows(
+        "select extract(epoch from least("
+        " (select min(due_at) from outbox.retries), (select min(leased_until) from outbox.batches),"
+        " (select min(ask_at) from surety.payments), (select min(available_at) from surety.pending_money),"
+        " (select min(ask_at) from surety.refunds), (select min(ask_at) from surety.disputes),"
+        " (select min(parked_at) + interval '15 minutes' from surety.parked_facts where ended_at is null)"
+        ") - surety.time_now())::float8"
+    )
+    dues = [86_400.0 if seconds is None else seconds]
+    if (own := schedule.provider.next_due()) is not None:
+        dues.append(own - schedule.loop.seconds)
+    if not all(one.done() for one in schedule.asking):
+        dues.append(31.0)
+    return schedule.loop.seconds + min(86_400.0, max(at_least, min(dues) + 0.01))
+
+
+def what_is_left(schedule: Schedule) -> str:
+    """What did not come to rest."""
+    return str(
+        schedule.ground.rows(
+            "select (select array_agg(p.id || ' ' || p.state) from surety.payments as p join surety.states as s"
+            " using (state) where not s.is_final), (select array_agg(id || ' ' || state) from surety.refunds"
+            " where state = 'pending'), (select array_agg(id || ' ' || status) from surety.disputes"
+            " where ask_at is not null), (select array_agg(handler || ' ' || event_ids::text) from outbox.batches),"
+            " (select array_agg(handler || ' ' || attempts::text) from outbox.retries),"
+            " (select count(*) from surety.pending_money), (select count(*) from outbox.dead_letters"
+            " where closed_at is null), (select count(*) from surety.parked_facts where ended_at is null)"
+        )
+    )
