@@ -37,6 +37,24 @@ def inspect(house: House, told: Correspondence) -> dict[str, int]:
     return {name: times for name, times in promises.items() if times}
 
 
+def explain(conn: Connection) -> list[str]:
+    """Of each promise that the database sees broken an example, with all that is known of its payment."""
+    query = "select name, violations, example from surety.check_invariants() where violations > 0"
+    lines = []
+    for name, violations, example in conn.execute(query).fetchall():
+        lines.append(f"{name}: {violations}, such as {example}")
+        known = conn.execute(
+            "select to_jsonb(p)::text from surety.payments as p where p.id = %(id)s"
+            " union all (select to_jsonb(s)::text from surety.steps as s where s.payment_id = %(id)s order by version)"
+            " union all (select to_jsonb(f)::text from surety.facts as f where f.payment_id = %(id)s order by f.id)"
+            " union all (select to_jsonb(r)::text from surety.refunds as r where r.payment_id = %(id)s order by r.id)"
+            " union all (select to_jsonb(d)::text from surety.derive(array[%(id)s]) as d)",
+            {"id": example},
+        )
+        lines += [f"    {line}" for (line,) in known]
+    return lines
+
+
 def count_unfinished(conn: Connection) -> int:
     """Payments, refunds and disputes that are not at their end."""
     return count(

@@ -16,7 +16,16 @@ from app.demo.merchants import open_shops
 from app.demo.report import ask_about_returns, tell_afterwards
 from tests.crash.house import House
 from tests.crash.kills import KINDS, draw, strike
-from tests.crash.questions import PRESENT, TWICE_CHARGED, TWICE_REFUNDED, compare, count_unfinished, inspect, look
+from tests.crash.questions import (
+    PRESENT,
+    TWICE_CHARGED,
+    TWICE_REFUNDED,
+    compare,
+    count_unfinished,
+    explain,
+    inspect,
+    look,
+)
 from tests.crash.traffic import Traffic
 
 MERCHANTS = 10
@@ -95,6 +104,9 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
             acknowledged = f"{len(told.payments)} payments and {len(told.refunds)} refunds acknowledged"
             say(f"{number:>4} {kind}: {struck}; healed in {took:.1f} s; {acknowledged}")
             if violated:
+                with house.connect() as conn:
+                    for line in explain(conn):
+                        say(line)
                 break
         traffic.close()
         closed_at = time.monotonic()
