@@ -798,6 +798,10 @@ comment on table surety.fact_keys is
 'Facts ever recorded: neither amount, time nor source is part of the key, so a webhook and a poll about one object are
 one fact. revision numbers the fetches of what is not monotone (disputes); elsewhere it is 0.';
 
+create sequence surety.fetches as integer;
+comment on sequence surety.fetches is
+'Numbers the fetches of what is not monotone: no two have the same, so that of any two one was the last.';
+
 create table surety.facts (
     id text collate "C" not null,
     payment_id text collate "C" not null,

@@ -85,6 +85,7 @@ begin
     values (v_old.epoch + 1, outbox.system_identifier(), v_now, p_reason);
     update outbox.handlers set epoch = v_old.epoch + 1, seen = '1:1:', goal = null, at_xid = '0', at_id = '';
     perform setval('outbox.fences', nextval('outbox.fences') + 1000000);
+    perform setval('surety.fetches', nextval('surety.fetches') + 1000000);
     return v_old.epoch + 1;
 end;
 $$;

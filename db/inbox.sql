@@ -148,9 +148,23 @@ create or replace function surety.next_revision(p_provider text, p_account text,
 returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- The number of an object's next fetch, where the last fetch wins: disputes.
+    -- One more than the highest that is known of an object; whoever asks holds what keeps others from asking.
     select coalesce(max(fact_keys.revision) + 1, 0) from surety.fact_keys
     where
         fact_keys.provider = p_provider and fact_keys.account = p_account and fact_keys.livemode = p_livemode
         and fact_keys.object_id = p_object_id;
 end;
+
+create or replace function surety.next_fetch(p_provider text, p_account text, p_livemode boolean, p_object_id text)
+returns integer
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Who fetches a dispute should be alone, but may have lost his lock with its connection: if two had one number,
+    -- nobody could tell which of them was the last. The sequence may have gone back with a restored dump.
+    select greatest(
+        nextval('surety.fetches')::integer,
+        surety.next_revision(p_provider, p_account, p_livemode, p_object_id)
+    );
+end;
+comment on function surety.next_fetch(text, text, boolean, text) is
+'The number of an object''s fetch that begins now, where the last fetch wins: disputes.';

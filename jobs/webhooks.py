@@ -313,7 +313,7 @@ async def fetch_dispute(worker: Worker, source: Source, origin: Origin) -> Resul
         if not is_alone:
             raise Busy("somebody else is fetching it", seconds=DISPUTE_PAUSE_SECONDS)
         revision = await worker.database.value(
-            "select surety.next_revision('stripe', %s, %s, %s)", source.account, source.livemode, source.id
+            "select surety.next_fetch('stripe', %s, %s, %s)", source.account, source.livemode, source.id
         )
         answer = await fetch_one(worker, source)
         facts = dispute_facts(answer.body, origin, revision)

@@ -223,6 +223,23 @@ async def test_evidence_whose_answer_is_lost_is_submitted_once(
     assert not violations(conn)
 
 
+@pytest.mark.parametrize("first", ["opened", "lost"])
+def test_of_two_who_fetch_a_dispute_at_once_the_one_who_began_last_is_believed(conn: Connection, first: str) -> None:
+    """Each should be alone; a lock is lost with its connection."""
+    _, key = add_merchant(conn)
+    [payment_id] = pay(conn, key)
+    record(conn, [fact(payment_id, "captured", "ch", 10000)])
+    dispute = fact(payment_id, "dispute_opened", "dp", 10000)
+    query = "select surety.next_fetch('stripe', '', false, %s) from generate_series(1, 2)"
+    (earlier,), (later,) = conn.execute(query, (dispute["object_id"],)).fetchall()
+    assert earlier < later
+    told = [dispute | {"revision": earlier}, dispute | {"revision": later, "kind": "dispute_lost"}]
+    for one in told if first == "opened" else reversed(told):
+        record(conn, [one])
+    assert state_of(conn, payment_id) == "reversed"
+    assert not violations(conn)
+
+
 # ---------------------------------------------------------------------------------------------------------- over HTTP
 
 
