@@ -53,6 +53,6 @@ def test_benchmark_tells_what_is_promised(name: str) -> None:
     figures = measure(name, *SIZES[name])
     assert figures["benchmark"] == name
     assert figures.keys() >= PROMISED[name]
-    # So small a load need not be refused.
-    assert all(figures[promised] > 0 for promised in PROMISED[name] - {"refused_share"})
+    # Of so small a load nothing need be refused, and none of the few probes let in.
+    assert all(figures[promised] > 0 for promised in PROMISED[name] - {"refused_share", "p99_ratio"})
     assert figures.get("lost", 0) == 0
