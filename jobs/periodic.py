@@ -23,7 +23,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, LiteralString, TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, field
 from procrastinate import JobContext
 from procrastinate.tasks import Task
 from psycopg.types.json import Jsonb
@@ -56,6 +56,7 @@ class Question(Subject, kw_only=True):
 
     first_sent_at: datetime | None
     last_sent_at: datetime | None
+    begun_at: float = field(default_factory=time.monotonic)
 
 
 class RefundQuestion(Struct):
@@ -187,7 +188,7 @@ async def find_intent(worker: Worker, question: Question) -> Answer:
     assert question.first_sent_at is not None
     assert question.last_sent_at is not None
     sent = question.first_sent_at, question.last_sent_at
-    found = await worker.stripe.find_intent(question.account, question.payment_id, *sent, time.monotonic())
+    found = await worker.stripe.find_intent(question.account, question.payment_id, *sent, question.begun_at)
     if found is None:
         raise Absent(f"no intent is made for {question.payment_id}")
     return found
