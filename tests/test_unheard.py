@@ -165,21 +165,20 @@ async def test_a_submission_that_was_given_up_is_looked_for_as_long_as_it_is_unf
 async def test_many_submissions_that_are_looked_for_share_one_reading_of_the_list(
     conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
 ) -> None:
-    payments = pay(conn, key_hash, 40)
-    async with worker_here(database, sandbox.url, judged=False, timeout_seconds=0.3) as worker:
-        for payment_id in payments:
-            sandbox.order("payment_intents.create", "reset", match=payment_id)
-        await work_off(worker, "submit")
-        conn.execute("update surety.payments set ask_at = now() where state = 'submitting'")
-        readings = 0
+    pay(conn, key_hash, 40)
+    [batch] = conn.execute("select batch_id, fence from outbox.claim('submit', 'worker:dead')").fetchall()
+    conn.execute("select from surety.begin_calls(%s, %s, 'create', 'worker:dead')", batch)
+    conn.execute("update surety.payments set ask_at = now()")
+    readings = 0
 
-        async def count(request: Any) -> None:
-            nonlocal readings
-            readings += request.url.path == "/v1/payment_intents"
+    async def count(request: Any) -> None:
+        nonlocal readings
+        readings += request.url.path == "/v1/payment_intents"
 
+    async with worker_here(database, sandbox.url) as worker:
         worker.stripe.http.event_hooks["request"].append(count)
         await sweep(worker)
-    assert {state_of(conn, payment_id) for payment_id in payments} == {"provider_submitted"}
+    assert one(conn, "select count(*) from audit.entries where kind = 'answer' and outcome = 'absent'") == 40
     assert readings == 1
 
 
