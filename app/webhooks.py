@@ -29,6 +29,7 @@ from app.frame import Asgi, answer_error, name_request, with_head
 from app.lanes import Kicker, Lanes, Refused, Unavailable
 from app.problems import Problem, overloaded
 from db.connect import connect_async
+from db.secrets import without_secrets
 from db.settings import Settings, load
 
 log = logging.getLogger("surety.webhooks")
@@ -42,18 +43,6 @@ RELEVANT_HEADERS = frozenset({b"stripe-signature", b"content-type", b"user-agent
 HEADER_CHARACTERS_MAX = 2000
 JSON = (b"content-type", b"application/json")
 
-# Who knows an intent's client secret can act as its payer, so it is taken out of what is stored, which therefore no
-# longer verifies against its signature; that was done before.
-CLIENT_SECRET = re.compile(rb'("client_secret"\s*:\s*)"(?:[^"\\]|\\.)*"')
-# The same with the key's letters escaped, as JSON allows.
-ESCAPED_SECRET = re.compile(
-    b'("%s"%s)"%s"'
-    % (
-        b"".join(rb"(?:%c|\\u00(?i:%02x))" % (letter, letter) for letter in b"client_secret"),
-        rb"\s*:\s*",
-        rb'(?:[^"\\]|\\.)*',
-    )
-)
 # What a secret looks like where it can't be told by its key, in what is no JSON.
 SECRET = re.compile(rb"(_secret_)[0-9A-Za-z]+")
 
@@ -191,11 +180,6 @@ def read(body: bytes) -> tuple[StripeEvent, str]:
         return decode(body), without_secrets(body).decode()
     except (ValueError, RecursionError):
         raise Rejected("signed, but no event") from None
-
-
-def without_secrets(body: bytes) -> bytes:
-    """JSON with client secrets made null."""
-    return (ESCAPED_SECRET if b"\\u00" in body else CLIENT_SECRET).sub(rb"\1null", body)
 
 
 def at_the_lanes(app: ASGIApp) -> ASGIApp:

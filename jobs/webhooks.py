@@ -11,12 +11,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import msgspec
 from msgspec import Struct
 from psycopg.types.json import Jsonb
 
+from db.secrets import without_secrets
 from jobs.breaker import outage_key
 from jobs.calls import Result, record, record_as_they_come, without_subject
 from jobs.stripe_facts import (
@@ -204,7 +204,7 @@ async def take_listed(worker: Worker, account: str, events: list[Json]) -> None:
             "livemode": event["livemode"],
             "event_id": event["id"],
             "type": event["type"],
-            "body": msgspec.json.encode(without_secrets(event)).decode(),
+            "body": without_secrets(msgspec.json.encode(event)).decode(),
         }
         for number, event in enumerate(events)
         if event["id"] in unheard
@@ -212,15 +212,6 @@ async def take_listed(worker: Worker, account: str, events: list[Json]) -> None:
     if taken:
         await worker.database.value("select surety.receive_listed(%s)", Jsonb(taken))
         await worker.wake(["webhook.received"])
-
-
-def without_secrets(told: Any) -> Any:
-    """The same with client secrets made null, however deep they are."""
-    if isinstance(told, dict):
-        return {name: None if name == "client_secret" else without_secrets(value) for name, value in told.items()}
-    if isinstance(told, list):
-        return [without_secrets(value) for value in told]
-    return told
 
 
 async def without_known(worker: Worker, wanted: list[tuple[Webhook, Wanted]]) -> dict[Source, list[Webhook]]:
