@@ -126,6 +126,8 @@ def test_payments_settle_without_any_webhook_and_a_killed_workers_events_are_tak
     with worker_process(database, sandbox.url, "second"), worker_process(database, sandbox.url, "third"):
         eventually(lambda: {state_of(conn, payment_id) for payment_id in held + others} == {"settled"}, 20)
         eventually(lambda: count(conn, "select count(*) from surety.expectations where met_at is not null") == 8)
+        # The list of events may tell of what was held before it is taken over, which then has nothing left to do.
+        eventually(lambda: count(conn, "select count(*) from outbox.retries") == 0, 20)
         eventually(lambda: count(conn, "select count(*) from outbox.batches") == 0)
     first = count(conn, "select extract(epoch from min(at) - %s) from audit.entries where kind = 'call'", leased_until)
     assert first < 5
@@ -133,7 +135,6 @@ def test_payments_settle_without_any_webhook_and_a_killed_workers_events_are_tak
         assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "confirmed", "settled"]
     assert double(sandbox) == []
     assert not violations(conn)
-    assert count(conn, "select count(*) from outbox.retries") == 0
     query = "select count(distinct actor) from audit.entries where actor in ('worker:second', 'worker:third')"
     assert count(conn, query) == 2
     gross, fee = 8 * 10000, 8 * 320
