@@ -105,7 +105,7 @@ comment on function surety.receive_listed(jsonb) is
 
 create or replace function surety.read_inbox(p_batch bigint, p_fence bigint)
 returns table (
-    event_id text, inbox_id text, provider text, account text, livemode boolean, type text, body text,
+    event_id text, inbox_id text, source text, provider text, account text, livemode boolean, type text, body text,
     received_at timestamptz, failures integer
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -113,6 +113,8 @@ begin atomic
     select
         e.event_id,
         inbox.id,
+        -- What was read from the list was signed by nobody.
+        case inbox.headers when '{}' then 'poll' else 'webhook' end,
         inbox.provider,
         inbox.account,
         inbox.livemode,

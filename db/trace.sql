@@ -116,8 +116,8 @@ begin atomic
             case
                 when inbox.id is null then said.fact
                 when facts.kind in ('money', 'available') or fact_kinds.family in ('refund', 'dispute')
-                    then inbox.type || ' (' || inbox.event_id || '), signature valid: ' || said.fact
-                else inbox.type || ' (' || inbox.event_id || '), signature valid'
+                    then inbox.type || ' (' || inbox.event_id || '), ' || told.how || ': ' || said.fact
+                else inbox.type || ' (' || inbox.event_id || '), ' || told.how
             end as summary,
             null::text as from_state,
             null::text as to_state,
@@ -131,7 +131,10 @@ begin atomic
         inner join surety.fact_kinds on facts.kind = fact_kinds.kind
         cross join lateral
             surety.say_fact(facts.kind, facts.object_id, facts.amount_minor, facts.currency, facts.data) as said (fact)
-        left join surety.inbox on facts.source = 'webhook' and facts.source_id = inbox.id
+        cross join lateral (
+            select case facts.source when 'webhook' then 'signature valid' else 'from the list of events' end as how
+        ) as told
+        left join surety.inbox on facts.source in ('webhook', 'poll') and facts.source_id = inbox.id
         where facts.payment_id = p_payment_id and facts.source not in ('response', 'request')
     ),
 

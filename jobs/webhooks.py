@@ -95,6 +95,7 @@ class Webhook(Struct):
 
     event_id: str
     inbox_id: str
+    source: str
     account: str
     livemode: bool
     type: str
@@ -129,7 +130,7 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """webhook.received: the provider's news, as facts. What is believed makes one group; what is fetched follows."""
     webhooks = await worker.database.rows(
         Webhook,
-        "select event_id, inbox_id, account, livemode, type, body from surety.read_inbox(%s, %s)"
+        "select event_id, inbox_id, source, account, livemode, type, body from surety.read_inbox(%s, %s)"
         " where event_id = any(%s)",
         batch.batch_id, batch.fence, event_ids,
     )  # fmt: skip
@@ -166,7 +167,7 @@ def understand(webhook: Webhook) -> list[Fact] | Wanted:
     envelope = msgspec.json.decode(webhook.body, type=Envelope)
     told = envelope.data["object"]
     if webhook.type in BELIEVED and envelope.api_version == API_VERSION:
-        origin = Origin(webhook.account, webhook.livemode, "webhook", webhook.inbox_id)
+        origin = Origin(webhook.account, webhook.livemode, webhook.source, webhook.inbox_id)
         return BELIEVED[webhook.type](told, origin)
     if webhook.type in BELIEVED or webhook.type in FETCHED:
         return Wanted(Source(webhook.account, webhook.livemode, told["object"], told["id"]))
@@ -258,7 +259,7 @@ async def fetch(worker: Worker, source: Source, webhooks: list[Webhook]) -> list
     try:
         if source.livemode != worker.stripe.livemode:
             raise Unknown(f"{source.id} is of the other mode than our key")
-        origin = Origin(source.account, source.livemode, "webhook", webhooks[0].inbox_id)
+        origin = Origin(source.account, source.livemode, webhooks[0].source, webhooks[0].inbox_id)
         if source.kind == "dispute":
             told = await fetch_dispute(worker, source, origin)
         else:

@@ -305,7 +305,7 @@ def test_what_the_audit_trail_keeps_holds_no_secret(sandbox: Sandbox) -> None:
 
 def webhook(type: str, told: Json, version: str | None = "2026-10-28.endive") -> Webhook:
     body = json.dumps({"api_version": version, "data": {"object": told}})
-    return Webhook("evt_1", "whk_1", "acct_1", livemode=False, type=type, body=body)
+    return Webhook("evt_1", "whk_1", "webhook", "acct_1", livemode=False, type=type, body=body)
 
 
 INTENT = {"id": "pi_1", "object": "payment_intent", "amount": 1, "currency": "usd", "latest_charge": "ch_1"}

@@ -67,6 +67,9 @@ async def test_a_refund_and_a_dispute_that_no_webhook_told_of_are_read_from_the_
         assert heard == events, "what was read is not read again"
         await settlements(worker)
     assert ledger_of(conn)["held"] == 10000
+    told = [row[0] for row in conn.execute("select summary from surety.trace(%s)", (refunded,))]
+    assert any("from the list of events" in line for line in told)
+    assert not any("signature" in line for line in told), "nobody has signed what was read"
     assert one(conn, "select count(*) from audit.entries where kind = 'webhook' and outcome = 'listed'") == heard
     assert not violations(conn)
 

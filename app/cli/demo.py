@@ -328,7 +328,7 @@ def tell_faults(
     ).fetchone()
     asked = conn.execute("select count(*) from surety.calls where sends > 1").fetchone()
     assert polled is not None and asked is not None
-    by_the_sweep = f"found by the sweep, {polled[0]:.1f} s after submission at most" if polled[0] else "no harm done"
+    by_asking = f"found by asking, {polled[0]:.1f} s after submission at most" if polled[0] else "no harm done"
     timeouts = faults["timeouts"]
     rows = [
         (
@@ -353,7 +353,7 @@ def tell_faults(
         ),
         (webhooks["repeated"], "webhooks repeated", "ignored"),
         (webhooks["reordered"], "webhooks out of order", "the same end"),
-        (webhooks["lost"], "webhooks lost", by_the_sweep),
+        (webhooks["lost"], "webhooks lost", by_asking),
         (webhooks["forged"], "webhooks wrongly signed", "kept as evidence, answered 400"),
         (
             int(kill is not None),
