@@ -380,6 +380,60 @@ begin atomic
         ) as held
         group by held.handler, held.event_id
         having count(*) > 1
+        union all
+        select
+            'no payment is forgotten',
+            payments.id
+        from surety.payments
+        inner join surety.states on payments.state = states.state
+        where
+            -- Nobody asks, nothing is expected, no dispute is open; and no event of its is to be handled, nor dead.
+            not states.is_final and payments.ask_at is null
+            and not exists (
+                select from surety.expectations
+                where expectations.payment_id = payments.id and expectations.met_at is null
+            )
+            and not exists (
+                select from surety.disputes
+                where disputes.payment_id = payments.id and disputes.ask_at is not null
+            )
+            and not exists (
+                select from outbox.events
+                inner join outbox.handlers on events.type = any(handlers.event_types)
+                where
+                    events.aggregate_id = payments.id
+                    and (
+                        (
+                            handlers.epoch = events.epoch
+                            and not pg_catalog.pg_visible_in_snapshot(events.xid, handlers.seen)
+                        )
+                        or exists (
+                            select from outbox.batches
+                            where batches.handler = handlers.handler and events.id = any(batches.event_ids)
+                        )
+                        or exists (
+                            select from outbox.retries
+                            where
+                                retries.handler = handlers.handler and retries.event_id = events.id
+                                and retries.due_at is not null
+                        )
+                    )
+            )
+            and not exists (
+                select from outbox.dead_letters
+                where dead_letters.payment_id = payments.id and dead_letters.closed_at is null
+            )
+        union all
+        select
+            'what is overdue is told',
+            expectations.payment_id
+        from surety.expectations
+        where
+            expectations.met_at is null and expectations.due_at < surety.time_now() - interval '10 minutes'
+            and not exists (
+                select from surety.discrepancies
+                where discrepancies.kind = 'overdue' and discrepancies.subject = expectations.payment_id
+            )
     ),
 
     names (name, place) as (
@@ -411,7 +465,9 @@ begin atomic
             'what came back is taken from the merchant',
             'no payment has two live objects at the provider',
             'no batch outlives its lease unnoticed',
-            'every event is in at most one place per handler'
+            'every event is in at most one place per handler',
+            'no payment is forgotten',
+            'what is overdue is told'
         ]) with ordinality as listed (name, place)
     )
 

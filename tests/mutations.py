@@ -249,6 +249,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/facts.sql", "    v_types := v_types || surety.call_off_orphans(v_new, v_now);\n", ""),
     ),
     mutant(
+        "the breaker gives back what failed before it opened",
+        (
+            "db/breaker.sql",
+            "        failures = greatest(0, r.failures - counted.times),\n        attempts = counted.attempts,\n",
+            "        failures = r.failures,\n",
+        ),
+    ),
+    mutant(
+        "a failure counts only while the provider is well",
+        ("db/breaker.sql", "when r.result ? 'release_seconds' then null", "when true then null"),
+    ),
+    mutant(
         "the same call has the same key at the provider",
         (
             "db/calls.sql",

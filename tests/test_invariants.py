@@ -75,6 +75,11 @@ VIOLATIONS: dict[str, str] = {
         " values ('settle', array['evt_1'], '', '', 0, 'w', now(), now()))"
         " insert into outbox.retries (handler, event_id, due_at) values ('settle', 'evt_1', now())"
     ),
+    "no payment is forgotten": "update outbox.handlers set seen = pg_current_snapshot() where handler <> %(p)s",
+    "what is overdue is told": (
+        "insert into surety.expectations (payment_id, kind, opened_at, due_at)"
+        " values (%(p)s, 'settlement', now() - interval '1 day', now() - interval '11 minutes')"
+    ),
 }
 
 

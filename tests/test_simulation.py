@@ -10,11 +10,12 @@ import pytest
 from tests.simulation.running import run_all, run_here, runners
 from tests.simulation.schedule import RATES, Outcome, Plan
 
-# Smaller ones than by command, where a schedule has four payments; each heals in full.
+# Smaller ones than by command; each heals in full.
 SCHEDULES = 300
+STEPS = 80
 PAYMENTS = 2
 PROCESSES = 2
-PLANS = [Plan(seed=seed, payments=PAYMENTS) for seed in range(1, SCHEDULES + 1)]
+PLANS = [Plan(seed=seed, steps=STEPS, payments=PAYMENTS) for seed in range(1, SCHEDULES + 1)]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ Everything that could come in another order on another day is decided here inste
     loop        time stands still until it is moved; nothing happens but what was decided
     ground      the database: its clock, connections that can be cut at each statement's boundaries, locks that are felt
     provider    the sandbox's own mind without its sockets, and everything that can go wrong on the way to it
+    outages     all of its calls fail for a while, and nobody may be blamed for it
     actors      the processes: API, receiver, workers; they can be killed, stopped, replaced
     schedule    one schedule: what it is made of, who is next, what goes wrong, and how it heals
     promises    what must hold afterwards

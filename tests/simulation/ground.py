@@ -26,6 +26,7 @@ from db.errors import DeployError
 from db.source import Source
 from jobs.worker import Handler
 from tests.simulation.loop import PROCESS, Process
+from tests.simulation.outages import OPENERS, keep_given_back, look
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -40,7 +41,7 @@ SERVER = {
 }
 PREFIX = "surety_simulation"
 SWEEP_EVERY = 400
-QUIET_MS = 3
+QUIET_MS = 6
 
 TIME = "select statement_timestamp() + coalesce((select clock.ahead from surety.clock), interval '0');"
 CLOCK = """
@@ -136,6 +137,7 @@ class Wire(AsyncConnection[Any]):
     is_still = False
     lease = 0
     seed: float | None = None
+    has_waited = False
     doing = ""
     told = ""
 
@@ -167,9 +169,7 @@ class Wire(AsyncConnection[Any]):
         is_alone = is_idle and self.doing != "transaction" and not schedule.is_calm
         self.tell_time(schedule.loop.seconds, "begin" if is_alone else "")
         try:
-            result = await self.drive(gen)
-            if is_alone:
-                await self.commit_in_turn(schedule, self.process)
+            result = await self.do(gen, is_alone)
         except psycopg.Error as error:
             if not self.is_cut:
                 schedule.on_error(self.doing, error)
@@ -182,6 +182,19 @@ class Wire(AsyncConnection[Any]):
                 schedule.settle()
         if schedule.lot("cut_after"):
             raise self.cut()
+        return result
+
+    async def do(self, gen: Any, is_alone: bool) -> Any:
+        """Run a statement, with its commit if it is alone."""
+        schedule, process = self.schedule, self.process
+        assert schedule is not None and process is not None
+        found = look(schedule.ground) if self.doing in OPENERS else None
+        self.has_waited = False
+        result = await self.drive(gen)
+        if is_alone:
+            await self.commit_in_turn(schedule, process)
+        if found is not None and not self.has_waited:
+            keep_given_back(schedule, found)
         return result
 
     async def commit_in_turn(self, schedule: Schedule, process: Process) -> None:
@@ -224,6 +237,7 @@ class Wire(AsyncConnection[Any]):
             state = next(gen)
             while True:
                 if state == waiting.WAIT_R and not self.has_answered():
+                    self.has_waited = True
                     await self.schedule.blocked(self)
                 state = gen.send(waiting.READY_R if state == waiting.WAIT_R else waiting.READY_W)
         except StopIteration as end:

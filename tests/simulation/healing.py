@@ -17,6 +17,8 @@ ROUNDS_MAX = 60
 # In which of these the banks decide what nobody has answered.
 BANKS_TURN = 2
 HEALING = tuple(name for name in ROUNDS if name not in {"payouts", "upkeep"})
+# In this order what one handler brings about is found by the next, and the counting one comes last.
+LIFE = ("submit", "confirm", "capture", "cancel", "refund", "evidence", "apply", "settle", "close", "probe")
 # How many events a batch holds, in trouble and where there is none.
 FEW, ALL = 3, 100
 
@@ -24,6 +26,7 @@ FEW, ALL = 3, 100
 async def heal(schedule: Schedule) -> None:
     """What a healthy day does: lost workers are replaced, clients insist, time passes, operators replay."""
     schedule.is_calm = True
+    schedule.provider.recover()
     is_crash = schedule.poisonous is None and schedule.chance.random() < 0.5
     for worker in schedule.workers:
         if is_crash:
@@ -79,7 +82,10 @@ async def work_off(schedule: Schedule, rounds: Iterable[str]) -> None:
         schedule.ground.move_clock(schedule.loop.seconds)
         [(due,)] = schedule.ground.rows("select outbox.kick_due()")
         before = schedule.doings
-        for handler in due or ():
+        schedule.kicked.update(dict.fromkeys(due or ()))
+        while schedule.kicked:
+            handler = min(schedule.kicked, key=LIFE.index)
+            del schedule.kicked[handler]
             with suppress(asyncio.CancelledError, Killed):
                 await schedule.workers[-1].drain(handler)
         if schedule.doings == before:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Of a refund at the provider: it took the money, or will.
 STANDING = frozenset({"pending", "requires_action", "succeeded"})
 # What somebody will have seen to, once time has passed.
-OF_THE_END = frozenset({"no batch outlives its lease unnoticed"})
+OF_THE_END = frozenset({"no batch outlives its lease unnoticed", "what is overdue is told"})
 OPEN = frozenset({"needs_response", "under_review", "appeal_needs_response", "appeal_under_review"})
 
 

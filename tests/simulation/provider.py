@@ -26,6 +26,7 @@ from app.sandbox.settings import Settings
 from app.sandbox.wire import Answer
 from app.sandbox.world import World
 from tests.simulation.loop import PROCESS, Process
+from tests.simulation.outages import Outage, break_out, keep_excused
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -71,6 +72,7 @@ class Provider:
         self.process = Process("provider")
         self.mailbox: list[str] = []
         self.late: list[str] = []
+        self.outage: Outage | None = None
         self._requests = 0
 
     @property
@@ -80,12 +82,21 @@ class Provider:
 
     def happen(self) -> None:
         """Carry out what is due by now."""
+        if self.outage is not None and self.outage.until <= self.schedule.loop.seconds:
+            self.recover()
         memory = self.world.memory
         while self.world.agenda and self.world.agenda[0].due <= memory.now():
             plan = heapq.heappop(self.world.agenda)
             HAPPENINGS[plan.what](self.world, memory.get(plan.subject))
             memory.finish(plan)
             self.commit()
+
+    def recover(self) -> None:
+        """Be well again."""
+        outage, self.outage = self.outage, None
+        if outage is not None:
+            self.schedule.note("the provider is well again")
+            keep_excused(self.schedule, outage)
 
     def next_due(self) -> float | None:
         """When it does something by itself, in the schedule's seconds."""
@@ -174,8 +185,15 @@ class Provider:
     async def respond(self, request: Request) -> Answer | None:
         """The answer after whatever goes wrong; None if none ever comes."""
         name = request.operation.name
+        if self.outage is None and request.writes and self.schedule.lot("outage", name):
+            self.outage = break_out(self.schedule)
+        if self.outage is not None and (request.writes or self.outage.is_whole):
+            return await self.go_wrong(request, self.outage.form)
         drawn = [fault for fault in REQUEST_FAULTS if request.writes and self.schedule.lot(fault, name)]
-        fault: RequestFault | None = drawn[0] if drawn else None
+        return await self.go_wrong(request, drawn[0] if drawn else None)
+
+    async def go_wrong(self, request: Request, fault: RequestFault | None) -> Answer | None:
+        """What this fault leaves of the answer."""
         match fault:
             case "timeout_before":
                 return None
@@ -258,11 +276,14 @@ class Http(stripe.HTTPClient):
         doing = f"{method} {path}"
         await schedule.turn(process, doing)
         received = provider.receive(method.upper(), url, headers, post_data or "")
-        answered = received if isinstance(received, Answer) else await provider.respond(received)
+        is_well = provider.outage is None
+        answered = await provider.respond(received) if isinstance(received, Request) else received if is_well else None
         if answered is None:
             await asyncio.get_running_loop().create_future()
             raise AssertionError
         await schedule.turn(process, f"{doing}: answer")
+        if is_well and provider.outage is not None:
+            provider.outage.silent_since = schedule.loop.seconds
         return answered.body, answered.status, {name.decode(): value.decode() for name, value in answered.headers}
 
 

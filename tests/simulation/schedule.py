@@ -40,7 +40,8 @@ RATES: dict[str, tuple[float, float]] = {
     "worker_stopped": (0.01, 0.05),
     "api_killed": (0.01, 0.05),
     "stalled": (0.03, 0.15),
-    "deploy": (0.005, 0.02),
+    "deploy": (0.02, 0.1),
+    "outage": (0.2, 1.0),
 }
 LEAPS = (0.05, 1.5, 6.0, 21.0, 61.0, 200.0, 3700.0, 90_000.0)
 TOKENS = ("pm_card_visa",) * 8 + (
@@ -62,7 +63,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """What a schedule is drawn from. Fewer of anything makes it smaller."""
 
     seed: int
-    steps: int = 80
+    steps: int = 100
     payments: int = 4
     workers: int = 2
     lanes: int = 2

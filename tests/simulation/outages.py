@@ -1,0 +1,96 @@
+"""The provider is out for a while, wholly or for whoever commands: whose failure it was must be told in the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from app.sandbox.faults import RequestFault
+
+if TYPE_CHECKING:
+    from tests.simulation.ground import Ground
+    from tests.simulation.schedule import Schedule
+
+SECONDS = (30.0, 300.0, 7200.0)
+FORMS: tuple[RequestFault, ...] = (
+    "timeout_before",
+    "timeout_after",
+    "reset",
+    "error_500_before",
+    "error_500_after",
+    "garbage_200",
+)
+# Whoever runs one of these may open a breaker.
+OPENERS = frozenset({"surety.note_calls", "surety.open_breaker"})
+
+
+class Outage(Struct):
+    """How every call fails until the provider is well again; times in the schedule's seconds."""
+
+    form: RequestFault
+    is_whole: bool
+    """Whether reading fails, too."""
+    silent_since: float
+    """When the last answer of before arrived."""
+    until: float
+
+
+class Found(Struct, frozen=True):
+    """What is there for one who may open a breaker: those that are open, and the retries that nobody else is at."""
+
+    opened: frozenset[str]
+    free: frozenset[tuple[str, str]]
+
+
+def break_out(schedule: Schedule) -> Outage:
+    """The provider is out from now on."""
+    chance, now = schedule.chance, schedule.loop.seconds
+    return Outage(chance.choice(FORMS), chance.random() < 0.7, now, now + chance.choice(SECONDS))
+
+
+def opened(ground: Ground) -> frozenset[str]:
+    """The breakers that are open."""
+    query = "select surety.breaker_key(provider, account) from surety.breakers where opened_at is not null"
+    return frozenset(key for (key,) in ground.rows(query))
+
+
+def look(ground: Ground) -> Found:
+    """What is there now."""
+    query = "select handler, event_id from outbox.retries where blocked_by is not null for update skip locked"
+    return Found(opened(ground), frozenset((handler, event_id) for handler, event_id in ground.rows(query)))
+
+
+def keep_given_back(schedule: Schedule, found: Found) -> None:
+    """What failed just before a breaker opened counts against nobody."""
+    if not opened(schedule.ground) - found.opened:
+        return
+    rows = schedule.ground.rows(
+        "select r.handler, r.event_id from outbox.retries as r join surety.breakers as b"
+        " on surety.breaker_key(b.provider, b.account) = r.blocked_by cross join jsonb_array_elements(r.attempts) as a"
+        " where not r.blocked_by = any(%s) and a ->> 'outage' = r.blocked_by and not a ? 'counted'"
+        " and (a ->> 'at')::timestamptz between b.opened_at - interval '119 seconds' and b.opened_at",
+        list(found.opened),
+    )
+    if blamed := found.free.intersection(rows):
+        schedule.violate("what failed before a breaker opened is given back", str(min(blamed)))
+
+
+def keep_excused(schedule: Schedule, outage: Outage) -> None:
+    """Nobody is blamed for a call that was begun and has failed while nothing was answered."""
+    if not outage.is_whole:
+        return
+    rows = schedule.ground.rows(
+        "select t.handler, t.event_id from (select handler, event_id, attempts from outbox.retries union all"
+        " select handler, event_id, attempts from outbox.dead_letters) as t"
+        " join outbox.events as e on e.id = t.event_id cross join jsonb_array_elements(t.attempts) as a"
+        # Attempts are told in whole milliseconds.
+        " cross join lateral (select (a ->> 'at')::timestamptz + interval '1 ms' as at) as failed"
+        " cross join lateral (select max(c.at) as at from audit.entries as c"
+        " where c.payment_id = e.aggregate_id and c.kind = 'call' and c.at <= failed.at) as begun"
+        " where a ? 'outage' and not a ? 'counted' and failed.at < to_timestamp(%s) and begun.at > to_timestamp(%s)",
+        schedule.epoch_seconds + outage.until,
+        schedule.epoch_seconds + outage.silent_since,
+    )
+    if rows:
+        schedule.violate("nobody is blamed for an outage", str(min(rows)))
