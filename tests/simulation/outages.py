@@ -87,7 +87,8 @@ def keep_excused(schedule: Schedule, outage: Outage) -> None:
         # Attempts are told in whole milliseconds.
         " cross join lateral (select (a ->> 'at')::timestamptz + interval '1 ms' as at) as failed"
         " cross join lateral (select max(c.at) as at from audit.entries as c"
-        " where c.payment_id = e.aggregate_id and c.kind = 'call' and c.at <= failed.at) as begun"
+        " where c.payment_id = e.aggregate_id and c.kind = 'call' and c.at <= failed.at"
+        " and c.snapshot ->> 'operation' = case t.handler when 'submit' then 'create' else t.handler end) as begun"
         " where a ? 'outage' and not a ? 'counted' and failed.at < to_timestamp(%s) and begun.at > to_timestamp(%s)",
         schedule.epoch_seconds + outage.until,
         schedule.epoch_seconds + outage.silent_since,

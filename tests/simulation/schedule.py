@@ -39,7 +39,7 @@ RATES: dict[str, tuple[float, float]] = {
     "worker_killed": (0.02, 0.1),
     "worker_stopped": (0.01, 0.05),
     "api_killed": (0.01, 0.05),
-    "stalled": (0.03, 0.15),
+    "stalled": (0.1, 0.6),
     "deploy": (0.02, 0.1),
     "outage": (0.2, 1.0),
 }
@@ -313,9 +313,12 @@ class Schedule:
         self.move_to(max(timer, self.loop.seconds + 0.001))
 
     def leap(self) -> None:
-        """Time goes on."""
+        """Time goes on, and the tick finds what is due by then."""
         far = len(LEAPS) if self.poisonous is None and self.lot("stalled") else 3
         self.move_to(self.loop.seconds + self.chance.choice(LEAPS[:far]))
+        self.ground.move_clock(self.loop.seconds)
+        query = "select handler from outbox.handlers where outbox.has_work(handler) order by handler"
+        self.kicked.update(dict.fromkeys(handler for (handler,) in self.ground.rows(query)))
 
     def move_to(self, seconds: float) -> None:
         """Set the time, for everybody."""
