@@ -229,7 +229,8 @@ end;
 create or replace function surety.disregard_strangers(p_facts surety.facts[], p_at timestamptz) returns surety.facts[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
--- Marks facts that can't be about their payment as it is: another account, mode or currency. Each opens a discrepancy.
+-- Marks facts that can't be about their payment as it is: another account, mode or currency, or an object made for
+-- another amount, which nobody may confirm. Each opens a discrepancy.
 declare
     v_judged surety.facts [];
 begin
@@ -246,6 +247,7 @@ begin
                 when
                     f.kind = 'money' and f.currency <> p.currency
                     and coalesce(f.data ->> 'other_currency', f.currency) <> p.currency then 'currency'
+                when f.kind = 'submitted' and f.amount_minor <> p.amount_minor then 'amount'
             end as stranger
         from unnest(p_facts) as f join surety.payments as p on p.id = f.payment_id
     )

@@ -193,6 +193,11 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "another amount is not believed",
         ("jobs/calls.py", 'if intent["amount"] == subject.amount_minor:', 'if intent["amount"]:'),
+        (
+            "db/facts.sql",
+            "                when f.kind = 'submitted' and f.amount_minor <> p.amount_minor then 'amount'\n",
+            "",
+        ),
     ),
     mutant(
         "what is confirmed is expected to settle",

@@ -291,6 +291,17 @@ def test_a_fact_of_another_currency_account_or_mode_makes_no_step_and_tells(
     assert told.fetchall() == [(kind, True)]
 
 
+def test_an_object_made_for_another_amount_is_told_of_and_never_confirmed(conn: Connection) -> None:
+    _, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash)
+    assert record(conn, [fact(payment_id, "submitted", "pi", 10001)]) == []
+    assert path_of(conn, payment_id) == ["initiated"]
+    told = conn.execute("select kind, is_critical from surety.discrepancies where payment_id = %s", (payment_id,))
+    assert told.fetchall() == [("amount", True)]
+    record(conn, [fact(payment_id, "submitted", "pi_2", 10000)])
+    assert state_of(conn, payment_id) == "provider_submitted"
+
+
 def test_another_amount_for_the_same_object_is_a_contradiction(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)

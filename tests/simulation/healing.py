@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
 ROUNDS_MAX = 60
-# In which of these the banks decide what nobody has answered.
+# In which of these the banks decide what nobody has answered, and somebody does what was told to need a person.
 BANKS_TURN = 2
 HEALING = tuple(name for name in ROUNDS if name not in {"payouts", "upkeep"})
 # In this order what one handler brings about is found by the next, and the counting one comes last.
@@ -40,6 +40,7 @@ async def heal(schedule: Schedule) -> None:
     for turn in range(ROUNDS_MAX):
         if turn == BANKS_TURN:
             schedule.provider.decide_all()
+            schedule.provider.put_right()
         schedule.provider.mailbox += schedule.provider.late
         schedule.provider.late = []
         await schedule.deliver_all()

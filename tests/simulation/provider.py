@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 MEMORY = Path(":memory:")
+# No key is in use for reading.
+READ_FAULTS = tuple(fault for fault in REQUEST_FAULTS if fault != "conflict_409")
 # A day late comes only what can be done once: nobody could tell that a refund was not made from one that still will be.
 LATE_SECONDS = (0.5, 5.0, 30.0, 25 * 3600.0)
 
@@ -163,6 +165,17 @@ class Provider:
         self.commit()
         return doing
 
+    def put_right(self) -> None:
+        """Somebody looks at what was made for another amount than asked for, and cancels it in the dashboard."""
+        from app.sandbox import intents
+
+        asked = dict(self.schedule.ground.rows("select id, amount_minor from surety.payments"))
+        for intent in list(self.memory.every("payment_intent")):
+            is_wrong = intent.body["amount"] != asked.get(intent.body["metadata"]["surety_payment"])
+            if is_wrong and intent.body["status"] == "requires_confirmation":
+                intents.cancel(self.world, intent, "requested_by_customer")
+                self.commit()
+
     def decide_all(self) -> None:
         """The banks decide whatever they still have before them."""
         for dispute in list(self.memory.every("dispute")):
@@ -189,7 +202,10 @@ class Provider:
             self.outage = break_out(self.schedule)
         if self.outage is not None and (request.writes or self.outage.is_whole):
             return await self.go_wrong(request, self.outage.form)
-        drawn = [fault for fault in REQUEST_FAULTS if request.writes and self.schedule.lot(fault, name)]
+        if request.writes:
+            drawn = [fault for fault in REQUEST_FAULTS if self.schedule.lot(fault, name)]
+        else:
+            drawn = [self.schedule.chance.choice(READ_FAULTS)] if self.schedule.lot("reads", name) else []
         return await self.go_wrong(request, drawn[0] if drawn else None)
 
     async def go_wrong(self, request: Request, fault: RequestFault | None) -> Answer | None:
@@ -210,7 +226,9 @@ class Provider:
         return await self.send_back(request, answered, fault)
 
     def execute(self, request: Request, fault: RequestFault | None) -> Answer:
-        """Do what is asked, or break down before or after it."""
+        """Do what is asked, or what was understood; or break down before or after it."""
+        if request.operation.name == "payment_intents.create" and self.schedule.lot("misread_amount"):
+            request.pairs = [(name, str(int(told) + 1) if name == "amount" else told) for name, told in request.pairs]
         match fault:
             case "error_500_before":
                 answered = request.replay or refuse(broken())

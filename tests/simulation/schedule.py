@@ -32,7 +32,9 @@ RATES: dict[str, tuple[float, float]] = {
     "cut_open": (0.01, 0.05),
     "cut_after": (0.01, 0.05),
     **dict.fromkeys(REQUEST_FAULTS, (0.05, 0.3)),
+    "reads": (0.1, 0.5),
     "other_amount": (0.05, 0.2),
+    "misread_amount": (0.05, 0.2),
     "webhook_lost": (0.1, 1.0),
     "webhook_repeated": (0.1, 0.5),
     "webhook_delayed": (0.1, 0.5),
@@ -66,7 +68,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     steps: int = 100
     payments: int = 4
     workers: int = 2
-    lanes: int = 2
+    lanes: int = 3
     without: frozenset[str] = frozenset()
 
     def command(self) -> str:
@@ -222,13 +224,8 @@ class Schedule:
         """Wait, beside the others, until the lock that a connection stands in line for is granted."""
         self.note("blocked", wire.process.name if wire.process else "", wire.doing)
         freed = self.held_up[wire] = self.loop.create_future()
-        if len(self.held_up) > 1:
-            if self.is_deadlocked():
-                self.violate("nobody waits in a circle", ", ".join(other.doing for other in self.held_up))
-                wire.cancel()
-                self.held_up[wire].set_result(None)
-            else:
-                wire.hold_still(True)
+        if len(self.held_up) > 1 and not self.break_circle(wire):
+            wire.hold_still(True)
         try:
             await freed
         finally:
@@ -240,6 +237,16 @@ class Schedule:
         freed = self.held_up.pop(wire, None)
         if freed is not None and not freed.done():
             freed.set_exception(Killed())
+
+    def break_circle(self, wire: Wire) -> bool:
+        """Whether those who wait wait for each other; then this one gives up."""
+        if not self.is_deadlocked():
+            return False
+        self.violate("nobody waits in a circle", ", ".join(other.doing for other in self.held_up))
+        wire.hold_still(False)
+        wire.cancel()
+        self.held_up[wire].set_result(None)
+        return True
 
     def is_deadlocked(self) -> bool:
         """Whether those who wait wait for each other."""
@@ -264,6 +271,9 @@ class Schedule:
                 future.set_result(None)
             elif wire is not next(iter(self.held_up)):
                 wire.hold_still(True)
+        waiting = [wire for wire, future in self.held_up.items() if not future.done()]
+        if len(waiting) > 1:
+            self.break_circle(waiting[-1])
 
     # Decisions
 
@@ -289,7 +299,7 @@ class Schedule:
             (1.0 if not soon else 0.2, self.leap),
             (3.0 if going else 0.0, self.start_job),
             (2.0 if self.unasked else 0.0, self.ask),
-            (0.2 if len(self.unasked) < len(self.wanted) else 0.0, self.storm),
+            (0.5 if len(self.unasked) < len(self.wanted) else 0.0, self.storm),
             (2.0 if self.provider.mailbox else 0.0, self.post),
             (0.5, self.payer),
             (1.2, self.instruct),
