@@ -12,7 +12,7 @@ from tests.simulation.schedule import RATES, Outcome, Plan
 
 # Smaller ones than by command; each heals in full.
 SCHEDULES = 300
-STEPS = 80
+STEPS = 60
 PAYMENTS = 2
 PROCESSES = 2
 PLANS = [Plan(seed=seed, steps=STEPS, payments=PAYMENTS) for seed in range(1, SCHEDULES + 1)]
