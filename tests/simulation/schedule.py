@@ -498,6 +498,9 @@ class Schedule:
             await work_off(self, HEALING)
         if self.chance.random() < 0.5:
             await self.deliver_all()
+        for _ in range(self.chance.randrange(2 * self.plan.payments)):
+            self.instruct()
+        await asyncio.wait(self.asking)
         self.ground.let_batches_hold(FEW)
 
     def calm_down(self) -> None:
