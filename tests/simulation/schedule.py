@@ -65,8 +65,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     """What a schedule is drawn from. Fewer of anything makes it smaller."""
 
     seed: int
-    steps: int = 100
-    payments: int = 4
+    steps: int = 80
+    payments: int = 3
     workers: int = 2
     lanes: int = 3
     without: frozenset[str] = frozenset()
