@@ -6,9 +6,12 @@ Everything that could come in another order on another day is decided here inste
     ground      the database: its clock, connections that can be cut at each statement's boundaries, locks that are felt
     provider    the sandbox's own mind without its sockets, and everything that can go wrong on the way to it
     outages     all of its calls fail for a while, and nobody may be blamed for it
+    clients     the merchants: what they want, until they are told
     actors      the processes: API, receiver, workers; they can be killed, stopped, replaced
-    schedule    one schedule: what it is made of, who is next, what goes wrong, and how it heals
+    schedule    one schedule: what it is made of, who is next, what goes wrong
+    healing     what a healthy day does, until nothing is to be expected any more
     promises    what must hold afterwards
     shrinking   a failing schedule with less in it
+    running     schedules side by side
     __main__    many of them: python -m tests.simulation --schedules 300 --seed 1 --json
 """

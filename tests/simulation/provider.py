@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 import stripe
 
-from app.sandbox import outside
+from app.sandbox import intents, outside
 from app.sandbox.agenda import HAPPENINGS
 from app.sandbox.answering import Request, answer, broken, key_in_use, rate_limited, refuse, store, understand
 from app.sandbox.errors import StripeError
@@ -127,8 +127,6 @@ class Provider:
         waiting = [one for one in self.memory.every("payment_intent") if one.body["status"] == "requires_action"]
         if not waiting:
             return False
-        from app.sandbox import intents
-
         intents.authenticated(self.world, self.schedule.chance.choice(waiting), self.schedule.chance.random() < 0.7)
         self.commit()
         return True
@@ -167,8 +165,6 @@ class Provider:
 
     def put_right(self) -> None:
         """Somebody looks at what was made for another amount than asked for, and cancels it in the dashboard."""
-        from app.sandbox import intents
-
         asked = dict(self.schedule.ground.rows("select id, amount_minor from surety.payments"))
         for intent in list(self.memory.every("payment_intent")):
             is_wrong = intent.body["amount"] != asked.get(intent.body["metadata"]["surety_payment"])

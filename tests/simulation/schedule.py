@@ -1,4 +1,4 @@
-"""One schedule: what it is made of, who is next, what goes wrong; and how everything heals in the end.
+"""One schedule: what it is made of, who is next, and what goes wrong. How it heals is in healing.py.
 
 Each decision is drawn from one stream of chance, each kind of fault from a stream of its own: so the same seed gives
 the same schedule, and leaving a kind of fault out, or stopping earlier, leaves the rest as like it as can be.
