@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from jobs.handlers import HANDLERS
 from tests.simulation.actors import ROUNDS, WorkerProcess
 from tests.simulation.loop import Killed
 
@@ -18,7 +19,7 @@ ROUNDS_MAX = 60
 BANKS_TURN = 2
 HEALING = tuple(name for name in ROUNDS if name not in {"payouts", "upkeep"})
 # In this order what one handler brings about is found by the next, and the counting one comes last.
-LIFE = ("submit", "confirm", "capture", "cancel", "refund", "evidence", "apply", "settle", "close", "probe")
+LIFE = tuple(HANDLERS)
 # How many events a batch holds, in trouble and where there is none.
 FEW, ALL = 3, 100
 
