@@ -97,13 +97,21 @@ $$;
 comment on function surety.open_breaker(text, text, text, text) is
 'Opens an account''s breaker: its failures of the last two minutes are given back, and what failed waits.';
 
+create or replace function surety.read_clock() returns timestamptz
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- For workers, whose clocks are not ours.
+    select surety.time_now();
+end;
+
 create or replace function surety.note_calls(p_provider text, p_calls jsonb, p_actor text)
 returns table (account text, is_open boolean, answered_seconds double precision)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- p_calls: [{"account", "answered", "failed", "in_a_row", "answered_seconds"?}]: commands answered, calls failed, how
--- many failed since the last answer, and how long ago that was. Returns the accounts that were told of and all whose
--- breaker is open; answered_seconds is the time since any worker had an answer from there.
+-- p_calls: [{"account", "answered", "failed", "in_a_row", "answered_at"?}]: commands answered, calls failed, how many
+-- failed since the last answer, and when that came, or earlier: whoever failed after it is blamed for nothing. Returns
+-- the accounts that were told of and all whose breaker is open; answered_seconds is the time since any worker had an
+-- answer from there.
 declare
     v_now timestamptz := surety.time_now();
     v_bucket constant interval := '30 seconds';
@@ -113,10 +121,9 @@ declare
 begin
     insert into surety.breakers as b (provider, account, bucket_at, answered, failed, in_a_row, answered_at)
     select
-        p_provider, c.account, v_now, c.answered, c.failed, c.in_a_row,
-        v_now - make_interval(secs => c.answered_seconds)
+        p_provider, c.account, v_now, c.answered, c.failed, c.in_a_row, c.answered_at
     from jsonb_to_recordset(p_calls) as c (
-        account text, answered integer, failed integer, in_a_row integer, answered_seconds double precision
+        account text, answered integer, failed integer, in_a_row integer, answered_at timestamptz
     )
     order by c.account
     on conflict on constraint breakers_pkey do update
@@ -210,8 +217,8 @@ begin
     end if;
     update surety.breakers as b
     set
-        opened_at = null, next_probe_at = null, closed_at = v_now, answered_at = v_now, bucket_at = v_now, in_a_row = 0,
-        answered = 0, failed = 0, prior_answered = 0, prior_failed = 0
+        opened_at = null, next_probe_at = null, closed_at = v_now, bucket_at = v_now, in_a_row = 0, answered = 0,
+        failed = 0, prior_answered = 0, prior_failed = 0
     where b.provider = p_provider and b.account = p_account;
     with held as (
         select r.handler, r.event_id

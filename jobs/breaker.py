@@ -11,6 +11,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from datetime import datetime, timedelta
 
 from msgspec import Struct
 from psycopg.types.json import Jsonb
@@ -98,22 +99,26 @@ class Breaker:
 
     async def _tell(self) -> dict[str, float]:
         """When each account answered anybody last, on the monotonic clock, of those that were told of."""
-        self._told_at = time.monotonic()
+        clock: datetime = await self._database.value("select surety.read_clock()")
+        told_at = self._told_at = time.monotonic()
         tallies, self._tallies = self._tallies, defaultdict(Tally)
+        # The database's clock was read before ours: an answer seems older by what lay between, and never younger, for
+        # whoever failed before an answer may be to blame. No age is told, for the statement may have to wait.
         calls = [
             {
                 "account": account,
                 "answered": tally.answered,
                 "failed": tally.failed,
                 "in_a_row": tally.in_a_row,
-                "answered_seconds": None if tally.answered_at is None else self._told_at - tally.answered_at,
+                "answered_at": tally.answered_at
+                and (clock - timedelta(seconds=told_at - tally.answered_at)).isoformat(),
             }
             for account, tally in tallies.items()
         ]
         query = "select account, is_open, answered_seconds from surety.note_calls(%s, %s, %s)"
         told = await self._database.rows(Told, query, PROVIDER, Jsonb(calls), self._actor)
         self._know(frozenset(row.account for row in told if row.is_open))
-        return {row.account: self._told_at - row.answered_seconds for row in told if row.answered_seconds is not None}
+        return {row.account: told_at - row.answered_seconds for row in told if row.answered_seconds is not None}
 
     def _know(self, blocked: frozenset[str]) -> None:
         now = time.monotonic()

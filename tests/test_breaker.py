@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from jobs.database import CONNECTIONS_MAX
 from jobs.periodic import sweep
 from jobs.worker import Worker
 from tests.payments import Connection, add_merchant, pay, state_of, violations
@@ -323,6 +325,23 @@ async def test_what_a_breaker_holds_is_due_again_even_if_nobody_closes_it(
         await worker.breaker._tell()
         await later(conn, worker, "61 seconds")
     assert state_of(conn, payment_id) in ENDED
+
+
+async def test_an_answer_is_told_no_younger_than_it_is_however_long_the_telling_has_to_wait(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    shop()
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        [(now,)] = conn.execute("select clock_timestamp()").fetchall()
+        busy = [
+            asyncio.create_task(worker.database.value("select pg_sleep(0.3)::text")) for _ in range(CONNECTIONS_MAX)
+        ]
+        await asyncio.sleep(0)
+        await worker.breaker._tell()
+        await asyncio.gather(*busy)
+    [(answered_at,)] = conn.execute("select answered_at from surety.breakers").fetchall()
+    assert answered_at <= now
 
 
 def test_an_outage_under_load_ends_without_anybody(
