@@ -152,11 +152,14 @@ end;
 comment on function outbox.list_handlers() is
 'Which handler wants which events, how many at once, and how long it may hold them before it must renew its lease.';
 
-create or replace function outbox.claim(p_handler text, p_worker text)
-returns table (batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, leased_until timestamptz)
+create or replace function outbox.claim_batch(p_handler text, p_worker text)
+returns table (
+    batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, is_last boolean, leased_until timestamptz
+)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Takes work for p_handler: no row when there is none, or when enough of its batches are being worked on.
+-- is_last: nothing else was due. What comes after is told by a kick of its own.
 -- Locks the handler's row until commit, which is at once. A claim that finds nothing writes nothing.
 declare
     v_now timestamptz := surety.time_now();
@@ -169,6 +172,8 @@ declare
     v_last_xid xid8;
     v_last_id text;
     v_scan_limit integer;
+    v_is_new boolean;
+    v_is_last boolean := false;
     v_moved boolean := false;
 begin
     perform outbox.require_epoch();
@@ -219,6 +224,7 @@ begin
         v_retry := false;
         v_scan_limit := greatest(1000, 4 * v_handler.batch_size);
         for v_turn in 1..8 loop
+            v_is_new := v_handler.goal is null;
             v_goal := coalesce(v_handler.goal, pg_current_snapshot());
             with scanned as materialized (
                 select s.xid, s.id, s.type
@@ -249,7 +255,7 @@ begin
                 (select count(*) from scanned), (select array_agg(m.id order by m.id) from matched as m),
                 (select e.xid from ends as e), (select e.id from ends as e)
             into v_scanned, v_ids, v_last_xid, v_last_id;
-            exit when v_scanned = 0 and v_handler.goal is null;
+            exit when v_scanned = 0 and v_is_new;
             v_moved := true;
             if v_scanned = v_scan_limit or cardinality(v_ids) = v_handler.batch_size then
                 v_handler.goal := v_goal;
@@ -261,7 +267,8 @@ begin
                 v_handler.at_xid := '0';
                 v_handler.at_id := '';
             end if;
-            exit when v_ids is not null;
+            v_is_last := v_is_new and v_handler.goal is null;
+            exit when v_ids is not null or v_is_last;
         end loop;
         if v_moved then
             update outbox.handlers as h
@@ -281,9 +288,18 @@ begin
         p_worker,
         v_now + v_handler.lease, v_now
     from unnest(v_ids) as i (id)
-    returning b.id, b.fence, b.event_ids, b.is_suspect, b.leased_until;
+    returning b.id, b.fence, b.event_ids, b.is_suspect, v_is_last, b.leased_until;
 end;
 $$;
+
+create or replace function outbox.claim(p_handler text, p_worker text)
+returns table (batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, leased_until timestamptz)
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- For workers from before claim_batch; goes with the next deploy.
+    select claimed.batch_id, claimed.fence, claimed.event_ids, claimed.is_suspect, claimed.leased_until
+    from outbox.claim_batch(p_handler, p_worker) as claimed;
+end;
 
 create or replace function outbox.finish(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp

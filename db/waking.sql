@@ -3,8 +3,10 @@
 create or replace function outbox.has_work(p_handler text) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- Whether a claim would find something: cheap enough to ask every second.
+-- Whether a claim would find something, or has a hundred events to leave behind that others want: cheap enough to ask
+-- every second.
 declare
+    v_behind_max constant integer := 100;
     v_now timestamptz := surety.time_now();
     v_handler outbox.handlers;
 begin
@@ -16,9 +18,11 @@ begin
         v_handler.goal is not null
         or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)
         or exists (select from outbox.batches as b where b.handler = p_handler and b.leased_until < v_now)
-        or exists (
-            select from outbox.scan(
-                v_handler.epoch, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id, 1)
+        or (
+            select count(*) = v_behind_max or coalesce(bool_or(s.type = any(v_handler.event_types)), false)
+            from outbox.scan(
+                v_handler.epoch, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id,
+                v_behind_max) as s
         )
     );
 end;

@@ -99,18 +99,21 @@ class Breaker:
 
     async def _tell(self) -> dict[str, float]:
         """When each account answered anybody last, on the monotonic clock, of those that were told of."""
-        clock: datetime = await self._database.value("select surety.read_clock()")
-        told_at = self._told_at = time.monotonic()
         tallies, self._tallies = self._tallies, defaultdict(Tally)
+        clock: datetime | None = None
+        if any(tally.answered_at is not None for tally in tallies.values()):
+            clock = await self._database.value("select surety.read_clock()")
         # The database's clock was read before ours: an answer seems older by what lay between, and never younger, for
         # whoever failed before an answer may be to blame. No age is told, for the statement may have to wait.
+        told_at = self._told_at = time.monotonic()
         calls = [
             {
                 "account": account,
                 "answered": tally.answered,
                 "failed": tally.failed,
                 "in_a_row": tally.in_a_row,
-                "answered_at": tally.answered_at
+                "answered_at": clock
+                and tally.answered_at
                 and (clock - timedelta(seconds=told_at - tally.answered_at)).isoformat(),
             }
             for account, tally in tallies.items()

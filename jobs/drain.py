@@ -37,11 +37,16 @@ async def drain(context: JobContext, handler: str) -> None:
     """Handle what is due, until nothing is or others must have their turn."""
     worker = worker_of(context)
     end = time.monotonic() + DRAIN_SECONDS
+    full = worker.handlers[handler].batch_size
     while batch := await claim(worker, handler):
-        if len(batch.event_ids) == worker.handlers[handler].batch_size:
+        claimed = len(batch.event_ids)
+        if claimed == full:
             await worker.kick([handler])
         async with leased(worker, batch, worker.handlers[handler].lease_seconds):
             await handle(worker, batch, HANDLERS[handler])
+        # After few, a claim that finds nothing would cost as much as they did; after many it finds what has come since.
+        if batch.is_last and claimed <= full / 10:
+            return
         if worker.stopping.is_set() or time.monotonic() > end:
             await worker.kick([handler])
             return
@@ -50,7 +55,7 @@ async def drain(context: JobContext, handler: str) -> None:
 async def claim(worker: Worker, handler: str) -> Batch | None:
     """The next batch, if anything is due and nobody else is at it."""
     claimed = await worker.database.rows(
-        Batch, "select batch_id, fence, event_ids from outbox.claim(%s, %s)", handler, worker.name
+        Batch, "select batch_id, fence, event_ids, is_last from outbox.claim_batch(%s, %s)", handler, worker.name
     )
     return claimed[0] if claimed else None
 

@@ -35,11 +35,12 @@ class Handler(Struct, frozen=True):
 
 
 class Batch(Struct):
-    """A row of outbox.claim: events leased to us, until somebody notices that they aren't any more."""
+    """A row of outbox.claim_batch: events leased to us, until somebody notices that they aren't any more."""
 
     batch_id: int
     fence: int
     event_ids: list[str]
+    is_last: bool
     is_lost: bool = False
 
 

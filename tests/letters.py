@@ -19,7 +19,7 @@ def give_up(
     """
     known = {letter for (letter,) in conn.execute("select id from outbox.dead_letters")}
     conn.execute("update outbox.handlers set retry_after = '{0 s,0 s}' where handler = %s", (handler,))
-    claim = "select batch_id, fence, event_ids from outbox.claim(%s, 'worker-1')"
+    claim = "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'worker-1')"
     while row := conn.execute(claim, (handler,)).fetchone():
         batch, fence, event_ids = row
         results: list[dict[str, Any]] = [{"event_id": event_id, "error": error} for event_id in event_ids]
@@ -67,7 +67,7 @@ def unanswered(conn: Connection) -> tuple[str, str]:
 def held(conn: Connection, *, operation: str | None = None, status: int | None = None) -> tuple[str, str]:
     """A letter about confirming a payment that the provider holds, and the payment."""
     [payment_id] = pay(conn, add_merchant(conn)[1])
-    row = conn.execute("select batch_id, fence, event_ids from outbox.claim('submit', 'worker-1')").fetchone()
+    row = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('submit', 'worker-1')").fetchone()
     assert row is not None
     conn.execute("select * from surety.begin_calls(%s, %s, 'create', 'worker:w')", row[:2])
     answered = {
@@ -110,7 +110,7 @@ def capture(conn: Connection, sent: str, status: int | None = None) -> tuple[str
 def dead_command(conn: Connection, handler: str, operation: str, payment_id: str, sent: str, status: int | None) -> str:
     """Handle a command in vain until it is given up; if it is sent, it is each time, with that answer."""
     conn.execute("update outbox.handlers set retry_after = '{0 s,0 s}' where handler = %s", (handler,))
-    claim = "select batch_id, fence, event_ids from outbox.claim(%s, 'worker-1')"
+    claim = "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'worker-1')"
     while row := conn.execute(claim, (handler,)).fetchone():
         batch, fence, [event_id] = row
         result = {"event_id": event_id, "error": REFUSAL}

@@ -39,7 +39,7 @@ def key_hash(conn: Connection) -> bytes:
 
 
 def claimed(conn: Connection, handler: str) -> Claim:
-    row = conn.execute("select batch_id, fence, event_ids from outbox.claim(%s, 'w')", (handler,)).fetchone()
+    row = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch(%s, 'w')", (handler,)).fetchone()
     assert row is not None
     return row[0], row[1], row[2]
 
@@ -249,7 +249,7 @@ def test_who_claims_what_he_has_just_written_is_not_taken_for_a_restored_databas
 ) -> None:
     with conn.transaction():
         pay(conn, key_hash)
-        conn.execute("select * from outbox.claim('submit', 'w')")
+        conn.execute("select * from outbox.claim_batch('submit', 'w')")
 
 
 def test_a_database_that_went_back_in_time_in_its_own_cluster_gets_a_new_epoch(

@@ -96,7 +96,7 @@ def test_discarding_what_was_never_confirmed_asks_the_provider_to_cancel_it(conn
     outcome, detail = discard(conn, letter)
     assert outcome == "discarded" and "asks the provider to cancel" in detail
     assert state_of(conn, payment_id) == "provider_submitted"
-    [batch] = conn.execute("select batch_id, fence from outbox.claim('cancel', 'worker-1')").fetchall()
+    [batch] = conn.execute("select batch_id, fence from outbox.claim_batch('cancel', 'worker-1')").fetchall()
     todo = conn.execute("select payment_id, todo from surety.begin_calls(%s, %s, 'cancel', 'worker:w')", batch)
     assert todo.fetchall() == [(payment_id, "send")]
 

@@ -61,7 +61,7 @@ def test_what_a_worker_holds_is_still_backlog(conn: Connection, database: str) -
     hire(conn)
     _, key_hash = add_merchant(conn)
     pay(conn, key_hash, 3)
-    conn.execute("select outbox.claim('submit', 'worker-1')")
+    conn.execute("select outbox.claim_batch('submit', 'worker-1')")
     _, state = judged(database)
     assert [handler["backlog"] for handler in state["handlers"] if handler["handler"] == "submit"] == [3]
 
@@ -70,7 +70,7 @@ def test_a_critical_discrepancy_asks_for_action(conn: Connection, database: str)
     hire(conn)
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
-    conn.execute("select outbox.claim('submit', 'worker-1')")
+    conn.execute("select outbox.claim_batch('submit', 'worker-1')")
     record(conn, [fact(payment_id, "captured", "ch", 10000, currency="eur")])
     code, state = judged(database)
     assert code == 2

@@ -43,7 +43,9 @@ def emit(conn: Connection, name: str = "whk_test") -> str:
 
 
 def claim(conn: Connection, worker: str = "w", handler: str = HANDLER) -> Claim | None:
-    row = conn.execute("select batch_id, fence, event_ids from outbox.claim(%s, %s)", (handler, worker)).fetchone()
+    row = conn.execute(
+        "select batch_id, fence, event_ids from outbox.claim_batch(%s, %s)", (handler, worker)
+    ).fetchone()
     return None if row is None else (row[0], row[1], row[2])
 
 
@@ -302,14 +304,57 @@ def test_a_kick_wakes_each_handler_once_until_it_has_begun(conn: Connection) -> 
 def test_the_tick_wakes_who_has_due_work(patient: Connection) -> None:
     assert call(patient, "outbox.kick_due") is None
     event = emit(patient)
-    assert HANDLER in call(patient, "outbox.kick_due")
-    for row in patient.execute("select handler from outbox.handlers where handler <> %s", (HANDLER,)).fetchall():
-        assert claim(patient, handler=row[0]) is None
+    assert call(patient, "outbox.kick_due") == [HANDLER]
     batch = claimed(patient)
     assert call(patient, "outbox.kick_due") is None
     die(patient, batch)
     assert call(patient, "outbox.kick_due") == [HANDLER]
     assert finish(patient, claimed(patient), [event])
+
+
+def test_the_tick_wakes_nobody_for_what_others_want_until_there_is_much_of_it(patient: Connection) -> None:
+    for _ in range(99):
+        emit(patient)
+    assert call(patient, "outbox.kick_due") == [HANDLER]
+    emit(patient)
+    others = [name for name in call(patient, "outbox.kick_due") if name != HANDLER]
+    assert others
+    for name in others:
+        assert claim(patient, handler=name) is None
+    assert call(patient, "outbox.kick_due") == [HANDLER]
+
+
+def is_last(conn: Connection) -> bool:
+    """Claim, finish, and tell whether it was told that nothing else was due."""
+    [(batch, fence, event_ids, is_last)] = conn.execute(
+        "select batch_id, fence, event_ids, is_last from outbox.claim_batch(%s, 'w')", (HANDLER,)
+    ).fetchall()
+    assert finish(conn, (batch, fence, event_ids))
+    return bool(is_last)
+
+
+def test_a_claim_tells_whether_more_was_due(patient: Connection) -> None:
+    emit(patient)
+    assert is_last(patient)
+    for _ in range(4):
+        emit(patient)
+    assert not is_last(patient), "a full batch"
+    emit(patient)
+    assert not is_last(patient), "the rest of what was there when the full batch was claimed; one came after that"
+    assert is_last(patient)
+    emit(patient)
+    batch = claimed(patient)
+    assert fail(patient, batch, *batch[2])
+    emit(patient)
+    assert not is_last(patient), "what is tried again comes first"
+    assert is_last(patient)
+    assert claim(patient) is None
+
+
+def test_a_worker_from_before_still_claims(patient: Connection) -> None:
+    event = emit(patient)
+    [(event_ids,)] = patient.execute("select event_ids from outbox.claim(%s, 'w')", (HANDLER,)).fetchall()
+    assert event_ids == [event]
 
 
 def test_a_claim_reads_a_few_pages_beside_a_hundred_thousand_past_events(patient: Connection) -> None:

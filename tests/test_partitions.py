@@ -101,7 +101,7 @@ def test_a_partition_is_past_only_when_nobody_needs_its_events(conn: Connection)
         return [row[0] for row in conn.execute("select partition from surety.past_partitions('1 month')")]
 
     assert month not in past(), "submit has not seen its events"
-    row = conn.execute("select batch_id, fence, event_ids from outbox.claim('submit', 'test')").fetchone()
+    row = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('submit', 'test')").fetchone()
     assert row is not None
     assert month not in past(), "they are in a batch"
     conn.execute("select outbox.finish(%s, %s, %s)", row)

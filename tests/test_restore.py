@@ -18,7 +18,9 @@ from tests.payments import Connection, add_merchant, create, pay, request, viola
 def claim_all(conn: Connection, handler: str) -> list[str]:
     """Everything that a handler is given, finished at once."""
     taken: list[str] = []
-    while row := conn.execute("select batch_id, fence, event_ids from outbox.claim(%s, 'test')", (handler,)).fetchone():
+    while row := conn.execute(
+        "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'test')", (handler,)
+    ).fetchone():
         taken += row[2]
         conn.execute("select outbox.finish(%s, %s, %s)", row)
     return taken
@@ -52,18 +54,18 @@ def test_a_restored_database_accepts_and_claims_nothing_until_it_has_a_new_epoch
     _, key_hash = add_merchant(conn)
     pay(conn, key_hash, 30)
     conn.execute("update outbox.handlers set batch_size = 10")
-    row = conn.execute("select batch_id, fence, event_ids from outbox.claim('submit', 'test')").fetchone()
+    row = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('submit', 'test')").fetchone()
     assert row is not None
     conn.execute("select outbox.finish(%s, %s, %s)", row)
     done = set(row[2])
-    held = conn.execute("select event_ids from outbox.claim('submit', 'a worker that dies')").fetchone()
+    held = conn.execute("select event_ids from outbox.claim_batch('submit', 'a worker that dies')").fetchone()
     assert held is not None and len(held[0]) == 10
     copy(database, elsewhere, tmp_path)
 
     with psycopg.connect(harden(elsewhere, "deploy"), autocommit=True) as restored:
         for refused in (
             lambda: create(restored, [request(key_hash)]),
-            lambda: restored.execute("select * from outbox.claim('submit', 'test')"),
+            lambda: restored.execute("select * from outbox.claim_batch('submit', 'test')"),
         ):
             with pytest.raises(psycopg.DatabaseError, match="restored") as refusal:
                 refused()

@@ -92,7 +92,9 @@ def test_a_dispute_is_open_until_it_is_decided(conn: Connection) -> None:
 
 
 def fail(conn: Connection, handler: str, error: str) -> None:
-    row = conn.execute("select batch_id, fence, event_ids from outbox.claim(%s, 'worker-1')", (handler,)).fetchone()
+    row = conn.execute(
+        "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'worker-1')", (handler,)
+    ).fetchone()
     assert row is not None
     failures = [{"event_id": event_id, "error": error} for event_id in row[2]]
     conn.execute("select outbox.fail(%s, %s, %s)", (row[0], row[1], json.dumps(failures)))

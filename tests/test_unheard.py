@@ -169,7 +169,7 @@ async def test_many_submissions_that_are_looked_for_share_one_reading_of_the_lis
     conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
 ) -> None:
     pay(conn, key_hash, 40)
-    [batch] = conn.execute("select batch_id, fence from outbox.claim('submit', 'worker:dead')").fetchall()
+    [batch] = conn.execute("select batch_id, fence from outbox.claim_batch('submit', 'worker:dead')").fetchall()
     conn.execute("select from surety.begin_calls(%s, %s, 'create', 'worker:dead')", batch)
     conn.execute("update surety.payments set ask_at = now()")
     readings = 0

@@ -76,7 +76,9 @@ def call(conn: Connection, handler: str, operation: str, facts: list[dict[str, A
 
 def claim(conn: Connection, handler: str) -> tuple[int, int, list[str]]:
     """The next batch of a handler."""
-    row = conn.execute("select batch_id, fence, event_ids from outbox.claim(%s, 'worker:bench')", (handler,)).fetchone()
+    row = conn.execute(
+        "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'worker:bench')", (handler,)
+    ).fetchone()
     assert row is not None
     return row[0], row[1], row[2]
 

@@ -75,6 +75,12 @@ class WorkerProcess(Process):
         """Start what happens periodically."""
         return self.start(self._run(name, periodic.TASKS[name](self.context, timestamp=0)))
 
+    def stop(self) -> None:
+        """As by SIGTERM: what has begun is finished, and then the process ends."""
+        self.worker.stopping.set()
+        if not any(self.running.values()):
+            self.kill()
+
     async def _run(self, name: str, job: Any) -> None:
         self.running[name] = self.running.get(name, 0) + 1
         try:
@@ -85,6 +91,8 @@ class WorkerProcess(Process):
                 self.schedule.violate("no job breaks down", f"{name}: {error!r}")
         finally:
             self.running[name] -= 1
+            if self.worker.stopping.is_set():
+                self.stop()
 
 
 class ListeningProcess(Process):

@@ -14,6 +14,7 @@ import signal
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -40,22 +41,16 @@ SERVER = {
     "max_connections": "400",
 }
 PREFIX = "surety_simulation"
-SWEEP_EVERY = 400
+SWEEP_EVERY = 100
 QUIET_MS = 6
 
 TIME = "select statement_timestamp() + coalesce((select clock.ahead from surety.clock), interval '0');"
+# A constant month, for what looks into a table would not be expanded where it is called.
 CLOCK = """
-    select date_trunc('month', environment.created_at)
-        + coalesce(nullif(current_setting('simulation.ahead', true), ''), '0')::interval
-    from surety.environment;
+    select timestamptz '{month}' + coalesce(nullif(current_setting('simulation.ahead', true), ''), '0')::interval;
 """
 SETUP = (
     "update surety.environment set kind = 'test', created_at = date_trunc('month', now())",
-    f"""
-    create or replace function surety.time_now() returns timestamptz
-    language sql stable parallel safe
-    begin atomic {CLOCK} end
-    """,
     "create schema simulation",
     # What can't be done twice unseen, nor left out.
     "create table simulation.effects (event_id text not null)",
@@ -288,13 +283,14 @@ class Ground:
         self.is_ours = is_ours
         self.url = harden(url, "deploy")
         self._source = Source.installed()
+        month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+        alter(self._source, "surety.time_now", TIME, CLOCK.format(month=month))
         # Each month ahead costs every plan a little.
         alter(self._source, "surety.maintain_partitions", "default 3", "default 1")
         deploy(url, self._source)
         self.overseer = psycopg.connect(self.url, autocommit=True)
         for statement in SETUP:
             self.overseer.execute(statement.encode())
-        alter(self._source, "surety.time_now", TIME, CLOCK)
         # What holds rows by now is law; the rest goes after each schedule.
         for (name,) in self.rows(TABLES):
             if not self.rows(f"select from {name} limit 1"):

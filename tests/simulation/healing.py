@@ -33,7 +33,7 @@ async def heal(schedule: Schedule) -> None:
         if is_crash:
             schedule.end(worker)
         else:
-            worker.worker.stopping.set()
+            worker.stop()
     await asyncio.sleep(1)
     while schedule.unasked:
         schedule.ask()

@@ -49,21 +49,21 @@ def break_out(schedule: Schedule) -> Outage:
     return Outage(chance.choice(FORMS), chance.random() < 0.7, now, now + chance.choice(SECONDS))
 
 
-def opened(ground: Ground) -> frozenset[str]:
-    """The breakers that are open."""
-    query = "select surety.breaker_key(provider, account) from surety.breakers where opened_at is not null"
-    return frozenset(key for (key,) in ground.rows(query))
-
-
 def look(ground: Ground) -> Found:
     """What is there now."""
-    query = "select handler, event_id from outbox.retries where blocked_by is not null for update skip locked"
-    return Found(opened(ground), frozenset((handler, event_id) for handler, event_id in ground.rows(query)))
+    rows = ground.rows(
+        "with free as"
+        " (select handler, event_id from outbox.retries where blocked_by is not null for update skip locked)"
+        " select surety.breaker_key(provider, account), null from surety.breakers where opened_at is not null"
+        " union all select handler, event_id from free"
+    )
+    opened = frozenset(key for key, event_id in rows if event_id is None)
+    return Found(opened, frozenset((handler, event_id) for handler, event_id in rows if event_id is not None))
 
 
 def keep_given_back(schedule: Schedule, found: Found) -> None:
     """What failed just before a breaker opened counts against nobody."""
-    if not opened(schedule.ground) - found.opened:
+    if not found.free:
         return
     rows = schedule.ground.rows(
         "select r.handler, r.event_id from outbox.retries as r join surety.breakers as b"

@@ -42,7 +42,7 @@ RATES: dict[str, tuple[float, float]] = {
     "worker_stopped": (0.01, 0.05),
     "api_killed": (0.01, 0.05),
     "stalled": (0.1, 0.6),
-    "deploy": (0.02, 0.1),
+    "deploy": (0.01, 0.05),
     "outage": (0.2, 1.0),
 }
 LEAPS = (0.05, 1.5, 6.0, 21.0, 61.0, 200.0, 3700.0, 90_000.0)
@@ -182,7 +182,7 @@ class Schedule:
         """Who was woken is drained soon."""
         if doing == "outbox.kick" and params:
             self.kicked.update(dict.fromkeys(params[0]))
-        elif doing != "outbox.claim":
+        elif doing != "outbox.claim_batch":
             self.doings += 1
 
     def taste(self, process: Process, event_ids: list[str]) -> None:
@@ -387,7 +387,7 @@ class Schedule:
             if self.poisonous is None and self.lot("worker_killed"):
                 self.end(worker)
             elif self.lot("worker_stopped"):
-                worker.worker.stopping.set()
+                worker.stop()
             else:
                 continue
             self.replace_worker(worker)
@@ -406,8 +406,8 @@ class Schedule:
     async def deliver_all(self) -> None:
         """What waits in the mailbox is delivered now."""
         events, self.provider.mailbox = self.provider.mailbox, []
-        for event_id in events:
-            await self.provider.process.start(deliver(self, event_id))
+        if delivering := [self.provider.process.start(deliver(self, event_id)) for event_id in events]:
+            await asyncio.wait(delivering)
 
     # A life
 
