@@ -89,7 +89,7 @@ def test_ten_minutes_without_postgresql_lose_nothing_and_need_nobody(mortal: Emb
     ):
         with connected(mortal.url) as conn:
             wait_for_worker(conn, 2)
-            assert httpx.get(f"{receiver.url}/health").status_code == 200
+            assert httpx.get(f"{receiver.url}/health", timeout=30).status_code == 200
             shoppers = Shoppers(stack.enter_context(merchant_at(conn, api.url)))
             eventually(lambda: len(shoppers.accepted) > 10, 60)
         mortal.halt("immediate")
@@ -97,7 +97,7 @@ def test_ten_minutes_without_postgresql_lose_nothing_and_need_nobody(mortal: Emb
         refused = problem(shoppers.unavailable[-1], 503, "overloaded")
         assert "same Idempotency-Key" in refused["detail"]
         assert all(answer.headers["retry-after"] for answer in shoppers.unavailable)
-        assert httpx.post(f"{receiver.url}/stripe", content=b"{}").status_code == 400, "it is still there"
+        assert httpx.post(f"{receiver.url}/stripe", content=b"{}", timeout=30).status_code == 400, "it is still there"
         mortal.resume()
         with connected(mortal.url) as conn:
             conn.execute("insert into surety.clock (ahead) values ('10 minutes')")

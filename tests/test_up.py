@@ -211,7 +211,7 @@ def test_no_sandbox_touches_a_database_that_moves_real_money(
 def test_an_api_of_several_processes_that_is_killed_leaves_none_of_them(database: str) -> None:
     api = Service("api", database, "--processes", "2")
     try:
-        assert eventually(lambda: httpx.get(f"{api.url}/health", verify=CONTEXT).status_code == 200, 30)
+        assert eventually(lambda: httpx.get(f"{api.url}/health", verify=CONTEXT, timeout=30).status_code == 200, 30)
         stats = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat")]
         children = [pid for pid in stats if parent_of(pid) == api.process.pid]
         assert len(children) >= 2

@@ -4,6 +4,7 @@ Everything that could come in another order on another day is decided here inste
 
     loop        time stands still until it is moved; nothing happens but what was decided
     ground      the database: its clock, connections that can be cut at each statement's boundaries, locks that are felt
+    locks       who waits for whom: all but one held still, and a circle broken
     provider    the sandbox's own mind without its sockets, and everything that can go wrong on the way to it
     outages     all of its calls fail for a while, and nobody may be blamed for it
     clients     the merchants: what they want, until they are told

@@ -174,7 +174,7 @@ class Wire(AsyncConnection[Any]):
         finally:
             # Within a transaction nothing is let go that others wait for.
             if self.pgconn.transaction_status != TransactionStatus.INTRANS:
-                schedule.settle()
+                schedule.locks.settle()
         if schedule.lot("cut_after"):
             raise self.cut()
         return result
@@ -233,7 +233,7 @@ class Wire(AsyncConnection[Any]):
             while True:
                 if state == waiting.WAIT_R and not self.has_answered():
                     self.has_waited = True
-                    await self.schedule.blocked(self)
+                    await self.schedule.locks.blocked(self)
                 state = gen.send(waiting.READY_R if state == waiting.WAIT_R else waiting.READY_W)
         except StopIteration as end:
             return end.value
@@ -372,8 +372,8 @@ class Ground:
             schedule, wire.schedule = wire.schedule, None
             self.free.append(wire)
             if schedule is not None:
-                schedule.give_up(wire)
-                schedule.settle()
+                schedule.locks.give_up(wire)
+                schedule.locks.settle()
 
     def take_back_all(self, process: Process) -> None:
         """All that a dead process has held."""

@@ -20,8 +20,9 @@ from msgspec.structs import replace
 from app.sandbox.faults import REQUEST_FAULTS
 from tests.simulation.actors import ROUNDS, ListeningProcess, WorkerProcess, deliver
 from tests.simulation.clients import Wanted, insist, instruct
-from tests.simulation.ground import Ground, Wire
+from tests.simulation.ground import Ground
 from tests.simulation.healing import ALL, FEW, HEALING, heal, work_off
+from tests.simulation.locks import Locks
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
 from tests.simulation.promises import OF_THE_END, check, keep_invariants
 from tests.simulation.provider import HTTP, Provider
@@ -126,7 +127,7 @@ class Schedule:
         self.violations: dict[str, str] = {}
         self.turns: list[Turn] = []
         self.api: ListeningProcess
-        self.held_up: dict[Wire, asyncio.Future[None]] = {}
+        self.locks = Locks(self)
         self.is_calm = False
         self.doings = 0
         self.kicked: dict[str, None] = {}
@@ -217,63 +218,6 @@ class Schedule:
         """The product's statements are never refused."""
         if error.sqlstate is not None:
             self.violate("no statement fails", f"{doing}: {error.sqlstate} {str(error)[:300]}")
-
-    # Locks
-
-    async def blocked(self, wire: Wire) -> None:
-        """Wait, beside the others, until the lock that a connection stands in line for is granted."""
-        self.note("blocked", wire.process.name if wire.process else "", wire.doing)
-        freed = self.held_up[wire] = self.loop.create_future()
-        if len(self.held_up) > 1 and not self.break_circle(wire):
-            wire.hold_still(True)
-        try:
-            await freed
-        finally:
-            if self.held_up.get(wire) is freed:
-                del self.held_up[wire]
-
-    def give_up(self, wire: Wire) -> None:
-        """Nobody waits for a lock any more on this connection: whoever did is dead, and what he did is rolled back."""
-        freed = self.held_up.pop(wire, None)
-        if freed is not None and not freed.done():
-            freed.set_exception(Killed())
-
-    def break_circle(self, wire: Wire) -> bool:
-        """Whether those who wait wait for each other; then this one gives up."""
-        if not self.is_deadlocked():
-            return False
-        self.violate("nobody waits in a circle", ", ".join(other.doing for other in self.held_up))
-        wire.hold_still(False)
-        wire.cancel()
-        self.held_up[wire].set_result(None)
-        return True
-
-    def is_deadlocked(self) -> bool:
-        """Whether those who wait wait for each other."""
-        pids = [wire.pgconn.backend_pid for wire in self.held_up]
-        waits = dict(self.ground.rows("select pid, pg_blocking_pids(pid) from unnest(%s::integer[]) as p (pid)", pids))
-
-        def leads_back(start: int, at: int, seen: set[int]) -> bool:
-            for following in waits.get(at, []):
-                if following == start or (following not in seen and leads_back(start, following, seen | {following})):
-                    return True
-            return False
-
-        return any(leads_back(pid, pid, {pid}) for pid in pids)
-
-    def settle(self) -> None:
-        """Let go on who has got his lock by now."""
-        for wire, future in list(self.held_up.items()):
-            if future.done() or (wire.is_still and self.ground.waits_for_a_lock(wire)):
-                continue
-            wire.hold_still(False)
-            if wire.has_answered():
-                future.set_result(None)
-            elif wire is not next(iter(self.held_up)):
-                wire.hold_still(True)
-        waiting = [wire for wire, future in self.held_up.items() if not future.done()]
-        if len(waiting) > 1:
-            self.break_circle(waiting[-1])
 
     # Decisions
 
@@ -505,8 +449,8 @@ class Schedule:
 
     def calm_down(self) -> None:
         """Nothing goes wrong any more; only time may have to go on."""
-        if self.held_up:
-            self.settle()
+        if self.locks.waiting:
+            self.locks.settle()
             return
         timer = self.loop.next_timer()
         assert timer is not None, "everybody waits for nothing"
