@@ -78,10 +78,12 @@ class Wanted(Struct):
         )
 
 
-async def insist(schedule: Schedule, wanted: Wanted) -> None:
-    """A client: asks until it is answered, wherever somebody listens."""
+async def insist(schedule: Schedule, wanted: Wanted, *, at_once: bool = False) -> None:
+    """A client: asks until it is answered, wherever somebody listens; for the first time at once, or in its turn."""
     while True:
-        await schedule.turn(schedule.clients, "client asks")
+        if not at_once:
+            await schedule.turn(schedule.clients, "client asks")
+        at_once = False
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 row = await schedule.api.payments.ask(wanted.asked(schedule.keys[wanted.merchant]))

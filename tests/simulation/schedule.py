@@ -299,11 +299,17 @@ class Schedule:
             self.asking.append(self.clients.start(insist(self, wanted)))
 
     def storm(self) -> None:
-        """All clients have lost patience and ask again, each in an order of its own."""
+        """All clients have lost patience and ask at once."""
         asked = [wanted for wanted in self.wanted if wanted not in self.unasked]
-        for _ in range(self.plan.lanes + 1):
+        self.asking.append(self.clients.start(self.crowd(asked)))
+
+    async def crowd(self, asked: list[Wanted]) -> None:
+        """One comes before the others and is served alone; then all come at once, each time in another order."""
+        self.asking.append(self.clients.start(insist(self, self.chance.choice(asked), at_once=True)))
+        await self.turn(self.clients, "the crowd comes")
+        for _ in range(self.plan.lanes):
             for wanted in self.chance.sample(asked, len(asked)):
-                self.asking.append(self.clients.start(insist(self, wanted)))
+                self.asking.append(self.clients.start(insist(self, wanted, at_once=True)))
 
     def post(self) -> None:
         """The provider delivers a webhook, any that waits."""
@@ -428,6 +434,10 @@ class Schedule:
         """Bring some payments to where the rest of their lives begins: trouble should find them there, too."""
         stage = self.chance.choice(("new", "held", "held", "charged", "settled"))
         if stage == "new":
+            if self.chance.random() < 0.75:
+                # All come at once, and again, before anybody has been answered.
+                self.unasked.clear()
+                self.storm()
             return
         self.ground.let_batches_hold(ALL)
         for _ in range(self.chance.randint(1, len(self.unasked))):
