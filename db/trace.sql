@@ -78,7 +78,7 @@ begin atomic
                     ) || ' ' || entries.to_state || ' (' || (entries.snapshot ->> 'refund') || ')'
                 when 'call' then
                     '→ ' || split_part(entries.snapshot ->> 'operation', ':', 1)
-                    || ', key ' || (entries.snapshot ->> 'key')
+                    || coalesce(', key ' || (entries.snapshot ->> 'key'), '')
                 when 'answer' then
                     '← ' || split_part(entries.snapshot ->> 'operation', ':', 1) || ' ' || entries.outcome
                     || coalesce(': ' || entries.reason, '')

@@ -67,6 +67,16 @@ def test_a_refund_that_failed_is_told_and_not_counted(conn: Connection) -> None:
     assert "refund" not in last(conn, payment_id)
 
 
+def test_a_question_that_has_no_key_is_told_too(conn: Connection) -> None:
+    _, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash)
+    asked = {"kind": "call", "actor": "worker:w", "payment_id": payment_id, "outcome": "asked"}
+    conn.execute("select audit.record(%s)", (json.dumps([asked | {"snapshot": {"operation": "fetch"}}]),))
+    assert "→ " in story(conn, payment_id)
+    told = conn.execute("select summary from surety.trace(%s) where kind = 'call'", (payment_id,)).fetchall()
+    assert told == [("→ fetch",)]
+
+
 def test_a_refund_under_way_is_open(conn: Connection) -> None:
     payment_id, _ = paid(conn)
     record(conn, [fact(payment_id, "refund_pending", "re", 2500)])
