@@ -29,6 +29,18 @@ TRIES = 5
 PAUSE_SECONDS = 0.05
 PAUSE_SECONDS_MAX = 1.0
 
+# A line can die without a word to either end; then its session would keep what it locked. The server ends a session
+# with locks that is silent for so long, which is longer than we wait to be answered ourselves.
+SILENCE_SECONDS = 60.0
+LOCK = """
+    select case when pg_try_advisory_lock(hashtext(%s)) then set_config('idle_session_timeout', %s, false) is not null
+        else false end
+"""
+UNLOCK = """
+    select case when pg_advisory_unlock(hashtext(%s)) then set_config('idle_session_timeout', %s, false) is not null
+        else false end
+"""
+
 # The server or the connection went away, somebody else was in the way, or a deploy changed what a prepared statement
 # returns.
 PASSING = (psycopg.OperationalError, psycopg.InterfaceError, errors.FeatureNotSupported)
@@ -161,7 +173,7 @@ class Locks:
         """The connection is gone, and with it the locks."""
         self._pool = pool
         self._stack = AsyncExitStack()
-        self._cursor: AsyncCursor[Any] | None = None
+        self._connection: AsyncConnection[Any] | None = None
         self._names: set[str] = set()
 
     async def take(self, name: str) -> bool:
@@ -169,7 +181,7 @@ class Locks:
         if name in self._names:
             return False
         try:
-            if await self._ask("select pg_try_advisory_lock(hashtext(%s))", name):
+            if await self._ask(LOCK, f"surety:{name}", f"{SILENCE_SECONDS:g}s"):
                 self._names.add(name)
         finally:
             await self._let_go()
@@ -180,27 +192,39 @@ class Locks:
         self._names.remove(name)
         try:
             if not self.is_lost:
-                await self._ask("select pg_advisory_unlock(hashtext(%s))", name)
+                await self._ask(UNLOCK, f"surety:{name}", f"{SILENCE_SECONDS:g}s" if self._names else None)
         except psycopg.Error as error:
             log.info("%s ends with its connection: %s", name, error)
         finally:
             await self._let_go()
 
-    async def _ask(self, query: LiteralString, name: str) -> bool:
-        if self._cursor is None:
-            connection = await self._stack.enter_async_context(self._pool.connection())
-            self._cursor = connection.cursor(row_factory=scalar_row)
+    async def _ask(self, query: LiteralString, *values: str | None) -> bool:
+        if self._connection is None:
+            self._connection = await self._stack.enter_async_context(self._pool.connection())
+            keeping = asyncio.create_task(self._keep(), name="locks")
+            self._stack.callback(keeping.cancel)
+        connection = self._connection
         try:
-            return bool(await (await self._cursor.execute(query, (f"surety:{name}",))).fetchone())
+            cursor = connection.cursor(row_factory=scalar_row)
+            return bool(await (await cursor.execute(query, values)).fetchone())
         except BaseException:
             # Whatever it still holds must end; also if nobody waits for the answer any more.
             self.is_lost = True
-            await self._cursor.connection.close()
+            await connection.close()
             raise
+
+    async def _keep(self) -> None:
+        """Be heard while others work with what is locked."""
+        try:
+            while not self.is_lost:
+                await asyncio.sleep(SILENCE_SECONDS / 3)
+                await self._ask("select true")
+        except psycopg.Error as error:
+            log.info("what is locked ends with its connection: %s", error)
 
     async def _let_go(self) -> None:
         if self.is_lost or not self._names:
-            self._cursor = None
+            self._connection = None
             await self._stack.aclose()
 
 

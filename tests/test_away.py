@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -13,14 +14,16 @@ import httpx
 import psycopg
 import pytest
 
+from db import connect
 from db.connect import patient
 from db.deploy import deploy
 from db.server import EmbeddedServer
+from jobs.worker import Worker
 from tests.front import Merchant, connected, fresh, payment, problem, service
 from tests.payments import Connection, violations
 from tests.proxy import proxied
 from tests.sandbox_process import eventually, running_sandbox
-from tests.working import hasten, wait_for_worker, worker_process
+from tests.working import hasten, wait_for_worker, worker_here, worker_process
 
 
 @pytest.fixture
@@ -154,6 +157,43 @@ async def test_a_line_that_is_dead_is_hung_up_after_the_statements_time(database
         with pytest.raises(psycopg.OperationalError):
             await conn.execute("select 1")
         assert conn.closed
+
+
+async def test_what_a_dead_line_has_locked_is_free_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.database.SILENCE_SECONDS", 3.0)
+    monkeypatch.setitem(connect.PATIENCE_SECONDS, "worker", 0.5)
+    with proxied(database) as proxy:
+        async with worker_here(proxy.url, "http://unused") as here, worker_here(database, "http://unused") as there:
+            async with here.database.alone("tick") as is_alone:
+                assert is_alone
+                await asyncio.sleep(4)
+                assert not await found_alone(there), "who is heard keeps it, however long it takes"
+                proxy.is_dead = True
+                await asyncio.sleep(4)
+                assert await found_alone(there)
+            proxy.is_dead = False
+            assert await found_alone(here)
+
+
+async def test_a_line_whose_locks_are_given_back_may_be_silent(
+    conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines() -> set[int]:
+        workers = "application_name = 'surety-worker' and datname = current_database()"
+        return {row[0] for row in conn.execute(f"select pid from pg_stat_activity where {workers}")}
+
+    monkeypatch.setattr("jobs.database.SILENCE_SECONDS", 0.3)
+    async with worker_here(database, "http://unused") as here:
+        async with here.database.alone("one"), here.database.alone("two"):
+            pass
+        before = lines()
+        await asyncio.sleep(1)
+        assert before <= lines()
+
+
+async def found_alone(worker: Worker) -> bool:
+    async with worker.database.alone("tick") as is_alone:
+        return is_alone
 
 
 def test_an_api_whose_lines_have_died_says_503_and_comes_back(conn: Connection, database: str) -> None:
