@@ -202,15 +202,16 @@ class Locks:
         if self._connection is None:
             self._connection = await self._stack.enter_async_context(self._pool.connection())
             keeping = asyncio.create_task(self._keep(), name="locks")
-            self._stack.callback(keeping.cancel)
+            self._stack.push_async_callback(ended, keeping)
         connection = self._connection
         try:
             cursor = connection.cursor(row_factory=scalar_row)
             return bool(await (await cursor.execute(query, values)).fetchone())
         except BaseException:
             # Whatever it still holds must end; also if nobody waits for the answer any more.
-            self.is_lost = True
-            await connection.close()
+            if not self.is_lost:
+                self.is_lost = True
+                await connection.close()
             raise
 
     async def _keep(self) -> None:
@@ -226,6 +227,12 @@ class Locks:
         if self.is_lost or not self._names:
             self._connection = None
             await self._stack.aclose()
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end, so that nothing of it happens to what others use next."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager
