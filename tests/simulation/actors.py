@@ -144,4 +144,5 @@ async def deliver(schedule: Schedule, event_id: str) -> None:
                 schedule.violate("no statement fails", repr(error))
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
+        schedule.wake("apply")
         return

@@ -29,6 +29,13 @@ SENSIBLE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("confirmed", "settled", "partially_refunded"), ("create_refund",)),
 }
 ANYTHING = ("capture_payment", "cancel_payment", "create_refund", "submit_evidence")
+# Who does what a command asks for.
+HANDLER = {
+    "capture_payment": "capture",
+    "cancel_payment": "cancel",
+    "create_refund": "refund",
+    "submit_evidence": "evidence",
+}
 WORDS = ("winning_evidence", "losing_evidence", "escalate_inquiry_evidence", "no more than the truth")
 
 
@@ -93,6 +100,7 @@ async def insist(schedule: Schedule, wanted: Wanted, *, at_once: bool = False) -
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
         wanted.answers.append(tuple(row))
+        schedule.wake("submit")
         return
 
 
@@ -155,4 +163,5 @@ async def command(schedule: Schedule, wanted: Wanted, function: str, key: str, a
         assert row is not None
         if row[1] is not None:
             wanted.told.setdefault(key, []).append((row[0], row[1]))
+        schedule.wake(HANDLER[function])
         return

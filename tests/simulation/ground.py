@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, waiting
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
@@ -42,7 +43,7 @@ SERVER = {
 }
 PREFIX = "surety_simulation"
 SWEEP_EVERY = 100
-QUIET_MS = 6
+QUIET_MS = 4
 
 TIME = "select statement_timestamp() + coalesce((select clock.ahead from surety.clock), interval '0');"
 # A constant month, for what looks into a table would not be expanded where it is called.
@@ -307,6 +308,8 @@ class Ground:
 
     def let_batches_hold(self, events: int) -> None:
         """How many events a batch holds: few, so that it is seldom the whole of what waits, or as many as there are."""
+        for name, handler in self.handlers.items():
+            self.handlers[name] = msgspec.structs.replace(handler, batch_size=events)
         # Where a claim is open, it stays as it is: the overseer waits for nobody.
         self.overseer.execute(
             "update outbox.handlers set batch_size = %s where handler in"
@@ -338,18 +341,19 @@ class Ground:
         self.used += 1
         self.overseer.execute("select simulation.empty()")
         self.move_clock(0)
-        self.free = self.wires[::-1]
         for wire in self.wires:
-            if wire.seed is not None:
+            if wire.schedule is not None:
                 wire.tidy()
-                wire.seed = None
+            wire.seed = wire.schedule = None
+        self.free = self.wires[::-1]
 
     def lease(self, schedule: Schedule, process: Process) -> Wire:
         """A connection for a process."""
         if not self.free:
             wire = waiting.wait_conn(Wire._connect_gen(self.url), interval=0.1)
             wire._autocommit = True
-            wire.prepare_threshold = None
+            # As if it had worked for long.
+            wire.prepare_threshold, wire.prepared_max = 0, None
             wire.cursor_factory = Cursor
             self.wires.append(wire)
             self.free.append(wire)

@@ -46,7 +46,11 @@ async def heal(schedule: Schedule) -> None:
         schedule.provider.late = []
         await schedule.deliver_all()
         schedule.ground.let_batches_hold(ALL)
-        await work_off(schedule, rounds_that_matter(schedule) if turn else ())
+        # The tick comes each second, the rounds each minute: what was to be tried again soon is, before they ask.
+        if turn < BANKS_TURN:
+            await work_off(schedule, ())
+        if turn:
+            await work_off(schedule, rounds_that_matter(schedule))
         if turn and await is_at_rest(schedule):
             break
         schedule.ground.rows(
@@ -75,23 +79,19 @@ def rounds_that_matter(schedule: Schedule) -> list[str]:
 
 
 async def work_off(schedule: Schedule, rounds: Iterable[str]) -> None:
-    """Everything that the tick finds, until it finds nothing, or what only time can give free."""
+    """What rounds bring about and the tick finds, and whatever is woken by that."""
     healer = schedule.workers[-1]
     await healer.start(healer.worker.breaker.pulse())
     for name in rounds:
         await healer.round(name)
-    while True:
-        schedule.ground.move_clock(schedule.loop.seconds)
-        [(due,)] = schedule.ground.rows("select outbox.kick_due()")
-        before = schedule.doings
-        schedule.kicked.update(dict.fromkeys(due or ()))
-        while schedule.kicked:
-            handler = min(schedule.kicked, key=LIFE.index)
-            del schedule.kicked[handler]
-            with suppress(asyncio.CancelledError, Killed):
-                await schedule.workers[-1].drain(handler)
-        if schedule.doings == before:
-            return
+    schedule.ground.move_clock(schedule.loop.seconds)
+    [(due,)] = schedule.ground.rows("select outbox.kick_due()")
+    schedule.kicked = dict.fromkeys(due or ())
+    while schedule.kicked:
+        handler = min(schedule.kicked, key=LIFE.index)
+        del schedule.kicked[handler]
+        with suppress(asyncio.CancelledError, Killed):
+            await schedule.workers[-1].drain(handler)
 
 
 async def is_at_rest(schedule: Schedule) -> bool:
@@ -107,7 +107,8 @@ async def is_at_rest(schedule: Schedule) -> bool:
         " or exists (select from outbox.batches) or exists (select from outbox.retries where due_at is not null)"
         " or exists (select from surety.pending_money)"
         " or exists (select from outbox.dead_letters where closed_at is null and event_id is distinct from %s)"
-        " or exists (select from surety.parked_facts where ended_at is null)",
+        " or exists (select from surety.parked_facts where ended_at is null)"
+        " or exists (select from outbox.handlers where outbox.has_work(handler))",
         schedule.poison,
     )
     return not left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Generator, Iterable
@@ -22,6 +23,9 @@ def settle_down(urls: SimpleQueue[str], is_ours: bool) -> None:
     """Prepare this process for schedules: a database of its own."""
     logging.disable(logging.CRITICAL)
     _grounds.append(Ground(urls.get(), is_ours=is_ours))
+    # A schedule leaves some ten thousand objects; what is there by now stays.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def run_here(plan: Plan, *, tell: bool = False) -> Outcome:

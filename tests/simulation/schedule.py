@@ -129,7 +129,6 @@ class Schedule:
         self.api: ListeningProcess
         self.locks = Locks(self)
         self.is_calm = False
-        self.doings = 0
         self.kicked: dict[str, None] = {}
         self._tell = tell
         self._digest = hashlib.sha256()
@@ -179,12 +178,14 @@ class Schedule:
         self.note("violated", promise, example if self._tell else "")
         self.violations.setdefault(promise, example)
 
+    def wake(self, *handlers: str) -> None:
+        """Somebody says that there is work."""
+        self.kicked.update(dict.fromkeys(handlers))
+
     def on_statement(self, doing: str, params: Any) -> None:
         """Who was woken is drained soon."""
         if doing == "outbox.kick" and params:
-            self.kicked.update(dict.fromkeys(params[0]))
-        elif doing != "outbox.claim_batch":
-            self.doings += 1
+            self.wake(*params[0])
 
     def taste(self, process: Process, event_ids: list[str]) -> None:
         """One event in some schedules is poison: it kills each worker that handles it."""
@@ -272,7 +273,7 @@ class Schedule:
         self.move_to(self.loop.seconds + self.chance.choice(LEAPS[:far]))
         self.ground.move_clock(self.loop.seconds)
         query = "select handler from outbox.handlers where outbox.has_work(handler) order by handler"
-        self.kicked.update(dict.fromkeys(handler for (handler,) in self.ground.rows(query)))
+        self.wake(*(handler for (handler,) in self.ground.rows(query)))
 
     def move_to(self, seconds: float) -> None:
         """Set the time, for everybody."""
@@ -282,9 +283,12 @@ class Schedule:
 
     def start_job(self) -> None:
         """A worker takes a job: one that somebody was woken for, or any."""
-        worker = self.chance.choice([one for one in self.workers if sum(one.running.values()) < JOBS_MAX])
         names = list(self.kicked) if self.kicked and self.chance.random() < 0.85 else [*self.ground.handlers, *ROUNDS]
-        name = self.chance.choice(names)
+        self.begin(self.chance.choice(names))
+
+    def begin(self, name: str) -> None:
+        """A worker takes a job of that name."""
+        worker = self.chance.choice([one for one in self.workers if sum(one.running.values()) < JOBS_MAX])
         self.kicked.pop(name, None)
         self.note(worker.name, "begins", name)
         if name in self.ground.handlers:
@@ -429,10 +433,13 @@ class Schedule:
         await self.api.open()
         await self.begin_calmly()
         self.is_calm = False
+        # Trouble comes when all is on its way.
+        for name in list(self.kicked)[: JOBS_MAX * self.plan.workers]:
+            self.begin(name)
 
     async def begin_calmly(self) -> None:
         """Bring some payments to where the rest of their lives begins: trouble should find them there, too."""
-        stage = self.chance.choice(("new", "held", "held", "charged", "settled"))
+        stage = self.chance.choice(("new", "held", "held", "charged", "settled", "settled"))
         if stage == "new":
             if self.chance.random() < 0.75:
                 # All come at once, and again, before anybody has been answered.
@@ -452,7 +459,7 @@ class Schedule:
             await work_off(self, HEALING)
         if self.chance.random() < 0.5:
             await self.deliver_all()
-        for _ in range(self.chance.randrange(2 * self.plan.payments)):
+        for _ in range(self.chance.randint(self.plan.payments, 3 * self.plan.payments)):
             self.instruct()
         await asyncio.wait(self.asking)
         self.ground.let_batches_hold(FEW)
