@@ -130,19 +130,24 @@ class Breaker:
         self.blocked = blocked
 
     async def _probe(self, account: str) -> None:
-        """Ask the provider something harmless: its breaker is open afterwards if there was no answer, else closed."""
+        """Ask the provider something harmless. No answer opens its breaker; an answer closes one that was open before.
+
+        What opened it meanwhile are calls that failed beside an answer: for these it stays open until the next probe.
+        """
         wanted_at = time.monotonic()
         async with self._probing[account]:
             if self._probed_at.get(account, 0.0) > wanted_at:
                 return
+            was_open = account in self.blocked
+            error: ProviderError | None = None
             try:
                 await self._rail.probe(account)
-            except Outage as error:
+            except ProviderError as told:
+                error = told
+            if isinstance(error, Outage):
                 await self._open(account, f"nothing is answered: {error}")
-            except ProviderError as error:
-                await self._close(account, f"it answers: {error}")
-            else:
-                await self._close(account, "it answers")
+            elif was_open:
+                await self._close(account, f"it answers: {error}" if error else "it answers")
             self._probed_at[account] = time.monotonic()
 
     async def _open(self, account: str, reason: str) -> None:
@@ -152,8 +157,7 @@ class Breaker:
         self._know(self.blocked | {account})
 
     async def _close(self, account: str, reason: str) -> None:
-        if account in self.blocked:
-            query = "select surety.close_breaker(%s, %s, %s, %s)"
-            if await self._database.value(query, PROVIDER, account, reason, self._actor):
-                log.warning("account %r at %s is served again: %s", account, PROVIDER, reason)
-            self._know(self.blocked - {account})
+        query = "select surety.close_breaker(%s, %s, %s, %s)"
+        if await self._database.value(query, PROVIDER, account, reason, self._actor):
+            log.warning("account %r at %s is served again: %s", account, PROVIDER, reason)
+        self._know(self.blocked - {account})

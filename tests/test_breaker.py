@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from jobs.database import CONNECTIONS_MAX
 from jobs.periodic import sweep
+from jobs.stripe_rail import Outage
 from jobs.worker import Worker
 from tests.payments import Connection, add_merchant, pay, state_of, violations
 from tests.sandbox_process import Sandbox, eventually, running_sandbox
@@ -276,6 +278,27 @@ async def test_where_reads_are_answered_and_commands_are_not_the_breaker_opens_a
             await later(conn, worker, "61 seconds")
     assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
     assert count(conn, "select count(*) from outbox.dead_letters") == 0
+
+
+async def test_what_opens_while_a_probe_is_under_way_is_not_closed_by_it(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    shop(0)
+    probed = {"operation": "balance.retrieve", "fault": "slow"}
+    sandbox.control("faults", {"slow_seconds": 2, "next": [probed]})
+    async with worker_here(database, sandbox.url) as worker:
+        breaker, began = worker.breaker, time.monotonic()
+        breaker.note("", began, Outage("nobody is there"), is_command=True)
+        considering = asyncio.create_task(breaker.consider([("", began)]))
+        await asyncio.to_thread(eventually, lambda: sandbox.control("faults")["next"] == [])
+        for _ in range(10):
+            breaker.note("", began, Outage("nobody is there"), is_command=True)
+        await breaker.pulse()
+        assert opened(conn) == {""}
+        await considering
+        assert opened(conn) == {""}
+        await later(conn, worker, "6 seconds")
+        assert opened(conn) == set(), "the next one was begun after it"
 
 
 async def test_a_provider_that_fails_now_and_then_is_called_on_and_nothing_counts(
