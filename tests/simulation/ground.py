@@ -159,6 +159,8 @@ class Wire(AsyncConnection[Any]):
         if self.is_cut:
             raise psycopg.OperationalError("the connection is closed")
         await schedule.turn(self.process, self.doing)
+        if self.is_cut:
+            raise psycopg.OperationalError("the connection is closed")
         if schedule.lot("cut_before"):
             raise self.cut()
         is_idle = self.pgconn.transaction_status == TransactionStatus.IDLE
@@ -197,6 +199,8 @@ class Wire(AsyncConnection[Any]):
         """Commit, perhaps after others have gone on, unless the connection is lost before."""
         if schedule.leaves_open():
             await schedule.turn(process, f"{self.doing}: commit")
+            if self.is_cut:
+                raise psycopg.OperationalError("the connection is closed")
         if schedule.lot("cut_open"):
             raise self.cut()
         self.run("commit")
@@ -270,11 +274,14 @@ class Wire(AsyncConnection[Any]):
         self.run("select pg_advisory_unlock_all()")
 
     async def close(self) -> None:
-        """Hang up."""
+        """Hang up. Whoever still waits for his turn on it is told so: it is nobody else's in this schedule."""
         if self.schedule is None:
             await super().close()
-        elif self.process is PROCESS.get():
-            self.schedule.ground.take_back(self)
+        elif self.process is PROCESS.get() and not self.is_cut:
+            self.is_cut = True
+            self.tidy()
+            self.schedule.locks.give_up(self)
+            self.schedule.locks.settle()
 
 
 class Ground:
