@@ -59,8 +59,8 @@ SETUP = (
     create function simulation.count_effects(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
     language plpgsql as $$
     begin
-        insert into simulation.effects (event_id)
-        select e.event_id from outbox.batch_events(p_batch, p_fence) as e where e.event_id = any(p_event_ids);
+        -- Nothing but the fence keeps back who has lost the batch.
+        insert into simulation.effects (event_id) select unnest(p_event_ids);
         return outbox.finish(p_batch, p_fence, p_event_ids);
     end;
     $$
