@@ -37,7 +37,8 @@ MEMORY = Path(":memory:")
 # No key is in use for reading.
 READ_FAULTS = tuple(fault for fault in REQUEST_FAULTS if fault != "conflict_409")
 # A day late comes only what can be done once: nobody could tell that a refund was not made from one that still will be.
-LATE_SECONDS = (0.5, 5.0, 30.0, 25 * 3600.0)
+LATE_SECONDS = (0.5, 30.0)
+A_DAY_LATE_SECONDS = 25 * 3600.0
 
 
 class TimelessMemory(Memory):
@@ -202,7 +203,7 @@ class Provider:
             drawn = [fault for fault in REQUEST_FAULTS if self.schedule.lot(fault, name)]
         else:
             drawn = [self.schedule.chance.choice(READ_FAULTS)] if self.schedule.lot("reads", name) else []
-        return await self.go_wrong(request, drawn[0] if drawn else None)
+        return await self.go_wrong(request, self.schedule.chance.choice(drawn) if drawn else None)
 
     async def go_wrong(self, request: Request, fault: RequestFault | None) -> Answer | None:
         """What this fault leaves of the answer."""
@@ -252,7 +253,8 @@ class Provider:
         in_use = (request.call.account, request.call.key or request.call.request_id)
         self.world.keys_in_use.add(in_use)
         is_once = request.operation.name.startswith("payment_intents.")
-        await asyncio.sleep(self.schedule.chance.choice(LATE_SECONDS if is_once else LATE_SECONDS[:-1]))
+        chance = self.schedule.chance
+        await asyncio.sleep(A_DAY_LATE_SECONDS if is_once and chance.random() < 0.5 else chance.choice(LATE_SECONDS))
         self.world.keys_in_use.discard(in_use)
         answered = answer(self.world, request)
         self.commit()

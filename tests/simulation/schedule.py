@@ -439,7 +439,7 @@ class Schedule:
 
     async def begin_calmly(self) -> None:
         """Bring some payments to where the rest of their lives begins: trouble should find them there, too."""
-        stage = self.chance.choice(("new", "held", "held", "charged", "settled", "settled"))
+        stage = self.chance.choice(("new", "new", "held", "held", "charged", "settled", "settled"))
         if stage == "new":
             if self.chance.random() < 0.75:
                 # All come at once, and again, before anybody has been answered.
