@@ -9,6 +9,7 @@ from msgspec import Struct
 from app.sandbox.faults import RequestFault
 
 if TYPE_CHECKING:
+    from app.sandbox.answering import Request
     from tests.simulation.ground import Ground
     from tests.simulation.schedule import Schedule
 
@@ -34,6 +35,8 @@ class Outage(Struct):
     silent_since: float
     """When the last answer of before arrived."""
     until: float
+    first: Request
+    """The call with which it began."""
 
 
 class Found(Struct, frozen=True):
@@ -43,10 +46,10 @@ class Found(Struct, frozen=True):
     free: frozenset[tuple[str, str]]
 
 
-def break_out(schedule: Schedule) -> Outage:
+def break_out(schedule: Schedule, first: Request, answered_at: float) -> Outage:
     """The provider is out from now on."""
     chance, now = schedule.chance, schedule.loop.seconds
-    return Outage(chance.choice(FORMS), chance.random() < 0.7, now, now + chance.choice(SECONDS))
+    return Outage(chance.choice(FORMS), chance.random() < 0.7, answered_at, now + chance.choice(SECONDS), first)
 
 
 def look(ground: Ground) -> Found:

@@ -76,6 +76,8 @@ class Provider:
         self.mailbox: list[str] = []
         self.late: list[str] = []
         self.outage: Outage | None = None
+        self.answered_at = 0.0
+        """When anybody had an answer last, in the schedule's seconds."""
         self._requests = 0
 
     @property
@@ -196,7 +198,7 @@ class Provider:
         """The answer after whatever goes wrong; None if none ever comes."""
         name = request.operation.name
         if self.outage is None and request.writes and self.schedule.lot("outage", name):
-            self.outage = break_out(self.schedule)
+            self.outage = break_out(self.schedule, request, self.answered_at)
         if self.outage is not None and (request.writes or self.outage.is_whole):
             return await self.go_wrong(request, self.outage.form)
         if request.writes:
@@ -298,8 +300,10 @@ class Http(stripe.HTTPClient):
             await asyncio.get_running_loop().create_future()
             raise AssertionError
         await schedule.turn(process, f"{doing}: answer")
-        if is_well and provider.outage is not None:
-            provider.outage.silent_since = schedule.loop.seconds
+        if is_well and (provider.outage is None or provider.outage.first is not received):
+            provider.answered_at = schedule.loop.seconds
+            if provider.outage is not None:
+                provider.outage.silent_since = provider.answered_at
         return answered.body, answered.status, {name.decode(): value.decode() for name, value in answered.headers}
 
 
