@@ -36,10 +36,7 @@ LOCK = """
     select case when pg_try_advisory_lock(hashtext(%s)) then set_config('idle_session_timeout', %s, false) is not null
         else false end
 """
-UNLOCK = """
-    select case when pg_advisory_unlock(hashtext(%s)) then set_config('idle_session_timeout', %s, false) is not null
-        else false end
-"""
+UNLOCK = "select pg_advisory_unlock(hashtext(%s)), set_config('idle_session_timeout', %s, false)"
 
 # The server or the connection went away, somebody else was in the way, or a deploy changed what a prepared statement
 # returns.

@@ -28,7 +28,6 @@ SENSIBLE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("submitting", "provider_submitted", "requires_action"), ("cancel_payment",)),
     **dict.fromkeys(("confirmed", "settled", "partially_refunded"), ("create_refund",)),
 }
-ANYTHING = ("capture_payment", "cancel_payment", "create_refund", "submit_evidence")
 # Who does what a command asks for.
 HANDLER = {
     "capture_payment": "capture",
@@ -36,6 +35,7 @@ HANDLER = {
     "create_refund": "refund",
     "submit_evidence": "evidence",
 }
+ANYTHING = tuple(HANDLER)
 WORDS = ("winning_evidence", "losing_evidence", "escalate_inquiry_evidence", "no more than the truth")
 
 

@@ -47,7 +47,7 @@ async def heal(schedule: Schedule) -> None:
         await schedule.deliver_all()
         schedule.ground.let_batches_hold(ALL)
         # The tick comes each second, the rounds each minute: what was to be tried again soon is, before they ask.
-        if turn < BANKS_TURN:
+        if turn <= 1:
             await work_off(schedule, ())
         if turn:
             await work_off(schedule, rounds_that_matter(schedule))

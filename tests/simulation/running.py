@@ -23,7 +23,7 @@ def settle_down(urls: SimpleQueue[str], is_ours: bool) -> None:
     """Prepare this process for schedules: a database of its own."""
     logging.disable(logging.CRITICAL)
     _grounds.append(Ground(urls.get(), is_ours=is_ours))
-    # A schedule leaves some ten thousand objects; what is there by now stays.
+    # What is there by now stays; of what a schedule leaves, most goes without the collector.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 
