@@ -184,7 +184,9 @@ begin
     if v_handler.paused_at is not null then
         return;
     end if;
-    perform outbox.take_over(p_handler, v_now);
+    if exists (select from outbox.batches as b where b.handler = p_handler and b.leased_until < v_now) then
+        perform outbox.take_over(p_handler, v_now);
+    end if;
     if v_handler.calls_provider and surety.is_cut_off() then
         return;
     end if;
@@ -197,26 +199,27 @@ begin
         return;
     end if;
 
-    -- A suspect that has seen two workers die runs while no other suspect does, whatever its handler.
-    select array[r.event_id] into v_ids
-    from outbox.retries as r
-    where r.handler = p_handler and r.due_at <= v_now and r.kills > 0
-        and (
-            r.kills = 1
-            or not exists (select from outbox.batches as b where b.is_suspect and b.leased_until >= v_now)
-        )
-    order by r.kills, random()
-    limit 1;
-    if found then
-        v_suspect := true;
-    else
-        select array_agg(due.event_id order by due.event_id) into v_ids
-        from (
-            select r.event_id from outbox.retries as r
-            where r.handler = p_handler and r.due_at <= v_now and r.kills = 0
-            order by r.due_at
-            limit v_handler.batch_size
-        ) as due;
+    if exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now) then
+        -- A suspect that has seen two workers die runs while no other suspect does, whatever its handler.
+        select array[r.event_id] into v_ids
+        from outbox.retries as r
+        where r.handler = p_handler and r.due_at <= v_now and r.kills > 0
+            and (
+                r.kills = 1
+                or not exists (select from outbox.batches as b where b.is_suspect and b.leased_until >= v_now)
+            )
+        order by r.kills, random()
+        limit 1;
+        v_suspect := found;
+        if not v_suspect then
+            select array_agg(due.event_id order by due.event_id) into v_ids
+            from (
+                select r.event_id from outbox.retries as r
+                where r.handler = p_handler and r.due_at <= v_now and r.kills = 0
+                order by r.due_at
+                limit v_handler.batch_size
+            ) as due;
+        end if;
     end if;
     if v_ids is not null then
         update outbox.retries as r set due_at = null where r.handler = p_handler and r.event_id = any(v_ids);

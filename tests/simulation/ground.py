@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -131,25 +132,35 @@ class Wire(AsyncConnection[Any]):
     process: Process | None = None
     is_cut = False
     is_still = False
+    is_seeded = False
     lease = 0
-    seed: float | None = None
     has_waited = False
+    has_locked = False
+    stays_open = False
+    is_doomed = False
     doing = ""
     told = ""
+    before: tuple[str, ...] = ()
 
     def begin_doing(self, query: Any, params: Any) -> None:
         """Note what is coming."""
         text = query.decode() if isinstance(query, bytes) else str(query)
         self.doing = text.split("(", 1)[0].split()[-1] if "(" in text else text.split()[0]
+        self.has_locked |= self.doing == "pg_try_advisory_lock"
         if self.schedule is not None:
             self.schedule.on_statement(self.doing, params)
 
     @asynccontextmanager
     async def transaction(self, *given: Any, **options: Any) -> AsyncGenerator[AsyncTransaction]:
         self.doing = "transaction"
-        async with super().transaction(*given, **options) as transaction:
-            yield transaction
-            self.doing = "commit"
+        try:
+            async with super().transaction(*given, **options) as transaction:
+                yield transaction
+                self.doing = "commit"
+        finally:
+            # A rollback takes back what was told in it.
+            if self.doing != "commit":
+                self.told = ""
 
     async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ASYNC109
         schedule = self.schedule
@@ -163,15 +174,16 @@ class Wire(AsyncConnection[Any]):
             raise psycopg.OperationalError("the connection is closed")
         if schedule.lot("cut_before"):
             raise self.cut()
-        is_idle = self.pgconn.transaction_status == TransactionStatus.IDLE
-        is_alone = is_idle and self.doing != "transaction" and not schedule.is_calm
-        self.tell_time(schedule.loop.seconds, "begin" if is_alone else "")
+        is_alone = self.pgconn.transaction_status == TransactionStatus.IDLE and self.doing != "transaction"
+        opens = is_alone and self.draw_opening(schedule)
+        self.tell_time(schedule.loop.seconds, opens)
         try:
-            result = await self.do(gen, is_alone)
+            result = await self.do(gen, opens)
         except psycopg.Error as error:
+            self.told = ""
             if not self.is_cut:
                 schedule.on_error(self.doing, error)
-                if is_alone:
+                if opens:
                     self.run("rollback")
             raise
         finally:
@@ -182,14 +194,19 @@ class Wire(AsyncConnection[Any]):
             raise self.cut()
         return result
 
-    async def do(self, gen: Any, is_alone: bool) -> Any:
-        """Run a statement, with its commit if it is alone."""
+    def draw_opening(self, schedule: Schedule) -> bool:
+        """Whether others see a statement that stands alone before its commit, or its connection is lost by then."""
+        self.stays_open, self.is_doomed = schedule.leaves_open(), schedule.lot("cut_open")
+        return self.stays_open or self.is_doomed
+
+    async def do(self, gen: Any, opens: bool) -> Any:
+        """Run a statement, with its commit if that is an event of its own."""
         schedule, process = self.schedule, self.process
         assert schedule is not None and process is not None
         found = look(schedule.ground) if self.doing in OPENERS else None
         self.has_waited = False
         result = await self.drive(gen)
-        if is_alone:
+        if opens:
             await self.commit_in_turn(schedule, process)
         if found is not None and not self.has_waited:
             keep_given_back(schedule, found)
@@ -197,26 +214,24 @@ class Wire(AsyncConnection[Any]):
 
     async def commit_in_turn(self, schedule: Schedule, process: Process) -> None:
         """Commit, perhaps after others have gone on, unless the connection is lost before."""
-        if schedule.leaves_open():
+        if self.stays_open:
             await schedule.turn(process, f"{self.doing}: commit")
             if self.is_cut:
                 raise psycopg.OperationalError("the connection is closed")
-        if schedule.lot("cut_open"):
+        if self.is_doomed:
             raise self.cut()
         self.run("commit")
 
-    def tell_time(self, seconds: float, *commands: str) -> None:
+    def tell_time(self, seconds: float, opens: bool) -> None:
         """Let the server know what time it is, before it does something."""
-        told = f"set simulation.ahead = '{seconds:.6f} s'"
         if self.pgconn.transaction_status == TransactionStatus.INERROR:
             return
-        # Within a transaction a rollback would take it back.
-        is_news = told != self.told
-        self.told = told if self.pgconn.transaction_status == TransactionStatus.IDLE else ""
-        if wanted := [command for command in (told if is_news else "", *commands) if command]:
-            self.run("; ".join(wanted))
-            if "begin" in commands:
-                self.told = ""
+        told = f"set simulation.ahead = '{seconds:.6f} s'"
+        commands = [*self.before, *([told] if told != self.told else []), *(["begin"] if opens else [])]
+        self.before = ()
+        if commands:
+            self.run("; ".join(commands))
+        self.told = told
 
     def run(self, command: str) -> None:
         """Something quick that waits for nobody."""
@@ -270,8 +285,11 @@ class Wire(AsyncConnection[Any]):
                 pass
         if self.pgconn.transaction_status != TransactionStatus.IDLE:
             self.run("rollback")
+            self.told = ""
         self._num_transactions = 0
-        self.run("select pg_advisory_unlock_all()")
+        if self.has_locked:
+            self.has_locked = False
+            self.run("select pg_advisory_unlock_all(); reset idle_session_timeout")
 
     async def close(self) -> None:
         """Hang up. Whoever still waits for his turn on it is told so: it is nobody else's in this schedule."""
@@ -296,7 +314,10 @@ class Ground:
         # Each month ahead costs every plan a little.
         alter(self._source, "surety.maintain_partitions", "default 3", "default 1")
         deploy(url, self._source)
-        self.overseer = psycopg.connect(self.url, autocommit=True)
+        self.overseer = psycopg.connect(self.url, autocommit=True, prepare_threshold=0)
+        self.overseer.prepared_max = None
+        # Who sets aside the triggers forgets all his plans.
+        self.sweeper = psycopg.connect(self.url, autocommit=True)
         for statement in SETUP:
             self.overseer.execute(statement.encode())
         # What holds rows by now is law; the rest goes after each schedule.
@@ -306,6 +327,7 @@ class Ground:
         self.wires: list[Wire] = []
         self.free: list[Wire] = []
         self.used = 0
+        self.batch_size: int | None = None
         rows = self.rows("select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()")
         self.handlers = {row[0]: Handler(*row) for row in rows}
 
@@ -315,14 +337,17 @@ class Ground:
 
     def let_batches_hold(self, events: int) -> None:
         """How many events a batch holds: few, so that it is seldom the whole of what waits, or as many as there are."""
+        if self.batch_size == events:
+            return
         for name, handler in self.handlers.items():
             self.handlers[name] = msgspec.structs.replace(handler, batch_size=events)
-        # Where a claim is open, it stays as it is: the overseer waits for nobody.
-        self.overseer.execute(
+        # Where a claim is open, it stays as it is for now: the overseer waits for nobody.
+        told = self.rows(
             "update outbox.handlers set batch_size = %s where handler in"
-            " (select handler from outbox.handlers for update skip locked)",
-            (events,),
+            " (select handler from outbox.handlers for update skip locked) returning handler",
+            events,
         )
+        self.batch_size = events if len(told) == len(self.handlers) else None
 
     def deploy_again(self) -> bool:
         """Replace all functions by the same ones, beside whatever is open: who has called one calls another now.
@@ -344,14 +369,15 @@ class Ground:
     def empty(self) -> None:
         """Begin anew; chance inside the database follows from the seed too."""
         if self.used % SWEEP_EVERY == 0:
-            self.overseer.execute("vacuum (analyze)")
+            self.sweeper.execute("vacuum (analyze)")
         self.used += 1
-        self.overseer.execute("select simulation.empty()")
+        self.sweeper.execute("select simulation.empty()")
         self.move_clock(0)
         for wire in self.wires:
             if wire.schedule is not None:
                 wire.tidy()
-            wire.seed = wire.schedule = None
+            wire.schedule, wire.before = None, ()
+            wire.is_seeded = False
         self.free = self.wires[::-1]
 
     def lease(self, schedule: Schedule, process: Process) -> Wire:
@@ -366,9 +392,9 @@ class Ground:
             self.free.append(wire)
         wire = self.free.pop()
         assert wire.pgconn.status == ConnStatus.OK
-        if wire.seed is None:
-            wire.seed = fraction(schedule.plan.seed, self.wires.index(wire))
-            wire.run(f"select setseed({wire.seed})")
+        if not wire.is_seeded:
+            wire.is_seeded = True
+            wire.before = (f"set seed = {fraction(schedule.plan.seed, self.wires.index(wire))}",)
         wire.schedule, wire.process, wire.is_cut = schedule, process, False
         wire.lease += 1
         # Who held it before may have died in the middle of a statement.
@@ -394,7 +420,10 @@ class Ground:
 
     def waits_for_a_lock(self, wire: Wire) -> bool:
         """Whether the server's process of a connection stands in line for a lock."""
-        return bool(self.rows("select cardinality(pg_blocking_pids(%s)) > 0", wire.pgconn.backend_pid)[0][0])
+        pid = wire.pgconn.backend_pid
+        return not (self.is_ours and is_running(pid)) and bool(
+            self.rows("select cardinality(pg_blocking_pids(%s)) > 0", pid)[0][0]
+        )
 
 
 class Pool:
@@ -415,6 +444,15 @@ class Pool:
             # Of a process that has died the server has noticed it, and somebody else may have the connection by now.
             if wire.lease == lease:
                 self._schedule.ground.take_back(wire)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process works, or would if there were a processor; False where that is not to be seen."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(") ")[2].startswith("R")
 
 
 def fraction(seed: int, number: int) -> float:

@@ -43,7 +43,7 @@ RATES: dict[str, tuple[float, float]] = {
     "worker_stopped": (0.01, 0.05),
     "api_killed": (0.01, 0.05),
     "stalled": (0.1, 0.6),
-    "deploy": (0.01, 0.05),
+    "deploy": (0.005, 0.025),
     "outage": (0.2, 1.0),
 }
 LEAPS = (0.05, 1.5, 6.0, 21.0, 61.0, 200.0, 3700.0, 90_000.0)
