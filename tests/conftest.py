@@ -20,6 +20,7 @@ from db.deploy import deploy
 from db.server import EmbeddedServer, temporary_database
 from db.settings import Settings, load
 from tests.judges import Judges
+from tests.spare import Spare
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Connect = Callable[[Kind], Connection]
@@ -91,11 +92,19 @@ def blank(server: str) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def spare(server: str, template: str) -> Iterator[Spare]:
+    """What gives databases to tests."""
+    spare = Spare(server, PREFIX, template)
+    yield spare
+    spare.drop()
+
+
 @pytest.fixture
-def database(server: str, template: str) -> Iterator[str]:
+def database(spare: Spare) -> Iterator[str]:
     """The address of a database with everything deployed and no rows but those of the schema."""
-    with temporary_database(server, PREFIX, template=template) as url:
-        yield url
+    yield spare.take()
+    spare.give_back()
 
 
 @pytest.fixture
@@ -105,10 +114,9 @@ def settings(database: str) -> Settings:
 
 
 @pytest.fixture
-def conn(database: str) -> Iterator[Connection]:
+def conn(database: str, spare: Spare) -> Connection:
     """A connection in autocommit mode, with all rights."""
-    with psycopg.connect(harden(database, "deploy"), autocommit=True) as connection:
-        yield connection
+    return spare.owner()
 
 
 @pytest.fixture

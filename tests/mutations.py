@@ -1,8 +1,9 @@
 """Take one guard away at a time and see whether the simulation notices: `python -m tests.mutations --json`.
 
 Each mutant is a copy of the code with one thing less. The simulation runs on it until a promise breaks, for ten minutes
-at most. A survivor is a guard that nothing would miss: a test, a promise or a kind of trouble is missing. The last line
-is JSON if asked for: mutants, caught, survivors.
+at most. A seed that breaks a promise of the code as it is, too, catches no mutant. A survivor is a guard that nothing
+would miss: a test, a promise or a kind of trouble is missing. The last line is JSON if asked for: mutants, caught,
+survivors.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from msgspec import Struct
+
+from tests.simulation.running import run_here, runners
+from tests.simulation.schedule import Plan
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("app", "db", "jobs", "migrations", "tests", "schema.sql", "pyproject.toml")
@@ -42,10 +48,10 @@ class Mutant(Struct, frozen=True):
 
 
 class Verdict(Struct, frozen=True):
-    """What the simulation said of a mutant; `broken` is None for a survivor."""
+    """What the simulation said of a mutant: which promises broke with which seeds, none for a survivor."""
 
     guard: str
-    broken: str | None
+    broken: dict[int, str]
     seconds: float
 
 
@@ -305,10 +311,20 @@ def judge(mutant: Mutant, *, seconds: float = SECONDS_MAX, seed: int = 1, proces
             f"--seconds={seconds}", f"--processes={processes or os.cpu_count() or 1}",
         ]  # fmt: skip
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    told = [line.partition(" broke: ")[2] for line in ran.stdout.splitlines() if " broke: " in line]
+    told = re.findall(r"^seed (\d+) broke: (.*)$", ran.stdout, re.MULTILINE)
     if ran.returncode not in (0, 1) or (ran.returncode == 1 and not told):
         raise RuntimeError(f"{mutant.guard}: the simulation did not run:\n{ran.stderr[-4000:]}")
-    return Verdict(mutant.guard, "; ".join(dict.fromkeys(told)) or None, round(time.monotonic() - began, 1))
+    broken = {int(number): promise for number, promise in told}
+    return Verdict(mutant.guard, broken, round(time.monotonic() - began, 1))
+
+
+def innocent(seeds: Collection[int]) -> set[int]:
+    """The seeds with which the code as it is keeps its promises."""
+    if not seeds:
+        return set()
+    with runners(min(len(seeds), os.cpu_count() or 1)) as executor:
+        outcomes = list(executor.map(run_here, [Plan(seed=seed) for seed in sorted(seeds)]))
+    return {outcome.plan.seed for outcome in outcomes if not outcome.violations}
 
 
 def main() -> int:
@@ -325,8 +341,12 @@ def main() -> int:
         if asked.only in one.guard:
             verdict = judge(one, seconds=asked.seconds, seed=asked.seed, processes=asked.processes)
             verdicts.append(verdict)
-            print(f"{verdict.seconds:6.1f} s  {one.guard}: {verdict.broken or 'SURVIVED'}", flush=True)
-    survivors = [verdict.guard for verdict in verdicts if verdict.broken is None]
+            told_of = "; ".join(dict.fromkeys(verdict.broken.values()))
+            print(f"{verdict.seconds:6.1f} s  {one.guard}: {told_of or 'SURVIVED'}", flush=True)
+    catching = innocent({seed for verdict in verdicts for seed in verdict.broken})
+    survivors = [verdict.guard for verdict in verdicts if not catching & verdict.broken.keys()]
+    for guard in survivors:
+        print(f"nothing misses it: {guard}")
     told = {"mutants": len(verdicts), "caught": len(verdicts) - len(survivors), "survivors": survivors}
     print(json.dumps(told) if asked.json else f"{told['caught']} of {told['mutants']} caught")
     return 1 if survivors else 0
