@@ -1,4 +1,4 @@
-"""What every test can ask for: a real PostgreSQL, and in it a database of its own with everything deployed.
+"""What every test can ask for: a real PostgreSQL, and in it a database with everything deployed, empty for each test.
 
 The server is embedded and in memory; with DATABASE_URL it is that one, where databases named `surety_test_…` come and
 go and the one named is never touched. Several runs at once don't meet.

@@ -102,6 +102,16 @@ where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'procrastinate', 'sim
 """
 
 
+def altered() -> Source:
+    """What is deployed here."""
+    source = Source.installed()
+    month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    alter(source, "surety.time_now", TIME, CLOCK.format(month=month))
+    # Each month ahead costs every plan a little.
+    alter(source, "surety.maintain_partitions", "default 3", "default 1")
+    return source
+
+
 def alter(source: Source, function: str, before: str, after: str) -> None:
     """Deploy a function with another text."""
     assert any(one.identity == function and before in one.text for one in source.statements), function
@@ -109,6 +119,18 @@ def alter(source: Source, function: str, before: str, after: str) -> None:
         replace(one, text=one.text.replace(before, after)) if one.identity == function else one
         for one in source.statements
     ]
+
+
+def lay(url: str) -> None:
+    """Deploy all that a ground needs; it can be copied then."""
+    deploy(url, altered())
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
+        for statement in SETUP:
+            conn.execute(statement.encode())
+        # What holds rows by now is law; the rest goes after each schedule.
+        for (name,) in conn.execute(TABLES.encode()).fetchall():
+            if conn.execute(f"select from {name} limit 1".encode()).fetchone() is None:
+                conn.execute("insert into simulation.emptied (name) values (%s)", (name,))
 
 
 class Cursor(AsyncCursor[Any]):
@@ -303,27 +325,16 @@ class Wire(AsyncConnection[Any]):
 
 
 class Ground:
-    """One database, and connections to it; `is_ours` if nobody else has a process on its server."""
+    """One database, laid, and connections to it; `is_ours` if nobody else has a process on its server."""
 
     def __init__(self, url: str, *, is_ours: bool) -> None:
         self.is_ours = is_ours
         self.url = harden(url, "deploy")
-        self._source = Source.installed()
-        month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-        alter(self._source, "surety.time_now", TIME, CLOCK.format(month=month))
-        # Each month ahead costs every plan a little.
-        alter(self._source, "surety.maintain_partitions", "default 3", "default 1")
-        deploy(url, self._source)
+        self._source = altered()
         self.overseer = psycopg.connect(self.url, autocommit=True, prepare_threshold=0)
         self.overseer.prepared_max = None
         # Who sets aside the triggers forgets all his plans.
         self.sweeper = psycopg.connect(self.url, autocommit=True)
-        for statement in SETUP:
-            self.overseer.execute(statement.encode())
-        # What holds rows by now is law; the rest goes after each schedule.
-        for (name,) in self.rows(TABLES):
-            if not self.rows(f"select from {name} limit 1"):
-                self.rows("insert into simulation.emptied (name) values (%s) returning name", name)
         self.wires: list[Wire] = []
         self.free: list[Wire] = []
         self.used = 0

@@ -12,8 +12,10 @@ from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 
+from psycopg.conninfo import conninfo_to_dict
+
 from db.server import EmbeddedServer, temporary_database
-from tests.simulation.ground import PREFIX, SERVER, Ground
+from tests.simulation.ground import PREFIX, SERVER, Ground, lay
 from tests.simulation.schedule import Outcome, Plan, Schedule
 
 _grounds: list[Ground] = []
@@ -40,9 +42,12 @@ def runners(count: int) -> Generator[ProcessPoolExecutor]:
     with ExitStack() as stack:
         given = os.environ.get("DATABASE_URL")
         server = given or stack.enter_context(EmbeddedServer(settings=SERVER)).url
+        laid = stack.enter_context(temporary_database(server, PREFIX))
+        lay(laid)
+        template = str(conninfo_to_dict(laid)["dbname"])
         urls: SimpleQueue[str] = context.SimpleQueue()
         for _ in range(count):
-            urls.put(stack.enter_context(temporary_database(server, PREFIX)))
+            urls.put(stack.enter_context(temporary_database(server, PREFIX, template=template)))
         yield stack.enter_context(ProcessPoolExecutor(count, context, settle_down, (urls, not given)))
 
 
