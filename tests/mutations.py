@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 
 from msgspec import Struct
@@ -51,7 +52,7 @@ class Verdict(Struct, frozen=True):
     """What the simulation said of a mutant: which promises broke with which seeds, none for a survivor."""
 
     guard: str
-    broken: dict[int, str]
+    broken: dict[int, list[str]]
     seconds: float
 
 
@@ -314,7 +315,9 @@ def judge(mutant: Mutant, *, seconds: float = SECONDS_MAX, seed: int = 1, proces
     told = re.findall(r"^seed (\d+) broke: (.*)$", ran.stdout, re.MULTILINE)
     if ran.returncode not in (0, 1) or (ran.returncode == 1 and not told):
         raise RuntimeError(f"{mutant.guard}: the simulation did not run:\n{ran.stderr[-4000:]}")
-    broken = {int(number): promise for number, promise in told}
+    broken: dict[int, list[str]] = {}
+    for number, promise in told:
+        broken.setdefault(int(number), []).append(promise)
     return Verdict(mutant.guard, broken, round(time.monotonic() - began, 1))
 
 
@@ -341,12 +344,13 @@ def main() -> int:
         if asked.only in one.guard:
             verdict = judge(one, seconds=asked.seconds, seed=asked.seed, processes=asked.processes)
             verdicts.append(verdict)
-            told_of = "; ".join(dict.fromkeys(verdict.broken.values()))
+            told_of = "; ".join(dict.fromkeys(chain.from_iterable(verdict.broken.values())))
             print(f"{verdict.seconds:6.1f} s  {one.guard}: {told_of or 'SURVIVED'}", flush=True)
     catching = innocent({seed for verdict in verdicts for seed in verdict.broken})
     survivors = [verdict.guard for verdict in verdicts if not catching & verdict.broken.keys()]
-    for guard in survivors:
-        print(f"nothing misses it: {guard}")
+    for verdict in verdicts:
+        if verdict.broken and verdict.guard in survivors:
+            print(f"not caught: {verdict.guard}: these seeds break the code as it is: {[*verdict.broken]}")
     told = {"mutants": len(verdicts), "caught": len(verdicts) - len(survivors), "survivors": survivors}
     print(json.dumps(told) if asked.json else f"{told['caught']} of {told['mutants']} caught")
     return 1 if survivors else 0

@@ -39,7 +39,7 @@ CATALOGS = (
 # Whoever writes a row leaves another xmin; so two signatures are equal only if nothing was written.
 SIGNATURE = "(select (count(*), sum(xmin::text::bigint))::text from {})"
 CATALOG = "select " + ", ".join(SIGNATURE.format(f"pg_catalog.{name}") for name in CATALOGS)
-SETUP = """
+SETUP = f"""
 create temp table tables (name text, columns text, kept text, signature text);
 create temp table sequences (name text, last_value bigint);
 
@@ -52,31 +52,23 @@ from pg_class as c join pg_namespace as n on n.oid = c.relnamespace
 where c.relkind = 'r' and n.nspname !~ '^(pg_|information_schema)';
 insert into sequences select format('%I.%I', schemaname, sequencename), last_value from pg_sequences;
 
-create function pg_temp.has_rows(p_name text) returns boolean language plpgsql as $$
-declare
-    v_found boolean;
-begin
-    execute format('select exists (select from %s)', p_name) into v_found;
-    return v_found;
-end;
-$$;
-
 create function pg_temp.signature(p_name text) returns text language plpgsql as $$
 declare
     v_found text;
 begin
-    execute format('select (count(*), sum(xmin::text::bigint))::text from %s', p_name) into v_found;
+    execute format('select {SIGNATURE.format("%s")}', p_name) into v_found;
     return v_found;
 end;
 $$;
 
 create function pg_temp.keep() returns void language plpgsql as $$
 declare
-    v_name text;
+    v_table record;
 begin
-    for v_name in select name from tables where pg_temp.has_rows(name) loop
-        execute format('create temp table %I as table %s', v_name, v_name);
-        update tables set kept = format('pg_temp.%I', name), signature = pg_temp.signature(name) where name = v_name;
+    update tables set signature = pg_temp.signature(name);
+    for v_table in select name from tables where signature <> '(0,)' loop
+        execute format('create temp table %I as table %s', v_table.name, v_table.name);
+        update tables set kept = format('pg_temp.%I', name) where name = v_table.name;
     end loop;
 end;
 $$;
@@ -85,15 +77,14 @@ create function pg_temp.put_back() returns void language plpgsql as $$
 declare
     v_table record;
 begin
-    for v_table in select name from tables where kept is null and pg_temp.has_rows(name) loop
+    for v_table in select * from tables where pg_temp.signature(name) <> signature loop
         execute format('delete from %s', v_table.name);
-    end loop;
-    for v_table in select * from tables where kept is not null and pg_temp.signature(name) <> signature loop
-        execute format('delete from %s', v_table.name);
-        execute format(
-            'insert into %s (%s) overriding system value select %s from %s',
-            v_table.name, v_table.columns, v_table.columns, v_table.kept);
-        update tables set signature = pg_temp.signature(name) where name = v_table.name;
+        if v_table.kept is not null then
+            execute format(
+                'insert into %s (%s) overriding system value select %s from %s',
+                v_table.name, v_table.columns, v_table.columns, v_table.kept);
+            update tables set signature = pg_temp.signature(name) where name = v_table.name;
+        end if;
     end loop;
     perform setval(s.name, coalesce(s.last_value, 1), s.last_value is not null)
     from sequences as s join pg_sequences as p on format('%I.%I', p.schemaname, p.sequencename) = s.name
