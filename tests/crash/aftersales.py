@@ -22,6 +22,7 @@ PAGE_LIMIT = 100
 Story = tuple[Plan, ...]
 
 INITIATED = ("payment.initiated",)
+UNDER_WAY = ("payment.initiated", "payment.submitting")
 LOST = ("dispute.lost",)
 OVER = ("payment.failed", "payment.canceled", "dispute.won", "dispute.lost", "dispute.warning_closed")
 """What ends a story, whatever was still planned: a deadline may have passed while nobody answered."""
@@ -82,10 +83,14 @@ class Clerk:
         """By the payment's reference, what is left to be done; the numbers are for the keys."""
         self._payments: dict[str, Json] = {}
         """By id, those with a story, for what is told of their refunds and disputes."""
+        self.under_way: set[str] = set()
+        """References of payments that the provider has not answered, as far as the feed tells."""
 
     def expect(self, reference: str, story: Story) -> None:
-        """A payment that will be made is to have this story."""
-        self._plans[reference] = dict(enumerate(story))
+        """A payment that will be made is to have this story, which may have nothing in it."""
+        self.under_way.add(reference)
+        if story:
+            self._plans[reference] = dict(enumerate(story))
 
     def left(self) -> list[str]:
         """What has not been done."""
@@ -124,6 +129,8 @@ class Clerk:
 
     def _hear(self, what: str, about: Json) -> list[Request]:
         """What an event makes its merchant ask for."""
+        if about["object"] == "payment" and what not in UNDER_WAY:
+            self.under_way.discard(about["reference"])
         if about["object"] == "payment" and about["reference"] in self._plans:
             self._payments[about["id"]] = about
         payment = self._payments.get(str(about.get("payment", about["id"])))

@@ -16,8 +16,9 @@ from app.demo.merchants import USUAL_TOKENS, write_orders
 from tests.crash.aftersales import Clerk, Story, choose_story
 from tests.crash.correspondence import ANSWER_SECONDS_MAX, PAUSE_SECONDS, Correspondence, Request
 
-SHOPPERS = 8
+SHOPPERS = 24
 CONNECTIONS_MAX = 32
+# At most, for a shopper orders nothing more while his payment is under way: so the load is what the machine can bear.
 ORDERS_PER_SECOND = 10.0
 STOP_SECONDS_MAX = 60.0
 PORTION = 500
@@ -95,13 +96,21 @@ class Traffic:
 
     async def _shop(self, client: httpx.AsyncClient) -> None:
         for order, story in self._orders:
+            clerk, reference = self._clerks[order.api_key], str(order.body["reference"])
             # Before it is asked for: its first event may be read before its answer is.
-            if story:
-                self._clerks[order.api_key].expect(str(order.body["reference"]), story)
+            clerk.expect(reference, story)
             await self.told.ask(client, order)
-            if self._closing.is_set():
+            if not await self._is_served(clerk, reference):
                 return
             await asyncio.sleep(self._lot.uniform(0, 2 * SHOPPERS / ORDERS_PER_SECOND))
+
+    async def _is_served(self, clerk: Clerk, reference: str) -> bool:
+        """Whether the provider has answered about a payment, as the feed tells; False if the shop closes first."""
+        while not self._closing.is_set():
+            if reference not in clerk.under_way:
+                return True
+            await asyncio.sleep(PAUSE_SECONDS)
+        return False
 
 
 def orders_of(api_keys: list[str], seed: int) -> Iterator[tuple[Request, Story]]:

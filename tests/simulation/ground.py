@@ -8,9 +8,7 @@ so time stands still while nobody moves it, and a replay reads the very same ins
 from __future__ import annotations
 
 import asyncio
-import os
-import select
-import signal
+import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
-from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, waiting
-from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
+from psycopg import waiting
+from psycopg.pq import ConnStatus
 
 from db.connect import harden
 from db.deploy import deploy
 from db.errors import DeployError
 from db.source import Source
 from jobs.worker import Handler
-from tests.simulation.loop import PROCESS, Process
-from tests.simulation.outages import OPENERS, keep_given_back, look
+from tests.simulation.loop import Process
+from tests.simulation.wires import Cursor, Wire
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -44,7 +42,8 @@ SERVER = {
 }
 PREFIX = "surety_simulation"
 SWEEP_EVERY = 100
-QUIET_MS = 4
+WHOLE_DEPLOYS = 0.2
+FEW_FUNCTIONS = 5
 
 TIME = "select statement_timestamp() + coalesce((select clock.ahead from surety.clock), interval '0');"
 # A constant month, for what looks into a table would not be expanded where it is called.
@@ -133,197 +132,6 @@ def lay(url: str) -> None:
                 conn.execute("insert into simulation.emptied (name) values (%s)", (name,))
 
 
-class Cursor(AsyncCursor[Any]):
-    """Tells its connection what it is going to do."""
-
-    async def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
-        wire = self._conn
-        assert isinstance(wire, Wire)
-        wire.begin_doing(query, params)
-        return await super().execute(query, params, **options)
-
-
-class Wire(AsyncConnection[Any]):
-    """A connection that a schedule owns: each statement waits for its turn and may be cut off at its boundaries.
-
-    A statement outside of a transaction gets one of its own, whose commit is a turn again: so transactions of several
-    processes are really open side by side, and one that waits for another's lock is noticed and left waiting.
-    """
-
-    schedule: Schedule | None = None
-    process: Process | None = None
-    is_cut = False
-    is_still = False
-    is_seeded = False
-    lease = 0
-    has_waited = False
-    has_locked = False
-    stays_open = False
-    is_doomed = False
-    doing = ""
-    told = ""
-    before: tuple[str, ...] = ()
-
-    def begin_doing(self, query: Any, params: Any) -> None:
-        """Note what is coming."""
-        text = query.decode() if isinstance(query, bytes) else str(query)
-        self.doing = text.split("(", 1)[0].split()[-1] if "(" in text else text.split()[0]
-        self.has_locked |= self.doing == "pg_try_advisory_lock"
-        if self.schedule is not None:
-            self.schedule.on_statement(self.doing, params)
-
-    @asynccontextmanager
-    async def transaction(self, *given: Any, **options: Any) -> AsyncGenerator[AsyncTransaction]:
-        self.doing = "transaction"
-        try:
-            async with super().transaction(*given, **options) as transaction:
-                yield transaction
-                self.doing = "commit"
-        finally:
-            # A rollback takes back what was told in it.
-            if self.doing != "commit":
-                self.told = ""
-
-    async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ASYNC109
-        schedule = self.schedule
-        if schedule is None:
-            return waiting.wait(gen, self.pgconn.socket, interval=interval)
-        assert self.process is not None
-        if self.is_cut:
-            raise psycopg.OperationalError("the connection is closed")
-        await schedule.turn(self.process, self.doing)
-        if self.is_cut:
-            raise psycopg.OperationalError("the connection is closed")
-        if schedule.lot("cut_before"):
-            raise self.cut()
-        is_alone = self.pgconn.transaction_status == TransactionStatus.IDLE and self.doing != "transaction"
-        opens = is_alone and self.draw_opening(schedule)
-        self.tell_time(schedule.loop.seconds, opens)
-        try:
-            result = await self.do(gen, opens)
-        except psycopg.Error as error:
-            self.told = ""
-            if not self.is_cut:
-                schedule.on_error(self.doing, error)
-                if opens:
-                    self.run("rollback")
-            raise
-        finally:
-            # Within a transaction nothing is let go that others wait for.
-            if self.pgconn.transaction_status != TransactionStatus.INTRANS:
-                schedule.locks.settle()
-        if schedule.lot("cut_after"):
-            raise self.cut()
-        return result
-
-    def draw_opening(self, schedule: Schedule) -> bool:
-        """Whether others see a statement that stands alone before its commit, or its connection is lost by then."""
-        self.stays_open, self.is_doomed = schedule.leaves_open(), schedule.lot("cut_open")
-        return self.stays_open or self.is_doomed
-
-    async def do(self, gen: Any, opens: bool) -> Any:
-        """Run a statement, with its commit if that is an event of its own."""
-        schedule, process = self.schedule, self.process
-        assert schedule is not None and process is not None
-        found = look(schedule.ground) if self.doing in OPENERS else None
-        self.has_waited = False
-        result = await self.drive(gen)
-        if opens:
-            await self.commit_in_turn(schedule, process)
-        if found is not None and not self.has_waited:
-            keep_given_back(schedule, found)
-        return result
-
-    async def commit_in_turn(self, schedule: Schedule, process: Process) -> None:
-        """Commit, perhaps after others have gone on, unless the connection is lost before."""
-        if self.stays_open:
-            await schedule.turn(process, f"{self.doing}: commit")
-            if self.is_cut:
-                raise psycopg.OperationalError("the connection is closed")
-        if self.is_doomed:
-            raise self.cut()
-        self.run("commit")
-
-    def tell_time(self, seconds: float, opens: bool) -> None:
-        """Let the server know what time it is, before it does something."""
-        if self.pgconn.transaction_status == TransactionStatus.INERROR:
-            return
-        told = f"set simulation.ahead = '{seconds:.6f} s'"
-        commands = [*self.before, *([told] if told != self.told else []), *(["begin"] if opens else [])]
-        self.before = ()
-        if commands:
-            self.run("; ".join(commands))
-        self.told = told
-
-    def run(self, command: str) -> None:
-        """Something quick that waits for nobody."""
-        result = self.pgconn.exec_(command.encode())
-        if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
-            raise psycopg.errors.error_from_result(result)
-
-    def cut(self) -> psycopg.OperationalError:
-        """Lose the connection: the server rolls back what is open."""
-        self.is_cut = True
-        self.tidy()
-        return psycopg.OperationalError("server closed the connection unexpectedly")
-
-    async def drive(self, gen: Any) -> Any:
-        """Run psycopg's own protocol; a lock that another transaction holds is waited for beside the others."""
-        assert self.schedule is not None
-        try:
-            state = next(gen)
-            while True:
-                if state == waiting.WAIT_R and not self.has_answered():
-                    self.has_waited = True
-                    await self.schedule.locks.blocked(self)
-                state = gen.send(waiting.READY_R if state == waiting.WAIT_R else waiting.READY_W)
-        except StopIteration as end:
-            return end.value
-
-    def has_answered(self) -> bool:
-        """Whether the server has answered, False if it waits for somebody's lock; one of both comes true soon."""
-        assert self.schedule is not None
-        poll = select.poll()
-        poll.register(self.pgconn.socket, select.POLLIN)
-        while not poll.poll(QUIET_MS):
-            if self.schedule.ground.waits_for_a_lock(self):
-                return bool(poll.poll(0))
-        return True
-
-    def hold_still(self, still: bool) -> None:
-        """Stop the server's process that waits, or let it go on: of several that one commit frees, one goes first."""
-        assert self.schedule is not None
-        if still != self.is_still and self.schedule.ground.is_ours:
-            self.is_still = still
-            os.kill(self.pgconn.backend_pid, signal.SIGSTOP if still else signal.SIGCONT)
-
-    def tidy(self) -> None:
-        """As after a client's death: nothing open, nothing locked."""
-        if self.is_still:
-            self.hold_still(False)
-        if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
-            self.cancel()
-            while self.pgconn.get_result() is not None:
-                pass
-        if self.pgconn.transaction_status != TransactionStatus.IDLE:
-            self.run("rollback")
-            self.told = ""
-        self._num_transactions = 0
-        if self.has_locked:
-            self.has_locked = False
-            self.run("select pg_advisory_unlock_all(); reset idle_session_timeout")
-
-    async def close(self) -> None:
-        """Hang up. Whoever still waits for his turn on it is told so: it is nobody else's in this schedule."""
-        if self.schedule is None:
-            await super().close()
-        elif self.process is PROCESS.get() and not self.is_cut:
-            self.is_cut = True
-            self.tidy()
-            self.schedule.locks.give_up(self)
-            self.schedule.locks.settle()
-
-
 class Ground:
     """One database, laid, and connections to it; `is_ours` if nobody else has a process on its server."""
 
@@ -360,17 +168,23 @@ class Ground:
         )
         self.batch_size = events if len(told) == len(self.handlers) else None
 
-    def deploy_again(self) -> bool:
-        """Replace all functions by the same ones, beside whatever is open: who has called one calls another now.
+    def deploy_again(self, chance: random.Random) -> bool:
+        """Replace functions by the same ones, beside whatever is open: who has called one calls another now.
 
+        Seldom all of them, by a whole deploy, for after one every connection plans all anew; else a few, as it would.
         False if it gave way to who holds a lock, for he can't go on before it has; time stands still meanwhile.
         """
-        try:
-            deploy(self.url, self._source, force=True, lock_seconds_max=-1)
-        except DeployError as error:
-            if not isinstance(error.__cause__, psycopg.errors.LockNotAvailable):
-                raise
-            return False
+        if chance.random() < WHOLE_DEPLOYS:
+            try:
+                deploy(self.url, self._source, force=True, lock_seconds_max=-1)
+            except DeployError as error:
+                if not isinstance(error.__cause__, psycopg.errors.LockNotAvailable):
+                    raise
+                return False
+            return True
+        functions = [one for one in self._source.statements if one.kind == "function"]
+        texts = [one.text.rstrip(";") for one in chance.sample(functions, FEW_FUNCTIONS)]
+        self.overseer.execute("; ".join(texts).encode(), prepare=False)
         return True
 
     def move_clock(self, seconds: float) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from tests.simulation.loop import Killed
 
 if TYPE_CHECKING:
-    from tests.simulation.ground import Wire
     from tests.simulation.schedule import Schedule
+    from tests.simulation.wires import Wire
 
 
 class Locks:

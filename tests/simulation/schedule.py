@@ -1,4 +1,5 @@
-"""One schedule: what it is made of, who is next, and what goes wrong. How it heals is in healing.py.
+"""One schedule: what it is made of, who is next, and what goes wrong. How it begins is in beginning.py, how it
+heals in healing.py.
 
 Each decision is drawn from one stream of chance, each kind of fault from a stream of its own: so the same seed gives
 the same schedule, and leaving a kind of fault out, or stopping earlier, leaves the rest as like it as can be.
@@ -15,13 +16,13 @@ from typing import Any
 
 import psycopg
 from msgspec import Struct
-from msgspec.structs import replace
 
 from app.sandbox.faults import REQUEST_FAULTS
 from tests.simulation.actors import ROUNDS, ListeningProcess, WorkerProcess, deliver
+from tests.simulation.beginning import begin_calmly, draw_wanted, open_shops
 from tests.simulation.clients import Wanted, insist, instruct
 from tests.simulation.ground import Ground
-from tests.simulation.healing import ALL, FEW, HEALING, heal, work_off
+from tests.simulation.healing import FEW, heal
 from tests.simulation.locks import Locks
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
 from tests.simulation.promises import OF_THE_END, check, keep_invariants
@@ -43,21 +44,10 @@ RATES: dict[str, tuple[float, float]] = {
     "worker_stopped": (0.01, 0.05),
     "api_killed": (0.01, 0.05),
     "stalled": (0.1, 0.6),
-    "deploy": (0.005, 0.025),
+    "deploy": (0.01, 0.05),
     "outage": (0.2, 1.0),
 }
 LEAPS = (0.05, 1.5, 6.0, 21.0, 61.0, 200.0, 3700.0, 90_000.0)
-TOKENS = ("pm_card_visa",) * 8 + (
-    "pm_card_pendingRefund",
-    "pm_card_refundFail",
-    "pm_card_createDispute",
-    "pm_card_createDisputeInquiry",
-    "pm_card_chargeDeclined",
-    "pm_card_authenticationRequired",
-    "pm_card_authenticationRequiredChargeDeclinedInsufficientFunds",
-    "pm_card_bypassPending",
-    "pm_card_unknown",
-)
 JOBS_MAX = 4
 BOOTED_SECONDS = 1000.0
 
@@ -349,7 +339,7 @@ class Schedule:
             self.end(self.api)
             self.api = ListeningProcess(self, f"{self.api.name}'")
             self.asking.append(self.clients.start(self.api.open()))
-        if self.lot("deploy") and not self.ground.deploy_again():
+        if self.lot("deploy") and not self.ground.deploy_again(self._lots["deploy"]):
             self.note("the deploy gave way")
 
     def inspect(self) -> None:
@@ -401,68 +391,18 @@ class Schedule:
         self.provider = Provider(self)
         HTTP.provider = self.provider
         self.asking: list[asyncio.Task[Any]] = []
-        self.merchants: list[str] = []
-        self.keys: list[bytes] = []
-        for number in range(2):
-            [(merchant,)] = self.ground.rows("select surety.add_merchant(%s)", f"merchant {number}")
-            key_hash = hashlib.sha256(f"key {number}".encode()).digest()
-            self.ground.rows("select surety.add_api_key(%s, %s, 'test')", merchant, key_hash)
-            self.merchants.append(merchant)
-            self.keys.append(key_hash)
-        self.unasked = [
-            Wanted(
-                number=number,
-                merchant=self.chance.randrange(2),
-                key=f"key-{number}",
-                amount=self.chance.randrange(100, 20_000),
-                currency=self.chance.choice(("usd", "usd", "eur")),
-                token=self.chance.choice(TOKENS),
-                capture_method=self.chance.choice(("automatic", "automatic", "manual")),
-                reference=f"order-{self.chance.randrange(2)}" if self.chance.random() < 0.5 else None,
-            )
-            for number in range(self.plan.payments)
-        ]
-        if self.chance.random() < 0.3:
-            # Somebody's program uses a key again for something else.
-            again = self.chance.choice(self.unasked)
-            self.unasked.append(replace(again, number=len(self.unasked), amount=again.amount + 1, answers=[], told={}))
+        self.merchants, self.keys = open_shops(self.ground)
+        self.unasked = draw_wanted(self.chance, self.plan.payments)
         self.wanted = list(self.unasked)
         self.workers = [WorkerProcess(self, f"worker-{number}") for number in range(self.plan.workers)]
         self.api = ListeningProcess(self, "api")
         self.is_calm = True
         await self.api.open()
-        await self.begin_calmly()
+        await begin_calmly(self)
         self.is_calm = False
         # Trouble comes when all is on its way.
         for name in list(self.kicked)[: JOBS_MAX * self.plan.workers]:
             self.begin(name)
-
-    async def begin_calmly(self) -> None:
-        """Bring some payments to where the rest of their lives begins: trouble should find them there, too."""
-        stage = self.chance.choice(("new", "new", "held", "held", "charged", "settled", "settled"))
-        if stage == "new":
-            if self.chance.random() < 0.75:
-                # All come at once, and again, before anybody has been answered.
-                self.unasked.clear()
-                self.storm()
-            return
-        self.ground.let_batches_hold(ALL)
-        for _ in range(self.chance.randint(1, len(self.unasked))):
-            self.ask()
-        await asyncio.wait(self.asking)
-        if stage == "held":
-            await self.workers[-1].drain("submit")
-        else:
-            await work_off(self, ())
-        if stage == "settled":
-            self.move_to(self.loop.seconds + 3)
-            await work_off(self, HEALING)
-        if self.chance.random() < 0.5:
-            await self.deliver_all()
-        for _ in range(self.chance.randint(self.plan.payments, 3 * self.plan.payments)):
-            self.instruct()
-        await asyncio.wait(self.asking)
-        self.ground.let_batches_hold(FEW)
 
     def calm_down(self) -> None:
         """Nothing goes wrong any more; only time may have to go on."""

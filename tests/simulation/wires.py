@@ -1,0 +1,213 @@
+"""A connection under a schedule: it takes turns, can be cut, and waits for locks where everybody sees it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, waiting
+from psycopg.pq import ExecStatus, TransactionStatus
+
+from tests.simulation.loop import PROCESS, Process
+from tests.simulation.outages import OPENERS, keep_given_back, look
+
+if TYPE_CHECKING:
+    from tests.simulation.schedule import Schedule
+
+QUIET_MS = 4
+
+
+class Cursor(AsyncCursor[Any]):
+    """Tells its connection what it is going to do."""
+
+    async def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        wire = self._conn
+        assert isinstance(wire, Wire)
+        wire.begin_doing(query, params)
+        return await super().execute(query, params, **options)
+
+
+class Wire(AsyncConnection[Any]):
+    """A connection that a schedule owns: each statement waits for its turn and may be cut off at its boundaries.
+
+    A statement outside of a transaction gets one of its own, whose commit is a turn again: so transactions of several
+    processes are really open side by side, and one that waits for another's lock is noticed and left waiting.
+    """
+
+    schedule: Schedule | None = None
+    process: Process | None = None
+    is_cut = False
+    is_still = False
+    is_seeded = False
+    lease = 0
+    has_waited = False
+    has_locked = False
+    stays_open = False
+    is_doomed = False
+    doing = ""
+    told = ""
+    before: tuple[str, ...] = ()
+
+    def begin_doing(self, query: Any, params: Any) -> None:
+        """Note what is coming."""
+        text = query.decode() if isinstance(query, bytes) else str(query)
+        self.doing = text.split("(", 1)[0].split()[-1] if "(" in text else text.split()[0]
+        self.has_locked |= self.doing == "pg_try_advisory_lock"
+        if self.schedule is not None:
+            self.schedule.on_statement(self.doing, params)
+
+    @asynccontextmanager
+    async def transaction(self, *given: Any, **options: Any) -> AsyncGenerator[AsyncTransaction]:
+        self.doing = "transaction"
+        try:
+            async with super().transaction(*given, **options) as transaction:
+                yield transaction
+                self.doing = "commit"
+        finally:
+            # A rollback takes back what was told in it.
+            if self.doing != "commit":
+                self.told = ""
+
+    async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ASYNC109
+        schedule = self.schedule
+        if schedule is None:
+            return waiting.wait(gen, self.pgconn.socket, interval=interval)
+        assert self.process is not None
+        if self.is_cut:
+            raise psycopg.OperationalError("the connection is closed")
+        await schedule.turn(self.process, self.doing)
+        if self.is_cut:
+            raise psycopg.OperationalError("the connection is closed")
+        if schedule.lot("cut_before"):
+            raise self.cut()
+        is_alone = self.pgconn.transaction_status == TransactionStatus.IDLE and self.doing != "transaction"
+        opens = is_alone and self.draw_opening(schedule)
+        self.tell_time(schedule.loop.seconds, opens)
+        try:
+            result = await self.do(gen, opens)
+        except psycopg.Error as error:
+            self.told = ""
+            if not self.is_cut:
+                schedule.on_error(self.doing, error)
+                if opens:
+                    self.run("rollback")
+            raise
+        finally:
+            # Within a transaction nothing is let go that others wait for.
+            if self.pgconn.transaction_status != TransactionStatus.INTRANS:
+                schedule.locks.settle()
+        if schedule.lot("cut_after"):
+            raise self.cut()
+        return result
+
+    def draw_opening(self, schedule: Schedule) -> bool:
+        """Whether others see a statement that stands alone before its commit, or its connection is lost by then."""
+        self.stays_open, self.is_doomed = schedule.leaves_open(), schedule.lot("cut_open")
+        return self.stays_open or self.is_doomed
+
+    async def do(self, gen: Any, opens: bool) -> Any:
+        """Run a statement, with its commit if that is an event of its own."""
+        schedule, process = self.schedule, self.process
+        assert schedule is not None and process is not None
+        found = look(schedule.ground) if self.doing in OPENERS else None
+        self.has_waited = False
+        result = await self.drive(gen)
+        if opens:
+            await self.commit_in_turn(schedule, process)
+        if found is not None and not self.has_waited:
+            keep_given_back(schedule, found)
+        return result
+
+    async def commit_in_turn(self, schedule: Schedule, process: Process) -> None:
+        """Commit, perhaps after others have gone on, unless the connection is lost before."""
+        if self.stays_open:
+            await schedule.turn(process, f"{self.doing}: commit")
+            if self.is_cut:
+                raise psycopg.OperationalError("the connection is closed")
+        if self.is_doomed:
+            raise self.cut()
+        self.run("commit")
+
+    def tell_time(self, seconds: float, opens: bool) -> None:
+        """Let the server know what time it is, before it does something."""
+        if self.pgconn.transaction_status == TransactionStatus.INERROR:
+            return
+        told = f"set simulation.ahead = '{seconds:.6f} s'"
+        commands = [*self.before, *([told] if told != self.told else []), *(["begin"] if opens else [])]
+        self.before = ()
+        if commands:
+            self.run("; ".join(commands))
+        self.told = told
+
+    def run(self, command: str) -> None:
+        """Something quick that waits for nobody."""
+        result = self.pgconn.exec_(command.encode())
+        if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
+            raise psycopg.errors.error_from_result(result)
+
+    def cut(self) -> psycopg.OperationalError:
+        """Lose the connection: the server rolls back what is open."""
+        self.is_cut = True
+        self.tidy()
+        return psycopg.OperationalError("server closed the connection unexpectedly")
+
+    async def drive(self, gen: Any) -> Any:
+        """Run psycopg's own protocol; a lock that another transaction holds is waited for beside the others."""
+        assert self.schedule is not None
+        try:
+            state = next(gen)
+            while True:
+                if state == waiting.WAIT_R and not self.has_answered():
+                    self.has_waited = True
+                    await self.schedule.locks.blocked(self)
+                state = gen.send(waiting.READY_R if state == waiting.WAIT_R else waiting.READY_W)
+        except StopIteration as end:
+            return end.value
+
+    def has_answered(self) -> bool:
+        """Whether the server has answered, False if it waits for somebody's lock; one of both comes true soon."""
+        assert self.schedule is not None
+        poll = select.poll()
+        poll.register(self.pgconn.socket, select.POLLIN)
+        while not poll.poll(QUIET_MS):
+            if self.schedule.ground.waits_for_a_lock(self):
+                return bool(poll.poll(0))
+        return True
+
+    def hold_still(self, still: bool) -> None:
+        """Stop the server's process that waits, or let it go on: of several that one commit frees, one goes first."""
+        assert self.schedule is not None
+        if still != self.is_still and self.schedule.ground.is_ours:
+            self.is_still = still
+            os.kill(self.pgconn.backend_pid, signal.SIGSTOP if still else signal.SIGCONT)
+
+    def tidy(self) -> None:
+        """As after a client's death: nothing open, nothing locked."""
+        if self.is_still:
+            self.hold_still(False)
+        if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            self.cancel()
+            while self.pgconn.get_result() is not None:
+                pass
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            self.run("rollback")
+            self.told = ""
+        self._num_transactions = 0
+        if self.has_locked:
+            self.has_locked = False
+            self.run("select pg_advisory_unlock_all(); reset idle_session_timeout")
+
+    async def close(self) -> None:
+        """Hang up. Whoever still waits for his turn on it is told so: it is nobody else's in this schedule."""
+        if self.schedule is None:
+            await super().close()
+        elif self.process is PROCESS.get() and not self.is_cut:
+            self.is_cut = True
+            self.tidy()
+            self.schedule.locks.give_up(self)
+            self.schedule.locks.settle()
