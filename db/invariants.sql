@@ -20,6 +20,10 @@ begin atomic
         order by facts.provider asc, facts.account asc, facts.object_id asc, facts.revision desc
     ),
 
+    derived as materialized (
+        select * from surety.derive(array(select payments.id from surety.payments))
+    ),
+
     checked (name, subject) as (
         select
             'every payment stands where its last step ended',
@@ -55,8 +59,7 @@ begin atomic
             'every state is what its facts say',
             payments.id
         from surety.payments
-        left join surety.derive(array(select asked.id from surety.payments as asked)) as derived
-            on payments.id = derived.payment_id
+        left join derived on payments.id = derived.payment_id
         where
             -- What we sent and what was refused is no fact; and what has ended here ends once, unless it succeeds.
             payments.state is distinct from derived.target_state
@@ -67,8 +70,7 @@ begin atomic
             'every amount is what its facts say',
             payments.id
         from surety.payments
-        left join surety.derive(array(select asked.id from surety.payments as asked)) as derived
-            on payments.id = derived.payment_id
+        left join derived on payments.id = derived.payment_id
         where
             (payments.captured_minor, payments.refunded_minor, payments.refund_pending_minor) <> (
                 coalesce(derived.captured_minor, 0), coalesce(derived.refunded_minor, 0),
@@ -82,10 +84,16 @@ begin atomic
             'every step has one audit entry',
             steps.payment_id
         from surety.steps
-        where (
-            select count(*) from audit.entries
-            where entries.payment_id = steps.payment_id and entries.kind = 'step' and entries.version = steps.version
-        ) <> 1
+        left join (
+            select
+                entries.payment_id,
+                entries.version,
+                count(*) as entries
+            from audit.entries
+            where entries.kind = 'step'
+            group by entries.payment_id, entries.version
+        ) as audited on steps.payment_id = audited.payment_id and steps.version = audited.version
+        where audited.entries is distinct from 1
         union all
         select
             'every step has one event',
@@ -386,9 +394,31 @@ begin atomic
             payments.id
         from surety.payments
         inner join surety.states on payments.state = states.state
+        -- The events of the few that are left, not all events.
+        left join lateral (
+            select true as is_there
+            from outbox.events
+            inner join outbox.handlers on events.type = any(handlers.event_types)
+            where
+                events.aggregate_id = payments.id
+                and (
+                    (handlers.epoch = events.epoch and not pg_catalog.pg_visible_in_snapshot(events.xid, handlers.seen))
+                    or exists (
+                        select from outbox.batches
+                        where batches.handler = handlers.handler and events.id = any(batches.event_ids)
+                    )
+                    or exists (
+                        select from outbox.retries
+                        where
+                            retries.handler = handlers.handler and retries.event_id = events.id
+                            and retries.due_at is not null
+                    )
+                )
+            limit 1
+        ) as to_come on true
         where
             -- Nobody asks, nothing is expected, no dispute is open; and no event of its is to be handled, nor dead.
-            not states.is_final and payments.ask_at is null
+            not states.is_final and payments.ask_at is null and to_come.is_there is null
             and not exists (
                 select from surety.expectations
                 where expectations.payment_id = payments.id and expectations.met_at is null
@@ -396,28 +426,6 @@ begin atomic
             and not exists (
                 select from surety.disputes
                 where disputes.payment_id = payments.id and disputes.ask_at is not null
-            )
-            and not exists (
-                select from outbox.events
-                inner join outbox.handlers on events.type = any(handlers.event_types)
-                where
-                    events.aggregate_id = payments.id
-                    and (
-                        (
-                            handlers.epoch = events.epoch
-                            and not pg_catalog.pg_visible_in_snapshot(events.xid, handlers.seen)
-                        )
-                        or exists (
-                            select from outbox.batches
-                            where batches.handler = handlers.handler and events.id = any(batches.event_ids)
-                        )
-                        or exists (
-                            select from outbox.retries
-                            where
-                                retries.handler = handlers.handler and retries.event_id = events.id
-                                and retries.due_at is not null
-                        )
-                    )
             )
             and not exists (
                 select from outbox.dead_letters

@@ -50,7 +50,7 @@ async def heal(schedule: Schedule) -> None:
         if turn <= 1:
             await work_off(schedule, ())
         if turn:
-            await work_off(schedule, rounds_that_matter(schedule))
+            await work_off(schedule, rounds_that_matter(schedule, turn))
         if turn and await is_at_rest(schedule):
             break
         schedule.ground.rows(
@@ -68,14 +68,19 @@ async def heal(schedule: Schedule) -> None:
     await asyncio.sleep(0)
 
 
-def rounds_that_matter(schedule: Schedule) -> list[str]:
+def rounds_that_matter(schedule: Schedule, turn: int) -> list[str]:
     """Those that have something to do, and those that ask to find out."""
     [found] = schedule.ground.rows(
         "select exists (select from surety.pending_money), exists (select from surety.parked_facts where ended_at"
-        " is null), exists (select from surety.payments where state in ('confirmed', 'requires_action'))"
+        " is null), exists (select from surety.payments where state in ('confirmed', 'requires_action')),"
+        " exists (select from surety.payments where ask_at <= surety.time_now())"
+        " or exists (select from surety.refunds where ask_at <= surety.time_now())"
+        " or exists (select from surety.disputes where ask_at <= surety.time_now())"
     )
-    idle = {name for name, has_work in zip(("due_money", "parked", "overdue"), found, strict=True) if not has_work}
-    return [name for name in HEALING if name not in idle]
+    busy = dict(zip(("due_money", "parked", "overdue", "sweep"), found, strict=True))
+    # What was lost is read in the list; when all has been heard, nothing is lost any more.
+    busy["news"] = turn == 1 or schedule.provider.has_lost
+    return [name for name in HEALING if busy.get(name, True)]
 
 
 async def work_off(schedule: Schedule, rounds: Iterable[str]) -> None:

@@ -75,6 +75,8 @@ class Provider:
         self.process = Process("provider")
         self.mailbox: list[str] = []
         self.late: list[str] = []
+        self.has_lost = False
+        """Whether a webhook got lost."""
         self.outage: Outage | None = None
         self.answered_at = 0.0
         """When anybody had an answer last, in the schedule's seconds."""
@@ -118,6 +120,7 @@ class Provider:
             heapq.heapify(self.world.agenda)
         for plan in sorted(deliveries):
             if schedule.lot("webhook_lost"):
+                self.has_lost = True
                 continue
             if schedule.lot("webhook_delayed"):
                 self.late.append(plan.subject)

@@ -114,7 +114,7 @@ class Wire(AsyncConnection[Any]):
         """Run a statement, with its commit if that is an event of its own."""
         schedule, process = self.schedule, self.process
         assert schedule is not None and process is not None
-        found = look(schedule.ground) if self.doing in OPENERS else None
+        found = look(schedule.ground) if self.doing in OPENERS and not schedule.is_calm else None
         self.has_waited = False
         result = await self.drive(gen)
         if opens:
