@@ -24,6 +24,27 @@ begin atomic
         select * from surety.derive(array(select payments.id from surety.payments))
     ),
 
+    -- Of events that are to be handled: not seen, taken, or to be tried again. Never a walk through all events.
+    to_come as materialized (
+        select events.aggregate_id
+        from outbox.handlers
+        inner join outbox.events
+            on
+                handlers.epoch = events.epoch and events.xid >= pg_catalog.pg_snapshot_xmin(handlers.seen)
+                and events.type = any(handlers.event_types)
+        where not pg_catalog.pg_visible_in_snapshot(events.xid, handlers.seen)
+        union
+        select events.aggregate_id
+        from outbox.batches
+        cross join lateral unnest(batches.event_ids) as taken (event_id)
+        inner join outbox.events on taken.event_id = events.id
+        union
+        select events.aggregate_id
+        from outbox.retries
+        inner join outbox.events on retries.event_id = events.id
+        where retries.due_at is not null
+    ),
+
     checked (name, subject) as (
         select
             'every payment stands where its last step ended',
@@ -394,31 +415,9 @@ begin atomic
             payments.id
         from surety.payments
         inner join surety.states on payments.state = states.state
-        -- The events of the few that are left, not all events.
-        left join lateral (
-            select true as is_there
-            from outbox.events
-            inner join outbox.handlers on events.type = any(handlers.event_types)
-            where
-                events.aggregate_id = payments.id
-                and (
-                    (handlers.epoch = events.epoch and not pg_catalog.pg_visible_in_snapshot(events.xid, handlers.seen))
-                    or exists (
-                        select from outbox.batches
-                        where batches.handler = handlers.handler and events.id = any(batches.event_ids)
-                    )
-                    or exists (
-                        select from outbox.retries
-                        where
-                            retries.handler = handlers.handler and retries.event_id = events.id
-                            and retries.due_at is not null
-                    )
-                )
-            limit 1
-        ) as to_come on true
         where
             -- Nobody asks, nothing is expected, no dispute is open; and no event of its is to be handled, nor dead.
-            not states.is_final and payments.ask_at is null and to_come.is_there is null
+            not states.is_final and payments.ask_at is null
             and not exists (
                 select from surety.expectations
                 where expectations.payment_id = payments.id and expectations.met_at is null
@@ -427,9 +426,20 @@ begin atomic
                 select from surety.disputes
                 where disputes.payment_id = payments.id and disputes.ask_at is not null
             )
+            and not exists (select from to_come where to_come.aggregate_id = payments.id)
             and not exists (
                 select from outbox.dead_letters
                 where dead_letters.payment_id = payments.id and dead_letters.closed_at is null
+            )
+        union all
+        select
+            'what is expected is met by what came',
+            expectations.payment_id
+        from surety.expectations
+        where
+            expectations.met_at is not null and not exists (
+                select from surety.steps
+                where steps.payment_id = expectations.payment_id and steps.to_state = 'settled'
             )
         union all
         select
@@ -475,6 +485,7 @@ begin atomic
             'no batch outlives its lease unnoticed',
             'every event is in at most one place per handler',
             'no payment is forgotten',
+            'what is expected is met by what came',
             'what is overdue is told'
         ]) with ordinality as listed (name, place)
     )

@@ -3,18 +3,16 @@
 create or replace function surety.expect_settlement(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- payment.confirmed: money should arrive. Effects and completion are one transaction.
+-- payment.confirmed: money should arrive, also of what was disputed or refunded by now. Only payment.settled closes the
+-- expectation, be it handled before or after. Effects and completion are one transaction.
 declare
     v_now timestamptz := surety.time_now();
 begin
-    insert into surety.expectations (payment_id, kind, opened_at, due_at, met_at)
-    select
-        p.id, 'settlement', v_now, v_now + interval '7 days', case when s.position > 7 then v_now end
+    insert into surety.expectations (payment_id, kind, opened_at, due_at)
+    select distinct e.aggregate_id, 'settlement', v_now, v_now + interval '7 days'
     from outbox.batch_events(p_batch, p_fence) as e
-    join surety.payments as p on p.id = e.aggregate_id
-    join surety.states as s on s.state = p.state
     where e.event_id = any(p_event_ids)
-    order by p.id
+    order by e.aggregate_id
     on conflict (payment_id, kind) do nothing;
     return outbox.finish(p_batch, p_fence, p_event_ids);
 end;

@@ -269,6 +269,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
+        "only money meets an expectation",
+        (
+            "db/settlement.sql",
+            "    order by e.aggregate_id\n    on conflict (payment_id, kind) do nothing;\n",
+            """
+    on conflict (payment_id, kind) do nothing;
+    update surety.expectations as x set met_at = v_now from surety.payments as p
+    where p.id = x.payment_id and x.met_at is null and p.state <> 'confirmed';
+""",
+        ),
+    ),
+    mutant(
         "a failure counts only while the provider is well",
         ("db/breaker.sql", "when r.result ? 'release_seconds' then null", "when true then null"),
     ),

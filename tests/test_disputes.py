@@ -136,6 +136,20 @@ def test_a_dispute_of_what_is_refunded_already_is_a_loss_that_is_told(conn: Conn
     assert not violations(conn)
 
 
+def test_money_is_expected_of_what_was_disputed_before_anybody_expected_it(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    record(conn, [told(payment_id, "needs_response", 0)])
+    batch = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('settle', 'w')").fetchone()
+    assert batch is not None
+    assert conn.execute("select surety.expect_settlement(%s, %s, %s)", batch).fetchone() == (True,)
+    record(conn, [told(payment_id, "won", 1)])
+    assert state_of(conn, payment_id) == "confirmed"
+    expected = "select met_at is not null from surety.expectations"
+    assert conn.execute(expected).fetchall() == [(False,)]
+    assert not violations(conn)
+
+
 # ---------------------------------------------------------------------------------------------------------- evidence
 
 

@@ -76,6 +76,10 @@ VIOLATIONS: dict[str, str] = {
         " insert into outbox.retries (handler, event_id, due_at) values ('settle', 'evt_1', now())"
     ),
     "no payment is forgotten": "update outbox.handlers set seen = pg_current_snapshot() where handler <> %(p)s",
+    "what is expected is met by what came": (
+        "insert into surety.expectations (payment_id, kind, opened_at, due_at, met_at)"
+        " select id, 'settlement', now(), now(), now() from surety.payments where state = 'disputed' and id <> %(p)s"
+    ),
     "what is overdue is told": (
         "insert into surety.expectations (payment_id, kind, opened_at, due_at)"
         " values (%(p)s, 'settlement', now() - interval '1 day', now() - interval '11 minutes')"

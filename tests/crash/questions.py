@@ -17,14 +17,16 @@ TWICE_REFUNDED = "no refund is made twice"
 STANDING = ("pending", "requires_action", "succeeded")
 
 
-def inspect(house: House, told: Correspondence) -> dict[str, int]:
-    """The promises that are broken."""
+def inspect(house: House, told: Correspondence) -> tuple[dict[str, int], list[str]]:
+    """The promises that are broken, and lines that explain those that the database sees broken, at the same instant."""
     sandbox = house.http("sandbox")
     charges, _, _ = ask_sandbox(sandbox)
     refunds = ask(sandbox, "refunds/summary?metadata_key=surety_refund")
-    with house.connect() as conn:
-        promises, _ = check_promises(conn, list(told.payments), charges)
-        refunded = list(told.refunds.items())
+    # What is acknowledged after this instant may be missing in it.
+    acknowledged, refunded = list(told.payments), list(told.refunds.items())
+    with house.connect() as conn, conn.transaction():
+        conn.execute("set transaction isolation level repeatable read, read only")
+        promises, _ = check_promises(conn, acknowledged, charges)
         promises["every acknowledged refund is present"] = count(
             conn,
             "select count(*) from unnest(%s::text[], %s::bigint[]) as told (id, amount_minor) where not exists"
@@ -32,9 +34,10 @@ def inspect(house: House, told: Correspondence) -> dict[str, int]:
             [id for id, _ in refunded],
             [amount for _, amount in refunded],
         )
+        explained = explain(conn) if any(promises.values()) else []
     promises[TWICE_REFUNDED] = len(refunds["double"])
     promises["what was answered is answered again, and nothing else"] = len(told.wrong)
-    return {name: times for name, times in promises.items() if times}
+    return {name: times for name, times in promises.items() if times}, explained
 
 
 def explain(conn: Connection) -> list[str]:
@@ -48,7 +51,14 @@ def explain(conn: Connection) -> list[str]:
             " union all (select to_jsonb(s)::text from surety.steps as s where s.payment_id = %(id)s order by version)"
             " union all (select to_jsonb(f)::text from surety.facts as f where f.payment_id = %(id)s order by f.id)"
             " union all (select to_jsonb(r)::text from surety.refunds as r where r.payment_id = %(id)s order by r.id)"
-            " union all (select to_jsonb(d)::text from surety.derive(array[%(id)s]) as d)",
+            " union all (select to_jsonb(d)::text from surety.derive(array[%(id)s]) as d)"
+            " union all (select to_jsonb(e)::text from audit.entries as e where e.payment_id = %(id)s order by e.id)"
+            " union all (select to_jsonb(e)::text from outbox.events as e where e.aggregate_id = %(id)s order by e.id)"
+            " union all (select to_jsonb(x)::text from surety.expectations as x where x.payment_id = %(id)s)"
+            " union all (select to_jsonb(d)::text from surety.disputes as d where d.payment_id = %(id)s)"
+            " union all (select to_jsonb(b)::text from outbox.batches as b)"
+            " union all (select to_jsonb(r)::text from outbox.retries as r)"
+            " union all (select to_jsonb(h)::text from outbox.handlers as h)",
             {"id": example},
         )
         lines += [f"    {line}" for (line,) in known]

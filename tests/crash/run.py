@@ -22,7 +22,6 @@ from tests.crash.questions import (
     TWICE_REFUNDED,
     compare,
     count_unfinished,
-    explain,
     inspect,
     look,
 )
@@ -100,20 +99,22 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
                 violated[f"cycle {number}: heals within {HEAL_SECONDS_MAX:.0f} s"] = 1
                 break
             heal_seconds.append(took)
-            violated = inspect(house, told)
+            violated, explained = inspect(house, told)
             acknowledged = f"{len(told.payments)} payments and {len(told.refunds)} refunds acknowledged"
             say(f"{number:>4} {kind}: {struck}; healed in {took:.1f} s; {acknowledged}")
             if violated:
-                with house.connect() as conn:
-                    for line in explain(conn):
-                        say(line)
+                for line in explained:
+                    say(line)
                 break
         traffic.close()
         closed_at = time.monotonic()
         if not violated:
             differing = finish(house, traffic)
             traffic.stop()
-            violated = inspect(house, told) | differing
+            violated, explained = inspect(house, told)
+            violated |= differing
+            for line in explained:
+                say(line)
             say(f"it all ended {time.monotonic() - closed_at:.1f} s after the last order")
         for line in told.wrong:
             say(f"wrong: {line}")

@@ -8,12 +8,12 @@ so time stands still while nobody moves it, and a replay reads the very same ins
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -133,22 +133,34 @@ def lay(url: str) -> None:
 
 
 class Ground:
-    """One database, laid, and connections to it; `is_ours` if nobody else has a process on its server."""
+    """One database, laid, and connections to it; `is_ours` if nobody else has a process on its server.
 
-    def __init__(self, url: str, *, is_ours: bool) -> None:
+    A schedule and the server's processes take turns, so on one and the same processor nobody has to be woken up on
+    another.
+    """
+
+    def __init__(self, url: str, *, is_ours: bool, processor: int | None = None) -> None:
         self.is_ours = is_ours
+        self.processor = processor
         self.url = harden(url, "deploy")
         self._source = altered()
         self.overseer = psycopg.connect(self.url, autocommit=True, prepare_threshold=0)
         self.overseer.prepared_max = None
         # Who sets aside the triggers forgets all his plans.
         self.sweeper = psycopg.connect(self.url, autocommit=True)
+        for pid in (os.getpid(), self.overseer.pgconn.backend_pid, self.sweeper.pgconn.backend_pid):
+            self.bind(pid)
         self.wires: list[Wire] = []
         self.free: list[Wire] = []
         self.used = 0
         self.batch_size: int | None = None
         rows = self.rows("select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()")
         self.handlers = {row[0]: Handler(*row) for row in rows}
+
+    def bind(self, pid: int) -> None:
+        """Keep a process on the schedule's processor."""
+        if self.is_ours and self.processor is not None:
+            os.sched_setaffinity(pid, {self.processor})
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """What the overseer sees, who is no part of the schedule."""
@@ -210,6 +222,7 @@ class Ground:
         if not self.free:
             wire = waiting.wait_conn(Wire._connect_gen(self.url), interval=0.1)
             wire._autocommit = True
+            self.bind(wire.pgconn.backend_pid)
             # As if it had worked for long.
             wire.prepare_threshold, wire.prepared_max = 0, None
             wire.cursor_factory = Cursor
@@ -274,10 +287,13 @@ class Pool:
 def is_running(pid: int) -> bool:
     """Whether a process works, or would if there were a processor; False where that is not to be seen."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:
         return False
-    return status.rpartition(") ")[2].startswith("R")
+    try:
+        return os.read(stat, 200).rpartition(b") ")[2].startswith(b"R")
+    finally:
+        os.close(stat)
 
 
 def fraction(seed: int, number: int) -> float:

@@ -293,6 +293,12 @@ def keep_expectations(schedule: Schedule) -> None:
     if rows:
         schedule.violate("what is confirmed is expected to settle", rows[0][0])
     rows = schedule.ground.rows(
+        "select x.payment_id from surety.expectations as x where not exists (select from surety.steps as s"
+        " where s.payment_id = x.payment_id and s.to_state = 'settled' and s.at <= x.met_at)"
+    )
+    if rows:
+        schedule.violate("what is expected to settle is so until it does", rows[0][0])
+    rows = schedule.ground.rows(
         "select p.id from audit.entries as e join surety.payments as p on p.id = e.payment_id where e.kind = 'answer'"
         " and (e.snapshot ->> 'amount')::bigint <> p.amount_minor and e.snapshot ->> 'object' = 'payment_intent'"
         " and not exists (select from surety.discrepancies as d where d.payment_id = p.id and d.kind = 'amount')"

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import cycle, islice
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 
@@ -21,10 +21,11 @@ from tests.simulation.schedule import Outcome, Plan, Schedule
 _grounds: list[Ground] = []
 
 
-def settle_down(urls: SimpleQueue[str], is_ours: bool) -> None:
-    """Prepare this process for schedules: a database of its own."""
+def settle_down(places: SimpleQueue[tuple[str, int | None]], is_ours: bool) -> None:
+    """Prepare this process for schedules: a database of its own, and a processor where one can be chosen."""
     logging.disable(logging.CRITICAL)
-    _grounds.append(Ground(urls.get(), is_ours=is_ours))
+    url, processor = places.get()
+    _grounds.append(Ground(url, is_ours=is_ours, processor=processor))
     # What is there by now stays; of what a schedule leaves, most goes without the collector.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
@@ -45,10 +46,16 @@ def runners(count: int) -> Generator[ProcessPoolExecutor]:
         laid = stack.enter_context(temporary_database(server, PREFIX))
         lay(laid)
         template = str(conninfo_to_dict(laid)["dbname"])
-        urls: SimpleQueue[str] = context.SimpleQueue()
-        for _ in range(count):
-            urls.put(stack.enter_context(temporary_database(server, PREFIX, template=template)))
-        yield stack.enter_context(ProcessPoolExecutor(count, context, settle_down, (urls, not given)))
+        places: SimpleQueue[tuple[str, int | None]] = context.SimpleQueue()
+        for _, processor in zip(range(count), cycle(list_processors()), strict=False):
+            url = stack.enter_context(temporary_database(server, PREFIX, template=template))
+            places.put((url, processor))
+        yield stack.enter_context(ProcessPoolExecutor(count, context, settle_down, (places, not given)))
+
+
+def list_processors() -> list[int] | list[None]:
+    """Those that this process may use, where it is told."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
 
 
 def run_all(

@@ -19,7 +19,7 @@ from tests.simulation.outages import OPENERS, keep_given_back, look
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
-QUIET_MS = 4
+QUIET_MS = 1
 
 
 class Cursor(AsyncCursor[Any]):
