@@ -23,6 +23,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from db.server import die_with_parent
 from tests.simulation.running import run_here, runners
 from tests.simulation.schedule import Plan
 
@@ -323,7 +324,10 @@ def judge(mutant: Mutant, *, seconds: float = SECONDS_MAX, seed: int = 1, proces
             sys.executable, "-m", "tests.simulation", "--until-broken", f"--seed={seed}", "--schedules=1000000",
             f"--seconds={seconds}", f"--processes={processes or os.cpu_count() or 1}",
         ]  # fmt: skip
-        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        ran = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False,
+            preexec_fn=die_with_parent(),
+        )  # fmt: skip
     told = re.findall(r"^seed (\d+) broke: (.*)$", ran.stdout, re.MULTILINE)
     if ran.returncode not in (0, 1) or (ran.returncode == 1 and not told):
         raise RuntimeError(f"{mutant.guard}: the simulation did not run:\n{ran.stderr[-4000:]}")

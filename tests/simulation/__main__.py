@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from itertools import takewhile
 
+from app.processes import Interrupted, interruptible
 from tests.simulation.running import run_all, run_here, runners
 from tests.simulation.schedule import RATES, Outcome, Plan
 from tests.simulation.shrinking import shrink
@@ -73,7 +74,7 @@ def main() -> int:
             print(f"seed {outcome.plan.seed} kept every promise, digest {outcome.digest}")
         return not (failed and asked.until_broken)
 
-    with runners(processes) as executor:
+    with interruptible(), runners(processes) as executor:
         began = time.monotonic()
         if asked.tell:
             for plan in plans:
@@ -99,4 +100,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Interrupted:
+        sys.exit(130)
