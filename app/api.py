@@ -12,7 +12,8 @@ The SQL functions take the SHA-256 of the API key and find the merchant themselv
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from litestar import HttpMethod, Litestar, Request, Response, get, post, route
@@ -189,23 +190,23 @@ def create_app(
         tell_truly(app)
         database = Database("api", settings)
         line = Lanes(lambda: connect_async("api", settings), STATEMENT, lanes=lanes, batch_max=batch_max)
-        await line.open()
-        await database.open()
-        kicker = Kicker(lambda: database.row("select outbox.kick('{submit}')"))
-        app.state.doorkeeper = Doorkeeper(database)
-        app.state.acceptance = Acceptance(app.state.doorkeeper, line, kicker)
-        app.state.bare = bare
-        commands_kicker = Kicker(lambda: database.row(KICK))
-        app.state.commands = Commands(app.state.doorkeeper, commands_kicker)
-        GATES[b"POST", b"/v1/payments"] = line.is_full
-        try:
+        # What can't be closed keeps nothing else open.
+        async with AsyncExitStack() as closing:
+            closing.push_async_callback(database.close)
+            await database.open()
+            kicker = Kicker(partial(database.row, "select outbox.kick('{submit}')"))
+            commands_kicker = Kicker(partial(database.row, KICK))
+            closing.push_async_callback(kicker.close)
+            closing.push_async_callback(commands_kicker.close)
+            closing.push_async_callback(line.close)
+            await line.open()
+            app.state.doorkeeper = Doorkeeper(database)
+            app.state.acceptance = Acceptance(app.state.doorkeeper, line, kicker)
+            app.state.bare = bare
+            app.state.commands = Commands(app.state.doorkeeper, commands_kicker)
+            GATES[b"POST", b"/v1/payments"] = line.is_full
+            closing.callback(GATES.pop, (b"POST", b"/v1/payments"))
             yield
-        finally:
-            del GATES[b"POST", b"/v1/payments"]
-            await line.close()
-            await kicker.close()
-            await commands_kicker.close()
-            await database.close()
 
     return with_head(
         Litestar(

@@ -108,9 +108,17 @@ class Lanes:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
-        """Connect all lanes and let them work; raises psycopg.Error if the database can't be reached."""
+        """Connect all lanes and let them work.
+
+        While the database is away they connect with their first batches: whoever begins then is of use once it is back.
+        Raises psycopg.Error for what no waiting cures.
+        """
         self._loop = asyncio.get_running_loop()
-        await asyncio.gather(*(lane.connect() for lane in self._lanes))
+        for failure in await asyncio.gather(*(lane.connect() for lane in self._lanes), return_exceptions=True):
+            if isinstance(failure, psycopg.Error) and is_passing(failure):
+                log.warning("not connected yet: %s", told(failure))
+            elif failure is not None:
+                raise failure
         self._tasks = [asyncio.create_task(lane.run()) for lane in self._lanes]
 
     async def close(self) -> None:
@@ -340,6 +348,6 @@ class Kicker:
             self._wanted.clear()
             try:
                 await self._kick()
-            except psycopg.Error as error:
-                log.warning("kick failed: %s", told(error))
+            except (psycopg.Error, Unavailable) as error:
+                log.warning("kick failed: %s", told(error) if isinstance(error, psycopg.Error) else error)
             await asyncio.sleep(self._every_seconds)

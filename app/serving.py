@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from multiprocessing import parent_process
@@ -21,8 +23,11 @@ from uvicorn.supervisors import Multiprocess
 from app.shedding import SheddingProtocol
 from db.errors import SuretyError
 
+log = logging.getLogger("surety.serving")
+
 BACKLOG = 2048
 SHUTDOWN_SECONDS_MAX = 20
+GRACE_SECONDS = 5
 
 
 class CantListen(SuretyError):
@@ -61,9 +66,22 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
     click.echo("listening on {}:{}".format(*listening.getsockname()[:2]))
     with suppress(KeyboardInterrupt), listening:
         if processes > 1:
-            Multiprocess(config, sockets=[listening]).run()
+            Family(config, sockets=[listening]).run()
         else:
             uvicorn.Server(config).run(sockets=[listening])
+
+
+class Family(Multiprocess):
+    """Several processes; one that does not end when it should keeps nobody from starting them all anew."""
+
+    def join_all(self) -> None:
+        deadline = time.monotonic() + SHUTDOWN_SECONDS_MAX + GRACE_SECONDS
+        for one in self.processes:
+            one.process.join(max(0.0, deadline - time.monotonic()))
+            if one.process.is_alive():
+                log.error("process %s does not end: killed", one.pid)
+                one.process.kill()
+                one.process.join()
 
 
 def load(factory: str) -> Any:

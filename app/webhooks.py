@@ -11,7 +11,8 @@ import logging
 import re
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -213,17 +214,17 @@ def create_app(settings: Settings | None = None, *, lanes: int = 2) -> Asgi:
     async def lifespan(app: Litestar) -> AsyncGenerator[None]:
         database = Database("webhook", settings)
         line = Lanes(lambda: connect_async("webhook", settings), STATEMENT, lanes=lanes, batch_max=BATCH_MAX)
-        await line.open()
-        await database.open()
-        kicker = Kicker(lambda: database.row("select outbox.kick('{apply}')"))
-        app.state.database = database
-        app.state.receiver = Receiver(secrets, database, line, kicker)
-        try:
+        # What can't be closed keeps nothing else open.
+        async with AsyncExitStack() as closing:
+            closing.push_async_callback(database.close)
+            await database.open()
+            kicker = Kicker(partial(database.row, "select outbox.kick('{apply}')"))
+            closing.push_async_callback(kicker.close)
+            closing.push_async_callback(line.close)
+            await line.open()
+            app.state.database = database
+            app.state.receiver = Receiver(secrets, database, line, kicker)
             yield
-        finally:
-            await line.close()
-            await kicker.close()
-            await database.close()
 
     return with_head(
         Litestar(

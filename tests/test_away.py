@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -19,6 +21,7 @@ from db.connect import patient
 from db.deploy import deploy
 from db.server import EmbeddedServer
 from jobs.worker import Worker
+from tests.crash.kills import children_of
 from tests.front import Merchant, connected, fresh, payment, problem, service
 from tests.payments import Connection, violations
 from tests.proxy import proxied
@@ -116,6 +119,26 @@ def test_ten_minutes_without_postgresql_lose_nothing_and_need_nobody(mortal: Emb
             assert not violations(conn)
         assert [one.poll(), two.poll(), api.process.poll(), receiver.process.poll()] == [None] * 4
         assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
+
+
+def test_an_api_process_that_is_replaced_while_postgresql_is_away_is_of_use_when_it_is_back(
+    mortal: EmbeddedServer,
+) -> None:
+    with service("api", mortal.url, "--processes", "2") as api:
+        eventually(lambda: len(children_of(api.process.pid)) == 2, 30)
+        mortal.halt("immediate")
+        killed, other = children_of(api.process.pid)
+        os.kill(killed, signal.SIGKILL)
+        eventually(lambda: {*children_of(api.process.pid)} - {killed, other}, 30)
+        os.kill(other, signal.SIGSTOP)
+        try:
+            assert httpx.get(f"{api.url}/health", timeout=30).status_code == 503, "the new one answers"
+            mortal.resume()
+            with connected(mortal.url) as conn, merchant_at(conn, api.url) as merchant:
+                assert merchant.pay()["object"] == "payment"
+        finally:
+            os.kill(other, signal.SIGCONT)
+        assert api.process.poll() is None
 
 
 def test_what_was_asked_of_the_provider_while_postgresql_went_is_recorded_when_it_is_back(

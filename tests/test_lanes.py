@@ -261,6 +261,20 @@ async def test_an_outage_shorter_than_patience_is_not_noticed_and_a_longer_one_i
                 assert heard(conn) == ["before", "meanwhile"]
 
 
+async def test_lanes_open_while_the_database_is_away_and_not_where_waiting_would_not_help(settings: Settings) -> None:
+    failures: list[psycopg.Error] = [psycopg.OperationalError("away"), psycopg.ProgrammingError("no such database")]
+
+    async def connect() -> AsyncConnection[Any]:
+        raise failures[0]
+
+    lanes = Lanes(connect, ECHO, lanes=2)
+    await lanes.open()
+    await lanes.close()
+    failures.pop(0)
+    with pytest.raises(psycopg.ProgrammingError):
+        await Lanes(connect, ECHO, lanes=2).open()
+
+
 async def test_a_function_replaced_by_a_deploy_fails_no_request(echo: Connection, settings: Settings) -> None:
     async with opened(settings, b"select * from public.echo(%s)", lanes=1) as lanes:
         assert len(await lanes.ask(Word("a"))) == 3
@@ -310,7 +324,8 @@ async def test_closing_finishes_what_waits_and_refuses_what_comes(echo: Connecti
         assert len(await asyncio.gather(*answers)) == 7
 
 
-async def test_kicks_are_made_one_at_a_time_and_together(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("failure", [psycopg.OperationalError("gone"), Unavailable("gone")], ids=type)
+async def test_kicks_are_made_one_at_a_time_and_together(caplog: pytest.LogCaptureFixture, failure: Exception) -> None:
     gates = [asyncio.Event() for _ in range(3)]
     begun: list[asyncio.Event] = []
 
@@ -319,7 +334,7 @@ async def test_kicks_are_made_one_at_a_time_and_together(caplog: pytest.LogCaptu
         begun.append(gate)
         await gate.wait()
         if len(begun) == 1:
-            raise psycopg.OperationalError("gone")
+            raise failure
 
     kicker = Kicker(kick, every_seconds=0)
     kicker.kick()

@@ -171,13 +171,14 @@ def finish(house: House, traffic: Traffic) -> dict[str, int]:
 def heal(house: House, traffic: Traffic) -> float | None:
     """Seconds until a payment made after the kill has got through; None if it hasn't in time."""
     began = time.monotonic()
-    deadline = began + HEAL_SECONDS_MAX
-    payment_id = traffic.probe(deadline)
-    while payment_id and time.monotonic() < deadline:
+    request, payment_id = traffic.write_probe(), None
+    while time.monotonic() < began + HEAL_SECONDS_MAX:
         died = house.revive()
-        with contextlib.suppress(OSError), house.connect() as conn:
-            row = conn.execute("select state from surety.payments where id = %s", (payment_id,)).fetchone()
-            if row and row[0] in THROUGH and not died:
-                return time.monotonic() - began
+        payment_id = payment_id or traffic.probe(request)
+        if payment_id is not None:
+            with contextlib.suppress(OSError), house.connect() as conn:
+                row = conn.execute("select state from surety.payments where id = %s", (payment_id,)).fetchone()
+                if row and row[0] in THROUGH and not died:
+                    return time.monotonic() - began
         time.sleep(0.02)
     return None

@@ -63,24 +63,22 @@ class Traffic:
         if self._failure is not None:
             raise self._failure
 
-    def probe(self, deadline: float) -> str | None:
-        """A payment beside the others, from this thread; its id, or None if it was not taken in time."""
+    def write_probe(self) -> Request:
+        """An order beside the others."""
         self._probes += 1
         card = {"type": "card", "token": USUAL_TOKENS[0]}
         body: Json = {"amount": 5000, "currency": "usd", "payment_method": card}
-        request = Request(self._api_key, f"probe-{self._seed}-{self._probes}", "/v1/payments", body)
-        while time.monotonic() < deadline:
-            try:
-                answer = httpx.post(
-                    f"{self._url}{request.path}", json=body, headers=request.headers, timeout=ANSWER_SECONDS_MAX
-                )
-            except httpx.TransportError:
-                time.sleep(PAUSE_SECONDS)
-                continue
-            if answer.is_success:
-                return self.told.write_down(request, answer).id
-            time.sleep(PAUSE_SECONDS)
-        return None
+        return Request(self._api_key, f"probe-{self._seed}-{self._probes}", "/v1/payments", body)
+
+    def probe(self, request: Request) -> str | None:
+        """Ask once, from this thread; the payment's id, or None if it was not taken."""
+        try:
+            answer = httpx.post(
+                f"{self._url}{request.path}", json=request.body, headers=request.headers, timeout=ANSWER_SECONDS_MAX
+            )
+        except httpx.TransportError:
+            return None
+        return self.told.write_down(request, answer).id if answer.is_success else None
 
     async def _run(self) -> None:
         try:
