@@ -211,8 +211,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "what is confirmed is expected to settle",
         (
             "db/settlement.sql",
-            "    where e.event_id = any(p_event_ids)\n    order by p.id\n",
-            "    where e.event_id = any(p_event_ids) and s.position > 7\n    order by p.id\n",
+            "v_now + interval '7 days'\n    from outbox.batch_events(p_batch, p_fence) as e\n    where ",
+            "v_now + interval '7 days'\n    from outbox.batch_events(p_batch, p_fence) as e\n    where false and ",
         ),
     ),
     mutant(

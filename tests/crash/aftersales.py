@@ -109,9 +109,18 @@ class Clerk:
                 after = page["next"]
                 for event in page["data"]:
                     for request in self._hear(event["type"], event["data"]):
-                        acts.create_task(self._told.ask(client, request, may_be_refused=True))
+                        acts.create_task(self._act(client, request))
                 if not page["has_more"]:
                     await asyncio.sleep(POLL_SECONDS)
+
+    async def _act(self, client: httpx.AsyncClient, request: Request) -> None:
+        """Ask for something; of what is refused, as for want of money, nothing will ever come back."""
+        if not await self._told.ask(client, request, may_be_refused=True):
+            plans = self._plans.get(request.reference, {})
+            for number in [number for number, plan in plans.items() if plan.on == CAME_BACK]:
+                del plans[number]
+            if not plans:
+                self._plans.pop(request.reference, None)
 
     async def _read(self, client: httpx.AsyncClient, after: str | None) -> Json | None:
         """A page of the feed; None if nobody answers."""
@@ -146,4 +155,5 @@ class Clerk:
 
     def _request(self, plan: Plan, number: int, payment: Json, dispute: str) -> Request:
         path = plan.path.format(id=payment["id"], dispute=dispute)
-        return Request(self._api_key, f"{payment['reference']}-{number}", path, plan.body(payment["amount"]))
+        reference, body = payment["reference"], plan.body(payment["amount"])
+        return Request(self._api_key, f"{reference}-{number}", path, body, reference)

@@ -28,6 +28,8 @@ class Request(msgspec.Struct, frozen=True):
     idempotency_key: str
     path: str
     body: Json
+    reference: str = ""
+    """Of the payment that it is about, where there is one."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -61,8 +63,8 @@ class Correspondence:
         self._lot = lot
         self._log = log.open("wb")
 
-    async def ask(self, client: httpx.AsyncClient, request: Request, *, may_be_refused: bool = False) -> None:
-        """Ask until it is answered, write the answer down and now and then ask once more."""
+    async def ask(self, client: httpx.AsyncClient, request: Request, *, may_be_refused: bool = False) -> bool:
+        """Ask until it is answered, write the answer down and now and then ask once more; False if it was refused."""
         answer = await self._answer(client, request)
         if not answer.is_success:
             refusal = refusal_of(answer) if may_be_refused else None
@@ -70,13 +72,14 @@ class Correspondence:
                 self.refused[refusal] += 1
             else:
                 self.wrong.append(said(request, answer))
-            return
+            return False
         told = self.write_down(request, answer)
         if self._lot.random() < AGAIN_SHARE:
             again = await self._answer(client, request)
             self.asked_again += 1
             if (again.status_code, again.content) != (told.status, told.body):
                 self.wrong.append(f"{said(request, again)}, not {told.status} {told.body!r}")
+        return True
 
     async def _answer(self, client: httpx.AsyncClient, request: Request) -> httpx.Response:
         """The first answer that tells how it ended."""

@@ -18,7 +18,7 @@ from tests.crash.correspondence import ANSWER_SECONDS_MAX, PAUSE_SECONDS, Corres
 SHOPPERS = 24
 CONNECTIONS_MAX = 32
 # At most, for a shopper orders nothing more while his payment is under way: so the load is what the machine can bear.
-ORDERS_PER_SECOND = 10.0
+ORDERS_PER_SECOND = 6.0
 STOP_SECONDS_MAX = 60.0
 PORTION = 500
 
