@@ -43,7 +43,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--without", default="", help=f"kinds of faults to leave out: {', '.join(RATES)}")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more schedules after this time")
     parser.add_argument("--until-broken", action="store_true", help="stop at the first broken promise, don't shrink")
-    parser.add_argument("--processes", type=int, default=2 * (os.cpu_count() or 1), help="a half of each is the server")
+    # A schedule and its server take turns: where they can't be kept on one processor, two share one.
+    takes_turns = "DATABASE_URL" not in os.environ and hasattr(os, "sched_setaffinity")
+    usual_processes = (1 if takes_turns else 2) * (os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=usual_processes)
     parser.add_argument("--tell", action="store_true", help="print every decision")
     parser.add_argument("--json", action="store_true", help="print the sum as JSON in the last line")
     return parser.parse_args()
