@@ -111,7 +111,8 @@ class Lanes:
         """Connect all lanes and let them work.
 
         While the database is away they connect with their first batches: whoever begins then is of use once it is back.
-        Raises psycopg.Error for what no waiting cures.
+        Raises psycopg.Error where a code tells that no waiting cures it. Of a login that is refused libpq tells none:
+        that is found before, by app.database.require_deployed.
         """
         self._loop = asyncio.get_running_loop()
         for failure in await asyncio.gather(*(lane.connect() for lane in self._lanes), return_exceptions=True):

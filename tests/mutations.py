@@ -325,9 +325,8 @@ def judge(mutant: Mutant, *, seconds: float = SECONDS_MAX, seed: int = 1, proces
             f"--seconds={seconds}", f"--processes={processes or os.cpu_count() or 1}",
         ]  # fmt: skip
         ran = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=False,
-            preexec_fn=die_with_parent(),
-        )  # fmt: skip
+            command, cwd=folder, capture_output=True, text=True, check=False, preexec_fn=die_with_parent()
+        )
     told = re.findall(r"^seed (\d+) broke: (.*)$", ran.stdout, re.MULTILINE)
     if ran.returncode not in (0, 1) or (ran.returncode == 1 and not told):
         raise RuntimeError(f"{mutant.guard}: the simulation did not run:\n{ran.stderr[-4000:]}")

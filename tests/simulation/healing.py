@@ -78,7 +78,7 @@ def rounds_that_matter(schedule: Schedule, turn: int) -> list[str]:
         " or exists (select from surety.disputes where ask_at <= surety.time_now())"
     )
     busy = dict(zip(("due_money", "parked", "overdue", "sweep"), found, strict=True))
-    # What was lost is read in the list; when all has been heard, nothing is lost any more.
+    # Where no webhook was lost, a second reading of the list tells nothing new.
     busy["news"] = turn == 1 or schedule.provider.has_lost
     return [name for name in HEALING if busy.get(name, True)]
 
