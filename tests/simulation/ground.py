@@ -70,34 +70,38 @@ SETUP = (
     select 'probe', array_agg('payment.' || state) || '{webhook.received}', 3, 2, outbox.epoch(), '1:1:'
     from surety.states
     """,
-    "create table simulation.emptied (name text not null)",
     """
-    create function simulation.empty() returns void
-    language plpgsql set session_replication_role = replica as $$
-    declare
-        v_name text;
+    create function simulation.tell(p_lie text, p_payment text) returns text
+    language plpgsql as $$
+    -- The code with which a lie is refused, null if it is believed; it is taken back in any case.
     begin
-        for v_name in select name from simulation.emptied loop
-            execute 'delete from ' || v_name;
-        end loop;
-        for v_name in
-            select format('%I.%I', schemaname, sequencename) from pg_sequences
-            where schemaname in ('surety', 'ledger', 'outbox', 'audit')
-        loop
-            perform setval(v_name, 1, false);
-        end loop;
-        update outbox.handlers set seen = pg_current_snapshot(), goal = null, at_xid = '0', at_id = '';
+        execute p_lie using p_payment;
+        set constraints all immediate;
+        raise exception using errcode = 'SIM00';
+    exception when others then
+        return nullif(sqlstate, 'SIM00');
     end;
     $$
     """,
 )
 
 
-TABLES = """
+SCHEMAS = "('surety', 'ledger', 'outbox', 'audit', 'procrastinate', 'simulation')"
+TABLES = f"""
 select format('%I.%I', n.nspname, c.relname)
 from pg_class as c join pg_namespace as n on n.oid = c.relnamespace
-where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'procrastinate', 'simulation') and c.relkind = 'r'
-    and c.relname <> 'emptied'
+where n.nspname in {SCHEMAS} and c.relkind = 'r'
+"""
+SEQUENCES = f"select format('%I.%I', schemaname, sequencename) from pg_sequences where schemaname in {SCHEMAS}"
+# Statement by statement, so that their plans last.
+EMPTY = """
+create function simulation.empty() returns void
+language plpgsql as $$
+begin
+    {statements}
+    update outbox.handlers set seen = pg_current_snapshot(), goal = null, at_xid = '0', at_id = '';
+end;
+$$
 """
 
 
@@ -127,9 +131,17 @@ def lay(url: str) -> None:
         for statement in SETUP:
             conn.execute(statement.encode())
         # What holds rows by now is law; the rest goes after each schedule.
-        for (name,) in conn.execute(TABLES.encode()).fetchall():
-            if conn.execute(f"select from {name} limit 1".encode()).fetchone() is None:
-                conn.execute("insert into simulation.emptied (name) values (%s)", (name,))
+        rest = [
+            name for name in names(conn, TABLES) if not conn.execute(f"select from {name} limit 1".encode()).rowcount
+        ]
+        statements = [f"delete from {name};" for name in rest]
+        statements += [f"perform setval('{name}', 1, false);" for name in names(conn, SEQUENCES)]
+        conn.execute(EMPTY.format(statements="\n    ".join(statements)).encode())
+
+
+def names(conn: psycopg.Connection[Any], query: str) -> list[str]:
+    """What a query finds, one name a row."""
+    return [name for (name,) in conn.execute(query.encode())]
 
 
 class Ground:
@@ -146,8 +158,9 @@ class Ground:
         self._source = altered()
         self.overseer = psycopg.connect(self.url, autocommit=True, prepare_threshold=0)
         self.overseer.prepared_max = None
-        # Who sets aside the triggers forgets all his plans.
+        # Its triggers are set aside for good: whoever changes that forgets all his plans.
         self.sweeper = psycopg.connect(self.url, autocommit=True)
+        self.sweeper.execute("set session_replication_role = replica")
         for pid in (os.getpid(), self.overseer.pgconn.backend_pid, self.sweeper.pgconn.backend_pid):
             self.bind(pid)
         self.wires: list[Wire] = []

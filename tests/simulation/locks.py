@@ -39,6 +39,8 @@ class Locks:
 
     def settle(self) -> None:
         """Let go on who has got his lock by now."""
+        if not self.waiting:
+            return
         for wire, future in list(self.waiting.items()):
             if future.done() or (wire.is_still and self._schedule.ground.waits_for_a_lock(wire)):
                 continue

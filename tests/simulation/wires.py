@@ -174,9 +174,11 @@ class Wire(AsyncConnection[Any]):
         assert self.schedule is not None
         poll = select.poll()
         poll.register(self.pgconn.socket, select.POLLIN)
-        while not poll.poll(QUIET_MS):
+        quiet_ms = QUIET_MS
+        while not poll.poll(quiet_ms):
             if self.schedule.ground.waits_for_a_lock(self):
                 return bool(poll.poll(0))
+            quiet_ms *= 2
         return True
 
     def hold_still(self, still: bool) -> None:
