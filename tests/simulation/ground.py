@@ -216,13 +216,15 @@ class Ground:
         """Let the overseer see the schedule's time."""
         self.overseer.execute(f"set simulation.ahead = '{seconds:.6f} s'".encode())
 
-    def empty(self) -> None:
+    def empty(self, seed: int) -> None:
         """Begin anew; chance inside the database follows from the seed too."""
         if self.used % SWEEP_EVERY == 0:
             self.sweeper.execute("vacuum (analyze)")
         self.used += 1
         self.sweeper.execute("select simulation.empty()")
         self.move_clock(0)
+        # Merchants' ids are the overseer's, and locks are taken in their order.
+        self.overseer.execute(f"set seed = {fraction(seed, -1)}".encode(), prepare=False)
         for wire in self.wires:
             if wire.schedule is not None:
                 wire.tidy()

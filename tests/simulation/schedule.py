@@ -359,7 +359,7 @@ class Schedule:
         """Everything."""
         HTTP.provider = None
         random.seed(self.plan.seed)
-        self.ground.empty()
+        self.ground.empty(self.plan.seed)
         self.ground.let_batches_hold(FEW)
         [(self.epoch_seconds,)] = self.ground.rows("select extract(epoch from surety.time_now())::float8")
         PROCESS.set(None)
@@ -392,6 +392,8 @@ class Schedule:
         HTTP.provider = self.provider
         self.asking: list[asyncio.Task[Any]] = []
         self.merchants, self.keys = open_shops(self.ground)
+        # What chance has made of their ids; the rest is the time.
+        self.note("shops", *(merchant[-20:] for merchant in self.merchants))
         self.unasked = draw_wanted(self.chance, self.plan.payments)
         self.wanted = list(self.unasked)
         self.workers = [WorkerProcess(self, f"worker-{number}") for number in range(self.plan.workers)]
