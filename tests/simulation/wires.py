@@ -178,6 +178,7 @@ class Wire(AsyncConnection[Any]):
         while not poll.poll(quiet_ms):
             if self.schedule.ground.waits_for_a_lock(self):
                 return bool(poll.poll(0))
+            # Who has worked for long is asked less often.
             quiet_ms *= 2
         return True
 
