@@ -2,7 +2,7 @@
 --
 -- Read it downward; it follows a payment's life.
 --
---   roles         who owns it, who may connect as what; the grants stand in db/grants.sql
+--   roles         who owns it, who may connect as what; the grants stand in db/sql/operations/grants.sql
 --   environment   which environment this database is, and the clock that only a test database may move
 --   law           currencies, states, transitions, mandatory steps, kinds of facts: rules kept as rows
 --   merchants     who is paid, and the API keys with which they ask

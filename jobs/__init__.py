@@ -53,7 +53,7 @@ class Workers(App):
 
     async def run_worker_async(self, **options: Unpack[WorkerOptions]) -> None:
         """Work until told to stop. Raises SettingsError if no provider or no database is named."""
-        from jobs.periodic import schedule
+        from jobs.polling import schedule
         from jobs.worker import open_worker
 
         settings = load()
@@ -138,7 +138,7 @@ def open_pool(**options: Any) -> AsyncConnectionPool:
 
 app = Workers(
     connector=PsycopgConnector(pool_factory=open_pool),
-    import_paths=["jobs.drain", "jobs.periodic"],
+    import_paths=["jobs.drain", "jobs.polling"],
     worker_defaults={
         # More than one drain of each handler and every periodic task at once: a looping drain must starve nobody.
         "concurrency": 24,

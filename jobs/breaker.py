@@ -1,4 +1,4 @@
-"""A worker's part in the circuit breakers (db/breaker.sql): it tells what its calls came to, and probes.
+"""A worker's part in the circuit breakers (db/sql/provider/circuit_breaker.sql): it reports its calls, and probes.
 
 What failed is told before it is recorded, so that the database can judge whose failure it was. Whether nobody has had
 an answer since the failed call began, a probe finds out: only where that is answered may the event be to blame.
@@ -17,7 +17,7 @@ from msgspec import Struct
 from psycopg.types.json import Jsonb
 
 from jobs.database import Database
-from jobs.stripe_rail import Outage, ProviderError, StripeRail
+from jobs.stripe.client import Outage, ProviderError, StripeRail
 
 log = logging.getLogger("surety.breaker")
 

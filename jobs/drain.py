@@ -23,7 +23,7 @@ from psycopg.types.json import Jsonb
 
 from jobs import app
 from jobs.database import in_halves, is_passing
-from jobs.handlers import HANDLERS, Handler
+from jobs.handlers.payments import HANDLERS, Handler
 from jobs.worker import Batch, Worker, worker_of
 
 log = logging.getLogger("surety.drain")

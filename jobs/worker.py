@@ -15,7 +15,7 @@ from db.connect import conninfo
 from db.settings import Settings
 from jobs.breaker import Breaker
 from jobs.database import Database, open_database
-from jobs.stripe_rail import StripeRail, open_rail
+from jobs.stripe.client import StripeRail, open_rail
 from jobs.watchdog import Watchdog
 
 log = logging.getLogger("surety.worker")

@@ -16,11 +16,11 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from db.connect import Kind, harden, role_of
-from db.deploy import deploy
-from db.server import EmbeddedServer, temporary_database
+from db.deploy.deploy import deploy
+from db.embedded import EmbeddedServer, temporary_database
 from db.settings import Settings, load
-from tests.judges import Judges
-from tests.spare import Spare
+from tests.support.linters import Judges
+from tests.support.reusable_database import Spare
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Connect = Callable[[Kind], Connection]
@@ -29,10 +29,10 @@ PREFIX = "surety_test"
 LONGEST = (
     "test_simulation.py",
     "test_provider_faults.py",
-    "test_away.py",
-    "test_breaker.py",
+    "test_postgres_outage.py",
+    "test_circuit_breaker.py",
     "test_crash.py",
-    "test_afterwards.py",
+    "test_payment_lives.py",
     "test_demo.py",
     "test_bench.py",
     "test_up.py",

@@ -13,13 +13,13 @@ from db.settings import load
 @click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True)
 def api(host: str | None, port: int | None, processes: int) -> None:
     """Serve the HTTP API until interrupted; requests that wait are finished first."""
-    from app.database import require_deployed
-    from app.serving import serve
+    from app.web.database import require_deployed
+    from app.web.serving import serve
 
     settings = load()
     require_deployed("api", settings, "api.create_payments(json)")
     serve(
-        "app.api:create_app",
+        "app.api.application:create_app",
         host=host or settings.surety_host,
         port=settings.surety_api_port if port is None else port,
         processes=processes,

@@ -13,7 +13,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from app.standing import age, counted
+from app.status_findings import age, counted
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load

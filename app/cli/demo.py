@@ -21,11 +21,11 @@ import psycopg
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from app.demo import aftersales, merchants, report
-from app.demo.stage import database, folder
-from app.processes import Interrupted, Troupe, free_port, interruptible
+from app.local.demo import merchants, payment_actions, report
+from app.local.demo.workspace import database, folder
+from app.local.processes import Interrupted, Troupe, free_port, interruptible
 from db.connect import harden
-from db.deploy import deploy
+from db.deploy.deploy import deploy
 
 WORKERS = 2
 PATIENCE_SECONDS = 50.0
@@ -98,7 +98,7 @@ def play(
             f"  webhooks :{stage.ports['webhooks']}  sandbox :{stage.ports['sandbox']}  workers {WORKERS}"
         )
         keys = merchants.open_shops(conn, shops, seed)
-        orders, clerks = aftersales.make_plans(merchants.write_orders(keys, payments, seed), seed)
+        orders, clerks = payment_actions.make_plans(merchants.write_orders(keys, payments, seed), seed)
         selling = time.monotonic()
         till, kill = trade(stage, conn, orders, clerks, progress)
         seconds = time.monotonic() - selling
@@ -185,7 +185,7 @@ def trade(
     stage: Stage,
     conn: report.Connection,
     orders: list[merchants.Order],
-    clerks: list[aftersales.Clerk],
+    clerks: list[payment_actions.Clerk],
     progress: Console,
 ) -> tuple[merchants.Till, Kill | None]:
     """Post all orders, kill a worker in the middle, wait until all payments have ended."""
@@ -225,7 +225,7 @@ def trade(
 
 
 async def do_business(
-    stage: Stage, orders: list[merchants.Order], clerks: list[aftersales.Clerk], till: merchants.Till
+    stage: Stage, orders: list[merchants.Order], clerks: list[payment_actions.Clerk], till: merchants.Till
 ) -> None:
     """Sell, and do what the merchants want done afterwards."""
     async with httpx.AsyncClient(base_url=stage.url("api"), timeout=10) as client, asyncio.TaskGroup() as tasks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from rich.console import Console
 
-from db.deploy import deploy as deploy_to
+from db.deploy.deploy import deploy as deploy_to
 from db.settings import load
 
 

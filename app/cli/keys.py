@@ -10,7 +10,7 @@ import psycopg
 from rich.table import Table
 
 from app.cli.tables import show
-from app.keys import new_key, new_operator_key
+from app.web.keys import new_key, new_operator_key
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load

@@ -11,7 +11,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from app.standing import VERDICTS, Finding, age, judge, verdict_of
+from app.status_findings import VERDICTS, Finding, age, judge, verdict_of
 from db.connect import harden
 from db.errors import SettingsError
 from db.settings import load

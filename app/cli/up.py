@@ -13,13 +13,13 @@ import psycopg
 from rich.console import Console
 from rich.text import Text
 
-from app.keys import new_key
-from app.processes import Interrupted, free_port, interruptible
-from app.up import Supervisor, kept_secret, own_folder
+from app.local.processes import Interrupted, free_port, interruptible
+from app.local.up import Supervisor, kept_secret, own_folder
+from app.web.keys import new_key
 from db.connect import harden
-from db.deploy import deploy
+from db.deploy.deploy import deploy
+from db.embedded import EmbeddedServer
 from db.errors import SettingsError
-from db.server import EmbeddedServer
 from db.settings import Settings, load
 
 COLORS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")

@@ -15,14 +15,14 @@ from db.settings import load
 @click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True)
 def webhooks(host: str | None, port: int | None, processes: int) -> None:
     """Receive providers' webhooks (POST /stripe) until interrupted."""
-    from app.database import require_deployed
-    from app.serving import serve
+    from app.web.database import require_deployed
+    from app.web.serving import serve
 
     settings = load()
     assert settings.webhook_secrets
     require_deployed("webhook", settings, "surety.receive_webhooks(jsonb)")
     serve(
-        "app.webhooks:create_app",
+        "app.receiver:create_app",
         host=host or settings.surety_host,
         port=settings.surety_webhook_port if port is None else port,
         processes=processes,

@@ -20,9 +20,9 @@ from contextlib import ExitStack, contextmanager
 
 import httpx
 
-from app.demo.merchants import open_shops
-from app.demo.stage import folder
-from app.processes import Troupe, free_port
+from app.local.demo.merchants import open_shops
+from app.local.demo.workspace import folder
+from app.local.processes import Troupe, free_port
 from tests.bench.ground import (
     Connection,
     Figures,
@@ -36,7 +36,7 @@ from tests.bench.ground import (
     warm_up,
 )
 from tests.bench.load import Loaded, generator, load
-from tests.payments import violations
+from tests.support.payments import violations
 
 LANES = 2
 BATCH_MAX = 200

@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Generator
 from contextlib import ExitStack, nullcontext
 
-from db.server import temporary_database
+from db.embedded import temporary_database
 from tests.bench import history
 from tests.bench.drainers import drain_outbox, rate_of, run_jobs
 from tests.bench.ground import (
@@ -33,7 +33,7 @@ from tests.bench.ground import (
     server,
     tell,
 )
-from tests.payments import violations
+from tests.support.payments import violations
 
 KINDS = ("fresh", "blocked", "aged", "procrastinate")
 EVENTS_PER_LIFE = 5

@@ -16,8 +16,8 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from db.connect import harden
-from db.deploy import deploy
-from db.server import EmbeddedServer, temporary_database
+from db.deploy.deploy import deploy
+from db.embedded import EmbeddedServer, temporary_database
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Figures = dict[str, Any]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.ground import Connection, connection
-from tests.payments import add_merchant, fact, money, pay
+from tests.support.payments import add_merchant, fact, money, pay
 
 BENCH_SQL = Path(__file__).parent / "bench.sql"
 COPIES_AT_ONCE = 1000

@@ -20,13 +20,13 @@ from contextlib import ExitStack, contextmanager
 
 import httpx
 
-from app.demo import report
-from app.demo.merchants import Order, Till, open_shops, sell
-from app.demo.stage import folder
-from app.processes import Troupe, free_port
+from app.local.demo import report
+from app.local.demo.merchants import Order, Till, open_shops, sell
+from app.local.demo.workspace import folder
+from app.local.processes import Troupe, free_port
 from tests.bench.ground import Connection, Figures, connection, deployed, median, percentile, server, tell
 from tests.bench.provider import Wire
-from tests.payments import violations
+from tests.support.payments import violations
 
 WEBHOOK_SECRET = "whsec_of_the_benchmark"
 HEARING_SECONDS_MAX = 10.0

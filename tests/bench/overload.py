@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import msgspec
 import uvloop
 
-from app.demo.merchants import open_shops
+from app.local.demo.merchants import open_shops
 from tests.bench.accept import BATCH_MAX, LANES, apis, missing
 from tests.bench.ground import (
     ROOT,
@@ -42,7 +42,7 @@ from tests.bench.ground import (
     tell,
 )
 from tests.bench.load import Client, Loaded, generator, load
-from tests.payments import violations
+from tests.support.payments import violations
 
 TIMES = 10
 PAUSE_SECONDS = 0.02

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from app.api import create_app
-from app.frame import Asgi
-from app.serving import serve
+from app.api.application import create_app
+from app.web.frame import Asgi
+from app.web.serving import serve
 
 SHAPE = "BENCH_LANES_AND_BATCH"
 

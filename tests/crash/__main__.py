@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from app.demo.stage import folder
-from app.processes import Interrupted, interruptible
+from app.local.demo.workspace import folder
+from app.local.processes import Interrupted, interruptible
 from tests.crash.kills import KINDS
 from tests.crash.run import run
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from app.demo.aftersales import AMOUNT_MINOR_MAX, EVIDENCE, HELD, MANUAL, PAID, Json, Plan, paid_by
-from app.demo.merchants import USUAL_TOKENS
+from app.local.demo.merchants import USUAL_TOKENS
+from app.local.demo.payment_actions import AMOUNT_MINOR_MAX, EVIDENCE, HELD, MANUAL, PAID, Json, Plan, paid_by
 from tests.crash.correspondence import PAUSE_SECONDS, Correspondence, Request
 
 POLL_SECONDS = 0.5

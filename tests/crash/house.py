@@ -11,11 +11,11 @@ from pathlib import Path
 import psycopg
 
 from app.cli.demo import POLL_SECONDS, count_workers, shorten
-from app.processes import Troupe, free_port
+from app.local.processes import Troupe, free_port
 from db.connect import harden
-from db.deploy import deploy
+from db.deploy.deploy import deploy
+from db.embedded import PORT, EmbeddedServer, create_database, with_database
 from db.errors import ServerError
-from db.server import PORT, EmbeddedServer, create_database, with_database
 from tests.crash.proxy import Proxy
 
 Connection = psycopg.Connection[tuple[object, ...]]

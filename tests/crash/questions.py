@@ -7,7 +7,7 @@ from typing import Any, LiteralString
 
 import httpx
 
-from app.demo.report import ENDED, ask_sandbox, check_promises
+from app.local.demo.report import ENDED, ask_sandbox, check_promises
 from tests.crash.correspondence import Correspondence, Json
 from tests.crash.house import Connection, House
 

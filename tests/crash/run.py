@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from app.demo.merchants import open_shops
-from app.demo.report import ask_about_returns, tell_afterwards
+from app.local.demo.merchants import open_shops
+from app.local.demo.report import ask_about_returns, tell_afterwards
 from tests.crash.house import House
 from tests.crash.kills import KINDS, draw, strike
 from tests.crash.questions import (

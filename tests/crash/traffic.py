@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 
-from app.demo.aftersales import Json
-from app.demo.merchants import USUAL_TOKENS, write_orders
+from app.local.demo.merchants import USUAL_TOKENS, write_orders
+from app.local.demo.payment_actions import Json
 from tests.crash.aftersales import Clerk, Story, choose_story
 from tests.crash.correspondence import ANSWER_SECONDS_MAX, PAUSE_SECONDS, Correspondence, Request
 

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from itertools import takewhile
 
-from app.processes import Interrupted, interruptible
+from app.local.processes import Interrupted, interruptible
 from tests.simulation.running import run_all, run_here, runners
 from tests.simulation.schedule import RATES, Outcome, Plan
 from tests.simulation.shrinking import shrink

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from procrastinate import JobContext
 
-from app import webhooks
-from app.acceptance import STATEMENT
-from app.lanes import Lanes, Refused, Unavailable
+from app import receiver
+from app.api.create_payment import STATEMENT
+from app.web.batching import Lanes, Refused, Unavailable
 from db.settings import load
-from jobs import app, periodic
+from jobs import app, polling
 from jobs.database import Database, is_passing
 from jobs.drain import drain
-from jobs.handlers import HANDLERS
-from jobs.stripe_rail import API_VERSION, StripeRail
+from jobs.handlers.payments import HANDLERS
+from jobs.stripe.client import API_VERSION, StripeRail
 from jobs.worker import Batch, Worker, keep_pulse
 from tests.simulation.clients import PATIENCE_SECONDS, RETRY_AFTER_SECONDS
 from tests.simulation.ground import Pool
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SETTINGS = load({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
 CLIENT = make_client(API_VERSION)
-ROUNDS = tuple(name for name in periodic.TASKS if name != "tick")
+ROUNDS = tuple(name for name in polling.TASKS if name != "tick")
 
 
 async def probe(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
@@ -73,7 +73,7 @@ class WorkerProcess(Process):
 
     def round(self, name: str) -> asyncio.Task[Any]:
         """Start what happens periodically."""
-        return self.start(self._run(name, periodic.TASKS[name](self.context, timestamp=0)))
+        return self.start(self._run(name, polling.TASKS[name](self.context, timestamp=0)))
 
     def stop(self) -> None:
         """As by SIGTERM: what has begun is finished, and then the process ends."""
@@ -106,7 +106,7 @@ class ListeningProcess(Process):
 
         count = schedule.plan.lanes
         self.payments = Lanes(connect, STATEMENT, lanes=count, batch_max=3, patience_seconds=2)
-        self.webhooks = Lanes(connect, webhooks.STATEMENT, lanes=2, batch_max=3, patience_seconds=2)
+        self.webhooks = Lanes(connect, receiver.STATEMENT, lanes=2, batch_max=3, patience_seconds=2)
 
     async def open(self) -> None:
         """Begin to serve."""
@@ -120,13 +120,13 @@ class ListeningProcess(Process):
 async def deliver(schedule: Schedule, event_id: str) -> None:
     """The provider tells of an event until somebody takes it."""
     _, _, payload = schedule.provider.memory.event(event_id)
-    event, text = webhooks.read(payload)
+    event, text = receiver.read(payload)
     while True:
         await schedule.turn(schedule.provider.process, "webhook")
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await schedule.api.webhooks.ask(
-                    webhooks.Webhook(
+                    receiver.Webhook(
                         n=0,
                         request_id="req_webhook",
                         provider="stripe",

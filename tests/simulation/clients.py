@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from msgspec import Struct, field
 
-from app.documents import AskedPayment
-from app.lanes import Refused, Unavailable
+from app.api.schemas import AskedPayment
+from app.web.batching import Refused, Unavailable
 from tests.simulation.ground import Pool
 from tests.simulation.loop import Killed
 

@@ -22,9 +22,9 @@ from psycopg import waiting
 from psycopg.pq import ConnStatus
 
 from db.connect import harden
-from db.deploy import deploy
+from db.deploy.deploy import deploy
+from db.deploy.source import Source
 from db.errors import DeployError
-from db.source import Source
 from jobs.worker import Handler
 from tests.simulation.loop import Process
 from tests.simulation.wires import Cursor, Wire

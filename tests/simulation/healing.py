@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from jobs.handlers import HANDLERS
+from jobs.handlers.payments import HANDLERS
 from tests.simulation.actors import ROUNDS, WorkerProcess
 from tests.simulation.loop import Killed
 

@@ -14,7 +14,7 @@ from multiprocessing.queues import SimpleQueue
 
 from psycopg.conninfo import conninfo_to_dict
 
-from db.server import EmbeddedServer, temporary_database
+from db.embedded import EmbeddedServer, temporary_database
 from tests.simulation.ground import PREFIX, SERVER, Ground, lay
 from tests.simulation.schedule import Outcome, Plan, Schedule
 

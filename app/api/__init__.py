@@ -1,0 +1,1 @@
+"""The HTTP API: one route per resource and operation."""

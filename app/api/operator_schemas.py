@@ -1,0 +1,151 @@
+"""What operators read and send over HTTP, as structs; a test compares them with the database's documents."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from app.api.schemas import Limit, whole
+
+LetterStatus = Literal["open", "replayed", "discarded", "resolved"]
+LetterId = Annotated[str, Meta(pattern=whole("dl_[0-9a-f]{32}"), extra={"form": "must be a dead letter's id"})]
+HandlerName = Annotated[str, Meta(min_length=1, max_length=63, description="Only those of one handler.")]
+ErrorText = Annotated[
+    str, Meta(min_length=1, max_length=500, description="Only those whose last error contains this text.")
+]
+Reason = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\S", description="Why; kept in the audit trail.")]
+DryRun = Annotated[bool, Meta(description="Only tell what would happen.")]
+
+
+class EventOf(Struct):
+    id: str
+    type: str
+
+
+class Attempt(Struct):
+    """One try. `counted` is false where the failure was not the event's: a busy provider, a stopped worker."""
+
+    at: str
+    worker: str
+    error: str
+    counted: bool = True
+
+
+class PaymentOf(Struct):
+    """The payment that the event is about, as it stands now; `amount` is in minor units, `text` the same for people."""
+
+    id: str
+    merchant: str
+    state: str
+    amount: int
+    currency: str
+    text: str
+
+
+class AtProvider(Struct):
+    """What the provider holds, by the last that was heard of it, at `as_of`: nobody was asked just now."""
+
+    name: str
+    id: str | None
+    holds: Literal["object", "nothing", "unknown"]
+    as_of: str | None
+
+
+class OnDiscard(Struct):
+    """What discarding would do, or why it is refused."""
+
+    verdict: Literal["fail", "call_off", "forget", "refuse"]
+    detail: str
+
+
+class Closed(Struct):
+    at: str
+    by: str | None
+    because: str
+
+
+class DeadLetter(Struct):
+    """An event that was given up on, with all its errors and what can be done about it."""
+
+    id: str
+    object: Literal["dead_letter"]
+    status: LetterStatus
+    handler: str
+    event: EventOf
+    reason: str
+    attempts: list[Attempt]
+    died_at: str
+    payment: PaymentOf | None
+    provider: AtProvider | None
+    on_replay: str | None
+    on_discard: OnDiscard | None
+    closed: Closed | None
+
+
+class DeadLetterList(Struct):
+    """The oldest first. `starting_after` the last one's id brings the next page."""
+
+    object: Literal["list"]
+    data: list[DeadLetter]
+    has_more: bool
+
+
+class DeadLettersQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which dead letters to list."""
+
+    status: LetterStatus = "open"
+    handler: HandlerName | None = None
+    error: ErrorText | None = None
+    limit: Limit = 20
+    starting_after: LetterId | None = None
+
+
+class Decision(Struct, frozen=True, forbid_unknown_fields=True):
+    """What an operator decided about one letter."""
+
+    reason: Reason
+    dry_run: DryRun = False
+
+
+class DecisionOnAll(Struct, frozen=True, forbid_unknown_fields=True):
+    """What an operator decided about all open letters that match; at least one of `handler` and `error` is needed."""
+
+    reason: Reason
+    handler: HandlerName | None = None
+    error: ErrorText | None = None
+    starting_after: LetterId | None = None
+    dry_run: DryRun = False
+
+
+class Done(Struct):
+    """What became of one letter, and why."""
+
+    id: str
+    outcome: Literal["replayed", "discarded", "unchanged", "would_replay", "would_discard", "refused", "not_found"]
+    detail: str
+
+
+class DoneList(Struct):
+    """What became of up to 100 letters. Ask on with `starting_after` set to the last one's id."""
+
+    object: Literal["list"]
+    data: list[Done]
+    has_more: bool
+
+
+class Finding(Struct):
+    """Something that a person should see: `urgency` 1 look, 2 act; what, and the next command or place to look."""
+
+    urgency: Literal[1, 2]
+    what: str
+    next: str
+
+
+class Standing(Struct):
+    """How things stand: the verdict, what a person should see, and `state`, everything it was judged by."""
+
+    object: Literal["status"]
+    verdict: Literal["good", "look", "act"]
+    findings: list[Finding]
+    state: dict[str, Any]

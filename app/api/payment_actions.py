@@ -1,0 +1,182 @@
+"""Routes to what comes after a payment was accepted: capture, cancel, refunds, disputes, the balance.
+
+What is asked for goes through app/api/commands.py, which answers in these routes' stead; they document it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, LiteralString
+
+from litestar import Request, Response, get, post
+from litestar.openapi import ResponseSpec
+
+from app.api.commands import CANCEL, CAPTURE, EVIDENCE, REFUND, at
+from app.api.schemas import (
+    Balance,
+    BalanceTransactionList,
+    BalanceTransactionsQuery,
+    Dispute,
+    DisputeList,
+    DisputesQuery,
+    NewCancellation,
+    NewCapture,
+    NewRefund,
+    Payment,
+    Refund,
+    RefundList,
+    RefundsQuery,
+    SubmittedEvidence,
+)
+from app.web.openapi import parameters_of, refusals
+from app.web.requests import DISPUTE_ID, REFUND_ID, Key, caller_of, json, query_of, well_formed
+
+KICK = "select outbox.kick('{capture,cancel,refund,evidence}')"
+
+REFUSALS = (
+    "invalid-request",
+    "idempotency-key-missing",
+    "unauthenticated",
+    "forbidden",
+    "not-found",
+    "wrong-state",
+    "too-large",
+    "not-json",
+    "idempotency-key-reused",
+    "overloaded",
+)
+
+
+async def page(
+    request: Request[Any, Any, Any],
+    route: str,
+    asked_as: type[RefundsQuery | DisputesQuery | BalanceTransactionsQuery],
+    query: LiteralString,
+) -> Response[Any]:
+    """A page of a list, of one payment's entries if that is asked for."""
+    caller = caller_of(request, route)
+    asked = await query_of(request, caller, asked_as)
+    return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
+
+
+@post(
+    "/v1/payments/{payment_id:str}/capture",
+    status_code=202,
+    middleware=[at(CAPTURE)],
+    responses=refusals(*REFUSALS),
+)
+async def capture_payment(payment_id: str, data: NewCapture, idempotency_key: Key) -> Payment:
+    """Capture what an authorized payment holds, or a part of it, once.
+
+    202 means: stored for good, and on its way to the provider. The rest of what is held is let go.
+    """
+    raise AssertionError("app.api.commands has answered")
+
+
+@post(
+    "/v1/payments/{payment_id:str}/cancel",
+    status_code=202,
+    middleware=[at(CANCEL)],
+    responses=refusals(*REFUSALS)
+    | {200: ResponseSpec(Payment, generate_examples=False, description="It is canceled; nothing had been sent.")},
+)
+async def cancel_payment(payment_id: str, data: NewCancellation, idempotency_key: Key) -> Payment:
+    """Cancel a payment that has not succeeded yet.
+
+    200: it is canceled, nothing had been sent. 202: the provider is asked to call it off; the payment's state will tell
+    whether it came in time.
+    """
+    raise AssertionError("app.api.commands has answered")
+
+
+@post(
+    "/v1/payments/{payment_id:str}/refunds",
+    middleware=[at(REFUND)],
+    responses=refusals(*REFUSALS, "balance-too-low"),
+)
+async def create_refund(payment_id: str, data: NewRefund, idempotency_key: Key) -> Refund:
+    """Give back what was captured, all that is left of it or an amount.
+
+    201 means: the amount is taken up, no other refund can have it, and the provider will be told.
+    """
+    raise AssertionError("app.api.commands has answered")
+
+
+@get("/v1/refunds/{refund_id:str}", responses=refusals("unauthenticated", "not-found", "overloaded"))
+async def get_refund(request: Request[Any, Any, Any], refund_id: str) -> Response[Refund]:
+    """Read a refund."""
+    caller = caller_of(request, "GET /v1/refunds/{id}")
+    asked = well_formed(refund_id, REFUND_ID)
+    return json(request, await caller.fetch("select body from api.get_refund(%s, %s)", asked))
+
+
+@get(
+    "/v1/refunds",
+    operation_class=parameters_of(RefundsQuery),
+    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+)
+async def list_refunds(request: Request[Any, Any, Any]) -> Response[RefundList]:
+    """List refunds, newest first."""
+    query = "select body from api.list_refunds(%s, %s, %s, %s)"
+    return await page(request, "GET /v1/refunds", RefundsQuery, query)
+
+
+@get("/v1/disputes/{dispute_id:str}", responses=refusals("unauthenticated", "not-found", "overloaded"))
+async def get_dispute(request: Request[Any, Any, Any], dispute_id: str) -> Response[Dispute]:
+    """Read a dispute."""
+    caller = caller_of(request, "GET /v1/disputes/{id}")
+    asked = well_formed(dispute_id, DISPUTE_ID)
+    return json(request, await caller.fetch("select body from api.get_dispute(%s, %s)", asked))
+
+
+@get(
+    "/v1/disputes",
+    operation_class=parameters_of(DisputesQuery),
+    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+)
+async def list_disputes(request: Request[Any, Any, Any]) -> Response[DisputeList]:
+    """List disputes and inquiries, newest first."""
+    query = "select body from api.list_disputes(%s, %s, %s, %s)"
+    return await page(request, "GET /v1/disputes", DisputesQuery, query)
+
+
+@post(
+    "/v1/disputes/{dispute_id:str}/evidence",
+    status_code=202,
+    middleware=[at(EVIDENCE)],
+    responses=refusals(*REFUSALS),
+)
+async def submit_evidence(dispute_id: str, data: SubmittedEvidence, idempotency_key: Key) -> Dispute:
+    """Say what speaks against a dispute. With `submit` it goes to the network, which can be done once."""
+    raise AssertionError("app.api.commands has answered")
+
+
+@get("/v1/balance", responses=refusals("unauthenticated", "overloaded"))
+async def get_balance(request: Request[Any, Any, Any]) -> Response[Balance]:
+    """Read what you are owed, by currency."""
+    caller = caller_of(request, "GET /v1/balance")
+    return json(request, await caller.fetch("select body from api.get_balance(%s)"))
+
+
+@get(
+    "/v1/balance/transactions",
+    operation_class=parameters_of(BalanceTransactionsQuery),
+    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+)
+async def list_balance_transactions(request: Request[Any, Any, Any]) -> Response[BalanceTransactionList]:
+    """List what changed your balance, newest first."""
+    query = "select body from api.list_balance_transactions(%s, %s, %s, %s)"
+    return await page(request, "GET /v1/balance/transactions", BalanceTransactionsQuery, query)
+
+
+AFTERWARDS = [
+    capture_payment,
+    cancel_payment,
+    create_refund,
+    get_refund,
+    list_refunds,
+    get_dispute,
+    list_disputes,
+    submit_evidence,
+    get_balance,
+    list_balance_transactions,
+]

@@ -1,0 +1,1 @@
+"""What runs everything on one machine: processes, `surety up`, the demo."""

@@ -1,0 +1,129 @@
+"""The demo's traffic: merchants' systems that post payments and, as they should, repeat what went unanswered."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import httpx
+import psycopg
+
+from app.web.keys import new_key
+
+CONNECTIONS = 32
+PATIENCE_SECONDS = 30.0
+
+# Shares of the ordinary traffic of a shop; the rest are cards that simply work.
+UNUSUAL_TOKENS = (
+    ("pm_card_visa_chargeDeclined", 0.02),
+    ("pm_card_visa_chargeDeclinedInsufficientFunds", 0.03),
+    ("pm_card_visa_chargeDeclinedExpiredCard", 0.01),
+    ("pm_card_authenticationRequired", 0.04),
+    ("pm_card_threeDSecure2Required", 0.02),
+)
+USUAL_TOKENS = ("pm_card_visa", "pm_card_mastercard", "pm_card_amex")
+NAMES = ("Books", "Bakery", "Bikes", "Garden", "Records", "Tea", "Toys", "Wine", "Yarn", "Optics")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One payment to be made; its key makes every repetition the same request."""
+
+    api_key: str
+    idempotency_key: str
+    body: dict[str, object]
+
+
+@dataclass(slots=True)
+class Till:
+    """What merchants were told: ids acknowledged by a 2xx, requests refused, and how often one had to be repeated."""
+
+    acknowledged: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    repeated: int = 0
+    turned_down: list[str] = field(default_factory=list)
+    """What was asked for afterwards and refused."""
+
+
+def open_shops(conn: psycopg.Connection[tuple[object, ...]], count: int, seed: int) -> list[str]:
+    """Merchants with a key each; returns the keys."""
+    keys = []
+    lot = random.Random(f"{seed} merchants")
+    for number in range(count):
+        name = f"{lot.choice(('Acme', 'Corner', 'Harbour', 'Old Town', 'Sunny'))} {NAMES[number % len(NAMES)]}"
+        row = conn.execute("select surety.add_merchant(%s)", (f"{name} {number + 1}",)).fetchone()
+        assert row is not None
+        key = new_key(livemode=False)
+        conn.execute("select surety.add_api_key(%s, %s, %s)", (row[0], key.hash, key.hint))
+        keys.append(key.text)
+    return keys
+
+
+def write_orders(keys: list[str], count: int, seed: int) -> list[Order]:
+    """The payments of a seed, the same each time but for the keys."""
+    lot = random.Random(f"{seed} orders")
+    orders = []
+    for number in range(count):
+        draw, token = lot.random(), lot.choice(USUAL_TOKENS)
+        for unusual, share in UNUSUAL_TOKENS:
+            if (draw := draw - share) < 0:
+                token = unusual
+                break
+        orders.append(
+            Order(
+                keys[number % len(keys)],
+                f"demo-{seed}-{number}",
+                {
+                    "amount": lot.randint(100, 50_000),
+                    "currency": lot.choice(("usd", "usd", "usd", "eur")),
+                    "payment_method": {"type": "card", "token": token},
+                    "reference": f"order-{1000 + number}",
+                    "return_url": "https://shop.example/thanks",
+                    "metadata": {"demo": str(seed)},
+                },
+            )
+        )
+    return orders
+
+
+async def sell(url: str, orders: list[Order], told: Callable[[], None]) -> Till:
+    """Post all orders, 32 at a time; `told` is called after each acknowledgement."""
+    till = Till()
+    waiting = iter(orders)
+    limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+    async with httpx.AsyncClient(base_url=url, timeout=10, limits=limits) as client:
+
+        async def serve_customers() -> None:
+            for order in waiting:
+                await post(client, order, till)
+                told()
+
+        await asyncio.gather(*(serve_customers() for _ in range(CONNECTIONS)))
+    return till
+
+
+async def post(client: httpx.AsyncClient, order: Order, till: Till) -> None:
+    """One payment: repeated under its key while the answer is a 503 or none at all."""
+    headers = {"Authorization": f"Bearer {order.api_key}", "Idempotency-Key": order.idempotency_key}
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + PATIENCE_SECONDS
+    while True:
+        try:
+            answer = await client.post("/v1/payments", json=order.body, headers=headers)
+        except httpx.TransportError as error:
+            problem = repr(error)
+        else:
+            if answer.is_success:
+                till.acknowledged.append(answer.json()["id"])
+                return
+            problem = f"{answer.status_code} {answer.text}"
+            if answer.status_code < 500:
+                till.refused.append(problem)
+                return
+        if loop.time() > deadline:
+            till.refused.append(problem)
+            return
+        till.repeated += 1
+        await asyncio.sleep(0.2)

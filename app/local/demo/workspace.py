@@ -1,0 +1,38 @@
+"""Where the demo plays: a folder and a database of its own. If the demo itself is killed, its folder is swept by the
+next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+
+from db.embedded import EmbeddedServer, claim, roomy_folder, sweep, temporary_database
+
+FOLDER_PREFIX = "surety-"
+
+
+@contextlib.contextmanager
+def folder() -> Generator[Path]:
+    """A folder for logs and the sandbox's memory, removed last."""
+    sweep()
+    path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=roomy_folder()))
+    mark = claim(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(mark)
+
+
+@contextlib.contextmanager
+def database(given: str | None) -> Generator[str]:
+    """An empty database: on the server of a given address, where nothing else is touched, or on one of our own."""
+    with contextlib.ExitStack() as stack:
+        if given is None:
+            given = stack.enter_context(EmbeddedServer(durable=True)).url
+        yield stack.enter_context(temporary_database(given, "surety_demo"))

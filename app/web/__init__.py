@@ -1,0 +1,1 @@
+"""HTTP for the API and the receiver: authentication, batching, validation, problems, load shedding, serving."""

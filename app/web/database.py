@@ -1,0 +1,80 @@
+"""What listens reaches PostgreSQL by a small pool for single calls, beside the lanes' own connections."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, LiteralString
+
+import psycopg
+from psycopg import AsyncConnection, errors
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from app.web.batching import Unavailable, is_passing
+from db.connect import Kind, connect, conninfo, patient
+from db.errors import SuretyError
+from db.settings import Settings
+
+Row = tuple[Any, ...]
+
+CONNECTIONS_MAX = 4
+PATIENCE_SECONDS = 3.0
+
+
+class NotReady(SuretyError):
+    """The database can't be reached, or Surety was not deployed there."""
+
+
+class Database:
+    """Single calls, each a transaction of its own; repeated where a lost connection failed it."""
+
+    def __init__(self, kind: Kind, settings: Settings) -> None:
+        self._pool: AsyncConnectionPool[AsyncConnection[Row]] = AsyncConnectionPool(
+            conninfo(kind, settings),
+            connection_class=patient(kind),
+            kwargs={"autocommit": True},
+            min_size=1,
+            max_size=CONNECTIONS_MAX,
+            timeout=PATIENCE_SECONDS,
+            # The pool's own pauses double; so it gives up early, and the next request makes it try again.
+            reconnect_timeout=PATIENCE_SECONDS,
+            open=False,
+        )
+
+    async def open(self) -> None:
+        """Begin to connect."""
+        await self._pool.open()
+
+    async def close(self) -> None:
+        """Hang up."""
+        await self._pool.close()
+
+    async def row(self, query: LiteralString, *values: Any) -> Row | None:
+        """The first row of a query that may be repeated. Raises Unavailable, or psycopg.Error for its own fault."""
+        for _ in range(CONNECTIONS_MAX + 1):
+            try:
+                async with self._pool.connection() as connection:
+                    try:
+                        return await (await connection.execute(query, values)).fetchone()
+                    except errors.FeatureNotSupported:
+                        await connection.close()
+                        raise
+            except PoolTimeout as error:
+                raise Unavailable(str(error)) from None
+            except psycopg.Error as error:
+                if not is_passing(error):
+                    raise
+                failure = error
+        raise Unavailable(str(failure))
+
+
+def require_deployed(kind: Kind, settings: Settings, function: str) -> None:
+    """Raises NotReady unless the database can be reached and knows a function that this version calls."""
+    try:
+        with connect(kind, settings) as connection:
+            row = connection.execute("select to_regprocedure(%s) is not null", (function,)).fetchone()
+    except psycopg.Error as error:
+        with suppress(IndexError):
+            raise NotReady(f"the database can't be used: {str(error).strip().splitlines()[-1]}") from None
+        raise
+    if row != (True,):
+        raise NotReady(f"the database has no {function}: run `surety deploy` first")

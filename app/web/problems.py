@@ -1,0 +1,194 @@
+"""Problem documents (RFC 9457): the types, what each means, and which of PostgreSQL's errors are whose fault.
+
+One table maps constraints to the rule that a request broke, one our SQLSTATEs to a type. What breaks any other
+constraint is our mistake, and the answer is 500; tests/db/internal_constraints.txt
+lists those, so that adding one is a decision.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+import psycopg
+
+from app.web.asgi import Answer, Headers
+
+
+class Type(NamedTuple):
+    """A type of problem; its address is /problems/{name}."""
+
+    status: int
+    title: str
+    explanation: str
+
+
+TYPES: dict[str, Type] = {
+    "invalid-request": Type(
+        400,
+        "The request breaks a rule",
+        "`errors` names each field that breaks a rule: `field` is a JSON pointer into the body (or the name of a query "
+        "parameter or header, as `in` says), `rule` the rule, `limit` its bound, `given` what was sent. Nothing was "
+        "stored. Correct the request and send it with the same or another Idempotency-Key.",
+    ),
+    "idempotency-key-missing": Type(
+        400,
+        "The Idempotency-Key is missing",
+        "Every POST that moves money needs the header Idempotency-Key with 1 to 255 printable ASCII characters, chosen "
+        "by you, new for each payment and the same for each repetition: that is what makes repeating safe.",
+    ),
+    "unauthenticated": Type(
+        401,
+        "The API key is missing or not valid",
+        "Send `Authorization: Bearer sty_…` with a key that is neither misspelt nor revoked.",
+    ),
+    "forbidden": Type(
+        403,
+        "This key may not do that",
+        "The key is valid, but not for this: its merchant is suspended and may not take payments at present, or the "
+        "route is the operators' and needs a key of theirs (`sty_operator_…`). Ask who gave you the key.",
+    ),
+    "not-found": Type(
+        404,
+        "There is no such thing",
+        "The path leads nowhere, or this merchant has no object of that id. Another merchant's objects do not exist.",
+    ),
+    "method-not-allowed": Type(
+        405, "The path exists, the method does not", "The header Allow lists the methods that the path knows."
+    ),
+    "reference-taken": Type(
+        409,
+        "Another payment has this reference",
+        "`payment` names it. A reference is unique among a merchant's payments that have neither failed nor been "
+        "canceled. Nothing was stored, and the Idempotency-Key is free.",
+    ),
+    "wrong-state": Type(
+        409,
+        "Its state does not allow this",
+        "`state` says where the object is, `detail` what is in the way. Nothing changed, and the Idempotency-Key is "
+        "free.",
+    ),
+    "balance-too-low": Type(
+        409,
+        "The balance does not cover this",
+        "What goes back to payers must be covered by what you are owed, settled or not: `balance`, in minor units of "
+        "`currency`; `needed` is what was asked for. Nothing changed, and the Idempotency-Key is free.",
+    ),
+    "too-large": Type(413, "The body is too large", "`limit` is the largest body in bytes. Nothing was stored."),
+    "not-json": Type(
+        415, "The body is not JSON", "Send `Content-Type: application/json`. Nothing was read, nothing stored."
+    ),
+    "idempotency-key-reused": Type(
+        422,
+        "This Idempotency-Key belongs to another request",
+        "The key was sent before with another body. A key names one request for 30 days: choose a new one for a new "
+        "payment. Nothing was stored.",
+    ),
+    "rate-limited": Type(429, "Too many requests", "Wait as many seconds as the header Retry-After says."),
+    "internal": Type(
+        500,
+        "We made a mistake",
+        "The request met an error of ours and took no effect. Repeating it with the same Idempotency-Key is safe. The "
+        "request_id leads us to the cause.",
+    ),
+    "overloaded": Type(
+        503,
+        "Busy at present",
+        "Repeat the request with the same Idempotency-Key after as many seconds as the header Retry-After says. If it "
+        "did take effect, the repetition brings its answer; it can't take effect twice.",
+    ),
+}
+
+
+class Broken(msgspec.Struct, omit_defaults=True, rename={"place": "in"}):
+    """A rule that a request breaks: where, which, its bound, and what was given unless that must not be repeated."""
+
+    field: str
+    rule: str
+    message: str = ""
+    limit: Any = msgspec.UNSET
+    given: Any = msgspec.UNSET
+    place: str = "body"
+
+
+class Problem(Exception):
+    """An answer that is a problem document; `more` are members of its own."""
+
+    def __init__(
+        self, name: str, detail: str, *, errors: list[Broken] | None = None, headers: Headers = (), **more: Any
+    ) -> None:
+        super().__init__(detail)
+        self.name = name
+        self.detail = detail
+        self.errors = errors
+        self.headers = headers
+        self.more = more
+
+    def answer(self, request_id: str) -> Answer:
+        """The document as an answer."""
+        of = TYPES[self.name]
+        document: dict[str, Any] = {
+            "type": f"/problems/{self.name}",
+            "title": of.title,
+            "status": of.status,
+            "detail": self.detail,
+            "request_id": request_id,
+            **self.more,
+        }
+        if self.errors is not None:
+            document["errors"] = self.errors
+        headers: list[tuple[bytes, bytes]] = [(b"content-type", b"application/problem+json"), *self.headers]
+        if of.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if of.status in {429, 503}:
+            headers.append((b"retry-after", b"1"))
+        return Answer(of.status, msgspec.json.encode(document), request_id, headers)
+
+
+def invalid(errors: list[Broken]) -> Problem:
+    """A request that breaks rules; the detail tells the first."""
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return Problem("invalid-request", errors[0].message + more, errors=errors)
+
+
+def overloaded() -> Problem:
+    """Try again."""
+    return Problem("overloaded", "the line is full or the database is away; repeat with the same Idempotency-Key")
+
+
+CONSTRAINTS: dict[str, tuple[str, str, int | None]] = {
+    "payment_amount_is_positive": ("/amount", "minimum", 1),
+    "payment_currency_is_known": ("/currency", "known", None),
+    "payment_rail_has_a_path": ("/capture_method", "one_of", None),
+    "payment_reference_is_short": ("/reference", "max_length", 255),
+    "payment_description_is_short": ("/description", "max_length", 1000),
+    "payment_descriptor_suffix_is_short": ("/statement_descriptor_suffix", "max_length", 22),
+    "payment_return_url_is_short": ("/return_url", "max_length", 2048),
+    "payment_metadata_is_an_object": ("/metadata", "type", None),
+    "refund_metadata_is_an_object": ("/metadata", "type", None),
+    "idempotency_key_is_printable": ("Idempotency-Key", "pattern", None),
+}
+
+SQLSTATES = {
+    "SU003": "internal",  # something append-only was to be changed
+    "SU004": "internal",  # no handler of that name
+    "SU005": "overloaded",  # restored from a dump, and nobody has said so yet
+    "SU006": "invalid-request",  # a cursor that is none of ours
+    "22P05": "invalid-request",  # text that PostgreSQL can't hold
+    "22021": "invalid-request",  # likewise
+}
+
+
+def from_database(error: psycopg.Error) -> Problem:
+    """Whose fault an error of PostgreSQL is."""
+    broken = CONSTRAINTS.get(error.diag.constraint_name or "")
+    if broken is not None:
+        field, rule, limit = broken
+        what = Broken(field, rule, f"{field} breaks the rule {error.diag.constraint_name}")
+        if limit is not None:
+            what.limit = limit
+        return invalid([what])
+    name = SQLSTATES.get(error.sqlstate or "", "internal")
+    if name == "internal":
+        return Problem("internal", "an error of ours; nothing took effect")
+    return Problem(name, error.diag.message_primary or "the database refuses this")

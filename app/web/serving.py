@@ -1,0 +1,110 @@
+"""Serving an application by uvicorn: one process or several on one socket, ended in good order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import click
+import uvicorn
+from uvicorn.importer import import_from_string
+from uvicorn.supervisors import Multiprocess
+
+from app.web.load_shedding import SheddingProtocol
+from db.errors import SuretyError
+
+log = logging.getLogger("surety.serving")
+
+BACKLOG = 2048
+SHUTDOWN_SECONDS_MAX = 20
+GRACE_SECONDS = 5
+
+
+class CantListen(SuretyError):
+    """The address is taken, or not ours."""
+
+
+def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
+    """Serve `module:factory` until SIGINT or SIGTERM, then finish what waits.
+
+    Prints `listening on HOST:PORT` once connections are accepted; port 0 takes a free one. A process that dies is
+    replaced where there are several; they end with the one that started them, however that dies.
+    """
+    config = uvicorn.Config(
+        partial(load, factory),
+        factory=True,
+        loop="uvloop",
+        http=SheddingProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=LOGGING,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS_MAX,
+        workers=processes,
+    )
+    try:
+        listening = socket.create_server((host, port), backlog=BACKLOG, reuse_port=False)
+    except OSError as error:
+        raise CantListen(f"can't listen on {host}:{port}: {error.strerror}") from None
+    listening.set_inheritable(True)
+    # uvicorn raises the signal that ended it once more when all is done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    click.echo("listening on {}:{}".format(*listening.getsockname()[:2]))
+    with suppress(KeyboardInterrupt), listening:
+        if processes > 1:
+            Family(config, sockets=[listening]).run()
+        else:
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+class Family(Multiprocess):
+    """Several processes; one that does not end when it should keeps nobody from starting them all anew."""
+
+    def join_all(self) -> None:
+        deadline = time.monotonic() + SHUTDOWN_SECONDS_MAX + GRACE_SECONDS
+        for one in self.processes:
+            one.process.join(max(0.0, deadline - time.monotonic()))
+            if one.process.is_alive():
+                log.error("process %s does not end: killed", one.pid)
+                one.process.kill()
+                one.process.join()
+
+
+def load(factory: str) -> Any:
+    """The application, in the process that serves it."""
+    if (parent := parent_process()) is not None:
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    return import_from_string(factory)()
+
+
+def end_with(parent: BaseProcess) -> None:
+    """Finish what waits once the parent is gone: whoever is started in its place finds the port free."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "loggers": {
+        "surety": {"level": "INFO", "handlers": ["stderr"]},
+        "uvicorn": {"level": "WARNING", "handlers": ["stderr"]},
+        "psycopg.pool": {"level": "ERROR", "handlers": ["stderr"]},
+    },
+}

@@ -1,0 +1,467 @@
+"""Bring a database to what this version of Surety needs: safe to repeat, to race and to run beside traffic.
+
+    a fresh database    schema.sql and Procrastinate's schema, then db/*.sql, in one transaction
+    any other           the migrations that it lacks, then db/*.sql if they changed
+
+One deploy runs at a time, by an advisory lock. Migrations run in the order of their names. Those named
+`*.concurrent.sql` run outside a transaction, statement by statement, and from the start again after an interruption, so
+each statement must bear being repeated; number them before the others of their release. The others share one short
+transaction with db/*.sql. It never waits for a lock longer than LOCK_TIMEOUT, so that those who queue behind it don't
+either: it gives everything back and tries again.
+
+Functions are replaced in place, which takes no lock that a call could meet. Replacing views and triggers does, so they
+are written only where they changed. Tables that a migration alters or that get a trigger are locked first of all, in
+LOCK_ORDER: a deploy in another order, or one that took a view first, would meet writers coming the other way. What
+stands in our schemas and in no file any more is dropped, unless others have built on it: that is an error.
+
+The login that deploys owns the database, may create roles, and is a member of the role that owns our schemas. It need
+not be a superuser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, LiteralString
+
+import psycopg
+from psycopg import errors, sql
+
+from db.connect import harden
+from db.deploy.source import BOOKKEEPING, Migration, Source, lock_rank, place
+from db.deploy.statements import Statement, read_statements
+from db.errors import DeployError
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+Say = Callable[[str], None]
+
+ADVISORY_LOCK = 0x5375_7265_7479
+LOCK_TIMEOUT = "300ms"  # below deadlock_timeout, so that in a deadlock it is always the deploy that gives way
+OTHER_DEPLOY_SECONDS_MAX = 600.0
+
+OBJECTS = """
+select 'function', concat_ws('.', nspname, proname), p.oid::regprocedure::text, '', p.oid
+from pg_proc p
+join pg_namespace n on n.oid = pronamespace
+where nspname = any(%(schemas)s) and not exists (select from pg_depend d where d.objid = p.oid and d.deptype = 'e')
+union all
+select 'view', concat_ws('.', nspname, relname), c.oid::regclass::text, pg_get_viewdef(c.oid), c.oid
+from pg_class c
+join pg_namespace n on n.oid = relnamespace
+where nspname = any(%(schemas)s) and relkind = 'v'
+union all
+select
+    'trigger',
+    concat_ws('.', nspname, relname, tgname),
+    format('%%I on %%I.%%I', tgname, nspname, relname),
+    concat_ws(' ', tgenabled, pg_get_triggerdef(t.oid)),
+    t.oid
+from pg_trigger t
+join pg_class c on c.oid = tgrelid
+join pg_namespace n on n.oid = relnamespace
+where nspname = any(%(schemas)s) and not tgisinternal and not relispartition
+order by 5 desc
+"""
+
+
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Object:
+    """A function, view or trigger in our schemas.
+
+    `identity` is a Statement's, `name` is as `drop` wants it, `definition` as PostgreSQL tells it (none of functions).
+    """
+
+    kind: Literal["function", "view", "trigger"]
+    identity: str
+    name: str
+    definition: str
+    oid: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What earlier deploys have noted in the database."""
+
+    applied: frozenset[tuple[str, str]]
+    digest: str
+    procrastinate_version: str
+
+    @classmethod
+    def read(cls, conn: Connection) -> Record | None:
+        """None: nothing was ever deployed here."""
+        if conn.execute("select to_regclass('deploy.deploys')").fetchone() == (None,):
+            return None
+        applied = conn.execute("select origin, name from deploy.migrations").fetchall()
+        latest = conn.execute("select digest, procrastinate_version from deploy.deploys order by id desc limit 1")
+        digest, version = latest.fetchone() or ("", "")
+        return cls(frozenset((origin, name) for origin, name in applied), digest, version)
+
+    def lacks(self, source: Source) -> list[Migration]:
+        """The migrations to run now. Raises DeployError if the database has some that this version doesn't know."""
+        known = [*source.procrastinate_migrations, *source.migrations]
+        if unknown := self.applied - {migration.key for migration in known}:
+            names = ", ".join(sorted(name for _, name in unknown))
+            raise DeployError(f"the database is ahead of this version: it has {names}")
+        old_workers = self.procrastinate_version != source.procrastinate_version
+        return [
+            migration
+            for migration in known
+            if migration.key not in self.applied and not (old_workers and migration.waits_for_new_code)
+        ]
+
+
+# --- deploying -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What a deploy did; `attempts` counts its transactions, those given up for a lock included."""
+
+    outcome: Literal["created", "changed", "unchanged"]
+    migrations: list[str]
+    written: list[str]
+    dropped: list[str]
+    attempts: int
+    seconds: float
+
+
+def deploy(
+    url: str,
+    source: Source | None = None,
+    *,
+    force: bool = False,
+    lock_seconds_max: float = 60.0,
+    say: Say = lambda _: None,
+) -> Deployed:
+    """Bring the database at `url` to a version, by default the installed one; `force` repeats what is there already.
+
+    Tries for `lock_seconds_max` to get its locks. Raises DeployError, with file and line where a statement failed.
+    """
+    started = time.monotonic()
+    source = source or Source.installed()
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn, alone(conn, say):
+        run = Run(conn, source, lock_seconds_max, say)
+        record = Record.read(conn)
+        if record is None:
+            run.create()
+        elif (pending := record.lacks(source)) or record.digest != source.digest or force:
+            run.upgrade(pending)
+    return Deployed(
+        outcome="created" if record is None else "changed" if run.attempts else "unchanged",
+        migrations=run.migrated,
+        written=run.written,
+        dropped=run.dropped,
+        attempts=run.attempts,
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextlib.contextmanager
+def alone(conn: Connection, say: Say) -> Generator[None]:
+    """Let one deploy run at a time.
+
+    It asks again and again instead of waiting in the server: there it would hold a snapshot, for whose end the other
+    deploy's `create index concurrently` would wait.
+    """
+    deadline = time.monotonic() + OTHER_DEPLOY_SECONDS_MAX
+    told = False
+    while conn.execute("select pg_try_advisory_lock(%s)", (ADVISORY_LOCK,)).fetchone() == (False,):
+        if time.monotonic() > deadline:
+            raise DeployError(f"another deploy has been running for {OTHER_DEPLOY_SECONDS_MAX:.0f} s")
+        if not told:
+            say("another deploy is running; waiting for its end")
+            told = True
+        time.sleep(random.uniform(0.05, 0.15))
+    try:
+        yield
+    finally:
+        if not conn.closed:
+            conn.execute("select pg_advisory_unlock(%s)", (ADVISORY_LOCK,))
+
+
+class Run:
+    """One deploy."""
+
+    def __init__(self, conn: Connection, source: Source, lock_seconds_max: float, say: Say) -> None:
+        self.conn = conn
+        self.source = source
+        self.lock_seconds_max = lock_seconds_max
+        self.say = say
+        self.doing = ""
+        self.attempts = 0
+        self.migrated: list[str] = []
+        self.written: list[str] = []
+        self.dropped: list[str] = []
+
+    def create(self) -> None:
+        """Make everything in a fresh database."""
+        if not self.source.schemas:
+            raise DeployError("schema.sql creates no schema")
+        there = self.conn.execute("select nspname from pg_namespace where nspname = any(%s)", (self.source.schemas,))
+        if names := ", ".join(name for (name,) in there.fetchall()):
+            raise DeployError(f"the database has the schemas {names}, but not by a deploy: give Surety one of its own")
+        self.briefly(self.make_everything)
+
+    def make_everything(self) -> None:
+        """The state, Procrastinate's state, the behaviour."""
+        self.execute_all(self.source.schema)
+        owner = self.owner()
+        self.conn.execute("reset role")
+        for schema in ("deploy", "procrastinate"):
+            create = sql.SQL("create schema {} authorization {}")
+            self.conn.execute(create.format(sql.Identifier(schema), sql.Identifier(owner)))
+        self.become(owner)
+        with self.search_path("procrastinate"):
+            self.execute_all(read_statements(self.source.procrastinate / "schema.sql"))
+        self.write_behaviour()
+        self.record([*self.source.procrastinate_migrations, *self.source.migrations])
+
+    def upgrade(self, pending: Sequence[Migration]) -> None:
+        """Bring a database that has been deployed to before from its version to this one."""
+        together: list[Migration] = []
+        for migration in pending:
+            if not migration.is_concurrent:
+                together.append(migration)
+                continue
+            if together:
+                self.briefly(partial(self.migrate, together))
+            self.migrate_concurrently(migration)
+            together = []
+        self.briefly(partial(self.migrate, together, then=self.write_behaviour))
+
+    def briefly(self, work: Callable[[], None]) -> None:
+        """Do the work in one transaction that gives up rather than let others queue behind it, until it succeeds."""
+        deadline = time.monotonic() + self.lock_seconds_max
+        migrated = list(self.migrated)
+        while True:
+            self.attempts += 1
+            self.migrated, self.written, self.dropped = list(migrated), [], []
+            try:
+                with self.conn.transaction():
+                    self.conn.execute(sql.SQL("set local lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT)))
+                    self.conn.execute("set local search_path = pg_catalog")
+                    self.conn.execute("set local client_min_messages = warning")
+                    self.conn.execute("set local plpgsql.extra_errors = 'all'")
+                    work()
+            except psycopg.Error as error:
+                if not passes(error):
+                    raise
+                reason = f"{self.doing}: {error.diag.message_primary or error}"
+                if time.monotonic() > deadline:
+                    raise DeployError(f"gave up after {self.attempts} attempts, at {reason}") from error
+                self.say(f"attempt {self.attempts}, at {reason}; trying again")
+            else:
+                return
+            time.sleep(random.uniform(0.5, 1.0) * min(0.05 * 2**self.attempts, 2.0))
+
+    # --- state
+
+    def migrate(self, migrations: Sequence[Migration], then: Callable[[], None] = lambda: None) -> None:
+        """Run migrations that share this transaction."""
+        self.become(self.owner())
+        self.lock_tables(migrations)
+        for migration in migrations:
+            with self.search_path(migration.search_path):
+                self.execute_all(migration.statements)
+        self.record(migrations)
+        self.migrated += [migration.path.name for migration in migrations]
+        then()
+
+    def migrate_concurrently(self, migration: Migration) -> None:
+        """Run a migration outside a transaction."""
+        self.attempts += 1
+        self.say(f"{migration.path.name}, beside the traffic")
+        self.conn.execute(sql.SQL("set role {}").format(sql.Identifier(self.owner())))
+        self.conn.execute(sql.SQL("set search_path = {}").format(sql.Identifier(migration.search_path)))
+        for statement in migration.statements:
+            if statement.kind == "index":
+                self.drop_unfinished_index(statement)
+            self.execute(statement)
+        self.record([migration])
+        self.migrated.append(migration.path.name)
+        self.conn.execute("reset search_path")
+        self.conn.execute("reset role")
+
+    def drop_unfinished_index(self, statement: Statement) -> None:
+        """Drop what an interrupted `create index concurrently` left: in use by nobody, in the way of the next try."""
+        schema = statement.table.rpartition(".")[0] or "procrastinate"
+        unfinished = self.conn.execute(
+            "select from pg_index join pg_class c on c.oid = indexrelid join pg_namespace n on n.oid = relnamespace"
+            " where nspname = %s and relname = %s and relkind = 'i' and not indisvalid",
+            (schema, statement.name),
+        )
+        if unfinished.fetchone() is not None:
+            name = sql.Identifier(schema, statement.name)
+            self.conn.execute(sql.SQL("drop index concurrently if exists {}").format(name))
+
+    def lock_tables(self, migrations: Iterable[Migration]) -> None:
+        """Lock the tables to be altered or to get a trigger, in the order in which everybody locks them."""
+        modes: dict[str, LiteralString] = {
+            trigger.table: "share row exclusive" for trigger in self.stale() if trigger.kind == "trigger"
+        }
+        ours = (migration for migration in migrations if migration.origin == "surety")
+        for statement in (statement for migration in ours for statement in migration.statements):
+            if statement.kind == "alteration":
+                modes[statement.table] = "access exclusive"
+        for table in sorted(modes, key=lock_rank):
+            if self.conn.execute("select to_regclass(%s)", (table,)).fetchone() != (None,):
+                self.doing = f"locking {table}"
+                name = sql.Identifier(*table.split("."))
+                self.conn.execute(sql.SQL("lock table {} in {} mode").format(name, sql.SQL(modes[table])))
+
+    def record(self, migrations: Iterable[Migration]) -> None:
+        """Note migrations as applied."""
+        with self.conn.cursor() as cursor:
+            cursor.executemany(
+                "insert into deploy.migrations (origin, name) values (%s, %s)", [each.key for each in migrations]
+            )
+
+    # --- behaviour
+
+    def write_behaviour(self) -> None:
+        """Write db/*.sql and drop what is in none of them."""
+        self.execute_all(read_statements(BOOKKEEPING))
+        stale = self.stale()
+        for statement in self.source.statements:
+            if statement.kind not in ("view", "trigger"):
+                self.execute(statement)
+            elif statement in stale:
+                self.replace(statement)
+        self.drop_leftovers()
+        self.refuse_overloads()
+        self.remember()
+
+    def stale(self) -> list[Statement]:
+        """The views and triggers to write: those whose text changed, or that are not as the last deploy left them."""
+        remembered = {
+            (kind, identity): (text, definition)
+            for kind, identity, text, definition in self.conn.execute(
+                "select kind, identity, statement, definition from deploy.objects"
+            )
+        }
+        there: dict[tuple[str, str], str] = {(each.kind, each.identity): each.definition for each in self.objects()}
+
+        def is_current(statement: Statement) -> bool:
+            key = statement.kind, statement.identity
+            return key in there and remembered.get(key) == (statement.text, there[key])
+
+        return [each for each in self.source.statements if each.kind in ("view", "trigger") and not is_current(each)]
+
+    def replace(self, statement: Statement) -> None:
+        """Write a view or trigger; a constraint trigger can't be replaced in place."""
+        if not statement.replaces:
+            schema, table, name = map(sql.Identifier, statement.identity.split("."))
+            self.conn.execute(sql.SQL("drop trigger if exists {} on {}.{}").format(name, schema, table))
+        self.execute(statement)
+        self.written.append(statement.identity)
+
+    def drop_leftovers(self) -> None:
+        """Drop what an earlier deploy wrote and this one doesn't know, each after what depends on it."""
+        wanted = {(each.kind, each.identity) for each in (*self.source.schema, *self.source.statements)}
+        left = [each for each in self.objects() if (each.kind, each.identity) not in wanted]
+        while left:
+            needed, reason = [], ""
+            for each in left:
+                try:
+                    with self.conn.transaction():
+                        self.drop(each)
+                    self.dropped.append(each.name)
+                except errors.DependentObjectsStillExist as error:
+                    needed.append(each)
+                    reason = f"{error.diag.message_primary}: {error.diag.message_detail}"
+            if len(needed) == len(left):
+                raise DeployError(f"{reason}. No file of db/ has it any more, but somebody has built on it")
+            left = needed
+
+    def drop(self, leftover: Object) -> None:
+        """Drop a function, view or trigger."""
+        kind = "routine" if leftover.kind == "function" else leftover.kind
+        self.conn.execute(f"drop {kind} {leftover.name}".encode())
+
+    def refuse_overloads(self) -> None:
+        """A changed signature makes a second function beside the first, which would live on unseen."""
+        files = (*self.source.schema, *self.source.statements)
+        wanted = Counter(each.identity for each in files if each.kind == "function")
+        there = [each for each in self.objects() if each.kind == "function"]
+        for identity in Counter(each.identity for each in there) - wanted:
+            signatures = " and ".join(each.name for each in there if each.identity == identity)
+            raise DeployError(f"a changed signature is a new name; there would be {signatures}")
+
+    def remember(self) -> None:
+        """Leave a record to the next deploy and to whoever asks what happened."""
+        there: dict[tuple[str, str], str] = {(each.kind, each.identity): each.definition for each in self.objects()}
+        self.conn.execute("delete from deploy.objects")
+        with self.conn.cursor() as cursor:
+            cursor.executemany(
+                "insert into deploy.objects (kind, identity, statement, definition) values (%s, %s, %s, %s)",
+                [
+                    (each.kind, each.identity, each.text, there[each.kind, each.identity])
+                    for each in self.source.statements
+                    if each.kind in ("view", "trigger")
+                ],
+            )
+        source = self.source
+        self.conn.execute(
+            "insert into deploy.deploys (version, procrastinate_version, digest, migrations, written, dropped)"
+            " values (%s, %s, %s, %s, %s, %s)",
+            (source.version, source.procrastinate_version, source.digest, self.migrated, self.written, self.dropped),
+        )
+
+    # --- the connection
+
+    def objects(self) -> list[Object]:
+        """The functions, views and triggers in our schemas, the youngest first."""
+        return [Object(*row) for row in self.conn.execute(OBJECTS, {"schemas": self.source.schemas})]
+
+    def owner(self) -> str:
+        """The role that owns our schemas."""
+        owners = self.conn.execute(
+            "select distinct pg_get_userbyid(nspowner) from pg_namespace where nspname = any(%s)",
+            (self.source.schemas,),
+        ).fetchall()
+        if len(owners) != 1:
+            raise DeployError(f"one role must own {', '.join(self.source.schemas)}; {len(owners)} do")
+        return str(owners[0][0])
+
+    def become(self, role: str) -> None:
+        """Act as a role until the transaction ends."""
+        self.conn.execute(sql.SQL("set local role {}").format(sql.Identifier(role)))
+
+    @contextlib.contextmanager
+    def search_path(self, path: str) -> Generator[None]:
+        """Look names up elsewhere for a while."""
+        self.conn.execute(sql.SQL("set local search_path = {}").format(sql.Identifier(path)))
+        yield
+        self.conn.execute("set local search_path = pg_catalog")
+
+    def execute_all(self, statements: Iterable[Statement]) -> None:
+        """Execute statements in their order."""
+        for statement in statements:
+            self.execute(statement)
+
+    def execute(self, statement: Statement) -> None:
+        """Execute a statement; an error that won't pass tells its place."""
+        self.doing = place(statement)
+        try:
+            self.conn.execute(statement.text.encode())
+        except psycopg.Error as error:
+            if passes(error):
+                raise
+            raise DeployError(f"{place(statement, error)}: {error}") from error
+
+
+def passes(error: psycopg.Error) -> bool:
+    """Whether trying again can help: a lock not got in time, or another database of the cluster making our roles."""
+    if isinstance(error, errors.LockNotAvailable | errors.DeadlockDetected | errors.SerializationFailure):
+        return True
+    if isinstance(error, errors.InternalError_):
+        return "concurrently" in str(error)
+    return isinstance(error, errors.UniqueViolation) and error.diag.schema_name == "pg_catalog"

@@ -1,0 +1,46 @@
+-- Authentication: the merchant of a key.
+
+create or replace function api.identify(p_key_hash bytea)
+returns table (key_id text, merchant_id text, is_suspended boolean, provider_account text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        api_keys.id,
+        merchants.id,
+        merchants.suspended_at is not null,
+        merchants.provider_account
+    from surety.api_keys
+    inner join surety.merchants on api_keys.merchant_id = merchants.id
+    where api_keys.hash = p_key_hash and api_keys.revoked_at is null;
+end;
+
+comment on function api.identify(bytea) is
+'Whose key this SHA-256 is; no row for an unknown or revoked one.';
+
+create or replace function api.deny(p_key_hash bytea, p_request_id text, p_address text, p_route text, p_reason text)
+returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Only keys that exist leave an entry: strangers must not be able to fill the trail.
+    insert into audit.entries (id, at, kind, actor, address, request_id, merchant_id, outcome, reason, snapshot)
+    select
+        surety.new_id('aud', surety.time_now()),
+        surety.time_now(),
+        'denied',
+        known.actor,
+        p_address,
+        p_request_id,
+        known.merchant_id,
+        'denied',
+        p_reason,
+        jsonb_build_object('route', p_route)
+    from (
+        select 'key:' || api_keys.id as actor, api_keys.merchant_id
+        from surety.api_keys
+        where api_keys.hash = p_key_hash
+        union all
+        select 'operator:' || operator_keys.operator, null
+        from surety.operator_keys
+        where operator_keys.hash = p_key_hash
+    ) as known;
+end;

@@ -1,0 +1,51 @@
+-- Cancel a payment.
+
+create or replace function api.cancel_payment(p_request jsonb) returns api.outcome
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- {…, "payment_id"}: 200 and the payment, canceled, if nothing was sent yet; else 202 and the payment as it is, and the
+-- provider will be asked to call it off: the payment may turn out to have succeeded before.
+-- 404 not-found   409 wrong-state, detail {state}
+declare
+    v_admitted api.admission := api.admit('POST /v1/payments/{id}/cancel', p_request);
+    v_payment surety.payments;
+    v_status integer := 202;
+begin
+    if (v_admitted.outcome).status is not null then
+        return v_admitted.outcome;
+    end if;
+    select p.* into v_payment from surety.payments as p
+    where p.id = p_request ->> 'payment_id' and p.merchant_id = v_admitted.merchant_id
+    for update;
+    if not found then
+        return api.refuse(v_admitted, 404, 'not-found', null);
+    end if;
+    if v_payment.state = 'initiated' then
+        v_status := 200;
+        insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor, request_id)
+        values (
+            v_payment.id, v_payment.version + 1, 'initiated', 'canceled', 'command', v_admitted.admitted_at,
+            v_admitted.actor, p_request ->> 'request_id'
+        );
+    elsif v_payment.state not in ('submitting', 'provider_submitted', 'requires_action', 'authorized') then
+        return api.refuse(v_admitted, 409, 'wrong-state', jsonb_build_object(
+            'state', v_payment.state,
+            'reason', case when v_payment.state = 'processing' then 'it is being processed' end));
+    elsif not v_payment.flags ? 'cancel_requested_at' then
+        update surety.payments as p
+        set flags = p.flags || jsonb_build_object('cancel_requested_at', surety.iso(v_admitted.admitted_at))
+        where p.id = v_payment.id;
+        perform outbox.emit(
+            'payment', v_payment.id, 'payment.cancel_requested',
+            jsonb_build_object('payment_id', v_payment.id, 'reason', 'requested'), null, null);
+    end if;
+    return api.conclude(
+        v_admitted, p_request, v_payment.id, v_status,
+        (
+            select shown.document::text
+            from surety.payments as p cross join lateral api.show_payment(p) as shown
+            where p.id = v_payment.id
+        ),
+        '{}');
+end;
+$$;

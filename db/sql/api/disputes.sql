@@ -1,0 +1,103 @@
+-- Disputes: evidence submitted; read, listed.
+
+create or replace function api.submit_evidence(p_request jsonb) returns api.outcome
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- {…, "dispute_id", "evidence": {field: text}, "submit"}: 202 and the dispute; what was given before is kept unless the
+-- same field comes again. 404 not-found   409 wrong-state, detail {state}: submitted, over, or past its deadline
+declare
+    v_admitted api.admission := api.admit('POST /v1/disputes/{id}/evidence', p_request);
+    v_dispute surety.disputes;
+    v_takes boolean;
+begin
+    if (v_admitted.outcome).status is not null then
+        return v_admitted.outcome;
+    end if;
+    select d.* into v_dispute from surety.disputes as d
+    where d.id = p_request ->> 'dispute_id' and d.merchant_id = v_admitted.merchant_id
+    for update;
+    if not found then
+        return api.refuse(v_admitted, 404, 'not-found', null);
+    end if;
+    v_takes := exists (select from surety.dispute_statuses as s where s.status = v_dispute.status and s.takes_evidence);
+    if not v_takes or v_dispute.submit_asked_at is not null or v_dispute.evidence_due_at < v_admitted.admitted_at then
+        return api.refuse(v_admitted, 409, 'wrong-state', jsonb_build_object(
+            'state', v_dispute.status,
+            'reason', case
+                when v_dispute.submit_asked_at is not null then 'its evidence was submitted'
+                when v_takes then 'its evidence was due by ' || surety.iso(v_dispute.evidence_due_at)
+            end));
+    end if;
+    update surety.disputes as d
+    set evidence = d.evidence || (p_request -> 'evidence'), evidence_revision = d.evidence_revision + 1,
+        submit_asked_at = case when (p_request ->> 'submit')::boolean then v_admitted.admitted_at end,
+        updated_at = v_admitted.admitted_at
+    where d.id = v_dispute.id
+    returning * into v_dispute;
+    perform surety.tell_dispute(v_dispute, 'dispute.evidence_given', v_admitted.admitted_at);
+    return api.conclude(
+        v_admitted, p_request, v_dispute.payment_id, 202,
+        (select shown.document::text from api.show_dispute(v_dispute) as shown),
+        jsonb_build_object('dispute', v_dispute.id, 'submit', (p_request ->> 'submit')::boolean));
+end;
+$$;
+
+create or replace function api.get_dispute(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.merchant_id,
+        (
+            select shown.document::text
+            from surety.disputes cross join lateral api.show_dispute(disputes) as shown
+            where disputes.id = p_id and disputes.merchant_id = who.merchant_id
+        )
+    from api.identify(p_key_hash) as who;
+end;
+
+create or replace function api.list_disputes(
+    p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text
+) returns table (merchant_id text, body text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- Newest first, all of a merchant's or those of one payment. No row: no such key.
+declare
+    v_merchant text := (select k.merchant_id from api.identify(p_key_hash) as k);
+    v_ids text [];
+begin
+    if v_merchant is null then
+        return;
+    end if;
+    if p_payment is null then
+        v_ids := array(
+            select d.id from surety.disputes as d
+            where d.merchant_id = v_merchant and d.id < coalesce(p_starting_after, 'dp_g')
+            order by d.id desc
+            limit p_limit + 1
+        );
+    else
+        v_ids := array(
+            select d.id from surety.disputes as d
+            where d.payment_id = p_payment and d.merchant_id = v_merchant and d.id < coalesce(p_starting_after, 'dp_g')
+            order by d.id desc
+            limit p_limit + 1
+        );
+    end if;
+    return query
+    select
+        v_merchant,
+        json_build_object(
+            'object', 'list',
+            'data', coalesce(
+                (
+                    select json_agg(shown.document order by d.id desc)
+                    from surety.disputes as d cross join lateral api.show_dispute(d) as shown
+                    where d.id = any(v_ids[1:p_limit])
+                ),
+                '[]'::json
+            ),
+            'has_more', cardinality(v_ids) > p_limit
+        )::text;
+end;
+$$;

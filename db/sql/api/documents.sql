@@ -1,0 +1,90 @@
+-- Payments, refunds and disputes as the API shows them.
+
+create or replace function api.show_payment(p surety.payments) returns table (document json)
+language sql stable parallel safe
+begin atomic
+    -- The payment as merchants see it; columns in the order of the document. Without settings of its own, so that it
+    -- becomes a part of the query that calls it.
+    select row_to_json(shown.*) from (
+        select
+            p.id as id,
+            'payment' as object,
+            states.status as status,
+            p.state as state,
+            p.version as version,
+            p.amount_minor as amount,
+            p.captured_minor as amount_captured,
+            p.refunded_minor as amount_refunded,
+            p.currency as currency,
+            json_build_object('type', p.rail) as payment_method,
+            p.capture_method as capture_method,
+            p.next_action as next_action,
+            p.failure as failure,
+            case when p.provider_id is not null then json_build_object('name', p.provider, 'id', p.provider_id) end
+                as provider,
+            p.reference as reference,
+            p.description as description,
+            p.statement_descriptor_suffix as statement_descriptor_suffix,
+            p.return_url as return_url,
+            p.customer as customer,
+            p.metadata as metadata,
+            surety.iso(p.created_at) as created_at,
+            surety.iso(p.updated_at) as updated_at
+        from surety.states
+        where states.state = p.state
+    ) as shown;
+end;
+
+create or replace function api.show_refund(r surety.refunds) returns table (document json)
+language sql stable parallel safe
+begin atomic
+    -- The refund as merchants see it; columns in the order of the document.
+    select row_to_json(shown.*) from (
+        select
+            r.id as id,
+            'refund' as object,
+            r.state as state,
+            r.version as version,
+            r.payment_id as payment,
+            r.amount_minor as amount,
+            r.currency as currency,
+            r.reason as reason,
+            r.failure as failure,
+            case when r.provider_id is not null then json_build_object('name', r.provider, 'id', r.provider_id) end
+                as provider,
+            r.metadata as metadata,
+            surety.iso(r.created_at) as created_at,
+            surety.iso(r.updated_at) as updated_at
+    ) as shown;
+end;
+
+create or replace function api.show_dispute(d surety.disputes) returns table (document json)
+language sql stable parallel safe
+begin atomic
+    -- The dispute as merchants see it; columns in the order of the document.
+    select row_to_json(shown.*) from (
+        select
+            d.id as id,
+            'dispute' as object,
+            d.status as status,
+            d.payment_id as payment,
+            d.amount_minor as amount,
+            d.withdrawn_minor as amount_withdrawn,
+            d.currency as currency,
+            d.reason as reason,
+            json_build_object(
+                'due_at', surety.iso(d.evidence_due_at),
+                'given', coalesce(
+                    (
+                        select json_agg(given.field order by given.field)
+                        from jsonb_object_keys(d.evidence) as given (field)
+                    ),
+                    '[]'::json
+                ),
+                'submit_asked_at', surety.iso(d.submit_asked_at)
+            ) as evidence,
+            json_build_object('name', d.provider, 'id', d.provider_id) as provider,
+            surety.iso(d.created_at) as created_at,
+            surety.iso(d.updated_at) as updated_at
+    ) as shown;
+end;

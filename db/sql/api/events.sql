@@ -1,0 +1,128 @@
+-- A merchant's events.
+
+create or replace function api.list_events(p_key_hash bytea, p_after text, p_limit integer)
+returns table (merchant_id text, body text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- A merchant's events, oldest first, epoch by epoch. The cursor holds a handler's pair of snapshots, so a reader that
+-- keeps asking with the last one skips nothing, however late a transaction commits. Raises SU006 for a cursor that we
+-- did not make.
+declare
+    v_merchant text;
+    v_seen pg_snapshot := '1:1:';
+    v_goal pg_snapshot;
+    v_now_seen pg_snapshot := pg_current_snapshot();
+    v_all constant pg_snapshot := '9223372036854775807:9223372036854775807:';
+    v_last_epoch integer := outbox.epoch();
+    v_epoch integer := 1;
+    v_at_xid xid8 := '0';
+    v_at_id text := '';
+    v_low_xid xid8;
+    v_low_id text;
+    v_parts text [];
+    v_data json;
+    v_count bigint;
+    v_last_xid xid8;
+    v_last_id text;
+    v_next text;
+begin
+    select k.merchant_id into v_merchant from api.identify(p_key_hash) as k;
+    if not found then
+        return;
+    end if;
+    if p_after is not null then
+        begin
+            v_parts := string_to_array(convert_from(decode(translate(p_after, '-_', '+/'), 'base64'), 'UTF8'), ' ');
+            if cardinality(v_parts) <> 5 then
+                raise exception 'parts' using errcode = 'invalid_text_representation';
+            end if;
+            v_epoch := v_parts[1]::integer;
+            v_seen := v_parts[2]::pg_snapshot;
+            v_goal := nullif(v_parts[3], '-')::pg_snapshot;
+            v_at_xid := v_parts[4]::xid8;
+            v_at_id := nullif(v_parts[5], '-');
+        exception
+            when data_exception then
+                raise exception 'after is not a cursor of this API' using errcode = 'SU006';
+        end;
+        v_at_id := coalesce(v_at_id, '');
+    end if;
+    -- An epoch that has ended gets no more events: all of them are visible.
+    v_goal := coalesce(v_goal, case when v_epoch < v_last_epoch then v_all else v_now_seen end);
+    v_low_xid := greatest(v_at_xid, pg_snapshot_xmax(v_seen));
+    v_low_id := case when v_at_xid >= pg_snapshot_xmax(v_seen) then v_at_id else '' end;
+    with page as (
+        select found.* from (
+            (
+                select late.xid, late.id, late.type, late.payload, late.aggregate_id
+                from pg_snapshot_xip(v_seen) as open (xid)
+                cross join lateral (
+                    select e.xid, e.id, e.type, e.payload, e.aggregate_id
+                    from outbox.events as e
+                    where e.merchant_id = v_merchant and e.epoch = v_epoch and e.xid = open.xid
+                        and (e.xid, e.id) > (v_at_xid, v_at_id)
+                    order by e.xid, e.id
+                    limit p_limit
+                ) as late
+                where pg_visible_in_snapshot(open.xid, v_goal)
+                order by late.xid, late.id
+                limit p_limit
+            )
+            union all
+            (
+                select e.xid, e.id, e.type, e.payload, e.aggregate_id
+                from outbox.events as e
+                where e.merchant_id = v_merchant and e.epoch = v_epoch and (e.xid, e.id) > (v_low_xid, v_low_id)
+                    and e.xid < pg_snapshot_xmax(v_goal) and pg_visible_in_snapshot(e.xid, v_goal)
+                order by e.xid, e.id
+                limit p_limit
+            )
+        ) as found
+        order by found.xid, found.id
+        limit p_limit
+    )
+    select
+        coalesce(json_agg(json_build_object(
+            'id', g.id, 'type', g.type, 'created_at', g.payload ->> 'at',
+            'data', coalesce(shown.document, refund.document, dispute.document)
+        ) order by g.xid, g.id) filter (where coalesce(p.id, r.id, d.id) is not null), '[]'::json),
+        count(*), max(g.xid), (array_agg(g.id order by g.xid desc, g.id desc))[1]
+    into v_data, v_count, v_last_xid, v_last_id
+    from page as g
+    left join surety.payments as p on p.id = g.aggregate_id
+    left join lateral api.show_payment((
+        p.id, p.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state', p.amount_minor, p.currency,
+        coalesce((g.payload ->> 'amount_captured')::bigint, 0), coalesce((g.payload ->> 'amount_refunded')::bigint, 0),
+        0, 0, 0, p.rail, p.capture_method, p.method_token, p.reference, p.description, p.statement_descriptor_suffix,
+        p.return_url, p.customer, p.metadata, p.provider, p.provider_account, p.livemode, g.payload ->> 'provider_id',
+        g.payload -> 'next_action', g.payload -> 'failure', p.flags, p.created_at, (g.payload ->> 'at')::timestamptz,
+        null, 0
+    )::surety.payments) as shown on p.id is not null
+    left join surety.refunds as r on r.id = g.aggregate_id
+    left join lateral api.show_refund((
+        r.id, r.payment_id, r.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state',
+        (g.payload ->> 'amount')::bigint, r.currency, r.reason, r.metadata, r.provider, r.provider_account,
+        g.payload ->> 'provider_id', r.is_ours, g.payload -> 'failure', r.created_at,
+        (g.payload ->> 'at')::timestamptz, null, 0
+    )::surety.refunds) as refund on r.id is not null
+    left join surety.disputes as d on d.id = g.aggregate_id
+    left join lateral api.show_dispute((
+        d.id, d.payment_id, d.merchant_id, g.payload ->> 'status', d.amount_minor,
+        (g.payload ->> 'amount_withdrawn')::bigint, d.currency, d.reason, d.provider, d.provider_account, d.provider_id,
+        d.revision, d.evidence, d.evidence_revision, d.evidence_due_at, d.submit_asked_at, d.reminded_at, d.created_at,
+        (g.payload ->> 'at')::timestamptz, d.ask_at
+    )::surety.disputes) as dispute on d.id is not null;
+    v_next := case
+        when v_count = p_limit then concat_ws(' ', v_epoch, v_seen, v_goal, v_last_xid, v_last_id)
+        when v_goal::text = v_all::text then concat_ws(' ', v_epoch + 1, '1:1:', '-', '0', '-')
+        else concat_ws(' ', v_epoch, v_goal, '-', '0', '-')
+    end;
+    return query select
+        v_merchant,
+        json_build_object(
+            'object', 'list', 'data', v_data,
+            'has_more', v_count = p_limit or v_epoch < v_last_epoch or v_goal::text <> v_now_seen::text,
+            'next', translate(encode(convert_to(v_next, 'UTF8'), 'base64'), E'+/\n', '-_'))::text;
+end;
+$$;

@@ -1,0 +1,103 @@
+-- Idempotent commands: admitted, refused, concluded; keys forgotten.
+--
+-- What merchants ask for once a payment is under way: capture it, cancel it. A transaction per request, for these are
+-- rarer than payments.
+--
+--   admit      whose key it is; the Idempotency-Key is ours now, or its first answer is given again
+--   command    looks at the locked payment, writes what was asked for as a fact or a flag, and the event for a worker
+--   conclude   keeps the answer beside its effect; refuse gives the key back, for nothing took effect
+--
+-- p_request: {"key_hash" (hex), "request_id", "address", "idempotency_key", "request_hash" (hex, of the id and the
+-- body), and the id of what it is about}. Locks: idempotency key, payment, refund, accounts.
+
+create or replace function api.admit(p_route text, p_request jsonb) returns api.admission
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_hash bytea := decode(p_request ->> 'request_hash', 'hex');
+    v_who record;
+    v_first record;
+    v_outcome api.outcome;
+begin
+    select k.key_id, k.merchant_id, k.is_suspended into v_who
+    from api.identify(decode(p_request ->> 'key_hash', 'hex')) as k;
+    if not found then
+        v_outcome := (401, 'unauthenticated', null, null, false);
+    elsif v_who.is_suspended then
+        v_outcome := (403, 'forbidden', null, null, false);
+    else
+        -- Waits for another request with this key; if that one was refused, the key is free again.
+        loop
+            insert into surety.idempotency_keys (
+                merchant_id, route, key, request_hash, payment_id, status, response, created_at
+            )
+            values (v_who.merchant_id, p_route, p_request ->> 'idempotency_key', v_hash, '', 0, '', v_now)
+            on conflict (merchant_id, route, key) do nothing;
+            exit when found;
+            select i.request_hash, i.status, i.response into v_first
+            from surety.idempotency_keys as i
+            where i.merchant_id = v_who.merchant_id and i.route = p_route and i.key = p_request ->> 'idempotency_key';
+            continue when not found;
+            if v_first.request_hash = v_hash then
+                v_outcome := (v_first.status, null, null, v_first.response, true);
+            else
+                v_outcome := (422, 'idempotency-key-reused', null, null, false);
+            end if;
+            exit;
+        end loop;
+    end if;
+    return (
+        v_who.merchant_id, 'key:' || v_who.key_id, p_route, p_request ->> 'idempotency_key', v_now, v_outcome
+    )::api.admission;
+end;
+$$;
+
+create or replace function api.refuse(p_admitted api.admission, p_status integer, p_problem text, p_detail jsonb)
+returns api.outcome
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+    delete from surety.idempotency_keys as i
+    where i.merchant_id = p_admitted.merchant_id and i.route = p_admitted.route and i.key = p_admitted.key;
+    return (p_status::smallint, p_problem, p_detail, null, false)::api.outcome;
+end;
+$$;
+
+create or replace function api.conclude(
+    p_admitted api.admission, p_request jsonb, p_payment_id text, p_status integer, p_body text, p_snapshot jsonb
+) returns api.outcome
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+    update surety.idempotency_keys as i
+    set payment_id = p_payment_id, status = p_status, response = p_body
+    where i.merchant_id = p_admitted.merchant_id and i.route = p_admitted.route and i.key = p_admitted.key;
+    insert into audit.entries (
+        id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, snapshot
+    )
+    values (
+        surety.new_id('aud', p_admitted.admitted_at), p_admitted.admitted_at, 'request', p_admitted.actor,
+        p_request ->> 'address', p_request ->> 'request_id', p_payment_id, p_admitted.merchant_id, 'accepted',
+        jsonb_build_object('route', p_admitted.route, 'idempotency_key', p_admitted.key) || p_snapshot
+    );
+    return (p_status::smallint, null, null, p_body, false)::api.outcome;
+end;
+$$;
+
+create or replace function surety.forget_idempotency_keys(p_limit integer default 10000) returns integer
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with forgotten as (
+        delete from surety.idempotency_keys
+        where ctid = any(array(
+            select old.ctid from surety.idempotency_keys as old
+            where old.created_at < surety.time_now() - interval '30 days'
+            limit p_limit
+            for update skip locked
+        ))
+        returning idempotency_keys.key
+    )
+
+    select count(*)::integer from forgotten;
+end;

@@ -1,0 +1,146 @@
+-- Operators over HTTP: keys of their own, which open nothing but this, and what they open. Every function takes the
+-- key's SHA-256 and finds the operator itself, so that the API can name nobody; no row means that the key is none.
+
+create or replace function api.identify_operator(p_key_hash bytea) returns table (key_id text, operator text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        operator_keys.id,
+        operator_keys.operator
+    from surety.operator_keys
+    where operator_keys.hash = p_key_hash and operator_keys.revoked_at is null;
+end;
+
+create or replace function api.deny_operator(
+    p_key_hash bytea, p_request_id text, p_address text, p_route text, p_is_told boolean
+) returns text
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Why a key may not do what operators do: forbidden for a merchant's, unauthenticated for one that is revoked or
+    -- that nobody has. With p_is_told keys that exist leave an entry in the audit trail.
+    with denied as (
+        select
+            'key:' || api_keys.id as actor,
+            api_keys.merchant_id,
+            case when api_keys.revoked_at is null then 'forbidden' else 'unauthenticated' end as reason
+        from surety.api_keys
+        where api_keys.hash = p_key_hash
+        union all
+        select
+            'operator:' || operator_keys.operator,
+            null,
+            'unauthenticated'
+        from surety.operator_keys
+        where operator_keys.hash = p_key_hash
+    ),
+
+    told as (
+        insert into audit.entries (id, at, kind, actor, address, request_id, merchant_id, outcome, reason, snapshot)
+        select
+            surety.new_id('aud', surety.time_now()),
+            surety.time_now(),
+            'denied',
+            denied.actor,
+            p_address,
+            p_request_id,
+            denied.merchant_id,
+            'denied',
+            denied.reason,
+            jsonb_build_object('route', p_route)
+        from denied
+        where p_is_told
+    )
+
+    select coalesce((select denied.reason from denied limit 1), 'unauthenticated');
+end;
+
+create or replace function api.list_dead_letters(
+    p_key_hash bytea, p_status text, p_handler text, p_error text, p_limit integer, p_starting_after text
+) returns table (operator text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with who as (
+        select identified.operator from api.identify_operator(p_key_hash) as identified
+    ),
+
+    found as (
+        select letters.id, letters as letter
+        from who
+        cross join outbox.find_dead_letters(p_status, p_handler, p_error, p_starting_after, p_limit + 1) as letters
+    ),
+
+    page as (
+        select found.id, found.letter
+        from found
+        order by found.id
+        limit p_limit
+    )
+
+    select
+        who.operator,
+        json_build_object(
+            'object', 'list',
+            'data', coalesce(
+                (
+                    select json_agg(shown.document order by page.id)
+                    from page cross join lateral outbox.show_dead_letter(page.letter) as shown
+                ),
+                '[]'::json
+            ),
+            'has_more', (select count(*) > p_limit from found)
+        )::text
+    from who;
+end;
+
+create or replace function api.get_dead_letter(p_key_hash bytea, p_id text) returns table (operator text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- body is null where there is no such letter.
+    select
+        who.operator,
+        (
+            select shown.document::text
+            from outbox.dead_letters cross join lateral outbox.show_dead_letter(dead_letters) as shown
+            where dead_letters.id = p_id
+        )
+    from api.identify_operator(p_key_hash) as who;
+end;
+
+create or replace function api.replay_dead_letter(
+    p_key_hash bytea, p_id text, p_reason text, p_dry_run boolean, p_request_id text, p_address text
+) returns table (operator text, outcome text, detail text)
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.operator,
+        done.outcome,
+        done.detail
+    from api.identify_operator(p_key_hash) as who
+    cross join lateral outbox.replay_dead_letter(
+        p_id, 'operator:' || who.operator, p_reason, p_dry_run, p_request_id, p_address
+    ) as done;
+end;
+
+create or replace function api.discard_dead_letter(
+    p_key_hash bytea, p_id text, p_reason text, p_dry_run boolean, p_request_id text, p_address text
+) returns table (operator text, outcome text, detail text)
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.operator,
+        done.outcome,
+        done.detail
+    from api.identify_operator(p_key_hash) as who
+    cross join lateral outbox.discard_dead_letter(
+        p_id, 'operator:' || who.operator, p_reason, p_dry_run, p_request_id, p_address
+    ) as done;
+end;
+
+create or replace function api.read_status(p_key_hash bytea) returns table (operator text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.operator,
+        surety.read_status()::text
+    from api.identify_operator(p_key_hash) as who;
+end;

@@ -1,0 +1,314 @@
+-- Payments: created, read, listed.
+--
+-- What the API asks for. Every function takes the request's key hash and finds the merchant itself, so that no caller
+-- can name one. Foreseeable refusals are rows, not exceptions.
+
+create or replace function api.judge_amount(p_amount bigint, p_currency text) returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- The rule that an amount in minor units breaks in its currency; null if it breaks none.
+    select
+        case
+            when currencies.currency is null
+                then jsonb_build_object('field', '/currency', 'rule', 'known', 'given', p_currency)
+            when p_amount < currencies.minimum_minor
+                then jsonb_build_object(
+                    'field', '/amount', 'rule', 'minimum', 'limit', currencies.minimum_minor, 'given', p_amount,
+                    'currency', p_currency)
+            when p_amount > currencies.maximum_minor
+                then jsonb_build_object(
+                    'field', '/amount', 'rule', 'maximum', 'limit', currencies.maximum_minor, 'given', p_amount,
+                    'currency', p_currency)
+        end
+    from (values (p_currency)) as asked (currency)
+    left join surety.currencies on asked.currency = currencies.currency;
+end;
+
+create or replace function api.create_payments(p_requests json)
+returns table (
+    n integer, status smallint, problem text, detail jsonb, body text, is_replayed boolean, payment_id text
+)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+set plan_cache_mode = force_generic_plan
+as $$
+-- All requests of a batch in one transaction, an outcome for each:
+--   201 a new payment, body its document            201 is_replayed: the first answer, byte for byte
+--   401 unauthenticated   403 forbidden (suspended)  400 invalid-request, detail {field, rule, limit, given}
+--   409 reference-taken, detail {payment_id}         422 idempotency-key-reused
+-- p_requests: [{"n", "key_hash" (hex), "request_id", "address", "idempotency_key", "request_hash" (hex), "amount",
+-- "currency", "rail", "method_token", "capture_method", "reference", "description", "statement_descriptor_suffix",
+-- "return_url", "customer", "metadata"}]. Locks: idempotency keys, references, each sorted; payments are new.
+-- Rows travel in arrays, side by side, for joining them again would cost more than all else.
+declare
+    v_route constant text := 'POST /v1/payments';
+    v_now timestamptz := surety.time_now();
+    v_livemode boolean := (select e.livemode from surety.environment as e);
+    -- An element per request.
+    v_n integer [];
+    v_merchants text [];
+    v_idempotency_keys text [];
+    v_hashes bytea [];
+    v_problems text [];
+    v_details jsonb [];
+    v_references text [];
+    v_ids text [];
+    -- An element per request that may become a payment, in the order of its key.
+    v_payments surety.payments [];
+    v_keys surety.idempotency_keys [];
+    v_entries audit.entries [];
+    v_won text [];
+    v_taken text [];
+begin
+    -- Who asks, as api.identify would tell, and which rule is broken, if any.
+    with given as (
+        select
+            r.*, k.id as key_id, m.id as merchant_id, m.provider_account, surety.new_id('pay', v_now) as new_id,
+            case
+                when m.id is null then 'unauthenticated'
+                when m.suspended_at is not null then 'forbidden'
+                when c.currency is null or r.amount not between c.minimum_minor and c.maximum_minor
+                    then 'invalid-request'
+            end as problem
+        from json_to_recordset(p_requests) as r (
+            n integer, key_hash text, request_id text, address text, idempotency_key text, request_hash text,
+            amount bigint, currency text, rail text, method_token text, capture_method text, reference text,
+            description text, statement_descriptor_suffix text, return_url text, customer jsonb, metadata jsonb
+        )
+        left join surety.api_keys as k on k.hash = decode(r.key_hash, 'hex') and k.revoked_at is null
+        left join surety.merchants as m on m.id = k.merchant_id
+        left join surety.currencies as c on c.currency = r.currency
+    ),
+    asked as (
+        select
+            g.*,
+            -- Two requests of one batch with one key are one: the first that may is asked, the others replay it.
+            g.problem is null and 1 = row_number() over (
+                partition by g.merchant_id, g.idempotency_key, g.problem is null order by g.n) as is_first,
+            (
+                g.new_id, g.merchant_id, 1, 'initiated', g.amount, g.currency, 0, 0, 0, 0, 0, g.rail, g.capture_method,
+                g.method_token, g.reference, g.description, g.statement_descriptor_suffix, g.return_url, g.customer,
+                coalesce(g.metadata, '{}'), 'stripe', g.provider_account, v_livemode, null, null, null, '{}', v_now,
+                v_now, null, 0
+            )::surety.payments as payment
+        from given as g
+        order by g.merchant_id, g.idempotency_key, g.n
+    )
+    select
+        array_agg(a.n), array_agg(a.merchant_id), array_agg(a.idempotency_key),
+        array_agg(decode(a.request_hash, 'hex')), array_agg(a.problem),
+        array_agg(case when a.problem = 'invalid-request' then api.judge_amount(a.amount, a.currency) end),
+        array_agg(a.reference), array_agg(case when a.is_first then a.new_id end),
+        array_agg(a.payment) filter (where a.is_first),
+        array_agg((
+            a.merchant_id, v_route, a.idempotency_key, decode(a.request_hash, 'hex'), a.new_id, 201,
+            shown.document::text, v_now
+        )::surety.idempotency_keys) filter (where a.is_first),
+        array_agg((
+            surety.new_id('aud', v_now), v_now, null, 'step', 'key:' || a.key_id, a.address, a.request_id, a.new_id,
+            a.merchant_id, 1, null, 'initiated', 'accepted', 'request', null,
+            jsonb_build_object(
+                'route', v_route, 'idempotency_key', a.idempotency_key, 'amount', a.amount, 'currency', a.currency)
+        )::audit.entries) filter (where a.is_first)
+    into
+        v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids,
+        v_payments, v_keys, v_entries
+    from asked as a cross join lateral api.show_payment(a.payment) as shown;
+
+    if v_payments is not null then
+        -- A reference in use refuses the request: its key must not be kept, as nothing took effect.
+        with keyed as (
+            insert into surety.idempotency_keys as i (
+                merchant_id, route, key, request_hash, payment_id, status, response, created_at
+            )
+            select
+                k.merchant_id, k.route, k.key, k.request_hash, k.payment_id, k.status, k.response, k.created_at
+            from unnest(v_keys) as k
+            on conflict (merchant_id, route, key) do nothing
+            returning i.payment_id
+        ),
+        won as materialized (
+            select array_agg(k.payment_id) as ids from keyed as k
+        ),
+        wanted as materialized (
+            select p.merchant_id, p.reference, p.id
+            from won cross join unnest(v_payments) as p
+            where p.reference is not null and p.id = any(won.ids)
+        ),
+        referred as (
+            insert into surety.payment_references as r (merchant_id, reference, payment_id)
+            select w.merchant_id, w.reference, w.id from wanted as w
+            order by w.merchant_id, w.reference, w.id
+            on conflict (merchant_id, reference) do nothing
+            returning r.payment_id
+        )
+        select
+            (select w.ids from won as w),
+            (select array_agg(w.id) from wanted as w where w.id not in (select r.payment_id from referred as r))
+        into v_won, v_taken;
+        if v_taken is not null then
+            delete from surety.idempotency_keys as i
+            using unnest(v_keys) as k
+            where k.payment_id = any(v_taken)
+                and i.merchant_id = k.merchant_id and i.route = k.route and i.key = k.key;
+            v_won := array(select w.id from unnest(v_won) as w (id) where w.id <> all(v_taken));
+        end if;
+        if cardinality(v_won) is distinct from cardinality(v_payments) then
+            v_payments := array(select p from unnest(v_payments) as p where p.id = any(v_won));
+            v_entries := array(select e from unnest(v_entries) as e where e.payment_id = any(v_won));
+        end if;
+
+        with paid as (
+            insert into surety.payments
+            select p.* from unnest(v_payments) as p
+        ),
+        stepped as (
+            insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor, request_id)
+            select e.payment_id, 1, null, 'initiated', 'request', v_now, e.actor, e.request_id
+            from unnest(v_entries) as e
+        )
+        -- The request's entry is the first step's, too.
+        insert into audit.entries (
+            id, at, kind, actor, address, request_id, payment_id, merchant_id, version, to_state, outcome, reason,
+            snapshot
+        )
+        select
+            e.id, e.at, e.kind, e.actor, e.address, e.request_id, e.payment_id, e.merchant_id, e.version, e.to_state,
+            e.outcome, e.reason, e.snapshot
+        from unnest(v_entries) as e;
+    end if;
+
+    if cardinality(v_won) = cardinality(v_n) then
+        -- All are new: the arrays hold the same requests, each at its place.
+        return query
+        select a.n, a.status, null::text, null::jsonb, a.response, false, a.payment_id
+        from rows from (unnest(v_n), unnest(v_keys)) as a (
+            n, merchant_id, route, key, request_hash, payment_id, status, response, created_at
+        )
+        order by a.n;
+        return;
+    end if;
+
+    -- In a statement of its own: one statement can't see what it waited for.
+    return query
+    select
+        a.n,
+        case
+            when a.problem = 'unauthenticated' then 401
+            when a.problem = 'forbidden' then 403
+            when a.problem is not null then 400
+            when coalesce(i.request_hash, first_value(a.request_hash) over same_key) <> a.request_hash then 422
+            when i.key is null then 409
+            else i.status
+        end::smallint,
+        case
+            when a.problem is not null then a.problem
+            -- One that was refused keeps no key, and yet it was asked first.
+            when coalesce(i.request_hash, first_value(a.request_hash) over same_key) <> a.request_hash
+                then 'idempotency-key-reused'
+            when i.key is null then 'reference-taken'
+        end,
+        case
+            when a.problem is not null then a.detail
+            when i.key is null and first_value(a.request_hash) over same_key = a.request_hash
+                then jsonb_build_object('payment_id', t.payment_id)
+        end,
+        case when i.request_hash = a.request_hash then i.response end,
+        i.request_hash = a.request_hash and i.payment_id is distinct from a.new_id,
+        i.payment_id
+    from unnest(
+        v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids
+    ) as a (n, merchant_id, idempotency_key, request_hash, problem, detail, reference, new_id)
+    -- offset 0 keeps these look-ups: a plan made while the tables were small would read all of them for ever after.
+    left join lateral (
+        select k.key, k.request_hash, k.status, k.response, k.payment_id
+        from surety.idempotency_keys as k
+        where a.problem is null and k.merchant_id = a.merchant_id and k.route = v_route and k.key = a.idempotency_key
+        offset 0
+    ) as i on true
+    left join lateral (
+        select r.payment_id
+        from surety.payment_references as r
+        where i.key is null and r.merchant_id = a.merchant_id and r.reference = a.reference
+        offset 0
+    ) as t on true
+    window same_key as (partition by a.merchant_id, a.idempotency_key, a.problem is null order by a.n)
+    order by a.n;
+end;
+$$;
+
+create or replace function api.get_payment(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- No row: no such key. body is null where the merchant has no such payment.
+    select
+        who.merchant_id,
+        (
+            select shown.document::text
+            from surety.payments cross join lateral api.show_payment(payments) as shown
+            where payments.id = p_id and payments.merchant_id = who.merchant_id
+        )
+    from api.identify(p_key_hash) as who;
+end;
+
+create or replace function api.list_payments(
+    p_key_hash bytea, p_state text, p_status text, p_reference text, p_created_from timestamptz,
+    p_created_before timestamptz, p_limit integer, p_starting_after text
+) returns table (merchant_id text, body text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- Newest first; ids sort by time, so the id is the cursor. No row: no such key. The merchant and both bounds are known
+-- before payments are looked at, so that a page costs the same whatever others have and however far back it lies.
+declare
+    v_merchant text := (select k.merchant_id from api.identify(p_key_hash) as k);
+    v_from text := surety.id_at('pay', greatest(p_created_from, 'epoch'));
+    v_before text := case
+        when p_created_before is null then 'pay_g' else surety.id_at('pay', greatest(p_created_before, 'epoch'))
+    end;
+    v_states text [];
+    v_ids text [];
+begin
+    if v_merchant is null then
+        return;
+    end if;
+    if p_state is not null or p_status is not null then
+        v_states := array(
+            select s.state from surety.states as s
+            where (p_state is null or s.state = p_state) and (p_status is null or s.status = p_status)
+        );
+    end if;
+    if p_reference is null then
+        v_ids := array(
+            select p.id from surety.payments as p
+            where p.merchant_id = v_merchant and p.id >= v_from and p.id < v_before
+                and p.id < coalesce(p_starting_after, v_before) and (v_states is null or p.state = any(v_states))
+            order by p.id desc
+            limit p_limit + 1
+        );
+    else
+        v_ids := array(
+            select p.id from surety.payments as p
+            where p.merchant_id = v_merchant and p.reference = p_reference and p.id >= v_from and p.id < v_before
+                and p.id < coalesce(p_starting_after, v_before) and (v_states is null or p.state = any(v_states))
+            order by p.id desc
+            limit p_limit + 1
+        );
+    end if;
+    return query
+    select
+        v_merchant,
+        json_build_object(
+            'object', 'list',
+            'data', coalesce(
+                (
+                    select json_agg(shown.document order by p.id desc)
+                    from surety.payments as p cross join lateral api.show_payment(p) as shown
+                    where p.id = any(v_ids[1:p_limit])
+                ),
+                '[]'::json
+            ),
+            'has_more', cardinality(v_ids) > p_limit
+        )::text;
+end;
+$$;

@@ -1,0 +1,160 @@
+-- Refunds: created, read, listed.
+
+create or replace function api.create_refund(p_request jsonb) returns api.outcome
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- {…, "payment_id", "amount"?, "reason"?, "metadata"?}: 201 and the refund, pending; without an amount, all
+-- that is left.
+-- 404 not-found   409 wrong-state, detail {state}   400 invalid-request: more than is left
+-- 409 balance-too-low, detail {needed, balance, currency}: the merchant's money, settled or not, must cover it; our fee
+-- for this very payment may be overdrawn, so that who has nothing else can still give all of it back. What arrived in
+-- another currency is worth, here and in balance, what it was at the payment's own rate.
+declare
+    v_admitted api.admission := api.admit('POST /v1/payments/{id}/refunds', p_request);
+    v_now timestamptz := v_admitted.admitted_at;
+    v_payment surety.payments;
+    v_refund surety.refunds;
+    v_left bigint;
+    v_amount bigint;
+    v_exchange record;
+    v_accounts text [];
+    v_balance bigint;
+    v_other bigint;
+    v_fee bigint;
+begin
+    if (v_admitted.outcome).status is not null then
+        return v_admitted.outcome;
+    end if;
+    select p.* into v_payment from surety.payments as p
+    where p.id = p_request ->> 'payment_id' and p.merchant_id = v_admitted.merchant_id
+    for update;
+    if not found then
+        return api.refuse(v_admitted, 404, 'not-found', null);
+    end if;
+    v_left := v_payment.captured_minor - v_payment.refunded_minor - v_payment.refund_pending_minor
+        - v_payment.at_risk_minor - v_payment.reversed_minor;
+    if v_payment.state not in ('confirmed', 'settled', 'partially_refunded') or v_left <= 0 then
+        return api.refuse(v_admitted, 409, 'wrong-state', jsonb_build_object(
+            'state', v_payment.state,
+            'reason', case when v_payment.state in ('confirmed', 'settled', 'partially_refunded')
+                then 'all of it is refunded or being refunded' end));
+    end if;
+    v_amount := coalesce((p_request ->> 'amount')::bigint, v_left);
+    if v_amount not between 1 and v_left then
+        return api.refuse(v_admitted, 400, 'invalid-request', jsonb_build_object(
+            'field', '/amount', 'rule', case when v_amount < 1 then 'minimum' else 'maximum' end,
+            'limit', case when v_amount < 1 then 1 else v_left end, 'given', v_amount, 'currency', v_payment.currency));
+    end if;
+
+    select e.currency, e.rate into v_exchange from surety.exchange_of(v_payment.id) as e;
+    v_accounts := array(
+        select a.kind || ':' || v_payment.merchant_id || ':' || c.currency
+        from unnest(array['avail', 'pend']) as a (kind)
+        cross join unnest(array[v_payment.currency, v_exchange.currency]) as c (currency)
+        where c.currency is not null
+    );
+    perform from ledger.balances as b where b.account_id = any(v_accounts) order by b.account_id for update;
+    select
+        coalesce(sum(b.balance_minor) filter (where a.currency = v_payment.currency), 0),
+        coalesce(sum(b.balance_minor) filter (where a.currency <> v_payment.currency), 0)
+    into v_balance, v_other
+    from ledger.balances as b join ledger.accounts as a on a.id = b.account_id
+    where b.account_id = any(v_accounts);
+    select coalesce(sum(t.amount_minor), 0) into v_fee
+    from ledger.postings as g join ledger.transfers as t on t.posting_id = g.id
+    where g.payment_id = v_payment.id and g.rule in ('captured', 'captured_ach') and t.credit_account like 'rev:%';
+    -- Rounded as it was when it settled, else who has nothing else could lack a cent.
+    if round((v_amount - v_fee - v_balance) * coalesce(v_exchange.rate, 1)) > v_other then
+        return api.refuse(v_admitted, 409, 'balance-too-low', jsonb_build_object(
+            'needed', v_amount, 'balance', v_balance + floor(v_other / coalesce(v_exchange.rate, 1))::bigint,
+            'currency', v_payment.currency));
+    end if;
+
+    insert into surety.refunds (
+        id, payment_id, merchant_id, amount_minor, currency, reason, metadata, provider, provider_account, is_ours,
+        created_at, updated_at
+    )
+    values (
+        surety.new_id('ref', v_now), v_payment.id, v_payment.merchant_id, v_amount, v_payment.currency,
+        p_request ->> 'reason', coalesce(p_request -> 'metadata', '{}'), v_payment.provider,
+        v_payment.provider_account, true, v_now, v_now
+    )
+    returning * into v_refund;
+    insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor, request_id)
+    values (
+        v_refund.id, 1, null, 'pending', 'request', v_now, v_admitted.actor, p_request ->> 'request_id'
+    );
+    perform surety.advance(
+        array(select d from surety.derive(array[v_payment.id]) as d), 'command', v_admitted.actor,
+        p_request ->> 'request_id');
+    perform ledger.post(array[(
+        v_refund.id || ':asked', 'refund_asked', v_payment.id, v_payment.merchant_id,
+        v_payment.provider || '/' || v_payment.provider_account, v_payment.currency, v_amount, null, null, null, null,
+        null, null, null
+    )::ledger.entry], v_now);
+    return api.conclude(
+        v_admitted, p_request, v_payment.id, 201,
+        (select shown.document::text from api.show_refund(v_refund) as shown),
+        jsonb_build_object('amount', v_amount, 'currency', v_payment.currency, 'refund', v_refund.id));
+end;
+$$;
+
+create or replace function api.get_refund(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.merchant_id,
+        (
+            select shown.document::text
+            from surety.refunds cross join lateral api.show_refund(refunds) as shown
+            where refunds.id = p_id and refunds.merchant_id = who.merchant_id
+        )
+    from api.identify(p_key_hash) as who;
+end;
+
+create or replace function api.list_refunds(
+    p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text
+) returns table (merchant_id text, body text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- Newest first, all of a merchant's or those of one payment. No row: no such key.
+declare
+    v_merchant text := (select k.merchant_id from api.identify(p_key_hash) as k);
+    v_ids text [];
+begin
+    if v_merchant is null then
+        return;
+    end if;
+    if p_payment is null then
+        v_ids := array(
+            select r.id from surety.refunds as r
+            where r.merchant_id = v_merchant and r.id < coalesce(p_starting_after, 'ref_g')
+            order by r.id desc
+            limit p_limit + 1
+        );
+    else
+        v_ids := array(
+            select r.id from surety.refunds as r
+            where r.payment_id = p_payment and r.merchant_id = v_merchant and r.id < coalesce(p_starting_after, 'ref_g')
+            order by r.id desc
+            limit p_limit + 1
+        );
+    end if;
+    return query
+    select
+        v_merchant,
+        json_build_object(
+            'object', 'list',
+            'data', coalesce(
+                (
+                    select json_agg(shown.document order by r.id desc)
+                    from surety.refunds as r cross join lateral api.show_refund(r) as shown
+                    where r.id = any(v_ids[1:p_limit])
+                ),
+                '[]'::json
+            ),
+            'has_more', cardinality(v_ids) > p_limit
+        )::text;
+end;
+$$;

@@ -1,0 +1,60 @@
+-- The audit trail: what is written is never changed.
+
+create or replace function audit.refuse_change() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+    raise exception '%.% is append-only: % is refused', tg_table_schema, tg_table_name, lower(tg_op)
+        using errcode = 'SU003';
+end;
+$$;
+
+create or replace trigger entries_are_append_only before update or delete or truncate on audit.entries
+for each statement execute function audit.refuse_change();
+
+create or replace trigger steps_are_append_only before update or delete or truncate on surety.steps
+for each statement execute function audit.refuse_change();
+
+create or replace trigger facts_are_append_only before update or delete or truncate on surety.facts
+for each statement execute function audit.refuse_change();
+
+create or replace trigger transfers_are_append_only before update or delete or truncate on ledger.transfers
+for each statement execute function audit.refuse_change();
+
+create or replace trigger postings_are_append_only before update or delete or truncate on ledger.postings
+for each statement execute function audit.refuse_change();
+
+create or replace trigger events_are_append_only before update or delete or truncate on outbox.events
+for each statement execute function audit.refuse_change();
+
+create or replace function audit.record(p_entries jsonb) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- What steps, requests, webhooks and operators did is told by the functions that did it: nobody can claim it here.
+declare
+    v_now timestamptz := surety.time_now();
+    v_kind text := (
+        select e.entry ->> 'kind' from jsonb_array_elements(p_entries) as e (entry)
+        where e.entry ->> 'kind' not in ('call', 'answer', 'system')
+        limit 1
+    );
+begin
+    if v_kind is not null then
+        raise exception 'an entry of kind % is not written by hand', v_kind using errcode = 'SU004';
+    end if;
+    insert into audit.entries (
+        id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, reason, duration_ms, snapshot
+    )
+    select
+        surety.new_id('aud', v_now), v_now, e.kind, e.actor, e.address, e.request_id, e.payment_id,
+        coalesce(e.merchant_id, p.merchant_id), e.outcome, e.reason, e.duration_ms, coalesce(e.snapshot, '{}')
+    from jsonb_to_recordset(p_entries) as e (
+        kind text, actor text, address text, request_id text, payment_id text, merchant_id text, outcome text,
+        reason text, duration_ms numeric, snapshot jsonb
+    )
+    left join surety.payments as p on p.id = e.payment_id;
+end;
+$$;
+
+comment on function audit.record(jsonb) is
+'Writes what was asked of providers and what they answered, from an array of objects named as the columns.';

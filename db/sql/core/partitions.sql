@@ -1,0 +1,135 @@
+-- Monthly partitions by id. What belongs to a payment goes by the payment's id, everything else by its own.
+
+create or replace view surety.partitioned_tables as
+select
+    listed.parent::regclass as parent,
+    listed.prefix
+from (
+    values
+    ('surety.payments', 'pay'), ('surety.steps', 'pay'), ('surety.calls', 'pay'), ('surety.facts', 'pay'),
+    ('surety.expectations', 'pay'), ('surety.inbox', 'whk'), ('ledger.transfers', 'pst'), ('outbox.events', 'evt'),
+    ('audit.entries', 'aud')
+) as listed (parent, prefix);
+
+comment on view surety.partitioned_tables is
+'Tables kept in monthly partitions, and the prefix of the ids that decide the month.';
+
+create or replace function surety.maintain_partitions(p_months_ahead integer default 3) returns integer
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Makes this month's partitions and those of the months ahead, as tables that are then attached (which hardly locks the
+-- parent), with the keys between siblings. The very first partition begins before all time. Returns how many were made.
+-- Safe to repeat and to race.
+declare
+    v_table record;
+    v_month timestamp;
+    v_this timestamp := date_trunc('month', surety.time_now() at time zone 'UTC');
+    v_name text;
+    v_from text;
+    v_made integer := 0;
+    v_key record;
+begin
+    perform pg_advisory_xact_lock(hashtext('surety.maintain_partitions'));
+    for v_table in
+        select parent, prefix, n.nspname, c.relname
+        from surety.partitioned_tables
+        join pg_class c on c.oid = parent join pg_namespace n on n.oid = c.relnamespace
+    loop
+        for v_month in select generate_series(v_this, v_this + make_interval(months => p_months_ahead), '1 month') loop
+            v_name := v_table.relname || to_char(v_month, '_YYYYMM');
+            continue when to_regclass(format('%I.%I', v_table.nspname, v_name)) is not null;
+            v_from := case
+                when exists (select from pg_inherits where inhparent = v_table.parent)
+                    then quote_literal(surety.id_at(v_table.prefix, v_month at time zone 'UTC'))
+                else 'minvalue'
+            end;
+            execute format(
+                'create table %1$I.%2$I (like %1$I.%3$I including defaults including generated including constraints)',
+                v_table.nspname, v_name, v_table.relname);
+            execute format(
+                'alter table %1$I.%3$I attach partition %1$I.%2$I for values from (%4$s) to (%5$L)',
+                v_table.nspname, v_name, v_table.relname, v_from,
+                surety.id_at(v_table.prefix, (v_month + interval '1 month') at time zone 'UTC'));
+            v_made := v_made + 1;
+        end loop;
+    end loop;
+    for v_key in
+        select
+            k.name, k.columns, k.parent_columns, k.is_deferred, child.oid::regclass as child,
+            parent.oid::regclass as parent
+        from surety.sibling_keys as k
+        join pg_inherits as i on i.inhparent = ('surety.' || k.child)::regclass
+        join pg_class as child on child.oid = i.inhrelid
+        join pg_class as parent on parent.relnamespace = 'surety'::regnamespace
+            and parent.relname = k.parent || right(child.relname, 7)
+        where not exists (select from pg_constraint as c where c.conrelid = child.oid and c.conname = k.name)
+    loop
+        execute format(
+            'alter table %s add constraint %I foreign key (%s) references %s (%s) %s',
+            v_key.child, v_key.name, v_key.columns, v_key.parent, v_key.parent_columns,
+            case when v_key.is_deferred then 'deferrable initially deferred' end);
+    end loop;
+    return v_made;
+end;
+$$;
+
+select surety.maintain_partitions();
+
+create or replace function surety.past_partitions(p_keep interval) returns table (partition text, detach text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Partitions of events and webhooks that may be detached, oldest first, each with the statement that does it beside
+-- traffic (it can't run inside a function): older than p_keep, every handler's cursor past them, nothing of theirs in a
+-- batch, due again, or a dead letter that is open. Payments, ledger and audit trail are kept.
+declare
+    v_part record;
+    v_is_held boolean;
+begin
+    for v_part in
+        select
+            t.parent, t.prefix, i.inhrelid::regclass as name,
+            substring(pg_get_expr(c.relpartbound, c.oid) from $x$FROM \('([^']+)'\)$x$) as first_id,
+            substring(pg_get_expr(c.relpartbound, c.oid) from $x$TO \('([^']+)'\)$x$) as end_id
+        from surety.partitioned_tables as t
+        join pg_inherits as i on i.inhparent = t.parent
+        join pg_class as c on c.oid = i.inhrelid
+        where t.prefix in ('evt', 'whk')
+        order by 3
+    loop
+        continue when v_part.end_id > surety.id_at(v_part.prefix, surety.time_now() - p_keep);
+        if v_part.prefix = 'evt' then
+            -- A partition's ids tell when its events were made, and so does a webhook's event: it is made with the
+            -- webhook.
+            select exists (
+                select from outbox.events as e cross join outbox.handlers as h
+                where e.id >= coalesce(v_part.first_id, '') and e.id < v_part.end_id
+                    and e.type = any(h.event_types) and e.epoch = h.epoch and not pg_visible_in_snapshot(e.xid, h.seen)
+            ) or exists (
+                select from outbox.batches as b, unnest(b.event_ids) as held (id) where held.id < v_part.end_id
+            ) or exists (
+                select from outbox.retries as r where r.event_id < v_part.end_id
+            ) or exists (
+                select from outbox.dead_letters as d where d.event_id < v_part.end_id and d.closed_at is null
+            ) into v_is_held;
+            -- What is older than a partition that is still held is held with it, webhooks too.
+            exit when v_is_held;
+        else
+            select exists (
+                select from outbox.events as e
+                join outbox.handlers as h on e.type = any(h.event_types)
+                where e.aggregate_type = 'webhook' and e.aggregate_id < v_part.end_id
+                    and (
+                        e.epoch = h.epoch and not pg_visible_in_snapshot(e.xid, h.seen)
+                        or exists (select from outbox.retries as r where r.event_id = e.id)
+                        or exists (select from outbox.batches as b where e.id = any(b.event_ids))
+                        or exists (select from outbox.dead_letters as d where d.event_id = e.id and d.closed_at is null)
+                    )
+            ) into v_is_held;
+            continue when v_is_held;
+        end if;
+        partition := v_part.name::text;
+        detach := format('alter table %s detach partition %s concurrently', v_part.parent, v_part.name);
+        return next;
+    end loop;
+end;
+$$;

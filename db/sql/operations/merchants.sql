@@ -1,0 +1,56 @@
+-- Merchants and their keys, by operators; every change is told to the audit trail.
+
+create or replace function surety.tell_operation(
+    p_actor text, p_merchant_id text, p_outcome text, p_snapshot jsonb
+) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into audit.entries (id, at, kind, actor, merchant_id, outcome, snapshot)
+    values (
+        surety.new_id('aud', surety.time_now()), surety.time_now(), 'operator', 'operator:' || p_actor, p_merchant_id,
+        p_outcome, p_snapshot
+    );
+end;
+
+comment on function surety.tell_operation(text, text, text, jsonb) is
+'Writes an operator''s doing into the audit trail, in the transaction of what was done.';
+
+create or replace function surety.add_merchant(
+    p_name text, p_provider_account text default '', p_actor text default session_user
+) returns text
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with added as (
+        insert into surety.merchants (id, name, provider_account, created_at)
+        values (surety.new_id('mer', surety.time_now()), p_name, p_provider_account, surety.time_now())
+        returning id
+    )
+
+    select added.id
+    from added, surety.tell_operation(
+        p_actor, added.id, 'merchant added', jsonb_build_object('name', p_name, 'provider_account', p_provider_account)
+    );
+end;
+
+create or replace function surety.suspend_merchant(
+    p_merchant_id text, p_is_suspended boolean, p_actor text default session_user
+) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Suspends a merchant, or lets it go on; false if it stood so already, null if there is no such merchant.
+    with changed as (
+        update surety.merchants
+        set suspended_at = case when p_is_suspended then surety.time_now() end
+        where merchants.id = p_merchant_id and (merchants.suspended_at is not null) <> p_is_suspended
+        returning merchants.id
+    ),
+
+    told as (
+        select changed.id
+        from changed, surety.tell_operation(
+            p_actor, changed.id, case when p_is_suspended then 'merchant suspended' else 'merchant resumed' end, '{}'
+        )
+    )
+
+    select (select count(*) > 0 from told) from surety.merchants where merchants.id = p_merchant_id;
+end;

@@ -1,0 +1,217 @@
+-- Claims: leased batches of events for a handler.
+
+create or replace function outbox.bury(p_handler text, p_event_ids text[], p_reason text, p_at timestamptz) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+-- Makes dead letters of events that stand in outbox.retries, keeping their errors, and tells the audit trail.
+begin
+    insert into outbox.dead_letters (id, handler, event_id, type, payment_id, payload, attempts, reason, died_at)
+    select
+        surety.new_id('dl', p_at), p_handler, e.id, e.type,
+        case e.aggregate_type when 'payment' then e.aggregate_id else e.payload ->> 'payment_id' end, e.payload,
+        r.attempts, p_reason, p_at
+    from outbox.retries as r join outbox.events as e on e.id = r.event_id
+    where r.handler = p_handler and r.event_id = any(p_event_ids)
+    order by e.id
+    on conflict (handler, event_id) where closed_at is null do nothing;
+    delete from outbox.retries where handler = p_handler and event_id = any(p_event_ids);
+    insert into audit.entries (id, at, kind, actor, payment_id, merchant_id, outcome, reason, snapshot)
+    select
+        surety.new_id('aud', p_at), p_at, 'dead_letter', 'handler:' || p_handler,
+        case e.aggregate_type when 'payment' then e.aggregate_id else e.payload ->> 'payment_id' end, e.merchant_id,
+        'dead', p_reason,
+        jsonb_build_object('event', e.id, 'type', e.type)
+    from outbox.events as e where e.id = any(p_event_ids);
+end;
+$$;
+
+create or replace function outbox.take_over(p_handler text, p_at timestamptz) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+-- Batches whose lease ran out: each event left in them is a suspect, counted as a kill, not as a failure; from now on
+-- it runs alone. One that has seen three workers die is buried.
+declare
+    v_dead text[];
+    v_kills_max constant integer := 3;
+begin
+    with lost as (
+        delete from outbox.batches
+        where id in (
+            select b.id from outbox.batches as b
+            where b.handler = p_handler and b.leased_until < p_at
+            order by b.id for update skip locked
+        )
+        returning event_ids, leased_by, claimed_at, leased_until
+    ),
+    suspects as (
+        insert into outbox.retries as r (handler, event_id, kills, attempts, due_at)
+        select
+            p_handler, held.event_id, 1,
+            jsonb_build_array(jsonb_build_object(
+                'at', surety.iso(lost.claimed_at), 'worker', lost.leased_by,
+                'error', 'the lease ran out at ' || surety.iso(lost.leased_until))),
+            p_at
+        from lost cross join unnest(lost.event_ids) as held (event_id)
+        order by held.event_id
+        on conflict (handler, event_id) do update
+        set kills = r.kills + 1, attempts = r.attempts || excluded.attempts, due_at = excluded.due_at
+        returning r.event_id, r.kills
+    )
+    select array_agg(event_id) filter (where kills >= v_kills_max) into v_dead from suspects;
+    if v_dead is not null then
+        perform outbox.bury(p_handler, v_dead, 'its worker died ' || v_kills_max || ' times', p_at);
+    end if;
+end;
+$$;
+
+create or replace function outbox.claim_batch(p_handler text, p_worker text)
+returns table (
+    batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, is_last boolean, leased_until timestamptz
+)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Takes work for p_handler: no row when there is none, or when enough of its batches are being worked on.
+-- is_last: nothing else was due. What comes after is told by a kick of its own.
+-- Locks the handler's row until commit, which is at once. A claim that finds nothing writes nothing.
+declare
+    v_now timestamptz := surety.time_now();
+    v_handler outbox.handlers;
+    v_ids text[];
+    v_suspect boolean := false;
+    v_retry boolean := true;
+    v_goal pg_snapshot;
+    v_scanned bigint;
+    v_last_xid xid8;
+    v_last_id text;
+    v_scan_limit integer;
+    v_is_new boolean;
+    v_is_last boolean := false;
+    v_moved boolean := false;
+begin
+    perform outbox.require_epoch();
+    select h.* into v_handler from outbox.handlers as h where h.handler = p_handler for update;
+    if not found then
+        raise exception 'no handler is named %', p_handler using errcode = 'SU004';
+    end if;
+    if v_handler.paused_at is not null then
+        return;
+    end if;
+    if exists (select from outbox.batches as b where b.handler = p_handler and b.leased_until < v_now) then
+        perform outbox.take_over(p_handler, v_now);
+    end if;
+    if v_handler.calls_provider and surety.is_cut_off() then
+        return;
+    end if;
+    -- What is left of a batch after a second are slow calls: they must not keep others waiting.
+    if (
+        select count(*) from outbox.batches as b
+        where b.handler = p_handler
+            and (cardinality(b.event_ids) > v_handler.batch_size / 10 or b.claimed_at > v_now - interval '1 second')
+    ) >= v_handler.batches_at_once then
+        return;
+    end if;
+
+    if exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now) then
+        -- A suspect that has seen two workers die runs while no other suspect does, whatever its handler.
+        select array[r.event_id] into v_ids
+        from outbox.retries as r
+        where r.handler = p_handler and r.due_at <= v_now and r.kills > 0
+            and (
+                r.kills = 1
+                or not exists (select from outbox.batches as b where b.is_suspect and b.leased_until >= v_now)
+            )
+        order by r.kills, random()
+        limit 1;
+        v_suspect := found;
+        if not v_suspect then
+            select array_agg(due.event_id order by due.event_id) into v_ids
+            from (
+                select r.event_id from outbox.retries as r
+                where r.handler = p_handler and r.due_at <= v_now and r.kills = 0
+                order by r.due_at
+                limit v_handler.batch_size
+            ) as due;
+        end if;
+    end if;
+    if v_ids is not null then
+        update outbox.retries as r set due_at = null where r.handler = p_handler and r.event_id = any(v_ids);
+    else
+        v_retry := false;
+        v_scan_limit := greatest(1000, 4 * v_handler.batch_size);
+        for v_turn in 1..8 loop
+            v_is_new := v_handler.goal is null;
+            v_goal := coalesce(v_handler.goal, pg_current_snapshot());
+            with scanned as materialized (
+                select s.xid, s.id, s.type
+                from outbox.scan(
+                    v_handler.epoch, v_handler.seen, v_goal, v_handler.at_xid, v_handler.at_id, v_scan_limit) as s
+            ),
+            matched as materialized (
+                select s.xid, s.id from scanned as s
+                where s.type = any(v_handler.event_types)
+                order by s.xid, s.id
+                limit v_handler.batch_size
+            ),
+            ends as (
+                -- A full batch ends the walk at its last event; else everything scanned is behind us.
+                (
+                    select m.xid, m.id from matched as m
+                    where (select count(*) from matched) = v_handler.batch_size
+                    order by m.xid desc, m.id desc limit 1
+                )
+                union all
+                (
+                    select s.xid, s.id from scanned as s
+                    where (select count(*) from matched) < v_handler.batch_size
+                    order by s.xid desc, s.id desc limit 1
+                )
+            )
+            select
+                (select count(*) from scanned), (select array_agg(m.id order by m.id) from matched as m),
+                (select e.xid from ends as e), (select e.id from ends as e)
+            into v_scanned, v_ids, v_last_xid, v_last_id;
+            exit when v_scanned = 0 and v_is_new;
+            v_moved := true;
+            if v_scanned = v_scan_limit or cardinality(v_ids) = v_handler.batch_size then
+                v_handler.goal := v_goal;
+                v_handler.at_xid := v_last_xid;
+                v_handler.at_id := v_last_id;
+            else
+                v_handler.seen := v_goal;
+                v_handler.goal := null;
+                v_handler.at_xid := '0';
+                v_handler.at_id := '';
+            end if;
+            v_is_last := v_is_new and v_handler.goal is null;
+            exit when v_ids is not null or v_is_last;
+        end loop;
+        if v_moved then
+            update outbox.handlers as h
+            set seen = v_handler.seen, goal = v_handler.goal, at_xid = v_handler.at_xid, at_id = v_handler.at_id
+            where h.handler = p_handler;
+        end if;
+    end if;
+    if v_ids is null then
+        return;
+    end if;
+    return query
+    insert into outbox.batches as b (
+        handler, event_ids, first_id, last_id, is_retry, is_suspect, fence, leased_by, leased_until, claimed_at
+    )
+    select
+        p_handler, v_ids, min(i.id collate "C"), max(i.id collate "C"), v_retry, v_suspect, nextval('outbox.fences'),
+        p_worker,
+        v_now + v_handler.lease, v_now
+    from unnest(v_ids) as i (id)
+    returning b.id, b.fence, b.event_ids, b.is_suspect, v_is_last, b.leased_until;
+end;
+$$;
+
+create or replace function outbox.claim(p_handler text, p_worker text)
+returns table (batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, leased_until timestamptz)
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- For workers from before claim_batch; goes with the next deploy.
+    select claimed.batch_id, claimed.fence, claimed.event_ids, claimed.is_suspect, claimed.leased_until
+    from outbox.claim_batch(p_handler, p_worker) as claimed;
+end;

@@ -1,0 +1,138 @@
+-- The end of a batch's events: completed, failed, given back.
+
+create or replace function outbox.finish(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Takes p_event_ids out of the batch and renews its lease; false, and nothing done, when the lease is another's by now.
+-- Call it last: the batch is the last lock of every transaction.
+declare
+    v_batch outbox.batches;
+    v_left text[];
+begin
+    select b.* into v_batch from outbox.batches as b where b.id = p_batch and b.fence = p_fence for update;
+    if not found then
+        return false;
+    end if;
+    if v_batch.event_ids <@ p_event_ids then
+        delete from outbox.batches where id = p_batch;
+    else
+        select coalesce(array_agg(held.event_id order by held.event_id), '{}') into v_left
+        from unnest(v_batch.event_ids) as held (event_id)
+        where held.event_id <> all(p_event_ids);
+        update outbox.batches as b
+        set event_ids = v_left, leased_until = surety.time_now() + h.lease
+        from outbox.handlers as h
+        where b.id = p_batch and h.handler = b.handler;
+    end if;
+    if v_batch.is_retry then
+        delete from outbox.retries as r
+        where r.handler = v_batch.handler and r.event_id = any(p_event_ids) and r.due_at is null;
+    end if;
+    return true;
+end;
+$$;
+
+create or replace function outbox.renew(p_batch bigint, p_fence bigint) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with renewed as (
+        update outbox.batches
+        set leased_until = surety.time_now() + handlers.lease
+        from outbox.handlers
+        where batches.id = p_batch and batches.fence = p_fence and handlers.handler = batches.handler
+        returning batches.id
+    )
+
+    select count(*) > 0 from renewed;
+end;
+
+create or replace function outbox.fail(p_batch bigint, p_fence bigint, p_failures jsonb) returns boolean
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- p_failures: [{"event_id", "error", "outage"?}]. Counts a failure for each, sets when it is due again (the handler's
+-- delays, give or take 20 %), buries what has used them up. outage names the provider's account that failed it.
+-- False, and nothing done, when the lease is another's by now.
+declare
+    v_now timestamptz := surety.time_now();
+    v_batch outbox.batches;
+    v_handler outbox.handlers;
+    v_ids text[];
+    v_dead text[];
+begin
+    select b.* into v_batch from outbox.batches as b where b.id = p_batch and b.fence = p_fence for update;
+    if not found then
+        return false;
+    end if;
+    select h.* into v_handler from outbox.handlers as h where h.handler = v_batch.handler;
+    with failed as (
+        insert into outbox.retries as r (handler, event_id, failures, attempts, due_at, blocked_by)
+        select
+            v_batch.handler, f.event_id, 1,
+            jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+                'at', surety.iso(v_now), 'worker', v_batch.leased_by, 'error', left(f.error, 2000),
+                'outage', f.outage))),
+            v_now + v_handler.retry_after[1] * (0.8 + 0.4 * random()), f.outage
+        from jsonb_to_recordset(p_failures) as f (event_id text, error text, outage text)
+        where f.event_id = any(v_batch.event_ids)
+        order by f.event_id
+        on conflict (handler, event_id) do update
+        set failures = r.failures + 1, attempts = r.attempts || excluded.attempts, blocked_by = excluded.blocked_by,
+            due_at = v_now + v_handler.retry_after[least(r.failures + 1, cardinality(v_handler.retry_after))]
+                * (0.8 + 0.4 * random())
+        returning r.event_id, r.failures, r.attempts -> -1 ->> 'error' as error
+    ),
+    told as (
+        insert into audit.entries (id, at, kind, actor, payment_id, merchant_id, outcome, reason, snapshot)
+        select
+            surety.new_id('aud', v_now), v_now, 'retry', v_batch.leased_by,
+            case when e.aggregate_type = 'payment' then e.aggregate_id end, e.merchant_id, 'failed', f.error,
+            jsonb_build_object(
+                'handler', v_batch.handler, 'event', f.event_id, 'type', e.type, 'failures', f.failures)
+        from failed as f join outbox.events as e on e.id = f.event_id
+    )
+    select array_agg(event_id), array_agg(event_id) filter (where failures > cardinality(v_handler.retry_after))
+    into v_ids, v_dead from failed;
+    if v_dead is not null then
+        perform outbox.bury(
+            v_batch.handler, v_dead, 'it failed ' || cardinality(v_handler.retry_after) + 1 || ' times', v_now);
+    end if;
+    return outbox.finish(p_batch, p_fence, coalesce(v_ids, '{}'));
+end;
+$$;
+
+create or replace function outbox.release(
+    p_batch bigint, p_fence bigint, p_event_ids text[], p_after interval, p_reason text, p_outage text default null,
+    p_is_held boolean default false
+) returns boolean
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Gives events back uncounted, due again after p_after: the failure was not theirs (a busy provider, a stopped worker).
+-- p_outage names the provider's account that is out; what is held for it without being tried makes no attempt.
+declare
+    v_now timestamptz := surety.time_now();
+    v_batch outbox.batches;
+begin
+    select b.* into v_batch from outbox.batches as b where b.id = p_batch and b.fence = p_fence for update;
+    if not found then
+        return false;
+    end if;
+    insert into outbox.retries as r (handler, event_id, attempts, due_at, blocked_by)
+    select
+        v_batch.handler, held.event_id,
+        case when p_is_held then '[]' else jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+            'at', surety.iso(v_now), 'worker', v_batch.leased_by, 'error', left(p_reason, 2000), 'outage', p_outage,
+            'counted', false))) end,
+        v_now + p_after, p_outage
+    from unnest(v_batch.event_ids) as held (event_id)
+    where held.event_id = any(p_event_ids)
+    order by held.event_id
+    on conflict (handler, event_id) do update
+    set
+        -- Only the last twenty: a provider may be busy for long.
+        attempts = case when jsonb_array_length(r.attempts) >= 20 then r.attempts - 0 else r.attempts end
+            || excluded.attempts,
+        due_at = excluded.due_at,
+        blocked_by = excluded.blocked_by;
+    return outbox.finish(p_batch, p_fence, p_event_ids);
+end;
+$$;

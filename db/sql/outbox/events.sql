@@ -1,0 +1,101 @@
+-- The outbox: an append-only log, walked by one pair of snapshots per handler, taken in leased batches.
+--
+--   claim    takes over what a dead worker left, then what is due again, then what is new; writes one batch row
+--   finish   removes finished ids from the batch and renews the lease; the batch goes with its last id
+--   fail     moves ids to outbox.retries, or to outbox.dead_letters when their delays are used up
+--   release  moves ids back uncounted; db/sql/provider/circuit_breaker.sql says when a failure is the provider's
+--   kick     wakes a worker after commit
+--
+-- The cursor's claim: every event whose transaction is visible in `seen` has been taken by exactly one batch; of those
+-- visible in `goal` and not in `seen`, the ones up to (at_xid, at_id). A transaction that commits late is in no earlier
+-- snapshot, so it is taken by a later goal; one that stays open delays nobody.
+
+create or replace function outbox.emit(
+    p_aggregate_type text, p_aggregate_id text, p_type text, p_payload jsonb, p_merchant_id text, p_version integer
+) returns text
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
+    select
+        surety.new_id('evt', surety.time_now()),
+        p_aggregate_type,
+        p_aggregate_id,
+        p_type,
+        p_payload,
+        p_merchant_id,
+        p_version,
+        outbox.epoch()
+    returning id;
+end;
+
+create or replace function outbox.scan(
+    p_epoch integer, p_seen pg_snapshot, p_goal pg_snapshot, p_at_xid xid8, p_at_id text, p_limit integer
+) returns table (xid xid8, id text, type text)
+language plpgsql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- Events visible in p_goal and not in p_seen, after (p_at_xid, p_at_id), in order of (xid, id), at most p_limit.
+-- The lower bound is one row comparison: two separate bounds on xid would make the index scan from the lower one.
+declare
+    v_low_xid xid8 := greatest(p_at_xid, pg_snapshot_xmax(p_seen));
+    v_low_id text := case when p_at_xid >= pg_snapshot_xmax(p_seen) then p_at_id else '' end;
+begin
+    return query
+    select found.xid, found.id, found.type
+    from (
+        (
+            -- One look-up per open transaction: a join would walk the whole log and compare.
+            select late.xid, late.id, late.type
+            from pg_snapshot_xip(p_seen) as open (xid)
+            cross join lateral (
+                select e.xid, e.id, e.type
+                from outbox.events as e
+                where e.epoch = p_epoch and e.xid = open.xid and (e.xid, e.id) > (p_at_xid, p_at_id)
+                order by e.xid, e.id
+                limit p_limit
+            ) as late
+            where pg_visible_in_snapshot(open.xid, p_goal)
+            order by late.xid, late.id
+            limit p_limit
+        )
+        union all
+        (
+            select e.xid, e.id, e.type
+            from outbox.events as e
+            where e.epoch = p_epoch and (e.xid, e.id) > (v_low_xid, v_low_id) and e.xid < pg_snapshot_xmax(p_goal)
+                and pg_visible_in_snapshot(e.xid, p_goal)
+            order by e.xid, e.id
+            limit p_limit
+        )
+    ) as found
+    order by found.xid, found.id
+    limit p_limit;
+end;
+$$;
+
+create or replace function outbox.batch_events(p_batch bigint, p_fence bigint)
+returns table (
+    event_id text, type text, aggregate_id text, merchant_id text, version integer, payload jsonb, failures integer
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        events.id,
+        events.type,
+        events.aggregate_id,
+        events.merchant_id,
+        events.version,
+        events.payload,
+        coalesce(retries.failures, 0)::integer
+    from outbox.batches
+    cross join lateral unnest(batches.event_ids) as held (event_id)
+    inner join outbox.events
+        on held.event_id = events.id and events.id between batches.first_id and batches.last_id
+    left join outbox.retries
+        on batches.is_retry and batches.handler = retries.handler and held.event_id = retries.event_id
+    where batches.id = p_batch and batches.fence = p_fence
+    order by events.id;
+end;
+
+comment on function outbox.batch_events(bigint, bigint) is
+'The events left in a batch; none when the lease is another''s by now. failures counts earlier attempts that failed.';

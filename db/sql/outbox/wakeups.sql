@@ -1,0 +1,91 @@
+-- Waking workers: Procrastinate's jobs say that there is work, never what it is. Deleting them all loses nothing.
+
+create or replace function outbox.has_work(p_handler text) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Whether a claim would find something, or has a hundred events to leave behind that others want: cheap enough to ask
+-- every second.
+declare
+    v_behind_max constant integer := 100;
+    v_now timestamptz := surety.time_now();
+    v_handler outbox.handlers;
+begin
+    select h.* into v_handler from outbox.handlers as h where h.handler = p_handler;
+    if v_handler.calls_provider and surety.is_cut_off() then
+        return false;
+    end if;
+    return v_handler.paused_at is null and (
+        v_handler.goal is not null
+        or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)
+        or exists (select from outbox.batches as b where b.handler = p_handler and b.leased_until < v_now)
+        or (
+            select count(*) = v_behind_max or coalesce(bool_or(s.type = any(v_handler.event_types)), false)
+            from outbox.scan(
+                v_handler.epoch, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id,
+                v_behind_max) as s
+        )
+    );
+end;
+$$;
+
+create or replace function outbox.kick(p_handlers text[]) returns integer
+language sql volatile security definer
+-- Procrastinate's triggers name no schema.
+set search_path = pg_catalog, procrastinate, pg_temp
+begin atomic
+    with woken as (
+        insert into procrastinate.procrastinate_jobs (queue_name, task_name, queueing_lock, args)
+        select
+            'outbox',
+            'drain',
+            'drain:' || h.handler,
+            jsonb_build_object('handler', h.handler)
+        from outbox.handlers as h
+        where h.handler = any(p_handlers) and h.paused_at is null
+        order by h.handler
+        on conflict (queueing_lock) where status = 'todo' do nothing
+        returning id
+    )
+
+    select count(*)::integer from woken;
+end;
+
+comment on function outbox.kick(text[]) is
+'Wakes a worker for each handler, unless a job for it waits already. Call it after the commit of what should be
+handled.';
+
+create or replace function outbox.forget_jobs() returns integer
+language sql volatile security definer
+set search_path = pg_catalog, procrastinate, pg_temp
+begin atomic
+    -- A worker that died leaves its jobs as being done; whatever they were to do has been found again by then.
+    with forgotten as (
+        delete from procrastinate.procrastinate_jobs
+        where
+            procrastinate_jobs.status = 'doing' and not exists (
+                select from procrastinate.procrastinate_workers
+                where
+                    procrastinate_workers.id = procrastinate_jobs.worker_id
+                    and procrastinate_workers.last_heartbeat > now() - interval '10 minutes'
+            )
+        returning procrastinate_jobs.id
+    )
+
+    select count(*)::integer from forgotten;
+end;
+
+create or replace function outbox.kick_due() returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- The tick: wakes the handlers that have due work, and says which.
+declare
+    v_due text[];
+begin
+    select array_agg(h.handler order by h.handler) into v_due
+    from outbox.handlers as h where outbox.has_work(h.handler);
+    if v_due is not null then
+        perform outbox.kick(v_due);
+    end if;
+    return v_due;
+end;
+$$;

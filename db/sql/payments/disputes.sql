@@ -1,0 +1,134 @@
+-- Disputes: what facts make of them, and the reminder of missing evidence.
+--
+-- Disputes: what the network asks back. A row holds what the last fetch told; merchants read it and give evidence.
+--
+--   advance   surety.advance_disputes: the fetch with the highest number wins; a changed status is an event
+--   evidence  api.submit_evidence, merged here; surety.begin_evidence: what will be sent is committed first
+--   deadline  surety.remind_evidence: an event before evidence is due
+--   ask about  the sweep: surety.claim_dispute_questions
+--   read      api.get_dispute, api.list_disputes
+
+create or replace function surety.tell_dispute(d surety.disputes, p_type text, p_at timestamptz) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select outbox.emit(
+        'dispute', d.id, p_type,
+        jsonb_build_object(
+            'payment_id', d.payment_id, 'dispute_id', d.id, 'status', d.status, 'at', surety.iso(p_at),
+            'amount_withdrawn', d.withdrawn_minor, 'evidence_revision', d.evidence_revision
+        ),
+        case when p_type <> 'dispute.evidence_given' then d.merchant_id end, null
+    );
+end;
+
+create or replace function surety.dispute_status(p_kind text, p_data jsonb) returns text
+language sql immutable parallel safe
+begin atomic
+    select coalesce(
+        p_data ->> 'status',
+        case p_kind
+            when 'dispute_opened' then 'needs_response'
+            when 'dispute_flagged' then 'warning_needs_response'
+            else substr(p_kind, 9)
+        end
+    );
+end;
+
+create or replace function surety.dispute_withdrawn(p_kind text, p_amount_minor bigint) returns bigint
+language sql immutable parallel safe
+begin atomic
+    select case when p_kind in ('dispute_opened', 'dispute_lost') then greatest(0, p_amount_minor) else 0 end;
+end;
+
+create or replace function surety.advance_disputes(p_facts surety.facts[], p_actor text) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Brings disputes to what the fetch with the highest number told; payments are locked. Returns the events' types.
+declare
+    v_now timestamptz := surety.time_now();
+    v_known jsonb;
+    v_changed surety.disputes [];
+begin
+    if not exists (select from unnest(p_facts) as f where f.kind like 'dispute\_%' and f.disregarded is null) then
+        return '{}';
+    end if;
+    select jsonb_object_agg(d.provider_id, d.status) into v_known
+    from unnest(p_facts) as f
+    join surety.disputes as d on d.provider = f.provider and d.provider_account = f.account
+        and d.provider_id = f.object_id;
+    with told as (
+        select distinct on (f.provider, f.account, f.object_id) f.*
+        from unnest(p_facts) as f
+        where f.kind like 'dispute\_%' and f.disregarded is null
+        order by f.provider, f.account, f.object_id, f.revision desc
+    ),
+    written as (
+        insert into surety.disputes as d (
+            id, payment_id, merchant_id, status, amount_minor, withdrawn_minor, currency, reason, provider,
+            provider_account, provider_id, revision, evidence_due_at, created_at, updated_at, ask_at
+        )
+        select
+            surety.new_id('dp', v_now), p.id, p.merchant_id, s.status,
+            greatest(1, coalesce((t.data ->> 'amount')::bigint, t.amount_minor)),
+            surety.dispute_withdrawn(t.kind, t.amount_minor),
+            t.currency, t.data ->> 'reason', t.provider, t.account, t.object_id, t.revision,
+            (t.data ->> 'evidence_due_at')::timestamptz, v_now, v_now, v_now + k.ask_after
+        from told as t
+        join surety.payments as p on p.id = t.payment_id
+        cross join lateral (select surety.dispute_status(t.kind, t.data) as status) as s
+        left join surety.dispute_statuses as k on k.status = s.status
+        order by t.payment_id, t.object_id
+        on conflict (provider, provider_account, provider_id) do update
+        set status = excluded.status, withdrawn_minor = excluded.withdrawn_minor, reason = excluded.reason,
+            revision = excluded.revision, evidence_due_at = excluded.evidence_due_at, updated_at = excluded.updated_at,
+            ask_at = excluded.ask_at,
+            -- Evidence may be asked for again, as in an appeal.
+            submit_asked_at = case when d.status = excluded.status or excluded.status not like '%needs\_response'
+                then d.submit_asked_at end,
+            reminded_at = case when d.status = excluded.status then d.reminded_at end
+        where d.revision < excluded.revision
+        returning d
+    )
+    select array_agg(w.d order by (w.d).id) into v_changed
+    from written as w where (w.d).status is distinct from v_known ->> (w.d).provider_id;
+
+    perform surety.tell_dispute(d, 'dispute.' || d.status, v_now) from unnest(v_changed) as d;
+    insert into audit.entries (
+        id, at, kind, actor, payment_id, merchant_id, from_state, to_state, outcome, reason, snapshot
+    )
+    select
+        surety.new_id('aud', v_now), v_now, 'dispute', p_actor, d.payment_id, d.merchant_id,
+        v_known ->> d.provider_id, d.status, 'done', d.reason,
+        jsonb_build_object('dispute', d.id, 'object', d.provider_id, 'amount', d.amount_minor, 'currency', d.currency)
+    from unnest(v_changed) as d;
+    return array(select distinct 'dispute.' || d.status from unnest(v_changed) as d);
+end;
+$$;
+
+create or replace function surety.remind_evidence(p_before interval, p_limit integer default 500) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Disputes whose evidence is due within p_before and not submitted: an event each, once. Returns the events' types.
+declare
+    v_now timestamptz := surety.time_now();
+    v_due surety.disputes [];
+begin
+    with due as (
+        select d.id from surety.disputes as d
+        join surety.dispute_statuses as s on s.status = d.status and s.takes_evidence
+        where d.reminded_at is null and d.evidence_due_at < v_now + p_before and d.submit_asked_at is null
+        order by d.evidence_due_at
+        limit p_limit
+        for update of d skip locked
+    ),
+    reminded as (
+        update surety.disputes as d set reminded_at = v_now from due where d.id = due.id returning d
+    )
+    select array_agg(r.d) into v_due from reminded as r;
+    if v_due is null then
+        return '{}';
+    end if;
+    perform surety.tell_dispute(d, 'dispute.evidence_due', v_now) from unnest(v_due) as d;
+    return array['dispute.evidence_due'];
+end;
+$$;

@@ -1,0 +1,81 @@
+-- Facts without a payment: those whose payment is not known yet, foreign money, and what has none by nature.
+
+create or replace function surety.match_fact(
+    p_payment_id text, p_provider text, p_account text, p_object_id text, p_intent text, p_source_object text,
+    p_metadata_payment text
+) returns text
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select coalesce(
+        p_payment_id,
+        (
+            select o.payment_id
+            from surety.provider_objects as o
+            where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_object_id)
+        ),
+        (
+            select o.payment_id
+            from surety.provider_objects as o
+            where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_intent)
+        ),
+        (
+            select o.payment_id
+            from surety.provider_objects as o
+            where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_source_object)
+        ),
+        (select p.id from surety.payments as p where p.id = p_metadata_payment)
+    );
+end;
+
+create or replace function surety.park_facts(p_facts jsonb, p_at timestamptz) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+-- Facts without a payment. Payouts and the provider's own fees have none by nature and are booked at once.
+declare
+    v_entries ledger.entry [];
+begin
+    with parked as (
+        insert into surety.parked_facts (
+            id, provider, account, livemode, object_id, kind, revision, fact, parked_at, ended_at, ended_as
+        )
+        select
+            surety.new_id('prk', p_at), f.fact ->> 'provider', f.fact ->> 'account', (f.fact ->> 'livemode')::boolean,
+            f.fact ->> 'object_id', f.fact ->> 'kind', coalesce((f.fact ->> 'revision')::integer, 0), f.fact, p_at,
+            case when k.is_unattached then p_at end, case when k.is_unattached then 'unattached' end
+        from jsonb_array_elements(p_facts) as f (fact)
+        cross join lateral (select surety.is_unattached(f.fact) as is_unattached) as k
+        order by 2, 3, 4, 5, 6, 7
+        on conflict (provider, account, livemode, object_id, kind, revision) do nothing
+        returning *
+    )
+    select array_agg(surety.unattached_entry(
+        k.fact, surety.money_rule(k.provider, k.fact -> 'data' ->> 'category', false)) order by k.object_id)
+    into v_entries
+    from parked as k where k.ended_as = 'unattached' and k.kind = 'money';
+    if v_entries is not null then
+        perform ledger.post(v_entries, p_at);
+    end if;
+end;
+$$;
+
+create or replace function surety.is_unattached(p_fact jsonb) returns boolean
+language sql immutable parallel safe
+begin atomic
+    select coalesce(
+        p_fact ->> 'kind' in ('payout', 'payout_failed')
+        or p_fact -> 'data' ->> 'category' in (
+            'payout', 'payout_reversal', 'bank_line', 'fee', 'tax', 'network_cost', 'risk_reserved_funds'
+        ),
+        false
+    );
+end;
+
+create or replace function surety.unattached_entry(p_fact jsonb, p_rule text) returns ledger.entry
+language sql immutable parallel safe
+begin atomic
+    select (
+        p_fact ->> 'object_id', p_rule, null, null, (p_fact ->> 'provider') || '/' || (p_fact ->> 'account'),
+        p_fact ->> 'currency', (p_fact ->> 'amount_minor')::bigint, (p_fact -> 'data' ->> 'fee')::bigint,
+        (p_fact -> 'data' ->> 'net')::bigint, null, null, null, null, null
+    )::ledger.entry;
+end;

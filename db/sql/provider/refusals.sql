@@ -1,0 +1,97 @@
+-- Refusals by the provider: the end of what was asked for.
+
+create or replace function surety.refuse_captures(p_results jsonb, p_actor text) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Captures that the provider would not make, of payments that are locked: the hold lives, another may be asked for.
+declare
+    v_now timestamptz := surety.time_now();
+    v_refused surety.facts [];
+begin
+    select array_agg((
+        surety.new_id('fct', v_now), p.id, p.provider, p.provider_account, p.livemode, p.id || ':capture',
+        'capture_refused', asked.revision, asked.amount_minor, p.currency, jsonb_build_object('failure', r.refused),
+        'response', null, null, null, v_now
+    )::surety.facts order by p.id) into v_refused
+    from jsonb_to_recordset(p_results) as r (payment_id text, operation text, refused jsonb)
+    join surety.payments as p on p.id = r.payment_id
+    cross join lateral surety.capture_asked(p.id) as asked
+    where r.refused is not null and r.operation = 'capture';
+    if v_refused is null then
+        return '{}';
+    end if;
+    insert into surety.fact_keys (provider, account, livemode, object_id, kind, revision, fact_id)
+    select f.provider, f.account, f.livemode, f.object_id, f.kind, f.revision, f.id from unnest(v_refused) as f;
+    insert into surety.facts select f.* from unnest(v_refused) as f;
+    return surety.advance(
+        array(select d from surety.derive(array(select f.payment_id from unnest(v_refused) as f)) as d), 'response',
+        p_actor, null);
+end;
+$$;
+
+create or replace function surety.refuse_refunds(p_results jsonb, p_actor text) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Refunds that the provider would not make, of payments that are locked: they have failed, and nothing exists there.
+declare
+    v_now timestamptz := surety.time_now();
+    v_refused surety.refunds [];
+    v_types text [];
+begin
+    with refused as (
+        update surety.refunds as r
+        set failure = told.refused
+        from jsonb_to_recordset(p_results) as told (refund_id text, refused jsonb)
+        where r.id = told.refund_id and told.refused is not null and r.state = 'pending' and r.provider_id is null
+        returning r
+    )
+    select array_agg(f.r order by (f.r).payment_id, (f.r).id) into v_refused from refused as f;
+    if v_refused is null then
+        return '{}';
+    end if;
+    insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor)
+    select r.id, r.version + 1, r.state, 'failed', 'refused', v_now, p_actor from unnest(v_refused) as r;
+    v_types := surety.advance(
+        array(
+            select d from surety.derive(array(select distinct r.payment_id from unnest(v_refused) as r)) as d
+        ), 'response', p_actor, null);
+    perform ledger.post(array_agg((
+        r.id || ':failed', 'refund_failed', r.payment_id, r.merchant_id, r.provider || '/' || r.provider_account,
+        r.currency, r.amount_minor, null, null, null, null, null, null, null
+    )::ledger.entry), v_now)
+    from unnest(v_refused) as r;
+    return v_types || 'refund.failed'::text;
+end;
+$$;
+
+create or replace function surety.refuse_payments(p_results jsonb, p_actor text) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Payments whose creation the provider refused for what they are: nothing exists there, so they have failed.
+declare
+    v_now timestamptz := surety.time_now();
+    v_types text[] := '{}';
+begin
+    perform from surety.payments as p
+    where p.id in (
+        select r.result ->> 'payment_id' from jsonb_array_elements(p_results) as r (result) where r.result ? 'refused'
+    )
+    order by p.id for update;
+    update surety.payments as p
+    set failure = r.refused
+    from jsonb_to_recordset(p_results) as r (payment_id text, refused jsonb)
+    where p.id = r.payment_id and r.refused is not null and p.state = 'submitting';
+    v_types := surety.refuse_captures(p_results, p_actor) || surety.refuse_refunds(p_results, p_actor);
+    with refused as (
+        insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
+        select p.id, p.version + 1, p.state, 'failed', 'refused', v_now, p_actor
+        from jsonb_to_recordset(p_results) as r (payment_id text, refused jsonb)
+        join surety.payments as p on p.id = r.payment_id
+        where r.refused is not null and p.state = 'submitting'
+        order by p.id
+        returning to_state
+    )
+    select v_types || coalesce(array_agg(distinct 'payment.' || s.to_state), '{}') into v_types from refused as s;
+    return v_types;
+end;
+$$;

@@ -1,0 +1,101 @@
+-- Results of calls to providers.
+
+create or replace function surety.record_outcomes(p_actor text, p_results jsonb) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- What came of calls: [{"payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?, "facts"?: [],
+-- "refused"?: {code, decline_code, message}, "discrepancy"?: {kind, subject, detail}, "error"?}].
+-- Facts and refusals each lock their payments, so one array holds either: else two of them could wait for each other.
+-- Returns the types of the events made.
+declare
+    v_now timestamptz := surety.time_now();
+    v_facts jsonb;
+    v_types text[] := '{}';
+    v_entries jsonb;
+begin
+    select jsonb_agg(f.fact) into v_facts
+    from jsonb_array_elements(p_results) as r (result)
+    cross join lateral jsonb_array_elements(
+        case when jsonb_typeof(r.result -> 'facts') = 'array' then r.result -> 'facts' else '[]' end
+    ) as f (fact);
+    if v_facts is not null then
+        v_types := surety.record_facts(v_facts, p_actor);
+    end if;
+    if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'refused') then
+        if v_facts is not null then
+            raise exception 'facts and refusals are recorded in transactions of their own' using errcode = 'SU004';
+        end if;
+        v_types := surety.refuse_payments(p_results, p_actor);
+    end if;
+    perform surety.open_discrepancy(
+        r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', r.payment_id, r.discrepancy ->> 'detail', '{}', true,
+        v_now)
+    from jsonb_to_recordset(p_results) as r (payment_id text, discrepancy jsonb)
+    where r.discrepancy is not null
+    order by r.discrepancy ->> 'kind', r.discrepancy ->> 'subject';
+
+    update surety.calls as c
+    set answered_at = v_now, status = r.status
+    from jsonb_to_recordset(p_results) as r (payment_id text, operation text, status smallint)
+    where c.payment_id = r.payment_id and c.operation = r.operation and r.status is not null;
+
+    select jsonb_agg(jsonb_build_object(
+        'kind', 'answer', 'actor', p_actor, 'payment_id', r.payment_id, 'outcome', r.outcome,
+        'reason', r.error, 'duration_ms', r.duration_ms,
+        'snapshot', coalesce(r.snapshot, '{}') || jsonb_build_object('operation', r.operation, 'status', r.status)))
+    into v_entries
+    from jsonb_to_recordset(p_results) as r (
+        payment_id text, operation text, status smallint, outcome text, error text, duration_ms numeric, snapshot jsonb
+    )
+    where r.operation is not null and r.outcome is not null;
+    if v_entries is not null then
+        perform audit.record(v_entries);
+    end if;
+    return v_types;
+end;
+$$;
+
+create or replace function surety.record_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
+returns table (is_held boolean, event_types text[])
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- What came of events: results as record_outcomes takes them, each with its "event_id" and perhaps "release_seconds"
+-- or "outage". They are recorded whoever holds the lease; only the events' completion needs it. An event with
+-- release_seconds is given back uncounted, one with error has failed (unless db/sql/provider/circuit_breaker.sql finds that its provider
+-- has), every other is finished.
+declare
+    v_types text[] := surety.record_outcomes(p_actor, p_results);
+    v_results jsonb := p_results;
+    v_held boolean := true;
+    v_failed jsonb;
+    v_done text[];
+    v_released record;
+begin
+    if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'outage') then
+        v_results := surety.excuse_outages(p_batch, p_results);
+    end if;
+    select
+        jsonb_agg(jsonb_build_object('event_id', r.event_id, 'error', r.error, 'outage', r.outage))
+            filter (where r.error is not null and r.release_seconds is null),
+        array_agg(r.event_id) filter (where r.error is null and r.release_seconds is null)
+    into v_failed, v_done
+    from jsonb_to_recordset(v_results) as r (event_id text, error text, outage text, release_seconds numeric);
+    for v_released in
+        select r.release_seconds, r.outage, array_agg(r.event_id) as ids, min(r.error) as reason
+        from jsonb_to_recordset(v_results) as r (event_id text, error text, outage text, release_seconds numeric)
+        where r.release_seconds is not null
+        group by r.release_seconds, r.outage
+    loop
+        v_held := outbox.release(
+            p_batch, p_fence, v_released.ids, make_interval(secs => v_released.release_seconds::double precision),
+            coalesce(v_released.reason, 'given back'), v_released.outage) and v_held;
+    end loop;
+    if v_failed is not null then
+        v_held := outbox.fail(p_batch, p_fence, v_failed) and v_held;
+    end if;
+    if v_done is not null then
+        v_held := outbox.finish(p_batch, p_fence, v_done) and v_held;
+    end if;
+    return query select v_held, v_types;
+end;
+$$;

@@ -1,0 +1,132 @@
+-- The provider's events, by webhook or read from its list: stored as they came, each once, with an event for `apply`;
+-- nothing else happens here.
+
+create or replace function surety.receive_webhooks(p_webhooks jsonb) returns table (n integer, is_new boolean)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- p_webhooks: [{"n", "provider", "account", "livemode", "event_id", "type", "headers", "body", "address"}], their
+-- signatures verified. One commit for all; is_new is false for an event that was received before.
+declare
+    v_now timestamptz := surety.time_now();
+    v_epoch integer := outbox.epoch();
+begin
+    return query
+    with given as (
+        select w.*, surety.new_id('whk', v_now) as id
+        from jsonb_to_recordset(p_webhooks) as w (
+            n integer, provider text, account text, livemode boolean, event_id text, type text, headers jsonb,
+            body text, address text
+        )
+    ),
+    keyed as (
+        insert into surety.inbox_keys (provider, account, event_id, inbox_id)
+        select g.provider, g.account, g.event_id, g.id from given as g
+        order by g.provider, g.account, g.event_id, g.n
+        on conflict (provider, account, event_id) do nothing
+        returning inbox_id
+    ),
+    stored as (
+        insert into surety.inbox (id, provider, account, livemode, event_id, type, headers, body, received_at)
+        select g.id, g.provider, g.account, g.livemode, g.event_id, g.type, g.headers, g.body, v_now
+        from given as g join keyed as k on k.inbox_id = g.id
+        order by g.id
+    ),
+    queued as (
+        insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, epoch)
+        select
+            surety.new_id('evt', v_now), 'webhook', g.id, 'webhook.received',
+            jsonb_build_object('provider', g.provider, 'event', g.event_id, 'type', g.type), v_epoch
+        from given as g join keyed as k on k.inbox_id = g.id
+        order by g.id
+    ),
+    told as (
+        insert into audit.entries (id, at, kind, actor, address, outcome, snapshot)
+        select
+            surety.new_id('aud', v_now), v_now, 'webhook', g.provider, g.address,
+            case when k.inbox_id is null then 'repeated' when g.headers = '{}' then 'listed' else 'received' end,
+            jsonb_build_object('event', g.event_id, 'type', g.type)
+        from given as g left join keyed as k on k.inbox_id = g.id
+    )
+    select g.n, k.inbox_id is not null from given as g left join keyed as k on k.inbox_id = g.id order by g.n;
+end;
+$$;
+
+create or replace function surety.reject_webhook(
+    p_provider text, p_reason text, p_headers jsonb, p_body bytea, p_address text
+) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Keeps what may be evidence: 4096 bytes of each, the newest thousand.
+declare
+    v_now timestamptz := surety.time_now();
+    v_kept_max constant integer := 1000;
+begin
+    insert into surety.rejected_webhooks (id, provider, reason, headers, body, body_bytes, received_at)
+    values (
+        surety.new_id('rej', v_now), p_provider, p_reason, p_headers, substr(p_body, 1, 4096), length(p_body), v_now
+    );
+    insert into audit.entries (id, at, kind, actor, address, outcome, reason)
+    values (surety.new_id('aud', v_now), v_now, 'webhook', p_provider, p_address, 'rejected', p_reason);
+    delete from surety.rejected_webhooks
+    where id in (
+        select r.id from surety.rejected_webhooks as r order by r.id desc offset v_kept_max
+        for update skip locked
+    );
+end;
+$$;
+
+create or replace function surety.unheard_events(p_provider text, p_account text, p_event_ids text[]) returns text[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select coalesce(array_agg(listed.event_id), '{}')
+    from unnest(p_event_ids) as listed (event_id)
+    where not exists (
+        select from surety.inbox_keys
+        where
+            inbox_keys.provider = p_provider and inbox_keys.account = p_account
+            and inbox_keys.event_id = listed.event_id
+    );
+end;
+
+comment on function surety.unheard_events(text, text, text[]) is
+'Those events of a provider''s list that no webhook has told of yet.';
+
+create or replace function surety.receive_listed(p_events jsonb) returns bigint
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Whoever reads the list can't say that it was a webhook, signed: what he brings has no headers.
+    select count(*) filter (where taken.is_new)
+    from surety.receive_webhooks((
+        select jsonb_agg(listed.event || '{"headers": {}}')
+        from jsonb_array_elements(p_events) as listed (event)
+    )) as taken;
+end;
+
+comment on function surety.receive_listed(jsonb) is
+'Stores events of the provider''s list as surety.receive_webhooks does; returns how many were new.';
+
+create or replace function surety.read_inbox(p_batch bigint, p_fence bigint)
+returns table (
+    event_id text, inbox_id text, source text, provider text, account text, livemode boolean, type text, body text,
+    received_at timestamptz, failures integer
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        e.event_id,
+        inbox.id,
+        -- What was read from the list was signed by nobody.
+        case inbox.headers when '{}' then 'poll' else 'webhook' end,
+        inbox.provider,
+        inbox.account,
+        inbox.livemode,
+        inbox.type,
+        inbox.body,
+        inbox.received_at,
+        e.failures
+    from outbox.batch_events(p_batch, p_fence) as e
+    inner join surety.inbox on e.aggregate_id = inbox.id
+    order by e.event_id;
+end;
+
+comment on function surety.read_inbox(bigint, bigint) is 'The webhooks of a batch of webhook.received events.';

@@ -1,0 +1,245 @@
+-- One id leads to the whole story.
+
+create or replace function surety.say_fact(
+    p_kind text, p_object_id text, p_amount_minor bigint, p_currency text, p_data jsonb
+) returns text
+language sql stable parallel safe set search_path = pg_catalog, pg_temp
+begin atomic
+    -- What a provider told, in words: refund failed 25.00 USD (re_1).
+    select concat_ws(
+        ' ',
+        case
+            when p_kind = 'money'
+                then concat_ws(' ', replace(p_data ->> 'category', '_', ' '), surety.money(p_amount_minor, p_currency))
+            || ', fee ' || surety.money((p_data ->> 'fee')::bigint, p_currency)
+            when p_kind in ('submitted', 'action', 'processing', 'attempt_failed', 'failed', 'canceled')
+                then replace(p_kind, '_', ' ')
+            else concat_ws(' ', replace(p_kind, '_', ' '), surety.money(p_amount_minor, p_currency))
+        end,
+        '(' || p_object_id || ')'
+    );
+end;
+
+create or replace function surety.trace(p_payment_id text)
+returns table (
+    at timestamptz, kind text, actor text, summary text, from_state text, to_state text, outcome text,
+    duration_ms numeric, data jsonb
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+begin atomic
+    with
+    told as (
+        select
+            entries.at,
+            -- What happened in one statement has one time; this is the order in which people tell it.
+            case entry.kind
+                when 'request' then 0
+                when 'answer' then 1
+                when 'step' then 3
+                when 'refund' then 3
+                when 'call' then 5
+                when 'dead_letter' then 7
+                else 6
+            end as turn,
+            coalesce(to_char(entries.version, 'FM00000'), entries.id) as place,
+            case entry.kind when 'answer' then 'call' when 'dead_letter' then 'retry' else entry.kind end as kind,
+            entries.actor,
+            case entry.kind
+                when 'request' then
+                    (entries.snapshot ->> 'route')
+                    || case
+                        when entries.snapshot ->> 'route' = 'POST /v1/payments' then ''
+                        else coalesce(
+                            ' '
+                            || surety.money((entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'),
+                            ''
+                        )
+                    end
+                    || coalesce(', key sty_…' || api_keys.hint, '')
+                    || ', Idempotency-Key ' || (entries.snapshot ->> 'idempotency_key')
+                when 'step' then entries.to_state || coalesce(' by ' || entries.reason, '')
+                when 'dispute' then
+                    'dispute of ' || surety.money(
+                        (entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'
+                    ) || ' ' || entries.to_state || coalesce(', ' || entries.reason, '')
+                when 'refund' then
+                    'refund of ' || surety.money(
+                        (entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'
+                    ) || ' ' || entries.to_state || ' (' || (entries.snapshot ->> 'refund') || ')'
+                when 'call' then
+                    '→ ' || split_part(entries.snapshot ->> 'operation', ':', 1)
+                    || coalesce(', key ' || (entries.snapshot ->> 'key'), '')
+                when 'answer' then
+                    '← ' || split_part(entries.snapshot ->> 'operation', ':', 1) || ' ' || entries.outcome
+                    || coalesce(': ' || entries.reason, '')
+                when 'retry' then
+                    (entries.snapshot ->> 'handler') || ' failed, time ' || (entries.snapshot ->> 'failures')
+                    || ': ' || entries.reason
+                when 'dead_letter' then 'dead letter of ' || substr(entries.actor, 9) || ': ' || entries.reason
+                else concat_ws(' ', entry.kind, entries.outcome, entries.reason)
+            end as summary,
+            entries.from_state,
+            entries.to_state,
+            entries.outcome,
+            entries.duration_ms,
+            entries.snapshot || jsonb_strip_nulls(jsonb_build_object(
+                'request_id', entries.request_id, 'address', entries.address, 'version', entries.version
+            )) as data
+        from audit.entries
+        -- The entry of a payment's first step is its request's.
+        cross join lateral (
+            select case when entries.kind = 'step' and entries.snapshot ? 'route' then 'request' else entries.kind end
+                as kind
+        ) as entry
+        left join surety.api_keys on entry.kind = 'request' and substr(entries.actor, 5) = api_keys.id
+        -- Nothing can have happened to a payment before its id was made: older partitions are not looked at.
+        where entries.payment_id = p_payment_id and entries.id >= 'aud_' || substr(p_payment_id, 5, 12)
+    ),
+
+    heard as (
+        select
+            coalesce(inbox.received_at, facts.recorded_at) as at,
+            2 as turn,
+            facts.id as place,
+            facts.source as kind,
+            facts.provider as actor,
+            case
+                when inbox.id is null then said.fact
+                when facts.kind in ('money', 'available') or fact_kinds.family in ('refund', 'dispute')
+                    then inbox.type || ' (' || inbox.event_id || '), ' || told.how || ': ' || said.fact
+                else inbox.type || ' (' || inbox.event_id || '), ' || told.how
+            end as summary,
+            null::text as from_state,
+            null::text as to_state,
+            coalesce(facts.disregarded, 'recorded') as outcome,
+            null::numeric as duration_ms,
+            jsonb_strip_nulls(jsonb_build_object(
+                'fact', facts.kind, 'object', facts.object_id, 'amount', facts.amount_minor, 'currency', facts.currency,
+                'recorded_at', surety.iso(facts.recorded_at)
+            )) as data
+        from surety.facts
+        inner join surety.fact_kinds on facts.kind = fact_kinds.kind
+        cross join lateral
+            surety.say_fact(facts.kind, facts.object_id, facts.amount_minor, facts.currency, facts.data) as said (fact)
+        cross join lateral (
+            select case facts.source when 'webhook' then 'signature valid' else 'from the list of events' end as how
+        ) as told
+        left join surety.inbox on facts.source in ('webhook', 'poll') and facts.source_id = inbox.id
+        where facts.payment_id = p_payment_id and facts.source not in ('response', 'request')
+    ),
+
+    moved as (
+        select
+            postings.at,
+            4 as turn,
+            postings.id || transfers.leg as place,
+            'transfer' as kind,
+            'ledger' as actor,
+            surety.money(transfers.amount_minor, transfers.currency)
+            || ' ' || split_part(transfers.debit_account, ':', 1)
+            || ' ← ' || split_part(transfers.credit_account, ':', 1) || ' (' || postings.rule || ')' as summary,
+            null::text as from_state,
+            null::text as to_state,
+            'posted' as outcome,
+            null::numeric as duration_ms,
+            jsonb_build_object(
+                'cause', postings.cause, 'rule', postings.rule, 'debit', transfers.debit_account,
+                'credit', transfers.credit_account, 'amount', transfers.amount_minor, 'currency', transfers.currency
+            ) as data
+        from ledger.postings
+        inner join ledger.transfers on postings.id = transfers.posting_id
+        where postings.payment_id = p_payment_id
+    )
+
+    select
+        story.at,
+        story.kind,
+        story.actor,
+        story.summary,
+        story.from_state,
+        story.to_state,
+        story.outcome,
+        story.duration_ms,
+        story.data
+    from (
+        select * from told
+        union all
+        select * from heard
+        union all
+        select * from moved
+    ) as story
+    order by story.at, story.turn, story.place;
+end;
+
+comment on function surety.trace(text) is
+'Everything known about a payment, in the order in which it happened: requests, steps, calls, webhooks, transfers,
+retries.';
+
+create or replace function surety.sum_up(p_payment_id text)
+returns table (
+    amount text, state text, merchant text, reference text, provider_id text, charges bigint, refunds bigint,
+    disputes bigint, steps integer, transfers bigint, still_open text[]
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        surety.money(payments.amount_minor, payments.currency),
+        payments.state,
+        merchants.name,
+        payments.reference,
+        payments.provider_id,
+        told.charges,
+        told.refunds - told.refunds_come_to_nothing,
+        told.disputes,
+        payments.version,
+        (
+            select count(*)
+            from ledger.postings
+            inner join ledger.transfers on postings.id = transfers.posting_id
+            where postings.payment_id = payments.id
+        ),
+        array(
+            select expectations.kind || ' expected by ' || surety.iso(expectations.due_at)
+            from surety.expectations
+            where expectations.payment_id = payments.id and expectations.met_at is null
+            union all
+            select surety.money(payments.refund_pending_minor, payments.currency) || ' to be refunded'
+            where payments.refund_pending_minor > 0
+            union all
+            select 'evidence due by ' || surety.iso(disputes.evidence_due_at)
+            from surety.disputes
+            inner join surety.dispute_statuses on disputes.status = dispute_statuses.status
+            where
+                disputes.payment_id = payments.id and disputes.submit_asked_at is null
+                and dispute_statuses.takes_evidence and disputes.evidence_due_at is not null
+            union all
+            select surety.money(payments.at_risk_minor, payments.currency) || ' disputed'
+            where payments.at_risk_minor > 0
+            union all
+            select 'dead letter of ' || dead_letters.handler
+            from outbox.dead_letters
+            where dead_letters.payment_id = payments.id and dead_letters.closed_at is null
+            union all
+            select 'discrepancy: ' || discrepancies.kind
+            from surety.discrepancies
+            where discrepancies.payment_id = payments.id and discrepancies.closed_at is null
+        )
+    from surety.payments
+    inner join surety.merchants on payments.merchant_id = merchants.id
+    cross join lateral (
+        select
+            count(*) filter (where facts.kind = 'captured') as charges,
+            count(distinct facts.object_id) filter (where fact_kinds.family = 'refund') as refunds,
+            count(distinct facts.object_id) filter (where facts.kind in ('refund_failed', 'refund_canceled'))
+                as refunds_come_to_nothing,
+            count(distinct facts.object_id) filter (where fact_kinds.family = 'dispute') as disputes
+        from surety.facts
+        inner join surety.fact_kinds on facts.kind = fact_kinds.kind
+        where facts.payment_id = payments.id
+    ) as told
+    where payments.id = p_payment_id;
+end;
+
+comment on function surety.sum_up(text) is
+'A payment in one line, with what is still open about it; no row for an id that no payment has.';

@@ -1,0 +1,149 @@
+-- What analysts read: stable views that only gain columns at the end. Amounts are minor units, time is UTC.
+
+create or replace view report.payments as
+select
+    payments.id,
+    payments.merchant_id,
+    merchants.name as merchant_name,
+    payments.state,
+    states.status,
+    payments.version,
+    payments.amount_minor,
+    payments.captured_minor,
+    payments.refunded_minor,
+    payments.at_risk_minor,
+    payments.reversed_minor,
+    payments.currency,
+    payments.rail,
+    payments.capture_method,
+    payments.reference,
+    payments.provider,
+    payments.provider_account,
+    payments.provider_id,
+    payments.failure ->> 'code' as failure_code,
+    payments.created_at,
+    payments.updated_at
+from surety.payments
+inner join surety.merchants on payments.merchant_id = merchants.id
+inner join surety.states on payments.state = states.state;
+
+comment on view report.payments is 'One row per payment, as it stands now.';
+
+create or replace view report.steps as
+select
+    steps.payment_id,
+    steps.version,
+    steps.from_state,
+    steps.to_state,
+    steps.cause,
+    steps.implied,
+    steps.actor,
+    steps.at
+from surety.steps;
+
+comment on view report.steps is 'Every step of every payment, in order of version.';
+
+create or replace view report.transfers as
+select
+    transfers.posting_id,
+    transfers.leg,
+    postings.cause,
+    postings.rule,
+    postings.payment_id,
+    transfers.debit_account,
+    transfers.credit_account,
+    transfers.amount_minor,
+    transfers.currency,
+    postings.at
+from ledger.transfers
+inner join ledger.postings on transfers.posting_id = postings.id;
+
+comment on view report.transfers is 'The ledger: one debit, one credit, one positive amount per row, with its cause.';
+
+create or replace view report.merchant_balances as
+select
+    accounts.owner_id as merchant_id,
+    accounts.kind as account,
+    accounts.currency,
+    balances.balance_minor
+from ledger.balances
+inner join ledger.accounts on balances.account_id = accounts.id;
+
+comment on view report.merchant_balances is
+'What merchants are owed, by account: pend (not settled), avail, held (in dispute), refunding. Credits minus debits.';
+
+create or replace view report.discrepancies as
+select
+    discrepancies.id,
+    discrepancies.kind,
+    discrepancies.subject,
+    discrepancies.payment_id,
+    discrepancies.detail,
+    discrepancies.is_critical,
+    discrepancies.opened_at,
+    discrepancies.closed_at,
+    discrepancies.closed_because
+from surety.discrepancies;
+
+comment on view report.discrepancies is 'Where our records and the outside''s differ, open while closed_at is null.';
+
+create or replace view report.dead_letters as
+select
+    dead_letters.id,
+    dead_letters.handler,
+    dead_letters.event_id,
+    dead_letters.type,
+    dead_letters.payment_id,
+    dead_letters.reason,
+    dead_letters.died_at,
+    dead_letters.closed_at,
+    dead_letters.closed_as,
+    dead_letters.closed_by,
+    dead_letters.closed_because
+from outbox.dead_letters;
+
+comment on view report.dead_letters is 'Events that were given up on, open while closed_at is null.';
+
+create or replace view report.refunds as
+select
+    refunds.id,
+    refunds.payment_id,
+    refunds.merchant_id,
+    refunds.state,
+    refunds.version,
+    refunds.amount_minor,
+    refunds.currency,
+    refunds.reason,
+    refunds.is_ours,
+    refunds.provider,
+    refunds.provider_account,
+    refunds.provider_id,
+    refunds.failure ->> 'code' as failure_code,
+    refunds.created_at,
+    refunds.updated_at
+from surety.refunds;
+
+comment on view report.refunds is
+'One row per refund, as it stands now; is_ours is false for one that was made at the provider.';
+
+create or replace view report.disputes as
+select
+    disputes.id,
+    disputes.payment_id,
+    disputes.merchant_id,
+    disputes.status,
+    disputes.amount_minor,
+    disputes.withdrawn_minor,
+    disputes.currency,
+    disputes.reason,
+    disputes.evidence_due_at,
+    disputes.submit_asked_at,
+    disputes.provider,
+    disputes.provider_account,
+    disputes.provider_id,
+    disputes.created_at,
+    disputes.updated_at
+from surety.disputes;
+
+comment on view report.disputes is
+'One row per dispute or inquiry, as its last fetch told it; withdrawn_minor is what the network holds or keeps.';

@@ -1,0 +1,279 @@
+"""A batch's calls to a provider: what to send, all of them at once, their results recorded as they come.
+
+begin_calls commits what will be sent before it is sent; record_results takes what came of it, whoever holds the lease
+by then. A slow call keeps nobody's result waiting: what has come while one group was recorded makes the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from msgspec import Struct, field
+from psycopg.types.json import Jsonb
+
+from jobs.breaker import account_of, outage_key
+from jobs.database import in_halves
+from jobs.stripe.client import Answer, Busy, Declined, Misfit, Outage, ProviderError, Refused, Rejected, Unknown
+from jobs.stripe.facts import Json, Origin, decline_fact, failure, intent_facts, redacted
+from jobs.worker import Batch, Worker
+
+log = logging.getLogger("surety.calls")
+
+CALLS_AT_ONCE = 32
+# A group of results costs a commit; so the first of many waits this long for others.
+GATHER_SECONDS = 0.025
+# How long a command waits for the outcome of what was sent before it.
+WAIT_SECONDS = 1.0
+
+Result = dict[str, Any]
+"""As surety.record_results takes it."""
+
+
+class Subject(Struct, kw_only=True):
+    """The payment that a call is about, and what an answer must agree with."""
+
+    payment_id: str
+    account: str
+    provider_id: str | None
+    amount_minor: int
+    currency: str
+    livemode: bool
+
+
+class Call(Subject, kw_only=True):
+    """A row of surety.begin_calls: what to do about one event's payment."""
+
+    event_id: str
+    todo: str
+    operation: str
+    idempotency_key: str | None
+    request: Json | None
+    first_sent_at: datetime | None
+    last_sent_at: datetime | None
+    begun_at: float = field(default_factory=time.monotonic)
+
+
+class Recorded(Struct):
+    """The row of surety.record_results."""
+
+    is_held: bool
+    event_types: list[str]
+
+
+Perform = Callable[[Worker, Call], Awaitable[Answer]]
+Work = Callable[[], Awaitable[list[Result]]]
+Read = Callable[[Answer], Result]
+Excuse = Callable[[ProviderError], Result]
+
+
+async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operation: str, perform: Perform) -> None:
+    """Make the calls of these events and record what comes of each."""
+    event_ids = await without_held(worker, batch, event_ids)
+    if not event_ids:
+        return
+    calls = await worker.database.rows(
+        Call,
+        "select event_id, payment_id, todo, operation, idempotency_key, request, account, provider_id, first_sent_at,"
+        " last_sent_at, amount_minor, currency, livemode from surety.begin_calls(%s, %s, %s, %s, %s)",
+        batch.batch_id, batch.fence, operation, worker.actor, event_ids,
+    )  # fmt: skip
+    missing = await without_subject(worker, batch, event_ids, {call.event_id for call in calls})
+
+    async def make(call: Call) -> list[Result]:
+        event = {"event_id": call.event_id}
+        if call.todo == "skip":
+            return [event]
+        if call.todo == "wait":
+            return [event | {"release_seconds": WAIT_SECONDS, "error": "an earlier call's outcome is unknown yet"}]
+        if batch.is_lost or worker.stopping.is_set():
+            return [event | {"release_seconds": 0, "error": "its worker stopped"}]
+        if call.account in worker.breaker.blocked:
+            return [event | not_sent(call, call.operation)]
+        return [event | await outcome(call, call.operation, perform(worker, call))]
+
+    if missing:
+        await record(worker, batch, missing)
+    await record_as_they_come(worker, batch, [partial(make, call) for call in calls])
+
+
+async def without_held(worker: Worker, batch: Batch, event_ids: list[str]) -> list[str]:
+    """The events that may be handled now; those whose account is cut off are given back."""
+    if not worker.breaker.blocked:
+        return event_ids
+    query = "select surety.hold_blocked(%s, %s, %s)"
+    held = set(await worker.database.value(query, batch.batch_id, batch.fence, event_ids))
+    return [event_id for event_id in event_ids if event_id not in held]
+
+
+def not_sent(subject: Subject, operation: str) -> Result:
+    """A call that was written down, and not made because its account was cut off meanwhile."""
+    return {
+        "payment_id": subject.payment_id,
+        "operation": operation,
+        "outcome": "not_sent",
+        "error": "not sent: the provider is out",
+        "outage": outage_key(subject.account),
+    }
+
+
+async def without_subject(worker: Worker, batch: Batch, event_ids: list[str], found: set[str]) -> list[Result]:
+    """The failures of events whose payment or webhook isn't there, unless nothing is because the lease is lost."""
+    missing = [event_id for event_id in event_ids if event_id not in found]
+    if missing and not found:
+        held = await worker.database.value("select outbox.renew(%s, %s)", batch.batch_id, batch.fence)
+        batch.is_lost = not held
+    return (
+        [] if batch.is_lost else [{"event_id": event_id, "error": "what it is about is gone"} for event_id in missing]
+    )
+
+
+async def record_as_they_come(worker: Worker, batch: Batch, works: Iterable[Work]) -> None:
+    """Do the works and record their results in groups as they come."""
+    async for results in in_groups(works):
+        await record(worker, batch, results)
+
+
+async def in_groups(works: Iterable[Work]) -> AsyncGenerator[list[Result]]:
+    """The results of works, a bounded number of which is done at once; each group is what has come since the last."""
+    places = asyncio.Semaphore(CALLS_AT_ONCE)
+
+    async def do(work: Work) -> list[Result]:
+        async with places:
+            return await work()
+
+    pending = {asyncio.create_task(do(work)) for work in works}
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            if pending:
+                more, pending = await asyncio.wait(pending, timeout=GATHER_SECONDS)
+                done |= more
+            yield [result for task in done for result in task.result()]
+    finally:
+        for task in pending:
+            task.cancel()
+
+
+async def outcome(
+    subject: Subject,
+    operation: str,
+    answering: Awaitable[Answer],
+    source: str = "response",
+    *,
+    read: Read | None = None,
+    excuse: Excuse | None = None,
+) -> Result:
+    """What came of one call: an answer as `read` understands it, by itself as the payment's intent, or what its failure
+    means.
+    """
+    began = time.monotonic()
+    try:
+        answer = await answering
+        told = read(answer) if read else answered(subject, answer, source)
+    except ProviderError as error:
+        told = excuse(error) if excuse else unanswered(subject, operation, error)
+    except Exception as error:  # whatever went wrong about one call must not touch the others
+        log.exception("%s of %s", operation, subject.payment_id)
+        told = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
+    if "outage" in told:
+        told["began"] = began
+    duration_ms = round((time.monotonic() - began) * 1000, 3)
+    return {"payment_id": subject.payment_id, "operation": operation, "duration_ms": duration_ms, **told}
+
+
+def answered(subject: Subject, answer: Answer, source: str) -> Result:
+    """The intent that was answered, as facts. Raises Misfit or Unknown if it isn't the payment's."""
+    intent = answer.body
+    check_identity(subject, intent)
+    origin = Origin(subject.account, subject.livemode, source, answer.request_id)
+    told: Result = {
+        "outcome": "answered",
+        "status": answer.status,
+        "snapshot": redacted(intent),
+        "facts": intent_facts(intent, origin),
+    }
+    if intent["amount"] == subject.amount_minor:
+        return told
+    detail = f"{intent['id']} is about {intent['amount']} instead of {subject.amount_minor}"
+    if subject.provider_id is None:
+        raise Misfit(detail, kind="amount")
+    # It may have been charged by now, and what was charged is booked, whatever was asked for.
+    return told | {"discrepancy": {"kind": "amount", "subject": intent["id"], "detail": detail}}
+
+
+def check_identity(subject: Subject, intent: Json) -> None:
+    """Raises Unknown unless the answer is a payment intent, and Misfit unless it is this payment's."""
+    metadata = intent.get("metadata")
+    if intent.get("object") != "payment_intent" or not isinstance(metadata, dict):
+        raise Unknown("an answer that is no payment intent")
+    if not isinstance(intent.get("id"), str) or not isinstance(intent.get("amount"), int):
+        raise Unknown("an answer that is no payment intent")
+    if subject.provider_id not in (None, intent["id"]):
+        raise Misfit(f"{intent['id']} was answered about {subject.provider_id}", kind="foreign")
+    if metadata.get("surety_payment") != subject.payment_id:
+        raise Misfit(f"{intent['id']} belongs to {metadata.get('surety_payment')}", kind="foreign")
+    if intent.get("currency") != subject.currency:
+        raise Misfit(f"{intent['id']} is in {intent.get('currency')} instead of {subject.currency}", kind="currency")
+    if intent.get("livemode") != subject.livemode:
+        raise Misfit(f"{intent['id']} has livemode {intent.get('livemode')}", kind="livemode")
+
+
+def unanswered(subject: Subject, operation: str, error: ProviderError) -> Result:
+    """A call without an answer to believe, by what that means."""
+    told: Result = {"outcome": error.outcome, "status": error.status, "snapshot": redacted(error.body)}
+    if isinstance(error, Refused | Declined):
+        if subject.provider_id is None or operation == "capture":
+            return told | {"refused": failure(error.error)}
+        origin = Origin(subject.account, subject.livemode, "response")
+        return told | {"facts": [decline_fact(error.error, origin, subject.provider_id, subject.currency)]}
+    told["error"] = str(error)
+    if isinstance(error, Outage):
+        told["outage"] = outage_key(subject.account)
+    elif isinstance(error, Busy):
+        told["release_seconds"] = error.seconds
+    elif isinstance(error, Misfit):
+        told["discrepancy"] = {
+            "kind": error.kind, "subject": f"{subject.payment_id}:{operation}", "detail": str(error)
+        }  # fmt: skip
+    elif isinstance(error, Rejected) and error.error.get("code") == "resource_missing":
+        told["discrepancy"] = {
+            "kind": "missing_at_provider", "subject": subject.payment_id, "detail": str(error)
+        }  # fmt: skip
+    return told
+
+
+async def record(worker: Worker, batch: Batch, results: list[Result]) -> None:
+    """Record results, facts and refusals each for themselves; of one that can't be recorded, that it can't."""
+    failed = [(result["outage"], result.pop("began")) for result in results if "began" in result]
+    if failed:
+        await worker.breaker.consider((account_of(key), began) for key, began in failed)
+    refusals = [result for result in results if "refused" in result]
+    others = [result for result in results if "refused" not in result]
+
+    async def write(results: list[Result]) -> None:
+        recorded = await worker.database.rows(
+            Recorded, "select is_held, event_types from surety.record_results(%s, %s, %s, %s)",
+            batch.batch_id, batch.fence, worker.actor, Jsonb(results),
+        )  # fmt: skip
+        batch.is_lost = batch.is_lost or not recorded[0].is_held
+        await worker.wake(recorded[0].event_types)
+
+    async def give_up(result: Result, error: Exception) -> None:
+        log.error("the result of %s can't be recorded", result["event_id"], exc_info=error)
+        await write([unusable(result, error)])
+
+    for group in (refusals, others):
+        if group:
+            await in_halves(group, write, give_up)
+
+
+def unusable(result: Result, error: Exception) -> Result:
+    """A result that the database won't take, as the failure of its event."""
+    kept = {name: result.get(name) for name in ("event_id", "payment_id", "operation", "status", "duration_ms")}
+    return kept | {"outcome": "unusable", "error": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,238 @@
+"""The operators' part of the API over real sockets: their keys, dead letters, how things stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from app.api.operator_schemas import DeadLetter, DeadLetterList, DoneList, Standing
+from app.web.keys import hash_of
+from db.embedded import temporary_database
+from tests.api.test_api import strictly
+from tests.cli.test_status import surety
+from tests.conftest import PREFIX
+from tests.support import dead_letters as letters
+from tests.support.http_client import CONTEXT, Connection, Merchant, Service, broken, connected, problem, service
+from tests.support.payments import state_of
+
+Client = httpx.Client
+LETTERS = "/v1/operator/dead-letters"
+
+
+@pytest.fixture(scope="module")
+def shared(server: str, template: str) -> Iterator[str]:
+    with temporary_database(server, PREFIX, template=template) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def api(shared: str) -> Iterator[Service]:
+    with service("api", shared) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def rights(shared: str) -> Iterator[Connection]:
+    with connected(shared) as conn:
+        yield conn
+
+
+def client_of(api: Service, key: str) -> Client:
+    return Client(base_url=api.url, headers={"Authorization": f"Bearer {key}"}, verify=CONTEXT, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def key(shared: str) -> str:
+    """An operator's key, as an operator gets it."""
+    return surety(shared, "keys", "create", "--operator", "ada@acme").stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def ada(api: Service, key: str) -> Iterator[Client]:
+    with client_of(api, key) as client:
+        yield client
+
+
+def decide(client: Client, path: str, **body: Any) -> httpx.Response:
+    return client.post(f"{LETTERS}/{path}", json={"reason": "mended"} | body)
+
+
+def entries(rights: Connection, request_id: str) -> list[tuple[str, str, str | None]]:
+    """What the audit trail has about a request: kind, actor and reason."""
+    return rights.execute(
+        "select kind, actor, reason from audit.entries where request_id = %s and address = '127.0.0.1'", (request_id,)
+    ).fetchall()
+
+
+def test_a_letter_is_listed_read_and_told_as_its_documentation_says(ada: Client, rights: Connection) -> None:
+    made = [letters.unsent(rights)[0], letters.refused(rights)[0], letters.unanswered(rights)[0]]
+    listed = ada.get(LETTERS).json()
+    strictly(listed, DeadLetterList)
+    assert [letter["id"] for letter in listed["data"]][-3:] == made
+    verdicts = [letter["on_discard"]["verdict"] for letter in listed["data"]]
+    assert verdicts[-3:] == ["fail", "fail", "refuse"]
+    assert [letter["provider"]["holds"] for letter in listed["data"]][-3:] == ["nothing", "nothing", "unknown"]
+    one = ada.get(f"{LETTERS}/{made[1]}").json()
+    strictly(one, DeadLetter)
+    assert one in listed["data"]
+    assert len(one["attempts"]) == 3 and one["attempts"][0]["error"] == letters.REFUSAL
+
+
+def test_pages_follow_each_other_and_leave_none_out(ada: Client, rights: Connection) -> None:
+    made = [letters.unsent(rights, "the same for all")[0] for _ in range(5)]
+    seen: list[str] = []
+    query: dict[str, Any] = {"error": "same for all", "handler": "submit", "limit": 2}
+    while True:
+        page = ada.get(LETTERS, params=query).json()
+        seen += [letter["id"] for letter in page["data"]]
+        if not page["has_more"]:
+            break
+        query["starting_after"] = seen[-1]
+    assert seen == made
+    assert ada.get(LETTERS, params={"handler": "apply"}).json()["data"] == []
+
+
+def test_a_replay_is_done_once_and_the_trail_tells_who_did_it(ada: Client, rights: Connection) -> None:
+    letter, _ = letters.unsent(rights)
+    dry = decide(ada, f"{letter}/replay", dry_run=True)
+    assert dry.json()["outcome"] == "would_replay" and entries(rights, dry.headers["request-id"]) == []
+    first, second = decide(ada, f"{letter}/replay"), decide(ada, f"{letter}/replay")
+    assert (first.status_code, first.json()["outcome"]) == (200, "replayed")
+    assert (second.status_code, second.json()["outcome"]) == (200, "unchanged")
+    assert entries(rights, first.headers["request-id"]) == [("operator", "operator:ada@acme", "mended")]
+    read = ada.get(f"{LETTERS}/{letter}").json()
+    assert (read["status"], read["closed"]["by"], read["on_replay"]) == ("replayed", "operator:ada@acme", None)
+    problem(decide(ada, f"{letter}/discard"), 409, "wrong-state")
+
+
+def test_a_discard_ends_the_payment_or_is_refused_where_the_provider_may_hold_a_charge(
+    ada: Client, rights: Connection
+) -> None:
+    letter, payment_id = letters.refused(rights)
+    assert decide(ada, f"{letter}/discard").json()["outcome"] == "discarded"
+    assert state_of(rights, payment_id) == "failed"
+    step = rights.execute("select actor from surety.steps where payment_id = %s and to_state = 'failed'", (payment_id,))
+    assert step.fetchone() == ("operator:ada@acme",)
+    problem(decide(ada, f"{letter}/replay"), 409, "wrong-state")
+    unknown, payment_id = letters.unanswered(rights)
+    assert "may hold a charge" in problem(decide(ada, f"{unknown}/discard"), 409, "wrong-state")["detail"]
+    assert state_of(rights, payment_id) == "submitting"
+
+
+def test_all_that_match_are_decided_on_together_each_for_itself(ada: Client, rights: Connection) -> None:
+    refused, unknown = letters.refused(rights)[0], letters.unanswered(rights)[0]
+    path = f"{LETTERS}/discard"
+    told = ada.post(path, json={"reason": "a bad day", "handler": "submit", "error": "usx", "dry_run": True}).json()
+    strictly(told, DoneList)
+    assert (refused, "would_discard") in [(done["id"], done["outcome"]) for done in told["data"]]
+    assert letters.closed_as(rights, refused) is None
+    told = ada.post(path, json={"reason": "a bad day", "handler": "submit"}).json()
+    outcomes = {done["id"]: done["outcome"] for done in told["data"]}
+    assert (outcomes[refused], outcomes[unknown]) == ("discarded", "refused")
+    told = ada.post(f"{LETTERS}/replay", json={"reason": "ask", "error": "no answer"}).json()
+    assert {done["id"]: done["outcome"] for done in told["data"]}[unknown] == "replayed"
+    assert broken(ada.post(path, json={"reason": "all"})) == {("/handler", "required")}
+
+
+def test_what_is_no_letter_is_not_found(ada: Client) -> None:
+    for name in ("dl_17", f"dl_{'0' * 32}"):
+        problem(ada.get(f"{LETTERS}/{name}"), 404, "not-found")
+        problem(decide(ada, f"{name}/replay"), 404, "not-found")
+        problem(decide(ada, f"{name}/discard"), 404, "not-found")
+
+
+def test_each_rule_that_a_request_breaks_is_told(ada: Client) -> None:
+    path = f"{LETTERS}/dl_{'0' * 32}/replay"
+    assert broken(ada.post(path, json={})) == {("/reason", "required")}
+    assert broken(ada.post(path, json={"reason": "  ", "dry_run": 1, "x": 2})) == {
+        ("/reason", "pattern"),
+        ("/dry_run", "type"),
+        ("/x", "known"),
+    }
+    assert broken(ada.get(LETTERS, params={"status": "dead", "limit": 0})) == {
+        ("status", "one_of"),
+        ("limit", "minimum"),
+    }
+    problem(ada.post(path, content=b"reason=x"), 415, "not-json")
+    problem(ada.post(path, json={"reason": "x" * 20_000}), 413, "too-large")
+
+
+def test_a_merchants_key_opens_nothing_here_and_each_try_is_written_down(
+    api: Service, rights: Connection, ada: Client
+) -> None:
+    merchant = Merchant(rights, api.url)
+    letter, _ = letters.unsent(rights)
+    tries = [
+        ("GET", LETTERS),
+        ("GET", f"{LETTERS}/{letter}"),
+        ("POST", f"{LETTERS}/{letter}/replay"),
+        ("POST", f"{LETTERS}/{letter}/discard"),
+        ("POST", f"{LETTERS}/replay"),
+        ("POST", f"{LETTERS}/discard"),
+        ("GET", "/v1/operator/status"),
+    ]
+    for method, path in tries:
+        problem(merchant.client.request(method, path, json={"reason": "mine"}), 403, "forbidden")
+    assert [reason for reason, _ in merchant.denials()] == ["forbidden"] * len(tries)
+    assert merchant.denials()[2][1] == "POST /v1/operator/dead-letters/{id}/replay"
+    assert letters.closed_as(rights, letter) is None
+    merchant.client.close()
+
+
+def test_an_operators_key_opens_no_merchants_door_and_the_try_is_written_down(ada: Client, rights: Connection) -> None:
+    for answer in (
+        ada.get("/v1/payments"),
+        ada.post("/v1/payments", content=b"{}", headers={"Idempotency-Key": "k", "Content-Type": "application/json"}),
+    ):
+        problem(answer, 401, "unauthenticated")
+        assert entries(rights, answer.headers["request-id"]) == [("denied", "operator:ada@acme", "unauthenticated")]
+
+
+def test_a_revoked_key_opens_nothing(api: Service, shared: str, rights: Connection) -> None:
+    key = surety(shared, "keys", "create", "--operator", "bob").stdout.strip()
+    assert key.startswith("sty_operator_") and hash_of(b"Bearer " + key.encode()) is not None
+    with client_of(api, key) as bob:
+        assert bob.get("/v1/operator/status").status_code == 200
+        listed = surety(shared, "keys", "list").stdout
+        [line] = [line for line in listed.splitlines() if "bob" in line]
+        assert surety(shared, "keys", "revoke", line.split()[0]).stdout == f"{line.split()[0]} is revoked\n"
+        refused = bob.get("/v1/operator/status")
+    problem(refused, 401, "unauthenticated")
+    assert entries(rights, refused.headers["request-id"]) == [("denied", "operator:bob", "unauthenticated")]
+    problem(httpx.get(f"{api.url}{LETTERS}"), 401, "unauthenticated")
+    told = rights.execute(
+        "select outcome from audit.entries where snapshot ->> 'operator' = 'bob' order by id"
+    ).fetchall()
+    assert told == [("operator key created",), ("operator key revoked",)]
+
+
+def test_how_things_stand_is_told_as_the_command_tells_it(ada: Client, shared: str) -> None:
+    told = ada.get("/v1/operator/status").json()
+    strictly(told, Standing)
+    by_command = msgspec.json.decode(surety(shared, "status", "--json").stdout)
+    assert told["verdict"] == by_command["verdict"]
+    assert [finding["next"] for finding in told["findings"]] == [finding["next"] for finding in by_command["findings"]]
+    assert told["state"].keys() <= by_command.keys()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 101])
+def test_an_operators_name_is_plain(shared: str, name: str) -> None:
+    done = surety(shared, "keys", "create", "--operator", name)
+    assert done.returncode == 1 and "an operator's name has" in done.stderr
+
+
+def test_the_description_tells_every_body_and_answer(api: Service) -> None:
+    told = httpx.get(f"{api.url}/docs/openapi.json").json()
+    for path, struct in (("replay", "DecisionOnAll"), ("discard", "DecisionOnAll")):
+        post = told["paths"][f"{LETTERS}/{path}"]["post"]
+        assert set(post["responses"]) == {"200", "400", "401", "403", "413", "415", "503"}, struct
+        assert "dry_run" in post["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    one = told["paths"][f"{LETTERS}/{{letter_id}}/discard"]["post"]
+    assert set(one["responses"]) == {"200", "400", "401", "403", "404", "409", "413", "415", "503"}
+    assert one["requestBody"]["content"]["application/json"]["schema"]["required"] == ["reason"]
+    query = {parameter["name"] for parameter in told["paths"][LETTERS]["get"]["parameters"]}
+    assert query == {"status", "handler", "error", "limit", "starting_after"}

@@ -1,0 +1,60 @@
+"""Serving ends, whatever an application does when it should."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+from litestar import Litestar
+
+from db.embedded import wait_until
+from tests.crash.kills import children_of
+
+ROOT = Path(__file__).parent.parent.parent
+IMPATIENT = """
+from app.web import serving
+serving.SHUTDOWN_SECONDS_MAX, serving.GRACE_SECONDS = 1, 0.5
+serving.serve("tests.api.test_serving:create_stubborn", host="127.0.0.1", port=0, processes=2)
+"""
+
+
+def create_stubborn() -> Litestar:
+    """An application that never closes."""
+
+    @asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncGenerator[None]:
+        print("open", flush=True)
+        yield
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep_forever()
+
+    return Litestar([], lifespan=[lifespan], openapi_config=None, logging_config=None)
+
+
+def test_processes_that_do_not_end_are_killed_by_the_one_that_started_them() -> None:
+    serving = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert wait_until(lambda: len(children_of(serving.pid)) == 2, 30)
+        family = children_of(serving.pid)
+        assert serving.stdout is not None
+        told = [serving.stdout.readline() for _ in range(3)]
+        assert told[0].startswith("listening on") and told[1:] == ["open\n"] * 2
+        serving.terminate()
+        _, log = serving.communicate(timeout=60)
+        assert serving.returncode == 0
+        assert [line for line in log.splitlines() if line.endswith("does not end: killed")]
+        assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    finally:
+        if serving.poll() is None:
+            for pid in children_of(serving.pid):
+                os.kill(pid, signal.SIGKILL)
+            serving.kill()
+            serving.communicate()

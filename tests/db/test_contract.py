@@ -1,0 +1,217 @@
+"""What is told twice is the same: structs and the database's documents, literals and rows, calls and functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import psycopg
+import pytest
+
+from app.api import schemas
+from app.api.create_payment import STATEMENT
+from app.api.schemas import AskedPayment, Event, EventList, Payment, PaymentList, Trace, TraceEntry
+from app.receiver import STATEMENT as RECEIVE
+from app.receiver import Webhook
+from app.web.problems import CONSTRAINTS, SQLSTATES, TYPES
+from db import CAPABILITIES
+from db.connect import Kind, role_of
+from db.embedded import temporary_database
+from tests.conftest import PREFIX
+from tests.support.http_client import connected
+from tests.support.payments import Connection, add_merchant, create, request
+
+ROOT = Path(__file__).parent.parent.parent
+SQL = {name: (ROOT / "db" / "sql" / f"{name}.sql").read_text(encoding="utf-8") for name in CAPABILITIES}
+CALL = re.compile(r"\b((?:surety|api|outbox|audit|ledger)\.[a-z_]+)\(")
+
+
+@pytest.fixture(scope="module")
+def rights(server: str, template: str) -> Iterator[Connection]:
+    with temporary_database(server, PREFIX, template=template) as url, connected(url) as conn:
+        yield conn
+
+
+@pytest.fixture(scope="module")
+def key(rights: Connection) -> bytes:
+    return add_merchant(rights)[1]
+
+
+@pytest.fixture(scope="module")
+def document(rights: Connection, key: bytes) -> dict[str, Any]:
+    """A payment as the database shows it."""
+    [row] = create(rights, [request(key, customer={"email": "a@b.c"}, metadata={"cart": "9"})])
+    shown: dict[str, Any] = msgspec.json.decode(row["body"])
+    return shown
+
+
+def one(conn: Connection, query: str, *values: Any) -> Any:
+    row = conn.execute(query.encode(), values).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def column(conn: Connection, query: str) -> list[Any]:
+    return [value for (value,) in conn.execute(query.encode()).fetchall()]
+
+
+def names(struct: type[msgspec.Struct]) -> list[str]:
+    return [field.encode_name for field in msgspec.structs.fields(struct)]
+
+
+def called(*folders: str) -> dict[str, set[str]]:
+    """The functions of ours that Python calls, each with the files that call it."""
+    found: dict[str, set[str]] = {}
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for function in CALL.findall(path.read_text(encoding="utf-8")):
+                found.setdefault(function, set()).add(str(path.relative_to(ROOT)))
+    return found
+
+
+def test_the_payment_is_the_one_that_the_database_shows(document: dict[str, Any]) -> None:
+    assert list(document) == names(Payment)
+    assert msgspec.convert(document, Payment).metadata == {"cart": "9"}
+
+
+def test_lists_and_traces_are_as_the_database_shows_them(
+    rights: Connection, key: bytes, document: dict[str, Any]
+) -> None:
+    listed = one(rights, "select body::json from api.list_payments(%s, null, null, null, null, null, 20, null)", key)
+    happened = one(rights, "select body::json from api.list_events(%s, null, 20)", key)
+    traced = one(rights, "select body::json from api.get_trace(%s, %s)", key, document["id"])
+    for shown, struct in ((listed, PaymentList), (happened, EventList), (traced, Trace)):
+        assert list(shown) == names(struct)
+        msgspec.convert(shown, struct)
+    assert list(happened["data"][0]) == names(Event)
+    assert list(traced["entries"][0]) == names(TraceEntry)
+    assert listed["data"] == [happened["data"][0]["data"]] == [traced["payment"]] == [document]
+
+
+def test_states_and_statuses_are_the_databases_rows(rights: Connection) -> None:
+    assert list(get_args(schemas.State)) == column(rights, "select state from surety.states order by position")
+    assert set(get_args(schemas.Status)) == set(column(rights, "select status from surety.states"))
+
+
+def test_a_refunds_states_are_the_databases_rows(rights: Connection) -> None:
+    states = column(rights, "select state from surety.refund_states order by position")
+    assert list(get_args(schemas.RefundState)) == states
+
+
+def test_capture_methods_are_those_that_cards_have(rights: Connection) -> None:
+    methods = column(rights, "select distinct capture_method from surety.mandatory_steps where rail = 'card'")
+    assert set(get_args(schemas.CaptureMethod)) == set(methods)
+
+
+def test_every_state_has_its_event_and_no_handler_waits_for_another(rights: Connection) -> None:
+    events = {f"payment.{state}" for state in get_args(schemas.State)}
+    events |= {"payment.attempt_failed", "payment.action_overdue", "payment.authorized_late", "webhook.received"}
+    events |= {"payment.orphan_found"}
+    events |= {f"refund.{state}" for state in get_args(schemas.RefundState)}
+    events |= {"payment.capture_requested", "payment.cancel_requested", "dispute.evidence_given"}
+    assert set(column(rights, "select distinct unnest(event_types) from outbox.handlers")) <= events
+
+
+def test_kinds_of_trace_entries_cover_what_is_audited(rights: Connection) -> None:
+    written = one(
+        rights, "select pg_get_constraintdef(oid) from pg_constraint where conname = 'entry_kind_is_known' limit 1"
+    )
+    kinds = set(re.findall(r"'(\w+)'", written)) - {"answer", "dead_letter"}
+    sources = one(
+        rights, "select pg_get_constraintdef(oid) from pg_constraint where conname = 'fact_source_is_known' limit 1"
+    )
+    kinds |= set(re.findall(r"'(\w+)'", sources)) - {"response"} | {"transfer"}
+    of_no_payment = {"denied", "system"}
+    assert set(get_args(msgspec.structs.fields(TraceEntry)[1].type)) == kinds - of_no_payment
+
+
+@pytest.mark.parametrize(
+    ("struct", "function"), [(AskedPayment, "api.create_payments"), (Webhook, "surety.receive_webhooks")]
+)
+def test_a_request_has_the_fields_that_its_function_reads(
+    rights: Connection, struct: type[msgspec.Struct], function: str
+) -> None:
+    source = one(rights, "select prosrc from pg_proc where oid = %s::regproc", function)
+    recordset = re.search(r"jsonb?_to_recordset\(p_\w+\) as \w+ \(([^)]+)\)", source)
+    assert recordset
+    read = [column.split()[0] for column in recordset[1].split(",")]
+    assert sorted(set(names(struct)) | {"request_id"}) == sorted({*read, "request_id"})
+
+
+@pytest.mark.parametrize(
+    ("statement", "function"), [(STATEMENT, "api.create_payments"), (RECEIVE, "surety.receive_webhooks")]
+)
+def test_a_lane_reads_all_that_its_function_returns(rights: Connection, statement: bytes, function: str) -> None:
+    returned = one(
+        rights,
+        "select proargnames[array_position(proargmodes, 't') :] from pg_proc where oid = %s::regproc",
+        function,
+    )
+    read = re.search(r"select (.+) from", statement.decode())
+    assert read
+    assert read[1].split(", ") == returned
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [("api", "app/(api|web)/[a-z_]+.py"), ("webhook", "app/receiver.py")],
+)
+def test_a_process_may_execute_what_it_calls(rights: Connection, kind: Kind, files: str) -> None:
+    functions = {name for name, places in called("app").items() if any(re.fullmatch(files, place) for place in places)}
+    assert functions
+    denied = [
+        name
+        for name in sorted(functions)
+        if not one(rights, "select has_function_privilege(%s, %s::regproc, 'execute')", role_of(kind), name)
+    ]
+    assert denied == []
+
+
+def test_every_function_that_is_called_exists(rights: Connection) -> None:
+    missing = {
+        name: sorted(places)
+        for name, places in called("app", "jobs", "db").items()
+        if one(rights, "select to_regproc(%s)", name) is None
+    }
+    assert missing == {}
+
+
+def test_every_constraint_is_a_rule_or_listed_as_a_bug(rights: Connection) -> None:
+    claims = set(
+        column(
+            rights,
+            "select k.conname from pg_constraint as k join pg_namespace as n on n.oid = k.connamespace"
+            " where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'api', 'report')"
+            " and k.contype not in ('n', 't', 'p') and k.conparentid = 0 and k.conislocal",
+        )
+    )
+    bugs = (ROOT / "tests" / "db" / "internal_constraints.txt").read_text(encoding="utf-8").split()
+    assert bugs == sorted(set(bugs))
+    assert not CONSTRAINTS.keys() & set(bugs)
+    assert claims == CONSTRAINTS.keys() | set(bugs)
+
+
+def test_every_sqlstate_of_ours_has_a_type_and_every_type_a_page() -> None:
+    raised = {state for text in SQL.values() for state in re.findall(r"\bSU\d{3}\b", text)}
+    assert raised <= SQLSTATES.keys()
+    assert {state for state in SQLSTATES if state.startswith("SU")} <= raised
+    assert set(SQLSTATES.values()) <= TYPES.keys()
+
+
+def test_a_constraint_that_a_request_breaks_is_told_as_its_rule(rights: Connection, key: bytes) -> None:
+    for fields, constraint in (
+        ({"reference": "r" * 256}, "payment_reference_is_short"),
+        ({"description": "d" * 1001}, "payment_description_is_short"),
+        ({"statement_descriptor_suffix": "s" * 23}, "payment_descriptor_suffix_is_short"),
+        ({"return_url": "u" * 2049}, "payment_return_url_is_short"),
+        ({"metadata": []}, "payment_metadata_is_an_object"),
+        ({"capture_method": "later"}, "payment_rail_has_a_path"),
+        ({"idempotency_key": "é"}, "idempotency_key_is_printable"),
+    ):
+        with pytest.raises(psycopg.errors.CheckViolation) as refused:
+            create(rights, [request(key, **fields)])
+        assert refused.value.diag.constraint_name == constraint
+        assert constraint in CONSTRAINTS

@@ -1,0 +1,29 @@
+"""The oldest PostgreSQL that Surety supports keeps the same promises: the core's tests once more, on 15."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+POSTGRESQL_15 = Path("/usr/lib/postgresql/15/bin")
+CORE = ("test_states.py", "test_facts.py", "test_ledger.py", "test_races.py", "test_outbox.py", "test_restore.py")
+
+
+@pytest.mark.skipif(not POSTGRESQL_15.is_dir(), reason="PostgreSQL 15 is not installed here")
+def test_the_core_is_the_same_on_postgresql_15() -> None:
+    folder = Path(__file__).parent
+    inherited = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-k", "not every_order", *(str(folder / name) for name in CORE)],
+        cwd=folder.parent.parent,
+        env=inherited | {"SURETY_PG_BIN": str(POSTGRESQL_15)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]

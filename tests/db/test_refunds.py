@@ -1,0 +1,545 @@
+"""Refunds: what is asked for is reserved at once, what the provider says in whatever order ends alike, and what the
+outside does all the same is booked and told.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import errors
+
+from tests.db.test_races import Two, at_once
+from tests.support.http_client import Merchant, broken, problem, service
+from tests.support.payments import (
+    Connection,
+    Fact,
+    add_merchant,
+    command,
+    fact,
+    ledger_of,
+    money,
+    pay,
+    record,
+    violations,
+)
+from tests.support.sandbox_process import Sandbox, running_sandbox
+from tests.support.workers import UNTIL_DUE, due, hasten, work_off, worker_here
+
+PIPELINE = ("submit", "confirm", "refund")
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    with running_sandbox(tmp_path_factory.mktemp("refunds"), "--hang-seconds=1", "--slow-seconds=0.1") as sandbox:
+        yield sandbox
+
+
+def captured(conn: Connection, key: bytes, **fields: Any) -> str:
+    [payment_id] = pay(conn, key, **fields)
+    currency = fields.get("currency", "usd")
+    told = [fact(payment_id, *what, 10000, currency=currency) for what in (("submitted", "pi"), ("captured", "ch"))]
+    record(conn, told)
+    return payment_id
+
+
+def ask(conn: Connection, key: bytes, payment_id: str, amount: int | None = None, **more: Any) -> dict[str, Any]:
+    return command(conn, "create_refund", key, payment_id=payment_id, amount=amount, **more)
+
+
+def told(payment_id: str, refund_id: str, kind: str, amount: int, object_id: str = "re") -> Fact:
+    """What the provider says of a refund of ours."""
+    return fact(payment_id, kind, object_id, amount, data={"refund": refund_id})
+
+
+def amounts(conn: Connection, payment_id: str) -> tuple[str, int, int]:
+    query = "select state, refunded_minor, refund_pending_minor from surety.payments where id = %s"
+    row = conn.execute(query, (payment_id,)).fetchone()
+    assert row is not None
+    return row
+
+
+def states(conn: Connection, payment_id: str) -> list[tuple[str, int]]:
+    """State and amount of each of a payment's refunds."""
+    query = "select state, amount_minor from surety.refunds where payment_id = %s order by amount_minor, state"
+    return conn.execute(query, (payment_id,)).fetchall()
+
+
+def test_what_is_asked_for_is_reserved_at_once(conn: Connection) -> None:
+    merchant, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    outcome = ask(conn, key, payment_id, 2500, reason="duplicate", metadata={"why": "twice"})
+    assert outcome["status"] == 201
+    shown = outcome["body"]
+    assert (shown["state"], shown["amount"], shown["payment"]) == ("pending", 2500, payment_id)
+    assert (shown["reason"], shown["metadata"]) == ("duplicate", {"why": "twice"})
+    assert amounts(conn, payment_id) == ("confirmed", 0, 2500)
+    assert ledger_of(conn, payment_id) == {"due": 10000, "pend": 9625, "rev": 375, "avail": -2500, "refunding": 2500}
+    events = conn.execute("select type, merchant_id from outbox.events where aggregate_id = %s", (shown["id"],))
+    assert events.fetchall() == [("refund.pending", merchant)]
+    assert not violations(conn)
+
+
+def test_refunds_stay_within_what_was_captured(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    captured(conn, key)
+    payment_id = captured(conn, key)
+    assert ask(conn, key, payment_id, 6000)["status"] == 201
+    refused = ask(conn, key, payment_id, 4001)
+    assert (refused["status"], refused["detail"]["rule"], refused["detail"]["limit"]) == (400, "maximum", 4000)
+    assert ask(conn, key, payment_id)["body"]["amount"] == 4000, "without an amount, what is left"
+    assert ask(conn, key, payment_id, 1)["problem"] == "wrong-state"
+    assert states(conn, payment_id) == [("pending", 4000), ("pending", 6000)]
+    assert not violations(conn)
+
+
+@pytest.mark.parametrize("state", ["initiated", "authorized", "disputed", "failed"])
+def test_what_was_not_captured_or_is_disputed_is_not_refunded(conn: Connection, state: str) -> None:
+    _, key = add_merchant(conn)
+    captured(conn, key)
+    [payment_id] = pay(conn, key, capture_method="manual")
+    facts: dict[str, list[Fact]] = {
+        "initiated": [],
+        "authorized": [fact(payment_id, "authorized", "ch", 10000)],
+        "disputed": [fact(payment_id, "captured", "ch", 10000), fact(payment_id, "dispute_opened", "dp", 4000)],
+        "failed": [fact(payment_id, "failed", "pi")],
+    }
+    if facts[state]:
+        record(conn, facts[state])
+    outcome = ask(conn, key, payment_id, 100)
+    assert (outcome["status"], outcome["problem"], outcome["detail"]["state"]) == (409, "wrong-state", state)
+
+
+def test_a_refund_must_be_covered_by_what_the_merchant_is_owed(conn: Connection) -> None:
+    """But who has one payment only can give all of it back, our fee notwithstanding."""
+    _, key = add_merchant(conn)
+    first, second = captured(conn, key), captured(conn, key)
+    record(conn, [fact(first, "dispute_opened", "dp", 10000)])
+    refused = ask(conn, key, second)
+    assert (refused["status"], refused["problem"]) == (409, "balance-too-low")
+    assert refused["detail"] == {"needed": 10000, "balance": 9250, "currency": "usd"}
+    assert states(conn, second) == []
+    assert ask(conn, key, second, 9600)["status"] == 201
+    _, alone = add_merchant(conn)
+    assert ask(conn, alone, captured(conn, alone))["status"] == 201
+
+
+def arrived_in_dollars(conn: Connection, key: bytes, cents: int, rate: str) -> str:
+    """A payment of 100 euros that has settled, for so many dollars' cents."""
+    payment_id = captured(conn, key, currency="eur")
+    data = {"other_currency": "eur", "other_gross": 10000, "rate": rate}
+    record(conn, [money(payment_id, "txn", "charge", cents, 345, data=data)])
+    record(conn, [fact(payment_id, "available", "txn", cents)])
+    return payment_id
+
+
+# 0.7351 * 9625 is 7075.3, and 7075 / 0.7351 is 9624.5: back and forth loses a cent.
+@pytest.mark.parametrize(("cents", "rate"), [(10850, "1.085"), (7351, "0.7351"), (6700, "0.67")])
+def test_what_arrived_in_another_currency_can_be_given_back_by_who_has_nothing_else(
+    conn: Connection, cents: int, rate: str
+) -> None:
+    _, key = add_merchant(conn)
+    payment_id = arrived_in_dollars(conn, key, cents, rate)
+    assert ask(conn, key, payment_id, 4000)["status"] == 201
+    assert ask(conn, key, payment_id)["status"] == 201
+    assert states(conn, payment_id) == [("pending", 4000), ("pending", 6000)]
+    assert not violations(conn)
+
+
+def test_a_refund_of_what_was_exchanged_must_be_covered_in_both_currencies_together(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = arrived_in_dollars(conn, key, 10850, "1.085")
+    another = arrived_in_dollars(conn, key, 10850, "1.085")
+    record(conn, [fact(another, "dispute_opened", "dp", 10000, currency="eur")])
+    refused = ask(conn, key, payment_id, 9626)
+    assert (refused["status"], refused["problem"]) == (409, "balance-too-low")
+    assert refused["detail"] == {"needed": 9626, "balance": 9249, "currency": "eur"}
+    assert ask(conn, key, payment_id, 9625)["status"] == 201
+    assert ledger_of(conn)["avail eur"] == -19625
+    assert not violations(conn)
+
+
+def test_dollars_of_other_payments_cover_a_refund_in_euros_only_where_it_was_exchanged(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    captured(conn, key)
+    record(conn, [fact(captured(conn, key, currency="eur"), "dispute_opened", "dp", 10000, currency="eur")])
+    in_euros, in_dollars = captured(conn, key, currency="eur"), arrived_in_dollars(conn, key, 10850, "1.085")
+    assert ask(conn, key, in_dollars)["status"] == 201
+    assert ask(conn, key, in_euros)["problem"] == "balance-too-low"
+
+
+def test_the_same_key_brings_the_same_refund(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    first = ask(conn, key, payment_id, 2500, idempotency_key="mine")
+    assert ask(conn, key, payment_id, 2500, idempotency_key="mine") == first | {"is_replayed": True}
+    assert ask(conn, key, payment_id, 2600, idempotency_key="mine", request_hash="01")["status"] == 422
+    assert states(conn, payment_id) == [("pending", 2500)]
+
+
+def test_what_is_told_of_a_refund_in_every_order_ends_alike(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    for _ in range(3):
+        captured(conn, key)
+    orders = list(itertools.permutations(range(5)))
+    payments = pay(conn, key, len(orders))
+    record(conn, [fact(payment_id, "submitted", "pi", 10000) for payment_id in payments])
+    record(conn, [fact(payment_id, "captured", "ch", 10000) for payment_id in payments])
+    facts = []
+    for payment_id in payments:
+        refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
+        kinds = ("refund_pending", "refund_action", "refund_succeeded", "refund_failed")
+        facts.append([told(payment_id, refund_id, kind, 2500) for kind in kinds])
+        facts[-1].append(money(payment_id, "txn", "refund", -2500))
+    for place in range(5):
+        record(conn, [facts[n][order[place]] for n, order in enumerate(orders)])
+    ends = {
+        (*states(conn, payment_id), *amounts(conn, payment_id), json.dumps(ledger_of(conn, payment_id), sort_keys=True))
+        for payment_id in payments
+    }
+    assert len(ends) == 1 and next(iter(ends))[0] == ("failed", 2500), ends
+    assert not violations(conn)
+
+
+def test_a_refund_that_fails_late_is_given_back_and_may_be_asked_for_again(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    refund_id = ask(conn, key, payment_id)["body"]["id"]
+    record(conn, [told(payment_id, refund_id, "refund_succeeded", 10000), money(payment_id, "t1", "refund", -10000)])
+    assert amounts(conn, payment_id) == ("refunded", 10000, 0)
+    failed = told(payment_id, refund_id, "refund_failed", 10000)
+    failed["data"]["failure"] = {"code": "lost_or_stolen_card"}
+    record(conn, [failed, money(payment_id, "t2", "refund_failure", 10000)])
+    assert amounts(conn, payment_id) == ("confirmed", 0, 0)
+    row = conn.execute("select state, failure ->> 'code' from surety.refunds").fetchone()
+    assert row == ("failed", "lost_or_stolen_card")
+    assert ledger_of(conn, payment_id) == {"due": 10000, "pend": 9625, "rev": 375}
+    assert ask(conn, key, payment_id)["status"] == 201
+    assert not violations(conn)
+
+
+def test_a_refund_made_at_the_provider_gets_its_row(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    record(conn, [fact(payment_id, "refund_succeeded", "re", 3000), money(payment_id, "txn", "refund", -3000)])
+    assert amounts(conn, payment_id) == ("partially_refunded", 3000, 0)
+    assert conn.execute("select state, is_ours from surety.refunds").fetchall() == [("succeeded", False)]
+    assert conn.execute("select kind from surety.discrepancies").fetchall() == []
+    assert ask(conn, key, payment_id, 7001)["detail"]["limit"] == 7000
+    assert not violations(conn)
+
+
+def test_more_than_was_captured_given_back_outside_is_booked_and_told(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    for name in ("a", "b"):
+        record(conn, [fact(payment_id, "refund_succeeded", f"re_{name}", 6000)])
+        record(conn, [money(payment_id, f"txn_{name}", "refund", -6000)])
+    assert amounts(conn, payment_id) == ("refunded", 10000, 0)
+    assert ledger_of(conn, payment_id)["avail"] == -12000
+    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("amount", True)]
+    assert not violations(conn)
+
+
+def test_another_amount_than_was_asked_for_is_booked_as_it_is(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
+    record(conn, [told(payment_id, refund_id, "refund_succeeded", 2600), money(payment_id, "txn", "refund", -2600)])
+    assert states(conn, payment_id) == [("succeeded", 2600)]
+    assert ledger_of(conn, payment_id)["avail"] == -2600
+    assert "refunding" not in ledger_of(conn, payment_id)
+    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("amount", True)]
+    assert not violations(conn)
+
+
+def test_a_second_object_for_one_refund_is_a_refund_of_its_own_and_critical(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
+    record(conn, [told(payment_id, refund_id, "refund_succeeded", 2500, "re_1")])
+    record(conn, [told(payment_id, refund_id, "refund_succeeded", 2500, "re_2")])
+    assert amounts(conn, payment_id) == ("partially_refunded", 5000, 0)
+    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("duplicate", True)]
+    assert not violations(conn)
+
+
+def test_two_captures_of_one_payment_pay_the_merchant_once(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    for order in ((0, 1), (1, 0)):
+        [payment_id] = pay(conn, key)
+        facts = [fact(payment_id, "captured", "ch_1", 7000), fact(payment_id, "captured", "ch_2", 10000)]
+        for place in order:
+            record(conn, [facts[place]])
+        assert ledger_of(conn, payment_id) == {"due": 17000, "pend": 9625, "rev": 375, "suspense": 7000}
+    together = pay(conn, key)[0]
+    record(conn, [fact(together, "captured", "ch_1", 7000), fact(together, "captured", "ch_2", 10000)])
+    assert ledger_of(conn, together) == {"due": 17000, "pend": 9625, "rev": 375, "suspense": 7000}
+
+
+# ------------------------------------------------------------------------------------------------------------- races
+
+Doing = Callable[[Connection], object]
+
+
+def test_two_refunds_at_once_can_not_exceed_what_was_captured(conn: Connection, two: Two) -> None:
+    _, key = add_merchant(conn)
+    captured(conn, key)
+    payment_id = captured(conn, key)
+    outcomes: list[int] = []
+
+    def asked(connection: Connection) -> None:
+        outcomes.append(ask(connection, key, payment_id, 6000)["status"])
+
+    at_once(conn, two, lambda: asked(two[0]), lambda: asked(two[1]))
+    assert outcomes == [201, 400]
+    assert not violations(conn)
+
+
+def test_two_refunds_of_two_payments_at_once_can_not_exceed_the_balance(conn: Connection, two: Two) -> None:
+    _, key = add_merchant(conn)
+    first, second = captured(conn, key), captured(conn, key)
+    record(conn, [fact(captured(conn, key), "dispute_opened", "dp", 10000)])
+    outcomes: list[Any] = []
+    at_once(
+        conn,
+        two,
+        lambda: outcomes.append(ask(two[0], key, first)["problem"]),
+        lambda: outcomes.append(ask(two[1], key, second)["problem"]),
+    )
+    assert outcomes == [None, "balance-too-low"]
+    assert not violations(conn)
+
+
+OTHERS: dict[str, tuple[list[Callable[[str], Fact]], Callable[[str], Fact], Any, Any]] = {
+    # what came before, what crosses the refund; the refund's problem if it comes second, and if it comes first
+    "capture": ([lambda p: fact(p, "authorized", "ch", 10000)], lambda p: fact(p, "captured", "ch", 10000), None, None),
+    "dispute": (
+        [lambda p: fact(p, "captured", "ch", 10000)],
+        lambda p: fact(p, "dispute_opened", "dp", 10000),
+        "wrong-state",
+        None,
+    ),
+    "return": (
+        [lambda p: fact(p, "captured", "ch", 10000)],
+        lambda p: fact(p, "returned", "return", 10000),
+        "wrong-state",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("first", ["refund", "other"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_refund_crosses_what_the_network_does(conn: Connection, two: Two, name: str, first: str) -> None:
+    before, crossing, problem_second, problem_first = OTHERS[name]
+    _, key = add_merchant(conn)
+    for _ in range(2):
+        captured(conn, key)
+    [payment_id] = pay(conn, key, capture_method="manual")
+    for tell in before:
+        record(conn, [tell(payment_id)])
+    outcomes: list[Any] = []
+
+    def refund(connection: Connection) -> None:
+        outcomes.append(ask(connection, key, payment_id, 4000)["problem"])
+
+    def other(connection: Connection) -> None:
+        record(connection, [crossing(payment_id)])
+
+    doings: list[Doing] = [refund, other] if first == "refund" else [other, refund]
+    at_once(conn, two, lambda: doings[0](two[0]), lambda: doings[1](two[1]))
+    if name == "capture" and first == "refund":
+        assert outcomes == ["wrong-state"]
+    else:
+        assert outcomes == [problem_second if first == "other" else problem_first]
+    assert not violations(conn)
+
+
+def test_the_answer_to_a_refund_is_lost_and_asked_for_again_at_once(conn: Connection, two: Two) -> None:
+    """The client hangs up and repeats while the first is not committed: one refund, one answer."""
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    outcomes: list[dict[str, Any]] = []
+    at_once(
+        conn,
+        two,
+        lambda: outcomes.append(ask(two[0], key, payment_id, 2500, idempotency_key="mine")),
+        lambda: outcomes.append(ask(two[1], key, payment_id, 2500, idempotency_key="mine")),
+    )
+    assert outcomes[1] == outcomes[0] | {"is_replayed": True}
+    assert states(conn, payment_id) == [("pending", 2500)]
+
+
+# -------------------------------------------------------------------------------------------------------- the chain
+
+
+@pytest.mark.parametrize(
+    ("version", "from_state", "to_state", "constraint"),
+    [
+        (2, "pending", "pending", "refund_step_is_legal"),
+        (2, "succeeded", "failed", "refund_step_starts_where_the_last_ended"),
+        (3, "pending", "failed", "refund_step_starts_where_the_last_ended"),
+        (1, None, "succeeded", "first_refund_step_is_pending"),
+        (2, None, "failed", "only_the_first_refund_step_starts_nowhere"),
+    ],
+)
+def test_a_refunds_steps_form_a_chain(
+    conn: Connection, version: int, from_state: str | None, to_state: str, constraint: str
+) -> None:
+    _, key = add_merchant(conn)
+    refund_id = ask(conn, key, captured(conn, key), 100)["body"]["id"]
+    with pytest.raises(psycopg.IntegrityError) as refused:
+        conn.execute(
+            "insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor)"
+            " values (%s, %s, %s, %s, 'test', now(), 'test')",
+            (refund_id, version, from_state, to_state),
+        )
+    assert refused.value.diag.constraint_name == constraint
+
+
+def test_every_pair_of_a_refunds_states_is_legal_or_refused(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    captured(conn, key)
+    listed = [row[0] for row in conn.execute("select state from surety.refund_states order by position")]
+    legal = set(conn.execute("select from_state, to_state from surety.refund_transitions").fetchall())
+    assert (len(listed), len(legal)) == (5, 10)
+    step = (
+        "insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor)"
+        " values (%s, %s, %s, %s, 'test', now(), 'test')"
+    )
+    payment_id = captured(conn, key)
+    for here in listed:
+        refund_id = ask(conn, key, payment_id, 100)["body"]["id"]
+        if here != "pending":
+            conn.execute(step, (refund_id, 2, "pending", here))
+        for there in listed:
+            values = (refund_id, 2 if here == "pending" else 3, here, there)
+            with conn.transaction(force_rollback=True):
+                if (here, there) in legal:
+                    conn.execute(step, values)
+                else:
+                    with pytest.raises(errors.ForeignKeyViolation, match="refund_step_is_legal"):
+                        conn.execute(step, values)
+
+
+def test_a_refunds_state_cannot_be_set_beside_its_steps(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    ask(conn, key, captured(conn, key), 100)
+    with pytest.raises(errors.ForeignKeyViolation) as refused:
+        conn.execute("update surety.refunds set state = 'succeeded'")
+    assert refused.value.diag.constraint_name == "refund_state_is_its_last_step"
+
+
+# ------------------------------------------------------------------------------------------------- at the provider
+
+
+def made(sandbox: Sandbox, payment_id: str) -> list[dict[str, Any]]:
+    """The refunds of a payment by the sandbox's own memory."""
+    page = sandbox.get("/v1/refunds", {"limit": 100})["data"]
+    return [refund for refund in page if refund["metadata"].get("surety_payment") == payment_id]
+
+
+async def test_a_refund_is_made_at_the_provider(conn: Connection, database: str, sandbox: Sandbox) -> None:
+    hasten(conn, UNTIL_DUE)
+    _, key = add_merchant(conn)
+    [payment_id] = pay(conn, key)
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, *PIPELINE)
+        assert ask(conn, key, payment_id, 2500, reason="requested_by_customer")["status"] == 201
+        await work_off(worker, *PIPELINE)
+    [refund] = made(sandbox, payment_id)
+    assert (refund["amount"], refund["reason"]) == (2500, "requested_by_customer")
+    assert amounts(conn, payment_id) == ("partially_refunded", 2500, 0)
+    assert states(conn, payment_id) == [("succeeded", 2500)]
+    assert not violations(conn)
+
+
+@pytest.mark.parametrize(
+    "fault", ["timeout_before", "timeout_after", "error_500_before", "error_500_after", "reset", "garbage_200"]
+)
+async def test_a_refund_whose_answer_is_lost_is_made_once(
+    conn: Connection, database: str, sandbox: Sandbox, fault: str
+) -> None:
+    hasten(conn, UNTIL_DUE)
+    _, key = add_merchant(conn)
+    [payment_id] = pay(conn, key)
+    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
+        await work_off(worker, *PIPELINE)
+        refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
+        sandbox.order("refunds.create", fault, match=refund_id)
+        await work_off(worker, *PIPELINE)
+        assert amounts(conn, payment_id)[1:] == (0, 2500), "it is reserved while nobody knows"
+        due(conn)
+        await work_off(worker, *PIPELINE)
+    assert len(made(sandbox, payment_id)) == 1
+    assert states(conn, payment_id) == [("succeeded", 2500)]
+    assert not violations(conn)
+
+
+async def test_a_refund_that_the_provider_refuses_has_failed_and_reserves_nothing(
+    conn: Connection, database: str, sandbox: Sandbox
+) -> None:
+    """Somebody has refunded it in the provider's dashboard, and that news is still on its way."""
+    hasten(conn, UNTIL_DUE)
+    _, key = add_merchant(conn)
+    [payment_id] = pay(conn, key)
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, *PIPELINE)
+        row = conn.execute("select provider_id from surety.payments").fetchone()
+        assert row is not None
+        sandbox.post("/v1/refunds", {"payment_intent": row[0]}, key="dashboard")
+        assert ask(conn, key, payment_id, 2500)["status"] == 201
+        await work_off(worker, *PIPELINE)
+    refund = conn.execute("select state, failure ->> 'code' from surety.refunds").fetchall()
+    assert refund == [("failed", "charge_already_refunded")]
+    assert amounts(conn, payment_id)[1:] == (0, 0)
+    assert "refunding" not in ledger_of(conn, payment_id)
+    assert not violations(conn)
+
+
+# -------------------------------------------------------------------------------------------------------- over HTTP
+
+
+@pytest.fixture
+def merchant(conn: Connection, database: str) -> Iterator[Merchant]:
+    with service("api", database) as api:
+        merchant = Merchant(conn, api.url)
+        with merchant.client:
+            yield merchant
+
+
+def test_the_api_takes_shows_and_lists_refunds(conn: Connection, merchant: Merchant) -> None:
+    payment = merchant.pay(amount=10000)
+    record(conn, [fact(payment["id"], "submitted", "pi", 10000), fact(payment["id"], "captured", "ch", 10000)])
+    path = f"/v1/payments/{payment['id']}/refunds"
+    answer = merchant.client.post(path, json={"amount": 2500}, headers={"Idempotency-Key": "a"})
+    assert answer.status_code == 201, answer.text
+    shown = answer.json()
+    assert answer.headers["location"] == f"/v1/refunds/{shown['id']}"
+    assert merchant.get(f"/v1/refunds/{shown['id']}") == shown
+    again = merchant.client.post(path, json={"amount": 2500}, headers={"Idempotency-Key": "a"})
+    assert (again.content, again.headers["idempotency-replayed"]) == (answer.content, "true")
+    other = merchant.client.post(path, json={}, headers={"Idempotency-Key": "b"}).json()
+    assert merchant.get("/v1/refunds")["data"] == [other, shown]
+    page = merchant.get("/v1/refunds", payment=payment["id"], limit=1)
+    assert (page["data"], page["has_more"]) == ([other], True)
+    assert merchant.get("/v1/refunds", starting_after=other["id"])["data"] == [shown]
+    assert merchant.get("/v1/refunds", payment=f"pay_{32 * '0'}")["data"] == []
+    told = [event for event in merchant.get("/v1/events")["data"] if event["type"] == "refund.pending"]
+    assert [event["data"] for event in told] == [shown, other]
+    problem(merchant.client.get(f"/v1/refunds/ref_{32 * '0'}"), 404, "not-found")
+    problem(merchant.client.post(path, json={}, headers={"Idempotency-Key": "c"}), 409, "wrong-state")
+    answer = merchant.client.post(path, json={"reason": "boredom", "amount": 1.5}, headers={"Idempotency-Key": "d"})
+    assert broken(answer) == {("/reason", "one_of"), ("/amount", "type")}
+
+
+def test_a_strangers_refunds_do_not_exist(conn: Connection, merchant: Merchant) -> None:
+    _, key = add_merchant(conn)
+    refund_id = ask(conn, key, captured(conn, key), 100)["body"]["id"]
+    problem(merchant.client.get(f"/v1/refunds/{refund_id}"), 404, "not-found")
+    assert merchant.get("/v1/refunds")["data"] == []

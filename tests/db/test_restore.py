@@ -1,0 +1,104 @@
+"""A dump restored into another cluster: transaction ids begin anew there, and no event may be missed or taken twice."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from db.connect import harden
+from db.deploy.deploy import deploy
+from db.embedded import EmbeddedServer, binaries, temporary_database
+from tests.support.payments import Connection, add_merchant, create, pay, request, violations
+
+
+def claim_all(conn: Connection, handler: str) -> list[str]:
+    """Everything that a handler is given, finished at once."""
+    taken: list[str] = []
+    while row := conn.execute(
+        "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'test')", (handler,)
+    ).fetchone():
+        taken += row[2]
+        conn.execute("select outbox.finish(%s, %s, %s)", row)
+    return taken
+
+
+def events_of(conn: Connection, event_type: str) -> list[str]:
+    return [row[0] for row in conn.execute("select id from outbox.events where type = %s order by id", (event_type,))]
+
+
+def copy(source: str, target: str, folder: Path) -> None:
+    """Dump and restore, as an operator would."""
+    dump = folder / "surety.dump"
+    programs = binaries()
+    subprocess.run([programs["pg_dump"], "--format=custom", f"--file={dump}", source], check=True)
+    subprocess.run([programs["pg_restore"], "--exit-on-error", f"--dbname={target}", dump], check=True)
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[str]:
+    """An empty database of another cluster, which knows our roles."""
+    with EmbeddedServer() as other:
+        with temporary_database(other.url, "surety_roles") as url:
+            deploy(url)
+        with temporary_database(other.url, "surety_restored", template="template0") as url:
+            yield url
+
+
+def test_a_restored_database_accepts_and_claims_nothing_until_it_has_a_new_epoch_and_then_misses_no_event(
+    database: str, conn: Connection, elsewhere: str, tmp_path: Path
+) -> None:
+    _, key_hash = add_merchant(conn)
+    pay(conn, key_hash, 30)
+    conn.execute("update outbox.handlers set batch_size = 10")
+    row = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('submit', 'test')").fetchone()
+    assert row is not None
+    conn.execute("select outbox.finish(%s, %s, %s)", row)
+    done = set(row[2])
+    held = conn.execute("select event_ids from outbox.claim_batch('submit', 'a worker that dies')").fetchone()
+    assert held is not None and len(held[0]) == 10
+    copy(database, elsewhere, tmp_path)
+
+    with psycopg.connect(harden(elsewhere, "deploy"), autocommit=True) as restored:
+        for refused in (
+            lambda: create(restored, [request(key_hash)]),
+            lambda: restored.execute("select * from outbox.claim_batch('submit', 'test')"),
+        ):
+            with pytest.raises(psycopg.DatabaseError, match="restored") as refusal:
+                refused()
+            assert refusal.value.sqlstate == "SU005"
+
+        assert restored.execute("select outbox.restored('a test')").fetchone() == (2,)
+        assert restored.execute("select outbox.restored('again')").fetchone() == (2,)
+        pay(restored, key_hash, 5)
+        taken = claim_all(restored, "submit")
+        assert sorted(taken) == sorted(set(events_of(restored, "payment.initiated")) - done)
+        assert claim_all(restored, "submit") == []
+        # Their events were taken and finished, and nothing was done for them.
+        assert violations(restored) == {"no payment is forgotten": len(taken) + len(done)}
+
+
+def test_a_restored_databases_other_handlers_are_given_what_they_had_not_seen(
+    database: str, conn: Connection, elsewhere: str, tmp_path: Path
+) -> None:
+    _, key_hash = add_merchant(conn)
+    payments = pay(conn, key_hash, 4)
+    conn.execute(
+        "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
+        " select p, 2, 'initiated', 'submitting', 'test', now(), 'test' from unnest(%s::text[]) as p",
+        (payments,),
+    )
+    conn.execute(
+        "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
+        " select p, 3, 'submitting', 'provider_submitted', 'test', now(), 'test' from unnest(%s::text[]) as p",
+        (payments,),
+    )
+    claim_all(conn, "submit")
+    copy(database, elsewhere, tmp_path)
+    with psycopg.connect(harden(elsewhere, "deploy"), autocommit=True) as restored:
+        restored.execute("select outbox.restored('a test')")
+        assert claim_all(restored, "submit") == []
+        assert sorted(claim_all(restored, "confirm")) == events_of(restored, "payment.provider_submitted")

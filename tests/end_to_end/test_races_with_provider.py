@@ -1,0 +1,230 @@
+"""What crosses the provider's answer: a command or the network's news, before and after it, and when it was lost.
+
+The worker makes its call and records what came of it by its own code; the other comes on a connection of its own.
+Whoever is first holds his transaction open until the other waits for him. A lost answer took effect: its recording is
+that of the worker who asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from jobs.drain import claim, handle
+from jobs.handlers.payments import HANDLERS
+from jobs.stripe.facts import Origin, dispute_facts, intent_facts
+from jobs.worker import Worker
+from tests.db.test_races import Two
+from tests.support.payments import Connection, add_merchant, command, ledger_of, pay, record, state_of, violations
+from tests.support.sandbox_process import Sandbox, eventually, running_sandbox
+from tests.support.workers import UNTIL_DUE, attempts, due, hasten, work_off, worker_here
+
+WEEK = 7 * 86400.0
+WEBHOOK = Origin("", False, "webhook")
+WAITS = "select cardinality(pg_blocking_pids(%s)) > 0"
+WAITED_FOR = "select exists (select from pg_stat_activity where %s = any(pg_blocking_pids(pid)))"
+# The provider's money moves when its lines are read, which is no crossing's business.
+NOT_THE_PROVIDERS = ("pend", "avail", "held", "refunding", "rev")
+CHARGED = {"pend": 9625, "rev": 375}
+DISPUTED = {"pend": 9625, "held": 6000, "rev": 1875, "avail": -7500}
+
+
+@dataclass
+class Scene:
+    """A payment, and where everything about it happens."""
+
+    conn: Connection
+    sandbox: Sandbox
+    key: bytes
+    payment_id: str
+    intent: str = ""
+    problems: list[str | None] = field(default_factory=list)
+
+    def ask(self, connection: Connection, function: str, **asked: Any) -> str:
+        """The id of what a command answers; "" if it is refused, and why is kept."""
+        outcome = command(connection, function, self.key, payment_id=self.payment_id, **asked)
+        self.problems.append(outcome["problem"])
+        return str((outcome["body"] or {}).get("id", ""))
+
+    def expire(self) -> None:
+        """What is held expires at the provider."""
+        self.sandbox.control("clock", {"advance": WEEK})
+        eventually(lambda: self.sandbox.read(self.intent)["status"] == "canceled")
+
+    def hear_of_the_intent(self, connection: Connection) -> None:
+        record(connection, intent_facts(self.sandbox.read(self.intent), WEBHOOK))
+
+    def hear_of_a_dispute(self, connection: Connection) -> None:
+        made = self.sandbox.control("disputes", {"payment_intent": self.intent, "amount": 6000})
+        record(connection, dispute_facts(self.sandbox.get(f"/v1/disputes/{made['id']}"), WEBHOOK, 0))
+
+
+End = tuple[list[str | None], str, dict[str, int]]
+"""Why the other was refused, the payment's state, the balances that are not the provider's."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A command whose answer is crossed, by what, and where that ends by who is first."""
+
+    handler: str
+    function: str
+    other: Callable[[Scene, Connection], object]
+    answer_first: End
+    other_first: End
+    amount: int | None = None
+    is_expired: bool = False
+    before_the_call: End | None = None
+    """If the other comes before the call is made, and that makes a difference to the provider."""
+
+    @property
+    def operation(self) -> str:
+        return "refunds.create" if self.handler == "refund" else f"payment_intents.{self.handler}"
+
+    def end(self, *, is_first: bool, is_lost: bool) -> End:
+        """Where it ends, by whether the other is first and the answer lost."""
+        if is_first and not is_lost and self.before_the_call:
+            return self.before_the_call
+        return self.other_first if is_first else self.answer_first
+
+
+def refunded(amount: int) -> dict[str, int]:
+    return CHARGED | {"avail": -amount, "refunding": amount}
+
+
+CROSSINGS = {
+    "refund × capture": Crossing(
+        "capture",
+        "capture_payment",
+        lambda scene, connection: scene.ask(connection, "create_refund", amount=4000),
+        ([None], "partially_refunded", refunded(4000)),
+        (["wrong-state"], "confirmed", CHARGED),
+    ),
+    "cancel × capture": Crossing(
+        "capture",
+        "capture_payment",
+        lambda scene, connection: scene.ask(connection, "cancel_payment"),
+        (["wrong-state"], "confirmed", CHARGED),
+        (["wrong-state"], "confirmed", CHARGED),
+    ),
+    "capture × cancel": Crossing(
+        "cancel",
+        "cancel_payment",
+        lambda scene, connection: scene.ask(connection, "capture_payment"),
+        (["wrong-state"], "canceled", {}),
+        (["wrong-state"], "canceled", {}),
+    ),
+    "refund × dispute": Crossing(
+        "refund",
+        "create_refund",
+        Scene.hear_of_a_dispute,
+        ([], "disputed", DISPUTED | {"avail": -11500, "refunding": 4000}),
+        ([], "disputed", DISPUTED | {"avail": -11500, "refunding": 4000}),
+        amount=4000,
+        before_the_call=([], "disputed", DISPUTED),
+    ),
+    "refund × refund": Crossing(
+        "refund",
+        "create_refund",
+        lambda scene, connection: scene.ask(connection, "create_refund", amount=6000),
+        (["invalid-request"], "partially_refunded", refunded(6000)),
+        (["invalid-request"], "partially_refunded", refunded(6000)),
+        amount=6000,
+    ),
+    "capture × expiry": Crossing(
+        "capture",
+        "capture_payment",
+        Scene.hear_of_the_intent,
+        ([], "canceled", {}),
+        ([], "canceled", {}),
+        is_expired=True,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    folder = tmp_path_factory.mktemp("crossings")
+    with running_sandbox(folder, "--hang-seconds=0.1", f"--available-seconds={2 * WEEK}") as sandbox:
+        yield sandbox
+
+
+async def until(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not check():
+        assert time.monotonic() < deadline, "nobody waits, nobody ends"
+        await asyncio.sleep(0.002)
+
+
+async def cross(
+    conn: Connection, two: Two, worker: Worker, handler: str, other: Callable[[Connection], object], *, is_first: bool
+) -> None:
+    """Let a worker handle what it has to, and the other do what he does, each in a transaction that meets the other's.
+
+    The batch is the last lock of the worker's: held up there, it has recorded everything and not committed.
+    """
+    batch = await claim(worker, handler)
+    assert batch is not None
+    connection, gate = two
+
+    def is_so(query: str, about: Connection) -> bool:
+        return conn.execute(query.encode(), (about.info.backend_pid,)).fetchone() == (True,)
+
+    if is_first:
+        other(connection)
+        handling = asyncio.create_task(handle(worker, batch, HANDLERS[handler]))
+        await until(lambda: is_so(WAITED_FOR, connection))
+    else:
+        gate.execute("select from outbox.batches where id = %s for update", (batch.batch_id,))
+        handling = asyncio.create_task(handle(worker, batch, HANDLERS[handler]))
+        await until(lambda: is_so(WAITED_FOR, gate))
+        crossing = asyncio.create_task(asyncio.to_thread(other, connection))
+        await until(lambda: is_so(WAITS, connection))
+        gate.commit()
+        await crossing
+    connection.commit()
+    await handling
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["answer arrives", "answer lost"])
+@pytest.mark.parametrize("is_first", [False, True], ids=["answer first", "other first"])
+@pytest.mark.parametrize("name", CROSSINGS)
+async def test_what_crosses_an_answer_ends_as_if_one_came_after_the_other(
+    conn: Connection, database: str, two: Two, sandbox: Sandbox, name: str, is_first: bool, is_lost: bool
+) -> None:
+    crossing = CROSSINGS[name]
+    hasten(conn, UNTIL_DUE)
+    _, key = add_merchant(conn)
+    method = "automatic" if crossing.handler == "refund" else "manual"
+    [payment_id] = pay(conn, key, capture_method=method)
+    scene = Scene(conn, sandbox, key, payment_id)
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker)
+        [(scene.intent,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        asked = scene.ask(conn, crossing.function, amount=crossing.amount)
+        if crossing.is_expired:
+            scene.expire()
+        if is_lost:
+            sandbox.order(crossing.operation, "timeout_after", match=asked)
+            await work_off(worker, crossing.handler)
+            assert len(attempts(conn)) == 1
+            due(conn)
+        await cross(
+            conn, two, worker, crossing.handler, lambda connection: crossing.other(scene, connection), is_first=is_first
+        )
+        await work_off(worker)
+    problems, state, balances = crossing.end(is_first=is_first, is_lost=is_lost)
+    assert scene.problems == [None, *problems]
+    assert state_of(conn, payment_id) == state
+    assert {kind: total for kind, total in ledger_of(conn).items() if kind in NOT_THE_PROVIDERS} == balances
+    charges, refunds = (
+        sandbox.control(f"{what}/summary?metadata_key=surety_payment") for what in ("charges", "refunds")
+    )
+    assert (charges["double"], refunds["double"]) == ([], [])
+    assert attempts(conn) == []
+    assert violations(conn) == {}

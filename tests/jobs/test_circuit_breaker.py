@@ -1,0 +1,419 @@
+"""A provider's outage is not the event's failure: breakers open, hold, probe and close, and nobody is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from jobs.database import CONNECTIONS_MAX
+from jobs.polling import sweep
+from jobs.stripe.client import Outage
+from jobs.worker import Worker
+from tests.support.payments import Connection, add_merchant, pay, state_of, violations
+from tests.support.sandbox_process import Sandbox, eventually, running_sandbox
+from tests.support.workers import (
+    UNTIL_DUE,
+    attempts,
+    due,
+    hasten,
+    wait_for_worker,
+    work_off,
+    worker_here,
+    worker_process,
+)
+
+OUT = {"profile": {"error_500_before": 1.0, "reads": 1.0}}
+WELL = {"profile": "none", "next": []}
+ENDED = ("confirmed", "settled")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    with running_sandbox(tmp_path_factory.mktemp("breaker"), "--hang-seconds=60") as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def sandbox(shared: Sandbox) -> Iterator[Sandbox]:
+    """A provider that is well, before and after."""
+    yield shared
+    shared.control("faults", WELL)
+
+
+@pytest.fixture
+def shop(conn: Connection) -> Callable[..., list[str]]:
+    """Makes payments, of a merchant at the platform's own account unless another's key is given."""
+    hasten(conn, UNTIL_DUE)
+    conn.execute("update surety.environment set kind = 'test'")
+    _, own = add_merchant(conn)
+    return lambda count=1, key=own, **fields: pay(conn, key, count, **fields)
+
+
+def pass_time(conn: Connection, interval: str) -> None:
+    """The database's clock goes on by so much."""
+    conn.execute(
+        "insert into surety.clock (ahead) values (%s) on conflict (kind) do update"
+        " set ahead = clock.ahead + excluded.ahead",
+        (interval,),
+    )
+
+
+def opened(conn: Connection) -> set[str]:
+    """Accounts whose breaker is open."""
+    return {row[0] for row in conn.execute("select account from surety.provider_status() where state = 'open'")}
+
+
+def transitions(conn: Connection) -> list[tuple[str, str]]:
+    """What the audit trail tells of breakers: the account and what became of it."""
+    return conn.execute(
+        "select snapshot ->> 'account', outcome from audit.entries where kind = 'system' and outcome like 'breaker %'"
+        " order by id"
+    ).fetchall()
+
+
+def count(conn: Connection, query: str, *values: Any) -> int:
+    row = conn.execute(query.encode(), values or None).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def calls_made(sandbox: Sandbox) -> int:
+    """Requests that the provider has failed so far."""
+    return sum(row["count"] for row in sandbox.control("faults")["injected"])
+
+
+async def later(conn: Connection, worker: Worker, interval: str) -> None:
+    """Time passes, and the worker does what it does every second."""
+    pass_time(conn, interval)
+    await worker.breaker.pulse()
+    await work_off(worker)
+
+
+async def test_ten_minutes_without_the_provider_leave_nothing_to_do_for_anybody(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    payments = shop(30)
+    async with worker_here(database, sandbox.url) as worker:
+        sandbox.control("faults", OUT)
+        await work_off(worker)
+        assert opened(conn) == {""}
+        tried = calls_made(sandbox)
+        for _ in range(10):
+            payments += shop(2)
+            await later(conn, worker, "1 minute")
+            assert opened(conn) == {""}
+        assert calls_made(sandbox) - tried < 20, "only probes were made"
+        assert count(conn, "select count(*) from outbox.retries") <= 30, "the rest was not even claimed"
+        sandbox.control("faults", WELL)
+        await later(conn, worker, "1 minute")
+        await work_off(worker)
+    assert transitions(conn) == [("", "breaker opened"), ("", "breaker closed")]
+    assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+    assert count(conn, "select count(*) from outbox.dead_letters") == 0
+    assert count(conn, "select count(*) from outbox.retries") == 0
+    assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
+    assert not violations(conn)
+
+
+@pytest.mark.parametrize("fault", ["timeout_after", "reset", "error_500_after", "garbage_200"])
+async def test_no_outage_counts_against_an_event_whatever_it_looks_like(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]], fault: str
+) -> None:
+    payments = shop(8)
+    async with worker_here(database, sandbox.url, timeout_seconds=1) as worker:
+        sandbox.control("faults", {"profile": {fault: 1.0, "reads": 1.0}})
+        for _ in range(6):
+            await later(conn, worker, "1 hour")
+            assert [failures for _, failures, _ in attempts(conn)] == [0] * 8
+        sandbox.control("faults", WELL)
+        for _ in range(3):
+            await later(conn, worker, "1 hour")
+    assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+    assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
+
+
+async def test_a_breaker_stops_its_account_and_no_other(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    _, key = add_merchant(conn, account="acct_out")
+    cut_off = shop(5, key)
+    fault = "error_500_before"
+    sandbox.control(
+        "faults",
+        {
+            "next": [
+                {"operation": "balance.retrieve", "fault": fault, "times": 1000},
+                *({"operation": "payment_intents.create", "fault": fault, "times": 9, "match": one} for one in cut_off),
+            ]
+        },
+    )
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker)
+        assert opened(conn) == {"acct_out"}
+        cut_off += shop(5, key)
+        others = shop(20)
+        await work_off(worker)
+        assert {state_of(conn, payment_id) for payment_id in others} <= set(ENDED)
+        assert {state_of(conn, payment_id) for payment_id in cut_off} == {"submitting", "initiated"}
+        assert opened(conn) == {"acct_out"}
+        [(held,)] = conn.execute("select held from surety.provider_status() where account = 'acct_out'").fetchall()
+        assert held == 10
+        before = count(conn, "select count(*) from audit.entries")
+        assert await work_off(worker) == 0, "what is held is not claimed again"
+        assert count(conn, "select count(*) from audit.entries") == before
+        sandbox.control("faults", WELL)
+        await later(conn, worker, "10 seconds")
+    assert {state_of(conn, payment_id) for payment_id in cut_off} <= set(ENDED)
+    assert attempts(conn) == []
+
+
+async def test_one_payment_that_the_provider_can_not_make_is_dead_after_three_failures_and_opens_nothing(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    payments = shop(20)
+    bad = payments[7]
+    always = {"operation": "payment_intents.create", "fault": "error_500_before", "times": 99, "match": bad}
+    sandbox.control("faults", {"next": [always]})
+    async with worker_here(database, sandbox.url) as worker:
+        for failures in (1, 2):
+            await work_off(worker)
+            assert [row[:2] for row in attempts(conn)] == [("submit", failures)]
+            due(conn)
+        await work_off(worker)
+    assert conn.execute("select payment_id from outbox.dead_letters").fetchall() == [(bad,)]
+    assert {state_of(conn, payment_id) for payment_id in payments if payment_id != bad} <= set(ENDED)
+    assert opened(conn) == set()
+    retried = "select outcome, snapshot ->> 'failures' from audit.entries where kind = 'retry' and payment_id = %s"
+    assert conn.execute(retried + " order by id", (bad,)).fetchall() == [("failed", str(n)) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("fault", ["timeout_after", "timeout_before"])
+async def test_a_dead_letter_that_is_replayed_after_25_hours_makes_no_second_charge(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]], fault: str
+) -> None:
+    payments = shop(10)
+    bad = payments[3]
+    unknown = "select operation, payments, oldest_payment, given_up from surety.unknown_outcomes()"
+    never = {"operation": "payment_intents.create", "fault": fault, "times": 99, "match": bad}
+    sandbox.control("faults", {"next": [never]})
+
+    async def lose_patience(request: httpx.Request) -> None:
+        # With this one alone: a worker that lost it soon with all would be short with them on a busy machine.
+        if bad.encode() in request.content:
+            request.extensions["timeout"]["read"] = 0.5
+
+    async with worker_here(database, sandbox.url, timeout_seconds=30) as worker:
+        worker.stripe.http.event_hooks["request"].append(lose_patience)
+        await work_off(worker)
+        assert conn.execute(unknown).fetchall() == [("create", 1, bad, 0)]
+        for _ in range(2):
+            due(conn)
+            await work_off(worker)
+        assert conn.execute(unknown).fetchall() == [("create", 1, bad, 1)]
+        sandbox.control("faults", WELL)
+        worker.stripe.http.event_hooks["request"].remove(lose_patience)
+        pass_time(conn, "25 hours")
+        sandbox.control("clock", {"advance": 25 * 3600})
+        replay = (
+            "select outcome from outbox.dead_letters as d, outbox.replay_dead_letter(d.id, 'me', 'it is well again')"
+        )
+        assert conn.execute(replay).fetchall() == [("replayed",)]
+        await work_off(worker)
+    assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+    made = [charge["metadata"]["surety_payment"] for charge in sandbox.control("charges")]
+    assert made.count(bad) == 1
+    assert conn.execute(unknown).fetchall() == []
+
+
+async def test_many_that_must_be_looked_for_share_one_reading_of_the_list(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    payments = shop(20)
+    lists: list[str] = []
+
+    async def remember(request: httpx.Request) -> None:
+        if request.method == "GET" and request.url.path == "/v1/payment_intents":
+            lists.append(str(request.url))
+
+    async with worker_here(database, sandbox.url) as worker:
+        worker.stripe.http.event_hooks["request"].append(remember)
+        sandbox.control("faults", {"profile": {"error_500_after": 0.5, "error_500_before": 0.5}})
+        await work_off(worker, "submit")
+        sandbox.control("faults", WELL)
+        for _ in range(3):
+            await later(conn, worker, "1 hour")
+    assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+    assert 1 <= len(lists) <= 4
+    assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
+
+
+async def test_a_decline_and_a_busy_provider_are_no_outage(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    shop(15, method_token="pm_card_visa_chargeDeclined")
+    sandbox.order("payment_intents.create", "rate_limit_429", times=10)
+    async with worker_here(database, sandbox.url) as worker:
+        for _ in range(3):
+            await later(conn, worker, "5 seconds")
+    assert opened(conn) == set()
+    assert count(conn, "select count(*) from surety.payments where state = 'failed'") == 15
+
+
+async def test_where_reads_are_answered_and_commands_are_not_the_breaker_opens_again_and_waits_longer(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    payments = shop(20)
+    sandbox.control("faults", {"profile": {"error_500_before": 1.0}})
+    waits = []
+    query = (
+        "select extract(epoch from next_probe_at - opened_at)::float from surety.breakers where opened_at is not null"
+    )
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker)
+        for _ in range(4):
+            waits += [round(wait) for (wait,) in conn.execute(query).fetchall()]
+            await later(conn, worker, "61 seconds")
+        assert waits == [5, 10, 20, 40]
+        assert [failures for _, failures, _ in attempts(conn)] == [0] * 20
+        sandbox.control("faults", WELL)
+        for _ in range(3):
+            await later(conn, worker, "61 seconds")
+    assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+    assert count(conn, "select count(*) from outbox.dead_letters") == 0
+
+
+async def test_what_opens_while_a_probe_is_under_way_is_not_closed_by_it(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    shop(0)
+    probed = {"operation": "balance.retrieve", "fault": "slow"}
+    sandbox.control("faults", {"slow_seconds": 2, "next": [probed]})
+    async with worker_here(database, sandbox.url) as worker:
+        breaker, began = worker.breaker, time.monotonic()
+        breaker.note("", began, Outage("nobody is there"), is_command=True)
+        considering = asyncio.create_task(breaker.consider([("", began)]))
+        await asyncio.to_thread(eventually, lambda: sandbox.control("faults")["next"] == [])
+        for _ in range(10):
+            breaker.note("", began, Outage("nobody is there"), is_command=True)
+        await breaker.pulse()
+        assert opened(conn) == {""}
+        await considering
+        assert opened(conn) == {""}
+        await later(conn, worker, "6 seconds")
+        assert opened(conn) == set(), "the next one was begun after it"
+
+
+async def test_a_provider_that_fails_now_and_then_is_called_on_and_nothing_counts(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    payments = shop(30)
+    sandbox.control("faults", {"profile": {"error_500_before": 0.25}})
+    async with worker_here(database, sandbox.url) as worker:
+        for _ in range(4):
+            payments += shop(30)
+            await later(conn, worker, "20 seconds")
+            assert opened(conn) == set()
+            assert sum(failures for _, failures, _ in attempts(conn)) < 5, "those that came before it was known"
+        sandbox.control("faults", WELL)
+        for _ in range(3):
+            await later(conn, worker, "61 seconds")
+        # Those that did count, before it was known, have their hour to wait.
+        await later(conn, worker, "80 minutes")
+    assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+    assert count(conn, "select count(*) from outbox.dead_letters") == 0
+
+
+async def test_while_the_provider_is_out_the_sweep_asks_nobody(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    shop(3)
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        sandbox.control("faults", OUT)
+        await work_off(worker)
+        assert opened(conn) == {""}
+        pass_time(conn, "1 hour")
+        tried = calls_made(sandbox)
+        await sweep(worker)
+        assert calls_made(sandbox) == tried
+
+
+async def test_what_a_breaker_holds_is_due_again_even_if_nobody_closes_it(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    [payment_id] = shop()
+    async with worker_here(database, sandbox.url) as worker:
+        sandbox.control("faults", OUT)
+        await work_off(worker)
+        sandbox.control("faults", WELL)
+        conn.execute("delete from surety.breakers")
+        await worker.breaker._tell()
+        await later(conn, worker, "61 seconds")
+    assert state_of(conn, payment_id) in ENDED
+
+
+async def test_an_answer_is_told_no_younger_than_it_is_however_long_the_telling_has_to_wait(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    shop()
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        [(now,)] = conn.execute("select clock_timestamp()").fetchall()
+        busy = [
+            asyncio.create_task(worker.database.value("select pg_sleep(0.3)::text")) for _ in range(CONNECTIONS_MAX)
+        ]
+        await asyncio.sleep(0)
+        await worker.breaker._tell()
+        await asyncio.gather(*busy)
+    [(answered_at,)] = conn.execute("select answered_at from surety.breakers").fetchall()
+    assert answered_at <= now
+
+
+def test_an_outage_under_load_ends_without_anybody(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    hasten(conn)
+    payments = []
+    with worker_process(database, sandbox.url, "one"), worker_process(database, sandbox.url, "two"):
+        wait_for_worker(conn, 2)
+        for turn in range(50):
+            payments += shop(2)
+            conn.execute("select outbox.kick('{submit}')")
+            if turn == 10:
+                sandbox.control("faults", OUT)
+                eventually(lambda: opened(conn) == {""}, 20)
+            if turn == 40:
+                eventually(lambda: count(conn, "select probes from surety.breakers") > 0, 20)
+                sandbox.control("faults", WELL)
+        done = "select count(*) from surety.payments where state <> 'settled'"
+        eventually(lambda: count(conn, done) == 0, 180)
+    assert count(conn, "select count(*) from outbox.dead_letters") == 0
+    assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
+    assert not violations(conn)
+
+
+def test_an_event_that_kills_its_worker_three_times_is_dead_and_has_taken_nobody_along(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+) -> None:
+    hasten(conn)
+    payments = shop(20)
+    poison = payments[3]
+    for _ in range(3):
+        # Had it taken effect, the provider's list of events would tell, and nothing would be left to do.
+        hang = {"operation": "payment_intents.create", "fault": "timeout_before", "match": poison}
+        sandbox.control("faults", {"next": [hang]})
+        with worker_process(database, sandbox.url, SURETY_PROVIDER_TIMEOUT="60") as worker:
+            eventually(lambda: sandbox.control("faults")["next"] == [], 20)
+            worker.send_signal(signal.SIGKILL)
+    with worker_process(database, sandbox.url):
+        eventually(lambda: count(conn, "select count(*) from outbox.dead_letters") == 1, 20)
+        eventually(lambda: count(conn, "select count(*) from surety.payments where state = 'settled'") == 19, 30)
+        eventually(lambda: count(conn, "select count(*) from outbox.retries") == 0, 20)
+    [(payment_id, reason)] = conn.execute("select payment_id, reason from outbox.dead_letters").fetchall()
+    assert (payment_id, reason) == (poison, "its worker died 3 times")

@@ -1,0 +1,361 @@
+"""What Stripe's objects say, as facts: the objects are the sandbox's, which Stripe's description has judged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from jobs.handlers.webhooks import BELIEVED, Wanted, Webhook, understand
+from jobs.stripe.facts import (
+    Origin,
+    amount_of_source,
+    decline_fact,
+    dispute_facts,
+    intent_facts,
+    money_facts,
+    next_action,
+    payout_facts,
+    redacted,
+    refund_facts,
+)
+from tests.support.payments import Connection
+from tests.support.sandbox_process import Sandbox, eventually, running_sandbox
+
+Json = dict[str, Any]
+
+ORIGIN = Origin("acct_1", livemode=False, source="webhook", source_id="whk_1")
+METADATA = {"metadata[surety_payment]": "pay_1", "metadata[surety_environment]": "env_1"}
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    folder = tmp_path_factory.mktemp("facts")
+    with running_sandbox(folder, "--settlement-currency=usd", "--payout-seconds=0") as sandbox:
+        yield sandbox
+
+
+def kinds(facts: list[Json]) -> dict[str, str]:
+    """The object that each kind of fact is about."""
+    assert len({fact["kind"] for fact in facts}) == len(facts)
+    return {fact["kind"]: fact["object_id"] for fact in facts}
+
+
+def test_every_fact_names_its_account_mode_source_and_payment(sandbox: Sandbox) -> None:
+    intent = sandbox.read(sandbox.create(**METADATA))
+    [fact] = intent_facts(intent, ORIGIN)
+    assert fact == {
+        "provider": "stripe",
+        "account": "acct_1",
+        "livemode": False,
+        "object_id": intent["id"],
+        "kind": "submitted",
+        "metadata_payment": "pay_1",
+        "metadata_environment": "env_1",
+        "source": "webhook",
+        "source_id": "whk_1",
+        "intent": intent["id"],
+        "objects": [intent["id"]],
+        "currency": "usd",
+        "amount_minor": 4999,
+    }
+
+
+def test_a_succeeded_intent_was_captured_by_its_charge(sandbox: Sandbox) -> None:
+    intent = sandbox.pay()
+    facts = intent_facts(intent, ORIGIN)
+    assert kinds(facts) == {"submitted": intent["id"], "captured": intent["latest_charge"]}
+    captured = facts[1]
+    assert captured["amount_minor"] == 4999
+    assert captured["objects"] == [intent["id"], intent["latest_charge"]]
+
+
+def test_a_capture_of_less_than_was_held_is_the_amount_received(sandbox: Sandbox) -> None:
+    held = sandbox.pay(capture_method="manual")
+    assert kinds(intent_facts(held, ORIGIN)) == {"submitted": held["id"], "authorized": held["latest_charge"]}
+    assert intent_facts(held, ORIGIN)[1]["amount_minor"] == 4999
+    taken = sandbox.post(f"/v1/payment_intents/{held['id']}/capture", {"amount_to_capture": 3000})
+    assert [fact.get("amount_minor") for fact in intent_facts(taken, ORIGIN)] == [4999, 3000]
+
+
+def test_a_payer_must_act_and_the_fact_says_how(sandbox: Sandbox) -> None:
+    id = sandbox.create("pm_card_threeDSecure2Required")
+    intent = sandbox.confirm(id, {"return_url": "https://shop.example/"})
+    facts = intent_facts(intent, ORIGIN)
+    assert kinds(facts) == {"submitted": id, "action": id}
+    action = facts[1]["data"]["next_action"]
+    assert (action["type"], action["url"].split("?")[0]) == ("redirect", f"{sandbox.url}/3ds/{id}")
+    assert next_action(sandbox.confirm(sandbox.create("pm_card_threeDSecure2Required"))["next_action"]) == {
+        "type": "use_stripe_sdk"
+    }
+    assert next_action(None) is None
+
+
+def test_a_decline_leaves_the_intent_alive_and_a_canceled_one_has_failed(sandbox: Sandbox) -> None:
+    id = sandbox.create("pm_card_visa_chargeDeclinedInsufficientFunds")
+    _, error = sandbox.refusal("POST", f"/v1/payment_intents/{id}/confirm")
+    failure = {
+        "code": "card_declined",
+        "decline_code": "insufficient_funds",
+        "message": "Your card has insufficient funds.",
+    }
+    told = decline_fact(error, ORIGIN, id, "usd")
+    assert (told["kind"], told["object_id"], told["data"]) == ("attempt_failed", id, {"failure": failure})
+    declined = intent_facts(sandbox.read(id), ORIGIN)
+    assert kinds(declined) == {"submitted": id, "attempt_failed": id}
+    assert {key: declined[1].get(key) for key in ("currency", "amount_minor", "data")} == {
+        key: told.get(key) for key in ("currency", "amount_minor", "data")
+    }, "whoever tells of it tells the same"
+    canceled = intent_facts(sandbox.post(f"/v1/payment_intents/{id}/cancel"), ORIGIN)
+    assert kinds(canceled) == {"submitted": id, "failed": id}
+    assert canceled[1]["data"] == {"failure": failure}
+
+
+def test_an_intent_canceled_without_a_decline_was_canceled(sandbox: Sandbox) -> None:
+    id = sandbox.create()
+    canceled = sandbox.post(f"/v1/payment_intents/{id}/cancel", {"cancellation_reason": "abandoned"})
+    assert kinds(intent_facts(canceled, ORIGIN)) == {"submitted": id, "canceled": id}
+
+
+def settled(sandbox: Sandbox, **more: Any) -> Json:
+    """A payment with its charge and that charge's balance transaction."""
+    id = sandbox.pay(**more)["id"]
+    expand = {"expand[]": "latest_charge.balance_transaction"}
+
+    def with_money() -> Json | None:
+        intent: Json = sandbox.read(id, form=expand)
+        return intent if intent["latest_charge"]["balance_transaction"] else None
+
+    return eventually(with_money)
+
+
+def test_an_expanded_intent_tells_of_its_money_too(sandbox: Sandbox) -> None:
+    intent = settled(sandbox)
+    charge = intent["latest_charge"]
+    line = charge["balance_transaction"]
+    money = {fact["kind"]: fact for fact in intent_facts(intent, ORIGIN)}["money"]
+    assert (money["object_id"], money["amount_minor"], money["currency"]) == (line["id"], 4999, "usd")
+    assert money["intent"] == intent["id"]
+    assert money["data"] == {
+        "category": "charge",
+        "source": charge["id"],
+        "fee": 175,
+        "net": 4824,
+        "available_at": datetime.fromtimestamp(line["available_on"], UTC).isoformat(),
+    }
+
+
+def test_exchanged_money_tells_what_was_exchanged(sandbox: Sandbox) -> None:
+    intent = settled(sandbox, currency="eur")
+    charge = intent["latest_charge"]
+    line = charge["balance_transaction"]
+    money = money_facts(line, ORIGIN, source=charge)[0]
+    assert (money["currency"], money["amount_minor"]) == ("usd", line["amount"])
+    assert money["data"] | {"other_currency": "eur", "other_gross": 4999} == money["data"]
+    assert money["data"]["rate"] == line["exchange_rate"]
+    assert (
+        "other_currency" not in money_facts(settled(sandbox)["latest_charge"]["balance_transaction"], ORIGIN)[0]["data"]
+    )
+
+
+HELD = {"id": "ch_1", "currency": "eur", "amount": 10000, "amount_captured": 7000, "metadata": {}}
+LINE = {"id": "txn_1", "source": "ch_1", "fee": 0, "net": 0, "available_on": 1, "created": 1, "status": "pending"}
+
+
+def line(category: str, amount: int, rate: float | None = 1.085, currency: str = "usd") -> Json:
+    return LINE | {"reporting_category": category, "amount": amount, "exchange_rate": rate, "currency": currency}
+
+
+@pytest.mark.parametrize(
+    ("told", "of_source"),
+    [
+        (line("charge", 7595), 7000),
+        (line("charge", 10850), 10000),
+        (line("partial_capture_reversal", -3255), -3000),
+        (line("dispute", -10900, 1.09), -10000),
+        (line("dispute_reversal", 4340), 4000),
+        (line("charge", 10850, None), 7000),
+        (line("charge", 10000, None, "eur"), 10000),
+    ],
+)
+def test_what_was_exchanged_is_told_with_the_lines_sign(told: Json, of_source: int) -> None:
+    assert amount_of_source(told, HELD) == of_source
+
+
+def test_a_rate_of_few_digits_leads_to_the_amount_that_was_exchanged() -> None:
+    yen = {"id": "re_1", "currency": "jpy", "amount": 9876543}
+    assert amount_of_source(line("refund", -6617313, 0.67000), yen) == -9876543
+    assert amount_of_source(line("refund", -6617300, 0.67), yen) == -9876543
+    assert amount_of_source(line("refund", -5000000, 0.67), yen) == -7462687
+
+
+def test_a_charge_that_was_taken_back_was_returned() -> None:
+    [money, returned] = money_facts(line("charge_failure", -5000, None, "eur"), ORIGIN, source=HELD)
+    assert (money["kind"], money["amount_minor"], money["data"]["category"]) == ("money", -5000, "charge_failure")
+    assert (returned["kind"], returned["amount_minor"], returned["currency"]) == ("returned", 5000, "eur")
+    assert (returned["object_id"], returned["data"]) == ("txn_1", {"source": "ch_1"})
+
+
+def test_available_money_is_a_fact_of_its_own(sandbox: Sandbox) -> None:
+    id = sandbox.pay("pm_card_bypassPending")["latest_charge"]
+    line = eventually(
+        lambda: sandbox.get("/v1/balance_transactions", {"source": id, "expand[]": "data.source"})["data"]
+    )[0]
+    assert kinds(money_facts(line, ORIGIN)) == {"money": line["id"], "available": line["id"]}
+    pending = line | {"status": "pending"}
+    assert kinds(money_facts(pending, ORIGIN)) == {"money": line["id"]}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        ("pending", "refund_pending"),
+        ("requires_action", "refund_action"),
+        ("succeeded", "refund_succeeded"),
+        ("failed", "refund_failed"),
+        ("canceled", "refund_canceled"),
+    ],
+)
+def test_a_refund_is_what_its_status_says(status: str, kind: str) -> None:
+    refund = {
+        "id": "re_1",
+        "status": status,
+        "amount": 500,
+        "currency": "usd",
+        "payment_intent": "pi_1",
+        "metadata": {},
+    }
+    [fact] = refund_facts(refund, ORIGIN)
+    assert (fact["kind"], fact["object_id"], fact["amount_minor"], fact["intent"]) == (kind, "re_1", 500, "pi_1")
+
+
+def dispute(status: str, *amounts: int) -> Json:
+    lines = [
+        {
+            "id": f"txn_{n}", "amount": amount, "fee": 1500 if amount < 0 else 0, "net": amount, "currency": "usd",
+            "created": 1, "available_on": 1, "status": "available", "reporting_category": "dispute", "source": "dp_1",
+        }
+        for n, amount in enumerate(amounts)
+    ]  # fmt: skip
+    common = {"amount": 5000, "currency": "usd", "payment_intent": "pi_1", "reason": "fraudulent", "metadata": {}}
+    return {"id": "dp_1", "status": status, "balance_transactions": lines, **common}
+
+
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [
+        (dispute("warning_needs_response"), "dispute_flagged"),
+        (dispute("warning_closed"), "dispute_flagged"),
+        (dispute("needs_response", -5000), "dispute_opened"),
+        (dispute("under_review", -5000), "dispute_opened"),
+        (dispute("under_review"), "dispute_flagged"),
+        (dispute("under_review", -5000, 5000), "dispute_flagged"),
+        (dispute("won", -5000, 5000), "dispute_won"),
+        (dispute("prevented"), "dispute_won"),
+        (dispute("lost", -5000), "dispute_lost"),
+    ],
+)
+def test_a_dispute_is_what_its_status_and_its_money_say(told: Json, kind: str) -> None:
+    facts = dispute_facts(told, ORIGIN, 7)
+    assert [fact["kind"] for fact in facts if fact["object_id"] == "dp_1"] == [kind]
+    assert facts[0]["revision"] == 7
+    assert sum(fact["kind"] == "money" for fact in facts) == len(told["balance_transactions"])
+
+
+def test_what_is_gone_in_a_dispute_is_told_in_its_currency() -> None:
+    exchanged = {"currency": "usd", "exchange_rate": 1.085}
+    told = dispute("lost", -5425, 2170)
+    told |= {
+        "currency": "eur",
+        "balance_transactions": [transaction | exchanged for transaction in told["balance_transactions"]],
+    }
+    lost, *moved = dispute_facts(told, ORIGIN, 1)
+    assert (lost["kind"], lost["amount_minor"], lost["currency"]) == ("dispute_lost", 3000, "eur")
+    assert [fact["data"]["other_gross"] for fact in moved if fact["kind"] == "money"] == [-5000, 2000]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [("paid", "payout"), ("in_transit", "payout"), ("failed", "payout_failed")]
+)
+def test_a_payout_belongs_to_no_payment(status: str, kind: str) -> None:
+    payout = {"id": "po_1", "status": status, "amount": 9680, "currency": "usd", "created": 1, "arrival_date": 2}
+    [fact] = payout_facts(payout, ORIGIN)
+    assert (fact["kind"], fact["amount_minor"]) == (kind, 9680)
+    assert not {"payment_id", "intent", "objects"} & fact.keys()
+
+
+def test_every_kind_of_fact_is_one_that_the_database_knows(conn: Connection, sandbox: Sandbox) -> None:
+    known = {row[0] for row in conn.execute("select kind from surety.fact_kinds").fetchall()}
+    made = {fact["kind"] for fact in intent_facts(settled(sandbox), ORIGIN)}
+    assert made <= known
+
+
+def test_what_the_audit_trail_keeps_holds_no_secret(sandbox: Sandbox) -> None:
+    intent = settled(sandbox)
+    assert intent["client_secret"]
+    kept = redacted(intent)
+    assert "secret" not in json.dumps(kept)
+    assert kept["id"] == intent["id"]
+    assert kept["latest_charge"] == intent["latest_charge"]["id"]
+    assert not {"client_secret", "payment_method", "metadata", "description", "receipt_email"} & kept.keys()
+
+
+def webhook(type: str, told: Json, version: str | None = "2026-10-28.endive") -> Webhook:
+    body = json.dumps({"api_version": version, "data": {"object": told}})
+    return Webhook("evt_1", "whk_1", "webhook", "acct_1", livemode=False, type=type, body=body)
+
+
+INTENT = {"id": "pi_1", "object": "payment_intent", "amount": 1, "currency": "usd", "latest_charge": "ch_1"}
+CHARGE = {"id": "ch_1", "object": "charge", "payment_intent": "pi_1", "balance_transaction": "txn_1"}
+
+
+@pytest.mark.parametrize(
+    ("type", "told", "fetched", "unless"),
+    [
+        ("payment_intent.payment_failed", INTENT, "pi_1", "pi_1"),
+        ("charge.succeeded", CHARGE, "pi_1", "ch_1"),
+        ("charge.captured", CHARGE, "pi_1", "ch_1"),
+        ("charge.updated", CHARGE, "pi_1", "txn_1"),
+        ("charge.failed", CHARGE, "pi_1", "pi_1"),
+        ("charge.expired", CHARGE, "pi_1", "pi_1"),
+        ("charge.pending", CHARGE, "pi_1", "pi_1"),
+        ("charge.dispute.created", {"id": "dp_1", "object": "dispute"}, "dp_1", ""),
+        ("charge.dispute.closed", {"id": "dp_1", "object": "dispute"}, "dp_1", ""),
+        ("refund.failed", {"id": "re_1", "object": "refund"}, "re_1", ""),
+    ],
+)
+def test_failures_disputes_and_announcements_are_fetched(type: str, told: Json, fetched: str, unless: str) -> None:
+    wanted = understand(webhook(type, told))
+    assert isinstance(wanted, Wanted)
+    assert (wanted.source.id, wanted.unless_object) == (fetched, unless)
+
+
+@pytest.mark.parametrize("type", BELIEVED)
+def test_a_snapshot_is_believed_only_in_our_api_version(type: str) -> None:
+    told = {
+        **INTENT,
+        "status": "succeeded",
+        "amount_received": 1,
+        "object": type.partition(".")[0],
+        "created": 1,
+    }
+    assert isinstance(understand(webhook(type, told)), list)
+    for other in ("2024-06-20", None):
+        assert isinstance(understand(webhook(type, told, other)), Wanted)
+
+
+@pytest.mark.parametrize(
+    ("type", "told"),
+    [
+        ("customer.created", {"id": "cus_1", "object": "customer"}),
+        ("charge.refunded", CHARGE),
+        ("charge.refund.updated", CHARGE),
+        ("charge.updated", CHARGE | {"balance_transaction": None}),
+        ("charge.succeeded", CHARGE | {"payment_intent": None}),
+    ],
+)
+def test_what_means_nothing_to_us_ends_quietly(type: str, told: Json) -> None:
+    assert understand(webhook(type, told)) == []

@@ -1,0 +1,202 @@
+"""What no webhook tells and no handler will ask again: found all the same, by whoever asks regularly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jobs.polling import news, settlements, sweep
+from jobs.worker import Worker
+from tests.support.payments import Connection, add_merchant, command, ledger_of, pay, state_of, violations
+from tests.support.sandbox_process import Sandbox, running_sandbox
+from tests.support.workers import UNTIL_DUE, hasten, work_off, worker_here
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    with running_sandbox(tmp_path_factory.mktemp("unheard"), "--hang-seconds=1", "--payout-seconds=0") as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def key_hash(conn: Connection) -> bytes:
+    hasten(conn, UNTIL_DUE)
+    return add_merchant(conn)[1]
+
+
+async def charged(conn: Connection, worker: Worker, key_hash: bytes) -> tuple[str, str]:
+    """A payment that was charged, and its intent."""
+    [payment_id] = pay(conn, key_hash)
+    await work_off(worker, "submit", "confirm", "settle")
+    await settlements(worker)
+    [(intent,)] = conn.execute("select provider_id from surety.payments where id = %s", (payment_id,)).fetchall()
+    return payment_id, intent
+
+
+def give_up(conn: Connection, handler: str) -> None:
+    """What a handler would try again later is a dead letter now."""
+    query = "select outbox.bury(%s, array_agg(event_id), 'it failed', now()) from outbox.retries"
+    conn.execute(query, (handler,))
+    assert one(conn, "select count(*) from outbox.dead_letters where closed_at is null") == 1
+
+
+def one(conn: Connection, query: str, *values: Any) -> Any:
+    row = conn.execute(query.encode(), values or None).fetchone()
+    assert row is not None
+    return row[0] if len(row) == 1 else row
+
+
+async def test_a_refund_and_a_dispute_that_no_webhook_told_of_are_read_from_the_list(
+    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+) -> None:
+    async with worker_here(database, sandbox.url) as worker:
+        refunded, intent = await charged(conn, worker, key_hash)
+        disputed, other = await charged(conn, worker, key_hash)
+        sandbox.control("refunds", {"payment_intent": intent, "amount": 4000})
+        sandbox.control("disputes", {"payment_intent": other})
+        await news(worker)
+        await work_off(worker, "apply")
+        assert state_of(conn, refunded) == "partially_refunded"
+        assert state_of(conn, disputed) == "disputed"
+        await news(worker)
+        heard, events = one(conn, "select count(*), count(distinct event_id) from surety.inbox")
+        assert heard == events, "what was read is not read again"
+        await settlements(worker)
+    assert ledger_of(conn)["held"] == 10000
+    told = [row[0] for row in conn.execute("select summary from surety.trace(%s)", (refunded,))]
+    assert any("from the list of events" in line for line in told)
+    assert not any("signature" in line for line in told), "nobody has signed what was read"
+    assert one(conn, "select count(*) from audit.entries where kind = 'webhook' and outcome = 'listed'") == heard
+    assert not violations(conn)
+
+
+async def test_a_refund_that_fails_long_after_it_succeeded_is_heard_of_without_a_webhook(
+    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+) -> None:
+    async with worker_here(database, sandbox.url) as worker:
+        payment_id, _ = await charged(conn, worker, key_hash)
+        assert command(conn, "create_refund", key_hash, payment_id=payment_id)["status"] == 201
+        await work_off(worker, "refund")
+        assert state_of(conn, payment_id) == "refunded"
+        sandbox.control(f"refunds/{one(conn, 'select provider_id from surety.refunds')}", {"outcome": "failed"})
+        await news(worker)
+        await work_off(worker, "apply")
+    assert state_of(conn, payment_id) in {"confirmed", "settled"}
+    assert one(conn, "select state from surety.refunds") == "failed"
+
+
+async def test_an_event_of_the_list_and_its_webhook_are_one(
+    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+) -> None:
+    async with worker_here(database, sandbox.url) as worker:
+        await charged(conn, worker, key_hash)
+        await news(worker)
+        heard = conn.execute("select event_id, type, body from surety.inbox order by id").fetchall()
+        assert {type for _, type, _ in heard} >= {"payment_intent.created", "payment_intent.succeeded"}
+        webhooks = [
+            {
+                "n": number, "provider": "stripe", "account": "", "livemode": False, "event_id": event, "type": type,
+                "headers": {"stripe-signature": "t=1"}, "body": body,
+            }
+            for number, (event, type, body) in enumerate(heard)
+        ]  # fmt: skip
+        told = conn.execute("select is_new from surety.receive_webhooks(%s)", (json.dumps(webhooks),)).fetchall()
+    assert {is_new for (is_new,) in told} == {False}
+
+
+async def test_events_of_the_list_are_kept_without_client_secrets(
+    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+) -> None:
+    async with worker_here(database, sandbox.url) as worker:
+        await charged(conn, worker, key_hash)
+        await news(worker)
+    bodies = conn.execute("select body from surety.inbox where type like 'payment_intent.%'").fetchall()
+    assert bodies
+    for (body,) in bodies:
+        assert json.loads(body)["data"]["object"]["client_secret"] is None
+        assert "_secret_" not in body
+
+
+async def test_a_list_that_breaks_off_is_read_again_from_where_it_began(
+    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+) -> None:
+    async with worker_here(database, sandbox.url, judged=False) as worker:
+        await charged(conn, worker, key_hash)
+        sandbox.order("events.list", "error_500_before")
+        await news(worker)
+        assert one(conn, "select count(*) from surety.poll_cursors where list = 'events'") == 0
+        await news(worker)
+    assert one(conn, "select count(*) from surety.poll_cursors where list = 'events'") == 1
+    assert one(conn, "select count(*) from surety.inbox") > 0
+
+
+@pytest.mark.parametrize("fault", ["timeout_after", "timeout_before"])
+async def test_a_submission_that_was_given_up_is_looked_for_as_long_as_it_is_unfinished(
+    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes, fault: str
+) -> None:
+    [payment_id] = pay(conn, key_hash)
+    async with worker_here(database, sandbox.url, judged=False, timeout_seconds=0.3) as worker:
+        sandbox.order("payment_intents.create", fault, match=payment_id)
+        await work_off(worker, "submit")
+        give_up(conn, "submit")
+        conn.execute("update surety.payments set ask_at = now()")
+        await sweep(worker)
+        if fault == "timeout_before":
+            assert state_of(conn, payment_id) == "submitting"
+            asked, seconds = one(conn, "select asked, extract(epoch from ask_at - now())::int from surety.payments")
+            assert asked == 1
+            assert seconds > 300
+            assert one(conn, "select outcome from audit.entries where kind = 'answer' order by id desc") == "absent"
+            assert one(conn, "select count(*) from outbox.dead_letters where closed_at is null") == 1
+            return
+        assert state_of(conn, payment_id) == "provider_submitted"
+        await work_off(worker, "confirm", "settle")
+        for _ in range(200):
+            await settlements(worker)
+            if state_of(conn, payment_id) == "settled":
+                break
+            await asyncio.sleep(0.02)
+    assert state_of(conn, payment_id) == "settled"
+    assert one(conn, "select closed_as from outbox.dead_letters") == "resolved"
+    assert not violations(conn)
+
+
+async def test_many_submissions_that_are_looked_for_share_one_reading_of_the_list(
+    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+) -> None:
+    pay(conn, key_hash, 40)
+    [batch] = conn.execute("select batch_id, fence from outbox.claim_batch('submit', 'worker:dead')").fetchall()
+    conn.execute("select from surety.begin_calls(%s, %s, 'create', 'worker:dead')", batch)
+    conn.execute("update surety.payments set ask_at = now()")
+    readings = 0
+
+    async def count(request: Any) -> None:
+        nonlocal readings
+        readings += request.url.path == "/v1/payment_intents"
+
+    async with worker_here(database, sandbox.url) as worker:
+        worker.stripe.http.event_hooks["request"].append(count)
+        await sweep(worker)
+    assert one(conn, "select count(*) from audit.entries where kind = 'answer' and outcome = 'absent'") == 40
+    assert readings == 1
+
+
+async def test_a_refund_that_was_given_up_is_looked_for_among_those_of_its_payment(
+    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+) -> None:
+    async with worker_here(database, sandbox.url, judged=False, timeout_seconds=0.3) as worker:
+        payment_id, _ = await charged(conn, worker, key_hash)
+        made = command(conn, "create_refund", key_hash, payment_id=payment_id)["body"]["id"]
+        sandbox.order("refunds.create", "timeout_after", match=made)
+        await work_off(worker, "refund")
+        give_up(conn, "refund")
+        conn.execute("update surety.refunds set ask_at = now()")
+        await sweep(worker)
+    assert state_of(conn, payment_id) == "refunded"
+    assert one(conn, "select state from surety.refunds") == "succeeded"
+    assert one(conn, "select closed_as from outbox.dead_letters") == "resolved"
+    assert not violations(conn)

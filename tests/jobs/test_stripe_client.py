@@ -1,0 +1,436 @@
+"""The rail to Stripe, against the sandbox: whatever goes wrong on the way, a payment is charged once or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import pytest
+
+from jobs.stripe.facts import Origin, intent_facts
+from tests.support.payments import Connection, add_merchant, ledger_of, path_of, pay, state_of, violations
+from tests.support.sandbox_process import Sandbox, running_sandbox
+from tests.support.workers import UNTIL_DUE, attempts, due, hasten, work_off, worker_here
+
+PIPELINE = ("submit", "confirm", "cancel")
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    with running_sandbox(tmp_path_factory.mktemp("rail"), "--hang-seconds=1", "--slow-seconds=0.1") as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def payment(conn: Connection) -> Callable[..., str]:
+    """A new payment of 100.00 USD by a card."""
+    hasten(conn, UNTIL_DUE)
+    _, key_hash = add_merchant(conn)
+
+    def make(card: str = "pm_card_visa", **fields: Any) -> str:
+        return pay(conn, key_hash, method_token=card, **fields)[0]
+
+    return make
+
+
+def charges(sandbox: Sandbox, payment_id: str) -> int:
+    """Successful charges of one payment, by the sandbox's own memory."""
+    return sum(charge["metadata"]["surety_payment"] == payment_id for charge in sandbox.control("charges"))
+
+
+def intents(sandbox: Sandbox, payment_id: str) -> list[dict[str, Any]]:
+    """Every intent that was made for one payment."""
+    page = sandbox.get("/v1/payment_intents", {"limit": 100})["data"]
+    return [intent for intent in page if intent["metadata"].get("surety_payment") == payment_id]
+
+
+async def test_a_payment_is_created_unconfirmed_then_confirmed_by_id(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    payment_id = payment(description="a book", statement_descriptor_suffix="BOOKS")
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        assert state_of(conn, payment_id) == "provider_submitted"
+        [intent] = intents(sandbox, payment_id)
+        assert (intent["status"], intent["description"]) == ("requires_confirmation", "a book")
+        await work_off(worker, "confirm")
+    assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "confirmed"]
+    assert charges(sandbox, payment_id) == 1
+    query = "select kind, outcome, snapshot ->> 'operation', duration_ms > 0 from audit.entries"
+    told = conn.execute(query + " where kind in ('call', 'answer') order by id").fetchall()
+    assert told == [
+        ("call", "sent", "create", None),
+        ("answer", "answered", "create", True),
+        ("call", "sent", "confirm", None),
+        ("answer", "answered", "confirm", True),
+    ]
+
+
+OPERATIONS = {"submit": "payment_intents.create", "confirm": "payment_intents.confirm"}
+# The fault, whether it may have happened, what the attempt is remembered by.
+FAULTS = {
+    "timeout_before": "no answer within 0.5 s",
+    "timeout_after": "no answer within 0.5 s",
+    "reset": "no answer: ",
+    "error_500_before": "Stripe 500: ",
+    "error_500_after": "Stripe 500: ",
+    "garbage_200": "Stripe 200: an answer that makes no sense",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("handler", OPERATIONS)
+async def test_an_unknown_outcome_counts_once_and_is_never_charged_twice(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], handler: str, fault: str
+) -> None:
+    payment_id = payment()
+    sandbox.order(OPERATIONS[handler], fault, match=payment_id)
+    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
+        await work_off(worker, "submit")
+        await work_off(worker, "confirm")
+        [(failed, failures, [error])] = attempts(conn)
+        assert (failed, failures) == (handler, 1)
+        assert error.startswith(FAULTS[fault])
+        due(conn)
+        await work_off(worker, *PIPELINE)
+    # Who asked may have seen its balance transaction as well.
+    assert state_of(conn, payment_id) in {"confirmed", "settled"}
+    assert charges(sandbox, payment_id) == 1
+    assert len(intents(sandbox, payment_id)) == 1
+    assert attempts(conn) == []
+    assert not violations(conn)
+
+
+@pytest.mark.parametrize("fault", ["timeout_before", "timeout_after", "error_500_before", "error_500_after"])
+async def test_an_unknown_cancellation_is_asked_about(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], fault: str
+) -> None:
+    payment_id = payment("pm_card_visa_chargeDeclined")
+    sandbox.order("payment_intents.cancel", fault, match=payment_id)
+    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
+        await work_off(worker, *PIPELINE)
+        assert state_of(conn, payment_id) == "provider_submitted"
+        due(conn)
+        await work_off(worker, *PIPELINE)
+    assert state_of(conn, payment_id) == "failed"
+    assert [intent["status"] for intent in intents(sandbox, payment_id)] == ["canceled"]
+
+
+@pytest.mark.parametrize("fault", ["conflict_409", "rate_limit_429"])
+@pytest.mark.parametrize("handler", OPERATIONS)
+async def test_a_busy_provider_is_nobodys_failure(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], handler: str, fault: str
+) -> None:
+    payment_id = payment()
+    sandbox.order(OPERATIONS[handler], fault, match=payment_id, times=5)
+    query = "select failures, due_at - (attempts -> -1 ->> 'at')::timestamptz from outbox.retries"
+    async with worker_here(database, sandbox.url) as worker:
+        for _ in range(5):
+            await work_off(worker, *PIPELINE)
+            [(failures, wait)] = conn.execute(query).fetchall()
+            assert failures == 0
+            assert wait.total_seconds() == pytest.approx(1, abs=0.01)
+            due(conn)
+        await work_off(worker, *PIPELINE)
+    assert state_of(conn, payment_id) == "confirmed"
+    assert charges(sandbox, payment_id) == 1
+
+
+@pytest.mark.parametrize("fault", ["timeout_before", "timeout_after"])
+async def test_after_23_hours_the_list_is_asked_before_another_intent_is_made(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], fault: str
+) -> None:
+    conn.execute("update surety.environment set kind = 'test'")
+    payment_id = payment()
+    sandbox.order("payment_intents.create", fault, match=payment_id)
+    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
+        await work_off(worker, "submit")
+        conn.execute("insert into surety.clock (ahead) values ('23 hours 1 minute')")
+        await work_off(worker, "submit")
+        asked = conn.execute("select count(*) from audit.entries where outcome = 'asked'").fetchone()
+        assert asked == (1,)
+        assert state_of(conn, payment_id) == "provider_submitted"
+        await work_off(worker, "confirm")
+    row = conn.execute("select idempotency_key from surety.calls where operation = 'create'").fetchone()
+    key = f"{payment_id}:create"
+    assert row == (key if fault == "timeout_after" else f"{key}:2",)
+    assert len(intents(sandbox, payment_id)) == 1
+    assert charges(sandbox, payment_id) == 1
+
+
+async def test_within_23_hours_the_same_bytes_go_under_the_same_key(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    conn.execute("update surety.environment set kind = 'test'")
+    payment_id = payment()
+    sandbox.order("payment_intents.create", "timeout_after", match=payment_id)
+    sent: list[tuple[str, bytes]] = []
+
+    async def remember(request: httpx.Request) -> None:
+        sent.append((request.headers["idempotency-key"], request.content))
+
+    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
+        worker.stripe.http.event_hooks["request"].append(remember)
+        await work_off(worker, "submit")
+        conn.execute("insert into surety.clock (ahead) values ('22 hours 58 minutes')")
+        await work_off(worker, "submit")
+    assert [key for key, _ in sent] == [f"{payment_id}:create"] * 2
+    assert sent[0] == sent[1]
+    assert state_of(conn, payment_id) == "provider_submitted"
+
+
+async def test_a_decline_cancels_the_intent_before_the_payment_has_failed(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    payment_id = payment("pm_card_visa_chargeDeclinedInsufficientFunds")
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit", "confirm")
+        assert state_of(conn, payment_id) == "provider_submitted"
+        await work_off(worker, "cancel")
+    assert state_of(conn, payment_id) == "failed"
+    failure = {
+        "code": "card_declined",
+        "decline_code": "insufficient_funds",
+        "message": "Your card has insufficient funds.",
+    }
+    assert conn.execute("select failure from surety.payments").fetchone() == (failure,)
+    assert [intent["status"] for intent in intents(sandbox, payment_id)] == ["canceled"]
+    assert charges(sandbox, payment_id) == 0
+    assert attempts(conn) == []
+
+
+async def test_a_refusal_of_the_card_itself_fails_the_payment_at_once(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    payment_id = payment("pm_of_somebody_else")
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, *PIPELINE)
+    assert path_of(conn, payment_id) == ["initiated", "submitting", "failed"]
+    [(failure,)] = conn.execute("select failure from surety.payments").fetchall()
+    assert failure == {"code": "resource_missing", "message": "No such PaymentMethod: 'pm_of_somebody_else'"}
+    assert attempts(conn) == []
+
+
+async def test_a_rejection_that_is_our_own_mistake_ends_as_a_dead_letter_and_the_payment_waits(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    payment_id = payment()
+    conn.execute(
+        "insert into surety.calls (payment_id, operation, idempotency_key, request, first_sent_at, last_sent_at)"
+        ' values (%s, \'create\', %s, \'{"amount": 10000, "currency": "usx"}\', now(), now())',
+        (payment_id, payment_id),
+    )
+    async with worker_here(database, sandbox.url, judged=False) as worker:
+        for _ in range(3):
+            await work_off(worker, *PIPELINE)
+            due(conn)
+    [(attempts_made, reason)] = conn.execute("select attempts, reason from outbox.dead_letters").fetchall()
+    assert reason == "it failed 3 times"
+    assert "usx" in attempts_made[0]["error"]
+    assert state_of(conn, payment_id) == "submitting"
+
+
+async def test_a_payment_that_needs_its_payer_tells_where_to_send_him(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    payment_id = payment("pm_card_threeDSecure2Required", return_url="https://shop.example/back")
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, *PIPELINE)
+    assert state_of(conn, payment_id) == "requires_action"
+    [(action,)] = conn.execute("select next_action from surety.payments").fetchall()
+    assert action["type"] == "redirect"
+    assert action["url"].startswith(sandbox.url + "/3ds/pi_")
+
+
+async def test_client_secrets_are_neither_stored_nor_audited(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    for card in ("pm_card_visa", "pm_card_threeDSecure2Required", "pm_card_visa_chargeDeclined"):
+        payment(card)
+    garbled = payment()
+    sandbox.order("payment_intents.create", "garbage_200", match=garbled)
+    async with worker_here(database, sandbox.url) as worker:
+        for _ in range(2):
+            await work_off(worker)
+            due(conn)
+    tables = conn.execute(
+        "select format('%I.%I', schemaname, tablename) from pg_tables"
+        " where schemaname in ('surety', 'outbox', 'audit', 'ledger', 'procrastinate')"
+    ).fetchall()
+    for (table,) in tables:
+        query = f"select count(*) from {table} as t where t::text like '%\\_secret\\_%'"
+        assert conn.execute(query.encode()).fetchone() == (0,), table
+
+
+async def test_many_calls_run_at_once_and_a_slow_one_keeps_no_result_waiting(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    slow = payment()
+    others = [payment() for _ in range(40)]
+    sandbox.order("payment_intents.create", "timeout_before", match=slow)
+    query = "select count(*) from surety.payments where state = 'provider_submitted'"
+    async with worker_here(database, sandbox.url, judged=False, timeout_seconds=0.5) as worker:
+        working = asyncio.create_task(work_off(worker, "submit"))
+        while conn.execute(query).fetchone() != (len(others),):
+            assert not working.done(), "the slow one was waited for"
+            await asyncio.sleep(0.005)
+        await working
+    assert [row[:2] for row in attempts(conn)] == [("submit", 1)]
+
+
+async def test_a_second_intent_is_told_never_confirmed_and_called_off(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    payment_id = payment()
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        [(first,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        second = sandbox.read(sandbox.create(amount=10000, **{"metadata[surety_payment]": payment_id}))
+        origin = Origin("", livemode=False, source="webhook")
+        conn.execute("select surety.record_facts(%s, 'test')", (json.dumps(intent_facts(second, origin)),))
+        told = "select kind, subject, closed_because from surety.discrepancies"
+        assert conn.execute(told).fetchall() == [("duplicate", second["id"], None)]
+        sandbox.order("payment_intents.cancel", "timeout_after", match=payment_id)
+        await work_off(worker, "confirm", "cancel")
+        due(conn)
+        await work_off(worker, "cancel")
+    assert conn.execute("select provider_id, state from surety.payments").fetchone() == (first, "confirmed")
+    assert conn.execute(told).fetchall() == [("duplicate", second["id"], "it is canceled")]
+    assert sandbox.read(second["id"])["status"] == "canceled"
+    assert sandbox.read(second["id"])["cancellation_reason"] == "duplicate"
+    assert charges(sandbox, payment_id) == 1
+    assert not violations(conn)
+
+
+class Liar:
+    """Stands between us and the sandbox and alters its answers to POSTs."""
+
+    def __init__(self, url: str, alter: Callable[[dict[str, Any]], None]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                self.forward(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+            def do_GET(self) -> None:
+                self.forward(b"")
+
+            def forward(self, content: bytes) -> None:
+                headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+                told = httpx.request(self.command, url + self.path, content=content, headers=headers)
+                body = told.json()
+                if self.command == "POST" and told.status_code == 200:
+                    alter(body)
+                text = json.dumps(body).encode()
+                self.send_response(told.status_code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@contextmanager
+def lying(sandbox: Sandbox, **lies: Any) -> Generator[str]:
+    """The address of a provider whose answers say something else."""
+    liar = Liar(sandbox.url, lambda body: body.update(lies))
+    try:
+        yield liar.url
+    finally:
+        liar.server.shutdown()
+        liar.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("lies", "kind"),
+    [
+        ({"amount": 9999}, "amount"),
+        ({"currency": "eur"}, "currency"),
+        ({"livemode": True}, "livemode"),
+        ({"metadata": {"surety_payment": "pay_" + "0" * 32}}, "foreign"),
+        ({"metadata": {}}, "foreign"),
+    ],
+)
+async def test_an_answer_about_something_else_is_a_discrepancy_and_never_a_step(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], lies: dict[str, Any], kind: str
+) -> None:
+    payment_id = payment()
+    with lying(sandbox, **lies) as url:
+        async with worker_here(database, url, judged=False) as worker:
+            await work_off(worker, *PIPELINE)
+    assert state_of(conn, payment_id) == "submitting"
+    found = conn.execute("select kind, payment_id, is_critical from surety.discrepancies").fetchall()
+    assert found == [(kind, payment_id, True)]
+    assert [row[:2] for row in attempts(conn)] == [("submit", 1)]
+
+
+@pytest.mark.parametrize(
+    ("lies", "kind"), [({"id": "pi_another"}, "foreign"), ({"object": "charge"}, None), ({"metadata": None}, None)]
+)
+async def test_a_confirmation_of_another_intent_confirms_nothing(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], lies: dict[str, Any], kind: str
+) -> None:
+    payment_id = payment()
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+    with lying(sandbox, **lies) as url:
+        async with worker_here(database, url, judged=False) as worker:
+            await work_off(worker, "confirm")
+    assert state_of(conn, payment_id) == "provider_submitted"
+    found = [row[0] for row in conn.execute("select kind from surety.discrepancies").fetchall()]
+    assert found == ([kind] if kind else [])
+    due(conn)
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "confirm")
+    assert state_of(conn, payment_id) in {"confirmed", "settled"}, "asked about, it is what it was"
+    assert charges(sandbox, payment_id) == 1
+
+
+async def test_a_captured_amount_that_differs_is_booked_as_it_is(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    payment_id = payment()
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+    with lying(sandbox, amount=10500, amount_received=10500) as url:
+        async with worker_here(database, url, judged=False) as worker:
+            await work_off(worker, "confirm")
+    assert state_of(conn, payment_id) == "confirmed"
+    assert ledger_of(conn, payment_id) == {"due": 10500, "pend": 9625, "rev": 375, "suspense": 500}
+    kinds = {row[0] for row in conn.execute("select kind from surety.discrepancies").fetchall()}
+    assert kinds == {"amount"}
+
+
+def test_turns_at_the_provider_are_shared_and_commands_go_first(conn: Connection) -> None:
+    query = "select surety.take_turn('stripe', '', 50, %s)"
+    waits = [conn.execute(query, (True,)).fetchall()[0][0] for _ in range(60)]
+    assert waits[:20] == [0] * 20
+    # Half a second's worth goes at once; the last of 60 waits for what is over it.
+    assert 0.5 < waits[-1] <= 0.7
+    assert conn.execute(query, (False,)).fetchone() == (None,)
+    assert conn.execute("select surety.take_turn('stripe', 'acct_other', 50, false)").fetchone() == (0,)
+
+
+async def test_a_bounded_rate_holds_for_real_calls(
+    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+) -> None:
+    for _ in range(12):
+        payment()
+    async with worker_here(database, sandbox.url, per_second=10) as worker:
+        await work_off(worker, "submit")
+    query = "select extract(epoch from max(at) - min(at))::float from audit.entries where kind = 'answer'"
+    [(seconds,)] = conn.execute(query).fetchall()
+    assert 0.5 < seconds < 2.5

@@ -1,0 +1,72 @@
+"""A worker that has stopped working ends itself, and says why."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from db.connect import conninfo
+from db.settings import Settings
+from jobs.watchdog import STALLED
+from tests.support.payments import Connection
+from tests.support.sandbox_process import eventually
+from tests.support.workers import ROOT, hasten, wait_for_worker, worker_process
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+def test_a_worker_whose_event_loop_is_blocked_ends_and_says_so(
+    conn: Connection, database: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hasten(conn)
+    with worker_process(database, NOWHERE, app="tests.support.stalled_worker.app", SURETY_STALL_SECONDS="1") as worker:
+        wait_for_worker(conn)
+        with conn.transaction():
+            conn.execute("set local search_path = procrastinate")
+            conn.execute("insert into procrastinate_jobs (queue_name, task_name) values ('outbox', 'block')")
+        assert worker.wait(30) == STALLED
+    told = capfd.readouterr().err
+    assert "its event loop has not turned for 1 s" in told
+    assert "in block" in told, "its stack"
+
+
+def test_a_worker_that_was_asleep_goes_on(conn: Connection, database: str) -> None:
+    beats = "select count(*) from procrastinate.procrastinate_workers"
+    with worker_process(database, NOWHERE, SURETY_STALL_SECONDS="1") as worker:
+        wait_for_worker(conn)
+        stopped = Path(f"/proc/{worker.pid}/stat")
+        worker.send_signal(signal.SIGSTOP)
+        eventually(lambda: stopped.read_text().rpartition(")")[2].split()[0] == "T")
+        conn.execute("select pg_sleep(1.5)")
+        worker.send_signal(signal.SIGCONT)
+        conn.execute("select pg_sleep(1.5)")
+        assert worker.poll() is None
+        assert conn.execute(beats).fetchone() == (1,)
+
+
+WATCHED = """
+import sys, time
+from jobs.watchdog import Watchdog
+dog = Watchdog(sys.argv[1], 1.0)
+dog.start()
+while True:
+    dog.turned()
+    time.sleep(0.05)
+"""
+
+
+def test_who_is_not_heard_by_a_database_that_serves_others_ends(settings: Settings) -> None:
+    command = [sys.executable, "-c", WATCHED, conninfo("worker", settings)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == STALLED
+    assert "the database serves others" in ended.stderr
+
+
+def test_a_database_that_nobody_reaches_is_no_reason_to_end() -> None:
+    command = [sys.executable, "-c", WATCHED, "host=127.0.0.1 port=9"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run(command, cwd=ROOT, capture_output=True, timeout=4, check=False)

@@ -1,0 +1,579 @@
+"""Workers as operators run them: Procrastinate's processes, killed, stopped and restarted; what happens by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs.database import CONNECTIONS_MAX
+from jobs.handlers.webhooks import Source, fetch_dispute
+from jobs.polling import TASKS, cron, payouts, settlements, stretches, sweep
+from jobs.stripe.facts import Origin
+from tests.support.payments import Connection, add_merchant, command, ledger_of, path_of, pay, state_of, violations
+from tests.support.sandbox_process import Sandbox, eventually, running_sandbox
+from tests.support.workers import (
+    ROOT,
+    UNTIL_DUE,
+    attempts,
+    due,
+    environment,
+    hasten,
+    wait_for_worker,
+    work_off,
+    worker_here,
+    worker_process,
+)
+
+Pay = Callable[..., list[str]]
+
+ENDED = {"settled", "failed", "canceled"}
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    options = ("--hang-seconds=30", "--slow-seconds=0.7", "--payout-seconds=0")
+    with running_sandbox(tmp_path_factory.mktemp("workers"), *options) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def shop(conn: Connection) -> Pay:
+    """Makes payments of 100.00 USD."""
+    hasten(conn, UNTIL_DUE)
+    _, key_hash = add_merchant(conn)
+    return lambda count=1, **fields: pay(conn, key_hash, count, **fields)
+
+
+def count(conn: Connection, query: str, *values: Any) -> int:
+    row = conn.execute(query.encode(), values or None).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def all_ended(conn: Connection) -> bool:
+    return count(conn, "select count(*) from surety.payments where state <> all(%s)", list(ENDED)) == 0
+
+
+def double(sandbox: Sandbox) -> list[str]:
+    """Payments that were charged more than once, by the sandbox's own memory."""
+    found: list[str] = sandbox.control("charges/summary?metadata_key=surety_payment")["double"]
+    return found
+
+
+def test_without_a_provider_or_a_database_a_worker_refuses_to_start(database: str) -> None:
+    command = [sys.executable, "-m", "procrastinate", "--app", "jobs.app", "worker"]
+    bare = {"PATH": os.environ["PATH"]}
+    for given, told in {
+        "DATABASE_URL": "set STRIPE_API_KEY, or SURETY_SANDBOX_URL to play with the sandbox",
+        "SURETY_SANDBOX_URL": "DATABASE_URL is not set",
+    }.items():
+        known = environment(database, "http://127.0.0.1:9")
+        ended = subprocess.run(
+            command, cwd=ROOT, env=bare | {given: known[given]}, capture_output=True, text=True, timeout=20, check=False
+        )
+        assert ended.returncode == 1
+        assert told in ended.stderr
+
+
+def test_importing_the_app_needs_no_settings() -> None:
+    subprocess.run(
+        [sys.executable, "-c", "from jobs import app; app.perform_import_paths()"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        check=True,
+    )
+
+
+def test_procrastinates_settings_are_those_that_matter() -> None:
+    from jobs import app
+
+    app.perform_import_paths()  # type: ignore[no-untyped-call]
+    assert app.worker_defaults["concurrency"] > 2 * 6 + len(TASKS)
+    assert app.worker_defaults["delete_jobs"] == "always"
+    assert app.worker_defaults["fetch_job_polling_interval"] == 1.0
+    assert {"drain", "tick", "sweep", "settlements"} <= set(app.tasks)
+    # Nobody misspelt an option: the worker takes them all.
+    app._worker(**app.worker_defaults)
+
+
+def test_payments_settle_without_any_webhook_and_a_killed_workers_events_are_taken_over(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    hasten(conn)
+    with worker_process(database, sandbox.url, "killed") as killed:
+        wait_for_worker(conn)
+        held = shop(3)
+        hang = {"operation": "payment_intents.create", "fault": "timeout_after", "times": 3}
+        sandbox.control("faults", {"next": [hang]})
+        conn.execute("select outbox.kick('{submit}')")
+        eventually(lambda: sandbox.control("faults")["next"] == [], 10)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    leased_until: datetime = conn.execute("select max(leased_until) from outbox.batches").fetchall()[0][0]
+    assert leased_until - datetime.now(UTC) < timedelta(seconds=2)
+    others = shop(5)
+    with worker_process(database, sandbox.url, "second"), worker_process(database, sandbox.url, "third"):
+        eventually(lambda: {state_of(conn, payment_id) for payment_id in held + others} == {"settled"}, 20)
+        eventually(lambda: count(conn, "select count(*) from surety.expectations where met_at is not null") == 8)
+        # The list of events may tell of what was held before it is taken over, which then has nothing left to do.
+        eventually(lambda: count(conn, "select count(*) from outbox.retries") == 0, 20)
+        eventually(lambda: count(conn, "select count(*) from outbox.batches") == 0)
+    first = count(conn, "select extract(epoch from min(at) - %s) from audit.entries where kind = 'call'", leased_until)
+    assert first < 5
+    for payment_id in held + others:
+        assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "confirmed", "settled"]
+    assert double(sandbox) == []
+    assert not violations(conn)
+    query = "select count(distinct actor) from audit.entries where actor in ('worker:second', 'worker:third')"
+    assert count(conn, query) == 2
+    gross, fee = 8 * 10000, 8 * 320
+    assert ledger_of(conn) == {"avail": 8 * 9625, "stripe": gross - fee, "rev": 8 * 375, "cost": fee}
+
+
+def test_a_stopped_worker_finishes_what_it_sent_and_gives_back_the_rest_uncounted(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    shop(60)
+    slow = {"operation": "payment_intents.create", "fault": "slow", "times": 60}
+    sandbox.control("faults", {"next": [slow]})
+    with worker_process(database, sandbox.url) as worker:
+        wait_for_worker(conn)
+        conn.execute("select outbox.kick('{submit}')")
+        eventually(lambda: sandbox.control("faults")["next"][0]["times"] <= 60 - 10, 10)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(10) == 0
+    sandbox.control("faults", {"next": []})
+    assert count(conn, "select count(*) from outbox.batches") == 0
+    done = count(conn, "select count(*) from surety.payments where state = 'provider_submitted'")
+    given_back = [row[:2] for row in attempts(conn)]
+    assert 10 <= done < 60
+    assert given_back == [("submit", 0)] * (60 - done)
+    assert count(conn, "select count(*) from surety.calls where answered_at is not null") == done
+    assert count(conn, "select count(*) from procrastinate.procrastinate_workers") == 0
+
+
+def test_nothing_is_lost_with_procrastinates_rows_or_all_connections_to_the_database(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    hasten(conn)
+    with worker_process(database, sandbox.url) as worker:
+        wait_for_worker(conn)
+        shop(20)
+        conn.execute("select outbox.kick('{submit}')")
+        with psycopg.connect(database, autocommit=True) as deleting:
+            deleting.execute("set search_path = procrastinate")
+            for table in ("periodic_defers", "events", "jobs", "workers"):
+                deleting.execute(f"delete from procrastinate_{table}")
+        eventually(lambda: all_ended(conn), 20)
+        mine = "application_name = 'surety-worker' and datname = current_database()"
+        assert count(conn, f"select count(pg_terminate_backend(pid)) from pg_stat_activity where {mine}") > 2
+        shop(5)
+        eventually(lambda: all_ended(conn), 20)
+        assert worker.poll() is None
+
+
+def test_idle_a_worker_is_woken_for_a_payment_and_does_not_find_it_by_looking(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    delays = []
+    with worker_process(database, sandbox.url), psycopg.connect(database) as other:
+        wait_for_worker(conn)
+        # Nobody ticks now; Procrastinate looks each five seconds.
+        eventually(lambda: other.execute("select pg_try_advisory_lock(hashtext('surety:tick'))").fetchone() == (True,))
+        for _ in range(9):
+            [payment_id] = shop()
+            conn.execute("select outbox.kick('{submit}')")
+            asked = "select count(*) from audit.entries where kind = 'answer' and payment_id = %s"
+            eventually(lambda: count(conn, asked, payment_id) > 0)  # noqa: B023  # it is over before the next turn
+            delays.append(
+                conn.execute(
+                    "select extract(epoch from c.first_sent_at - p.created_at)::float * 1000"
+                    " from surety.calls as c join surety.payments as p on p.id = c.payment_id"
+                    " where p.id = %s and c.operation = 'create'",
+                    (payment_id,),
+                ).fetchall()[0][0]
+            )
+    assert sorted(delays)[len(delays) // 2] < 1000, delays
+
+
+def test_an_event_that_breaks_its_handler_is_found_by_halving_and_only_it_counts(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    hasten(conn)
+    payments = shop(9)
+    poison = payments[4]
+    broken = f"alter table surety.expectations add constraint poison check (payment_id <> '{poison}')"
+    conn.execute(broken.encode())
+    with worker_process(database, sandbox.url):
+        eventually(lambda: {state_of(conn, payment_id) for payment_id in payments} == {"settled"}, 20)
+        eventually(lambda: count(conn, "select count(*) from outbox.dead_letters") == 2, 20)
+    letters = conn.execute(
+        "select handler, payment_id, jsonb_array_length(attempts), attempts -> 0 ->> 'error' from outbox.dead_letters"
+        " order by handler"
+    ).fetchall()
+    assert [row[:3] for row in letters] == [("close", poison, 3), ("settle", poison, 3)]
+    assert all("poison" in row[3] for row in letters)
+    assert count(conn, "select count(*) from surety.expectations") == 8
+    assert count(conn, "select count(*) from outbox.retries") == 0
+
+
+def received(conn: Connection, events: list[dict[str, Any]]) -> None:
+    """The receiver's part: stored, with an event for `apply`."""
+    stored = [
+        {
+            "n": n,
+            "provider": "stripe",
+            "account": event.get("account", ""),
+            "livemode": event.get("livemode", False),
+            "event_id": event["id"],
+            "type": event["type"],
+            "headers": {},
+            "body": event.get("raw") or json.dumps(event),
+            "address": "127.0.0.1",
+        }
+        for n, event in enumerate(events)
+    ]
+    conn.execute("select from surety.receive_webhooks(%s)", (json.dumps(stored),))
+
+
+def told_about(sandbox: Sandbox, payment_id: str) -> list[dict[str, Any]]:
+    """The events of one payment, newest first, as webhooks bring them."""
+    page = sandbox.get("/v1/events", {"limit": 100})["data"]
+    return [
+        event for event in page if (event["data"]["object"].get("metadata") or {}).get("surety_payment") == payment_id
+    ]
+
+
+async def test_webhooks_in_the_wrong_order_and_twice_bring_a_payment_where_it_is(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker)
+        assert state_of(conn, payment_id) == "requires_action"
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        secret = sandbox.read(pi)["client_secret"]
+        sandbox.client.post(f"/3ds/{pi}?client_secret={secret}", content="outcome=approve")
+        eventually(lambda: sandbox.read(pi)["status"] == "succeeded")
+        eventually(lambda: "charge.updated" in [event["type"] for event in told_about(sandbox, payment_id)])
+        events = told_about(sandbox, payment_id)
+        assert {"payment_intent.requires_action", "payment_intent.succeeded", "charge.succeeded"} <= {
+            event["type"] for event in events
+        }
+        received(conn, [*events, *events[::-1]])
+        await work_off(worker)
+    assert state_of(conn, payment_id) in {"confirmed", "settled"}
+    assert count(conn, "select count(*) from surety.facts where kind = 'captured'") == 1
+    assert count(conn, "select count(*) from surety.facts where kind = 'money'") == 1, "charge.updated was fetched"
+    assert attempts(conn) == []
+    assert not violations(conn)
+
+
+async def test_a_decline_that_only_a_webhook_told_is_fetched_and_canceled(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker)
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        secret = sandbox.read(pi)["client_secret"]
+        sandbox.client.post(f"/3ds/{pi}?client_secret={secret}", content="outcome=decline")
+        [failed] = [e for e in told_about(sandbox, payment_id) if e["type"] == "payment_intent.payment_failed"]
+        received(conn, [failed])
+        await work_off(worker)
+    assert state_of(conn, payment_id) == "failed"
+    assert sandbox.read(pi)["status"] == "canceled"
+    [(failure,)] = conn.execute("select failure ->> 'code' from surety.payments").fetchall()
+    assert failure == "payment_intent_authentication_failure"
+
+
+async def test_what_is_no_event_fails_three_times_and_its_neighbours_do_not(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    bodies = ("no json", "[]", '{"data": {}}', '{"api_version": "2026-10-28.endive", "data": {"object": {"id": 1}}}')
+    garbage = [{"id": f"evt_{n}", "type": "payment_intent.succeeded", "raw": body} for n, body in enumerate(bodies)]
+    unknown: dict[str, Any] = {
+        "id": "evt_unknown",
+        "type": "customer.created",
+        "api_version": None,
+        "data": {"object": {}},
+    }
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        [created] = [e for e in told_about(sandbox, payment_id) if e["type"] == "payment_intent.created"]
+        received(conn, [*garbage, created, unknown])
+        for _ in range(3):
+            await work_off(worker, "apply")
+            due(conn)
+    letters = conn.execute("select handler, jsonb_array_length(attempts) from outbox.dead_letters").fetchall()
+    assert letters == [("apply", 3)] * len(bodies)
+    assert attempts(conn) == []
+
+
+@pytest.mark.parametrize(("type", "handler"), [("payment.initiated", "submit"), ("webhook.received", "apply")])
+async def test_an_event_about_nothing_fails_and_is_not_left_lying(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay, type: str, handler: str
+) -> None:
+    shop()
+    conn.execute("select outbox.emit('payment', 'nothing', %s, '{}', null, 1)", (type,))
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, handler)
+    assert [row[:2] for row in attempts(conn)] == [(handler, 1)]
+    assert count(conn, "select count(*) from outbox.batches") == 0
+
+
+async def test_a_webhook_that_cannot_be_recorded_takes_no_neighbour_along(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    payments = shop(5)
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        broken = (
+            "alter table surety.facts add constraint poison"
+            f" check (payment_id <> '{payments[2]}' or kind <> 'captured')"
+        )
+        conn.execute(broken.encode())
+        events = []
+        for payment_id in payments:
+            [(pi,)] = conn.execute("select provider_id from surety.payments where id = %s", (payment_id,)).fetchall()
+            sandbox.confirm(pi)
+            events += [e for e in told_about(sandbox, payment_id) if e["type"] == "payment_intent.succeeded"]
+        received(conn, events)
+        await work_off(worker, "apply")
+    states = [state_of(conn, payment_id) for payment_id in payments]
+    assert states == ["confirmed", "confirmed", "provider_submitted", "confirmed", "confirmed"]
+    [(handler, failures, errors)] = attempts(conn)
+    assert (handler, failures) == ("apply", 1)
+    assert "poison" in errors[0]
+
+
+async def test_a_snapshot_of_another_api_version_is_fetched_instead_of_believed(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        lie = sandbox.read(pi) | {"status": "succeeded", "latest_charge": "ch_lie", "amount_received": 10000}
+        old = {
+            "id": "evt_old",
+            "type": "payment_intent.succeeded",
+            "api_version": "2019-02-19",
+            "data": {"object": lie},
+        }
+        received(conn, [old])
+        await work_off(worker, "apply")
+    assert state_of(conn, payment_id) == "provider_submitted"
+    query = "select kind, outcome from audit.entries where snapshot ->> 'operation' = 'fetch' order by id"
+    assert conn.execute(query).fetchall() == [("call", "asked"), ("answer", "answered")]
+
+
+async def test_the_sweep_finds_what_every_webhook_lost(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        sandbox.confirm(pi)
+        await sweep(worker)
+        assert state_of(conn, payment_id) == "provider_submitted", "not due yet"
+        conn.execute("update surety.payments set ask_at = now()")
+        await sweep(worker)
+        assert state_of(conn, payment_id) in {"confirmed", "settled"}
+    told = conn.execute("select kind, outcome from audit.entries where snapshot ->> 'operation' = 'fetch' order by id")
+    assert told.fetchall() == [("call", "asked"), ("answer", "answered")]
+
+
+async def test_a_question_that_gets_no_answer_is_asked_again_later(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    shop()
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker, "submit")
+        conn.execute("update surety.payments set ask_at = now()")
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        sandbox.order("payment_intents.retrieve", "error_500_before", match=pi)
+        await sweep(worker)
+    [(asked, wait)] = conn.execute(
+        "select asked, extract(epoch from ask_at - now())::float from surety.payments"
+    ).fetchall()
+    assert asked == 1
+    assert 1 < wait <= 2
+
+
+async def test_a_payer_who_does_not_act_in_time_is_called_off(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
+    query = "select surety.call_off_overdue(%s)"
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker)
+        assert conn.execute(query, (timedelta(minutes=1),)).fetchone() == ([],)
+        assert conn.execute(query, (timedelta(),)).fetchone() == (["payment.action_overdue"],)
+        assert conn.execute(query, (timedelta(),)).fetchone() == ([],), "once"
+        await work_off(worker)
+    assert path_of(conn, payment_id)[-2:] == ["requires_action", "canceled"]
+    [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+    assert sandbox.read(pi)["status"] == "canceled"
+
+
+async def test_a_payment_that_succeeded_while_it_was_called_off_is_confirmed(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker)
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        sandbox.client.post(f"/3ds/{pi}?client_secret={sandbox.read(pi)['client_secret']}", content="outcome=approve")
+        conn.execute("select surety.call_off_overdue('0 s')")
+        await work_off(worker)
+    assert state_of(conn, payment_id) in {"confirmed", "settled"}
+
+
+async def test_foreign_money_is_booked_to_suspense_and_told(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    conn.execute("update surety.environment set created_at = now(), kind = 'test'")
+    made = sandbox.control("foreign-charge", {"amount": 7777, "currency": "usd"})
+    eventually(lambda: sandbox.get(f"/v1/charges/{made['charge']}")["balance_transaction"])
+    txn = sandbox.get(f"/v1/charges/{made['charge']}")["balance_transaction"]
+    async with worker_here(database, sandbox.url) as worker:
+        await settlements(worker)
+        parked = "select count(*) from surety.parked_facts where object_id = %s and ended_at is null"
+        assert count(conn, parked, txn) >= 1
+        conn.execute("insert into surety.clock (ahead) values ('16 minutes')")
+        conn.execute("select surety.retry_parked()")
+    found = "select count(*) from surety.discrepancies where kind = 'foreign' and subject = %s"
+    assert count(conn, found, f"{txn}:money") == 1
+    assert count(conn, "select count(*) from ledger.postings where cause = %s and rule = 'foreign'", txn) == 1
+
+
+async def test_payouts_are_read_from_their_list(conn: Connection, database: str, tmp_path: Path) -> None:
+    with running_sandbox(tmp_path, "--payout-seconds=0.2", "--payout-arrival-seconds=0.1") as sandbox:
+        sandbox.pay()
+        eventually(lambda: sandbox.get("/v1/payouts")["data"], 10)
+        async with worker_here(database, sandbox.url) as worker:
+            await payouts(worker)
+            await settlements(worker)
+    assert count(conn, "select count(*) from surety.parked_facts where kind = 'payout' and ended_as = 'unattached'") > 0
+    assert count(conn, "select count(*) from ledger.postings where rule = 'payout'") > 0
+    assert count(conn, "select count(*) from surety.poll_cursors") == 2
+
+
+async def test_a_euro_charge_that_settles_in_dollars_is_exchanged(
+    conn: Connection, database: str, tmp_path: Path, shop: Pay
+) -> None:
+    with running_sandbox(tmp_path, "--settlement-currency=usd", "--available-seconds=0") as sandbox:
+        [payment_id] = shop(currency="eur")
+        async with worker_here(database, sandbox.url) as worker:
+            await work_off(worker)
+            [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+            eventually(lambda: sandbox.get("/v1/charges", {"payment_intent": pi})["data"][0]["balance_transaction"])
+            await settlements(worker)
+        [line] = sandbox.get("/v1/balance_transactions")["data"]
+    assert state_of(conn, payment_id) == "settled"
+    ledger = ledger_of(conn, payment_id)
+    assert ledger["stripe"] == line["net"]
+    assert ledger["rev eur"] == 375
+    assert "due eur" not in ledger
+    assert not violations(conn)
+
+
+async def test_euros_that_settled_in_dollars_are_refunded_and_disputed(
+    conn: Connection, database: str, tmp_path: Path
+) -> None:
+    hasten(conn, UNTIL_DUE)
+    _, key = add_merchant(conn)
+    refunded, disputed = pay(conn, key, 2, currency="eur")
+    with running_sandbox(tmp_path, "--settlement-currency=usd", "--available-seconds=0") as sandbox:
+        async with worker_here(database, sandbox.url) as worker:
+            await work_off(worker)
+            eventually(lambda: len(sandbox.get("/v1/balance_transactions")["data"]) == 2)
+            await settlements(worker)
+            assert command(conn, "create_refund", key, payment_id=refunded)["status"] == 201
+            await work_off(worker)
+            row = conn.execute("select provider_id from surety.payments where id = %s", (disputed,)).fetchone()
+            assert row is not None
+            dispute = sandbox.control("disputes", {"payment_intent": row[0]})["id"]
+            sandbox.control(f"disputes/{dispute}", {"outcome": "partly_lost", "returned": 4000})
+            await fetch_dispute(worker, Source("", False, "dispute", dispute), Origin("", False, "poll"))
+            await settlements(worker)
+    charged = {"rev eur": 375, "fx eur": -375, "fx": 407}
+    assert state_of(conn, refunded) == "refunded"
+    assert ledger_of(conn, refunded) == charged | {"avail": 10443 - 10850, "stripe": 10505 - 10850, "cost": 345}
+    row = conn.execute("select withdrawn_minor, currency from surety.disputes").fetchone()
+    assert row == (6000, "eur")
+    assert ledger_of(conn, disputed) == charged | {
+        "avail": 10443 - 10850 - 1500 + 4340,
+        "stripe": 10505 - 10850 - 1500 + 4340,
+        "rev": 1500,
+        "cost": 345 + 1500,
+    }
+    assert not violations(conn)
+
+
+async def test_more_disputes_than_connections_are_fetched_beside_each_other(
+    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+) -> None:
+    count = CONNECTIONS_MAX + 1
+    shop(count)
+    origin = Origin("", False, "poll")
+    async with worker_here(database, sandbox.url) as worker:
+        await work_off(worker)
+        intents = [row[0] for row in conn.execute("select provider_id from surety.payments")]
+        opened = [sandbox.control("disputes", {"payment_intent": intent})["id"] for intent in intents]
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(fetch_dispute(worker, Source("", False, "dispute", id), origin) for id in opened))
+    assert conn.execute("select count(*) from surety.disputes").fetchone() == (count,)
+
+
+async def test_of_two_that_would_be_alone_one_is_and_a_lost_lock_is_free_again(
+    conn: Connection, database: str, sandbox: Sandbox
+) -> None:
+    locks = "pg_locks where locktype = 'advisory' and database = (select oid from pg_database where datname = %s)"
+    name = conn.info.dbname
+    async with worker_here(database, sandbox.url) as here, worker_here(database, sandbox.url) as there:
+        one, other = here.database, there.database
+        async with one.alone("a") as first, one.alone("a") as again, other.alone("a") as second:
+            assert (first, again, second) == (True, False, False)
+            async with one.alone("b") as beside:
+                assert beside
+        async with other.alone("a") as later:
+            assert later
+        async with one.alone("a"), one.alone("b"):
+            conn.execute(f"select pg_terminate_backend(pid) from {locks}".encode(), (name,))
+            with pytest.raises(psycopg.OperationalError):
+                async with one.alone("c"):
+                    raise AssertionError("nobody can know whether it is")
+            async with other.alone("a") as taken_over, one.alone("b") as anew:
+                assert taken_over
+                assert anew
+        async with one.alone("a") as last, one.alone("b") as very_last:
+            assert last
+            assert very_last
+    assert conn.execute(f"select count(*) from {locks}".encode(), (name,)).fetchone() == (0,)
+
+
+def test_money_that_should_be_available_is_asked_for_in_stretches_of_time() -> None:
+    day = datetime(2026, 11, 22, tzinfo=UTC)
+    minutes = [3, 0, 59, 200, 201]
+    found = stretches([day + timedelta(minutes=minute) for minute in minutes])
+    assert [((a - day).seconds // 60, (b - day).seconds // 60) for a, b in found] == [(0, 59), (200, 201)]
+    assert stretches([]) == []
+
+
+def test_how_often_is_said_in_procrastinates_crontab() -> None:
+    assert (cron(1), cron(5), cron(60), cron(600)) == ("* * * * * */1", "* * * * * */5", "*/1 * * * *", "*/10 * * * *")

@@ -1,0 +1,221 @@
+"""`surety up`: all on this machine, started again when it dies, and gone when it ends, however that is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+
+from app.local.processes import free_port
+from db.embedded import roomy_folder
+from tests.support.http_client import CONTEXT, Service, payment
+from tests.support.sandbox_process import eventually
+
+ROOT = Path(__file__).parent.parent.parent
+READY_SECONDS_MAX = 90
+KEY = re.compile("sty_test_[0-9A-Za-z]{38}")
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))}
+    kept.pop("DATABASE_URL", None)
+    ports = {f"SURETY_{name}_PORT": str(free_port(0)) for name in ("API", "WEBHOOK", "SANDBOX")}
+    return kept | ports | more
+
+
+class Up:
+    """`surety up --sandbox` in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "up.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "app.cli", "up", "--sandbox", "--folder", str(folder / ".surety")],
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        assert eventually(lambda: self.process.poll() is not None or "export DATABASE_URL" in self.said(), 90), (
+            self.said()
+        )
+        assert self.process.poll() is None, self.said()
+        [self.database] = re.findall("export DATABASE_URL='([^']+)'", self.said())
+        [self.api] = re.findall(r"api (http://127\.0\.0\.1:\d+)", self.said())
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def children(self) -> dict[int, str]:
+        """The processes that it started, with their commands."""
+        found = {}
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            pid = int(status.parent.name)
+            if parent_of(pid) == self.process.pid:
+                found[pid] = (status.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return found
+
+    def child(self, what: str) -> int:
+        [pid] = [pid for pid, command in self.children().items() if what in command]
+        return pid
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+def parent_of(pid: int) -> int | None:
+    """Who started a process; None if it is gone, whether or not somebody has taken note of that."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return None
+    return None if state in "ZX" else int(parent)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the server's own user may enter, too."""
+    path = Path(tempfile.mkdtemp(prefix="up-", dir=roomy_folder()))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def pay(up: Up, key: str) -> str:
+    answer = httpx.post(
+        f"{up.api}/v1/payments",
+        json=payment(),
+        headers={"Authorization": f"Bearer {key}", "Idempotency-Key": os.urandom(8).hex()},
+        verify=CONTEXT,
+        timeout=30,
+    )
+    return str(answer.json()["id"]) if answer.status_code == 201 else ""
+
+
+def is_settled(database: str, payment_id: str) -> bool:
+    try:
+        with psycopg.connect(database) as conn:
+            row = conn.execute("select state from surety.payments where id = %s", (payment_id,)).fetchone()
+    except psycopg.OperationalError:
+        return False
+    return row == ("settled",)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
+def test_up_starts_again_what_dies_and_leaves_nothing_behind_and_keeps_its_data(folder: Path) -> None:
+    up = Up(folder)
+    try:
+        assert eventually(lambda: KEY.search(up.said()), 20), up.said()
+        [key] = set(KEY.findall(up.said()))
+        first = pay(up, key)
+        assert eventually(lambda: is_settled(up.database, first), 60), up.said()
+
+        second = subprocess.run(
+            [sys.executable, "-m", "app.cli", "up", "--sandbox", "--folder", str(folder / ".surety")],
+            env=environment(), capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert f"already (process {up.process.pid})" in second.stderr and "Traceback" not in second.stderr
+
+        os.kill(up.child("procrastinate"), signal.SIGKILL)
+        os.kill(up.child("app.cli api"), signal.SIGKILL)
+        os.kill(up.child("postgres"), signal.SIGKILL)
+        assert eventually(lambda: "worker-1 was killed by SIGKILL; it is started again" in up.said(), 20)
+        assert eventually(lambda: "postgresql ended; it is started again" in up.said(), 20)
+        second_payment = eventually(lambda: try_to_pay(up, key), 60)
+        assert eventually(lambda: is_settled(up.database, second_payment), 90), up.said()
+        assert re.search(r"^worker-1 +Launching a worker", up.said(), re.MULTILINE)
+
+        left = up.children()
+        assert len(left) == 5
+        assert up.end(signal.SIGKILL) == -signal.SIGKILL
+        assert eventually(lambda: not any(map(parent_of, left)), 20), left
+
+        up = Up(folder)
+        assert KEY.findall(up.said()) == []
+        assert is_settled(up.database, first)
+        last = pay(up, key)
+        assert eventually(lambda: is_settled(up.database, last), 60), up.said()
+        left = up.children()
+        assert up.end(signal.SIGINT) == 130
+        assert not any(map(parent_of, left)), up.said()
+        assert "SIGINT: all has ended; the data are kept" in up.said()
+        assert (folder / ".surety" / "postgresql" / "data").is_dir()
+    finally:
+        up.process.kill()
+        up.process.wait()
+
+
+def try_to_pay(up: Up, key: str) -> str:
+    """A payment's id, or nothing while the API is away."""
+    try:
+        return pay(up, key)
+    except httpx.HTTPError:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "message"),
+    [
+        ((), {}, "set STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET, or play: surety up --sandbox"),
+        ((), {"STRIPE_API_KEY": "sk_test_1"}, "STRIPE_WEBHOOK_SECRET is not set"),
+        (("--sandbox",), {"STRIPE_API_KEY": "sk_live_1"}, "must not go to a sandbox"),
+        (
+            ("--folder", "/proc/none"),
+            {"SURETY_SANDBOX_URL": "http://x", "STRIPE_WEBHOOK_SECRET": "whsec_1"},
+            "can't be made",
+        ),
+        (
+            ("--sandbox",),
+            {"DATABASE_URL": "postgresql://localhost:1/none?connect_timeout=1"},
+            "PostgreSQL can't be reached",
+        ),
+    ],
+)
+def test_what_keeps_up_from_starting_is_told_in_a_line(
+    tmp_path: Path, options: tuple[str, ...], variables: dict[str, str], message: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "up", *options],
+        cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT), **variables),
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_sandbox_touches_a_database_that_moves_real_money(
+    database: str, conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    conn.execute("update surety.environment set livemode = true")
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "up", "--sandbox", "--folder", str(tmp_path / "kept")],
+        env=environment(DATABASE_URL=database), capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, "moves real money" in done.stderr) == (1, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
+def test_an_api_of_several_processes_that_is_killed_leaves_none_of_them(database: str) -> None:
+    api = Service("api", database, "--processes", "2")
+    try:
+        assert eventually(lambda: httpx.get(f"{api.url}/health", verify=CONTEXT, timeout=30).status_code == 200, 30)
+        stats = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat")]
+        children = [pid for pid in stats if parent_of(pid) == api.process.pid]
+        assert len(children) >= 2
+    finally:
+        api.process.kill()
+        api.process.communicate()
+    assert eventually(lambda: not any(map(parent_of, children)), 30)

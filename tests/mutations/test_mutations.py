@@ -1,0 +1,32 @@
+"""The simulation notices what is missing; all mutants by command: python -m tests.mutations."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.mutations.__main__ import MUTANTS, ROOT, Mutant, apply, innocent, judge
+
+CAUGHT_SOON = ("the trail is append-only",)
+
+
+def named(guard: str) -> Mutant:
+    [found] = [mutant for mutant in MUTANTS if mutant.guard == guard]
+    return found
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.guard)
+def test_each_guard_is_there_to_be_taken_away(mutant: Mutant, tmp_path: Path) -> None:
+    for path in {patch.path for patch in mutant.patches}:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    apply(mutant, tmp_path)
+    assert any((tmp_path / patch.path).read_text() != (ROOT / patch.path).read_text() for patch in mutant.patches)
+
+
+@pytest.mark.parametrize("guard", CAUGHT_SOON)
+def test_a_guard_taken_away_is_missed(guard: str) -> None:
+    broken = judge(named(guard), seconds=120, processes=1).broken
+    assert broken and innocent(broken.keys()) == broken.keys()

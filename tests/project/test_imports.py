@@ -1,0 +1,78 @@
+"""The shape of the code: who imports whom, and what is told twice is told alike."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGES = ("app", "db", "jobs")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def imports_of(folder: str) -> set[tuple[str, str]]:
+    """(file, module imported) for all files under a folder, wherever in the file the import stands."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules: list[str] = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                package = ".".join(path.relative_to(ROOT).parent.parts[: -node.level + 1 or None]) if node.level else ""
+                modules = [".".join(filter(None, (package, node.module or "")))]
+            found |= {(str(path.relative_to(ROOT)), module) for module in modules}
+    return found
+
+
+def crossings(folder: str, forbidden: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The imports under a folder that reach a package that they must not."""
+    return sorted((file, module) for file, module in imports_of(folder) if module.split(".")[0] in forbidden)
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("db", ("app", "jobs", "tests")),
+        ("app", ("jobs", "tests")),
+        ("jobs", ("app", "tests")),
+    ],
+)
+def test_imports_run_from_app_and_jobs_to_db(folder: str, forbidden: tuple[str, ...]) -> None:
+    assert crossings(folder, forbidden) == []
+
+
+def test_the_sandbox_imports_none_of_the_rest() -> None:
+    ours = [(file, module) for file, module in imports_of("app/sandbox") if module.split(".")[0] in PACKAGES]
+    assert [(file, module) for file, module in ours if not f"{module}.".startswith("app.sandbox.")] == []
+
+
+def test_providers_are_called_from_jobs_only() -> None:
+    assert crossings("app", ("stripe",)) == []
+    assert crossings("db", ("stripe",)) == []
+
+
+def test_the_extra_and_the_group_of_development_are_the_same() -> None:
+    assert PROJECT["project"]["optional-dependencies"]["dev"] == PROJECT["dependency-groups"]["dev"]
+
+
+def test_every_dependency_is_pinned_exactly() -> None:
+    requirements = [
+        *PROJECT["project"]["dependencies"],
+        *PROJECT["dependency-groups"]["dev"],
+        *PROJECT["build-system"]["requires"],
+    ]
+    pinned = re.compile(r"[a-z0-9-]+(\[[a-z,]+\])?==[0-9.]+(; .+)?")
+    assert [requirement for requirement in requirements if not pinned.fullmatch(requirement)] == []
+
+
+def test_every_switched_off_rule_has_its_reason_beside_it() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = re.findall(r'(?:^ignore|^exclude_rules|^"[^"]+") = \[\n(.*?)^\]', text, re.MULTILINE | re.DOTALL)
+    rules = [line for block in lists for line in block.splitlines()]
+    assert len(rules) > 20
+    assert [line for line in rules if not re.fullmatch(r'    "[A-Z]+\d+",  # .+', line)] == []

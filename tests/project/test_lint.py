@@ -1,0 +1,38 @@
+"""The judges of style and types; they work beside each other and beside the other processes' tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sqlfluff.core import FluffConfig, Linter
+
+from tests.support.linters import JUDGES, Judges
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_judge_finds_nothing(name: str, judges: Judges) -> None:
+    status, output = judges.verdict(name)
+    assert status == 0, output
+
+
+def test_sqlfluff_skips_no_file_for_its_size_and_lets_nothing_pass_that_it_cant_parse() -> None:
+    config = FluffConfig.from_path(str(ROOT))
+    assert config.get("large_file_skip_byte_limit") == 0
+    found = Linter(config=config).lint_string("select foo bar baz from from;\n").get_violations()
+    assert "PRS" in {violation.rule_code() for violation in found}
+
+
+def test_sql_is_indented_by_fours_even_where_sqlfluff_cant_look() -> None:
+    files = [ROOT / "schema.sql", *ROOT.glob("db/**/*.sql"), *ROOT.glob("migrations/*.sql")]
+    lines = [
+        (path.name, number, line)
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    ]
+    indents = {(name, number): len(line) - len(line.lstrip(" ")) for name, number, line in lines if line.strip()}
+    assert [place for place, indent in indents.items() if indent % 4] == []
+    assert [(name, number) for name, number, line in lines if line != line.rstrip() or "\t" in line] == []
+    assert [(name, number) for name, number, line in lines if len(line) > 120] == []

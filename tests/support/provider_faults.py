@@ -1,0 +1,553 @@
+"""Every call to the provider, each with everything that can go wrong about it, on clocks that the test moves.
+
+Payments by the hundred go through the worker's real code and the real sandbox at once, each on its way to one call that
+goes wrong for it in one way. A pair of call and fault counts when the sandbox has really done it.
+
+The calls are those of the outbox's phases: what `submit`, `confirm`, `cancel`, `capture`, `refund` and `evidence` send,
+what they ask when an outcome is unknown or has to be known, what `apply` fetches because of a webhook, what the sweep
+asks, and what the periodic rounds read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from db.embedded import wait_until
+from jobs.polling import Round, due_money, news, payouts, settlements, sweep
+from jobs.worker import Worker
+from tests.support.payments import Connection, add_merchant, command, create, request
+from tests.support.sandbox_process import Sandbox, eventually
+from tests.support.workers import work_off
+
+Json = dict[str, Any]
+
+MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
+DELAY_SECONDS = 3 * DAY
+REORDER_SECONDS = HOUR
+SOON = 80.0
+"""Longer than any delay before a retry."""
+LATER = 7 * HOUR
+"""Longer than the sweep's patience, and than money is pending."""
+PENDING_SECONDS = HOUR
+UNDECIDED_SECONDS = 8 * DAY
+"""How long refunds and disputes stay as they are, unless the test decides them."""
+ROUNDS_MAX = 12
+
+VISA, DECLINED, ASKING = "pm_card_visa", "pm_card_visa_chargeDeclined", "pm_card_authenticationRequired"
+PENDING = "pm_card_pendingRefund"
+
+# What the table calls a fault, and what the sandbox does for it.
+OF_THE_CALL = {
+    "timeout before": "timeout_before",
+    "timeout after": "timeout_after",
+    "reset in mid-body": "reset",
+    "500 before": "error_500_before",
+    "500 after": "error_500_after",
+    "409": "conflict_409",
+    "429": "rate_limit_429",
+    "malformed 200": "garbage_200",
+    "after 25 hours": "timeout_after",
+    "webhook first": "webhook_first",
+}
+OF_THE_WEBHOOK = {
+    "ten duplicates": "repeated",
+    "reordered": "reordered",
+    "delayed by days": "delayed",
+    "lost": "lost",
+    "wrongly signed": "forged",
+}
+FAULTS = OF_THE_CALL | OF_THE_WEBHOOK
+# An account each: what goes wrong at once must not look like the provider's outage, which is another story.
+ACCOUNTS = {fault: f"acct_1SuretyFault{number}" for number, fault in enumerate(FAULTS)}
+LATE = "after 25 hours"
+FIRST = "webhook first"
+
+# Where a question brings webhooks that are late, which ones those are.
+LATE_WEBHOOKS = {
+    "apply: fetch": "charge.failed",
+    "apply: fetch dispute": "charge.dispute.funds_withdrawn",
+    "sweep: fetch": "payment_intent.succeeded",
+    "settlements: list": "charge.updated",
+    "due_money: list": "charge.updated",
+    "payouts: list": "payout.paid",
+    "news: list": "charge.updated",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One of our calls: the sandbox's name for it, a card that leads there, and the webhooks that belong to it."""
+
+    operation: str
+    card: str
+    webhook: str
+    overtaken: str
+    """The webhook that others overtake."""
+
+
+CALLS = {
+    "submit: create": Call("payment_intents.create", VISA, "payment_intent.created", "payment_intent.created"),
+    "submit: look for it": Call("payment_intents.list", VISA, "payment_intent.created", "payment_intent.created"),
+    "confirm: confirm": Call("payment_intents.confirm", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
+    "confirm: ask": Call("payment_intents.retrieve", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
+    "cancel: cancel": Call(
+        "payment_intents.cancel", DECLINED, "payment_intent.canceled", "payment_intent.payment_failed"
+    ),
+    "cancel: ask": Call(
+        "payment_intents.retrieve", DECLINED, "payment_intent.canceled", "payment_intent.payment_failed"
+    ),
+    "capture: capture": Call(
+        "payment_intents.capture", VISA, "payment_intent.succeeded", "payment_intent.amount_capturable_updated"
+    ),
+    "capture: ask": Call(
+        "payment_intents.retrieve", VISA, "payment_intent.succeeded", "payment_intent.amount_capturable_updated"
+    ),
+    "refund: refund": Call("refunds.create", VISA, "refund.created", "refund.created"),
+    "refund: look for it": Call("refunds.list", VISA, "refund.created", "refund.created"),
+    "evidence: submit": Call("disputes.update", VISA, "charge.dispute.updated", "charge.dispute.updated"),
+    "evidence: fetch": Call("disputes.retrieve", VISA, "charge.dispute.closed", "charge.dispute.updated"),
+    "apply: fetch": Call(
+        "payment_intents.retrieve", DECLINED, "payment_intent.payment_failed", "payment_intent.payment_failed"
+    ),
+    "apply: fetch dispute": Call("disputes.retrieve", VISA, "charge.dispute.created", "charge.dispute.created"),
+    "sweep: fetch": Call("payment_intents.retrieve", ASKING, "payment_intent.succeeded", "payment_intent.succeeded"),
+    "sweep: fetch refund": Call("refunds.retrieve", PENDING, "refund.updated", "refund.updated"),
+    "sweep: fetch dispute": Call("disputes.retrieve", VISA, "charge.dispute.closed", "charge.dispute.closed"),
+    "due_money: list": Call("balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"),
+    "settlements: list": Call("balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"),
+    "payouts: list": Call("payouts.list", VISA, "payout.paid", "payout.created"),
+    "news: list": Call("events.list", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
+}
+
+
+# What is due is looked at before all is read, or nothing would be left to look at.
+READINGS: dict[str, Round] = {
+    "due_money: list": due_money, "settlements: list": settlements, "payouts: list": payouts, "news: list": news
+}  # fmt: skip
+
+
+def is_late(call: str, fault: str) -> bool:
+    """Whether a pair has to wait until other payments' delayed webhooks have come: a list that comes after webhooks
+    brings all that are held.
+    """
+    return fault == LATE or (fault == FIRST and CALLS[call].operation.endswith(".list"))
+
+
+@dataclass
+class Case:
+    """A payment on its way to one pair."""
+
+    payment_id: str
+    call: str
+    fault: str
+    turn: int
+    intent: str = ""
+    refund: str = ""
+    dispute: str = ""
+    """The provider's id of it, as the intent's."""
+
+
+@dataclass
+class Order:
+    """A fault ordered of the sandbox, and the pair that it counts for; None where it only leads somewhere."""
+
+    pair: tuple[str, str] | None
+    operation: str
+    fault: str
+    match: str = ""
+    times: int = 1
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.operation, self.fault, self.match
+
+    def told(self) -> Json:
+        """As the sandbox takes it."""
+        return {"operation": self.operation, "fault": self.fault, "match": self.match, "times": self.times}
+
+
+class Trial:
+    """One database, one sandbox, one worker, and all payments."""
+
+    def __init__(self, conn: Connection, sandbox: Sandbox, worker: Worker) -> None:
+        self.conn, self.sandbox, self.worker = conn, sandbox, worker
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.cases: list[Case] = []
+        self._standing: list[Order] = []
+        self._ahead_seconds = 0.0
+        self._keys = {fault: add_merchant(conn, account=account)[1] for fault, account in ACCOUNTS.items()}
+        conn.execute("update surety.environment set kind = 'test'")
+        # As many attempts as ever, at times that the test's clock reaches.
+        conn.execute("update outbox.handlers set retry_after = '{60 s,60 s}'")
+        self.move(0)
+
+    # --- the way of all payments, up to each call
+
+    async def go(self, *, late: bool) -> None:
+        """Lead payments into every call with each of its faults, and heal all of them in the end.
+
+        Late are the faults between which and the next attempt 25 hours pass.
+        """
+        pause_seconds = 25 * HOUR if late else SOON
+        pairs = [(call, fault) for call in CALLS for fault in FAULTS if is_late(call, fault) == late]
+        # By turns what went wrong before had its effect, or not.
+        self.cases = self._open(pairs)
+        for lead in (
+            self._submit, self._confirm, self._cancel, self._capture, self._refund, self._dispute, self._give_evidence,
+            self._sweep,
+        ):  # fmt: skip
+            await lead(pause_seconds)
+            self._withdraw()
+        for call, read in READINGS.items():
+            await self._read(read, [pair for pair in pairs if pair[0] == call], pause_seconds)
+        await self.heal()
+
+    def _open(self, pairs: list[tuple[str, str]]) -> list[Case]:
+        requests = [
+            request(
+                self._keys[fault],
+                method_token=CALLS[call].card,
+                capture_method="manual" if call.startswith("capture") else "automatic",
+                return_url="https://shop.example/back",
+            )
+            for call, fault in pairs
+        ]
+        opened = zip((outcome["payment_id"] for outcome in create(self.conn, requests)), pairs, strict=True)
+        return [Case(payment_id, *pair, turn) for turn, (payment_id, pair) in enumerate(opened)]
+
+    async def _submit(self, pause_seconds: float) -> None:
+        orders = []
+        for case in self._of("submit: create"):
+            orders += self._of_call(case, case.payment_id) + self._of_webhook(case, case.payment_id)
+        for case in self._of("submit: look for it"):
+            error = ("error_500_before", "error_500_after")[case.turn % 2]
+            orders += [Order(None, "payment_intents.create", error, case.payment_id)]
+            orders += self._of_webhook(case, case.payment_id) + self._held(case, case.payment_id)
+        await self._beside_apply(orders, "submit")
+        self.move(pause_seconds)
+        await self._act([o for case in self._of("submit: look for it") for o in self._of_call(case, "")], "submit")
+        await self._until(lambda: not self._in_state("initiated") | self._in_state("submitting"), "submit")
+        intents: dict[str, str] = dict(self.conn.execute("select id, provider_id from surety.payments").fetchall())
+        for case in self.cases:
+            case.intent = intents[case.payment_id]
+
+    async def _confirm(self, pause_seconds: float) -> None:
+        orders = self._before_confirming()
+        for case in self._of("confirm: confirm"):
+            orders += self._of_call(case, case.payment_id)
+        for case in self._of("apply: fetch") + self._of("confirm: ask"):
+            orders += self._of_call(case, case.intent)
+        await self._beside_apply(orders, "confirm")
+        fetched = [case for case in self._of("apply: fetch") if case.fault in OF_THE_CALL]
+        self._wait_for_webhooks(CALLS["apply: fetch"].webhook, fetched)
+        await self._act([], "apply")
+        self.move(pause_seconds)
+        await self._act([], "confirm")
+        self.move(pause_seconds)
+        await self._act([], "confirm", "apply")
+
+    def _before_confirming(self) -> list[Order]:
+        """What must have gone wrong, and which webhooks must be late, for the calls that come after."""
+        orders = []
+        for case in self.cases:
+            if not case.call.startswith("submit"):
+                orders += self._of_webhook(case, "" if case.call == "payouts: list" else case.intent)
+            match case.call:
+                case "apply: fetch":
+                    orders += [Order(None, "payment_intents.confirm", "timeout_after", case.payment_id)]
+                case "confirm: ask":
+                    has_happened = (case.turn % 2 == 1 and case.fault in OF_THE_CALL) or case.fault == FIRST
+                    orders += [Order(None, "payment_intents.confirm", timeout(has_happened), case.payment_id)]
+                    orders += self._held(case, case.intent)
+            if case.fault == FIRST and (late := LATE_WEBHOOKS.get(case.call)):
+                orders += [Order(None, f"webhook:{late}", "delayed", "" if late == "payout.paid" else case.intent)]
+        return orders
+
+    async def _cancel(self, pause_seconds: float) -> None:
+        orders = []
+        for case in self._of("cancel: cancel"):
+            orders += self._of_call(case, case.payment_id)
+        for case in self._of("cancel: ask"):
+            orders += self._left_unknown(case, "payment_intents.cancel", case.payment_id)
+            orders += self._of_call(case, case.intent)
+        await self._beside_apply(orders, "cancel")
+        self.move(pause_seconds)
+        await self._act([], "cancel")
+
+    async def _capture(self, pause_seconds: float) -> None:
+        sent, asked = self._of("capture: capture"), self._of("capture: ask")
+        await self._until(lambda: {case.intent for case in sent + asked} <= self._in_state("authorized"), "confirm")
+        for case in sent + asked:
+            self._command("capture_payment", case, payment_id=case.payment_id)
+        orders = [order for case in sent for order in self._of_call(case, case.payment_id)]
+        for case in asked:
+            orders += self._left_unknown(case, "payment_intents.capture", case.payment_id)
+            orders += self._of_call(case, case.intent)
+        await self._beside_apply(orders, "capture")
+        self.move(pause_seconds)
+        await self._act([], "capture")
+        # Before what is held expires.
+        taken = {case.intent for case in sent + asked}
+        await self._until(lambda: not taken & (self._in_state("authorized") | self._in_state("processing")), "capture")
+
+    async def _refund(self, pause_seconds: float) -> None:
+        sent, asked = self._of("refund: refund"), self._of("refund: look for it")
+        swept = self._of("sweep: fetch refund")
+        cases = sent + asked + swept
+        await self._until_charged(cases)
+        refunds = {case.payment_id: self._command("create_refund", case, payment_id=case.payment_id) for case in cases}
+        orders = [order for case in sent for order in self._of_call(case, refunds[case.payment_id])]
+        for case in asked:
+            orders += self._left_unknown(case, "refunds.create", refunds[case.payment_id]) + self._of_call(case, "")
+        await self._beside_apply(orders, "refund")
+        self.move(pause_seconds)
+        await self._act([], "refund")
+        made: dict[str, str] = dict(self.conn.execute("select id, provider_id from surety.refunds").fetchall())
+        for case in swept:
+            case.refund = made[refunds[case.payment_id]]
+
+    async def _dispute(self, pause_seconds: float) -> None:
+        """Holders dispute; `apply` fetches what they say."""
+        calls = ("apply: fetch dispute", "evidence: submit", "evidence: fetch", "sweep: fetch dispute")
+        cases = [case for call in calls for case in self._of(call)]
+        await self._until_charged(cases)
+        for case in cases:
+            case.dispute = self.sandbox.control("disputes", {"payment_intent": case.intent})["id"]
+        fetched = self._of("apply: fetch dispute")
+        self._wait_for_webhooks("charge.dispute.created", [case for case in cases if case.fault in OF_THE_CALL])
+        await self._act([order for case in fetched for order in self._of_call(case, case.dispute)], "apply")
+        self.move(pause_seconds)
+        await self._act([], "apply")
+
+    async def _give_evidence(self, pause_seconds: float) -> None:
+        sent, asked = self._of("evidence: submit"), self._of("evidence: fetch")
+        known: dict[str, str] = dict(self.conn.execute("select provider_id, id from surety.disputes").fetchall())
+        orders = []
+        for case in sent + asked:
+            said = {"uncategorized_text": ("winning_evidence", "losing_evidence")[case.turn % 2]}
+            self._command("submit_evidence", case, dispute_id=known[case.dispute], evidence=said, submit=True)
+            orders += self._of_call(case, known[case.dispute] if case in sent else case.dispute)
+            # What comes of it is not told meanwhile, unless it is told first.
+            orders += self._held(case, case.intent) if case.fault != FIRST or case in asked else []
+        await self._beside_apply(orders, "evidence")
+        self.move(pause_seconds)
+        await self._act([], "evidence")
+
+    def _command(self, function: str, case: Case, **asked: Any) -> str:
+        """Ask for something about a payment; the id of what is answered."""
+        outcome = command(self.conn, function, self._keys[case.fault], **asked)
+        assert outcome["problem"] is None, outcome
+        return str(outcome["body"]["id"])
+
+    def _left_unknown(self, case: Case, operation: str, match: str) -> list[Order]:
+        """Nobody knows whether a call has happened, and no webhook tells."""
+        has_happened = case.turn % 2 == 1 or case.fault == FIRST
+        return [Order(None, operation, timeout(has_happened), match), *self._held(case, case.intent)]
+
+    async def _sweep(self, pause_seconds: float) -> None:
+        """Payers, banks and the network act, and nothing tells: what became of it, the sweep has to ask."""
+        paid, refunded, disputed = (self._of(f"sweep: fetch{what}") for what in ("", " refund", " dispute"))
+        await self._until(lambda: {case.intent for case in paid} <= self._in_state("requires_action"), "confirm")
+        self._order([order for case in refunded + disputed for order in self._held(case, case.intent)])
+        for case in paid:
+            self._pay_at_the_bank(case.intent)
+        for case in refunded:
+            self.sandbox.control(f"refunds/{case.refund}", {"outcome": ("succeeded", "failed")[case.turn % 2]})
+        for case in disputed + self._of("apply: fetch dispute"):
+            self.sandbox.control(f"disputes/{case.dispute}", {"outcome": ("won", "lost")[case.turn % 2]})
+        self.move(LATER)
+        orders = [order for case in paid for order in self._of_call(case, case.intent)]
+        orders += [order for case in refunded for order in self._of_call(case, case.refund)]
+        self._order(orders + [order for case in disputed for order in self._of_call(case, case.dispute)])
+        await sweep(self.worker)
+        self._count()
+        self.move(pause_seconds)
+
+    async def _read(self, read: Round, pairs: list[tuple[str, str]], pause_seconds: float) -> None:
+        """A periodic reading of lists, which belong to all payments: each fault meets another account's."""
+        asked = [pair for pair in pairs if pair[1] in OF_THE_CALL]
+        self._order([Order((call, fault), CALLS[call].operation, OF_THE_CALL[fault]) for call, fault in asked])
+        await read(self.worker)
+        self._count()
+        self._withdraw()
+        self.move(pause_seconds)
+
+    # --- ends
+
+    async def heal(self) -> None:
+        """Time goes by, and nothing goes wrong any more, until every payment has ended."""
+        self._standing = [order for order in self._standing if order.pair is not None]
+        self._withdraw()
+        for _ in range(ROUNDS_MAX):
+            self.move(LATER)
+            await self.worker.breaker.pulse()
+            await work_off(self.worker)
+            for round_ in (sweep, settlements, due_money, payouts):
+                await round_(self.worker)
+            if not self.unfinished():
+                return
+
+    async def hear_the_last(self) -> None:
+        """Days go by: what was delayed or overtaken is delivered, and applied."""
+        self.move(DELAY_SECONDS + DAY)
+        eventually(lambda: self.sandbox.control("webhooks")["pending"] == 0, 30)
+        await self.heal()
+        self._count()
+
+    def unfinished(self) -> list[tuple[Any, ...]]:
+        """What has not come to its end."""
+        return self.conn.execute(
+            """
+            select p.id, p.state from surety.payments as p where p.state not in (
+                'settled', 'refunded', 'reversed', 'failed')
+            union all
+            select r.id, r.state from surety.refunds as r where r.state in ('pending', 'requires_action')
+            union all
+            select d.id, d.status from surety.disputes as d where d.status not in ('won', 'lost')
+            union all
+            select r.event_id, r.handler from outbox.retries as r
+            union all
+            select b.id::text, b.handler from outbox.batches as b
+            union all
+            select d.event_id, d.handler || ': ' || d.reason from outbox.dead_letters as d where d.closed_at is null
+            """
+        ).fetchall()
+
+    def move(self, seconds: float) -> None:
+        """Move our clock and the provider's."""
+        self._ahead_seconds += seconds
+        self.conn.execute(
+            "insert into surety.clock (ahead) values (make_interval(secs => %s))"
+            " on conflict (kind) do update set ahead = excluded.ahead",
+            (self._ahead_seconds,),
+        )
+        self.conn.execute("select surety.maintain_partitions()")
+        if seconds:
+            self.sandbox.control("clock", {"advance": seconds})
+
+    # --- orders
+
+    def _of(self, call: str) -> list[Case]:
+        return [case for case in self.cases if case.call == call]
+
+    def _of_call(self, case: Case, match: str) -> list[Order]:
+        """The fault of the call itself, if the case is about one. No webhook saves what is asked again after a day."""
+        fault = OF_THE_CALL.get(case.fault)
+        if fault is None:
+            return []
+        operation = CALLS[case.call].operation
+        is_sent = not operation.endswith((".list", ".retrieve"))
+        held = self._held(case, case.intent or case.payment_id) if is_sent and case.fault == LATE else []
+        return [Order((case.call, case.fault), operation, fault, match), *held]
+
+    def _of_webhook(self, case: Case, match: str) -> list[Order]:
+        """The fault of the call's webhook, if the case is about one."""
+        fault = OF_THE_WEBHOOK.get(case.fault)
+        if fault is None:
+            return []
+        call = CALLS[case.call]
+        type_ = call.overtaken if fault == "reordered" else call.webhook
+        return [Order((case.call, case.fault), f"webhook:{type_}", fault, match)]
+
+    def _held(self, case: Case, match: str) -> list[Order]:
+        """All webhooks of a payment delayed, so that none of them spares us the question that the case is about."""
+        is_about_webhooks = case.fault in OF_THE_WEBHOOK
+        return [] if is_about_webhooks else [Order(None, "webhook", "delayed", match, 20)]
+
+    def _withdraw(self) -> None:
+        """What was ordered for a call that didn't come must not count for another's; webhooks are still to come."""
+        self._standing = [order for order in self._standing if order.operation.startswith("webhook")]
+        self._order([])
+
+    def _order(self, orders: list[Order]) -> None:
+        self._count()
+        self._standing += orders
+        self.sandbox.control("faults", {"next": [order.told() for order in self._standing]})
+
+    def _count(self) -> None:
+        """What the sandbox has done of what was ordered."""
+        left: Counter[tuple[str, str, str]] = Counter()
+        for order in self.sandbox.control("faults")["next"]:
+            left[order["operation"], order["fault"], order.get("match", "")] += order.get("times", 1)
+        for order in reversed(self._standing):
+            stays = min(order.times, left[order.key])
+            left[order.key] -= stays
+            if order.pair is not None:
+                self.counts[order.pair] += order.times - stays
+            order.times = stays
+        self._standing = [order for order in self._standing if order.times]
+
+    # --- acts
+
+    async def _act(self, orders: list[Order], *handlers: str) -> None:
+        self._order(orders)
+        await work_off(self.worker, *handlers)
+        self._count()
+
+    async def _beside_apply(self, orders: list[Order], handler: str) -> None:
+        """Work a handler off while webhooks are applied as they come, so that they may come before the answer."""
+        self._order(orders)
+        done = asyncio.Event()
+
+        async def apply() -> None:
+            while not done.is_set():
+                await work_off(self.worker, "apply")
+                await asyncio.sleep(0.02)
+
+        applying = asyncio.create_task(apply())
+        try:
+            await work_off(self.worker, handler)
+        finally:
+            done.set()
+            await applying
+        self._count()
+
+    async def _until(self, is_so: Callable[[], bool], handler: str) -> None:
+        """Let time go by, for what a machine that is busy with something else has made late."""
+        for _ in range(ROUNDS_MAX):
+            if is_so():
+                return
+            self.move(SOON)
+            await self.worker.breaker.pulse()
+            await self._act([], handler)
+
+    async def _until_charged(self, cases: list[Case]) -> None:
+        wanted = {case.intent for case in cases}
+        await self._until(lambda: wanted <= self._in_state("confirmed") | self._in_state("settled"), "confirm")
+
+    def _in_state(self, state: str) -> set[str]:
+        """The intents of payments in a state."""
+        return {
+            row[0] for row in self.conn.execute("select provider_id from surety.payments where state = %s", (state,))
+        }
+
+    def _wait_for_webhooks(self, type_: str, cases: list[Case]) -> None:
+        """Until the webhooks that announce what these cases fetch have come, unless a confirmation has been slow."""
+        query = "select count(*) from surety.inbox where type = %s and body like any(%s)"
+        wanted = [f"%{case.intent}%" for case in cases]
+        wait_until(lambda: self.conn.execute(query, (type_, wanted)).fetchone() == (len(cases),), 5)
+
+    def _pay_at_the_bank(self, intent: str) -> None:
+        url = self.conn.execute(
+            "select next_action ->> 'url' from surety.payments where provider_id = %s", (intent,)
+        ).fetchone()
+        assert url is not None and url[0] is not None, intent
+        answer = self.sandbox.client.post(url[0], data={"outcome": "approve"})
+        assert answer.status_code < 400, answer.text
+
+
+def timeout(has_happened: bool) -> str:
+    """What leaves an outcome unknown."""
+    return "timeout_after" if has_happened else "timeout_before"
+
+
+def table(counts: Counter[tuple[str, str]]) -> list[str]:
+    """The counts, calls downwards and faults across, the faults' names above in numbers."""
+    lines = [f"{number:>2} {fault}" for number, fault in enumerate(FAULTS, 1)]
+    head = " " * 22 + "".join(f"{number:>4}" for number in range(1, len(FAULTS) + 1))
+    rows = [f"{call:<22}" + "".join(f"{counts[call, fault]:>4}" for fault in FAULTS) for call in CALLS]
+    return [*lines, "", head, *rows]

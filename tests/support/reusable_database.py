@@ -1,0 +1,178 @@
+"""One database for one test after the other, each time as empty as if it were new.
+
+To make one costs less than to plan everything anew in it: most of a short test's time went there. What a test leaves is
+deleted, and what it changed of the rows that came with the schema is put back. Where a test has changed the schema, a
+setting or a statistic, or has left much behind, the next one gets a new database.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+
+from db.connect import harden
+from db.embedded import temporary_database
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+GROWTH_BYTES_MAX = 4_000_000
+# Where DDL, ANALYZE and ALTER DATABASE leave traces.
+CATALOGS = (
+    "pg_attrdef",
+    "pg_attribute",
+    "pg_class",
+    "pg_constraint",
+    "pg_db_role_setting",
+    "pg_description",
+    "pg_event_trigger",
+    "pg_extension",
+    "pg_index",
+    "pg_proc",
+    "pg_publication",
+    "pg_rewrite",
+    "pg_statistic",
+    "pg_trigger",
+    "pg_type",
+)
+# Whoever writes a row leaves another xmin; so two signatures are equal only if nothing was written.
+SIGNATURE = "(select (count(*), sum(xmin::text::bigint))::text from {})"
+CATALOG = "select " + ", ".join(SIGNATURE.format(f"pg_catalog.{name}") for name in CATALOGS)
+SETUP = f"""
+create temp table tables (name text, columns text, kept text, signature text);
+create temp table sequences (name text, last_value bigint);
+
+insert into tables (name, columns)
+select format('%I.%I', n.nspname, c.relname), (
+    select string_agg(quote_ident(a.attname), ', ' order by a.attnum) from pg_attribute as a
+    where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+)
+from pg_class as c join pg_namespace as n on n.oid = c.relnamespace
+where c.relkind = 'r' and n.nspname !~ '^(pg_|information_schema)';
+insert into sequences select format('%I.%I', schemaname, sequencename), last_value from pg_sequences;
+
+create function pg_temp.signature(p_name text) returns text language plpgsql as $$
+declare
+    v_found text;
+begin
+    execute format('select {SIGNATURE.format("%s")}', p_name) into v_found;
+    return v_found;
+end;
+$$;
+
+create function pg_temp.keep() returns void language plpgsql as $$
+declare
+    v_table record;
+begin
+    update tables set signature = pg_temp.signature(name);
+    for v_table in select name from tables where signature <> '(0,)' loop
+        execute format('create temp table %I as table %s', v_table.name, v_table.name);
+        update tables set kept = format('pg_temp.%I', name) where name = v_table.name;
+    end loop;
+end;
+$$;
+
+create function pg_temp.put_back() returns void language plpgsql as $$
+declare
+    v_table record;
+begin
+    for v_table in select * from tables where pg_temp.signature(name) <> signature loop
+        execute format('delete from %s', v_table.name);
+        if v_table.kept is not null then
+            execute format(
+                'insert into %s (%s) overriding system value select %s from %s',
+                v_table.name, v_table.columns, v_table.columns, v_table.kept);
+            update tables set signature = pg_temp.signature(name) where name = v_table.name;
+        end if;
+    end loop;
+    perform setval(s.name, coalesce(s.last_value, 1), s.last_value is not null)
+    from sequences as s join pg_sequences as p on format('%I.%I', p.schemaname, p.sequencename) = s.name
+    where p.last_value is distinct from s.last_value;
+end;
+$$;
+
+select pg_temp.keep();
+set session_replication_role = replica;
+"""
+END_OTHERS = """
+select count(pg_terminate_backend(pid, 10000)) from pg_stat_activity
+where datname = current_database() and pid <> all(%s) and backend_type = 'client backend'
+"""
+# All that `discard all` does but for the plans.
+FORGET = (
+    "reset session authorization; reset all; close all; unlisten *; select pg_advisory_unlock_all(); discard temp;"
+    " discard sequences"
+)
+
+
+class Spare:
+    """Gives a database to one test at a time."""
+
+    def __init__(self, server: str, prefix: str, template: str) -> None:
+        self._server = server
+        self._prefix = prefix
+        self._template = template
+        self._stack = ExitStack()
+        self._janitor: Connection | None = None
+        self._owner: Connection | None = None
+        self._url = ""
+
+    def take(self) -> str:
+        """The address of a database that is as the template."""
+        if self._janitor is None:
+            database = temporary_database(self._server, self._prefix, template=self._template)
+            self._url = self._stack.enter_context(database)
+            self._janitor = self._stack.enter_context(psycopg.connect(self._url, autocommit=True))
+            # Others can't set aside the triggers; they get a new database each time.
+            if self._ask("select rolsuper from pg_roles where rolname = current_user")[0]:
+                self._janitor.execute(SETUP.encode())
+                self._catalog, self._bytes = self._ask(CATALOG), self._size()
+            else:
+                self._catalog, self._bytes = (), 0
+        return self._url
+
+    def owner(self) -> Connection:
+        """A connection with all rights, in autocommit mode, that earlier tests may have had."""
+        if self._owner is None or self._owner.closed:
+            self._owner = psycopg.connect(harden(self._url, "deploy"), autocommit=True)
+        return self._owner
+
+    def give_back(self) -> None:
+        """End all sessions, and put everything back, or have it forgotten where that can't be done."""
+        try:
+            if not self._put_back():
+                self.drop()
+        except psycopg.Error:
+            # The test has ended our sessions, too.
+            self.drop()
+
+    def drop(self) -> None:
+        """The next test gets another one."""
+        if self._owner is not None:
+            self._owner.close()
+        self._owner = self._janitor = None
+        self._stack.close()
+
+    def _put_back(self) -> bool:
+        assert self._janitor is not None
+        ours = [self._janitor.info.backend_pid]
+        if self._owner is not None and not self._owner.closed:
+            self._owner.rollback()
+            self._owner.autocommit = True
+            self._owner.execute(FORGET)
+            ours.append(self._owner.info.backend_pid)
+        self._janitor.execute(END_OTHERS, (ours,))
+        if self._ask(CATALOG) != self._catalog:
+            return False
+        self._janitor.execute("select pg_temp.put_back()")
+        return self._size() < self._bytes + GROWTH_BYTES_MAX
+
+    def _size(self) -> int:
+        return int(self._ask("select pg_database_size(current_database())")[0])
+
+    def _ask(self, query: str) -> tuple[Any, ...]:
+        assert self._janitor is not None
+        row = self._janitor.execute(query.encode()).fetchone()
+        assert row is not None
+        return row

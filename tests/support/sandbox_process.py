@@ -1,0 +1,242 @@
+"""A sandbox as a process of its own, a receiver for its webhooks, and waiting without sleeping for fixed times."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+import httpx
+import msgspec
+
+from tests.support.stripe_description import check_answer, check_request
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+KEY = "sk_test_surety"
+SECRET = "whsec_of_this_test"
+VERSION = "2026-10-28.endive"
+CARD_PAYMENT = {
+    "amount": 4999,
+    "currency": "usd",
+    "automatic_payment_methods[enabled]": "true",
+    "automatic_payment_methods[allow_redirects]": "never",
+}
+"""Parameters of a payment of 49.99 USD by card, without redirects to other methods' pages."""
+QUICK = (
+    "--transaction-seconds=0.05",
+    "--available-seconds=0.1",
+    "--payer-seconds=0.05",
+    "--refund-seconds=0.05",
+    "--dispute-seconds=0.05",
+    "--decision-seconds=0.05",
+    "--webhook-retry-seconds=0.05",
+)
+
+
+PATIENCE = 4
+"""How many times as long as on a quiet machine something may take on a busy one."""
+
+
+def eventually(check: Callable[[], T | None], within_seconds: float = 5.0) -> T:
+    """What `check` gives once it is true; fails when the time is over, told for a quiet machine."""
+    deadline = time.monotonic() + PATIENCE * within_seconds
+    while not (found := check()):
+        assert time.monotonic() < deadline, f"not within {PATIENCE} times {within_seconds} s"
+        time.sleep(0.005)
+    return found
+
+
+class Sandbox:
+    """One sandbox process; every request to it and every answer is judged by Stripe's description."""
+
+    def __init__(self, folder: Path, *options: str, webhook_url: str | None = None) -> None:
+        self.options = [f"--memory={folder / 'sandbox.sqlite'}", *QUICK, *options]
+        if webhook_url:
+            self.options += [f"--webhook-url={webhook_url}", f"--webhook-secret={SECRET}"]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "app.sandbox", *self.options], stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        announced = self.process.stdout.readline()
+        assert announced.startswith("listening on "), announced
+        self.url = "http://" + announced.removeprefix("listening on ").strip()
+        self.client = httpx.Client(base_url=self.url, timeout=10)
+
+    def kill(self) -> None:
+        """As by SIGKILL: nothing is tidied up."""
+        self.client.close()
+        self.process.kill()
+        self._reap()
+
+    def stop(self) -> int:
+        """End it as an operator would; returns the exit status."""
+        self.client.close()
+        self.process.terminate()
+        return self._reap()
+
+    def _reap(self) -> int:
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return self.process.wait(timeout=5)
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        form: Json | None = None,
+        *,
+        key: str | None = None,
+        account: str | None = None,
+        lawful: bool = True,
+        timeout: float = 10,
+    ) -> httpx.Response:
+        """A request to Stripe's part of the sandbox. One that is not `lawful` breaks the description on purpose."""
+        headers = {"Authorization": f"Bearer {KEY}", "Stripe-Version": VERSION}
+        if method == "POST":
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+        if key is not None:
+            headers["Idempotency-Key"] = key
+        if account is not None:
+            headers["Stripe-Account"] = account
+        encoded = urlencode(form or {})
+        if method == "GET" and encoded:
+            path, encoded = f"{path}?{encoded}", ""
+        if lawful:
+            check_request(method, path, {"Idempotency-Key": "given by the SDK"} | headers, encoded)
+        response = self.client.request(method, path, content=encoded, headers=headers, timeout=timeout)
+        if lawful or response.status_code != 404:
+            check_answer(method, path, response.status_code, response.json())
+        return response
+
+    def post(self, path: str, form: Json | None = None, **more: Any) -> Json:
+        """The answer to a POST that succeeds."""
+        return self._accepted(self.send("POST", path, form, **more))
+
+    def get(self, path: str, form: Json | None = None, **more: Any) -> Json:
+        """The answer to a GET that succeeds."""
+        return self._accepted(self.send("GET", path, form, **more))
+
+    def refusal(self, method: str, path: str, form: Json | None = None, **more: Any) -> tuple[int, Json]:
+        """Status and error of a request that is refused."""
+        response = self.send(method, path, form, **more)
+        assert response.status_code >= 400, response.text
+        error: Json = response.json()["error"]
+        return response.status_code, error
+
+    def _accepted(self, response: httpx.Response) -> Json:
+        assert response.status_code == 200, response.text
+        body: Json = response.json()
+        return body
+
+    def create(
+        self, card: str = "pm_card_visa", *, key: str | None = None, account: str | None = None, **more: Any
+    ) -> str:
+        """The id of a new, unconfirmed card payment of 49.99 USD."""
+        form = {
+            "amount": 4999,
+            "currency": "usd",
+            "payment_method": card,
+            "automatic_payment_methods[enabled]": "true",
+            "automatic_payment_methods[allow_redirects]": "never",
+            **more,
+        }
+        intent: str = self.post("/v1/payment_intents", form, key=key, account=account)["id"]
+        return intent
+
+    def confirm(self, intent: str, form: Json | None = None, **more: Any) -> Json:
+        return self.post(f"/v1/payment_intents/{intent}/confirm", form, **more)
+
+    def pay(self, card: str = "pm_card_visa", **more: Any) -> Json:
+        """A confirmed payment."""
+        return self.confirm(self.create(card, **more))
+
+    def read(self, intent: str, **more: Any) -> Json:
+        return self.get(f"/v1/payment_intents/{intent}", **more)
+
+    def control(self, path: str, body: Json | None = None) -> Any:
+        """What `/sandbox/…` answers; POSTs the body if there is one."""
+        response = (
+            self.client.get(f"/sandbox/{path}") if body is None else self.client.post(f"/sandbox/{path}", json=body)
+        )
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def order(self, operation: str, fault: str, **more: Any) -> None:
+        """Let the next call of an operation go wrong."""
+        self.control("faults", {"next": [{"operation": operation, "fault": fault, **more}]})
+
+    def event_types(self, intent: str) -> list[str]:
+        """Types of the events of one payment and its charges, oldest first."""
+        page = self.get("/v1/events", {"limit": 100})["data"]
+        objects = [(event["type"], event["data"]["object"]) for event in reversed(page)]
+        return [type for type, told in objects if intent in (told.get("id"), told.get("payment_intent"))]
+
+
+class Receiver:
+    """A web server that takes webhooks and answers with the statuses it is given, else 200."""
+
+    def __init__(self) -> None:
+        self.received: list[tuple[str, Json]] = []
+        """Signature and event of each delivery, in order."""
+        self.raw: list[bytes] = []
+        self.statuses: list[int] = []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                receiver.raw.append(body)
+                receiver.received.append((self.headers["Stripe-Signature"], msgspec.json.decode(body)))
+                self.send_response(receiver.statuses.pop(0) if receiver.statuses else 200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/webhooks/stripe"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def types(self, intent: str) -> list[str]:
+        """Types of what was received about one payment, in order of arrival."""
+        told = [(event["type"], event["data"]["object"]) for _, event in self.received]
+        return [type for type, object in told if intent in (object.get("id"), object.get("payment_intent"))]
+
+
+@contextmanager
+def running_sandbox(folder: Path, *options: str, webhook_url: str | None = None) -> Generator[Sandbox]:
+    """A sandbox that is ended in the end."""
+    sandbox = Sandbox(folder, *options, webhook_url=webhook_url)
+    try:
+        yield sandbox
+    finally:
+        if sandbox.process.poll() is None:
+            sandbox.stop()
+
+
+@contextmanager
+def running_receiver() -> Generator[Receiver]:
+    """A receiver that is closed in the end."""
+    receiver = Receiver()
+    try:
+        yield receiver
+    finally:
+        receiver.close()

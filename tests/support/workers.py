@@ -1,0 +1,140 @@
+"""Workers for tests: as processes of Procrastinate's, or their handlers worked off here, one batch after another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import httpx
+
+from db.settings import load
+from jobs.drain import claim, handle, leased
+from jobs.handlers.payments import HANDLERS
+from jobs.worker import Worker, open_worker
+from tests.support.payments import Connection
+from tests.support.sandbox_process import eventually
+from tests.support.stripe_description import check_answer, check_request
+
+ROOT = Path(__file__).parent.parent.parent
+UNTIL_DUE = "{1 hour,1 hour}"
+"""What failed is tried again when the test says so."""
+QUICK = {"SURETY_PROVIDER_TIMEOUT": "5", "SURETY_POLL_SECONDS": "1"}
+
+
+def environment(database: str, sandbox_url: str, **more: str) -> dict[str, str]:
+    """What a worker is told."""
+    return {"DATABASE_URL": database, "SURETY_SANDBOX_URL": sandbox_url, **QUICK, **more}
+
+
+def hasten(conn: Connection, retry_after: str = "{0.05 s,0.1 s}") -> None:
+    """Shorten what is otherwise seconds and minutes; before workers start."""
+    conn.execute("update outbox.handlers set lease = '2 seconds', retry_after = %s::interval[]", (retry_after,))
+    conn.execute("update surety.states set ask_after = '1 second' where ask_after = '60 seconds'")
+
+
+@contextmanager
+def worker_process(
+    database: str, sandbox_url: str, name: str = "w", app: str = "jobs.app", **more: str
+) -> Generator[subprocess.Popen[bytes]]:
+    """A worker as operators start it, ended in the end."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SURETY_", "STRIPE_"))}
+    command = [sys.executable, "-m", "procrastinate", "--app", app, "worker", "--name", name]
+    process = subprocess.Popen(command, cwd=ROOT, env=inherited | environment(database, sandbox_url, **more))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_worker(conn: Connection, count: int = 1) -> None:
+    """Until so many workers are at work."""
+    query = "select count(*) from procrastinate.procrastinate_workers"
+    eventually(lambda: (conn.execute(query).fetchone() or (0,))[0] >= count, 15)
+
+
+@asynccontextmanager
+async def worker_here(
+    database: str, sandbox_url: str, *, judged: bool = True, timeout_seconds: float = 5, per_second: float = 0
+) -> AsyncGenerator[Worker]:
+    """A worker whose handlers are worked off by hand; what it sent and got is judged by Stripe's description after."""
+    exchanged: list[httpx.Response] = []
+
+    async def remember(response: httpx.Response) -> None:
+        exchanged.append(response)
+
+    told = {"SURETY_PROVIDER_TIMEOUT": str(timeout_seconds), "SURETY_PROVIDER_RATE": str(per_second)}
+    async with open_worker(load(environment(database, sandbox_url, **told)), "here") as worker:
+        worker.stripe.http.event_hooks["response"].append(remember)
+        yield worker
+    for response in exchanged if judged else ():
+        judge(response)
+
+
+def judge(response: httpx.Response) -> None:
+    """Raises if Stripe would not accept the request, or could not have answered that.
+
+    The description knows names, types and listed texts; what differs from something judged before in none of these is
+    not judged again.
+    """
+    request = response.request
+    path, form = request.url.raw_path.decode(), request.content.decode()
+    assert request.headers["stripe-version"] == "2026-10-28.endive"
+    answer = None
+    # A connection that broke in the middle of the answer left nothing to judge.
+    with suppress(httpx.ResponseNotRead):
+        answer = response.json() if response.content.startswith(b"{") else None
+    asked = parse_qsl(request.url.query.decode()), parse_qsl(form), list(request.headers)
+    likeness = (request.method, shape(path.partition("?")[0].split("/")), response.status_code, shape([*asked, answer]))
+    if likeness in _judged:
+        return
+    check_request(request.method, path, dict(request.headers), form)
+    if answer is not None:
+        check_answer(request.method, path, response.status_code, answer)
+    _judged.add(likeness)
+
+
+_judged: set[tuple[Any, ...]] = set()
+
+
+def shape(value: Any) -> Any:
+    """A value without what makes it one of many: numbers, and texts that are no words."""
+    match value:
+        case dict():
+            return tuple((name, shape(part)) for name, part in value.items())
+        case list() | tuple():
+            return tuple(dict.fromkeys(map(shape, value)))
+        case str() if value.replace("_", "").replace(".", "").isalpha():
+            return value
+    return value if value is None or isinstance(value, bool) else type(value)
+
+
+async def work_off(worker: Worker, *handlers: str) -> int:
+    """Handle what is due now, handler after handler, until nothing is; how many batches there were."""
+    batches = 0
+    while True:
+        before = batches
+        for name in handlers or list(worker.handlers):
+            while batch := await claim(worker, name):
+                async with leased(worker, batch, worker.handlers[name].lease_seconds):
+                    await handle(worker, batch, HANDLERS[name])
+                batches += 1
+        if batches == before:
+            return batches
+
+
+def due(conn: Connection) -> None:
+    """What waits to be tried again is due now."""
+    conn.execute("update outbox.retries set due_at = now() where due_at is not null")
+
+
+def attempts(conn: Connection) -> list[tuple[Any, ...]]:
+    """Handler, counted failures and errors of what waits to be tried again."""
+    query = "select handler, failures, jsonb_path_query_array(attempts, '$[*].error') from outbox.retries order by 1, 2"
+    return conn.execute(query).fetchall()
