@@ -28,7 +28,7 @@
 --   a cause posts once                   postings.cause is unique
 --   a fact counts once                   fact_keys
 -- Lock order, everywhere, each sorted, once per transaction:
---   idempotency keys, references, inbox and facts, payments, refunds, accounts, batch.
+--   idempotency keys, references, provider events and facts, payments, refunds, accounts, batch.
 
 -- ---------------------------------------------------------------------------------------------------------- roles
 
@@ -117,7 +117,7 @@ create table surety.states (
     position smallint not null,
     status text not null,
     is_final boolean not null,
-    ask_after interval,
+    poll_after interval,
     meaning text not null,
     constraint states_pkey primary key (state),
     constraint state_position_is_unique unique (position),
@@ -126,7 +126,7 @@ create table surety.states (
     )
 );
 comment on table surety.states is
-'The fourteen states. status is the coarse one that merchants see; ask_after is how long the sweep lets a payment wait
+'The fourteen states. status is the coarse one that merchants see; poll_after is how long the sweep lets a payment wait
 there before it asks the provider (null: nothing to ask).';
 
 create table surety.transitions (
@@ -187,7 +187,7 @@ insert into surety.currencies (currency, exponent, minimum_minor, maximum_minor)
 ('sek', 2, 300, 99999999),
 ('sgd', 2, 50, 99999999);
 
-insert into surety.states (state, position, status, is_final, ask_after, meaning) values
+insert into surety.states (state, position, status, is_final, poll_after, meaning) values
 ('initiated', 1, 'pending', false, null, 'accepted and stored; nothing sent'),
 ('submitting', 2, 'pending', false, '5 minutes', 'a provider call is in flight, or its outcome is unknown'),
 ('provider_submitted', 3, 'pending', false, '60 seconds', 'the provider''s id is held'),
@@ -312,13 +312,13 @@ create table surety.refund_states (
     state text collate "C" not null,
     position smallint not null,
     is_live boolean not null,
-    ask_after interval,
+    poll_after interval,
     meaning text not null,
     constraint refund_states_pkey primary key (state),
     constraint refund_state_position_is_unique unique (position)
 );
 comment on table surety.refund_states is
-'The states of a refund. A live one takes up a part of what was captured; ask_after is how long the sweep lets it wait
+'The states of a refund. A live one takes up a part of what was captured; poll_after is how long the sweep lets it wait
 there before it asks the provider (null: nothing to ask).';
 
 create table surety.refund_transitions (
@@ -334,7 +334,7 @@ create table surety.dispute_statuses (
     status text collate "C" not null,
     position smallint not null,
     takes_evidence boolean not null,
-    ask_after interval,
+    poll_after interval,
     meaning text not null,
     constraint dispute_statuses_pkey primary key (status),
     constraint dispute_status_position_is_unique unique (position)
@@ -342,7 +342,7 @@ create table surety.dispute_statuses (
 comment on table surety.dispute_statuses is
 'The statuses of disputes as Stripe publishes them. Whether money is gone, their balance transactions tell, not these.';
 
-insert into surety.dispute_statuses (status, position, takes_evidence, ask_after, meaning) values
+insert into surety.dispute_statuses (status, position, takes_evidence, poll_after, meaning) values
 ('warning_needs_response', 1, true, '6 hours', 'an inquiry: no money has moved, an answer may prevent a dispute'),
 ('warning_under_review', 2, false, '6 hours', 'an inquiry that was answered'),
 ('warning_closed', 3, false, null, 'an inquiry that ended'),
@@ -354,7 +354,7 @@ insert into surety.dispute_statuses (status, position, takes_evidence, ask_after
 ('appeal_needs_response', 9, true, '6 hours', 'lost, and the network lets it be appealed: evidence is due again'),
 ('appeal_under_review', 10, false, '6 hours', 'an appeal was submitted');
 
-insert into surety.refund_states (state, position, is_live, ask_after, meaning) values
+insert into surety.refund_states (state, position, is_live, poll_after, meaning) values
 ('pending', 1, true, '60 seconds', 'asked for; on its way to the provider or with it'),
 ('requires_action', 2, true, '10 minutes', 'the payer must say where it is to go'),
 ('succeeded', 3, true, null, 'on its way to the payer; it may still come back'),
@@ -502,8 +502,8 @@ create table surety.payments (
     flags jsonb not null default '{}',
     created_at timestamptz not null,
     updated_at timestamptz not null,
-    ask_at timestamptz,
-    asked integer not null default 0,
+    poll_at timestamptz,
+    poll_count integer not null default 0,
     constraint payments_pkey primary key (id),
     -- A bound within the pattern would cost thirty times as much.
     constraint payment_id_is_a_payment_id check (length(id) = 36 and id ~ '^pay_[0-9a-f]+$'),
@@ -526,9 +526,9 @@ create table surety.payments (
 ) partition by range (id);
 create index payments_of_a_merchant on surety.payments (merchant_id, id);
 create index payments_by_reference on surety.payments (merchant_id, reference, id) where reference is not null;
-create index payments_to_ask_about on surety.payments (ask_at) where ask_at is not null;
+create index payments_to_poll on surety.payments (poll_at) where poll_at is not null;
 comment on table surety.payments is
-'Payments. state and version project the last step; amounts beside them come from facts. ask_at is when the sweep asks
+'Payments. state and version project the last step; amounts beside them come from facts. poll_at is when the sweep asks
 the provider next. Changed only by inserting steps and recording facts.';
 
 create table surety.steps (
@@ -600,17 +600,17 @@ comment on table surety.calls is
 'What we send to providers: the very bytes and key, written before they are sent, so that an unknown outcome can be
 asked about with the same ones. answered_at is null while the outcome is unknown.';
 
-create unlogged table surety.provider_paces (
+create unlogged table surety.request_slots (
     provider text not null,
     account text not null,
     next_at timestamptz not null,
-    constraint provider_paces_pkey primary key (provider, account)
+    constraint request_slots_pkey primary key (provider, account)
 );
-comment on table surety.provider_paces is
+comment on table surety.request_slots is
 'When each account''s next request to its provider may go out: one token bucket shared by all workers. Losing it loses
 nothing.';
 
-create table surety.breakers (
+create table surety.circuit_breakers (
     provider text not null,
     account text not null,
     bucket_at timestamptz not null,
@@ -618,17 +618,17 @@ create table surety.breakers (
     failed integer not null default 0,
     prior_answered integer not null default 0,
     prior_failed integer not null default 0,
-    in_a_row integer not null default 0,
+    consecutive_failures integer not null default 0,
     answered_at timestamptz,
     opened_at timestamptz,
     closed_at timestamptz,
     next_probe_at timestamptz,
     probes integer not null default 0,
     reason text,
-    constraint breakers_pkey primary key (provider, account),
-    constraint open_breaker_is_probed check ((opened_at is null) = (next_probe_at is null))
+    constraint circuit_breakers_pkey primary key (provider, account),
+    constraint open_circuit_is_probed check ((opened_at is null) = (next_probe_at is null))
 );
-comment on table surety.breakers is
+comment on table surety.circuit_breakers is
 'Circuit breakers, one per provider''s account, open while opened_at is set. answered and failed count calls of the
 bucket of 30 seconds that began at bucket_at, prior_* of the one before.';
 
@@ -651,8 +651,8 @@ create table surety.refunds (
     failure jsonb,
     created_at timestamptz not null,
     updated_at timestamptz not null,
-    ask_at timestamptz,
-    asked integer not null default 0,
+    poll_at timestamptz,
+    poll_count integer not null default 0,
     constraint refunds_pkey primary key (id),
     constraint refund_id_is_a_refund_id check (length(id) = 36 and id ~ '^ref_[0-9a-f]+$'),
     constraint refund_belongs_to_a_payment foreign key (payment_id) references surety.payments (id),
@@ -663,7 +663,7 @@ create table surety.refunds (
 );
 create index refunds_of_a_payment on surety.refunds (payment_id, id);
 create index refunds_of_a_merchant on surety.refunds (merchant_id, id);
-create index refunds_to_ask_about on surety.refunds (ask_at) where ask_at is not null;
+create index refunds_to_poll on surety.refunds (poll_at) where poll_at is not null;
 comment on table surety.refunds is
 'Refunds: those that merchants asked for (is_ours), and those that were made at the provider. The amount is taken up
 from the moment it is asked for. state and version project the last step.';
@@ -715,7 +715,7 @@ create table surety.disputes (
     reminded_at timestamptz,
     created_at timestamptz not null,
     updated_at timestamptz not null,
-    ask_at timestamptz,
+    poll_at timestamptz,
     constraint disputes_pkey primary key (id),
     constraint dispute_id_is_a_dispute_id check (length(id) = 35 and id ~ '^dp_[0-9a-f]+$'),
     constraint dispute_belongs_to_a_payment foreign key (payment_id) references surety.payments (id),
@@ -727,7 +727,7 @@ create table surety.disputes (
 );
 create index disputes_of_a_payment on surety.disputes (payment_id, id);
 create index disputes_of_a_merchant on surety.disputes (merchant_id, id);
-create index disputes_to_ask_about on surety.disputes (ask_at) where ask_at is not null;
+create index disputes_to_poll on surety.disputes (poll_at) where poll_at is not null;
 create index disputes_to_remind_of on surety.disputes (evidence_due_at) where reminded_at is null;
 comment on table surety.disputes is
 'Disputes and inquiries as their last fetch (revision) told them. Any status that the provider may publish has a place;
@@ -735,7 +735,7 @@ what it means for money is in the facts. evidence is what the merchant gave us, 
 
 -- ---------------------------------------------------------------------------------------------------------- facts
 
-create table surety.inbox (
+create table surety.provider_events (
     id text collate "C" not null,
     provider text not null,
     account text not null,
@@ -745,20 +745,21 @@ create table surety.inbox (
     headers jsonb not null,
     body text not null,
     received_at timestamptz not null,
-    constraint inbox_pkey primary key (id)
+    constraint provider_events_pkey primary key (id)
 ) partition by range (id);
-comment on table surety.inbox is
+comment on table surety.provider_events is
 'What the provider told of, once per event of its: webhooks with a valid signature, and events that were read from its
 list (without headers). body is its text without client secrets.';
 
-create table surety.inbox_keys (
+create table surety.provider_event_keys (
     provider text not null,
     account text not null,
     event_id text collate "C" not null,
-    inbox_id text collate "C" not null,
-    constraint inbox_keys_pkey primary key (provider, account, event_id)
+    provider_event_id text collate "C" not null,
+    constraint provider_event_keys_pkey primary key (provider, account, event_id)
 );
-comment on table surety.inbox_keys is 'Provider event ids ever received: what makes a repeated webhook a repeat.';
+comment on table surety.provider_event_keys is 'Provider event ids ever received: what makes a repeated webhook a
+repeat.';
 
 create table surety.rejected_webhooks (
     id text collate "C" not null,
@@ -798,8 +799,8 @@ comment on table surety.fact_keys is
 'Facts ever recorded: neither amount, time nor source is part of the key, so a webhook and a poll about one object are
 one fact. revision numbers the fetches of what is not monotone (disputes); elsewhere it is 0.';
 
-create sequence surety.fetches as integer;
-comment on sequence surety.fetches is
+create sequence surety.fetch_numbers as integer;
+comment on sequence surety.fetch_numbers is
 'Numbers the fetches of what is not monotone: no two have the same, so that of any two one was the last.';
 
 create table surety.facts (
@@ -822,7 +823,7 @@ create table surety.facts (
     constraint facts_pkey primary key (payment_id, id),
     constraint fact_source_is_known check (source in ('response', 'webhook', 'poll', 'file', 'operator', 'request'))
 ) partition by range (payment_id);
--- What a payment's facts amount to: surety.derive returns it.
+-- What a payment's facts amount to: surety.derive_payments returns it.
 create type surety.derived as (
     payment_id text,
     target_state text,
@@ -844,7 +845,7 @@ comment on table surety.facts is
 'What providers told us about payments. The state is a function of these rows. disregarded says why one counts for
 nothing (another currency, account or mode): such facts have opened a discrepancy.';
 
-create table surety.parked_facts (
+create table surety.unmatched_facts (
     id text collate "C" not null,
     provider text not null,
     account text not null,
@@ -853,18 +854,20 @@ create table surety.parked_facts (
     kind text collate "C" not null,
     revision integer not null default 0,
     fact jsonb not null,
-    parked_at timestamptz not null,
+    recorded_at timestamptz not null,
     ended_at timestamptz,
     ended_as text,
-    constraint parked_facts_pkey primary key (id),
-    constraint parked_fact_ends_as_something check ((ended_at is null) = (ended_as is null)),
-    constraint parked_fact_ending_is_known check (ended_as in ('attached', 'unattached', 'foreign', 'missing_here')),
-    constraint fact_is_parked_once unique (provider, account, livemode, object_id, kind, revision)
+    constraint unmatched_facts_pkey primary key (id),
+    constraint unmatched_fact_ends_as_something check ((ended_at is null) = (ended_as is null)),
+    constraint unmatched_fact_ending_is_known check (ended_as in ('matched', 'without_payment', 'foreign',
+        'missing_here')),
+    constraint unmatched_fact_is_stored_once unique (provider, account, livemode, object_id, kind, revision)
 );
-create index parked_facts_waiting on surety.parked_facts (parked_at) where ended_at is null;
-comment on table surety.parked_facts is
+create index unmatched_facts_waiting on surety.unmatched_facts (recorded_at) where ended_at is null;
+comment on table surety.unmatched_facts is
 'Facts without a payment. One whose payment is not known yet is tried again for 15 minutes, then it is foreign, or a
-critical discrepancy when it carries our environment''s metadata; payouts and the provider''s own fees are unattached.';
+critical discrepancy when it carries our environment''s metadata; payouts and the provider''s own fees end as
+without_payment.';
 
 create table surety.pending_money (
     provider text not null,
@@ -887,28 +890,28 @@ create table ledger.account_kinds (
     keeps_balance boolean not null,
     meaning text not null,
     constraint account_kinds_pkey primary key (kind),
-    constraint account_owner_is_known check (owner in ('merchant', 'provider', 'house')),
+    constraint account_owner_is_known check (owner in ('merchant', 'provider', 'platform')),
     constraint account_side_is_known check (normal_side in ('debit', 'credit')),
     constraint only_merchants_balances_are_kept check (keeps_balance = (owner = 'merchant'))
 );
 comment on table ledger.account_kinds is 'The chart of accounts.';
 
 insert into ledger.account_kinds (kind, owner, normal_side, keeps_balance, meaning) values
-('due', 'provider', 'debit', false, 'the provider owes us: captured, not yet in its balance'),
-('stripe', 'provider', 'debit', false, 'our balance at Stripe, pending and available'),
-('transit', 'provider', 'debit', false, 'paid out, not yet at the bank'),
+('provider_receivable', 'provider', 'debit', false, 'the provider owes us: captured, not yet in its balance'),
+('provider_balance', 'provider', 'debit', false, 'our balance at Stripe, pending and available'),
+('in_transit', 'provider', 'debit', false, 'paid out, not yet at the bank'),
 ('bank', 'provider', 'debit', false, 'at the bank'),
-('network', 'provider', 'debit', false, 'withheld by the network in a dispute'),
-('ach', 'provider', 'debit', false, 'ACH clearing'),
+('withheld_by_network', 'provider', 'debit', false, 'withheld by the network in a dispute'),
+('ach_clearing', 'provider', 'debit', false, 'ACH clearing'),
 ('reserved', 'provider', 'debit', false, 'held by the provider as a reserve'),
-('pend', 'merchant', 'credit', true, 'owed to the merchant, not yet settled'),
-('avail', 'merchant', 'credit', true, 'owed to the merchant, settled; may go negative'),
-('held', 'merchant', 'credit', true, 'the merchant''s, held back in a dispute'),
-('refunding', 'merchant', 'credit', true, 'on its way back to payers'),
-('rev', 'house', 'credit', false, 'our fees'),
-('cost', 'house', 'debit', false, 'the provider''s fees'),
-('suspense', 'house', 'credit', false, 'money that nobody has explained yet'),
-('fx', 'house', 'credit', false, 'currency exchange, one per currency');
+('pending', 'merchant', 'credit', true, 'owed to the merchant, not yet settled'),
+('available', 'merchant', 'credit', true, 'owed to the merchant, settled; may go negative'),
+('disputed', 'merchant', 'credit', true, 'the merchant''s, held back in a dispute'),
+('reserved_for_refunds', 'merchant', 'credit', true, 'on its way back to payers'),
+('fee_revenue', 'platform', 'credit', false, 'our fees'),
+('provider_cost', 'platform', 'debit', false, 'the provider''s fees'),
+('suspense', 'platform', 'credit', false, 'money that nobody has explained yet'),
+('currency_exchange', 'platform', 'credit', false, 'currency exchange, one per currency');
 
 create table ledger.rules (
     cause text collate "C" not null,
@@ -921,73 +924,73 @@ create table ledger.rules (
     constraint rule_credits_an_account_kind foreign key (credit) references ledger.account_kinds (kind),
     constraint rule_moves_between_two_accounts check (debit <> credit),
     constraint rule_amount_is_known check (
-        amount in ('gross', 'fee', 'net', 'ours', 'excess', 'other_gross', 'other_net')
+        amount in ('gross', 'fee', 'net', 'platform_fee', 'excess', 'other_gross', 'other_net')
     )
 );
 comment on table ledger.rules is
-'Which transfers each cause makes. gross, fee and net are the record''s (a negative one moves the other way); ours is
-our fee; other_* are in the payment''s currency where the record is in another. *_ach are for payments that a
-bank carries, not Stripe.';
+'Which transfers each cause makes. gross, fee and net are the record''s (a negative one moves the other way);
+platform_fee is our fee; other_* are in the payment''s currency where the record is in another. *_ach are for payments
+that a bank carries, not Stripe.';
 
 insert into ledger.rules (cause, leg, debit, credit, amount) values
-('captured', 1, 'due', 'pend', 'gross'),
-('captured', 2, 'pend', 'rev', 'ours'),
-('captured', 3, 'due', 'suspense', 'excess'),
-('captured_ach', 1, 'ach', 'pend', 'gross'),
-('captured_ach', 2, 'pend', 'rev', 'ours'),
-('captured_ach', 3, 'ach', 'suspense', 'excess'),
-('charge', 1, 'stripe', 'due', 'gross'),
-('charge', 2, 'cost', 'stripe', 'fee'),
-('charge_exchanged', 1, 'fx', 'due', 'other_gross'),
-('charge_exchanged', 2, 'stripe', 'fx', 'gross'),
-('charge_exchanged', 3, 'cost', 'stripe', 'fee'),
-('charge_failure', 1, 'stripe', 'due', 'gross'),
-('charge_failure', 2, 'cost', 'stripe', 'fee'),
-('ach_credit', 1, 'bank', 'ach', 'gross'),
-('ach_credit', 2, 'cost', 'bank', 'fee'),
-('ach_return', 1, 'bank', 'ach', 'gross'),
-('ach_return', 2, 'cost', 'bank', 'fee'),
-('settled', 1, 'pend', 'avail', 'net'),
-('settled_exchanged', 1, 'pend', 'fx', 'other_net'),
-('settled_exchanged', 2, 'fx', 'avail', 'net'),
-('return', 1, 'avail', 'due', 'gross'),
-('return_ach', 1, 'avail', 'ach', 'gross'),
-('refund_asked', 1, 'avail', 'refunding', 'gross'),
-('refund_failed', 1, 'refunding', 'avail', 'gross'),
-('refund', 1, 'stripe', 'refunding', 'gross'),
-('refund', 2, 'cost', 'stripe', 'fee'),
-('refund_failure', 1, 'stripe', 'refunding', 'gross'),
-('refund_failure', 2, 'cost', 'stripe', 'fee'),
-('refund_exchanged', 1, 'avail', 'refunding', 'other_gross'),
-('refund_exchanged', 2, 'stripe', 'avail', 'gross'),
-('refund_exchanged', 3, 'cost', 'stripe', 'fee'),
-('refund_ach', 1, 'bank', 'refunding', 'gross'),
-('refund_ach', 2, 'cost', 'bank', 'fee'),
-('dispute_opened', 1, 'avail', 'held', 'gross'),
-('dispute_won', 1, 'held', 'avail', 'gross'),
-('dispute_lost', 1, 'held', 'network', 'gross'),
-('dispute_reinstated', 1, 'network', 'avail', 'gross'),
-('dispute_appealed', 1, 'network', 'held', 'gross'),
-('dispute', 1, 'stripe', 'network', 'gross'),
-('dispute', 2, 'cost', 'stripe', 'fee'),
-('dispute', 3, 'avail', 'rev', 'fee'),
-('dispute_reversal', 1, 'stripe', 'network', 'gross'),
-('dispute_reversal', 2, 'cost', 'stripe', 'fee'),
-('dispute_reversal', 3, 'avail', 'rev', 'fee'),
-('dispute_exchanged', 1, 'avail', 'network', 'other_gross'),
-('dispute_exchanged', 2, 'stripe', 'avail', 'gross'),
-('dispute_exchanged', 3, 'cost', 'stripe', 'fee'),
-('dispute_exchanged', 4, 'avail', 'rev', 'fee'),
-('payout', 1, 'stripe', 'transit', 'gross'),
-('payout_reversal', 1, 'stripe', 'transit', 'gross'),
-('bank_line', 1, 'bank', 'transit', 'gross'),
-('provider_fee', 1, 'stripe', 'cost', 'net'),
-('bank_fee', 1, 'bank', 'cost', 'net'),
-('reserve', 1, 'stripe', 'reserved', 'net'),
-('foreign', 1, 'stripe', 'suspense', 'net'),
+('captured', 1, 'provider_receivable', 'pending', 'gross'),
+('captured', 2, 'pending', 'fee_revenue', 'platform_fee'),
+('captured', 3, 'provider_receivable', 'suspense', 'excess'),
+('captured_ach', 1, 'ach_clearing', 'pending', 'gross'),
+('captured_ach', 2, 'pending', 'fee_revenue', 'platform_fee'),
+('captured_ach', 3, 'ach_clearing', 'suspense', 'excess'),
+('charge', 1, 'provider_balance', 'provider_receivable', 'gross'),
+('charge', 2, 'provider_cost', 'provider_balance', 'fee'),
+('charge_exchanged', 1, 'currency_exchange', 'provider_receivable', 'other_gross'),
+('charge_exchanged', 2, 'provider_balance', 'currency_exchange', 'gross'),
+('charge_exchanged', 3, 'provider_cost', 'provider_balance', 'fee'),
+('charge_failure', 1, 'provider_balance', 'provider_receivable', 'gross'),
+('charge_failure', 2, 'provider_cost', 'provider_balance', 'fee'),
+('ach_credit', 1, 'bank', 'ach_clearing', 'gross'),
+('ach_credit', 2, 'provider_cost', 'bank', 'fee'),
+('ach_return', 1, 'bank', 'ach_clearing', 'gross'),
+('ach_return', 2, 'provider_cost', 'bank', 'fee'),
+('settled', 1, 'pending', 'available', 'net'),
+('settled_exchanged', 1, 'pending', 'currency_exchange', 'other_net'),
+('settled_exchanged', 2, 'currency_exchange', 'available', 'net'),
+('return', 1, 'available', 'provider_receivable', 'gross'),
+('return_ach', 1, 'available', 'ach_clearing', 'gross'),
+('refund_asked', 1, 'available', 'reserved_for_refunds', 'gross'),
+('refund_failed', 1, 'reserved_for_refunds', 'available', 'gross'),
+('refund', 1, 'provider_balance', 'reserved_for_refunds', 'gross'),
+('refund', 2, 'provider_cost', 'provider_balance', 'fee'),
+('refund_failure', 1, 'provider_balance', 'reserved_for_refunds', 'gross'),
+('refund_failure', 2, 'provider_cost', 'provider_balance', 'fee'),
+('refund_exchanged', 1, 'available', 'reserved_for_refunds', 'other_gross'),
+('refund_exchanged', 2, 'provider_balance', 'available', 'gross'),
+('refund_exchanged', 3, 'provider_cost', 'provider_balance', 'fee'),
+('refund_ach', 1, 'bank', 'reserved_for_refunds', 'gross'),
+('refund_ach', 2, 'provider_cost', 'bank', 'fee'),
+('dispute_opened', 1, 'available', 'disputed', 'gross'),
+('dispute_won', 1, 'disputed', 'available', 'gross'),
+('dispute_lost', 1, 'disputed', 'withheld_by_network', 'gross'),
+('dispute_reinstated', 1, 'withheld_by_network', 'available', 'gross'),
+('dispute_appealed', 1, 'withheld_by_network', 'disputed', 'gross'),
+('dispute', 1, 'provider_balance', 'withheld_by_network', 'gross'),
+('dispute', 2, 'provider_cost', 'provider_balance', 'fee'),
+('dispute', 3, 'available', 'fee_revenue', 'fee'),
+('dispute_reversal', 1, 'provider_balance', 'withheld_by_network', 'gross'),
+('dispute_reversal', 2, 'provider_cost', 'provider_balance', 'fee'),
+('dispute_reversal', 3, 'available', 'fee_revenue', 'fee'),
+('dispute_exchanged', 1, 'available', 'withheld_by_network', 'other_gross'),
+('dispute_exchanged', 2, 'provider_balance', 'available', 'gross'),
+('dispute_exchanged', 3, 'provider_cost', 'provider_balance', 'fee'),
+('dispute_exchanged', 4, 'available', 'fee_revenue', 'fee'),
+('payout', 1, 'provider_balance', 'in_transit', 'gross'),
+('payout_reversal', 1, 'provider_balance', 'in_transit', 'gross'),
+('bank_line', 1, 'bank', 'in_transit', 'gross'),
+('provider_fee', 1, 'provider_balance', 'provider_cost', 'net'),
+('bank_fee', 1, 'bank', 'provider_cost', 'net'),
+('reserve', 1, 'provider_balance', 'reserved', 'net'),
+('foreign', 1, 'provider_balance', 'suspense', 'net'),
 ('foreign_bank', 1, 'bank', 'suspense', 'net');
 
--- One cause that moves money, as ledger.post takes it. ours, excess and other_* default to nothing.
+-- One cause that moves money, as ledger.post takes it. platform_fee, excess and other_* default to nothing.
 create type ledger.entry as (
     cause text,
     rule text,
@@ -998,7 +1001,7 @@ create type ledger.entry as (
     gross bigint,
     fee bigint,
     net bigint,
-    ours bigint,
+    platform_fee bigint,
     excess bigint,
     other_currency text,
     other_gross bigint,
@@ -1012,12 +1015,12 @@ create table ledger.accounts (
     currency text collate "C" not null,
     constraint accounts_pkey primary key (id),
     constraint account_kind_is_known foreign key (kind) references ledger.account_kinds (kind),
-    constraint account_id_tells_kind_owner_and_currency check (id = kind || ':' || owner_id || ':' || currency),
+    constraint account_id_is_kind_owner_and_currency check (id = kind || ':' || owner_id || ':' || currency),
     constraint account_currency_can_be_referred_to unique (id, currency)
 );
 comment on table ledger.accounts is
 'Accounts, made when first used. The id is kind:owner:currency, the owner a merchant''s id, a provider''s account or
-house.';
+platform.';
 
 create table ledger.postings (
     id text collate "C" not null,
@@ -1066,15 +1069,16 @@ comment on table ledger.balances is
 
 -- --------------------------------------------------------------------------------------------------------- outbox
 
-create table outbox.epochs (
-    epoch integer not null,
+create table outbox.restore_generations (
+    generation integer not null,
     system_identifier bigint not null,
     started_at timestamptz not null,
     reason text not null,
-    constraint epochs_pkey primary key (epoch)
+    constraint restore_generations_pkey primary key (generation)
 );
-comment on table outbox.epochs is
-'Transaction ids are comparable only within one epoch; a restored database opens a new one (surety restored).';
+comment on table outbox.restore_generations is
+'Transaction ids are comparable only within one restore generation; a restored database opens a new one (surety
+restored).';
 
 create table outbox.events (
     id text collate "C" not null,
@@ -1084,12 +1088,12 @@ create table outbox.events (
     payload jsonb not null,
     merchant_id text collate "C",
     version integer,
-    epoch integer not null,
+    generation integer not null,
     xid xid8 not null default pg_current_xact_id(),
     constraint events_pkey primary key (id)
 ) partition by range (id);
-create index events_in_commit_order on outbox.events (epoch, xid, id);
-create index events_of_a_merchant on outbox.events (merchant_id, epoch, xid, id) where merchant_id is not null;
+create index events_in_commit_order on outbox.events (generation, xid, id);
+create index events_of_a_merchant on outbox.events (merchant_id, generation, xid, id) where merchant_id is not null;
 comment on table outbox.events is
 'The outbox, insert-only. Columns as Debezium''s outbox router reads them, with the writing transaction''s id.';
 
@@ -1101,7 +1105,7 @@ create table outbox.handlers (
     calls_provider boolean not null default false,
     lease interval not null default '60 seconds',
     retry_after interval[] not null default '{"5 seconds","60 seconds"}',
-    epoch integer not null,
+    generation integer not null,
     seen pg_snapshot not null,
     goal pg_snapshot,
     at_xid xid8 not null default '0',
@@ -1143,7 +1147,7 @@ create table outbox.retries (
     handler text collate "C" not null,
     event_id text collate "C" not null,
     failures smallint not null default 0,
-    kills smallint not null default 0,
+    worker_deaths smallint not null default 0,
     attempts jsonb not null default '[]',
     due_at timestamptz,
     blocked_by text,
@@ -1153,8 +1157,8 @@ create table outbox.retries (
 create index retries_due on outbox.retries (handler, due_at) where due_at is not null;
 create index retries_blocked on outbox.retries (blocked_by) where blocked_by is not null;
 comment on table outbox.retries is
-'Events that failed (failures) or whose worker died holding them (kills). due_at is null while one is being tried.
-blocked_by is the provider''s account whose outage failed it last or holds it.';
+'Events that failed (failures) or whose worker died holding them (worker_deaths). due_at is null while one is being
+tried. blocked_by is the provider''s account whose outage failed it last or holds it.';
 
 create table outbox.dead_letters (
     id text collate "C" not null,
@@ -1209,7 +1213,7 @@ create table audit.entries (
             'dead_letter', 'system'
         )
     ),
-    constraint entry_of_a_step_tells_the_step check ((kind = 'step') = (version is not null and to_state is not null))
+    constraint entry_of_a_step_names_the_step check ((kind = 'step') = (version is not null and to_state is not null))
 ) partition by range (id);
 create index entries_of_a_payment on audit.entries (payment_id, id) where payment_id is not null;
 comment on table audit.entries is
@@ -1258,7 +1262,7 @@ create table surety.discrepancies (
         )
     ),
     constraint discrepancy_is_closed_with_a_reason check ((closed_at is null) = (closed_because is null)),
-    constraint discrepancy_is_told_once unique (kind, subject)
+    constraint discrepancy_is_recorded_once unique (kind, subject)
 );
 create index discrepancies_of_a_payment on surety.discrepancies (payment_id) where payment_id is not null;
 comment on table surety.discrepancies is 'Where our records and the outside''s differ, until somebody or something

@@ -23,29 +23,29 @@ from msgspec import Meta, Struct
 from psycopg.types.json import Jsonb
 
 from app.api.schemas import Health
-from app.web.asgi import Answer, Gone, TooLarge, new_request_id, read_body
-from app.web.batching import Kicker, Lanes, Refused, Unavailable
-from app.web.database import Database
-from app.web.frame import Asgi, answer_error, name_request, with_head
+from app.web.asgi import BodyTooLarge, ClientDisconnected, HttpResponse, new_request_id, read_body
+from app.web.batching import BatchingConnections, RefusedByDatabase, Unavailable, WorkerScheduler
+from app.web.database import DatabasePool
+from app.web.frame import AsgiApplication, problem_response, set_request_id, with_head
 from app.web.problems import Problem, overloaded
-from app.web.throttle import PerSecond
+from app.web.throttle import PerSecondThrottle
 from db.connect import connect_async
 from db.redaction import without_secrets
-from db.settings import Settings, load
+from db.settings import Settings, load_settings
 
 log = logging.getLogger("surety.webhooks")
 
-STATEMENT = b"select n, is_new from surety.receive_webhooks(%s)"
+RECEIVE_WEBHOOKS = b"select n, is_new from surety.receive_webhooks(%s)"
 BODY_BYTES_MAX = 256 * 1024
 BATCH_MAX = 100
 CLOCK_SECONDS_MAX = 300
 REJECTIONS_PER_SECOND_MAX = 10
 RELEVANT_HEADERS = frozenset({b"stripe-signature", b"content-type", b"user-agent"})
 HEADER_CHARACTERS_MAX = 2000
-JSON = (b"content-type", b"application/json")
+JSON_CONTENT_TYPE = (b"content-type", b"application/json")
 
 # What a secret looks like where it can't be told by its key, in what is no JSON.
-SECRET = re.compile(rb"(_secret_)[0-9A-Za-z]+")
+SECRET_PATTERN = re.compile(rb"(_secret_)[0-9A-Za-z]+")
 
 Visible = Annotated[str, Meta(pattern=r"^[!-~]{1,255}$(?!\n)")]
 
@@ -59,7 +59,7 @@ class StripeEvent(Struct):
     account: Visible | None = None
 
 
-class Webhook(Struct):
+class WebhookRequest(Struct):
     """A webhook as surety.receive_webhooks takes it."""
 
     n: int
@@ -74,53 +74,59 @@ class Webhook(Struct):
     address: str
 
 
-class Rejected(Exception):
+class InvalidWebhook(Exception):
     """The webhook is not what it claims to be, and the text says why."""
 
 
-decode = msgspec.json.Decoder(StripeEvent).decode
+decode_event = msgspec.json.Decoder(StripeEvent).decode
 
 
-def verify(body: bytes, signature: bytes, secrets: Sequence[bytes], now: float) -> None:
-    """Raises Rejected unless one of the active secrets has signed these very bytes not long ago.
+def verify_signature(body: bytes, signature: bytes, secrets: Sequence[bytes], now: float) -> None:
+    """Raises InvalidWebhook unless one of the active secrets has signed these very bytes not long ago.
 
     The header is `t=SECONDS,v1=HEX[,v1=HEX…]`, the signed text SECONDS.BODY (Stripe, "Verify webhook signatures").
     """
     fields = [field.partition(b"=") for field in signature.split(b",")[:32]]
     times = [value for name, _, value in fields if name.strip() == b"t"]
     if len(times) != 1 or not times[0].isdigit() or len(times[0]) > 12:
-        raise Rejected("no signature")
+        raise InvalidWebhook("no signature")
     given = [value for name, _, value in fields if name.strip() == b"v1"]
     expected = [hmac.digest(secret, times[0] + b"." + body, "sha256").hex().encode() for secret in secrets]
     if not any(hmac.compare_digest(one, other) for one in expected for other in given):
-        raise Rejected("the signature does not hold")
+        raise InvalidWebhook("the signature does not hold")
     if abs(now - int(times[0])) > CLOCK_SECONDS_MAX:
-        raise Rejected(f"signed {int(now) - int(times[0])} s ago")
+        raise InvalidWebhook(f"signed {int(now) - int(times[0])} s ago")
 
 
 class Receiver:
     """Receives Stripe's webhooks. An ASGI application."""
 
-    def __init__(self, secrets: Sequence[bytes], database: Database, lanes: Lanes, kicker: Kicker) -> None:
+    def __init__(
+        self,
+        secrets: Sequence[bytes],
+        database: DatabasePool,
+        batching: BatchingConnections,
+        worker_scheduler: WorkerScheduler,
+    ) -> None:
         self._secrets = secrets
         self._database = database
-        self._lanes = lanes
-        self._kicker = kicker
-        self.rejections = PerSecond(REJECTIONS_PER_SECOND_MAX)
+        self._batching = batching
+        self._worker_scheduler = worker_scheduler
+        self.rejection_throttle = PerSecondThrottle(REJECTIONS_PER_SECOND_MAX)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = new_request_id()
         try:
             answer = await self._receive(scope, receive, request_id)
-        except Gone:
+        except ClientDisconnected:
             return
         except Problem as problem:
-            answer = problem.answer(request_id)
-        except (Unavailable, Refused):
-            answer = overloaded().answer(request_id)
+            answer = problem.response(request_id)
+        except (Unavailable, RefusedByDatabase):
+            answer = overloaded().response(request_id)
         await answer(scope, receive, send)
 
-    async def _receive(self, scope: Scope, receive: Receive, request_id: str) -> Answer:
+    async def _receive(self, scope: Scope, receive: Receive, request_id: str) -> HttpResponse:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         client = scope.get("client")
         address = client[0] if client else ""
@@ -130,16 +136,16 @@ class Receiver:
         }
         try:
             body = await read_body(receive, BODY_BYTES_MAX)
-        except TooLarge:
+        except BodyTooLarge:
             raise Problem("too-large", f"the body has more than {BODY_BYTES_MAX} bytes", limit=BODY_BYTES_MAX) from None
         try:
-            verify(body, headers.get(b"stripe-signature", b""), self._secrets, time.time())
-            event, text = read(body)
-        except Rejected as rejected:
-            await self._keep_evidence(str(rejected), kept, body, address, request_id)
+            verify_signature(body, headers.get(b"stripe-signature", b""), self._secrets, time.time())
+            event, text = parse_event(body)
+        except InvalidWebhook as rejected:
+            await self._store_rejected(str(rejected), kept, body, address, request_id)
             raise Problem("invalid-request", str(rejected)) from None
-        row = await self._lanes.ask(
-            Webhook(
+        row = await self._batching.submit(
+            WebhookRequest(
                 n=0,
                 request_id=request_id,
                 provider="stripe",
@@ -153,37 +159,39 @@ class Receiver:
             )
         )
         if row[1]:
-            self._kicker.kick()
-        return Answer(200, b'{"received":true}', request_id, [JSON])
+            self._worker_scheduler.schedule()
+        return HttpResponse(200, b'{"received":true}', request_id, [JSON_CONTENT_TYPE])
 
-    async def _keep_evidence(
+    async def _store_rejected(
         self, reason: str, headers: dict[str, str], body: bytes, address: str, request_id: str
     ) -> None:
-        if not self.rejections.lets_through():
-            log.warning("%s rejected: %s; %s were not kept so far", request_id, reason, self.rejections.left_out)
+        if not self.rejection_throttle.allows():
+            log.warning(
+                "%s rejected: %s; %s were not kept so far", request_id, reason, self.rejection_throttle.suppressed
+            )
             return
         log.warning("%s rejected: %s", request_id, reason)
         try:
-            await self._database.row(
+            await self._database.fetch_row(
                 "select surety.reject_webhook('stripe', %s, %s, %s, %s)",
                 reason,
                 Jsonb(headers),
-                SECRET.sub(rb"\1", without_secrets(body)),
+                SECRET_PATTERN.sub(rb"\1", without_secrets(body)),
                 address,
             )
         except (psycopg.Error, Unavailable):
             log.exception("%s: the evidence could not be kept", request_id)
 
 
-def read(body: bytes) -> tuple[StripeEvent, str]:
-    """The event and its text, without client secrets. Raises Rejected."""
+def parse_event(body: bytes) -> tuple[StripeEvent, str]:
+    """The event and its text, without client secrets. Raises InvalidWebhook."""
     try:
-        return decode(body), without_secrets(body).decode()
+        return decode_event(body), without_secrets(body).decode()
     except (ValueError, RecursionError):
-        raise Rejected("signed, but no event") from None
+        raise InvalidWebhook("signed, but no event") from None
 
 
-def at_the_lanes(app: ASGIApp) -> ASGIApp:
+def hand_over_to_receiver(app: ASGIApp) -> ASGIApp:
     """Answers before Litestar's machinery begins."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -192,47 +200,51 @@ def at_the_lanes(app: ASGIApp) -> ASGIApp:
     return answer
 
 
-@post("/stripe", middleware=[at_the_lanes])
+@post("/stripe", middleware=[hand_over_to_receiver])
 async def receive_stripe() -> None:
     """Receive a webhook of Stripe's."""
-    raise AssertionError("at_the_lanes has answered")
+    raise AssertionError("hand_over_to_receiver has answered")
 
 
 @get("/health")
-async def get_health(request: Request[Any, Any, Any]) -> Health:
+async def get_receiver_health(request: Request[Any, Any, Any]) -> Health:
     """Tell whether this process can receive webhooks."""
-    await request.app.state.database.row("select 1")
+    await request.app.state.database.fetch_row("select 1")
     return Health("ok")
 
 
-def create_app(settings: Settings | None = None, *, lanes: int = 2) -> Asgi:
+def create_app(settings: Settings | None = None, *, connections: int = 2) -> AsgiApplication:
     """The receiver as an ASGI application. Raises SettingsError without STRIPE_WEBHOOK_SECRET."""
-    settings = settings or load()
+    settings = settings or load_settings()
     secrets = [secret.reveal().encode() for secret in settings.webhook_secrets]
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncGenerator[None]:
-        database = Database("webhook", settings)
-        line = Lanes(lambda: connect_async("webhook", settings), STATEMENT, lanes=lanes, batch_max=BATCH_MAX)
+        database = DatabasePool("webhook", settings)
+        batching = BatchingConnections(
+            lambda: connect_async("webhook", settings), RECEIVE_WEBHOOKS, connections=connections, batch_max=BATCH_MAX
+        )
         # What can't be closed keeps nothing else open.
         async with AsyncExitStack() as closing:
             closing.push_async_callback(database.close)
             await database.open()
-            kicker = Kicker(partial(database.row, "select outbox.kick('{apply}')"))
-            closing.push_async_callback(kicker.close)
-            closing.push_async_callback(line.close)
-            await line.open()
+            worker_scheduler = WorkerScheduler(
+                partial(database.fetch_row, "select outbox.schedule_handlers('{apply}')")
+            )
+            closing.push_async_callback(worker_scheduler.close)
+            closing.push_async_callback(batching.close)
+            await batching.open()
             app.state.database = database
-            app.state.receiver = Receiver(secrets, database, line, kicker)
+            app.state.receiver = Receiver(secrets, database, batching, worker_scheduler)
             yield
 
     return with_head(
         Litestar(
-            [receive_stripe, get_health],
+            [receive_stripe, get_receiver_health],
             lifespan=[lifespan],
             openapi_config=None,
-            exception_handlers={Exception: answer_error},
-            after_request=name_request,
+            exception_handlers={Exception: problem_response},
+            after_request=set_request_id,
             logging_config=None,
         ),
         {("POST", "/stripe"): "receiver"},

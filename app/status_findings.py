@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 BACKLOG_SECONDS_MAX = 300
 TRANSACTION_SECONDS_MAX = 600
 UNKNOWN_SECONDS_MAX = 300
-HELD_XIDS_MAX = 100_000_000
+VACUUM_BLOCKER_XIDS_MAX = 100_000_000
 SLOT_BYTES_MAX = 1_000_000_000
 PARTITIONS_DAYS_MIN = 21
 VERDICTS = ("GOOD", "LOOK", "ACT")
@@ -26,13 +26,13 @@ class Finding(NamedTuple):
     next: str
 
 
-def judge(state: dict[str, Any]) -> list[Finding]:
+def find_problems(state: dict[str, Any]) -> list[Finding]:
     """What is not as it should be, the most urgent first."""
     found = [
-        *judge_work(state),
-        *judge_money(state),
-        *(finding for holder in state["holders"] if (finding := judge_holder(holder))),
-        *(finding for provider in state["providers"] if (finding := judge_provider(provider))),
+        *find_work_problems(state),
+        *find_money_problems(state),
+        *(finding for holder in state["holders"] if (finding := find_vacuum_blocker(holder))),
+        *(finding for provider in state["providers"] if (finding := find_provider_problem(provider))),
     ]
     if state["is_restored_elsewhere"]:
         found.append(Finding(2, "restored from a dump: nothing is accepted", 'surety restored --reason "…"'))
@@ -41,14 +41,14 @@ def judge(state: dict[str, Any]) -> list[Finding]:
     return sorted(found, key=lambda finding: -finding.urgency)
 
 
-def judge_work(state: dict[str, Any]) -> Iterator[Finding]:
+def find_work_problems(state: dict[str, Any]) -> Iterator[Finding]:
     """Workers, what waits for them, what they gave up on."""
     waiting = [handler for handler in state["handlers"] if handler["backlog"]]
     if not state["workers"]["alive"]:
         yield Finding(2 if waiting else 1, "no worker is alive", "procrastinate --app jobs.app worker")
     for handler in waiting:
         if (handler["oldest_seconds"] or 0) > BACKLOG_SECONDS_MAX:
-            what = f"{handler['handler']} is {age(handler['oldest_seconds'])} behind"
+            what = f"{handler['handler']} is {format_age(handler['oldest_seconds'])} behind"
             yield Finding(2, what, "more workers, or their logs")
     for handler in state["handlers"]:
         if handler["is_paused"]:
@@ -56,39 +56,42 @@ def judge_work(state: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(1, f"{handler['handler']} is paused", resume)
     letters = state["dead_letters"]
     if letters["open"]:
-        what = f"{counted(letters['open'], 'dead letter')}; the oldest has waited {age(letters['oldest_seconds'])}"
+        oldest = format_age(letters["oldest_seconds"])
+        what = f"{count_noun(letters['open'], 'dead letter')}; the oldest has waited {oldest}"
         yield Finding(1, what, f"surety dead-letters show {letters['first']}")
 
 
-def judge_money(state: dict[str, Any]) -> Iterator[Finding]:
+def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
     """Where our records and the provider's differ, and what nobody knows yet."""
     differing = state["discrepancies"]
     if critical := differing["critical"]:
-        what = f"{counted(critical, 'critical discrepancy', 'critical discrepancies')}: {differing['first']}"
+        what = f"{count_noun(critical, 'critical discrepancy', 'critical discrepancies')}: {differing['first']}"
         yield Finding(2, what, "report.discrepancies")
     elif opened := differing["open"]:
-        what = f"{counted(opened, 'discrepancy', 'discrepancies')}, the first {differing['first']}"
+        what = f"{count_noun(opened, 'discrepancy', 'discrepancies')}, the first {differing['first']}"
         yield Finding(1, what, "report.discrepancies")
     unknown = state["unknown"]
     if unknown["count"] and unknown["oldest_seconds"] > UNKNOWN_SECONDS_MAX:
-        what = f"{counted(unknown['count'], 'unknown outcome')}, the oldest for {age(unknown['oldest_seconds'])}"
+        what = (
+            f"{count_noun(unknown['count'], 'unknown outcome')}, the oldest for {format_age(unknown['oldest_seconds'])}"
+        )
         yield Finding(1, what, f"surety trace {unknown['first']}")
 
 
-def judge_provider(provider: dict[str, Any]) -> Finding | None:
+def find_provider_problem(provider: dict[str, Any]) -> Finding | None:
     """An outage is waited out; one that lasts is looked at."""
     if not provider["open"]:
         return None
-    what = f"{provider['provider']} is out for {age(provider['open_seconds'])}: {provider['reason']}"
+    what = f"{provider['provider']} is out for {format_age(provider['open_seconds'])}: {provider['reason']}"
     if provider["accounts"] > 1:
         what += f" ({provider['open']} of {provider['accounts']} accounts)"
     return Finding(1, what, f"{provider['provider']}'s status page; what waits goes on by itself")
 
 
-def judge_holder(holder: dict[str, Any]) -> Finding | None:
+def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
     """What keeps rows from being vacuumed: for long, or for so many transactions that the server may stop."""
     kind, name, seconds = holder["kind"], holder["name"], holder["seconds"] or 0
-    is_grave = (holder["xids"] or 0) > HELD_XIDS_MAX
+    is_grave = (holder["xids"] or 0) > VACUUM_BLOCKER_XIDS_MAX
     is_idle_slot = (
         kind == "replication slot" and not holder["is_active"] and ((holder["wal_bytes"] or 0) > SLOT_BYTES_MAX)
     )
@@ -97,10 +100,10 @@ def judge_holder(holder: dict[str, Any]) -> Finding | None:
     where = f" in {holder['database']}" if holder["database"] else ""
     match kind:
         case "transaction":
-            what = f"a transaction of {name} is open for {age(seconds)}{where}"
+            what = f"a transaction of {name} is open for {format_age(seconds)}{where}"
             mend = f"select pg_terminate_backend({holder['pid']})"
         case "prepared transaction":
-            what = f"the prepared transaction {name} has waited {age(seconds)}{where}"
+            what = f"the prepared transaction {name} has waited {format_age(seconds)}{where}"
             mend = f"rollback prepared '{name}', or commit it{where}"
         case "replication slot":
             what = f"nobody reads the replication slot {name}" if is_idle_slot else f"the slot {name} is far behind"
@@ -123,7 +126,7 @@ def verdict_of(findings: Sequence[Finding]) -> int:
     return max((finding.urgency for finding in findings), default=0)
 
 
-def age(seconds: float) -> str:
+def format_age(seconds: float) -> str:
     """A time for people: 40 ms, 12 s, 3 min, 5 h, 2 d."""
     for limit, unit, name in ((1, 0.001, "ms"), (120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
@@ -131,6 +134,6 @@ def age(seconds: float) -> str:
     return f"{seconds / 86_400:.0f} d"
 
 
-def counted(number: int, noun: str, plural: str | None = None) -> str:
+def count_noun(number: int, noun: str, plural: str | None = None) -> str:
     """1 dead letter, 2 dead letters."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -1,13 +1,13 @@
 """The database: its state (schema.sql, migrations), its behaviour (the files below) and the ways to reach it.
 
-CAPABILITIES lists the files of behaviour in a payment's life order, which is the order in which they are deployed: a
+BEHAVIOUR_FILES lists the files of behaviour in a payment's life order, which is the order in which they are deployed: a
 file may use what stands above it.
 
 LOCK_ORDER lists the tables that transactions write, in the order in which all of them do; a deploy that needs several
 takes them in that order, too. Those that aren't listed come last.
 """
 
-CAPABILITIES: tuple[str, ...] = (
+BEHAVIOUR_FILES: tuple[str, ...] = (
     "core/time_and_ids",
     "core/formatting",
     "core/partitions",
@@ -63,7 +63,7 @@ CAPABILITIES: tuple[str, ...] = (
 LOCK_ORDER: tuple[str, ...] = (
     "surety.idempotency_keys",
     "surety.payment_references",
-    "surety.inbox",
+    "surety.provider_events",
     "surety.fact_keys",
     "surety.facts",
     "surety.payments",
@@ -76,6 +76,6 @@ LOCK_ORDER: tuple[str, ...] = (
     "ledger.postings",
     "ledger.transfers",
     "ledger.balances",
-    "surety.breakers",
+    "surety.circuit_breakers",
     "outbox.batches",
 )

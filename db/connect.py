@@ -23,9 +23,9 @@ from psycopg.pq import TransactionStatus
 from db.settings import Settings
 
 Result = TypeVar("Result")
-Kind = Literal["deploy", "api", "webhook", "worker", "analyst", "auditor"]
+ProcessKind = Literal["deploy", "api", "webhook", "worker", "analyst", "auditor"]
 
-NETWORK = {
+NETWORK_DEFAULTS = {
     "connect_timeout": 5,
     "tcp_user_timeout": 10_000,
     "keepalives": 1,
@@ -36,15 +36,15 @@ NETWORK = {
 
 # The server's own end: what a client that is gone without a word has locked is free again within half a minute, not two
 # hours. Over a Unix socket it means nothing.
-SERVERS_END = {
-    "tcp_keepalives_idle": str(NETWORK["keepalives_idle"]),
-    "tcp_keepalives_interval": str(NETWORK["keepalives_interval"]),
-    "tcp_keepalives_count": str(NETWORK["keepalives_count"]),
-    "tcp_user_timeout": str(NETWORK["tcp_user_timeout"]),
+SERVER_KEEPALIVES = {
+    "tcp_keepalives_idle": str(NETWORK_DEFAULTS["keepalives_idle"]),
+    "tcp_keepalives_interval": str(NETWORK_DEFAULTS["keepalives_interval"]),
+    "tcp_keepalives_count": str(NETWORK_DEFAULTS["keepalives_count"]),
+    "tcp_user_timeout": str(NETWORK_DEFAULTS["tcp_user_timeout"]),
 }
 
 # statement_timeout, lock_timeout, idle_in_transaction_session_timeout
-TIMEOUTS: dict[Kind, tuple[str, str, str]] = {
+TIMEOUTS: dict[ProcessKind, tuple[str, str, str]] = {
     "deploy": ("0", "0", "60s"),
     "api": ("10s", "5s", "10s"),
     "webhook": ("10s", "5s", "10s"),
@@ -53,7 +53,7 @@ TIMEOUTS: dict[Kind, tuple[str, str, str]] = {
     "auditor": ("60s", "5s", "60s"),
 }
 # How long asyncio's connections wait for the answer to a statement: longer than the server would.
-PATIENCE_SECONDS: dict[Kind, float] = {
+ANSWER_SECONDS_MAX: dict[ProcessKind, float] = {
     "deploy": 86_400.0,
     "api": 15.0,
     "webhook": 15.0,
@@ -61,15 +61,15 @@ PATIENCE_SECONDS: dict[Kind, float] = {
     "analyst": 905.0,
     "auditor": 65.0,
 }
-READERS: frozenset[Kind] = frozenset({"analyst", "auditor"})
+READ_ONLY_KINDS: frozenset[ProcessKind] = frozenset({"analyst", "auditor"})
 
 
-def role_of(kind: Kind) -> str | None:
+def role_of(kind: ProcessKind) -> str | None:
     """The group role whose rights a kind of process has; who deploys is a login without one."""
     return None if kind == "deploy" else f"surety_{kind}"
 
 
-def conninfo(kind: Kind, settings: Settings, *, search_path: str | None = None) -> str:
+def conninfo(kind: ProcessKind, settings: Settings, *, search_path: str | None = None) -> str:
     """The connection string of a kind of process. Raises SettingsError if no address is set.
 
     `search_path` is for Procrastinate alone, whose statements name no schema.
@@ -80,7 +80,7 @@ def conninfo(kind: Kind, settings: Settings, *, search_path: str | None = None) 
     return harden(settings.require("database_url").reveal(), kind, role=role_of(kind), search_path=search_path)
 
 
-def harden(url: str, kind: Kind, *, role: str | None = None, search_path: str | None = None) -> str:
+def harden(url: str, kind: ProcessKind, *, role: str | None = None, search_path: str | None = None) -> str:
     """An address with the timeouts of a kind of process, its name and, if wanted, a role; what it says itself wins."""
     given = conninfo_to_dict(url)
     statement, lock, idle = TIMEOUTS[kind]
@@ -89,14 +89,14 @@ def harden(url: str, kind: Kind, *, role: str | None = None, search_path: str | 
         "lock_timeout": lock,
         "idle_in_transaction_session_timeout": idle,
         "TimeZone": "UTC",
-        **SERVERS_END,
+        **SERVER_KEEPALIVES,
         **({"role": role} if role else {}),
         **({"search_path": search_path} if search_path else {}),
     }
     defaults: dict[str, Any] = {
-        **NETWORK,
+        **NETWORK_DEFAULTS,
         "application_name": f"surety-{kind}",
-        "target_session_attrs": "any" if kind in READERS else "read-write",
+        "target_session_attrs": "any" if kind in READ_ONLY_KINDS else "read-write",
     }
     words = [f"-c {name}={value}" for name, value in options.items()]
     if given.get("options"):
@@ -104,19 +104,19 @@ def harden(url: str, kind: Kind, *, role: str | None = None, search_path: str | 
     return make_conninfo("", **{**defaults, **given, "options": " ".join(words)})
 
 
-def connect(kind: Kind, settings: Settings) -> Connection[tuple[Any, ...]]:
+def connect(kind: ProcessKind, settings: Settings) -> Connection[tuple[Any, ...]]:
     """A connection in autocommit mode, so that a transaction is always a block in the code."""
     return psycopg.connect(conninfo(kind, settings), autocommit=True)
 
 
-class Patient(AsyncConnection[tuple[Any, ...]]):
+class BoundedWaitConnection(AsyncConnection[tuple[Any, ...]]):
     """Hangs up where a statement is not answered in time, which fails it like any lost connection.
 
     A peer that acknowledges what it gets and never answers is noticed by neither tcp_user_timeout nor keepalives.
     Waiting for notifications has no end.
     """
 
-    patience_seconds = 35.0
+    answer_seconds_max = 35.0
 
     async def wait(
         self,
@@ -125,23 +125,27 @@ class Patient(AsyncConnection[tuple[Any, ...]]):
         timeout: float | None = None,  # noqa: ASYNC109  psycopg's signature
     ) -> Result:
         """As psycopg's, with an end."""
-        timer = asyncio.get_running_loop().call_later(self.patience_seconds, self._hang_up)
+        timer = asyncio.get_running_loop().call_later(self.answer_seconds_max, self._shut_down_socket)
         try:
             return await super().wait(gen, interval, timeout)
         finally:
             timer.cancel()
 
-    def _hang_up(self) -> None:
+    def _shut_down_socket(self) -> None:
         if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
             with socket.socket(fileno=os.dup(self.pgconn.socket)) as line:
                 line.shutdown(socket.SHUT_RDWR)
 
 
-def patient(kind: Kind) -> type[Patient]:
+def bounded_connection(kind: ProcessKind) -> type[BoundedWaitConnection]:
     """The connections of a kind of process."""
-    return type(f"Patient{kind.title()}", (Patient,), {"patience_seconds": PATIENCE_SECONDS[kind]})
+    return type(
+        f"BoundedWaitConnection{kind.title()}",
+        (BoundedWaitConnection,),
+        {"answer_seconds_max": ANSWER_SECONDS_MAX[kind]},
+    )
 
 
-async def connect_async(kind: Kind, settings: Settings) -> AsyncConnection[tuple[Any, ...]]:
+async def connect_async(kind: ProcessKind, settings: Settings) -> AsyncConnection[tuple[Any, ...]]:
     """The same for asyncio, and with an end to waiting."""
-    return await patient(kind).connect(conninfo(kind, settings), autocommit=True)
+    return await bounded_connection(kind).connect(conninfo(kind, settings), autocommit=True)

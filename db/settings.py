@@ -43,7 +43,7 @@ class Secret:
         return hash(self._value)
 
 
-class Address(Secret):
+class DatabaseAddress(Secret):
     """The address of a database, with its password."""
 
     __slots__ = ()
@@ -56,7 +56,7 @@ class Address(Secret):
         super().__init__(value)
 
 
-class Provider(msgspec.Struct, frozen=True):
+class ProviderEndpoint(msgspec.Struct, frozen=True):
     """Where Stripe's API is and who we are there; `url` is None for Stripe itself, the sandbox's address otherwise."""
 
     url: str | None
@@ -77,12 +77,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     kept, and the sandbox has none.
     """
 
-    database_url: Address | None = None
-    surety_api_database_url: Address | None = None
-    surety_webhook_database_url: Address | None = None
-    surety_worker_database_url: Address | None = None
-    surety_analyst_database_url: Address | None = None
-    surety_auditor_database_url: Address | None = None
+    database_url: DatabaseAddress | None = None
+    surety_api_database_url: DatabaseAddress | None = None
+    surety_webhook_database_url: DatabaseAddress | None = None
+    surety_worker_database_url: DatabaseAddress | None = None
+    surety_analyst_database_url: DatabaseAddress | None = None
+    surety_auditor_database_url: DatabaseAddress | None = None
 
     stripe_api_key: Secret | None = None
     stripe_webhook_secret: Secret | None = None
@@ -111,18 +111,18 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
         return secrets
 
     @property
-    def provider(self) -> Provider:
+    def provider(self) -> ProviderEndpoint:
         """Whom the workers ask for money: the sandbox if named, else Stripe. Raises SettingsError if neither is."""
         if self.surety_sandbox_url is None:
             if self.stripe_api_key is None:
                 raise SettingsError("set STRIPE_API_KEY, or SURETY_SANDBOX_URL to play with the sandbox")
-            return Provider(None, self.stripe_api_key)
+            return ProviderEndpoint(None, self.stripe_api_key)
         key = self.stripe_api_key or Secret("sk_test_sandbox")
         if "_live_" in key.reveal():
             raise SettingsError(
                 "SURETY_SANDBOX_URL is set and STRIPE_API_KEY is a live key, which must not go to a sandbox"
             )
-        return Provider(self.surety_sandbox_url, key)
+        return ProviderEndpoint(self.surety_sandbox_url, key)
 
     def require(self, name: str) -> Secret:
         """A secret or address; raises SettingsError if it isn't set."""
@@ -132,7 +132,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
         return value
 
 
-def load(environment: Mapping[str, str] = os.environ) -> Settings:
+def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings; an empty variable counts as not set. Raises SettingsError."""
     known = {field.encode_name for field in msgspec.structs.fields(Settings)}
     given = {
@@ -142,12 +142,12 @@ def load(environment: Mapping[str, str] = os.environ) -> Settings:
         likely = difflib.get_close_matches(name, known, n=1)
         raise SettingsError(f"{name} is no variable of Surety's" + (f"; did you mean {likely[0]}?" if likely else ""))
     try:
-        return msgspec.convert(given, Settings, strict=False, dec_hook=decode)
+        return msgspec.convert(given, Settings, strict=False, dec_hook=make_secret)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `$.")
         raise SettingsError(f"{path.rstrip('`')}: {problem}") from None
 
 
-def decode(kind: type, value: Any) -> Any:
+def make_secret(kind: type, value: Any) -> Any:
     """Make a secret of a text."""
     return kind(value)

@@ -35,16 +35,16 @@ from procrastinate import App, PsycopgConnector
 from procrastinate.app import WorkerOptions
 from psycopg_pool import AsyncConnectionPool
 
-from db.connect import conninfo, patient
-from db.settings import load
-from jobs.database import POOL_SECONDS, is_away
+from db.connect import bounded_connection, conninfo
+from db.settings import load_settings
+from jobs.database import POOL_SECONDS, is_unreachable
 
 log = logging.getLogger("surety.worker")
 
 RESTART_SECONDS = 1.0
 
 
-class Workers(App):
+class WorkerApp(App):
     """Procrastinate's app, with what our tasks work with, and with a supervisor of its own.
 
     Procrastinate's worker ends, even with status 0, when one of its side tasks fails, as by a restart of the database;
@@ -53,12 +53,12 @@ class Workers(App):
 
     async def run_worker_async(self, **options: Unpack[WorkerOptions]) -> None:
         """Work until told to stop. Raises SettingsError if no provider or no database is named."""
-        from jobs.polling import schedule
+        from jobs.polling import schedule_periodic_tasks
         from jobs.worker import open_worker
 
-        settings = load()
-        keep_quiet()
-        schedule(self, settings)
+        settings = load_settings()
+        quiet_library_logs()
+        schedule_periodic_tasks(self, settings)
         name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
         by_signals = options.get("install_signal_handlers", True)
         async with open_worker(settings, name) as worker:
@@ -71,11 +71,11 @@ class Workers(App):
             }
             while not worker.stopping.is_set():
                 running = asyncio.create_task(super().run_worker_async(**work))
-                with stopped_by_signals(worker.stopping, running) if by_signals else contextlib.nullcontext():
-                    await supervised(worker.stopping, running)
+                with stop_on_signals(worker.stopping, running) if by_signals else contextlib.nullcontext():
+                    await wait_until_worker_ends(worker.stopping, running)
 
 
-async def supervised(stopping: asyncio.Event, running: asyncio.Task[None]) -> None:
+async def wait_until_worker_ends(stopping: asyncio.Event, running: asyncio.Task[None]) -> None:
     """Wait for Procrastinate's worker to end; unless we are stopping, tell why it did and pause."""
     try:
         await running
@@ -83,7 +83,7 @@ async def supervised(stopping: asyncio.Event, running: asyncio.Task[None]) -> No
         if not stopping.is_set():
             raise
     except Exception as error:
-        if is_away(error) or is_away(error.__cause__):
+        if is_unreachable(error) or is_unreachable(error.__cause__):
             log.warning("the database is away: %s", str(error.__cause__ or error).strip())
         else:
             log.exception("the worker broke down")
@@ -93,7 +93,7 @@ async def supervised(stopping: asyncio.Event, running: asyncio.Task[None]) -> No
 
 
 @contextlib.contextmanager
-def stopped_by_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> Generator[None]:
+def stop_on_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> Generator[None]:
     """The first SIGINT or SIGTERM lets the worker finish what it holds; a second one ends it at once."""
     loop = asyncio.get_running_loop()
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -114,7 +114,7 @@ def stopped_by_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> 
             loop.remove_signal_handler(number)
 
 
-def keep_quiet() -> None:
+def quiet_library_logs() -> None:
     """Libraries tell of every job and request; at debug level Stripe's would tell client secrets."""
     for name in ("procrastinate", "httpx", "httpcore", "stripe"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -124,10 +124,10 @@ def keep_quiet() -> None:
 
 def open_pool(**options: Any) -> AsyncConnectionPool:
     """Procrastinate's own connections; raises SettingsError when a worker starts without settings."""
-    where = conninfo("worker", load(), search_path="procrastinate")
+    where = conninfo("worker", load_settings(), search_path="procrastinate")
     return AsyncConnectionPool(
         where,
-        connection_class=patient("worker"),
+        connection_class=bounded_connection("worker"),
         min_size=1,
         max_size=4,
         timeout=POOL_SECONDS,
@@ -136,7 +136,7 @@ def open_pool(**options: Any) -> AsyncConnectionPool:
     )
 
 
-app = Workers(
+app = WorkerApp(
     connector=PsycopgConnector(pool_factory=open_pool),
     import_paths=["jobs.drain", "jobs.polling"],
     worker_defaults={

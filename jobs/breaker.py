@@ -16,114 +16,114 @@ from datetime import datetime, timedelta
 from msgspec import Struct
 from psycopg.types.json import Jsonb
 
-from jobs.database import Database
-from jobs.stripe.client import Outage, ProviderError, StripeRail
+from jobs.database import WorkerDatabase
+from jobs.stripe.client import ProviderError, ProviderOutage, StripeGateway
 
 log = logging.getLogger("surety.breaker")
 
 PROVIDER = "stripe"
 
 
-def outage_key(account: str) -> str:
-    """What an account's outage is called, as surety.breaker_key calls it."""
+def breaker_key(account: str) -> str:
+    """What an account's outage is called, as surety.circuit_key calls it."""
     return f"{PROVIDER}:{account}"
 
 
-def account_of(key: str) -> str:
+def account_of_breaker(key: str) -> str:
     """The account of such a name."""
     return key.removeprefix(f"{PROVIDER}:")
 
 
-class Tally(Struct):
+class CallCounts(Struct):
     """What an account's calls came to since it was told last."""
 
     answered: int = 0
     failed: int = 0
-    in_a_row: int = 0
+    consecutive_failures: int = 0
     answered_at: float | None = None
 
 
-class Told(Struct):
-    """A row of surety.note_calls."""
+class AccountState(Struct):
+    """A row of surety.count_call_results."""
 
     account: str
     is_open: bool
     answered_seconds: float | None
 
 
-class Breaker:
+class CircuitBreaker:
     """What this worker knows about the provider's accounts. `blocked` are those whose breaker is open."""
 
-    def __init__(self, database: Database, rail: StripeRail, actor: str, tell_seconds: float) -> None:
+    def __init__(self, database: WorkerDatabase, stripe: StripeGateway, actor: str, report_seconds: float) -> None:
         self.blocked: frozenset[str] = frozenset()
         self._database = database
-        self._rail = rail
+        self._stripe = stripe
         self._actor = actor
-        self._tell_seconds = tell_seconds
-        self._tallies: defaultdict[str, Tally] = defaultdict(Tally)
+        self._report_seconds = report_seconds
+        self._tallies: defaultdict[str, CallCounts] = defaultdict(CallCounts)
         self._reopened: dict[str, float] = {}
         self._probing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._probed_at: dict[str, float] = {}
-        self._told_at = 0.0
-        rail.on_call = self.note
+        self._reported_at = 0.0
+        stripe.on_call = self.count_call
 
-    def note(self, account: str, began: float, error: ProviderError | None, is_command: bool) -> None:
+    def count_call(self, account: str, began: float, error: ProviderError | None, is_command: bool) -> None:
         """A call that began at a time of the monotonic clock has ended."""
         tally = self._tallies[account]
-        if not isinstance(error, Outage):
+        if not isinstance(error, ProviderOutage):
             tally.answered += is_command
-            tally.in_a_row = 0
+            tally.consecutive_failures = 0
             tally.answered_at = time.monotonic()
         elif account not in self.blocked and began > self._reopened.get(account, 0.0):
             tally.failed += 1
-            tally.in_a_row += 1
+            tally.consecutive_failures += 1
 
-    async def pulse(self) -> bool:
+    async def report_and_probe(self) -> bool:
         """Tell what there is to tell, and probe what is due, every second; whether the database was told anything."""
-        is_time = time.monotonic() - self._told_at > self._tell_seconds
+        is_time = time.monotonic() - self._reported_at > self._report_seconds
         if is_time or any(tally.failed for tally in self._tallies.values()):
-            await self._tell()
+            await self._report_calls()
         if self.blocked:
-            due: list[str] = await self._database.value("select surety.claim_probes(%s)", PROVIDER)
+            due: list[str] = await self._database.value("select surety.claim_circuit_probes(%s)", PROVIDER)
             await asyncio.gather(*(self._probe(account) for account in due))
         return is_time
 
-    async def consider(self, failed: Iterable[tuple[str, float]]) -> None:
+    async def check_accounts(self, failed: Iterable[tuple[str, float]]) -> None:
         """Find out about accounts where calls failed, each with when the call began, on the monotonic clock."""
         began: dict[str, float] = {}
         for account, at in failed:
             began[account] = max(at, began.get(account, at))
-        answered = await self._tell()
+        answered = await self._report_calls()
         unsure = [account for account, at in began.items() if answered.get(account, 0.0) < at]
         await asyncio.gather(*(self._probe(account) for account in unsure if account not in self.blocked))
 
-    async def _tell(self) -> dict[str, float]:
+    async def _report_calls(self) -> dict[str, float]:
         """When each account answered anybody last, on the monotonic clock, of those that were told of."""
-        tallies, self._tallies = self._tallies, defaultdict(Tally)
+        tallies, self._tallies = self._tallies, defaultdict(CallCounts)
         clock: datetime | None = None
         if any(tally.answered_at is not None for tally in tallies.values()):
             clock = await self._database.value("select surety.read_clock()")
         # The database's clock was read before ours: an answer seems older by what lay between, and never younger, for
         # whoever failed before an answer may be to blame. No age is told, for the statement may have to wait.
-        told_at = self._told_at = time.monotonic()
+        reported_at = self._reported_at = time.monotonic()
         calls = [
             {
                 "account": account,
                 "answered": tally.answered,
                 "failed": tally.failed,
-                "in_a_row": tally.in_a_row,
+                "consecutive_failures": tally.consecutive_failures,
                 "answered_at": clock
                 and tally.answered_at
-                and (clock - timedelta(seconds=told_at - tally.answered_at)).isoformat(),
+                and (clock - timedelta(seconds=reported_at - tally.answered_at)).isoformat(),
             }
             for account, tally in tallies.items()
         ]
-        query = "select account, is_open, answered_seconds from surety.note_calls(%s, %s, %s)"
-        told = await self._database.rows(Told, query, PROVIDER, Jsonb(calls), self._actor)
-        self._know(frozenset(row.account for row in told if row.is_open))
-        return {row.account: told_at - row.answered_seconds for row in told if row.answered_seconds is not None}
+        query = "select account, is_open, answered_seconds from surety.count_call_results(%s, %s, %s)"
+        states = await self._database.rows(AccountState, query, PROVIDER, Jsonb(calls), self._actor)
+        self._set_blocked(frozenset(row.account for row in states if row.is_open))
+        return {row.account: reported_at - row.answered_seconds for row in states if row.answered_seconds is not None}
 
-    def _know(self, blocked: frozenset[str]) -> None:
+    def _set_blocked(self, blocked: frozenset[str]) -> None:
         now = time.monotonic()
         for account in self.blocked - blocked:
             self._reopened[account] = now
@@ -141,23 +141,23 @@ class Breaker:
             was_open = account in self.blocked
             error: ProviderError | None = None
             try:
-                await self._rail.probe(account)
-            except ProviderError as told:
-                error = told
-            if isinstance(error, Outage):
+                await self._stripe.probe(account)
+            except ProviderError as failure:
+                error = failure
+            if isinstance(error, ProviderOutage):
                 await self._open(account, f"nothing is answered: {error}")
             elif was_open:
                 await self._close(account, f"it answers: {error}" if error else "it answers")
             self._probed_at[account] = time.monotonic()
 
     async def _open(self, account: str, reason: str) -> None:
-        query = "select surety.open_breaker(%s, %s, %s, %s)"
+        query = "select surety.open_circuit(%s, %s, %s, %s)"
         if await self._database.value(query, PROVIDER, account, reason, self._actor):
             log.warning("account %r at %s is cut off: %s", account, PROVIDER, reason)
-        self._know(self.blocked | {account})
+        self._set_blocked(self.blocked | {account})
 
     async def _close(self, account: str, reason: str) -> None:
-        query = "select surety.close_breaker(%s, %s, %s, %s)"
+        query = "select surety.close_circuit(%s, %s, %s, %s)"
         if await self._database.value(query, PROVIDER, account, reason, self._actor):
             log.warning("account %r at %s is served again: %s", account, PROVIDER, reason)
-        self._know(self.blocked - {account})
+        self._set_blocked(self.blocked - {account})

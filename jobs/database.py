@@ -13,7 +13,7 @@ from psycopg import AsyncConnection, AsyncCursor, errors
 from psycopg.rows import class_row, scalar_row
 from psycopg_pool import AsyncConnectionPool
 
-from db.connect import conninfo, patient
+from db.connect import bounded_connection, conninfo
 from db.settings import Settings
 
 log = logging.getLogger("surety.database")
@@ -21,18 +21,18 @@ log = logging.getLogger("surety.database")
 T = TypeVar("T")
 Row = TypeVar("Row")
 
-CONNECTIONS_MAX = 12
+WORKER_CONNECTIONS_MAX = 12
 # The pool's own pauses double up to minutes; so it gives up early, and is asked again.
 POOL_SECONDS = 5.0
 START_SECONDS_MAX = 30.0
-TRIES = 5
+ATTEMPTS_MAX = 5
 PAUSE_SECONDS = 0.05
 PAUSE_SECONDS_MAX = 1.0
 
 # A line can die without a word to either end; then its session would keep what it locked. The server ends a session
 # with locks that is silent for so long, which is longer than we wait to be answered ourselves.
-SILENCE_SECONDS = 60.0
-LOCK = """
+LOCK_IDLE_SECONDS = 60.0
+TRY_LOCK = """
     select case when pg_try_advisory_lock(hashtext(%s)) then set_config('idle_session_timeout', %s, false) is not null
         else false end
 """
@@ -40,24 +40,24 @@ UNLOCK = "select pg_advisory_unlock(hashtext(%s)), set_config('idle_session_time
 
 # The server or the connection went away, somebody else was in the way, or a deploy changed what a prepared statement
 # returns.
-PASSING = (psycopg.OperationalError, psycopg.InterfaceError, errors.FeatureNotSupported)
+TRANSIENT_ERRORS = (psycopg.OperationalError, psycopg.InterfaceError, errors.FeatureNotSupported)
 # These are operational errors by name, but the statement's own fault.
-LASTING = (errors.QueryCanceled, errors.ProgramLimitExceeded)
+PERMANENT_ERRORS = (errors.QueryCanceled, errors.ProgramLimitExceeded)
 
 
-def is_passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether an error says nothing about what was asked, so that asking again may help."""
-    return isinstance(error, PASSING) and not isinstance(error, LASTING)
+    return isinstance(error, TRANSIENT_ERRORS) and not isinstance(error, PERMANENT_ERRORS)
 
 
-def is_away(error: BaseException | None) -> bool:
+def is_unreachable(error: BaseException | None) -> bool:
     """Whether there is no server to ask, or none that answers: then all that helps is to wait for it."""
     if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
         return False
     return error.sqlstate is None or error.sqlstate.startswith(("08", "57P"))
 
 
-async def in_halves(
+async def bisect_on_error(
     items: list[T], do: Callable[[list[T]], Awaitable[None]], give_up: Callable[[T, Exception], Awaitable[None]]
 ) -> None:
     """Do something with all items; if that fails for a reason that lasts, with each half of them.
@@ -67,23 +67,23 @@ async def in_halves(
     try:
         await do(items)
     except Exception as error:
-        if is_passing(error):
+        if is_transient(error):
             raise
         if len(items) == 1:
             await give_up(items[0], error)
             return
         middle = len(items) // 2
-        await in_halves(items[:middle], do, give_up)
-        await in_halves(items[middle:], do, give_up)
+        await bisect_on_error(items[:middle], do, give_up)
+        await bisect_on_error(items[middle:], do, give_up)
 
 
-class Database:
+class WorkerDatabase:
     """Statements of a worker, each a transaction of its own."""
 
     def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:
         self._pool = pool
-        self._locks: Locks | None = None
-        self._taking = asyncio.Lock()
+        self._locks: AdvisoryLocks | None = None
+        self._locks_mutex = asyncio.Lock()
 
     async def rows(self, kind: type[Row], query: LiteralString, *values: Any) -> list[Row]:
         """The rows of a query, each as a struct with the columns' names."""
@@ -103,7 +103,7 @@ class Database:
 
         return await self._try(fetch)
 
-    async def effect(self, query: LiteralString, *values: Any) -> bool:
+    async def commit_if_true(self, query: LiteralString, *values: Any) -> bool:
         """Whether a query that answers true did so; when it answers false, what it did is rolled back."""
 
         async def attempt(connection: AsyncConnection[Any]) -> bool:
@@ -117,19 +117,19 @@ class Database:
         return await self._try(attempt)
 
     @asynccontextmanager
-    async def alone(self, name: str) -> AsyncGenerator[bool]:
-        """Whether nobody else, in any worker, is within `alone` of that name. A killed worker's lock ends with it."""
-        async with self._taking:
+    async def try_lock(self, name: str) -> AsyncGenerator[bool]:
+        """Whether this worker alone holds the lock of that name. A killed worker's lock ends with it."""
+        async with self._locks_mutex:
             if self._locks is None or self._locks.is_lost:
-                self._locks = Locks(self._pool)
+                self._locks = AdvisoryLocks(self._pool)
             locks = self._locks
-            is_alone = await locks.take(name)
+            is_locked = await locks.acquire(name)
         try:
-            yield is_alone
+            yield is_locked
         finally:
-            if is_alone:
-                async with self._taking:
-                    await locks.give_back(name)
+            if is_locked:
+                async with self._locks_mutex:
+                    await locks.release(name)
 
     async def _try(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         """Do it on a connection of the pool, again if it was hindered by something that passes.
@@ -142,11 +142,11 @@ class Database:
             try:
                 async with self._pool.connection() as connection:
                     return await self._on(connection, work)
-            except PASSING as error:
+            except TRANSIENT_ERRORS as error:
                 turn += 1
-                if not is_passing(error) or (turn >= TRIES and not is_away(error)):
+                if not is_transient(error) or (turn >= ATTEMPTS_MAX and not is_unreachable(error)):
                     raise
-                level = logging.WARNING if turn == TRIES else logging.INFO
+                level = logging.WARNING if turn == ATTEMPTS_MAX else logging.INFO
                 log.log(level, "try %s: %s", turn, str(error).strip() or type(error).__name__)
                 await asyncio.sleep(min(PAUSE_SECONDS * 2 ** min(turn, 10), PAUSE_SECONDS_MAX))
 
@@ -158,7 +158,7 @@ class Database:
             raise
 
 
-class Locks:
+class AdvisoryLocks:
     """What this process has locked, all of it on one connection, which is the pool's again when nothing is locked.
 
     Who has a lock needs connections for what he does meanwhile. If each lock took one of its own, as many locks as
@@ -173,33 +173,33 @@ class Locks:
         self._connection: AsyncConnection[Any] | None = None
         self._names: set[str] = set()
 
-    async def take(self, name: str) -> bool:
+    async def acquire(self, name: str) -> bool:
         """Whether it was free: a session can take its own lock twice, so we look ourselves first."""
         if name in self._names:
             return False
         try:
-            if await self._ask(LOCK, f"surety:{name}", f"{SILENCE_SECONDS:g}s"):
+            if await self._ask(TRY_LOCK, f"surety:{name}", f"{LOCK_IDLE_SECONDS:g}s"):
                 self._names.add(name)
         finally:
-            await self._let_go()
+            await self._return_connection_if_idle()
         return name in self._names
 
-    async def give_back(self, name: str) -> None:
+    async def release(self, name: str) -> None:
         """Unlock; a connection that was lost has done so by itself."""
         self._names.remove(name)
         try:
             if not self.is_lost:
-                await self._ask(UNLOCK, f"surety:{name}", f"{SILENCE_SECONDS:g}s" if self._names else None)
+                await self._ask(UNLOCK, f"surety:{name}", f"{LOCK_IDLE_SECONDS:g}s" if self._names else None)
         except psycopg.Error as error:
             log.info("%s ends with its connection: %s", name, error)
         finally:
-            await self._let_go()
+            await self._return_connection_if_idle()
 
     async def _ask(self, query: LiteralString, *values: str | None) -> bool:
         if self._connection is None:
             self._connection = await self._stack.enter_async_context(self._pool.connection())
-            keeping = asyncio.create_task(self._keep(), name="locks")
-            self._stack.push_async_callback(ended, keeping)
+            keeping = asyncio.create_task(self._keep_alive(), name="locks")
+            self._stack.push_async_callback(cancel_and_wait, keeping)
         connection = self._connection
         try:
             cursor = connection.cursor(row_factory=scalar_row)
@@ -211,40 +211,40 @@ class Locks:
                 await connection.close()
             raise
 
-    async def _keep(self) -> None:
+    async def _keep_alive(self) -> None:
         """Be heard while others work with what is locked."""
         try:
             while not self.is_lost:
-                await asyncio.sleep(SILENCE_SECONDS / 3)
+                await asyncio.sleep(LOCK_IDLE_SECONDS / 3)
                 await self._ask("select true")
         except psycopg.Error as error:
             log.info("what is locked ends with its connection: %s", error)
 
-    async def _let_go(self) -> None:
+    async def _return_connection_if_idle(self) -> None:
         if self.is_lost or not self._names:
             self._connection = None
             await self._stack.aclose()
 
 
-async def ended(task: asyncio.Task[None]) -> None:
+async def cancel_and_wait(task: asyncio.Task[None]) -> None:
     """Cancel a task and wait for its end, so that nothing of it happens to what others use next."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager
-async def open_database(settings: Settings) -> AsyncGenerator[Database]:
+async def open_database(settings: Settings) -> AsyncGenerator[WorkerDatabase]:
     """The pool, open for as long as the worker works; raises if there is no server within 30 s."""
     pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
         conninfo("worker", settings),
-        connection_class=patient("worker"),
+        connection_class=bounded_connection("worker"),
         kwargs={"autocommit": True},
         min_size=1,
-        max_size=CONNECTIONS_MAX,
+        max_size=WORKER_CONNECTIONS_MAX,
         timeout=POOL_SECONDS,
         reconnect_timeout=POOL_SECONDS,
         open=False,
     )
     await pool.open(wait=True, timeout=START_SECONDS_MAX)
     async with pool:
-        yield Database(pool)
+        yield WorkerDatabase(pool)

@@ -1,9 +1,9 @@
 """An event's way through a handler: claimed in a batch, handled, finished.
 
-    claim      a batch of events is leased to us
-    handle     the handler's effects and the completion of its events are one transaction, in as many parts as it likes
-    fail       an event whose handling fails unforeseen is found by halving the batch; the others go uncounted
-    release    a stopping worker gives back what it has not begun
+    claim_batch      a batch of events is leased to us
+    handle_batch     the handler's effects and the completion of its events are one transaction, in any number of parts
+    fail_event       an event whose handling fails unforeseen is found by halving the batch; the others go uncounted
+    release_batch    a stopping worker gives back what it has not begun
 
 A lease is renewed in thirds of its time. Once it is lost, another worker has the batch: nothing more is begun, what has
 been begun is still recorded.
@@ -22,8 +22,8 @@ from procrastinate import JobContext
 from psycopg.types.json import Jsonb
 
 from jobs import app
-from jobs.database import in_halves, is_passing
-from jobs.handlers.payments import HANDLERS, Handler
+from jobs.database import bisect_on_error, is_transient
+from jobs.handlers.payments import HANDLERS, HandleEvents
 from jobs.worker import Batch, Worker, worker_of
 
 log = logging.getLogger("surety.drain")
@@ -38,21 +38,21 @@ async def drain(context: JobContext, handler: str) -> None:
     worker = worker_of(context)
     end = time.monotonic() + DRAIN_SECONDS
     full = worker.handlers[handler].batch_size
-    while batch := await claim(worker, handler):
+    while batch := await claim_batch(worker, handler):
         claimed = len(batch.event_ids)
         if claimed == full:
-            await worker.kick([handler])
-        async with leased(worker, batch, worker.handlers[handler].lease_seconds):
-            await handle(worker, batch, HANDLERS[handler])
+            await worker.schedule_handlers([handler])
+        async with keep_lease(worker, batch, worker.handlers[handler].lease_seconds):
+            await handle_batch(worker, batch, HANDLERS[handler])
         # After few, a claim that finds nothing would cost as much as they did; after many it finds what has come since.
         if batch.is_last and claimed <= full / 10:
             return
         if worker.stopping.is_set() or time.monotonic() > end:
-            await worker.kick([handler])
+            await worker.schedule_handlers([handler])
             return
 
 
-async def claim(worker: Worker, handler: str) -> Batch | None:
+async def claim_batch(worker: Worker, handler: str) -> Batch | None:
     """The next batch, if anything is due and nobody else is at it."""
     claimed = await worker.database.rows(
         Batch, "select batch_id, fence, event_ids, is_last from outbox.claim_batch(%s, %s)", handler, worker.name
@@ -61,7 +61,7 @@ async def claim(worker: Worker, handler: str) -> Batch | None:
 
 
 @asynccontextmanager
-async def leased(worker: Worker, batch: Batch, lease_seconds: float) -> AsyncGenerator[None]:
+async def keep_lease(worker: Worker, batch: Batch, lease_seconds: float) -> AsyncGenerator[None]:
     """Renew the batch's lease for as long as it is worked on, and notice when it is lost."""
 
     async def renew() -> None:
@@ -69,7 +69,7 @@ async def leased(worker: Worker, batch: Batch, lease_seconds: float) -> AsyncGen
         try:
             while held:
                 await asyncio.sleep(lease_seconds / 3)
-                held = await worker.database.value("select outbox.renew(%s, %s)", batch.batch_id, batch.fence)
+                held = await worker.database.value("select outbox.renew_lease(%s, %s)", batch.batch_id, batch.fence)
         finally:
             batch.is_lost = True
 
@@ -81,31 +81,31 @@ async def leased(worker: Worker, batch: Batch, lease_seconds: float) -> AsyncGen
         await asyncio.gather(renewing, return_exceptions=True)
 
 
-async def handle(worker: Worker, batch: Batch, handler: Handler) -> None:
+async def handle_batch(worker: Worker, batch: Batch, handler: HandleEvents) -> None:
     """Handle the events of a batch; the one that can't be handled is found by halving."""
 
-    async def fail_one(event_id: str, error: Exception) -> None:
-        await fail(worker, batch, event_id, error)
+    async def give_up(event_id: str, error: Exception) -> None:
+        await fail_event(worker, batch, event_id, error)
 
     try:
-        await in_halves(batch.event_ids, partial(handler, worker, batch), fail_one)
+        await bisect_on_error(batch.event_ids, partial(handler, worker, batch), give_up)
     except Exception as error:
-        if not is_passing(error):
+        if not is_transient(error):
             raise
-        await release(worker, batch, error)
+        await release_batch(worker, batch, error)
 
 
-async def fail(worker: Worker, batch: Batch, event_id: str, error: Exception) -> None:
+async def fail_event(worker: Worker, batch: Batch, event_id: str, error: Exception) -> None:
     """Count a failure of one event; the third makes a dead letter."""
     log.error("event %s failed", event_id, exc_info=error)
-    told = Jsonb([{"event_id": event_id, "error": f"{type(error).__name__}: {error}"}])
-    await worker.database.value("select outbox.fail(%s, %s, %s)", batch.batch_id, batch.fence, told)
+    failures = Jsonb([{"event_id": event_id, "error": f"{type(error).__name__}: {error}"}])
+    await worker.database.value("select outbox.fail_events(%s, %s, %s)", batch.batch_id, batch.fence, failures)
 
 
-async def release(worker: Worker, batch: Batch, error: Exception) -> None:
+async def release_batch(worker: Worker, batch: Batch, error: Exception) -> None:
     """Give back uncounted what is left of a batch: the database was in the way, not its events."""
     log.warning("what is left of batch %s is given back: %s", batch.batch_id, error)
     await worker.database.value(
-        "select outbox.release(%s, %s, %s, make_interval(secs => %s), %s)",
+        "select outbox.release_events(%s, %s, %s, make_interval(secs => %s), %s)",
         batch.batch_id, batch.fence, batch.event_ids, PAUSE_SECONDS, str(error),
     )  # fmt: skip

@@ -15,17 +15,17 @@ import psycopg
 
 log = logging.getLogger("surety.watchdog")
 
-CHECKS = 10
-STALLED = 70
+CHECKS_PER_STALL = 10
+EXIT_STALLED = 70
 """The exit status (EX_SOFTWARE) of a worker that ended itself."""
 
 
 class Watchdog:
-    """Ends the process when `turned` or `heard` was not called for a time in which others were served."""
+    """Ends the process when `loop_turned` or `database_answered` stays away while others are served."""
 
     def __init__(self, conninfo: str, patience_seconds: float) -> None:
-        self.turns = 0
-        self.hearings = 0
+        self.loop_turns = 0
+        self.database_answers = 0
         self._conninfo = conninfo
         self._patience_seconds = patience_seconds
         self._ended = threading.Event()
@@ -39,29 +39,29 @@ class Watchdog:
         """The process ends in good order: watch no more."""
         self._ended.set()
 
-    def turned(self) -> None:
+    def loop_turned(self) -> None:
         """The event loop has turned."""
-        self.turns += 1
+        self.loop_turns += 1
 
-    def heard(self) -> None:
+    def database_answered(self) -> None:
         """The database has heard of us."""
-        self.hearings += 1
+        self.database_answers += 1
 
     def _watch(self) -> None:
         # Checks are counted, not time: a machine that slept finds everything late, and nothing wrong.
         turns, still, hearings, unheard = -1, 0, -1, 0
-        while not self._ended.wait(self._patience_seconds / CHECKS):
-            turns, still = (turns, still + 1) if turns == self.turns else (self.turns, 0)
-            if still >= CHECKS:
+        while not self._ended.wait(self._patience_seconds / CHECKS_PER_STALL):
+            turns, still = (turns, still + 1) if turns == self.loop_turns else (self.loop_turns, 0)
+            if still >= CHECKS_PER_STALL:
                 self._end("its event loop has not turned", 1)
-            if hearings != self.hearings:
-                hearings, unheard = self.hearings, 0
+            if hearings != self.database_answers:
+                hearings, unheard = self.database_answers, 0
             else:
                 unheard += 1
                 # Whoever has waited for long looks whether it is alone with that; if not, it begins anew.
-                if unheard > CHECKS and not self._others_are_served():
+                if unheard > CHECKS_PER_STALL and not self._others_are_served():
                     unheard = 0
-            if unheard >= 3 * CHECKS:
+            if unheard >= 3 * CHECKS_PER_STALL:
                 self._end("the database serves others, and has not heard of it", 3)
 
     def _others_are_served(self) -> bool:
@@ -74,6 +74,6 @@ class Watchdog:
 
     def _end(self, reason: str, times: int) -> None:
         seconds = times * self._patience_seconds
-        log.critical("this worker ends with status %s, to be replaced: %s for %g s", STALLED, reason, seconds)
+        log.critical("this worker ends with status %s, to be replaced: %s for %g s", EXIT_STALLED, reason, seconds)
         faulthandler.dump_traceback()
-        os._exit(STALLED)
+        os._exit(EXIT_STALLED)

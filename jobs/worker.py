@@ -13,19 +13,19 @@ from procrastinate import JobContext
 
 from db.connect import conninfo
 from db.settings import Settings
-from jobs.breaker import Breaker
-from jobs.database import Database, open_database
-from jobs.stripe.client import StripeRail, open_rail
+from jobs.breaker import CircuitBreaker
+from jobs.database import WorkerDatabase, open_database
+from jobs.stripe.client import StripeGateway, open_stripe
 from jobs.watchdog import Watchdog
 
 log = logging.getLogger("surety.worker")
 
-PULSE_SECONDS = 1.0
-TELL_SECONDS_MAX = 5.0
-TURNS = 30
+HEARTBEAT_SECONDS = 1.0
+CALL_REPORT_SECONDS_MAX = 5.0
+LOOP_SIGNALS_PER_STALL = 30
 
 
-class Handler(Struct, frozen=True):
+class HandlerSettings(Struct, frozen=True):
     """A row of outbox.list_handlers."""
 
     handler: str
@@ -47,14 +47,16 @@ class Batch(Struct):
 class Worker:
     """One process; its tasks share this."""
 
-    def __init__(self, name: str, settings: Settings, database: Database, stripe: StripeRail) -> None:
+    def __init__(self, name: str, settings: Settings, database: WorkerDatabase, stripe: StripeGateway) -> None:
         self.name = name
         self.settings = settings
         self.database = database
         self.stripe = stripe
         self.watchdog = Watchdog(conninfo("worker", settings), settings.surety_stall_seconds)
-        self.breaker = Breaker(database, stripe, self.actor, min(TELL_SECONDS_MAX, settings.surety_stall_seconds / 5))
-        self.handlers: dict[str, Handler] = {}
+        self.breaker = CircuitBreaker(
+            database, stripe, self.actor, min(CALL_REPORT_SECONDS_MAX, settings.surety_stall_seconds / 5)
+        )
+        self.handlers: dict[str, HandlerSettings] = {}
         self.stopping = asyncio.Event()
 
     @property
@@ -62,15 +64,17 @@ class Worker:
         """Who did it, in the audit trail."""
         return f"worker:{self.name}"
 
-    async def wake(self, event_types: Iterable[str]) -> None:
+    async def schedule_handlers_for(self, event_types: Iterable[str]) -> None:
         """Start the handlers of events that were just committed."""
         made = set(event_types)
-        await self.kick([row.handler for row in self.handlers.values() if made.intersection(row.event_types)])
+        await self.schedule_handlers(
+            [row.handler for row in self.handlers.values() if made.intersection(row.event_types)]
+        )
 
-    async def kick(self, handlers: list[str]) -> None:
+    async def schedule_handlers(self, handlers: list[str]) -> None:
         """Start handlers, in whichever worker is free."""
         if handlers:
-            await self.database.value("select outbox.kick(%s)", handlers)
+            await self.database.value("select outbox.schedule_handlers(%s)", handlers)
 
 
 def worker_of(context: JobContext) -> Worker:
@@ -82,13 +86,13 @@ def worker_of(context: JobContext) -> Worker:
 @asynccontextmanager
 async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
     """Connections, open for as long as the worker works. Raises SettingsError if no provider is named."""
-    async with open_database(settings) as database, open_rail(settings, database) as stripe:
+    async with open_database(settings) as database, open_stripe(settings, database) as stripe:
         worker = Worker(name, settings, database, stripe)
         found = await database.rows(
-            Handler, "select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()"
+            HandlerSettings, "select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()"
         )
         worker.handlers = {row.handler: row for row in found}
-        tasks = [asyncio.create_task(keep_pulse(worker)), asyncio.create_task(keep_turning(worker))]
+        tasks = [asyncio.create_task(keep_heartbeat(worker)), asyncio.create_task(signal_loop_turns(worker))]
         try:
             yield worker
         finally:
@@ -98,19 +102,19 @@ async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def keep_pulse(worker: Worker) -> None:
+async def keep_heartbeat(worker: Worker) -> None:
     """What every worker does for itself each second; if it never ends, the watchdog ends the worker."""
     while True:
         try:
-            if await worker.breaker.pulse():
-                worker.watchdog.heard()
+            if await worker.breaker.report_and_probe():
+                worker.watchdog.database_answered()
         except psycopg.Error as error:
-            log.warning("the pulse found no database: %s", error)
-        await asyncio.sleep(min(PULSE_SECONDS, worker.settings.surety_stall_seconds / 10))
+            log.warning("the heartbeat found no database: %s", error)
+        await asyncio.sleep(min(HEARTBEAT_SECONDS, worker.settings.surety_stall_seconds / 10))
 
 
-async def keep_turning(worker: Worker) -> None:
+async def signal_loop_turns(worker: Worker) -> None:
     """Show the watchdog that the event loop turns."""
     while True:
-        worker.watchdog.turned()
-        await asyncio.sleep(worker.settings.surety_stall_seconds / TURNS)
+        worker.watchdog.loop_turned()
+        await asyncio.sleep(worker.settings.surety_stall_seconds / LOOP_SIGNALS_PER_STALL)

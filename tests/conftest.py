@@ -15,18 +15,18 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from db.connect import Kind, harden, role_of
+from db.connect import ProcessKind, harden, role_of
 from db.deploy.deploy import deploy
 from db.embedded import EmbeddedServer, temporary_database
-from db.settings import Settings, load
-from tests.support.linters import Judges
-from tests.support.reusable_database import Spare
+from db.settings import Settings, load_settings
+from tests.support.linters import Linters
+from tests.support.reusable_database import ReusableDatabase
 
 Connection = psycopg.Connection[tuple[Any, ...]]
-Connect = Callable[[Kind], Connection]
+Connect = Callable[[ProcessKind], Connection]
 
 PREFIX = "surety_test"
-LONGEST = (
+LONGEST_FILES = (
     "test_simulation.py",
     "test_provider_faults.py",
     "test_postgres_outage.py",
@@ -55,16 +55,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no process is left alone with one in the end."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+    places = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST_FILES)))
 
 
 @pytest.fixture(scope="session")
-def judges() -> Iterator[Judges]:
-    """The judges of style and types, all at work together."""
-    at_work = Judges()
+def linters() -> Iterator[Linters]:
+    """The linters of style and types, all at work together."""
+    at_work = Linters()
     yield at_work
-    at_work.dismiss()
+    at_work.stop()
 
 
 @pytest.fixture(scope="session")
@@ -93,30 +93,30 @@ def blank(server: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def spare(server: str, template: str) -> Iterator[Spare]:
+def reusable_database(server: str, template: str) -> Iterator[ReusableDatabase]:
     """What gives databases to tests."""
-    spare = Spare(server, PREFIX, template)
-    yield spare
-    spare.drop()
+    reusable_database = ReusableDatabase(server, PREFIX, template)
+    yield reusable_database
+    reusable_database.drop()
 
 
 @pytest.fixture
-def database(spare: Spare) -> Iterator[str]:
+def database(reusable_database: ReusableDatabase) -> Iterator[str]:
     """The address of a database with everything deployed and no rows but those of the schema."""
-    yield spare.take()
-    spare.give_back()
+    yield reusable_database.acquire()
+    reusable_database.release()
 
 
 @pytest.fixture
 def settings(database: str) -> Settings:
     """Settings that name the test's database and nothing else."""
-    return load({"DATABASE_URL": database})
+    return load_settings({"DATABASE_URL": database})
 
 
 @pytest.fixture
-def conn(database: str, spare: Spare) -> Connection:
+def conn(database: str, reusable_database: ReusableDatabase) -> Connection:
     """A connection in autocommit mode, with all rights."""
-    return spare.owner()
+    return reusable_database.owner_connection()
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def connect(database: str) -> Iterator[Connect]:
     """Connections as a kind of process, in autocommit mode, closed after the test: `connect("api")`."""
     with ExitStack() as stack:
 
-        def open_connection(kind: Kind) -> Connection:
+        def open_connection(kind: ProcessKind) -> Connection:
             return stack.enter_context(psycopg.connect(harden(database, kind, role=role_of(kind)), autocommit=True))
 
         yield open_connection

@@ -16,14 +16,21 @@ import psycopg
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Struct
 
-from app.api.create_payment import BODY_BYTES_MAX, IDEMPOTENCY_KEY, JSON, REPLAYED, broken_bound, is_json
+from app.api.create_payment import (
+    BODY_BYTES_MAX,
+    IDEMPOTENCY_KEY,
+    IDEMPOTENCY_REPLAYED,
+    JSON_CONTENT_TYPE,
+    amount_violation,
+    is_json,
+)
 from app.api.schemas import NewCancellation, NewCapture, NewRefund, SubmittedEvidence
-from app.web.asgi import Answer, Gone, TooLarge, new_request_id, read_body
-from app.web.auth import Caller, Doorkeeper
-from app.web.batching import Kicker, Unavailable
-from app.web.problems import Broken, Problem, from_database, invalid, overloaded
+from app.web.asgi import BodyTooLarge, ClientDisconnected, HttpResponse, new_request_id, read_body
+from app.web.auth import Authenticator, Caller
+from app.web.batching import Unavailable, WorkerScheduler
+from app.web.problems import Problem, RuleViolation, invalid_request, overloaded, problem_from_database_error
 from app.web.requests import DISPUTE_ID, PAYMENT_ID
-from app.web.validation import checker, parse
+from app.web.validation import parse, violation_checker
 
 encode = msgspec.json.Encoder(order="deterministic").encode
 
@@ -43,42 +50,44 @@ class Command(Struct, frozen=True):
     """Where what was made can be read, up to its id."""
 
 
-class Commands:
-    """Takes commands, as Acceptance takes payments."""
+class CommandEndpoint:
+    """Takes commands, as CreatePaymentEndpoint takes payments."""
 
-    def __init__(self, doorkeeper: Doorkeeper, kicker: Kicker) -> None:
-        self._doorkeeper = doorkeeper
-        self._kicker = kicker
+    def __init__(self, authenticator: Authenticator, worker_scheduler: WorkerScheduler) -> None:
+        self._authenticator = authenticator
+        self._worker_scheduler = worker_scheduler
 
-    async def take(self, command: Command, subject: str, scope: Scope, receive: Receive) -> Answer:
-        """The answer to one command. Raises Gone if nobody waits for it."""
+    async def execute(self, command: Command, subject: str, scope: Scope, receive: Receive) -> HttpResponse:
+        """The answer to one command. Raises ClientDisconnected if nobody waits for it."""
         request_id = new_request_id()
         try:
-            return await self._take(command, subject, scope, receive, request_id)
+            return await self._execute(command, subject, scope, receive, request_id)
         except Problem as problem:
-            return problem.answer(request_id)
+            return problem.response(request_id)
         except Unavailable:
-            return overloaded().answer(request_id)
+            return overloaded().response(request_id)
         except psycopg.Error as error:
-            return from_database(error).answer(request_id)
+            return problem_from_database_error(error).response(request_id)
 
-    async def _take(self, command: Command, subject: str, scope: Any, receive: Receive, request_id: str) -> Answer:
+    async def _execute(
+        self, command: Command, subject: str, scope: Any, receive: Receive, request_id: str
+    ) -> HttpResponse:
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        caller = self._doorkeeper.caller(scope, headers, request_id, command.route)
+        caller = self._authenticator.read_caller(scope, headers, request_id, command.route)
         try:
             body = await read_body(receive, BODY_BYTES_MAX)
-        except TooLarge:
-            await caller.must_be_active()
+        except BodyTooLarge:
+            await caller.require_active_merchant()
             detail = f"the body has more than {BODY_BYTES_MAX} bytes"
             raise Problem("too-large", detail, limit=BODY_BYTES_MAX, headers=[(b"connection", b"close")]) from None
         try:
-            asked = read_asked(headers, body, command.body)
+            asked = read_command_body(headers, body, command.body)
         except Problem:
-            await caller.must_be_active()
+            await caller.require_active_merchant()
             raise
         if not command.ids.fullmatch(subject):
-            await caller.must_be_known()
-            raise await caller.denied("not-found")
+            await caller.require_known_key()
+            raise await caller.audit_denial("not-found")
         instruction = subject.encode() + encode(asked)
         request = msgspec.to_builtins(asked) | {
             "key_hash": caller.key_hash.hex(),
@@ -88,36 +97,36 @@ class Commands:
             "request_hash": hashlib.sha256(instruction).hexdigest(),
             command.subject: subject,
         }
-        row = await self._doorkeeper.database.row(command.statement, encode(request).decode())
+        row = await self._authenticator.database.fetch_row(command.statement, encode(request).decode())
         assert row is not None
         return await self._answer(command, row, caller, request_id)
 
-    async def _answer(self, command: Command, row: tuple[Any, ...], caller: Caller, request_id: str) -> Answer:
+    async def _answer(self, command: Command, row: tuple[Any, ...], caller: Caller, request_id: str) -> HttpResponse:
         status, problem, detail, body, is_replayed = row
         if problem is None:
-            headers = [JSON]
+            headers = [JSON_CONTENT_TYPE]
             if command.location:
                 headers.append((b"location", f"{command.location}{msgspec.json.decode(body)['id']}".encode()))
             if is_replayed:
-                headers.append(REPLAYED)
+                headers.append(IDEMPOTENCY_REPLAYED)
             else:
-                self._kicker.kick()
-            return Answer(status, body.encode(), request_id, headers)
+                self._worker_scheduler.schedule()
+            return HttpResponse(status, body.encode(), request_id, headers)
         match problem:
             case "unauthenticated" | "forbidden" | "not-found":
-                raise await caller.denied(problem)
+                raise await caller.audit_denial(problem)
             case "invalid-request":
-                raise invalid([broken_bound(detail)])
+                raise invalid_request([amount_violation(detail)])
             case "wrong-state":
                 reason = f": {detail['reason']}" if detail.get("reason") else ""
                 raise Problem(problem, f"it is {detail['state']}{reason}", state=detail["state"])
             case "balance-too-low":
-                told = f"{detail['needed']} is needed, the balance is {detail['balance']} {detail['currency']}"
-                raise Problem(problem, told, **detail)
+                detail_text = f"{detail['needed']} is needed, the balance is {detail['balance']} {detail['currency']}"
+                raise Problem(problem, detail_text, **detail)
         raise Problem(problem, "this Idempotency-Key was sent before with another body or for another object")
 
 
-def read_asked(headers: dict[bytes, bytes], body: bytes, struct: type[Struct]) -> Struct:
+def read_command_body(headers: dict[bytes, bytes], body: bytes, struct: type[Struct]) -> Struct:
     """The body as its struct; none at all is an empty one. Raises Problem with every rule that the request breaks."""
     key = headers.get(b"idempotency-key")
     if body and not is_json(headers):
@@ -125,12 +134,12 @@ def read_asked(headers: dict[bytes, bytes], body: bytes, struct: type[Struct]) -
     if not key:
         raise Problem("idempotency-key-missing", "the header Idempotency-Key is missing")
     given = parse(body) if body else {}
-    errors = checker(struct)(given)
+    errors = violation_checker(struct)(given)
     if not IDEMPOTENCY_KEY.fullmatch(key):
         message = "Idempotency-Key must have 1 to 255 printable ASCII characters"
-        errors.append(Broken("Idempotency-Key", "pattern", message, place="header"))
+        errors.append(RuleViolation("Idempotency-Key", "pattern", message, place="header"))
     if errors:
-        raise invalid(errors)
+        raise invalid_request(errors)
     return msgspec.convert(given, struct)
 
 
@@ -167,16 +176,16 @@ EVIDENCE = Command(
 )
 
 
-def at(command: Command) -> Callable[[ASGIApp], ASGIApp]:
+def answered_by(command: Command) -> Callable[[ASGIApp], ASGIApp]:
     """Middleware of the route that documents a command, answering in its place."""
 
     def answering(app: ASGIApp) -> ASGIApp:
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            commands: Commands = scope["litestar_app"].state.commands
+            commands: CommandEndpoint = scope["litestar_app"].state.commands
             (subject,) = scope["path_params"].values()
             try:
-                taken = await commands.take(command, subject, scope, receive)
-            except Gone:
+                taken = await commands.execute(command, subject, scope, receive)
+            except ClientDisconnected:
                 return
             await taken(scope, receive, send)
 

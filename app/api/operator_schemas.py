@@ -18,7 +18,7 @@ Reason = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\S", descr
 DryRun = Annotated[bool, Meta(description="Only tell what would happen.")]
 
 
-class EventOf(Struct):
+class DeadLetterEvent(Struct):
     id: str
     type: str
 
@@ -32,7 +32,7 @@ class Attempt(Struct):
     counted: bool = True
 
 
-class PaymentOf(Struct):
+class DeadLetterPayment(Struct):
     """The payment that the event is about, as it stands now; `amount` is in minor units, `text` the same for people."""
 
     id: str
@@ -43,7 +43,7 @@ class PaymentOf(Struct):
     text: str
 
 
-class AtProvider(Struct):
+class LastKnownProviderState(Struct):
     """What the provider holds, by the last that was heard of it, at `as_of`: nobody was asked just now."""
 
     name: str
@@ -52,14 +52,14 @@ class AtProvider(Struct):
     as_of: str | None
 
 
-class OnDiscard(Struct):
+class DiscardEffect(Struct):
     """What discarding would do, or why it is refused."""
 
     verdict: Literal["fail", "call_off", "forget", "refuse"]
     detail: str
 
 
-class Closed(Struct):
+class DeadLetterClosure(Struct):
     at: str
     by: str | None
     because: str
@@ -72,15 +72,15 @@ class DeadLetter(Struct):
     object: Literal["dead_letter"]
     status: LetterStatus
     handler: str
-    event: EventOf
+    event: DeadLetterEvent
     reason: str
     attempts: list[Attempt]
     died_at: str
-    payment: PaymentOf | None
-    provider: AtProvider | None
+    payment: DeadLetterPayment | None
+    provider: LastKnownProviderState | None
     on_replay: str | None
-    on_discard: OnDiscard | None
-    closed: Closed | None
+    on_discard: DiscardEffect | None
+    closed: DeadLetterClosure | None
 
 
 class DeadLetterList(Struct):
@@ -108,7 +108,7 @@ class Decision(Struct, frozen=True, forbid_unknown_fields=True):
     dry_run: DryRun = False
 
 
-class DecisionOnAll(Struct, frozen=True, forbid_unknown_fields=True):
+class BulkDecision(Struct, frozen=True, forbid_unknown_fields=True):
     """What an operator decided about all open letters that match; at least one of `handler` and `error` is needed."""
 
     reason: Reason
@@ -118,7 +118,7 @@ class DecisionOnAll(Struct, frozen=True, forbid_unknown_fields=True):
     dry_run: DryRun = False
 
 
-class Done(Struct):
+class DecisionResult(Struct):
     """What became of one letter, and why."""
 
     id: str
@@ -126,15 +126,15 @@ class Done(Struct):
     detail: str
 
 
-class DoneList(Struct):
+class DecisionResultList(Struct):
     """What became of up to 100 letters. Ask on with `starting_after` set to the last one's id."""
 
     object: Literal["list"]
-    data: list[Done]
+    data: list[DecisionResult]
     has_more: bool
 
 
-class Finding(Struct):
+class FindingDocument(Struct):
     """Something that a person should see: `urgency` 1 look, 2 act; what, and the next command or place to look."""
 
     urgency: Literal[1, 2]
@@ -142,10 +142,10 @@ class Finding(Struct):
     next: str
 
 
-class Standing(Struct):
+class StatusReport(Struct):
     """How things stand: the verdict, what a person should see, and `state`, everything it was judged by."""
 
     object: Literal["status"]
     verdict: Literal["good", "look", "act"]
-    findings: list[Finding]
+    findings: list[FindingDocument]
     state: dict[str, Any]

@@ -19,31 +19,31 @@ from litestar import Request, Response, Router, get, post
 
 from app.api.create_payment import is_json
 from app.api.operator_schemas import (
+    BulkDecision,
     DeadLetter,
     DeadLetterList,
     DeadLettersQuery,
     Decision,
-    DecisionOnAll,
-    Done,
-    DoneList,
-    Standing,
+    DecisionResult,
+    DecisionResultList,
+    StatusReport,
 )
-from app.status_findings import VERDICTS, judge, verdict_of
-from app.web.asgi import Gone, TooLarge, read_body
-from app.web.auth import Caller, Doorkeeper
+from app.status_findings import VERDICTS, find_problems, verdict_of
+from app.web.asgi import BodyTooLarge, ClientDisconnected, read_body
+from app.web.auth import Authenticator, Caller
 from app.web.frame import request_id_of
-from app.web.openapi import body_of, parameters_of, refusals
-from app.web.problems import Broken, Problem, invalid
-from app.web.validation import checker, parse, read_query
+from app.web.openapi import problem_responses, query_parameters_of, request_body_of
+from app.web.problems import Problem, RuleViolation, invalid_request
+from app.web.validation import parse, read_query, violation_checker
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 LETTER_ID = re.compile("dl_[0-9a-f]{32}")
 BODY_BYTES_MAX = 16 * 1024
-LETTERS_AT_ONCE = 100
+BULK_LETTERS_MAX = 100
 
-Doing = Literal["replay", "discard"]
-STATEMENTS: dict[Doing, LiteralString] = {
+DeadLetterAction = Literal["replay", "discard"]
+API_STATEMENTS: dict[DeadLetterAction, LiteralString] = {
     "replay": "select outcome, detail from api.replay_dead_letter(%s, %s, %s, %s, %s, %s)",
     "discard": "select outcome, detail from api.discard_dead_letter(%s, %s, %s, %s, %s, %s)",
 }
@@ -51,26 +51,29 @@ STATEMENTS: dict[Doing, LiteralString] = {
 
 @get(
     "/dead-letters",
-    operation_class=parameters_of(DeadLettersQuery),
-    responses=refusals("invalid-request", "unauthenticated", "forbidden", "overloaded"),
+    operation_class=query_parameters_of(DeadLettersQuery),
+    responses=problem_responses("invalid-request", "unauthenticated", "forbidden", "overloaded"),
 )
 async def list_dead_letters(request: Request[Any, Any, Any]) -> Response[DeadLetterList]:
     """List events that were given up on, the oldest first."""
     operator = operator_of(request, "GET /v1/operator/dead-letters")
-    await operator.must_be_operator()
+    await operator.require_operator()
     asked = read_query(request.scope["query_string"], DeadLettersQuery)
-    return json(request, await letters(operator, asked))
+    return operator_json_response(request, await fetch_letters_page(operator, asked))
 
 
-@get("/dead-letters/{letter_id:str}", responses=refusals("unauthenticated", "forbidden", "not-found", "overloaded"))
+@get(
+    "/dead-letters/{letter_id:str}",
+    responses=problem_responses("unauthenticated", "forbidden", "not-found", "overloaded"),
+)
 async def get_dead_letter(request: Request[Any, Any, Any], letter_id: str) -> Response[DeadLetter]:
     """Read one: every error, its payment, what the provider was last heard to hold, what can be done."""
     operator = operator_of(request, "GET /v1/operator/dead-letters/{id}")
     query = "select body from api.get_dead_letter(%s, %s)"
-    return json(request, await operator.fetch_as_operator(query, well_formed(letter_id)))
+    return operator_json_response(request, await operator.fetch_as_operator(query, valid_letter_id_or_empty(letter_id)))
 
 
-DECIDING = refusals(
+DECISION_PROBLEMS = problem_responses(
     "invalid-request",
     "unauthenticated",
     "forbidden",
@@ -80,16 +83,18 @@ DECIDING = refusals(
     "not-json",
     "overloaded",
 )
-DECIDING_ON_ALL = refusals("invalid-request", "unauthenticated", "forbidden", "too-large", "not-json", "overloaded")
+BULK_DECISION_PROBLEMS = problem_responses(
+    "invalid-request", "unauthenticated", "forbidden", "too-large", "not-json", "overloaded"
+)
 
 
 @post(
     "/dead-letters/{letter_id:str}/replay",
     status_code=200,
-    operation_class=body_of(Decision),
-    responses=DECIDING,
+    operation_class=request_body_of(Decision),
+    responses=DECISION_PROBLEMS,
 )
-async def replay_dead_letter(request: Request[Any, Any, Any], letter_id: str) -> Response[Done]:
+async def replay_dead_letter(request: Request[Any, Any, Any], letter_id: str) -> Response[DecisionResult]:
     """Make the event due again at once. One that was replayed, or whose payment has ended meanwhile, is left alone."""
     return await decide(request, letter_id, "replay")
 
@@ -97,81 +102,101 @@ async def replay_dead_letter(request: Request[Any, Any, Any], letter_id: str) ->
 @post(
     "/dead-letters/{letter_id:str}/discard",
     status_code=200,
-    operation_class=body_of(Decision),
-    responses=DECIDING,
+    operation_class=request_body_of(Decision),
+    responses=DECISION_PROBLEMS,
 )
-async def discard_dead_letter(request: Request[Any, Any, Any], letter_id: str) -> Response[Done]:
+async def discard_dead_letter(request: Request[Any, Any, Any], letter_id: str) -> Response[DecisionResult]:
     """Give the event up. What it was to do has failed, where that is sure; 409 where the provider may have done it."""
     return await decide(request, letter_id, "discard")
 
 
-@post("/dead-letters/replay", status_code=200, operation_class=body_of(DecisionOnAll), responses=DECIDING_ON_ALL)
-async def replay_dead_letters(request: Request[Any, Any, Any]) -> Response[DoneList]:
+@post(
+    "/dead-letters/replay",
+    status_code=200,
+    operation_class=request_body_of(BulkDecision),
+    responses=BULK_DECISION_PROBLEMS,
+)
+async def replay_dead_letters(request: Request[Any, Any, Any]) -> Response[DecisionResultList]:
     """Replay all open letters that match, a hundred at a time; each is a transaction of its own."""
-    return await decide_on_all(request, "replay")
+    return await decide_in_bulk(request, "replay")
 
 
-@post("/dead-letters/discard", status_code=200, operation_class=body_of(DecisionOnAll), responses=DECIDING_ON_ALL)
-async def discard_dead_letters(request: Request[Any, Any, Any]) -> Response[DoneList]:
+@post(
+    "/dead-letters/discard",
+    status_code=200,
+    operation_class=request_body_of(BulkDecision),
+    responses=BULK_DECISION_PROBLEMS,
+)
+async def discard_dead_letters(request: Request[Any, Any, Any]) -> Response[DecisionResultList]:
     """Discard all open letters that match, a hundred at a time; what may not be discarded is told and left alone."""
-    return await decide_on_all(request, "discard")
+    return await decide_in_bulk(request, "discard")
 
 
-@get("/status", responses=refusals("unauthenticated", "forbidden", "overloaded"))
-async def get_status(request: Request[Any, Any, Any]) -> Response[Standing]:
+@get("/status", responses=problem_responses("unauthenticated", "forbidden", "overloaded"))
+async def get_status(request: Request[Any, Any, Any]) -> Response[StatusReport]:
     """Tell how things stand and what to do next, as `surety status` does."""
     operator = operator_of(request, "GET /v1/operator/status")
-    state = msgspec.json.decode(await operator.fetch_as_operator("select body from api.read_status(%s)"))
-    findings = judge(state)
+    state = msgspec.json.decode(await operator.fetch_as_operator("select body from api.get_status(%s)"))
+    findings = find_problems(state)
     verdict = VERDICTS[verdict_of(findings)].lower()
-    told = [finding._asdict() for finding in findings]
-    return json(request, {"object": "status", "verdict": verdict, "findings": told, "state": state})
+    documents = [finding._asdict() for finding in findings]
+    return operator_json_response(
+        request, {"object": "status", "verdict": verdict, "findings": documents, "state": state}
+    )
 
 
-async def decide(request: Request[Any, Any, Any], letter_id: str, doing: Doing) -> Response[Done]:
+async def decide(request: Request[Any, Any, Any], letter_id: str, action: DeadLetterAction) -> Response[DecisionResult]:
     """Do to one letter what its operator decided. Raises Problem."""
-    operator = operator_of(request, f"POST /v1/operator/dead-letters/{{id}}/{doing}")
-    await operator.must_be_operator()
+    operator = operator_of(request, f"POST /v1/operator/dead-letters/{{id}}/{action}")
+    await operator.require_operator()
     decision = await read_decision(request, Decision)
-    done = await do(operator, well_formed(letter_id), doing, decision.reason, decision.dry_run)
+    done = await apply_decision(
+        operator, valid_letter_id_or_empty(letter_id), action, decision.reason, decision.dry_run
+    )
     match done.outcome:
         case "not_found":
             raise Problem("not-found", f"there is no dead letter {letter_id[:100]}")
         case "refused":
             raise Problem("wrong-state", f"{done.id}: {done.detail}")
-    return json(request, done)
+    return operator_json_response(request, done)
 
 
-async def decide_on_all(request: Request[Any, Any, Any], doing: Doing) -> Response[DoneList]:
+async def decide_in_bulk(request: Request[Any, Any, Any], action: DeadLetterAction) -> Response[DecisionResultList]:
     """Do to a hundred open letters at most what their operator decided. Raises Problem."""
-    operator = operator_of(request, f"POST /v1/operator/dead-letters/{doing}")
-    await operator.must_be_operator()
-    decision = await read_decision(request, DecisionOnAll)
+    operator = operator_of(request, f"POST /v1/operator/dead-letters/{action}")
+    await operator.require_operator()
+    decision = await read_decision(request, BulkDecision)
     if decision.handler is None and decision.error is None:
-        raise invalid([Broken("/handler", "required", "handler or error is required: all letters at once is too many")])
-    page = await letters(
+        raise invalid_request(
+            [RuleViolation("/handler", "required", "handler or error is required: all letters at once is too many")]
+        )
+    page = await fetch_letters_page(
         operator,
         DeadLettersQuery(
             handler=decision.handler,
             error=decision.error,
-            limit=LETTERS_AT_ONCE,
+            limit=BULK_LETTERS_MAX,
             starting_after=decision.starting_after,
         ),
     )
     found = msgspec.json.decode(page, type=DeadLetterList)
-    data = [await do(operator, letter.id, doing, decision.reason, decision.dry_run) for letter in found.data]
-    return json(request, DoneList("list", data, found.has_more))
+    data = [
+        await apply_decision(operator, letter.id, action, decision.reason, decision.dry_run) for letter in found.data
+    ]
+    return operator_json_response(request, DecisionResultList("list", data, found.has_more))
 
 
-async def do(operator: Caller, letter_id: str, doing: Doing, reason: str, dry_run: bool) -> Done:
+async def apply_decision(
+    operator: Caller, letter_id: str, action: DeadLetterAction, reason: str, dry_run: bool
+) -> DecisionResult:
     """One letter, one transaction, which may be repeated: what is done is not done again."""
     row = await operator.row_as_operator(
-        STATEMENTS[doing], letter_id, reason, dry_run, operator.request_id, operator.address
+        API_STATEMENTS[action], letter_id, reason, dry_run, operator.request_id, operator.address
     )
-    return Done(letter_id, *row)
+    return DecisionResult(letter_id, *row)
 
 
-async def letters(operator: Caller, asked: DeadLettersQuery) -> str:
+async def fetch_letters_page(operator: Caller, asked: DeadLettersQuery) -> str:
     """A page of letters, as the database renders it."""
     return await operator.fetch_as_operator(
         "select body from api.list_dead_letters(%s, %s, %s, %s, %s, %s)",
@@ -189,34 +214,34 @@ async def read_decision(request: Request[Any, Any, Any], struct: type[T]) -> T:
         raise Problem("not-json", "the header Content-Type must be application/json")
     try:
         given = parse(await read_body(request.receive, BODY_BYTES_MAX))
-    except TooLarge:
+    except BodyTooLarge:
         detail = f"the body has more than {BODY_BYTES_MAX} bytes"
         raise Problem("too-large", detail, limit=BODY_BYTES_MAX, headers=[(b"connection", b"close")]) from None
-    except Gone:
-        raise invalid([Broken("", "complete", "the body did not come")]) from None
-    if errors := checker(struct)(given):
-        raise invalid(errors)
+    except ClientDisconnected:
+        raise invalid_request([RuleViolation("", "complete", "the body did not come")]) from None
+    if errors := violation_checker(struct)(given):
+        raise invalid_request(errors)
     return msgspec.convert(given, struct)
 
 
 def operator_of(request: Request[Any, Any, Any], route: str) -> Caller:
     """Who asks; raises Problem for what can't be a key."""
-    doorkeeper: Doorkeeper = request.app.state.doorkeeper
-    return doorkeeper.caller(request.scope, dict(request.scope["headers"]), request_id_of(request), route)
+    authenticator: Authenticator = request.app.state.authenticator
+    return authenticator.read_caller(request.scope, dict(request.scope["headers"]), request_id_of(request), route)
 
 
-def well_formed(letter_id: str) -> str:
+def valid_letter_id_or_empty(letter_id: str) -> str:
     """A letter's id, or one that no letter has."""
     return letter_id if LETTER_ID.fullmatch(letter_id) else ""
 
 
-def json(request: Request[Any, Any, Any], document: Any) -> Response[Any]:
+def operator_json_response(request: Request[Any, Any, Any], document: Any) -> Response[Any]:
     """A document, rendered by the database or to be rendered."""
     body = document.encode() if isinstance(document, str) else msgspec.json.encode(document)
     return Response(body, media_type="application/json", headers={"request-id": request_id_of(request)})
 
 
-OPERATORS = Router(
+OPERATOR_ROUTES = Router(
     "/v1/operator",
     route_handlers=[
         list_dead_letters,

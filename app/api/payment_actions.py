@@ -10,7 +10,7 @@ from typing import Any, LiteralString
 from litestar import Request, Response, get, post
 from litestar.openapi import ResponseSpec
 
-from app.api.commands import CANCEL, CAPTURE, EVIDENCE, REFUND, at
+from app.api.commands import CANCEL, CAPTURE, EVIDENCE, REFUND, answered_by
 from app.api.schemas import (
     Balance,
     BalanceTransactionList,
@@ -27,12 +27,20 @@ from app.api.schemas import (
     RefundsQuery,
     SubmittedEvidence,
 )
-from app.web.openapi import parameters_of, refusals
-from app.web.requests import DISPUTE_ID, REFUND_ID, Key, caller_of, json, query_of, well_formed
+from app.web.openapi import problem_responses, query_parameters_of
+from app.web.requests import (
+    DISPUTE_ID,
+    REFUND_ID,
+    IdempotencyKeyHeader,
+    caller_of,
+    checked_query_of,
+    json_response,
+    valid_id_or_empty,
+)
 
-KICK = "select outbox.kick('{capture,cancel,refund,evidence}')"
+SCHEDULE_COMMAND_WORKERS = "select outbox.schedule_handlers('{capture,cancel,refund,evidence}')"
 
-REFUSALS = (
+COMMAND_PROBLEMS = (
     "invalid-request",
     "idempotency-key-missing",
     "unauthenticated",
@@ -46,25 +54,25 @@ REFUSALS = (
 )
 
 
-async def page(
+async def list_response(
     request: Request[Any, Any, Any],
     route: str,
-    asked_as: type[RefundsQuery | DisputesQuery | BalanceTransactionsQuery],
+    query_type: type[RefundsQuery | DisputesQuery | BalanceTransactionsQuery],
     query: LiteralString,
 ) -> Response[Any]:
     """A page of a list, of one payment's entries if that is asked for."""
     caller = caller_of(request, route)
-    asked = await query_of(request, caller, asked_as)
-    return json(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
+    asked = await checked_query_of(request, caller, query_type)
+    return json_response(request, await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
 
 
 @post(
     "/v1/payments/{payment_id:str}/capture",
     status_code=202,
-    middleware=[at(CAPTURE)],
-    responses=refusals(*REFUSALS),
+    middleware=[answered_by(CAPTURE)],
+    responses=problem_responses(*COMMAND_PROBLEMS),
 )
-async def capture_payment(payment_id: str, data: NewCapture, idempotency_key: Key) -> Payment:
+async def capture_payment(payment_id: str, data: NewCapture, idempotency_key: IdempotencyKeyHeader) -> Payment:
     """Capture what an authorized payment holds, or a part of it, once.
 
     202 means: stored for good, and on its way to the provider. The rest of what is held is let go.
@@ -75,11 +83,11 @@ async def capture_payment(payment_id: str, data: NewCapture, idempotency_key: Ke
 @post(
     "/v1/payments/{payment_id:str}/cancel",
     status_code=202,
-    middleware=[at(CANCEL)],
-    responses=refusals(*REFUSALS)
+    middleware=[answered_by(CANCEL)],
+    responses=problem_responses(*COMMAND_PROBLEMS)
     | {200: ResponseSpec(Payment, generate_examples=False, description="It is canceled; nothing had been sent.")},
 )
-async def cancel_payment(payment_id: str, data: NewCancellation, idempotency_key: Key) -> Payment:
+async def cancel_payment(payment_id: str, data: NewCancellation, idempotency_key: IdempotencyKeyHeader) -> Payment:
     """Cancel a payment that has not succeeded yet.
 
     200: it is canceled, nothing had been sent. 202: the provider is asked to call it off; the payment's state will tell
@@ -90,10 +98,10 @@ async def cancel_payment(payment_id: str, data: NewCancellation, idempotency_key
 
 @post(
     "/v1/payments/{payment_id:str}/refunds",
-    middleware=[at(REFUND)],
-    responses=refusals(*REFUSALS, "balance-too-low"),
+    middleware=[answered_by(REFUND)],
+    responses=problem_responses(*COMMAND_PROBLEMS, "balance-too-low"),
 )
-async def create_refund(payment_id: str, data: NewRefund, idempotency_key: Key) -> Refund:
+async def create_refund(payment_id: str, data: NewRefund, idempotency_key: IdempotencyKeyHeader) -> Refund:
     """Give back what was captured, all that is left of it or an amount.
 
     201 means: the amount is taken up, no other refund can have it, and the provider will be told.
@@ -101,74 +109,74 @@ async def create_refund(payment_id: str, data: NewRefund, idempotency_key: Key) 
     raise AssertionError("app.api.commands has answered")
 
 
-@get("/v1/refunds/{refund_id:str}", responses=refusals("unauthenticated", "not-found", "overloaded"))
+@get("/v1/refunds/{refund_id:str}", responses=problem_responses("unauthenticated", "not-found", "overloaded"))
 async def get_refund(request: Request[Any, Any, Any], refund_id: str) -> Response[Refund]:
     """Read a refund."""
     caller = caller_of(request, "GET /v1/refunds/{id}")
-    asked = well_formed(refund_id, REFUND_ID)
-    return json(request, await caller.fetch("select body from api.get_refund(%s, %s)", asked))
+    asked = valid_id_or_empty(refund_id, REFUND_ID)
+    return json_response(request, await caller.fetch("select body from api.get_refund(%s, %s)", asked))
 
 
 @get(
     "/v1/refunds",
-    operation_class=parameters_of(RefundsQuery),
-    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+    operation_class=query_parameters_of(RefundsQuery),
+    responses=problem_responses("invalid-request", "unauthenticated", "overloaded"),
 )
 async def list_refunds(request: Request[Any, Any, Any]) -> Response[RefundList]:
     """List refunds, newest first."""
     query = "select body from api.list_refunds(%s, %s, %s, %s)"
-    return await page(request, "GET /v1/refunds", RefundsQuery, query)
+    return await list_response(request, "GET /v1/refunds", RefundsQuery, query)
 
 
-@get("/v1/disputes/{dispute_id:str}", responses=refusals("unauthenticated", "not-found", "overloaded"))
+@get("/v1/disputes/{dispute_id:str}", responses=problem_responses("unauthenticated", "not-found", "overloaded"))
 async def get_dispute(request: Request[Any, Any, Any], dispute_id: str) -> Response[Dispute]:
     """Read a dispute."""
     caller = caller_of(request, "GET /v1/disputes/{id}")
-    asked = well_formed(dispute_id, DISPUTE_ID)
-    return json(request, await caller.fetch("select body from api.get_dispute(%s, %s)", asked))
+    asked = valid_id_or_empty(dispute_id, DISPUTE_ID)
+    return json_response(request, await caller.fetch("select body from api.get_dispute(%s, %s)", asked))
 
 
 @get(
     "/v1/disputes",
-    operation_class=parameters_of(DisputesQuery),
-    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+    operation_class=query_parameters_of(DisputesQuery),
+    responses=problem_responses("invalid-request", "unauthenticated", "overloaded"),
 )
 async def list_disputes(request: Request[Any, Any, Any]) -> Response[DisputeList]:
     """List disputes and inquiries, newest first."""
     query = "select body from api.list_disputes(%s, %s, %s, %s)"
-    return await page(request, "GET /v1/disputes", DisputesQuery, query)
+    return await list_response(request, "GET /v1/disputes", DisputesQuery, query)
 
 
 @post(
     "/v1/disputes/{dispute_id:str}/evidence",
     status_code=202,
-    middleware=[at(EVIDENCE)],
-    responses=refusals(*REFUSALS),
+    middleware=[answered_by(EVIDENCE)],
+    responses=problem_responses(*COMMAND_PROBLEMS),
 )
-async def submit_evidence(dispute_id: str, data: SubmittedEvidence, idempotency_key: Key) -> Dispute:
+async def submit_evidence(dispute_id: str, data: SubmittedEvidence, idempotency_key: IdempotencyKeyHeader) -> Dispute:
     """Say what speaks against a dispute. With `submit` it goes to the network, which can be done once."""
     raise AssertionError("app.api.commands has answered")
 
 
-@get("/v1/balance", responses=refusals("unauthenticated", "overloaded"))
+@get("/v1/balance", responses=problem_responses("unauthenticated", "overloaded"))
 async def get_balance(request: Request[Any, Any, Any]) -> Response[Balance]:
     """Read what you are owed, by currency."""
     caller = caller_of(request, "GET /v1/balance")
-    return json(request, await caller.fetch("select body from api.get_balance(%s)"))
+    return json_response(request, await caller.fetch("select body from api.get_balance(%s)"))
 
 
 @get(
     "/v1/balance/transactions",
-    operation_class=parameters_of(BalanceTransactionsQuery),
-    responses=refusals("invalid-request", "unauthenticated", "overloaded"),
+    operation_class=query_parameters_of(BalanceTransactionsQuery),
+    responses=problem_responses("invalid-request", "unauthenticated", "overloaded"),
 )
 async def list_balance_transactions(request: Request[Any, Any, Any]) -> Response[BalanceTransactionList]:
     """List what changed your balance, newest first."""
     query = "select body from api.list_balance_transactions(%s, %s, %s, %s)"
-    return await page(request, "GET /v1/balance/transactions", BalanceTransactionsQuery, query)
+    return await list_response(request, "GET /v1/balance/transactions", BalanceTransactionsQuery, query)
 
 
-AFTERWARDS = [
+PAYMENT_ACTION_ROUTES = [
     capture_payment,
     cancel_payment,
     create_refund,

@@ -163,7 +163,7 @@ class NewRefund(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     metadata: Metadata = {}
 
 
-class AskedPayment(Struct, omit_defaults=True):
+class PaymentRequest(Struct, omit_defaults=True):
     """A request as api.create_payments takes it."""
 
     n: int

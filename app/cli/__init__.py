@@ -14,7 +14,7 @@ import click
 from db.errors import SuretyError
 
 
-class Entry(NamedTuple):
+class CommandEntry(NamedTuple):
     """Where a command is (`module:name`) and its line in the list of commands."""
 
     target: str
@@ -22,24 +22,26 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Entry("app.cli.demo:demo", "Everything, for real, on this machine: payments, faults, promises checked."),
-    "up": Entry("app.cli.up:up", "Run everything on this machine, for everyday work."),
-    "sandbox": Entry("app.sandbox.__main__:main", "A look-alike of Stripe, for playing and for tests."),
-    "deploy": Entry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
-    "api": Entry("app.cli.api:api", "Serve the HTTP API."),
-    "webhooks": Entry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
-    "merchants": Entry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
-    "keys": Entry("app.cli.keys:keys", "Create, list and revoke keys of merchants and operators."),
-    "trace": Entry("app.cli.trace:trace", "Tell all that happened to a payment."),
-    "status": Entry("app.cli.status:status", "Tell how things stand, and what to do next."),
-    "dead-letters": Entry(
+    "demo": CommandEntry(
+        "app.cli.demo:demo", "Everything, for real, on this machine: payments, faults, promises checked."
+    ),
+    "up": CommandEntry("app.cli.up:up", "Run everything on this machine, for everyday work."),
+    "sandbox": CommandEntry("app.sandbox.__main__:main", "A look-alike of Stripe, for playing and for tests."),
+    "deploy": CommandEntry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
+    "api": CommandEntry("app.cli.api:api", "Serve the HTTP API."),
+    "webhooks": CommandEntry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
+    "merchants": CommandEntry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
+    "keys": CommandEntry("app.cli.keys:keys", "Create, list and revoke keys of merchants and operators."),
+    "trace": CommandEntry("app.cli.trace:trace", "Tell all that happened to a payment."),
+    "status": CommandEntry("app.cli.status:status", "Tell how things stand, and what to do next."),
+    "dead-letters": CommandEntry(
         "app.cli.dead_letters:dead_letters", "Events that were given up on: list, show, replay, discard."
     ),
-    "restored": Entry("app.cli.restored:restored", "Open a database that was restored from a dump."),
+    "restored": CommandEntry("app.cli.restored:restored", "Open a database that was restored from a dump."),
 }
 
 
-class Commands(click.Group):
+class LazyCommandGroup(click.Group):
     """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -61,7 +63,7 @@ class Commands(click.Group):
             formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyCommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="surety")
 def cli() -> None:
     """A payment service that never loses a payment, never charges twice, and can prove what happened to every one."""
@@ -72,13 +74,13 @@ def main() -> None:
     try:
         cli(prog_name="surety")
     except Exception as error:
-        if (told := tell(error)) is None:
+        if (message := user_message(error)) is None:
             raise
-        click.echo(f"surety: {told}", err=True)
+        click.echo(f"surety: {message}", err=True)
         sys.exit(1)
 
 
-def tell(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """What a user can do something about, in a line; None for our own mistakes."""
     if isinstance(error, SuretyError):
         return str(error)

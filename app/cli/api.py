@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from db.settings import load
+from db.settings import load_settings
 
 
 @click.command()
@@ -16,7 +16,7 @@ def api(host: str | None, port: int | None, processes: int) -> None:
     from app.web.database import require_deployed
     from app.web.serving import serve
 
-    settings = load()
+    settings = load_settings()
     require_deployed("api", settings, "api.create_payments(json)")
     serve(
         "app.api.application:create_app",

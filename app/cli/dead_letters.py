@@ -13,18 +13,18 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from app.status_findings import age, counted
+from app.status_findings import count_noun, format_age
 from db.connect import connect
 from db.errors import SuretyError
-from db.settings import load
+from db.settings import load_settings
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Letter = dict[str, Any]
-Doing = Literal["replay", "discard"]
-Command = Callable[..., None]
+DeadLetterAction = Literal["replay", "discard"]
+CommandFunction = Callable[..., None]
 
 PAGE = 100
-REFUSED = 1
+EXIT_REFUSED = 1
 
 
 class DeadLetterError(SuretyError):
@@ -36,18 +36,18 @@ def dead_letters() -> None:
     """List events that were given up on, show one with all its errors, replay or discard them."""
 
 
-def filters(command: Command) -> Command:
+def letter_filters(command: CommandFunction) -> CommandFunction:
     """The options that choose letters."""
     error = click.option("--error", help="Only those whose last error contains this text.")
     return click.option("--handler", help="Only those of one handler.")(error(command))
 
 
-def decision(command: Command) -> Command:
+def decision_options(command: CommandFunction) -> CommandFunction:
     """The arguments and options of a command that does something to letters."""
     for option in (
         click.option("--dry-run", is_flag=True, help="Only tell what would happen."),
         click.option("--reason", required=True, help="Why; kept in the audit trail."),
-        filters,
+        letter_filters,
         click.argument("letter_ids", nargs=-1, metavar="[ID]..."),
     ):
         command = option(command)
@@ -55,15 +55,15 @@ def decision(command: Command) -> Command:
 
 
 @dead_letters.command("list")
-@filters
+@letter_filters
 @click.option("--closed", is_flag=True, help="Those that are closed, too.")
 def list_letters(handler: str | None, error: str | None, closed: bool) -> None:
     """List dead letters, the oldest first."""
     table = Table(box=None, pad_edge=False)
     for heading in ("letter", "handler", "payment", "since", "last error"):
         table.add_column(heading, no_wrap=heading != "last error")
-    with connect("deploy", load()) as conn:
-        for letter in find(conn, handler, error, status=None if closed else "open"):
+    with connect("deploy", load_settings()) as conn:
+        for letter in find_letters(conn, handler, error, status=None if closed else "open"):
             closed_as = f" ({letter['status']})" if letter["closed"] else ""
             table.add_row(
                 letter["id"] + closed_as,
@@ -80,7 +80,7 @@ def list_letters(handler: str | None, error: str | None, closed: bool) -> None:
 @click.argument("letter_id", metavar="ID")
 def show_letter(letter_id: str) -> None:
     """Show a dead letter: what was tried, where its payment stands, what a replay and a discard would do."""
-    with connect("deploy", load()) as conn:
+    with connect("deploy", load_settings()) as conn:
         row = conn.execute(
             "select shown.document,"
             " extract(epoch from surety.time_now() - d.died_at)::float8"
@@ -89,43 +89,43 @@ def show_letter(letter_id: str) -> None:
         ).fetchone()
     if row is None:
         raise DeadLetterError(f"there is no dead letter {letter_id}")
-    Console(highlight=False, markup=False, soft_wrap=True).print("\n".join(tell(*row)))
+    Console(highlight=False, markup=False, soft_wrap=True).print("\n".join(render_letter(*row)))
 
 
-def tell(letter: Letter, seconds: float) -> Iterator[str]:
+def render_letter(letter: Letter, seconds: float) -> Iterator[str]:
     """A letter on one screen."""
     payment, at_provider, closed = letter["payment"], letter["provider"], letter["closed"]
     about = [letter["handler"], letter["event"]["type"], payment["id"] if payment else letter["event"]["id"]]
-    yield f"{letter['id']}   {' · '.join(about)}   dead since {clock(letter['died_at'])} ({age(seconds)})"
-    yield from tell_attempts(letter["attempts"])
+    yield f"{letter['id']}   {' · '.join(about)}   dead since {time_of_day(letter['died_at'])} ({format_age(seconds)})"
+    yield from render_attempts(letter["attempts"])
     yield f"reason      {letter['reason']}"
     if payment:
         yield f"payment     {payment['state']}, {payment['text']}; at {at_provider['name'].capitalize()}: " + (
-            tell_provider(at_provider)
+            describe_provider_object(at_provider)
         )
     if closed:
-        yield f"closed      {letter['status']} at {clock(closed['at'])} by {closed['by']}: {closed['because']}"
+        yield f"closed      {letter['status']} at {time_of_day(closed['at'])} by {closed['by']}: {closed['because']}"
         return
     yield f"replay      {letter['on_replay']}"
     yield f"discard     {letter['on_discard']['detail']}"
-    doings = ["replay"] if letter["on_discard"]["verdict"] == "refuse" else ["replay", "discard"]
-    for doing in doings:
-        yield f'surety dead-letters {doing} {letter["id"]} --reason "…"     (--dry-run first)'
+    actions = ["replay"] if letter["on_discard"]["verdict"] == "refuse" else ["replay", "discard"]
+    for action in actions:
+        yield f'surety dead-letters {action} {letter["id"]} --reason "…"     (--dry-run first)'
 
 
-def tell_attempts(attempts: list[dict[str, Any]]) -> Iterator[str]:
+def render_attempts(attempts: list[dict[str, Any]]) -> Iterator[str]:
     """Each error in full once; those that say the same behind it on one line."""
     numbered = list(enumerate(attempts, start=1))
     for error, group in groupby(numbered, key=lambda one: one[1]["error"]):
         (number, first), *others = list(group)
-        yield f"{number}  {clock(first['at'])}  {error}  [{first['worker']}]"
+        yield f"{number}  {time_of_day(first['at'])}  {error}  [{first['worker']}]"
         if others:
-            yield "       ".join(f"{number}  {clock(attempt['at'])}  same" for number, attempt in others)
+            yield "       ".join(f"{number}  {time_of_day(attempt['at'])}  same" for number, attempt in others)
 
 
-def tell_provider(at_provider: dict[str, Any]) -> str:
+def describe_provider_object(at_provider: dict[str, Any]) -> str:
     """What the provider was last heard to hold."""
-    as_of = f" (heard at {clock(at_provider['as_of'])})" if at_provider["as_of"] else ""
+    as_of = f" (heard at {time_of_day(at_provider['as_of'])})" if at_provider["as_of"] else ""
     match at_provider["holds"]:
         case "object":
             return f"{at_provider['id']}{as_of}"
@@ -134,13 +134,13 @@ def tell_provider(at_provider: dict[str, Any]) -> str:
     return f"unknown: what was sent has no answer{as_of}"
 
 
-def clock(at: str) -> str:
+def time_of_day(at: str) -> str:
     """A time of day of a document's instant; the date stands in `list` and in the id."""
     return at[11:19]
 
 
 @dead_letters.command("replay")
-@decision
+@decision_options
 def replay_letters(
     letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, dry_run: bool
 ) -> None:
@@ -148,11 +148,11 @@ def replay_letters(
 
     What was replayed already, or whose payment has ended meanwhile, is left alone. Exit status 1 if one was refused.
     """
-    do("replay", letter_ids, handler, error, reason, dry_run=dry_run)
+    apply_to_letters("replay", letter_ids, handler, error, reason, dry_run=dry_run)
 
 
 @dead_letters.command("discard")
-@decision
+@decision_options
 def discard_letters(
     letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, dry_run: bool
 ) -> None:
@@ -161,10 +161,10 @@ def discard_letters(
     A payment, refund or capture that nothing was sent for ends as failed. Refused where the provider may have done it:
     exit status 1.
     """
-    do("discard", letter_ids, handler, error, reason, dry_run=dry_run)
+    apply_to_letters("discard", letter_ids, handler, error, reason, dry_run=dry_run)
 
 
-STATEMENTS: dict[Doing, LiteralString] = {
+DEAD_LETTER_STATEMENTS: dict[DeadLetterAction, LiteralString] = {
     "replay": "select outcome, detail from outbox.replay_dead_letter(%s, %s, %s, %s)",
     "discard": "select outcome, detail from outbox.discard_dead_letter(%s, %s, %s, %s)",
 }
@@ -178,36 +178,44 @@ OUTCOMES = {
 }
 
 
-def do(
-    doing: Doing, letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, *, dry_run: bool
+def apply_to_letters(
+    action: DeadLetterAction,
+    letter_ids: tuple[str, ...],
+    handler: str | None,
+    error: str | None,
+    reason: str,
+    *,
+    dry_run: bool,
 ) -> None:
     """One letter, one transaction; tell what became of each."""
     if not reason.strip():
         raise DeadLetterError("--reason must say why")
     if bool(letter_ids) == bool(handler or error):
-        raise DeadLetterError(f"say which to {doing}: ids, or all that match --handler or --error")
-    told: dict[str, int] = {}
-    with connect("deploy", load()) as conn:
-        for letter_id in letter_ids or [letter["id"] for letter in find(conn, handler, error, status="open")]:
+        raise DeadLetterError(f"say which to {action}: ids, or all that match --handler or --error")
+    outcomes: dict[str, int] = {}
+    with connect("deploy", load_settings()) as conn:
+        for letter_id in letter_ids or [letter["id"] for letter in find_letters(conn, handler, error, status="open")]:
             row = conn.execute(
-                STATEMENTS[doing], (letter_id, f"operator:{getpass.getuser()}", reason, dry_run)
+                DEAD_LETTER_STATEMENTS[action], (letter_id, f"operator:{getpass.getuser()}", reason, dry_run)
             ).fetchone()
             assert row is not None
             outcome, detail = row
             if outcome == "not_found":
                 raise DeadLetterError(detail)
-            told[outcome] = told.get(outcome, 0) + 1
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
             click.echo(f"{letter_id} {OUTCOMES[outcome]}: {detail}")
     if not letter_ids:
         click.echo(
-            ", ".join(f"{counted(number, 'letter')} {outcome.replace('_', ' ')}" for outcome, number in told.items())
+            ", ".join(
+                f"{count_noun(number, 'letter')} {outcome.replace('_', ' ')}" for outcome, number in outcomes.items()
+            )
             or "no dead letter matches"
         )
-    if "refused" in told:
-        sys.exit(REFUSED)
+    if "refused" in outcomes:
+        sys.exit(EXIT_REFUSED)
 
 
-def find(conn: Connection, handler: str | None, error: str | None, *, status: str | None) -> Iterator[Letter]:
+def find_letters(conn: Connection, handler: str | None, error: str | None, *, status: str | None) -> Iterator[Letter]:
     """All letters that match, the oldest first, page by page."""
     after = None
     while True:

@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.local.demo import merchants, payment_actions, report
-from app.local.demo.workspace import database, folder
-from app.local.processes import Interrupted, Troupe, free_port, interruptible
+from app.local.demo.workspace import demo_database, demo_folder
+from app.local.processes import Interrupted, ProcessGroup, free_port, interruptible
 from db.connect import harden
 from db.deploy.deploy import deploy
 
 WORKERS = 2
-PATIENCE_SECONDS = 50.0
+END_TIMEOUT_SECONDS = 50.0
 SECONDS_PER_PAYMENT = 0.1
-PAYMENTS_PER_SHOP_MIN = 10
+PAYMENTS_PER_MERCHANT_MIN = 10
 """Who sells less can't give much back."""
 
 # A minute is short: what takes its time in earnest is shortened here, in the demo's own database and processes.
@@ -42,7 +42,7 @@ POLL_SECONDS = "1"
 
 
 @dataclass(slots=True)
-class Kill:
+class KilledWorker:
     """The worker that was killed, and how many events it held."""
 
     name: str
@@ -63,78 +63,78 @@ def demo(payments: int, shops: int, seed: int | None, no_faults: bool, keep: boo
     nothing behind. Real keys in the environment are ignored. Exit status 1 if a promise is broken.
     """
     seed = secrets.randbelow(10_000) if seed is None else seed
-    shops = min(shops, max(1, payments // PAYMENTS_PER_SHOP_MIN))
+    shops = min(shops, max(1, payments // PAYMENTS_PER_MERCHANT_MIN))
     progress = Console(stderr=True, highlight=False)
     try:
         with interruptible():
-            result = play(payments, shops, seed, not no_faults, keep, as_json, progress)
+            result = run_demo(payments, shops, seed, not no_faults, keep, as_json, progress)
     except Interrupted as interruption:
         progress.print(f"{interruption}: cleared up, nothing is left")
         sys.exit(130)
     sys.exit(0 if result.is_sound else 1)
 
 
-def play(
+def run_demo(
     payments: int, shops: int, seed: int, faults: bool, keep: bool, as_json: bool, progress: Console
 ) -> report.Report:
     """The whole demo; returns its result once everything is cleared up."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     started = time.monotonic()
     with ExitStack() as stack:
-        scene = stack.enter_context(folder())
-        url = stack.enter_context(database(os.environ.get("DATABASE_URL")))
+        workspace = stack.enter_context(demo_folder())
+        url = stack.enter_context(demo_database(os.environ.get("DATABASE_URL")))
         deploy(url)
         conn = stack.enter_context(psycopg.connect(harden(url, "deploy"), autocommit=True))
-        shorten(conn)
-        stage = Stage(scene, url, seed, faults)
-        stack.callback(stage.troupe.stop)
-        stage.open(conn)
+        shorten_demo_delays(conn)
+        processes = DemoProcesses(workspace, url, seed, faults)
+        stack.callback(processes.process_group.stop)
+        processes.open(conn)
         version = conn.execute("show server_version").fetchone()
         assert version is not None
         progress.print(
             f"Surety demo   seed {seed} · {shops} merchants · {payments} payments · "
             f"faults {'on' if faults else 'off'}\n"
-            f"PostgreSQL {str(version[0]).split()[0]} ✓  deploy ✓  api :{stage.ports['api']}"
-            f"  webhooks :{stage.ports['webhooks']}  sandbox :{stage.ports['sandbox']}  workers {WORKERS}"
+            f"PostgreSQL {str(version[0]).split()[0]} ✓  deploy ✓  api :{processes.ports['api']}"
+            f"  webhooks :{processes.ports['webhooks']}  sandbox :{processes.ports['sandbox']}  workers {WORKERS}"
         )
-        keys = merchants.open_shops(conn, shops, seed)
-        orders, clerks = payment_actions.make_plans(merchants.write_orders(keys, payments, seed), seed)
+        keys = merchants.create_merchants(conn, shops, seed)
+        orders, agents = payment_actions.plan_actions(merchants.create_orders(keys, payments, seed), seed)
         selling = time.monotonic()
-        till, kill = trade(stage, conn, orders, clerks, progress)
+        traffic, kill = run_traffic(processes, conn, orders, agents, progress)
         seconds = time.monotonic() - selling
-        replayed = replay_dead_letters(conn, stage, payments)
-        result = summarize(conn, stage, till, kill, replayed, seed=seed, payments=payments, seconds=seconds)
-        show(console, result, conn, as_json)
+        replayed = replay_open_dead_letters(conn, processes, payments)
+        result = summarize(conn, processes, traffic, kill, replayed, seed=seed, payments=payments, seconds=seconds)
+        print_result(console, result, conn, as_json)
         if keep:
-            stay(progress, stage, url, keys[0])
+            keep_running(progress, processes, url, keys[0])
     progress.print(f"cleared up after {time.monotonic() - started:.1f} s")
     return result
 
 
-def shorten(conn: report.Connection) -> None:
+def shorten_demo_delays(conn: report.Connection) -> None:
     """Shorten what takes minutes in earnest."""
     conn.execute("update surety.environment set kind = 'test'")
     conn.execute("update outbox.handlers set lease = %s::interval, retry_after = %s::interval[]", (LEASE, RETRY_AFTER))
-    conn.execute("update surety.states set ask_after = %s::interval where ask_after is not null", (ASK_AFTER,))
+    conn.execute("update surety.states set poll_after = %s::interval where poll_after is not null", (ASK_AFTER,))
     conn.execute(
-        "update surety.dispute_statuses set ask_after = %s::interval where ask_after is not null", (ASK_AFTER,)
+        "update surety.dispute_statuses set poll_after = %s::interval where poll_after is not null", (ASK_AFTER,)
     )
-    conn.execute("update surety.refund_states set ask_after = %s::interval where ask_after is not null", (ASK_AFTER,))
+    conn.execute("update surety.refund_states set poll_after = %s::interval where poll_after is not null", (ASK_AFTER,))
 
 
-class Stage:
+class DemoProcesses:
     """The processes and where they listen."""
 
-    def __init__(self, scene: Path, url: str, seed: int, faults: bool) -> None:
-        self.seed, self.faults, self.scene = seed, faults, scene
+    def __init__(self, workspace: Path, url: str, seed: int, faults: bool) -> None:
+        self.seed, self.faults, self.workspace = seed, faults, workspace
         self.ports = {name: free_port(port) for name, port in (("api", 8000), ("webhooks", 8001), ("sandbox", 8002))}
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))
         }
         pg_bin = {"SURETY_PG_BIN": os.environ["SURETY_PG_BIN"]} if "SURETY_PG_BIN" in os.environ else {}
         self.secret = f"whsec_{secrets.token_hex(16)}"
-        self.troupe = Troupe(
-            scene,
+        self.process_group = ProcessGroup(
+            workspace,
             inherited
             | pg_bin
             | {
@@ -153,25 +153,25 @@ class Stage:
 
     def open(self, conn: report.Connection) -> None:
         """Start everything; returns once all listen and the workers are at work."""
-        start = self.troupe.start
+        start = self.process_group.start
         start("api", "-m", "app.cli", "api", "--port", str(self.ports["api"]))
         start("webhooks", "-m", "app.cli", "webhooks", "--port", str(self.ports["webhooks"]))
         start(
             "sandbox",
             *("-m", "app.sandbox", "--port", str(self.ports["sandbox"]), "--seed", str(self.seed)),
-            *("--memory", str(self.scene / "sandbox.sqlite"), "--webhook-secret", self.secret),
+            *("--memory", str(self.workspace / "sandbox.sqlite"), "--webhook-secret", self.secret),
             *("--webhook-url", f"{self.url('webhooks')}/stripe"),
             *(("--faults",) if self.faults else ("--auto-payer",)),
         )
         for number in range(1, WORKERS + 1):
             self.start_worker(f"worker-{number}")
         for name, port in self.ports.items():
-            self.troupe.wait_for_port(name, port)
-        self.troupe.wait_for("worker-1", lambda: count_workers(conn) >= WORKERS)
+            self.process_group.wait_for_port(name, port)
+        self.process_group.wait_for("worker-1", lambda: count_workers(conn) >= WORKERS)
 
     def start_worker(self, name: str) -> None:
         """One of Procrastinate's workers; its name tells who held what."""
-        self.troupe.start(name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", name)
+        self.process_group.start(name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", name)
 
 
 def count_workers(conn: report.Connection) -> int:
@@ -181,80 +181,85 @@ def count_workers(conn: report.Connection) -> int:
     return int(row[0])
 
 
-def trade(
-    stage: Stage,
+def run_traffic(
+    processes: DemoProcesses,
     conn: report.Connection,
     orders: list[merchants.Order],
-    clerks: list[payment_actions.Clerk],
+    agents: list[payment_actions.MerchantAgent],
     progress: Console,
-) -> tuple[merchants.Till, Kill | None]:
+) -> tuple[merchants.TrafficResult, KilledWorker | None]:
     """Post all orders, kill a worker in the middle, wait until all payments have ended."""
-    till = merchants.Till()
+    traffic = merchants.TrafficResult()
     failures: list[BaseException] = []
 
-    def sell() -> None:
+    def post_all() -> None:
         try:
-            asyncio.run(do_business(stage, orders, clerks, till))
+            asyncio.run(run_merchants(processes, orders, agents, traffic))
         except BaseException as error:  # noqa: BLE001  # told to the main thread, which raises it
             failures.append(error)
 
-    selling = threading.Thread(target=sell, daemon=True)
+    selling = threading.Thread(target=post_all, daemon=True)
     selling.start()
-    kill: Kill | None = None
-    deadline = time.monotonic() + PATIENCE_SECONDS + SECONDS_PER_PAYMENT * len(orders)
+    kill: KilledWorker | None = None
+    deadline = time.monotonic() + END_TIMEOUT_SECONDS + SECONDS_PER_PAYMENT * len(orders)
     columns = (BarColumn(28), MofNCompleteColumn(), TextColumn("ended"), TimeElapsedColumn())
     with Progress(*columns, console=progress) as bar:
         task = bar.add_task("payments", total=len(orders))
         while True:
             ended = report.count_ended(conn)
             bar.update(task, completed=ended)
-            if stage.faults and kill is None:
-                kill = strike(stage, conn, is_late=ended > len(orders) // 2)
+            if processes.faults and kill is None:
+                kill = kill_worker(processes, conn, is_late=ended > len(orders) // 2)
             if failures:
                 raise failures[0]
-            is_over = ended >= len(orders) - len(till.refused) and not selling.is_alive()
-            if is_over and not report.still_to_hear(conn, stage.url("sandbox")):
+            is_over = ended >= len(orders) - len(traffic.refused) and not selling.is_alive()
+            if is_over and not report.count_unreceived_results(conn, processes.url("sandbox")):
                 break
             if time.monotonic() > deadline:
                 break
-            if dead := stage.troupe.dead():
-                progress.print(f"[red]{', '.join(dead)} ended by itself[/]\n{stage.troupe.tail(next(iter(dead)))}")
+            if dead := processes.process_group.ended_processes():
+                progress.print(
+                    f"[red]{', '.join(dead)} ended by itself[/]\n{processes.process_group.log_tail(next(iter(dead)))}"
+                )
                 break
             time.sleep(0.05)
-    return till, kill
+    return traffic, kill
 
 
-async def do_business(
-    stage: Stage, orders: list[merchants.Order], clerks: list[payment_actions.Clerk], till: merchants.Till
+async def run_merchants(
+    processes: DemoProcesses,
+    orders: list[merchants.Order],
+    agents: list[payment_actions.MerchantAgent],
+    traffic: merchants.TrafficResult,
 ) -> None:
     """Sell, and do what the merchants want done afterwards."""
-    async with httpx.AsyncClient(base_url=stage.url("api"), timeout=10) as client, asyncio.TaskGroup() as tasks:
-        for clerk in clerks:
-            tasks.create_task(clerk.work(client))
-        sold = await merchants.sell(stage.url("api"), orders, lambda: None)
-    till.acknowledged, till.refused, till.repeated = sold.acknowledged, sold.refused, sold.repeated
-    till.turned_down = [refusal for clerk in clerks for refusal in clerk.refusals]
+    async with httpx.AsyncClient(base_url=processes.url("api"), timeout=10) as client, asyncio.TaskGroup() as tasks:
+        for agent in agents:
+            tasks.create_task(agent.work(client))
+        sold = await merchants.post_orders(processes.url("api"), orders, lambda: None)
+    traffic.acknowledged, traffic.refused, traffic.repeated = sold.acknowledged, sold.refused, sold.repeated
+    traffic.refused_actions = [refusal for agent in agents for refusal in agent.refusals]
 
 
-def strike(stage: Stage, conn: report.Connection, *, is_late: bool) -> Kill | None:
+def kill_worker(processes: DemoProcesses, conn: report.Connection, *, is_late: bool) -> KilledWorker | None:
     """SIGKILL the worker that holds the most events, if it holds some (or if it is late), and start another."""
     rows = conn.execute(
         "select leased_by, sum(cardinality(event_ids)) from outbox.batches group by 1 order by 2 desc"
     ).fetchall()
     for name, held in rows:
-        if name in stage.troupe.processes and (held >= 5 or is_late):
-            stage.troupe.kill(name)
-            stage.start_worker(f"worker-{WORKERS + 1}")
-            return Kill(name, int(held))
+        if name in processes.process_group.processes and (held >= 5 or is_late):
+            processes.process_group.kill(name)
+            processes.start_worker(f"worker-{WORKERS + 1}")
+            return KilledWorker(name, int(held))
     return None
 
 
-def replay_dead_letters(conn: report.Connection, stage: Stage, payments: int) -> int:
+def replay_open_dead_letters(conn: report.Connection, processes: DemoProcesses, payments: int) -> int:
     """What an operator would do about what was given up on; waits until those payments have ended, too."""
     letters = conn.execute("select id from outbox.dead_letters where closed_at is null").fetchall()
     for (letter,) in letters:
         conn.execute("select outbox.replay_dead_letter(%s, 'operator:demo', 'the demo''s own faults')", (letter,))
-    deadline = time.monotonic() + PATIENCE_SECONDS / 2
+    deadline = time.monotonic() + END_TIMEOUT_SECONDS / 2
     while letters and report.count_ended(conn) < payments and time.monotonic() < deadline:
         time.sleep(0.05)
     return len(letters)
@@ -262,9 +267,9 @@ def replay_dead_letters(conn: report.Connection, stage: Stage, payments: int) ->
 
 def summarize(
     conn: report.Connection,
-    stage: Stage,
-    till: merchants.Till,
-    kill: Kill | None,
+    processes: DemoProcesses,
+    traffic: merchants.TrafficResult,
+    kill: KilledWorker | None,
     replayed: int,
     *,
     seed: int,
@@ -272,9 +277,9 @@ def summarize(
     seconds: float,
 ) -> report.Report:
     """Ask the database and the sandbox's own memory."""
-    charges, faults, webhooks = report.ask_sandbox(stage.url("sandbox"))
-    refunds, disputes = report.ask_about_returns(stage.url("sandbox"))
-    promises, lost = report.check_promises(conn, till.acknowledged, charges)
+    charges, faults, webhooks = report.fetch_sandbox_summaries(processes.url("sandbox"))
+    refunds, disputes = report.fetch_sandbox_returns(processes.url("sandbox"))
+    promises, lost = report.count_violations(conn, traffic.acknowledged, charges)
     counts = conn.execute(
         "select p.state, count(*) from surety.payments as p join surety.states as s on s.state = p.state"
         " group by p.state, s.position order by s.position"
@@ -286,8 +291,8 @@ def summarize(
     if confirmed[0] != charges["payments"]:
         promises["charged at the provider = confirmed here"] = abs(confirmed[0] - charges["payments"])
     promises["no refund is made twice"] = len(refunds["double"])
-    promises["refunded at the provider = refunded here"] = report.refunds_that_differ(conn, refunds["amounts"])
-    promises["what merchants ask for afterwards is accepted"] = len(till.turned_down)
+    promises["refunded at the provider = refunded here"] = report.count_differing_refunds(conn, refunds["amounts"])
+    promises["what merchants ask for afterwards is accepted"] = len(traffic.refused_actions)
     return report.Report(
         payments=payments,
         states=states,
@@ -302,17 +307,20 @@ def summarize(
         not_ended=payments - report.count_ended(conn),
         seconds=round(seconds, 2),
         seed=seed,
-        stages=[stage._asdict() for stage in report.measure_stages(conn)],
-        afterwards=report.tell_afterwards(conn),
-        faults={"told": tell_faults(conn, faults, webhooks, kill, replayed), "at_the_provider": faults["injected"]},
+        stages=[duration._asdict() for duration in report.measure_state_durations(conn)],
+        afterwards=report.count_payment_actions(conn),
+        faults={
+            "observed": describe_faults(conn, faults, webhooks, kill, replayed),
+            "at_the_provider": faults["injected"],
+        },
         dead_letters=dead[0],
         replayed=replayed,
         example=report.find_example(conn),
     )
 
 
-def tell_faults(
-    conn: report.Connection, faults: dict[str, Any], webhooks: dict[str, Any], kill: Kill | None, replayed: int
+def describe_faults(
+    conn: report.Connection, faults: dict[str, Any], webhooks: dict[str, Any], kill: KilledWorker | None, replayed: int
 ) -> list[dict[str, Any]]:
     """What went wrong, each with what became of it; only what did happen."""
     injected: dict[str, int] = {}
@@ -365,29 +373,29 @@ def tell_faults(
     return [{"count": count, "what": what, "became": became} for count, what, became in rows if count]
 
 
-def show(console: Console, result: report.Report, conn: report.Connection, as_json: bool) -> None:
+def print_result(console: Console, result: report.Report, conn: report.Connection, as_json: bool) -> None:
     """Results go to stdout: for people, or one JSON object on the last line."""
     if as_json:
         console.file.write(json.dumps(msgspec.to_builtins(result), ensure_ascii=False) + "\n")
         console.file.flush()
         return
-    report.say(console, result)
+    report.print_report(console, result)
     if result.example:
-        from app.cli.trace import draw_trace
+        from app.cli.trace import render_trace
 
         console.print(f"\nOne of them: {result.example}")
-        console.print(draw_trace(conn, result.example))
+        console.print(render_trace(conn, result.example))
     console.print("Look yourself: uv run surety demo --keep")
 
 
-def stay(progress: Console, stage: Stage, url: str, key: str) -> None:
+def keep_running(progress: Console, processes: DemoProcesses, url: str, key: str) -> None:
     """Keep everything running until somebody interrupts."""
     progress.print(
         f"\nStill running, until Ctrl-C:\n"
         f"  DATABASE_URL='{url}'\n"
-        f"  curl {stage.url('api')}/v1/payments -H 'Authorization: Bearer {key}'\n"
-        f"  {stage.url('api')}/docs\n"
-        f"  logs in {stage.scene}",
+        f"  curl {processes.url('api')}/v1/payments -H 'Authorization: Bearer {key}'\n"
+        f"  {processes.url('api')}/docs\n"
+        f"  logs in {processes.workspace}",
         soft_wrap=True,
     )
     while True:

@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 
 from db.deploy.deploy import deploy as deploy_to
-from db.settings import load
+from db.settings import load_settings
 
 
 @click.command()
@@ -14,7 +14,7 @@ from db.settings import load
 def deploy(force: bool) -> None:
     """Bring the database of DATABASE_URL to this version: safe to repeat, to race and to run beside traffic."""
     progress = Console(stderr=True, highlight=False)
-    done = deploy_to(load().require("database_url").reveal(), force=force, say=progress.print)
+    done = deploy_to(load_settings().require("database_url").reveal(), force=force, say=progress.print)
     console = Console(highlight=False)
     parts = {
         "migrated": done.migrations,

@@ -9,11 +9,11 @@ import click
 import psycopg
 from rich.table import Table
 
-from app.cli.tables import show
+from app.cli.tables import print_table
 from app.web.keys import new_key, new_operator_key
 from db.connect import connect
 from db.errors import SuretyError
-from db.settings import load
+from db.settings import load_settings
 
 
 class NoSuchKey(SuretyError):
@@ -35,7 +35,7 @@ def create(merchant_id: str | None, operator: str | None) -> None:
     """
     if (merchant_id is None) == (operator is None):
         raise SuretyError("name a merchant's id, or --operator NAME")
-    with connect("deploy", load()) as conn:
+    with connect("deploy", load_settings()) as conn:
         if operator is not None:
             click.echo(create_for_operator(conn, operator))
             return
@@ -64,28 +64,29 @@ def create_for_operator(conn: psycopg.Connection[tuple[Any, ...]], operator: str
 
 @keys.command(name="list")
 @click.option("--merchant", "merchant_id", help="Only this merchant's.")
-def list_all(merchant_id: str | None) -> None:
+def list_keys(merchant_id: str | None) -> None:
     """List keys, the oldest first; of each key its last characters are known."""
     table = Table("id", "ends in", "of", "name", "since", "revoked", box=None)
-    with connect("deploy", load()) as conn:
+    with connect("deploy", load_settings()) as conn:
         rows = conn.execute(
-            "select k.id, k.hint, m.id, m.name, surety.iso(k.created_at), surety.iso(k.revoked_at)"
+            "select k.id, k.hint, m.id, m.name, surety.format_time(k.created_at), surety.format_time(k.revoked_at)"
             " from surety.api_keys as k join surety.merchants as m on m.id = k.merchant_id"
             " where %(merchant)s::text is null or m.id = %(merchant)s"
             " union all"
-            " select o.id, o.hint, 'operator', o.operator, surety.iso(o.created_at), surety.iso(o.revoked_at)"
+            " select o.id, o.hint, 'operator', o.operator, surety.format_time(o.created_at),"
+            " surety.format_time(o.revoked_at)"
             " from surety.operator_keys as o where %(merchant)s::text is null"
             " order by 1",
             {"merchant": merchant_id},
         ).fetchall()
-    show(table, rows)
+    print_table(table, rows)
 
 
 @keys.command()
 @click.argument("key_id")
 def revoke(key_id: str) -> None:
     """Revoke a key at once and for ever."""
-    with connect("deploy", load()) as conn:
+    with connect("deploy", load_settings()) as conn:
         row = conn.execute(
             "select coalesce(surety.revoke_api_key(%(key)s, %(by)s), surety.revoke_operator_key(%(key)s, %(by)s))",
             {"key": key_id, "by": getpass.getuser()},

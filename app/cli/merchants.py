@@ -8,10 +8,10 @@ import click
 import psycopg
 from rich.table import Table
 
-from app.cli.tables import show
+from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
-from db.settings import load
+from db.settings import load_settings
 
 
 class NoSuchMerchant(SuretyError):
@@ -28,7 +28,7 @@ def merchants() -> None:
 @click.option("--account", default="", help="Their account at the provider (acct_…), if they have one of their own.")
 def add(name: str, account: str) -> None:
     """Add a merchant; prints its id."""
-    with connect("deploy", load()) as conn:
+    with connect("deploy", load_settings()) as conn:
         try:
             row = conn.execute("select surety.add_merchant(%s, %s, %s)", (name, account, getpass.getuser())).fetchone()
         except psycopg.errors.CheckViolation:
@@ -38,36 +38,36 @@ def add(name: str, account: str) -> None:
 
 
 @merchants.command(name="list")
-def list_all() -> None:
+def list_merchants() -> None:
     """List all merchants, the oldest first."""
     table = Table("id", "name", "account", "keys", "since", "suspended", box=None)
-    with connect("deploy", load()) as conn:
+    with connect("deploy", load_settings()) as conn:
         rows = conn.execute(
             "select m.id, m.name, m.provider_account, count(k.id) filter (where k.revoked_at is null),"
-            " surety.iso(m.created_at), surety.iso(m.suspended_at)"
+            " surety.format_time(m.created_at), surety.format_time(m.suspended_at)"
             " from surety.merchants as m left join surety.api_keys as k on k.merchant_id = m.id"
             " group by m.id order by m.id"
         ).fetchall()
-    show(table, rows)
+    print_table(table, rows)
 
 
 @merchants.command()
 @click.argument("merchant_id")
 def suspend(merchant_id: str) -> None:
     """Let a merchant take no more payments; its requests are answered 403, what is under way goes on."""
-    change(merchant_id, is_suspended=True)
+    set_suspended(merchant_id, is_suspended=True)
 
 
 @merchants.command()
 @click.argument("merchant_id")
 def resume(merchant_id: str) -> None:
     """Let a suspended merchant take payments again."""
-    change(merchant_id, is_suspended=False)
+    set_suspended(merchant_id, is_suspended=False)
 
 
-def change(merchant_id: str, *, is_suspended: bool) -> None:
+def set_suspended(merchant_id: str, *, is_suspended: bool) -> None:
     """Suspend or resume."""
-    with connect("deploy", load()) as conn:
+    with connect("deploy", load_settings()) as conn:
         row = conn.execute(
             "select surety.suspend_merchant(%s, %s, %s)", (merchant_id, is_suspended, getpass.getuser())
         ).fetchone()

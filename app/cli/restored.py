@@ -6,21 +6,23 @@ import click
 import psycopg
 
 from db.connect import harden
-from db.settings import load
+from db.settings import load_settings
 
 
 @click.command()
-@click.option("--reason", required=True, help="Why a dump was restored; kept with the epoch.")
+@click.option("--reason", required=True, help="Why a dump was restored; kept with the restore generation.")
 def restored(reason: str) -> None:
     """Open the database of DATABASE_URL for business after a dump was restored into another cluster.
 
     Until then nothing is accepted or handled there. What had not been handled is due again; run twice, it does nothing.
     """
-    url = load().require("database_url").reveal()
+    url = load_settings().require("database_url").reveal()
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
-        before = conn.execute("select max(epoch) from outbox.epochs").fetchone()
-        after = conn.execute("select outbox.restored(%s)", (reason,)).fetchone()
+        before = conn.execute("select max(generation) from outbox.restore_generations").fetchone()
+        after = conn.execute("select outbox.begin_restore_generation(%s)", (reason,)).fetchone()
     assert before is not None and after is not None
     click.echo(
-        f"epoch {after[0]} is open" if after != before else f"nothing to do: epoch {after[0]} is of this cluster"
+        f"restore generation {after[0]} is open"
+        if after != before
+        else f"nothing to do: restore generation {after[0]} is of this cluster"
     )

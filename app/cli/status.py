@@ -11,12 +11,12 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from app.status_findings import VERDICTS, Finding, age, judge, verdict_of
+from app.status_findings import VERDICTS, Finding, find_problems, format_age, verdict_of
 from db.connect import harden
 from db.errors import SettingsError
-from db.settings import load
+from db.settings import load_settings
 
-PATIENCE = "30s"
+STATEMENT_TIMEOUT = "30s"
 
 
 @click.command()
@@ -27,24 +27,24 @@ def status(as_json: bool, check: bool) -> None:
     state: dict[str, Any] = {}
     try:
         state = read_state(check=check)
-        findings = [*judge_promises(state), *judge(state)]
+        findings = [*find_broken_invariants(state), *find_problems(state)]
     except (psycopg.Error, SettingsError) as error:
-        findings = [untold(error)]
+        findings = [finding_for_error(error)]
     urgency = verdict_of(findings)
     if as_json:
-        told = [finding._asdict() for finding in findings]
-        click.echo(json.dumps({"verdict": VERDICTS[urgency].lower(), "findings": told, **state}))
+        documents = [finding._asdict() for finding in findings]
+        click.echo(json.dumps({"verdict": VERDICTS[urgency].lower(), "findings": documents, **state}))
     else:
-        draw(Console(highlight=False, soft_wrap=True), state, findings, urgency)
+        print_status(Console(highlight=False, soft_wrap=True), state, findings, urgency)
     sys.exit(urgency)
 
 
 def read_state(*, check: bool) -> dict[str, Any]:
     """What the database of DATABASE_URL tells. Raises psycopg.Error, SettingsError."""
-    url = load().require("database_url").reveal()
+    url = load_settings().require("database_url").reveal()
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         if not check:
-            conn.execute(f"set statement_timeout = '{PATIENCE}'")
+            conn.execute(f"set statement_timeout = '{STATEMENT_TIMEOUT}'")
         state: dict[str, Any] = {}
         [(state,)] = conn.execute("select surety.read_status()").fetchall()
         if check:
@@ -52,7 +52,7 @@ def read_state(*, check: bool) -> dict[str, Any]:
     return state
 
 
-def untold(error: psycopg.Error | SettingsError) -> Finding:
+def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
     """Why nothing could be told, and what to do about it."""
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     match error:
@@ -66,7 +66,7 @@ def untold(error: psycopg.Error | SettingsError) -> Finding:
     return Finding(2, f"PostgreSQL can't tell: {first_line}", "the server and its log")
 
 
-def judge_promises(state: dict[str, Any]) -> list[Finding]:
+def find_broken_invariants(state: dict[str, Any]) -> list[Finding]:
     """Promises that are broken, if they were checked."""
     return [
         Finding(2, f"{count} violations of: {name}", f"select * from surety.check_invariants() where name = '{name}'")
@@ -75,7 +75,7 @@ def judge_promises(state: dict[str, Any]) -> list[Finding]:
     ]
 
 
-def draw(console: Console, state: dict[str, Any], findings: list[Finding], urgency: int) -> None:
+def print_status(console: Console, state: dict[str, Any], findings: list[Finding], urgency: int) -> None:
     """For people."""
     console.print(
         f"{VERDICTS[urgency]:<6} {findings[0].what if findings else 'all is well'}", style="bold", markup=False
@@ -83,12 +83,12 @@ def draw(console: Console, state: dict[str, Any], findings: list[Finding], urgen
     for finding in findings[1:]:
         console.print(f"       {finding.what}", markup=False)
     if state:
-        draw_state(console, state)
+        print_state(console, state)
     if findings:
         console.print(f"next: {findings[0].next}", markup=False)
 
 
-def draw_state(console: Console, state: dict[str, Any]) -> None:
+def print_state(console: Console, state: dict[str, Any]) -> None:
     """The figures behind the verdict."""
     table = Table(box=None, pad_edge=False)
     table.add_column("handler")
@@ -98,27 +98,27 @@ def draw_state(console: Console, state: dict[str, Any]) -> None:
         table.add_row(
             handler["handler"] + (" (paused)" if handler["is_paused"] else ""),
             str(handler["backlog"]),
-            age(handler["oldest_seconds"]) if handler["oldest_seconds"] is not None else "–",
+            format_age(handler["oldest_seconds"]) if handler["oldest_seconds"] is not None else "–",
             *(str(handler[name]) for name in ("retries_due", "suspects", "dead")),
         )
     console.print(table)
     workers, unknown = state["workers"], state["unknown"]
     lines = [
         ("workers", f"{workers['alive']} alive" + (f", {workers['silent']} silent" if workers["silent"] else "")),
-        ("providers", " · ".join(map(tell_provider, state["providers"])) or "not called yet"),
+        ("providers", " · ".join(map(describe_provider, state["providers"])) or "not called yet"),
     ]
     if unknown["count"]:
-        lines.append(("unknown outcomes", f"{unknown['count']}, the oldest {age(unknown['oldest_seconds'])}"))
+        lines.append(("unknown outcomes", f"{unknown['count']}, the oldest {format_age(unknown['oldest_seconds'])}"))
     if unfinished := state["unfinished"]:
         lines.append((
             "oldest unfinished payment",
-            f"{unfinished['id']}  {age(unfinished['seconds'])}, {unfinished['state']}",
+            f"{unfinished['id']}  {format_age(unfinished['seconds'])}, {unfinished['state']}",
         ))  # fmt: skip
     seen: set[str] = set()
     for holder in state["holders"]:
         if holder["kind"] not in seen:
             seen.add(holder["kind"])
-            lines.append((f"oldest {holder['kind']}", tell_holder(holder)))
+            lines.append((f"oldest {holder['kind']}", describe_vacuum_blocker(holder)))
     if not state["sees_all"]:
         lines.append(("oldest transaction", "others' are not seen: grant pg_read_all_stats to surety_owner"))
     if "violations" in state:
@@ -127,7 +127,7 @@ def draw_state(console: Console, state: dict[str, Any]) -> None:
         console.print(f"{name}  {text}", markup=False)
 
 
-def tell_provider(provider: dict[str, Any]) -> str:
+def describe_provider(provider: dict[str, Any]) -> str:
     """Stripe closed (0.4 % errors); stripe open for 3 min, 41 held, asked again in 12 s."""
     share = f" ({provider['error_share'] * 100:.1f} % errors)" if provider["error_share"] is not None else ""
     if not provider["open"]:
@@ -135,15 +135,15 @@ def tell_provider(provider: dict[str, Any]) -> str:
     accounts = f" for {provider['open']} of {provider['accounts']} accounts" if provider["accounts"] > 1 else ""
     probe = max(0.0, provider["probe_seconds"] or 0.0)
     return (
-        f"{provider['provider']} open{accounts} for {age(provider['open_seconds'])}, {provider['held']} held, "
-        f"asked again in {age(probe)}"
+        f"{provider['provider']} open{accounts} for {format_age(provider['open_seconds'])}, {provider['held']} held, "
+        f"asked again in {format_age(probe)}"
     )
 
 
-def tell_holder(holder: dict[str, Any]) -> str:
+def describe_vacuum_blocker(holder: dict[str, Any]) -> str:
     """12 ms, surety-worker in surety, holds back 3 transactions."""
     where = f" in {holder['database']}" if holder["database"] else ""
-    parts = [age(holder["seconds"])] if holder["seconds"] is not None else []
+    parts = [format_age(holder["seconds"])] if holder["seconds"] is not None else []
     parts.append(f"{holder['name']}{where}")
     if holder["xids"] is not None:
         parts.append(f"holds back {holder['xids']} transactions")

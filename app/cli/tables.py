@@ -8,18 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDTH_OF_A_PIPE = 500
+PIPE_WIDTH = 500
 
 
 def wide_console() -> Console:
     """stdout; nothing is cut off or wrapped where nobody looks."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = WIDTH_OF_A_PIPE
+        console.width = PIPE_WIDTH
     return console
 
 
-def show(table: Table, rows: Iterable[Sequence[Any]]) -> None:
+def print_table(table: Table, rows: Iterable[Sequence[Any]]) -> None:
     """Print rows under the table's columns."""
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))

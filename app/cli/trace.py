@@ -15,7 +15,7 @@ from rich.text import Text
 from app.cli.tables import wide_console
 from db.connect import connect
 from db.errors import SuretyError
-from db.settings import load
+from db.settings import load_settings
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -29,18 +29,18 @@ class NoSuchPayment(SuretyError):
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: the summary and all entries.")
 def trace(payment_id: str, as_json: bool) -> None:
     """Tell all that happened to a payment, from its request to the money on the account."""
-    with connect("auditor", load()) as conn:
+    with connect("auditor", load_settings()) as conn:
         if as_json:
             click.echo(json.dumps(read_trace(conn, payment_id), ensure_ascii=False))
         else:
-            wide_console().print(draw_trace(conn, payment_id))
+            wide_console().print(render_trace(conn, payment_id))
 
 
 def read_summary(conn: Connection, payment_id: str) -> dict[str, Any]:
     """A payment in one line. Raises NoSuchPayment."""
     cursor = conn.execute(
         "select amount, state, merchant, reference, provider_id, charges, refunds, disputes, steps, transfers,"
-        " still_open from surety.sum_up(%s)",
+        " still_open from surety.payment_summary(%s)",
         (payment_id,),
     )
     row = cursor.fetchone()
@@ -52,7 +52,8 @@ def read_summary(conn: Connection, payment_id: str) -> dict[str, Any]:
 def read_entries(conn: Connection, payment_id: str) -> list[dict[str, Any]]:
     """What happened to a payment, oldest first."""
     cursor = conn.execute(
-        "select at, kind, actor, summary, from_state, to_state, outcome, duration_ms, data from surety.trace(%s)",
+        "select at, kind, actor, summary, from_state, to_state, outcome, duration_ms, data"
+        " from surety.trace_payment(%s)",
         (payment_id,),
     )
     assert cursor.description is not None
@@ -70,7 +71,7 @@ def read_trace(conn: Connection, payment_id: str) -> dict[str, Any]:
     return {"payment_id": payment_id, **summary, "entries": entries}
 
 
-def draw_trace(conn: Connection, payment_id: str) -> Group:
+def render_trace(conn: Connection, payment_id: str) -> Group:
     """A payment's story for people: what, when, how long after the line before. Raises NoSuchPayment."""
     summary = read_summary(conn, payment_id)
     entries = read_entries(conn, payment_id)
@@ -86,16 +87,16 @@ def draw_trace(conn: Connection, payment_id: str) -> Group:
         is_later = before is None or at - before >= timedelta(milliseconds=1)
         story.add_row(
             f"{at:%H:%M:%S}.{at.microsecond // 1000:03}" if is_later else "",
-            gap(at - before) if before is not None and is_later else "",
-            label(entry),
-            told(entry),
+            format_gap(at - before) if before is not None and is_later else "",
+            entry_label(entry),
+            describe_entry(entry),
         )
         before = at
     counts = [
-        counted(summary["charges"], "charge"),
-        *(counted(summary[noun + "s"], noun) for noun in ("refund", "dispute") if summary[noun + "s"]),
-        counted(summary["steps"], "step"),
-        counted(summary["transfers"], "transfer"),
+        count_noun(summary["charges"], "charge"),
+        *(count_noun(summary[noun + "s"], noun) for noun in ("refund", "dispute") if summary[noun + "s"]),
+        count_noun(summary["steps"], "step"),
+        count_noun(summary["transfers"], "transfer"),
         " · ".join(summary["still_open"]) or "nothing open",
     ]
     day = f"{entries[0]['at']:%Y-%m-%d}" if entries else ""
@@ -105,7 +106,7 @@ def draw_trace(conn: Connection, payment_id: str) -> Group:
     return Group(head, story, Text(" · ".join(counts)))
 
 
-def label(entry: dict[str, Any]) -> Text:
+def entry_label(entry: dict[str, Any]) -> Text:
     """The column that says what kind of thing it was; a step's state stands out."""
     match entry["kind"]:
         case "request":
@@ -122,7 +123,7 @@ def label(entry: dict[str, Any]) -> Text:
     return Text(f"  {entry['kind']}")
 
 
-def told(entry: dict[str, Any]) -> Text:
+def describe_entry(entry: dict[str, Any]) -> Text:
     """The column that says what happened."""
     text: str = entry["summary"]
     match entry["kind"]:
@@ -144,7 +145,7 @@ def provider_name(entry: dict[str, Any]) -> str:
     return str(entry["data"].get("provider", "stripe")).capitalize()
 
 
-def gap(between: timedelta) -> str:
+def format_gap(between: timedelta) -> str:
     """How long after the line before, in the unit that people would use."""
     seconds = between.total_seconds()
     if seconds < 1:
@@ -156,6 +157,6 @@ def gap(between: timedelta) -> str:
     return f"+{seconds / 3600:.0f} h"
 
 
-def counted(number: int, noun: str) -> str:
+def count_noun(number: int, noun: str) -> str:
     """A number of things."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.text import Text
 
 from app.local.processes import Interrupted, free_port, interruptible
-from app.local.up import Supervisor, kept_secret, own_folder
+from app.local.up import ProcessSupervisor, exclusive_folder, load_or_create_secret
 from app.web.keys import new_key
 from db.connect import harden
 from db.deploy.deploy import deploy
 from db.embedded import EmbeddedServer
 from db.errors import SettingsError
-from db.settings import Settings, load
+from db.settings import Settings, load_settings
 
 COLORS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
-ORDER = (
+EXAMPLE_REQUEST_OPTIONS = (
     "--header 'Idempotency-Key: order-1' --json "
     """'{"amount": 4999, "currency": "usd", "payment_method": {"type": "card", "token": "pm_card_visa"}}'"""
 )
@@ -44,18 +44,18 @@ def up(folder: Path, sandbox: bool, workers: int) -> None:
     version first. What dies is started again. With Stripe it needs STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET; --sandbox
     needs nothing.
     """
-    settings = load()
-    check_provider(settings, sandbox=sandbox)
+    settings = load_settings()
+    require_provider_settings(settings, sandbox=sandbox)
     console = Console(highlight=False, soft_wrap=True)
     try:
         with interruptible(), ExitStack() as stack:
-            run(stack, settings, folder.absolute(), console, sandbox=sandbox, workers=workers)
+            run_everything(stack, settings, folder.absolute(), console, sandbox=sandbox, workers=workers)
     except Interrupted as interruption:
         console.print(f"{interruption}: all has ended; the data are kept")
         sys.exit(130)
 
 
-def check_provider(settings: Settings, *, sandbox: bool) -> None:
+def require_provider_settings(settings: Settings, *, sandbox: bool) -> None:
     """Raises SettingsError unless it is said whom to ask for money."""
     if sandbox:
         if settings.stripe_api_key and "_live_" in settings.stripe_api_key.reveal():
@@ -66,28 +66,32 @@ def check_provider(settings: Settings, *, sandbox: bool) -> None:
     assert settings.webhook_secrets
 
 
-def run(stack: ExitStack, settings: Settings, folder: Path, console: Console, *, sandbox: bool, workers: int) -> None:
+def run_everything(
+    stack: ExitStack, settings: Settings, folder: Path, console: Console, *, sandbox: bool, workers: int
+) -> None:
     """Everything, until somebody interrupts."""
-    kept = stack.enter_context(own_folder(folder))
-    say = speaker(console)
+    kept = stack.enter_context(exclusive_folder(folder))
+    print_line = line_printer(console)
     server = None
     if settings.database_url is None:
         server = stack.enter_context(EmbeddedServer(kept / "postgresql"))
     url = settings.database_url.reveal() if settings.database_url else server.url if server else ""
-    say("up", f"database: {deploy(url).outcome}")
+    print_line("up", f"database: {deploy(url).outcome}")
     if sandbox:
-        check_money(url)
+        refuse_live_database(url)
     ports = {"api": free_port(settings.surety_api_port), "webhooks": free_port(settings.surety_webhook_port)}
-    environment = {name: value for name, value in os.environ.items() if server is None or not is_database(name)}
+    environment = {
+        name: value for name, value in os.environ.items() if server is None or not is_database_variable(name)
+    }
     environment |= {"DATABASE_URL": url, "PYTHONUNBUFFERED": "1"}
-    supervisor = Supervisor(environment, say, server)
+    supervisor = ProcessSupervisor(environment, print_line, server)
     stack.callback(supervisor.stop)
     if sandbox:
         ports["sandbox"] = free_port(settings.surety_sandbox_port)
         secret = (
             settings.webhook_secrets[0].reveal()
             if settings.stripe_webhook_secret
-            else kept_secret(kept / "webhook-secret")
+            else load_or_create_secret(kept / "webhook-secret")
         )
         supervisor.environment |= {
             "STRIPE_WEBHOOK_SECRET": secret,
@@ -104,23 +108,23 @@ def run(stack: ExitStack, settings: Settings, folder: Path, console: Console, *,
     for number in range(1, workers + 1):
         name = f"worker-{number}"
         supervisor.add(name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"{name}-{os.getpid()}")
-    greet(console, url, ports, first_key(url))
+    print_welcome(console, url, ports, create_first_key(url))
     supervisor.watch()
 
 
-def is_database(name: str) -> bool:
+def is_database_variable(name: str) -> bool:
     """Whether a variable says where a database is; a server of our own needs none, and none may lead elsewhere."""
     return name.startswith("PG") or name.endswith("_DATABASE_URL")
 
 
-def check_money(url: str) -> None:
+def refuse_live_database(url: str) -> None:
     """Raises SettingsError for a sandbox and a database that moves real money."""
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         if conn.execute("select 1 from surety.environment where livemode").fetchone():
             raise SettingsError("this database moves real money (environment.livemode): no sandbox may touch it")
 
 
-def first_key(url: str) -> str | None:
+def create_first_key(url: str) -> str | None:
     """A key of a first merchant's, in a database that has none and moves no real money."""
     key = new_key(livemode=False)
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
@@ -132,18 +136,18 @@ def first_key(url: str) -> str | None:
     return key.text if made else None
 
 
-def speaker(console: Console) -> Callable[[str, str], None]:
+def line_printer(console: Console) -> Callable[[str, str], None]:
     """Shows lines, each with its process's name before it."""
     colors: dict[str, str] = {}
 
-    def say(name: str, line: str) -> None:
+    def print_line(name: str, line: str) -> None:
         color = colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
         console.print(Text.assemble((f"{name:<9} ", color), line))
 
-    return say
+    return print_line
 
 
-def greet(console: Console, url: str, ports: dict[str, int], key: str | None) -> None:
+def print_welcome(console: Console, url: str, ports: dict[str, int], key: str | None) -> None:
     """Where everything is, and the first request to try."""
     console.print("  ".join(f"{name} http://127.0.0.1:{port}" for name, port in ports.items()), markup=False)
     console.print(f"export DATABASE_URL='{url}'", markup=False)
@@ -152,6 +156,7 @@ def greet(console: Console, url: str, ports: dict[str, int], key: str | None) ->
         return
     console.print(
         f"the first merchant's key, shown this once: {key}\n"
-        f"curl http://127.0.0.1:{ports['api']}/v1/payments --header 'Authorization: Bearer {key}' {ORDER}",
+        f"curl http://127.0.0.1:{ports['api']}/v1/payments --header 'Authorization: Bearer {key}'"
+        f" {EXAMPLE_REQUEST_OPTIONS}",
         markup=False,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from db.settings import load
+from db.settings import load_settings
 
 
 @click.command()
@@ -18,7 +18,7 @@ def webhooks(host: str | None, port: int | None, processes: int) -> None:
     from app.web.database import require_deployed
     from app.web.serving import serve
 
-    settings = load()
+    settings = load_settings()
     assert settings.webhook_secrets
     require_deployed("webhook", settings, "surety.receive_webhooks(jsonb)")
     serve(

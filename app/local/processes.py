@@ -76,14 +76,14 @@ def start_python(arguments: Sequence[str], environment: Mapping[str, str], outpu
     )
 
 
-def listens(port: int) -> bool:
+def is_listening(port: int) -> bool:
     """Whether somebody listens on a port of 127.0.0.1."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
     return False
 
 
-class Troupe:
+class ProcessGroup:
     """Processes whose output goes to a log each."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
@@ -98,22 +98,22 @@ class Troupe:
 
     def wait_for_port(self, name: str, port: int) -> None:
         """Wait until a process listens. Raises ProcessError with the end of its log."""
-        self.wait_for(name, lambda: listens(port))
+        self.wait_for(name, lambda: is_listening(port))
 
     def wait_for(self, name: str, is_ready: Callable[[], bool]) -> None:
         """Wait until a process is ready. Raises ProcessError with the end of its log if it ends or takes too long."""
         deadline = time.monotonic() + START_SECONDS_MAX
         while not is_ready():
             if self.processes[name].poll() is not None or time.monotonic() > deadline:
-                raise ProcessError(f"{name} did not start:\n{self.tail(name)}")
+                raise ProcessError(f"{name} did not start:\n{self.log_tail(name)}")
             time.sleep(0.02)
 
-    def tail(self, name: str, lines: int = 15) -> str:
+    def log_tail(self, name: str, lines: int = 15) -> str:
         """The end of a process's log."""
         log = self.folder / f"{name}.log"
         return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else "(no log)"
 
-    def dead(self) -> dict[str, int]:
+    def ended_processes(self) -> dict[str, int]:
         """Processes that ended although nobody ended them, with their exit status."""
         return {name: code for name, process in self.processes.items() if (code := process.poll()) is not None}
 

@@ -18,29 +18,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from app.local.processes import Process, ProcessError, listens, start_python
-from db.embedded import EmbeddedServer, claim
-from db.errors import ServerError, SuretyError
+from app.local.processes import Process, ProcessError, is_listening, start_python
+from db.embedded import EmbeddedServer, lock_folder
+from db.errors import EmbeddedServerError, SuretyError
 
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 35.0
-PAUSE_SECONDS = 0.5
-PAUSE_SECONDS_MAX = 30.0
-STEADY_SECONDS = 60.0
-TURN_SECONDS = 0.1
+RESTART_PAUSE_SECONDS = 0.5
+RESTART_PAUSE_SECONDS_MAX = 30.0
+STABLE_SECONDS = 60.0
+OUTPUT_WAIT_SECONDS = 0.1
 READ_BYTES = 65_536
 
-Say = Callable[[str, str], None]
+PrintLine = Callable[[str, str], None]
 """Shows a line of a process's."""
 
 
-class AlreadyUp(SuretyError):
+class AlreadyRunning(SuretyError):
     """Another `surety up` has the folder; the message says which process it is."""
 
 
 @contextlib.contextmanager
-def own_folder(path: Path) -> Generator[Path]:
-    """The folder of everything that is kept, for this process alone. Raises AlreadyUp, ProcessError."""
+def exclusive_folder(path: Path) -> Generator[Path]:
+    """The folder of everything that is kept, for this process alone. Raises AlreadyRunning, ProcessError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,10 +48,10 @@ def own_folder(path: Path) -> Generator[Path]:
     (path / ".gitignore").write_text("*\n")
     pid = path / "pid"
     try:
-        mark = claim(path)
-    except ServerError:
+        mark = lock_folder(path)
+    except EmbeddedServerError:
         by = f" (process {pid.read_text().strip()})" if pid.exists() else ""
-        raise AlreadyUp(f"surety up has {path} already{by}: end it first, or name another --folder") from None
+        raise AlreadyRunning(f"surety up has {path} already{by}: end it first, or name another --folder") from None
     try:
         pid.write_text(f"{os.getpid()}\n")
         yield path
@@ -60,7 +60,7 @@ def own_folder(path: Path) -> Generator[Path]:
         os.close(mark)
 
 
-def kept_secret(path: Path) -> str:
+def load_or_create_secret(path: Path) -> str:
     """A secret for webhooks, the same each time."""
     if not path.exists():
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
@@ -69,7 +69,7 @@ def kept_secret(path: Path) -> str:
 
 
 @dataclass
-class Member:
+class SupervisedProcess:
     """One process: how it is started, and how it fares."""
 
     name: str
@@ -78,7 +78,7 @@ class Member:
     process: Process | None = None
     started_at: float = 0.0
     starts_at: float = 0.0
-    pause_seconds: float = PAUSE_SECONDS
+    pause_seconds: float = RESTART_PAUSE_SECONDS
     rest: bytes = field(default=b"", repr=False)
 
     @property
@@ -87,13 +87,15 @@ class Member:
         return self.process is not None and self.process.poll() is None
 
 
-class Supervisor:
+class ProcessSupervisor:
     """Starts processes, shows what they say, starts them again when they die, ends them."""
 
-    def __init__(self, environment: Mapping[str, str], say: Say, server: EmbeddedServer | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], print_line: PrintLine, server: EmbeddedServer | None = None
+    ) -> None:
         self.environment = dict(environment)
-        self.members: list[Member] = []
-        self._say = say
+        self.members: list[SupervisedProcess] = []
+        self._print_line = print_line
         self._server = server
         self._server_starts_at: float | None = None
         self._selector = selectors.DefaultSelector()
@@ -101,29 +103,29 @@ class Supervisor:
 
     def add(self, name: str, *arguments: str, port: int | None = None) -> None:
         """Start a process of Python's and wait until it listens, where it has a port. Raises ProcessError."""
-        member = Member(name, arguments, port)
+        member = SupervisedProcess(name, arguments, port)
         self.members.append(member)
         self._start(member)
         deadline = time.monotonic() + START_SECONDS_MAX
-        while port is not None and not listens(port):
-            self._hear(TURN_SECONDS)
+        while port is not None and not is_listening(port):
+            self._read_output(OUTPUT_WAIT_SECONDS)
             if not member.is_alive or time.monotonic() > deadline:
-                self._hear(0)
+                self._read_output(0)
                 raise ProcessError(f"{name} did not start")
 
     def watch(self) -> None:
         """Supervise, for ever."""
         while True:
-            self.turn()
+            self.supervise_once()
 
-    def turn(self) -> None:
+    def supervise_once(self) -> None:
         """Hear what is said for a moment; start again what has died, when its pause is over."""
-        self._hear(TURN_SECONDS)
+        self._read_output(OUTPUT_WAIT_SECONDS)
         now = time.monotonic()
-        self._keep_server(now)
+        self._restart_server(now)
         for member in self.members:
             if member.process is not None and not member.is_alive:
-                self._mourn(member, now)
+                self._handle_exit(member, now)
             if member.process is None and now >= member.starts_at:
                 self._start(member)
 
@@ -135,15 +137,15 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     member.process.send_signal(signal.SIGTERM)
         while any(member.is_alive for member in self.members) and time.monotonic() < deadline:
-            self._hear(TURN_SECONDS)
+            self._read_output(OUTPUT_WAIT_SECONDS)
         for member in self.members:
             if member.process is not None:
                 member.process.kill()
                 member.process.wait()
-        self._hear(0)
+        self._read_output(0)
         self._selector.close()
 
-    def _start(self, member: Member) -> None:
+    def _start(self, member: SupervisedProcess) -> None:
         member.process = start_python(member.arguments, self.environment, subprocess.PIPE)
         member.started_at = time.monotonic()
         pipe = member.process.stdout
@@ -152,32 +154,32 @@ class Supervisor:
         self._pipes[pipe.fileno()] = pipe
         self._selector.register(pipe.fileno(), selectors.EVENT_READ, member)
 
-    def _mourn(self, member: Member, now: float) -> None:
+    def _handle_exit(self, member: SupervisedProcess, now: float) -> None:
         assert member.process is not None
-        if now - member.started_at > STEADY_SECONDS:
-            member.pause_seconds = PAUSE_SECONDS
+        if now - member.started_at > STABLE_SECONDS:
+            member.pause_seconds = RESTART_PAUSE_SECONDS
         status = member.process.returncode
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        self._say("up", f"{member.name} {how}; it is started again in {member.pause_seconds:g} s")
+        self._print_line("up", f"{member.name} {how}; it is started again in {member.pause_seconds:g} s")
         member.process = None
         member.starts_at = now + member.pause_seconds
-        member.pause_seconds = min(2 * member.pause_seconds, PAUSE_SECONDS_MAX)
+        member.pause_seconds = min(2 * member.pause_seconds, RESTART_PAUSE_SECONDS_MAX)
 
-    def _keep_server(self, now: float) -> None:
+    def _restart_server(self, now: float) -> None:
         server = self._server
         if server is None or server.process is None or server.process.poll() is None:
             return
         if self._server_starts_at is None:
-            self._say("up", f"postgresql ended; it is started again in {PAUSE_SECONDS:g} s")
-            self._server_starts_at = now + PAUSE_SECONDS
+            self._print_line("up", f"postgresql ended; it is started again in {RESTART_PAUSE_SECONDS:g} s")
+            self._server_starts_at = now + RESTART_PAUSE_SECONDS
         elif now >= self._server_starts_at:
             self._server_starts_at = None
             server.restart("immediate")
 
-    def _hear(self, seconds: float) -> None:
+    def _read_output(self, seconds: float) -> None:
         """Show whole lines of what was said; a process's end closes its pipe."""
         for key, _ in self._selector.select(seconds):
-            member: Member = key.data
+            member: SupervisedProcess = key.data
             said = os.read(key.fd, READ_BYTES)
             *lines, member.rest = (member.rest + said).split(b"\n")
             if not said:
@@ -185,4 +187,4 @@ class Supervisor:
                 self._pipes.pop(key.fd).close()
                 lines, member.rest = [member.rest] if member.rest else [], b""
             for line in lines:
-                self._say(member.name, line.decode(errors="replace"))
+                self._print_line(member.name, line.decode(errors="replace"))

@@ -13,8 +13,16 @@ control      /sandbox/…: asked and steered      outside      what others do, o
 memory       one SQLite file                    cards, currencies, errors, settings: tables
 """
 
-from app.sandbox.faults import DEMO, NONE, Profile
-from app.sandbox.server import serve
-from app.sandbox.settings import API_VERSION, PLATFORM, Settings
+from app.sandbox.faults import DEMO_FAULTS, NO_FAULTS, FaultProfile
+from app.sandbox.server import serve_sandbox
+from app.sandbox.settings import API_VERSION, PLATFORM_ACCOUNT, SandboxSettings
 
-__all__ = ["API_VERSION", "DEMO", "NONE", "PLATFORM", "Profile", "Settings", "serve"]
+__all__ = [
+    "API_VERSION",
+    "DEMO_FAULTS",
+    "NO_FAULTS",
+    "PLATFORM_ACCOUNT",
+    "FaultProfile",
+    "SandboxSettings",
+    "serve_sandbox",
+]

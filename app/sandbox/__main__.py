@@ -6,10 +6,12 @@ from typing import Any
 import click
 import msgspec
 
-from app.sandbox.server import serve
-from app.sandbox.settings import SECRET, Settings
+from app.sandbox.server import serve_sandbox
+from app.sandbox.settings import WEBHOOK_SECRET, SandboxSettings
 
-NUMBERS = [field for field in msgspec.structs.fields(Settings) if field.type in (float, int) and field.name != "seed"]
+NUMBERS = [
+    field for field in msgspec.structs.fields(SandboxSettings) if field.type in (float, int) and field.name != "seed"
+]
 
 
 def setting_options(command: Any) -> Any:
@@ -29,7 +31,7 @@ def setting_options(command: Any) -> Any:
 @click.option("--faults/--no-faults", default=False, help="Misbehave as in the demo.")
 @click.option("--auto-payer", is_flag=True, help="The payer completes 3-D Secure by himself; implied by --faults.")
 @click.option("--webhook-url")
-@click.option("--webhook-secret", default=SECRET)
+@click.option("--webhook-secret", default=WEBHOOK_SECRET)
 @click.option("--webhook-event", "webhook_events", multiple=True, help="Deliver these types only; repeatable.")
 @click.option("--settlement-currency", help="Convert every charge to it; else each currency settles in itself.")
 @setting_options
@@ -49,10 +51,10 @@ def main(
     **numbers: Any,
 ) -> None:
     """Serve a Stripe look-alike until SIGINT or SIGTERM."""
-    settings = Settings(
+    settings = SandboxSettings(
         auto_payer=auto_payer, webhook_events=webhook_events, settlement_currency=settlement_currency, **numbers
     )
-    serve(
+    serve_sandbox(
         host=host, port=port, fd=fd, memory=memory, seed=seed, faults=faults,
         webhook_url=webhook_url, webhook_secret=webhook_secret, settings=settings,
     )  # fmt: skip

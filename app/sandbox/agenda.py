@@ -6,41 +6,41 @@ import logging
 from collections.abc import Callable
 
 from app.sandbox import disputes, fraud, intents, money, refunds
-from app.sandbox.memory import Record
-from app.sandbox.webhooks import Postman
+from app.sandbox.memory import StoredObject
+from app.sandbox.webhooks import WebhookSender
 from app.sandbox.world import World
 
 log = logging.getLogger("sandbox")
 
 
-def payer_answers(world: World, intent: Record) -> None:
+def act_as_payer(world: World, intent: StoredObject) -> None:
     """The sandbox's payer completes 3-D Secure, or fails it."""
-    intents.authenticated(world, intent, approved=not world.faults.payer_declines(intent.id))
+    intents.complete_authentication(world, intent, approved=not world.faults.payer_declines(intent.id))
 
 
-HAPPENINGS: dict[str, Callable[[World, Record], object]] = {
-    "book_charge": money.announce_booking,
+SCHEDULED_ACTIONS: dict[str, Callable[[World, StoredObject], object]] = {
+    "book_charge": money.book_charge_late,
     "processing_ends": intents.finish_processing,
-    "payer_answers": payer_answers,
-    "hold_expires": intents.expire_hold,
-    "refund_referenced": refunds.refer,
+    "payer_answers": act_as_payer,
+    "hold_expires": intents.expire_authorization,
+    "refund_referenced": refunds.add_reference,
     "refund_succeeds": refunds.succeed,
-    "refund_fails": refunds.fail,
-    "refund_unanswered": refunds.give_up,
-    "holder_disputes": disputes.hear_holder,
-    "dispute_decided": disputes.decide,
-    "dispute_past_due": disputes.pass_due,
+    "refund_fails": refunds.fail_refund,
+    "refund_unanswered": refunds.expire_action,
+    "holder_disputes": disputes.open_after_charge,
+    "dispute_decided": disputes.decide_by_evidence,
+    "dispute_past_due": disputes.miss_deadline,
     "inquiry_ends": disputes.end_inquiry,
     "issuer_warns": fraud.warn,
-    "payout_arrives": money.arrive,
+    "payout_arrives": money.complete_payout,
 }
 
 
-async def follow(world: World, postman: Postman) -> None:
+async def run_agenda(world: World, sender: WebhookSender) -> None:
     """Carry out every plan when it is due, for ever."""
     while True:
         world.agenda_changed.clear()
-        wait_seconds = _carry_out_due(world, postman)
+        wait_seconds = _run_due_actions(world, sender)
         try:
             async with asyncio.timeout(wait_seconds):
                 await world.agenda_changed.wait()
@@ -48,16 +48,16 @@ async def follow(world: World, postman: Postman) -> None:
             continue
 
 
-def _carry_out_due(world: World, postman: Postman) -> float | None:
+def _run_due_actions(world: World, sender: WebhookSender) -> float | None:
     """Carry out what is due; returns the seconds until the next plan, None if there is none."""
     agenda = world.agenda
     while agenda and agenda[0].due <= world.memory.now():
         plan = heapq.heappop(agenda)
         if plan.what.startswith("deliver"):
-            postman.post(plan)
+            sender.post(plan)
             continue
         try:
-            HAPPENINGS[plan.what](world, world.memory.get(plan.subject))
+            SCHEDULED_ACTIONS[plan.what](world, world.memory.get(plan.subject))
         except Exception:
             log.exception("%s of %s", plan.what, plan.subject)
             world.rollback()
@@ -66,9 +66,9 @@ def _carry_out_due(world: World, postman: Postman) -> float | None:
     return max(agenda[0].due - world.memory.now(), 0) if agenda else None
 
 
-async def pay_out_regularly(world: World) -> None:
+async def pay_out_periodically(world: World) -> None:
     """Automatic payouts, on the sandbox's short schedule."""
     while True:
         await asyncio.sleep(world.settings.payout_seconds)
-        money.pay_out(world)
+        money.create_payouts(world)
         world.commit()

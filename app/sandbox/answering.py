@@ -13,24 +13,24 @@ from hashlib import blake2b
 
 from msgspec import Struct
 
-from app.sandbox.errors import StripeError, invalid
-from app.sandbox.memory import StoredAnswer, encode
+from app.sandbox.errors import StripeError, invalid_request
+from app.sandbox.memory import StoredResponse, encode
 from app.sandbox.operations import Operation, find_operation
 from app.sandbox.parameters import Pairs, decode_pairs, read_parameters
-from app.sandbox.settings import API_VERSION, PLATFORM
-from app.sandbox.wire import Answer, Headers
-from app.sandbox.world import Call, World
+from app.sandbox.settings import API_VERSION, PLATFORM_ACCOUNT
+from app.sandbox.wire import Headers, SandboxResponse
+from app.sandbox.world import RequestContext, World
 
 log = logging.getLogger("sandbox")
 
 KEY_LENGTH_MAX = 255
 
 
-class Request(Struct):
+class StripeRequest(Struct):
     """An authenticated request for a known operation."""
 
     operation: Operation
-    call: Call
+    call: RequestContext
     id: str
     """Of the object that the path names; "" where it names none."""
     pairs: Pairs
@@ -39,7 +39,7 @@ class Request(Struct):
     """Of everything that must be equal for a key to be the same request's."""
     identity: str
     """What chance goes by: the key, else the path."""
-    replay: Answer | None = None
+    replay: SandboxResponse | None = None
     """The answer that its key already has."""
 
 
@@ -50,25 +50,27 @@ def echoed_headers(headers: dict[bytes, str], request_id: str) -> Headers:
     return echoed + [(name, headers[name].encode("latin-1")) for name in given]
 
 
-def understand(world: World, method: str, path: str, headers: dict[bytes, str], form: str, request_id: str) -> Request:
+def parse_request(
+    world: World, method: str, path: str, headers: dict[bytes, str], form: str, request_id: str
+) -> StripeRequest:
     """Authenticate, find the operation, and the answer that the key may already have."""
     _authenticate(headers)
     version = headers.get(b"stripe-version", API_VERSION)
     if version != API_VERSION:
-        raise invalid(f"The sandbox speaks API version {API_VERSION}, not {version}.", param="Stripe-Version")
+        raise invalid_request(f"The sandbox speaks API version {API_VERSION}, not {version}.", param="Stripe-Version")
     operation, id = find_operation(method, path)
     pairs = decode_pairs(form)
     key = headers.get(b"idempotency-key") if method == "POST" else None
-    request = Request(
+    request = StripeRequest(
         operation,
-        Call(headers.get(b"stripe-account", PLATFORM), request_id, key),
+        RequestContext(headers.get(b"stripe-account", PLATFORM_ACCOUNT), request_id, key),
         id,
         pairs,
         method == "POST",
         blake2b(encode((method, path, sorted(pairs))), digest_size=16).digest(),
         key or path,
     )
-    request.replay = _stored_answer(world, request)
+    request.replay = _stored_response(world, request)
     return request
 
 
@@ -83,15 +85,15 @@ def _authenticate(headers: dict[bytes, str]) -> None:
         raise StripeError(401, f"Invalid API Key provided: {credentials[:8]}***")
 
 
-def _stored_answer(world: World, request: Request) -> Answer | None:
+def _stored_response(world: World, request: StripeRequest) -> SandboxResponse | None:
     key, account = request.call.key, request.call.account
     if key is None:
         return None
     if not 1 <= len(key) <= KEY_LENGTH_MAX:
-        raise invalid("Idempotency keys have 1 to 255 characters.")
+        raise invalid_request("Idempotency keys have 1 to 255 characters.")
     if (account, key) in world.keys_in_use:
         raise key_in_use(key)
-    stored = world.memory.stored_answer(account, key)
+    stored = world.memory.stored_response(account, key)
     if stored is None or stored.created + world.settings.key_seconds < world.memory.now():
         return None
     if stored.fingerprint != request.fingerprint:
@@ -102,10 +104,10 @@ def _stored_answer(world: World, request: Request) -> Answer | None:
             type="idempotency_error",
         )
     told = [(b"idempotent-replayed", b"true"), (b"original-request", stored.request_id.encode())]
-    return Answer(stored.status, stored.body, told)
+    return SandboxResponse(stored.status, stored.body, told)
 
 
-def answer(world: World, request: Request, instead: StripeError | None = None) -> Answer:
+def execute_request(world: World, request: StripeRequest, instead: StripeError | None = None) -> SandboxResponse:
     """Replay the stored answer, or execute, store the answer under the key and commit both at once.
 
     With `instead`, that error is answered and stored, whatever was executed.
@@ -116,43 +118,43 @@ def answer(world: World, request: Request, instead: StripeError | None = None) -
     try:
         given = read_parameters(request.operation.parameters, request.pairs)
         body = request.operation.run(world, request.call.account, request.id, given)
-        answered = Answer(200, encode(body), [], took_effect=True)
+        response = SandboxResponse(200, encode(body), [], took_effect=True)
     except StripeError as refusal:
-        answered = refuse(refusal)
-        answered.took_effect = refusal.stored
+        response = error_response(refusal)
+        response.took_effect = refusal.stored
         if not refusal.stored:
             world.rollback()
     except Exception:
         log.exception("%s", request.operation.name)
         world.rollback()
-        answered = refuse(broken())
+        response = error_response(server_error())
     finally:
         world.call = None
-    if answered.took_effect:
+    if response.took_effect:
         if instead is not None:
-            answered = Answer(instead.status, encode(instead.body), [], took_effect=True)
-        store(world, request, answered)
+            response = SandboxResponse(instead.status, encode(instead.body), [], took_effect=True)
+        keep_response(world, request, response)
     world.commit()
-    return answered
+    return response
 
 
-def store(world: World, request: Request, answered: Answer) -> None:
+def keep_response(world: World, request: StripeRequest, response: SandboxResponse) -> None:
     """Keep the answer under the request's key, from the next commit on."""
     call, memory = request.call, world.memory
     if call.key is not None and request.replay is None:
-        memory.store_answer(
+        memory.store_response(
             call.account,
             call.key,
-            StoredAnswer(request.fingerprint, answered.status, answered.body, call.request_id, memory.now()),
+            StoredResponse(request.fingerprint, response.status, response.body, call.request_id, memory.now()),
         )
 
 
-def refuse(refusal: StripeError) -> Answer:
+def error_response(refusal: StripeError) -> SandboxResponse:
     """A refusal as an answer."""
     headers: Headers = []
     if refusal.should_retry is not None:
         headers.append((b"stripe-should-retry", b"true" if refusal.should_retry else b"false"))
-    return Answer(refusal.status, encode(refusal.body), headers)
+    return SandboxResponse(refusal.status, encode(refusal.body), headers)
 
 
 def key_in_use(key: str) -> StripeError:
@@ -174,6 +176,6 @@ def rate_limited() -> StripeError:
     )
 
 
-def broken() -> StripeError:
+def server_error() -> StripeError:
     """500: nobody knows whether it was executed."""
     return StripeError(500, "An unknown error occurred.", type="api_error")

@@ -136,4 +136,4 @@ CARDS = {
     )
 }
 
-BY_FINGERPRINT = {card.fingerprint: card for card in CARDS.values()}
+CARD_BY_FINGERPRINT = {card.fingerprint: card for card in CARDS.values()}

@@ -8,12 +8,12 @@ import msgspec
 from msgspec import Struct
 
 from app.sandbox import intents, outside
-from app.sandbox.errors import StripeError, invalid
-from app.sandbox.faults import PROFILES, WEBHOOK_FAULTS, Faults, FaultSettings, Profile
-from app.sandbox.memory import Record, encode
+from app.sandbox.errors import StripeError, invalid_request
+from app.sandbox.faults import PROFILES, WEBHOOK_FAULTS, FaultInjector, FaultProfile, FaultSettings
+from app.sandbox.memory import StoredObject, encode
 from app.sandbox.parameters import AutomaticMethods, CreateIntent, decode_pairs
-from app.sandbox.settings import PLATFORM
-from app.sandbox.wire import Connection, json_answer
+from app.sandbox.settings import PLATFORM_ACCOUNT
+from app.sandbox.wire import ClientConnection, json_response
 from app.sandbox.world import World
 
 CHUNK_RECORDS = 500
@@ -35,44 +35,46 @@ class ForeignCharge(Struct, forbid_unknown_fields=True):
 
     amount: int = 1234
     currency: str = "usd"
-    account: str = PLATFORM
+    account: str = PLATFORM_ACCOUNT
     metadata: dict[str, str] = {}
 
 
-async def answer(world: World, connection: Connection, method: str, path: str, query: str, body: str) -> None:
+async def handle_request(
+    world: World, connection: ClientConnection, method: str, path: str, query: str, body: str
+) -> None:
     """Answer `/sandbox/…`."""
     what, _, id = path.removeprefix("/sandbox/").partition("/")
     if method == "GET" and path == "/sandbox/charges":
         await connection.send_chunks(_charges(world))
-    elif method == "GET" and path.removeprefix("/sandbox/") in ASKED:
-        told = ASKED[path.removeprefix("/sandbox/")](world, dict(decode_pairs(query)))
-        await connection.send(json_answer(told))
-    elif method == "POST" and (demand := STEERED.get(f"{what}/{{id}}" if id else what)):
+    elif method == "GET" and path.removeprefix("/sandbox/") in CONTROL_QUERIES:
+        result = CONTROL_QUERIES[path.removeprefix("/sandbox/")](world, dict(decode_pairs(query)))
+        await connection.send(json_response(result))
+    elif method == "POST" and (demand := CONTROL_ACTIONS.get(f"{what}/{{id}}" if id else what)):
         try:
             given = msgspec.json.decode(body or "{}", type=demand.body)
         except msgspec.DecodeError as refusal:
-            raise invalid(str(refusal)) from None
-        told = demand.run(world, id, given) if id else demand.run(world, given)
+            raise invalid_request(str(refusal)) from None
+        result = demand.run(world, id, given) if id else demand.run(world, given)
         world.commit()
-        await connection.send(json_answer(told))
+        await connection.send(json_response(result))
     else:
         raise StripeError(404, f"Unrecognized request URL ({method}: {path}).")
 
 
-def succeeded(record: Record) -> bool:
+def took_money(record: StoredObject) -> bool:
     """Whether money was taken: a charge that was only authorized, or failed, took none."""
     return bool(record.body["status"] == "succeeded" and record.body["captured"])
 
 
-def summary(world: World, metadata_key: str) -> dict[str, Any]:
+def charges_summary(world: World, metadata_key: str) -> dict[str, Any]:
     """How many charges succeeded, for how many payments, and which payments were charged more than once.
 
     A payment is what the metadata key names on the charge; charges without it count as charges only.
     """
     payments: Counter[str] = Counter()
     charges = 0
-    for record in world.memory.every("charge"):
-        if succeeded(record):
+    for record in world.memory.all_of_kind("charge"):
+        if took_money(record):
             charges += 1
             if payment := record.body["metadata"].get(metadata_key):
                 payments[payment] += 1
@@ -80,7 +82,7 @@ def summary(world: World, metadata_key: str) -> dict[str, Any]:
     return {"charges": charges, "payments": len(payments), "double": double}
 
 
-def webhooks(world: World) -> dict[str, int]:
+def webhook_counts(world: World) -> dict[str, int]:
     """How deliveries went. `sent` counts events that were to be delivered, `delivered` those answers that were 2xx."""
     counted = dict.fromkeys(DELIVERY_TALLIES, 0)
     counted.update(world.memory.tallies("webhooks:"))
@@ -88,7 +90,7 @@ def webhooks(world: World) -> dict[str, int]:
     return counted
 
 
-def injected(world: World) -> dict[str, Any]:
+def injected_faults(world: World) -> dict[str, Any]:
     """What went wrong on purpose, by operation and fault, and how often the request had its effect all the same."""
     effects = world.memory.tallies("effects:")
     rows: list[dict[str, Any]] = []
@@ -107,21 +109,21 @@ def injected(world: World) -> dict[str, Any]:
     }
 
 
-def choose(world: World, given: FaultSettings) -> dict[str, Any]:
+def set_faults(world: World, given: FaultSettings) -> dict[str, Any]:
     """Replace the profile, the ordered faults, or both."""
-    faults: Faults = world.faults
+    faults: FaultInjector = world.faults
     if not isinstance(given.profile, msgspec.UnsetType):
-        faults.profile = given.profile if isinstance(given.profile, Profile) else PROFILES[given.profile]
+        faults.profile = given.profile if isinstance(given.profile, FaultProfile) else PROFILES[given.profile]
     if not isinstance(given.next, msgspec.UnsetType):
         faults.orders = given.next
     if not isinstance(given.hang_seconds, msgspec.UnsetType):
         world.settings.hang_seconds = given.hang_seconds
     if not isinstance(given.slow_seconds, msgspec.UnsetType):
         world.settings.slow_seconds = given.slow_seconds
-    return injected(world)
+    return injected_faults(world)
 
 
-def charge_foreign(world: World, given: ForeignCharge) -> dict[str, Any]:
+def create_foreign_charge(world: World, given: ForeignCharge) -> dict[str, Any]:
     """A charge that another system made on the same account."""
     intent = intents.create(
         world,
@@ -143,7 +145,7 @@ def health(world: World) -> dict[str, Any]:
     return {"status": "ok", "now": world.memory.now()}
 
 
-def advance(world: World, given: Advance) -> dict[str, Any]:
+def advance_clock(world: World, given: Advance) -> dict[str, Any]:
     """Move the clock on; what became due happens at once."""
     world.memory.advance(given.advance)
     world.agenda_changed.set()
@@ -153,11 +155,11 @@ def advance(world: World, given: Advance) -> dict[str, Any]:
 def _charges(world: World) -> Iterator[bytes]:
     """Every successful charge of every account, oldest first, as one JSON array in chunks."""
     chunk, separator = [], b"["
-    for record in world.memory.every("charge"):
-        if not succeeded(record):
+    for record in world.memory.all_of_kind("charge"):
+        if not took_money(record):
             continue
         body = record.body
-        told = {
+        result = {
             "payment_intent": body["payment_intent"],
             "charge": record.id,
             "amount": body["amount_captured"],
@@ -165,7 +167,7 @@ def _charges(world: World) -> Iterator[bytes]:
             "metadata": body["metadata"],
             "account": record.account,
         }
-        chunk.append(separator + encode(told))
+        chunk.append(separator + encode(result))
         separator = b","
         if len(chunk) == CHUNK_RECORDS:
             yield b"".join(chunk)
@@ -173,31 +175,31 @@ def _charges(world: World) -> Iterator[bytes]:
     yield b"".join(chunk) + (b"]" if separator == b"," else b"[]")
 
 
-ASKED: dict[str, Callable[[World, dict[str, str]], Any]] = {
+CONTROL_QUERIES: dict[str, Callable[[World, dict[str, str]], Any]] = {
     "health": lambda world, _: health(world),
-    "charges/summary": lambda world, asked: summary(world, asked.get("metadata_key", "")),
-    "refunds": lambda world, _: outside.every(world, "refund"),
+    "charges/summary": lambda world, asked: charges_summary(world, asked.get("metadata_key", "")),
+    "refunds": lambda world, _: outside.list_with_metadata(world, "refund"),
     "refunds/summary": lambda world, asked: outside.refunds_summary(world, asked.get("metadata_key", "")),
-    "disputes": lambda world, _: outside.every(world, "dispute"),
-    "webhooks": lambda world, _: webhooks(world),
-    "faults": lambda world, _: injected(world),
+    "disputes": lambda world, _: outside.list_with_metadata(world, "dispute"),
+    "webhooks": lambda world, _: webhook_counts(world),
+    "faults": lambda world, _: injected_faults(world),
 }
 
 
-class Demand(Struct, frozen=True):
+class ControlRoute(Struct, frozen=True):
     """What a POST is about: its body, and what is done, with an id where the path has one."""
 
     body: type[Struct]
     run: Callable[..., dict[str, Any]]
 
 
-STEERED = {
-    "faults": Demand(FaultSettings, choose),
-    "clock": Demand(Advance, advance),
-    "foreign-charge": Demand(ForeignCharge, charge_foreign),
-    "refunds": Demand(outside.Refund, outside.refund),
-    "refunds/{id}": Demand(outside.RefundFate, outside.refund_turns),
-    "disputes": Demand(outside.Dispute, outside.dispute),
-    "disputes/{id}": Demand(outside.Decision, outside.bank_decides),
-    "fraud-warnings": Demand(outside.OfCharge, outside.warn_of_fraud),
+CONTROL_ACTIONS = {
+    "faults": ControlRoute(FaultSettings, set_faults),
+    "clock": ControlRoute(Advance, advance_clock),
+    "foreign-charge": ControlRoute(ForeignCharge, create_foreign_charge),
+    "refunds": ControlRoute(outside.DashboardRefund, outside.refund_charge),
+    "refunds/{id}": ControlRoute(outside.RefundOutcome, outside.decide_refund),
+    "disputes": ControlRoute(outside.CardholderDispute, outside.dispute_charge),
+    "disputes/{id}": ControlRoute(outside.BankDecision, outside.decide_dispute),
+    "fraud-warnings": ControlRoute(outside.ChargeReference, outside.warn_of_fraud),
 }

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from app.sandbox.errors import invalid
+from app.sandbox.errors import invalid_request
 
 MINIMUM_MINOR = {
     "usd": 50, "aed": 200, "aud": 50, "bgn": 100, "brl": 50, "cad": 50, "chf": 50, "czk": 1500, "dkk": 250, "eur": 50,
@@ -28,19 +28,19 @@ def check_amount(amount: int, currency: str) -> None:
     """Refuse what Stripe refuses: an unknown currency, an amount below its minimum or above eight digits."""
     if currency not in MINIMUM_MINOR:
         known = ", ".join(sorted(MINIMUM_MINOR))
-        raise invalid(f"Invalid currency: {currency}. The sandbox knows these: {known}", param="currency")
+        raise invalid_request(f"Invalid currency: {currency}. The sandbox knows these: {known}", param="currency")
     if amount < 1:
-        raise invalid(
+        raise invalid_request(
             "This value must be greater than or equal to 1.", param="amount", code="parameter_invalid_integer"
         )
     if amount < MINIMUM_MINOR[currency]:
-        raise invalid(
+        raise invalid_request(
             f"Amount must be at least {MINIMUM_MINOR[currency]} {currency}.", param="amount", code="amount_too_small"
         )
     if amount > MAXIMUM_MINOR:
-        raise invalid(f"Amount must be no more than {MAXIMUM_MINOR}.", param="amount", code="amount_too_large")
+        raise invalid_request(f"Amount must be no more than {MAXIMUM_MINOR}.", param="amount", code="amount_too_large")
     if currency in THREE_DECIMALS and amount % 10:
-        raise invalid(
+        raise invalid_request(
             f"Amounts in {currency} must be divisible by 10.", param="amount", code="parameter_invalid_integer"
         )
 
@@ -49,7 +49,7 @@ NO_DECIMALS = frozenset({"clp", "jpy", "krw", "vnd"})
 SYMBOLS = {"usd": "$", "eur": "€", "gbp": "£"}
 
 
-def written(amount: int, currency: str) -> str:
+def format_amount(amount: int, currency: str) -> str:
     """Minor units as a person reads them: $40.00."""
     decimals = 0 if currency in NO_DECIMALS else 3 if currency in THREE_DECIMALS else 2
     number = f"{amount / 10**decimals:.{decimals}f}"
@@ -61,7 +61,7 @@ def exchange_rate(currency: str, into: str) -> Fraction:
     try:
         return US_CENTS_PER_MINOR_UNIT[currency] / US_CENTS_PER_MINOR_UNIT[into]
     except KeyError as unknown:
-        raise invalid(f"The sandbox has no exchange rate for {unknown}.", param="currency") from None
+        raise invalid_request(f"The sandbox has no exchange rate for {unknown}.", param="currency") from None
 
 
 def round_half_up(value: Fraction) -> int:

@@ -8,9 +8,9 @@ and a prevented dispute look like, and that no evidence for an inquiry keeps it 
 from typing import Any
 
 from app.sandbox import fraud, money, refunds, shapes
-from app.sandbox.errors import StripeError, invalid
-from app.sandbox.memory import Record
-from app.sandbox.parameters import Parameters, UpdateDispute, merged
+from app.sandbox.errors import StripeError, invalid_request
+from app.sandbox.memory import StoredObject
+from app.sandbox.parameters import Parameters, UpdateDispute, merge_metadata
 from app.sandbox.world import World
 
 FEE_MINOR = 1500
@@ -27,7 +27,7 @@ WINNING, LOSING, ESCALATING = "winning_evidence", "losing_evidence", "escalate_i
 """What Stripe's test mode takes for a decision, as `uncategorized_text`."""
 
 
-def await_holder(world: World, charge: Record) -> None:
+def schedule_dispute(world: World, charge: StoredObject) -> None:
     """Let the holder of a captured charge's card dispute it later, if the card is one of those."""
     card = world.card_of(charge.body["payment_method"])
     if card.dispute:
@@ -36,25 +36,27 @@ def await_holder(world: World, charge: Record) -> None:
         world.plan(world.settings.dispute_seconds, "issuer_warns", charge.id)
 
 
-def hear_holder(world: World, charge: Record) -> None:
+def open_after_charge(world: World, charge: StoredObject) -> None:
     """The holder of a test card disputes the charge, in the card's way."""
     what = world.card_of(charge.body["payment_method"]).dispute
     if what == "inquiry":
-        open_(world, charge, "fraudulent", inquiry=True)
+        open_dispute(world, charge, "fraudulent", inquiry=True)
     elif what:
-        open_(world, charge, what)
+        open_dispute(world, charge, what)
 
 
-def open_(world: World, charge: Record, reason: str, *, inquiry: bool = False, amount: int | None = None) -> Record:
+def open_dispute(
+    world: World, charge: StoredObject, reason: str, *, inquiry: bool = False, amount: int | None = None
+) -> StoredObject:
     """A holder disputes a charge: what is left of it after refunds, else all of it, or an amount of minor units."""
     captured = charge.body["amount_captured"]
     amount = amount or captured - charge.body["amount_refunded"] or captured
     if not captured or amount > captured:
-        raise invalid(f"The charge has captured {captured}.", param="amount")
-    id, created = world.memory.unused_id("du", charge.id), world.second()
+        raise invalid_request(f"The charge has captured {captured}.", param="amount")
+    id, created = world.memory.unused_id("du", charge.id), world.unix_seconds()
     due_by = int(created + world.settings.response_seconds)
     body = shapes.dispute(id, charge.body, amount, reason, created, due_by, inquiry=inquiry)
-    dispute = world.memory.save(Record(id, "dispute", charge.account, created, body, parent=charge.id))
+    dispute = world.memory.save(StoredObject(id, "dispute", charge.account, created, body, parent=charge.id))
     charge.body["disputed"] = True
     world.memory.save(charge)
     if inquiry:
@@ -66,11 +68,11 @@ def open_(world: World, charge: Record, reason: str, *, inquiry: bool = False, a
         world.emit("charge.dispute.funds_withdrawn", dispute)
         refunds.fail_unfinished(world, charge)
     world.plan(world.settings.response_seconds, "dispute_past_due", id)
-    fraud.too_late(world, charge)
+    fraud.close_warnings(world, charge)
     return dispute
 
 
-def update(world: World, dispute: Record, given: UpdateDispute) -> Record:
+def update(world: World, dispute: StoredObject, given: UpdateDispute) -> StoredObject:
     """Keep evidence; unless it says otherwise it goes to the bank at once, and that only once."""
     body = dispute.body
     _check_evidence(given.evidence)
@@ -78,7 +80,7 @@ def update(world: World, dispute: Record, given: UpdateDispute) -> Record:
         raise _already_closed()
     if given.evidence and body["status"] not in SUBMITTED:
         raise StripeError(400, "This dispute's evidence has already been submitted.", stored=True)
-    body["metadata"] = merged(body["metadata"], given.metadata)
+    body["metadata"] = merge_metadata(body["metadata"], given.metadata)
     body["evidence"] = {**body["evidence"], **{name: text or None for name, text in given.evidence.items()}}
     details = {**body["evidence_details"], "has_evidence": any(body["evidence"][name] for name in shapes.EVIDENCE)}
     submits = given.submit if given.submit is not None else bool(given.evidence)
@@ -92,7 +94,7 @@ def update(world: World, dispute: Record, given: UpdateDispute) -> Record:
     return dispute
 
 
-def close(world: World, dispute: Record, given: Parameters) -> Record:
+def close(world: World, dispute: StoredObject, given: Parameters) -> StoredObject:
     """The merchant gives in."""
     if dispute.body["status"] in ENDED:
         raise _already_closed()
@@ -100,7 +102,7 @@ def close(world: World, dispute: Record, given: Parameters) -> Record:
     return dispute
 
 
-def decide(world: World, dispute: Record) -> None:
+def decide_by_evidence(world: World, dispute: StoredObject) -> None:
     """The bank has read the evidence; it knows what to make of three texts only."""
     said, status = dispute.body["evidence"]["uncategorized_text"], dispute.body["status"]
     if status == "warning_under_review":
@@ -115,7 +117,7 @@ def decide(world: World, dispute: Record) -> None:
             lose(world, dispute)
 
 
-def pass_due(world: World, dispute: Record) -> None:
+def miss_deadline(world: World, dispute: StoredObject) -> None:
     """No evidence was submitted in time, unless it is due later by now."""
     if dispute.body["status"] in SUBMITTED and dispute.body["evidence_details"]["due_by"] <= world.memory.now():
         dispute.body["evidence_details"] = {**dispute.body["evidence_details"], "past_due": True}
@@ -126,36 +128,36 @@ def pass_due(world: World, dispute: Record) -> None:
             lose(world, dispute)
 
 
-def win(world: World, dispute: Record) -> None:
+def win(world: World, dispute: StoredObject) -> None:
     """The bank decides for the merchant: the money comes back, the fee doesn't. Also what a reinstatement is."""
     _reinstate(world, dispute, -dispute.net)
     _end(world, dispute, "won")
 
 
-def lose(world: World, dispute: Record) -> None:
+def lose(world: World, dispute: StoredObject) -> None:
     """The bank decides for the holder: the money stays where it is."""
     _end(world, dispute, "lost")
 
 
-def lose_partly(world: World, dispute: Record, returned: int) -> None:
+def lose_partly(world: World, dispute: StoredObject, returned: int) -> None:
     """The bank decides for both: so many minor units come back."""
     _reinstate(world, dispute, returned)
     _end(world, dispute, "lost")
 
 
-def appeal(world: World, dispute: Record) -> None:
+def appeal(world: World, dispute: StoredObject) -> None:
     """A lost dispute is opened once more."""
     if dispute.body["status"] != "lost":
-        raise invalid("Only a lost dispute can be appealed.", param="outcome")
+        raise invalid_request("Only a lost dispute can be appealed.", param="outcome")
     _ask_again(world, dispute)
-    _become(world, dispute, "appeal_needs_response")
+    _set_status(world, dispute, "appeal_needs_response")
 
 
-def escalate(world: World, dispute: Record) -> None:
+def escalate(world: World, dispute: StoredObject) -> None:
     """An inquiry becomes a chargeback."""
     body = dispute.body
     if not body["status"].startswith("warning_"):
-        raise invalid("Only an inquiry can be escalated.", param="outcome")
+        raise invalid_request("Only an inquiry can be escalated.", param="outcome")
     card = body["payment_method_details"]["card"]
     code = shapes.NETWORK_REASONS.get(body["reason"])
     body["payment_method_details"] = {
@@ -165,12 +167,12 @@ def escalate(world: World, dispute: Record) -> None:
     body["is_charge_refundable"] = False
     _withdraw(world, dispute, FEE_MINOR)
     _ask_again(world, dispute)
-    _become(world, dispute, "needs_response")
+    _set_status(world, dispute, "needs_response")
     world.emit("charge.dispute.funds_withdrawn", dispute)
     refunds.fail_unfinished(world, world.memory.get(body["charge"]))
 
 
-def prevent(world: World, dispute: Record) -> None:
+def prevent(world: World, dispute: StoredObject) -> None:
     """An inquiry is resolved before it becomes a chargeback: the holder has his money, there is no fee."""
     _withdraw(world, dispute, 0)
     dispute.body["is_charge_refundable"] = False
@@ -179,46 +181,48 @@ def prevent(world: World, dispute: Record) -> None:
     _end(world, dispute, "prevented")
 
 
-def end_inquiry(world: World, dispute: Record) -> None:
+def end_inquiry(world: World, dispute: StoredObject) -> None:
     """Nobody escalated it."""
     if dispute.body["status"].startswith("warning_") and dispute.body["status"] not in ENDED:
         _end(world, dispute, "warning_closed")
 
 
-def _ask_again(world: World, dispute: Record) -> None:
+def _ask_again(world: World, dispute: StoredObject) -> None:
     """Evidence is due anew."""
-    due_by = int(world.second() + world.settings.response_seconds)
+    due_by = int(world.unix_seconds() + world.settings.response_seconds)
     details = dispute.body["evidence_details"]
     dispute.body["evidence_details"] = {**details, "due_by": due_by, "past_due": False}
     world.plan(world.settings.response_seconds, "dispute_past_due", dispute.id)
 
 
-def _withdraw(world: World, dispute: Record, fee: int) -> None:
+def _withdraw(world: World, dispute: StoredObject, fee: int) -> None:
     said = f"Chargeback withdrawal for {dispute.body['charge']}"
     _move(world, dispute, -dispute.body["amount"], "dispute", said, fee)
 
 
-def _reinstate(world: World, dispute: Record, amount: int) -> None:
+def _reinstate(world: World, dispute: StoredObject, amount: int) -> None:
     if amount:
         _move(world, dispute, amount, "dispute_reversal", f"Chargeback reversal for {dispute.body['charge']}", 0)
         world.emit("charge.dispute.funds_reinstated", dispute)
 
 
-def _move(world: World, dispute: Record, amount: int, category: str, said: str, fee: int) -> None:
-    line = money.move(world, dispute, amount, type="adjustment", reporting_category=category, description=said, fee=fee)
+def _move(world: World, dispute: StoredObject, amount: int, category: str, said: str, fee: int) -> None:
+    line = money.book_movement(
+        world, dispute, amount, type="adjustment", reporting_category=category, description=said, fee=fee
+    )
     dispute.body["balance_transactions"] = [*dispute.body["balance_transactions"], line.body]
     dispute.net += amount
     world.memory.save(dispute)
 
 
-def _become(world: World, dispute: Record, status: str) -> None:
+def _set_status(world: World, dispute: StoredObject, status: str) -> None:
     before = {"status": dispute.body["status"]}
     dispute.body["status"] = status
     world.memory.save(dispute)
     world.emit("charge.dispute.updated", dispute, before)
 
 
-def _end(world: World, dispute: Record, status: str) -> None:
+def _end(world: World, dispute: StoredObject, status: str) -> None:
     before = {"status": dispute.body["status"]}
     dispute.body.update(status=status, is_charge_refundable=status in ("won", "warning_closed"))
     world.memory.save(dispute)
@@ -229,9 +233,9 @@ def _check_evidence(evidence: dict[str, Any]) -> None:
     for name in evidence:
         if name not in shapes.EVIDENCE:
             said = f"evidence[{name}]"
-            raise invalid(f"Received unknown parameter: {said}", param=said, code="parameter_unknown")
+            raise invalid_request(f"Received unknown parameter: {said}", param=said, code="parameter_unknown")
     if sum(map(len, evidence.values())) > EVIDENCE_LENGTH_MAX:
-        raise invalid(f"Evidence has at most {EVIDENCE_LENGTH_MAX} characters.", param="evidence")
+        raise invalid_request(f"Evidence has at most {EVIDENCE_LENGTH_MAX} characters.", param="evidence")
 
 
 def _already_closed() -> StripeError:

@@ -31,19 +31,19 @@ class StripeError(Exception):
         self.body = {"error": {name: value for name, value in sorted(fields.items()) if value is not None}}
 
 
-def invalid(message: str, *, param: str | None = None, code: str | None = None) -> StripeError:
+def invalid_request(message: str, *, param: str | None = None, code: str | None = None) -> StripeError:
     """400: the parameters can't be accepted; nothing was executed."""
     return StripeError(400, message, param=param, code=code)
 
 
 def missing(param: str) -> StripeError:
     """400: a required parameter isn't there."""
-    return invalid(f"Missing required param: {param}.", param=param, code="parameter_missing")
+    return invalid_request(f"Missing required param: {param}.", param=param, code="parameter_missing")
 
 
 def unsupported(param: str, why: str) -> StripeError:
     """400 of the sandbox's own: Stripe accepts this, the sandbox would have to pretend."""
-    return invalid(f"The sandbox does not support this: {why}", param=param)
+    return invalid_request(f"The sandbox does not support this: {why}", param=param)
 
 
 def not_found(kind: str, id: str, *, param: str = "id", status: int = 404) -> StripeError:

@@ -31,7 +31,7 @@ REQUEST_FAULTS: tuple[RequestFault, ...] = get_args(RequestFault)
 WEBHOOK_FAULTS: tuple[WebhookFault, ...] = get_args(WebhookFault)
 
 
-class Profile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+class FaultProfile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """Probabilities. Request faults are per POST, webhook faults per event other than `….created`."""
 
     timeout_before: float = 0.0
@@ -69,9 +69,9 @@ class Profile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """The payer fails 3-D Secure."""
 
 
-NONE = Profile()
+NO_FAULTS = FaultProfile()
 
-DEMO = Profile(
+DEMO_FAULTS = FaultProfile(
     timeout_before=0.015,
     timeout_after=0.015,
     reset=0.002,
@@ -91,10 +91,10 @@ DEMO = Profile(
 )
 """On 500 payments about 30 timeouts (half of them after the effect), 40 repeated, 25 reordered, 12 lost webhooks."""
 
-PROFILES = {"none": NONE, "demo": DEMO}
+PROFILES = {"none": NO_FAULTS, "demo": DEMO_FAULTS}
 
 
-class Order(Struct, forbid_unknown_fields=True):
+class OrderedFault(Struct, forbid_unknown_fields=True):
     """The next `times` calls of an operation get this fault; a webhook's operation is `webhook:<event type>`."""
 
     operation: str
@@ -110,11 +110,11 @@ class Order(Struct, forbid_unknown_fields=True):
             raise ValueError(f"{self.fault!r} is no fault of {self.operation!r}; these are: {', '.join(known)}")
 
 
-class Faults:
-    def __init__(self, seed: int, profile: Profile = NONE) -> None:
+class FaultInjector:
+    def __init__(self, seed: int, profile: FaultProfile = NO_FAULTS) -> None:
         self.seed = seed
         self.profile = profile
-        self.orders: list[Order] = []
+        self.orders: list[OrderedFault] = []
         self._attempts: dict[tuple[str, str], int] = {}
 
     def of_request(self, operation: str, identity: str, *, writes: bool) -> RequestFault | None:
@@ -123,7 +123,7 @@ class Faults:
         if ordered is not None:
             return cast(RequestFault, ordered)
         share = 1.0 if writes else self.profile.reads
-        if self.profile is NONE or not share:
+        if self.profile is NO_FAULTS or not share:
             return None
         attempt = self._attempts.get((operation, identity), 0) + 1
         self._attempts[operation, identity] = attempt
@@ -134,13 +134,13 @@ class Faults:
         ordered = self._ordered(f"webhook:{type}", " ".join((event_id, *about)))
         if ordered is not None:
             return cast(WebhookFault, ordered)
-        if self.profile is NONE or type.endswith(".created"):
+        if self.profile is NO_FAULTS or type.endswith(".created"):
             return None
         return self._draw(WEBHOOK_FAULTS, 1.0, "webhook", event_id)
 
     def repetitions(self, event_id: str) -> int:
         """How often a repeated webhook is delivered: 2 to 10 times by chance, ten times by order alone."""
-        return 10 if self.profile is NONE else 2 + int(self.chance("repetitions", event_id) * 9)
+        return 10 if self.profile is NO_FAULTS else 2 + int(self.chance("repetitions", event_id) * 9)
 
     def payer_declines(self, intent_id: str) -> bool:
         return self.chance("payer", intent_id) < self.profile.payer_declines
@@ -171,7 +171,7 @@ class Faults:
 class FaultSettings(Struct, forbid_unknown_fields=True):
     """The body of `POST /sandbox/faults`; what is left out stays as it is."""
 
-    profile: Literal["none", "demo"] | Profile | msgspec.UnsetType = msgspec.UNSET
-    next: list[Order] | msgspec.UnsetType = msgspec.UNSET
+    profile: Literal["none", "demo"] | FaultProfile | msgspec.UnsetType = msgspec.UNSET
+    next: list[OrderedFault] | msgspec.UnsetType = msgspec.UNSET
     hang_seconds: float | msgspec.UnsetType = msgspec.UNSET
     slow_seconds: float | msgspec.UnsetType = msgspec.UNSET

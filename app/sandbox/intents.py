@@ -9,8 +9,8 @@ from typing import Any
 from app.sandbox import disputes, money, shapes
 from app.sandbox.cards import AUTHENTICATION_NEEDED, CARDS, Card, Decline
 from app.sandbox.currencies import check_amount
-from app.sandbox.errors import StripeError, invalid, missing, not_found, unsupported, wrong_state
-from app.sandbox.memory import Record
+from app.sandbox.errors import StripeError, invalid_request, missing, not_found, unsupported, wrong_state
+from app.sandbox.memory import StoredObject
 from app.sandbox.parameters import (
     AutomaticMethods,
     CancelIntent,
@@ -19,7 +19,7 @@ from app.sandbox.parameters import (
     CreateIntent,
     MethodOptions,
     UpdateIntent,
-    merged,
+    merge_metadata,
 )
 from app.sandbox.world import World
 
@@ -35,7 +35,7 @@ EXPIRED = "expired"
 SUFFIX_LENGTH_MAX = 22
 
 
-def create(world: World, account: str, given: CreateIntent) -> Record:
+def create(world: World, account: str, given: CreateIntent) -> StoredObject:
     """A new intent; charged at once only if `confirm` is set."""
     currency = given.currency.lower()
     check_amount(given.amount, currency)
@@ -43,13 +43,13 @@ def create(world: World, account: str, given: CreateIntent) -> Record:
     card = _card(given.payment_method)
     if given.confirm and not card:
         raise missing("payment_method")
-    memory, created = world.memory, world.second()
+    memory, created = world.memory, world.unix_seconds()
     id = memory.unused_id("pi", account, (world.call and world.call.key) or f"#{memory.next_seq()}")
     automatic = given.automatic_payment_methods or AutomaticMethods(enabled=True)
     body = shapes.intent(id, f"{id}_secret_{memory.unused_id('s', id)[2:]}", created, currency, given, automatic)
-    body["metadata"] = merged({}, given.metadata)
+    body["metadata"] = merge_metadata({}, given.metadata)
     body["payment_method_options"] = _options(None, given.payment_method_options)
-    intent = Record(id, "payment_intent", account, created, body, parent=given.customer or "")
+    intent = StoredObject(id, "payment_intent", account, created, body, parent=given.customer or "")
     if card:
         _attach(world, intent, card)
         body["status"] = "requires_confirmation"
@@ -62,7 +62,7 @@ def create(world: World, account: str, given: CreateIntent) -> Record:
     return intent
 
 
-def update(world: World, intent: Record, given: UpdateIntent) -> Record:
+def update(world: World, intent: StoredObject, given: UpdateIntent) -> StoredObject:
     """Change an intent; amount, currency and payment method only before it is confirmed."""
     body = intent.body
     _check_common(given)
@@ -77,7 +77,7 @@ def update(world: World, intent: Record, given: UpdateIntent) -> Record:
         amount=amount,
         currency=currency,
         capture_method=given.capture_method or body["capture_method"],
-        metadata=merged(body["metadata"], given.metadata),
+        metadata=merge_metadata(body["metadata"], given.metadata),
         payment_method_options=_options(body["payment_method_options"], given.payment_method_options),
     )
     for name in ("customer", "description", "receipt_email", "statement_descriptor_suffix", "transfer_group"):
@@ -92,7 +92,7 @@ def update(world: World, intent: Record, given: UpdateIntent) -> Record:
     return intent
 
 
-def confirm(world: World, intent: Record, given: ConfirmIntent) -> Record:
+def confirm(world: World, intent: StoredObject, given: ConfirmIntent) -> StoredObject:
     """Try to charge the intent's payment method."""
     body = intent.body
     card = _card(given.payment_method)
@@ -124,7 +124,7 @@ def confirm(world: World, intent: Record, given: ConfirmIntent) -> Record:
     return intent
 
 
-def authenticated(world: World, intent: Record, approved: bool) -> Record:
+def complete_authentication(world: World, intent: StoredObject, approved: bool) -> StoredObject:
     """The payer has answered the 3-D Secure challenge; declines are recorded, not raised."""
     body = intent.body
     if body["status"] != "requires_action":
@@ -142,13 +142,13 @@ def authenticated(world: World, intent: Record, approved: bool) -> Record:
     return intent
 
 
-def finish_processing(world: World, intent: Record) -> None:
+def finish_processing(world: World, intent: StoredObject) -> None:
     """What was processing has succeeded at the network."""
     if intent.body["status"] == "processing":
         _succeed(world, intent, world.memory.get(intent.body["latest_charge"]))
 
 
-def capture(world: World, intent: Record, given: CaptureIntent) -> Record:
+def capture(world: World, intent: StoredObject, given: CaptureIntent) -> StoredObject:
     """Take what was authorized, or a part of it; the rest is released."""
     body = intent.body
     if not given.final_capture:
@@ -159,32 +159,32 @@ def capture(world: World, intent: Record, given: CaptureIntent) -> Record:
         raise wrong_state("capture", body)
     amount = body["amount_capturable"] if given.amount_to_capture is None else given.amount_to_capture
     if amount < 1:
-        raise invalid(
+        raise invalid_request(
             "This value must be greater than or equal to 1.",
             param="amount_to_capture",
             code="parameter_invalid_integer",
         )
     if amount > body["amount_capturable"]:
-        raise invalid(
+        raise invalid_request(
             "The payment could not be captured because the requested capture amount is greater than the amount you can"
             " capture for this charge.",
             param="amount_to_capture",
             code="amount_too_large",
         )
     charge = world.memory.get(body["latest_charge"])
-    body["metadata"] = merged(body["metadata"], given.metadata)
+    body["metadata"] = merge_metadata(body["metadata"], given.metadata)
     charge.body.update(captured=True, amount_captured=amount)
     money.book_charge(world, charge)
     world.memory.save(charge)
     world.emit("charge.captured", charge)
-    disputes.await_holder(world, charge)
+    disputes.schedule_dispute(world, charge)
     body.update(amount_capturable=0, amount_received=amount, status="succeeded")
     world.memory.save(intent)
     world.emit("payment_intent.succeeded", intent)
     return intent
 
 
-def cancel(world: World, intent: Record, reason: CancelIntent | str) -> Record:
+def cancel(world: World, intent: StoredObject, reason: CancelIntent | str) -> StoredObject:
     """End an intent for good; an authorization is released, and since 2025-03-31.basil that is no refund.
 
     https://docs.stripe.com/changelog/basil/2025-03-31/remove-refund-from-partial-capture-and-payment-cancellation-flow
@@ -194,7 +194,7 @@ def cancel(world: World, intent: Record, reason: CancelIntent | str) -> Record:
         raise wrong_state("cancel", body)
     body.update(
         amount_capturable=0,
-        canceled_at=world.second(),
+        canceled_at=world.unix_seconds(),
         cancellation_reason=reason if isinstance(reason, str) else reason.cancellation_reason,
         next_action=None,
         status="canceled",
@@ -206,13 +206,13 @@ def cancel(world: World, intent: Record, reason: CancelIntent | str) -> Record:
     return intent
 
 
-def expire_hold(world: World, intent: Record) -> None:
+def expire_authorization(world: World, intent: StoredObject) -> None:
     """An authorization that nobody captured in time is released."""
     if intent.body["status"] == "requires_capture":
         cancel(world, intent, EXPIRED)
 
 
-def _pay(world: World, intent: Record, card: Card, *, off_session: bool, return_url: str | None) -> None:
+def _pay(world: World, intent: StoredObject, card: Card, *, off_session: bool, return_url: str | None) -> None:
     body = intent.body
     options = (body["payment_method_options"].get("card") or {}).get("request_three_d_secure")
     challenged = card.challenge == "required" or (card.challenge == "optional" and options in ("any", "challenge"))
@@ -224,7 +224,7 @@ def _pay(world: World, intent: Record, card: Card, *, off_session: bool, return_
         _challenge(world, intent, return_url)
 
 
-def _challenge(world: World, intent: Record, return_url: str | None) -> None:
+def _challenge(world: World, intent: StoredObject, return_url: str | None) -> None:
     """Send the payer to the sandbox's page; without a return URL Stripe leaves that to its script."""
     body = intent.body
     page = f"{world.settings.public_url}/3ds/{intent.id}?client_secret={body['client_secret']}"
@@ -245,7 +245,7 @@ def _challenge(world: World, intent: Record, return_url: str | None) -> None:
         world.plan(world.settings.payer_seconds, "payer_answers", intent.id)
 
 
-def _charge(world: World, intent: Record, card: Card, *, authenticated: bool) -> None:
+def _charge(world: World, intent: StoredObject, card: Card, *, authenticated: bool) -> None:
     """Ask the card's issuer."""
     body = intent.body
     if card.decline:
@@ -273,7 +273,7 @@ def _charge(world: World, intent: Record, card: Card, *, authenticated: bool) ->
         _succeed(world, intent, charge)
 
 
-def _succeed(world: World, intent: Record, charge: Record) -> None:
+def _succeed(world: World, intent: StoredObject, charge: StoredObject) -> None:
     amount = charge.body["amount"]
     charge.label = "succeeded"
     charge.body.update(amount_captured=amount, captured=True, paid=True, status="succeeded")
@@ -286,10 +286,10 @@ def _succeed(world: World, intent: Record, charge: Record) -> None:
     world.memory.save(intent)
     world.emit("charge.succeeded", charge)
     world.emit("payment_intent.succeeded", intent)
-    disputes.await_holder(world, charge)
+    disputes.schedule_dispute(world, charge)
 
 
-def _fail(world: World, intent: Record, card: Card, decline: Decline, charge: Record | None) -> None:
+def _fail(world: World, intent: StoredObject, card: Card, decline: Decline, charge: StoredObject | None) -> None:
     """Record a failed attempt and raise the 402 that tells of it."""
     body = intent.body
     method = world.memory.get(body["payment_method"]).body
@@ -331,16 +331,18 @@ def _fail(world: World, intent: Record, card: Card, decline: Decline, charge: Re
     )
 
 
-def _new_charge(world: World, intent: Record, card: Card, *, authenticated: bool) -> Record:
-    id, created = world.memory.unused_id("ch", intent.id), world.second()
+def _new_charge(world: World, intent: StoredObject, card: Card, *, authenticated: bool) -> StoredObject:
+    id, created = world.memory.unused_id("ch", intent.id), world.unix_seconds()
     body = shapes.charge(id, intent.body, card, created, authenticated=authenticated)
-    return world.memory.save(Record(id, "charge", intent.account, created, body, parent=intent.id, label="pending"))
+    return world.memory.save(
+        StoredObject(id, "charge", intent.account, created, body, parent=intent.id, label="pending")
+    )
 
 
-def _attach(world: World, intent: Record, card: Card) -> None:
+def _attach(world: World, intent: StoredObject, card: Card) -> None:
     """Give the intent a payment method of its own, made from the test card."""
-    id, created = world.memory.unused_id("pm", intent.id), world.second()
-    world.memory.save(Record(id, "payment_method", intent.account, created, shapes.method(id, card, created)))
+    id, created = world.memory.unused_id("pm", intent.id), world.unix_seconds()
+    world.memory.save(StoredObject(id, "payment_method", intent.account, created, shapes.method(id, card, created)))
     intent.body["payment_method"] = id
 
 
@@ -357,7 +359,7 @@ def _check_common(given: UpdateIntent) -> None:
     if given.statement_descriptor:
         raise _descriptor_refused()
     if len(given.statement_descriptor_suffix or "") > SUFFIX_LENGTH_MAX:
-        raise invalid(
+        raise invalid_request(
             f"The statement descriptor suffix must be at most {SUFFIX_LENGTH_MAX} characters.",
             param="statement_descriptor_suffix",
         )
@@ -366,7 +368,7 @@ def _check_common(given: UpdateIntent) -> None:
 def _check_method_types(given: UpdateIntent | ConfirmIntent) -> None:
     """Since 2026-09-30.endive the types follow from the account's settings and can only be narrowed."""
     if given.payment_method_types is not None:
-        raise invalid(
+        raise invalid_request(
             "payment_method_types can no longer be set. Use automatic_payment_methods, allowed_payment_method_types or"
             " excluded_payment_method_types.",
             param="payment_method_types",
@@ -380,7 +382,7 @@ def _check_return_url(body: dict[str, Any], given: CreateIntent | ConfirmIntent)
     """Stripe's rule for intents that take whatever the Dashboard enables: some of it redirects the payer."""
     redirects = body["automatic_payment_methods"]["allow_redirects"] != "never"
     if redirects and not given.return_url and not given.off_session:
-        raise invalid(
+        raise invalid_request(
             "This PaymentIntent is configured to accept payment methods enabled in your Dashboard. Because some of"
             " these payment methods might redirect your customer off of your page, you must provide a `return_url`. If"
             " you don't want to accept redirect-based payment methods, set `automatic_payment_methods[enabled]` to"
@@ -391,7 +393,7 @@ def _check_return_url(body: dict[str, Any], given: CreateIntent | ConfirmIntent)
 
 
 def _descriptor_refused() -> StripeError:
-    return invalid(
+    return invalid_request(
         "The `statement_descriptor` parameter is not supported for card charges. Use `statement_descriptor_suffix`.",
         param="statement_descriptor",
     )

@@ -65,7 +65,7 @@ create table if not exists facts (name text primary key, value real not null) wi
 
 
 @dataclass(slots=True)
-class Record:
+class StoredObject:
     """One Stripe object with the columns it is found by."""
 
     id: str
@@ -83,7 +83,7 @@ class Record:
 
 
 @dataclass(slots=True, frozen=True, order=True)
-class Plan:
+class ScheduledAction:
     """Something that will happen at a time: `what` to `subject`, for the `attempt`-th time."""
 
     due: float
@@ -94,7 +94,7 @@ class Plan:
 
 
 @dataclass(slots=True, frozen=True)
-class StoredAnswer:
+class StoredResponse:
     fingerprint: bytes
     status: int
     body: bytes
@@ -112,11 +112,11 @@ class Bounds:
 
 @dataclass(slots=True)
 class _Changes:
-    records: dict[str, Record] = field(default_factory=dict)
-    events: list[tuple[Record, str]] = field(default_factory=list)
+    records: dict[str, StoredObject] = field(default_factory=dict)
+    events: list[tuple[StoredObject, str]] = field(default_factory=list)
     event_ids: set[str] = field(default_factory=set)
     keys: list[tuple[Any, ...]] = field(default_factory=list)
-    plans: list[Plan] = field(default_factory=list)
+    plans: list[ScheduledAction] = field(default_factory=list)
     done: list[tuple[int]] = field(default_factory=list)
     tallies: dict[str, int] = field(default_factory=dict)
 
@@ -145,7 +145,7 @@ class Memory:
             "pragma journal_mode = wal; pragma synchronous = off; pragma cache_size = -65536;"
             "pragma wal_autocheckpoint = 8000;" + TABLES
         )
-        self._cache: dict[str, Record] = {}
+        self._cache: dict[str, StoredObject] = {}
         self._changes = _Changes()
         self._object_seq = self._number("select coalesce(max(seq), 0) from objects")
         self._plan_seq = self._number("select coalesce(max(seq), 0) from plans")
@@ -182,7 +182,7 @@ class Memory:
         self._object_seq += 1
         return self._object_seq
 
-    def save(self, record: Record) -> Record:
+    def save(self, record: StoredObject) -> StoredObject:
         """Remember the record's present content at the next commit."""
         if not record.seq:
             record.seq = self.next_seq()
@@ -190,13 +190,13 @@ class Memory:
         self._changes.records[record.id] = record
         return record
 
-    def save_event(self, record: Record, text: str) -> None:
+    def save_event(self, record: StoredObject, text: str) -> None:
         """Remember an event; its snapshot is text already and isn't kept decoded."""
         record.seq = self.next_seq()
         self._changes.events.append((record, text))
         self._changes.event_ids.add(record.id)
 
-    def find(self, id: str) -> Record | None:
+    def find(self, id: str) -> StoredObject | None:
         record = self._cache.get(id)
         if record is None:
             row = self._file.execute(f"select {COLUMNS} from objects where id = ?", (id,)).fetchone()
@@ -207,7 +207,7 @@ class Memory:
                 self._cache[id] = record
         return record
 
-    def get(self, id: str) -> Record:
+    def get(self, id: str) -> StoredObject:
         record = self.find(id)
         assert record is not None, id
         return record
@@ -217,17 +217,17 @@ class Memory:
         seq, parent, text = self._file.execute("select seq, parent, body from objects where id = ?", (id,)).fetchone()
         return seq, parent, text.encode()
 
-    def newest(
+    def list_newest(
         self,
         kind: str,
         account: str,
         *,
         created: Bounds,
         limit: int,
-        after: Record | None = None,
-        before: Record | None = None,
+        after: StoredObject | None = None,
+        before: StoredObject | None = None,
         **equal: str | list[str] | None,
-    ) -> tuple[list[Record], bool]:
+    ) -> tuple[list[StoredObject], bool]:
         """A page of objects, newest first, and whether there are more in its direction.
 
         `after` and `before` are the cursors of `starting_after` and `ending_before`; `equal` narrows columns.
@@ -254,7 +254,7 @@ class Memory:
             page.reverse()
         return page, len(rows) > limit
 
-    def children(self, parent: str, kind: str) -> list[Record]:
+    def children(self, parent: str, kind: str) -> list[StoredObject]:
         """What belongs to an object, oldest first, uncommitted changes included."""
         rows = self._file.execute(
             f"select {COLUMNS} from objects where parent = ? and kind = ? order by seq", (parent, kind)
@@ -265,7 +265,7 @@ class Memory:
                 records[record.id] = record
         return list(records.values())
 
-    def every(self, kind: str) -> Iterator[Record]:
+    def all_of_kind(self, kind: str) -> Iterator[StoredObject]:
         """All objects of a kind in all accounts, oldest first."""
         for row in self._file.execute(f"select {COLUMNS} from objects where kind = ? order by seq", (kind,)):
             yield self._current(row)
@@ -301,31 +301,33 @@ class Memory:
 
     # Idempotency keys
 
-    def stored_answer(self, account: str, key: str) -> StoredAnswer | None:
+    def stored_response(self, account: str, key: str) -> StoredResponse | None:
         row = self._file.execute(
             "select fingerprint, status, body, request_id, created from keys where account = ? and key = ?",
             (account, key),
         ).fetchone()
-        return StoredAnswer(*row) if row else None
+        return StoredResponse(*row) if row else None
 
-    def store_answer(self, account: str, key: str, answer: StoredAnswer) -> None:
+    def store_response(self, account: str, key: str, answer: StoredResponse) -> None:
         self._changes.keys.append(
             (account, key, answer.fingerprint, answer.status, answer.body, answer.request_id, answer.created)
         )
 
     # Plans
 
-    def plan(self, due: float, what: str, subject: str, attempt: int = 1) -> Plan:
+    def plan(self, due: float, what: str, subject: str, attempt: int = 1) -> ScheduledAction:
         self._plan_seq += 1
-        plan = Plan(due, self._plan_seq, what, subject, attempt)
+        plan = ScheduledAction(due, self._plan_seq, what, subject, attempt)
         self._changes.plans.append(plan)
         return plan
 
-    def finish(self, plan: Plan) -> None:
+    def finish(self, plan: ScheduledAction) -> None:
         self._changes.done.append((plan.seq,))
 
-    def plans(self) -> list[Plan]:
-        return [Plan(*row) for row in self._file.execute("select due, seq, what, subject, attempt from plans")]
+    def plans(self) -> list[ScheduledAction]:
+        return [
+            ScheduledAction(*row) for row in self._file.execute("select due, seq, what, subject, attempt from plans")
+        ]
 
     # Tallies
 
@@ -382,7 +384,7 @@ class Memory:
         if not self._file.in_transaction:
             self._file.execute("begin immediate")
 
-    def _current(self, row: tuple[Any, ...]) -> Record:
+    def _current(self, row: tuple[Any, ...]) -> StoredObject:
         return self._cache.get(row[1]) or _record(row)
 
     def _number(self, query: str) -> int:
@@ -391,11 +393,11 @@ class Memory:
         return number
 
 
-def _text(record: Record) -> str:
+def _text(record: StoredObject) -> str:
     return encode(record.body).decode()
 
 
-def _row(record: Record, text: str) -> tuple[Any, ...]:
+def _row(record: StoredObject, text: str) -> tuple[Any, ...]:
     return (
         record.seq,
         record.id,
@@ -412,6 +414,8 @@ def _row(record: Record, text: str) -> tuple[Any, ...]:
     )
 
 
-def _record(row: tuple[Any, ...]) -> Record:
+def _record(row: tuple[Any, ...]) -> StoredObject:
     seq, id, kind, account, created, parent, label, currency, net, available_on, payout, body = row
-    return Record(id, kind, account, created, decode(body), parent, label, currency, net, available_on, payout, seq=seq)
+    return StoredObject(
+        id, kind, account, created, decode(body), parent, label, currency, net, available_on, payout, seq=seq
+    )

@@ -4,15 +4,15 @@ from math import ceil
 from typing import Any
 
 from app.sandbox.currencies import exchange_rate, processing_fee, round_half_up
-from app.sandbox.memory import Record
+from app.sandbox.memory import StoredObject
 from app.sandbox.world import World
 
 
-def book_charge(world: World, charge: Record) -> None:
+def book_charge(world: World, charge: StoredObject) -> None:
     """Give a captured charge its balance transaction, of the captured amount."""
-    amount, currency, rate = settled(world, charge.body["amount_captured"], charge.body["currency"])
+    amount, currency, rate = in_settlement_currency(world, charge.body["amount_captured"], charge.body["currency"])
     card = world.card_of(charge.body["payment_method"])
-    charge.body["balance_transaction"] = book(
+    charge.body["balance_transaction"] = create_balance_transaction(
         world,
         charge,
         type="charge",
@@ -26,7 +26,7 @@ def book_charge(world: World, charge: Record) -> None:
     world.memory.save(charge)
 
 
-def settled(world: World, amount: int, currency: str) -> tuple[int, str, float | None]:
+def in_settlement_currency(world: World, amount: int, currency: str) -> tuple[int, str, float | None]:
     """An amount as the balance holds it: minor units, currency, and the rate if it was exchanged."""
     into = world.settings.settlement_currency or currency
     if into == currency:
@@ -35,20 +35,20 @@ def settled(world: World, amount: int, currency: str) -> tuple[int, str, float |
     return round_half_up(amount * rate), into, float(rate)
 
 
-def move(
+def book_movement(
     world: World,
-    source: Record,
+    source: StoredObject,
     amount: int,
     *,
     type: str,
     description: str,
     reporting_category: str | None = None,
     fee: int = 0,
-) -> Record:
+) -> StoredObject:
     """A refund's or a dispute's line: a signed amount in the source's currency, a fee in the balance's."""
     sign = 1 if amount > 0 else -1
-    size, currency, rate = settled(world, abs(amount), source.body["currency"])
-    return book(
+    size, currency, rate = in_settlement_currency(world, abs(amount), source.body["currency"])
+    return create_balance_transaction(
         world,
         source,
         type=type,
@@ -63,16 +63,16 @@ def move(
     )
 
 
-def announce_booking(world: World, charge: Record) -> None:
+def book_charge_late(world: World, charge: StoredObject) -> None:
     """The balance transaction that came after its charge."""
     if charge.body["balance_transaction"] is None:
         book_charge(world, charge)
         world.emit("charge.updated", charge, {"balance_transaction": None})
 
 
-def book(
+def create_balance_transaction(
     world: World,
-    source: Record,
+    source: StoredObject,
     *,
     type: str,
     amount: int,
@@ -84,9 +84,9 @@ def book(
     fee_description: str = "Stripe processing fees",
     delay_seconds: float = 0,
     payout: str = "",
-) -> Record:
+) -> StoredObject:
     """One line of the account's balance, minor units of the currency it is settled in."""
-    created = world.second()
+    created = world.unix_seconds()
     available_on = ceil(world.memory.now() + delay_seconds) if delay_seconds else created
     id = world.memory.unused_id("txn", reporting_category or type, source.id)
     details = []
@@ -120,7 +120,7 @@ def book(
         "type": type,
     }
     return world.memory.save(
-        Record(
+        StoredObject(
             id,
             "balance_transaction",
             source.account,
@@ -148,17 +148,19 @@ def balance(world: World, account: str) -> dict[str, Any]:
     return {"object": "balance", "available": lines(1), "livemode": False, "pending": lines(2)}
 
 
-def pay_out(world: World) -> None:
+def create_payouts(world: World) -> None:
     """Automatic payouts: all available money of every account, one payout for each currency."""
     now = world.memory.now()
     world.memory.commit()
-    told = set()
+    announced = set()
     for account, currency, amount in world.memory.payable(now):
-        if account not in told:
-            told.add(account)
-            world.emit("balance.available", Record("balance", "balance", account, int(now), balance(world, account)))
+        if account not in announced:
+            announced.add(account)
+            world.emit(
+                "balance.available", StoredObject("balance", "balance", account, int(now), balance(world, account))
+            )
         id = world.memory.unused_id("po", account, currency, world.memory.next_seq())
-        created = world.second()
+        created = world.unix_seconds()
         body: dict[str, Any] = {
             "id": id,
             "object": "payout",
@@ -188,9 +190,9 @@ def pay_out(world: World) -> None:
             "trace_id": {"status": "pending", "value": None},
             "type": "bank_account",
         }
-        payout = Record(id, "payout", account, created, body, label="in_transit", currency=currency)
+        payout = StoredObject(id, "payout", account, created, body, label="in_transit", currency=currency)
         world.memory.assign_to_payout(account, currency, id, now)
-        line = book(
+        line = create_balance_transaction(
             world, payout, type="payout", amount=-amount, fee=0, currency=currency,
             description="STRIPE PAYOUT", payout=id,
         )  # fmt: skip
@@ -200,7 +202,7 @@ def pay_out(world: World) -> None:
         world.plan(world.settings.payout_arrival_seconds, "payout_arrives", id)
 
 
-def arrive(world: World, payout: Record) -> None:
+def complete_payout(world: World, payout: StoredObject) -> None:
     """The bank has the money, and Stripe has listed what it consists of."""
     if payout.body["status"] != "in_transit":
         return

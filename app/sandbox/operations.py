@@ -6,8 +6,8 @@ from typing import Any
 from msgspec import Struct
 
 from app.sandbox import disputes, intents, money, refunds
-from app.sandbox.errors import invalid
-from app.sandbox.memory import Record
+from app.sandbox.errors import invalid_request
+from app.sandbox.memory import StoredObject
 from app.sandbox.parameters import (
     CancelIntent,
     CaptureIntent,
@@ -26,8 +26,8 @@ from app.sandbox.parameters import (
     UpdateIntent,
     UpdateRefund,
 )
-from app.sandbox.reading import listed, owned, shown
-from app.sandbox.settings import PLATFORM
+from app.sandbox.reading import find_owned, list_page, render_object
+from app.sandbox.settings import PLATFORM_ACCOUNT
 from app.sandbox.world import World
 
 Run = Callable[[World, str, str, Any], dict[str, Any]]
@@ -42,50 +42,52 @@ class Operation(Struct, frozen=True):
 
 def _retrieve(kind: str) -> Run:
     def run(world: World, account: str, id: str, given: Parameters) -> dict[str, Any]:
-        return shown(world, owned(world, kind, account, id, param="id"), given.expand)
+        return render_object(world, find_owned(world, kind, account, id, param="id"), given.expand)
 
     return run
 
 
-def _create(create: Callable[[World, str, Any], Record]) -> Run:
+def _create(create: Callable[[World, str, Any], StoredObject]) -> Run:
     def run(world: World, account: str, id: str, given: Parameters) -> dict[str, Any]:
-        return shown(world, create(world, account, given), given.expand)
+        return render_object(world, create(world, account, given), given.expand)
 
     return run
 
 
-def _change(kind: str, change: Callable[[World, Record, Any], Record], *, param: str) -> Run:
+def _change(kind: str, change: Callable[[World, StoredObject, Any], StoredObject], *, param: str) -> Run:
     def run(world: World, account: str, id: str, given: Parameters) -> dict[str, Any]:
-        return shown(world, change(world, owned(world, kind, account, id, param=param), given), given.expand)
+        return render_object(
+            world, change(world, find_owned(world, kind, account, id, param=param), given), given.expand
+        )
 
     return run
 
 
-def _on_intent(change: Callable[[World, Record, Any], Record]) -> Run:
+def _on_intent(change: Callable[[World, StoredObject, Any], StoredObject]) -> Run:
     return _change("payment_intent", change, param="intent")
 
 
-def _on_refund(change: Callable[[World, Record, Any], Record]) -> Run:
+def _on_refund(change: Callable[[World, StoredObject, Any], StoredObject]) -> Run:
     return _change("refund", change, param="refund")
 
 
-def _on_dispute(change: Callable[[World, Record, Any], Record]) -> Run:
+def _on_dispute(change: Callable[[World, StoredObject, Any], StoredObject]) -> Run:
     return _change("dispute", change, param="dispute")
 
 
 def _retrieve_intent(world: World, account: str, id: str, given: RetrieveIntent) -> dict[str, Any]:
-    intent = owned(world, "payment_intent", account, id, param="intent")
+    intent = find_owned(world, "payment_intent", account, id, param="intent")
     if given.client_secret not in (None, intent.body["client_secret"]):
-        raise invalid("The client_secret provided does not match.", param="client_secret")
-    return shown(world, intent, given.expand)
+        raise invalid_request("The client_secret provided does not match.", param="client_secret")
+    return render_object(world, intent, given.expand)
 
 
 def _list_intents(world: World, account: str, id: str, given: ListIntents) -> dict[str, Any]:
-    return listed(world, "payment_intent", account, given, "/v1/payment_intents", parent=given.customer)
+    return list_page(world, "payment_intent", account, given, "/v1/payment_intents", parent=given.customer)
 
 
 def _list_charges(world: World, account: str, id: str, given: ListCharges) -> dict[str, Any]:
-    return listed(world, "charge", account, given, "/v1/charges", parent=given.payment_intent)
+    return list_page(world, "charge", account, given, "/v1/charges", parent=given.payment_intent)
 
 
 def _list_of_charge(kind: str, url: str) -> Run:
@@ -94,7 +96,7 @@ def _list_of_charge(kind: str, url: str) -> Run:
         if given.payment_intent:
             of_intent = [charge.id for charge in world.memory.children(given.payment_intent, "charge")]
             charges = [charge for charge in of_intent if given.charge in (None, charge)]
-        return listed(world, kind, account, given, url, parent=charges)
+        return list_page(world, kind, account, given, url, parent=charges)
 
     return run
 
@@ -103,21 +105,21 @@ def _list_balance_transactions(world: World, account: str, id: str, given: ListB
     if given.source and given.source.startswith("du_"):
         # Seen in Stripe's test mode: disputes' lines name their source and are still not found by it.
         given.source = "none"
-    return listed(
+    return list_page(
         world, "balance_transaction", account, given, "/v1/balance_transactions",
         parent=given.source, payout=given.payout, label=given.type, currency=given.currency,
     )  # fmt: skip
 
 
 def _list_payouts(world: World, account: str, id: str, given: ListPayouts) -> dict[str, Any]:
-    return listed(world, "payout", account, given, "/v1/payouts", label=given.status)
+    return list_page(world, "payout", account, given, "/v1/payouts", label=given.status)
 
 
 def _list_events(world: World, account: str, id: str, given: ListEvents) -> dict[str, Any]:
     if given.type and given.types:
-        raise invalid("You may only specify one of these parameters: type, types.", code="parameters_exclusive")
+        raise invalid_request("You may only specify one of these parameters: type, types.", code="parameters_exclusive")
     oldest = int(world.memory.now() - world.settings.event_seconds)
-    return listed(world, "event", account, given, "/v1/events", oldest=oldest, label=given.types or given.type)
+    return list_page(world, "event", account, given, "/v1/events", oldest=oldest, label=given.types or given.type)
 
 
 def _balance(world: World, account: str, id: str, given: Parameters) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _account(world: World, account: str, id: str, given: Parameters) -> dict[str
         "country": "US",
         "default_currency": world.settings.settlement_currency or "usd",
         "details_submitted": True,
-        "email": "platform@example.com" if account == PLATFORM else "merchant@example.com",
+        "email": "platform@example.com" if account == PLATFORM_ACCOUNT else "merchant@example.com",
         "metadata": {},
         "payouts_enabled": True,
         "type": "standard",
@@ -200,7 +202,7 @@ def find_operation(method: str, path: str) -> tuple[Operation, str]:
         shape = "/".join((*parts[:at], "{id}", *parts[at + 1 :]))
     operation = OPERATIONS.get(f"{method} {shape}")
     if operation is None:
-        error = invalid(f"Unrecognized request URL ({method}: {path}).")
+        error = invalid_request(f"Unrecognized request URL ({method}: {path}).")
         error.status = 404
         raise error
     return operation, id

@@ -7,35 +7,35 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from app.sandbox import disputes, fraud, refunds
-from app.sandbox.errors import invalid, not_found
-from app.sandbox.memory import Record
+from app.sandbox.errors import invalid_request, not_found
+from app.sandbox.memory import StoredObject
 from app.sandbox.parameters import CreateRefund
-from app.sandbox.reading import shown
+from app.sandbox.reading import render_object
 from app.sandbox.world import World
 
 
-class OfCharge(Struct, kw_only=True, forbid_unknown_fields=True):
+class ChargeReference(Struct, kw_only=True, forbid_unknown_fields=True):
     """Names a captured charge, by its own id or its intent's."""
 
     charge: str = ""
     payment_intent: str = ""
 
 
-class Refund(OfCharge, kw_only=True):
+class DashboardRefund(ChargeReference, kw_only=True):
     """The body of `POST /sandbox/refunds`: somebody refunds in the dashboard."""
 
     amount: int | None = None
     reason: Literal["duplicate", "fraudulent", "requested_by_customer"] | None = None
 
 
-class RefundFate(Struct, forbid_unknown_fields=True):
+class RefundOutcome(Struct, forbid_unknown_fields=True):
     """The body of `POST /sandbox/refunds/{id}`."""
 
     outcome: Literal["succeeded", "failed"]
     failure_reason: str = "expired_or_canceled_card"
 
 
-class Dispute(OfCharge, kw_only=True):
+class CardholderDispute(ChargeReference, kw_only=True):
     """The body of `POST /sandbox/disputes`."""
 
     amount: int | None = None
@@ -43,7 +43,7 @@ class Dispute(OfCharge, kw_only=True):
     inquiry: bool = False
 
 
-class Decision(Struct, forbid_unknown_fields=True):
+class BankDecision(Struct, forbid_unknown_fields=True):
     """The body of `POST /sandbox/disputes/{id}`."""
 
     outcome: Literal["won", "lost", "partly_lost", "reinstated", "appealed", "escalated", "prevented", "closed"]
@@ -51,10 +51,10 @@ class Decision(Struct, forbid_unknown_fields=True):
     """Minor units that come back of a partly lost dispute."""
 
 
-Decide = Callable[[World, Record], None]
+DecideDispute = Callable[[World, StoredObject], None]
 OPEN = ("needs_response", "under_review", "appeal_needs_response", "appeal_under_review")
 INQUIRY = ("warning_needs_response", "warning_under_review")
-DECISIONS: dict[str, tuple[tuple[str, ...], Decide]] = {
+DECISIONS: dict[str, tuple[tuple[str, ...], DecideDispute]] = {
     "won": (OPEN, disputes.win),
     "lost": (OPEN, disputes.lose),
     "reinstated": (("lost",), disputes.win),
@@ -66,58 +66,60 @@ DECISIONS: dict[str, tuple[tuple[str, ...], Decide]] = {
 """Outcomes by name: in which statuses a bank can decide so, and what comes of it."""
 
 
-def refund(world: World, given: Refund) -> dict[str, Any]:
+def refund_charge(world: World, given: DashboardRefund) -> dict[str, Any]:
     """A refund that we did not ask for: it carries no metadata, and its events name no request."""
     charge = _charge(world, given)
     asked = CreateRefund(charge=charge.id, amount=given.amount, reason=given.reason)
-    return shown(world, refunds.create(world, charge.account, asked))
+    return render_object(world, refunds.create(world, charge.account, asked))
 
 
-def refund_turns(world: World, id: str, given: RefundFate) -> dict[str, Any]:
+def decide_refund(world: World, id: str, given: RefundOutcome) -> dict[str, Any]:
     """A refund succeeds, or fails although it had succeeded."""
     found = _found(world, "refund", id)
     if given.outcome == "succeeded":
         refunds.succeed(world, found)
     else:
-        refunds.fail(world, found, given.failure_reason)
-    return shown(world, found)
+        refunds.fail_refund(world, found, given.failure_reason)
+    return render_object(world, found)
 
 
-def dispute(world: World, given: Dispute) -> dict[str, Any]:
+def dispute_charge(world: World, given: CardholderDispute) -> dict[str, Any]:
     """A holder disputes a charge."""
     charge = _charge(world, given)
-    return shown(world, disputes.open_(world, charge, given.reason, inquiry=given.inquiry, amount=given.amount))
+    return render_object(
+        world, disputes.open_dispute(world, charge, given.reason, inquiry=given.inquiry, amount=given.amount)
+    )
 
 
-def bank_decides(world: World, id: str, given: Decision) -> dict[str, Any]:
+def decide_dispute(world: World, id: str, given: BankDecision) -> dict[str, Any]:
     """A bank decides about a dispute, whatever its evidence."""
     found = _found(world, "dispute", id)
     status = found.body["status"]
     statuses, decide = (OPEN, None) if given.outcome == "partly_lost" else DECISIONS[given.outcome]
     if status not in statuses:
-        raise invalid(f"A dispute that is {status} can't be {given.outcome}.", param="outcome")
+        raise invalid_request(f"A dispute that is {status} can't be {given.outcome}.", param="outcome")
     if decide:
         decide(world, found)
     elif 0 < given.returned < -found.net:
         disputes.lose_partly(world, found, given.returned)
     else:
-        raise invalid(f"Of {-found.net} a part comes back.", param="returned")
-    return shown(world, found)
+        raise invalid_request(f"Of {-found.net} a part comes back.", param="returned")
+    return render_object(world, found)
 
 
-def warn_of_fraud(world: World, given: OfCharge) -> dict[str, Any]:
+def warn_of_fraud(world: World, given: ChargeReference) -> dict[str, Any]:
     """An issuer warns of a charge."""
-    return shown(world, fraud.warn(world, _charge(world, given)))
+    return render_object(world, fraud.warn(world, _charge(world, given)))
 
 
-def every(world: World, kind: str) -> list[dict[str, Any]]:
+def list_with_metadata(world: World, kind: str) -> list[dict[str, Any]]:
     """All refunds or disputes of all accounts, oldest first, with their payment's metadata and their account."""
-    told = []
-    for record in world.memory.every(kind):
+    rows = []
+    for record in world.memory.all_of_kind(kind):
         charge = world.memory.get(record.body["charge"])
         account = {"account": record.account, "payment_metadata": charge.body["metadata"]}
-        told.append({**shown(world, record), **account})
-    return told
+        rows.append({**render_object(world, record), **account})
+    return rows
 
 
 def refunds_summary(world: World, metadata_key: str) -> dict[str, Any]:
@@ -127,7 +129,9 @@ def refunds_summary(world: World, metadata_key: str) -> dict[str, Any]:
     refunds only. One that failed or was canceled gave nothing back and may be made again.
     """
     demands: Counter[str] = Counter()
-    standing = [record for record in world.memory.every("refund") if record.body["status"] in refunds.STANDING]
+    standing = [
+        record for record in world.memory.all_of_kind("refund") if record.body["status"] in refunds.EFFECTIVE_STATUSES
+    ]
     for record in standing:
         if demand := record.body["metadata"].get(metadata_key):
             demands[demand] += 1
@@ -142,14 +146,14 @@ def refunds_summary(world: World, metadata_key: str) -> dict[str, Any]:
     }
 
 
-def _charge(world: World, given: OfCharge) -> Record:
+def _charge(world: World, given: ChargeReference) -> StoredObject:
     for record in [world.memory.find(given.charge), *world.memory.children(given.payment_intent or "none", "charge")]:
         if record is not None and record.kind == "charge" and record.body["captured"]:
             return record
     raise not_found("charge", given.charge or given.payment_intent)
 
 
-def _found(world: World, kind: str, id: str) -> Record:
+def _found(world: World, kind: str, id: str) -> StoredObject:
     record = world.memory.find(id)
     if record is None or record.kind != kind:
         raise not_found(kind, id)

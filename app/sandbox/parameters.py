@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 import msgspec
 from msgspec import Struct
 
-from app.sandbox.errors import invalid, missing
+from app.sandbox.errors import invalid_request, missing
 from app.sandbox.memory import Bounds
 
 Pairs = list[tuple[str, str]]
@@ -180,14 +180,14 @@ class UpdateDispute(Parameters, kw_only=True):
     metadata: Metadata = None
 
 
-def merged(held: dict[str, str], given: Metadata) -> dict[str, str]:
+def merge_metadata(held: dict[str, str], given: Metadata) -> dict[str, str]:
     """Metadata after a change."""
     if given is None:
         return held
     if isinstance(given, str):
         return {}
     if len(given) > 50 or any(len(key) > 40 or len(value) > 500 for key, value in given.items()):
-        raise invalid("Metadata holds up to 50 keys of 40 characters, with values of 500.", param="metadata")
+        raise invalid_request("Metadata holds up to 50 keys of 40 characters, with values of 500.", param="metadata")
     return {key: value for key, value in {**held, **given}.items() if value != ""}
 
 
@@ -205,7 +205,7 @@ def nest(pairs: Pairs) -> dict[str, Any]:
         for key in path:
             place = place.setdefault(key or str(len(place)), {})
             if not isinstance(place, dict):
-                raise invalid(f"Invalid object: {name}", param=name)
+                raise invalid_request(f"Invalid object: {name}", param=name)
         place[last or str(len(place))] = value
     return {name: value if name == "metadata" else _listed(value) for name, value in nested.items()}
 
@@ -238,14 +238,14 @@ def _refused(kind: type[Parameters], given: dict[str, Any], refusal: str) -> Exc
     quoted = re.findall(r"`([^`]*)`", refusal)
     if "unknown field" in refusal:
         name = f"{param}[{quoted[0]}]" if param else quoted[0]
-        return invalid(f"Received unknown parameter: {name}", param=name, code="parameter_unknown")
+        return invalid_request(f"Received unknown parameter: {name}", param=name, code="parameter_unknown")
     if "missing required field" in refusal:
         return missing(f"{param}[{quoted[0]}]" if param else quoted[0])
     value: Any = given
     for part in path:
         value = value.get(part) if isinstance(value, dict) else value
     if value == "":
-        return invalid(
+        return invalid_request(
             f"You passed an empty string for '{param}'. We assume empty values are an attempt to unset a parameter;"
             f" however '{param}' cannot be unset. You should remove '{param}' from your request or supply a non-empty"
             " value.",
@@ -253,5 +253,5 @@ def _refused(kind: type[Parameters], given: dict[str, Any], refusal: str) -> Exc
             code="parameter_invalid_empty",
         )
     if "Expected `int" in refusal:
-        return invalid(f"Invalid integer: {value}", param=param, code="parameter_invalid_integer")
-    return invalid(f"Invalid {param}: {value}. {refusal.partition(' - at')[0]}.", param=param)
+        return invalid_request(f"Invalid integer: {value}", param=param, code="parameter_invalid_integer")
+    return invalid_request(f"Invalid {param}: {value}. {refusal.partition(' - at')[0]}.", param=param)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from app.sandbox.errors import invalid, not_found
-from app.sandbox.memory import Bounds, Record
+from app.sandbox.errors import invalid_request, not_found
+from app.sandbox.memory import Bounds, StoredObject
 from app.sandbox.parameters import Page
 from app.sandbox.world import World
 
@@ -22,7 +22,7 @@ EXPANDABLE = {
 }
 
 
-def owned(world: World, kind: str, account: str, id: str, *, param: str = "id", status: int = 404) -> Record:
+def find_owned(world: World, kind: str, account: str, id: str, *, param: str = "id", status: int = 404) -> StoredObject:
     """An object of this account; another account's does not exist for it."""
     record = world.memory.find(id)
     if record is None or record.kind != kind or record.account != account:
@@ -30,21 +30,21 @@ def owned(world: World, kind: str, account: str, id: str, *, param: str = "id", 
     return record
 
 
-def shown(world: World, record: Record, expand: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+def render_object(world: World, record: StoredObject, expand: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """The object as Stripe would answer it now."""
     body: dict[str, Any] = record.body
     if record.kind == "balance_transaction":
         available = record.available_on <= world.memory.now()
         body = {**body, "status": "available" if available else "pending"}
     if record.kind == "dispute":
-        lines = [shown(world, world.memory.get(line["id"])) for line in body["balance_transactions"]]
+        lines = [render_object(world, world.memory.get(line["id"])) for line in body["balance_transactions"]]
         body = {**body, "balance_transactions": lines}
     for head, rest in _by_head(expand).items():
         if head not in EXPANDABLE[record.kind]:
-            raise invalid(f"This property cannot be expanded ({head}).", param="expand[]")
+            raise invalid_request(f"This property cannot be expanded ({head}).", param="expand[]")
         id = body.get(head)
         if isinstance(id, str):
-            body = {**body, head: shown(world, world.memory.get(id), rest)}
+            body = {**body, head: render_object(world, world.memory.get(id), rest)}
     return body
 
 
@@ -56,22 +56,22 @@ def _by_head(expand: list[str] | tuple[str, ...]) -> dict[str, list[str]]:
     return heads
 
 
-def listed(
+def list_page(
     world: World, kind: str, account: str, given: Page, url: str, *, oldest: int = 0, **equal: str | list[str] | None
 ) -> dict[str, Any]:
     """A page of a list, newest first; of nothing that was created before `oldest`, Unix seconds."""
     if not 1 <= given.limit <= 100:
-        raise invalid("Limit must be between 1 and 100.", param="limit", code="parameter_invalid_integer")
+        raise invalid_request("Limit must be between 1 and 100.", param="limit", code="parameter_invalid_integer")
     if any(not path.startswith("data.") for path in given.expand):
-        raise invalid("Lists expand properties of their data: `data.….`", param="expand[]")
+        raise invalid_request("Lists expand properties of their data: `data.….`", param="expand[]")
     expand = [path.removeprefix("data.") for path in given.expand]
 
-    def cursor(param: str) -> Record | None:
+    def cursor(param: str) -> StoredObject | None:
         id = getattr(given, param)
-        return owned(world, kind, account, id, param=param, status=400) if id else None
+        return find_owned(world, kind, account, id, param=param, status=400) if id else None
 
     created = given.bounds()
-    records, more = world.memory.newest(
+    records, more = world.memory.list_newest(
         kind,
         account,
         created=Bounds(max(created.first, oldest), created.last),
@@ -82,7 +82,7 @@ def listed(
     )
     return {
         "object": "list",
-        "data": [shown(world, record, expand) for record in records],
+        "data": [render_object(world, record, expand) for record in records],
         "has_more": more,
         "url": url,
     }

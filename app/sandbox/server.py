@@ -15,15 +15,15 @@ import uvicorn
 import uvloop
 
 from app.sandbox import agenda, control, payer
-from app.sandbox.answering import answer, echoed_headers, refuse, understand
+from app.sandbox.answering import echoed_headers, error_response, execute_request, parse_request
 from app.sandbox.errors import StripeError
-from app.sandbox.faults import DEMO, NONE, Faults, Profile
+from app.sandbox.faults import DEMO_FAULTS, NO_FAULTS, FaultInjector, FaultProfile
 from app.sandbox.memory import Memory
-from app.sandbox.misbehaving import misbehave
+from app.sandbox.misbehaving import inject_fault
 from app.sandbox.parameters import decode_pairs
-from app.sandbox.settings import SECRET, Settings
-from app.sandbox.webhooks import Postman
-from app.sandbox.wire import Answer, Connection, Message, ProtocolWithTransport, Receive, Send
+from app.sandbox.settings import WEBHOOK_SECRET, SandboxSettings
+from app.sandbox.webhooks import WebhookSender
+from app.sandbox.wire import ClientConnection, Message, ProtocolWithTransport, Receive, SandboxResponse, Send
 from app.sandbox.world import World
 
 log = logging.getLogger("sandbox")
@@ -31,18 +31,18 @@ log = logging.getLogger("sandbox")
 BACKLOG = 2048
 
 
-class Application:
+class SandboxApplication:
     """The ASGI application."""
 
-    def __init__(self, world: World, postman: Postman) -> None:
+    def __init__(self, world: World, sender: WebhookSender) -> None:
         self.world = world
-        self.postman = postman
+        self.sender = sender
         self._requests = 0
         self._boot = os.urandom(4).hex()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         method, path, query = scope["method"], scope["path"], scope["query_string"].decode()
-        connection = Connection(scope, receive, send)
+        connection = ClientConnection(scope, receive, send)
         body = await connection.read()
         if path.startswith("/v1/"):
             headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -52,78 +52,78 @@ class Application:
             if path.startswith("/3ds/"):
                 await connection.send(self._answer_payer(method, path.removeprefix("/3ds/"), query, body))
             else:
-                await control.answer(self.world, connection, method, path, query, body)
+                await control.handle_request(self.world, connection, method, path, query, body)
         except StripeError as refusal:
             self.world.rollback()
-            await connection.send(refuse(refusal))
+            await connection.send(error_response(refusal))
 
     async def _answer_stripe(
-        self, connection: Connection, method: str, path: str, headers: dict[bytes, str], form: str
+        self, connection: ClientConnection, method: str, path: str, headers: dict[bytes, str], form: str
     ) -> None:
         world = self.world
         self._requests += 1
         request_id = f"req_{self._boot}{self._requests:08d}"
         echoed = echoed_headers(headers, request_id)
         try:
-            request = understand(world, method, path, headers, form, request_id)
+            request = parse_request(world, method, path, headers, form, request_id)
         except StripeError as refusal:
-            answered = refuse(refusal)
+            response = error_response(refusal)
         else:
             fault = world.faults.of_request(request.operation.name, request.identity, writes=request.writes)
             if fault is not None:
-                await misbehave(fault, world, self.postman, request, connection, echoed)
+                await inject_fault(fault, world, self.sender, request, connection, echoed)
                 return
-            answered = answer(world, request)
-        answered.headers += echoed
-        await connection.send(answered)
+            response = execute_request(world, request)
+        response.headers += echoed
+        await connection.send(response)
 
-    def _answer_payer(self, method: str, intent_id: str, query: str, body: str) -> Answer:
+    def _answer_payer(self, method: str, intent_id: str, query: str, body: str) -> SandboxResponse:
         secret = dict(decode_pairs(query)).get("client_secret", "")
         html = [(b"content-type", b"text/html; charset=utf-8")]
         if method == "POST":
             outcome = dict(decode_pairs(body)).get("outcome", "")
-            back = payer.answer(self.world, intent_id, secret, outcome)
+            back = payer.submit_answer(self.world, intent_id, secret, outcome)
             self.world.commit()
             if back is not None:
-                return Answer(303, b"", [*html, (b"location", back.encode())])
-        return Answer(200, payer.page(self.world, intent_id, secret).encode(), html)
+                return SandboxResponse(303, b"", [*html, (b"location", back.encode())])
+        return SandboxResponse(200, payer.render_page(self.world, intent_id, secret).encode(), html)
 
 
-def serve(
+def serve_sandbox(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
     fd: int | None = None,
     memory: Path = Path("sandbox.sqlite"),
     seed: int = 1,
-    faults: bool | Profile = False,
+    faults: bool | FaultProfile = False,
     webhook_url: str | None = None,
-    webhook_secret: str = SECRET,
-    settings: Settings | None = None,
+    webhook_secret: str = WEBHOOK_SECRET,
+    settings: SandboxSettings | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; prints `listening on HOST:PORT` once connections are accepted.
 
     Port 0 takes a free one; `fd` is an open socket to use instead. `faults=True` is the demo's profile, and the payer
     then completes 3-D Secure by himself. `settings` gives everything else.
     """
-    settings = settings or Settings()
+    settings = settings or SandboxSettings()
     settings.seed, settings.webhook_url, settings.webhook_secret = seed, webhook_url, webhook_secret
     settings.auto_payer = settings.auto_payer or faults is True
-    profile = faults if isinstance(faults, Profile) else DEMO if faults else NONE
+    profile = faults if isinstance(faults, FaultProfile) else DEMO_FAULTS if faults else NO_FAULTS
     listening = socket.socket(fileno=fd) if fd is not None else socket.create_server((host, port), backlog=BACKLOG)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_live(listening, memory, settings, profile))
+        runner.run(_run(listening, memory, settings, profile))
 
 
-async def _live(listening: socket.socket, path: Path, settings: Settings, profile: Profile) -> None:
+async def _run(listening: socket.socket, path: Path, settings: SandboxSettings, profile: FaultProfile) -> None:
     listening.listen(BACKLOG)
     host, port = listening.getsockname()[:2]
     settings.public_url = settings.public_url or f"http://{host}:{port}"
     memory = Memory(path, settings.seed)
-    world = World(settings, memory, Faults(settings.seed, profile))
-    postman = Postman(world)
+    world = World(settings, memory, FaultInjector(settings.seed, profile))
+    sender = WebhookSender(world)
     config = uvicorn.Config(
-        Application(world, postman),
+        SandboxApplication(world, sender),
         http=ProtocolWithTransport,
         ws="none",
         lifespan="off",
@@ -139,21 +139,21 @@ async def _live(listening: socket.socket, path: Path, settings: Settings, profil
         # uvicorn raises the signal that ended it once more; that must not end us before the memory is closed.
         signal.signal(ending, lambda *_: None)
     print(f"listening on {host}:{port}", flush=True)  # noqa: T201  # whoever started us waits for this line
-    own_life = [asyncio.create_task(agenda.follow(world, postman)), asyncio.create_task(postman.run())]
+    tasks = [asyncio.create_task(agenda.run_agenda(world, sender)), asyncio.create_task(sender.run())]
     if settings.payout_seconds > 0:
-        own_life.append(asyncio.create_task(agenda.pay_out_regularly(world)))
-    for task in own_life:
-        task.add_done_callback(_tell_of_failure)
+        tasks.append(asyncio.create_task(agenda.pay_out_periodically(world)))
+    for task in tasks:
+        task.add_done_callback(_log_failure)
     try:
         await uvicorn.Server(config).serve(sockets=[listening])
     finally:
-        for task in own_life:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*own_life, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         memory.close()
 
 
-def _tell_of_failure(task: asyncio.Task[None]) -> None:
+def _log_failure(task: asyncio.Task[None]) -> None:
     """The sandbox's own life only ends with it; anything else is a bug to be seen at once."""
     if not task.cancelled() and (failure := task.exception()) is not None:
         log.critical("the sandbox stopped living by itself", exc_info=failure)

@@ -3,21 +3,21 @@
 from msgspec import Struct
 
 API_VERSION = "2026-10-28.endive"
-PLATFORM = "acct_1SuretyPlatform"
+PLATFORM_ACCOUNT = "acct_1SuretyPlatform"
 """The account that a request without `Stripe-Account` belongs to."""
 
-SECRET = "whsec_sandbox"  # it is no secret here: it signs nothing but play
+WEBHOOK_SECRET = "whsec_sandbox"  # it is no secret here: it signs nothing but play
 """Signs webhooks where no other secret is given."""
 
 
-class Settings(Struct, kw_only=True, forbid_unknown_fields=True):
+class SandboxSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     """Of one sandbox."""
 
     seed: int = 1
     """Everything that happens by chance follows from it and from the request's own identity."""
     webhook_url: str | None = None
     """Where events are delivered, `http://host:port/path`; None: nowhere, they can only be listed."""
-    webhook_secret: str = SECRET
+    webhook_secret: str = WEBHOOK_SECRET
     webhook_events: tuple[str, ...] = ()
     """Event types to deliver; empty: all."""
     webhook_connections: int = 8

@@ -58,7 +58,7 @@ def method(id: str, card: Card, created: int) -> dict[str, Any]:
         "id": id,
         "object": "payment_method",
         "allow_redisplay": "unspecified",
-        "billing_details": nobody(),
+        "billing_details": empty_billing_details(),
         "card": {
             "brand": card.brand,
             "checks": {"address_line1_check": None, "address_postal_code_check": None, "cvc_check": None},
@@ -106,7 +106,7 @@ def charge(id: str, intent: dict[str, Any], card: Card, created: int, *, authent
         "application_fee": None,
         "application_fee_amount": None,
         "balance_transaction": None,
-        "billing_details": nobody(),
+        "billing_details": empty_billing_details(),
         "calculated_statement_descriptor": "SURETY SANDBOX",
         "captured": False,
         "created": created,
@@ -282,7 +282,7 @@ def dispute(
     }
 
 
-def nobody() -> dict[str, Any]:
+def empty_billing_details() -> dict[str, Any]:
     """Billing details of which none are known."""
     address = dict.fromkeys(("city", "country", "line1", "line2", "postal_code", "state"))
     return {"address": address, "email": None, "name": None, "phone": None, "tax_id": None}

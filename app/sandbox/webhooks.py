@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from app.sandbox.memory import Plan
+from app.sandbox.memory import ScheduledAction
 from app.sandbox.world import World
 
 RETRY_SECONDS_MAX = 16.0
@@ -20,17 +20,17 @@ def signature(payload: bytes, secret: str, timestamp: int) -> str:
     return f"t={timestamp},v1={digest.hex()}"
 
 
-class Postman:
+class WebhookSender:
     """Delivers what is planned, over a few connections at once."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._queue: asyncio.Queue[Plan] = asyncio.Queue()
+        self._queue: asyncio.Queue[ScheduledAction] = asyncio.Queue()
         self._delivered: dict[str, asyncio.Future[None]] = {}
         self._latest: dict[str, int] = {}
         """By payment, the newest of its events that was delivered: what comes after it and is older was overtaken."""
 
-    def post(self, plan: Plan) -> None:
+    def post(self, plan: ScheduledAction) -> None:
         """Take a delivery that is due."""
         self._queue.put_nowait(plan)
 
@@ -48,13 +48,13 @@ class Postman:
 
     async def _deliver_all(self) -> None:
         url = self.world.settings.webhook_url
-        connection = Connection(url) if url else None
+        connection = ReceiverConnection(url) if url else None
         while True:
             plan = await self._queue.get()
             if connection is not None:
                 await self._deliver(connection, plan)
 
-    async def _deliver(self, connection: "Connection", plan: Plan) -> None:
+    async def _deliver(self, connection: "ReceiverConnection", plan: ScheduledAction) -> None:
         world, settings = self.world, self.world.settings
         seq, subject, payload = world.memory.event(plan.subject)
         forged = plan.what == "deliver_forged"
@@ -85,7 +85,7 @@ class Postman:
         world.commit_soon()
 
 
-class Connection:
+class ReceiverConnection:
     """One HTTP/1.1 connection to the receiver, opened when needed and kept while it lasts."""
 
     def __init__(self, url: str) -> None:
@@ -118,7 +118,7 @@ class Connection:
         if self._reader is None or self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
         self._writer.write(request)
-        answer = Answer()
+        answer = DeliveryResponse()
         while not answer.complete:
             data = await self._reader.read(65536)
             if not data:
@@ -136,7 +136,7 @@ class Connection:
         self._reader = self._writer = None
 
 
-class Answer:
+class DeliveryResponse:
     """Of an answer, what matters: its status, that it is complete, and whether another request may follow."""
 
     def __init__(self) -> None:

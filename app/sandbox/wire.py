@@ -18,7 +18,7 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 
-class Answer(Struct):
+class SandboxResponse(Struct):
     """What is sent back."""
 
     status: int
@@ -28,9 +28,9 @@ class Answer(Struct):
     """Whether this very request changed something; a replay did not."""
 
 
-def json_answer(told: object) -> Answer:
+def json_response(told: object) -> SandboxResponse:
     """200 with the told as JSON."""
-    return Answer(200, encode(told), [])
+    return SandboxResponse(200, encode(told), [])
 
 
 class ProtocolWithTransport(HttpToolsProtocol):
@@ -42,7 +42,7 @@ class ProtocolWithTransport(HttpToolsProtocol):
         cast("Message", self.scope)["extensions"] = {"sandbox.transport": self.transport}
 
 
-class Connection:
+class ClientConnection:
     """One request's connection."""
 
     def __init__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -59,7 +59,7 @@ class Connection:
             if not message.get("more_body"):
                 return body.decode(errors="replace")
 
-    async def send(self, answer: Answer) -> None:
+    async def send(self, answer: SandboxResponse) -> None:
         """Answer, as JSON unless the answer says otherwise."""
         await self._start(answer)
         await self._send({"type": "http.response.body", "body": answer.body})
@@ -79,7 +79,7 @@ class Connection:
                 await self._client_left()
         await self._cut()
 
-    async def break_off(self, answer: Answer) -> None:
+    async def reset_midway(self, answer: SandboxResponse) -> None:
         """Send the head and half of the body, then reset the connection."""
         await self._start(answer)
         half = answer.body[: len(answer.body) // 2]
@@ -88,7 +88,7 @@ class Connection:
         await asyncio.sleep(0.02)
         await self._cut()
 
-    async def _start(self, answer: Answer) -> None:
+    async def _start(self, answer: SandboxResponse) -> None:
         headers = [*answer.headers, (b"content-length", b"%d" % len(answer.body))]
         if headers[0][0] != b"content-type":
             headers.append((b"content-type", b"application/json"))

@@ -5,16 +5,16 @@ from asyncio import Event, get_running_loop
 from dataclasses import dataclass
 from typing import Any
 
-from app.sandbox.cards import BY_FINGERPRINT, Card
-from app.sandbox.faults import Faults
-from app.sandbox.memory import Memory, Plan, Record, encode
-from app.sandbox.settings import API_VERSION, PLATFORM, Settings
+from app.sandbox.cards import CARD_BY_FINGERPRINT, Card
+from app.sandbox.faults import FaultInjector
+from app.sandbox.memory import Memory, ScheduledAction, StoredObject, encode
+from app.sandbox.settings import API_VERSION, PLATFORM_ACCOUNT, SandboxSettings
 
 COMMIT_SOON_SECONDS = 0.01
 
 
 @dataclass(slots=True, frozen=True)
-class Call:
+class RequestContext:
     """Whose request is being executed."""
 
     account: str
@@ -25,43 +25,43 @@ class Call:
 class World:
     """One sandbox."""
 
-    def __init__(self, settings: Settings, memory: Memory, faults: Faults) -> None:
+    def __init__(self, settings: SandboxSettings, memory: Memory, faults: FaultInjector) -> None:
         self.settings = settings
         self.memory = memory
         self.faults = faults
-        self.call: Call | None = None
+        self.call: RequestContext | None = None
         """The request under execution; None while the sandbox acts by itself."""
         self.keys_in_use: set[tuple[str, str]] = set()
         """Account and key of the requests that are still being executed."""
         self.delivering: list[str] | None = None
         """Where to note the events that are about to be delivered, if somebody waits for them."""
-        self.agenda: list[Plan] = memory.plans()
+        self.agenda: list[ScheduledAction] = memory.plans()
         """What will happen, as a heap by time."""
         heapq.heapify(self.agenda)
-        self._fresh: list[Plan] = []
+        self._fresh: list[ScheduledAction] = []
         self.agenda_changed = Event()
         self._commit_is_near = False
 
-    def second(self) -> int:
+    def unix_seconds(self) -> int:
         """The sandbox's time as Stripe tells it, whole Unix seconds."""
         return int(self.memory.now())
 
     def card_of(self, method_id: str) -> Card:
         """The test card behind a stored payment method."""
-        return BY_FINGERPRINT[self.memory.get(method_id).body["card"]["fingerprint"]]
+        return CARD_BY_FINGERPRINT[self.memory.get(method_id).body["card"]["fingerprint"]]
 
     def plan(self, delay_seconds: float, what: str, subject: str, attempt: int = 1) -> None:
         """Let something happen later, even if the sandbox is killed before."""
         due = self.memory.now() + delay_seconds
         self._fresh.append(self.memory.plan(due, what, subject, attempt))
 
-    def emit(self, type: str, record: Record, previous: dict[str, Any] | None = None) -> None:
+    def emit(self, type: str, record: StoredObject, previous: dict[str, Any] | None = None) -> None:
         """Tell of a change: an event with a snapshot of the object as it is now, and its webhook."""
         settings, memory, call = self.settings, self.memory, self.call
         data: dict[str, Any] = {"object": record.body}
         if previous is not None:
             data["previous_attributes"] = previous
-        id, created = memory.unused_id("evt", type, record.id), self.second()
+        id, created = memory.unused_id("evt", type, record.id), self.unix_seconds()
         event: dict[str, Any] = {
             "id": id,
             "object": "event",
@@ -74,10 +74,10 @@ class World:
             "type": type,
         }
         payment = record.body.get("payment_intent") or record.id
-        if record.account != PLATFORM:
+        if record.account != PLATFORM_ACCOUNT:
             event["account"] = record.account
         memory.save_event(
-            Record(id, "event", record.account, created, {}, parent=payment, label=type), encode(event).decode()
+            StoredObject(id, "event", record.account, created, {}, parent=payment, label=type), encode(event).decode()
         )
         if settings.webhook_url and (not settings.webhook_events or type in settings.webhook_events):
             about = (payment, *(record.body.get("metadata") or {}).values())
@@ -108,7 +108,7 @@ class World:
             case _:
                 self.plan(0, "deliver", event_id)
 
-    def take_held(self, about: str) -> list[Plan]:
+    def take_pending_deliveries(self, about: str) -> list[ScheduledAction]:
         """The deliveries that are still to come about a payment, or about all of them if it is "", off the agenda."""
         held = [
             plan

@@ -14,7 +14,7 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
 
-DRAINED_BYTES_MAX = 1 << 20
+DISCARDED_BYTES_MAX = 1 << 20
 BODY_SECONDS_MAX = 10.0
 
 
@@ -23,7 +23,7 @@ def new_request_id() -> str:
     return f"req_{int(time.time() * 1000):012x}{random.getrandbits(80):020x}"
 
 
-class Answer:
+class HttpResponse:
     """A whole response; itself an ASGI application. Every one carries the Request-Id."""
 
     __slots__ = ("body", "headers", "request_id", "status")
@@ -44,30 +44,30 @@ class Answer:
         await send({"type": "http.response.body", "body": self.body})
 
 
-class TooLarge(Exception):
+class BodyTooLarge(Exception):
     """The body is larger than allowed; what came of it was thrown away."""
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client left, or was too slow, before its request was complete."""
 
 
 async def read_body(receive: Receive, bytes_max: int) -> bytes:
-    """The request's body. Raises TooLarge, and Gone when there is nobody left to answer."""
+    """The request's body. Raises BodyTooLarge, and ClientDisconnected when there is nobody left to answer."""
     message = await receive()
     body: bytes = message.get("body", b"")
     if not message.get("more_body") and message["type"] == "http.request":
         if len(body) > bytes_max:
-            raise TooLarge
+            raise BodyTooLarge
         return body
     try:
         async with asyncio.timeout(BODY_SECONDS_MAX):
-            return await read_parts(message, receive, bytes_max)
+            return await read_chunked_body(message, receive, bytes_max)
     except TimeoutError:
-        raise Gone from None
+        raise ClientDisconnected from None
 
 
-async def read_parts(message: Message, receive: Receive, bytes_max: int) -> bytes:
+async def read_chunked_body(message: Message, receive: Receive, bytes_max: int) -> bytes:
     """The rest of a body that comes in parts. One that is too large is read a little further, so that the client is
     ready to hear it.
     """
@@ -75,14 +75,14 @@ async def read_parts(message: Message, receive: Receive, bytes_max: int) -> byte
     received = 0
     while True:
         if message["type"] == "http.disconnect":
-            raise Gone
+            raise ClientDisconnected
         part = message.get("body", b"")
         received += len(part)
         if received <= bytes_max:
             parts += part
-        if not message.get("more_body") or received > bytes_max + DRAINED_BYTES_MAX:
+        if not message.get("more_body") or received > bytes_max + DISCARDED_BYTES_MAX:
             break
         message = await receive()
     if received > bytes_max:
-        raise TooLarge
+        raise BodyTooLarge
     return bytes(parts)

@@ -12,33 +12,33 @@ from typing import Any, LiteralString
 import psycopg
 
 from app.web.batching import Unavailable
-from app.web.database import Database, Row
-from app.web.keys import hash_of
+from app.web.database import DatabasePool, Row
+from app.web.keys import key_hash_of
 from app.web.problems import Problem
-from app.web.throttle import PerSecond
+from app.web.throttle import PerSecondThrottle
 
-log = logging.getLogger("surety.doorkeeper")
+log = logging.getLogger("surety.auth")
 
 DENIALS_PER_SECOND_MAX = 20
-DETAILS = {
+DENIAL_DETAILS = {
     "unauthenticated": "the API key is missing, misspelt, unknown, revoked or an operator's",
     "forbidden": "this merchant is suspended",
     "not-found": "this merchant has nothing of that id",
 }
 
 
-class Doorkeeper:
+class Authenticator:
     """Tells callers from strangers."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: DatabasePool) -> None:
         self.database = database
-        self.denials = PerSecond(DENIALS_PER_SECOND_MAX)
+        self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
-    def caller(self, scope: Mapping[str, Any], headers: dict[bytes, bytes], request_id: str, route: str) -> Caller:
+    def read_caller(self, scope: Mapping[str, Any], headers: dict[bytes, bytes], request_id: str, route: str) -> Caller:
         """Who sent this, as far as that can be told without the database. Raises Problem."""
-        key_hash = hash_of(headers.get(b"authorization", b""))
+        key_hash = key_hash_of(headers.get(b"authorization", b""))
         if key_hash is None:
-            raise Problem("unauthenticated", DETAILS["unauthenticated"])
+            raise Problem("unauthenticated", DENIAL_DETAILS["unauthenticated"])
         client = scope.get("client")
         return Caller(self, key_hash, client[0] if client else "", request_id, route)
 
@@ -46,10 +46,12 @@ class Doorkeeper:
 class Caller:
     """Whoever holds a key that might be one."""
 
-    __slots__ = ("_doorkeeper", "address", "key_hash", "request_id", "route")
+    __slots__ = ("_authenticator", "address", "key_hash", "request_id", "route")
 
-    def __init__(self, doorkeeper: Doorkeeper, key_hash: bytes, address: str, request_id: str, route: str) -> None:
-        self._doorkeeper = doorkeeper
+    def __init__(
+        self, authenticator: Authenticator, key_hash: bytes, address: str, request_id: str, route: str
+    ) -> None:
+        self._authenticator = authenticator
         self.key_hash = key_hash
         self.address = address
         self.request_id = request_id
@@ -57,28 +59,30 @@ class Caller:
 
     async def fetch(self, query: LiteralString, *values: Any) -> str:
         """The document that a function renders for this key. Raises Problem for an unknown key or no document."""
-        row = await self._doorkeeper.database.row(query, self.key_hash, *values)
+        row = await self._authenticator.database.fetch_row(query, self.key_hash, *values)
         if row is None:
-            raise await self.denied("unauthenticated")
+            raise await self.audit_denial("unauthenticated")
         document: str | None = row[0]
         if document is None:
-            raise await self.denied("not-found")
+            raise await self.audit_denial("not-found")
         return document
 
-    async def must_be_known(self) -> None:
+    async def require_known_key(self) -> None:
         """Raises Problem unless the key is known."""
-        if await self._doorkeeper.database.row("select from api.identify(%s)", self.key_hash) is None:
-            raise await self.denied("unauthenticated")
+        if await self._authenticator.database.fetch_row("select from api.identify_merchant(%s)", self.key_hash) is None:
+            raise await self.audit_denial("unauthenticated")
 
-    async def must_be_active(self) -> None:
+    async def require_active_merchant(self) -> None:
         """Raises Problem unless the key is known and its merchant may take payments."""
-        row = await self._doorkeeper.database.row("select is_suspended from api.identify(%s)", self.key_hash)
+        row = await self._authenticator.database.fetch_row(
+            "select is_suspended from api.identify_merchant(%s)", self.key_hash
+        )
         if row is None:
-            raise await self.denied("unauthenticated")
+            raise await self.audit_denial("unauthenticated")
         if row[0]:
-            raise await self.denied("forbidden")
+            raise await self.audit_denial("forbidden")
 
-    async def must_be_operator(self) -> None:
+    async def require_operator(self) -> None:
         """Raises Problem unless the key is an operator's."""
         await self.row_as_operator("select operator from api.identify_operator(%s)")
 
@@ -91,28 +95,28 @@ class Caller:
 
     async def row_as_operator(self, query: LiteralString, *values: Any) -> Row:
         """The row that a function gives for this operator's key. Raises Problem for a key that is none."""
-        row = await self._doorkeeper.database.row(query, self.key_hash, *values)
+        row = await self._authenticator.database.fetch_row(query, self.key_hash, *values)
         if row is not None:
             return row
-        is_told = self._doorkeeper.denials.lets_through()
-        denied = await self._doorkeeper.database.row(
-            "select api.deny_operator(%s, %s, %s, %s, %s)",
+        is_audited = self._authenticator.denial_throttle.allows()
+        denied = await self._authenticator.database.fetch_row(
+            "select api.explain_operator_denial(%s, %s, %s, %s, %s)",
             self.key_hash,
             self.request_id,
             self.address,
             self.route,
-            is_told,
+            is_audited,
         )
         assert denied is not None
         name: str = denied[0]
-        raise Problem(name, "this key is no operator's" if name == "forbidden" else DETAILS[name])
+        raise Problem(name, "this key is no operator's" if name == "forbidden" else DENIAL_DETAILS[name])
 
-    async def denied(self, name: str) -> Problem:
+    async def audit_denial(self, name: str) -> Problem:
         """The refusal, written down if the key exists. It stands whether or not that can be done."""
-        if self._doorkeeper.denials.lets_through():
+        if self._authenticator.denial_throttle.allows():
             try:
-                await self._doorkeeper.database.row(
-                    "select api.deny(%s, %s, %s, %s, %s)",
+                await self._authenticator.database.fetch_row(
+                    "select api.audit_denial(%s, %s, %s, %s, %s)",
                     self.key_hash,
                     self.request_id,
                     self.address,
@@ -123,4 +127,4 @@ class Caller:
                 log.exception("%s: the denial could not be written down", self.request_id)
         else:
             log.warning("%s: denied, and too many are written down already", self.request_id)
-        return Problem(name, DETAILS[name])
+        return Problem(name, DENIAL_DETAILS[name])

@@ -6,7 +6,7 @@ when as many wait as are being worked on and a batch of them is large enough to 
 long: lanes that took whatever there is would share it out in small batches, and sixteen cost little more than one.
 
     in the batch's rows                    a request's own answer
-    an error that one request caused       the batch is bisected until that request stands alone: Refused
+    an error that one request caused       the batch is bisected until that request stands alone: RefusedByDatabase
     a connection lost, a server that       the same batch again on a new connection while patience lasts, then
     restarts, a function replaced          Unavailable: the functions called here may be repeated
     more waiting than the line holds,      Unavailable at once, and nothing was accepted
@@ -27,27 +27,27 @@ import msgspec
 import psycopg
 from psycopg import AsyncConnection
 
-log = logging.getLogger("surety.lanes")
+log = logging.getLogger("surety.batching")
 
 Row = tuple[Any, ...]
 Connect = Callable[[], Awaitable[AsyncConnection[Row]]]
 
 # What a repetition may cure: lost connections, servers that start or stop, deadlocks, no room, locks held too long, a
 # plan or a function that a deploy replaced, a primary that is none any more.
-PASSING = ("08", "57P", "40", "53", "55P03", "0A000", "25006")
+TRANSIENT_SQLSTATES = ("08", "57P", "40", "53", "55P03", "0A000", "25006")
 # What no request has caused: a function missing, rights missing, a cancelled statement, a database that was restored.
-OURS = ("42", "3F", "28", "3D", "57014", "SU005")
-HELD_UP_SECONDS = 0.025
+SERVICE_FAULT_SQLSTATES = ("42", "3F", "28", "3D", "57014", "SU005")
+QUEUED_SECONDS_MAX = 0.025
 # From here on a batch's fixed cost is small beside its rows', and lanes side by side win more than sharing out loses.
-SHARED_MIN = 32
+PARALLEL_BATCH_MIN = 32
 # How long more requests may be under way than are served without waiting.
 BURST_SECONDS = 0.05
 # After so long without that, the next burst is a new one.
-CALM_SECONDS = 1.0
+OVERLOAD_RESET_SECONDS = 1.0
 BACKOFF_SECONDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
-class Asked(Protocol):
+class BatchedRequest(Protocol):
     """A request as its SQL function takes it; `n` is its place in the batch, by which the answer is found."""
 
     n: int
@@ -58,7 +58,7 @@ class Unavailable(Exception):
     """The request can't be answered now. Whether it took effect is unknown if it was sent; repeating it is safe."""
 
 
-class Refused(Exception):
+class RefusedByDatabase(Exception):
     """The database refuses this very request, and nothing foresaw it; `error` says why."""
 
     def __init__(self, error: psycopg.Error) -> None:
@@ -66,18 +66,18 @@ class Refused(Exception):
         self.error = error
 
 
-class Waiting:
+class QueuedRequest:
     """A request in the line."""
 
-    __slots__ = ("answer", "asked", "since")
+    __slots__ = ("answer", "queued_at", "request")
 
-    def __init__(self, asked: Asked, answer: asyncio.Future[Row], since: float) -> None:
-        self.asked = asked
+    def __init__(self, request: BatchedRequest, answer: asyncio.Future[Row], queued_at: float) -> None:
+        self.request = request
         self.answer = answer
-        self.since = since
+        self.queued_at = queued_at
 
 
-class Lanes:
+class BatchingConnections:
     """The lanes of one SQL function in one process. `statement` takes a batch as JSON and returns rows led by `n`."""
 
     def __init__(
@@ -85,26 +85,26 @@ class Lanes:
         connect: Connect,
         statement: bytes,
         *,
-        lanes: int = 2,
+        connections: int = 2,
         batch_max: int = 200,
-        waiting_max: int = 2000,
-        standing_max: int = 64,
-        patience_seconds: float = 5.0,
+        queue_max: int = 2000,
+        sustained_max: int = 64,
+        retry_seconds_max: float = 5.0,
     ) -> None:
         self.batch_max = batch_max
-        self.waiting_max = waiting_max
-        self.standing_max = standing_max
-        self.patience_seconds = patience_seconds
+        self.queue_max = queue_max
+        self.sustained_max = sustained_max
+        self.retry_seconds_max = retry_seconds_max
         self._connect = connect
         self._statement = statement
-        self._line: deque[Waiting] = deque()
+        self._queue: deque[QueuedRequest] = deque()
         self._idle: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._at_work = 0
-        self._strained_at = self._strained_since = float("-inf")
-        self._is_beginning = False
+        self._in_progress = 0
+        self._overloaded_at = self._overloaded_since = float("-inf")
+        self._is_starting = False
         self._closing = False
-        self._lanes = [Lane(self) for _ in range(lanes)]
+        self._connections = [BatchingConnection(self) for _ in range(connections)]
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -115,12 +115,14 @@ class Lanes:
         that is found before, by app.web.database.require_deployed.
         """
         self._loop = asyncio.get_running_loop()
-        for failure in await asyncio.gather(*(lane.connect() for lane in self._lanes), return_exceptions=True):
-            if isinstance(failure, psycopg.Error) and is_passing(failure):
-                log.warning("not connected yet: %s", told(failure))
+        for failure in await asyncio.gather(
+            *(connection.connect() for connection in self._connections), return_exceptions=True
+        ):
+            if isinstance(failure, psycopg.Error) and is_transient(failure):
+                log.warning("not connected yet: %s", describe_error(failure))
             elif failure is not None:
                 raise failure
-        self._tasks = [asyncio.create_task(lane.run()) for lane in self._lanes]
+        self._tasks = [asyncio.create_task(connection.run()) for connection in self._connections]
 
     async def close(self) -> None:
         """Refuse what comes, finish what waits, hang up."""
@@ -130,16 +132,19 @@ class Lanes:
         if self._timer is not None:
             self._timer.cancel()
         await asyncio.gather(*self._tasks)
-        for lane in self._lanes:
-            await lane.hang_up()
+        for connection in self._connections:
+            await connection.close()
 
-    def ask(self, asked: Asked) -> asyncio.Future[Row]:
-        """Join the line: the future brings the function's row, Refused or Unavailable. Raises Unavailable at once."""
+    def submit(self, request: BatchedRequest) -> asyncio.Future[Row]:
+        """Join the queue. The future gets the function's row, RefusedByDatabase or Unavailable.
+
+        Raises Unavailable at once when the queue is full.
+        """
         if self._closing or self.is_full():
             raise Unavailable
         answer: asyncio.Future[Row] = self._loop.create_future()
-        self._line.append(Waiting(asked, answer, self._loop.time()))
-        self._look()
+        self._queue.append(QueuedRequest(request, answer, self._loop.time()))
+        self._start_idle_connection()
         return answer
 
     def is_full(self) -> bool:
@@ -148,86 +153,90 @@ class Lanes:
         A burst may fill the whole line, for it will be served soon. What stands for longer than BURST_SECONDS is more
         than we can serve: a long line would only make everybody wait, so then few may be under way.
         """
-        under_way = len(self._line) + self._at_work
-        if under_way >= self.standing_max:
+        under_way = len(self._queue) + self._in_progress
+        if under_way >= self.sustained_max:
             now = self._loop.time()
-            if now > self._strained_at + CALM_SECONDS:
-                self._strained_since = now
-            self._strained_at = now
-            if now > self._strained_since + BURST_SECONDS:
+            if now > self._overloaded_at + OVERLOAD_RESET_SECONDS:
+                self._overloaded_since = now
+            self._overloaded_at = now
+            if now > self._overloaded_since + BURST_SECONDS:
                 return True
-        return len(self._line) >= self.waiting_max
+        return len(self._queue) >= self.queue_max
 
-    async def next_batch(self) -> list[Waiting]:
+    async def next_batch(self) -> list[QueuedRequest]:
         """All that waits, up to the bound, once that is worth a batch; empty when the line is closed and done."""
         while not self._is_worth_a_batch():
             if self._closing:
                 return []
             idle: asyncio.Future[None] = self._loop.create_future()
             self._idle.append(idle)
-            self._look()
+            self._start_idle_connection()
             try:
                 await idle
             finally:
                 if idle in self._idle:
                     self._idle.remove(idle)
                 else:
-                    self._is_beginning = False
-        batch = [self._line.popleft() for _ in range(min(len(self._line), self.batch_max))]
-        self._at_work += len(batch)
-        self._look()
+                    self._is_starting = False
+        batch = [self._queue.popleft() for _ in range(min(len(self._queue), self.batch_max))]
+        self._in_progress += len(batch)
+        self._start_idle_connection()
         return batch
 
-    def done(self, batch: Sequence[Waiting]) -> None:
+    def finish_batch(self, batch: Sequence[QueuedRequest]) -> None:
         """Every request of the batch has its answer."""
-        self._at_work -= len(batch)
+        self._in_progress -= len(batch)
 
     def _is_worth_a_batch(self) -> bool:
-        if not self._line:
+        if not self._queue:
             return False
-        enough = 0 if self._closing or not self._at_work else min(max(self._at_work, SHARED_MIN), self.batch_max)
-        return len(self._line) >= enough or self._loop.time() >= self._line[0].since + HELD_UP_SECONDS
+        enough = (
+            0
+            if self._closing or not self._in_progress
+            else min(max(self._in_progress, PARALLEL_BATCH_MIN), self.batch_max)
+        )
+        return len(self._queue) >= enough or self._loop.time() >= self._queue[0].queued_at + QUEUED_SECONDS_MAX
 
-    def _look(self) -> None:
+    def _start_idle_connection(self) -> None:
         """Let an idle lane begin, if that is worth it; else look again when the first in line has waited for long."""
-        if not self._line or not self._idle or self._is_beginning:
+        if not self._queue or not self._idle or self._is_starting:
             return
         if self._is_worth_a_batch():
-            self._is_beginning = True
+            self._is_starting = True
             self._idle.pop().set_result(None)
         elif self._timer is None:
-            self._timer = self._loop.call_at(self._line[0].since + HELD_UP_SECONDS, self._look_again)
+            self._timer = self._loop.call_at(self._queue[0].queued_at + QUEUED_SECONDS_MAX, self._start_after_wait)
 
-    def _look_again(self) -> None:
+    def _start_after_wait(self) -> None:
         self._timer = None
-        self._look()
+        self._start_idle_connection()
 
-    async def connection(self) -> AsyncConnection[Row]:
+    async def new_connection(self) -> AsyncConnection[Row]:
         """A new connection."""
         return await self._connect()
 
-    async def call(self, connection: AsyncConnection[Row], batch: Sequence[Waiting]) -> list[Row]:
+    async def execute_batch(self, connection: AsyncConnection[Row], batch: Sequence[QueuedRequest]) -> list[Row]:
         """One call, one commit."""
-        for n, waiting in enumerate(batch):
-            waiting.asked.n = n
-        document = msgspec.json.encode([waiting.asked for waiting in batch]).decode()
+        for n, queued in enumerate(batch):
+            queued.request.n = n
+        document = msgspec.json.encode([queued.request for queued in batch]).decode()
         cursor = await connection.execute(self._statement, (document,), prepare=True)
         return await cursor.fetchall()
 
 
-class Lane:
+class BatchingConnection:
     """A connection and the task that uses it."""
 
-    def __init__(self, lanes: Lanes) -> None:
-        self._lanes = lanes
+    def __init__(self, batching: BatchingConnections) -> None:
+        self._batching = batching
         self._connection: AsyncConnection[Row] | None = None
 
     async def connect(self) -> None:
         """Connect, if need be."""
         if self._connection is None:
-            self._connection = await self._lanes.connection()
+            self._connection = await self._batching.new_connection()
 
-    async def hang_up(self) -> None:
+    async def close(self) -> None:
         """Close the connection, if there is one."""
         if self._connection is not None:
             connection, self._connection = self._connection, None
@@ -236,105 +245,105 @@ class Lane:
 
     async def run(self) -> None:
         """Serve until the line is closed."""
-        while batch := await self._lanes.next_batch():
-            deadline = batch[0].since + self._lanes.patience_seconds
+        while batch := await self._batching.next_batch():
+            deadline = batch[0].queued_at + self._batching.retry_seconds_max
             try:
                 await self._answer(batch, deadline)
             except Exception as error:
-                log.exception("a batch failed: %s", ids_of(batch))
-                for waiting in batch:
-                    fail(waiting, Unavailable(str(error)))
+                log.exception("a batch failed: %s", request_ids_of(batch))
+                for queued in batch:
+                    set_failure(queued, Unavailable(str(error)))
             finally:
-                self._lanes.done(batch)
+                self._batching.finish_batch(batch)
 
-    async def _answer(self, batch: Sequence[Waiting], deadline: float) -> None:
+    async def _answer(self, batch: Sequence[QueuedRequest], deadline: float) -> None:
         try:
             rows = await self._call(batch, deadline)
         except psycopg.Error as error:
-            await self._divide(batch, deadline, error)
+            await self._bisect(batch, deadline, error)
             return
         for row in rows:
             answer = batch[row[0]].answer
             if not answer.done():
                 answer.set_result(row)
 
-    async def _call(self, batch: Sequence[Waiting], deadline: float) -> list[Row]:
+    async def _call(self, batch: Sequence[QueuedRequest], deadline: float) -> list[Row]:
         """The batch's rows; raises what no repetition cured."""
         attempt = 0
         while True:
             try:
                 await self.connect()
                 assert self._connection is not None
-                return await self._lanes.call(self._connection, batch)
+                return await self._batching.execute_batch(self._connection, batch)
             except psycopg.Error as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     raise
-                log.warning("%s; once more: %s", told(error), ids_of(batch))
-                await self.hang_up()
+                log.warning("%s; once more: %s", describe_error(error), request_ids_of(batch))
+                await self.close()
                 pause = BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)] * random.uniform(0.5, 1.5)
                 if asyncio.get_running_loop().time() + pause > deadline:
                     raise
                 attempt += 1
                 await asyncio.sleep(pause)
 
-    async def _divide(self, batch: Sequence[Waiting], deadline: float, error: psycopg.Error) -> None:
-        if is_passing(error) or is_ours(error):
-            log.error("%s; given up: %s", told(error), ids_of(batch))
-            for waiting in batch:
-                fail(waiting, Unavailable(told(error)))
+    async def _bisect(self, batch: Sequence[QueuedRequest], deadline: float, error: psycopg.Error) -> None:
+        if is_transient(error) or is_service_fault(error):
+            log.error("%s; given up: %s", describe_error(error), request_ids_of(batch))
+            for queued in batch:
+                set_failure(queued, Unavailable(describe_error(error)))
         elif len(batch) == 1:
-            log.error("%s: %s", told(error), ids_of(batch))
-            fail(batch[0], Refused(error))
+            log.error("%s: %s", describe_error(error), request_ids_of(batch))
+            set_failure(batch[0], RefusedByDatabase(error))
         else:
-            log.warning("%s; divided: %s", told(error), ids_of(batch))
+            log.warning("%s; divided: %s", describe_error(error), request_ids_of(batch))
             middle = len(batch) // 2
             await self._answer(batch[:middle], deadline)
             await self._answer(batch[middle:], deadline)
 
 
-def is_passing(error: psycopg.Error) -> bool:
+def is_transient(error: psycopg.Error) -> bool:
     """Whether a repetition, on a new connection, may succeed."""
     if error.sqlstate is None:
         return isinstance(error, psycopg.OperationalError)
-    return error.sqlstate.startswith(PASSING)
+    return error.sqlstate.startswith(TRANSIENT_SQLSTATES)
 
 
-def is_ours(error: psycopg.Error) -> bool:
+def is_service_fault(error: psycopg.Error) -> bool:
     """Whether no request can have caused this, so that dividing the batch would not help."""
-    return error.sqlstate is not None and error.sqlstate.startswith(OURS)
+    return error.sqlstate is not None and error.sqlstate.startswith(SERVICE_FAULT_SQLSTATES)
 
 
-def fail(waiting: Waiting, error: Exception) -> None:
+def set_failure(queued: QueuedRequest, error: Exception) -> None:
     """Give a request its error, unless it has its answer."""
-    if not waiting.answer.done():
-        waiting.answer.set_exception(error)
+    if not queued.answer.done():
+        queued.answer.set_exception(error)
 
 
-def told(error: psycopg.Error) -> str:
+def describe_error(error: psycopg.Error) -> str:
     """An error in one line, without the values that a server's detail may carry."""
     message = error.diag.message_primary or str(error)
     return f"{error.sqlstate or 'connection'} {message.strip().splitlines()[0] if message.strip() else ''}"
 
 
-def ids_of(batch: Sequence[Waiting]) -> str:
+def request_ids_of(batch: Sequence[QueuedRequest]) -> str:
     """The request ids of a batch."""
-    return " ".join(waiting.asked.request_id for waiting in batch)
+    return " ".join(queued.request.request_id for queued in batch)
 
 
-class Kicker:
+class WorkerScheduler:
     """Wakes workers after commits: at once when none was woken lately, else a little later, never twice at a time.
 
-    A kick that fails loses nothing, for the workers' tick finds the work a second later.
+    A call that fails loses nothing, for the workers' tick finds the work a second later.
     """
 
-    def __init__(self, kick: Callable[[], Awaitable[object]], *, every_seconds: float = 0.05) -> None:
-        self._kick = kick
-        self._every_seconds = every_seconds
+    def __init__(self, schedule_workers: Callable[[], Awaitable[object]], *, interval_seconds: float = 0.05) -> None:
+        self._schedule = schedule_workers
+        self._interval_seconds = interval_seconds
         self._wanted = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
-    def kick(self) -> None:
-        """Ask for a kick and go on."""
+    def schedule(self) -> None:
+        """Request a run of the workers and return at once."""
         self._wanted.set()
 
     async def close(self) -> None:
@@ -348,7 +357,10 @@ class Kicker:
             await self._wanted.wait()
             self._wanted.clear()
             try:
-                await self._kick()
+                await self._schedule()
             except (psycopg.Error, Unavailable) as error:
-                log.warning("kick failed: %s", told(error) if isinstance(error, psycopg.Error) else error)
-            await asyncio.sleep(self._every_seconds)
+                log.warning(
+                    "scheduling workers failed: %s",
+                    describe_error(error) if isinstance(error, psycopg.Error) else error,
+                )
+            await asyncio.sleep(self._interval_seconds)

@@ -9,34 +9,34 @@ import psycopg
 from psycopg import AsyncConnection, errors
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from app.web.batching import Unavailable, is_passing
-from db.connect import Kind, connect, conninfo, patient
+from app.web.batching import Unavailable, is_transient
+from db.connect import ProcessKind, bounded_connection, connect, conninfo
 from db.errors import SuretyError
 from db.settings import Settings
 
 Row = tuple[Any, ...]
 
 CONNECTIONS_MAX = 4
-PATIENCE_SECONDS = 3.0
+POOL_TIMEOUT_SECONDS = 3.0
 
 
-class NotReady(SuretyError):
+class DatabaseNotReady(SuretyError):
     """The database can't be reached, or Surety was not deployed there."""
 
 
-class Database:
+class DatabasePool:
     """Single calls, each a transaction of its own; repeated where a lost connection failed it."""
 
-    def __init__(self, kind: Kind, settings: Settings) -> None:
+    def __init__(self, kind: ProcessKind, settings: Settings) -> None:
         self._pool: AsyncConnectionPool[AsyncConnection[Row]] = AsyncConnectionPool(
             conninfo(kind, settings),
-            connection_class=patient(kind),
+            connection_class=bounded_connection(kind),
             kwargs={"autocommit": True},
             min_size=1,
             max_size=CONNECTIONS_MAX,
-            timeout=PATIENCE_SECONDS,
+            timeout=POOL_TIMEOUT_SECONDS,
             # The pool's own pauses double; so it gives up early, and the next request makes it try again.
-            reconnect_timeout=PATIENCE_SECONDS,
+            reconnect_timeout=POOL_TIMEOUT_SECONDS,
             open=False,
         )
 
@@ -48,7 +48,7 @@ class Database:
         """Hang up."""
         await self._pool.close()
 
-    async def row(self, query: LiteralString, *values: Any) -> Row | None:
+    async def fetch_row(self, query: LiteralString, *values: Any) -> Row | None:
         """The first row of a query that may be repeated. Raises Unavailable, or psycopg.Error for its own fault."""
         for _ in range(CONNECTIONS_MAX + 1):
             try:
@@ -61,20 +61,20 @@ class Database:
             except PoolTimeout as error:
                 raise Unavailable(str(error)) from None
             except psycopg.Error as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     raise
                 failure = error
         raise Unavailable(str(failure))
 
 
-def require_deployed(kind: Kind, settings: Settings, function: str) -> None:
-    """Raises NotReady unless the database can be reached and knows a function that this version calls."""
+def require_deployed(kind: ProcessKind, settings: Settings, function: str) -> None:
+    """Raises DatabaseNotReady unless the database can be reached and knows a function that this version calls."""
     try:
         with connect(kind, settings) as connection:
             row = connection.execute("select to_regprocedure(%s) is not null", (function,)).fetchone()
     except psycopg.Error as error:
         with suppress(IndexError):
-            raise NotReady(f"the database can't be used: {str(error).strip().splitlines()[-1]}") from None
+            raise DatabaseNotReady(f"the database can't be used: {str(error).strip().splitlines()[-1]}") from None
         raise
     if row != (True,):
-        raise NotReady(f"the database has no {function}: run `surety deploy` first")
+        raise DatabaseNotReady(f"the database has no {function}: run `surety deploy` first")

@@ -14,14 +14,14 @@ from litestar.exceptions import HTTPException
 
 from app.web.asgi import Receive, Scope, Send, new_request_id
 from app.web.batching import Unavailable
-from app.web.problems import Problem, from_database, overloaded
+from app.web.problems import Problem, overloaded, problem_from_database_error
 
 log = logging.getLogger("surety.http")
 
-Asgi = Callable[[Scope, Receive, Send], Any]
+AsgiApplication = Callable[[Scope, Receive, Send], Any]
 
 
-def with_head(app: Litestar, shortcuts: Mapping[tuple[str, str], str] | None = None) -> Asgi:
+def with_head(app: Litestar, shortcuts: Mapping[tuple[str, str], str] | None = None) -> AsgiApplication:
     """The application, answering HEAD as GET; the server leaves out the body.
 
     `shortcuts` name, by method and path, what in the application's state answers without Litestar's routing, whose
@@ -35,9 +35,11 @@ def with_head(app: Litestar, shortcuts: Mapping[tuple[str, str], str] | None = N
             if (name := shortcuts.get((scope["method"], scope["path"]))) is not None:
                 try:
                     await app.state[name](scope, receive, send)
-                except Exception as error:  # noqa: BLE001  as Litestar would; problem_of logs what is new to it
+                except Exception as error:  # noqa: BLE001  as Litestar would; problem_from_error logs what is new to it
                     request_id = new_request_id()
-                    await problem_of(error, request_id, scope["path"]).answer(request_id)(scope, receive, send)
+                    await problem_from_error(error, request_id, scope["path"]).response(request_id)(
+                        scope, receive, send
+                    )
                 return
             if scope["method"] == "HEAD":
                 scope = {**scope, "method": "GET"}
@@ -52,20 +54,20 @@ def request_id_of(request: Request[Any, Any, Any]) -> str:
     return request_id
 
 
-async def name_request(response: Response[Any]) -> Response[Any]:
+async def set_request_id(response: Response[Any]) -> Response[Any]:
     """Give an answer its Request-Id, unless it has one. A coroutine, for what is none would be sent to a thread."""
     response.headers.setdefault("request-id", new_request_id())
     return response
 
 
-def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+def problem_response(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """Whatever a route raises, as a problem document."""
-    answer = problem_of(error, request_id_of(request), request.url.path).answer(request_id_of(request))
+    answer = problem_from_error(error, request_id_of(request), request.url.path).response(request_id_of(request))
     headers = {name.decode(): value.decode() for name, value in answer.headers} | {"request-id": answer.request_id}
     return Response(answer.body, status_code=answer.status, headers=headers, media_type=headers["content-type"])
 
 
-def problem_of(error: Exception, request_id: str, path: str) -> Problem:
+def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
     """Which problem an error is; what nobody foresaw is logged."""
     match error:
         case Problem():
@@ -74,7 +76,7 @@ def problem_of(error: Exception, request_id: str, path: str) -> Problem:
             return overloaded()
         case psycopg.Error():
             log.error("%s failed: %s", request_id, error)
-            return from_database(error)
+            return problem_from_database_error(error)
         case HTTPException(status_code=405):
             allowed = (error.headers or {}).get("allow", "").replace("GET", "GET, HEAD")
             return Problem("method-not-allowed", f"here are only {allowed}", headers=[(b"allow", allowed.encode())])

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-SHAPE = re.compile(r"(sty_(?:live|test|operator)_[0-9A-Za-z]{32})([0-9A-Za-z]{6})")
+KEY_PATTERN = re.compile(r"(sty_(?:live|test|operator)_[0-9A-Za-z]{32})([0-9A-Za-z]{6})")
 HINT_CHARACTERS = 4
 
 
@@ -53,11 +53,11 @@ def checksum(body: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def hash_of(authorization: bytes) -> bytes | None:
+def key_hash_of(authorization: bytes) -> bytes | None:
     """The SHA-256 of the key in an Authorization header; None if what is there can't be a key."""
     scheme, _, given = authorization.partition(b" ")
     text = given.strip().decode("latin-1")
-    shaped = SHAPE.fullmatch(text)
+    shaped = KEY_PATTERN.fullmatch(text)
     if scheme.lower() != b"bearer" or shaped is None or checksum(shaped[1]) != shaped[2]:
         return None
     return hashlib.sha256(text.encode()).digest()

@@ -15,29 +15,29 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app.web.asgi import new_request_id
 from app.web.problems import overloaded
 
-Refuse = Callable[[], bool]
+IsOverloaded = Callable[[], bool]
 
 # Well within what Retry-After asks for.
-UNREAD_SECONDS = 0.25
+READ_PAUSE_SECONDS = 0.25
 
-GATES: dict[tuple[bytes, bytes], Refuse] = {}
+OVERLOAD_CHECKS: dict[tuple[bytes, bytes], IsOverloaded] = {}
 """By method and path, what says whether a request would be refused now. An application adds its own, and removes it."""
 
 
-def refusal_of(request_id: str) -> bytes:
+def overload_response(request_id: str) -> bytes:
     """503 with Retry-After, head and body."""
-    answer = overloaded().answer(request_id)
+    answer = overloaded().response(request_id)
     headers = [*answer.headers, (b"content-length", b"%d" % len(answer.body)), (b"request-id", request_id.encode())]
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
     return b"HTTP/1.1 503 Service Unavailable\r\n" + lines + b"\r\n" + answer.body
 
 
-SOME_ID = new_request_id()
-BEFORE, BETWEEN, AFTER = refusal_of(SOME_ID).split(SOME_ID.encode())
-HEAD_END, BODY_BEGIN = BETWEEN.split(b"\r\n\r\n")
+PLACEHOLDER_ID = new_request_id()
+RESPONSE_START, RESPONSE_MIDDLE, RESPONSE_END = overload_response(PLACEHOLDER_ID).split(PLACEHOLDER_ID.encode())
+HEAD_END, BODY_BEGIN = RESPONSE_MIDDLE.split(b"\r\n\r\n")
 
 
-class SheddingProtocol(HttpToolsProtocol):
+class LoadSheddingProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with gates before it. Whatever is out of the ordinary goes the ordinary way."""
 
     _is_refused = False
@@ -46,16 +46,16 @@ class SheddingProtocol(HttpToolsProtocol):
         """The head is there: refuse it, or let it in."""
         parser = self.parser
         assert parser is not None
-        refuse = GATES.get((parser.get_method(), self.url))
+        is_overloaded = OVERLOAD_CHECKS.get((parser.get_method(), self.url))
         self._is_refused = (
-            refuse is not None
+            is_overloaded is not None
             and (self.cycle is None or self.cycle.response_complete)
             and not self.pipeline
             and not self.expect_100_continue
             and not parser.should_upgrade()
             and parser.get_http_version() == "1.1"
             and parser.should_keep_alive()
-            and refuse()
+            and is_overloaded()
         )
         if not self._is_refused:
             super().on_headers_complete()
@@ -77,12 +77,14 @@ class SheddingProtocol(HttpToolsProtocol):
         request_id = new_request_id().encode()
         date = b"".join(name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers)
         self.transport.write(
-            b"".join((BEFORE, request_id, HEAD_END, b"\r\n", date, b"\r\n", BODY_BEGIN, request_id, AFTER))
+            b"".join(
+                (RESPONSE_START, request_id, HEAD_END, b"\r\n", date, b"\r\n", BODY_BEGIN, request_id, RESPONSE_END)
+            )
         )
         self.on_response_complete()
         self.flow.pause_reading()
-        self.loop.call_later(UNREAD_SECONDS, self._read_on)
+        self.loop.call_later(READ_PAUSE_SECONDS, self._resume_reading)
 
-    def _read_on(self) -> None:
+    def _resume_reading(self) -> None:
         if not self.transport.is_closing():
             self.flow.resume_reading()

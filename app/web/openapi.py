@@ -21,28 +21,32 @@ from litestar.openapi.spec import (
     Schema,
     SecurityScheme,
 )
-from litestar.openapi.spec import Parameter as Documented
+from litestar.openapi.spec import Parameter as OpenAPIParameter
 from litestar.static_files import create_static_files_router
 
 from app.api.schemas import ProblemDocument
-from app.web.problems import TYPES
+from app.web.problems import PROBLEM_TYPES
 
-FILES = importlib.resources.files("openapi_ui_bundles") / "swagger_ui" / "vendor"
+SWAGGER_UI_FILES = importlib.resources.files("openapi_ui_bundles") / "swagger_ui" / "vendor"
 
 # A browser that obeys this fetches nothing from elsewhere, whatever the page's scripts try.
-POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'"
+)
 
 
-def assets() -> Router:
+def documentation_assets() -> Router:
     """The files of the page."""
-    return create_static_files_router("/assets", [Path(str(FILES))], include_in_schema=False)
+    return create_static_files_router("/assets", [Path(str(SWAGGER_UI_FILES))], include_in_schema=False)
 
 
-def refusals(*names: str) -> dict[int, ResponseSpec]:
+def problem_responses(*names: str) -> dict[int, ResponseSpec]:
     """Types of problems, by status, as a route's documentation takes them."""
-    told: dict[int, list[str]] = {}
+    descriptions: dict[int, list[str]] = {}
     for name in names:
-        told.setdefault(TYPES[name].status, []).append(f"[{name}](/problems/{name}): {TYPES[name].title}")
+        descriptions.setdefault(PROBLEM_TYPES[name].status, []).append(
+            f"[{name}](/problems/{name}): {PROBLEM_TYPES[name].title}"
+        )
     return {
         status: ResponseSpec(
             ProblemDocument,
@@ -50,12 +54,12 @@ def refusals(*names: str) -> dict[int, ResponseSpec]:
             generate_examples=False,
             media_type="application/problem+json",
         )
-        for status, lines in told.items()
+        for status, lines in descriptions.items()
     }
 
 
 @dataclass
-class Told(Schema):
+class RawSchema(Schema):
     """A schema that is told as it is."""
 
     as_is: dict[str, Any] = field(default_factory=dict)
@@ -65,11 +69,13 @@ class Told(Schema):
         return self.as_is
 
 
-def parameters_of(struct: type[msgspec.Struct]) -> type[Operation]:
+def query_parameters_of(struct: type[msgspec.Struct]) -> type[Operation]:
     """A route's documentation with a query parameter for each field of a struct."""
     properties: dict[str, Any] = msgspec.json.schema_components([struct])[1][struct.__name__]["properties"]
     documented = [
-        Documented(name=name, param_in="query", description=described(schema), schema=Told(as_is=schema))
+        OpenAPIParameter(
+            name=name, param_in="query", description=description_of(schema), schema=RawSchema(as_is=schema)
+        )
         for name, schema in properties.items()
     ]
 
@@ -81,20 +87,20 @@ def parameters_of(struct: type[msgspec.Struct]) -> type[Operation]:
     return WithQuery
 
 
-def body_of(struct: type[msgspec.Struct]) -> type[Operation]:
+def request_body_of(struct: type[msgspec.Struct]) -> type[Operation]:
     """A route's documentation with a body as a struct tells it: what Litestar doesn't decode, it doesn't describe."""
     schema = msgspec.json.schema_components([struct])[1][struct.__name__]
 
     @dataclass
     class WithBody(Operation):
         def __post_init__(self) -> None:
-            content = {"application/json": OpenAPIMediaType(schema=Told(as_is=schema))}
+            content = {"application/json": OpenAPIMediaType(schema=RawSchema(as_is=schema))}
             self.request_body = RequestBody(content=content, required=True)
 
     return WithBody
 
 
-def described(schema: dict[str, Any]) -> str | None:
+def description_of(schema: dict[str, Any]) -> str | None:
     """A schema's description, its own or that of what it may be beside null."""
     parts = [schema, *schema.get("anyOf", [])]
     return next((part["description"] for part in parts if "description" in part), None)
@@ -104,40 +110,40 @@ HEADERS = {
     "Request-Id": OpenAPIHeader(
         description="Names the request, in the audit trail and in our logs.",
         required=True,
-        schema=Told(as_is={"type": "string", "pattern": "^req_[0-9a-f]{32}$"}),
+        schema=RawSchema(as_is={"type": "string", "pattern": "^req_[0-9a-f]{32}$"}),
     ),
     "Location": OpenAPIHeader(
-        description="Where what was made can be read.", required=True, schema=Told(as_is={"type": "string"})
+        description="Where what was made can be read.", required=True, schema=RawSchema(as_is={"type": "string"})
     ),
     "Idempotency-Replayed": OpenAPIHeader(
-        description="Told where this is the first answer, repeated.", schema=Told(as_is={"const": "true"})
+        description="Told where this is the first answer, repeated.", schema=RawSchema(as_is={"const": "true"})
     ),
     "Retry-After": OpenAPIHeader(
-        description="Seconds to wait.", required=True, schema=Told(as_is={"type": "string", "pattern": "^[0-9]+$"})
+        description="Seconds to wait.", required=True, schema=RawSchema(as_is={"type": "string", "pattern": "^[0-9]+$"})
     ),
-    "WWW-Authenticate": OpenAPIHeader(required=True, schema=Told(as_is={"const": "Bearer"})),
+    "WWW-Authenticate": OpenAPIHeader(required=True, schema=RawSchema(as_is={"const": "Bearer"})),
 }
 
 
-def tell_truly(app: Litestar) -> None:
+def complete_documentation(app: Litestar) -> None:
     """Complete the description: the headers of every answer, and no answers that Litestar would give but we don't."""
     for path in (app.openapi_schema.paths or {}).values():
         for operation in (path.get, path.post):
             if operation is not None and operation.responses is not None:
-                tell_of_answers(operation, operation.responses)
+                complete_responses(operation, operation.responses)
 
 
-def tell_of_answers(operation: Operation, responses: dict[str, Any]) -> None:
+def complete_responses(operation: Operation, responses: dict[str, Any]) -> None:
     """Complete the description of one route's answers."""
     for status, answer in list(responses.items()):
         if status >= "400" and "application/problem+json" not in (answer.content or {}):
             del responses[status]
             continue
         names = {"401": ["WWW-Authenticate"], "429": ["Retry-After"], "503": ["Retry-After"], "201": ["Location"]}
-        told = ["Request-Id", *names.get(status, [])]
+        names_of_headers = ["Request-Id", *names.get(status, [])]
         if status < "300" and any(parameter_name(one) == "Idempotency-Key" for one in operation.parameters or []):
-            told.append("Idempotency-Replayed")
-        answer.headers = {name: HEADERS[name] for name in told}
+            names_of_headers.append("Idempotency-Replayed")
+        answer.headers = {name: HEADERS[name] for name in names_of_headers}
 
 
 def parameter_name(parameter: Any) -> str:
@@ -153,7 +159,10 @@ OPENAPI = OpenAPIConfig(
     components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
     security=[{"key": []}],
     openapi_router=Router(
-        "/docs", route_handlers=[], response_headers={"content-security-policy": POLICY}, include_in_schema=False
+        "/docs",
+        route_handlers=[],
+        response_headers={"content-security-policy": CONTENT_SECURITY_POLICY},
+        include_in_schema=False,
     ),
     render_plugins=[
         SwaggerRenderPlugin(

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import msgspec
 import psycopg
 
-from app.web.asgi import Answer, Headers
+from app.web.asgi import Headers, HttpResponse
 
 
-class Type(NamedTuple):
+class ProblemDefinition(NamedTuple):
     """A type of problem; its address is /problems/{name}."""
 
     status: int
@@ -23,75 +23,77 @@ class Type(NamedTuple):
     explanation: str
 
 
-TYPES: dict[str, Type] = {
-    "invalid-request": Type(
+PROBLEM_TYPES: dict[str, ProblemDefinition] = {
+    "invalid-request": ProblemDefinition(
         400,
         "The request breaks a rule",
         "`errors` names each field that breaks a rule: `field` is a JSON pointer into the body (or the name of a query "
         "parameter or header, as `in` says), `rule` the rule, `limit` its bound, `given` what was sent. Nothing was "
         "stored. Correct the request and send it with the same or another Idempotency-Key.",
     ),
-    "idempotency-key-missing": Type(
+    "idempotency-key-missing": ProblemDefinition(
         400,
         "The Idempotency-Key is missing",
         "Every POST that moves money needs the header Idempotency-Key with 1 to 255 printable ASCII characters, chosen "
         "by you, new for each payment and the same for each repetition: that is what makes repeating safe.",
     ),
-    "unauthenticated": Type(
+    "unauthenticated": ProblemDefinition(
         401,
         "The API key is missing or not valid",
         "Send `Authorization: Bearer sty_…` with a key that is neither misspelt nor revoked.",
     ),
-    "forbidden": Type(
+    "forbidden": ProblemDefinition(
         403,
         "This key may not do that",
         "The key is valid, but not for this: its merchant is suspended and may not take payments at present, or the "
         "route is the operators' and needs a key of theirs (`sty_operator_…`). Ask who gave you the key.",
     ),
-    "not-found": Type(
+    "not-found": ProblemDefinition(
         404,
         "There is no such thing",
         "The path leads nowhere, or this merchant has no object of that id. Another merchant's objects do not exist.",
     ),
-    "method-not-allowed": Type(
+    "method-not-allowed": ProblemDefinition(
         405, "The path exists, the method does not", "The header Allow lists the methods that the path knows."
     ),
-    "reference-taken": Type(
+    "reference-taken": ProblemDefinition(
         409,
         "Another payment has this reference",
         "`payment` names it. A reference is unique among a merchant's payments that have neither failed nor been "
         "canceled. Nothing was stored, and the Idempotency-Key is free.",
     ),
-    "wrong-state": Type(
+    "wrong-state": ProblemDefinition(
         409,
         "Its state does not allow this",
         "`state` says where the object is, `detail` what is in the way. Nothing changed, and the Idempotency-Key is "
         "free.",
     ),
-    "balance-too-low": Type(
+    "balance-too-low": ProblemDefinition(
         409,
         "The balance does not cover this",
         "What goes back to payers must be covered by what you are owed, settled or not: `balance`, in minor units of "
         "`currency`; `needed` is what was asked for. Nothing changed, and the Idempotency-Key is free.",
     ),
-    "too-large": Type(413, "The body is too large", "`limit` is the largest body in bytes. Nothing was stored."),
-    "not-json": Type(
+    "too-large": ProblemDefinition(
+        413, "The body is too large", "`limit` is the largest body in bytes. Nothing was stored."
+    ),
+    "not-json": ProblemDefinition(
         415, "The body is not JSON", "Send `Content-Type: application/json`. Nothing was read, nothing stored."
     ),
-    "idempotency-key-reused": Type(
+    "idempotency-key-reused": ProblemDefinition(
         422,
         "This Idempotency-Key belongs to another request",
         "The key was sent before with another body. A key names one request for 30 days: choose a new one for a new "
         "payment. Nothing was stored.",
     ),
-    "rate-limited": Type(429, "Too many requests", "Wait as many seconds as the header Retry-After says."),
-    "internal": Type(
+    "rate-limited": ProblemDefinition(429, "Too many requests", "Wait as many seconds as the header Retry-After says."),
+    "internal": ProblemDefinition(
         500,
         "We made a mistake",
         "The request met an error of ours and took no effect. Repeating it with the same Idempotency-Key is safe. The "
         "request_id leads us to the cause.",
     ),
-    "overloaded": Type(
+    "overloaded": ProblemDefinition(
         503,
         "Busy at present",
         "Repeat the request with the same Idempotency-Key after as many seconds as the header Retry-After says. If it "
@@ -100,7 +102,7 @@ TYPES: dict[str, Type] = {
 }
 
 
-class Broken(msgspec.Struct, omit_defaults=True, rename={"place": "in"}):
+class RuleViolation(msgspec.Struct, omit_defaults=True, rename={"place": "in"}):
     """A rule that a request breaks: where, which, its bound, and what was given unless that must not be repeated."""
 
     field: str
@@ -115,7 +117,7 @@ class Problem(Exception):
     """An answer that is a problem document; `more` are members of its own."""
 
     def __init__(
-        self, name: str, detail: str, *, errors: list[Broken] | None = None, headers: Headers = (), **more: Any
+        self, name: str, detail: str, *, errors: list[RuleViolation] | None = None, headers: Headers = (), **more: Any
     ) -> None:
         super().__init__(detail)
         self.name = name
@@ -124,9 +126,9 @@ class Problem(Exception):
         self.headers = headers
         self.more = more
 
-    def answer(self, request_id: str) -> Answer:
+    def response(self, request_id: str) -> HttpResponse:
         """The document as an answer."""
-        of = TYPES[self.name]
+        of = PROBLEM_TYPES[self.name]
         document: dict[str, Any] = {
             "type": f"/problems/{self.name}",
             "title": of.title,
@@ -142,10 +144,10 @@ class Problem(Exception):
             headers.append((b"www-authenticate", b"Bearer"))
         if of.status in {429, 503}:
             headers.append((b"retry-after", b"1"))
-        return Answer(of.status, msgspec.json.encode(document), request_id, headers)
+        return HttpResponse(of.status, msgspec.json.encode(document), request_id, headers)
 
 
-def invalid(errors: list[Broken]) -> Problem:
+def invalid_request(errors: list[RuleViolation]) -> Problem:
     """A request that breaks rules; the detail tells the first."""
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return Problem("invalid-request", errors[0].message + more, errors=errors)
@@ -156,7 +158,7 @@ def overloaded() -> Problem:
     return Problem("overloaded", "the line is full or the database is away; repeat with the same Idempotency-Key")
 
 
-CONSTRAINTS: dict[str, tuple[str, str, int | None]] = {
+RULE_BY_CONSTRAINT: dict[str, tuple[str, str, int | None]] = {
     "payment_amount_is_positive": ("/amount", "minimum", 1),
     "payment_currency_is_known": ("/currency", "known", None),
     "payment_rail_has_a_path": ("/capture_method", "one_of", None),
@@ -169,7 +171,7 @@ CONSTRAINTS: dict[str, tuple[str, str, int | None]] = {
     "idempotency_key_is_printable": ("Idempotency-Key", "pattern", None),
 }
 
-SQLSTATES = {
+PROBLEM_BY_SQLSTATE = {
     "SU003": "internal",  # something append-only was to be changed
     "SU004": "internal",  # no handler of that name
     "SU005": "overloaded",  # restored from a dump, and nobody has said so yet
@@ -179,16 +181,16 @@ SQLSTATES = {
 }
 
 
-def from_database(error: psycopg.Error) -> Problem:
+def problem_from_database_error(error: psycopg.Error) -> Problem:
     """Whose fault an error of PostgreSQL is."""
-    broken = CONSTRAINTS.get(error.diag.constraint_name or "")
+    broken = RULE_BY_CONSTRAINT.get(error.diag.constraint_name or "")
     if broken is not None:
         field, rule, limit = broken
-        what = Broken(field, rule, f"{field} breaks the rule {error.diag.constraint_name}")
+        what = RuleViolation(field, rule, f"{field} breaks the rule {error.diag.constraint_name}")
         if limit is not None:
             what.limit = limit
-        return invalid([what])
-    name = SQLSTATES.get(error.sqlstate or "", "internal")
+        return invalid_request([what])
+    name = PROBLEM_BY_SQLSTATE.get(error.sqlstate or "", "internal")
     if name == "internal":
         return Problem("internal", "an error of ours; nothing took effect")
     return Problem(name, error.diag.message_primary or "the database refuses this")

@@ -20,7 +20,7 @@ import uvicorn
 from uvicorn.importer import import_from_string
 from uvicorn.supervisors import Multiprocess
 
-from app.web.load_shedding import SheddingProtocol
+from app.web.load_shedding import LoadSheddingProtocol
 from db.errors import SuretyError
 
 log = logging.getLogger("surety.serving")
@@ -30,7 +30,7 @@ SHUTDOWN_SECONDS_MAX = 20
 GRACE_SECONDS = 5
 
 
-class CantListen(SuretyError):
+class AddressUnavailable(SuretyError):
     """The address is taken, or not ours."""
 
 
@@ -41,10 +41,10 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
     replaced where there are several; they end with the one that started them, however that dies.
     """
     config = uvicorn.Config(
-        partial(load, factory),
+        partial(load_application, factory),
         factory=True,
         loop="uvloop",
-        http=SheddingProtocol,
+        http=LoadSheddingProtocol,
         ws="none",
         lifespan="on",
         log_config=LOGGING,
@@ -59,19 +59,19 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
     try:
         listening = socket.create_server((host, port), backlog=BACKLOG, reuse_port=False)
     except OSError as error:
-        raise CantListen(f"can't listen on {host}:{port}: {error.strerror}") from None
+        raise AddressUnavailable(f"can't listen on {host}:{port}: {error.strerror}") from None
     listening.set_inheritable(True)
     # uvicorn raises the signal that ended it once more when all is done.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     click.echo("listening on {}:{}".format(*listening.getsockname()[:2]))
     with suppress(KeyboardInterrupt), listening:
         if processes > 1:
-            Family(config, sockets=[listening]).run()
+            ServingProcesses(config, sockets=[listening]).run()
         else:
             uvicorn.Server(config).run(sockets=[listening])
 
 
-class Family(Multiprocess):
+class ServingProcesses(Multiprocess):
     """Several processes; one that does not end when it should keeps nobody from starting them all anew."""
 
     def join_all(self) -> None:
@@ -84,14 +84,14 @@ class Family(Multiprocess):
                 one.process.join()
 
 
-def load(factory: str) -> Any:
+def load_application(factory: str) -> Any:
     """The application, in the process that serves it."""
     if (parent := parent_process()) is not None:
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+        threading.Thread(target=terminate_with_parent, args=(parent,), daemon=True).start()
     return import_from_string(factory)()
 
 
-def end_with(parent: BaseProcess) -> None:
+def terminate_with_parent(parent: BaseProcess) -> None:
     """Finish what waits once the parent is gone: whoever is started in its place finds the port free."""
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)

@@ -33,12 +33,12 @@ import psycopg
 from psycopg import errors, sql
 
 from db.connect import harden
-from db.deploy.source import BOOKKEEPING, Migration, Source, lock_rank, place
+from db.deploy.source import BOOKKEEPING, Migration, VersionFiles, location_of, lock_rank
 from db.deploy.statements import Statement, read_statements
 from db.errors import DeployError
 
 Connection = psycopg.Connection[tuple[Any, ...]]
-Say = Callable[[str], None]
+ShowProgress = Callable[[str], None]
 
 ADVISORY_LOCK = 0x5375_7265_7479
 LOCK_TIMEOUT = "300ms"  # below deadlock_timeout, so that in a deadlock it is always the deploy that gives way
@@ -73,7 +73,7 @@ order by 5 desc
 
 
 @dataclass(frozen=True)
-class Object:
+class DatabaseObject:
     """A function, view or trigger in our schemas.
 
     `identity` is a Statement's, `name` is as `drop` wants it, `definition` as PostgreSQL tells it (none of functions).
@@ -87,7 +87,7 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Record:
+class DeployRecord:
     """What earlier deploys have noted in the database."""
 
     applied: frozenset[tuple[str, str]]
@@ -95,7 +95,7 @@ class Record:
     procrastinate_version: str
 
     @classmethod
-    def read(cls, conn: Connection) -> Record | None:
+    def read(cls, conn: Connection) -> DeployRecord | None:
         """None: nothing was ever deployed here."""
         if conn.execute("select to_regclass('deploy.deploys')").fetchone() == (None,):
             return None
@@ -104,7 +104,7 @@ class Record:
         digest, version = latest.fetchone() or ("", "")
         return cls(frozenset((origin, name) for origin, name in applied), digest, version)
 
-    def lacks(self, source: Source) -> list[Migration]:
+    def pending_migrations(self, source: VersionFiles) -> list[Migration]:
         """The migrations to run now. Raises DeployError if the database has some that this version doesn't know."""
         known = [*source.procrastinate_migrations, *source.migrations]
         if unknown := self.applied - {migration.key for migration in known}:
@@ -122,7 +122,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Deployed:
+class DeployResult:
     """What a deploy did; `attempts` counts its transactions, those given up for a lock included."""
 
     outcome: Literal["created", "changed", "unchanged"]
@@ -135,26 +135,26 @@ class Deployed:
 
 def deploy(
     url: str,
-    source: Source | None = None,
+    source: VersionFiles | None = None,
     *,
     force: bool = False,
     lock_seconds_max: float = 60.0,
-    say: Say = lambda _: None,
-) -> Deployed:
+    say: ShowProgress = lambda _: None,
+) -> DeployResult:
     """Bring the database at `url` to a version, by default the installed one; `force` repeats what is there already.
 
     Tries for `lock_seconds_max` to get its locks. Raises DeployError, with file and line where a statement failed.
     """
     started = time.monotonic()
-    source = source or Source.installed()
-    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn, alone(conn, say):
-        run = Run(conn, source, lock_seconds_max, say)
-        record = Record.read(conn)
+    source = source or VersionFiles.installed()
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn, one_deploy_at_a_time(conn, say):
+        run = DeployRun(conn, source, lock_seconds_max, say)
+        record = DeployRecord.read(conn)
         if record is None:
             run.create()
-        elif (pending := record.lacks(source)) or record.digest != source.digest or force:
+        elif (pending := record.pending_migrations(source)) or record.digest != source.digest or force:
             run.upgrade(pending)
-    return Deployed(
+    return DeployResult(
         outcome="created" if record is None else "changed" if run.attempts else "unchanged",
         migrations=run.migrated,
         written=run.written,
@@ -165,20 +165,20 @@ def deploy(
 
 
 @contextlib.contextmanager
-def alone(conn: Connection, say: Say) -> Generator[None]:
+def one_deploy_at_a_time(conn: Connection, say: ShowProgress) -> Generator[None]:
     """Let one deploy run at a time.
 
     It asks again and again instead of waiting in the server: there it would hold a snapshot, for whose end the other
     deploy's `create index concurrently` would wait.
     """
     deadline = time.monotonic() + OTHER_DEPLOY_SECONDS_MAX
-    told = False
+    is_announced = False
     while conn.execute("select pg_try_advisory_lock(%s)", (ADVISORY_LOCK,)).fetchone() == (False,):
         if time.monotonic() > deadline:
             raise DeployError(f"another deploy has been running for {OTHER_DEPLOY_SECONDS_MAX:.0f} s")
-        if not told:
+        if not is_announced:
             say("another deploy is running; waiting for its end")
-            told = True
+            is_announced = True
         time.sleep(random.uniform(0.05, 0.15))
     try:
         yield
@@ -187,15 +187,15 @@ def alone(conn: Connection, say: Say) -> Generator[None]:
             conn.execute("select pg_advisory_unlock(%s)", (ADVISORY_LOCK,))
 
 
-class Run:
+class DeployRun:
     """One deploy."""
 
-    def __init__(self, conn: Connection, source: Source, lock_seconds_max: float, say: Say) -> None:
+    def __init__(self, conn: Connection, source: VersionFiles, lock_seconds_max: float, say: ShowProgress) -> None:
         self.conn = conn
         self.source = source
         self.lock_seconds_max = lock_seconds_max
         self.say = say
-        self.doing = ""
+        self.current_step = ""
         self.attempts = 0
         self.migrated: list[str] = []
         self.written: list[str] = []
@@ -208,9 +208,9 @@ class Run:
         there = self.conn.execute("select nspname from pg_namespace where nspname = any(%s)", (self.source.schemas,))
         if names := ", ".join(name for (name,) in there.fetchall()):
             raise DeployError(f"the database has the schemas {names}, but not by a deploy: give Surety one of its own")
-        self.briefly(self.make_everything)
+        self.in_short_transaction(self.create_everything)
 
-    def make_everything(self) -> None:
+    def create_everything(self) -> None:
         """The state, Procrastinate's state, the behaviour."""
         self.execute_all(self.source.schema)
         owner = self.owner()
@@ -218,11 +218,11 @@ class Run:
         for schema in ("deploy", "procrastinate"):
             create = sql.SQL("create schema {} authorization {}")
             self.conn.execute(create.format(sql.Identifier(schema), sql.Identifier(owner)))
-        self.become(owner)
+        self.set_local_role(owner)
         with self.search_path("procrastinate"):
             self.execute_all(read_statements(self.source.procrastinate / "schema.sql"))
         self.write_behaviour()
-        self.record([*self.source.procrastinate_migrations, *self.source.migrations])
+        self.record_migrations([*self.source.procrastinate_migrations, *self.source.migrations])
 
     def upgrade(self, pending: Sequence[Migration]) -> None:
         """Bring a database that has been deployed to before from its version to this one."""
@@ -232,12 +232,12 @@ class Run:
                 together.append(migration)
                 continue
             if together:
-                self.briefly(partial(self.migrate, together))
+                self.in_short_transaction(partial(self.migrate, together))
             self.migrate_concurrently(migration)
             together = []
-        self.briefly(partial(self.migrate, together, then=self.write_behaviour))
+        self.in_short_transaction(partial(self.migrate, together, then=self.write_behaviour))
 
-    def briefly(self, work: Callable[[], None]) -> None:
+    def in_short_transaction(self, work: Callable[[], None]) -> None:
         """Do the work in one transaction that gives up rather than let others queue behind it, until it succeeds."""
         deadline = time.monotonic() + self.lock_seconds_max
         migrated = list(self.migrated)
@@ -252,9 +252,9 @@ class Run:
                     self.conn.execute("set local plpgsql.extra_errors = 'all'")
                     work()
             except psycopg.Error as error:
-                if not passes(error):
+                if not is_retryable(error):
                     raise
-                reason = f"{self.doing}: {error.diag.message_primary or error}"
+                reason = f"{self.current_step}: {error.diag.message_primary or error}"
                 if time.monotonic() > deadline:
                     raise DeployError(f"gave up after {self.attempts} attempts, at {reason}") from error
                 self.say(f"attempt {self.attempts}, at {reason}; trying again")
@@ -266,12 +266,12 @@ class Run:
 
     def migrate(self, migrations: Sequence[Migration], then: Callable[[], None] = lambda: None) -> None:
         """Run migrations that share this transaction."""
-        self.become(self.owner())
+        self.set_local_role(self.owner())
         self.lock_tables(migrations)
         for migration in migrations:
             with self.search_path(migration.search_path):
                 self.execute_all(migration.statements)
-        self.record(migrations)
+        self.record_migrations(migrations)
         self.migrated += [migration.path.name for migration in migrations]
         then()
 
@@ -285,7 +285,7 @@ class Run:
             if statement.kind == "index":
                 self.drop_unfinished_index(statement)
             self.execute(statement)
-        self.record([migration])
+        self.record_migrations([migration])
         self.migrated.append(migration.path.name)
         self.conn.execute("reset search_path")
         self.conn.execute("reset role")
@@ -305,7 +305,9 @@ class Run:
     def lock_tables(self, migrations: Iterable[Migration]) -> None:
         """Lock the tables to be altered or to get a trigger, in the order in which everybody locks them."""
         modes: dict[str, LiteralString] = {
-            trigger.table: "share row exclusive" for trigger in self.stale() if trigger.kind == "trigger"
+            trigger.table: "share row exclusive"
+            for trigger in self.changed_views_and_triggers()
+            if trigger.kind == "trigger"
         }
         ours = (migration for migration in migrations if migration.origin == "surety")
         for statement in (statement for migration in ours for statement in migration.statements):
@@ -313,11 +315,11 @@ class Run:
                 modes[statement.table] = "access exclusive"
         for table in sorted(modes, key=lock_rank):
             if self.conn.execute("select to_regclass(%s)", (table,)).fetchone() != (None,):
-                self.doing = f"locking {table}"
+                self.current_step = f"locking {table}"
                 name = sql.Identifier(*table.split("."))
                 self.conn.execute(sql.SQL("lock table {} in {} mode").format(name, sql.SQL(modes[table])))
 
-    def record(self, migrations: Iterable[Migration]) -> None:
+    def record_migrations(self, migrations: Iterable[Migration]) -> None:
         """Note migrations as applied."""
         with self.conn.cursor() as cursor:
             cursor.executemany(
@@ -329,17 +331,17 @@ class Run:
     def write_behaviour(self) -> None:
         """Write db/*.sql and drop what is in none of them."""
         self.execute_all(read_statements(BOOKKEEPING))
-        stale = self.stale()
+        stale = self.changed_views_and_triggers()
         for statement in self.source.statements:
             if statement.kind not in ("view", "trigger"):
                 self.execute(statement)
             elif statement in stale:
                 self.replace(statement)
-        self.drop_leftovers()
+        self.drop_removed_objects()
         self.refuse_overloads()
-        self.remember()
+        self.record_deploy()
 
-    def stale(self) -> list[Statement]:
+    def changed_views_and_triggers(self) -> list[Statement]:
         """The views and triggers to write: those whose text changed, or that are not as the last deploy left them."""
         remembered = {
             (kind, identity): (text, definition)
@@ -363,7 +365,7 @@ class Run:
         self.execute(statement)
         self.written.append(statement.identity)
 
-    def drop_leftovers(self) -> None:
+    def drop_removed_objects(self) -> None:
         """Drop what an earlier deploy wrote and this one doesn't know, each after what depends on it."""
         wanted = {(each.kind, each.identity) for each in (*self.source.schema, *self.source.statements)}
         left = [each for each in self.objects() if (each.kind, each.identity) not in wanted]
@@ -381,7 +383,7 @@ class Run:
                 raise DeployError(f"{reason}. No file of db/ has it any more, but somebody has built on it")
             left = needed
 
-    def drop(self, leftover: Object) -> None:
+    def drop(self, leftover: DatabaseObject) -> None:
         """Drop a function, view or trigger."""
         kind = "routine" if leftover.kind == "function" else leftover.kind
         self.conn.execute(f"drop {kind} {leftover.name}".encode())
@@ -395,7 +397,7 @@ class Run:
             signatures = " and ".join(each.name for each in there if each.identity == identity)
             raise DeployError(f"a changed signature is a new name; there would be {signatures}")
 
-    def remember(self) -> None:
+    def record_deploy(self) -> None:
         """Leave a record to the next deploy and to whoever asks what happened."""
         there: dict[tuple[str, str], str] = {(each.kind, each.identity): each.definition for each in self.objects()}
         self.conn.execute("delete from deploy.objects")
@@ -417,9 +419,9 @@ class Run:
 
     # --- the connection
 
-    def objects(self) -> list[Object]:
+    def objects(self) -> list[DatabaseObject]:
         """The functions, views and triggers in our schemas, the youngest first."""
-        return [Object(*row) for row in self.conn.execute(OBJECTS, {"schemas": self.source.schemas})]
+        return [DatabaseObject(*row) for row in self.conn.execute(OBJECTS, {"schemas": self.source.schemas})]
 
     def owner(self) -> str:
         """The role that owns our schemas."""
@@ -431,7 +433,7 @@ class Run:
             raise DeployError(f"one role must own {', '.join(self.source.schemas)}; {len(owners)} do")
         return str(owners[0][0])
 
-    def become(self, role: str) -> None:
+    def set_local_role(self, role: str) -> None:
         """Act as a role until the transaction ends."""
         self.conn.execute(sql.SQL("set local role {}").format(sql.Identifier(role)))
 
@@ -449,16 +451,16 @@ class Run:
 
     def execute(self, statement: Statement) -> None:
         """Execute a statement; an error that won't pass tells its place."""
-        self.doing = place(statement)
+        self.current_step = location_of(statement)
         try:
             self.conn.execute(statement.text.encode())
         except psycopg.Error as error:
-            if passes(error):
+            if is_retryable(error):
                 raise
-            raise DeployError(f"{place(statement, error)}: {error}") from error
+            raise DeployError(f"{location_of(statement, error)}: {error}") from error
 
 
-def passes(error: psycopg.Error) -> bool:
+def is_retryable(error: psycopg.Error) -> bool:
     """Whether trying again can help: a lock not got in time, or another database of the cluster making our roles."""
     if isinstance(error, errors.LockNotAvailable | errors.DeadlockDetected | errors.SerializationFailure):
         return True

@@ -14,7 +14,7 @@ from typing import Literal
 
 import psycopg
 
-from db import CAPABILITIES, LOCK_ORDER
+from db import BEHAVIOUR_FILES, LOCK_ORDER
 from db.deploy.statements import Statement, read_statements
 from db.errors import DeployError
 
@@ -31,7 +31,7 @@ def state_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class Source:
+class VersionFiles:
     """The files of a version. `state` holds schema.sql and migrations/; `behaviour` are the files of db/, in order."""
 
     state: Path
@@ -41,12 +41,12 @@ class Source:
     version: str
 
     @classmethod
-    def installed(cls, state: Path | None = None, behaviour: Sequence[Path] | None = None) -> Source:
+    def installed(cls, state: Path | None = None, behaviour: Sequence[Path] | None = None) -> VersionFiles:
         """The files of the installed version; state and behaviour can be taken from elsewhere."""
         package = importlib.util.find_spec("procrastinate")
         assert package, "Procrastinate is a dependency"
         if behaviour is None:
-            behaviour = [PACKAGE / "sql" / f"{name}.sql" for name in CAPABILITIES]
+            behaviour = [PACKAGE / "sql" / f"{name}.sql" for name in BEHAVIOUR_FILES]
         return cls(
             state=state or state_folder(),
             behaviour=tuple(behaviour),
@@ -71,9 +71,11 @@ class Source:
         found = [statement for path in self.behaviour for statement in read_statements(path)]
         for statement in found:
             if statement.kind in ("function", "view") and not statement.replaces:
-                raise DeployError(f"{place(statement)}: write `create or replace`, so that it can be deployed again")
+                raise DeployError(
+                    f"{location_of(statement)}: write `create or replace`, so that it can be deployed again"
+                )
             if statement.kind in ("function", "view", "trigger") and "." not in statement.identity:
-                raise DeployError(f"{place(statement)}: name the schema, too")
+                raise DeployError(f"{location_of(statement)}: name the schema, too")
         return found
 
     @cached_property
@@ -83,7 +85,9 @@ class Source:
         found = [Migration("surety", path) for path in paths if not path.name.endswith("baseline.sql")]
         for statement in (statement for migration in found for statement in migration.statements):
             if statement.kind in ("function", "view", "trigger"):
-                raise DeployError(f"{place(statement)}: a migration may drop a {statement.kind}, never create one")
+                raise DeployError(
+                    f"{location_of(statement)}: a migration may drop a {statement.kind}, never create one"
+                )
         return found
 
     @cached_property
@@ -145,7 +149,7 @@ def lock_rank(table: str) -> tuple[int, str]:
     return (LOCK_ORDER.index(table) if table in LOCK_ORDER else len(LOCK_ORDER)), table
 
 
-def place(statement: Statement, error: psycopg.Error | None = None) -> str:
+def location_of(statement: Statement, error: psycopg.Error | None = None) -> str:
     """file:line of a statement, or of the error in it."""
     line = statement.line
     if error and error.diag.statement_position:

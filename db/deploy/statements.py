@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["function", "view", "trigger", "schema", "index", "alteration", "other"]
+StatementKind = Literal["function", "view", "trigger", "schema", "index", "alteration", "other"]
 
 TOKEN = re.compile(
     r"""
@@ -29,7 +29,7 @@ TOKEN = re.compile(
 )
 COMMENT = re.compile(r"\s+|--[^\n]*|/\*.*?\*/", re.DOTALL)
 NAME = r"(?P<name>[\w.]+)"
-PATTERNS: dict[Kind, re.Pattern[str]] = {
+PATTERNS: dict[StatementKind, re.Pattern[str]] = {
     "function": re.compile(rf"create\s+(?:or\s+replace\s+)?(?:function|procedure)\s+{NAME}", re.IGNORECASE),
     "view": re.compile(rf"create\s+(?:or\s+replace\s+)?(?:recursive\s+)?view\s+{NAME}", re.IGNORECASE),
     "trigger": re.compile(
@@ -55,7 +55,7 @@ class Statement:
     text: str
     file: str
     line: int
-    kind: Kind
+    kind: StatementKind
     name: str = ""
     table: str = ""
 

@@ -1,7 +1,7 @@
 """A batch's calls to a provider: what to send, all of them at once, their results recorded as they come.
 
-begin_calls commits what will be sent before it is sent; record_results takes what came of it, whoever holds the lease
-by then. A slow call keeps nobody's result waiting: what has come while one group was recorded makes the next.
+begin_calls commits what will be sent before it is sent; record_event_results takes the result, also after
+the lease was lost. A slow call delays no other result: results that arrive while a group is recorded form the next.
 """
 
 from __future__ import annotations
@@ -17,25 +17,35 @@ from typing import Any
 from msgspec import Struct, field
 from psycopg.types.json import Jsonb
 
-from jobs.breaker import account_of, outage_key
-from jobs.database import in_halves
-from jobs.stripe.client import Answer, Busy, Declined, Misfit, Outage, ProviderError, Refused, Rejected, Unknown
-from jobs.stripe.facts import Json, Origin, decline_fact, failure, intent_facts, redacted
+from jobs.breaker import account_of_breaker, breaker_key
+from jobs.database import bisect_on_error
+from jobs.stripe.client import (
+    OutcomeUnknown,
+    PaymentDeclined,
+    PaymentRefused,
+    ProviderBusy,
+    ProviderError,
+    ProviderOutage,
+    ProviderResponse,
+    RequestRejected,
+    ResponseMismatch,
+)
+from jobs.stripe.facts import FactOrigin, Json, decline_fact, failure, intent_facts, redacted
 from jobs.worker import Batch, Worker
 
 log = logging.getLogger("surety.calls")
 
-CALLS_AT_ONCE = 32
+CONCURRENT_CALLS_MAX = 32
 # A group of results costs a commit; so the first of many waits this long for others.
 GATHER_SECONDS = 0.025
 # How long a command waits for the outcome of what was sent before it.
 WAIT_SECONDS = 1.0
 
-Result = dict[str, Any]
-"""As surety.record_results takes it."""
+CallResult = dict[str, Any]
+"""As surety.record_event_results takes it."""
 
 
-class Subject(Struct, kw_only=True):
+class CallSubject(Struct, kw_only=True):
     """The payment that a call is about, and what an answer must agree with."""
 
     payment_id: str
@@ -46,7 +56,7 @@ class Subject(Struct, kw_only=True):
     livemode: bool
 
 
-class Call(Subject, kw_only=True):
+class ProviderCall(CallSubject, kw_only=True):
     """A row of surety.begin_calls: what to do about one event's payment."""
 
     event_id: str
@@ -59,33 +69,33 @@ class Call(Subject, kw_only=True):
     begun_at: float = field(default_factory=time.monotonic)
 
 
-class Recorded(Struct):
-    """The row of surety.record_results."""
+class RecordedResults(Struct):
+    """The row of surety.record_event_results."""
 
     is_held: bool
     event_types: list[str]
 
 
-Perform = Callable[[Worker, Call], Awaitable[Answer]]
-Work = Callable[[], Awaitable[list[Result]]]
-Read = Callable[[Answer], Result]
-Excuse = Callable[[ProviderError], Result]
+PerformCall = Callable[[Worker, ProviderCall], Awaitable[ProviderResponse]]
+CallWork = Callable[[], Awaitable[list[CallResult]]]
+ReadResponse = Callable[[ProviderResponse], CallResult]
+ReadError = Callable[[ProviderError], CallResult]
 
 
-async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operation: str, perform: Perform) -> None:
+async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operation: str, perform: PerformCall) -> None:
     """Make the calls of these events and record what comes of each."""
-    event_ids = await without_held(worker, batch, event_ids)
+    event_ids = await unblocked_events(worker, batch, event_ids)
     if not event_ids:
         return
     calls = await worker.database.rows(
-        Call,
+        ProviderCall,
         "select event_id, payment_id, todo, operation, idempotency_key, request, account, provider_id, first_sent_at,"
         " last_sent_at, amount_minor, currency, livemode from surety.begin_calls(%s, %s, %s, %s, %s)",
         batch.batch_id, batch.fence, operation, worker.actor, event_ids,
     )  # fmt: skip
-    missing = await without_subject(worker, batch, event_ids, {call.event_id for call in calls})
+    missing = await missing_subject_results(worker, batch, event_ids, {call.event_id for call in calls})
 
-    async def make(call: Call) -> list[Result]:
+    async def make(call: ProviderCall) -> list[CallResult]:
         event = {"event_id": call.event_id}
         if call.todo == "skip":
             return [event]
@@ -94,56 +104,58 @@ async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operati
         if batch.is_lost or worker.stopping.is_set():
             return [event | {"release_seconds": 0, "error": "its worker stopped"}]
         if call.account in worker.breaker.blocked:
-            return [event | not_sent(call, call.operation)]
-        return [event | await outcome(call, call.operation, perform(worker, call))]
+            return [event | not_sent_result(call, call.operation)]
+        return [event | await call_result(call, call.operation, perform(worker, call))]
 
     if missing:
-        await record(worker, batch, missing)
-    await record_as_they_come(worker, batch, [partial(make, call) for call in calls])
+        await record_call_results(worker, batch, missing)
+    await record_as_completed(worker, batch, [partial(make, call) for call in calls])
 
 
-async def without_held(worker: Worker, batch: Batch, event_ids: list[str]) -> list[str]:
+async def unblocked_events(worker: Worker, batch: Batch, event_ids: list[str]) -> list[str]:
     """The events that may be handled now; those whose account is cut off are given back."""
     if not worker.breaker.blocked:
         return event_ids
-    query = "select surety.hold_blocked(%s, %s, %s)"
+    query = "select surety.hold_blocked_events(%s, %s, %s)"
     held = set(await worker.database.value(query, batch.batch_id, batch.fence, event_ids))
     return [event_id for event_id in event_ids if event_id not in held]
 
 
-def not_sent(subject: Subject, operation: str) -> Result:
+def not_sent_result(subject: CallSubject, operation: str) -> CallResult:
     """A call that was written down, and not made because its account was cut off meanwhile."""
     return {
         "payment_id": subject.payment_id,
         "operation": operation,
         "outcome": "not_sent",
         "error": "not sent: the provider is out",
-        "outage": outage_key(subject.account),
+        "outage": breaker_key(subject.account),
     }
 
 
-async def without_subject(worker: Worker, batch: Batch, event_ids: list[str], found: set[str]) -> list[Result]:
+async def missing_subject_results(
+    worker: Worker, batch: Batch, event_ids: list[str], found: set[str]
+) -> list[CallResult]:
     """The failures of events whose payment or webhook isn't there, unless nothing is because the lease is lost."""
     missing = [event_id for event_id in event_ids if event_id not in found]
     if missing and not found:
-        held = await worker.database.value("select outbox.renew(%s, %s)", batch.batch_id, batch.fence)
+        held = await worker.database.value("select outbox.renew_lease(%s, %s)", batch.batch_id, batch.fence)
         batch.is_lost = not held
     return (
         [] if batch.is_lost else [{"event_id": event_id, "error": "what it is about is gone"} for event_id in missing]
     )
 
 
-async def record_as_they_come(worker: Worker, batch: Batch, works: Iterable[Work]) -> None:
+async def record_as_completed(worker: Worker, batch: Batch, works: Iterable[CallWork]) -> None:
     """Do the works and record their results in groups as they come."""
-    async for results in in_groups(works):
-        await record(worker, batch, results)
+    async for results in completed_groups(works):
+        await record_call_results(worker, batch, results)
 
 
-async def in_groups(works: Iterable[Work]) -> AsyncGenerator[list[Result]]:
+async def completed_groups(works: Iterable[CallWork]) -> AsyncGenerator[list[CallResult]]:
     """The results of works, a bounded number of which is done at once; each group is what has come since the last."""
-    places = asyncio.Semaphore(CALLS_AT_ONCE)
+    places = asyncio.Semaphore(CONCURRENT_CALLS_MAX)
 
-    async def do(work: Work) -> list[Result]:
+    async def do(work: CallWork) -> list[CallResult]:
         async with places:
             return await work()
 
@@ -160,120 +172,122 @@ async def in_groups(works: Iterable[Work]) -> AsyncGenerator[list[Result]]:
             task.cancel()
 
 
-async def outcome(
-    subject: Subject,
+async def call_result(
+    subject: CallSubject,
     operation: str,
-    answering: Awaitable[Answer],
+    call_made: Awaitable[ProviderResponse],
     source: str = "response",
     *,
-    read: Read | None = None,
-    excuse: Excuse | None = None,
-) -> Result:
+    read: ReadResponse | None = None,
+    read_error: ReadError | None = None,
+) -> CallResult:
     """What came of one call: an answer as `read` understands it, by itself as the payment's intent, or what its failure
     means.
     """
     began = time.monotonic()
     try:
-        answer = await answering
-        told = read(answer) if read else answered(subject, answer, source)
+        answer = await call_made
+        result = read(answer) if read else intent_result(subject, answer, source)
     except ProviderError as error:
-        told = excuse(error) if excuse else unanswered(subject, operation, error)
+        result = read_error(error) if read_error else error_result(subject, operation, error)
     except Exception as error:  # whatever went wrong about one call must not touch the others
         log.exception("%s of %s", operation, subject.payment_id)
-        told = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
-    if "outage" in told:
-        told["began"] = began
+        result = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
+    if "outage" in result:
+        result["began"] = began
     duration_ms = round((time.monotonic() - began) * 1000, 3)
-    return {"payment_id": subject.payment_id, "operation": operation, "duration_ms": duration_ms, **told}
+    return {"payment_id": subject.payment_id, "operation": operation, "duration_ms": duration_ms, **result}
 
 
-def answered(subject: Subject, answer: Answer, source: str) -> Result:
-    """The intent that was answered, as facts. Raises Misfit or Unknown if it isn't the payment's."""
+def intent_result(subject: CallSubject, answer: ProviderResponse, source: str) -> CallResult:
+    """The intent that was answered, as facts. Raises ResponseMismatch or OutcomeUnknown if it isn't the payment's."""
     intent = answer.body
-    check_identity(subject, intent)
-    origin = Origin(subject.account, subject.livemode, source, answer.request_id)
-    told: Result = {
+    check_intent(subject, intent)
+    origin = FactOrigin(subject.account, subject.livemode, source, answer.request_id)
+    result: CallResult = {
         "outcome": "answered",
         "status": answer.status,
         "snapshot": redacted(intent),
         "facts": intent_facts(intent, origin),
     }
     if intent["amount"] == subject.amount_minor:
-        return told
+        return result
     detail = f"{intent['id']} is about {intent['amount']} instead of {subject.amount_minor}"
     if subject.provider_id is None:
-        raise Misfit(detail, kind="amount")
+        raise ResponseMismatch(detail, kind="amount")
     # It may have been charged by now, and what was charged is booked, whatever was asked for.
-    return told | {"discrepancy": {"kind": "amount", "subject": intent["id"], "detail": detail}}
+    return result | {"discrepancy": {"kind": "amount", "subject": intent["id"], "detail": detail}}
 
 
-def check_identity(subject: Subject, intent: Json) -> None:
-    """Raises Unknown unless the answer is a payment intent, and Misfit unless it is this payment's."""
+def check_intent(subject: CallSubject, intent: Json) -> None:
+    """Raises OutcomeUnknown unless the answer is a payment intent, and ResponseMismatch unless it is this payment's."""
     metadata = intent.get("metadata")
     if intent.get("object") != "payment_intent" or not isinstance(metadata, dict):
-        raise Unknown("an answer that is no payment intent")
+        raise OutcomeUnknown("an answer that is no payment intent")
     if not isinstance(intent.get("id"), str) or not isinstance(intent.get("amount"), int):
-        raise Unknown("an answer that is no payment intent")
+        raise OutcomeUnknown("an answer that is no payment intent")
     if subject.provider_id not in (None, intent["id"]):
-        raise Misfit(f"{intent['id']} was answered about {subject.provider_id}", kind="foreign")
+        raise ResponseMismatch(f"{intent['id']} was answered about {subject.provider_id}", kind="foreign")
     if metadata.get("surety_payment") != subject.payment_id:
-        raise Misfit(f"{intent['id']} belongs to {metadata.get('surety_payment')}", kind="foreign")
+        raise ResponseMismatch(f"{intent['id']} belongs to {metadata.get('surety_payment')}", kind="foreign")
     if intent.get("currency") != subject.currency:
-        raise Misfit(f"{intent['id']} is in {intent.get('currency')} instead of {subject.currency}", kind="currency")
+        raise ResponseMismatch(
+            f"{intent['id']} is in {intent.get('currency')} instead of {subject.currency}", kind="currency"
+        )
     if intent.get("livemode") != subject.livemode:
-        raise Misfit(f"{intent['id']} has livemode {intent.get('livemode')}", kind="livemode")
+        raise ResponseMismatch(f"{intent['id']} has livemode {intent.get('livemode')}", kind="livemode")
 
 
-def unanswered(subject: Subject, operation: str, error: ProviderError) -> Result:
+def error_result(subject: CallSubject, operation: str, error: ProviderError) -> CallResult:
     """A call without an answer to believe, by what that means."""
-    told: Result = {"outcome": error.outcome, "status": error.status, "snapshot": redacted(error.body)}
-    if isinstance(error, Refused | Declined):
+    result: CallResult = {"outcome": error.outcome, "status": error.status, "snapshot": redacted(error.body)}
+    if isinstance(error, PaymentRefused | PaymentDeclined):
         if subject.provider_id is None or operation == "capture":
-            return told | {"refused": failure(error.error)}
-        origin = Origin(subject.account, subject.livemode, "response")
-        return told | {"facts": [decline_fact(error.error, origin, subject.provider_id, subject.currency)]}
-    told["error"] = str(error)
-    if isinstance(error, Outage):
-        told["outage"] = outage_key(subject.account)
-    elif isinstance(error, Busy):
-        told["release_seconds"] = error.seconds
-    elif isinstance(error, Misfit):
-        told["discrepancy"] = {
+            return result | {"refused": failure(error.error)}
+        origin = FactOrigin(subject.account, subject.livemode, "response")
+        return result | {"facts": [decline_fact(error.error, origin, subject.provider_id, subject.currency)]}
+    result["error"] = str(error)
+    if isinstance(error, ProviderOutage):
+        result["outage"] = breaker_key(subject.account)
+    elif isinstance(error, ProviderBusy):
+        result["release_seconds"] = error.seconds
+    elif isinstance(error, ResponseMismatch):
+        result["discrepancy"] = {
             "kind": error.kind, "subject": f"{subject.payment_id}:{operation}", "detail": str(error)
         }  # fmt: skip
-    elif isinstance(error, Rejected) and error.error.get("code") == "resource_missing":
-        told["discrepancy"] = {
+    elif isinstance(error, RequestRejected) and error.error.get("code") == "resource_missing":
+        result["discrepancy"] = {
             "kind": "missing_at_provider", "subject": subject.payment_id, "detail": str(error)
         }  # fmt: skip
-    return told
+    return result
 
 
-async def record(worker: Worker, batch: Batch, results: list[Result]) -> None:
+async def record_call_results(worker: Worker, batch: Batch, results: list[CallResult]) -> None:
     """Record results, facts and refusals each for themselves; of one that can't be recorded, that it can't."""
     failed = [(result["outage"], result.pop("began")) for result in results if "began" in result]
     if failed:
-        await worker.breaker.consider((account_of(key), began) for key, began in failed)
+        await worker.breaker.check_accounts((account_of_breaker(key), began) for key, began in failed)
     refusals = [result for result in results if "refused" in result]
     others = [result for result in results if "refused" not in result]
 
-    async def write(results: list[Result]) -> None:
+    async def write(results: list[CallResult]) -> None:
         recorded = await worker.database.rows(
-            Recorded, "select is_held, event_types from surety.record_results(%s, %s, %s, %s)",
+            RecordedResults, "select is_held, event_types from surety.record_event_results(%s, %s, %s, %s)",
             batch.batch_id, batch.fence, worker.actor, Jsonb(results),
         )  # fmt: skip
         batch.is_lost = batch.is_lost or not recorded[0].is_held
-        await worker.wake(recorded[0].event_types)
+        await worker.schedule_handlers_for(recorded[0].event_types)
 
-    async def give_up(result: Result, error: Exception) -> None:
+    async def give_up(result: CallResult, error: Exception) -> None:
         log.error("the result of %s can't be recorded", result["event_id"], exc_info=error)
-        await write([unusable(result, error)])
+        await write([unrecordable_result(result, error)])
 
     for group in (refusals, others):
         if group:
-            await in_halves(group, write, give_up)
+            await bisect_on_error(group, write, give_up)
 
 
-def unusable(result: Result, error: Exception) -> Result:
+def unrecordable_result(result: CallResult, error: Exception) -> CallResult:
     """A result that the database won't take, as the failure of its event."""
     kept = {name: result.get(name) for name in ("event_id", "payment_id", "operation", "status", "duration_ms")}
     return kept | {"outcome": "unusable", "error": f"{type(error).__name__}: {error}"}

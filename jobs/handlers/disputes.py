@@ -12,11 +12,17 @@ from functools import partial
 
 from msgspec import Struct
 
-from jobs.breaker import outage_key
-from jobs.handlers.calls import Result, record, record_as_they_come, without_held, without_subject
-from jobs.handlers.webhooks import Source, fetch_dispute
-from jobs.stripe.client import Busy, Outage, ProviderError, Rejected
-from jobs.stripe.facts import Json, Origin, redacted
+from jobs.breaker import breaker_key
+from jobs.handlers.calls import (
+    CallResult,
+    missing_subject_results,
+    record_as_completed,
+    record_call_results,
+    unblocked_events,
+)
+from jobs.handlers.webhooks import ProviderObject, fetch_dispute
+from jobs.stripe.client import ProviderBusy, ProviderError, ProviderOutage, RequestRejected
+from jobs.stripe.facts import FactOrigin, Json, redacted
 from jobs.worker import Batch, Worker
 
 
@@ -37,7 +43,7 @@ class EvidenceCall(Struct, kw_only=True):
 
 async def evidence(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """Hand over the evidence of these events' disputes and record what comes of each."""
-    event_ids = await without_held(worker, batch, event_ids)
+    event_ids = await unblocked_events(worker, batch, event_ids)
     if not event_ids:
         return
     calls = await worker.database.rows(
@@ -46,15 +52,15 @@ async def evidence(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
         " livemode from surety.begin_evidence(%s, %s, %s, %s)",
         batch.batch_id, batch.fence, worker.actor, event_ids,
     )  # fmt: skip
-    missing = await without_subject(worker, batch, event_ids, {call.event_id for call in calls})
+    missing = await missing_subject_results(worker, batch, event_ids, {call.event_id for call in calls})
     if missing:
-        await record(worker, batch, missing)
-    await record_as_they_come(worker, batch, [partial(hand_over, worker, batch, call) for call in calls])
+        await record_call_results(worker, batch, missing)
+    await record_as_completed(worker, batch, [partial(send_evidence, worker, batch, call) for call in calls])
 
 
-async def hand_over(worker: Worker, batch: Batch, call: EvidenceCall) -> list[Result]:
+async def send_evidence(worker: Worker, batch: Batch, call: EvidenceCall) -> list[CallResult]:
     """What came of one dispute's evidence."""
-    event: Result = {"event_id": call.event_id}
+    event: CallResult = {"event_id": call.event_id}
     if call.todo == "skip":
         return [event]
     if batch.is_lost or worker.stopping.is_set():
@@ -63,27 +69,27 @@ async def hand_over(worker: Worker, batch: Batch, call: EvidenceCall) -> list[Re
     assert call.idempotency_key is not None
     key, began = call.idempotency_key, time.monotonic()
     subject = (
-        Source(call.account, call.livemode, "dispute", call.provider_id),
-        Origin(call.account, call.livemode, "response"),
+        ProviderObject(call.account, call.livemode, "dispute", call.provider_id),
+        FactOrigin(call.account, call.livemode, "response"),
     )
-    told: Result
+    result: CallResult
     try:
         if call.todo == "renew":
-            query = "select surety.renew_call(%s, %s)"
+            query = "select surety.renew_call_key(%s, %s)"
             key = await worker.database.value(query, call.payment_id, call.operation)
         answer = await worker.stripe.update_dispute(call.account, key, call.provider_id, call.request)
-        told = {"outcome": "answered", "status": answer.status, "snapshot": redacted(answer.body)}
+        result = {"outcome": "answered", "status": answer.status, "snapshot": redacted(answer.body)}
         await fetch_dispute(worker, *subject)
     except ProviderError as error:
-        told = {"outcome": error.outcome, "status": error.status, "error": str(error)}
-        if isinstance(error, Busy):
-            told["release_seconds"] = error.seconds
-        elif isinstance(error, Outage):
-            told |= {"outage": outage_key(call.account), "began": began}
-        elif isinstance(error, Rejected):
-            told["snapshot"] = redacted(error.body)
+        result = {"outcome": error.outcome, "status": error.status, "error": str(error)}
+        if isinstance(error, ProviderBusy):
+            result["release_seconds"] = error.seconds
+        elif isinstance(error, ProviderOutage):
+            result |= {"outage": breaker_key(call.account), "began": began}
+        elif isinstance(error, RequestRejected):
+            result["snapshot"] = redacted(error.body)
             # It may have been submitted by a call whose answer was lost, or be over: then the dispute says so.
             with suppress(ProviderError):
                 await fetch_dispute(worker, *subject)
     duration_ms = round((time.monotonic() - began) * 1000, 3)
-    return [event | {"payment_id": call.payment_id, "operation": call.operation, "duration_ms": duration_ms} | told]
+    return [event | {"payment_id": call.payment_id, "operation": call.operation, "duration_ms": duration_ms} | result]

@@ -9,22 +9,29 @@ from __future__ import annotations
 from functools import partial
 
 from jobs.handlers.calls import (
-    Call,
-    Result,
-    not_sent,
-    outcome,
-    record,
-    record_as_they_come,
-    without_held,
-    without_subject,
+    CallResult,
+    ProviderCall,
+    call_result,
+    error_result,
+    missing_subject_results,
+    not_sent_result,
+    record_as_completed,
+    record_call_results,
+    unblocked_events,
 )
-from jobs.handlers.calls import unanswered as unexplained
-from jobs.stripe.client import Answer, Declined, Misfit, ProviderError, Refused, Unknown
-from jobs.stripe.facts import Json, Origin, failure, id_of, redacted, refund_facts
+from jobs.stripe.client import (
+    OutcomeUnknown,
+    PaymentDeclined,
+    PaymentRefused,
+    ProviderError,
+    ProviderResponse,
+    ResponseMismatch,
+)
+from jobs.stripe.facts import FactOrigin, Json, failure, id_of, redacted, refund_facts
 from jobs.worker import Batch, Worker
 
 
-class RefundCall(Call, kw_only=True):
+class RefundCall(ProviderCall, kw_only=True):
     """A row of surety.begin_refunds: what to do about one refund. The amount of the payment is amount_minor."""
 
     refund_id: str
@@ -33,7 +40,7 @@ class RefundCall(Call, kw_only=True):
 
 async def refund(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """Make the refunds of these events and record what comes of each."""
-    event_ids = await without_held(worker, batch, event_ids)
+    event_ids = await unblocked_events(worker, batch, event_ids)
     if not event_ids:
         return
     calls = await worker.database.rows(
@@ -43,26 +50,26 @@ async def refund(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
         " from surety.begin_refunds(%s, %s, %s, %s)",
         batch.batch_id, batch.fence, worker.actor, event_ids,
     )  # fmt: skip
-    missing = await without_subject(worker, batch, event_ids, {call.event_id for call in calls})
+    missing = await missing_subject_results(worker, batch, event_ids, {call.event_id for call in calls})
 
-    async def make(call: RefundCall) -> list[Result]:
+    async def make(call: RefundCall) -> list[CallResult]:
         event = {"event_id": call.event_id}
         if call.todo == "skip":
             return [event]
         if batch.is_lost or worker.stopping.is_set():
             return [event | {"release_seconds": 0, "error": "its worker stopped"}]
         if call.account in worker.breaker.blocked:
-            return [event | not_sent(call, call.operation)]
-        making = create_refund(worker, call)
-        read, excuse = partial(answered, call), partial(unanswered, call)
-        return [event | await outcome(call, call.operation, making, read=read, excuse=excuse)]
+            return [event | not_sent_result(call, call.operation)]
+        making = perform_refund(worker, call)
+        read, read_error = partial(refund_result, call), partial(refund_error_result, call)
+        return [event | await call_result(call, call.operation, making, read=read, read_error=read_error)]
 
     if missing:
-        await record(worker, batch, missing)
-    await record_as_they_come(worker, batch, [partial(make, call) for call in calls])
+        await record_call_results(worker, batch, missing)
+    await record_as_completed(worker, batch, [partial(make, call) for call in calls])
 
 
-async def create_refund(worker: Worker, call: RefundCall) -> Answer:
+async def perform_refund(worker: Worker, call: RefundCall) -> ProviderResponse:
     """The refund at the provider, looked for first where an earlier send's outcome is unknown."""
     assert call.request is not None
     assert call.idempotency_key is not None
@@ -73,15 +80,15 @@ async def create_refund(worker: Worker, call: RefundCall) -> Answer:
         if found is not None:
             return found
     if call.todo == "renew":
-        key = await worker.database.value("select surety.renew_call(%s, %s)", call.payment_id, call.operation)
+        key = await worker.database.value("select surety.renew_call_key(%s, %s)", call.payment_id, call.operation)
     return await worker.stripe.create_refund(call.account, key, call.request)
 
 
-def answered(call: RefundCall, answer: Answer) -> Result:
-    """The refund that was answered, as a fact. Raises Misfit or Unknown if it isn't the one that was asked for."""
+def refund_result(call: RefundCall, answer: ProviderResponse) -> CallResult:
+    """The answered refund as a fact. Raises ResponseMismatch or OutcomeUnknown if it is another one."""
     made = answer.body
-    check_identity(call, made)
-    origin = Origin(call.account, call.livemode, "response", answer.request_id)
+    check_refund(call, made)
+    origin = FactOrigin(call.account, call.livemode, "response", answer.request_id)
     return {
         "outcome": "answered",
         "status": answer.status,
@@ -90,20 +97,20 @@ def answered(call: RefundCall, answer: Answer) -> Result:
     }
 
 
-def check_identity(call: RefundCall, made: Json) -> None:
-    """Raises Unknown unless the answer is a refund, and Misfit unless it is this one."""
+def check_refund(call: RefundCall, made: Json) -> None:
+    """Raises OutcomeUnknown unless the answer is a refund, and ResponseMismatch unless it is this one."""
     metadata = made.get("metadata")
     if made.get("object") != "refund" or not isinstance(made.get("id"), str) or not isinstance(metadata, dict):
-        raise Unknown("an answer that is no refund")
+        raise OutcomeUnknown("an answer that is no refund")
     if metadata.get("surety_refund") != call.refund_id or id_of(made.get("payment_intent")) != call.provider_id:
-        raise Misfit(f"{made['id']} belongs to {metadata.get('surety_refund')}", kind="foreign")
+        raise ResponseMismatch(f"{made['id']} belongs to {metadata.get('surety_refund')}", kind="foreign")
     if made.get("currency") != call.currency:
-        raise Misfit(f"{made['id']} is in {made.get('currency')} instead of {call.currency}", kind="currency")
+        raise ResponseMismatch(f"{made['id']} is in {made.get('currency')} instead of {call.currency}", kind="currency")
 
 
-def unanswered(call: RefundCall, error: ProviderError) -> Result:
+def refund_error_result(call: RefundCall, error: ProviderError) -> CallResult:
     """A call without an answer to believe, by what that means."""
-    if isinstance(error, Refused | Declined):
+    if isinstance(error, PaymentRefused | PaymentDeclined):
         return {
             "outcome": error.outcome,
             "status": error.status,
@@ -111,4 +118,4 @@ def unanswered(call: RefundCall, error: ProviderError) -> Result:
             "refund_id": call.refund_id,
             "refused": failure(error.error),
         }
-    return unexplained(call, call.operation, error)
+    return error_result(call, call.operation, error)

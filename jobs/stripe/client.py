@@ -4,14 +4,14 @@ Every call ends in one of these; whoever gets an exception knows what to do by i
 
     an answer      the object, checked against the payment it should be about
     ProviderError
-    ├── Busy       409 and 429: the same again a little later. 401 and 403 too: no payment's failure, but ours
-    ├── Unknown    it may have happened or not, so ask before sending again
-    │   └── Outage no answer, half of one, 5xx or nonsense: the provider's failure, never the payment's
-    ├── Absent     it was looked for where it would be, and isn't there
-    ├── Refused    the payment itself can't be made: an unknown card, a forbidden amount
-    ├── Declined   402: the issuer said no; the intent lives on
-    ├── Misfit     an answer about something else than what was asked: nothing of it is believed
-    └── Rejected   every other 4xx: our mistake, and a person's business
+    ├── ProviderBusy       409 and 429: the same again a little later. 401 and 403 too: no payment's failure, but ours
+    ├── OutcomeUnknown    it may have happened or not, so ask before sending again
+    │   └── ProviderOutage no answer, half of one, 5xx or nonsense: the provider's failure, never the payment's
+    ├── ObjectAbsent     it was looked for where it would be, and isn't there
+    ├── PaymentRefused    the payment itself can't be made: an unknown card, a forbidden amount
+    ├── PaymentDeclined   402: the issuer said no; the intent lives on
+    ├── ResponseMismatch     an answer about something else than what was asked: nothing of it is believed
+    └── RequestRejected   every other 4xx: our mistake, and a person's business
 
 Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
 """
@@ -31,31 +31,31 @@ import stripe
 from msgspec import Struct
 
 from db.settings import Settings
-from jobs.database import Database
+from jobs.database import WorkerDatabase
 
 Json = dict[str, Any]
 
 API_VERSION = "2026-10-28.endive"
-CONNECTIONS_MAX = 32
-PAGE = 100
-LIVE_PER_SECOND = 80.0
-TEST_PER_SECOND = 20.0
+PROVIDER_CONNECTIONS_MAX = 32
+PAGE_SIZE = 100
+LIVE_REQUESTS_PER_SECOND = 80.0
+TEST_REQUESTS_PER_SECOND = 20.0
 BUSY_SECONDS = 1.0
 BUSY_SECONDS_MAX = 60.0
-QUIET_SECONDS = 0.25
+YIELD_SECONDS = 0.25
 PROBE_SECONDS = 5.0
 # Windows of lists begin and end at multiples of so many seconds, so that many questions have the same.
-WINDOW = 300
-LISTING_SECONDS = 60.0
+LIST_WINDOW_SECONDS = 300
+LISTING_SHARED_SECONDS = 60.0
 # How much the provider's clock and ours may differ when an intent is looked for by the time of its creation.
-SLACK_SECONDS = 300
+CLOCK_SKEW_SECONDS = 300
 
 # Parameters that a merchant's request decides: a refusal that names one is about the payment, not about us.
-OF_THE_PAYMENT = frozenset(
+PAYMENT_PARAMETERS = frozenset(
     {"amount", "amount_to_capture", "payment_method", "return_url", "statement_descriptor_suffix", "description"}
 )
 # Codes that tell why a refund can't be made: likewise.
-OF_THE_REFUND = frozenset(
+REFUND_ERROR_CODES = frozenset(
     {
         "charge_already_refunded",
         "charge_disputed",
@@ -83,7 +83,7 @@ class ProviderError(Exception):
         return told if isinstance(told, dict) else {"message": str(self)}
 
 
-class Busy(ProviderError):
+class ProviderBusy(ProviderError):
     """The provider asks us to come again later."""
 
     outcome = "busy"
@@ -93,35 +93,35 @@ class Busy(ProviderError):
         self.seconds = seconds
 
 
-class Unknown(ProviderError):
+class OutcomeUnknown(ProviderError):
     """Nobody knows whether it happened."""
 
     outcome = "unknown"
 
 
-class Outage(Unknown):
+class ProviderOutage(OutcomeUnknown):
     """The provider gave no answer that could be one."""
 
 
-class Absent(ProviderError):
+class ObjectAbsent(ProviderError):
     """The provider has no such object."""
 
     outcome = "absent"
 
 
-class Refused(ProviderError):
+class PaymentRefused(ProviderError):
     """The payment can't be made as it is."""
 
     outcome = "refused"
 
 
-class Declined(ProviderError):
+class PaymentDeclined(ProviderError):
     """The issuer said no."""
 
     outcome = "declined"
 
 
-class Misfit(ProviderError):
+class ResponseMismatch(ProviderError):
     """The answer is about something else; `kind` is the discrepancy's."""
 
     outcome = "misfit"
@@ -131,7 +131,7 @@ class Misfit(ProviderError):
         self.kind = kind
 
 
-class Rejected(ProviderError):
+class RequestRejected(ProviderError):
     """The request was wrong."""
 
     outcome = "rejected"
@@ -141,7 +141,7 @@ OnCall = Callable[[str, float, ProviderError | None, bool], None]
 """Told of every call: its account, when it began on the monotonic clock, what failed it, whether it was a command."""
 
 
-class Answer(Struct, frozen=True):
+class ProviderResponse(Struct, frozen=True):
     """What Stripe said."""
 
     body: Json
@@ -149,23 +149,25 @@ class Answer(Struct, frozen=True):
     request_id: str | None
 
 
-class Listing(Struct, frozen=True):
+class IntentListing(Struct, frozen=True):
     """A reading of a list, under way or done, since a time of the monotonic clock."""
 
     begun: float
     reading: asyncio.Task[dict[str, str]]
 
 
-class HttpClient(stripe.HTTPClient):
+class StripeHttpClient(stripe.HTTPClient):
     """What the SDK sends its requests with: httpx, its connections bounded and kept."""
 
     name = "httpx"
 
     def __init__(self, timeout_seconds: float) -> None:
         super().__init__()
-        self.kept = httpx.AsyncClient(
+        self.pool = httpx.AsyncClient(
             limits=httpx.Limits(
-                max_connections=CONNECTIONS_MAX, max_keepalive_connections=CONNECTIONS_MAX, keepalive_expiry=30
+                max_connections=PROVIDER_CONNECTIONS_MAX,
+                max_keepalive_connections=PROVIDER_CONNECTIONS_MAX,
+                keepalive_expiry=30,
             ),
             verify=ssl.create_default_context(cafile=stripe.ca_bundle_path),
             timeout=timeout_seconds,
@@ -176,84 +178,89 @@ class HttpClient(stripe.HTTPClient):
     ) -> tuple[bytes, int, Mapping[str, str]]:
         """One request. Raises APIConnectionError if no whole answer comes."""
         try:
-            answer = await self.kept.request(method, url, headers=headers, content=post_data)
+            answer = await self.pool.request(method, url, headers=headers, content=post_data)
         except httpx.HTTPError as error:
             raise stripe.APIConnectionError(type(error).__name__) from error  # type: ignore[no-untyped-call]
         return answer.content, answer.status_code, answer.headers
 
 
-class StripeRail:
+class StripeGateway:
     """Calls to Stripe, paced and bounded. It belongs to the event loop that opened it."""
 
     def __init__(
-        self, client: stripe.StripeClient, http: httpx.AsyncClient, settings: Settings, database: Database
+        self, client: stripe.StripeClient, http: httpx.AsyncClient, settings: Settings, database: WorkerDatabase
     ) -> None:
         self._client = client
         self.http = http
         self._database = database
         self._timeout_seconds = settings.surety_provider_timeout
-        self._per_second = per_second(settings)
-        self._places = asyncio.Semaphore(CONNECTIONS_MAX)
+        self._per_second = requests_per_second(settings)
+        self._call_slots = asyncio.Semaphore(PROVIDER_CONNECTIONS_MAX)
         self.livemode = "_live_" in settings.provider.key.reveal()
-        self._listings: dict[tuple[str, int, int], Listing] = {}
+        self._listings: dict[tuple[str, int, int], IntentListing] = {}
         self.on_call: OnCall = lambda *_: None
 
-    async def create_intent(self, account: str, key: str, request: Json) -> Answer:
+    async def create_intent(self, account: str, key: str, request: Json) -> ProviderResponse:
         """A new payment intent, unconfirmed."""
         return await self._send("post", "/v1/payment_intents", account, request, key=key)
 
-    async def confirm_intent(self, account: str, key: str, intent_id: str, request: Json) -> Answer:
+    async def confirm_intent(self, account: str, key: str, intent_id: str, request: Json) -> ProviderResponse:
         """The attempt to charge it."""
         return await self._send("post", f"/v1/payment_intents/{intent_id}/confirm", account, request, key=key)
 
-    async def capture_intent(self, account: str, key: str, intent_id: str, request: Json) -> Answer:
+    async def capture_intent(self, account: str, key: str, intent_id: str, request: Json) -> ProviderResponse:
         """What is held is taken, all of it or a part, once."""
         return await self._send("post", f"/v1/payment_intents/{intent_id}/capture", account, request, key=key)
 
-    async def cancel_intent(self, account: str, key: str, intent_id: str, request: Json) -> Answer:
+    async def cancel_intent(self, account: str, key: str, intent_id: str, request: Json) -> ProviderResponse:
         """The end of an intent that hasn't succeeded."""
         return await self._send("post", f"/v1/payment_intents/{intent_id}/cancel", account, request, key=key)
 
-    async def create_refund(self, account: str, key: str, request: Json) -> Answer:
+    async def create_refund(self, account: str, key: str, request: Json) -> ProviderResponse:
         """Money back to the payer."""
         return await self._send("post", "/v1/refunds", account, request, key=key)
 
-    async def find_refund(self, account: str, intent_id: str, refund_id: str) -> Answer | None:
+    async def find_refund(self, account: str, intent_id: str, refund_id: str) -> ProviderResponse | None:
         """The refund of an intent whose metadata name one of ours."""
         async for page in self._pages("/v1/refunds", account, {"payment_intent": intent_id}, urgent=True):
             for refund in page:
                 if (refund.get("metadata") or {}).get("surety_refund") == refund_id:
-                    return Answer(refund, 200, None)
+                    return ProviderResponse(refund, 200, None)
         return None
 
-    async def update_dispute(self, account: str, key: str, dispute_id: str, request: Json) -> Answer:
+    async def update_dispute(self, account: str, key: str, dispute_id: str, request: Json) -> ProviderResponse:
         """Evidence for a dispute."""
         return await self._send("post", f"/v1/disputes/{dispute_id}", account, request, key=key)
 
-    async def fetch_intent(self, account: str, intent_id: str, *, urgent: bool = False) -> Answer:
+    async def fetch_intent(self, account: str, intent_id: str, *, urgent: bool = False) -> ProviderResponse:
         """An intent as it is now, with its charge and that charge's balance transaction."""
         expand = {"expand": ["latest_charge.balance_transaction"]}
         return await self._send("get", f"/v1/payment_intents/{intent_id}", account, expand, urgent=urgent)
 
-    async def fetch(self, account: str, kind: str, object_id: str) -> Answer:
+    async def fetch(self, account: str, kind: str, object_id: str) -> ProviderResponse:
         """A refund, dispute or payout as it is now; `kind` as in Stripe's paths, `disputes`."""
         return await self._send("get", f"/v1/{kind}/{object_id}", account, {}, urgent=False)
 
     async def find_intent(
         self, account: str, payment_id: str, first_sent_at: datetime, last_sent_at: datetime, asked_at: float
-    ) -> Answer | None:
+    ) -> ProviderResponse | None:
         """The intent whose metadata name a payment, among all created while it was sent. Lists don't lag; search does.
 
         Whoever asks about the same time shares one reading, if that began after `asked_at` (monotonic).
         """
-        first = int(first_sent_at.timestamp() - SLACK_SECONDS) // WINDOW
-        last = int(last_sent_at.timestamp() + SLACK_SECONDS) // WINDOW + 1
+        first = int(first_sent_at.timestamp() - CLOCK_SKEW_SECONDS) // LIST_WINDOW_SECONDS
+        last = int(last_sent_at.timestamp() + CLOCK_SKEW_SECONDS) // LIST_WINDOW_SECONDS + 1
         key = (account, first, last)
         listing = self._listings.get(key)
         if listing is None or listing.begun < asked_at:
             begun = time.monotonic()
-            listing = Listing(begun, asyncio.create_task(self._list_intents(account, first * WINDOW, last * WINDOW)))
-            kept = {one: known for one, known in self._listings.items() if known.begun > begun - LISTING_SECONDS}
+            listing = IntentListing(
+                begun,
+                asyncio.create_task(
+                    self._list_intents(account, first * LIST_WINDOW_SECONDS, last * LIST_WINDOW_SECONDS)
+                ),
+            )
+            kept = {one: known for one, known in self._listings.items() if known.begun > begun - LISTING_SHARED_SECONDS}
             self._listings = kept | {key: listing}
         found = (await asyncio.shield(listing.reading)).get(payment_id)
         return None if found is None else await self.fetch_intent(account, found, urgent=True)
@@ -289,7 +296,7 @@ class StripeRail:
         return self._pages("/v1/events", account, asked, urgent=False)
 
     async def probe(self, account: str) -> None:
-        """Ask something harmless. Raises Outage if the provider is out."""
+        """Ask something harmless. Raises ProviderOutage if the provider is out."""
         options = {"stripe_version": API_VERSION, "max_network_retries": 0}
         if account:
             options["stripe_account"] = account
@@ -299,10 +306,10 @@ class StripeRail:
     async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[list[Json]]:
         after: Json = {}
         while True:
-            answer = await self._send("get", path, account, {**asked, "limit": PAGE, **after}, urgent=urgent)
+            answer = await self._send("get", path, account, {**asked, "limit": PAGE_SIZE, **after}, urgent=urgent)
             page = answer.body.get("data")
             if not isinstance(page, list) or not all(isinstance(one, dict) and "id" in one for one in page):
-                raise Unknown(f"no list of objects from {path}", status=answer.status)
+                raise OutcomeUnknown(f"no list of objects from {path}", status=answer.status)
             yield page
             if not page or not answer.body.get("has_more"):
                 return
@@ -310,15 +317,15 @@ class StripeRail:
 
     async def _send(
         self, method: str, path: str, account: str, request: Json, *, key: str | None = None, urgent: bool = True
-    ) -> Answer:
+    ) -> ProviderResponse:
         """One request and its answer, or what its failure means."""
-        await self._turn(account, urgent=urgent)
+        await self._wait_for_slot(account, urgent=urgent)
         options: Json = {"stripe_version": API_VERSION, "max_network_retries": 0}
         if key is not None:
             options["idempotency_key"] = key
         if account:
             options["stripe_account"] = account
-        async with self._places:
+        async with self._call_slots:
             began = time.monotonic()
             try:
                 answer = await self._exchange(method, path, request, options, self._timeout_seconds)
@@ -328,80 +335,82 @@ class StripeRail:
         self.on_call(account, began, None, key is not None)
         return answer
 
-    async def _exchange(self, method: str, path: str, request: Json, options: Json, seconds: float) -> Answer:
+    async def _exchange(self, method: str, path: str, request: Json, options: Json, seconds: float) -> ProviderResponse:
         try:
             async with asyncio.timeout(seconds):
                 reply = await self._client.raw_request_async(method, path, **request, **options)
         except TimeoutError:
-            raise Outage(f"no answer within {seconds:g} s") from None
+            raise ProviderOutage(f"no answer within {seconds:g} s") from None
         except stripe.StripeError as error:
             # The SDK's own text may hold the whole answer, with its client secret.
-            raise meaning(error) from None
+            raise provider_error(error) from None
         if not isinstance(reply.data, dict):
-            raise Outage("an answer that is no object", status=reply.code)
-        return Answer(reply.data, reply.code, reply.request_id)
+            raise ProviderOutage("an answer that is no object", status=reply.code)
+        return ProviderResponse(reply.data, reply.code, reply.request_id)
 
-    async def _turn(self, account: str, *, urgent: bool) -> None:
+    async def _wait_for_slot(self, account: str, *, urgent: bool) -> None:
         """Wait for the turn that all workers share; what isn't urgent lets the rest go first."""
         if not self._per_second:
             return
-        query = "select surety.take_turn('stripe', %s, %s, %s)"
+        query = "select surety.reserve_request_slot('stripe', %s, %s, %s)"
         while True:
             seconds = await self._database.value(query, account, self._per_second, urgent)
-            await asyncio.sleep(QUIET_SECONDS if seconds is None else seconds)
+            await asyncio.sleep(YIELD_SECONDS if seconds is None else seconds)
             if seconds is not None:
                 return
 
 
-def per_second(settings: Settings) -> float:
+def requests_per_second(settings: Settings) -> float:
     """Requests per second and account; 0 is no bound. Stripe allows 100 live and 25 in its sandbox."""
     if settings.surety_provider_rate is not None:
         return settings.surety_provider_rate
     provider = settings.provider
     if provider.url is not None:
         return 0.0
-    return LIVE_PER_SECOND if "_live_" in provider.key.reveal() else TEST_PER_SECOND
+    return LIVE_REQUESTS_PER_SECOND if "_live_" in provider.key.reveal() else TEST_REQUESTS_PER_SECOND
 
 
-def meaning(error: stripe.StripeError) -> ProviderError:
+def provider_error(error: stripe.StripeError) -> ProviderError:
     """What an error of the SDK means for the payment."""
     status, headers = error.http_status, {name.lower(): value for name, value in (error.headers or {}).items()}
     body: Json = error.json_body if isinstance(error.json_body, dict) else {}
     told = body.get("error")
     if status is None:
-        return Outage(f"no answer: {error.user_message or type(error).__name__}")
+        return ProviderOutage(f"no answer: {error.user_message or type(error).__name__}")
     if not isinstance(told, dict):
-        return Outage(f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None)
+        return ProviderOutage(
+            f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None
+        )
     code, param = told.get("code"), told.get("param")
     message = f"Stripe {status}{f' {code}' if code else ''}: {told.get('message')}"
     if status >= 500:
         # A failure of long ago, told again, says nothing about now.
-        meant = Unknown if headers.get("idempotent-replayed") == "true" else Outage
+        meant = OutcomeUnknown if headers.get("idempotent-replayed") == "true" else ProviderOutage
         return meant(message, status=status, body=body)
     retry = headers.get("stripe-should-retry")
     if (status in (409, 429) and retry != "false") or retry == "true":
-        return Busy(message, seconds=busy_seconds(headers), status=status, body=body)
+        return ProviderBusy(message, seconds=retry_after_seconds(headers), status=status, body=body)
     if status in (401, 403):
-        return Busy(message, seconds=BUSY_SECONDS_MAX, status=status, body=body)
+        return ProviderBusy(message, seconds=BUSY_SECONDS_MAX, status=status, body=body)
     if status == 402:
-        return Declined(message, status=status, body=body)
-    if status in (400, 404) and (param in OF_THE_PAYMENT or code in OF_THE_REFUND):
-        return Refused(message, status=status, body=body)
-    return Rejected(message, status=status, body=body)
+        return PaymentDeclined(message, status=status, body=body)
+    if status in (400, 404) and (param in PAYMENT_PARAMETERS or code in REFUND_ERROR_CODES):
+        return PaymentRefused(message, status=status, body=body)
+    return RequestRejected(message, status=status, body=body)
 
 
-def busy_seconds(headers: Mapping[str, str]) -> float:
+def retry_after_seconds(headers: Mapping[str, str]) -> float:
     """How long to leave the provider alone: what it asks for, within reason."""
     asked = headers.get("retry-after", "")
     return min(float(asked), BUSY_SECONDS_MAX) if asked.isdecimal() else BUSY_SECONDS
 
 
 @asynccontextmanager
-async def open_rail(settings: Settings, database: Database) -> AsyncGenerator[StripeRail]:
+async def open_stripe(settings: Settings, database: WorkerDatabase) -> AsyncGenerator[StripeGateway]:
     """The rail of this event loop. Raises SettingsError if neither a key nor a sandbox is named."""
     provider = settings.provider
     stripe.enable_telemetry = False
-    http = HttpClient(settings.surety_provider_timeout)
+    http = StripeHttpClient(settings.surety_provider_timeout)
     client = stripe.StripeClient(
         provider.key.reveal(),
         base_addresses={"api": provider.url.rstrip("/")} if provider.url else None,
@@ -410,6 +419,6 @@ async def open_rail(settings: Settings, database: Database) -> AsyncGenerator[St
         stripe_version=API_VERSION,
     )
     try:
-        yield StripeRail(client, http.kept, settings, database)
+        yield StripeGateway(client, http.pool, settings, database)
     finally:
-        await http.kept.aclose()
+        await http.pool.aclose()

@@ -14,7 +14,7 @@ from msgspec import Struct
 Json = dict[str, Any]
 Fact = dict[str, Any]
 
-DISPUTE_FLAGS = frozenset({"warning_needs_response", "warning_under_review", "warning_closed"})
+INQUIRY_STATUSES = frozenset({"warning_needs_response", "warning_under_review", "warning_closed"})
 REFUND_KINDS = {
     None: "refund_pending",
     "pending": "refund_pending",
@@ -24,11 +24,11 @@ REFUND_KINDS = {
     "canceled": "refund_canceled",
 }
 
-RATES_ERROR = 1e-5
+RATE_TOLERANCE = 1e-5
 """How far an exchange rate may be off, as a part of it."""
 
 
-class Origin(Struct, frozen=True):
+class FactOrigin(Struct, frozen=True):
     """Where an object was read: whose account, which mode, by what."""
 
     account: str
@@ -37,14 +37,14 @@ class Origin(Struct, frozen=True):
     source_id: str | None = None
 
 
-def moment(seconds: int | None) -> str | None:
+def rfc3339(seconds: int | None) -> str | None:
     """Stripe's time, seconds since 1970, as RFC 3339."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
-def fact(origin: Origin, object_id: str, kind: str, *, told: Json | None = None, **more: Any) -> Fact:
-    """One fact; `told` is the object whose metadata name the payment."""
-    metadata = (told or {}).get("metadata") or {}
+def fact(origin: FactOrigin, object_id: str, kind: str, *, metadata_of: Json | None = None, **more: Any) -> Fact:
+    """One fact; `metadata_of` is the object whose metadata name the payment."""
+    metadata = (metadata_of or {}).get("metadata") or {}
     fields = {
         "provider": "stripe",
         "account": origin.account,
@@ -82,14 +82,14 @@ def next_action(action: Json | None) -> Json | None:
     return {"type": action["type"]}
 
 
-def intent_facts(intent: Json, origin: Origin) -> list[Fact]:
+def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
     """What a payment intent says, and its charge and balance transaction where they are expanded in it."""
     pi, status, currency = intent["id"], intent["status"], intent["currency"]
     charge, ch = intent.get("latest_charge"), id_of(intent.get("latest_charge"))
     objects = [pi, ch] if ch else [pi]
 
     def about(object_id: str, kind: str, **more: Any) -> Fact:
-        return fact(origin, object_id, kind, told=intent, intent=pi, objects=objects, currency=currency, **more)
+        return fact(origin, object_id, kind, metadata_of=intent, intent=pi, objects=objects, currency=currency, **more)
 
     facts = [about(pi, "submitted", amount_minor=intent["amount"])]
     error = failure(intent.get("last_payment_error"))
@@ -109,17 +109,17 @@ def intent_facts(intent: Json, origin: Origin) -> list[Fact]:
         case "canceled":
             facts.append(about(pi, "canceled"))
     if isinstance(charge, dict) and isinstance(charge.get("balance_transaction"), dict):
-        facts += money_facts(charge["balance_transaction"], origin, source=charge)
+        facts += balance_transaction_facts(charge["balance_transaction"], origin, source=charge)
     return facts
 
 
-def decline_fact(error: Json, origin: Origin, intent_id: str, currency: str) -> Fact:
+def decline_fact(error: Json, origin: FactOrigin, intent_id: str, currency: str) -> Fact:
     """A confirmation that was answered with an error about the payment: the attempt failed, the intent lives."""
-    told = {"failure": failure(error)}
-    return fact(origin, intent_id, "attempt_failed", intent=intent_id, currency=currency, data=told)
+    data = {"failure": failure(error)}
+    return fact(origin, intent_id, "attempt_failed", intent=intent_id, currency=currency, data=data)
 
 
-def money_facts(line: Json, origin: Origin, source: Json | None = None) -> list[Fact]:
+def balance_transaction_facts(line: Json, origin: FactOrigin, source: Json | None = None) -> list[Fact]:
     """What a balance transaction says; `source` is what it stems from, where that is known.
 
     A line in another currency than its source was exchanged: other_gross is what was exchanged. One that takes back
@@ -131,18 +131,18 @@ def money_facts(line: Json, origin: Origin, source: Json | None = None) -> list[
         "source": id_of(line["source"]),
         "fee": line["fee"],
         "net": line["net"],
-        "available_at": moment(line["available_on"]),
+        "available_at": rfc3339(line["available_on"]),
     }
     amount, currency = line["amount"], line["currency"]
     if line.get("exchange_rate") is not None and source is not None:
         amount, currency = amount_of_source(line, source), source["currency"]
         data |= {"other_currency": currency, "other_gross": amount, "rate": line["exchange_rate"]}
     common: Json = {
-        "told": source,
+        "metadata_of": source,
         "intent": id_of((source or {}).get("payment_intent")),
         "amount_minor": line["amount"],
         "currency": line["currency"],
-        "occurred_at": moment(line["created"]),
+        "occurred_at": rfc3339(line["created"]),
         "data": data,
     }
     facts = [fact(origin, line["id"], "money", **common)]
@@ -168,12 +168,12 @@ def amount_of_source(line: Json, source: Json) -> int:
     nearest = captured
     if rate is not None:
         nearest = min((captured, whole, whole - captured), key=lambda amount: abs(amount * rate - size))
-        if abs(nearest * rate - size) > 1 + size * RATES_ERROR:
+        if abs(nearest * rate - size) > 1 + size * RATE_TOLERANCE:
             nearest = round(size / rate)
     return nearest if line["amount"] > 0 else -nearest
 
 
-def refund_facts(refund: Json, origin: Origin) -> list[Fact]:
+def refund_facts(refund: Json, origin: FactOrigin) -> list[Fact]:
     """What a refund says; `refund` in its data is ours, if it was asked for here."""
     told = {
         "refund": (refund.get("metadata") or {}).get("surety_refund"),
@@ -185,7 +185,7 @@ def refund_facts(refund: Json, origin: Origin) -> list[Fact]:
             origin,
             refund["id"],
             REFUND_KINDS[refund["status"]],
-            told=refund,
+            metadata_of=refund,
             intent=id_of(refund.get("payment_intent")),
             amount_minor=refund["amount"],
             currency=refund["currency"],
@@ -195,7 +195,7 @@ def refund_facts(refund: Json, origin: Origin) -> list[Fact]:
     ]
 
 
-def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
+def dispute_facts(dispute: Json, origin: FactOrigin, revision: int) -> list[Fact]:
     """What a dispute says at its n-th fetch. The fact's amount is what is gone, or what was asked for if nothing is.
 
     What the network withdrew and gave back, not the status alone, tells whether the amount is gone.
@@ -203,7 +203,7 @@ def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
     lines = dispute["balance_transactions"]
     withdrawn = -sum(amount_of_source(line, dispute) for line in lines)
     match dispute["status"]:
-        case status if status in DISPUTE_FLAGS:
+        case status if status in INQUIRY_STATUSES:
             kind = "dispute_flagged"
         case "lost":
             kind = "dispute_lost"
@@ -213,18 +213,18 @@ def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
             kind = "dispute_opened"
         case _:
             kind = "dispute_flagged"
-    due = moment((dispute.get("evidence_details") or {}).get("due_by"))
+    due = rfc3339((dispute.get("evidence_details") or {}).get("due_by"))
     data = {
         "reason": dispute["reason"],
         "status": dispute["status"],
         "amount": dispute["amount"],
         "evidence_due_at": due,
     }
-    told = fact(
+    dispute_fact = fact(
         origin,
         dispute["id"],
         kind,
-        told=dispute,
+        metadata_of=dispute,
         revision=revision,
         intent=id_of(dispute.get("payment_intent")),
         amount_minor=max(0, withdrawn) if kind in {"dispute_opened", "dispute_lost"} else dispute["amount"],
@@ -232,13 +232,16 @@ def dispute_facts(dispute: Json, origin: Origin, revision: int) -> list[Fact]:
         objects=[dispute["id"]],
         data={name: value for name, value in data.items() if value is not None},
     )
-    return [told, *(money for line in lines for money in money_facts(line, origin, source=dispute))]
+    return [
+        dispute_fact,
+        *(money for line in lines for money in balance_transaction_facts(line, origin, source=dispute)),
+    ]
 
 
-def payout_facts(payout: Json, origin: Origin) -> list[Fact]:
+def payout_facts(payout: Json, origin: FactOrigin) -> list[Fact]:
     """What a payout says; it belongs to no payment."""
     failed = payout["status"] in {"failed", "canceled"}
-    told = {name: payout.get(name) for name in ("status", "arrival_date", "automatic", "failure_code")}
+    data = {name: payout.get(name) for name in ("status", "arrival_date", "automatic", "failure_code")}
     return [
         fact(
             origin,
@@ -246,8 +249,8 @@ def payout_facts(payout: Json, origin: Origin) -> list[Fact]:
             "payout_failed" if failed else "payout",
             amount_minor=payout["amount"],
             currency=payout["currency"],
-            occurred_at=moment(payout["created"]),
-            data=told,
+            occurred_at=rfc3339(payout["created"]),
+            data=data,
         )
     ]
 

@@ -18,11 +18,21 @@ from app.api.create_payment import BODY_BYTES_MAX
 from app.api.schemas import EventList, PaymentList, Trace
 from app.api.schemas import Payment as PaymentDocument
 from app.web.keys import new_key
-from app.web.problems import TYPES
+from app.web.problems import PROBLEM_TYPES
 from db.connect import harden
 from db.embedded import temporary_database
 from tests.conftest import PREFIX
-from tests.support.http_client import Connection, Merchant, Service, broken, connected, fresh, payment, problem, service
+from tests.support.http_client import (
+    Connection,
+    Merchant,
+    ServerProcess,
+    broken_rules,
+    connect_as_owner,
+    payment,
+    problem,
+    running_server,
+    unique_name,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,26 +43,26 @@ def shared(server: str, template: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def api(shared: str) -> Iterator[Service]:
-    with service("api", shared) as running:
+def api(shared: str) -> Iterator[ServerProcess]:
+    with running_server("api", shared) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def other(shared: str) -> Iterator[Service]:
+def other(shared: str) -> Iterator[ServerProcess]:
     """A second API process beside the first."""
-    with service("api", shared) as running:
+    with running_server("api", shared) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def rights(shared: str) -> Iterator[Connection]:
-    with connected(shared) as conn:
+    with connect_as_owner(shared) as conn:
         yield conn
 
 
 @pytest.fixture
-def merchant(rights: Connection, api: Service) -> Iterator[Merchant]:
+def merchant(rights: Connection, api: ServerProcess) -> Iterator[Merchant]:
     """A merchant of the test's own."""
     made = Merchant(rights, api.url)
     yield made
@@ -69,7 +79,7 @@ def strictly(document: Any, struct: Any) -> None:
 # ------------------------------------------------------------------------------------------------------- accepting
 
 
-def test_a_payment_that_was_acknowledged_is_there(merchant: Merchant) -> None:
+def test_acknowledged_payment_is_stored(merchant: Merchant) -> None:
     body = payment(
         capture_method="manual",
         reference="order-1042",
@@ -94,11 +104,11 @@ def test_a_payment_that_was_acknowledged_is_there(merchant: Merchant) -> None:
     assert merchant.get(answer.headers["location"]) == document
 
 
-def test_currency_is_taken_in_either_case_and_shown_in_lower_case(merchant: Merchant) -> None:
+def test_currency_is_case_insensitive_and_returned_in_lower_case(merchant: Merchant) -> None:
     assert merchant.pay(currency="EuR")["currency"] == "eur"
 
 
-def test_a_payment_wakes_the_worker_that_submits_it(merchant: Merchant) -> None:
+def test_new_payment_schedules_the_submit_handler(merchant: Merchant) -> None:
     merchant.pay()
     waiting = "select count(*) from procrastinate.procrastinate_jobs where queueing_lock = 'drain:submit'"
     while merchant.conn.execute(waiting).fetchone() == (0,):
@@ -108,8 +118,8 @@ def test_a_payment_wakes_the_worker_that_submits_it(merchant: Merchant) -> None:
 # ----------------------------------------------------------------------------------------------------- idempotency
 
 
-def test_a_repeated_request_gets_the_first_answer_byte_for_byte(merchant: Merchant) -> None:
-    key = fresh("key")
+def test_repeated_request_gets_the_first_response_byte_for_byte(merchant: Merchant) -> None:
+    key = unique_name("key")
     first = merchant.post(payment(metadata={"a": "1", "b": "2"}), key=key)
     again = merchant.post(payment(metadata={"b": "2", "a": "1"}, currency="USD", capture_method="automatic"), key=key)
     assert again.status_code == 201
@@ -120,8 +130,8 @@ def test_a_repeated_request_gets_the_first_answer_byte_for_byte(merchant: Mercha
     assert merchant.count() == 1
 
 
-def test_the_first_answer_is_repeated_even_when_the_payment_has_moved_on(merchant: Merchant) -> None:
-    key = fresh("key")
+def test_first_response_is_repeated_after_the_payment_changed_state(merchant: Merchant) -> None:
+    key = unique_name("key")
     first = merchant.post(key=key)
     merchant.conn.execute(
         "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
@@ -132,30 +142,33 @@ def test_the_first_answer_is_repeated_even_when_the_payment_has_moved_on(merchan
     assert merchant.post(key=key).content == first.content
 
 
-def test_a_key_with_another_body_is_refused(merchant: Merchant) -> None:
-    key = fresh("key")
+def test_idempotency_key_with_another_body_is_refused(merchant: Merchant) -> None:
+    key = unique_name("key")
     merchant.post(payment(amount=100), key=key)
     problem(merchant.post(payment(amount=101), key=key), 422, "idempotency-key-reused")
     assert merchant.count() == 1
 
 
-def test_a_key_belongs_to_its_merchant(merchant: Merchant, rights: Connection, api: Service) -> None:
-    key = fresh("key")
+def test_idempotency_key_is_scoped_to_its_merchant(merchant: Merchant, rights: Connection, api: ServerProcess) -> None:
+    key = unique_name("key")
     neighbour = Merchant(rights, api.url, "Corner Shop")
     assert merchant.post(key=key).json()["id"] != neighbour.post(key=key).json()["id"]
     neighbour.client.close()
 
 
-def test_a_refused_request_leaves_its_key_free(merchant: Merchant) -> None:
-    key = fresh("key")
-    broken(merchant.post(payment(amount=1), key=key))
+def test_refused_request_does_not_use_up_its_idempotency_key(merchant: Merchant) -> None:
+    key = unique_name("key")
+    broken_rules(merchant.post(payment(amount=1), key=key))
     assert merchant.post(key=key).status_code == 201
 
 
-async def test_fifty_posts_at_once_with_one_key_at_two_processes_make_one_payment(
-    merchant: Merchant, api: Service, other: Service
+async def test_fifty_concurrent_posts_with_one_key_at_two_processes_make_one_payment(
+    merchant: Merchant, api: ServerProcess, other: ServerProcess
 ) -> None:
-    headers = dict(merchant.client.headers) | {"Idempotency-Key": fresh("key"), "Content-Type": "application/json"}
+    headers = dict(merchant.client.headers) | {
+        "Idempotency-Key": unique_name("key"),
+        "Content-Type": "application/json",
+    }
     body = msgspec.json.encode(payment())
     async with httpx.AsyncClient(timeout=30) as client:
         urls = [f"{running.url}/v1/payments" for running in (api, other)] * 25
@@ -166,10 +179,10 @@ async def test_fifty_posts_at_once_with_one_key_at_two_processes_make_one_paymen
     assert merchant.count() == 1
 
 
-def test_an_answer_is_repeated_byte_for_byte_by_a_process_started_later(merchant: Merchant, shared: str) -> None:
-    key = fresh("key")
+def test_response_is_repeated_byte_for_byte_by_a_new_process(merchant: Merchant, shared: str) -> None:
+    key = unique_name("key")
     first = merchant.post(key=key)
-    with service("api", shared, "--processes", "2") as later:
+    with running_server("api", shared, "--processes", "2") as later:
         merchant.client.base_url = httpx.URL(later.url)
         again = merchant.post(key=key)
         assert (again.status_code, again.content) == (201, first.content)
@@ -180,8 +193,8 @@ def test_an_answer_is_repeated_byte_for_byte_by_a_process_started_later(merchant
 # ------------------------------------------------------------------------------------------------- when things go wrong
 
 
-def test_what_can_not_be_accepted_now_is_a_503_and_its_repetition_succeeds(merchant: Merchant) -> None:
-    key = fresh("key")
+def test_request_that_cannot_be_stored_gets_503_and_its_retry_succeeds(merchant: Merchant) -> None:
+    key = unique_name("key")
     merchant.conn.execute("alter function api.create_payments(json) rename to away")
     answer = merchant.post(key=key)
     problem(answer, 503, "overloaded")
@@ -191,7 +204,7 @@ def test_what_can_not_be_accepted_now_is_a_503_and_its_repetition_succeeds(merch
     assert merchant.post(key=key).status_code == 201
 
 
-def test_a_lost_connection_is_not_noticed(merchant: Merchant) -> None:
+def test_lost_database_connection_is_not_noticed_by_clients(merchant: Merchant) -> None:
     for _ in range(3):
         merchant.conn.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity"
@@ -201,8 +214,12 @@ def test_a_lost_connection_is_not_noticed(merchant: Merchant) -> None:
         assert merchant.get(f"/v1/payments/{made['id']}") == made
 
 
-def test_a_process_that_is_stopped_finishes_what_waits(merchant: Merchant, shared: str) -> None:
-    with service("api", shared) as stopping, ThreadPoolExecutor(1) as elsewhere, connected(shared) as holder:
+def test_stopped_process_finishes_waiting_requests(merchant: Merchant, shared: str) -> None:
+    with (
+        running_server("api", shared) as stopping,
+        ThreadPoolExecutor(1) as elsewhere,
+        connect_as_owner(shared) as holder,
+    ):
         merchant.client.base_url = httpx.URL(stopping.url)
         with holder.transaction():
             holder.execute("lock table surety.payments in share row exclusive mode")
@@ -218,15 +235,15 @@ def test_a_process_that_is_stopped_finishes_what_waits(merchant: Merchant, share
 # ------------------------------------------------------------------------------------------------------ references
 
 
-def test_a_reference_in_use_is_refused_naming_its_payment(merchant: Merchant) -> None:
-    key = fresh("key")
+def test_reference_in_use_is_refused_and_names_its_payment(merchant: Merchant) -> None:
+    key = unique_name("key")
     holder = merchant.pay(reference="order-1")
     refused = problem(merchant.post(payment(reference="order-1"), key=key), 409, "reference-taken")
     assert refused["payment"] == holder["id"]
     assert merchant.post(payment(reference="order-2"), key=key).status_code == 201
 
 
-def test_a_reference_is_free_again_when_its_payment_was_canceled(merchant: Merchant) -> None:
+def test_reference_is_reusable_after_its_payment_was_canceled(merchant: Merchant) -> None:
     first = merchant.pay(reference="order-1")
     merchant.conn.execute(
         "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
@@ -236,8 +253,8 @@ def test_a_reference_is_free_again_when_its_payment_was_canceled(merchant: Merch
     assert merchant.pay(reference="order-1")["id"] != first["id"]
 
 
-async def test_of_many_payments_at_once_with_one_reference_one_is_made(
-    merchant: Merchant, api: Service, other: Service
+async def test_concurrent_payments_with_one_reference_make_one_payment(
+    merchant: Merchant, api: ServerProcess, other: ServerProcess
 ) -> None:
     async with httpx.AsyncClient(timeout=30, headers=merchant.client.headers) as client:
         answers = await asyncio.gather(
@@ -245,7 +262,7 @@ async def test_of_many_payments_at_once_with_one_reference_one_is_made(
                 client.post(
                     f"{running.url}/v1/payments",
                     json=payment(reference="order-1"),
-                    headers={"Idempotency-Key": fresh("key")},
+                    headers={"Idempotency-Key": unique_name("key")},
                 )
                 for running in (api, other) * 10
             )
@@ -256,7 +273,7 @@ async def test_of_many_payments_at_once_with_one_reference_one_is_made(
     assert set(taken) == {made[0].json()["id"]}
 
 
-# ---------------------------------------------------------------------------------------------------- broken rules
+# ---------------------------------------------------------------------------------------------------- validation errors
 
 CARD = {"type": "card", "token": "pm_card_visa"}
 BROKEN: list[tuple[dict[str, Any], str, str]] = [
@@ -317,10 +334,10 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("fields", "field", "rule"), BROKEN, ids=lambda value: str(value)[:40])
-def test_a_broken_rule_is_told_by_its_field_and_nothing_is_stored(
+def test_invalid_field_is_reported_and_nothing_is_stored(
     merchant: Merchant, fields: dict[str, Any], field: str, rule: str
 ) -> None:
-    assert broken(merchant.post(payment(**fields))) == {(field, rule)}
+    assert broken_rules(merchant.post(payment(**fields))) == {(field, rule)}
     assert merchant.count() == 0
 
 
@@ -340,8 +357,8 @@ MALFORMED: list[tuple[bytes, str, str]] = [
 
 
 @pytest.mark.parametrize(("body", "field", "rule"), MALFORMED, ids=lambda value: str(value)[:30])
-def test_what_is_no_json_object_is_refused(merchant: Merchant, body: bytes, field: str, rule: str) -> None:
-    assert broken(merchant.post(body)) == {(field, rule)}
+def test_body_that_is_not_a_json_object_is_refused(merchant: Merchant, body: bytes, field: str, rule: str) -> None:
+    assert broken_rules(merchant.post(body)) == {(field, rule)}
 
 
 @pytest.mark.parametrize(
@@ -354,12 +371,14 @@ def test_what_is_no_json_object_is_refused(merchant: Merchant, body: bytes, fiel
         (rb'"metadata": {"a": "\udc00"}', "/metadata/a", "unicode"),
     ],
 )
-def test_what_decoding_would_let_pass_is_refused(merchant: Merchant, broken_part: bytes, field: str, rule: str) -> None:
+def test_input_that_lenient_decoding_would_accept_is_refused(
+    merchant: Merchant, broken_part: bytes, field: str, rule: str
+) -> None:
     whole = msgspec.json.encode(payment())[:-1] + b", " + broken_part + b"}"
-    assert broken(merchant.post(whole)) == {(field, rule)}
+    assert broken_rules(merchant.post(whole)) == {(field, rule)}
 
 
-def test_escapes_and_spaces_are_no_fault(merchant: Merchant) -> None:
+def test_json_escapes_and_whitespace_are_accepted(merchant: Merchant) -> None:
     body = rb'{"amount" : 100, "currency":"usd", "description": "\u00e9\ud83d\ude00 \":", "metadata": {"a\":": "b"},'
     body += rb'"payment_method"  :  {"type":"card","token":"pm_card_visa"}}'
     answer = merchant.post(body)
@@ -367,9 +386,9 @@ def test_escapes_and_spaces_are_no_fault(merchant: Merchant) -> None:
     assert answer.json()["metadata"] == {'a":': "b"}
 
 
-def test_all_broken_rules_of_a_request_are_told_at_once(merchant: Merchant) -> None:
+def test_all_validation_errors_are_reported_at_once(merchant: Merchant) -> None:
     answer = merchant.post(payment(amount=0, payment_method={"type": "card"}, colour="red", customer={"email": "x"}))
-    assert broken(answer) == {
+    assert broken_rules(answer) == {
         ("/amount", "minimum"),
         ("/payment_method/token", "required"),
         ("/colour", "known"),
@@ -381,7 +400,7 @@ def test_all_broken_rules_of_a_request_are_told_at_once(merchant: Merchant) -> N
     assert (amount["limit"], amount["given"]) == (50, 0)
 
 
-def test_card_data_is_refused_and_never_repeated(merchant: Merchant, rights: Connection) -> None:
+def test_card_data_is_refused_and_never_echoed(merchant: Merchant, rights: Connection) -> None:
     number = "4242424242424242"
     for method in ({"type": "card", "number": number, "cvc": "123"}, {"type": "card", "token": number}):
         answer = merchant.post(payment(payment_method=method))
@@ -393,12 +412,12 @@ def test_card_data_is_refused_and_never_repeated(merchant: Merchant, rights: Con
     ).fetchone() == (0,)
 
 
-def test_a_body_too_large_is_refused_whether_or_not_it_says_so(merchant: Merchant) -> None:
+def test_oversized_body_is_refused_with_or_without_content_length(merchant: Merchant) -> None:
     fitting = payment(metadata={str(n): "v" * 500 for n in range(50)}, description="d" * 1000)
     assert merchant.post(fitting).status_code == 201
     large = msgspec.json.encode(payment(description="d" * BODY_BYTES_MAX))
     assert problem(merchant.post(large), 413, "too-large")["limit"] == BODY_BYTES_MAX
-    headers = {"Content-Type": "application/json", "Idempotency-Key": fresh("key")}
+    headers = {"Content-Type": "application/json", "Idempotency-Key": unique_name("key")}
     chunked = merchant.client.post(
         "/v1/payments", content=(large[n : n + 8192] for n in range(0, len(large), 8192)), headers=headers
     )
@@ -407,15 +426,15 @@ def test_a_body_too_large_is_refused_whether_or_not_it_says_so(merchant: Merchan
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", ""])
-def test_another_content_type_is_refused(merchant: Merchant, content_type: str) -> None:
+def test_other_content_types_are_refused(merchant: Merchant, content_type: str) -> None:
     problem(merchant.post(Content_Type=content_type), 415, "not-json")
 
 
-def test_json_may_say_its_charset(merchant: Merchant) -> None:
+def test_json_content_type_may_name_its_charset(merchant: Merchant) -> None:
     assert merchant.post(Content_Type="Application/JSON; charset=utf-8").status_code == 201
 
 
-def test_the_idempotency_key_is_mandatory(merchant: Merchant) -> None:
+def test_idempotency_key_is_mandatory(merchant: Merchant) -> None:
     headers = {"Content-Type": "application/json"}
     answer = merchant.client.post("/v1/payments", json=payment(), headers=headers)
     problem(answer, 400, "idempotency-key-missing")
@@ -424,13 +443,13 @@ def test_the_idempotency_key_is_mandatory(merchant: Merchant) -> None:
 
 
 @pytest.mark.parametrize("key", ["k" * 256, "a\tb", "schl\u00fcssel".encode().decode("latin-1")])
-def test_an_idempotency_key_is_short_and_printable(merchant: Merchant, key: str) -> None:
+def test_idempotency_key_must_be_short_and_printable(merchant: Merchant, key: str) -> None:
     headers = {b"Content-Type": b"application/json", b"Idempotency-Key": key.encode("latin-1")}
     answer = merchant.client.post("/v1/payments", json=payment(), headers=headers)
-    assert broken(answer) == {("Idempotency-Key", "pattern")}
+    assert broken_rules(answer) == {("Idempotency-Key", "pattern")}
 
 
-def test_an_idempotency_key_may_be_long_and_odd(merchant: Merchant) -> None:
+def test_idempotency_key_of_maximum_length_and_unusual_characters_is_accepted(merchant: Merchant) -> None:
     key = 'a "quoted" \\ key, ' + "~" * 237
     assert len(key) == 255
     first = merchant.post(key=key)
@@ -455,7 +474,7 @@ def strangers() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("authorization", strangers().values(), ids=strangers())
-def test_strangers_are_told_so_before_anything_else(merchant: Merchant, authorization: str) -> None:
+def test_authentication_precedes_every_other_check(merchant: Merchant, authorization: str) -> None:
     for body in (payment(), b"no json", payment(amount=0)):
         problem(merchant.post(body, Authorization=authorization), 401, "unauthenticated")
     for path in ("/v1/payments", "/v1/payments?limit=x", "/v1/payments/pay_x", "/v1/events?colour=red"):
@@ -464,7 +483,7 @@ def test_strangers_are_told_so_before_anything_else(merchant: Merchant, authoriz
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_a_revoked_key_opens_nothing_and_its_use_is_written_down(merchant: Merchant) -> None:
+def test_revoked_api_key_is_denied_and_its_use_is_audited(merchant: Merchant) -> None:
     merchant.pay()
     merchant.conn.execute("select surety.revoke_api_key(%s)", (merchant.key_id,))
     problem(merchant.post(), 401, "unauthenticated")
@@ -475,7 +494,7 @@ def test_a_revoked_key_opens_nothing_and_its_use_is_written_down(merchant: Merch
     ]
 
 
-def test_a_suspended_merchant_takes_no_payment_but_may_read(merchant: Merchant) -> None:
+def test_suspended_merchant_can_read_but_not_create_payments(merchant: Merchant) -> None:
     made = merchant.pay()
     merchant.conn.execute("select surety.suspend_merchant(%s, true)", (merchant.id,))
     problem(merchant.post(), 403, "forbidden")
@@ -486,8 +505,8 @@ def test_a_suspended_merchant_takes_no_payment_but_may_read(merchant: Merchant) 
     assert merchant.post().status_code == 201
 
 
-def test_another_merchants_payment_does_not_exist_and_the_attempt_is_written_down(
-    merchant: Merchant, rights: Connection, api: Service
+def test_payment_of_another_merchant_is_not_found_and_the_attempt_is_audited(
+    merchant: Merchant, rights: Connection, api: ServerProcess
 ) -> None:
     neighbour = Merchant(rights, api.url, "Corner Shop")
     theirs = neighbour.pay()
@@ -502,14 +521,14 @@ def test_another_merchants_payment_does_not_exist_and_the_attempt_is_written_dow
 @pytest.mark.parametrize(
     "payment_id", ["pay_0", "pay_" + "0" * 32, "%00", "pay_" + "G" * 32, "x" * 3000, "..%2f..%2fx"]
 )
-def test_an_id_that_no_payment_has_is_not_found(merchant: Merchant, payment_id: str) -> None:
+def test_unknown_payment_id_is_not_found(merchant: Merchant, payment_id: str) -> None:
     problem(merchant.client.get(f"/v1/payments/{payment_id}"), 404, "not-found")
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def test_payments_are_listed_newest_first_page_by_page(merchant: Merchant) -> None:
+def test_payments_are_listed_newest_first_in_pages(merchant: Merchant) -> None:
     made = [merchant.pay(reference=f"order-{n}") for n in range(5)]
     expected = sorted((document["id"] for document in made), reverse=True)
     seen: list[str] = []
@@ -525,7 +544,7 @@ def test_payments_are_listed_newest_first_page_by_page(merchant: Merchant) -> No
     assert seen == expected
 
 
-def test_payments_are_found_by_state_status_reference_and_time(merchant: Merchant) -> None:
+def test_payments_are_filtered_by_state_status_reference_and_time(merchant: Merchant) -> None:
     first, second = merchant.pay(reference="order-1"), merchant.pay(reference="order-2")
     merchant.conn.execute(
         "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
@@ -563,13 +582,13 @@ def test_payments_are_found_by_state_status_reference_and_time(merchant: Merchan
         ("colour=red", "colour", "known"),
     ],
 )
-def test_a_query_that_breaks_a_rule_is_refused(merchant: Merchant, query: str, field: str, rule: str) -> None:
+def test_invalid_query_is_refused(merchant: Merchant, query: str, field: str, rule: str) -> None:
     answer = merchant.client.get(f"/v1/payments?{query}")
-    assert broken(answer) == {(field, rule)}
+    assert broken_rules(answer) == {(field, rule)}
     assert {error["in"] for error in answer.json()["errors"]} == {"query"}
 
 
-def test_a_payment_tells_its_whole_story(merchant: Merchant) -> None:
+def test_trace_contains_the_whole_history_of_a_payment(merchant: Merchant) -> None:
     made = merchant.pay()
     story = merchant.get(f"/v1/payments/{made['id']}/trace")
     strictly(story, Trace)
@@ -596,7 +615,7 @@ def events(merchant: Merchant, after: str | None = None, limit: int = 100) -> tu
             return seen, after
 
 
-def test_events_are_read_oldest_first_and_show_the_payment_at_that_version(merchant: Merchant) -> None:
+def test_events_are_listed_oldest_first_with_the_payment_at_that_version(merchant: Merchant) -> None:
     made = merchant.pay()
     merchant.conn.execute(
         "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
@@ -608,7 +627,7 @@ def test_events_are_read_oldest_first_and_show_the_payment_at_that_version(merch
     assert (second["type"], second["data"]["state"], second["data"]["version"]) == ("payment.canceled", "canceled", 2)
 
 
-def test_events_come_page_by_page_each_once(merchant: Merchant) -> None:
+def test_each_event_is_listed_once_across_pages(merchant: Merchant) -> None:
     made = [merchant.pay()["id"] for _ in range(7)]
     seen, cursor = events(merchant, limit=2)
     assert seen == made
@@ -618,9 +637,7 @@ def test_events_come_page_by_page_each_once(merchant: Merchant) -> None:
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
-def test_a_reader_of_events_skips_nothing_in_whatever_order_transactions_commit(
-    merchant: Merchant, shared: str, order: tuple[int, ...]
-) -> None:
+def test_event_feed_skips_nothing_in_any_commit_order(merchant: Merchant, shared: str, order: tuple[int, ...]) -> None:
     payments = [merchant.pay()["id"] for _ in range(3)]
     _, cursor = events(merchant)
     writers: list[psycopg.Connection[Any]] = [psycopg.connect(harden(shared, "deploy")) for _ in payments]
@@ -641,22 +658,22 @@ def test_a_reader_of_events_skips_nothing_in_whatever_order_transactions_commit(
 
 
 @pytest.mark.parametrize("cursor", ["x", "MSAx", "1", "%00", "M" * 5000])
-def test_a_cursor_that_is_none_of_ours_is_refused(merchant: Merchant, cursor: str) -> None:
+def test_unknown_cursor_is_refused(merchant: Merchant, cursor: str) -> None:
     problem(merchant.client.get(f"/v1/events?after={cursor}"), 400, "invalid-request")
 
 
 # ----------------------------------------------------------------------------------------------------- pages and paths
 
 
-def test_each_type_of_problem_is_explained(api: Service) -> None:
+def test_each_problem_type_has_a_page(api: ServerProcess) -> None:
     told = httpx.get(f"{api.url}/problems").json()
-    assert [page["type"] for page in told] == [f"/problems/{name}" for name in TYPES]
+    assert [page["type"] for page in told] == [f"/problems/{name}" for name in PROBLEM_TYPES]
     for page in told:
         assert httpx.get(api.url + page["type"]).json() == page
     problem(httpx.get(f"{api.url}/problems/none"), 404, "not-found")
 
 
-def test_the_documentation_fetches_nothing_from_outside(api: Service) -> None:
+def test_documentation_loads_no_external_resources(api: ServerProcess) -> None:
     page = httpx.get(f"{api.url}/docs")
     assert page.status_code == 200
     head = page.text.partition("<body>")[0]
@@ -670,7 +687,7 @@ def test_the_documentation_fetches_nothing_from_outside(api: Service) -> None:
     assert "default-src 'self'" in page.headers["content-security-policy"]
 
 
-def test_the_documentation_describes_every_route(api: Service) -> None:
+def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
     told = httpx.get(f"{api.url}/docs/openapi.json").json()
     assert set(told["paths"]) == {
         "/v1/payments",
@@ -707,7 +724,7 @@ def test_the_documentation_describes_every_route(api: Service) -> None:
     assert query == {"state", "status", "reference", "created_from", "created_before", "limit", "starting_after"}
 
 
-def test_paths_and_methods_that_are_none_get_problem_documents(merchant: Merchant) -> None:
+def test_unknown_paths_and_methods_get_problem_documents(merchant: Merchant) -> None:
     problem(merchant.client.get("/v2/payments"), 404, "not-found")
     problem(merchant.client.get("/"), 404, "not-found")
     for method, path, allowed in (
@@ -719,7 +736,7 @@ def test_paths_and_methods_that_are_none_get_problem_documents(merchant: Merchan
         assert set(answer.headers["allow"].split(", ")) == allowed
 
 
-def test_head_answers_as_get_without_a_body_and_options_tell_the_methods(merchant: Merchant) -> None:
+def test_head_answers_as_get_without_a_body_and_options_lists_the_methods(merchant: Merchant) -> None:
     made = merchant.pay()
     for path in (f"/v1/payments/{made['id']}", "/health", "/docs"):
         got, head = merchant.client.get(path), merchant.client.head(path)
@@ -729,7 +746,7 @@ def test_head_answers_as_get_without_a_body_and_options_tell_the_methods(merchan
     assert (options.status_code, options.headers["allow"]) == (204, "GET, HEAD, OPTIONS, POST")
 
 
-def test_every_answer_has_a_request_id(merchant: Merchant) -> None:
+def test_every_response_has_a_request_id(merchant: Merchant) -> None:
     for path in (
         "/health",
         "/docs",
@@ -742,5 +759,5 @@ def test_every_answer_has_a_request_id(merchant: Merchant) -> None:
         assert re.fullmatch("req_[0-9a-f]{32}", merchant.client.get(path).headers["request-id"]), path
 
 
-def test_health_is_asked_of_the_database(api: Service) -> None:
+def test_health_checks_the_database(api: ServerProcess) -> None:
     assert httpx.get(f"{api.url}/health").json() == {"status": "ok"}

@@ -29,11 +29,11 @@ from tests.support.http_client import (
     SECRETS,
     Connection,
     Merchant,
-    Service,
-    connected,
-    fresh,
+    ServerProcess,
+    connect_as_owner,
     payment,
-    service,
+    running_server,
+    unique_name,
 )
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
@@ -53,18 +53,18 @@ def shared(server: str, template: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def rights(shared: str) -> Iterator[Connection]:
-    with connected(shared) as conn:
+    with connect_as_owner(shared) as conn:
         yield conn
 
 
 @pytest.fixture(scope="module")
-def api(shared: str) -> Iterator[Service]:
-    with service("api", shared) as running:
+def api(shared: str) -> Iterator[ServerProcess]:
+    with running_server("api", shared) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def merchant(rights: Connection, api: Service) -> Iterator[Merchant]:
+def merchant(rights: Connection, api: ServerProcess) -> Iterator[Merchant]:
     made = Merchant(rights, api.url)
     yield made
     made.client.close()
@@ -73,7 +73,7 @@ def merchant(rights: Connection, api: Service) -> Iterator[Merchant]:
 @pytest.fixture(scope="module")
 def receiver(shared: str) -> Iterator[httpx.Client]:
     with (
-        service("webhooks", shared) as running,
+        running_server("webhooks", shared) as running,
         httpx.Client(base_url=running.url, timeout=30, verify=CONTEXT) as client,
     ):
         yield client
@@ -82,7 +82,9 @@ def receiver(shared: str) -> Iterator[httpx.Client]:
 # --------------------------------------------------------------------------------------- by our own description
 
 
-def test_every_answer_is_as_the_description_says(api: Service, merchant: Merchant, shared: str, tmp_path: Path) -> None:
+def test_every_response_matches_the_openapi_document(
+    api: ServerProcess, merchant: Merchant, shared: str, tmp_path: Path
+) -> None:
     operator = surety(shared, "keys", "create", "--operator", "fuzzer").stdout.strip()
     merchant.pay()
     (tmp_path / "schemathesis.toml").write_text(
@@ -167,7 +169,7 @@ def bodies(draw: st.DrawFn) -> bytes:
 
 @QUICKLY
 @given(body=bodies())
-def test_whatever_is_posted_is_taken_or_refused_by_a_rule(merchant: Merchant, body: bytes) -> None:
+def test_every_posted_body_is_accepted_or_refused_by_a_rule(merchant: Merchant, body: bytes) -> None:
     answer = merchant.post(body)
     assert answer.status_code in {201, 400, 409, 413}, answer.text
     if answer.status_code == 201:
@@ -183,18 +185,20 @@ def test_whatever_is_posted_is_taken_or_refused_by_a_rule(merchant: Merchant, bo
 @given(path=st.sampled_from(["payments", "events"]), name=st.sampled_from(
     ["reference", "state", "limit", "after", "starting_after", "created_from", "created_before", "unknown"]
 ), value=TEXTS.filter(lambda text: len(text) < 5000 and text.isprintable()))  # fmt: skip
-def test_whatever_is_asked_is_answered_or_refused_by_a_rule(
-    merchant: Merchant, path: str, name: str, value: str
-) -> None:
+def test_every_query_is_answered_or_refused_by_a_rule(merchant: Merchant, path: str, name: str, value: str) -> None:
     answer = merchant.client.get(f"/v1/{path}", params={name: value})
     assert answer.status_code in {200, 400}, answer.text
 
 
 @QUICKLY
 @given(name=st.sampled_from(["Authorization", "Idempotency-Key", "Content-Type"]), value=st.binary(max_size=400))
-def test_no_header_is_an_error_of_ours(merchant: Merchant, name: str, value: bytes) -> None:
+def test_no_header_causes_a_server_error(merchant: Merchant, name: str, value: bytes) -> None:
     clean = sendable(value)
-    headers = {b"Idempotency-Key": fresh("fuzz").encode(), b"Content-Type": b"application/json", name.encode(): clean}
+    headers = {
+        b"Idempotency-Key": unique_name("fuzz").encode(),
+        b"Content-Type": b"application/json",
+        name.encode(): clean,
+    }
     answer = merchant.client.post("/v1/payments", content=json.dumps(payment()), headers=list(headers.items()))
     assert answer.status_code in {201, 400, 401, 415, 422}, answer.text
 
@@ -246,13 +250,13 @@ def test_a_signed_webhook_is_stored_or_refused_and_its_secret_is_not(
 ) -> None:
     secret = f"pi_3QxOfThisTest_secret_{secrets.token_hex(12)}"
     body = data.draw(events(secret))
-    count = "select count(*) from surety.inbox"
+    count = "select count(*) from surety.provider_events"
     before = rights.execute(count).fetchone()
     answer = receiver.post("/stripe", content=body, headers={"Stripe-Signature": signed(body)})
     assert answer.status_code in {200, 400, 413}, answer.text
     if answer.status_code != 200:
         assert rights.execute(count).fetchone() == before, "refused, and stored all the same"
-    stored = "select body from surety.inbox where body like %(secret)s or headers::text like %(secret)s"
+    stored = "select body from surety.provider_events where body like %(secret)s or headers::text like %(secret)s"
     kept = "select body from surety.rejected_webhooks where position(%(bytes)s in body) > 0"
     told = {"secret": f"%{secret}%", "bytes": secret.encode()}
     assert rights.execute(stored, told).fetchall() + rights.execute(kept, told).fetchall() == []
@@ -260,7 +264,7 @@ def test_a_signed_webhook_is_stored_or_refused_and_its_secret_is_not(
 
 @QUICKLY
 @given(text=TEXTS.filter(lambda text: text.encode(errors="replace").decode() == text), escaped=st.booleans())
-def test_no_webhook_is_lost_for_what_stands_in_it(
+def test_no_webhook_is_lost_because_of_its_content(
     receiver: httpx.Client, rights: Connection, text: str, escaped: bool
 ) -> None:
     event_id = f"evt_of_a_text_{next(_numbers)}"
@@ -268,13 +272,13 @@ def test_no_webhook_is_lost_for_what_stands_in_it(
     body = json.dumps(told, ensure_ascii=escaped).encode()
     answer = receiver.post("/stripe", content=body, headers={"Stripe-Signature": signed(body)})
     assert answer.status_code == 200, answer.text
-    [(stored,)] = rights.execute("select body from surety.inbox where event_id = %s", (event_id,)).fetchall()
+    [(stored,)] = rights.execute("select body from surety.provider_events where event_id = %s", (event_id,)).fetchall()
     assert json.loads(stored) == told
 
 
 @settings(QUICKLY, max_examples=40)
 @given(header=st.one_of(st.binary(max_size=200), st.text("t=v1,0123456789abcdef", max_size=100).map(str.encode)))
-def test_no_signature_is_an_error_of_ours(receiver: httpx.Client, header: bytes) -> None:
+def test_no_signature_causes_a_server_error(receiver: httpx.Client, header: bytes) -> None:
     answer = receiver.post("/stripe", content=b"{}", headers=[(b"Stripe-Signature", sendable(header))])
     assert answer.status_code == 400, answer.text
 

@@ -13,7 +13,15 @@ import httpx
 import msgspec
 import psycopg
 
-from tests.support.http_client import Connection, Merchant, connected, fresh, payment, problem, service
+from tests.support.http_client import (
+    Connection,
+    Merchant,
+    connect_as_owner,
+    payment,
+    problem,
+    running_server,
+    unique_name,
+)
 from tests.support.sandbox_process import eventually
 
 STANDING_MAX = 64
@@ -22,7 +30,7 @@ STANDING_MAX = 64
 @contextmanager
 def stalled(database: str) -> Generator[Connection]:
     """Nothing can be accepted for as long as this holds."""
-    with connected(database) as conn:
+    with connect_as_owner(database) as conn:
         conn.execute("begin")
         conn.execute("lock table surety.idempotency_keys in exclusive mode")
         yield conn
@@ -34,17 +42,15 @@ def raw_request(merchant: Merchant) -> bytes:
     body = msgspec.json.encode(payment())
     head = (
         f"POST /v1/payments HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Idempotency-Key: {fresh('raw')}\r\nAuthorization: Bearer {merchant.key}\r\n"
+        f"Idempotency-Key: {unique_name('raw')}\r\nAuthorization: Bearer {merchant.key}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
 
-def test_what_is_more_than_can_be_served_is_refused_at_once_and_nothing_accepted_is_lost(
-    database: str, conn: Connection
-) -> None:
+def test_overload_is_refused_at_once_and_no_accepted_payment_is_lost(database: str, conn: Connection) -> None:
     with ExitStack() as stack:
-        api = stack.enter_context(service("api", database))
+        api = stack.enter_context(running_server("api", database))
         merchant = Merchant(conn, api.url)
         stack.callback(merchant.client.close)
         pool = stack.enter_context(ThreadPoolExecutor(STANDING_MAX))
@@ -80,7 +86,7 @@ def post_briefly(merchant: Merchant) -> httpx.Response | None:
     """An answer, if it comes at once."""
     with suppress(httpx.ReadTimeout):
         return merchant.client.post(
-            "/v1/payments", json=payment(), headers={"Idempotency-Key": fresh("brief")}, timeout=0.3
+            "/v1/payments", json=payment(), headers={"Idempotency-Key": unique_name("brief")}, timeout=0.3
         )
     return None
 

@@ -9,14 +9,23 @@ import httpx
 import msgspec
 import pytest
 
-from app.api.operator_schemas import DeadLetter, DeadLetterList, DoneList, Standing
-from app.web.keys import hash_of
+from app.api.operator_schemas import DeadLetter, DeadLetterList, DecisionResultList, StatusReport
+from app.web.keys import key_hash_of
 from db.embedded import temporary_database
 from tests.api.test_api import strictly
 from tests.cli.test_status import surety
 from tests.conftest import PREFIX
 from tests.support import dead_letters as letters
-from tests.support.http_client import CONTEXT, Connection, Merchant, Service, broken, connected, problem, service
+from tests.support.http_client import (
+    CONTEXT,
+    Connection,
+    Merchant,
+    ServerProcess,
+    broken_rules,
+    connect_as_owner,
+    problem,
+    running_server,
+)
 from tests.support.payments import state_of
 
 Client = httpx.Client
@@ -30,18 +39,18 @@ def shared(server: str, template: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def api(shared: str) -> Iterator[Service]:
-    with service("api", shared) as running:
+def api(shared: str) -> Iterator[ServerProcess]:
+    with running_server("api", shared) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def rights(shared: str) -> Iterator[Connection]:
-    with connected(shared) as conn:
+    with connect_as_owner(shared) as conn:
         yield conn
 
 
-def client_of(api: Service, key: str) -> Client:
+def client_of(api: ServerProcess, key: str) -> Client:
     return Client(base_url=api.url, headers={"Authorization": f"Bearer {key}"}, verify=CONTEXT, timeout=30)
 
 
@@ -52,7 +61,7 @@ def key(shared: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def ada(api: Service, key: str) -> Iterator[Client]:
+def ada(api: ServerProcess, key: str) -> Iterator[Client]:
     with client_of(api, key) as client:
         yield client
 
@@ -68,8 +77,8 @@ def entries(rights: Connection, request_id: str) -> list[tuple[str, str, str | N
     ).fetchall()
 
 
-def test_a_letter_is_listed_read_and_told_as_its_documentation_says(ada: Client, rights: Connection) -> None:
-    made = [letters.unsent(rights)[0], letters.refused(rights)[0], letters.unanswered(rights)[0]]
+def test_dead_letter_is_listed_and_shown_as_documented(ada: Client, rights: Connection) -> None:
+    made = [letters.never_sent_letter(rights)[0], letters.refused(rights)[0], letters.unanswered(rights)[0]]
     listed = ada.get(LETTERS).json()
     strictly(listed, DeadLetterList)
     assert [letter["id"] for letter in listed["data"]][-3:] == made
@@ -82,8 +91,8 @@ def test_a_letter_is_listed_read_and_told_as_its_documentation_says(ada: Client,
     assert len(one["attempts"]) == 3 and one["attempts"][0]["error"] == letters.REFUSAL
 
 
-def test_pages_follow_each_other_and_leave_none_out(ada: Client, rights: Connection) -> None:
-    made = [letters.unsent(rights, "the same for all")[0] for _ in range(5)]
+def test_pages_contain_every_dead_letter_once(ada: Client, rights: Connection) -> None:
+    made = [letters.never_sent_letter(rights, "the same for all")[0] for _ in range(5)]
     seen: list[str] = []
     query: dict[str, Any] = {"error": "same for all", "handler": "submit", "limit": 2}
     while True:
@@ -96,8 +105,8 @@ def test_pages_follow_each_other_and_leave_none_out(ada: Client, rights: Connect
     assert ada.get(LETTERS, params={"handler": "apply"}).json()["data"] == []
 
 
-def test_a_replay_is_done_once_and_the_trail_tells_who_did_it(ada: Client, rights: Connection) -> None:
-    letter, _ = letters.unsent(rights)
+def test_replay_happens_once_and_is_audited_with_its_operator(ada: Client, rights: Connection) -> None:
+    letter, _ = letters.never_sent_letter(rights)
     dry = decide(ada, f"{letter}/replay", dry_run=True)
     assert dry.json()["outcome"] == "would_replay" and entries(rights, dry.headers["request-id"]) == []
     first, second = decide(ada, f"{letter}/replay"), decide(ada, f"{letter}/replay")
@@ -109,9 +118,7 @@ def test_a_replay_is_done_once_and_the_trail_tells_who_did_it(ada: Client, right
     problem(decide(ada, f"{letter}/discard"), 409, "wrong-state")
 
 
-def test_a_discard_ends_the_payment_or_is_refused_where_the_provider_may_hold_a_charge(
-    ada: Client, rights: Connection
-) -> None:
+def test_discard_ends_the_payment_unless_the_provider_may_hold_a_charge(ada: Client, rights: Connection) -> None:
     letter, payment_id = letters.refused(rights)
     assert decide(ada, f"{letter}/discard").json()["outcome"] == "discarded"
     assert state_of(rights, payment_id) == "failed"
@@ -123,11 +130,11 @@ def test_a_discard_ends_the_payment_or_is_refused_where_the_provider_may_hold_a_
     assert state_of(rights, payment_id) == "submitting"
 
 
-def test_all_that_match_are_decided_on_together_each_for_itself(ada: Client, rights: Connection) -> None:
+def test_bulk_action_decides_each_matching_dead_letter_separately(ada: Client, rights: Connection) -> None:
     refused, unknown = letters.refused(rights)[0], letters.unanswered(rights)[0]
     path = f"{LETTERS}/discard"
     told = ada.post(path, json={"reason": "a bad day", "handler": "submit", "error": "usx", "dry_run": True}).json()
-    strictly(told, DoneList)
+    strictly(told, DecisionResultList)
     assert (refused, "would_discard") in [(done["id"], done["outcome"]) for done in told["data"]]
     assert letters.closed_as(rights, refused) is None
     told = ada.post(path, json={"reason": "a bad day", "handler": "submit"}).json()
@@ -135,25 +142,25 @@ def test_all_that_match_are_decided_on_together_each_for_itself(ada: Client, rig
     assert (outcomes[refused], outcomes[unknown]) == ("discarded", "refused")
     told = ada.post(f"{LETTERS}/replay", json={"reason": "ask", "error": "no answer"}).json()
     assert {done["id"]: done["outcome"] for done in told["data"]}[unknown] == "replayed"
-    assert broken(ada.post(path, json={"reason": "all"})) == {("/handler", "required")}
+    assert broken_rules(ada.post(path, json={"reason": "all"})) == {("/handler", "required")}
 
 
-def test_what_is_no_letter_is_not_found(ada: Client) -> None:
+def test_unknown_dead_letter_is_not_found(ada: Client) -> None:
     for name in ("dl_17", f"dl_{'0' * 32}"):
         problem(ada.get(f"{LETTERS}/{name}"), 404, "not-found")
         problem(decide(ada, f"{name}/replay"), 404, "not-found")
         problem(decide(ada, f"{name}/discard"), 404, "not-found")
 
 
-def test_each_rule_that_a_request_breaks_is_told(ada: Client) -> None:
+def test_each_validation_error_is_reported(ada: Client) -> None:
     path = f"{LETTERS}/dl_{'0' * 32}/replay"
-    assert broken(ada.post(path, json={})) == {("/reason", "required")}
-    assert broken(ada.post(path, json={"reason": "  ", "dry_run": 1, "x": 2})) == {
+    assert broken_rules(ada.post(path, json={})) == {("/reason", "required")}
+    assert broken_rules(ada.post(path, json={"reason": "  ", "dry_run": 1, "x": 2})) == {
         ("/reason", "pattern"),
         ("/dry_run", "type"),
         ("/x", "known"),
     }
-    assert broken(ada.get(LETTERS, params={"status": "dead", "limit": 0})) == {
+    assert broken_rules(ada.get(LETTERS, params={"status": "dead", "limit": 0})) == {
         ("status", "one_of"),
         ("limit", "minimum"),
     }
@@ -161,11 +168,11 @@ def test_each_rule_that_a_request_breaks_is_told(ada: Client) -> None:
     problem(ada.post(path, json={"reason": "x" * 20_000}), 413, "too-large")
 
 
-def test_a_merchants_key_opens_nothing_here_and_each_try_is_written_down(
-    api: Service, rights: Connection, ada: Client
+def test_merchant_key_is_denied_at_operator_routes_and_audited(
+    api: ServerProcess, rights: Connection, ada: Client
 ) -> None:
     merchant = Merchant(rights, api.url)
-    letter, _ = letters.unsent(rights)
+    letter, _ = letters.never_sent_letter(rights)
     tries = [
         ("GET", LETTERS),
         ("GET", f"{LETTERS}/{letter}"),
@@ -183,7 +190,7 @@ def test_a_merchants_key_opens_nothing_here_and_each_try_is_written_down(
     merchant.client.close()
 
 
-def test_an_operators_key_opens_no_merchants_door_and_the_try_is_written_down(ada: Client, rights: Connection) -> None:
+def test_operator_key_is_denied_at_merchant_routes_and_audited(ada: Client, rights: Connection) -> None:
     for answer in (
         ada.get("/v1/payments"),
         ada.post("/v1/payments", content=b"{}", headers={"Idempotency-Key": "k", "Content-Type": "application/json"}),
@@ -192,9 +199,9 @@ def test_an_operators_key_opens_no_merchants_door_and_the_try_is_written_down(ad
         assert entries(rights, answer.headers["request-id"]) == [("denied", "operator:ada@acme", "unauthenticated")]
 
 
-def test_a_revoked_key_opens_nothing(api: Service, shared: str, rights: Connection) -> None:
+def test_a_revoked_key_opens_nothing(api: ServerProcess, shared: str, rights: Connection) -> None:
     key = surety(shared, "keys", "create", "--operator", "bob").stdout.strip()
-    assert key.startswith("sty_operator_") and hash_of(b"Bearer " + key.encode()) is not None
+    assert key.startswith("sty_operator_") and key_hash_of(b"Bearer " + key.encode()) is not None
     with client_of(api, key) as bob:
         assert bob.get("/v1/operator/status").status_code == 200
         listed = surety(shared, "keys", "list").stdout
@@ -210,9 +217,9 @@ def test_a_revoked_key_opens_nothing(api: Service, shared: str, rights: Connecti
     assert told == [("operator key created",), ("operator key revoked",)]
 
 
-def test_how_things_stand_is_told_as_the_command_tells_it(ada: Client, shared: str) -> None:
+def test_status_equals_the_output_of_the_status_command(ada: Client, shared: str) -> None:
     told = ada.get("/v1/operator/status").json()
-    strictly(told, Standing)
+    strictly(told, StatusReport)
     by_command = msgspec.json.decode(surety(shared, "status", "--json").stdout)
     assert told["verdict"] == by_command["verdict"]
     assert [finding["next"] for finding in told["findings"]] == [finding["next"] for finding in by_command["findings"]]
@@ -220,14 +227,14 @@ def test_how_things_stand_is_told_as_the_command_tells_it(ada: Client, shared: s
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 101])
-def test_an_operators_name_is_plain(shared: str, name: str) -> None:
+def test_operator_name_must_be_plain_text(shared: str, name: str) -> None:
     done = surety(shared, "keys", "create", "--operator", name)
     assert done.returncode == 1 and "an operator's name has" in done.stderr
 
 
-def test_the_description_tells_every_body_and_answer(api: Service) -> None:
+def test_openapi_document_describes_every_body_and_response(api: ServerProcess) -> None:
     told = httpx.get(f"{api.url}/docs/openapi.json").json()
-    for path, struct in (("replay", "DecisionOnAll"), ("discard", "DecisionOnAll")):
+    for path, struct in (("replay", "BulkDecision"), ("discard", "BulkDecision")):
         post = told["paths"][f"{LETTERS}/{path}"]["post"]
         assert set(post["responses"]) == {"200", "400", "401", "403", "413", "415", "503"}, struct
         assert "dry_run" in post["requestBody"]["content"]["application/json"]["schema"]["properties"]

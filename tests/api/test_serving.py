@@ -37,7 +37,7 @@ def create_stubborn() -> Litestar:
     return Litestar([], lifespan=[lifespan], openapi_config=None, logging_config=None)
 
 
-def test_processes_that_do_not_end_are_killed_by_the_one_that_started_them() -> None:
+def test_processes_that_do_not_stop_are_killed_by_their_parent() -> None:
     serving = subprocess.Popen(
         [sys.executable, "-c", IMPATIENT], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

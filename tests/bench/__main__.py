@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from tests.bench import ground
+from tests.bench import databases
 
 as_json = click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on the last line.")
 
@@ -27,8 +27,8 @@ def drain(*, as_json: bool, **sizes: int) -> None:
     """Events per second through a handler, against Procrastinate with a job for each event."""
     from tests.bench.drain import run
 
-    figures = run(**sizes)
-    ground.finish(figures, as_json=as_json)
+    results = run(**sizes)
+    databases.print_results(results, as_json=as_json)
 
 
 @bench.command()
@@ -42,8 +42,8 @@ def trace(*, as_json: bool, **sizes: int) -> None:
     """Milliseconds until a payment's whole trace is told."""
     from tests.bench.trace import run
 
-    figures = run(**sizes)
-    ground.finish(figures, as_json=as_json)
+    results = run(**sizes)
+    databases.print_results(results, as_json=as_json)
 
 
 @bench.command()
@@ -60,8 +60,8 @@ def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
     """Payments accepted per second over HTTP, against a no-op and against a transaction for each request."""
     from tests.bench.accept import run
 
-    figures = run(seconds=seconds, **sizes)
-    ground.finish(figures, as_json=as_json)
+    results = run(seconds=seconds, **sizes)
+    databases.print_results(results, as_json=as_json)
 
 
 @bench.command()
@@ -75,8 +75,8 @@ def lifecycle(*, as_json: bool, **sizes: int) -> None:
     """Payments per second from POST to settled, and how soon the provider hears of one on an idle system."""
     from tests.bench.lifecycle import run
 
-    figures = run(**sizes)
-    ground.finish(figures, as_json=as_json)
+    results = run(**sizes)
+    databases.print_results(results, as_json=as_json)
 
 
 @bench.command()
@@ -90,8 +90,8 @@ def overload(*, as_json: bool, seconds: float, **sizes: int) -> None:
     """What becomes of payments when ten times as many are sent as are served."""
     from tests.bench.overload import run
 
-    figures = run(seconds=seconds, **sizes)
-    ground.finish(figures, as_json=as_json)
+    results = run(seconds=seconds, **sizes)
+    databases.print_results(results, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -20,22 +20,22 @@ from contextlib import ExitStack, contextmanager
 
 import httpx
 
-from app.local.demo.merchants import open_shops
-from app.local.demo.workspace import folder
-from app.local.processes import Troupe, free_port
-from tests.bench.ground import (
+from app.local.demo.merchants import create_merchants
+from app.local.demo.workspace import demo_folder
+from app.local.processes import ProcessGroup, free_port
+from tests.bench.databases import (
     Connection,
-    Figures,
+    Results,
     connection,
-    deployed,
+    deployed_database,
+    log_progress,
     median,
     median_ratio,
-    rounded,
+    round_all,
     server,
-    tell,
-    warm_up,
+    touch_memory_and_log,
 )
-from tests.bench.load import Loaded, generator, load
+from tests.bench.load import LoadResults, generator, load
 from tests.support.payments import violations
 
 LANES = 2
@@ -43,28 +43,30 @@ BATCH_MAX = 200
 LANES_OF_SINGLES = (2, 8)
 
 
-def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, rounds: int, warm_mb: int) -> Figures:
+def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, rounds: int, warm_mb: int) -> Results:
     """Each of them for so many seconds in each round. `single_lanes` 0: as many as are fastest here."""
     with ExitStack() as stack:
-        url = stack.enter_context(deployed(stack.enter_context(server())))
+        url = stack.enter_context(deployed_database(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
-        keys = open_shops(conn, merchants, seed=1)
-        warm_up(conn, warm_mb)
+        keys = create_merchants(conn, merchants, seed=1)
+        touch_memory_and_log(conn, warm_mb)
         choices = (single_lanes,) if single_lanes else LANES_OF_SINGLES
-        batched, *rest = stack.enter_context(apis(url, [(LANES, BATCH_MAX), *((lanes, 1) for lanes in choices)]))
+        batched, *rest = stack.enter_context(
+            running_apis(url, [(LANES, BATCH_MAX), *((lanes, 1) for lanes in choices)])
+        )
         singles = dict(zip(choices, rest, strict=True))
 
-        def measure(name: str, address: str, path: str, *, ids: bool = False) -> Loaded:
-            before = held(conn)
+        def measure(name: str, address: str, path: str, *, ids: bool = False) -> LoadResults:
+            before = count_payments(conn)
             loaded = load(address + path, connections=connections, seconds=seconds, run=name, keys=keys, ids=ids)
             assert loaded.answers, f"{name}: no request was answered"
             assert loaded.errors == 0, f"{name}: {loaded.errors} requests were not answered by a 201"
             if path == "/v1/payments":
-                assert held(conn) - before >= loaded.answers, f"{name}: fewer payments than were acknowledged"
+                assert count_payments(conn) - before >= loaded.answers, f"{name}: fewer payments than were acknowledged"
             return loaded
 
         lanes = single_lanes or max(choices, key=lambda n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second)
-        tell(f"load by {generator()}; a transaction for each request is fastest with {lanes} lanes")
+        log_progress(f"load by {generator()}; a transaction for each request is fastest with {lanes} lanes")
         rates: dict[str, list[float]] = {"noop": [], "bare": [], "accepted": [], "single": []}
         p50: list[float] = []
         p99: list[float] = []
@@ -78,9 +80,11 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
             p50.append(accepted.p50_ms)
             p99.append(accepted.p99_ms)
             rates["single"].append(measure(f"single-{turn}", singles[lanes], "/v1/payments").per_second)
-            tell(f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items()))
+            log_progress(
+                f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items())
+            )
         last = measure("ids", batched, "/v1/payments", ids=True)
-        lost = missing(conn, last.ids)
+        lost = count_missing(conn, last.ids)
         assert lost == 0, f"{lost} acknowledged payments are not there"
         conn.execute("vacuum (analyze)")
         assert violations(conn) == {}
@@ -101,37 +105,37 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
         "connections": connections,
         "single_lanes": lanes,
         "generator": generator(),
-        "rounds": rounded(rates),
+        "rounds": round_all(rates),
     }
 
 
 @contextmanager
-def apis(url: str, shapes: list[tuple[int, int]]) -> Generator[list[str]]:
+def running_apis(url: str, shapes: list[tuple[int, int]]) -> Generator[list[str]]:
     """The addresses of APIs in processes of their own, each with so many lanes and such batches at most, warm."""
-    with folder() as scene:
+    with demo_folder() as scene:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "PG"))}
-        troupe = Troupe(scene, environment | {"DATABASE_URL": url})
+        process_group = ProcessGroup(scene, environment | {"DATABASE_URL": url})
         ports = {f"api-{lanes}-{batch_max}": free_port(0) for lanes, batch_max in shapes}
         try:
             for (name, port), (lanes, batch_max) in zip(ports.items(), shapes, strict=True):
-                troupe.start(name, "-m", "tests.bench.servers", str(port), str(lanes), str(batch_max))
+                process_group.start(name, "-m", "tests.bench.api_server", str(port), str(lanes), str(batch_max))
             for name, port in ports.items():
-                troupe.wait_for_port(name, port)
+                process_group.wait_for_port(name, port)
                 for path in ("noop", "bare", "v1/payments"):
                     httpx.post(f"http://127.0.0.1:{port}/{path}", content=b"{}", timeout=30)
             yield [f"http://127.0.0.1:{port}" for port in ports.values()]
         finally:
-            troupe.stop()
+            process_group.stop()
 
 
-def held(conn: Connection) -> int:
+def count_payments(conn: Connection) -> int:
     """How many payments there are."""
     row = conn.execute("select count(*) from surety.payments").fetchone()
     assert row is not None
     return int(row[0])
 
 
-def missing(conn: Connection, ids: list[str]) -> int:
+def count_missing(conn: Connection, ids: list[str]) -> int:
     """How many of these payments are not there."""
     row = conn.execute(
         "select count(*) from unnest(%s::text[]) as told (id)"

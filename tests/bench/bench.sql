@@ -1,7 +1,7 @@
 -- What the benchmarks add to a database of their own: a way to fill it quickly, and a handler to measure.
 --
---   copy_lives      many payments at once, each a copy of one that the product made, row for row in every table
---   settle_copies   what copying leaves out: accounts and balances
+--   copy_payments      many payments at once, each a copy of one that the product made, row for row in every table
+--   open_copied_accounts   what copying leaves out: accounts and balances
 --   confirm_batch   a handler's batch: a fact, a step, an audit entry and two transfers for each event
 --   confirm_one     the same for one payment, as a job of its own would do it
 --   defer_jobs      such jobs, in Procrastinate's table
@@ -16,7 +16,7 @@ end;
 
 -- Copies p_from to p_to of a payment, of all merchants in turn, a millisecond apart, beginning at p_at. Needs
 -- session_replication_role = replica, for the trigger of steps would write events and audit entries of its own.
-create function bench.copy_lives(p_payment_id text, p_from bigint, p_to bigint, p_at timestamptz) returns void
+create function bench.copy_payments(p_payment_id text, p_from bigint, p_to bigint, p_at timestamptz) returns void
 language plpgsql
 as $$
 declare
@@ -26,19 +26,20 @@ begin
     select
         n, made.at, bench.copied_id('pay', made.at, n, 0) as id,
         (select array_agg(m.id order by m.id) from surety.merchants as m) as merchants, null::text as merchant_id
-    from generate_series(p_from, p_to) as n cross join lateral (select p_at + n * interval '1 millisecond' as at) as made;
+    from generate_series(p_from, p_to) as n cross
+    join lateral (select p_at + n * interval '1 millisecond' as at) as made;
     update copies set merchant_id = merchants[1 + n % cardinality(merchants)], merchants = null;
     analyze copies;
 
     insert into surety.payments (
         id, merchant_id, version, state, amount_minor, currency, captured_minor, refunded_minor, rail, capture_method,
         method_token, reference, description, customer, metadata, provider, provider_account, livemode, provider_id,
-        created_at, updated_at, ask_at
+        created_at, updated_at, poll_at
     )
     select
         c.id, c.merchant_id, p.version, p.state, p.amount_minor, p.currency, p.captured_minor, p.refunded_minor, p.rail,
         p.capture_method, p.method_token, p.reference || '-' || c.n, p.description, p.customer, p.metadata, p.provider,
-        p.provider_account, p.livemode, p.provider_id || c.n, c.at, c.at, p.ask_at
+        p.provider_account, p.livemode, p.provider_id || c.n, c.at, c.at, p.poll_at
     from copies as c cross join surety.payments as p where p.id = p_payment_id;
 
     insert into surety.idempotency_keys (
@@ -65,14 +66,15 @@ begin
     select o.provider, o.account, o.object_id || c.n, c.id
     from copies as c cross join surety.provider_objects as o where o.payment_id = p_payment_id;
 
-    insert into surety.inbox (id, provider, account, livemode, event_id, type, headers, body, received_at)
+    insert into surety.provider_events (id, provider, account, livemode, event_id, type, headers, body, received_at)
     select
-        bench.copied_id('whk', c.at, c.n, i.place), i.provider, i.account, i.livemode, i.event_id || c.n, i.type, i.headers,
+        bench.copied_id('whk', c.at, c.n, i.place), i.provider, i.account, i.livemode, i.event_id || c.n, i.type,
+            i.headers,
         i.body, c.at
     from copies as c
     cross join (
-        select inbox.*, row_number() over (order by inbox.id) as place from surety.inbox
-        where inbox.id in (select f.source_id from surety.facts as f where f.payment_id = p_payment_id)
+        select provider_events.*, row_number() over (order by provider_events.id) as place from surety.provider_events
+        where provider_events.id in (select f.source_id from surety.facts as f where f.payment_id = p_payment_id)
     ) as i;
 
     insert into surety.facts (
@@ -124,10 +126,10 @@ begin
         where postings.payment_id = p_payment_id
     ) as t;
 
-    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
+    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
     select
         bench.copied_id('evt', c.at, c.n, e.place), e.aggregate_type, c.id, e.type,
-        jsonb_set(e.payload, '{payment_id}', to_jsonb(c.id)), c.merchant_id, e.version, e.epoch
+        jsonb_set(e.payload, '{payment_id}', to_jsonb(c.id)), c.merchant_id, e.version, e.generation
     from copies as c
     cross join (
         select events.*, row_number() over (order by events.id) as place
@@ -135,7 +137,8 @@ begin
     ) as e;
 
     insert into audit.entries (
-        id, at, kind, actor, address, request_id, payment_id, merchant_id, version, from_state, to_state, outcome, reason,
+        id, at, kind, actor, address, request_id, payment_id, merchant_id, version, from_state, to_state, outcome,
+            reason,
         duration_ms, snapshot
     )
     select
@@ -151,7 +154,7 @@ end;
 $$;
 
 -- Opens the accounts that copied transfers name and sums up what they keep.
-create function bench.settle_copies() returns void
+create function bench.open_copied_accounts() returns void
 language sql
 begin atomic
     insert into ledger.accounts (id, kind, owner_id, currency)
@@ -208,7 +211,7 @@ begin
         bench.captured(array(
             select e.aggregate_id from outbox.batch_events(p_batch, p_fence) as e where e.event_id = any(p_event_ids))),
         'handler:bench');
-    return outbox.finish(p_batch, p_fence, p_event_ids);
+    return outbox.complete_events(p_batch, p_fence, p_event_ids);
 end;
 $$;
 
@@ -238,7 +241,7 @@ begin atomic
     select count(*) from deferred;
 end;
 
-insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, epoch, seen)
-values ('bench', array['payment.provider_submitted'], 500, 2, outbox.epoch(), '1:1:');
+insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, generation, seen)
+values ('bench', array['payment.provider_submitted'], 500, 2, outbox.current_restore_generation(), '1:1:');
 
 grant usage on schema bench to surety_worker;

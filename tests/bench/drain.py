@@ -19,50 +19,50 @@ from contextlib import ExitStack, nullcontext
 
 from db.embedded import temporary_database
 from tests.bench import history
-from tests.bench.drainers import drain_outbox, rate_of, run_jobs
-from tests.bench.ground import (
+from tests.bench.databases import (
     PREFIX,
     Connection,
-    Figures,
+    Results,
     connection,
-    copy_of,
-    deployed,
+    copied_database,
+    deployed_database,
+    log_progress,
     median,
     median_ratio,
-    rounded,
+    round_all,
     server,
-    tell,
 )
+from tests.bench.drain_processes import drain_outbox, measure_rate, run_jobs
 from tests.support.payments import violations
 
 KINDS = ("fresh", "blocked", "aged", "procrastinate")
 EVENTS_PER_LIFE = 5
 
 
-def run(*, events: int, past: int, backlog: int, jobs: int, concurrency: int, merchants: int, rounds: int) -> Figures:
+def run(*, events: int, past: int, backlog: int, jobs: int, concurrency: int, merchants: int, rounds: int) -> Results:
     """All measurements, in turn, `rounds` times. `events` are drained in each, `jobs` where there is one for each.
 
     `concurrency` is Procrastinate's in each of two processes; 0: that with which it is fastest here.
     """
     with ExitStack() as stack:
         url = stack.enter_context(server())
-        fresh = stack.enter_context(waiting(url, events, merchants))
-        tell(f"a database in which {events:,} events wait")
-        aged, aged_payment = stack.enter_context(with_past(url, past, backlog, merchants))
-        tell(f"one with a past of {past:,} events in which {backlog:,} wait")
+        fresh = stack.enter_context(fresh_database(url, events, merchants))
+        log_progress(f"a database in which {events:,} events wait")
+        aged, aged_payment = stack.enter_context(aged_database(url, past, backlog, merchants))
+        log_progress(f"one with a past of {past:,} events in which {backlog:,} wait")
         if not concurrency:
-            concurrency = tune(url, fresh, min(jobs, 400))
-            tell(f"Procrastinate works best with {concurrency} jobs at once in each process")
+            concurrency = fastest_concurrency(url, fresh, min(jobs, 400))
+            log_progress(f"Procrastinate works best with {concurrency} jobs at once in each process")
 
         def measure(name: str, *, thoroughly: bool = False) -> float:
             if name == "aged":
-                return rate_of(drain_outbox, ready(aged), events)
-            with copy_of(url, fresh) as copy, writing_elsewhere(url) if name == "blocked" else nullcontext():
+                return measure_rate(drain_outbox, vacuumed(aged), events)
+            with copied_database(url, fresh) as copy, open_write_elsewhere(url) if name == "blocked" else nullcontext():
                 if name == "procrastinate":
                     rate, done = rate_jobs(copy, jobs, concurrency), jobs
                 else:
-                    rate, done = rate_of(drain_outbox, ready(copy), events), events
-                check(copy, done, thoroughly=thoroughly)
+                    rate, done = measure_rate(drain_outbox, vacuumed(copy), events), events
+                check_effects(copy, done, thoroughly=thoroughly)
                 return rate
 
         # A server's first measurement pays for memory and log that nobody has touched before.
@@ -71,9 +71,11 @@ def run(*, events: int, past: int, backlog: int, jobs: int, concurrency: int, me
         for turn in range(rounds):
             for name in KINDS[:: -1 if turn % 2 else 1]:
                 rates[name].append(measure(name))
-            tell(f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items()))
+            log_progress(
+                f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items())
+            )
             if turn + 1 < rounds:
-                history.copy_lives(aged, aged_payment, events, days_ago=1, first=backlog + turn * events)
+                history.copy_payments(aged, aged_payment, events, days_ago=1, first=backlog + turn * events)
     return {
         "benchmark": "drain",
         "events_per_second": median(rates["fresh"], 0),
@@ -84,39 +86,39 @@ def run(*, events: int, past: int, backlog: int, jobs: int, concurrency: int, me
         "blocked_ratio": median_ratio(rates["blocked"], rates["fresh"]),
         "past_events": past,
         "backlog": backlog,
-        "rounds": rounded(rates),
+        "rounds": round_all(rates),
     }
 
 
 @contextlib.contextmanager
-def waiting(server_url: str, events: int, merchants: int) -> Generator[str]:
+def fresh_database(server_url: str, events: int, merchants: int) -> Generator[str]:
     """A database in which as many events wait, and nothing else."""
-    with deployed(server_url) as url:
+    with deployed_database(server_url) as url:
         with connection(url) as conn:
-            payment_id = history.submitted(conn, history.prepare(conn, merchants))
-            history.take_all(conn)
-        history.copy_lives(url, payment_id, events, days_ago=1)
-        history.settle_down(url)
+            payment_id = history.create_submitted_payment(conn, history.prepare(conn, merchants))
+            history.skip_existing_events(conn)
+        history.copy_payments(url, payment_id, events, days_ago=1)
+        history.finish_copies(url)
         yield url
 
 
 @contextlib.contextmanager
-def with_past(server_url: str, past: int, backlog: int, merchants: int) -> Generator[tuple[str, str]]:
+def aged_database(server_url: str, past: int, backlog: int, merchants: int) -> Generator[tuple[str, str]]:
     """A database in which events have passed and others wait, and the payment to copy for more of them."""
-    with deployed(server_url) as url:
+    with deployed_database(server_url) as url:
         with connection(url) as conn:
             key_hash = history.prepare(conn, merchants)
-            done = history.settled(conn, key_hash)
-        history.copy_lives(url, done, past // EVENTS_PER_LIFE, days_ago=9)
+            done = history.create_settled_payment(conn, key_hash)
+        history.copy_payments(url, done, past // EVENTS_PER_LIFE, days_ago=9)
         with connection(url) as conn:
-            payment_id = history.submitted(conn, key_hash)
-            history.take_all(conn)
-        history.copy_lives(url, payment_id, backlog, days_ago=1)
-        history.settle_down(url)
+            payment_id = history.create_submitted_payment(conn, key_hash)
+            history.skip_existing_events(conn)
+        history.copy_payments(url, payment_id, backlog, days_ago=1)
+        history.finish_copies(url)
         yield url, payment_id
 
 
-def ready(url: str) -> str:
+def vacuumed(url: str) -> str:
     """The same database, put in order and written out."""
     with connection(url) as conn:
         conn.execute("vacuum (analyze)")
@@ -125,7 +127,7 @@ def ready(url: str) -> str:
 
 
 @contextlib.contextmanager
-def writing_elsewhere(server_url: str) -> Generator[None]:
+def open_write_elsewhere(server_url: str) -> Generator[None]:
     """Another database of the cluster, in which a transaction has written and stays open."""
     with temporary_database(server_url, PREFIX) as url, connection(url) as conn:
         conn.execute("create table written (n integer)")
@@ -138,26 +140,26 @@ def rate_jobs(url: str, jobs: int, concurrency: int) -> float:
     """Jobs per second."""
     with connection(url) as conn:
         conn.execute("select bench.defer_jobs(%s)", (jobs,))
-    return rate_of(run_jobs, ready(url), jobs, concurrency)
+    return measure_rate(run_jobs, vacuumed(url), jobs, concurrency)
 
 
-def tune(server_url: str, fresh: str, jobs: int) -> int:
+def fastest_concurrency(server_url: str, fresh: str, jobs: int) -> int:
     """With how many jobs at once in each process Procrastinate is fastest."""
     rates = {}
     for concurrency in (1, 4, 10, 20):
-        with copy_of(server_url, fresh) as copy:
+        with copied_database(server_url, fresh) as copy:
             rates[concurrency] = rate_jobs(copy, jobs, concurrency)
     return max(rates, key=lambda concurrency: rates[concurrency])
 
 
-def check(url: str, events: int, *, thoroughly: bool = False) -> None:
-    """Every event must have had its effects exactly once, and no promise be broken, which takes long to find out."""
+def check_effects(url: str, events: int, *, thoroughly: bool = False) -> None:
+    """Every event must have had its effects exactly once, and no invariant be broken, which takes long to find out."""
     with connection(url) as conn:
-        assert effects(conn) == (events, events, events, 2 * events)
+        assert count_effects(conn) == (events, events, events, 2 * events)
         assert not thoroughly or violations(conn) == {}
 
 
-def effects(conn: Connection) -> tuple[int, ...]:
+def count_effects(conn: Connection) -> tuple[int, ...]:
     """Steps to confirmed, their audit entries, postings, transfers."""
     row = conn.execute(
         """

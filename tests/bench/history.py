@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.bench.ground import Connection, connection
+from tests.bench.databases import Connection, connection
 from tests.support.payments import add_merchant, fact, money, pay
 
 BENCH_SQL = Path(__file__).parent / "bench.sql"
@@ -28,39 +28,39 @@ def prepare(conn: Connection, merchants: int) -> bytes:
     return key_hash
 
 
-def submitted(conn: Connection, key_hash: bytes) -> str:
+def create_submitted_payment(conn: Connection, key_hash: bytes) -> str:
     """The id of a payment that the provider holds and nobody has confirmed."""
     (payment_id,) = pay(conn, key_hash, reference="submitted", amount=AMOUNT_MINOR, metadata={"cart": "9"})
-    call(conn, "submit", "create", [fact(payment_id, "submitted", "pi", source="response")])
+    record_call(conn, "submit", "create", [fact(payment_id, "submitted", "pi", source="response")])
     return payment_id
 
 
-def settled(conn: Connection, key_hash: bytes) -> str:
+def create_settled_payment(conn: Connection, key_hash: bytes) -> str:
     """The id of a payment that went all the way: two calls, a webhook, money that became available."""
     (payment_id,) = pay(conn, key_hash, reference="settled", amount=AMOUNT_MINOR, metadata={"cart": "9"})
-    call(conn, "submit", "create", [fact(payment_id, "submitted", "pi", source="response")])
+    record_call(conn, "submit", "create", [fact(payment_id, "submitted", "pi", source="response")])
     captured = fact(payment_id, "captured", "ch", AMOUNT_MINOR, source="response")
-    call(conn, "confirm", "confirm", [captured])
+    record_call(conn, "confirm", "confirm", [captured])
     webhook = {
         "n": 0, "provider": "stripe", "account": "", "livemode": False, "event_id": f"evt_{payment_id}",
         "type": "payment_intent.succeeded", "headers": {}, "body": json.dumps({"id": payment_id}),
     }  # fmt: skip
     conn.execute("select n, is_new from surety.receive_webhooks(%s)", (json.dumps([webhook]),))
-    row = conn.execute("select max(id) from surety.inbox").fetchone()
+    row = conn.execute("select max(id) from surety.provider_events").fetchone()
     assert row is not None
     told = fact(payment_id, "processing", "pi", source="webhook", source_id=row[0])
     paid = money(payment_id, "txn", "charge", AMOUNT_MINOR, 320)
     available = fact(payment_id, "available", "txn", AMOUNT_MINOR, data=paid["data"])
     for facts in ([told], [paid], [available]):
         conn.execute("select surety.record_facts(%s, 'system:poll')", (json.dumps(facts),))
-    conn.execute("select surety.expect_settlement(%s, %s, %s)", claim(conn, "settle"))
-    conn.execute("select surety.close_settled(%s, %s, %s)", claim(conn, "close"))
+    conn.execute("select surety.open_settlement_expectation(%s, %s, %s)", claim_next(conn, "settle"))
+    conn.execute("select surety.close_settlement_expectation(%s, %s, %s)", claim_next(conn, "close"))
     return payment_id
 
 
-def call(conn: Connection, handler: str, operation: str, facts: list[dict[str, Any]]) -> None:
+def record_call(conn: Connection, handler: str, operation: str, facts: list[dict[str, Any]]) -> None:
     """A call to the provider as a worker makes it, answered by these facts."""
-    batch_id, fence, event_ids = claim(conn, handler)
+    batch_id, fence, event_ids = claim_next(conn, handler)
     conn.execute("select * from surety.begin_calls(%s, %s, %s, 'worker:bench')", (batch_id, fence, operation))
     result = {
         "event_id": event_ids[-1], "payment_id": facts[0]["payment_id"], "operation": operation, "status": 200,
@@ -69,12 +69,12 @@ def call(conn: Connection, handler: str, operation: str, facts: list[dict[str, A
     }  # fmt: skip
     others = [{"event_id": event_id} for event_id in event_ids[:-1]]
     conn.execute(
-        "select * from surety.record_results(%s, %s, 'worker:bench', %s)",
+        "select * from surety.record_event_results(%s, %s, 'worker:bench', %s)",
         (batch_id, fence, json.dumps([*others, result])),
     )
 
 
-def claim(conn: Connection, handler: str) -> tuple[int, int, list[str]]:
+def claim_next(conn: Connection, handler: str) -> tuple[int, int, list[str]]:
     """The next batch of a handler."""
     row = conn.execute(
         "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'worker:bench')", (handler,)
@@ -83,7 +83,7 @@ def claim(conn: Connection, handler: str) -> tuple[int, int, list[str]]:
     return row[0], row[1], row[2]
 
 
-def copy_lives(url: str, payment_id: str, count: int, *, days_ago: int, first: int = 0) -> None:
+def copy_payments(url: str, payment_id: str, count: int, *, days_ago: int, first: int = 0) -> None:
     """Copies of a payment, a millisecond apart, numbered from `first`, by two connections; needs a superuser."""
     begin, end = datetime.now(UTC) - timedelta(days=days_ago), first + count
     parts = [(number, min(number + COPIES_AT_ONCE, end) - 1) for number in range(first, end, COPIES_AT_ONCE)]
@@ -93,20 +93,20 @@ def copy_lives(url: str, payment_id: str, count: int, *, days_ago: int, first: i
             conn.execute("set session_replication_role = replica")
             conn.execute("set synchronous_commit = off")
             for share in shares:
-                conn.execute("select bench.copy_lives(%s, %s, %s, %s)", (payment_id, *share, begin))
+                conn.execute("select bench.copy_payments(%s, %s, %s, %s)", (payment_id, *share, begin))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(copy, (parts[::2], parts[1::2])))
 
 
-def settle_down(url: str) -> None:
+def finish_copies(url: str) -> None:
     """Accounts, balances, statistics and a checkpoint, as a database has them that did not come into being just now."""
     with connection(url) as conn:
-        conn.execute("select bench.settle_copies()")
+        conn.execute("select bench.open_copied_accounts()")
         conn.execute("vacuum (analyze)")
         conn.execute("checkpoint")
 
 
-def take_all(conn: Connection) -> None:
+def skip_existing_events(conn: Connection) -> None:
     """Let all handlers have taken whatever was committed so far."""
     conn.execute("update outbox.handlers set seen = pg_current_snapshot(), goal = null, at_xid = '0', at_id = ''")

@@ -21,40 +21,49 @@ from contextlib import ExitStack, contextmanager
 import httpx
 
 from app.local.demo import report
-from app.local.demo.merchants import Order, Till, open_shops, sell
-from app.local.demo.workspace import folder
-from app.local.processes import Troupe, free_port
-from tests.bench.ground import Connection, Figures, connection, deployed, median, percentile, server, tell
-from tests.bench.provider import Wire
+from app.local.demo.merchants import Order, TrafficResult, create_merchants, post_orders
+from app.local.demo.workspace import demo_folder
+from app.local.processes import ProcessGroup, free_port
+from tests.bench.databases import (
+    Connection,
+    Results,
+    connection,
+    deployed_database,
+    log_progress,
+    median,
+    percentile,
+    server,
+)
+from tests.bench.recording_proxy import RecordingProxy
 from tests.support.payments import violations
 
 WEBHOOK_SECRET = "whsec_of_the_benchmark"
-HEARING_SECONDS_MAX = 10.0
+REQUEST_SECONDS_MAX = 10.0
 SECONDS_PER_PAYMENT_MAX = 0.2
 SECONDS_MAX = 60.0
 
 
-def run(*, payments: int, merchants: int, workers: int, idle_payments: int, rounds: int) -> Figures:
+def run(*, payments: int, merchants: int, workers: int, idle_payments: int, rounds: int) -> Results:
     """`payments` at once in each round, then `idle_payments` one after the other."""
     with ExitStack() as stack:
-        url = stack.enter_context(deployed(stack.enter_context(server())))
+        url = stack.enter_context(deployed_database(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
-        keys = open_shops(conn, merchants, seed=1)
-        troupe, ports = stack.enter_context(service(url))
+        keys = create_merchants(conn, merchants, seed=1)
+        process_group, ports = stack.enter_context(running_services(url))
         rates: list[float] = []
         accepted: list[float] = []
-        with working(troupe, workers, f"http://127.0.0.1:{ports['sandbox']}"):
+        with running_workers(process_group, workers, f"http://127.0.0.1:{ports['sandbox']}"):
             for turn in range(rounds):
                 began = time.monotonic()
-                posted = settle(conn, ports["api"], write_orders(keys, payments, f"round-{turn}"))
+                posted = post_until_settled(conn, ports["api"], create_orders(keys, payments, f"round-{turn}"))
                 rates.append(payments / (time.monotonic() - began))
                 accepted.append(payments / posted)
-                tell(f"round {turn + 1}: {rates[-1]:,.0f} payments/s, accepted {accepted[-1]:,.0f}/s")
-        stages = report.measure_stages(conn)
-        with Wire(ports["sandbox"]) as wire, working(troupe, workers, wire.url):
-            idle = listen(wire, ports["api"], write_orders(keys, idle_payments, "idle"))
-            tell(f"idle: {percentile(idle, 0.5):.1f} ms at p50, {max(idle):.1f} ms at most")
-        charges, _, _ = report.ask_sandbox(f"http://127.0.0.1:{ports['sandbox']}")
+                log_progress(f"round {turn + 1}: {rates[-1]:,.0f} payments/s, accepted {accepted[-1]:,.0f}/s")
+        stages = report.measure_state_durations(conn)
+        with RecordingProxy(ports["sandbox"]) as proxy, running_workers(process_group, workers, proxy.url):
+            idle = measure_idle_latency(proxy, ports["api"], create_orders(keys, idle_payments, "idle"))
+            log_progress(f"idle: {percentile(idle, 0.5):.1f} ms at p50, {max(idle):.1f} ms at most")
+        charges, _, _ = report.fetch_sandbox_summaries(f"http://127.0.0.1:{ports['sandbox']}")
         assert charges["double"] == []
         conn.execute("vacuum (analyze)")
         assert violations(conn) == {}
@@ -73,9 +82,9 @@ def run(*, payments: int, merchants: int, workers: int, idle_payments: int, roun
 
 
 @contextmanager
-def service(url: str) -> Generator[tuple[Troupe, dict[str, int]]]:
+def running_services(url: str) -> Generator[tuple[ProcessGroup, dict[str, int]]]:
     """API, webhook receiver and sandbox, and where they listen."""
-    with folder() as scene:
+    with demo_folder() as scene:
         names = ("api", "webhooks", "sandbox")
         ports = {name: free_port(0) for name in names}
         inherited = {
@@ -87,44 +96,44 @@ def service(url: str) -> Generator[tuple[Troupe, dict[str, int]]]:
             "SURETY_POLL_SECONDS": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        troupe = Troupe(scene, inherited | settings)
+        process_group = ProcessGroup(scene, inherited | settings)
         try:
-            troupe.start("api", "-m", "app.cli", "api", "--port", str(ports["api"]))
-            troupe.start("webhooks", "-m", "app.cli", "webhooks", "--port", str(ports["webhooks"]))
-            troupe.start(
+            process_group.start("api", "-m", "app.cli", "api", "--port", str(ports["api"]))
+            process_group.start("webhooks", "-m", "app.cli", "webhooks", "--port", str(ports["webhooks"]))
+            process_group.start(
                 "sandbox",
                 *("-m", "app.sandbox", "--port", str(ports["sandbox"]), "--memory", str(scene / "sandbox.sqlite")),
                 *("--webhook-url", f"http://127.0.0.1:{ports['webhooks']}/stripe"),
                 *("--webhook-secret", WEBHOOK_SECRET),
             )
             for name in names:
-                troupe.wait_for_port(name, ports[name])
-            yield troupe, ports
+                process_group.wait_for_port(name, ports[name])
+            yield process_group, ports
         finally:
-            troupe.stop()
+            process_group.stop()
 
 
 @contextmanager
-def working(troupe: Troupe, workers: int, provider: str) -> Generator[None]:
+def running_workers(process_group: ProcessGroup, workers: int, provider: str) -> Generator[None]:
     """Workers that call the provider at this address."""
-    others = dict(troupe.processes)
-    troupe.environment["SURETY_SANDBOX_URL"] = provider
+    others = dict(process_group.processes)
+    process_group.environment["SURETY_SANDBOX_URL"] = provider
     for number in range(1, workers + 1):
-        troupe.start(
+        process_group.start(
             f"worker-{number}", "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"bench-{number}"
         )
     try:
         yield
     finally:
-        mine = {name: process for name, process in troupe.processes.items() if name not in others}
+        mine = {name: process for name, process in process_group.processes.items() if name not in others}
         for process in mine.values():
             process.terminate()
         for process in mine.values():
             process.wait()
-        troupe.processes = others
+        process_group.processes = others
 
 
-def write_orders(keys: list[str], count: int, run: str) -> list[Order]:
+def create_orders(keys: list[str], count: int, run: str) -> list[Order]:
     """Payments by cards that work."""
     return [
         Order(
@@ -141,13 +150,13 @@ def write_orders(keys: list[str], count: int, run: str) -> list[Order]:
     ]
 
 
-def settle(conn: Connection, port: int, orders: list[Order]) -> float:
+def post_until_settled(conn: Connection, port: int, orders: list[Order]) -> float:
     """Post all and wait until all are settled; returns the seconds until all were accepted."""
     wanted = report.count_ended(conn) + len(orders)
     began = time.monotonic()
-    till: Till = asyncio.run(sell(f"http://127.0.0.1:{port}", orders, lambda: None))
+    sold: TrafficResult = asyncio.run(post_orders(f"http://127.0.0.1:{port}", orders, lambda: None))
     accepted = time.monotonic() - began
-    assert len(till.acknowledged) == len(orders), till.refused[:3]
+    assert len(sold.acknowledged) == len(orders), sold.refused[:3]
     deadline = time.monotonic() + SECONDS_MAX + SECONDS_PER_PAYMENT_MAX * len(orders)
     while (ended := report.count_ended(conn)) < wanted:
         assert time.monotonic() < deadline, f"{wanted - ended} payments have not ended"
@@ -155,7 +164,7 @@ def settle(conn: Connection, port: int, orders: list[Order]) -> float:
     return accepted
 
 
-def listen(wire: Wire, port: int, orders: list[Order]) -> list[float]:
+def measure_idle_latency(proxy: RecordingProxy, port: int, orders: list[Order]) -> list[float]:
     """Milliseconds from each POST until the provider hears of it, one at a time; the first ones only warm up."""
     lot = random.Random(1)
     times = []
@@ -164,6 +173,6 @@ def listen(wire: Wire, port: int, orders: list[Order]) -> list[float]:
             headers = {"Authorization": f"Bearer {order.api_key}", "Idempotency-Key": order.idempotency_key}
             began = time.perf_counter()
             client.post("/v1/payments", json=order.body, headers=headers).raise_for_status()
-            times.append((wire.wait_for(number, HEARING_SECONDS_MAX) - began) * 1000)
+            times.append((proxy.wait_for(number, REQUEST_SECONDS_MAX) - began) * 1000)
             time.sleep(lot.uniform(0.3, 0.7))
     return times[min(3, len(times) - 1) :]

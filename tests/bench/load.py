@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from tests.bench.ground import ROOT, percentile
+from tests.bench.databases import ROOT, percentile
 
 SCRIPT = Path(__file__).with_suffix("").with_name("accept.lua")
 
 
-class Loaded(msgspec.Struct):
+class LoadResults(msgspec.Struct):
     """What came of a load. `answers` counts all that came, `errors` those that were none or no 2xx."""
 
     answers: int
@@ -46,7 +46,7 @@ def generator() -> str:
     return "wrk" if shutil.which("wrk") else "asyncio"
 
 
-def load(url: str, *, connections: int, seconds: float, run: str, keys: list[str], ids: bool = False) -> Loaded:
+def load(url: str, *, connections: int, seconds: float, run: str, keys: list[str], ids: bool = False) -> LoadResults:
     """As many requests as are answered in that time; `ids` keeps the ids of the payments that were accepted."""
     kept = "ids" if ids else "none"
     if generator() == "wrk":
@@ -57,13 +57,13 @@ def load(url: str, *, connections: int, seconds: float, run: str, keys: list[str
         command = [*module, url, str(connections), str(seconds), run, kept, *keys]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    loaded = msgspec.json.decode(lines[-1], type=Loaded)
+    loaded = msgspec.json.decode(lines[-1], type=LoadResults)
     loaded.ids = [line for line in lines if line.startswith("pay_")]
     return loaded
 
 
 @dataclass
-class Client:
+class LoadClient:
     """Connections that each send the next request as soon as the last was answered."""
 
     url: str
@@ -109,12 +109,14 @@ class Client:
 async def main(url: str, connections: int, seconds: float, run: str, kept: str, keys: list[str]) -> None:
     """The load without wrk."""
     began = time.monotonic()
-    client = Client(url, run, keys, began + seconds)
+    client = LoadClient(url, run, keys, began + seconds)
     await asyncio.gather(*(client.connect() for _ in range(connections)))
     took = time.monotonic() - began
     if kept == "ids":
         print(*client.ids, sep="\n")
-    told = Loaded(len(client.times), took, client.errors, percentile(client.times, 0.5), percentile(client.times, 0.99))
+    told = LoadResults(
+        len(client.times), took, client.errors, percentile(client.times, 0.5), percentile(client.times, 0.99)
+    )
     print(msgspec.json.encode(told).decode())
 
 

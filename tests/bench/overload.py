@@ -26,29 +26,29 @@ from urllib.parse import urlsplit
 import msgspec
 import uvloop
 
-from app.local.demo.merchants import open_shops
-from tests.bench.accept import BATCH_MAX, LANES, apis, missing
-from tests.bench.ground import (
+from app.local.demo.merchants import create_merchants
+from tests.bench.accept import BATCH_MAX, LANES, count_missing, running_apis
+from tests.bench.databases import (
     ROOT,
     Connection,
-    Figures,
+    Results,
     connection,
-    deployed,
+    deployed_database,
+    log_progress,
     median,
     median_ratio,
     percentile,
-    rounded,
+    round_all,
     server,
-    tell,
 )
-from tests.bench.load import Client, Loaded, generator, load
+from tests.bench.load import LoadClient, LoadResults, generator, load
 from tests.support.payments import violations
 
-TIMES = 10
+OVERLOAD_FACTOR = 10
 PAUSE_SECONDS = 0.02
 
 
-class Probed(msgspec.Struct):
+class ProbeResults(msgspec.Struct):
     """What probes saw, in milliseconds; `odd` counts answers that are neither a 201 nor a refusal as promised."""
 
     accepted_ms: list[float] = []
@@ -58,10 +58,10 @@ class Probed(msgspec.Struct):
 
 
 @dataclass
-class Probe(Client):
+class TimedClient(LoadClient):
     """A connection that times its requests, and waits a little after each; longer where it is told to."""
 
-    seen: Probed = field(default_factory=Probed)
+    seen: ProbeResults = field(default_factory=ProbeResults)
 
     async def connect(self) -> None:
         """One connection, until the deadline."""
@@ -88,28 +88,28 @@ class Probe(Client):
 
 async def probe(url: str, probes: int, seconds: float, run: str, keys: list[str]) -> None:
     """All probes; prints what they saw."""
-    client = Probe(url, run, keys, time.monotonic() + seconds)
+    client = TimedClient(url, run, keys, time.monotonic() + seconds)
     await asyncio.gather(*(client.connect() for _ in range(probes)))
     print(msgspec.json.encode(client.seen).decode())
 
 
-def run(*, seconds: float, connections: int, probes: int, merchants: int, rounds: int) -> Figures:
+def run(*, seconds: float, connections: int, probes: int, merchants: int, rounds: int) -> Results:
     """Normal load and ten times as much, by turns, for so many seconds each."""
     with ExitStack() as stack:
-        url = stack.enter_context(deployed(stack.enter_context(server())))
+        url = stack.enter_context(deployed_database(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
-        keys = open_shops(conn, merchants, seed=1)
-        [address] = stack.enter_context(apis(url, [(LANES, BATCH_MAX)]))
+        keys = create_merchants(conn, merchants, seed=1)
+        [address] = stack.enter_context(running_apis(url, [(LANES, BATCH_MAX)]))
         measure(conn, address, "warm", keys, seconds=min(2.0, seconds), connections=connections, probes=probes)
-        normals: list[Measured] = []
-        overloads: list[Measured] = []
+        normals: list[LoadMeasurement] = []
+        overloads: list[LoadMeasurement] = []
         for turn in range(rounds):
-            for name, times, kept in (("normal", 1, normals), ("overload", TIMES, overloads)):
+            for name, times, kept in (("normal", 1, normals), ("overload", OVERLOAD_FACTOR, overloads)):
                 kept.append(measure(
                     conn, address, f"{name}-{turn}", keys,
                     seconds=seconds, connections=times * connections, probes=probes,
                 ))  # fmt: skip
-                tell(f"{name} {turn + 1}: {kept[-1].told()}")
+                log_progress(f"{name} {turn + 1}: {kept[-1].summary()}")
         conn.execute("vacuum (analyze)")
         assert violations(conn) == {}
     normal_ms = [measured.p99_ms for measured in normals]
@@ -129,14 +129,14 @@ def run(*, seconds: float, connections: int, probes: int, merchants: int, rounds
         "overload_per_second": median(goodput, 0),
         "offered_per_second": median(offered, 0),
         "acknowledged_and_checked_by_id": sum(measured.acknowledged for measured in [*normals, *overloads]),
-        "connections": [connections, TIMES * connections],
+        "connections": [connections, OVERLOAD_FACTOR * connections],
         "generator": generator(),
-        "rounds": rounded({"normal_p99_ms": normal_ms, "overload_p99_ms": overload_ms, "accepted": goodput}),
+        "rounds": round_all({"normal_p99_ms": normal_ms, "overload_p99_ms": overload_ms, "accepted": goodput}),
     }
 
 
 @dataclass(frozen=True)
-class Measured:
+class LoadMeasurement:
     """One load. `accepted` and `offered` are per second."""
 
     accepted: float
@@ -146,7 +146,7 @@ class Measured:
     acknowledged: int
     lost: int
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """For who waits."""
         return (
             f"{self.accepted:,.0f} of {self.offered:,.0f}/s accepted, p99 {self.p99_ms:.1f} ms, "
@@ -156,26 +156,26 @@ class Measured:
 
 def measure(
     conn: Connection, address: str, name: str, keys: list[str], *, seconds: float, connections: int, probes: int
-) -> Measured:
+) -> LoadMeasurement:
     """A load and its probes at once; everything acknowledged is looked up."""
     target = f"{address}/v1/payments"
     module = [sys.executable, "-m", "tests.bench.overload", target, str(probes), str(seconds), f"probe-{name}", *keys]
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(load, target, connections=connections, seconds=seconds, run=name, keys=keys, ids=True)
         done = subprocess.run(module, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
-        loaded: Loaded = loading.result()
-    seen = msgspec.json.decode(done.stdout, type=Probed)
+        loaded: LoadResults = loading.result()
+    seen = msgspec.json.decode(done.stdout, type=ProbeResults)
     assert seen.odd == 0, f"{seen.odd} answers were neither a 201 nor a 503 with Retry-After"
     assert len(loaded.ids) + loaded.errors == loaded.answers, "some answers were neither accepted nor refused"
     ids = [*loaded.ids, *seen.ids]
     probed = len(seen.accepted_ms) + len(seen.refused_ms)
-    return Measured(
+    return LoadMeasurement(
         accepted=len(ids) / loaded.seconds,
         offered=(loaded.answers + probed) / loaded.seconds,
         p99_ms=percentile(seen.accepted_ms or [0.0], 0.99),
         refused_p99_ms=percentile(seen.refused_ms or [0.0], 0.99),
         acknowledged=len(ids),
-        lost=missing(conn, ids),
+        lost=count_missing(conn, ids),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench.ground import ROOT
+from tests.bench.databases import ROOT
 
 SIZES = {
     "drain": [
@@ -27,7 +27,7 @@ SIZES = {
     "overload": ["--seconds=1", "--connections=32", "--probes=4", "--merchants=3", "--rounds=1"],
     "accept": ["--seconds=1", "--connections=8", "--single-lanes=2", "--merchants=3", "--rounds=1", "--warm-mb=1"],
 }
-PROMISED = {
+REQUIRED_RESULTS = {
     "drain": {"ratio_to_procrastinate", "flatness", "blocked_ratio"},
     "trace": {"p99_ms"},
     "lifecycle": {"payments_per_second", "idle_p50_ms"},
@@ -37,22 +37,22 @@ PROMISED = {
 
 
 def measure(name: str, *options: str) -> dict[str, Any]:
-    """A benchmark's figures: the last line of its output."""
+    """A benchmark's results: the last line of its output."""
     environment = {key: value for key, value in os.environ.items() if key != "DATABASE_URL"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench", name, *options, "--json"],
         cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_benchmark_tells_what_is_promised(name: str) -> None:
-    figures = measure(name, *SIZES[name])
-    assert figures["benchmark"] == name
-    assert figures.keys() >= PROMISED[name]
+def test_benchmark_reports_the_required_results(name: str) -> None:
+    results = measure(name, *SIZES[name])
+    assert results["benchmark"] == name
+    assert results.keys() >= REQUIRED_RESULTS[name]
     # Of so small a load nothing need be refused, and none of the few probes let in.
-    assert all(figures[promised] > 0 for promised in PROMISED[name] - {"refused_share", "p99_ratio"})
-    assert figures.get("lost", 0) == 0
+    assert all(results[promised] > 0 for promised in REQUIRED_RESULTS[name] - {"refused_share", "p99_ratio"})
+    assert results.get("lost", 0) == 0

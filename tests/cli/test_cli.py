@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 
-from app.cli import COMMANDS, Commands, cli
+from app.cli import COMMANDS, LazyCommandGroup, cli
 
 
 def surety(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +22,7 @@ def surety(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_surety_tells_its_version() -> None:
+def test_version_option_prints_the_version() -> None:
     assert surety("--version").stdout == f"surety, version {version('surety')}\n"
 
 
@@ -38,17 +38,17 @@ def test_help_lists_every_command_and_imports_none() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_there_and_documented(name: str) -> None:
-    assert isinstance(cli, Commands)
+    assert isinstance(cli, LazyCommandGroup)
     command = cli.get_command(cli.make_context("surety", [], resilient_parsing=True), name)
     assert command
     assert command.help
 
 
-def test_what_a_user_can_mend_is_one_line_and_no_traceback() -> None:
+def test_user_error_is_one_line_without_a_traceback() -> None:
     done = surety("deploy")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "surety: DATABASE_URL is not set\n")
 
 
-def test_deploy_tells_what_it_did(blank: str) -> None:
+def test_deploy_reports_its_changes(blank: str) -> None:
     assert surety("deploy", DATABASE_URL=blank).stdout.startswith("created in ")
     assert surety("deploy", DATABASE_URL=blank).stdout.startswith("unchanged in ")

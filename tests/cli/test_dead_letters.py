@@ -10,7 +10,7 @@ from psycopg import errors
 
 from tests.cli.test_status import surety
 from tests.support import dead_letters as letters
-from tests.support.http_client import connected
+from tests.support.http_client import connect_as_owner
 from tests.support.payments import (
     Connection,
     add_merchant,
@@ -49,8 +49,8 @@ def due(conn: Connection) -> int:
 # ------------------------------------------------------------------------------------------------------- discarding
 
 
-def test_discarding_what_was_never_sent_ends_the_payment_as_failed_and_keeps_the_record(conn: Connection) -> None:
-    letter, payment_id = letters.unsent(conn)
+def test_discarding_a_never_sent_payment_fails_it_and_keeps_the_record(conn: Connection) -> None:
+    letter, payment_id = letters.never_sent_letter(conn)
     outcome, detail = discard(conn, letter)
     assert outcome == "discarded" and "nothing was sent" in detail
     assert path_of(conn, payment_id) == ["initiated", "failed"]
@@ -62,11 +62,11 @@ def test_discarding_what_was_never_sent_ends_the_payment_as_failed_and_keeps_the
         "select closed_as, closed_by, closed_because, jsonb_array_length(attempts) from outbox.dead_letters"
     )
     assert kept.fetchone() == ("discarded", "operator:ada", "why", 3)
-    assert letters.doings(conn) == [("operator:ada", "discarded", "why")]
+    assert letters.operator_actions(conn) == [("operator:ada", "discarded", "why")]
     assert violations(conn) == {}
 
 
-def test_discarding_what_the_provider_refused_to_make_ends_the_payment_as_failed(conn: Connection) -> None:
+def test_discarding_a_payment_refused_by_the_provider_fails_it(conn: Connection) -> None:
     letter, payment_id = letters.refused(conn)
     outcome, detail = discard(conn, letter)
     assert outcome == "discarded" and "refused to do it (400)" in detail
@@ -74,24 +74,24 @@ def test_discarding_what_the_provider_refused_to_make_ends_the_payment_as_failed
     assert violations(conn) == {}
 
 
-def test_discarding_is_refused_while_nobody_knows_what_the_provider_has(conn: Connection) -> None:
+def test_discarding_is_refused_while_the_provider_outcome_is_unknown(conn: Connection) -> None:
     for letter, payment_id in (letters.unanswered(conn), letters.held(conn, operation="confirm")):
         before = state_of(conn, payment_id)
         outcome, detail = discard(conn, letter)
         assert outcome == "refused" and "may hold a charge" in detail and "replay" in detail
         assert state_of(conn, payment_id) == before
         assert letters.closed_as(conn, letter) is None
-    assert letters.doings(conn) == []
+    assert letters.operator_actions(conn) == []
 
 
-def test_a_busy_provider_has_refused_nothing(conn: Connection) -> None:
+def test_rate_limit_response_does_not_count_as_a_refusal(conn: Connection) -> None:
     [payment_id] = pay(conn, add_merchant(conn)[1])
-    [letter] = letters.give_up(conn, "submit", "Stripe 409", operation="create", status=409)
+    [letter] = letters.exhaust_retries(conn, "submit", "Stripe 409", operation="create", status=409)
     assert discard(conn, letter)[0] == "refused"
     assert state_of(conn, payment_id) == "submitting"
 
 
-def test_discarding_what_was_never_confirmed_asks_the_provider_to_cancel_it(conn: Connection) -> None:
+def test_discarding_an_unconfirmed_payment_cancels_it_at_the_provider(conn: Connection) -> None:
     letter, payment_id = letters.held(conn)
     outcome, detail = discard(conn, letter)
     assert outcome == "discarded" and "asks the provider to cancel" in detail
@@ -102,7 +102,7 @@ def test_discarding_what_was_never_confirmed_asks_the_provider_to_cancel_it(conn
 
 
 @pytest.mark.parametrize("status", [None, 400])
-def test_discarding_a_refund_that_was_not_made_gives_its_amount_back(conn: Connection, status: int | None) -> None:
+def test_discarding_a_refund_never_made_releases_its_reserved_amount(conn: Connection, status: int | None) -> None:
     letter, payment_id = letters.refund(conn, "sent" if status else "unsent", status)
     assert conn.execute("select refund_pending_minor from surety.payments").fetchone() == (4000,)
     outcome, detail = discard(conn, letter)
@@ -112,7 +112,7 @@ def test_discarding_a_refund_that_was_not_made_gives_its_amount_back(conn: Conne
         "failed", "processing_error"
     )  # fmt: skip
     assert conn.execute("select refund_pending_minor from surety.payments").fetchone() == (0,)
-    assert "refunding" not in ledger_of(conn, payment_id)
+    assert "reserved_for_refunds" not in ledger_of(conn, payment_id)
     assert violations(conn) == {}
 
 
@@ -125,7 +125,7 @@ def test_discarding_a_refund_is_refused_while_the_provider_may_have_made_it(conn
 
 
 @pytest.mark.parametrize("status", [None, 400])
-def test_discarding_a_capture_that_was_not_made_leaves_what_is_held(conn: Connection, status: int | None) -> None:
+def test_discarding_a_capture_never_made_keeps_the_authorization(conn: Connection, status: int | None) -> None:
     letter, payment_id = letters.capture(conn, "sent" if status else "unsent", status)
     outcome, detail = discard(conn, letter)
     assert outcome == "discarded" and "stays held" in detail
@@ -133,7 +133,7 @@ def test_discarding_a_capture_that_was_not_made_leaves_what_is_held(conn: Connec
     assert violations(conn) == {}
 
 
-def test_discarding_a_capture_is_refused_while_nobody_knows_whether_it_was_made(conn: Connection) -> None:
+def test_discarding_a_capture_is_refused_while_its_outcome_is_unknown(conn: Connection) -> None:
     letter, payment_id = letters.capture(conn, "sent")
     assert discard(conn, letter)[0] == "refused"
     record(conn, [fact(payment_id, "captured", "ch", 10000)])
@@ -141,8 +141,8 @@ def test_discarding_a_capture_is_refused_while_nobody_knows_whether_it_was_made(
     assert outcome == "discarded" and "stays confirmed" in detail
 
 
-def test_discarding_bookkeeping_leaves_its_payment_alone(conn: Connection) -> None:
-    letter, payment_id = letters.unsent(conn)
+def test_discarding_a_bookkeeping_event_does_not_change_the_payment(conn: Connection) -> None:
+    letter, payment_id = letters.never_sent_letter(conn)
     letters.end(conn, payment_id)
     assert letters.closed_as(conn, letter) == "resolved"
     conn.execute("update outbox.dead_letters set closed_at = null, closed_as = null, closed_because = null")
@@ -151,11 +151,11 @@ def test_discarding_bookkeeping_leaves_its_payment_alone(conn: Connection) -> No
     assert state_of(conn, payment_id) == "failed"
 
 
-def test_a_letter_ends_once_however_often_and_by_whomever_it_is_ended(conn: Connection, database: str) -> None:
-    pairs = [letters.unsent(conn, f"error {number}") for number in range(6)]
+def test_dead_letter_is_closed_once(conn: Connection, database: str) -> None:
+    pairs = [letters.never_sent_letter(conn, f"error {number}") for number in range(6)]
 
     def end(doing: str, letter: str) -> str:
-        with connected(database) as other:
+        with connect_as_owner(database) as other:
             return replay(other, letter) if doing == "replay" else discard(other, letter)[0]
 
     for letter, _ in pairs:
@@ -165,32 +165,32 @@ def test_a_letter_ends_once_however_often_and_by_whomever_it_is_ended(conn: Conn
             assert told == ["refused", "replayed", "unchanged"]
         else:
             assert told == ["discarded", "refused", "refused"]
-    assert len(letters.doings(conn)) == len(pairs)
+    assert len(letters.operator_actions(conn)) == len(pairs)
     assert violations(conn) == {}
 
 
-def test_replaying_what_was_replayed_or_has_meanwhile_succeeded_does_nothing(conn: Connection) -> None:
+def test_replaying_a_replayed_or_succeeded_event_does_nothing(conn: Connection) -> None:
     resolved, payment_id = letters.unanswered(conn)
     letters.end(conn, payment_id)
     assert replay(conn, resolved) == "unchanged"
     assert due(conn) == 0
-    letter, _ = letters.unsent(conn)
+    letter, _ = letters.never_sent_letter(conn)
     assert [replay(conn, letter), replay(conn, letter)] == ["replayed", "unchanged"]
     assert due(conn) == 1
 
 
-def test_a_replayed_event_that_fails_again_makes_a_letter_of_its_own_with_all_its_errors(conn: Connection) -> None:
-    letter, _ = letters.unsent(conn)
+def test_replayed_event_that_fails_again_makes_a_new_dead_letter_with_all_errors(conn: Connection) -> None:
+    letter, _ = letters.never_sent_letter(conn)
     replay(conn, letter)
-    [second] = letters.give_up(conn, "submit", "another error")
+    [second] = letters.exhaust_retries(conn, "submit", "another error")
     assert letters.closed_as(conn, letter) == "replayed"
     [(attempts,)] = conn.execute("select attempts from outbox.dead_letters where id = %s", (second,)).fetchall()
     assert [attempt["error"] for attempt in attempts] == [letters.REFUSAL] * 3 + ["another error"] * 3
 
 
 @pytest.mark.parametrize("doing", ["replay", "discard"])
-def test_nothing_is_done_without_a_reason(conn: Connection, doing: str) -> None:
-    letter, _ = letters.unsent(conn)
+def test_every_action_requires_a_reason(conn: Connection, doing: str) -> None:
+    letter, _ = letters.never_sent_letter(conn)
     with pytest.raises(errors.CheckViolation, match="dead_letter_is_closed_with_a_reason"):
         conn.execute(f"select outbox.{doing}_dead_letter(%s, 'operator:ada', ' ')".encode(), (letter,))
     assert letters.closed_as(conn, letter) is None
@@ -199,7 +199,7 @@ def test_nothing_is_done_without_a_reason(conn: Connection, doing: str) -> None:
 # ------------------------------------------------------------------------------------------------- the command line
 
 
-def test_a_letter_is_shown_on_one_screen_with_all_that_a_decision_needs(conn: Connection, database: str) -> None:
+def test_dead_letter_is_shown_on_one_screen_with_everything_needed_to_decide(conn: Connection, database: str) -> None:
     letter, payment_id = letters.refused(conn)
     shown = surety(database, "dead-letters", "show", letter).stdout.splitlines()
     assert shown[0].startswith(f"{letter}   submit · payment.initiated · {payment_id}   dead since ")
@@ -213,9 +213,7 @@ def test_a_letter_is_shown_on_one_screen_with_all_that_a_decision_needs(conn: Co
     assert f'surety dead-letters discard {letter} --reason "…"' in text
 
 
-def test_what_may_not_be_discarded_is_shown_with_the_reason_and_without_the_command(
-    conn: Connection, database: str
-) -> None:
+def test_dead_letter_that_cannot_be_discarded_is_shown_with_the_reason(conn: Connection, database: str) -> None:
     letter, _ = letters.unanswered(conn)
     shown = surety(database, "dead-letters", "show", letter).stdout
     assert "at Stripe: unknown: what was sent has no answer" in shown
@@ -223,26 +221,28 @@ def test_what_may_not_be_discarded_is_shown_with_the_reason_and_without_the_comm
     assert "dead-letters discard" not in shown
 
 
-def test_letters_are_chosen_by_handler_and_error_and_a_dry_run_touches_none(conn: Connection, database: str) -> None:
-    mended, _ = letters.unsent(conn, "Stripe 500: mended since")
-    other, _ = letters.unsent(conn, "another error")
+def test_dead_letters_are_selected_by_handler_and_error_and_dry_run_changes_none(
+    conn: Connection, database: str
+) -> None:
+    mended, _ = letters.never_sent_letter(conn, "Stripe 500: mended since")
+    other, _ = letters.never_sent_letter(conn, "another error")
     listed = surety(database, "dead-letters", "list", "--error", "mended").stdout
     assert mended in listed and other not in listed
     assert "no dead letters" in surety(database, "dead-letters", "list", "--handler", "apply").stdout
     for doing in ("replay", "discard"):
         chosen = ("dead-letters", doing, "--handler", "submit", "--error", "mended", "--reason", "mended")
         assert f"1 letter would {doing}" in surety(database, *chosen, "--dry-run").stdout
-    assert (due(conn), letters.doings(conn)) == (0, [])
+    assert (due(conn), letters.operator_actions(conn)) == (0, [])
     done = surety(database, "dead-letters", "replay", "--error", "mended", "--reason", "mended")
     assert "1 letter replayed" in done.stdout
     done = surety(database, "dead-letters", "discard", other, "--reason", "not worth it")
     assert f"{other} is discarded: ends the payment as failed" in done.stdout
-    assert letters.doings(conn) == [(ME, "replayed", "mended"), (ME, "discarded", "not worth it")]
+    assert letters.operator_actions(conn) == [(ME, "replayed", "mended"), (ME, "discarded", "not worth it")]
     closed = surety(database, "dead-letters", "list", "--closed").stdout
     assert f"{mended} (replayed)" in closed and f"{other} (discarded)" in closed
 
 
-def test_a_refusal_is_told_and_the_exit_status_says_so(conn: Connection, database: str) -> None:
+def test_refusal_is_printed_and_sets_the_exit_status(conn: Connection, database: str) -> None:
     letter, _ = letters.unanswered(conn)
     done = surety(database, "dead-letters", "discard", letter, "--reason", "away with it")
     assert done.returncode == 1
@@ -261,7 +261,7 @@ def test_a_refusal_is_told_and_the_exit_status_says_so(conn: Connection, databas
         (("discard", "dl_17", "--error", "x", "--reason", "x"), "say which to discard"),
     ],
 )
-def test_a_mistake_is_told_in_a_line(database: str, arguments: tuple[str, ...], message: str) -> None:
+def test_invalid_argument_is_reported_in_one_line(database: str, arguments: tuple[str, ...], message: str) -> None:
     done = surety(database, "dead-letters", *arguments)
     assert done.returncode != 0
     assert message in done.stderr and "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from app.cli import cli
-from app.web.keys import SHAPE, checksum, hash_of, new_key
+from app.web.keys import KEY_PATTERN, checksum, key_hash_of, new_key
 from db.errors import SuretyError
 from tests.conftest import Connection
 from tests.support.payments import add_merchant, fact, pay, record
@@ -36,18 +36,18 @@ def refused(result: Result) -> str:
     return str(result.exception)
 
 
-def test_a_merchant_and_a_key_are_made_and_the_key_is_kept_as_its_hash(run: Run, conn: Connection) -> None:
+def test_new_api_key_is_stored_as_its_hash(run: Run, conn: Connection) -> None:
     merchant = said(run("merchants", "add", "Acme Books"))
     key = said(run("keys", "create", merchant))
-    assert SHAPE.fullmatch(key)
+    assert KEY_PATTERN.fullmatch(key)
     row = conn.execute("select merchant_id, hash, hint from surety.api_keys").fetchone()
     assert row == (merchant, hashlib.sha256(key.encode()).digest(), key[-4:])
-    assert hash_of(f"Bearer {key}".encode()) == row[1]
+    assert key_hash_of(f"Bearer {key}".encode()) == row[1]
     actors = conn.execute("select distinct actor from audit.entries where kind = 'operator'").fetchall()
     assert actors == [(f"operator:{getpass.getuser()}",)]
 
 
-def test_merchants_and_keys_are_listed_whole(run: Run) -> None:
+def test_merchants_and_keys_are_listed_without_truncation(run: Run) -> None:
     merchant = said(run("merchants", "add", "Acme Books", "--account", "acct_1"))
     key = said(run("keys", "create", merchant))
     assert all(part in said(run("merchants", "list")) for part in (merchant, "Acme Books", "acct_1"))
@@ -61,12 +61,12 @@ def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: C
     merchant, key_hash = add_merchant(conn)
     assert said(run("merchants", "suspend", merchant)) == f"{merchant} is suspended"
     assert said(run("merchants", "suspend", merchant)) == f"{merchant} is suspended already"
-    assert conn.execute("select is_suspended from api.identify(%s)", (key_hash,)).fetchone() == (True,)
+    assert conn.execute("select is_suspended from api.identify_merchant(%s)", (key_hash,)).fetchone() == (True,)
     assert said(run("merchants", "resume", merchant)) == f"{merchant} is active"
     row = conn.execute("select id from surety.api_keys").fetchone()
     assert row is not None
     assert said(run("keys", "revoke", row[0])) == f"{row[0]} is revoked"
-    assert conn.execute("select from api.identify(%s)", (key_hash,)).fetchone() is None
+    assert conn.execute("select from api.identify_merchant(%s)", (key_hash,)).fetchone() is None
 
 
 @pytest.mark.parametrize(
@@ -79,25 +79,25 @@ def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: C
         (("trace", "pay_none"), "there is no payment pay_none"),
     ],
 )
-def test_what_is_not_there_is_told_in_a_sentence(run: Run, words: tuple[str, ...], told: str) -> None:
+def test_unknown_object_is_reported_in_one_sentence(run: Run, words: tuple[str, ...], told: str) -> None:
     assert refused(run(*words)) == told
 
 
-def test_without_a_database_every_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_reports_a_missing_database(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DATABASE_URL", raising=False)
     for words in (("api",), ("webhooks",), ("merchants", "list"), ("keys", "list"), ("trace", "pay_1")):
         result = CliRunner().invoke(cli, words, env={"STRIPE_WEBHOOK_SECRET": "whsec_1"})
         assert refused(result) == "DATABASE_URL is not set"
 
 
-def test_a_database_without_surety_is_told_so(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_without_surety_is_reported(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", blank)
     for command in ("api", "webhooks"):
         result = CliRunner().invoke(cli, [command], env={"STRIPE_WEBHOOK_SECRET": "whsec_1"})
         assert "surety deploy" in refused(result)
 
 
-def test_a_keys_checksum_tells_a_misspelling() -> None:
+def test_key_checksum_detects_a_typo() -> None:
     for livemode in (True, False):
         text = new_key(livemode=livemode).text
         assert text.startswith("sty_live_" if livemode else "sty_test_")
@@ -105,10 +105,10 @@ def test_a_keys_checksum_tells_a_misspelling() -> None:
         for place in range(4, len(text)):
             for letter in "a0Z":
                 other = text[:place] + letter + text[place + 1 :]
-                assert (hash_of(f"Bearer {other}".encode()) is None) == (other != text)
+                assert (key_hash_of(f"Bearer {other}".encode()) is None) == (other != text)
 
 
-def test_a_trace_tells_the_whole_story(run: Run, conn: Connection) -> None:
+def test_trace_prints_the_whole_history(run: Run, conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment] = pay(conn, key_hash, amount=4999, reference="order-1042")
     conn.execute(
@@ -124,7 +124,7 @@ def test_a_trace_tells_the_whole_story(run: Run, conn: Connection) -> None:
     assert "key sty_…test, Idempotency-Key key-" in story[1]
     told = "\n".join(story)
     assert told.index("submitting") < told.index("provider_submitted") < told.index("confirmed", len(story[0]))
-    assert "49.99 USD due ← pend (captured)" in told
+    assert "49.99 USD provider_receivable ← pending (captured)" in told
     assert story[-1].startswith("1 charge · 4 steps · ")
     document = json.loads(said(run("trace", payment, "--json")))
     assert (document["payment_id"], document["state"], document["charges"]) == (payment, "confirmed", 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from app.cli.trace import draw_trace, read_summary
+from app.cli.trace import read_summary, render_trace
 from tests.support.payments import Connection, Fact, add_merchant, fact, money, pay, record
 
 PAID = (("captured", "ch", 10000), ("available", "txn", 10000))
@@ -21,10 +21,11 @@ def paid(conn: Connection) -> tuple[str, bytes]:
     return payment_id, key_hash
 
 
-def hear(conn: Connection, payment_id: str, event: str, *facts: Fact) -> None:
+def receive_webhook(conn: Connection, payment_id: str, event: str, *facts: Fact) -> None:
     """Facts that a webhook tells."""
     row = conn.execute(
-        "insert into surety.inbox (id, provider, account, livemode, event_id, type, headers, body, received_at)"
+        "insert into surety.provider_events (id, provider, account, livemode, event_id, type, headers, body,"
+        " received_at)"
         " values (surety.new_id('wh', now()), 'stripe', '', false, %s, %s, '{}', '{}', now()) returning id",
         (f"evt_{event}", event),
     ).fetchone()
@@ -32,48 +33,51 @@ def hear(conn: Connection, payment_id: str, event: str, *facts: Fact) -> None:
     record(conn, [{**told, "source": "webhook", "source_id": row[0]} for told in facts])
 
 
-def story(conn: Connection, payment_id: str) -> str:
+def printed_trace(conn: Connection, payment_id: str) -> str:
     """The trace as it is printed."""
     console = Console(width=200, highlight=False, color_system=None)
     with console.capture() as said:
-        console.print(draw_trace(conn, payment_id))
+        console.print(render_trace(conn, payment_id))
     return said.get()
 
 
 def last(conn: Connection, payment_id: str) -> str:
-    return story(conn, payment_id).splitlines()[-1]
+    return printed_trace(conn, payment_id).splitlines()[-1]
 
 
-def test_a_refund_is_told_with_its_amount_and_its_transfers(conn: Connection) -> None:
+def test_trace_shows_a_refund_with_its_amount_and_transfers(conn: Connection) -> None:
     payment_id, _ = paid(conn)
-    hear(
+    receive_webhook(
         conn, payment_id, "refund.created",
         fact(payment_id, "refund_succeeded", "re", 2500), money(payment_id, "txn_r", "refund", -2500),
     )  # fmt: skip
-    told = story(conn, payment_id)
+    told = printed_trace(conn, payment_id)
     assert "refund.created (evt_refund.created), signature valid: refund succeeded 25.00 USD (re_" in told
     assert "refund -25.00 USD, fee 0.00 USD (txn_r_" in told
     assert "partially_refunded" in told
-    assert "25.00 USD avail ← refunding" in told and "25.00 USD refunding ← stripe" in told
+    assert (
+        "25.00 USD available ← reserved_for_refunds" in told
+        and "25.00 USD reserved_for_refunds ← provider_balance" in told
+    )
     assert last(conn, payment_id).startswith("1 charge · 1 refund · ")
     assert last(conn, payment_id).endswith("nothing open")
 
 
-def test_a_refund_that_failed_is_told_and_not_counted(conn: Connection) -> None:
+def test_trace_shows_a_failed_refund_and_does_not_count_it(conn: Connection) -> None:
     payment_id, _ = paid(conn)
     record(conn, [fact(payment_id, "refund_succeeded", "re", 2500)])
     record(conn, [fact(payment_id, "refund_failed", "re", 2500)])
-    assert "refund failed 25.00 USD (re_" in story(conn, payment_id)
+    assert "refund failed 25.00 USD (re_" in printed_trace(conn, payment_id)
     assert "refund" not in last(conn, payment_id)
 
 
-def test_a_question_that_has_no_key_is_told_too(conn: Connection) -> None:
+def test_trace_shows_a_read_call_without_an_idempotency_key(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     asked = {"kind": "call", "actor": "worker:w", "payment_id": payment_id, "outcome": "asked"}
-    conn.execute("select audit.record(%s)", (json.dumps([asked | {"snapshot": {"operation": "fetch"}}]),))
-    assert "→ " in story(conn, payment_id)
-    told = conn.execute("select summary from surety.trace(%s) where kind = 'call'", (payment_id,)).fetchall()
+    conn.execute("select audit.write_entries(%s)", (json.dumps([asked | {"snapshot": {"operation": "fetch"}}]),))
+    assert "→ " in printed_trace(conn, payment_id)
+    told = conn.execute("select summary from surety.trace_payment(%s) where kind = 'call'", (payment_id,)).fetchall()
     assert told == [("→ fetch",)]
 
 
@@ -87,12 +91,12 @@ def test_a_dispute_is_open_until_it_is_decided(conn: Connection) -> None:
     payment_id, _ = paid(conn)
     withdrawn = money(payment_id, "txn_d", "dispute", -10000, 1500)
     told = {"status": "needs_response", "reason": "fraudulent", "evidence_due_at": "2026-12-01T00:00:00Z"}
-    hear(
+    receive_webhook(
         conn, payment_id, "charge.dispute.created",
         fact(payment_id, "dispute_opened", "du", 10000, revision=1, data=told), withdrawn,
     )  # fmt: skip
     assert "evidence due by 2026-12-01T00:00:00.000Z" in last(conn, payment_id)
-    printed = story(conn, payment_id)
+    printed = printed_trace(conn, payment_id)
     assert "signature valid: dispute opened 100.00 USD (du_" in printed
     assert "signature valid: dispute -100.00 USD, fee 15.00 USD (txn_d_" in printed
     assert "1 dispute" in last(conn, payment_id) and last(conn, payment_id).endswith("100.00 USD disputed")
@@ -107,7 +111,7 @@ def fail(conn: Connection, handler: str, error: str) -> None:
     ).fetchone()
     assert row is not None
     failures = [{"event_id": event_id, "error": error} for event_id in row[2]]
-    conn.execute("select outbox.fail(%s, %s, %s)", (row[0], row[1], json.dumps(failures)))
+    conn.execute("select outbox.fail_events(%s, %s, %s)", (row[0], row[1], json.dumps(failures)))
 
 
 def entries(conn: Connection, key_hash: bytes, payment_id: str) -> list[dict[str, Any]]:
@@ -118,13 +122,13 @@ def entries(conn: Connection, key_hash: bytes, payment_id: str) -> list[dict[str
     return told
 
 
-def test_retries_and_the_dead_letter_are_told_their_errors_to_us_only(conn: Connection) -> None:
+def test_errors_of_retries_and_dead_letters_are_hidden_from_merchants(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     conn.execute("update outbox.handlers set retry_after = '{0 s,0 s}'")
     for _ in range(3):
         fail(conn, "submit", 'Stripe 400 parameter_invalid: currency "usx"')
-    told = story(conn, payment_id)
+    told = printed_trace(conn, payment_id)
     for time in (1, 2, 3):
         assert f'submit failed, time {time}: Stripe 400 parameter_invalid: currency "usx"' in told
     assert "dead letter of submit: it failed 3 times" in told

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from app.local.demo.workspace import folder
+from app.local.demo.workspace import demo_folder
 from app.local.processes import Interrupted, interruptible
 from tests.crash.kills import KINDS
 from tests.crash.run import run
@@ -22,15 +22,17 @@ from tests.crash.run import run
 @click.option("--cycles", default=20, type=click.IntRange(1), help="Kills.")
 @click.option("--seed", type=int, help="What dies, in which order, and when; the same seed, the same lots.")
 @click.option("--kinds", help=f"Instead of the lots, in this order: {','.join(KINDS)}.")
-@click.option("--logs", type=click.Path(path_type=Path), help="Keep the logs there; else only if a promise is broken.")
+@click.option(
+    "--logs", type=click.Path(path_type=Path), help="Keep the logs there; else only if an invariant is broken."
+)
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on the last line.")
 def main(cycles: int, seed: int | None, kinds: str | None, logs: Path | None, as_json: bool) -> None:
-    """Kill processes under load, heal, and ask whether every promise was kept. Exit status 1 if one was not."""
+    """Kill processes under load, heal, and ask whether every invariant was kept. Exit status 1 if one was not."""
     seed = secrets.randbelow(10_000) if seed is None else seed
     chosen = kinds.split(",") if kinds else None
     click.echo(f"seed {seed}", err=True)
     try:
-        with interruptible(), folder() as scene:
+        with interruptible(), demo_folder() as scene:
             result = run(scene, cycles, seed, chosen, lambda line: click.echo(line, err=True))
             if logs or not result.is_sound:
                 kept = logs or Path(tempfile.mkdtemp(prefix="crash-"))
@@ -38,8 +40,8 @@ def main(cycles: int, seed: int | None, kinds: str | None, logs: Path | None, as
                 click.echo(f"logs in {kept}; once more: --cycles {cycles} --seed {seed}", err=True)
     except Interrupted:
         sys.exit(130)
-    told = msgspec.to_builtins(result)
-    click.echo(json.dumps(told) if as_json else json.dumps(told, indent=2))
+    result_fields = msgspec.to_builtins(result)
+    click.echo(json.dumps(result_fields) if as_json else json.dumps(result_fields, indent=2))
     sys.exit(0 if result.is_sound else 1)
 
 

@@ -12,26 +12,26 @@ from pathlib import Path
 
 import msgspec
 
-from app.local.demo.merchants import open_shops
-from app.local.demo.report import ask_about_returns, tell_afterwards
-from tests.crash.house import House
-from tests.crash.kills import KINDS, draw, strike
-from tests.crash.questions import (
-    PRESENT,
-    TWICE_CHARGED,
-    TWICE_REFUNDED,
-    compare,
+from app.local.demo.merchants import create_merchants
+from app.local.demo.report import count_payment_actions, fetch_sandbox_returns
+from tests.crash.background_load import BackgroundLoad
+from tests.crash.checks import (
+    ACKNOWLEDGED_PRESENT,
+    CHARGED_TWICE,
+    REFUNDED_TWICE,
+    compare_with_provider,
+    count_by_state,
     count_unfinished,
-    inspect,
-    look,
+    find_violations,
 )
-from tests.crash.traffic import Traffic
+from tests.crash.kills import KINDS, draw, kill_and_restart
+from tests.crash.processes import SystemUnderTest
 
 MERCHANTS = 10
 HEAL_SECONDS_MAX = 60.0
 END_SECONDS_MAX = 120.0
 UNDISTURBED_SECONDS_MAX = 0.6
-THROUGH = ("confirmed", "settled")
+PROCESSED_STATES = ("confirmed", "settled")
 
 Say = Callable[[str], None]
 
@@ -47,7 +47,7 @@ class Result(msgspec.Struct, kw_only=True):
     double_refunds: int
     violations: int
     violated: dict[str, int]
-    """The promises that were broken, with how often."""
+    """The invariants that were broken, with how often."""
     not_ended: int
     """Payments, refunds and disputes."""
     states: dict[str, int]
@@ -75,69 +75,69 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) -> Result:
-    """Kill so many times; stops at the first promise that is broken."""
+    """Kill so many times; stops at the first invariant that is broken."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        house = House(scene, seed)
-        stack.callback(house.close)
-        house.open()
-        with house.connect() as conn:
-            keys = open_shops(conn, MERCHANTS, seed)
-        traffic = Traffic(house.http("api"), keys, seed, scene / "acknowledged.log")
-        told = traffic.told
-        traffic.start()
+        system = SystemUnderTest(scene, seed)
+        stack.callback(system.close)
+        system.open()
+        with system.connect() as conn:
+            keys = create_merchants(conn, MERCHANTS, seed)
+        background_load = BackgroundLoad(system.http("api"), keys, seed, scene / "acknowledged.log")
+        client = background_load.client
+        background_load.start()
         kills: dict[str, int] = dict.fromkeys(KINDS, 0)
         heal_seconds: list[float] = []
         violated: dict[str, int] = {}
         for number, kind in enumerate(islice(kinds or draw(seed), cycles), 1):
             lot = random.Random(f"{seed} cycle {number}")
             time.sleep(lot.uniform(0.05, UNDISTURBED_SECONDS_MAX))
-            struck = strike(kind, house, lot)
+            struck = kill_and_restart(kind, system, lot)
             kills[kind] += 1
-            took = heal(house, traffic)
+            took = heal(system, background_load)
             if took is None:
                 violated[f"cycle {number}: heals within {HEAL_SECONDS_MAX:.0f} s"] = 1
                 break
             heal_seconds.append(took)
-            violated, explained = inspect(house, told)
-            acknowledged = f"{len(told.payments)} payments and {len(told.refunds)} refunds acknowledged"
+            violated, explained = find_violations(system, client)
+            acknowledged = f"{len(client.payments)} payments and {len(client.refunds)} refunds acknowledged"
             say(f"{number:>4} {kind}: {struck}; healed in {took:.1f} s; {acknowledged}")
             if violated:
                 for line in explained:
                     say(line)
                 break
-        traffic.close()
+        background_load.close()
         closed_at = time.monotonic()
         if not violated:
-            differing = finish(house, traffic)
-            traffic.stop()
-            violated, explained = inspect(house, told)
+            differing = finish(system, background_load)
+            background_load.stop()
+            violated, explained = find_violations(system, client)
             violated |= differing
             for line in explained:
                 say(line)
             say(f"it all ended {time.monotonic() - closed_at:.1f} s after the last order")
-        for line in told.wrong:
+        for line in client.wrong_answers:
             say(f"wrong: {line}")
-        with house.connect() as conn:
-            dead_letters, states = look(conn)
-            not_ended, afterwards = count_unfinished(conn), tell_afterwards(conn)
+        with system.connect() as conn:
+            dead_letters, states = count_by_state(conn)
+            not_ended, afterwards = count_unfinished(conn), count_payment_actions(conn)
         return Result(
             cycles=sum(kills.values()),
             kills=kills,
-            acknowledged=len(told.payments),
-            lost=violated.pop(PRESENT, 0),
-            double_charges=violated.pop(TWICE_CHARGED, 0),
-            double_refunds=violated.pop(TWICE_REFUNDED, 0),
+            acknowledged=len(client.payments),
+            lost=violated.pop(ACKNOWLEDGED_PRESENT, 0),
+            double_charges=violated.pop(CHARGED_TWICE, 0),
+            double_refunds=violated.pop(REFUNDED_TWICE, 0),
             violations=sum(violated.values()),
             violated=violated,
             not_ended=not_ended,
             states=states,
-            refunds=len(told.refunds),
-            disputes=ask_about_returns(house.http("sandbox"))[1],
+            refunds=len(client.refunds),
+            disputes=fetch_sandbox_returns(system.http("sandbox"))[1],
             afterwards=afterwards,
-            refused=dict(told.refused),
-            repeated=told.repeated,
-            asked_again=told.asked_again,
+            refused=dict(client.refused),
+            repeated=client.repeated,
+            asked_again=client.asked_again,
             dead_letters=dead_letters,
             heal_seconds={
                 "median": round(statistics.median(heal_seconds or [0]), 2), "max": round(max(heal_seconds or [0]), 2)
@@ -147,38 +147,38 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
         )  # fmt: skip
 
 
-def finish(house: House, traffic: Traffic) -> dict[str, int]:
+def finish(system: SystemUnderTest, background_load: BackgroundLoad) -> dict[str, int]:
     """What differs from the provider's memory when all that was begun is at its end; it is not waited for for ever.
 
     Dead letters are replayed, as an operator would.
     """
     deadline = time.monotonic() + END_SECONDS_MAX
-    with house.connect() as conn:
+    with system.connect() as conn:
         while True:
-            house.revive()
+            system.revive()
             conn.execute(
                 "select outbox.replay_dead_letter(id, 'operator:crash', 'its workers were killed')"
                 " from outbox.dead_letters where closed_at is null"
             )
             is_late = time.monotonic() > deadline
-            if is_late or not (traffic.is_busy or count_unfinished(conn)):
-                differing = compare(conn, house.http("sandbox"))
+            if is_late or not (background_load.is_busy or count_unfinished(conn)):
+                differing = compare_with_provider(conn, system.http("sandbox"))
                 if is_late or not differing:
                     return differing
             time.sleep(0.2)
 
 
-def heal(house: House, traffic: Traffic) -> float | None:
+def heal(system: SystemUnderTest, background_load: BackgroundLoad) -> float | None:
     """Seconds until a payment made after the kill has got through; None if it hasn't in time."""
     began = time.monotonic()
-    request, payment_id = traffic.write_probe(), None
+    request, payment_id = background_load.create_probe(), None
     while time.monotonic() < began + HEAL_SECONDS_MAX:
-        died = house.revive()
-        payment_id = payment_id or traffic.probe(request)
+        died = system.revive()
+        payment_id = payment_id or background_load.probe(request)
         if payment_id is not None:
-            with contextlib.suppress(OSError), house.connect() as conn:
+            with contextlib.suppress(OSError), system.connect() as conn:
                 row = conn.execute("select state from surety.payments where id = %s", (payment_id,)).fetchone()
-                if row and row[0] in THROUGH and not died:
+                if row and row[0] in PROCESSED_STATES and not died:
                     return time.monotonic() - began
         time.sleep(0.02)
     return None

@@ -17,7 +17,7 @@ from tests.conftest import Connect
 from tests.support.payments import (
     Connection,
     add_merchant,
-    at_bank,
+    as_bank_fact,
     create,
     fact,
     ledger_of,
@@ -66,10 +66,10 @@ def submitting(conn: Connection, payment_id: str) -> None:
 def refuse(conn: Connection, payment_id: str) -> None:
     refused = {"payment_id": payment_id, "operation": "create", "status": 400, "outcome": "refused"}
     told = json.dumps([refused | {"refused": {"code": "amount_too_small"}}])
-    conn.execute("select surety.record_outcomes('worker:test', %s)", (told,))
+    conn.execute("select surety.record_call_results('worker:test', %s)", (told,))
 
 
-def test_a_manual_payment_is_authorized_when_it_is_not_when_it_is_captured(conn: Connection, key_hash: bytes) -> None:
+def test_manual_payment_is_authorized_before_it_is_captured(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash, capture_method="manual")
     record(conn, [fact(payment_id, "submitted", "pi"), fact(payment_id, "authorized", "ch", 10000)])
     assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "authorized"]
@@ -81,9 +81,7 @@ def test_an_ach_payment_is_processing_before_it_is_confirmed(conn: Connection, k
     assert state_of(conn, payment_id) == "processing"
 
 
-def test_what_was_held_was_so_before_it_was_called_off_even_if_both_are_told_at_once(
-    conn: Connection, key_hash: bytes
-) -> None:
+def test_authorization_precedes_its_cancellation_within_one_batch(conn: Connection, key_hash: bytes) -> None:
     called_off, under_way = pay(conn, key_hash, 2, capture_method="manual")
     record(conn, [fact(called_off, "authorized", "ch", 10000), fact(called_off, "canceled", "pi")])
     assert path_of(conn, called_off)[-2:] == ["authorized", "canceled"]
@@ -95,67 +93,71 @@ def test_what_was_held_was_so_before_it_was_called_off_even_if_both_are_told_at_
 
 def test_a_credit_waits_for_the_confirmation_of_its_entry(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash, rail="ach")
-    record(conn, [at_bank(fact(payment_id, "processing", "entry"))])
-    record(conn, [at_bank(money(payment_id, "credit", "ach_credit", 10000))])
-    assert (state_of(conn, payment_id), ledger_of(conn)) == ("processing", {"bank": 10000, "ach": -10000})
-    record(conn, [at_bank(fact(payment_id, "captured", "entry", 10000))])
+    record(conn, [as_bank_fact(fact(payment_id, "processing", "entry"))])
+    record(conn, [as_bank_fact(money(payment_id, "credit", "ach_credit", 10000))])
+    assert (state_of(conn, payment_id), ledger_of(conn)) == ("processing", {"bank": 10000, "ach_clearing": -10000})
+    record(conn, [as_bank_fact(fact(payment_id, "captured", "entry", 10000))])
     assert path_of(conn, payment_id)[-3:] == ["processing", "confirmed", "settled"]
     assert one(conn, "select count(*) from surety.pending_money") == 0, "there is nothing to ask Stripe about"
 
 
-def test_a_banks_account_is_not_that_of_the_merchant_at_stripe(conn: Connection) -> None:
+def test_bank_account_is_not_the_merchants_stripe_account(conn: Connection) -> None:
     _, key_hash = add_merchant(conn, account="acct_1")
     [payment_id] = pay(conn, key_hash, rail="ach")
-    record(conn, [at_bank(fact(payment_id, "captured", "entry", 10000, account="odfi_1"))])
+    record(conn, [as_bank_fact(fact(payment_id, "captured", "entry", 10000, account="odfi_1"))])
     record(conn, [fact(payment_id, "captured", "ch", 10000, account="odfi_1")])
-    assert ledger_of(conn, payment_id) == {"ach": 10000, "pend": 9625, "rev": 375}
+    assert ledger_of(conn, payment_id) == {"ach_clearing": 10000, "pending": 9625, "fee_revenue": 375}
     assert discrepancies(conn, payment_id) == ["account"]
-    assert one(conn, "select array_agg(id) from ledger.accounts where kind = 'ach'") == ["ach:bank/odfi_1:usd"]
+    assert one(conn, "select array_agg(id) from ledger.accounts where kind = 'ach_clearing'") == [
+        "ach_clearing:bank/odfi_1:usd"
+    ]
 
 
-def test_a_card_payment_has_nothing_at_a_bank(conn: Connection, key_hash: bytes) -> None:
+def test_bank_fact_about_a_card_payment_is_a_discrepancy(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
-    record(conn, [at_bank(fact(payment_id, "captured", "entry", 10000))])
-    record(conn, [at_bank(money(payment_id, "credit", "ach_credit", 10000))])
+    record(conn, [as_bank_fact(fact(payment_id, "captured", "entry", 10000))])
+    record(conn, [as_bank_fact(money(payment_id, "credit", "ach_credit", 10000))])
     assert state_of(conn, payment_id) == "initiated"
     assert ledger_of(conn, payment_id) == {"bank": 10000, "suspense": 10000}
     assert discrepancies(conn, payment_id) == ["account", "account"]
 
 
-def test_a_return_of_no_entry_of_ours_is_told_and_its_money_is_booked(conn: Connection) -> None:
+def test_return_of_an_unknown_entry_is_a_discrepancy_and_is_posted(conn: Connection) -> None:
     conn.execute("update surety.environment set kind = 'test'")
     told = [fact(None, "returned", "return", 5000), money(None, "txn", "ach_return", -5000, 250)]
-    record(conn, [at_bank(each) for each in told])
+    record(conn, [as_bank_fact(each) for each in told])
     conn.execute("insert into surety.clock (ahead) values ('16 minutes')")
-    conn.execute("select surety.retry_parked()")
+    conn.execute("select surety.retry_unmatched_facts()")
     assert ledger_of(conn) == {"bank": -5250, "suspense": -5250}
     kinds = one(conn, "select array_agg(kind order by kind) from surety.discrepancies")
     assert kinds == ["foreign", "return_without_entry"]
 
 
-def test_a_banks_fee_is_a_cost_and_what_else_it_takes_is_nobodys_yet(conn: Connection, key_hash: bytes) -> None:
+def test_bank_fee_is_a_cost_and_other_debits_go_to_suspense(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash, rail="ach")
-    record(conn, [at_bank(money(None, "fee", "fee", -300)), at_bank(money(payment_id, "odd", "charge", -700))])
-    assert ledger_of(conn) == {"bank": -1000, "cost": 300, "suspense": -700}
+    record(
+        conn, [as_bank_fact(money(None, "fee", "fee", -300)), as_bank_fact(money(payment_id, "odd", "charge", -700))]
+    )
+    assert ledger_of(conn) == {"bank": -1000, "provider_cost": 300, "suspense": -700}
     assert discrepancies(conn, payment_id) == ["category"]
 
 
 def test_a_return_before_its_confirmation_is_a_failure_with_its_reason(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash, rail="ach", reference="order-1")
     returned = fact(payment_id, "returned", "return", 10000, data={"failure": {"code": "R01"}})
-    record(conn, [at_bank(returned)])
+    record(conn, [as_bank_fact(returned)])
     assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "processing", "failed"]
     assert one(conn, "select failure from surety.payments") == {"code": "R01"}
-    record(conn, [at_bank(fact(payment_id, "dishonored", "return", 10000))])
+    record(conn, [as_bank_fact(fact(payment_id, "dishonored", "return", 10000))])
     assert discrepancies(conn, payment_id) == ["state"], "it ended here, and lives at the bank"
-    record(conn, [at_bank(fact(payment_id, "captured", "entry", 10000))])
+    record(conn, [as_bank_fact(fact(payment_id, "captured", "entry", 10000))])
     assert path_of(conn, payment_id)[-2:] == ["failed", "confirmed"]
     assert one(conn, "select failure from surety.payments") is None
     assert not violations(conn)
 
 
 @pytest.mark.parametrize("capture", ["automatic", "manual"])
-def test_what_succeeded_after_it_had_failed_unsubmitted_can_still_settle_and_be_refunded(
+def test_payment_that_succeeds_after_failing_unsubmitted_can_settle_and_be_refunded(
     conn: Connection, key_hash: bytes, capture: str
 ) -> None:
     [payment_id] = pay(conn, key_hash, capture_method=capture)
@@ -169,7 +171,7 @@ def test_what_succeeded_after_it_had_failed_unsubmitted_can_still_settle_and_be_
     assert not violations(conn)
 
 
-def test_why_a_payment_was_refused_outlives_later_news_of_it(conn: Connection, key_hash: bytes) -> None:
+def test_refusal_reason_survives_later_facts(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     submitting(conn, payment_id)
     refuse(conn, payment_id)
@@ -178,7 +180,7 @@ def test_why_a_payment_was_refused_outlives_later_news_of_it(conn: Connection, k
 
 
 @pytest.mark.parametrize("order", [("failed", "canceled"), ("canceled", "failed")])
-def test_two_ends_of_one_intent_are_a_contradiction_that_is_told(
+def test_two_final_facts_of_one_intent_are_a_discrepancy(
     conn: Connection, key_hash: bytes, order: tuple[str, str]
 ) -> None:
     [payment_id] = pay(conn, key_hash)
@@ -189,14 +191,14 @@ def test_two_ends_of_one_intent_are_a_contradiction_that_is_told(
     assert not violations(conn)
 
 
-def test_a_contradiction_within_one_batch_is_told_too(conn: Connection, key_hash: bytes) -> None:
+def test_contradiction_within_one_batch_is_a_discrepancy(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "captured", "ch", 10000), fact(payment_id, "captured", "ch", 9000)])
     assert discrepancies(conn, payment_id) == ["amount"]
 
 
 @pytest.mark.parametrize("batches", [1, 2])
-def test_one_charge_told_of_two_payments_is_a_contradiction(conn: Connection, key_hash: bytes, batches: int) -> None:
+def test_one_charge_of_two_payments_is_a_discrepancy(conn: Connection, key_hash: bytes, batches: int) -> None:
     first, second = pay(conn, key_hash, 2)
     told = [fact(payment_id, "captured", "ch", 10000) | {"object_id": "ch_one"} for payment_id in (first, second)]
     for facts in [told] if batches == 1 else [[one] for one in told]:
@@ -208,11 +210,11 @@ def test_one_charge_told_of_two_payments_is_a_contradiction(conn: Connection, ke
 def test_money_that_does_not_fit_its_payment_is_booked_to_suspense(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     record(conn, [money(payment_id, "txn", "charge", 900, 10, currency="eur")])
-    assert ledger_of(conn, payment_id) == {"stripe eur": 890, "suspense eur": 890}
+    assert ledger_of(conn, payment_id) == {"provider_balance eur": 890, "suspense eur": 890}
     assert discrepancies(conn, payment_id) == ["currency"]
 
 
-def test_money_of_the_other_mode_is_none(conn: Connection, key_hash: bytes) -> None:
+def test_money_of_the_other_mode_is_not_posted(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     record(conn, [money(payment_id, "txn", "charge", 900, 10, livemode=True)])
     assert ledger_of(conn, payment_id) == {}
@@ -223,28 +225,35 @@ def test_a_fee_that_changes_between_capture_and_settlement_changes_nothing(conn:
     record(conn, [fact(payment_id, "captured", "ch", 10000)])
     conn.execute("update surety.merchants set fee_basis_points = 0, fee_fixed_minor = 0")
     record(conn, [money(payment_id, "txn", "charge", 10000, 320), fact(payment_id, "available", "txn", 10000)])
-    assert ledger_of(conn, payment_id) == {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320}
+    assert ledger_of(conn, payment_id) == {
+        "available": 9625,
+        "provider_balance": 9680,
+        "fee_revenue": 375,
+        "provider_cost": 320,
+    }
 
 
-def test_a_failure_told_again_after_its_commit_was_lost_is_no_error(conn: Connection, key_hash: bytes) -> None:
+def test_failure_recorded_again_after_a_lost_commit_is_no_error(conn: Connection, key_hash: bytes) -> None:
     pay(conn, key_hash, 2)
     batch, fence, events = claimed(conn, "submit")
     told = json.dumps([{"event_id": events[0], "error": "it did not work"}])
     for _ in range(2):
-        assert one(conn, "select outbox.fail(%s, %s, %s)", batch, fence, told)
+        assert one(conn, "select outbox.fail_events(%s, %s, %s)", batch, fence, told)
     assert conn.execute("select failures from outbox.retries").fetchall() == [(1,)]
 
 
-def test_a_suspect_whose_handler_is_paused_keeps_no_other_from_running(conn: Connection, key_hash: bytes) -> None:
+def test_suspect_of_a_paused_handler_blocks_no_other_suspect(conn: Connection, key_hash: bytes) -> None:
     pay(conn, key_hash)
     claimed(conn, "submit")
     conn.execute("update outbox.batches set is_suspect = true, leased_until = now() - interval '1 second'")
     conn.execute("update outbox.handlers set paused_at = now() where handler = 'submit'")
-    conn.execute("insert into outbox.retries (handler, event_id, kills, due_at) values ('settle', 'evt_1', 2, now())")
+    conn.execute(
+        "insert into outbox.retries (handler, event_id, worker_deaths, due_at) values ('settle', 'evt_1', 2, now())"
+    )
     assert claimed(conn, "settle")[2] == ["evt_1"]
 
 
-def test_who_claims_what_he_has_just_written_is_not_taken_for_a_restored_database(
+def test_claim_of_an_event_written_in_the_same_transaction_is_not_taken_for_a_restore(
     conn: Connection, key_hash: bytes
 ) -> None:
     with conn.transaction():
@@ -252,41 +261,39 @@ def test_who_claims_what_he_has_just_written_is_not_taken_for_a_restored_databas
         conn.execute("select * from outbox.claim_batch('submit', 'w')")
 
 
-def test_a_database_that_went_back_in_time_in_its_own_cluster_gets_a_new_epoch(
+def test_a_database_that_went_back_in_time_in_its_own_cluster_gets_a_new_restore_generation(
     conn: Connection, key_hash: bytes
 ) -> None:
     pay(conn, key_hash, 2)
     with conn.transaction():
         conn.execute("set local session_replication_role = replica")
         conn.execute("update outbox.events set xid = '1000000000000'")
-    assert one(conn, "select outbox.restored('test')") == 2
-    assert one(conn, "select outbox.restored('test')") == 2
+    assert one(conn, "select outbox.begin_restore_generation('test')") == 2
+    assert one(conn, "select outbox.begin_restore_generation('test')") == 2
     assert len(claimed(conn, "submit")[2]) == 2
 
 
-def test_a_decline_and_a_payer_who_does_not_act_make_one_cancellation(conn: Connection, key_hash: bytes) -> None:
+def test_decline_and_expired_action_request_one_cancellation(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "action", "pi")])
-    conn.execute("select surety.call_off_overdue(interval '-1 second')")
+    conn.execute("select surety.cancel_expired_actions(interval '-1 second')")
     record(conn, [fact(payment_id, "attempt_failed", "pi")])
     batch, fence, _ = claimed(conn, "cancel")
     calls = conn.execute("select todo from surety.begin_calls(%s, %s, 'cancel', 'w')", (batch, fence)).fetchall()
     assert calls == [("send",), ("skip",)]
 
 
-def test_what_was_told_to_be_overdue_does_not_hide_what_becomes_so_later(conn: Connection, key_hash: bytes) -> None:
+def test_reported_overdue_settlement_does_not_hide_later_ones(conn: Connection, key_hash: bytes) -> None:
     for payment_id in pay(conn, key_hash, 3):
         conn.execute(
             "insert into surety.expectations (payment_id, kind, opened_at, due_at)"
             " values (%s, 'settlement', now(), now() - interval '1 day')",
             (payment_id,),
         )
-    assert [one(conn, "select surety.open_overdue(2)") for _ in range(3)] == [2, 1, 0]
+    assert [one(conn, "select surety.open_overdue_discrepancies(2)") for _ in range(3)] == [2, 1, 0]
 
 
-def test_a_key_asked_twice_at_once_with_different_bodies_is_a_reuse_even_if_the_first_was_refused(
-    conn: Connection, key_hash: bytes
-) -> None:
+def test_concurrent_use_of_a_key_with_different_bodies_is_a_reuse(conn: Connection, key_hash: bytes) -> None:
     pay(conn, key_hash, reference="order-1")
     both = [
         request(key_hash, idempotency_key="one", reference="order-1"),
@@ -303,10 +310,10 @@ def test_a_key_asked_twice_at_once_with_different_bodies_is_a_reuse_even_if_the_
 
 
 @pytest.mark.parametrize("kind", ["operator", "request", "denied", "webhook", "dead_letter", "step"])
-def test_a_worker_can_not_write_into_the_trail_what_others_did(connect: Connect, kind: str) -> None:
+def test_worker_cannot_write_audit_entries_of_other_actors(connect: Connect, kind: str) -> None:
     entry = {"kind": kind, "actor": "operator:boss", "outcome": "allowed", "version": 1, "to_state": "settled"}
     with pytest.raises(psycopg.DatabaseError) as refusal:
-        connect("worker").execute("select audit.record(%s)", (json.dumps([entry]),))
+        connect("worker").execute("select audit.write_entries(%s)", (json.dumps([entry]),))
     assert refusal.value.sqlstate == "SU004"
 
 
@@ -323,7 +330,7 @@ def bodies(conn: Connection, key_hash: bytes, **asked: Any) -> list[str]:
     return [payment["id"] for payment in json.loads(body)["data"]]
 
 
-def test_a_page_of_payments_costs_the_same_whatever_others_have(conn: Connection, key_hash: bytes) -> None:
+def test_payment_page_cost_is_independent_of_other_merchants(conn: Connection, key_hash: bytes) -> None:
     mine = pay(conn, key_hash, 3, reference=None)
     [ordered] = pay(conn, key_hash, reference="order-1")
     _, other = add_merchant(conn)
@@ -363,10 +370,10 @@ def test_every_filter_of_the_list_holds_alone_and_together(conn: Connection, key
         assert bodies(conn, key_hash, **asked) == expected, asked
 
 
-def test_what_only_we_must_know_is_no_event_of_a_merchant(conn: Connection, key_hash: bytes) -> None:
+def test_internal_events_are_hidden_from_merchants(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "action", "pi"), fact(payment_id, "attempt_failed", "pi")])
-    conn.execute("select surety.call_off_overdue(interval '-1 second')")
+    conn.execute("select surety.cancel_expired_actions(interval '-1 second')")
     body = json.loads(one(conn, "select body from api.list_events(%s, null, 20)", key_hash))
     assert {event["type"] for event in body["data"]} == {
         f"payment.{state}" for state in ("initiated", "submitting", "provider_submitted", "requires_action")
@@ -374,7 +381,7 @@ def test_what_only_we_must_know_is_no_event_of_a_merchant(conn: Connection, key_
     assert all(event["created_at"] and event["data"]["state"] for event in body["data"])
 
 
-def test_accounts_that_are_opened_by_several_at_once_are_opened_once(conn: Connection, database: str) -> None:
+def test_concurrently_opened_accounts_are_opened_once(conn: Connection, database: str) -> None:
     currencies = [row[0] for row in conn.execute("select currency from surety.currencies order by currency")]
     start = threading.Barrier(6)
 
@@ -396,9 +403,7 @@ def test_accounts_that_are_opened_by_several_at_once_are_opened_once(conn: Conne
 
 
 @pytest.mark.parametrize("kind", ["canceled", "failed", "processing", "action", "attempt_failed"])
-def test_what_becomes_of_a_second_intent_says_nothing_about_the_payment(
-    conn: Connection, key_hash: bytes, kind: str
-) -> None:
+def test_second_intent_does_not_change_the_payment(conn: Connection, key_hash: bytes, kind: str) -> None:
     [payment_id] = pay(conn, key_hash, reference="order-1")
     record(conn, [fact(payment_id, "submitted", "pi")])
     told = record(conn, [fact(payment_id, "submitted", "orphan"), fact(payment_id, kind, "orphan")])
@@ -411,7 +416,7 @@ def test_what_becomes_of_a_second_intent_says_nothing_about_the_payment(
     assert not violations(conn)
 
 
-def test_a_handler_gets_the_events_that_its_deployed_code_wants(conn: Connection, database: str) -> None:
+def test_handler_receives_the_events_of_its_deployed_code(conn: Connection, database: str) -> None:
     query = "select event_types, batch_size from outbox.handlers where handler = 'cancel'"
     [(wanted, _)] = conn.execute(query).fetchall()
     conn.execute("update outbox.handlers set event_types = '{payment.attempt_failed}', batch_size = 50")

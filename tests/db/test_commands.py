@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.db.test_races import Two, at_once
-from tests.support.http_client import Merchant, Service, broken, problem, service
+from tests.support.http_client import Merchant, ServerProcess, broken_rules, problem, running_server
 from tests.support.payments import (
     Connection,
     add_merchant,
@@ -21,26 +21,26 @@ from tests.support.payments import (
     state_of,
     violations,
 )
-from tests.support.sandbox_process import Sandbox, running_sandbox
-from tests.support.workers import UNTIL_DUE, due, hasten, work_off, worker_here
+from tests.support.sandbox_process import SandboxProcess, running_sandbox
+from tests.support.workers import NO_AUTOMATIC_RETRY, due, in_process_worker, run_until_idle, shorten_delays
 
 PIPELINE = ("submit", "confirm", "capture", "cancel")
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     with running_sandbox(tmp_path_factory.mktemp("commands"), "--hang-seconds=1", "--slow-seconds=0.1") as sandbox:
         yield sandbox
 
 
 @pytest.fixture
-def api(database: str) -> Iterator[Service]:
-    with service("api", database) as running:
+def api(database: str) -> Iterator[ServerProcess]:
+    with running_server("api", database) as running:
         yield running
 
 
 @pytest.fixture
-def merchant(conn: Connection, api: Service) -> Iterator[Merchant]:
+def merchant(conn: Connection, api: ServerProcess) -> Iterator[Merchant]:
     merchant = Merchant(conn, api.url)
     with merchant.client:
         yield merchant
@@ -59,7 +59,7 @@ def events(conn: Connection, payment_id: str) -> list[str]:
     return [row[0] for row in conn.execute(query, (payment_id,))]
 
 
-def test_a_capture_takes_what_is_held_or_a_part_of_it_once(conn: Connection) -> None:
+def test_full_or_partial_capture_happens_once(conn: Connection) -> None:
     _, key = add_merchant(conn)
     whole, part = held(conn, key), held(conn, key)
     outcome = command(conn, "capture_payment", key, payment_id=whole)
@@ -73,7 +73,7 @@ def test_a_capture_takes_what_is_held_or_a_part_of_it_once(conn: Connection) -> 
     assert not violations(conn)
 
 
-def test_more_than_is_held_is_refused_and_the_key_stays_free(conn: Connection) -> None:
+def test_capture_above_the_authorized_amount_is_refused_and_keeps_its_key_free(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = held(conn, key)
     asked = {"payment_id": payment_id, "idempotency_key": "mine"}
@@ -82,7 +82,7 @@ def test_more_than_is_held_is_refused_and_the_key_stays_free(conn: Connection) -
     assert command(conn, "capture_payment", key, **asked, amount=10000, request_hash="01")["status"] == 202
 
 
-def test_the_same_key_brings_the_same_answer_and_another_request_is_refused(conn: Connection) -> None:
+def test_same_key_gets_the_same_response_and_another_request_is_refused(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = held(conn, key)
     asked = {"payment_id": payment_id, "idempotency_key": "mine", "request_hash": "0a"}
@@ -96,7 +96,7 @@ def test_the_same_key_brings_the_same_answer_and_another_request_is_refused(conn
 
 
 @pytest.mark.parametrize("function", ["capture_payment", "cancel_payment"])
-def test_a_strangers_payment_does_not_exist(conn: Connection, function: str) -> None:
+def test_payment_of_another_merchant_does_not_exist(conn: Connection, function: str) -> None:
     _, key = add_merchant(conn)
     _, stranger = add_merchant(conn)
     payment_id = held(conn, key)
@@ -105,7 +105,7 @@ def test_a_strangers_payment_does_not_exist(conn: Connection, function: str) -> 
     assert state_of(conn, payment_id) == "authorized"
 
 
-def test_what_the_provider_says_meanwhile_does_not_undo_the_capture(conn: Connection) -> None:
+def test_provider_facts_during_a_capture_do_not_undo_it(conn: Connection) -> None:
     """Every order of what may be told: the end is the same, and nobody steps back from processing to authorized."""
     _, key = add_merchant(conn)
     told: list[Callable[[str], dict[str, Any]]] = [
@@ -124,13 +124,13 @@ def test_what_the_provider_says_meanwhile_does_not_undo_the_capture(conn: Connec
     assert not violations(conn)
 
 
-def test_a_capture_that_is_refused_leaves_the_hold_and_another_may_follow(conn: Connection) -> None:
+def test_refused_capture_keeps_the_authorization_and_may_be_repeated(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = held(conn, key)
     for _ in range(2):
         assert command(conn, "capture_payment", key, payment_id=payment_id)["status"] == 202
         conn.execute(
-            "select surety.record_outcomes('worker:test', jsonb_build_array(jsonb_build_object("
+            "select surety.record_call_results('worker:test', jsonb_build_array(jsonb_build_object("
             "'payment_id', %s::text, 'operation', 'capture', 'outcome', 'refused', 'refused', '{}'::jsonb)))",
             (payment_id,),
         )
@@ -149,7 +149,7 @@ def test_an_authorization_that_expires_under_a_capture_is_canceled(conn: Connect
     assert not violations(conn)
 
 
-def test_what_was_not_sent_is_canceled_at_once_and_never_sent(conn: Connection) -> None:
+def test_unsent_payment_is_canceled_at_once_and_never_sent(conn: Connection) -> None:
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key, reference="order-1")
     outcome = command(conn, "cancel_payment", key, payment_id=payment_id)
@@ -160,7 +160,7 @@ def test_what_was_not_sent_is_canceled_at_once_and_never_sent(conn: Connection) 
 
 
 @pytest.mark.parametrize("asked_first", ["capture", "cancel"])
-def test_of_capture_and_cancel_the_one_that_is_asked_for_first_is_tried(conn: Connection, asked_first: str) -> None:
+def test_first_of_capture_and_cancel_wins(conn: Connection, asked_first: str) -> None:
     _, key = add_merchant(conn)
     payment_id = held(conn, key)
     other = {"capture": "cancel", "cancel": "capture"}[asked_first]
@@ -170,7 +170,7 @@ def test_of_capture_and_cancel_the_one_that_is_asked_for_first_is_tried(conn: Co
     assert events(conn, payment_id) == [f"payment.{asked_first}_requested"]
 
 
-def test_a_hold_that_comes_after_the_end_is_called_off_and_told(conn: Connection) -> None:
+def test_authorization_after_a_final_state_is_canceled_and_reported(conn: Connection) -> None:
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key, capture_method="manual")
     command(conn, "cancel_payment", key, payment_id=payment_id)
@@ -193,7 +193,7 @@ RACES: dict[str, tuple[str, str, list[str | None], str]] = {
 
 
 @pytest.mark.parametrize("race", RACES)
-def test_two_at_once_are_one_after_the_other(conn: Connection, two: Two, race: str) -> None:
+def test_concurrent_commands_are_serialized(conn: Connection, two: Two, race: str) -> None:
     first, second, problems, end = RACES[race]
     _, key = add_merchant(conn)
     payment_id = held(conn, key)
@@ -215,15 +215,17 @@ def test_two_at_once_are_one_after_the_other(conn: Connection, two: Two, race: s
 # ------------------------------------------------------------------------------------------------- at the provider
 
 
-async def test_a_part_of_a_hold_is_captured_at_the_provider(conn: Connection, database: str, sandbox: Sandbox) -> None:
-    hasten(conn, UNTIL_DUE)
+async def test_partial_capture_is_made_at_the_provider(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key, capture_method="manual")
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, *PIPELINE)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, *PIPELINE)
         assert state_of(conn, payment_id) == "authorized"
         command(conn, "capture_payment", key, payment_id=payment_id, amount=7000)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     assert path_of(conn, payment_id)[-3:] == ["authorized", "processing", "confirmed"]
     shown = conn.execute("select captured_minor from surety.payments where id = %s", (payment_id,)).fetchone()
     assert shown == (7000,)
@@ -232,57 +234,57 @@ async def test_a_part_of_a_hold_is_captured_at_the_provider(conn: Connection, da
 
 @pytest.mark.parametrize("fault", ["timeout_before", "timeout_after", "error_500_before", "error_500_after"])
 @pytest.mark.parametrize("asked", ["capture", "cancel"])
-async def test_a_command_whose_answer_is_lost_is_asked_about_and_done_once(
-    conn: Connection, database: str, sandbox: Sandbox, asked: str, fault: str
+async def test_command_with_a_lost_response_is_looked_up_and_done_once(
+    conn: Connection, database: str, sandbox: SandboxProcess, asked: str, fault: str
 ) -> None:
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key, capture_method="manual")
-    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
-        await work_off(worker, *PIPELINE)
+    async with in_process_worker(database, sandbox.url, timeout_seconds=0.5) as worker:
+        await run_until_idle(worker, *PIPELINE)
         command(conn, f"{asked}_payment", key, payment_id=payment_id)
         sandbox.order(f"payment_intents.{asked}", fault, match=payment_id)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
         due(conn)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     # Who asked may have seen its balance transaction as well.
     assert state_of(conn, payment_id) in {"capture": {"confirmed", "settled"}, "cancel": {"canceled"}}[asked]
     assert not violations(conn)
 
 
 async def test_a_cancel_while_the_outcome_is_unknown_waits_for_it(
-    conn: Connection, database: str, sandbox: Sandbox
+    conn: Connection, database: str, sandbox: SandboxProcess
 ) -> None:
     """The intent turns out to exist: it is canceled there, and never confirmed."""
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key)
-    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
+    async with in_process_worker(database, sandbox.url, timeout_seconds=0.5) as worker:
         sandbox.order("payment_intents.create", "timeout_after", match=payment_id)
-        await work_off(worker, "submit")
+        await run_until_idle(worker, "submit")
         assert command(conn, "cancel_payment", key, payment_id=payment_id)["status"] == 202
-        await work_off(worker, "cancel")
+        await run_until_idle(worker, "cancel")
         assert state_of(conn, payment_id) == "submitting"
         due(conn)
-        await work_off(worker, "submit")
+        await run_until_idle(worker, "submit")
         due(conn)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "canceled"]
     assert not violations(conn)
 
 
 async def test_a_payment_that_never_reached_the_provider_and_was_canceled_has_failed(
-    conn: Connection, database: str, sandbox: Sandbox
+    conn: Connection, database: str, sandbox: SandboxProcess
 ) -> None:
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key)
-    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
+    async with in_process_worker(database, sandbox.url, timeout_seconds=0.5) as worker:
         sandbox.order("payment_intents.create", "timeout_before", match=payment_id)
-        await work_off(worker, "submit")
+        await run_until_idle(worker, "submit")
         command(conn, "cancel_payment", key, payment_id=payment_id)
         due(conn)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     failure = conn.execute("select state, failure ->> 'code' from surety.payments where id = %s", (payment_id,))
     assert failure.fetchone() == ("failed", "canceled")
 
@@ -313,15 +315,15 @@ def test_the_api_cancels_without_a_body(merchant: Merchant) -> None:
     assert (answer.status_code, answer.json()["state"]) == (200, "canceled")
 
 
-def test_a_bad_command_is_told_every_rule_it_breaks(merchant: Merchant) -> None:
+def test_invalid_command_gets_every_validation_error(merchant: Merchant) -> None:
     shown = merchant.pay()
     path = f"/v1/payments/{shown['id']}/capture"
-    assert broken(post(merchant, path, {"amount": 0, "tip": 1}, key=256 * "k")) == {
+    assert broken_rules(post(merchant, path, {"amount": 0, "tip": 1}, key=256 * "k")) == {
         ("/amount", "minimum"),
         ("/tip", "known"),
         ("Idempotency-Key", "pattern"),
     }
-    assert broken(post(merchant, path, [])) == {("", "type")}
+    assert broken_rules(post(merchant, path, [])) == {("", "type")}
     problem(merchant.client.post(path), 400, "idempotency-key-missing")
     problem(post(merchant, "/v1/payments/pay_1/capture"), 404, "not-found")
     problem(post(merchant, f"/v1/payments/pay_{32 * '0'}/cancel"), 404, "not-found")

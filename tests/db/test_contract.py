@@ -12,26 +12,25 @@ import psycopg
 import pytest
 
 from app.api import schemas
-from app.api.create_payment import STATEMENT
-from app.api.schemas import AskedPayment, Event, EventList, Payment, PaymentList, Trace, TraceEntry
-from app.receiver import STATEMENT as RECEIVE
-from app.receiver import Webhook
-from app.web.problems import CONSTRAINTS, SQLSTATES, TYPES
-from db import CAPABILITIES
-from db.connect import Kind, role_of
+from app.api.create_payment import CREATE_PAYMENTS
+from app.api.schemas import Event, EventList, Payment, PaymentList, PaymentRequest, Trace, TraceEntry
+from app.receiver import RECEIVE_WEBHOOKS, WebhookRequest
+from app.web.problems import PROBLEM_BY_SQLSTATE, PROBLEM_TYPES, RULE_BY_CONSTRAINT
+from db import BEHAVIOUR_FILES
+from db.connect import ProcessKind, role_of
 from db.embedded import temporary_database
 from tests.conftest import PREFIX
-from tests.support.http_client import connected
+from tests.support.http_client import connect_as_owner
 from tests.support.payments import Connection, add_merchant, create, request
 
 ROOT = Path(__file__).parent.parent.parent
-SQL = {name: (ROOT / "db" / "sql" / f"{name}.sql").read_text(encoding="utf-8") for name in CAPABILITIES}
+SQL = {name: (ROOT / "db" / "sql" / f"{name}.sql").read_text(encoding="utf-8") for name in BEHAVIOUR_FILES}
 CALL = re.compile(r"\b((?:surety|api|outbox|audit|ledger)\.[a-z_]+)\(")
 
 
 @pytest.fixture(scope="module")
 def rights(server: str, template: str) -> Iterator[Connection]:
-    with temporary_database(server, PREFIX, template=template) as url, connected(url) as conn:
+    with temporary_database(server, PREFIX, template=template) as url, connect_as_owner(url) as conn:
         yield conn
 
 
@@ -72,14 +71,12 @@ def called(*folders: str) -> dict[str, set[str]]:
     return found
 
 
-def test_the_payment_is_the_one_that_the_database_shows(document: dict[str, Any]) -> None:
+def test_payment_schema_matches_the_database(document: dict[str, Any]) -> None:
     assert list(document) == names(Payment)
     assert msgspec.convert(document, Payment).metadata == {"cart": "9"}
 
 
-def test_lists_and_traces_are_as_the_database_shows_them(
-    rights: Connection, key: bytes, document: dict[str, Any]
-) -> None:
+def test_list_and_trace_schemas_match_the_database(rights: Connection, key: bytes, document: dict[str, Any]) -> None:
     listed = one(rights, "select body::json from api.list_payments(%s, null, null, null, null, null, 20, null)", key)
     happened = one(rights, "select body::json from api.list_events(%s, null, 20)", key)
     traced = one(rights, "select body::json from api.get_trace(%s, %s)", key, document["id"])
@@ -91,22 +88,22 @@ def test_lists_and_traces_are_as_the_database_shows_them(
     assert listed["data"] == [happened["data"][0]["data"]] == [traced["payment"]] == [document]
 
 
-def test_states_and_statuses_are_the_databases_rows(rights: Connection) -> None:
+def test_states_and_statuses_match_the_database(rights: Connection) -> None:
     assert list(get_args(schemas.State)) == column(rights, "select state from surety.states order by position")
     assert set(get_args(schemas.Status)) == set(column(rights, "select status from surety.states"))
 
 
-def test_a_refunds_states_are_the_databases_rows(rights: Connection) -> None:
+def test_refund_states_match_the_database(rights: Connection) -> None:
     states = column(rights, "select state from surety.refund_states order by position")
     assert list(get_args(schemas.RefundState)) == states
 
 
-def test_capture_methods_are_those_that_cards_have(rights: Connection) -> None:
+def test_capture_methods_match_the_database(rights: Connection) -> None:
     methods = column(rights, "select distinct capture_method from surety.mandatory_steps where rail = 'card'")
     assert set(get_args(schemas.CaptureMethod)) == set(methods)
 
 
-def test_every_state_has_its_event_and_no_handler_waits_for_another(rights: Connection) -> None:
+def test_every_state_has_its_event_type_and_handlers_use_no_other(rights: Connection) -> None:
     events = {f"payment.{state}" for state in get_args(schemas.State)}
     events |= {"payment.attempt_failed", "payment.action_overdue", "payment.authorized_late", "webhook.received"}
     events |= {"payment.orphan_found"}
@@ -115,7 +112,7 @@ def test_every_state_has_its_event_and_no_handler_waits_for_another(rights: Conn
     assert set(column(rights, "select distinct unnest(event_types) from outbox.handlers")) <= events
 
 
-def test_kinds_of_trace_entries_cover_what_is_audited(rights: Connection) -> None:
+def test_trace_entry_kinds_cover_all_audit_kinds(rights: Connection) -> None:
     written = one(
         rights, "select pg_get_constraintdef(oid) from pg_constraint where conname = 'entry_kind_is_known' limit 1"
     )
@@ -129,9 +126,9 @@ def test_kinds_of_trace_entries_cover_what_is_audited(rights: Connection) -> Non
 
 
 @pytest.mark.parametrize(
-    ("struct", "function"), [(AskedPayment, "api.create_payments"), (Webhook, "surety.receive_webhooks")]
+    ("struct", "function"), [(PaymentRequest, "api.create_payments"), (WebhookRequest, "surety.receive_webhooks")]
 )
-def test_a_request_has_the_fields_that_its_function_reads(
+def test_request_has_the_fields_that_its_sql_function_reads(
     rights: Connection, struct: type[msgspec.Struct], function: str
 ) -> None:
     source = one(rights, "select prosrc from pg_proc where oid = %s::regproc", function)
@@ -142,9 +139,9 @@ def test_a_request_has_the_fields_that_its_function_reads(
 
 
 @pytest.mark.parametrize(
-    ("statement", "function"), [(STATEMENT, "api.create_payments"), (RECEIVE, "surety.receive_webhooks")]
+    ("statement", "function"), [(CREATE_PAYMENTS, "api.create_payments"), (RECEIVE_WEBHOOKS, "surety.receive_webhooks")]
 )
-def test_a_lane_reads_all_that_its_function_returns(rights: Connection, statement: bytes, function: str) -> None:
+def test_lane_reads_every_column_of_its_sql_function(rights: Connection, statement: bytes, function: str) -> None:
     returned = one(
         rights,
         "select proargnames[array_position(proargmodes, 't') :] from pg_proc where oid = %s::regproc",
@@ -159,7 +156,7 @@ def test_a_lane_reads_all_that_its_function_returns(rights: Connection, statemen
     ("kind", "files"),
     [("api", "app/(api|web)/[a-z_]+.py"), ("webhook", "app/receiver.py")],
 )
-def test_a_process_may_execute_what_it_calls(rights: Connection, kind: Kind, files: str) -> None:
+def test_process_role_may_execute_every_function_it_calls(rights: Connection, kind: ProcessKind, files: str) -> None:
     functions = {name for name, places in called("app").items() if any(re.fullmatch(files, place) for place in places)}
     assert functions
     denied = [
@@ -190,18 +187,18 @@ def test_every_constraint_is_a_rule_or_listed_as_a_bug(rights: Connection) -> No
     )
     bugs = (ROOT / "tests" / "db" / "internal_constraints.txt").read_text(encoding="utf-8").split()
     assert bugs == sorted(set(bugs))
-    assert not CONSTRAINTS.keys() & set(bugs)
-    assert claims == CONSTRAINTS.keys() | set(bugs)
+    assert not RULE_BY_CONSTRAINT.keys() & set(bugs)
+    assert claims == RULE_BY_CONSTRAINT.keys() | set(bugs)
 
 
-def test_every_sqlstate_of_ours_has_a_type_and_every_type_a_page() -> None:
+def test_every_own_sqlstate_has_a_problem_type_with_a_page() -> None:
     raised = {state for text in SQL.values() for state in re.findall(r"\bSU\d{3}\b", text)}
-    assert raised <= SQLSTATES.keys()
-    assert {state for state in SQLSTATES if state.startswith("SU")} <= raised
-    assert set(SQLSTATES.values()) <= TYPES.keys()
+    assert raised <= PROBLEM_BY_SQLSTATE.keys()
+    assert {state for state in PROBLEM_BY_SQLSTATE if state.startswith("SU")} <= raised
+    assert set(PROBLEM_BY_SQLSTATE.values()) <= PROBLEM_TYPES.keys()
 
 
-def test_a_constraint_that_a_request_breaks_is_told_as_its_rule(rights: Connection, key: bytes) -> None:
+def test_constraint_violation_is_reported_as_its_rule(rights: Connection, key: bytes) -> None:
     for fields, constraint in (
         ({"reference": "r" * 256}, "payment_reference_is_short"),
         ({"description": "d" * 1001}, "payment_description_is_short"),
@@ -214,4 +211,4 @@ def test_a_constraint_that_a_request_breaks_is_told_as_its_rule(rights: Connecti
         with pytest.raises(psycopg.errors.CheckViolation) as refused:
             create(rights, [request(key, **fields)])
         assert refused.value.diag.constraint_name == constraint
-        assert constraint in CONSTRAINTS
+        assert constraint in RULE_BY_CONSTRAINT

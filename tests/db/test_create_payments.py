@@ -49,7 +49,7 @@ def operations(conn: Connection) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------------------ batches
 
 
-def test_answers_come_with_the_numbers_of_their_requests(conn: Connection, key: bytes) -> None:
+def test_outcomes_carry_the_numbers_of_their_requests(conn: Connection, key: bytes) -> None:
     asked = [request(key, idempotency_key=f"k{99 - n}", amount=100 + n) | {"n": n} for n in range(20)]
     rows = create(conn, asked)
     assert [row["n"] for row in rows] == list(range(20))
@@ -57,7 +57,7 @@ def test_answers_come_with_the_numbers_of_their_requests(conn: Connection, key: 
     assert [amounts[row["payment_id"]] for row in rows] == [100 + n for n in range(20)]
 
 
-def test_one_batch_serves_many_merchants_and_strangers(conn: Connection, key: bytes) -> None:
+def test_one_batch_serves_many_merchants_and_unknown_keys(conn: Connection, key: bytes) -> None:
     other, other_key = add_merchant(conn)
     suspended, suspended_key = add_merchant(conn)
     conn.execute("select surety.suspend_merchant(%s, true)", (suspended,))
@@ -87,20 +87,20 @@ def test_one_batch_serves_many_merchants_and_strangers(conn: Connection, key: by
     assert one(conn, "select count(*) from surety.idempotency_keys") == 2
 
 
-def test_two_requests_of_a_batch_with_one_key_are_one(conn: Connection, key: bytes) -> None:
+def test_two_requests_with_one_key_in_a_batch_make_one_payment(conn: Connection, key: bytes) -> None:
     rows = create(conn, [request(key, idempotency_key="k") for _ in range(3)])
     assert [row["is_replayed"] for row in rows] == [False, True, True]
     assert len({row["body"] for row in rows}) == 1
     assert one(conn, "select count(*) from surety.payments") == 1
 
 
-def test_of_two_requests_with_one_key_and_two_bodies_the_second_is_refused(conn: Connection, key: bytes) -> None:
+def test_second_of_two_requests_with_one_key_and_different_bodies_is_refused(conn: Connection, key: bytes) -> None:
     rows = create(conn, [request(key, idempotency_key="k"), request(key, idempotency_key="k", request_hash="01")])
     assert [outcome(row) for row in rows] == [(201, None), (422, "idempotency-key-reused")]
     assert rows[1]["body"] is None
 
 
-def test_a_request_that_breaks_a_rule_takes_its_key_from_nobody(conn: Connection, key: bytes) -> None:
+def test_invalid_request_does_not_use_up_its_key(conn: Connection, key: bytes) -> None:
     rows = create(conn, [request(key, idempotency_key="k", amount=1), request(key, idempotency_key="k")])
     assert [outcome(row) for row in rows] == [(400, "invalid-request"), (201, None)]
 
@@ -123,7 +123,7 @@ def test_a_repeated_request_is_answered_although_its_reference_is_in_use_by_itse
     assert again[0]["is_replayed"]
 
 
-def test_a_batch_of_repetitions_only_writes_nothing(conn: Connection, key: bytes) -> None:
+def test_batch_of_only_repetitions_writes_nothing(conn: Connection, key: bytes) -> None:
     asked = [request(key) for _ in range(5)]
     create(conn, asked)
     before = one(conn, "select count(*) from audit.entries")
@@ -131,7 +131,7 @@ def test_a_batch_of_repetitions_only_writes_nothing(conn: Connection, key: bytes
     assert one(conn, "select count(*) from audit.entries") == before
 
 
-def test_an_accepted_payment_is_told_to_outbox_and_audit_trail_in_its_transaction(
+def test_accepted_payment_writes_outbox_and_audit_entries_in_its_transaction(
     conn: Connection, merchant: tuple[str, bytes]
 ) -> None:
     merchant_id, key = merchant
@@ -159,7 +159,7 @@ def test_two_lanes_with_keys_and_references_in_opposite_order_never_deadlock(
     assert one(conn, "select count(*) from surety.payments") == 400
 
 
-def test_of_two_transactions_with_one_key_the_second_waits_and_repeats_the_first(
+def test_second_transaction_with_a_key_waits_and_repeats_the_first(
     conn: Connection, connect: Connect, key: bytes, pool: ThreadPoolExecutor
 ) -> None:
     first, second = connect("api"), connect("api")
@@ -172,7 +172,7 @@ def test_of_two_transactions_with_one_key_the_second_waits_and_repeats_the_first
     assert waiting.result()[0]["is_replayed"]
 
 
-def test_of_two_transactions_with_one_key_the_second_goes_on_when_the_first_fails(
+def test_second_transaction_with_a_key_continues_when_the_first_fails(
     conn: Connection, connect: Connect, key: bytes, pool: ThreadPoolExecutor
 ) -> None:
     first, second = connect("api"), connect("api")
@@ -187,7 +187,7 @@ def test_of_two_transactions_with_one_key_the_second_goes_on_when_the_first_fail
     assert row["payment_id"] != made[0]["payment_id"]
 
 
-def test_a_key_freed_by_a_taken_reference_serves_who_waited_for_it(
+def test_key_freed_by_a_reference_conflict_serves_the_waiting_request(
     conn: Connection, connect: Connect, key: bytes, pool: ThreadPoolExecutor
 ) -> None:
     pay(conn, key, reference="order-1")
@@ -225,14 +225,18 @@ def test_each_currency_has_a_smallest_and_a_largest_amount(conn: Connection, key
             "currency": currency,
         }
         assert high["detail"]["rule"] == "maximum"
-    assert one(conn, "select api.judge_amount(100, 'usd')") is None
-    assert one(conn, "select api.judge_amount(100, 'xyz')") == {"field": "/currency", "rule": "known", "given": "xyz"}
+    assert one(conn, "select api.check_amount_bounds(100, 'usd')") is None
+    assert one(conn, "select api.check_amount_bounds(100, 'xyz')") == {
+        "field": "/currency",
+        "rule": "known",
+        "given": "xyz",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- operators
 
 
-def test_operators_doings_are_in_the_audit_trail_with_their_names(conn: Connection) -> None:
+def test_operator_actions_are_audited_with_the_operator_name(conn: Connection) -> None:
     merchant_id = one(conn, "select surety.add_merchant('Acme Books', '', 'ada')")
     assert one(conn, "select surety.suspend_merchant(%s, true, 'ada')", merchant_id) is True
     assert one(conn, "select surety.suspend_merchant(%s, true, 'ada')", merchant_id) is False
@@ -249,7 +253,7 @@ def test_operators_doings_are_in_the_audit_trail_with_their_names(conn: Connecti
     ]
 
 
-def test_what_is_not_there_can_not_be_changed(conn: Connection) -> None:
+def test_unknown_object_cannot_be_changed(conn: Connection) -> None:
     assert one(conn, "select surety.suspend_merchant('mer_none', true)") is None
     assert one(conn, "select surety.revoke_api_key('key_none')") is None
     with pytest.raises(errors.ForeignKeyViolation):
@@ -257,20 +261,20 @@ def test_what_is_not_there_can_not_be_changed(conn: Connection) -> None:
     assert operations(conn) == []
 
 
-def test_only_keys_that_exist_leave_a_denial(conn: Connection, key: bytes) -> None:
+def test_only_existing_keys_leave_a_denial(conn: Connection, key: bytes) -> None:
     for key_hash in (key, b"\0" * 32):
-        conn.execute("select api.deny(%s, 'req_1', '127.0.0.1', 'GET /', 'not-found')", (key_hash,))
+        conn.execute("select api.audit_denial(%s, 'req_1', '127.0.0.1', 'GET /', 'not-found')", (key_hash,))
     assert one(conn, "select count(*) from audit.entries where kind = 'denied'") == 1
 
 
-def test_idempotency_keys_are_forgotten_after_thirty_days(conn: Connection, key: bytes) -> None:
+def test_idempotency_keys_are_deleted_after_thirty_days(conn: Connection, key: bytes) -> None:
     asked = request(key)
     create(conn, [asked, request(key)])
     conn.execute(
         "update surety.idempotency_keys set created_at = created_at - interval '31 days' where key = %s",
         (asked["idempotency_key"],),
     )
-    assert one(conn, "select surety.forget_idempotency_keys()") == 1
+    assert one(conn, "select surety.delete_expired_idempotency_keys()") == 1
     assert one(conn, "select count(*) from surety.idempotency_keys") == 1
     assert not create(conn, [asked])[0]["is_replayed"]
 
@@ -278,7 +282,7 @@ def test_idempotency_keys_are_forgotten_after_thirty_days(conn: Connection, key:
 # ------------------------------------------------------------------------------------------------------------- events
 
 
-def test_a_reader_of_events_goes_on_into_a_new_epoch(conn: Connection, key: bytes) -> None:
+def test_a_reader_of_events_goes_on_into_a_new_restore_generation(conn: Connection, key: bytes) -> None:
     def read(after: str | None) -> dict[str, Any]:
         document: dict[str, Any] = one(conn, "select body::json from api.list_events(%s, %s, 2)", key, after)
         return document
@@ -286,8 +290,8 @@ def test_a_reader_of_events_goes_on_into_a_new_epoch(conn: Connection, key: byte
     before = pay(conn, key, 5)
     page = read(None)
     seen = [event["data"]["id"] for event in page["data"]]
-    conn.execute("update outbox.epochs set system_identifier = 1")
-    conn.execute("select outbox.restored('test')")
+    conn.execute("update outbox.restore_generations set system_identifier = 1")
+    conn.execute("select outbox.begin_restore_generation('test')")
     after = pay(conn, key, 3)
     while page["has_more"]:
         page = read(page["next"])

@@ -19,9 +19,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from db import LOCK_ORDER
-from db.deploy.deploy import Deployed, deploy
-from db.deploy.source import Source, state_folder
-from db.embedded import EmbeddedServer, binaries, temporary_database, wait_until, with_database
+from db.deploy.deploy import DeployResult, deploy
+from db.deploy.source import VersionFiles, state_folder
+from db.embedded import EmbeddedServer, find_binaries, temporary_database, wait_until, with_database
 from db.errors import DeployError
 from tests.conftest import PREFIX, Connection
 from tests.support.payments import add_merchant, fact, pay, record, violations
@@ -54,7 +54,7 @@ for each statement execute function shop.write_log();
 """
 
 
-class Shop:
+class SourceTree:
     """A small version of something like Surety, whose files a test may change."""
 
     def __init__(self, folder: Path) -> None:
@@ -77,16 +77,16 @@ class Shop:
         (self.folder / "migrations" / name).write_text(text)
 
     @property
-    def source(self) -> Source:
-        return Source.installed(self.folder, [self.folder / "shop.sql"])
+    def source(self) -> VersionFiles:
+        return VersionFiles.installed(self.folder, [self.folder / "shop.sql"])
 
-    def deploy(self, url: str, **options: Any) -> Deployed:
+    def deploy(self, url: str, **options: Any) -> DeployResult:
         return deploy(url, self.source, **options)
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Shop:
-    return Shop(tmp_path)
+def shop(tmp_path: Path) -> SourceTree:
+    return SourceTree(tmp_path)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def dump(url: str) -> str:
     """The structure of a database, without partitions: those are made as time goes by."""
     partitions = fetch(url, "select oid::regclass::text from pg_class where relispartition and relkind in ('r', 'p')")
     left_out = [option for (name,) in partitions for option in ("-T", name)]
-    command = [binaries()["pg_dump"], "-s", "--restrict-key=x", *left_out, "-d", url]
+    command = [find_binaries()["pg_dump"], "-s", "--restrict-key=x", *left_out, "-d", url]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -143,7 +143,7 @@ def test_baseline_and_migrations_give_what_schema_sql_gives(blank: str, database
     assert baselines == deltas[:1], "there is no delta without a baseline before it"
     baseline = state_folder() / ("migrations/" + baselines[0] if baselines else "schema.sql")
     shutil.copy(baseline, tmp_path / "schema.sql")
-    deploy(blank, Source.installed(tmp_path))
+    deploy(blank, VersionFiles.installed(tmp_path))
     deploy(blank, force=True)
     assert dump(blank) == dump(database)
 
@@ -179,7 +179,7 @@ def test_surety_deploys_by_a_login_that_is_no_superuser(server: str) -> None:
 # --- from nothing ----------------------------------------------------------------------------------------------------
 
 
-def test_a_fresh_database_gets_everything(blank: str, shop: Shop) -> None:
+def test_a_fresh_database_gets_everything(blank: str, shop: SourceTree) -> None:
     done = shop.deploy(blank)
     assert (done.outcome, done.attempts, done.migrations, done.dropped) == ("created", 1, [], [])
     execute(blank, "insert into shop.orders values (1, 5)")
@@ -189,27 +189,27 @@ def test_a_fresh_database_gets_everything(blank: str, shop: Shop) -> None:
     assert fetch(blank, "select to_regclass('public.procrastinate_jobs')") == [(None,)]
 
 
-def test_a_failed_first_deploy_leaves_nothing_and_names_the_line(blank: str, shop: Shop) -> None:
+def test_a_failed_first_deploy_leaves_nothing_and_names_the_line(blank: str, shop: SourceTree) -> None:
     shop.write(behaviour="select 1;\n\n-- a comment\nselect 1,\n    nothing;")
     with pytest.raises(DeployError, match=re.escape('shop.sql:5: column "nothing" does not exist')):
         shop.deploy(blank)
     assert fetch(blank, "select nspname from pg_namespace where nspname in ('shop', 'deploy', 'procrastinate')") == []
 
 
-def test_a_database_of_somebody_else_is_refused(blank: str, shop: Shop) -> None:
+def test_foreign_database_is_refused(blank: str, shop: SourceTree) -> None:
     execute(blank, "create schema shop")
     with pytest.raises(DeployError, match="not by a deploy"):
         shop.deploy(blank)
 
 
-def test_several_deploys_at_once_make_one(blank: str, shop: Shop, at_once: Callable[..., list[Any]]) -> None:
+def test_several_deploys_at_once_make_one(blank: str, shop: SourceTree, at_once: Callable[..., list[Any]]) -> None:
     source = shop.source
     done = at_once(*[lambda: deploy(blank, source).outcome] * 4)
     assert sorted(done) == ["created", "unchanged", "unchanged", "unchanged"]
 
 
-def test_databases_of_one_cluster_make_their_roles_at_once(
-    server: str, shop: Shop, at_once: Callable[..., list[Any]]
+def test_concurrent_deploys_in_one_cluster_create_roles_once(
+    server: str, shop: SourceTree, at_once: Callable[..., list[Any]]
 ) -> None:
     role = f"surety_test_{os.urandom(4).hex()}"
     block = f"""
@@ -233,13 +233,13 @@ def test_databases_of_one_cluster_make_their_roles_at_once(
 # --- a changed version -----------------------------------------------------------------------------------------------
 
 
-def test_nothing_changed_is_nothing_done(blank: str, shop: Shop) -> None:
+def test_deploy_without_changes_does_nothing(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     assert shop.deploy(blank).outcome == "unchanged"
     assert fetch(blank, "select count(*) from deploy.deploys") == [(1,)]
 
 
-def test_a_changed_function_is_replaced_and_keeps_its_identity(blank: str, shop: Shop) -> None:
+def test_a_changed_function_is_replaced_and_keeps_its_identity(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     before = fetch(blank, "select 'shop.price'::regproc::oid")
     shop.change("p_amount * 2", "p_amount * 3")
@@ -249,14 +249,14 @@ def test_a_changed_function_is_replaced_and_keeps_its_identity(blank: str, shop:
     assert fetch(blank, "select 'shop.price'::regproc::oid") == before
 
 
-def test_only_the_view_that_changed_is_written(blank: str, shop: Shop) -> None:
+def test_only_the_view_that_changed_is_written(blank: str, shop: SourceTree) -> None:
     shop.change("create or replace view", "create or replace view shop.other as select 1 as n;\ncreate or replace view")
     shop.deploy(blank)
     shop.change("as price from", "as price, o.amount from")
     assert shop.deploy(blank).written == ["shop.prices"]
 
 
-def test_only_the_trigger_that_changed_is_written(blank: str, shop: Shop) -> None:
+def test_only_the_trigger_that_changed_is_written(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     before = fetch(blank, "select oid from pg_trigger where tgname = 'orders_are_logged'")
     shop.change("'v1'", "'v2'")
@@ -267,7 +267,7 @@ def test_only_the_trigger_that_changed_is_written(blank: str, shop: Shop) -> Non
     assert shop.deploy(blank).written == ["shop.orders.orders_are_logged"]
 
 
-def test_a_constraint_trigger_is_made_anew_when_it_changed(blank: str, shop: Shop) -> None:
+def test_changed_constraint_trigger_is_recreated(blank: str, shop: SourceTree) -> None:
     plain = (
         "create constraint trigger check_late after insert on shop.log {} for each row execute function shop.pass();"
     )
@@ -281,7 +281,7 @@ def test_a_constraint_trigger_is_made_anew_when_it_changed(blank: str, shop: Sho
     assert fetch(blank, "select tgdeferrable from pg_trigger where tgname = 'check_late'") == [(True,)]
 
 
-def test_what_somebody_changed_by_hand_is_put_right(blank: str, shop: Shop) -> None:
+def test_manual_changes_are_reverted(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     execute(
         blank,
@@ -295,7 +295,7 @@ def test_what_somebody_changed_by_hand_is_put_right(blank: str, shop: Shop) -> N
     assert fetch(blank, "select * from shop.log") == [(1, "v1")]
 
 
-def test_leftovers_are_dropped_each_after_what_needs_it(blank: str, shop: Shop) -> None:
+def test_obsolete_objects_are_dropped_in_dependency_order(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     shop.write(behaviour="create or replace function shop.remains() returns int language sql return 1;")
     done = shop.deploy(blank)
@@ -309,7 +309,7 @@ def test_leftovers_are_dropped_each_after_what_needs_it(blank: str, shop: Shop) 
     assert shop.deploy(blank).outcome == "unchanged"
 
 
-def test_a_leftover_on_which_others_built_is_an_error_and_stays(blank: str, shop: Shop) -> None:
+def test_obsolete_object_with_foreign_dependents_is_an_error_and_stays(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     execute(blank, "create schema analysts", "create view analysts.own as select id, price from shop.prices")
     shop.write(behaviour="select 1;")
@@ -318,13 +318,13 @@ def test_a_leftover_on_which_others_built_is_an_error_and_stays(blank: str, shop
     assert fetch(blank, "select * from analysts.own") == []
 
 
-def test_what_isnt_ours_is_left_alone(blank: str, shop: Shop) -> None:
+def test_foreign_objects_are_left_alone(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     execute(blank, "create schema analysts", "create function analysts.f() returns int language sql return 1")
     assert shop.deploy(blank, force=True).dropped == []
 
 
-def test_a_changed_signature_under_the_old_name_is_refused(blank: str, shop: Shop) -> None:
+def test_a_changed_signature_under_the_old_name_is_refused(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     shop.change("shop.price(p_amount int)", "shop.price(p_amount bigint)")
     with pytest.raises(DeployError, match="a changed signature is a new name"):
@@ -343,8 +343,8 @@ def test_a_changed_signature_under_the_old_name_is_refused(blank: str, shop: Sho
         ),
     ],
 )
-def test_behaviour_that_couldnt_be_deployed_again_is_refused(
-    blank: str, shop: Shop, behaviour: str, complaint: str
+def test_statement_that_is_not_repeatable_is_refused(
+    blank: str, shop: SourceTree, behaviour: str, complaint: str
 ) -> None:
     shop.write(behaviour=behaviour)
     with pytest.raises(DeployError, match=rf"shop\.sql:1: .*{complaint}"):
@@ -354,7 +354,7 @@ def test_behaviour_that_couldnt_be_deployed_again_is_refused(
 # --- migrations ------------------------------------------------------------------------------------------------------
 
 
-def test_migrations_run_once_and_a_fresh_database_needs_none(server: str, blank: str, shop: Shop) -> None:
+def test_migrations_run_once_and_a_fresh_database_needs_none(server: str, blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     shop.write(schema=SCHEMA.replace("note text not null", "note text not null, at timestamptz"))
     shop.migrate("0001_log_at.sql", "alter table shop.log add column at timestamptz;")
@@ -366,7 +366,7 @@ def test_migrations_run_once_and_a_fresh_database_needs_none(server: str, blank:
         assert dump(fresh) == dump(blank)
 
 
-def test_drift_between_migrations_and_schema_shows_in_the_dump(server: str, blank: str, shop: Shop) -> None:
+def test_drift_between_migrations_and_schema_shows_in_the_dump(server: str, blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     shop.write(schema=SCHEMA.replace("note text not null", "note text not null, at timestamptz not null"))
     shop.migrate("0001_log_at.sql", "alter table shop.log add column at timestamptz;")
@@ -376,7 +376,9 @@ def test_drift_between_migrations_and_schema_shows_in_the_dump(server: str, blan
         assert dump(fresh) != dump(blank)
 
 
-def test_a_migration_and_the_behaviour_that_needs_it_arrive_together_or_not_at_all(blank: str, shop: Shop) -> None:
+def test_a_migration_and_the_behaviour_that_needs_it_arrive_together_or_not_at_all(
+    blank: str, shop: SourceTree
+) -> None:
     shop.deploy(blank)
     shop.migrate("0001_rate.sql", "alter table shop.orders add column rate int not null default 4;")
     shop.change("shop.price(o.amount) as price from", "shop.price(o.amount) as price, o.rates from")
@@ -387,7 +389,7 @@ def test_a_migration_and_the_behaviour_that_needs_it_arrive_together_or_not_at_a
     assert shop.deploy(blank).migrations == ["0001_rate.sql"]
 
 
-def test_a_migration_may_drop_behaviour_in_its_way_but_never_create_any(blank: str, shop: Shop) -> None:
+def test_a_migration_may_drop_behaviour_in_its_way_but_never_create_any(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     shop.migrate("0001_wide.sql", "drop view shop.prices; alter table shop.orders alter column id type bigint;")
     assert shop.deploy(blank).written == ["shop.prices"]
@@ -396,7 +398,7 @@ def test_a_migration_may_drop_behaviour_in_its_way_but_never_create_any(blank: s
         shop.deploy(blank)
 
 
-def test_an_older_version_is_not_deployed_over_a_newer_state(blank: str, shop: Shop) -> None:
+def test_an_older_version_is_not_deployed_over_a_newer_state(blank: str, shop: SourceTree) -> None:
     shop.migrate("0001_more.sql", "alter table shop.orders add column more int;")
     shop.deploy(blank)
     (shop.folder / "migrations" / "0001_more.sql").unlink()
@@ -404,7 +406,7 @@ def test_an_older_version_is_not_deployed_over_a_newer_state(blank: str, shop: S
         shop.deploy(blank)
 
 
-def test_an_interrupted_concurrent_migration_is_taken_up_again(blank: str, shop: Shop) -> None:
+def test_interrupted_concurrent_migration_is_resumed(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     execute(blank, "insert into shop.log values (1, 'twice'), (1, 'twice')")
     shop.migrate("0001_more.sql", "alter table shop.orders add column more int;")
@@ -425,7 +427,7 @@ def test_an_interrupted_concurrent_migration_is_taken_up_again(blank: str, shop:
 
 
 def test_procrastinates_migrations_that_wait_for_new_workers_come_one_deploy_later(
-    blank: str, shop: Shop, tmp_path: Path
+    blank: str, shop: SourceTree, tmp_path: Path
 ) -> None:
     shop.deploy(blank)
     newer = tmp_path / "newer"
@@ -442,7 +444,7 @@ def test_procrastinates_migrations_that_wait_for_new_workers_come_one_deploy_lat
 # --- beside traffic --------------------------------------------------------------------------------------------------
 
 
-class Traffic:
+class ConcurrentCallers:
     """Clients that call without pause; counts their calls and keeps their errors."""
 
     def __init__(self, url: str, clients: int, call: Callable[[Connection, int], None]) -> None:
@@ -474,7 +476,7 @@ class Traffic:
                 self.calls += 1
 
 
-def test_no_payment_fails_while_all_of_surety_is_written_again_and_again(database: str, conn: Connection) -> None:
+def test_no_payment_fails_during_repeated_deploys(database: str, conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
 
     def call(client: Connection, number: int) -> None:
@@ -482,7 +484,7 @@ def test_no_payment_fails_while_all_of_surety_is_written_again_and_again(databas
         record(client, [fact(payment_id, "captured", "ch", 10000)])
         client.execute("select merchant_id, body from api.get_payment(%s, %s)", (key_hash, payment_id))
 
-    with Traffic(database, 4, call) as traffic:
+    with ConcurrentCallers(database, 4, call) as traffic:
         for _ in range(5):
             before = traffic.calls
             conn.execute("delete from deploy.objects")
@@ -503,9 +505,9 @@ def order(client: Connection, number: int) -> None:
         client.execute("select shop.price(%s)", (number,))
 
 
-def test_no_call_fails_while_everything_is_deployed_again_and_again(blank: str, shop: Shop) -> None:
+def test_no_call_fails_during_repeated_deploys(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
-    with Traffic(blank, 6, order) as traffic:
+    with ConcurrentCallers(blank, 6, order) as traffic:
         for number in range(12):
             before = traffic.calls
             shop.write(behaviour=BEHAVIOUR)
@@ -523,7 +525,7 @@ def test_no_call_fails_while_everything_is_deployed_again_and_again(blank: str, 
     assert fetch(blank, "select count(*) from shop.log") == [(traffic.calls,)]
 
 
-def test_a_deploy_that_gets_no_lock_lets_others_pass_and_succeeds_later(blank: str, shop: Shop) -> None:
+def test_deploy_without_its_lock_yields_and_succeeds_later(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     shop.change("for each statement execute", "for each statement  execute")
     told: list[str] = []
@@ -548,7 +550,7 @@ def test_a_deploy_that_gets_no_lock_lets_others_pass_and_succeeds_later(blank: s
     assert fetch(blank, "select attempt from (select count(*) as attempt from deploy.deploys) as d") == [(2,)]
 
 
-def test_a_deploy_that_never_gets_its_lock_gives_up_and_changes_nothing(blank: str, shop: Shop) -> None:
+def test_a_deploy_that_never_gets_its_lock_gives_up_and_changes_nothing(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     shop.change("p_amount * 2", "p_amount * 3")
     shop.change("for each statement execute", "for each statement  execute")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from jobs.stripe.facts import Origin
+from jobs.stripe.facts import FactOrigin
 from jobs.worker import Worker
-from tests.support.http_client import Merchant, problem, service
+from tests.support.http_client import Merchant, problem, running_server
 from tests.support.payments import (
     Connection,
     Fact,
@@ -26,10 +26,10 @@ from tests.support.payments import (
     state_of,
     violations,
 )
-from tests.support.sandbox_process import Sandbox, running_sandbox
-from tests.support.workers import UNTIL_DUE, attempts, due, hasten, work_off, worker_here
+from tests.support.sandbox_process import SandboxProcess, running_sandbox
+from tests.support.workers import NO_AUTOMATIC_RETRY, attempts, due, in_process_worker, run_until_idle, shorten_delays
 
-POLL = Origin("", False, "poll")
+POLL = FactOrigin("", False, "poll")
 
 STATUSES = {
     "warning_needs_response": ("dispute_flagged", "confirmed"),
@@ -52,7 +52,7 @@ def captured(conn: Connection, key: bytes) -> str:
     return payment_id
 
 
-def told(p: str, status: str, revision: int, amount: int = 10000, **data: Any) -> Fact:
+def dispute_fact(p: str, status: str, revision: int, amount: int = 10000, **data: Any) -> Fact:
     return fact(p, STATUSES[status][0], "dp", amount, revision=revision, data={"status": status, **data})
 
 
@@ -65,10 +65,10 @@ def dispute(conn: Connection) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_every_status_has_a_place_and_only_what_was_withdrawn_counts(conn: Connection, status: str) -> None:
+def test_every_dispute_status_is_mapped_and_only_withdrawn_amounts_count(conn: Connection, status: str) -> None:
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
-    record(conn, [told(payment_id, status, 0)])
+    record(conn, [dispute_fact(payment_id, status, 0)])
     assert dispute(conn)["status"] == status
     assert state_of(conn, payment_id) == STATUSES[status][1]
     events = conn.execute("select type from outbox.events where aggregate_type = 'dispute'").fetchall()
@@ -76,7 +76,7 @@ def test_every_status_has_a_place_and_only_what_was_withdrawn_counts(conn: Conne
     assert not violations(conn)
 
 
-def test_the_statuses_of_the_rows_are_those_that_stripe_publishes(conn: Connection) -> None:
+def test_dispute_statuses_match_the_stripe_specification(conn: Connection) -> None:
     from tests.support.stripe_description import description
 
     published = description()["components"]["schemas"]["dispute"]["properties"]["status"]["enum"]
@@ -84,66 +84,67 @@ def test_the_statuses_of_the_rows_are_those_that_stripe_publishes(conn: Connecti
     assert rows == set(published)
 
 
-# What a dispute goes through, and what is left of 10000 captured by then: avail, held, and network without money told.
-COURSES: dict[str, tuple[list[tuple[str, int]], dict[str, int]]] = {
+# What a dispute goes through, and what is left of 10000 captured by then: available, disputed, and withheld_by_network
+# without money told.
+STATUS_SEQUENCES: dict[str, tuple[list[tuple[str, int]], dict[str, int]]] = {
     "an inquiry, then a dispute": (
         [("warning_needs_response", 10000), ("needs_response", 10000)],
-        {"avail": -10000, "held": 10000},
+        {"available": -10000, "disputed": 10000},
     ),
     "won": ([("needs_response", 10000), ("won", 10000)], {}),
-    "lost": ([("needs_response", 10000), ("lost", 10000)], {"avail": -10000, "network": -10000}),
-    "lost in part": ([("needs_response", 10000), ("lost", 6000)], {"avail": -6000, "network": -6000}),
+    "lost": ([("needs_response", 10000), ("lost", 10000)], {"available": -10000, "withheld_by_network": -10000}),
+    "lost in part": ([("needs_response", 10000), ("lost", 6000)], {"available": -6000, "withheld_by_network": -6000}),
     "appealed": (
         [("needs_response", 10000), ("lost", 10000), ("under_review", 10000)],
-        {"avail": -10000, "held": 10000},
+        {"available": -10000, "disputed": 10000},
     ),
     "appealed and won": ([("needs_response", 10000), ("lost", 10000), ("under_review", 10000), ("won", 10000)], {}),
     "reinstated at once": ([("needs_response", 10000), ("lost", 10000), ("won", 10000)], {}),
     "appealed and lost again": (
         [("needs_response", 10000), ("lost", 10000), ("under_review", 10000), ("lost", 10000)],
-        {"avail": -10000, "network": -10000},
+        {"available": -10000, "withheld_by_network": -10000},
     ),
 }
 
 
-@pytest.mark.parametrize("course", COURSES)
-def test_a_dispute_in_every_order_of_its_fetches_ends_alike(conn: Connection, course: str) -> None:
-    steps, end = COURSES[course]
+@pytest.mark.parametrize("course", STATUS_SEQUENCES)
+def test_dispute_ends_the_same_in_every_order_of_fetches(conn: Connection, course: str) -> None:
+    steps, end = STATUS_SEQUENCES[course]
     _, key = add_merchant(conn)
     for order in itertools.permutations(range(len(steps))):
         payment_id = captured(conn, key)
         for place in order:
             status, amount = steps[place]
-            record(conn, [told(payment_id, status, place, amount)])
-        rest = {"due": 10000, "pend": 9625, "rev": 375}
+            record(conn, [dispute_fact(payment_id, status, place, amount)])
+        rest = {"provider_receivable": 10000, "pending": 9625, "fee_revenue": 375}
         assert ledger_of(conn, payment_id) == rest | end, order
     assert not violations(conn)
 
 
-def test_a_fee_that_the_network_gives_back_is_given_back_to_the_merchant(conn: Connection) -> None:
+def test_dispute_fee_returned_by_the_network_is_credited_to_the_merchant(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
-    record(conn, [told(payment_id, "needs_response", 0), money(payment_id, "t1", "dispute", -10000, 1500)])
-    record(conn, [told(payment_id, "won", 1), money(payment_id, "t2", "dispute_reversal", 10000, -1500)])
-    assert ledger_of(conn, payment_id) == {"due": 10000, "pend": 9625, "rev": 375}
+    record(conn, [dispute_fact(payment_id, "needs_response", 0), money(payment_id, "t1", "dispute", -10000, 1500)])
+    record(conn, [dispute_fact(payment_id, "won", 1), money(payment_id, "t2", "dispute_reversal", 10000, -1500)])
+    assert ledger_of(conn, payment_id) == {"provider_receivable": 10000, "pending": 9625, "fee_revenue": 375}
 
 
-def test_a_dispute_of_what_is_refunded_already_is_a_loss_that_is_told(conn: Connection) -> None:
+def test_dispute_of_a_refunded_payment_is_a_loss_and_a_discrepancy(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
-    record(conn, [fact(payment_id, "refund_succeeded", "re", 4000), told(payment_id, "lost", 0)])
+    record(conn, [fact(payment_id, "refund_succeeded", "re", 4000), dispute_fact(payment_id, "lost", 0)])
     assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("amount", True)]
     assert not violations(conn)
 
 
-def test_money_is_expected_of_what_was_disputed_before_anybody_expected_it(conn: Connection) -> None:
+def test_settlement_is_expected_for_a_payment_disputed_early(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
-    record(conn, [told(payment_id, "needs_response", 0)])
+    record(conn, [dispute_fact(payment_id, "needs_response", 0)])
     batch = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('settle', 'w')").fetchone()
     assert batch is not None
-    assert conn.execute("select surety.expect_settlement(%s, %s, %s)", batch).fetchone() == (True,)
-    record(conn, [told(payment_id, "won", 1)])
+    assert conn.execute("select surety.open_settlement_expectation(%s, %s, %s)", batch).fetchone() == (True,)
+    record(conn, [dispute_fact(payment_id, "won", 1)])
     assert state_of(conn, payment_id) == "confirmed"
     expected = "select met_at is not null from surety.expectations"
     assert conn.execute(expected).fetchall() == [(False,)]
@@ -153,7 +154,7 @@ def test_money_is_expected_of_what_was_disputed_before_anybody_expected_it(conn:
 # ---------------------------------------------------------------------------------------------------------- evidence
 
 
-def give(conn: Connection, key: bytes, **fields: Any) -> dict[str, Any]:
+def submit_evidence(conn: Connection, key: bytes, **fields: Any) -> dict[str, Any]:
     asked = {"dispute_id": dispute(conn)["id"], "evidence": {"uncategorized_text": "sent"}, "submit": False} | fields
     return command(conn, "submit_evidence", key, **asked)
 
@@ -161,55 +162,58 @@ def give(conn: Connection, key: bytes, **fields: Any) -> dict[str, Any]:
 def test_evidence_is_merged_and_submitted_once(conn: Connection) -> None:
     _, key = add_merchant(conn)
     _, stranger = add_merchant(conn)
-    record(conn, [told(captured(conn, key), "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
-    assert give(conn, stranger)["status"] == 404
-    assert give(conn, key)["body"]["evidence"]["given"] == ["uncategorized_text"]
-    given = give(conn, key, evidence={"customer_name": "Ann"}, submit=True)
+    record(conn, [dispute_fact(captured(conn, key), "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
+    assert submit_evidence(conn, stranger)["status"] == 404
+    assert submit_evidence(conn, key)["body"]["evidence"]["given"] == ["uncategorized_text"]
+    given = submit_evidence(conn, key, evidence={"customer_name": "Ann"}, submit=True)
     assert (given["status"], given["body"]["evidence"]["given"]) == (202, ["customer_name", "uncategorized_text"])
-    refused = give(conn, key)
+    refused = submit_evidence(conn, key)
     assert (refused["status"], refused["problem"], refused["detail"]["state"]) == (409, "wrong-state", "needs_response")
 
 
 @pytest.mark.parametrize(
     ("status", "due"), [("lost", "2099-01-01T00:00:00Z"), ("needs_response", "2020-01-01T00:00:00Z")]
 )
-def test_evidence_that_comes_too_late_is_refused(conn: Connection, status: str, due: str) -> None:
+def test_late_evidence_is_refused(conn: Connection, status: str, due: str) -> None:
     _, key = add_merchant(conn)
-    record(conn, [told(captured(conn, key), status, 0, evidence_due_at=due)])
-    assert give(conn, key)["problem"] == "wrong-state"
+    record(conn, [dispute_fact(captured(conn, key), status, 0, evidence_due_at=due)])
+    assert submit_evidence(conn, key)["problem"] == "wrong-state"
 
 
-def test_evidence_that_is_due_soon_is_told_of_once(conn: Connection) -> None:
+def test_evidence_due_soon_is_announced_once(conn: Connection) -> None:
     _, key = add_merchant(conn)
-    record(conn, [told(captured(conn, key), "needs_response", 0, evidence_due_at="2020-01-01T00:00:00Z")])
-    remind = "select surety.remind_evidence('3 days')"
+    record(conn, [dispute_fact(captured(conn, key), "needs_response", 0, evidence_due_at="2020-01-01T00:00:00Z")])
+    remind = "select surety.emit_evidence_reminders('3 days')"
     assert conn.execute(remind).fetchone() == (["dispute.evidence_due"],)
     assert conn.execute(remind).fetchone() == ([],)
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     with running_sandbox(tmp_path_factory.mktemp("disputes"), "--hang-seconds=0.1") as sandbox:
         yield sandbox
 
 
-async def disputed(conn: Connection, worker: Worker, sandbox: Sandbox, key: bytes) -> str:
+async def disputed(conn: Connection, worker: Worker, sandbox: SandboxProcess, key: bytes) -> str:
     """The provider's id of a dispute that waits for evidence. No webhook tells of what becomes of it."""
     [payment_id] = pay(conn, key)
-    await work_off(worker, "submit", "confirm")
+    await run_until_idle(worker, "submit", "confirm")
     [(intent,)] = conn.execute("select provider_id from surety.payments where id = %s", (payment_id,)).fetchall()
     made: str = sandbox.control("disputes", {"payment_intent": intent})["id"]
-    record(conn, [told(payment_id, "needs_response", 0) | {"object_id": made}])
+    record(conn, [dispute_fact(payment_id, "needs_response", 0) | {"object_id": made}])
     return made
 
 
-async def test_evidence_reaches_the_provider_and_wins(conn: Connection, database: str, sandbox: Sandbox) -> None:
-    hasten(conn, UNTIL_DUE)
+async def test_evidence_reaches_the_provider_and_wins(conn: Connection, database: str, sandbox: SandboxProcess) -> None:
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         made = await disputed(conn, worker, sandbox, key)
-        assert give(conn, key, evidence={"uncategorized_text": "winning_evidence"}, submit=True)["status"] == 202
-        await work_off(worker, "evidence")
+        assert (
+            submit_evidence(conn, key, evidence={"uncategorized_text": "winning_evidence"}, submit=True)["status"]
+            == 202
+        )
+        await run_until_idle(worker, "evidence")
     there = sandbox.get(f"/v1/disputes/{made}")
     assert there["evidence"]["uncategorized_text"] == "winning_evidence"
     assert dispute(conn)["status"] in {"under_review", "won"}
@@ -217,18 +221,18 @@ async def test_evidence_reaches_the_provider_and_wins(conn: Connection, database
 
 
 @pytest.mark.parametrize("fault", ["timeout_before", "timeout_after", "error_500_before", "error_500_after"])
-async def test_evidence_whose_answer_is_lost_is_submitted_once(
-    conn: Connection, database: str, sandbox: Sandbox, fault: str
+async def test_evidence_with_a_lost_response_is_submitted_once(
+    conn: Connection, database: str, sandbox: SandboxProcess, fault: str
 ) -> None:
     """A second submission is refused; then the dispute tells that there was a first."""
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         made = await disputed(conn, worker, sandbox, key)
-        body = give(conn, key, submit=True)["body"]
+        body = submit_evidence(conn, key, submit=True)["body"]
         sandbox.order("disputes.update", fault, match=body["id"])
         for _ in range(3):
-            await work_off(worker, "evidence")
+            await run_until_idle(worker, "evidence")
             due(conn)
     assert sandbox.get(f"/v1/disputes/{made}")["evidence_details"]["submission_count"] == 1
     assert dispute(conn)["status"] == "under_review"
@@ -238,13 +242,13 @@ async def test_evidence_whose_answer_is_lost_is_submitted_once(
 
 
 @pytest.mark.parametrize("first", ["opened", "lost"])
-def test_of_two_who_fetch_a_dispute_at_once_the_one_who_began_last_is_believed(conn: Connection, first: str) -> None:
+def test_latest_started_of_two_concurrent_dispute_fetches_wins(conn: Connection, first: str) -> None:
     """Each should be alone; a lock is lost with its connection."""
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key)
     record(conn, [fact(payment_id, "captured", "ch", 10000)])
     dispute = fact(payment_id, "dispute_opened", "dp", 10000)
-    query = "select surety.next_fetch('stripe', '', false, %s) from generate_series(1, 2)"
+    query = "select surety.next_fetch_number('stripe', '', false, %s) from generate_series(1, 2)"
     (earlier,), (later,) = conn.execute(query, (dispute["object_id"],)).fetchall()
     assert earlier < later
     told = [dispute | {"revision": earlier}, dispute | {"revision": later, "kind": "dispute_lost"}]
@@ -259,17 +263,17 @@ def test_of_two_who_fetch_a_dispute_at_once_the_one_who_began_last_is_believed(c
 
 @pytest.fixture
 def merchant(conn: Connection, database: str) -> Iterator[Merchant]:
-    with service("api", database) as api:
+    with running_server("api", database) as api:
         merchant = Merchant(conn, api.url)
         with merchant.client:
             yield merchant
 
 
-def test_the_api_shows_disputes_takes_evidence_and_tells_the_balance(conn: Connection, merchant: Merchant) -> None:
+def test_api_shows_disputes_accepts_evidence_and_shows_the_balance(conn: Connection, merchant: Merchant) -> None:
     assert merchant.get("/v1/balance")["data"] == []
     payment_id = merchant.pay(amount=10000)["id"]
     record(conn, [fact(payment_id, "submitted", "pi", 10000), fact(payment_id, "captured", "ch", 10000)])
-    record(conn, [told(payment_id, "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
+    record(conn, [dispute_fact(payment_id, "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
     [shown] = merchant.get("/v1/disputes")["data"]
     assert (shown["status"], shown["amount"], shown["payment"]) == ("needs_response", 10000, payment_id)
     assert merchant.get(f"/v1/disputes/{shown['id']}") == shown

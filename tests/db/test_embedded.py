@@ -17,8 +17,15 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from db import embedded as module
-from db.embedded import EmbeddedServer, binaries, postmaster, sweep, temporary_database, wait_until
-from db.errors import ServerError
+from db.embedded import (
+    EmbeddedServer,
+    find_binaries,
+    remove_abandoned_folders,
+    server_pid,
+    temporary_database,
+    wait_until,
+)
+from db.errors import EmbeddedServerError
 
 ROOT = Path(__file__).parent.parent.parent
 IS_ROOT = os.geteuid() == 0
@@ -62,7 +69,7 @@ def one(url: str, query: str) -> object:
     return row and row[0]
 
 
-def test_server_never_runs_as_root_and_lets_nobody_else_in() -> None:
+def test_server_never_runs_as_root_and_admits_no_other_user() -> None:
     with EmbeddedServer() as server:
         assert server.process
         assert server.folder
@@ -86,25 +93,25 @@ def test_server_runs_for_an_ordinary_user() -> None:
     assert not folder.exists()
 
 
-def test_a_killed_parent_leaves_no_server_and_its_folder_is_swept() -> None:
+def test_killed_parent_leaves_no_server_and_its_folder_is_removed() -> None:
     process, pid, folder = started_elsewhere()
-    assert postmaster(folder / "data") == pid
+    assert server_pid(folder / "data") == pid
     with process:
         process.kill()
-    assert wait_until(lambda: postmaster(folder / "data") is None, 20)
-    sweep()
+    assert wait_until(lambda: server_pid(folder / "data") is None, 20)
+    remove_abandoned_folders()
     assert not folder.exists()
 
 
-def test_sweeping_leaves_the_folders_of_the_living_alone() -> None:
+def test_cleanup_keeps_folders_of_running_servers() -> None:
     with EmbeddedServer() as server:
-        assert server.folder not in sweep()
+        assert server.folder not in remove_abandoned_folders()
         assert one(server.url, "select 1") == 1
 
 
-def test_sweeping_leaves_alone_what_is_not_ours() -> None:
-    foreign = Path(tempfile.mkdtemp(prefix="surety-", dir=module.roomy_folder()))
-    sweep()
+def test_cleanup_keeps_foreign_folders() -> None:
+    foreign = Path(tempfile.mkdtemp(prefix="surety-", dir=module.temporary_base_folder()))
+    remove_abandoned_folders()
     assert foreign.is_dir()
     foreign.rmdir()
 
@@ -113,7 +120,7 @@ def test_a_kept_folder_serves_one_server_at_a_time_and_keeps_its_data(folder: Pa
     with EmbeddedServer(folder) as server:
         with psycopg.connect(server.url, autocommit=True) as conn:
             conn.execute("create table kept as select 7 as n")
-        with pytest.raises(ServerError, match="in use by another process"):
+        with pytest.raises(EmbeddedServerError, match="in use by another process"):
             EmbeddedServer(folder).start()
         assert one(server.url, "show fsync") == "on"
     with EmbeddedServer(folder) as server:
@@ -139,7 +146,7 @@ def test_a_folder_with_a_long_name_gets_its_socket_elsewhere(folder: Path) -> No
 
 @pytest.mark.skipif(not IS_ROOT, reason="an ordinary user runs the server itself, so it can enter what is its own")
 def test_binaries_that_the_servers_user_cant_reach_are_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = binaries()
+    installed = find_binaries()
     if installed.installation.name != "pginstall":
         pytest.skip("a PostgreSQL of the system can't be moved")
     locked = folder.parent / "locked"
@@ -157,13 +164,13 @@ def test_binaries_that_the_servers_user_cant_reach_are_copied(folder: Path, monk
 @pytest.mark.skipif(not IS_ROOT, reason="an ordinary user can enter what is its own")
 def test_a_folder_that_the_servers_user_cant_enter_is_refused(folder: Path) -> None:
     folder.mkdir(0o700)
-    with pytest.raises(ServerError, match="can't enter"):
+    with pytest.raises(EmbeddedServerError, match="can't enter"):
         EmbeddedServer(folder / "inner").start()
 
 
-def test_a_server_that_doesnt_start_tells_why_and_leaves_nothing() -> None:
+def test_failed_server_start_reports_why_and_leaves_nothing() -> None:
     server = EmbeddedServer(settings={"shared_buffers": "plenty"})
-    with pytest.raises(ServerError, match='invalid value for parameter "shared_buffers"'):
+    with pytest.raises(EmbeddedServerError, match='invalid value for parameter "shared_buffers"'):
         server.start()
     assert server.folder
     assert not server.folder.exists()
@@ -171,16 +178,16 @@ def test_a_server_that_doesnt_start_tells_why_and_leaves_nothing() -> None:
 
 def test_a_folder_without_postgresql_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SURETY_PG_BIN", str(tmp_path))
-    with pytest.raises(ServerError, match="no PostgreSQL"):
-        binaries()
+    with pytest.raises(EmbeddedServerError, match="no PostgreSQL"):
+        find_binaries()
 
 
 def test_folders_go_to_disk_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROOMY_BYTES", 1 << 62)
-    assert module.roomy_folder() == Path(tempfile.gettempdir())
+    monkeypatch.setattr(module, "MEMORY_FREE_BYTES_MIN", 1 << 62)
+    assert module.temporary_base_folder() == Path(tempfile.gettempdir())
 
 
-def test_a_temporary_database_comes_and_goes_and_the_one_named_is_untouched(server: str) -> None:
+def test_temporary_database_is_dropped_and_the_named_one_is_untouched(server: str) -> None:
     with temporary_database(server, "surety_test") as url:
         name = str(conninfo_to_dict(url)["dbname"])
         assert name.startswith("surety_test_")

@@ -13,7 +13,7 @@ from tests.support.payments import (
     Connection,
     Fact,
     add_merchant,
-    at_bank,
+    as_bank_fact,
     fact,
     ledger_of,
     money,
@@ -106,73 +106,112 @@ def held_and_captured_in_part(p: str) -> list[Fact]:
 
 def ach_returned_before_it_was_confirmed(p: str) -> list[Fact]:
     return [
-        at_bank(fact(p, "submitted", "entry")),
-        at_bank(money(p, "credit", "ach_credit", 10000)),
-        at_bank(fact(p, "returned", "return", 10000, data={"failure": {"code": "R01"}})),
-        at_bank(money(p, "txn_r", "ach_return", -10000, 250)),
-        at_bank(fact(p, "dishonored", "return", 10000)),
-        at_bank(fact(p, "contested", "return", 10000, data={"failure": {"code": "R01"}})),
+        as_bank_fact(fact(p, "submitted", "entry")),
+        as_bank_fact(money(p, "credit", "ach_credit", 10000)),
+        as_bank_fact(fact(p, "returned", "return", 10000, data={"failure": {"code": "R01"}})),
+        as_bank_fact(money(p, "txn_r", "ach_return", -10000, 250)),
+        as_bank_fact(fact(p, "dishonored", "return", 10000)),
+        as_bank_fact(fact(p, "contested", "return", 10000, data={"failure": {"code": "R01"}})),
     ]
 
 
 def ach_returned_after_it_settled(p: str) -> list[Fact]:
     return [
-        at_bank(fact(p, "submitted", "entry")),
-        at_bank(fact(p, "processing", "entry")),
-        at_bank(money(p, "credit", "ach_credit", 10000)),
-        at_bank(fact(p, "captured", "entry", 10000)),
-        at_bank(fact(p, "returned", "return", 10000)),
-        at_bank(money(p, "txn_r", "ach_return", -10000, 250)),
+        as_bank_fact(fact(p, "submitted", "entry")),
+        as_bank_fact(fact(p, "processing", "entry")),
+        as_bank_fact(money(p, "credit", "ach_credit", 10000)),
+        as_bank_fact(fact(p, "captured", "entry", 10000)),
+        as_bank_fact(fact(p, "returned", "return", 10000)),
+        as_bank_fact(money(p, "txn_r", "ach_return", -10000, 250)),
     ]
 
 
 def ach_whose_return_was_dishonored(p: str) -> list[Fact]:
     return [
-        at_bank(money(p, "credit", "ach_credit", 10000)),
-        at_bank(fact(p, "captured", "entry", 10000)),
-        at_bank(fact(p, "returned", "return", 10000)),
-        at_bank(money(p, "txn_r", "ach_return", -10000, 250)),
-        at_bank(fact(p, "dishonored", "return", 10000)),
-        at_bank(money(p, "txn_d", "ach_return", 10000)),
+        as_bank_fact(money(p, "credit", "ach_credit", 10000)),
+        as_bank_fact(fact(p, "captured", "entry", 10000)),
+        as_bank_fact(fact(p, "returned", "return", 10000)),
+        as_bank_fact(money(p, "txn_r", "ach_return", -10000, 250)),
+        as_bank_fact(fact(p, "dishonored", "return", 10000)),
+        as_bank_fact(money(p, "txn_d", "ach_return", 10000)),
     ]
 
 
 HISTORIES: list[tuple[History, str, str, dict[str, int]]] = [
-    (three_d_secure, "automatic", "settled", {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320}),
+    (
+        three_d_secure,
+        "automatic",
+        "settled",
+        {"available": 9625, "provider_balance": 9680, "fee_revenue": 375, "provider_cost": 320},
+    ),
     (
         refund_before_settlement,
         "automatic",
         "partially_refunded",
-        {"avail": 7125, "stripe": 7180, "rev": 375, "cost": 320},
+        {"available": 7125, "provider_balance": 7180, "fee_revenue": 375, "provider_cost": 320},
     ),
     (
         refund_that_fails_late,
         "automatic",
         "partially_refunded",
-        {"avail": 6625, "refunding": 3000, "stripe": 9680, "rev": 375, "cost": 320},
+        {
+            "available": 6625,
+            "reserved_for_refunds": 3000,
+            "provider_balance": 9680,
+            "fee_revenue": 375,
+            "provider_cost": 320,
+        },
     ),
     (
         dispute_won,
         "automatic",
         "settled",
-        {"avail": 8125, "stripe": -1820, "network": 10000, "rev": 1875, "cost": 1820},
+        {
+            "available": 8125,
+            "provider_balance": -1820,
+            "withheld_by_network": 10000,
+            "fee_revenue": 1875,
+            "provider_cost": 1820,
+        },
     ),
     (
         dispute_lost_then_reinstated,
         "automatic",
         "confirmed",
-        {"due": 10000, "pend": 9625, "avail": -1500, "stripe": -1500, "rev": 1875, "cost": 1500},
+        {
+            "provider_receivable": 10000,
+            "pending": 9625,
+            "available": -1500,
+            "provider_balance": -1500,
+            "fee_revenue": 1875,
+            "provider_cost": 1500,
+        },
     ),
-    (failed_and_succeeded_after_all, "automatic", "settled", {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320}),
+    (
+        failed_and_succeeded_after_all,
+        "automatic",
+        "settled",
+        {"available": 9625, "provider_balance": 9680, "fee_revenue": 375, "provider_cost": 320},
+    ),
     (
         held_and_captured_in_part,
         "manual",
         "confirmed",
-        {"pend": 6727, "stripe": 6767, "rev": 273, "cost": 233},
+        {"pending": 6727, "provider_balance": 6767, "fee_revenue": 273, "provider_cost": 233},
     ),
-    (ach_returned_before_it_was_confirmed, "ach", "failed", {"bank": -250, "cost": 250}),
-    (ach_returned_after_it_settled, "ach", "reversed", {"avail": -375, "bank": -250, "rev": 375, "cost": 250}),
-    (ach_whose_return_was_dishonored, "ach", "settled", {"avail": 9625, "bank": 9750, "rev": 375, "cost": 250}),
+    (ach_returned_before_it_was_confirmed, "ach", "failed", {"bank": -250, "provider_cost": 250}),
+    (
+        ach_returned_after_it_settled,
+        "ach",
+        "reversed",
+        {"available": -375, "bank": -250, "fee_revenue": 375, "provider_cost": 250},
+    ),
+    (
+        ach_whose_return_was_dishonored,
+        "ach",
+        "settled",
+        {"available": 9625, "bank": 9750, "fee_revenue": 375, "provider_cost": 250},
+    ),
 ]
 
 
@@ -185,7 +224,7 @@ NAMES = [getattr(history, "__name__", "") for history, *_ in HISTORIES]
 
 
 @pytest.mark.parametrize(("history", "method", "end", "balances"), HISTORIES, ids=NAMES)
-def test_every_order_of_six_facts_ends_the_same(
+def test_every_order_of_six_facts_ends_in_the_same_state(
     conn: Connection, history: History, method: str, end: str, balances: dict[str, int]
 ) -> None:
     _, key_hash = add_merchant(conn)
@@ -237,7 +276,7 @@ def test_every_order_of_six_facts_ends_the_same(
 
 
 @pytest.mark.parametrize(("history", "method", "end", "balances"), HISTORIES, ids=NAMES)
-def test_all_facts_in_one_batch_are_no_different(
+def test_all_facts_in_one_batch_end_in_the_same_state(
     conn: Connection, history: History, method: str, end: str, balances: dict[str, int]
 ) -> None:
     _, key_hash = add_merchant(conn)
@@ -258,7 +297,7 @@ def test_a_step_that_must_have_happened_is_marked_implied(conn: Connection) -> N
     assert steps == [("initiated", False), ("submitting", True), ("provider_submitted", True), ("confirmed", False)]
 
 
-def test_authorized_is_never_walked_under_automatic_capture(conn: Connection) -> None:
+def test_automatic_capture_skips_authorized(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "authorized", "ch", 10000)])
@@ -280,7 +319,7 @@ def test_two_partial_refunds_are_two_steps(conn: Connection) -> None:
     ("stranger", "kind"),
     [({"currency": "eur"}, "currency"), ({"account": "acct_other"}, "account"), ({"livemode": True}, "livemode")],
 )
-def test_a_fact_of_another_currency_account_or_mode_makes_no_step_and_tells(
+def test_fact_of_another_currency_account_or_mode_makes_no_step_but_a_discrepancy(
     conn: Connection, stranger: dict[str, object], kind: str
 ) -> None:
     _, key_hash = add_merchant(conn)
@@ -291,7 +330,7 @@ def test_a_fact_of_another_currency_account_or_mode_makes_no_step_and_tells(
     assert told.fetchall() == [(kind, True)]
 
 
-def test_an_object_made_for_another_amount_is_told_of_and_never_confirmed(conn: Connection) -> None:
+def test_object_with_another_amount_is_a_discrepancy_and_never_confirmed(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     assert record(conn, [fact(payment_id, "submitted", "pi", 10001)]) == []
@@ -307,20 +346,25 @@ def test_another_amount_for_the_same_object_is_a_contradiction(conn: Connection)
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "captured", "ch", 10000)])
     record(conn, [fact(payment_id, "captured", "ch", 9000)])
-    assert ledger_of(conn, payment_id)["due"] == 10000
+    assert ledger_of(conn, payment_id)["provider_receivable"] == 10000
     told = conn.execute("select kind from surety.discrepancies").fetchall()
     assert told == [("amount",)]
 
 
-def test_more_than_was_asked_for_is_booked_and_the_excess_in_suspense(conn: Connection) -> None:
+def test_excess_amount_is_posted_to_suspense(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "captured", "ch", 10500)])
-    assert ledger_of(conn, payment_id) == {"due": 10500, "pend": 9625, "rev": 375, "suspense": 500}
+    assert ledger_of(conn, payment_id) == {
+        "provider_receivable": 10500,
+        "pending": 9625,
+        "fee_revenue": 375,
+        "suspense": 500,
+    }
     assert conn.execute("select kind from surety.discrepancies").fetchall() == [("amount",)]
 
 
-def test_a_decline_is_not_the_end_until_the_intent_is_called_off(conn: Connection) -> None:
+def test_decline_is_not_final_until_the_intent_is_canceled(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     declined = fact(payment_id, "attempt_failed", "pi", data={"failure": {"code": "card_declined"}})
@@ -331,7 +375,7 @@ def test_a_decline_is_not_the_end_until_the_intent_is_called_off(conn: Connectio
     assert failure == ({"code": "card_declined"},)
 
 
-def test_a_live_object_of_a_payment_that_ended_here_is_somebodys_business(conn: Connection) -> None:
+def test_live_object_of_a_finished_payment_is_a_discrepancy(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash, capture_method="manual")
     conn.execute(
@@ -359,36 +403,36 @@ def test_a_fact_finds_its_payment_by_object_intent_or_metadata(conn: Connection)
     assert {state_of(conn, payment_id) for payment_id in (by_object, by_intent, by_metadata)} == {"confirmed"}
 
 
-def test_a_fact_of_an_unknown_payment_waits_and_is_recorded_when_its_payment_appears(conn: Connection) -> None:
+def test_unmatched_fact_is_recorded_when_its_payment_appears(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     early = fact(None, "captured", "ch", 10000, intent="pi_late")
     record(conn, [early])
     record(conn, [early])
-    assert conn.execute("select count(*) from surety.parked_facts where ended_at is null").fetchone() == (1,)
+    assert conn.execute("select count(*) from surety.unmatched_facts where ended_at is null").fetchone() == (1,)
     record(conn, [fact(payment_id, "submitted", "pi") | {"object_id": "pi_late"}])
-    conn.execute("select surety.retry_parked()")
+    conn.execute("select surety.retry_unmatched_facts()")
     assert state_of(conn, payment_id) == "confirmed"
-    assert conn.execute("select ended_as from surety.parked_facts").fetchall() == [("attached",)]
+    assert conn.execute("select ended_as from surety.unmatched_facts").fetchall() == [("matched",)]
 
 
-def test_foreign_money_goes_to_suspense_after_a_quarter_of_an_hour(conn: Connection) -> None:
+def test_unmatched_money_goes_to_suspense_after_15_minutes(conn: Connection) -> None:
     conn.execute("update surety.environment set kind = 'test'")
     record(conn, [money(None, "txn_foreign", "charge", 5000, 175)])
-    conn.execute("select surety.retry_parked()")
+    conn.execute("select surety.retry_unmatched_facts()")
     assert ledger_of(conn) == {}
     conn.execute("insert into surety.clock (ahead) values ('16 minutes')")
-    conn.execute("select surety.retry_parked()")
-    conn.execute("select surety.retry_parked()")
-    assert ledger_of(conn) == {"stripe": 4825, "suspense": 4825}
+    conn.execute("select surety.retry_unmatched_facts()")
+    conn.execute("select surety.retry_unmatched_facts()")
+    assert ledger_of(conn) == {"provider_balance": 4825, "suspense": 4825}
     assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("foreign", False)]
 
 
-def test_lost_money_of_our_environment_is_critical(conn: Connection) -> None:
+def test_unmatched_money_of_this_environment_is_critical(conn: Connection) -> None:
     conn.execute("update surety.environment set kind = 'test'")
     row = conn.execute("select id from surety.environment").fetchone()
     assert row is not None
     record(conn, [fact(None, "captured", "ch", 10000, metadata_environment=row[0])])
     conn.execute("insert into surety.clock (ahead) values ('16 minutes')")
-    conn.execute("select surety.retry_parked()")
+    conn.execute("select surety.retry_unmatched_facts()")
     assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("missing_here", True)]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 from psycopg import errors
 
-from db.connect import Kind
+from db.connect import ProcessKind
 from tests.conftest import Connect
 from tests.support.grants import WRITTEN, read_grants
 from tests.support.payments import Connection, add_merchant, create, request
 
-RUNNING: list[Kind] = ["api", "webhook", "worker", "analyst", "auditor"]
+RUNNING: list[ProcessKind] = ["api", "webhook", "worker", "analyst", "auditor"]
 
 
-def test_the_grants_are_those_written_down(conn: Connection) -> None:
+def test_grants_match_the_committed_list(conn: Connection) -> None:
     assert read_grants(conn) == WRITTEN.read_text(), "python -m tests.support.grants writes them down anew"
 
 
@@ -32,13 +32,13 @@ def test_the_grants_are_those_written_down(conn: Connection) -> None:
         "insert into surety.clock (ahead) values ('1 day')",
     ],
 )
-def test_no_running_role_reaches_a_table(connect: Connect, kind: Kind, statement: str) -> None:
+def test_no_running_role_reaches_a_table(connect: Connect, kind: ProcessKind, statement: str) -> None:
     with pytest.raises(errors.InsufficientPrivilege):
         connect(kind).execute(statement.encode())
 
 
 @pytest.mark.parametrize("kind", ["webhook", "worker", "analyst", "auditor"])
-def test_only_the_api_accepts_payments(conn: Connection, connect: Connect, kind: Kind) -> None:
+def test_only_the_api_accepts_payments(conn: Connection, connect: Connect, kind: ProcessKind) -> None:
     _, key_hash = add_merchant(conn)
     assert create(connect("api"), [request(key_hash)])[0]["status"] == 201
     with pytest.raises(errors.InsufficientPrivilege):

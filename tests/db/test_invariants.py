@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.payments import Connection, add_merchant, at_bank, fact, money, pay, record, violations
+from tests.support.payments import Connection, add_merchant, as_bank_fact, fact, money, pay, record, violations
 
 REFUND = (
     "insert into surety.refunds (id, payment_id, merchant_id, amount_minor, currency, provider, provider_account,"
@@ -28,12 +28,13 @@ VIOLATIONS: dict[str, str] = {
     "every step has one audit entry": "delete from audit.entries where payment_id = %(p)s and version = 2",
     "every step has one event": "delete from outbox.events where aggregate_id = %(p)s and version = 2",
     "debits equal credits, per currency": (
-        "update ledger.transfers set debit_account = 'due:nobody:usd' where debit_account like 'due:%%'"
+        "update ledger.transfers set debit_account = 'provider_receivable:nobody:usd'"
+        " where debit_account like 'provider_receivable:%%'"
     ),
-    "every balance is the sum of its transfers": "delete from ledger.balances where account_id like 'avail:%%'",
+    "every balance is the sum of its transfers": "delete from ledger.balances where account_id like 'available:%%'",
     "every cause posted what its rule says": (
-        "update ledger.transfers set credit_account = replace(credit_account, 'pend:', 'avail:')"
-        " where debit_account like 'due:%%'"
+        "update ledger.transfers set credit_account = replace(credit_account, 'pending:', 'available:')"
+        " where debit_account like 'provider_receivable:%%'"
     ),
     "what is captured is owed to the merchant": (
         "delete from ledger.postings where payment_id = %(p)s and rule = 'captured'"
@@ -58,7 +59,7 @@ VIOLATIONS: dict[str, str] = {
     "what is reserved for refunds is on its way": f"{REFUND} 'pending' from surety.payments where id = %(p)s",
     "every dispute stands as its last fetch told": "update surety.disputes set status = 'won'",
     "every dispute has posted what its last fetch told": "delete from ledger.postings where rule = 'dispute_opened'",
-    "what disputes hold back is held": "delete from ledger.balances where account_id like 'held:%%'",
+    "what disputes hold back is held": "delete from ledger.balances where account_id like 'disputed:%%'",
     "what came back is taken from the merchant": "delete from ledger.postings where rule = 'return_ach'",
     "no payment has two live objects at the provider": (
         "with another as (insert into surety.provider_objects values ('stripe', '', 'ch_two', %(p)s))"
@@ -94,7 +95,7 @@ def payment_id(conn: Connection) -> str:
     """
     _, key_hash = add_merchant(conn)
     [returned] = pay(conn, key_hash, rail="ach")
-    record(conn, [at_bank(fact(returned, kind, kind, 10000)) for kind in ("captured", "returned")])
+    record(conn, [as_bank_fact(fact(returned, kind, kind, 10000)) for kind in ("captured", "returned")])
     failed, _, disputed, settled = pay(conn, key_hash, 4)
     record(conn, [fact(disputed, "captured", "ch", 10000), fact(disputed, "dispute_opened", "dp", 10000)])
     record(conn, [fact(failed, "failed", "pi", data={"failure": {"code": "card_declined"}})])

@@ -19,7 +19,7 @@ from tests.support.payments import (
     Connection,
     Fact,
     add_merchant,
-    at_bank,
+    as_bank_fact,
     fact,
     ledger_of,
     money,
@@ -72,26 +72,29 @@ def settled_in_dollars(p: str) -> list[Fact]:
 
 def by_bank(p: str) -> list[Fact]:
     """Fifty thousand cents of ACH: the bank credited and confirmed them."""
-    return [at_bank(money(p, "credit", "ach_credit", 50000)), at_bank(fact(p, "captured", "entry", 50000))]
+    return [as_bank_fact(money(p, "credit", "ach_credit", 50000)), as_bank_fact(fact(p, "captured", "entry", 50000))]
 
 
 def came_back(p: str, kind: str, amount: int, fee: int = 0) -> list[Fact]:
     """What the bank says of a return: its status, and the money."""
     return [
-        at_bank(fact(p, kind, "return", 50000)),
-        at_bank(money(p, f"txn_{kind}", "ach_return", amount, fee)),
+        as_bank_fact(fact(p, kind, "return", 50000)),
+        as_bank_fact(money(p, f"txn_{kind}", "ach_return", amount, fee)),
     ]
 
 
 HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
-    "1 a card payment settles": (settled, {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320}),
+    "1 a card payment settles": (
+        settled,
+        {"available": 9625, "provider_balance": 9680, "fee_revenue": 375, "provider_cost": 320},
+    ),
     "2 and is paid out": (
         lambda p: [*settled(p), payout(p, -9680), bank_line(p, 9680)],
-        {"avail": 9625, "bank": 9680, "rev": 375, "cost": 320},
+        {"available": 9625, "bank": 9680, "fee_revenue": 375, "provider_cost": 320},
     ),
     "2 and is on its way to the bank": (
         lambda p: [*settled(p), payout(p, -9680)],
-        {"avail": 9625, "transit": 9680, "rev": 375, "cost": 320},
+        {"available": 9625, "in_transit": 9680, "fee_revenue": 375, "provider_cost": 320},
     ),
     "3 and the payout fails after it was paid": (
         lambda p: [
@@ -101,15 +104,15 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             bank_line(p, -9680),
             payout(p, 9680, "payout_reversal"),
         ],
-        {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320},
+        {"available": 9625, "provider_balance": 9680, "fee_revenue": 375, "provider_cost": 320},
     ),
     "3 and the payout fails on its way": (
         lambda p: [*settled(p), payout(p, -9680), payout(p, 9680, "payout_reversal")],
-        {"avail": 9625, "stripe": 9680, "rev": 375, "cost": 320},
+        {"available": 9625, "provider_balance": 9680, "fee_revenue": 375, "provider_cost": 320},
     ),
     "4 a hold is captured in part": (
         lambda p: [fact(p, "authorized", "ch", 10000), *settled(p, 7000, 233)],
-        {"avail": 6727, "stripe": 6767, "rev": 273, "cost": 233},
+        {"available": 6727, "provider_balance": 6767, "fee_revenue": 273, "provider_cost": 233},
     ),
     "4 a hold is captured in part, told by two balance transactions": (
         lambda p: [
@@ -119,11 +122,11 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             fact(p, "available", "txn", 10000),
             fact(p, "available", "txn_u", -3000),
         ],
-        {"avail": 6727, "stripe": 6767, "rev": 273, "cost": 233},
+        {"available": 6727, "provider_balance": 6767, "fee_revenue": 273, "provider_cost": 233},
     ),
     "5 a refund before settlement": (
         lambda p: [*settled(p), fact(p, "refund_succeeded", "re", 2500), money(p, "txn_r", "refund", -2500)],
-        {"avail": 7125, "stripe": 7180, "rev": 375, "cost": 320},
+        {"available": 7125, "provider_balance": 7180, "fee_revenue": 375, "provider_cost": 320},
     ),
     "6 two refunds, the second fails late": (
         lambda p: [
@@ -135,7 +138,7 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             money(p, "txn_2", "refund", -7000),
             money(p, "txn_3", "refund_failure", 7000),
         ],
-        {"avail": 6625, "stripe": 6680, "rev": 375, "cost": 320},
+        {"available": 6625, "provider_balance": 6680, "fee_revenue": 375, "provider_cost": 320},
     ),
     "7 a dispute is open": (
         lambda p: [
@@ -143,7 +146,14 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             fact(p, "dispute_opened", "dp", 10000, revision=1),
             money(p, "txn_d", "dispute", -10000, 1500),
         ],
-        {"avail": -1875, "held": 10000, "network": 10000, "stripe": -1820, "rev": 1875, "cost": 1820},
+        {
+            "available": -1875,
+            "disputed": 10000,
+            "withheld_by_network": 10000,
+            "provider_balance": -1820,
+            "fee_revenue": 1875,
+            "provider_cost": 1820,
+        },
     ),
     "8 and won": (
         lambda p: [
@@ -153,7 +163,7 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             money(p, "txn_d", "dispute", -10000, 1500),
             money(p, "txn_w", "dispute_reversal", 10000),
         ],
-        {"avail": 8125, "stripe": 8180, "rev": 1875, "cost": 1820},
+        {"available": 8125, "provider_balance": 8180, "fee_revenue": 1875, "provider_cost": 1820},
     ),
     "9 or lost": (
         lambda p: [
@@ -162,7 +172,7 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             fact(p, "dispute_lost", "dp", 10000, revision=2),
             money(p, "txn_d", "dispute", -10000, 1500),
         ],
-        {"avail": -1875, "stripe": -1820, "rev": 1875, "cost": 1820},
+        {"available": -1875, "provider_balance": -1820, "fee_revenue": 1875, "provider_cost": 1820},
     ),
     "9 and reinstated": (
         lambda p: [
@@ -173,7 +183,7 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             money(p, "txn_d", "dispute", -10000, 1500),
             money(p, "txn_w", "dispute_reversal", 10000),
         ],
-        {"avail": 8125, "stripe": 8180, "rev": 1875, "cost": 1820},
+        {"available": 8125, "provider_balance": 8180, "fee_revenue": 1875, "provider_cost": 1820},
     ),
     "10 a refund, and a dispute of the rest is lost": (
         lambda p: [
@@ -184,7 +194,7 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             fact(p, "dispute_lost", "dp", 7000, revision=2),
             money(p, "txn_d", "dispute", -7000, 1500),
         ],
-        {"avail": -1875, "stripe": -1820, "rev": 1875, "cost": 1820},
+        {"available": -1875, "provider_balance": -1820, "fee_revenue": 1875, "provider_cost": 1820},
     ),
     "a lost dispute is appealed": (
         lambda p: [
@@ -193,7 +203,14 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             fact(p, "dispute_opened", "dp", 10000, revision=2),
             money(p, "txn_d", "dispute", -10000, 1500),
         ],
-        {"avail": -1875, "held": 10000, "network": 10000, "stripe": -1820, "rev": 1875, "cost": 1820},
+        {
+            "available": -1875,
+            "disputed": 10000,
+            "withheld_by_network": 10000,
+            "provider_balance": -1820,
+            "fee_revenue": 1875,
+            "provider_cost": 1820,
+        },
     ),
     "a part of a dispute is won": (
         lambda p: [
@@ -203,33 +220,33 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             money(p, "txn_d", "dispute", -10000, 1500),
             money(p, "txn_w", "dispute_reversal", 4000),
         ],
-        {"avail": 2125, "stripe": 2180, "rev": 1875, "cost": 1820},
+        {"available": 2125, "provider_balance": 2180, "fee_revenue": 1875, "provider_cost": 1820},
     ),
     "what the provider and a bank take for themselves, hold back and don't explain": (
         lambda p: [
             money(None, f"fee_{p[-12:]}", "fee", -200),
             money(None, f"reserve_{p[-12:]}", "risk_reserved_funds", -1000),
             money(p, "odd", "a_category_of_tomorrow", -30),
-            at_bank(money(None, f"bank_fee_{p[-12:]}", "fee", -5)),
+            as_bank_fact(money(None, f"bank_fee_{p[-12:]}", "fee", -5)),
         ],
-        {"stripe": -1230, "cost": 205, "reserved": 1000, "suspense": -30, "bank": -5},
+        {"provider_balance": -1230, "provider_cost": 205, "reserved": 1000, "suspense": -30, "bank": -5},
     ),
     "11 ACH comes back before it is confirmed": (
         lambda p: [
-            at_bank(fact(p, "processing", "entry")),
-            at_bank(money(p, "credit", "ach_credit", 50000)),
+            as_bank_fact(fact(p, "processing", "entry")),
+            as_bank_fact(money(p, "credit", "ach_credit", 50000)),
             *came_back(p, "returned", -50000, 250),
         ],
-        {"bank": -250, "cost": 250},
+        {"bank": -250, "provider_cost": 250},
     ),
-    "12 ACH settles": (by_bank, {"avail": 49500, "bank": 50000, "rev": 500}),
+    "12 ACH settles": (by_bank, {"available": 49500, "bank": 50000, "fee_revenue": 500}),
     "12 ACH comes back after it settled": (
         lambda p: [*by_bank(p), *came_back(p, "returned", -50000, 250)],
-        {"avail": -500, "bank": -250, "rev": 500, "cost": 250},
+        {"available": -500, "bank": -250, "fee_revenue": 500, "provider_cost": 250},
     ),
     "12 ACH, the return is dishonored": (
         lambda p: [*by_bank(p), *came_back(p, "returned", -50000, 250), *came_back(p, "dishonored", 50000)],
-        {"avail": 49500, "bank": 49750, "rev": 500, "cost": 250},
+        {"available": 49500, "bank": 49750, "fee_revenue": 500, "provider_cost": 250},
     ),
     "12 ACH, the dishonored return is contested": (
         lambda p: [
@@ -238,29 +255,29 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             *came_back(p, "dishonored", 50000),
             *came_back(p, "contested", -50000),
         ],
-        {"avail": -500, "bank": -250, "rev": 500, "cost": 250},
+        {"available": -500, "bank": -250, "fee_revenue": 500, "provider_cost": 250},
     ),
     "ACH is refunded by the bank": (
         lambda p: [
             *by_bank(p),
-            at_bank(fact(p, "refund_succeeded", "re", 20000)),
-            at_bank(money(p, "txn_r", "refund", -20000, 25)),
+            as_bank_fact(fact(p, "refund_succeeded", "re", 20000)),
+            as_bank_fact(money(p, "txn_r", "refund", -20000, 25)),
         ],
-        {"avail": 29500, "bank": 29975, "rev": 500, "cost": 25},
+        {"available": 29500, "bank": 29975, "fee_revenue": 500, "provider_cost": 25},
     ),
     "ACH, and the bank books what nobody explains": (
-        lambda p: [*by_bank(p), at_bank(money(p, "odd", "a_category_of_tomorrow", 700))],
-        {"avail": 49500, "bank": 50700, "rev": 500, "suspense": 700},
+        lambda p: [*by_bank(p), as_bank_fact(money(p, "odd", "a_category_of_tomorrow", 700))],
+        {"available": 49500, "bank": 50700, "fee_revenue": 500, "suspense": 700},
     ),
     "ACH is refunded by the bank, and the refund comes back": (
         lambda p: [
             *by_bank(p),
-            at_bank(fact(p, "refund_succeeded", "re", 20000)),
-            at_bank(fact(p, "refund_failed", "re", 20000)),
-            at_bank(money(p, "txn_r", "refund", -20000, 25)),
-            at_bank(money(p, "txn_f", "refund_failure", 20000)),
+            as_bank_fact(fact(p, "refund_succeeded", "re", 20000)),
+            as_bank_fact(fact(p, "refund_failed", "re", 20000)),
+            as_bank_fact(money(p, "txn_r", "refund", -20000, 25)),
+            as_bank_fact(money(p, "txn_f", "refund_failure", 20000)),
         ],
-        {"avail": 49500, "bank": 49975, "rev": 500, "cost": 25},
+        {"available": 49500, "bank": 49975, "fee_revenue": 500, "provider_cost": 25},
     ),
     "ACH at Stripe fails before it is confirmed": (
         lambda p: [
@@ -268,7 +285,7 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             fact(p, "returned", "txn_f", 50000),
             money(p, "txn_f", "charge_failure", -50000, 400),
         ],
-        {"stripe": -900, "cost": 900},
+        {"provider_balance": -900, "provider_cost": 900},
     ),
     "ACH at Stripe fails after it settled": (
         lambda p: [
@@ -276,11 +293,18 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             fact(p, "returned", "txn_f", 50000),
             money(p, "txn_f", "charge_failure", -50000, 400),
         ],
-        {"avail": -500, "stripe": -900, "rev": 500, "cost": 900},
+        {"available": -500, "provider_balance": -900, "fee_revenue": 500, "provider_cost": 900},
     ),
     "13 euros arrive as dollars": (
         settled_in_dollars,
-        {"rev eur": 375, "fx eur": -375, "avail": 10443, "stripe": 10505, "cost": 345, "fx": 407},
+        {
+            "fee_revenue eur": 375,
+            "currency_exchange eur": -375,
+            "available": 10443,
+            "provider_balance": 10505,
+            "provider_cost": 345,
+            "currency_exchange": 407,
+        },
     ),
     "13 euros of a hold are captured in part and arrive as dollars, told by two balance transactions": (
         lambda p: [
@@ -290,7 +314,14 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             fact(p, "available", "txn", 10850),
             fact(p, "available", "txn_u", -3255),
         ],
-        {"rev eur": 273, "fx eur": -273, "avail": 7299, "stripe": 7595 - 251, "cost": 251, "fx": 7595 - 7299},
+        {
+            "fee_revenue eur": 273,
+            "currency_exchange eur": -273,
+            "available": 7299,
+            "provider_balance": 7595 - 251,
+            "provider_cost": 251,
+            "currency_exchange": 7595 - 7299,
+        },
     ),
     "14 euros are refunded when a dollar is worth less": (
         lambda p: [
@@ -298,7 +329,14 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             fact(p, "refund_succeeded", "re", 2500, currency="eur"),
             exchanged(p, "txn_r", "refund", -2750, other=-2500, rate="1.1"),
         ],
-        {"rev eur": 375, "fx eur": -375, "avail": 10443 - 2750, "stripe": 10505 - 2750, "cost": 345, "fx": 407},
+        {
+            "fee_revenue eur": 375,
+            "currency_exchange eur": -375,
+            "available": 10443 - 2750,
+            "provider_balance": 10505 - 2750,
+            "provider_cost": 345,
+            "currency_exchange": 407,
+        },
     ),
     "14 euros are refunded, and the refund comes back": (
         lambda p: [
@@ -308,7 +346,14 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             exchanged(p, "txn_r", "refund", -11000, other=-10000, rate="1.1"),
             exchanged(p, "txn_f", "refund_failure", 10900, other=10000, rate="1.09"),
         ],
-        {"rev eur": 375, "fx eur": -375, "avail": 10443 - 100, "stripe": 10505 - 100, "cost": 345, "fx": 407},
+        {
+            "fee_revenue eur": 375,
+            "currency_exchange eur": -375,
+            "available": 10443 - 100,
+            "provider_balance": 10505 - 100,
+            "provider_cost": 345,
+            "currency_exchange": 407,
+        },
     ),
     "15 euros are disputed": (
         lambda p: [
@@ -317,15 +362,15 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             exchanged(p, "txn_d", "dispute", -11000, 1500, other=-10000, rate="1.1"),
         ],
         {
-            "rev eur": 375,
-            "fx eur": -375,
-            "held eur": 10000,
-            "network eur": 10000,
-            "avail": 10443 - 11000 - 1500,
-            "stripe": 10505 - 11000 - 1500,
-            "rev": 1500,
-            "cost": 345 + 1500,
-            "fx": 407,
+            "fee_revenue eur": 375,
+            "currency_exchange eur": -375,
+            "disputed eur": 10000,
+            "withheld_by_network eur": 10000,
+            "available": 10443 - 11000 - 1500,
+            "provider_balance": 10505 - 11000 - 1500,
+            "fee_revenue": 1500,
+            "provider_cost": 345 + 1500,
+            "currency_exchange": 407,
         },
     ),
     "15 euros are disputed, and it is lost": (
@@ -336,13 +381,13 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             exchanged(p, "txn_d", "dispute", -11000, 1500, other=-10000, rate="1.1"),
         ],
         {
-            "rev eur": 375,
-            "fx eur": -375,
-            "avail": 10443 - 11000 - 1500,
-            "stripe": 10505 - 11000 - 1500,
-            "rev": 1500,
-            "cost": 345 + 1500,
-            "fx": 407,
+            "fee_revenue eur": 375,
+            "currency_exchange eur": -375,
+            "available": 10443 - 11000 - 1500,
+            "provider_balance": 10505 - 11000 - 1500,
+            "fee_revenue": 1500,
+            "provider_cost": 345 + 1500,
+            "currency_exchange": 407,
         },
     ),
     "15 euros are disputed, and it is won": (
@@ -354,13 +399,13 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             exchanged(p, "txn_w", "dispute_reversal", 10900, other=10000, rate="1.09"),
         ],
         {
-            "rev eur": 375,
-            "fx eur": -375,
-            "avail": 10443 - 11000 - 1500 + 10900,
-            "stripe": 10505 - 11000 - 1500 + 10900,
-            "rev": 1500,
-            "cost": 345 + 1500,
-            "fx": 407,
+            "fee_revenue eur": 375,
+            "currency_exchange eur": -375,
+            "available": 10443 - 11000 - 1500 + 10900,
+            "provider_balance": 10505 - 11000 - 1500 + 10900,
+            "fee_revenue": 1500,
+            "provider_cost": 345 + 1500,
+            "currency_exchange": 407,
         },
     ),
 }
@@ -380,7 +425,7 @@ def begin(conn: Connection, key_hash: bytes, history: str, count: int = 1) -> li
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_a_history_ends_with_its_balances_in_every_order_of_its_facts(conn: Connection, history: str) -> None:
+def test_balances_are_independent_of_fact_order(conn: Connection, history: str) -> None:
     tell, balances = HISTORIES[history]
     _, key_hash = add_merchant(conn)
     if "ACH" in history:
@@ -397,7 +442,7 @@ def test_a_history_ends_with_its_balances_in_every_order_of_its_facts(conn: Conn
     assert not violations(conn)
 
 
-def test_every_rule_is_one_that_a_history_tries(conn: Connection) -> None:
+def test_every_ledger_rule_is_covered_by_a_history(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     for history, (tell, _) in HISTORIES.items():
         [payment_id] = begin(conn, key_hash, history)
@@ -430,7 +475,7 @@ def test_a_transfer_can_be_neither_unbalanced_nor_empty_nor_circular(conn: Conne
         assert refusal in str(error.value.diag.constraint_name)
 
 
-def test_a_cause_posts_once(conn: Connection) -> None:
+def test_each_cause_posts_once(conn: Connection) -> None:
     merchant, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     record(conn, settled(payment_id))
@@ -445,20 +490,20 @@ def test_a_cause_posts_once(conn: Connection) -> None:
         " null, null, null, null)::ledger.entry], now())",
         {"p": payment_id, "m": merchant},
     )
-    assert ledger_of(conn)["due"] == before.get("due", 0) + 5
+    assert ledger_of(conn)["provider_receivable"] == before.get("provider_receivable", 0) + 5
 
 
-def test_every_kind_of_account_and_every_rule_is_one_of_the_chart(conn: Connection) -> None:
+def test_account_kinds_and_rules_match_the_chart_of_accounts(conn: Connection) -> None:
     unruled = conn.execute(
         "select distinct p.rule from ledger.postings as p left join ledger.rules as r on r.cause = p.rule"
         " where r.cause is null"
     )
     assert unruled.fetchall() == []
     kept = conn.execute("select array_agg(kind order by kind) from ledger.account_kinds where keeps_balance").fetchone()
-    assert kept == (["avail", "held", "pend", "refunding"],)
+    assert kept == (["available", "disputed", "pending", "reserved_for_refunds"],)
 
 
-def test_an_unknown_category_leaves_no_money_unbooked(conn: Connection) -> None:
+def test_money_of_an_unknown_category_is_posted(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     record(conn, [*settled(payment_id), money(payment_id, "txn_odd", "a_category_of_tomorrow", -120)])

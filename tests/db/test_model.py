@@ -59,11 +59,11 @@ class Refund:
     def __init__(self, id: str | None, amount: int, *told: str) -> None:
         self.id = id
         self.amount = amount
-        self.told = {"pending", *told}
+        self.facts = {"pending", *told}
 
     @property
     def state(self) -> str:
-        return max(self.told, key=REFUND_KINDS.index)
+        return max(self.facts, key=REFUND_KINDS.index)
 
     @property
     def stands(self) -> bool:
@@ -78,16 +78,16 @@ class Payment:
         self.amount = amount
         self.reference = reference
         self.is_manual = is_manual
-        self.told: dict[str, int] = {}
+        self.facts: dict[str, int] = {}
         """Amounts, as they were told first."""
         self.ended_as: str | None = None
         self.capturing: int | None = None
-        self.is_called_off = False
+        self.is_cancel_requested = False
         self.refunds: list[Refund] = []
 
     @property
     def captured(self) -> int:
-        return self.told.get("captured", 0)
+        return self.facts.get("captured", 0)
 
     @property
     def refunded(self) -> int:
@@ -100,7 +100,7 @@ class Payment:
 
     @property
     def is_settled(self) -> bool:
-        return "available" in self.told and 0 < self.captured == self.told.get("money")
+        return "available" in self.facts and 0 < self.captured == self.facts.get("money")
 
     @property
     def fee(self) -> int:
@@ -114,13 +114,13 @@ class Payment:
             return "settled" if self.is_settled else "confirmed"
         if self.ended_as:
             return self.ended_as
-        if self.capturing or "processing" in self.told:
+        if self.capturing or "processing" in self.facts:
             return "processing"
-        if self.is_manual and "authorized" in self.told:
+        if self.is_manual and "authorized" in self.facts:
             return "authorized"
-        if "action" in self.told:
+        if "action" in self.facts:
             return "requires_action"
-        return "provider_submitted" if self.told else "initiated"
+        return "provider_submitted" if self.facts else "initiated"
 
     def refunds_that_are(self, state: str) -> int:
         return sum(refund.amount for refund in self.refunds if refund.state == state)
@@ -163,16 +163,16 @@ class Model:
         if payment.reference is not None:
             self.references[payment.reference] = payment.id
 
-    def told(self, payment: Payment, amounts: dict[str, int]) -> None:
-        if "refund" in amounts and "refund" not in payment.told:
+    def apply_facts(self, payment: Payment, amounts: dict[str, int]) -> None:
+        if "refund" in amounts and "refund" not in payment.facts:
             payment.refunds.append(Refund(None, amounts["refund"], "succeeded"))
-        payment.told = amounts | payment.told
+        payment.facts = amounts | payment.facts
         if payment.captured:
             if payment.ended_as and payment.reference is not None:
                 self.references.setdefault(payment.reference, payment.id)
             payment.ended_as = None
         elif payment.ended_as is None:
-            self.end(payment, next((kind for kind in ("failed", "canceled") if kind in payment.told), None))
+            self.end(payment, next((kind for kind in ("failed", "canceled") if kind in payment.facts), None))
 
     def end(self, payment: Payment, state: str | None) -> None:
         payment.ended_as = state
@@ -185,11 +185,11 @@ class Model:
             return 200
         if payment.state not in {"provider_submitted", "requires_action", "authorized"}:
             return 409
-        payment.is_called_off = True
+        payment.is_cancel_requested = True
         return 202
 
     def expect_capture(self, payment: Payment, amount: int | None) -> int:
-        if payment.state != "authorized" or payment.is_called_off:
+        if payment.state != "authorized" or payment.is_cancel_requested:
             return 409
         if amount is not None and amount > payment.amount:
             return 400
@@ -240,13 +240,13 @@ class Merchant(RuleBasedStateMachine):
     @initialize(targets=(payments, held), amount=AMOUNTS)
     def hold(self, amount: int) -> Any:
         payment = self.create("held", amount, None, is_manual=True)
-        self.hear(payment, ["submitted", "authorized"])
+        self.apply_facts(payment, ["submitted", "authorized"])
         return payment
 
     @initialize(targets=(payments, charged), amount=AMOUNTS)
     def charge(self, amount: int) -> Any:
         payment = self.create("charged", amount, None, is_manual=False)
-        self.hear(payment, ["submitted", "captured"])
+        self.apply_facts(payment, ["submitted", "captured"])
         return payment
 
     @rule(
@@ -274,12 +274,12 @@ class Merchant(RuleBasedStateMachine):
         return multiple()
 
     @rule(payment=payments, kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=5))
-    def hear(self, payment: Payment, kinds: list[str]) -> None:
+    def apply_facts(self, payment: Payment, kinds: list[str]) -> None:
         taken = payment.captured or payment.capturing or payment.amount
         whole = {"authorized": payment.amount, "refund": payment.amount // 3}
         amounts = {kind: whole.get(kind, taken) for kind in kinds}
         record(self.conn, [tell(payment, kind, amounts[kind]) for kind in kinds])
-        self.model.told(payment, amounts)
+        self.model.apply_facts(payment, amounts)
 
     @rule(payment=payments)
     def cancel(self, payment: Payment) -> None:
@@ -298,10 +298,10 @@ class Merchant(RuleBasedStateMachine):
         if not payment.capturing or payment.captured:
             return multiple()
         if is_taken:
-            self.hear(payment, ["captured"])
+            self.apply_facts(payment, ["captured"])
             return payment
         refused = [{"payment_id": payment.id, "operation": "capture", "outcome": "refused", "refused": {}}]
-        self.conn.execute("select surety.record_outcomes('worker:test', %s)", (json.dumps(refused),))
+        self.conn.execute("select surety.record_call_results('worker:test', %s)", (json.dumps(refused),))
         payment.capturing = None
         return multiple()
 
@@ -318,14 +318,14 @@ class Merchant(RuleBasedStateMachine):
         return payment, refund
 
     @rule(asked=refunds, kinds=st.lists(st.sampled_from(REFUND_KINDS), min_size=1, max_size=3))
-    def hear_of_a_refund(self, asked: tuple[Payment, Refund], kinds: list[str]) -> None:
+    def apply_refund_facts(self, asked: tuple[Payment, Refund], kinds: list[str]) -> None:
         payment, refund = asked
         id, data = f"re_{refund.id}", {"refund": refund.id}
         record(self.conn, [fact(payment.id, f"refund_{kind}", id, refund.amount, data=data) for kind in kinds])
-        refund.told.update(kinds)
+        refund.facts.update(kinds)
 
     @invariant()
-    def each_payment_is_what_the_model_says(self) -> None:
+    def payments_match_the_model(self) -> None:
         for payment in self.model.payments.values():
             shown = self.ask("api.get_payment(%s, %s)", payment.id)
             assert {
@@ -343,12 +343,12 @@ class Merchant(RuleBasedStateMachine):
                     assert (shown["state"], shown["amount"]) == (refund.state, refund.amount)
 
     @invariant()
-    def the_balance_follows(self) -> None:
+    def balance_matches_the_model(self) -> None:
         shown = self.ask("api.get_balance(%s)")["data"] or [{"currency": "usd"} | dict.fromkeys(self.model.balance, 0)]
         assert shown == [{"currency": "usd"} | self.model.balance]
 
     @invariant()
-    def the_list_has_them_all(self) -> None:
+    def list_is_complete(self) -> None:
         shown = self.ask("api.list_payments(%s, null, null, null, null, null, 100, null)")
         assert [one["id"] for one in shown["data"]] == sorted(self.model.payments, reverse=True)
 
@@ -386,7 +386,7 @@ def merchant(conn: Connection) -> type[Merchant]:
     return Merchant
 
 
-def test_the_functions_do_what_the_model_says(merchant: type[Merchant]) -> None:
+def test_sql_functions_match_the_model(merchant: type[Merchant]) -> None:
     run_state_machine_as_test(
         merchant,
         settings=settings(

@@ -37,7 +37,7 @@ def patient(conn: Connection) -> Connection:
 
 
 def emit(conn: Connection, name: str = "whk_test") -> str:
-    row = conn.execute("select outbox.emit('webhook', %s, %s, '{}', null, null)", (name, TYPE)).fetchone()
+    row = conn.execute("select outbox.emit_event('webhook', %s, %s, '{}', null, null)", (name, TYPE)).fetchone()
     assert row is not None
     return str(row[0])
 
@@ -63,12 +63,12 @@ def call(conn: Connection, function: str, *values: Any) -> Any:
 
 
 def finish(conn: Connection, batch: Claim, event_ids: list[str] | None = None) -> bool:
-    return bool(call(conn, "outbox.finish", *batch[:2], batch[2] if event_ids is None else event_ids))
+    return bool(call(conn, "outbox.complete_events", *batch[:2], batch[2] if event_ids is None else event_ids))
 
 
 def fail(conn: Connection, batch: Claim, *event_ids: str) -> bool:
     told = json.dumps([{"event_id": event_id, "error": "it did not work"} for event_id in event_ids])
-    return bool(call(conn, "outbox.fail", *batch[:2], told))
+    return bool(call(conn, "outbox.fail_events", *batch[:2], told))
 
 
 def die(conn: Connection, batch: Claim) -> None:
@@ -82,7 +82,7 @@ def dead(conn: Connection) -> list[tuple[str, str, int]]:
     return conn.execute(query).fetchall()
 
 
-def test_no_event_is_missed_and_none_taken_twice_in_whatever_order_transactions_commit(
+def test_every_event_is_claimed_once_in_any_commit_order(
     patient: Connection, connections: Connections, server: str
 ) -> None:
     writers = [connections() for _ in range(4)]
@@ -107,7 +107,7 @@ def test_no_event_is_missed_and_none_taken_twice_in_whatever_order_transactions_
         other_database.rollback()
 
 
-def test_a_rolled_back_transaction_leaves_nothing_to_take(patient: Connection, connections: Connections) -> None:
+def test_rolled_back_transaction_leaves_no_event(patient: Connection, connections: Connections) -> None:
     writer, late = connections(), connections()
     emit(late)
     emit(writer)
@@ -120,7 +120,7 @@ def test_a_rolled_back_transaction_leaves_nothing_to_take(patient: Connection, c
     assert claim(patient) is None
 
 
-def test_what_is_finished_leaves_the_batch_and_the_rest_stays_leased(patient: Connection) -> None:
+def test_finished_events_leave_the_batch_and_the_rest_stays_leased(patient: Connection) -> None:
     first, second, third = sorted(emit(patient) for _ in range(3))
     batch = claimed(patient)
     assert finish(patient, batch, [first, third])
@@ -130,7 +130,7 @@ def test_what_is_finished_leaves_the_batch_and_the_rest_stays_leased(patient: Co
     assert patient.execute("select count(*) from outbox.batches").fetchone() == (0,)
 
 
-def test_a_lost_lease_can_not_complete_but_does_record(conn: Connection) -> None:
+def test_lost_lease_cannot_complete_events_but_records_results(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     lost = claimed(conn, handler="submit")
@@ -149,7 +149,7 @@ def test_a_lost_lease_can_not_complete_but_does_record(conn: Connection) -> None
             "facts": [fact(payment_id, "submitted", "pi", 10000, source="response")],
         }
     ]
-    query = "select is_held, event_types from surety.record_results(%s, %s, 'worker:slow', %s)"
+    query = "select is_held, event_types from surety.record_event_results(%s, %s, 'worker:slow', %s)"
     answer = conn.execute(query, (*lost[:2], json.dumps(results))).fetchone()
     assert answer == (False, ["payment.provider_submitted"])
     state = conn.execute("select state, provider_id is not null from surety.payments").fetchone()
@@ -160,13 +160,13 @@ def test_a_lost_lease_can_not_complete_but_does_record(conn: Connection) -> None
     assert conn.execute("select event_ids from outbox.batches").fetchone() == (held[2],)
     assert not finish(conn, lost)
     assert not fail(conn, lost, *lost[2])
-    assert not call(conn, "outbox.release", *lost[:2], lost[2], "0 s", "stopped")
-    assert not call(conn, "outbox.renew", *lost[:2])
+    assert not call(conn, "outbox.release_events", *lost[:2], lost[2], "0 s", "stopped")
+    assert not call(conn, "outbox.renew_lease", *lost[:2])
     assert conn.execute("select * from surety.begin_calls(%s, %s, 'create', 'w')", lost[:2]).fetchall() == []
     assert finish(conn, held)
 
 
-@pytest.mark.parametrize("effect", ["expect_settlement", "close_settled"])
+@pytest.mark.parametrize("effect", ["open_settlement_expectation", "close_settlement_expectation"])
 def test_effects_in_the_database_say_when_the_lease_is_lost(conn: Connection, effect: str) -> None:
     lost = claimed(emit_for(conn, "settle"), handler="settle")
     die(conn, lost)
@@ -176,7 +176,7 @@ def test_effects_in_the_database_say_when_the_lease_is_lost(conn: Connection, ef
 
 def emit_for(conn: Connection, handler: str) -> Connection:
     """An event of the type that a handler wants, about no payment."""
-    query = "select outbox.emit('payment', 'pay_test', event_types[1], '{}', null, 1) from outbox.handlers"
+    query = "select outbox.emit_event('payment', 'pay_test', event_types[1], '{}', null, 1) from outbox.handlers"
     conn.execute(query + " where handler = %s", (handler,))
     return conn
 
@@ -200,7 +200,7 @@ def test_three_failures_make_a_dead_letter_and_two_do_not(patient: Connection) -
     ]
 
 
-def test_a_retry_that_works_forgets_its_failures(patient: Connection) -> None:
+def test_successful_retry_clears_its_failures(patient: Connection) -> None:
     event = emit(patient)
     assert fail(patient, claimed(patient), event)
     assert finish(patient, claimed(patient))
@@ -208,7 +208,7 @@ def test_a_retry_that_works_forgets_its_failures(patient: Connection) -> None:
     assert claim(patient) is None
 
 
-def test_failures_wait_longer_each_time_give_or_take_a_fifth(conn: Connection) -> None:
+def test_retry_delays_grow_with_jitter(conn: Connection) -> None:
     event = emit(conn)
     waits = []
     for _ in range(2):
@@ -222,7 +222,7 @@ def test_failures_wait_longer_each_time_give_or_take_a_fifth(conn: Connection) -
     assert 47.9 <= waits[1] <= 72.0
 
 
-def test_what_killed_three_workers_is_dead_and_its_neighbours_are_unharmed(patient: Connection) -> None:
+def test_event_that_killed_three_workers_is_dead_lettered_alone(patient: Connection) -> None:
     poison, one, other = (emit(patient) for _ in range(3))
     die(patient, claimed(patient))
     finished = set()
@@ -240,7 +240,7 @@ def test_what_killed_three_workers_is_dead_and_its_neighbours_are_unharmed(patie
     assert dead(patient) == [(poison, "its worker died 3 times", 3)]
 
 
-def test_one_that_saw_two_workers_die_runs_while_no_other_suspect_does(patient: Connection) -> None:
+def test_suspects_run_one_at_a_time(patient: Connection) -> None:
     events = {emit(patient), emit(patient)}
     die(patient, claimed(patient))
     first, second = claimed(patient), claimed(patient)
@@ -254,17 +254,17 @@ def test_one_that_saw_two_workers_die_runs_while_no_other_suspect_does(patient: 
     assert {*claimed(patient)[2], *alone[2]} == events
 
 
-def test_what_is_given_back_is_not_counted_and_its_record_stays_short(patient: Connection) -> None:
+def test_returned_event_is_not_counted_as_failed(patient: Connection) -> None:
     event = emit(patient)
     for _ in range(25):
         batch = claimed(patient)
-        assert call(patient, "outbox.release", *batch[:2], [event], "0 s", "the provider is busy")
-    row = patient.execute("select failures, kills, jsonb_array_length(attempts) from outbox.retries").fetchone()
+        assert call(patient, "outbox.release_events", *batch[:2], [event], "0 s", "the provider is busy")
+    row = patient.execute("select failures, worker_deaths, jsonb_array_length(attempts) from outbox.retries").fetchone()
     assert row == (0, 0, 20)
     assert finish(patient, claimed(patient))
 
 
-def test_so_many_batches_of_a_handler_at_once_and_no_more(patient: Connection) -> None:
+def test_concurrent_batches_per_handler_are_limited(patient: Connection) -> None:
     for _ in range(9):
         emit(patient)
     assert claim(patient) is not None
@@ -272,7 +272,7 @@ def test_so_many_batches_of_a_handler_at_once_and_no_more(patient: Connection) -
     assert claim(patient) is None
 
 
-def test_slow_rests_of_batches_keep_no_others_waiting(patient: Connection) -> None:
+def test_slow_remainders_of_batches_block_no_new_batches(patient: Connection) -> None:
     patient.execute("update outbox.handlers set batch_size = 10 where handler = %s", (HANDLER,))
     for _ in range(30):
         emit(patient)
@@ -284,7 +284,7 @@ def test_slow_rests_of_batches_keep_no_others_waiting(patient: Connection) -> No
     assert len(claimed(patient)[2]) == 10
 
 
-def test_a_paused_handler_takes_nothing_and_misses_nothing(patient: Connection) -> None:
+def test_paused_handler_claims_nothing_and_misses_nothing(patient: Connection) -> None:
     patient.execute("update outbox.handlers set paused_at = now() where handler = %s", (HANDLER,))
     event = emit(patient)
     assert claim(patient) is None
@@ -293,35 +293,35 @@ def test_a_paused_handler_takes_nothing_and_misses_nothing(patient: Connection) 
     assert claimed(patient)[2] == [event]
 
 
-def test_a_kick_wakes_each_handler_once_until_it_has_begun(conn: Connection) -> None:
-    assert call(conn, "outbox.kick", ["submit", "apply"]) == 2
-    assert call(conn, "outbox.kick", ["submit", "apply"]) == 0
+def test_wakeup_schedules_each_handler_once_until_it_starts(conn: Connection) -> None:
+    assert call(conn, "outbox.schedule_handlers", ["submit", "apply"]) == 2
+    assert call(conn, "outbox.schedule_handlers", ["submit", "apply"]) == 0
     conn.execute("set search_path = procrastinate")
     conn.execute("update procrastinate_jobs set status = 'doing' where args ->> 'handler' = 'submit'")
-    assert call(conn, "outbox.kick", ["submit", "apply"]) == 1
+    assert call(conn, "outbox.schedule_handlers", ["submit", "apply"]) == 1
 
 
-def test_the_tick_wakes_who_has_due_work(patient: Connection) -> None:
-    assert call(patient, "outbox.kick_due") is None
+def test_periodic_check_schedules_handlers_with_due_work(patient: Connection) -> None:
+    assert call(patient, "outbox.schedule_due_handlers") is None
     event = emit(patient)
-    assert call(patient, "outbox.kick_due") == [HANDLER]
+    assert call(patient, "outbox.schedule_due_handlers") == [HANDLER]
     batch = claimed(patient)
-    assert call(patient, "outbox.kick_due") is None
+    assert call(patient, "outbox.schedule_due_handlers") is None
     die(patient, batch)
-    assert call(patient, "outbox.kick_due") == [HANDLER]
+    assert call(patient, "outbox.schedule_due_handlers") == [HANDLER]
     assert finish(patient, claimed(patient), [event])
 
 
-def test_the_tick_wakes_nobody_for_what_others_want_until_there_is_much_of_it(patient: Connection) -> None:
+def test_periodic_check_skips_idle_handlers_until_many_events_passed(patient: Connection) -> None:
     for _ in range(99):
         emit(patient)
-    assert call(patient, "outbox.kick_due") == [HANDLER]
+    assert call(patient, "outbox.schedule_due_handlers") == [HANDLER]
     emit(patient)
-    others = [name for name in call(patient, "outbox.kick_due") if name != HANDLER]
+    others = [name for name in call(patient, "outbox.schedule_due_handlers") if name != HANDLER]
     assert others
     for name in others:
         assert claim(patient, handler=name) is None
-    assert call(patient, "outbox.kick_due") == [HANDLER]
+    assert call(patient, "outbox.schedule_due_handlers") == [HANDLER]
 
 
 def is_last(conn: Connection) -> bool:
@@ -333,7 +333,7 @@ def is_last(conn: Connection) -> bool:
     return bool(is_last)
 
 
-def test_a_claim_tells_whether_more_was_due(patient: Connection) -> None:
+def test_claim_reports_whether_more_events_are_due(patient: Connection) -> None:
     emit(patient)
     assert is_last(patient)
     for _ in range(4):
@@ -351,7 +351,7 @@ def test_a_claim_tells_whether_more_was_due(patient: Connection) -> None:
     assert claim(patient) is None
 
 
-def test_a_worker_from_before_still_claims(patient: Connection) -> None:
+def test_older_worker_version_can_still_claim(patient: Connection) -> None:
     event = emit(patient)
     [(event_ids,)] = patient.execute("select event_ids from outbox.claim(%s, 'w')", (HANDLER,)).fetchall()
     assert event_ids == [event]
@@ -359,8 +359,8 @@ def test_a_worker_from_before_still_claims(patient: Connection) -> None:
 
 def test_a_claim_reads_a_few_pages_beside_a_hundred_thousand_past_events(patient: Connection) -> None:
     patient.execute(
-        "insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, epoch)"
-        " select surety.new_id('evt', now()), 'webhook', 'whk_past', %s, '{}', outbox.epoch()"
+        "insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, generation)"
+        " select surety.new_id('evt', now()), 'webhook', 'whk_past', %s, '{}', outbox.current_restore_generation()"
         " from generate_series(1, 100000)",
         (TYPE,),
     )

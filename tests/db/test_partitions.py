@@ -91,23 +91,23 @@ def test_partitions_are_made_beside_traffic_by_several_at_once(conn: Connection,
     assert not violations(conn)
 
 
-def test_a_partition_is_past_only_when_nobody_needs_its_events(conn: Connection) -> None:
+def test_partition_is_removable_only_when_its_events_are_not_needed(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     pay(conn, key_hash, 3)
     month = partitions(conn, "outbox.events")[0]
     move_clock(conn, "70 days")
 
     def past() -> list[str]:
-        return [row[0] for row in conn.execute("select partition from surety.past_partitions('1 month')")]
+        return [row[0] for row in conn.execute("select partition from surety.detachable_partitions('1 month')")]
 
     assert month not in past(), "submit has not seen its events"
     row = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('submit', 'test')").fetchone()
     assert row is not None
     assert month not in past(), "they are in a batch"
-    conn.execute("select outbox.finish(%s, %s, %s)", row)
+    conn.execute("select outbox.complete_events(%s, %s, %s)", row)
     assert month in past()
     statement = conn.execute(
-        "select detach from surety.past_partitions('1 month') where partition = %s", (month,)
+        "select detach from surety.detachable_partitions('1 month') where partition = %s", (month,)
     ).fetchone()
     assert statement is not None
     conn.execute(statement[0].encode())

@@ -14,7 +14,7 @@ CORE = ("test_states.py", "test_facts.py", "test_ledger.py", "test_races.py", "t
 
 
 @pytest.mark.skipif(not POSTGRESQL_15.is_dir(), reason="PostgreSQL 15 is not installed here")
-def test_the_core_is_the_same_on_postgresql_15() -> None:
+def test_core_behaves_the_same_on_postgresql_15() -> None:
     folder = Path(__file__).parent
     inherited = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
     done = subprocess.run(

@@ -61,9 +61,7 @@ def captured(p: str, **fields: object) -> Fact:
 
 
 @pytest.mark.parametrize("first", ["webhook", "answer"])
-def test_the_webhook_before_the_answer_and_the_answer_before_the_webhook_end_alike(
-    conn: Connection, two: Two, first: str
-) -> None:
+def test_webhook_and_response_end_the_same_in_either_order(conn: Connection, two: Two, first: str) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     one, other = two
@@ -73,7 +71,7 @@ def test_the_webhook_before_the_answer_and_the_answer_before_the_webhook_end_ali
     else:
         at_once(conn, two, lambda: record(one, answer), lambda: record(other, webhook))
     assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "confirmed"]
-    assert ledger_of(conn, payment_id) == {"due": 10000, "pend": 9625, "rev": 375}
+    assert ledger_of(conn, payment_id) == {"provider_receivable": 10000, "pending": 9625, "fee_revenue": 375}
     assert not violations(conn)
 
 
@@ -103,10 +101,10 @@ def test_the_same_fact_from_two_workers_at_once_counts_once(conn: Connection, tw
         lambda: record(other, [captured(payment_id, source="poll")]),
     )
     assert path_of(conn, payment_id).count("confirmed") == 1
-    assert ledger_of(conn, payment_id) == {"due": 10000, "pend": 9625, "rev": 375}
+    assert ledger_of(conn, payment_id) == {"provider_receivable": 10000, "pending": 9625, "fee_revenue": 375}
 
 
-CROSSINGS: dict[str, tuple[Callable[[str], Fact], Callable[[str], Fact], str]] = {
+RACES: dict[str, tuple[Callable[[str], Fact], Callable[[str], Fact], str]] = {
     "a refund crosses the capture": (captured, lambda p: fact(p, "refund_succeeded", "re", 4000), "partially_refunded"),
     "a cancel crosses the capture": (captured, lambda p: fact(p, "canceled", "pi"), "confirmed"),
     "a refund crosses a dispute": (
@@ -122,10 +120,12 @@ CROSSINGS: dict[str, tuple[Callable[[str], Fact], Callable[[str], Fact], str]] =
 }
 
 
-@pytest.mark.parametrize("crossing", CROSSINGS)
+@pytest.mark.parametrize("crossing", RACES)
 @pytest.mark.parametrize("is_swapped", [False, True], ids=["one first", "other first"])
-def test_what_crosses_ends_alike_in_both_orders(conn: Connection, two: Two, crossing: str, is_swapped: bool) -> None:
-    tell_one, tell_other, end = CROSSINGS[crossing]
+def test_concurrent_changes_end_the_same_in_both_orders(
+    conn: Connection, two: Two, crossing: str, is_swapped: bool
+) -> None:
+    tell_one, tell_other, end = RACES[crossing]
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     record(conn, [submitted(payment_id)])

@@ -14,7 +14,7 @@ import pytest
 from psycopg import errors
 
 from tests.db.test_races import Two, at_once
-from tests.support.http_client import Merchant, broken, problem, service
+from tests.support.http_client import Merchant, broken_rules, problem, running_server
 from tests.support.payments import (
     Connection,
     Fact,
@@ -27,14 +27,14 @@ from tests.support.payments import (
     record,
     violations,
 )
-from tests.support.sandbox_process import Sandbox, running_sandbox
-from tests.support.workers import UNTIL_DUE, due, hasten, work_off, worker_here
+from tests.support.sandbox_process import SandboxProcess, running_sandbox
+from tests.support.workers import NO_AUTOMATIC_RETRY, due, in_process_worker, run_until_idle, shorten_delays
 
 PIPELINE = ("submit", "confirm", "refund")
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     with running_sandbox(tmp_path_factory.mktemp("refunds"), "--hang-seconds=1", "--slow-seconds=0.1") as sandbox:
         yield sandbox
 
@@ -51,7 +51,7 @@ def ask(conn: Connection, key: bytes, payment_id: str, amount: int | None = None
     return command(conn, "create_refund", key, payment_id=payment_id, amount=amount, **more)
 
 
-def told(payment_id: str, refund_id: str, kind: str, amount: int, object_id: str = "re") -> Fact:
+def refund_fact(payment_id: str, refund_id: str, kind: str, amount: int, object_id: str = "re") -> Fact:
     """What the provider says of a refund of ours."""
     return fact(payment_id, kind, object_id, amount, data={"refund": refund_id})
 
@@ -69,7 +69,7 @@ def states(conn: Connection, payment_id: str) -> list[tuple[str, int]]:
     return conn.execute(query, (payment_id,)).fetchall()
 
 
-def test_what_is_asked_for_is_reserved_at_once(conn: Connection) -> None:
+def test_refund_reserves_its_amount_at_once(conn: Connection) -> None:
     merchant, key = add_merchant(conn)
     payment_id = captured(conn, key)
     outcome = ask(conn, key, payment_id, 2500, reason="duplicate", metadata={"why": "twice"})
@@ -78,13 +78,19 @@ def test_what_is_asked_for_is_reserved_at_once(conn: Connection) -> None:
     assert (shown["state"], shown["amount"], shown["payment"]) == ("pending", 2500, payment_id)
     assert (shown["reason"], shown["metadata"]) == ("duplicate", {"why": "twice"})
     assert amounts(conn, payment_id) == ("confirmed", 0, 2500)
-    assert ledger_of(conn, payment_id) == {"due": 10000, "pend": 9625, "rev": 375, "avail": -2500, "refunding": 2500}
+    assert ledger_of(conn, payment_id) == {
+        "provider_receivable": 10000,
+        "pending": 9625,
+        "fee_revenue": 375,
+        "available": -2500,
+        "reserved_for_refunds": 2500,
+    }
     events = conn.execute("select type, merchant_id from outbox.events where aggregate_id = %s", (shown["id"],))
     assert events.fetchall() == [("refund.pending", merchant)]
     assert not violations(conn)
 
 
-def test_refunds_stay_within_what_was_captured(conn: Connection) -> None:
+def test_refund_beyond_capture_is_refused(conn: Connection) -> None:
     _, key = add_merchant(conn)
     captured(conn, key)
     payment_id = captured(conn, key)
@@ -98,7 +104,7 @@ def test_refunds_stay_within_what_was_captured(conn: Connection) -> None:
 
 
 @pytest.mark.parametrize("state", ["initiated", "authorized", "disputed", "failed"])
-def test_what_was_not_captured_or_is_disputed_is_not_refunded(conn: Connection, state: str) -> None:
+def test_uncaptured_or_disputed_payment_is_not_refunded(conn: Connection, state: str) -> None:
     _, key = add_merchant(conn)
     captured(conn, key)
     [payment_id] = pay(conn, key, capture_method="manual")
@@ -114,7 +120,7 @@ def test_what_was_not_captured_or_is_disputed_is_not_refunded(conn: Connection, 
     assert (outcome["status"], outcome["problem"], outcome["detail"]["state"]) == (409, "wrong-state", state)
 
 
-def test_a_refund_must_be_covered_by_what_the_merchant_is_owed(conn: Connection) -> None:
+def test_refund_must_be_covered_by_the_merchant_balance(conn: Connection) -> None:
     """But who has one payment only can give all of it back, our fee notwithstanding."""
     _, key = add_merchant(conn)
     first, second = captured(conn, key), captured(conn, key)
@@ -139,7 +145,7 @@ def arrived_in_dollars(conn: Connection, key: bytes, cents: int, rate: str) -> s
 
 # 0.7351 * 9625 is 7075.3, and 7075 / 0.7351 is 9624.5: back and forth loses a cent.
 @pytest.mark.parametrize(("cents", "rate"), [(10850, "1.085"), (7351, "0.7351"), (6700, "0.67")])
-def test_what_arrived_in_another_currency_can_be_given_back_by_who_has_nothing_else(
+def test_payment_settled_in_another_currency_can_be_refunded_from_its_own_proceeds(
     conn: Connection, cents: int, rate: str
 ) -> None:
     _, key = add_merchant(conn)
@@ -150,7 +156,7 @@ def test_what_arrived_in_another_currency_can_be_given_back_by_who_has_nothing_e
     assert not violations(conn)
 
 
-def test_a_refund_of_what_was_exchanged_must_be_covered_in_both_currencies_together(conn: Connection) -> None:
+def test_refund_of_exchanged_money_must_be_covered_by_both_currencies_together(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = arrived_in_dollars(conn, key, 10850, "1.085")
     another = arrived_in_dollars(conn, key, 10850, "1.085")
@@ -159,7 +165,7 @@ def test_a_refund_of_what_was_exchanged_must_be_covered_in_both_currencies_toget
     assert (refused["status"], refused["problem"]) == (409, "balance-too-low")
     assert refused["detail"] == {"needed": 9626, "balance": 9249, "currency": "eur"}
     assert ask(conn, key, payment_id, 9625)["status"] == 201
-    assert ledger_of(conn)["avail eur"] == -19625
+    assert ledger_of(conn)["available eur"] == -19625
     assert not violations(conn)
 
 
@@ -172,7 +178,7 @@ def test_dollars_of_other_payments_cover_a_refund_in_euros_only_where_it_was_exc
     assert ask(conn, key, in_euros)["problem"] == "balance-too-low"
 
 
-def test_the_same_key_brings_the_same_refund(conn: Connection) -> None:
+def test_same_key_gets_the_same_refund(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
     first = ask(conn, key, payment_id, 2500, idempotency_key="mine")
@@ -181,7 +187,7 @@ def test_the_same_key_brings_the_same_refund(conn: Connection) -> None:
     assert states(conn, payment_id) == [("pending", 2500)]
 
 
-def test_what_is_told_of_a_refund_in_every_order_ends_alike(conn: Connection) -> None:
+def test_refund_ends_the_same_in_every_order_of_facts(conn: Connection) -> None:
     _, key = add_merchant(conn)
     for _ in range(3):
         captured(conn, key)
@@ -193,7 +199,7 @@ def test_what_is_told_of_a_refund_in_every_order_ends_alike(conn: Connection) ->
     for payment_id in payments:
         refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
         kinds = ("refund_pending", "refund_action", "refund_succeeded", "refund_failed")
-        facts.append([told(payment_id, refund_id, kind, 2500) for kind in kinds])
+        facts.append([refund_fact(payment_id, refund_id, kind, 2500) for kind in kinds])
         facts[-1].append(money(payment_id, "txn", "refund", -2500))
     for place in range(5):
         record(conn, [facts[n][order[place]] for n, order in enumerate(orders)])
@@ -205,24 +211,26 @@ def test_what_is_told_of_a_refund_in_every_order_ends_alike(conn: Connection) ->
     assert not violations(conn)
 
 
-def test_a_refund_that_fails_late_is_given_back_and_may_be_asked_for_again(conn: Connection) -> None:
+def test_late_failed_refund_is_credited_back_and_may_be_repeated(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
     refund_id = ask(conn, key, payment_id)["body"]["id"]
-    record(conn, [told(payment_id, refund_id, "refund_succeeded", 10000), money(payment_id, "t1", "refund", -10000)])
+    record(
+        conn, [refund_fact(payment_id, refund_id, "refund_succeeded", 10000), money(payment_id, "t1", "refund", -10000)]
+    )
     assert amounts(conn, payment_id) == ("refunded", 10000, 0)
-    failed = told(payment_id, refund_id, "refund_failed", 10000)
+    failed = refund_fact(payment_id, refund_id, "refund_failed", 10000)
     failed["data"]["failure"] = {"code": "lost_or_stolen_card"}
     record(conn, [failed, money(payment_id, "t2", "refund_failure", 10000)])
     assert amounts(conn, payment_id) == ("confirmed", 0, 0)
     row = conn.execute("select state, failure ->> 'code' from surety.refunds").fetchone()
     assert row == ("failed", "lost_or_stolen_card")
-    assert ledger_of(conn, payment_id) == {"due": 10000, "pend": 9625, "rev": 375}
+    assert ledger_of(conn, payment_id) == {"provider_receivable": 10000, "pending": 9625, "fee_revenue": 375}
     assert ask(conn, key, payment_id)["status"] == 201
     assert not violations(conn)
 
 
-def test_a_refund_made_at_the_provider_gets_its_row(conn: Connection) -> None:
+def test_refund_made_at_the_provider_is_recorded(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
     record(conn, [fact(payment_id, "refund_succeeded", "re", 3000), money(payment_id, "txn", "refund", -3000)])
@@ -233,26 +241,28 @@ def test_a_refund_made_at_the_provider_gets_its_row(conn: Connection) -> None:
     assert not violations(conn)
 
 
-def test_more_than_was_captured_given_back_outside_is_booked_and_told(conn: Connection) -> None:
+def test_external_refund_beyond_capture_is_posted_and_a_discrepancy(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
     for name in ("a", "b"):
         record(conn, [fact(payment_id, "refund_succeeded", f"re_{name}", 6000)])
         record(conn, [money(payment_id, f"txn_{name}", "refund", -6000)])
     assert amounts(conn, payment_id) == ("refunded", 10000, 0)
-    assert ledger_of(conn, payment_id)["avail"] == -12000
+    assert ledger_of(conn, payment_id)["available"] == -12000
     assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("amount", True)]
     assert not violations(conn)
 
 
-def test_another_amount_than_was_asked_for_is_booked_as_it_is(conn: Connection) -> None:
+def test_refund_with_another_amount_is_posted_with_its_real_amount(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
     refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
-    record(conn, [told(payment_id, refund_id, "refund_succeeded", 2600), money(payment_id, "txn", "refund", -2600)])
+    record(
+        conn, [refund_fact(payment_id, refund_id, "refund_succeeded", 2600), money(payment_id, "txn", "refund", -2600)]
+    )
     assert states(conn, payment_id) == [("succeeded", 2600)]
-    assert ledger_of(conn, payment_id)["avail"] == -2600
-    assert "refunding" not in ledger_of(conn, payment_id)
+    assert ledger_of(conn, payment_id)["available"] == -2600
+    assert "reserved_for_refunds" not in ledger_of(conn, payment_id)
     assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("amount", True)]
     assert not violations(conn)
 
@@ -261,24 +271,34 @@ def test_a_second_object_for_one_refund_is_a_refund_of_its_own_and_critical(conn
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
     refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
-    record(conn, [told(payment_id, refund_id, "refund_succeeded", 2500, "re_1")])
-    record(conn, [told(payment_id, refund_id, "refund_succeeded", 2500, "re_2")])
+    record(conn, [refund_fact(payment_id, refund_id, "refund_succeeded", 2500, "re_1")])
+    record(conn, [refund_fact(payment_id, refund_id, "refund_succeeded", 2500, "re_2")])
     assert amounts(conn, payment_id) == ("partially_refunded", 5000, 0)
     assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("duplicate", True)]
     assert not violations(conn)
 
 
-def test_two_captures_of_one_payment_pay_the_merchant_once(conn: Connection) -> None:
+def test_two_captures_of_one_payment_credit_the_merchant_once(conn: Connection) -> None:
     _, key = add_merchant(conn)
     for order in ((0, 1), (1, 0)):
         [payment_id] = pay(conn, key)
         facts = [fact(payment_id, "captured", "ch_1", 7000), fact(payment_id, "captured", "ch_2", 10000)]
         for place in order:
             record(conn, [facts[place]])
-        assert ledger_of(conn, payment_id) == {"due": 17000, "pend": 9625, "rev": 375, "suspense": 7000}
+        assert ledger_of(conn, payment_id) == {
+            "provider_receivable": 17000,
+            "pending": 9625,
+            "fee_revenue": 375,
+            "suspense": 7000,
+        }
     together = pay(conn, key)[0]
     record(conn, [fact(together, "captured", "ch_1", 7000), fact(together, "captured", "ch_2", 10000)])
-    assert ledger_of(conn, together) == {"due": 17000, "pend": 9625, "rev": 375, "suspense": 7000}
+    assert ledger_of(conn, together) == {
+        "provider_receivable": 17000,
+        "pending": 9625,
+        "fee_revenue": 375,
+        "suspense": 7000,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- races
@@ -335,7 +355,7 @@ OTHERS: dict[str, tuple[list[Callable[[str], Fact]], Callable[[str], Fact], Any,
 
 @pytest.mark.parametrize("first", ["refund", "other"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_refund_crosses_what_the_network_does(conn: Connection, two: Two, name: str, first: str) -> None:
+def test_refund_races_with_network_events(conn: Connection, two: Two, name: str, first: str) -> None:
     before, crossing, problem_second, problem_first = OTHERS[name]
     _, key = add_merchant(conn)
     for _ in range(2):
@@ -360,7 +380,7 @@ def test_a_refund_crosses_what_the_network_does(conn: Connection, two: Two, name
     assert not violations(conn)
 
 
-def test_the_answer_to_a_refund_is_lost_and_asked_for_again_at_once(conn: Connection, two: Two) -> None:
+def test_refund_with_a_lost_response_is_retried_at_once(conn: Connection, two: Two) -> None:
     """The client hangs up and repeats while the first is not committed: one refund, one answer."""
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
@@ -438,20 +458,20 @@ def test_a_refunds_state_cannot_be_set_beside_its_steps(conn: Connection) -> Non
 # ------------------------------------------------------------------------------------------------- at the provider
 
 
-def made(sandbox: Sandbox, payment_id: str) -> list[dict[str, Any]]:
+def made(sandbox: SandboxProcess, payment_id: str) -> list[dict[str, Any]]:
     """The refunds of a payment by the sandbox's own memory."""
     page = sandbox.get("/v1/refunds", {"limit": 100})["data"]
     return [refund for refund in page if refund["metadata"].get("surety_payment") == payment_id]
 
 
-async def test_a_refund_is_made_at_the_provider(conn: Connection, database: str, sandbox: Sandbox) -> None:
-    hasten(conn, UNTIL_DUE)
+async def test_a_refund_is_made_at_the_provider(conn: Connection, database: str, sandbox: SandboxProcess) -> None:
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key)
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, *PIPELINE)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, *PIPELINE)
         assert ask(conn, key, payment_id, 2500, reason="requested_by_customer")["status"] == 201
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     [refund] = made(sandbox, payment_id)
     assert (refund["amount"], refund["reason"]) == (2500, "requested_by_customer")
     assert amounts(conn, payment_id) == ("partially_refunded", 2500, 0)
@@ -462,43 +482,43 @@ async def test_a_refund_is_made_at_the_provider(conn: Connection, database: str,
 @pytest.mark.parametrize(
     "fault", ["timeout_before", "timeout_after", "error_500_before", "error_500_after", "reset", "garbage_200"]
 )
-async def test_a_refund_whose_answer_is_lost_is_made_once(
-    conn: Connection, database: str, sandbox: Sandbox, fault: str
+async def test_refund_with_a_lost_response_is_made_once(
+    conn: Connection, database: str, sandbox: SandboxProcess, fault: str
 ) -> None:
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key)
-    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
-        await work_off(worker, *PIPELINE)
+    async with in_process_worker(database, sandbox.url, timeout_seconds=0.5) as worker:
+        await run_until_idle(worker, *PIPELINE)
         refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
         sandbox.order("refunds.create", fault, match=refund_id)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
         assert amounts(conn, payment_id)[1:] == (0, 2500), "it is reserved while nobody knows"
         due(conn)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     assert len(made(sandbox, payment_id)) == 1
     assert states(conn, payment_id) == [("succeeded", 2500)]
     assert not violations(conn)
 
 
 async def test_a_refund_that_the_provider_refuses_has_failed_and_reserves_nothing(
-    conn: Connection, database: str, sandbox: Sandbox
+    conn: Connection, database: str, sandbox: SandboxProcess
 ) -> None:
     """Somebody has refunded it in the provider's dashboard, and that news is still on its way."""
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key)
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, *PIPELINE)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, *PIPELINE)
         row = conn.execute("select provider_id from surety.payments").fetchone()
         assert row is not None
         sandbox.post("/v1/refunds", {"payment_intent": row[0]}, key="dashboard")
         assert ask(conn, key, payment_id, 2500)["status"] == 201
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     refund = conn.execute("select state, failure ->> 'code' from surety.refunds").fetchall()
     assert refund == [("failed", "charge_already_refunded")]
     assert amounts(conn, payment_id)[1:] == (0, 0)
-    assert "refunding" not in ledger_of(conn, payment_id)
+    assert "reserved_for_refunds" not in ledger_of(conn, payment_id)
     assert not violations(conn)
 
 
@@ -507,13 +527,13 @@ async def test_a_refund_that_the_provider_refuses_has_failed_and_reserves_nothin
 
 @pytest.fixture
 def merchant(conn: Connection, database: str) -> Iterator[Merchant]:
-    with service("api", database) as api:
+    with running_server("api", database) as api:
         merchant = Merchant(conn, api.url)
         with merchant.client:
             yield merchant
 
 
-def test_the_api_takes_shows_and_lists_refunds(conn: Connection, merchant: Merchant) -> None:
+def test_api_creates_shows_and_lists_refunds(conn: Connection, merchant: Merchant) -> None:
     payment = merchant.pay(amount=10000)
     record(conn, [fact(payment["id"], "submitted", "pi", 10000), fact(payment["id"], "captured", "ch", 10000)])
     path = f"/v1/payments/{payment['id']}/refunds"
@@ -535,10 +555,10 @@ def test_the_api_takes_shows_and_lists_refunds(conn: Connection, merchant: Merch
     problem(merchant.client.get(f"/v1/refunds/ref_{32 * '0'}"), 404, "not-found")
     problem(merchant.client.post(path, json={}, headers={"Idempotency-Key": "c"}), 409, "wrong-state")
     answer = merchant.client.post(path, json={"reason": "boredom", "amount": 1.5}, headers={"Idempotency-Key": "d"})
-    assert broken(answer) == {("/reason", "one_of"), ("/amount", "type")}
+    assert broken_rules(answer) == {("/reason", "one_of"), ("/amount", "type")}
 
 
-def test_a_strangers_refunds_do_not_exist(conn: Connection, merchant: Merchant) -> None:
+def test_refunds_of_another_merchant_do_not_exist(conn: Connection, merchant: Merchant) -> None:
     _, key = add_merchant(conn)
     refund_id = ask(conn, key, captured(conn, key), 100)["body"]["id"]
     problem(merchant.client.get(f"/v1/refunds/{refund_id}"), 404, "not-found")

@@ -11,7 +11,7 @@ import pytest
 
 from db.connect import harden
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer, binaries, temporary_database
+from db.embedded import EmbeddedServer, find_binaries, temporary_database
 from tests.support.payments import Connection, add_merchant, create, pay, request, violations
 
 
@@ -22,7 +22,7 @@ def claim_all(conn: Connection, handler: str) -> list[str]:
         "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'test')", (handler,)
     ).fetchone():
         taken += row[2]
-        conn.execute("select outbox.finish(%s, %s, %s)", row)
+        conn.execute("select outbox.complete_events(%s, %s, %s)", row)
     return taken
 
 
@@ -33,7 +33,7 @@ def events_of(conn: Connection, event_type: str) -> list[str]:
 def copy(source: str, target: str, folder: Path) -> None:
     """Dump and restore, as an operator would."""
     dump = folder / "surety.dump"
-    programs = binaries()
+    programs = find_binaries()
     subprocess.run([programs["pg_dump"], "--format=custom", f"--file={dump}", source], check=True)
     subprocess.run([programs["pg_restore"], "--exit-on-error", f"--dbname={target}", dump], check=True)
 
@@ -48,7 +48,7 @@ def elsewhere() -> Iterator[str]:
             yield url
 
 
-def test_a_restored_database_accepts_and_claims_nothing_until_it_has_a_new_epoch_and_then_misses_no_event(
+def test_a_restored_database_is_refused_until_a_new_restore_generation_and_misses_no_event(
     database: str, conn: Connection, elsewhere: str, tmp_path: Path
 ) -> None:
     _, key_hash = add_merchant(conn)
@@ -56,7 +56,7 @@ def test_a_restored_database_accepts_and_claims_nothing_until_it_has_a_new_epoch
     conn.execute("update outbox.handlers set batch_size = 10")
     row = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('submit', 'test')").fetchone()
     assert row is not None
-    conn.execute("select outbox.finish(%s, %s, %s)", row)
+    conn.execute("select outbox.complete_events(%s, %s, %s)", row)
     done = set(row[2])
     held = conn.execute("select event_ids from outbox.claim_batch('submit', 'a worker that dies')").fetchone()
     assert held is not None and len(held[0]) == 10
@@ -71,8 +71,8 @@ def test_a_restored_database_accepts_and_claims_nothing_until_it_has_a_new_epoch
                 refused()
             assert refusal.value.sqlstate == "SU005"
 
-        assert restored.execute("select outbox.restored('a test')").fetchone() == (2,)
-        assert restored.execute("select outbox.restored('again')").fetchone() == (2,)
+        assert restored.execute("select outbox.begin_restore_generation('a test')").fetchone() == (2,)
+        assert restored.execute("select outbox.begin_restore_generation('again')").fetchone() == (2,)
         pay(restored, key_hash, 5)
         taken = claim_all(restored, "submit")
         assert sorted(taken) == sorted(set(events_of(restored, "payment.initiated")) - done)
@@ -81,7 +81,7 @@ def test_a_restored_database_accepts_and_claims_nothing_until_it_has_a_new_epoch
         assert violations(restored) == {"no payment is forgotten": len(taken) + len(done)}
 
 
-def test_a_restored_databases_other_handlers_are_given_what_they_had_not_seen(
+def test_other_handlers_of_a_restored_database_receive_unseen_events(
     database: str, conn: Connection, elsewhere: str, tmp_path: Path
 ) -> None:
     _, key_hash = add_merchant(conn)
@@ -99,6 +99,6 @@ def test_a_restored_databases_other_handlers_are_given_what_they_had_not_seen(
     claim_all(conn, "submit")
     copy(database, elsewhere, tmp_path)
     with psycopg.connect(harden(elsewhere, "deploy"), autocommit=True) as restored:
-        restored.execute("select outbox.restored('a test')")
+        restored.execute("select outbox.begin_restore_generation('a test')")
         assert claim_all(restored, "submit") == []
         assert sorted(claim_all(restored, "confirm")) == events_of(restored, "payment.provider_submitted")

@@ -7,14 +7,14 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from db.connect import TIMEOUTS, Kind, connect_async, conninfo, harden
+from db.connect import TIMEOUTS, ProcessKind, connect_async, conninfo, harden
 from db.connect import connect as connect_as
 from db.errors import SettingsError
-from db.settings import Provider, Secret, Settings, load
+from db.settings import ProviderEndpoint, Secret, Settings, load_settings
 from tests.conftest import Connect
 
 URL = "postgresql://someone:secret@db.example:6432/surety"
-KINDS: tuple[Kind, ...] = ("api", "webhook", "worker", "analyst", "auditor")
+KINDS: tuple[ProcessKind, ...] = ("api", "webhook", "worker", "analyst", "auditor")
 
 
 @pytest.mark.parametrize(
@@ -28,55 +28,57 @@ KINDS: tuple[Kind, ...] = ("api", "webhook", "worker", "analyst", "auditor")
 )
 def test_a_wrong_variable_is_named(environment: dict[str, str], complaint: str) -> None:
     with pytest.raises(SettingsError) as error:
-        load(environment)
+        load_settings(environment)
     assert complaint in str(error.value)
     assert "secret" not in str(error.value)
 
 
 def test_a_missing_variable_is_named() -> None:
     with pytest.raises(SettingsError, match="DATABASE_URL is not set"):
-        load({}).require("database_url")
+        load_settings({}).require("database_url")
 
 
-def test_variables_of_others_and_empty_ones_are_nobodys_business() -> None:
-    assert load({"HOME": "/", "STRIPE_CLI": "x", "SURETY_API_PORT": ""}) == Settings()
+def test_foreign_and_empty_variables_are_ignored() -> None:
+    assert load_settings({"HOME": "/", "STRIPE_CLI": "x", "SURETY_API_PORT": ""}) == Settings()
 
 
-def test_text_becomes_what_the_setting_is() -> None:
-    assert load({"SURETY_API_PORT": "9000"}).surety_api_port == 9000
+def test_text_is_converted_to_the_type_of_the_setting() -> None:
+    assert load_settings({"SURETY_API_PORT": "9000"}).surety_api_port == 9000
 
 
-def test_secrets_never_show_themselves() -> None:
-    settings = load({"DATABASE_URL": URL, "STRIPE_API_KEY": "sk_secret", "STRIPE_WEBHOOK_SECRET": "whsec_secret"})
+def test_secrets_are_never_printed() -> None:
+    settings = load_settings(
+        {"DATABASE_URL": URL, "STRIPE_API_KEY": "sk_secret", "STRIPE_WEBHOOK_SECRET": "whsec_secret"}
+    )
     for shown in (repr(settings), str(settings), f"{settings.stripe_api_key}", repr(msgspec.structs.asdict(settings))):
         assert "secret" not in shown.replace("stripe_webhook_secret", "")
 
 
 def test_several_webhook_secrets_can_be_active() -> None:
-    assert load({"STRIPE_WEBHOOK_SECRET": "a, b,"}).webhook_secrets == (Secret("a"), Secret("b"))
+    assert load_settings({"STRIPE_WEBHOOK_SECRET": "a, b,"}).webhook_secrets == (Secret("a"), Secret("b"))
 
 
 @pytest.mark.parametrize("given", [{}, {"STRIPE_WEBHOOK_SECRET": " , "}])
 def test_a_receiver_without_a_secret_refuses_to_start(given: dict[str, str]) -> None:
     with pytest.raises(SettingsError, match="STRIPE_WEBHOOK_SECRET"):
-        _ = load(given).webhook_secrets
+        _ = load_settings(given).webhook_secrets
 
 
 def test_a_worker_with_neither_sandbox_nor_key_refuses_to_start() -> None:
     with pytest.raises(SettingsError, match="STRIPE_API_KEY, or SURETY_SANDBOX_URL"):
-        _ = load({}).provider
+        _ = load_settings({}).provider
 
 
-def test_the_sandbox_is_asked_only_if_it_is_named_and_never_gets_a_live_key() -> None:
+def test_sandbox_is_used_only_if_configured_and_never_with_a_live_key() -> None:
     sandbox = "http://127.0.0.1:8002"
-    assert load({"STRIPE_API_KEY": "sk_live_1"}).provider == Provider(None, Secret("sk_live_1"))
-    assert load({"SURETY_SANDBOX_URL": sandbox}).provider.url == sandbox
+    assert load_settings({"STRIPE_API_KEY": "sk_live_1"}).provider == ProviderEndpoint(None, Secret("sk_live_1"))
+    assert load_settings({"SURETY_SANDBOX_URL": sandbox}).provider.url == sandbox
     with pytest.raises(SettingsError, match="live key"):
-        _ = load({"SURETY_SANDBOX_URL": sandbox, "STRIPE_API_KEY": "sk_live_1"}).provider
+        _ = load_settings({"SURETY_SANDBOX_URL": sandbox, "STRIPE_API_KEY": "sk_live_1"}).provider
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_process_has_its_role_name_and_timeouts(kind: Kind, connect: Connect) -> None:
+def test_every_kind_of_process_has_its_role_name_and_timeouts(kind: ProcessKind, connect: Connect) -> None:
     row = (
         connect(kind)
         .execute(
@@ -94,28 +96,30 @@ def test_every_kind_of_process_has_its_role_name_and_timeouts(kind: Kind, connec
 
 
 def test_a_process_with_a_login_of_its_own_takes_no_role() -> None:
-    settings = load({"DATABASE_URL": URL, "SURETY_API_DATABASE_URL": "postgresql://api_login@db.example/surety"})
+    settings = load_settings(
+        {"DATABASE_URL": URL, "SURETY_API_DATABASE_URL": "postgresql://api_login@db.example/surety"}
+    )
     api, worker = conninfo_to_dict(conninfo("api", settings)), conninfo_to_dict(conninfo("worker", settings))
     assert (api["user"], worker["user"]) == ("api_login", "someone")
     assert "role=" not in str(api["options"])
     assert "-c role=surety_worker" in str(worker["options"])
 
 
-def test_a_dead_server_is_noticed_and_a_writer_wants_the_primary() -> None:
-    settings = load({"DATABASE_URL": URL})
+def test_dead_server_is_noticed_and_writers_require_the_primary() -> None:
+    settings = load_settings({"DATABASE_URL": URL})
     api, analyst = conninfo_to_dict(conninfo("api", settings)), conninfo_to_dict(conninfo("analyst", settings))
     assert {"connect_timeout", "tcp_user_timeout", "keepalives_idle"} <= api.keys()
     assert (api["target_session_attrs"], analyst["target_session_attrs"]) == ("read-write", "any")
 
 
-def test_what_an_address_says_itself_wins() -> None:
+def test_options_in_the_address_take_precedence() -> None:
     given = conninfo_to_dict(harden(f"{URL}?connect_timeout=1&options=-c%20lock_timeout%3D7s", "api"))
     assert given["connect_timeout"] == "1"
     assert str(given["options"]).endswith("-c lock_timeout=7s")
 
 
 def test_procrastinate_finds_its_tables(database: str) -> None:
-    settings = load({"DATABASE_URL": database})
+    settings = load_settings({"DATABASE_URL": database})
     with psycopg.connect(conninfo("worker", settings, search_path="procrastinate")) as conn:
         assert conn.execute("select to_regclass('procrastinate_jobs') is not null").fetchone() == (True,)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from db.deploy.source import Source
+from db.deploy.source import VersionFiles
 from db.deploy.statements import split
 
 
@@ -53,13 +53,13 @@ def test_a_statement_knows_its_line() -> None:
         ("create table a.b (c int);", "other", ""),
     ],
 )
-def test_a_statement_tells_what_it_creates(text: str, kind: str, identity: str) -> None:
+def test_statement_names_the_object_it_creates(text: str, kind: str, identity: str) -> None:
     [statement] = split(text)
     assert (statement.kind, statement.identity) == (kind, identity)
 
 
-def test_every_statement_of_ours_stands_in_one_of_the_files_once() -> None:
-    statements = [statement for statement in Source.installed().statements if statement.identity]
+def test_every_own_object_is_defined_once() -> None:
+    statements = [statement for statement in VersionFiles.installed().statements if statement.identity]
     identities = [(statement.kind, statement.identity) for statement in statements]
     assert len(identities) > 50
     assert len(identities) == len(set(identities))

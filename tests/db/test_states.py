@@ -20,7 +20,7 @@ def step(conn: Connection, payment_id: str, version: int, from_state: str | None
     )
 
 
-def law(conn: Connection) -> tuple[list[str], set[tuple[str, str]]]:
+def legal_steps(conn: Connection) -> tuple[list[str], set[tuple[str, str]]]:
     states = [row[0] for row in conn.execute("select state from surety.states order by position")]
     legal = {(row[0], row[1]) for row in conn.execute("select from_state, to_state from surety.transitions")}
     return states, legal
@@ -57,14 +57,14 @@ def refused_by(conn: Connection, payment_id: str, version: int, from_state: str 
     return None
 
 
-def test_the_law_has_fourteen_states_and_56_steps(conn: Connection) -> None:
-    states, legal = law(conn)
+def test_there_are_14_states_and_56_transitions(conn: Connection) -> None:
+    states, legal = legal_steps(conn)
     assert (len(states), len(legal)) == (14, 56)
     assert set(shortest_paths(states, legal)) == set(states), "every state can be reached"
 
 
-def test_of_all_196_pairs_exactly_the_legal_ones_can_be_written(conn: Connection) -> None:
-    states, legal = law(conn)
+def test_only_legal_transitions_of_all_196_pairs_can_be_written(conn: Connection) -> None:
+    states, legal = legal_steps(conn)
     _, key_hash = add_merchant(conn)
     paths = shortest_paths(states, legal)
     for here, payment_id in zip(states, pay(conn, key_hash, len(states)), strict=True):
@@ -74,8 +74,8 @@ def test_of_all_196_pairs_exactly_the_legal_ones_can_be_written(conn: Connection
             assert refusal == (None if (here, there) in legal else "step_is_legal"), (here, there)
 
 
-def test_a_legal_step_that_lies_about_the_past_is_refused(conn: Connection) -> None:
-    states, legal = law(conn)
+def test_legal_step_with_a_false_origin_is_refused(conn: Connection) -> None:
+    states, legal = legal_steps(conn)
     _, key_hash = add_merchant(conn)
     paths = shortest_paths(states, legal)
     lies = 0
@@ -99,7 +99,7 @@ def test_a_legal_step_that_lies_about_the_past_is_refused(conn: Connection) -> N
         (0, "submitting", "initiated", "step_version_is_positive"),
     ],
 )
-def test_the_chain_has_no_fork_no_gap_and_one_beginning(
+def test_steps_form_a_chain_without_forks_or_gaps(
     conn: Connection, version: int, from_state: str | None, to_state: str, constraint: str
 ) -> None:
     _, key_hash = add_merchant(conn)
@@ -124,7 +124,7 @@ def test_a_payments_state_cannot_be_set_beside_its_steps(conn: Connection, chang
     ["surety.steps", "surety.facts", "ledger.transfers", "ledger.postings", "outbox.events", "audit.entries"],
 )
 @pytest.mark.parametrize("statement", ["delete from {}", "truncate {} cascade", "update {} set {} = {}"])
-def test_what_was_written_is_never_changed(conn: Connection, table: str, statement: str) -> None:
+def test_history_is_append_only(conn: Connection, table: str, statement: str) -> None:
     column = {"ledger.transfers": "posting_id", "surety.steps": "payment_id", "surety.facts": "payment_id"}.get(
         table, "id"
     )
@@ -133,7 +133,7 @@ def test_what_was_written_is_never_changed(conn: Connection, table: str, stateme
     assert refusal.value.sqlstate == "SU003"
 
 
-def test_each_step_writes_one_event_and_one_audit_entry_and_moves_the_projection(conn: Connection) -> None:
+def test_each_step_writes_one_event_and_one_audit_entry_and_updates_the_payment(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     put_into(conn, payment_id, ["initiated", "submitting", "provider_submitted", "confirmed", "settled"])

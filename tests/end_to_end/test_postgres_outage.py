@@ -17,25 +17,25 @@ import psycopg
 import pytest
 
 from db import connect
-from db.connect import patient
+from db.connect import bounded_connection
 from db.deploy.deploy import deploy
 from db.embedded import EmbeddedServer
 from jobs.worker import Worker
 from tests.crash.kills import children_of
-from tests.support.http_client import Merchant, connected, fresh, payment, problem, service
+from tests.support.http_client import Merchant, connect_as_owner, payment, problem, running_server, unique_name
 from tests.support.payments import Connection, violations
-from tests.support.proxy import proxied
+from tests.support.postgres_proxy import proxied
 from tests.support.sandbox_process import eventually, running_sandbox
-from tests.support.workers import hasten, wait_for_worker, worker_here, worker_process
+from tests.support.workers import in_process_worker, shorten_delays, wait_for_worker, worker_process
 
 
 @pytest.fixture
-def mortal(tmp_path: Path) -> Iterator[EmbeddedServer]:
+def killable_server(tmp_path: Path) -> Iterator[EmbeddedServer]:
     """A server of this test's own, to be stopped, with everything deployed."""
     with EmbeddedServer(durable=True) as server:
         deploy(server.url)
-        with connected(server.url) as conn:
-            hasten(conn)
+        with connect_as_owner(server.url) as conn:
+            shorten_delays(conn)
             conn.execute("update surety.environment set kind = 'test'")
         yield server
 
@@ -45,14 +45,14 @@ def settled(conn: Connection) -> set[str]:
 
 
 @contextmanager
-def merchant_at(conn: Connection, url: str) -> Generator[Merchant]:
+def create_merchant(conn: Connection, url: str) -> Generator[Merchant]:
     """A merchant who hangs up in the end."""
     merchant = Merchant(conn, url)
     with merchant.client:
         yield merchant
 
 
-class Shoppers:
+class BackgroundPayers:
     """Requests without a pause, each repeated under its key until it is answered for good."""
 
     def __init__(self, merchant: Merchant, count: int = 2) -> None:
@@ -62,11 +62,11 @@ class Shoppers:
         self._merchant = merchant
         self._done = threading.Event()
         self._pool = ThreadPoolExecutor(count)
-        self._shopping = [self._pool.submit(self._shop) for _ in range(count)]
+        self._shopping = [self._pool.submit(self._pay) for _ in range(count)]
 
-    def _shop(self) -> None:
+    def _pay(self) -> None:
         while not self._done.is_set():
-            key = fresh("order")
+            key = unique_name("order")
             while True:
                 answer = self._merchant.post(payment(reference=key), key=key)
                 if answer.status_code != 503:
@@ -84,28 +84,30 @@ class Shoppers:
         self._pool.shutdown()
 
 
-def test_ten_minutes_without_postgresql_lose_nothing_and_need_nobody(mortal: EmbeddedServer, tmp_path: Path) -> None:
+def test_ten_minutes_without_postgresql_lose_nothing_and_need_no_operator(
+    killable_server: EmbeddedServer, tmp_path: Path
+) -> None:
     with (
         running_sandbox(tmp_path) as sandbox,
-        service("api", mortal.url) as api,
-        service("webhooks", mortal.url) as receiver,
-        worker_process(mortal.url, sandbox.url, "one") as one,
-        worker_process(mortal.url, sandbox.url, "two") as two,
+        running_server("api", killable_server.url) as api,
+        running_server("webhooks", killable_server.url) as receiver,
+        worker_process(killable_server.url, sandbox.url, "one") as one,
+        worker_process(killable_server.url, sandbox.url, "two") as two,
         ExitStack() as stack,
     ):
-        with connected(mortal.url) as conn:
+        with connect_as_owner(killable_server.url) as conn:
             wait_for_worker(conn, 2)
             assert httpx.get(f"{receiver.url}/health", timeout=30).status_code == 200
-            shoppers = Shoppers(stack.enter_context(merchant_at(conn, api.url)))
+            shoppers = BackgroundPayers(stack.enter_context(create_merchant(conn, api.url)))
             eventually(lambda: len(shoppers.accepted) > 10, 60)
-        mortal.halt("immediate")
+        killable_server.halt("immediate")
         eventually(lambda: len(shoppers.unavailable) >= 2, 30)
         refused = problem(shoppers.unavailable[-1], 503, "overloaded")
         assert "same Idempotency-Key" in refused["detail"]
         assert all(answer.headers["retry-after"] for answer in shoppers.unavailable)
         assert httpx.post(f"{receiver.url}/stripe", content=b"{}", timeout=30).status_code == 400, "it is still there"
-        mortal.resume()
-        with connected(mortal.url) as conn:
+        killable_server.resume()
+        with connect_as_owner(killable_server.url) as conn:
             conn.execute("insert into surety.clock (ahead) values ('10 minutes')")
             sandbox.control("clock", {"advance": 600})
             before = len(shoppers.accepted)
@@ -121,20 +123,20 @@ def test_ten_minutes_without_postgresql_lose_nothing_and_need_nobody(mortal: Emb
         assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
 
 
-def test_an_api_process_that_is_replaced_while_postgresql_is_away_is_of_use_when_it_is_back(
-    mortal: EmbeddedServer,
+def test_api_process_started_during_an_outage_serves_afterwards(
+    killable_server: EmbeddedServer,
 ) -> None:
-    with service("api", mortal.url, "--processes", "2") as api:
+    with running_server("api", killable_server.url, "--processes", "2") as api:
         eventually(lambda: len(children_of(api.process.pid)) == 2, 30)
-        mortal.halt("immediate")
+        killable_server.halt("immediate")
         killed, other = children_of(api.process.pid)
         os.kill(killed, signal.SIGKILL)
         eventually(lambda: {*children_of(api.process.pid)} - {killed, other}, 30)
         os.kill(other, signal.SIGSTOP)
         try:
             assert httpx.get(f"{api.url}/health", timeout=30).status_code == 503, "the new one answers"
-            mortal.resume()
-            with connected(mortal.url) as conn, merchant_at(conn, api.url) as merchant:
+            killable_server.resume()
+            with connect_as_owner(killable_server.url) as conn, create_merchant(conn, api.url) as merchant:
                 assert merchant.pay()["object"] == "payment"
         finally:
             # Who stands still for long is replaced, too.
@@ -143,40 +145,43 @@ def test_an_api_process_that_is_replaced_while_postgresql_is_away_is_of_use_when
         assert api.process.poll() is None
 
 
-def test_what_was_asked_of_the_provider_while_postgresql_went_is_recorded_when_it_is_back(
-    mortal: EmbeddedServer, tmp_path: Path
+def test_provider_response_received_during_an_outage_is_recorded_afterwards(
+    killable_server: EmbeddedServer, tmp_path: Path
 ) -> None:
-    with running_sandbox(tmp_path, "--slow-seconds=2") as sandbox, worker_process(mortal.url, sandbox.url) as worker:
-        with connected(mortal.url) as conn:
+    with (
+        running_sandbox(tmp_path, "--slow-seconds=2") as sandbox,
+        worker_process(killable_server.url, sandbox.url) as worker,
+    ):
+        with connect_as_owner(killable_server.url) as conn:
             conn.execute("update outbox.handlers set lease = '60 seconds'")
             wait_for_worker(conn)
             sandbox.order("payment_intents.create", "slow", times=1)
-            with service("api", mortal.url) as api, merchant_at(conn, api.url) as merchant:
+            with running_server("api", killable_server.url) as api, create_merchant(conn, api.url) as merchant:
                 paid = merchant.pay()["id"]
             eventually(lambda: sandbox.control("faults")["next"] == [])
-        mortal.restart("immediate")
-        with connected(mortal.url) as conn:
+        killable_server.restart("immediate")
+        with connect_as_owner(killable_server.url) as conn:
             eventually(lambda: settled(conn) == {paid}, 30)
             sent = "select sends from surety.calls where operation = 'create'"
             assert conn.execute(sent).fetchall() == [(1,)], "nobody had to ask again"
         assert worker.poll() is None
 
 
-def test_a_worker_that_is_started_while_postgresql_is_away_waits_for_it(mortal: EmbeddedServer, tmp_path: Path) -> None:
-    mortal.halt()
-    with running_sandbox(tmp_path) as sandbox, worker_process(mortal.url, sandbox.url) as worker:
+def test_worker_started_during_an_outage_waits_for_postgresql(killable_server: EmbeddedServer, tmp_path: Path) -> None:
+    killable_server.halt()
+    with running_sandbox(tmp_path) as sandbox, worker_process(killable_server.url, sandbox.url) as worker:
         with pytest.raises(psycopg.OperationalError):
-            connected(mortal.url)
-        mortal.resume()
-        with connected(mortal.url) as conn:
+            connect_as_owner(killable_server.url)
+        killable_server.resume()
+        with connect_as_owner(killable_server.url) as conn:
             wait_for_worker(conn)
         assert worker.poll() is None
 
 
-async def test_a_line_that_is_dead_is_hung_up_after_the_statements_time(database: str) -> None:
+async def test_dead_connection_is_closed_after_the_statement_timeout(database: str) -> None:
     with proxied(database) as proxy:
-        conn = await patient("api").connect(proxy.url, autocommit=True)
-        conn.patience_seconds = 0.3
+        conn = await bounded_connection("api").connect(proxy.url, autocommit=True)
+        conn.answer_seconds_max = 0.3
         assert await (await conn.execute("select 1")).fetchone() == (1,)
         proxy.is_dead = True
         with pytest.raises(psycopg.OperationalError):
@@ -184,52 +189,55 @@ async def test_a_line_that_is_dead_is_hung_up_after_the_statements_time(database
         assert conn.closed
 
 
-async def test_what_a_dead_line_has_locked_is_free_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.database.SILENCE_SECONDS", 3.0)
-    monkeypatch.setitem(connect.PATIENCE_SECONDS, "worker", 0.5)
+async def test_locks_of_a_dead_connection_are_released(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.database.LOCK_IDLE_SECONDS", 3.0)
+    monkeypatch.setitem(connect.ANSWER_SECONDS_MAX, "worker", 0.5)
     with proxied(database) as proxy:
-        async with worker_here(proxy.url, "http://unused") as here, worker_here(database, "http://unused") as there:
-            async with here.database.alone("tick") as is_alone:
-                assert is_alone
+        async with (
+            in_process_worker(proxy.url, "http://unused") as here,
+            in_process_worker(database, "http://unused") as there,
+        ):
+            async with here.database.try_lock("schedule_due_handlers") as is_locked:
+                assert is_locked
                 await asyncio.sleep(4)
-                assert not await found_alone(there), "who is heard keeps it, however long it takes"
+                assert not await found_by_bisection(there), "who is heard keeps it, however long it takes"
                 proxy.is_dead = True
                 await asyncio.sleep(4)
-                assert await found_alone(there)
+                assert await found_by_bisection(there)
             proxy.is_dead = False
-            assert await found_alone(here)
+            assert await found_by_bisection(here)
 
 
-async def test_a_line_whose_locks_are_given_back_may_be_silent(
+async def test_connection_without_advisory_locks_may_be_idle(
     conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lines() -> set[int]:
         workers = "application_name = 'surety-worker' and datname = current_database()"
         return {row[0] for row in conn.execute(f"select pid from pg_stat_activity where {workers}")}
 
-    monkeypatch.setattr("jobs.database.SILENCE_SECONDS", 0.3)
-    async with worker_here(database, "http://unused") as here:
-        async with here.database.alone("one"), here.database.alone("two"):
+    monkeypatch.setattr("jobs.database.LOCK_IDLE_SECONDS", 0.3)
+    async with in_process_worker(database, "http://unused") as here:
+        async with here.database.try_lock("one"), here.database.try_lock("two"):
             pass
         before = lines()
         await asyncio.sleep(1)
         assert before <= lines()
 
 
-async def found_alone(worker: Worker) -> bool:
-    async with worker.database.alone("tick") as is_alone:
-        return is_alone
+async def found_by_bisection(worker: Worker) -> bool:
+    async with worker.database.try_lock("schedule_due_handlers") as is_locked:
+        return is_locked
 
 
-def test_an_api_whose_lines_have_died_says_503_and_comes_back(conn: Connection, database: str) -> None:
+def test_api_with_dead_connections_answers_503_and_recovers(conn: Connection, database: str) -> None:
     with (
         proxied(database) as proxy,
-        service("api", proxy.url) as api,
-        merchant_at(conn, api.url) as merchant,
+        running_server("api", proxy.url) as api,
+        create_merchant(conn, api.url) as merchant,
     ):
         first = merchant.pay()
         proxy.is_dead = True
-        key = fresh("order")
+        key = unique_name("order")
         problem(merchant.post(payment(reference=key), key=key), 503, "overloaded")
         proxy.is_dead = False
         eventually(lambda: merchant.post(payment(reference=key), key=key).status_code == 201, 60)
@@ -239,14 +247,14 @@ def test_an_api_whose_lines_have_died_says_503_and_comes_back(conn: Connection, 
         assert merchant.count() == 2
 
 
-def test_a_worker_whose_lines_have_died_comes_back(conn: Connection, database: str, tmp_path: Path) -> None:
-    hasten(conn)
+def test_worker_with_dead_connections_recovers(conn: Connection, database: str, tmp_path: Path) -> None:
+    shorten_delays(conn)
     with (
         running_sandbox(tmp_path) as sandbox,
-        service("api", database) as api,
+        running_server("api", database) as api,
         proxied(database) as proxy,
         worker_process(proxy.url, sandbox.url, app="tests.support.stalled_worker.app") as worker,
-        merchant_at(conn, api.url) as merchant,
+        create_merchant(conn, api.url) as merchant,
     ):
         wait_for_worker(conn)
         first = merchant.pay()["id"]

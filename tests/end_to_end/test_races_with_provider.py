@@ -15,31 +15,31 @@ from typing import Any
 
 import pytest
 
-from jobs.drain import claim, handle
+from jobs.drain import claim_batch, handle_batch
 from jobs.handlers.payments import HANDLERS
-from jobs.stripe.facts import Origin, dispute_facts, intent_facts
+from jobs.stripe.facts import FactOrigin, dispute_facts, intent_facts
 from jobs.worker import Worker
 from tests.db.test_races import Two
 from tests.support.payments import Connection, add_merchant, command, ledger_of, pay, record, state_of, violations
-from tests.support.sandbox_process import Sandbox, eventually, running_sandbox
-from tests.support.workers import UNTIL_DUE, attempts, due, hasten, work_off, worker_here
+from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
+from tests.support.workers import NO_AUTOMATIC_RETRY, attempts, due, in_process_worker, run_until_idle, shorten_delays
 
 WEEK = 7 * 86400.0
-WEBHOOK = Origin("", False, "webhook")
+WEBHOOK = FactOrigin("", False, "webhook")
 WAITS = "select cardinality(pg_blocking_pids(%s)) > 0"
 WAITED_FOR = "select exists (select from pg_stat_activity where %s = any(pg_blocking_pids(pid)))"
 # The provider's money moves when its lines are read, which is no crossing's business.
-NOT_THE_PROVIDERS = ("pend", "avail", "held", "refunding", "rev")
-CHARGED = {"pend": 9625, "rev": 375}
-DISPUTED = {"pend": 9625, "held": 6000, "rev": 1875, "avail": -7500}
+NOT_THE_PROVIDERS = ("pending", "available", "disputed", "reserved_for_refunds", "fee_revenue")
+CHARGED = {"pending": 9625, "fee_revenue": 375}
+DISPUTED = {"pending": 9625, "disputed": 6000, "fee_revenue": 1875, "available": -7500}
 
 
 @dataclass
-class Scene:
+class RaceScenario:
     """A payment, and where everything about it happens."""
 
     conn: Connection
-    sandbox: Sandbox
+    sandbox: SandboxProcess
     key: bytes
     payment_id: str
     intent: str = ""
@@ -56,10 +56,10 @@ class Scene:
         self.sandbox.control("clock", {"advance": WEEK})
         eventually(lambda: self.sandbox.read(self.intent)["status"] == "canceled")
 
-    def hear_of_the_intent(self, connection: Connection) -> None:
+    def record_intent(self, connection: Connection) -> None:
         record(connection, intent_facts(self.sandbox.read(self.intent), WEBHOOK))
 
-    def hear_of_a_dispute(self, connection: Connection) -> None:
+    def record_dispute(self, connection: Connection) -> None:
         made = self.sandbox.control("disputes", {"payment_intent": self.intent, "amount": 6000})
         record(connection, dispute_facts(self.sandbox.get(f"/v1/disputes/{made['id']}"), WEBHOOK, 0))
 
@@ -69,12 +69,12 @@ End = tuple[list[str | None], str, dict[str, int]]
 
 
 @dataclass(frozen=True)
-class Crossing:
+class Race:
     """A command whose answer is crossed, by what, and where that ends by who is first."""
 
     handler: str
     function: str
-    other: Callable[[Scene, Connection], object]
+    other: Callable[[RaceScenario, Connection], object]
     answer_first: End
     other_first: End
     amount: int | None = None
@@ -94,52 +94,52 @@ class Crossing:
 
 
 def refunded(amount: int) -> dict[str, int]:
-    return CHARGED | {"avail": -amount, "refunding": amount}
+    return CHARGED | {"available": -amount, "reserved_for_refunds": amount}
 
 
-CROSSINGS = {
-    "refund × capture": Crossing(
+RACES = {
+    "refund × capture": Race(
         "capture",
         "capture_payment",
-        lambda scene, connection: scene.ask(connection, "create_refund", amount=4000),
+        lambda scenario, connection: scenario.ask(connection, "create_refund", amount=4000),
         ([None], "partially_refunded", refunded(4000)),
         (["wrong-state"], "confirmed", CHARGED),
     ),
-    "cancel × capture": Crossing(
+    "cancel × capture": Race(
         "capture",
         "capture_payment",
-        lambda scene, connection: scene.ask(connection, "cancel_payment"),
+        lambda scenario, connection: scenario.ask(connection, "cancel_payment"),
         (["wrong-state"], "confirmed", CHARGED),
         (["wrong-state"], "confirmed", CHARGED),
     ),
-    "capture × cancel": Crossing(
+    "capture × cancel": Race(
         "cancel",
         "cancel_payment",
-        lambda scene, connection: scene.ask(connection, "capture_payment"),
+        lambda scenario, connection: scenario.ask(connection, "capture_payment"),
         (["wrong-state"], "canceled", {}),
         (["wrong-state"], "canceled", {}),
     ),
-    "refund × dispute": Crossing(
+    "refund × dispute": Race(
         "refund",
         "create_refund",
-        Scene.hear_of_a_dispute,
-        ([], "disputed", DISPUTED | {"avail": -11500, "refunding": 4000}),
-        ([], "disputed", DISPUTED | {"avail": -11500, "refunding": 4000}),
+        RaceScenario.record_dispute,
+        ([], "disputed", DISPUTED | {"available": -11500, "reserved_for_refunds": 4000}),
+        ([], "disputed", DISPUTED | {"available": -11500, "reserved_for_refunds": 4000}),
         amount=4000,
         before_the_call=([], "disputed", DISPUTED),
     ),
-    "refund × refund": Crossing(
+    "refund × refund": Race(
         "refund",
         "create_refund",
-        lambda scene, connection: scene.ask(connection, "create_refund", amount=6000),
+        lambda scenario, connection: scenario.ask(connection, "create_refund", amount=6000),
         (["invalid-request"], "partially_refunded", refunded(6000)),
         (["invalid-request"], "partially_refunded", refunded(6000)),
         amount=6000,
     ),
-    "capture × expiry": Crossing(
+    "capture × expiry": Race(
         "capture",
         "capture_payment",
-        Scene.hear_of_the_intent,
+        RaceScenario.record_intent,
         ([], "canceled", {}),
         ([], "canceled", {}),
         is_expired=True,
@@ -148,7 +148,7 @@ CROSSINGS = {
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     folder = tmp_path_factory.mktemp("crossings")
     with running_sandbox(folder, "--hang-seconds=0.1", f"--available-seconds={2 * WEEK}") as sandbox:
         yield sandbox
@@ -168,7 +168,7 @@ async def cross(
 
     The batch is the last lock of the worker's: held up there, it has recorded everything and not committed.
     """
-    batch = await claim(worker, handler)
+    batch = await claim_batch(worker, handler)
     assert batch is not None
     connection, gate = two
 
@@ -177,11 +177,11 @@ async def cross(
 
     if is_first:
         other(connection)
-        handling = asyncio.create_task(handle(worker, batch, HANDLERS[handler]))
+        handling = asyncio.create_task(handle_batch(worker, batch, HANDLERS[handler]))
         await until(lambda: is_so(WAITED_FOR, connection))
     else:
         gate.execute("select from outbox.batches where id = %s for update", (batch.batch_id,))
-        handling = asyncio.create_task(handle(worker, batch, HANDLERS[handler]))
+        handling = asyncio.create_task(handle_batch(worker, batch, HANDLERS[handler]))
         await until(lambda: is_so(WAITED_FOR, gate))
         crossing = asyncio.create_task(asyncio.to_thread(other, connection))
         await until(lambda: is_so(WAITS, connection))
@@ -193,33 +193,38 @@ async def cross(
 
 @pytest.mark.parametrize("is_lost", [False, True], ids=["answer arrives", "answer lost"])
 @pytest.mark.parametrize("is_first", [False, True], ids=["answer first", "other first"])
-@pytest.mark.parametrize("name", CROSSINGS)
-async def test_what_crosses_an_answer_ends_as_if_one_came_after_the_other(
-    conn: Connection, database: str, two: Two, sandbox: Sandbox, name: str, is_first: bool, is_lost: bool
+@pytest.mark.parametrize("name", RACES)
+async def test_event_that_races_with_a_response_ends_as_if_serialized(
+    conn: Connection, database: str, two: Two, sandbox: SandboxProcess, name: str, is_first: bool, is_lost: bool
 ) -> None:
-    crossing = CROSSINGS[name]
-    hasten(conn, UNTIL_DUE)
+    crossing = RACES[name]
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     method = "automatic" if crossing.handler == "refund" else "manual"
     [payment_id] = pay(conn, key, capture_method=method)
-    scene = Scene(conn, sandbox, key, payment_id)
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker)
-        [(scene.intent,)] = conn.execute("select provider_id from surety.payments").fetchall()
-        asked = scene.ask(conn, crossing.function, amount=crossing.amount)
+    scenario = RaceScenario(conn, sandbox, key, payment_id)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
+        [(scenario.intent,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        asked = scenario.ask(conn, crossing.function, amount=crossing.amount)
         if crossing.is_expired:
-            scene.expire()
+            scenario.expire()
         if is_lost:
             sandbox.order(crossing.operation, "timeout_after", match=asked)
-            await work_off(worker, crossing.handler)
+            await run_until_idle(worker, crossing.handler)
             assert len(attempts(conn)) == 1
             due(conn)
         await cross(
-            conn, two, worker, crossing.handler, lambda connection: crossing.other(scene, connection), is_first=is_first
+            conn,
+            two,
+            worker,
+            crossing.handler,
+            lambda connection: crossing.other(scenario, connection),
+            is_first=is_first,
         )
-        await work_off(worker)
+        await run_until_idle(worker)
     problems, state, balances = crossing.end(is_first=is_first, is_lost=is_lost)
-    assert scene.problems == [None, *problems]
+    assert scenario.problems == [None, *problems]
     assert state_of(conn, payment_id) == state
     assert {kind: total for kind, total in ledger_of(conn).items() if kind in NOT_THE_PROVIDERS} == balances
     charges, refunds = (

@@ -11,20 +11,20 @@ from typing import Any
 import httpx
 import pytest
 
-from jobs.database import CONNECTIONS_MAX
-from jobs.polling import sweep
-from jobs.stripe.client import Outage
+from jobs.database import WORKER_CONNECTIONS_MAX
+from jobs.polling import poll_unfinished
+from jobs.stripe.client import ProviderOutage
 from jobs.worker import Worker
 from tests.support.payments import Connection, add_merchant, pay, state_of, violations
-from tests.support.sandbox_process import Sandbox, eventually, running_sandbox
+from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
 from tests.support.workers import (
-    UNTIL_DUE,
+    NO_AUTOMATIC_RETRY,
     attempts,
     due,
-    hasten,
+    in_process_worker,
+    run_until_idle,
+    shorten_delays,
     wait_for_worker,
-    work_off,
-    worker_here,
     worker_process,
 )
 
@@ -34,13 +34,13 @@ ENDED = ("confirmed", "settled")
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     with running_sandbox(tmp_path_factory.mktemp("breaker"), "--hang-seconds=60") as sandbox:
         yield sandbox
 
 
 @pytest.fixture
-def sandbox(shared: Sandbox) -> Iterator[Sandbox]:
+def sandbox(shared: SandboxProcess) -> Iterator[SandboxProcess]:
     """A provider that is well, before and after."""
     yield shared
     shared.control("faults", WELL)
@@ -49,7 +49,7 @@ def sandbox(shared: Sandbox) -> Iterator[Sandbox]:
 @pytest.fixture
 def shop(conn: Connection) -> Callable[..., list[str]]:
     """Makes payments, of a merchant at the platform's own account unless another's key is given."""
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     conn.execute("update surety.environment set kind = 'test'")
     _, own = add_merchant(conn)
     return lambda count=1, key=own, **fields: pay(conn, key, count, **fields)
@@ -66,7 +66,7 @@ def pass_time(conn: Connection, interval: str) -> None:
 
 def opened(conn: Connection) -> set[str]:
     """Accounts whose breaker is open."""
-    return {row[0] for row in conn.execute("select account from surety.provider_status() where state = 'open'")}
+    return {row[0] for row in conn.execute("select account from surety.circuit_status() where state = 'open'")}
 
 
 def transitions(conn: Connection) -> list[tuple[str, str]]:
@@ -83,7 +83,7 @@ def count(conn: Connection, query: str, *values: Any) -> int:
     return int(row[0])
 
 
-def calls_made(sandbox: Sandbox) -> int:
+def calls_made(sandbox: SandboxProcess) -> int:
     """Requests that the provider has failed so far."""
     return sum(row["count"] for row in sandbox.control("faults")["injected"])
 
@@ -91,17 +91,17 @@ def calls_made(sandbox: Sandbox) -> int:
 async def later(conn: Connection, worker: Worker, interval: str) -> None:
     """Time passes, and the worker does what it does every second."""
     pass_time(conn, interval)
-    await worker.breaker.pulse()
-    await work_off(worker)
+    await worker.breaker.report_and_probe()
+    await run_until_idle(worker)
 
 
-async def test_ten_minutes_without_the_provider_leave_nothing_to_do_for_anybody(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_ten_minutes_without_the_provider_need_no_operator(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     payments = shop(30)
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         sandbox.control("faults", OUT)
-        await work_off(worker)
+        await run_until_idle(worker)
         assert opened(conn) == {""}
         tried = calls_made(sandbox)
         for _ in range(10):
@@ -112,8 +112,8 @@ async def test_ten_minutes_without_the_provider_leave_nothing_to_do_for_anybody(
         assert count(conn, "select count(*) from outbox.retries") <= 30, "the rest was not even claimed"
         sandbox.control("faults", WELL)
         await later(conn, worker, "1 minute")
-        await work_off(worker)
-    assert transitions(conn) == [("", "breaker opened"), ("", "breaker closed")]
+        await run_until_idle(worker)
+    assert transitions(conn) == [("", "circuit opened"), ("", "circuit closed")]
     assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
     assert count(conn, "select count(*) from outbox.dead_letters") == 0
     assert count(conn, "select count(*) from outbox.retries") == 0
@@ -122,11 +122,11 @@ async def test_ten_minutes_without_the_provider_leave_nothing_to_do_for_anybody(
 
 
 @pytest.mark.parametrize("fault", ["timeout_after", "reset", "error_500_after", "garbage_200"])
-async def test_no_outage_counts_against_an_event_whatever_it_looks_like(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]], fault: str
+async def test_outage_failures_are_not_counted(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]], fault: str
 ) -> None:
     payments = shop(8)
-    async with worker_here(database, sandbox.url, timeout_seconds=1) as worker:
+    async with in_process_worker(database, sandbox.url, timeout_seconds=1) as worker:
         sandbox.control("faults", {"profile": {fault: 1.0, "reads": 1.0}})
         for _ in range(6):
             await later(conn, worker, "1 hour")
@@ -138,8 +138,8 @@ async def test_no_outage_counts_against_an_event_whatever_it_looks_like(
     assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
 
 
-async def test_a_breaker_stops_its_account_and_no_other(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_breaker_stops_only_its_account(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     _, key = add_merchant(conn, account="acct_out")
     cut_off = shop(5, key)
@@ -153,19 +153,19 @@ async def test_a_breaker_stops_its_account_and_no_other(
             ]
         },
     )
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
         assert opened(conn) == {"acct_out"}
         cut_off += shop(5, key)
         others = shop(20)
-        await work_off(worker)
+        await run_until_idle(worker)
         assert {state_of(conn, payment_id) for payment_id in others} <= set(ENDED)
         assert {state_of(conn, payment_id) for payment_id in cut_off} == {"submitting", "initiated"}
         assert opened(conn) == {"acct_out"}
-        [(held,)] = conn.execute("select held from surety.provider_status() where account = 'acct_out'").fetchall()
+        [(held,)] = conn.execute("select held from surety.circuit_status() where account = 'acct_out'").fetchall()
         assert held == 10
         before = count(conn, "select count(*) from audit.entries")
-        assert await work_off(worker) == 0, "what is held is not claimed again"
+        assert await run_until_idle(worker) == 0, "what is held is not claimed again"
         assert count(conn, "select count(*) from audit.entries") == before
         sandbox.control("faults", WELL)
         await later(conn, worker, "10 seconds")
@@ -173,19 +173,19 @@ async def test_a_breaker_stops_its_account_and_no_other(
     assert attempts(conn) == []
 
 
-async def test_one_payment_that_the_provider_can_not_make_is_dead_after_three_failures_and_opens_nothing(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_impossible_payment_is_dead_lettered_after_three_failures_and_opens_no_breaker(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     payments = shop(20)
     bad = payments[7]
     always = {"operation": "payment_intents.create", "fault": "error_500_before", "times": 99, "match": bad}
     sandbox.control("faults", {"next": [always]})
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         for failures in (1, 2):
-            await work_off(worker)
+            await run_until_idle(worker)
             assert [row[:2] for row in attempts(conn)] == [("submit", failures)]
             due(conn)
-        await work_off(worker)
+        await run_until_idle(worker)
     assert conn.execute("select payment_id from outbox.dead_letters").fetchall() == [(bad,)]
     assert {state_of(conn, payment_id) for payment_id in payments if payment_id != bad} <= set(ENDED)
     assert opened(conn) == set()
@@ -195,7 +195,7 @@ async def test_one_payment_that_the_provider_can_not_make_is_dead_after_three_fa
 
 @pytest.mark.parametrize("fault", ["timeout_after", "timeout_before"])
 async def test_a_dead_letter_that_is_replayed_after_25_hours_makes_no_second_charge(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]], fault: str
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]], fault: str
 ) -> None:
     payments = shop(10)
     bad = payments[3]
@@ -208,13 +208,13 @@ async def test_a_dead_letter_that_is_replayed_after_25_hours_makes_no_second_cha
         if bad.encode() in request.content:
             request.extensions["timeout"]["read"] = 0.5
 
-    async with worker_here(database, sandbox.url, timeout_seconds=30) as worker:
+    async with in_process_worker(database, sandbox.url, timeout_seconds=30) as worker:
         worker.stripe.http.event_hooks["request"].append(lose_patience)
-        await work_off(worker)
+        await run_until_idle(worker)
         assert conn.execute(unknown).fetchall() == [("create", 1, bad, 0)]
         for _ in range(2):
             due(conn)
-            await work_off(worker)
+            await run_until_idle(worker)
         assert conn.execute(unknown).fetchall() == [("create", 1, bad, 1)]
         sandbox.control("faults", WELL)
         worker.stripe.http.event_hooks["request"].remove(lose_patience)
@@ -224,15 +224,15 @@ async def test_a_dead_letter_that_is_replayed_after_25_hours_makes_no_second_cha
             "select outcome from outbox.dead_letters as d, outbox.replay_dead_letter(d.id, 'me', 'it is well again')"
         )
         assert conn.execute(replay).fetchall() == [("replayed",)]
-        await work_off(worker)
+        await run_until_idle(worker)
     assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
     made = [charge["metadata"]["surety_payment"] for charge in sandbox.control("charges")]
     assert made.count(bad) == 1
     assert conn.execute(unknown).fetchall() == []
 
 
-async def test_many_that_must_be_looked_for_share_one_reading_of_the_list(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_lookups_of_many_payments_share_one_list_request(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     payments = shop(20)
     lists: list[str] = []
@@ -241,10 +241,10 @@ async def test_many_that_must_be_looked_for_share_one_reading_of_the_list(
         if request.method == "GET" and request.url.path == "/v1/payment_intents":
             lists.append(str(request.url))
 
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         worker.stripe.http.event_hooks["request"].append(remember)
         sandbox.control("faults", {"profile": {"error_500_after": 0.5, "error_500_before": 0.5}})
-        await work_off(worker, "submit")
+        await run_until_idle(worker, "submit")
         sandbox.control("faults", WELL)
         for _ in range(3):
             await later(conn, worker, "1 hour")
@@ -254,28 +254,29 @@ async def test_many_that_must_be_looked_for_share_one_reading_of_the_list(
 
 
 async def test_a_decline_and_a_busy_provider_are_no_outage(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     shop(15, method_token="pm_card_visa_chargeDeclined")
     sandbox.order("payment_intents.create", "rate_limit_429", times=10)
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         for _ in range(3):
             await later(conn, worker, "5 seconds")
     assert opened(conn) == set()
     assert count(conn, "select count(*) from surety.payments where state = 'failed'") == 15
 
 
-async def test_where_reads_are_answered_and_commands_are_not_the_breaker_opens_again_and_waits_longer(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_breaker_reopens_with_a_longer_delay_if_only_reads_succeed(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     payments = shop(20)
     sandbox.control("faults", {"profile": {"error_500_before": 1.0}})
     waits = []
     query = (
-        "select extract(epoch from next_probe_at - opened_at)::float from surety.breakers where opened_at is not null"
+        "select extract(epoch from next_probe_at - opened_at)::float from surety.circuit_breakers"
+        " where opened_at is not null"
     )
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
         for _ in range(4):
             waits += [round(wait) for (wait,) in conn.execute(query).fetchall()]
             await later(conn, worker, "61 seconds")
@@ -288,20 +289,20 @@ async def test_where_reads_are_answered_and_commands_are_not_the_breaker_opens_a
     assert count(conn, "select count(*) from outbox.dead_letters") == 0
 
 
-async def test_what_opens_while_a_probe_is_under_way_is_not_closed_by_it(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_probe_does_not_close_a_breaker_opened_after_it_started(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     shop(0)
     probed = {"operation": "balance.retrieve", "fault": "slow"}
     sandbox.control("faults", {"slow_seconds": 2, "next": [probed]})
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         breaker, began = worker.breaker, time.monotonic()
-        breaker.note("", began, Outage("nobody is there"), is_command=True)
-        considering = asyncio.create_task(breaker.consider([("", began)]))
+        breaker.count_call("", began, ProviderOutage("nobody is there"), is_command=True)
+        considering = asyncio.create_task(breaker.check_accounts([("", began)]))
         await asyncio.to_thread(eventually, lambda: sandbox.control("faults")["next"] == [])
         for _ in range(10):
-            breaker.note("", began, Outage("nobody is there"), is_command=True)
-        await breaker.pulse()
+            breaker.count_call("", began, ProviderOutage("nobody is there"), is_command=True)
+        await breaker.report_and_probe()
         assert opened(conn) == {""}
         await considering
         assert opened(conn) == {""}
@@ -309,12 +310,12 @@ async def test_what_opens_while_a_probe_is_under_way_is_not_closed_by_it(
         assert opened(conn) == set(), "the next one was begun after it"
 
 
-async def test_a_provider_that_fails_now_and_then_is_called_on_and_nothing_counts(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_occasional_failures_open_no_breaker_and_are_not_counted(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     payments = shop(30)
     sandbox.control("faults", {"profile": {"error_500_before": 0.25}})
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         for _ in range(4):
             payments += shop(30)
             await later(conn, worker, "20 seconds")
@@ -329,67 +330,68 @@ async def test_a_provider_that_fails_now_and_then_is_called_on_and_nothing_count
     assert count(conn, "select count(*) from outbox.dead_letters") == 0
 
 
-async def test_while_the_provider_is_out_the_sweep_asks_nobody(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_polling_stops_while_the_circuit_is_open(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     shop(3)
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
         sandbox.control("faults", OUT)
-        await work_off(worker)
+        await run_until_idle(worker)
         assert opened(conn) == {""}
         pass_time(conn, "1 hour")
         tried = calls_made(sandbox)
-        await sweep(worker)
+        await poll_unfinished(worker)
         assert calls_made(sandbox) == tried
 
 
-async def test_what_a_breaker_holds_is_due_again_even_if_nobody_closes_it(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_blocked_events_become_due_even_if_the_breaker_is_never_closed(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     [payment_id] = shop()
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         sandbox.control("faults", OUT)
-        await work_off(worker)
+        await run_until_idle(worker)
         sandbox.control("faults", WELL)
-        conn.execute("delete from surety.breakers")
-        await worker.breaker._tell()
+        conn.execute("delete from surety.circuit_breakers")
+        await worker.breaker._report_calls()
         await later(conn, worker, "61 seconds")
     assert state_of(conn, payment_id) in ENDED
 
 
-async def test_an_answer_is_told_no_younger_than_it_is_however_long_the_telling_has_to_wait(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+async def test_delayed_report_of_a_response_keeps_its_age(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     shop()
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
         [(now,)] = conn.execute("select clock_timestamp()").fetchall()
         busy = [
-            asyncio.create_task(worker.database.value("select pg_sleep(0.3)::text")) for _ in range(CONNECTIONS_MAX)
+            asyncio.create_task(worker.database.value("select pg_sleep(0.3)::text"))
+            for _ in range(WORKER_CONNECTIONS_MAX)
         ]
         await asyncio.sleep(0)
-        await worker.breaker._tell()
+        await worker.breaker._report_calls()
         await asyncio.gather(*busy)
-    [(answered_at,)] = conn.execute("select answered_at from surety.breakers").fetchall()
+    [(answered_at,)] = conn.execute("select answered_at from surety.circuit_breakers").fetchall()
     assert answered_at <= now
 
 
-def test_an_outage_under_load_ends_without_anybody(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+def test_outage_under_load_ends_without_an_operator(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
-    hasten(conn)
+    shorten_delays(conn)
     payments = []
     with worker_process(database, sandbox.url, "one"), worker_process(database, sandbox.url, "two"):
         wait_for_worker(conn, 2)
         for turn in range(50):
             payments += shop(2)
-            conn.execute("select outbox.kick('{submit}')")
+            conn.execute("select outbox.schedule_handlers('{submit}')")
             if turn == 10:
                 sandbox.control("faults", OUT)
                 eventually(lambda: opened(conn) == {""}, 20)
             if turn == 40:
-                eventually(lambda: count(conn, "select probes from surety.breakers") > 0, 20)
+                eventually(lambda: count(conn, "select probes from surety.circuit_breakers") > 0, 20)
                 sandbox.control("faults", WELL)
         done = "select count(*) from surety.payments where state <> 'settled'"
         eventually(lambda: count(conn, done) == 0, 180)
@@ -398,10 +400,10 @@ def test_an_outage_under_load_ends_without_anybody(
     assert not violations(conn)
 
 
-def test_an_event_that_kills_its_worker_three_times_is_dead_and_has_taken_nobody_along(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Callable[..., list[str]]
+def test_event_that_kills_its_worker_three_times_is_dead_lettered_alone(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
-    hasten(conn)
+    shorten_delays(conn)
     payments = shop(20)
     poison = payments[3]
     for _ in range(3):

@@ -9,30 +9,30 @@ from typing import Any
 
 import pytest
 
-from jobs.handlers.webhooks import BELIEVED, Wanted, Webhook, understand
+from jobs.handlers.webhooks import SNAPSHOT_EVENTS, ObjectToFetch, StoredWebhook, interpret_webhook
 from jobs.stripe.facts import (
-    Origin,
+    FactOrigin,
     amount_of_source,
+    balance_transaction_facts,
     decline_fact,
     dispute_facts,
     intent_facts,
-    money_facts,
     next_action,
     payout_facts,
     redacted,
     refund_facts,
 )
 from tests.support.payments import Connection
-from tests.support.sandbox_process import Sandbox, eventually, running_sandbox
+from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
 
 Json = dict[str, Any]
 
-ORIGIN = Origin("acct_1", livemode=False, source="webhook", source_id="whk_1")
+ORIGIN = FactOrigin("acct_1", livemode=False, source="webhook", source_id="whk_1")
 METADATA = {"metadata[surety_payment]": "pay_1", "metadata[surety_environment]": "env_1"}
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     folder = tmp_path_factory.mktemp("facts")
     with running_sandbox(folder, "--settlement-currency=usd", "--payout-seconds=0") as sandbox:
         yield sandbox
@@ -44,7 +44,7 @@ def kinds(facts: list[Json]) -> dict[str, str]:
     return {fact["kind"]: fact["object_id"] for fact in facts}
 
 
-def test_every_fact_names_its_account_mode_source_and_payment(sandbox: Sandbox) -> None:
+def test_every_fact_names_its_account_mode_source_and_payment(sandbox: SandboxProcess) -> None:
     intent = sandbox.read(sandbox.create(**METADATA))
     [fact] = intent_facts(intent, ORIGIN)
     assert fact == {
@@ -64,7 +64,7 @@ def test_every_fact_names_its_account_mode_source_and_payment(sandbox: Sandbox) 
     }
 
 
-def test_a_succeeded_intent_was_captured_by_its_charge(sandbox: Sandbox) -> None:
+def test_a_succeeded_intent_was_captured_by_its_charge(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay()
     facts = intent_facts(intent, ORIGIN)
     assert kinds(facts) == {"submitted": intent["id"], "captured": intent["latest_charge"]}
@@ -73,7 +73,7 @@ def test_a_succeeded_intent_was_captured_by_its_charge(sandbox: Sandbox) -> None
     assert captured["objects"] == [intent["id"], intent["latest_charge"]]
 
 
-def test_a_capture_of_less_than_was_held_is_the_amount_received(sandbox: Sandbox) -> None:
+def test_a_capture_of_less_than_was_held_is_the_amount_received(sandbox: SandboxProcess) -> None:
     held = sandbox.pay(capture_method="manual")
     assert kinds(intent_facts(held, ORIGIN)) == {"submitted": held["id"], "authorized": held["latest_charge"]}
     assert intent_facts(held, ORIGIN)[1]["amount_minor"] == 4999
@@ -81,7 +81,7 @@ def test_a_capture_of_less_than_was_held_is_the_amount_received(sandbox: Sandbox
     assert [fact.get("amount_minor") for fact in intent_facts(taken, ORIGIN)] == [4999, 3000]
 
 
-def test_a_payer_must_act_and_the_fact_says_how(sandbox: Sandbox) -> None:
+def test_requires_action_fact_contains_the_next_action(sandbox: SandboxProcess) -> None:
     id = sandbox.create("pm_card_threeDSecure2Required")
     intent = sandbox.confirm(id, {"return_url": "https://shop.example/"})
     facts = intent_facts(intent, ORIGIN)
@@ -94,7 +94,7 @@ def test_a_payer_must_act_and_the_fact_says_how(sandbox: Sandbox) -> None:
     assert next_action(None) is None
 
 
-def test_a_decline_leaves_the_intent_alive_and_a_canceled_one_has_failed(sandbox: Sandbox) -> None:
+def test_declined_intent_stays_open_and_fails_once_canceled(sandbox: SandboxProcess) -> None:
     id = sandbox.create("pm_card_visa_chargeDeclinedInsufficientFunds")
     _, error = sandbox.refusal("POST", f"/v1/payment_intents/{id}/confirm")
     failure = {
@@ -114,13 +114,13 @@ def test_a_decline_leaves_the_intent_alive_and_a_canceled_one_has_failed(sandbox
     assert canceled[1]["data"] == {"failure": failure}
 
 
-def test_an_intent_canceled_without_a_decline_was_canceled(sandbox: Sandbox) -> None:
+def test_an_intent_canceled_without_a_decline_was_canceled(sandbox: SandboxProcess) -> None:
     id = sandbox.create()
     canceled = sandbox.post(f"/v1/payment_intents/{id}/cancel", {"cancellation_reason": "abandoned"})
     assert kinds(intent_facts(canceled, ORIGIN)) == {"submitted": id, "canceled": id}
 
 
-def settled(sandbox: Sandbox, **more: Any) -> Json:
+def settled(sandbox: SandboxProcess, **more: Any) -> Json:
     """A payment with its charge and that charge's balance transaction."""
     id = sandbox.pay(**more)["id"]
     expand = {"expand[]": "latest_charge.balance_transaction"}
@@ -132,7 +132,7 @@ def settled(sandbox: Sandbox, **more: Any) -> Json:
     return eventually(with_money)
 
 
-def test_an_expanded_intent_tells_of_its_money_too(sandbox: Sandbox) -> None:
+def test_expanded_intent_yields_its_money_fact(sandbox: SandboxProcess) -> None:
     intent = settled(sandbox)
     charge = intent["latest_charge"]
     line = charge["balance_transaction"]
@@ -148,16 +148,17 @@ def test_an_expanded_intent_tells_of_its_money_too(sandbox: Sandbox) -> None:
     }
 
 
-def test_exchanged_money_tells_what_was_exchanged(sandbox: Sandbox) -> None:
+def test_exchanged_money_names_both_amounts(sandbox: SandboxProcess) -> None:
     intent = settled(sandbox, currency="eur")
     charge = intent["latest_charge"]
     line = charge["balance_transaction"]
-    money = money_facts(line, ORIGIN, source=charge)[0]
+    money = balance_transaction_facts(line, ORIGIN, source=charge)[0]
     assert (money["currency"], money["amount_minor"]) == ("usd", line["amount"])
     assert money["data"] | {"other_currency": "eur", "other_gross": 4999} == money["data"]
     assert money["data"]["rate"] == line["exchange_rate"]
     assert (
-        "other_currency" not in money_facts(settled(sandbox)["latest_charge"]["balance_transaction"], ORIGIN)[0]["data"]
+        "other_currency"
+        not in balance_transaction_facts(settled(sandbox)["latest_charge"]["balance_transaction"], ORIGIN)[0]["data"]
     )
 
 
@@ -181,32 +182,32 @@ def line(category: str, amount: int, rate: float | None = 1.085, currency: str =
         (line("charge", 10000, None, "eur"), 10000),
     ],
 )
-def test_what_was_exchanged_is_told_with_the_lines_sign(told: Json, of_source: int) -> None:
+def test_exchanged_amount_has_the_sign_of_its_balance_transaction(told: Json, of_source: int) -> None:
     assert amount_of_source(told, HELD) == of_source
 
 
-def test_a_rate_of_few_digits_leads_to_the_amount_that_was_exchanged() -> None:
+def test_rounded_exchange_rate_yields_the_exact_amount() -> None:
     yen = {"id": "re_1", "currency": "jpy", "amount": 9876543}
     assert amount_of_source(line("refund", -6617313, 0.67000), yen) == -9876543
     assert amount_of_source(line("refund", -6617300, 0.67), yen) == -9876543
     assert amount_of_source(line("refund", -5000000, 0.67), yen) == -7462687
 
 
-def test_a_charge_that_was_taken_back_was_returned() -> None:
-    [money, returned] = money_facts(line("charge_failure", -5000, None, "eur"), ORIGIN, source=HELD)
+def test_reversed_charge_is_a_return() -> None:
+    [money, returned] = balance_transaction_facts(line("charge_failure", -5000, None, "eur"), ORIGIN, source=HELD)
     assert (money["kind"], money["amount_minor"], money["data"]["category"]) == ("money", -5000, "charge_failure")
     assert (returned["kind"], returned["amount_minor"], returned["currency"]) == ("returned", 5000, "eur")
     assert (returned["object_id"], returned["data"]) == ("txn_1", {"source": "ch_1"})
 
 
-def test_available_money_is_a_fact_of_its_own(sandbox: Sandbox) -> None:
+def test_available_money_is_a_fact_of_its_own(sandbox: SandboxProcess) -> None:
     id = sandbox.pay("pm_card_bypassPending")["latest_charge"]
     line = eventually(
         lambda: sandbox.get("/v1/balance_transactions", {"source": id, "expand[]": "data.source"})["data"]
     )[0]
-    assert kinds(money_facts(line, ORIGIN)) == {"money": line["id"], "available": line["id"]}
+    assert kinds(balance_transaction_facts(line, ORIGIN)) == {"money": line["id"], "available": line["id"]}
     pending = line | {"status": "pending"}
-    assert kinds(money_facts(pending, ORIGIN)) == {"money": line["id"]}
+    assert kinds(balance_transaction_facts(pending, ORIGIN)) == {"money": line["id"]}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_available_money_is_a_fact_of_its_own(sandbox: Sandbox) -> None:
         ("canceled", "refund_canceled"),
     ],
 )
-def test_a_refund_is_what_its_status_says(status: str, kind: str) -> None:
+def test_refund_status_determines_the_fact(status: str, kind: str) -> None:
     refund = {
         "id": "re_1",
         "status": status,
@@ -258,14 +259,14 @@ def dispute(status: str, *amounts: int) -> Json:
         (dispute("lost", -5000), "dispute_lost"),
     ],
 )
-def test_a_dispute_is_what_its_status_and_its_money_say(told: Json, kind: str) -> None:
+def test_dispute_status_and_money_determine_the_fact(told: Json, kind: str) -> None:
     facts = dispute_facts(told, ORIGIN, 7)
     assert [fact["kind"] for fact in facts if fact["object_id"] == "dp_1"] == [kind]
     assert facts[0]["revision"] == 7
     assert sum(fact["kind"] == "money" for fact in facts) == len(told["balance_transactions"])
 
 
-def test_what_is_gone_in_a_dispute_is_told_in_its_currency() -> None:
+def test_withdrawn_amount_is_in_the_currency_of_the_dispute() -> None:
     exchanged = {"currency": "usd", "exchange_rate": 1.085}
     told = dispute("lost", -5425, 2170)
     told |= {
@@ -287,13 +288,13 @@ def test_a_payout_belongs_to_no_payment(status: str, kind: str) -> None:
     assert not {"payment_id", "intent", "objects"} & fact.keys()
 
 
-def test_every_kind_of_fact_is_one_that_the_database_knows(conn: Connection, sandbox: Sandbox) -> None:
+def test_every_fact_kind_exists_in_the_database(conn: Connection, sandbox: SandboxProcess) -> None:
     known = {row[0] for row in conn.execute("select kind from surety.fact_kinds").fetchall()}
     made = {fact["kind"] for fact in intent_facts(settled(sandbox), ORIGIN)}
     assert made <= known
 
 
-def test_what_the_audit_trail_keeps_holds_no_secret(sandbox: Sandbox) -> None:
+def test_audit_snapshots_contain_no_secrets(sandbox: SandboxProcess) -> None:
     intent = settled(sandbox)
     assert intent["client_secret"]
     kept = redacted(intent)
@@ -303,9 +304,9 @@ def test_what_the_audit_trail_keeps_holds_no_secret(sandbox: Sandbox) -> None:
     assert not {"client_secret", "payment_method", "metadata", "description", "receipt_email"} & kept.keys()
 
 
-def webhook(type: str, told: Json, version: str | None = "2026-10-28.endive") -> Webhook:
+def webhook(type: str, told: Json, version: str | None = "2026-10-28.endive") -> StoredWebhook:
     body = json.dumps({"api_version": version, "data": {"object": told}})
-    return Webhook("evt_1", "whk_1", "webhook", "acct_1", livemode=False, type=type, body=body)
+    return StoredWebhook("evt_1", "whk_1", "webhook", "acct_1", livemode=False, type=type, body=body)
 
 
 INTENT = {"id": "pi_1", "object": "payment_intent", "amount": 1, "currency": "usd", "latest_charge": "ch_1"}
@@ -327,14 +328,14 @@ CHARGE = {"id": "ch_1", "object": "charge", "payment_intent": "pi_1", "balance_t
         ("refund.failed", {"id": "re_1", "object": "refund"}, "re_1", ""),
     ],
 )
-def test_failures_disputes_and_announcements_are_fetched(type: str, told: Json, fetched: str, unless: str) -> None:
-    wanted = understand(webhook(type, told))
-    assert isinstance(wanted, Wanted)
+def test_failures_disputes_and_thin_events_are_fetched(type: str, told: Json, fetched: str, unless: str) -> None:
+    wanted = interpret_webhook(webhook(type, told))
+    assert isinstance(wanted, ObjectToFetch)
     assert (wanted.source.id, wanted.unless_object) == (fetched, unless)
 
 
-@pytest.mark.parametrize("type", BELIEVED)
-def test_a_snapshot_is_believed_only_in_our_api_version(type: str) -> None:
+@pytest.mark.parametrize("type", SNAPSHOT_EVENTS)
+def test_snapshot_event_is_trusted_only_in_our_api_version(type: str) -> None:
     told = {
         **INTENT,
         "status": "succeeded",
@@ -342,9 +343,9 @@ def test_a_snapshot_is_believed_only_in_our_api_version(type: str) -> None:
         "object": type.partition(".")[0],
         "created": 1,
     }
-    assert isinstance(understand(webhook(type, told)), list)
+    assert isinstance(interpret_webhook(webhook(type, told)), list)
     for other in ("2024-06-20", None):
-        assert isinstance(understand(webhook(type, told, other)), Wanted)
+        assert isinstance(interpret_webhook(webhook(type, told, other)), ObjectToFetch)
 
 
 @pytest.mark.parametrize(
@@ -357,5 +358,5 @@ def test_a_snapshot_is_believed_only_in_our_api_version(type: str) -> None:
         ("charge.succeeded", CHARGE | {"payment_intent": None}),
     ],
 )
-def test_what_means_nothing_to_us_ends_quietly(type: str, told: Json) -> None:
-    assert understand(webhook(type, told)) == []
+def test_irrelevant_event_is_ignored(type: str, told: Json) -> None:
+    assert interpret_webhook(webhook(type, told)) == []

@@ -9,37 +9,37 @@ from typing import Any
 
 import pytest
 
-from jobs.polling import news, settlements, sweep
+from jobs.polling import poll_balance_transactions, poll_events, poll_unfinished
 from jobs.worker import Worker
 from tests.support.payments import Connection, add_merchant, command, ledger_of, pay, state_of, violations
-from tests.support.sandbox_process import Sandbox, running_sandbox
-from tests.support.workers import UNTIL_DUE, hasten, work_off, worker_here
+from tests.support.sandbox_process import SandboxProcess, running_sandbox
+from tests.support.workers import NO_AUTOMATIC_RETRY, in_process_worker, run_until_idle, shorten_delays
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     with running_sandbox(tmp_path_factory.mktemp("unheard"), "--hang-seconds=1", "--payout-seconds=0") as sandbox:
         yield sandbox
 
 
 @pytest.fixture
 def key_hash(conn: Connection) -> bytes:
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     return add_merchant(conn)[1]
 
 
 async def charged(conn: Connection, worker: Worker, key_hash: bytes) -> tuple[str, str]:
     """A payment that was charged, and its intent."""
     [payment_id] = pay(conn, key_hash)
-    await work_off(worker, "submit", "confirm", "settle")
-    await settlements(worker)
+    await run_until_idle(worker, "submit", "confirm", "settle")
+    await poll_balance_transactions(worker)
     [(intent,)] = conn.execute("select provider_id from surety.payments where id = %s", (payment_id,)).fetchall()
     return payment_id, intent
 
 
 def give_up(conn: Connection, handler: str) -> None:
     """What a handler would try again later is a dead letter now."""
-    query = "select outbox.bury(%s, array_agg(event_id), 'it failed', now()) from outbox.retries"
+    query = "select outbox.dead_letter_events(%s, array_agg(event_id), 'it failed', now()) from outbox.retries"
     conn.execute(query, (handler,))
     assert one(conn, "select count(*) from outbox.dead_letters where closed_at is null") == 1
 
@@ -50,52 +50,52 @@ def one(conn: Connection, query: str, *values: Any) -> Any:
     return row[0] if len(row) == 1 else row
 
 
-async def test_a_refund_and_a_dispute_that_no_webhook_told_of_are_read_from_the_list(
-    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+async def test_refund_and_dispute_without_webhooks_are_polled(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         refunded, intent = await charged(conn, worker, key_hash)
         disputed, other = await charged(conn, worker, key_hash)
         sandbox.control("refunds", {"payment_intent": intent, "amount": 4000})
         sandbox.control("disputes", {"payment_intent": other})
-        await news(worker)
-        await work_off(worker, "apply")
+        await poll_events(worker)
+        await run_until_idle(worker, "apply")
         assert state_of(conn, refunded) == "partially_refunded"
         assert state_of(conn, disputed) == "disputed"
-        await news(worker)
-        heard, events = one(conn, "select count(*), count(distinct event_id) from surety.inbox")
+        await poll_events(worker)
+        heard, events = one(conn, "select count(*), count(distinct event_id) from surety.provider_events")
         assert heard == events, "what was read is not read again"
-        await settlements(worker)
-    assert ledger_of(conn)["held"] == 10000
-    told = [row[0] for row in conn.execute("select summary from surety.trace(%s)", (refunded,))]
+        await poll_balance_transactions(worker)
+    assert ledger_of(conn)["disputed"] == 10000
+    told = [row[0] for row in conn.execute("select summary from surety.trace_payment(%s)", (refunded,))]
     assert any("from the list of events" in line for line in told)
     assert not any("signature" in line for line in told), "nobody has signed what was read"
     assert one(conn, "select count(*) from audit.entries where kind = 'webhook' and outcome = 'listed'") == heard
     assert not violations(conn)
 
 
-async def test_a_refund_that_fails_long_after_it_succeeded_is_heard_of_without_a_webhook(
-    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+async def test_late_refund_failure_without_a_webhook_is_polled(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         payment_id, _ = await charged(conn, worker, key_hash)
         assert command(conn, "create_refund", key_hash, payment_id=payment_id)["status"] == 201
-        await work_off(worker, "refund")
+        await run_until_idle(worker, "refund")
         assert state_of(conn, payment_id) == "refunded"
         sandbox.control(f"refunds/{one(conn, 'select provider_id from surety.refunds')}", {"outcome": "failed"})
-        await news(worker)
-        await work_off(worker, "apply")
+        await poll_events(worker)
+        await run_until_idle(worker, "apply")
     assert state_of(conn, payment_id) in {"confirmed", "settled"}
     assert one(conn, "select state from surety.refunds") == "failed"
 
 
-async def test_an_event_of_the_list_and_its_webhook_are_one(
-    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+async def test_polled_event_and_its_webhook_are_stored_once(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         await charged(conn, worker, key_hash)
-        await news(worker)
-        heard = conn.execute("select event_id, type, body from surety.inbox order by id").fetchall()
+        await poll_events(worker)
+        heard = conn.execute("select event_id, type, body from surety.provider_events order by id").fetchall()
         assert {type for _, type, _ in heard} >= {"payment_intent.created", "payment_intent.succeeded"}
         webhooks = [
             {
@@ -108,55 +108,55 @@ async def test_an_event_of_the_list_and_its_webhook_are_one(
     assert {is_new for (is_new,) in told} == {False}
 
 
-async def test_events_of_the_list_are_kept_without_client_secrets(
-    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+async def test_polled_events_are_stored_without_client_secrets(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         await charged(conn, worker, key_hash)
-        await news(worker)
-    bodies = conn.execute("select body from surety.inbox where type like 'payment_intent.%'").fetchall()
+        await poll_events(worker)
+    bodies = conn.execute("select body from surety.provider_events where type like 'payment_intent.%'").fetchall()
     assert bodies
     for (body,) in bodies:
         assert json.loads(body)["data"]["object"]["client_secret"] is None
         assert "_secret_" not in body
 
 
-async def test_a_list_that_breaks_off_is_read_again_from_where_it_began(
-    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+async def test_interrupted_list_is_read_again_from_its_start(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:
-    async with worker_here(database, sandbox.url, judged=False) as worker:
+    async with in_process_worker(database, sandbox.url, judged=False) as worker:
         await charged(conn, worker, key_hash)
         sandbox.order("events.list", "error_500_before")
-        await news(worker)
+        await poll_events(worker)
         assert one(conn, "select count(*) from surety.poll_cursors where list = 'events'") == 0
-        await news(worker)
+        await poll_events(worker)
     assert one(conn, "select count(*) from surety.poll_cursors where list = 'events'") == 1
-    assert one(conn, "select count(*) from surety.inbox") > 0
+    assert one(conn, "select count(*) from surety.provider_events") > 0
 
 
 @pytest.mark.parametrize("fault", ["timeout_after", "timeout_before"])
-async def test_a_submission_that_was_given_up_is_looked_for_as_long_as_it_is_unfinished(
-    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes, fault: str
+async def test_dead_lettered_submission_is_looked_up_while_unfinished(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes, fault: str
 ) -> None:
     [payment_id] = pay(conn, key_hash)
-    async with worker_here(database, sandbox.url, judged=False, timeout_seconds=0.3) as worker:
+    async with in_process_worker(database, sandbox.url, judged=False, timeout_seconds=0.3) as worker:
         sandbox.order("payment_intents.create", fault, match=payment_id)
-        await work_off(worker, "submit")
+        await run_until_idle(worker, "submit")
         give_up(conn, "submit")
-        conn.execute("update surety.payments set ask_at = now()")
-        await sweep(worker)
+        conn.execute("update surety.payments set poll_at = now()")
+        await poll_unfinished(worker)
         if fault == "timeout_before":
             assert state_of(conn, payment_id) == "submitting"
-            asked, seconds = one(conn, "select asked, extract(epoch from ask_at - now())::int from surety.payments")
+            asked, seconds = one(conn, "select asked, extract(epoch from poll_at - now())::int from surety.payments")
             assert asked == 1
             assert seconds > 300
             assert one(conn, "select outcome from audit.entries where kind = 'answer' order by id desc") == "absent"
             assert one(conn, "select count(*) from outbox.dead_letters where closed_at is null") == 1
             return
         assert state_of(conn, payment_id) == "provider_submitted"
-        await work_off(worker, "confirm", "settle")
+        await run_until_idle(worker, "confirm", "settle")
         for _ in range(200):
-            await settlements(worker)
+            await poll_balance_transactions(worker)
             if state_of(conn, payment_id) == "settled":
                 break
             await asyncio.sleep(0.02)
@@ -165,37 +165,37 @@ async def test_a_submission_that_was_given_up_is_looked_for_as_long_as_it_is_unf
     assert not violations(conn)
 
 
-async def test_many_submissions_that_are_looked_for_share_one_reading_of_the_list(
-    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+async def test_lookups_of_many_submissions_share_one_list_request(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:
     pay(conn, key_hash, 40)
     [batch] = conn.execute("select batch_id, fence from outbox.claim_batch('submit', 'worker:dead')").fetchall()
     conn.execute("select from surety.begin_calls(%s, %s, 'create', 'worker:dead')", batch)
-    conn.execute("update surety.payments set ask_at = now()")
+    conn.execute("update surety.payments set poll_at = now()")
     readings = 0
 
     async def count(request: Any) -> None:
         nonlocal readings
         readings += request.url.path == "/v1/payment_intents"
 
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         worker.stripe.http.event_hooks["request"].append(count)
-        await sweep(worker)
+        await poll_unfinished(worker)
     assert one(conn, "select count(*) from audit.entries where kind = 'answer' and outcome = 'absent'") == 40
     assert readings == 1
 
 
-async def test_a_refund_that_was_given_up_is_looked_for_among_those_of_its_payment(
-    conn: Connection, database: str, sandbox: Sandbox, key_hash: bytes
+async def test_dead_lettered_refund_is_looked_up_among_refunds_of_its_payment(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:
-    async with worker_here(database, sandbox.url, judged=False, timeout_seconds=0.3) as worker:
+    async with in_process_worker(database, sandbox.url, judged=False, timeout_seconds=0.3) as worker:
         payment_id, _ = await charged(conn, worker, key_hash)
         made = command(conn, "create_refund", key_hash, payment_id=payment_id)["body"]["id"]
         sandbox.order("refunds.create", "timeout_after", match=made)
-        await work_off(worker, "refund")
+        await run_until_idle(worker, "refund")
         give_up(conn, "refund")
-        conn.execute("update surety.refunds set ask_at = now()")
-        await sweep(worker)
+        conn.execute("update surety.refunds set poll_at = now()")
+        await poll_unfinished(worker)
     assert state_of(conn, payment_id) == "refunded"
     assert one(conn, "select state from surety.refunds") == "succeeded"
     assert one(conn, "select closed_as from outbox.dead_letters") == "resolved"

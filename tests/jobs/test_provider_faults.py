@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.http_client import SECRETS, service
+from tests.support.http_client import SECRETS, running_server
 from tests.support.payments import Connection, violations
 from tests.support.provider_faults import (
     ACCOUNTS,
@@ -15,21 +15,21 @@ from tests.support.provider_faults import (
     PENDING_SECONDS,
     REORDER_SECONDS,
     UNDECIDED_SECONDS,
-    Trial,
+    FaultMatrix,
     table,
 )
 from tests.support.sandbox_process import running_sandbox
-from tests.support.workers import worker_here
+from tests.support.workers import in_process_worker
 
 # No answer comes and the connection is cut, long before the worker gives up by itself (see test_stripe_client.py): so
 # nothing fails but what was ordered, however busy the machine is.
 HANG_SECONDS = 0.1
 
 
-async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
+async def test_no_provider_fault_at_any_call_loses_or_doubles_a_payment(
     conn: Connection, database: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    with service("webhooks", database) as receiver:
+    with running_server("webhooks", database) as receiver:
         options = (
             f"--webhook-url={receiver.url}/stripe",
             f"--webhook-secret={SECRETS[0]}",
@@ -42,12 +42,12 @@ async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
             "--payout-seconds=0.3",
         )
         with running_sandbox(tmp_path, *options) as sandbox:
-            async with worker_here(database, sandbox.url) as worker:
-                trial = Trial(conn, sandbox, worker)
+            async with in_process_worker(database, sandbox.url) as worker:
+                trial = FaultMatrix(conn, sandbox, worker)
                 try:
                     for late in (False, True):
                         await trial.go(late=late)
-                        await trial.hear_the_last()
+                        await trial.deliver_late_webhooks()
                 finally:
                     record_property("what the provider did, by call and fault", table(trial.counts))
             charges = sandbox.control("charges/summary?metadata_key=surety_payment")
@@ -78,4 +78,4 @@ async def test_no_fault_of_the_provider_loses_or_doubles_a_payment_at_any_call(
 def booked(conn: Connection) -> set[str]:
     """The balance transactions that we know, those of payouts too, which belong to no payment."""
     known = "select object_id from surety.fact_keys where kind = 'money'"
-    return {row[0] for row in conn.execute(f"{known} union select object_id from surety.parked_facts")}
+    return {row[0] for row in conn.execute(f"{known} union select object_id from surety.unmatched_facts")}

@@ -13,16 +13,16 @@ from typing import Any
 import httpx
 import pytest
 
-from jobs.stripe.facts import Origin, intent_facts
+from jobs.stripe.facts import FactOrigin, intent_facts
 from tests.support.payments import Connection, add_merchant, ledger_of, path_of, pay, state_of, violations
-from tests.support.sandbox_process import Sandbox, running_sandbox
-from tests.support.workers import UNTIL_DUE, attempts, due, hasten, work_off, worker_here
+from tests.support.sandbox_process import SandboxProcess, running_sandbox
+from tests.support.workers import NO_AUTOMATIC_RETRY, attempts, due, in_process_worker, run_until_idle, shorten_delays
 
 PIPELINE = ("submit", "confirm", "cancel")
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     with running_sandbox(tmp_path_factory.mktemp("rail"), "--hang-seconds=1", "--slow-seconds=0.1") as sandbox:
         yield sandbox
 
@@ -30,7 +30,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 @pytest.fixture
 def payment(conn: Connection) -> Callable[..., str]:
     """A new payment of 100.00 USD by a card."""
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key_hash = add_merchant(conn)
 
     def make(card: str = "pm_card_visa", **fields: Any) -> str:
@@ -39,27 +39,27 @@ def payment(conn: Connection) -> Callable[..., str]:
     return make
 
 
-def charges(sandbox: Sandbox, payment_id: str) -> int:
+def charges(sandbox: SandboxProcess, payment_id: str) -> int:
     """Successful charges of one payment, by the sandbox's own memory."""
     return sum(charge["metadata"]["surety_payment"] == payment_id for charge in sandbox.control("charges"))
 
 
-def intents(sandbox: Sandbox, payment_id: str) -> list[dict[str, Any]]:
+def intents(sandbox: SandboxProcess, payment_id: str) -> list[dict[str, Any]]:
     """Every intent that was made for one payment."""
     page = sandbox.get("/v1/payment_intents", {"limit": 100})["data"]
     return [intent for intent in page if intent["metadata"].get("surety_payment") == payment_id]
 
 
 async def test_a_payment_is_created_unconfirmed_then_confirmed_by_id(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     payment_id = payment(description="a book", statement_descriptor_suffix="BOOKS")
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
         assert state_of(conn, payment_id) == "provider_submitted"
         [intent] = intents(sandbox, payment_id)
         assert (intent["status"], intent["description"]) == ("requires_confirmation", "a book")
-        await work_off(worker, "confirm")
+        await run_until_idle(worker, "confirm")
     assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "confirmed"]
     assert charges(sandbox, payment_id) == 1
     query = "select kind, outcome, snapshot ->> 'operation', duration_ms > 0 from audit.entries"
@@ -86,19 +86,19 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("handler", OPERATIONS)
-async def test_an_unknown_outcome_counts_once_and_is_never_charged_twice(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], handler: str, fault: str
+async def test_unknown_outcome_is_never_charged_twice(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str], handler: str, fault: str
 ) -> None:
     payment_id = payment()
     sandbox.order(OPERATIONS[handler], fault, match=payment_id)
-    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
-        await work_off(worker, "submit")
-        await work_off(worker, "confirm")
+    async with in_process_worker(database, sandbox.url, timeout_seconds=0.5) as worker:
+        await run_until_idle(worker, "submit")
+        await run_until_idle(worker, "confirm")
         [(failed, failures, [error])] = attempts(conn)
         assert (failed, failures) == (handler, 1)
         assert error.startswith(FAULTS[fault])
         due(conn)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     # Who asked may have seen its balance transaction as well.
     assert state_of(conn, payment_id) in {"confirmed", "settled"}
     assert charges(sandbox, payment_id) == 1
@@ -108,55 +108,55 @@ async def test_an_unknown_outcome_counts_once_and_is_never_charged_twice(
 
 
 @pytest.mark.parametrize("fault", ["timeout_before", "timeout_after", "error_500_before", "error_500_after"])
-async def test_an_unknown_cancellation_is_asked_about(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], fault: str
+async def test_cancellation_of_unknown_outcome_is_looked_up(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str], fault: str
 ) -> None:
     payment_id = payment("pm_card_visa_chargeDeclined")
     sandbox.order("payment_intents.cancel", fault, match=payment_id)
-    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
-        await work_off(worker, *PIPELINE)
+    async with in_process_worker(database, sandbox.url, timeout_seconds=0.5) as worker:
+        await run_until_idle(worker, *PIPELINE)
         assert state_of(conn, payment_id) == "provider_submitted"
         due(conn)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     assert state_of(conn, payment_id) == "failed"
     assert [intent["status"] for intent in intents(sandbox, payment_id)] == ["canceled"]
 
 
 @pytest.mark.parametrize("fault", ["conflict_409", "rate_limit_429"])
 @pytest.mark.parametrize("handler", OPERATIONS)
-async def test_a_busy_provider_is_nobodys_failure(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], handler: str, fault: str
+async def test_rate_limit_response_is_not_counted_as_a_failure(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str], handler: str, fault: str
 ) -> None:
     payment_id = payment()
     sandbox.order(OPERATIONS[handler], fault, match=payment_id, times=5)
     query = "select failures, due_at - (attempts -> -1 ->> 'at')::timestamptz from outbox.retries"
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         for _ in range(5):
-            await work_off(worker, *PIPELINE)
+            await run_until_idle(worker, *PIPELINE)
             [(failures, wait)] = conn.execute(query).fetchall()
             assert failures == 0
             assert wait.total_seconds() == pytest.approx(1, abs=0.01)
             due(conn)
-        await work_off(worker, *PIPELINE)
+        await run_until_idle(worker, *PIPELINE)
     assert state_of(conn, payment_id) == "confirmed"
     assert charges(sandbox, payment_id) == 1
 
 
 @pytest.mark.parametrize("fault", ["timeout_before", "timeout_after"])
-async def test_after_23_hours_the_list_is_asked_before_another_intent_is_made(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], fault: str
+async def test_list_is_read_before_another_intent_is_created_after_23_hours(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str], fault: str
 ) -> None:
     conn.execute("update surety.environment set kind = 'test'")
     payment_id = payment()
     sandbox.order("payment_intents.create", fault, match=payment_id)
-    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url, timeout_seconds=0.5) as worker:
+        await run_until_idle(worker, "submit")
         conn.execute("insert into surety.clock (ahead) values ('23 hours 1 minute')")
-        await work_off(worker, "submit")
+        await run_until_idle(worker, "submit")
         asked = conn.execute("select count(*) from audit.entries where outcome = 'asked'").fetchone()
         assert asked == (1,)
         assert state_of(conn, payment_id) == "provider_submitted"
-        await work_off(worker, "confirm")
+        await run_until_idle(worker, "confirm")
     row = conn.execute("select idempotency_key from surety.calls where operation = 'create'").fetchone()
     key = f"{payment_id}:create"
     assert row == (key if fault == "timeout_after" else f"{key}:2",)
@@ -164,8 +164,8 @@ async def test_after_23_hours_the_list_is_asked_before_another_intent_is_made(
     assert charges(sandbox, payment_id) == 1
 
 
-async def test_within_23_hours_the_same_bytes_go_under_the_same_key(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+async def test_same_request_is_sent_under_the_same_key_within_23_hours(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     conn.execute("update surety.environment set kind = 'test'")
     payment_id = payment()
@@ -175,24 +175,24 @@ async def test_within_23_hours_the_same_bytes_go_under_the_same_key(
     async def remember(request: httpx.Request) -> None:
         sent.append((request.headers["idempotency-key"], request.content))
 
-    async with worker_here(database, sandbox.url, timeout_seconds=0.5) as worker:
+    async with in_process_worker(database, sandbox.url, timeout_seconds=0.5) as worker:
         worker.stripe.http.event_hooks["request"].append(remember)
-        await work_off(worker, "submit")
+        await run_until_idle(worker, "submit")
         conn.execute("insert into surety.clock (ahead) values ('22 hours 58 minutes')")
-        await work_off(worker, "submit")
+        await run_until_idle(worker, "submit")
     assert [key for key, _ in sent] == [f"{payment_id}:create"] * 2
     assert sent[0] == sent[1]
     assert state_of(conn, payment_id) == "provider_submitted"
 
 
 async def test_a_decline_cancels_the_intent_before_the_payment_has_failed(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     payment_id = payment("pm_card_visa_chargeDeclinedInsufficientFunds")
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit", "confirm")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit", "confirm")
         assert state_of(conn, payment_id) == "provider_submitted"
-        await work_off(worker, "cancel")
+        await run_until_idle(worker, "cancel")
     assert state_of(conn, payment_id) == "failed"
     failure = {
         "code": "card_declined",
@@ -206,19 +206,19 @@ async def test_a_decline_cancels_the_intent_before_the_payment_has_failed(
 
 
 async def test_a_refusal_of_the_card_itself_fails_the_payment_at_once(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     payment_id = payment("pm_of_somebody_else")
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, *PIPELINE)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, *PIPELINE)
     assert path_of(conn, payment_id) == ["initiated", "submitting", "failed"]
     [(failure,)] = conn.execute("select failure from surety.payments").fetchall()
     assert failure == {"code": "resource_missing", "message": "No such PaymentMethod: 'pm_of_somebody_else'"}
     assert attempts(conn) == []
 
 
-async def test_a_rejection_that_is_our_own_mistake_ends_as_a_dead_letter_and_the_payment_waits(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+async def test_rejected_request_is_dead_lettered_and_the_payment_waits(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     payment_id = payment()
     conn.execute(
@@ -226,9 +226,9 @@ async def test_a_rejection_that_is_our_own_mistake_ends_as_a_dead_letter_and_the
         ' values (%s, \'create\', %s, \'{"amount": 10000, "currency": "usx"}\', now(), now())',
         (payment_id, payment_id),
     )
-    async with worker_here(database, sandbox.url, judged=False) as worker:
+    async with in_process_worker(database, sandbox.url, judged=False) as worker:
         for _ in range(3):
-            await work_off(worker, *PIPELINE)
+            await run_until_idle(worker, *PIPELINE)
             due(conn)
     [(attempts_made, reason)] = conn.execute("select attempts, reason from outbox.dead_letters").fetchall()
     assert reason == "it failed 3 times"
@@ -236,12 +236,12 @@ async def test_a_rejection_that_is_our_own_mistake_ends_as_a_dead_letter_and_the
     assert state_of(conn, payment_id) == "submitting"
 
 
-async def test_a_payment_that_needs_its_payer_tells_where_to_send_him(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+async def test_payment_that_requires_action_has_a_redirect_url(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     payment_id = payment("pm_card_threeDSecure2Required", return_url="https://shop.example/back")
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, *PIPELINE)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, *PIPELINE)
     assert state_of(conn, payment_id) == "requires_action"
     [(action,)] = conn.execute("select next_action from surety.payments").fetchall()
     assert action["type"] == "redirect"
@@ -249,15 +249,15 @@ async def test_a_payment_that_needs_its_payer_tells_where_to_send_him(
 
 
 async def test_client_secrets_are_neither_stored_nor_audited(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     for card in ("pm_card_visa", "pm_card_threeDSecure2Required", "pm_card_visa_chargeDeclined"):
         payment(card)
     garbled = payment()
     sandbox.order("payment_intents.create", "garbage_200", match=garbled)
-    async with worker_here(database, sandbox.url) as worker:
+    async with in_process_worker(database, sandbox.url) as worker:
         for _ in range(2):
-            await work_off(worker)
+            await run_until_idle(worker)
             due(conn)
     tables = conn.execute(
         "select format('%I.%I', schemaname, tablename) from pg_tables"
@@ -268,15 +268,15 @@ async def test_client_secrets_are_neither_stored_nor_audited(
         assert conn.execute(query.encode()).fetchone() == (0,), table
 
 
-async def test_many_calls_run_at_once_and_a_slow_one_keeps_no_result_waiting(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+async def test_slow_call_does_not_delay_results_of_concurrent_calls(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     slow = payment()
     others = [payment() for _ in range(40)]
     sandbox.order("payment_intents.create", "timeout_before", match=slow)
     query = "select count(*) from surety.payments where state = 'provider_submitted'"
-    async with worker_here(database, sandbox.url, judged=False, timeout_seconds=0.5) as worker:
-        working = asyncio.create_task(work_off(worker, "submit"))
+    async with in_process_worker(database, sandbox.url, judged=False, timeout_seconds=0.5) as worker:
+        working = asyncio.create_task(run_until_idle(worker, "submit"))
         while conn.execute(query).fetchone() != (len(others),):
             assert not working.done(), "the slow one was waited for"
             await asyncio.sleep(0.005)
@@ -284,22 +284,22 @@ async def test_many_calls_run_at_once_and_a_slow_one_keeps_no_result_waiting(
     assert [row[:2] for row in attempts(conn)] == [("submit", 1)]
 
 
-async def test_a_second_intent_is_told_never_confirmed_and_called_off(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+async def test_second_intent_is_a_discrepancy_never_confirmed_and_canceled(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     payment_id = payment()
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
         [(first,)] = conn.execute("select provider_id from surety.payments").fetchall()
         second = sandbox.read(sandbox.create(amount=10000, **{"metadata[surety_payment]": payment_id}))
-        origin = Origin("", livemode=False, source="webhook")
+        origin = FactOrigin("", livemode=False, source="webhook")
         conn.execute("select surety.record_facts(%s, 'test')", (json.dumps(intent_facts(second, origin)),))
         told = "select kind, subject, closed_because from surety.discrepancies"
         assert conn.execute(told).fetchall() == [("duplicate", second["id"], None)]
         sandbox.order("payment_intents.cancel", "timeout_after", match=payment_id)
-        await work_off(worker, "confirm", "cancel")
+        await run_until_idle(worker, "confirm", "cancel")
         due(conn)
-        await work_off(worker, "cancel")
+        await run_until_idle(worker, "cancel")
     assert conn.execute("select provider_id, state from surety.payments").fetchone() == (first, "confirmed")
     assert conn.execute(told).fetchall() == [("duplicate", second["id"], "it is canceled")]
     assert sandbox.read(second["id"])["status"] == "canceled"
@@ -308,7 +308,7 @@ async def test_a_second_intent_is_told_never_confirmed_and_called_off(
     assert not violations(conn)
 
 
-class Liar:
+class AlteringProxy:
     """Stands between us and the sandbox and alters its answers to POSTs."""
 
     def __init__(self, url: str, alter: Callable[[dict[str, Any]], None]) -> None:
@@ -344,9 +344,9 @@ class Liar:
 
 
 @contextmanager
-def lying(sandbox: Sandbox, **lies: Any) -> Generator[str]:
+def altering_proxy(sandbox: SandboxProcess, **lies: Any) -> Generator[str]:
     """The address of a provider whose answers say something else."""
-    liar = Liar(sandbox.url, lambda body: body.update(lies))
+    liar = AlteringProxy(sandbox.url, lambda body: body.update(lies))
     try:
         yield liar.url
     finally:
@@ -364,13 +364,18 @@ def lying(sandbox: Sandbox, **lies: Any) -> Generator[str]:
         ({"metadata": {}}, "foreign"),
     ],
 )
-async def test_an_answer_about_something_else_is_a_discrepancy_and_never_a_step(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], lies: dict[str, Any], kind: str
+async def test_response_about_another_object_is_a_discrepancy_and_never_a_step(
+    conn: Connection,
+    database: str,
+    sandbox: SandboxProcess,
+    payment: Callable[..., str],
+    lies: dict[str, Any],
+    kind: str,
 ) -> None:
     payment_id = payment()
-    with lying(sandbox, **lies) as url:
-        async with worker_here(database, url, judged=False) as worker:
-            await work_off(worker, *PIPELINE)
+    with altering_proxy(sandbox, **lies) as url:
+        async with in_process_worker(database, url, judged=False) as worker:
+            await run_until_idle(worker, *PIPELINE)
     assert state_of(conn, payment_id) == "submitting"
     found = conn.execute("select kind, payment_id, is_critical from surety.discrepancies").fetchall()
     assert found == [(kind, payment_id, True)]
@@ -381,56 +386,66 @@ async def test_an_answer_about_something_else_is_a_discrepancy_and_never_a_step(
     ("lies", "kind"), [({"id": "pi_another"}, "foreign"), ({"object": "charge"}, None), ({"metadata": None}, None)]
 )
 async def test_a_confirmation_of_another_intent_confirms_nothing(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str], lies: dict[str, Any], kind: str
+    conn: Connection,
+    database: str,
+    sandbox: SandboxProcess,
+    payment: Callable[..., str],
+    lies: dict[str, Any],
+    kind: str,
 ) -> None:
     payment_id = payment()
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
-    with lying(sandbox, **lies) as url:
-        async with worker_here(database, url, judged=False) as worker:
-            await work_off(worker, "confirm")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+    with altering_proxy(sandbox, **lies) as url:
+        async with in_process_worker(database, url, judged=False) as worker:
+            await run_until_idle(worker, "confirm")
     assert state_of(conn, payment_id) == "provider_submitted"
     found = [row[0] for row in conn.execute("select kind from surety.discrepancies").fetchall()]
     assert found == ([kind] if kind else [])
     due(conn)
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "confirm")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "confirm")
     assert state_of(conn, payment_id) in {"confirmed", "settled"}, "asked about, it is what it was"
     assert charges(sandbox, payment_id) == 1
 
 
 async def test_a_captured_amount_that_differs_is_booked_as_it_is(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     payment_id = payment()
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
-    with lying(sandbox, amount=10500, amount_received=10500) as url:
-        async with worker_here(database, url, judged=False) as worker:
-            await work_off(worker, "confirm")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+    with altering_proxy(sandbox, amount=10500, amount_received=10500) as url:
+        async with in_process_worker(database, url, judged=False) as worker:
+            await run_until_idle(worker, "confirm")
     assert state_of(conn, payment_id) == "confirmed"
-    assert ledger_of(conn, payment_id) == {"due": 10500, "pend": 9625, "rev": 375, "suspense": 500}
+    assert ledger_of(conn, payment_id) == {
+        "provider_receivable": 10500,
+        "pending": 9625,
+        "fee_revenue": 375,
+        "suspense": 500,
+    }
     kinds = {row[0] for row in conn.execute("select kind from surety.discrepancies").fetchall()}
     assert kinds == {"amount"}
 
 
-def test_turns_at_the_provider_are_shared_and_commands_go_first(conn: Connection) -> None:
-    query = "select surety.take_turn('stripe', '', 50, %s)"
+def test_request_slots_are_shared_and_commands_take_precedence(conn: Connection) -> None:
+    query = "select surety.reserve_request_slot('stripe', '', 50, %s)"
     waits = [conn.execute(query, (True,)).fetchall()[0][0] for _ in range(60)]
     assert waits[:20] == [0] * 20
     # Half a second's worth goes at once; the last of 60 waits for what is over it.
     assert 0.5 < waits[-1] <= 0.7
     assert conn.execute(query, (False,)).fetchone() == (None,)
-    assert conn.execute("select surety.take_turn('stripe', 'acct_other', 50, false)").fetchone() == (0,)
+    assert conn.execute("select surety.reserve_request_slot('stripe', 'acct_other', 50, false)").fetchone() == (0,)
 
 
 async def test_a_bounded_rate_holds_for_real_calls(
-    conn: Connection, database: str, sandbox: Sandbox, payment: Callable[..., str]
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
     for _ in range(12):
         payment()
-    async with worker_here(database, sandbox.url, per_second=10) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url, per_second=10) as worker:
+        await run_until_idle(worker, "submit")
     query = "select extract(epoch from max(at) - min(at))::float from audit.entries where kind = 'answer'"
     [(seconds,)] = conn.execute(query).fetchall()
     assert 0.5 < seconds < 2.5

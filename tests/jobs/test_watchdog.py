@@ -11,30 +11,30 @@ import pytest
 
 from db.connect import conninfo
 from db.settings import Settings
-from jobs.watchdog import STALLED
+from jobs.watchdog import EXIT_STALLED
 from tests.support.payments import Connection
 from tests.support.sandbox_process import eventually
-from tests.support.workers import ROOT, hasten, wait_for_worker, worker_process
+from tests.support.workers import ROOT, shorten_delays, wait_for_worker, worker_process
 
 NOWHERE = "http://127.0.0.1:9"
 
 
-def test_a_worker_whose_event_loop_is_blocked_ends_and_says_so(
+def test_worker_with_a_blocked_event_loop_exits_with_a_message(
     conn: Connection, database: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    hasten(conn)
+    shorten_delays(conn)
     with worker_process(database, NOWHERE, app="tests.support.stalled_worker.app", SURETY_STALL_SECONDS="1") as worker:
         wait_for_worker(conn)
         with conn.transaction():
             conn.execute("set local search_path = procrastinate")
             conn.execute("insert into procrastinate_jobs (queue_name, task_name) values ('outbox', 'block')")
-        assert worker.wait(30) == STALLED
+        assert worker.wait(30) == EXIT_STALLED
     told = capfd.readouterr().err
     assert "its event loop has not turned for 1 s" in told
     assert "in block" in told, "its stack"
 
 
-def test_a_worker_that_was_asleep_goes_on(conn: Connection, database: str) -> None:
+def test_worker_continues_after_system_sleep(conn: Connection, database: str) -> None:
     beats = "select count(*) from procrastinate.procrastinate_workers"
     with worker_process(database, NOWHERE, SURETY_STALL_SECONDS="1") as worker:
         wait_for_worker(conn)
@@ -54,19 +54,19 @@ from jobs.watchdog import Watchdog
 dog = Watchdog(sys.argv[1], 1.0)
 dog.start()
 while True:
-    dog.turned()
+    dog.loop_turned()
     time.sleep(0.05)
 """
 
 
-def test_who_is_not_heard_by_a_database_that_serves_others_ends(settings: Settings) -> None:
+def test_worker_cut_from_a_serving_database_exits(settings: Settings) -> None:
     command = [sys.executable, "-c", WATCHED, conninfo("worker", settings)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
-    assert ended.returncode == STALLED
+    assert ended.returncode == EXIT_STALLED
     assert "the database serves others" in ended.stderr
 
 
-def test_a_database_that_nobody_reaches_is_no_reason_to_end() -> None:
+def test_worker_does_not_exit_when_the_database_is_down() -> None:
     command = [sys.executable, "-c", WATCHED, "host=127.0.0.1 port=9"]
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run(command, cwd=ROOT, capture_output=True, timeout=4, check=False)

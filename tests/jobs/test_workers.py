@@ -16,22 +16,29 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs.database import CONNECTIONS_MAX
-from jobs.handlers.webhooks import Source, fetch_dispute
-from jobs.polling import TASKS, cron, payouts, settlements, stretches, sweep
-from jobs.stripe.facts import Origin
+from jobs.database import WORKER_CONNECTIONS_MAX
+from jobs.handlers.webhooks import ProviderObject, fetch_dispute
+from jobs.polling import (
+    PERIODIC_TASKS,
+    cron,
+    merge_time_ranges,
+    poll_balance_transactions,
+    poll_payouts,
+    poll_unfinished,
+)
+from jobs.stripe.facts import FactOrigin
 from tests.support.payments import Connection, add_merchant, command, ledger_of, path_of, pay, state_of, violations
-from tests.support.sandbox_process import Sandbox, eventually, running_sandbox
+from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
 from tests.support.workers import (
+    NO_AUTOMATIC_RETRY,
     ROOT,
-    UNTIL_DUE,
     attempts,
     due,
     environment,
-    hasten,
+    in_process_worker,
+    run_until_idle,
+    shorten_delays,
     wait_for_worker,
-    work_off,
-    worker_here,
     worker_process,
 )
 
@@ -41,7 +48,7 @@ ENDED = {"settled", "failed", "canceled"}
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     options = ("--hang-seconds=30", "--slow-seconds=0.7", "--payout-seconds=0")
     with running_sandbox(tmp_path_factory.mktemp("workers"), *options) as sandbox:
         yield sandbox
@@ -50,7 +57,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 @pytest.fixture
 def shop(conn: Connection) -> Pay:
     """Makes payments of 100.00 USD."""
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key_hash = add_merchant(conn)
     return lambda count=1, **fields: pay(conn, key_hash, count, **fields)
 
@@ -65,7 +72,7 @@ def all_ended(conn: Connection) -> bool:
     return count(conn, "select count(*) from surety.payments where state <> all(%s)", list(ENDED)) == 0
 
 
-def double(sandbox: Sandbox) -> list[str]:
+def double(sandbox: SandboxProcess) -> list[str]:
     """Payments that were charged more than once, by the sandbox's own memory."""
     found: list[str] = sandbox.control("charges/summary?metadata_key=surety_payment")["double"]
     return found
@@ -95,28 +102,28 @@ def test_importing_the_app_needs_no_settings() -> None:
     )
 
 
-def test_procrastinates_settings_are_those_that_matter() -> None:
+def test_procrastinate_settings_are_effective() -> None:
     from jobs import app
 
     app.perform_import_paths()  # type: ignore[no-untyped-call]
-    assert app.worker_defaults["concurrency"] > 2 * 6 + len(TASKS)
+    assert app.worker_defaults["concurrency"] > 2 * 6 + len(PERIODIC_TASKS)
     assert app.worker_defaults["delete_jobs"] == "always"
     assert app.worker_defaults["fetch_job_polling_interval"] == 1.0
-    assert {"drain", "tick", "sweep", "settlements"} <= set(app.tasks)
+    assert {"drain", "schedule_due_handlers", "poll_unfinished", "poll_balance_transactions"} <= set(app.tasks)
     # Nobody misspelt an option: the worker takes them all.
     app._worker(**app.worker_defaults)
 
 
-def test_payments_settle_without_any_webhook_and_a_killed_workers_events_are_taken_over(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+def test_payments_settle_without_webhooks_and_after_a_worker_was_killed(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
-    hasten(conn)
+    shorten_delays(conn)
     with worker_process(database, sandbox.url, "killed") as killed:
         wait_for_worker(conn)
         held = shop(3)
         hang = {"operation": "payment_intents.create", "fault": "timeout_after", "times": 3}
         sandbox.control("faults", {"next": [hang]})
-        conn.execute("select outbox.kick('{submit}')")
+        conn.execute("select outbox.schedule_handlers('{submit}')")
         eventually(lambda: sandbox.control("faults")["next"] == [], 10)
         killed.send_signal(signal.SIGKILL)
         killed.wait()
@@ -138,18 +145,23 @@ def test_payments_settle_without_any_webhook_and_a_killed_workers_events_are_tak
     query = "select count(distinct actor) from audit.entries where actor in ('worker:second', 'worker:third')"
     assert count(conn, query) == 2
     gross, fee = 8 * 10000, 8 * 320
-    assert ledger_of(conn) == {"avail": 8 * 9625, "stripe": gross - fee, "rev": 8 * 375, "cost": fee}
+    assert ledger_of(conn) == {
+        "available": 8 * 9625,
+        "provider_balance": gross - fee,
+        "fee_revenue": 8 * 375,
+        "provider_cost": fee,
+    }
 
 
-def test_a_stopped_worker_finishes_what_it_sent_and_gives_back_the_rest_uncounted(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+def test_stopped_worker_finishes_sent_calls_and_returns_the_rest_uncounted(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     shop(60)
     slow = {"operation": "payment_intents.create", "fault": "slow", "times": 60}
     sandbox.control("faults", {"next": [slow]})
     with worker_process(database, sandbox.url) as worker:
         wait_for_worker(conn)
-        conn.execute("select outbox.kick('{submit}')")
+        conn.execute("select outbox.schedule_handlers('{submit}')")
         eventually(lambda: sandbox.control("faults")["next"][0]["times"] <= 60 - 10, 10)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(10) == 0
@@ -163,14 +175,14 @@ def test_a_stopped_worker_finishes_what_it_sent_and_gives_back_the_rest_uncounte
     assert count(conn, "select count(*) from procrastinate.procrastinate_workers") == 0
 
 
-def test_nothing_is_lost_with_procrastinates_rows_or_all_connections_to_the_database(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+def test_lost_jobs_or_database_connections_lose_no_events(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
-    hasten(conn)
+    shorten_delays(conn)
     with worker_process(database, sandbox.url) as worker:
         wait_for_worker(conn)
         shop(20)
-        conn.execute("select outbox.kick('{submit}')")
+        conn.execute("select outbox.schedule_handlers('{submit}')")
         with psycopg.connect(database, autocommit=True) as deleting:
             deleting.execute("set search_path = procrastinate")
             for table in ("periodic_defers", "events", "jobs", "workers"):
@@ -183,17 +195,22 @@ def test_nothing_is_lost_with_procrastinates_rows_or_all_connections_to_the_data
         assert worker.poll() is None
 
 
-def test_idle_a_worker_is_woken_for_a_payment_and_does_not_find_it_by_looking(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+def test_idle_worker_is_notified_of_a_payment_without_polling(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     delays = []
     with worker_process(database, sandbox.url), psycopg.connect(database) as other:
         wait_for_worker(conn)
         # Nobody ticks now; Procrastinate looks each five seconds.
-        eventually(lambda: other.execute("select pg_try_advisory_lock(hashtext('surety:tick'))").fetchone() == (True,))
+        eventually(
+            lambda: (
+                other.execute("select pg_try_advisory_lock(hashtext('surety:schedule_due_handlers'))").fetchone()
+                == (True,)
+            )
+        )
         for _ in range(9):
             [payment_id] = shop()
-            conn.execute("select outbox.kick('{submit}')")
+            conn.execute("select outbox.schedule_handlers('{submit}')")
             asked = "select count(*) from audit.entries where kind = 'answer' and payment_id = %s"
             eventually(lambda: count(conn, asked, payment_id) > 0)  # noqa: B023  # it is over before the next turn
             delays.append(
@@ -207,10 +224,10 @@ def test_idle_a_worker_is_woken_for_a_payment_and_does_not_find_it_by_looking(
     assert sorted(delays)[len(delays) // 2] < 1000, delays
 
 
-def test_an_event_that_breaks_its_handler_is_found_by_halving_and_only_it_counts(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+def test_failing_event_is_found_by_bisection_and_only_it_is_counted(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
-    hasten(conn)
+    shorten_delays(conn)
     payments = shop(9)
     poison = payments[4]
     broken = f"alter table surety.expectations add constraint poison check (payment_id <> '{poison}')"
@@ -247,7 +264,7 @@ def received(conn: Connection, events: list[dict[str, Any]]) -> None:
     conn.execute("select from surety.receive_webhooks(%s)", (json.dumps(stored),))
 
 
-def told_about(sandbox: Sandbox, payment_id: str) -> list[dict[str, Any]]:
+def told_about(sandbox: SandboxProcess, payment_id: str) -> list[dict[str, Any]]:
     """The events of one payment, newest first, as webhooks bring them."""
     page = sandbox.get("/v1/events", {"limit": 100})["data"]
     return [
@@ -255,12 +272,12 @@ def told_about(sandbox: Sandbox, payment_id: str) -> list[dict[str, Any]]:
     ]
 
 
-async def test_webhooks_in_the_wrong_order_and_twice_bring_a_payment_where_it_is(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+async def test_reordered_and_repeated_webhooks_end_in_the_same_state(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
         assert state_of(conn, payment_id) == "requires_action"
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         secret = sandbox.read(pi)["client_secret"]
@@ -272,7 +289,7 @@ async def test_webhooks_in_the_wrong_order_and_twice_bring_a_payment_where_it_is
             event["type"] for event in events
         }
         received(conn, [*events, *events[::-1]])
-        await work_off(worker)
+        await run_until_idle(worker)
     assert state_of(conn, payment_id) in {"confirmed", "settled"}
     assert count(conn, "select count(*) from surety.facts where kind = 'captured'") == 1
     assert count(conn, "select count(*) from surety.facts where kind = 'money'") == 1, "charge.updated was fetched"
@@ -280,26 +297,26 @@ async def test_webhooks_in_the_wrong_order_and_twice_bring_a_payment_where_it_is
     assert not violations(conn)
 
 
-async def test_a_decline_that_only_a_webhook_told_is_fetched_and_canceled(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+async def test_decline_known_from_a_webhook_only_is_fetched_and_canceled(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         secret = sandbox.read(pi)["client_secret"]
         sandbox.client.post(f"/3ds/{pi}?client_secret={secret}", content="outcome=decline")
         [failed] = [e for e in told_about(sandbox, payment_id) if e["type"] == "payment_intent.payment_failed"]
         received(conn, [failed])
-        await work_off(worker)
+        await run_until_idle(worker)
     assert state_of(conn, payment_id) == "failed"
     assert sandbox.read(pi)["status"] == "canceled"
     [(failure,)] = conn.execute("select failure ->> 'code' from surety.payments").fetchall()
     assert failure == "payment_intent_authentication_failure"
 
 
-async def test_what_is_no_event_fails_three_times_and_its_neighbours_do_not(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+async def test_invalid_event_fails_three_times_without_its_batch(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     [payment_id] = shop()
     bodies = ("no json", "[]", '{"data": {}}', '{"api_version": "2026-10-28.endive", "data": {"object": {"id": 1}}}')
@@ -310,12 +327,12 @@ async def test_what_is_no_event_fails_three_times_and_its_neighbours_do_not(
         "api_version": None,
         "data": {"object": {}},
     }
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
         [created] = [e for e in told_about(sandbox, payment_id) if e["type"] == "payment_intent.created"]
         received(conn, [*garbage, created, unknown])
         for _ in range(3):
-            await work_off(worker, "apply")
+            await run_until_idle(worker, "apply")
             due(conn)
     letters = conn.execute("select handler, jsonb_array_length(attempts) from outbox.dead_letters").fetchall()
     assert letters == [("apply", 3)] * len(bodies)
@@ -323,23 +340,23 @@ async def test_what_is_no_event_fails_three_times_and_its_neighbours_do_not(
 
 
 @pytest.mark.parametrize(("type", "handler"), [("payment.initiated", "submit"), ("webhook.received", "apply")])
-async def test_an_event_about_nothing_fails_and_is_not_left_lying(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay, type: str, handler: str
+async def test_event_about_an_unknown_object_is_dead_lettered(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay, type: str, handler: str
 ) -> None:
     shop()
-    conn.execute("select outbox.emit('payment', 'nothing', %s, '{}', null, 1)", (type,))
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, handler)
+    conn.execute("select outbox.emit_event('payment', 'nothing', %s, '{}', null, 1)", (type,))
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, handler)
     assert [row[:2] for row in attempts(conn)] == [(handler, 1)]
     assert count(conn, "select count(*) from outbox.batches") == 0
 
 
-async def test_a_webhook_that_cannot_be_recorded_takes_no_neighbour_along(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+async def test_webhook_that_cannot_be_recorded_does_not_fail_its_batch(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     payments = shop(5)
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
         broken = (
             "alter table surety.facts add constraint poison"
             f" check (payment_id <> '{payments[2]}' or kind <> 'captured')"
@@ -351,7 +368,7 @@ async def test_a_webhook_that_cannot_be_recorded_takes_no_neighbour_along(
             sandbox.confirm(pi)
             events += [e for e in told_about(sandbox, payment_id) if e["type"] == "payment_intent.succeeded"]
         received(conn, events)
-        await work_off(worker, "apply")
+        await run_until_idle(worker, "apply")
     states = [state_of(conn, payment_id) for payment_id in payments]
     assert states == ["confirmed", "confirmed", "provider_submitted", "confirmed", "confirmed"]
     [(handler, failures, errors)] = attempts(conn)
@@ -359,12 +376,12 @@ async def test_a_webhook_that_cannot_be_recorded_takes_no_neighbour_along(
     assert "poison" in errors[0]
 
 
-async def test_a_snapshot_of_another_api_version_is_fetched_instead_of_believed(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+async def test_snapshot_of_another_api_version_is_fetched(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     [payment_id] = shop()
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         lie = sandbox.read(pi) | {"status": "succeeded", "latest_charge": "ch_lie", "amount_received": 10000}
         old = {
@@ -374,101 +391,104 @@ async def test_a_snapshot_of_another_api_version_is_fetched_instead_of_believed(
             "data": {"object": lie},
         }
         received(conn, [old])
-        await work_off(worker, "apply")
+        await run_until_idle(worker, "apply")
     assert state_of(conn, payment_id) == "provider_submitted"
     query = "select kind, outcome from audit.entries where snapshot ->> 'operation' = 'fetch' order by id"
     assert conn.execute(query).fetchall() == [("call", "asked"), ("answer", "answered")]
 
 
-async def test_the_sweep_finds_what_every_webhook_lost(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+async def test_polling_finds_changes_whose_webhooks_were_lost(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     [payment_id] = shop()
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         sandbox.confirm(pi)
-        await sweep(worker)
+        await poll_unfinished(worker)
         assert state_of(conn, payment_id) == "provider_submitted", "not due yet"
-        conn.execute("update surety.payments set ask_at = now()")
-        await sweep(worker)
+        conn.execute("update surety.payments set poll_at = now()")
+        await poll_unfinished(worker)
         assert state_of(conn, payment_id) in {"confirmed", "settled"}
     told = conn.execute("select kind, outcome from audit.entries where snapshot ->> 'operation' = 'fetch' order by id")
     assert told.fetchall() == [("call", "asked"), ("answer", "answered")]
 
 
-async def test_a_question_that_gets_no_answer_is_asked_again_later(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+async def test_failed_poll_is_repeated_later(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     shop()
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker, "submit")
-        conn.execute("update surety.payments set ask_at = now()")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        conn.execute("update surety.payments set poll_at = now()")
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         sandbox.order("payment_intents.retrieve", "error_500_before", match=pi)
-        await sweep(worker)
+        await poll_unfinished(worker)
     [(asked, wait)] = conn.execute(
-        "select asked, extract(epoch from ask_at - now())::float from surety.payments"
+        "select asked, extract(epoch from poll_at - now())::float from surety.payments"
     ).fetchall()
     assert asked == 1
     assert 1 < wait <= 2
 
 
-async def test_a_payer_who_does_not_act_in_time_is_called_off(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
-) -> None:
+async def test_expired_action_is_canceled(conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay) -> None:
     [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
-    query = "select surety.call_off_overdue(%s)"
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker)
+    query = "select surety.cancel_expired_actions(%s)"
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
         assert conn.execute(query, (timedelta(minutes=1),)).fetchone() == ([],)
         assert conn.execute(query, (timedelta(),)).fetchone() == (["payment.action_overdue"],)
         assert conn.execute(query, (timedelta(),)).fetchone() == ([],), "once"
-        await work_off(worker)
+        await run_until_idle(worker)
     assert path_of(conn, payment_id)[-2:] == ["requires_action", "canceled"]
     [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
     assert sandbox.read(pi)["status"] == "canceled"
 
 
-async def test_a_payment_that_succeeded_while_it_was_called_off_is_confirmed(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+async def test_payment_that_succeeds_during_its_cancellation_is_confirmed(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         sandbox.client.post(f"/3ds/{pi}?client_secret={sandbox.read(pi)['client_secret']}", content="outcome=approve")
-        conn.execute("select surety.call_off_overdue('0 s')")
-        await work_off(worker)
+        conn.execute("select surety.cancel_expired_actions('0 s')")
+        await run_until_idle(worker)
     assert state_of(conn, payment_id) in {"confirmed", "settled"}
 
 
-async def test_foreign_money_is_booked_to_suspense_and_told(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+async def test_unmatched_money_is_posted_to_suspense_and_a_discrepancy(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     conn.execute("update surety.environment set created_at = now(), kind = 'test'")
     made = sandbox.control("foreign-charge", {"amount": 7777, "currency": "usd"})
     eventually(lambda: sandbox.get(f"/v1/charges/{made['charge']}")["balance_transaction"])
     txn = sandbox.get(f"/v1/charges/{made['charge']}")["balance_transaction"]
-    async with worker_here(database, sandbox.url) as worker:
-        await settlements(worker)
-        parked = "select count(*) from surety.parked_facts where object_id = %s and ended_at is null"
+    async with in_process_worker(database, sandbox.url) as worker:
+        await poll_balance_transactions(worker)
+        parked = "select count(*) from surety.unmatched_facts where object_id = %s and ended_at is null"
         assert count(conn, parked, txn) >= 1
         conn.execute("insert into surety.clock (ahead) values ('16 minutes')")
-        conn.execute("select surety.retry_parked()")
+        conn.execute("select surety.retry_unmatched_facts()")
     found = "select count(*) from surety.discrepancies where kind = 'foreign' and subject = %s"
     assert count(conn, found, f"{txn}:money") == 1
     assert count(conn, "select count(*) from ledger.postings where cause = %s and rule = 'foreign'", txn) == 1
 
 
-async def test_payouts_are_read_from_their_list(conn: Connection, database: str, tmp_path: Path) -> None:
+async def test_payouts_are_polled(conn: Connection, database: str, tmp_path: Path) -> None:
     with running_sandbox(tmp_path, "--payout-seconds=0.2", "--payout-arrival-seconds=0.1") as sandbox:
         sandbox.pay()
         eventually(lambda: sandbox.get("/v1/payouts")["data"], 10)
-        async with worker_here(database, sandbox.url) as worker:
-            await payouts(worker)
-            await settlements(worker)
-    assert count(conn, "select count(*) from surety.parked_facts where kind = 'payout' and ended_as = 'unattached'") > 0
+        async with in_process_worker(database, sandbox.url) as worker:
+            await poll_payouts(worker)
+            await poll_balance_transactions(worker)
+    assert (
+        count(
+            conn, "select count(*) from surety.unmatched_facts where kind = 'payout' and ended_as = 'without_payment'"
+        )
+        > 0
+    )
     assert count(conn, "select count(*) from ledger.postings where rule = 'payout'") > 0
     assert count(conn, "select count(*) from surety.poll_cursors") == 2
 
@@ -478,102 +498,108 @@ async def test_a_euro_charge_that_settles_in_dollars_is_exchanged(
 ) -> None:
     with running_sandbox(tmp_path, "--settlement-currency=usd", "--available-seconds=0") as sandbox:
         [payment_id] = shop(currency="eur")
-        async with worker_here(database, sandbox.url) as worker:
-            await work_off(worker)
+        async with in_process_worker(database, sandbox.url) as worker:
+            await run_until_idle(worker)
             [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
             eventually(lambda: sandbox.get("/v1/charges", {"payment_intent": pi})["data"][0]["balance_transaction"])
-            await settlements(worker)
+            await poll_balance_transactions(worker)
         [line] = sandbox.get("/v1/balance_transactions")["data"]
     assert state_of(conn, payment_id) == "settled"
     ledger = ledger_of(conn, payment_id)
-    assert ledger["stripe"] == line["net"]
-    assert ledger["rev eur"] == 375
-    assert "due eur" not in ledger
+    assert ledger["provider_balance"] == line["net"]
+    assert ledger["fee_revenue eur"] == 375
+    assert "provider_receivable eur" not in ledger
     assert not violations(conn)
 
 
 async def test_euros_that_settled_in_dollars_are_refunded_and_disputed(
     conn: Connection, database: str, tmp_path: Path
 ) -> None:
-    hasten(conn, UNTIL_DUE)
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     refunded, disputed = pay(conn, key, 2, currency="eur")
     with running_sandbox(tmp_path, "--settlement-currency=usd", "--available-seconds=0") as sandbox:
-        async with worker_here(database, sandbox.url) as worker:
-            await work_off(worker)
+        async with in_process_worker(database, sandbox.url) as worker:
+            await run_until_idle(worker)
             eventually(lambda: len(sandbox.get("/v1/balance_transactions")["data"]) == 2)
-            await settlements(worker)
+            await poll_balance_transactions(worker)
             assert command(conn, "create_refund", key, payment_id=refunded)["status"] == 201
-            await work_off(worker)
+            await run_until_idle(worker)
             row = conn.execute("select provider_id from surety.payments where id = %s", (disputed,)).fetchone()
             assert row is not None
             dispute = sandbox.control("disputes", {"payment_intent": row[0]})["id"]
             sandbox.control(f"disputes/{dispute}", {"outcome": "partly_lost", "returned": 4000})
-            await fetch_dispute(worker, Source("", False, "dispute", dispute), Origin("", False, "poll"))
-            await settlements(worker)
-    charged = {"rev eur": 375, "fx eur": -375, "fx": 407}
+            await fetch_dispute(worker, ProviderObject("", False, "dispute", dispute), FactOrigin("", False, "poll"))
+            await poll_balance_transactions(worker)
+    charged = {"fee_revenue eur": 375, "currency_exchange eur": -375, "currency_exchange": 407}
     assert state_of(conn, refunded) == "refunded"
-    assert ledger_of(conn, refunded) == charged | {"avail": 10443 - 10850, "stripe": 10505 - 10850, "cost": 345}
+    assert ledger_of(conn, refunded) == charged | {
+        "available": 10443 - 10850,
+        "provider_balance": 10505 - 10850,
+        "provider_cost": 345,
+    }
     row = conn.execute("select withdrawn_minor, currency from surety.disputes").fetchone()
     assert row == (6000, "eur")
     assert ledger_of(conn, disputed) == charged | {
-        "avail": 10443 - 10850 - 1500 + 4340,
-        "stripe": 10505 - 10850 - 1500 + 4340,
-        "rev": 1500,
-        "cost": 345 + 1500,
+        "available": 10443 - 10850 - 1500 + 4340,
+        "provider_balance": 10505 - 10850 - 1500 + 4340,
+        "fee_revenue": 1500,
+        "provider_cost": 345 + 1500,
     }
     assert not violations(conn)
 
 
 async def test_more_disputes_than_connections_are_fetched_beside_each_other(
-    conn: Connection, database: str, sandbox: Sandbox, shop: Pay
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
-    count = CONNECTIONS_MAX + 1
+    count = WORKER_CONNECTIONS_MAX + 1
     shop(count)
-    origin = Origin("", False, "poll")
-    async with worker_here(database, sandbox.url) as worker:
-        await work_off(worker)
+    origin = FactOrigin("", False, "poll")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
         intents = [row[0] for row in conn.execute("select provider_id from surety.payments")]
         opened = [sandbox.control("disputes", {"payment_intent": intent})["id"] for intent in intents]
         async with asyncio.timeout(30):
-            await asyncio.gather(*(fetch_dispute(worker, Source("", False, "dispute", id), origin) for id in opened))
+            await asyncio.gather(
+                *(fetch_dispute(worker, ProviderObject("", False, "dispute", id), origin) for id in opened)
+            )
     assert conn.execute("select count(*) from surety.disputes").fetchone() == (count,)
 
 
-async def test_of_two_that_would_be_alone_one_is_and_a_lost_lock_is_free_again(
-    conn: Connection, database: str, sandbox: Sandbox
+async def test_exclusive_job_runs_once_and_a_lost_lock_is_released(
+    conn: Connection, database: str, sandbox: SandboxProcess
 ) -> None:
     locks = "pg_locks where locktype = 'advisory' and database = (select oid from pg_database where datname = %s)"
     name = conn.info.dbname
-    async with worker_here(database, sandbox.url) as here, worker_here(database, sandbox.url) as there:
+    async with in_process_worker(database, sandbox.url) as here, in_process_worker(database, sandbox.url) as there:
         one, other = here.database, there.database
-        async with one.alone("a") as first, one.alone("a") as again, other.alone("a") as second:
+        async with one.try_lock("a") as first, one.try_lock("a") as again, other.try_lock("a") as second:
             assert (first, again, second) == (True, False, False)
-            async with one.alone("b") as beside:
+            async with one.try_lock("b") as beside:
                 assert beside
-        async with other.alone("a") as later:
+        async with other.try_lock("a") as later:
             assert later
-        async with one.alone("a"), one.alone("b"):
+        async with one.try_lock("a"), one.try_lock("b"):
             conn.execute(f"select pg_terminate_backend(pid) from {locks}".encode(), (name,))
             with pytest.raises(psycopg.OperationalError):
-                async with one.alone("c"):
+                async with one.try_lock("c"):
                     raise AssertionError("nobody can know whether it is")
-            async with other.alone("a") as taken_over, one.alone("b") as anew:
+            async with other.try_lock("a") as taken_over, one.try_lock("b") as anew:
                 assert taken_over
                 assert anew
-        async with one.alone("a") as last, one.alone("b") as very_last:
+        async with one.try_lock("a") as last, one.try_lock("b") as very_last:
             assert last
             assert very_last
     assert conn.execute(f"select count(*) from {locks}".encode(), (name,)).fetchone() == (0,)
 
 
-def test_money_that_should_be_available_is_asked_for_in_stretches_of_time() -> None:
+def test_pending_money_is_polled_in_time_ranges() -> None:
     day = datetime(2026, 11, 22, tzinfo=UTC)
     minutes = [3, 0, 59, 200, 201]
-    found = stretches([day + timedelta(minutes=minute) for minute in minutes])
+    found = merge_time_ranges([day + timedelta(minutes=minute) for minute in minutes])
     assert [((a - day).seconds // 60, (b - day).seconds // 60) for a, b in found] == [(0, 59), (200, 201)]
-    assert stretches([]) == []
+    assert merge_time_ranges([]) == []
 
 
-def test_how_often_is_said_in_procrastinates_crontab() -> None:
+def test_intervals_are_converted_to_cron_expressions() -> None:
     assert (cron(1), cron(5), cron(60), cron(600)) == ("* * * * * */1", "* * * * * */5", "*/1 * * * *", "*/10 * * * *")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from db.embedded import MEMORY, wait_until
+from db.embedded import MEMORY_FOLDER, wait_until
 
 
 def start(*options: str) -> subprocess.Popen[str]:
@@ -24,7 +24,7 @@ def start(*options: str) -> subprocess.Popen[str]:
     )
 
 
-def test_forty_payments_with_faults_keep_every_promise() -> None:
+def test_demo_of_forty_payments_with_faults_keeps_every_invariant() -> None:
     process = start("--payments", "40", "--merchants", "5", "--seed", "8311", "--json")
     stdout, stderr = process.communicate(timeout=90)
     result = json.loads(stdout.splitlines()[-1])
@@ -43,7 +43,7 @@ def test_forty_payments_with_faults_keep_every_promise() -> None:
 
 @pytest.mark.parametrize("moment", ["PostgreSQL", "ended"])
 def test_ctrl_c_leaves_no_process_and_no_folder(moment: str, tmp_path: Path) -> None:
-    before = set(MEMORY.glob("surety-*"))
+    before = set(MEMORY_FOLDER.glob("surety-*"))
     process = start("--payments", "200", "--seed", "1", "--no-faults")
     assert process.stderr is not None
     if moment == "ended":
@@ -59,11 +59,11 @@ def test_ctrl_c_leaves_no_process_and_no_folder(moment: str, tmp_path: Path) -> 
     assert process.returncode == 130
     assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 10)
     # Others' demos have folders, too; theirs go with them, ours would stay.
-    left = {path for path in set(MEMORY.glob("surety-*")) - before if (path / "sandbox.sqlite").exists()}
+    left = {path for path in set(MEMORY_FOLDER.glob("surety-*")) - before if (path / "sandbox.sqlite").exists()}
     assert wait_until(lambda: not any(path.exists() for path in left), 90)
 
 
-def test_a_killed_demo_takes_its_processes_along() -> None:
+def test_killed_demo_leaves_no_process() -> None:
     process = start("--payments", "200", "--seed", "1", "--no-faults")
     assert process.stderr is not None
     for line in process.stderr:

@@ -17,8 +17,8 @@ import psycopg
 import pytest
 
 from app.local.processes import free_port
-from db.embedded import roomy_folder
-from tests.support.http_client import CONTEXT, Service, payment
+from db.embedded import temporary_base_folder
+from tests.support.http_client import CONTEXT, ServerProcess, payment
 from tests.support.sandbox_process import eventually
 
 ROOT = Path(__file__).parent.parent.parent
@@ -87,7 +87,7 @@ def parent_of(pid: int) -> int | None:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that the server's own user may enter, too."""
-    path = Path(tempfile.mkdtemp(prefix="up-", dir=roomy_folder()))
+    path = Path(tempfile.mkdtemp(prefix="up-", dir=temporary_base_folder()))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
@@ -114,7 +114,7 @@ def is_settled(database: str, payment_id: str) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
-def test_up_starts_again_what_dies_and_leaves_nothing_behind_and_keeps_its_data(folder: Path) -> None:
+def test_up_restarts_dead_processes_leaves_nothing_and_keeps_its_data(folder: Path) -> None:
     up = Up(folder)
     try:
         assert eventually(lambda: KEY.search(up.said()), 20), up.said()
@@ -184,7 +184,7 @@ def try_to_pay(up: Up, key: str) -> str:
         ),
     ],
 )
-def test_what_keeps_up_from_starting_is_told_in_a_line(
+def test_failed_start_of_up_is_reported_in_one_line(
     tmp_path: Path, options: tuple[str, ...], variables: dict[str, str], message: str
 ) -> None:
     done = subprocess.run(
@@ -196,9 +196,7 @@ def test_what_keeps_up_from_starting_is_told_in_a_line(
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_no_sandbox_touches_a_database_that_moves_real_money(
-    database: str, conn: psycopg.Connection, tmp_path: Path
-) -> None:
+def test_sandbox_is_refused_on_a_live_database(database: str, conn: psycopg.Connection, tmp_path: Path) -> None:
     conn.execute("update surety.environment set livemode = true")
     done = subprocess.run(
         [sys.executable, "-m", "app.cli", "up", "--sandbox", "--folder", str(tmp_path / "kept")],
@@ -208,8 +206,8 @@ def test_no_sandbox_touches_a_database_that_moves_real_money(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
-def test_an_api_of_several_processes_that_is_killed_leaves_none_of_them(database: str) -> None:
-    api = Service("api", database, "--processes", "2")
+def test_killed_api_leaves_none_of_its_processes(database: str) -> None:
+    api = ServerProcess("api", database, "--processes", "2")
     try:
         assert eventually(lambda: httpx.get(f"{api.url}/health", verify=CONTEXT, timeout=30).status_code == 200, 30)
         stats = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat")]

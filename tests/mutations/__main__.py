@@ -1,9 +1,9 @@
 """Take one guard away at a time and see whether the simulation notices: `python -m tests.mutations --json`.
 
-Each mutant is a copy of the code with one thing less. The simulation runs on it until a promise breaks, for ten minutes
-at most. A seed that breaks a promise of the code as it is, too, catches no mutant. A survivor is a guard that nothing
-would miss: a test, a promise or a kind of trouble is missing. The last line is JSON if asked for: mutants, caught,
-survivors.
+Each mutant is a copy of the code with one thing less. The simulation runs on it until an invariant breaks, for ten
+minutes at most. A seed that also breaks an invariant of the unchanged code catches no mutant. A survivor is a guard
+that nothing would miss: a test, an invariant or a kind of fault is missing. The last line is JSON if asked for:
+mutants, caught, survivors.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from msgspec import Struct
 
 from db.embedded import die_with_parent
-from tests.simulation.running import run_here, runners
-from tests.simulation.schedule import Plan
+from tests.simulation.process_pool import process_pool, run_here
+from tests.simulation.schedule import SchedulePlan
 
 ROOT = Path(__file__).parent.parent.parent
 COPIED = ("app", "db", "jobs", "migrations", "tests", "schema.sql", "pyproject.toml")
@@ -50,7 +50,7 @@ class Mutant(Struct, frozen=True):
 
 
 class Verdict(Struct, frozen=True):
-    """What the simulation said of a mutant: which promises broke with which seeds, none for a survivor."""
+    """What the simulation said of a mutant: which invariants broke with which seeds, none for a survivor."""
 
     guard: str
     broken: dict[int, list[str]]
@@ -88,7 +88,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             "schema.sql",
             "primary key (provider, account, event_id)",
-            "primary key (provider, account, event_id, inbox_id)",
+            "primary key (provider, account, event_id, provider_event_id)",
         ),
         (
             "db/sql/provider/webhooks.sql",
@@ -143,7 +143,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "our fee is posted",
-        ("schema.sql", "('captured', 2, 'pend', 'rev', 'ours'),\n", ""),
+        ("schema.sql", "('captured', 2, 'pending', 'fee_revenue', 'platform_fee'),\n", ""),
     ),
     mutant(
         "balances are kept",
@@ -179,12 +179,16 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "what a dead worker held is taken over",
-        ("db/sql/outbox/claims.sql", "    perform outbox.take_over(p_handler, v_now);\n", ""),
+        ("db/sql/outbox/claims.sql", "    perform outbox.expire_leases(p_handler, v_now);\n", ""),
     ),
     mutant(
         "suspects run alone",
-        ("db/sql/outbox/claims.sql", "and r.due_at <= v_now and r.kills > 0", "and r.due_at <= v_now and r.kills > 99"),
-        ("db/sql/outbox/claims.sql", "and r.due_at <= v_now and r.kills = 0", "and r.due_at <= v_now"),
+        (
+            "db/sql/outbox/claims.sql",
+            "and r.due_at <= v_now and r.worker_deaths > 0",
+            "and r.due_at <= v_now and r.worker_deaths > 99",
+        ),
+        ("db/sql/outbox/claims.sql", "and r.due_at <= v_now and r.worker_deaths = 0", "and r.due_at <= v_now"),
     ),
     mutant(
         "what is due again is found by the tick",
@@ -247,7 +251,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "a refund that has failed is given back",
-        ("schema.sql", "('refund_failed', 1, 'refunding', 'avail', 'gross'),\n", ""),
+        ("schema.sql", "('refund_failed', 1, 'reserved_for_refunds', 'available', 'gross'),\n", ""),
     ),
     mutant(
         "a refund can fail after it has succeeded",
@@ -255,7 +259,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "the network's fee is passed on",
-        ("schema.sql", "('dispute', 3, 'avail', 'rev', 'fee'),\n", ""),
+        ("schema.sql", "('dispute', 3, 'available', 'fee_revenue', 'fee'),\n", ""),
     ),
     mutant(
         "what is disputed is held back",
@@ -267,11 +271,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "what no webhook tells is read from the list",
-        ("jobs/polling.py", '    for unread in await unread_lists(worker, "events"):\n', "    for unread in ():\n"),
+        ("jobs/polling.py", '    for window in await poll_windows(worker, "events"):\n', "    for window in ():\n"),
     ),
     mutant(
         "a second intent is called off",
-        ("db/sql/payments/facts.sql", "    v_types := v_types || surety.call_off_orphans(v_new, v_now);\n", ""),
+        ("db/sql/payments/facts.sql", "    v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);\n", ""),
     ),
     mutant(
         "the breaker gives back what failed before it opened",
@@ -324,7 +328,7 @@ def apply(mutant: Mutant, folder: Path) -> None:
 
 
 def judge(mutant: Mutant, *, seconds: float = SECONDS_MAX, seed: int = 1, processes: int | None = None) -> Verdict:
-    """Run the simulation on a mutant until it breaks a promise or time is over."""
+    """Run the simulation on a mutant until it breaks an invariant or time is over."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="surety-mutant-") as name:
         folder = Path(name)
@@ -343,17 +347,17 @@ def judge(mutant: Mutant, *, seconds: float = SECONDS_MAX, seed: int = 1, proces
     if ran.returncode not in (0, 1) or (ran.returncode == 1 and not told):
         raise RuntimeError(f"{mutant.guard}: the simulation did not run:\n{ran.stderr[-4000:]}")
     broken: dict[int, list[str]] = {}
-    for number, promise in told:
-        broken.setdefault(int(number), []).append(promise)
+    for number, invariant in told:
+        broken.setdefault(int(number), []).append(invariant)
     return Verdict(mutant.guard, broken, round(time.monotonic() - began, 1))
 
 
-def innocent(seeds: Collection[int]) -> set[int]:
-    """The seeds with which the code as it is keeps its promises."""
+def seeds_that_pass_unmutated(seeds: Collection[int]) -> set[int]:
+    """The seeds with which the code as it is keeps its invariants."""
     if not seeds:
         return set()
-    with runners(min(len(seeds), os.cpu_count() or 1)) as executor:
-        outcomes = list(executor.map(run_here, [Plan(seed=seed) for seed in sorted(seeds)]))
+    with process_pool(min(len(seeds), os.cpu_count() or 1)) as executor:
+        outcomes = list(executor.map(run_here, [SchedulePlan(seed=seed) for seed in sorted(seeds)]))
     return {outcome.plan.seed for outcome in outcomes if not outcome.violations}
 
 
@@ -373,7 +377,7 @@ def main() -> int:
             verdicts.append(verdict)
             told_of = "; ".join(dict.fromkeys(chain.from_iterable(verdict.broken.values())))
             print(f"{verdict.seconds:6.1f} s  {one.guard}: {told_of or 'SURVIVED'}", flush=True)
-    catching = innocent({seed for verdict in verdicts for seed in verdict.broken})
+    catching = seeds_that_pass_unmutated({seed for verdict in verdicts for seed in verdict.broken})
     survivors = [verdict.guard for verdict in verdicts if not catching & verdict.broken.keys()]
     for verdict in verdicts:
         if verdict.broken and verdict.guard in survivors:

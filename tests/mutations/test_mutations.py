@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.__main__ import MUTANTS, ROOT, Mutant, apply, innocent, judge
+from tests.mutations.__main__ import MUTANTS, ROOT, Mutant, apply, judge, seeds_that_pass_unmutated
 
-CAUGHT_SOON = ("the trail is append-only",)
+QUICKLY_CAUGHT = ("the trail is append-only",)
 
 
 def named(guard: str) -> Mutant:
@@ -18,7 +18,7 @@ def named(guard: str) -> Mutant:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.guard)
-def test_each_guard_is_there_to_be_taken_away(mutant: Mutant, tmp_path: Path) -> None:
+def test_each_mutant_applies(mutant: Mutant, tmp_path: Path) -> None:
     for path in {patch.path for patch in mutant.patches}:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
@@ -26,7 +26,7 @@ def test_each_guard_is_there_to_be_taken_away(mutant: Mutant, tmp_path: Path) ->
     assert any((tmp_path / patch.path).read_text() != (ROOT / patch.path).read_text() for patch in mutant.patches)
 
 
-@pytest.mark.parametrize("guard", CAUGHT_SOON)
-def test_a_guard_taken_away_is_missed(guard: str) -> None:
+@pytest.mark.parametrize("guard", QUICKLY_CAUGHT)
+def test_mutant_is_caught(guard: str) -> None:
     broken = judge(named(guard), seconds=120, processes=1).broken
-    assert broken and innocent(broken.keys()) == broken.keys()
+    assert broken and seeds_that_pass_unmutated(broken.keys()) == broken.keys()

@@ -70,7 +70,7 @@ def test_every_dependency_is_pinned_exactly() -> None:
     assert [requirement for requirement in requirements if not pinned.fullmatch(requirement)] == []
 
 
-def test_every_switched_off_rule_has_its_reason_beside_it() -> None:
+def test_every_disabled_lint_rule_has_a_reason() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = re.findall(r'(?:^ignore|^exclude_rules|^"[^"]+") = \[\n(.*?)^\]', text, re.MULTILINE | re.DOTALL)
     rules = [line for block in lists for line in block.splitlines()]

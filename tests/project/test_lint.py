@@ -1,4 +1,4 @@
-"""The judges of style and types; they work beside each other and beside the other processes' tests."""
+"""The linters of style and types; they work beside each other and beside the other processes' tests."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from pathlib import Path
 import pytest
 from sqlfluff.core import FluffConfig, Linter
 
-from tests.support.linters import JUDGES, Judges
+from tests.support.linters import LINTERS, Linters
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("name", JUDGES)
-def test_judge_finds_nothing(name: str, judges: Judges) -> None:
-    status, output = judges.verdict(name)
+@pytest.mark.parametrize("name", LINTERS)
+def test_linter_finds_nothing(name: str, linters: Linters) -> None:
+    status, output = linters.result(name)
     assert status == 0, output
 
 
-def test_sqlfluff_skips_no_file_for_its_size_and_lets_nothing_pass_that_it_cant_parse() -> None:
+def test_sqlfluff_skips_no_file_and_parses_everything() -> None:
     config = FluffConfig.from_path(str(ROOT))
     assert config.get("large_file_skip_byte_limit") == 0
     found = Linter(config=config).lint_string("select foo bar baz from from;\n").get_violations()
     assert "PRS" in {violation.rule_code() for violation in found}
 
 
-def test_sql_is_indented_by_fours_even_where_sqlfluff_cant_look() -> None:
+def test_all_sql_is_indented_by_four_spaces() -> None:
     files = [ROOT / "schema.sql", *ROOT.glob("db/**/*.sql"), *ROOT.glob("migrations/*.sql")]
     lines = [
         (path.name, number, line)

@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 STORY_SECONDS_MAX = 60
 
 
-def test_the_diagram_is_drawn_from_the_transitions(conn: Connection) -> None:
+def test_state_diagram_matches_the_transitions(conn: Connection) -> None:
     assert with_diagram(TEXT, draw(conn)) == TEXT, "python -m tests.support.state_diagram draws it anew"
 
 
@@ -35,7 +35,7 @@ def test_the_two_commands_are_on_the_first_screen() -> None:
     assert "uv run surety demo" in first_screen and "uv run pytest" in first_screen
 
 
-def test_the_story_runs_as_it_stands(database: str, conn: Connection, tmp_path: Path) -> None:
+def test_quickstart_runs_as_written(database: str, conn: Connection, tmp_path: Path) -> None:
     story, environment = BLOCKS
     assert {"DATABASE_URL", "SURETY_SANDBOX_URL"} <= set(re.findall(r"export (\w+)=", environment))
     variables = dict(re.findall(r"export (\w+)=(\S+)", environment)) | {"DATABASE_URL": database}

@@ -78,7 +78,7 @@ def test_systemd_accepts_every_unit(unit: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_every_unit_is_hardened_and_those_that_serve_come_back(unit: Path) -> None:
+def test_every_unit_is_hardened_and_services_restart(unit: Path) -> None:
     for name in ("NoNewPrivileges", "ProtectSystem", "ProtectHome", "PrivateTmp", "User", "CapabilityBoundingSet"):
         assert setting(unit, name) or name == "CapabilityBoundingSet"
     assert setting(unit, "EnvironmentFile").startswith("/etc/surety/")
@@ -86,7 +86,7 @@ def test_every_unit_is_hardened_and_those_that_serve_come_back(unit: Path) -> No
         assert (setting(unit, "Restart"), setting(unit, "StartLimitIntervalSec")) == ("always", "0")
 
 
-def test_nobody_is_killed_before_having_had_the_time_to_stop() -> None:
+def test_stop_timeouts_exceed_graceful_shutdown() -> None:
     graceful = workers.worker_defaults["shutdown_graceful_timeout"]
     needed = {"surety-worker@.service": graceful, "surety-api.service": SHUTDOWN_SECONDS_MAX}
     needed["surety-webhooks.service"] = SHUTDOWN_SECONDS_MAX

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from db import CAPABILITIES
+from db import BEHAVIOUR_FILES
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -30,7 +30,7 @@ def test_the_wheel_carries_state_behaviour_and_license(wheel: Path) -> None:
     assert {
         "db/_state/schema.sql",
         "db/deploy/bookkeeping.sql",
-        *(f"db/sql/{name}.sql" for name in CAPABILITIES),
+        *(f"db/sql/{name}.sql" for name in BEHAVIOUR_FILES),
     } <= names
     assert {f"db/_state/migrations/{path.name}" for path in ROOT.glob("migrations/*.sql")} <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)

@@ -6,46 +6,53 @@ from typing import Any
 
 import pytest
 
-from tests.support.sandbox_process import Json, Receiver, Sandbox, eventually, running_receiver, running_sandbox
+from tests.support.sandbox_process import (
+    Json,
+    SandboxProcess,
+    WebhookReceiver,
+    eventually,
+    running_receiver,
+    running_sandbox,
+)
 from tests.support.stripe_description import check_event
 
 
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
+def receiver() -> Iterator[WebhookReceiver]:
     with running_receiver() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory, receiver: WebhookReceiver) -> Iterator[SandboxProcess]:
     with running_sandbox(tmp_path_factory.mktemp("sandbox"), webhook_url=receiver.url) as running:
         yield running
 
 
-def disputed(sandbox: Sandbox, card: str = "pm_card_createDispute", **more: Any) -> Json:
+def disputed(sandbox: SandboxProcess, card: str = "pm_card_createDispute", **more: Any) -> Json:
     """The dispute of a payment with this card, once there is one."""
     return dispute_of(sandbox, sandbox.pay(card, **more)["id"])
 
 
-def dispute_of(sandbox: Sandbox, intent: str) -> Json:
+def dispute_of(sandbox: SandboxProcess, intent: str) -> Json:
     (found,) = eventually(lambda: sandbox.get("/v1/disputes", {"payment_intent": intent})["data"])
     return dict(found)
 
 
-def read(sandbox: Sandbox, dispute: Json) -> Json:
+def read(sandbox: SandboxProcess, dispute: Json) -> Json:
     return sandbox.get(f"/v1/disputes/{dispute['id']}")
 
 
-def becomes(sandbox: Sandbox, dispute: Json, status: str) -> Json:
+def wait_for_status(sandbox: SandboxProcess, dispute: Json, status: str) -> Json:
     """The dispute, once it has that status."""
     return eventually(lambda: (told := read(sandbox, dispute))["status"] == status and told)
 
 
-def answer(sandbox: Sandbox, dispute: Json, text: str, **more: Any) -> Json:
+def answer(sandbox: SandboxProcess, dispute: Json, text: str, **more: Any) -> Json:
     return sandbox.post(f"/v1/disputes/{dispute['id']}", {"evidence[uncategorized_text]": text, **more})
 
 
-def decide(sandbox: Sandbox, dispute: Json, outcome: str, **more: Any) -> Json:
+def decide(sandbox: SandboxProcess, dispute: Json, outcome: str, **more: Any) -> Json:
     decided: Json = sandbox.control(f"disputes/{dispute['id']}", {"outcome": outcome, **more})
     return decided
 
@@ -54,7 +61,7 @@ def nets(dispute: Json) -> list[int]:
     return [line["net"] for line in dispute["balance_transactions"]]
 
 
-def told(receiver: Receiver, dispute: Json) -> list[str]:
+def received_events(receiver: WebhookReceiver, dispute: Json) -> list[str]:
     """Types of the events about a dispute, each in Stripe's shape, in order of arrival."""
     events = [event for _, event in list(receiver.received) if event["data"]["object"].get("id") == dispute["id"]]
     for event in events:
@@ -62,7 +69,7 @@ def told(receiver: Receiver, dispute: Json) -> list[str]:
     return [event["type"].removeprefix("charge.dispute.") for event in events]
 
 
-def test_a_chargeback_takes_the_money_and_a_fee_and_forbids_refunds(sandbox: Sandbox) -> None:
+def test_a_chargeback_takes_the_money_and_a_fee_and_forbids_refunds(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay("pm_card_createDispute", amount=10000)["id"]
     dispute = dispute_of(sandbox, intent)
     assert (dispute["status"], dispute["reason"], dispute["amount"]) == ("needs_response", "fraudulent", 10000)
@@ -80,37 +87,39 @@ def test_a_chargeback_takes_the_money_and_a_fee_and_forbids_refunds(sandbox: San
     ("card", "reason"),
     [("pm_card_createDispute", "fraudulent"), ("pm_card_createDisputeProductNotReceived", "product_not_received")],
 )
-def test_the_card_says_why(sandbox: Sandbox, card: str, reason: str) -> None:
+def test_card_determines_the_dispute_reason(sandbox: SandboxProcess, card: str, reason: str) -> None:
     assert disputed(sandbox, card)["reason"] == reason
 
 
-def test_an_authorization_is_not_disputed_before_it_is_captured(sandbox: Sandbox) -> None:
+def test_an_authorization_is_not_disputed_before_it_is_captured(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay("pm_card_createDispute", capture_method="manual", amount=10000)["id"]
     assert sandbox.get("/v1/disputes", {"payment_intent": intent})["data"] == []
     sandbox.post(f"/v1/payment_intents/{intent}/capture", {"amount_to_capture": 7000})
     assert dispute_of(sandbox, intent)["amount"] == 7000
 
 
-def test_winning_evidence_brings_the_money_back_but_not_the_fee(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_winning_evidence_brings_the_money_back_but_not_the_fee(
+    sandbox: SandboxProcess, receiver: WebhookReceiver
+) -> None:
     dispute = disputed(sandbox, amount=10000)
     assert answer(sandbox, dispute, "winning_evidence")["status"] == "under_review"
-    won = becomes(sandbox, dispute, "won")
+    won = wait_for_status(sandbox, dispute, "won")
     assert nets(won) == [-11500, 10000]
     assert won["balance_transactions"][1]["reporting_category"] == "dispute_reversal"
     assert won["is_charge_refundable"] is True
     expected = ["created", "funds_withdrawn", "updated", "funds_reinstated", "closed"]
-    eventually(lambda: sorted(told(receiver, dispute)) == sorted(expected))
+    eventually(lambda: sorted(received_events(receiver, dispute)) == sorted(expected))
     assert sandbox.post("/v1/refunds", {"payment_intent": dispute["payment_intent"]})["amount"] == 10000
 
 
-def test_losing_evidence_brings_nothing_back(sandbox: Sandbox) -> None:
+def test_losing_evidence_brings_nothing_back(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox, amount=10000)
     answer(sandbox, dispute, "losing_evidence")
-    assert nets(becomes(sandbox, dispute, "lost")) == [-11500]
+    assert nets(wait_for_status(sandbox, dispute, "lost")) == [-11500]
     assert sandbox.refusal("POST", "/v1/refunds", {"charge": dispute["charge"]})[1]["code"] == "charge_disputed"
 
 
-def test_evidence_is_staged_as_often_as_wanted_and_submitted_once(sandbox: Sandbox) -> None:
+def test_evidence_may_be_staged_repeatedly_and_submitted_once(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox)
     path = f"/v1/disputes/{dispute['id']}"
     staged = sandbox.post(path, {"evidence[customer_name]": "Ada", "submit": "false"})
@@ -124,13 +133,13 @@ def test_evidence_is_staged_as_often_as_wanted_and_submitted_once(sandbox: Sandb
     assert read(sandbox, dispute)["evidence"]["customer_name"] == "Ada"
 
 
-def test_evidence_of_an_unknown_kind_is_refused_by_name(sandbox: Sandbox) -> None:
+def test_evidence_of_an_unknown_kind_is_refused_by_name(sandbox: SandboxProcess) -> None:
     form = {"evidence[colour]": "red"}
-    status, error = sandbox.refusal("POST", f"/v1/disputes/{disputed(sandbox)['id']}", form, lawful=False)
+    status, error = sandbox.refusal("POST", f"/v1/disputes/{disputed(sandbox)['id']}", form, is_valid=False)
     assert (status, error["param"]) == (400, "evidence[colour]")
 
 
-def test_a_merchant_can_give_in_and_then_say_no_more(sandbox: Sandbox) -> None:
+def test_accepted_dispute_takes_no_more_evidence(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox)
     assert sandbox.post(f"/v1/disputes/{dispute['id']}/close")["status"] == "lost"
     for path in (f"/v1/disputes/{dispute['id']}/close", f"/v1/disputes/{dispute['id']}"):
@@ -138,29 +147,29 @@ def test_a_merchant_can_give_in_and_then_say_no_more(sandbox: Sandbox) -> None:
         assert (status, error["message"]) == (400, "This dispute is already closed")
 
 
-def test_who_does_not_answer_in_time_has_lost(tmp_path: Path) -> None:
+def test_unanswered_dispute_is_lost_at_its_deadline(tmp_path: Path) -> None:
     with running_sandbox(tmp_path) as sandbox:
         dispute = disputed(sandbox)
         sandbox.control("clock", {"advance": 8 * 86400})
-        assert becomes(sandbox, dispute, "lost")["evidence_details"]["past_due"] is True
+        assert wait_for_status(sandbox, dispute, "lost")["evidence_details"]["past_due"] is True
 
 
 # Inquiries
 
 
-def test_an_inquiry_moves_no_money_and_leaves_refunds_possible(sandbox: Sandbox) -> None:
+def test_an_inquiry_moves_no_money_and_leaves_refunds_possible(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox, "pm_card_createDisputeInquiry")
     assert (dispute["status"], dispute["balance_transactions"]) == ("warning_needs_response", [])
     assert dispute["payment_method_details"]["card"]["case_type"] == "inquiry"
     assert sandbox.post("/v1/refunds", {"charge": dispute["charge"], "amount": 100})["status"] == "succeeded"
     answer(sandbox, dispute, "winning_evidence")
-    assert nets(becomes(sandbox, dispute, "warning_closed")) == []
+    assert nets(wait_for_status(sandbox, dispute, "warning_closed")) == []
 
 
-def test_an_escalated_inquiry_takes_the_money_and_fails_pending_refunds(sandbox: Sandbox) -> None:
+def test_an_escalated_inquiry_takes_the_money_and_fails_pending_refunds(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox, "pm_card_createDisputeInquiry", amount=10000)
     answer(sandbox, dispute, "escalate_inquiry_evidence")
-    assert nets(becomes(sandbox, dispute, "needs_response")) == [-11500]
+    assert nets(wait_for_status(sandbox, dispute, "needs_response")) == [-11500]
     intent = sandbox.pay("pm_card_sandboxRefundRequiresAction")["id"]
     refund = sandbox.post("/v1/refunds", {"payment_intent": intent, "amount": 999})
     opened = sandbox.control("disputes", {"payment_intent": intent})
@@ -169,13 +178,13 @@ def test_an_escalated_inquiry_takes_the_money_and_fails_pending_refunds(sandbox:
     assert opened["amount"] == 4000
 
 
-def test_an_inquiry_nobody_escalates_closes_after_120_days(tmp_path: Path) -> None:
+def test_unescalated_inquiry_closes_after_120_days(tmp_path: Path) -> None:
     with running_sandbox(tmp_path) as sandbox:
         dispute = disputed(sandbox, "pm_card_createDisputeInquiry")
         sandbox.control("clock", {"advance": 8 * 86400})
         assert eventually(lambda: read(sandbox, dispute)["evidence_details"]["past_due"])
         sandbox.control("clock", {"advance": 112 * 86400})
-        assert becomes(sandbox, dispute, "warning_closed")
+        assert wait_for_status(sandbox, dispute, "warning_closed")
 
 
 # What banks decide
@@ -195,7 +204,7 @@ DECISIONS: list[tuple[list[tuple[str, Json]], str, list[int]]] = [
 
 @pytest.mark.parametrize(("decisions", "status", "moved"), DECISIONS)
 def test_a_bank_can_decide_in_every_way(
-    sandbox: Sandbox, decisions: list[tuple[str, Json]], status: str, moved: list[int]
+    sandbox: SandboxProcess, decisions: list[tuple[str, Json]], status: str, moved: list[int]
 ) -> None:
     dispute = sandbox.control("disputes", {"payment_intent": sandbox.pay(amount=10000)["id"]})
     for outcome, more in decisions:
@@ -204,27 +213,27 @@ def test_a_bank_can_decide_in_every_way(
     assert (ended["status"], nets(ended)) == (status, moved)
 
 
-def test_an_appeal_is_answered_as_a_dispute_is(sandbox: Sandbox) -> None:
+def test_an_appeal_is_answered_as_a_dispute_is(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox)
     decide(sandbox, dispute, "lost")
     decide(sandbox, dispute, "appealed")
     assert answer(sandbox, dispute, "winning_evidence")["status"] == "appeal_under_review"
-    assert becomes(sandbox, dispute, "won")
+    assert wait_for_status(sandbox, dispute, "won")
 
 
-def test_an_inquiry_can_be_prevented_from_becoming_a_chargeback(sandbox: Sandbox) -> None:
+def test_an_inquiry_can_be_prevented_from_becoming_a_chargeback(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox, "pm_card_createDisputeInquiry", amount=10000)
     assert decide(sandbox, dispute, "prevented")["status"] == "prevented"
     assert nets(read(sandbox, dispute)) == [-10000]
 
 
 @pytest.mark.parametrize("outcome", ["reinstated", "appealed", "escalated", "closed", "partly_lost"])
-def test_a_bank_can_not_decide_what_makes_no_sense(sandbox: Sandbox, outcome: str) -> None:
+def test_impossible_decision_is_refused(sandbox: SandboxProcess, outcome: str) -> None:
     path = f"/sandbox/disputes/{disputed(sandbox)['id']}"
     assert sandbox.client.post(path, json={"outcome": outcome}).status_code == 400
 
 
-def test_a_part_of_a_charge_can_be_disputed_and_never_more_than_all(sandbox: Sandbox) -> None:
+def test_a_part_of_a_charge_can_be_disputed_and_never_more_than_all(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay(amount=10000)["id"]
     sandbox.post("/v1/refunds", {"payment_intent": intent, "amount": 3000})
     assert sandbox.control("disputes", {"payment_intent": intent})["amount"] == 7000
@@ -233,7 +242,7 @@ def test_a_part_of_a_charge_can_be_disputed_and_never_more_than_all(sandbox: San
     assert sandbox.client.post("/sandbox/disputes", json={"payment_intent": "pi_none"}).status_code == 404
 
 
-def test_lines_of_disputes_are_not_found_by_their_source_as_at_stripe(sandbox: Sandbox) -> None:
+def test_balance_transactions_of_disputes_are_not_listed_by_source(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox)
     assert sandbox.get("/v1/balance_transactions", {"source": dispute["id"]})["data"] == []
     (line,) = dispute["balance_transactions"]
@@ -247,13 +256,15 @@ def test_a_dispute_survives_a_kill(tmp_path: Path) -> None:
         answer(sandbox, dispute, "winning_evidence")
         sandbox.kill()
         sandbox.start()
-        assert nets(becomes(sandbox, dispute, "won"))[1:] == [4999]
+        assert nets(wait_for_status(sandbox, dispute, "won"))[1:] == [4999]
 
 
 # Warnings
 
 
-def test_an_early_fraud_warning_is_told_until_nothing_can_be_done(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_early_fraud_warning_is_actionable_until_refunded_or_disputed(
+    sandbox: SandboxProcess, receiver: WebhookReceiver
+) -> None:
     intent = sandbox.pay("pm_card_createIssuerFraudRecord")["id"]
     path = "/v1/radar/early_fraud_warnings"
     (warning,) = eventually(lambda: sandbox.get(path, {"payment_intent": intent})["data"])
@@ -303,7 +314,7 @@ def test_a_payout_contains_disputes_and_what_came_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "status"), [("error_500_before", "needs_response"), ("error_500_after", "under_review")]
 )
-def test_evidence_whose_answer_is_lost_can_be_asked_about(sandbox: Sandbox, fault: str, status: str) -> None:
+def test_evidence_with_a_lost_response_can_be_looked_up(sandbox: SandboxProcess, fault: str, status: str) -> None:
     dispute = disputed(sandbox)
     sandbox.order("disputes.update", fault)
     path, form = f"/v1/disputes/{dispute['id']}", {"evidence[customer_name]": "Ada"}

@@ -12,14 +12,14 @@ import httpx
 import pytest
 import stripe
 
-from app.sandbox.faults import DEMO, Faults
+from app.sandbox.faults import DEMO_FAULTS, FaultInjector
 from tests.support.sandbox_process import (
     CARD_PAYMENT,
     KEY,
     SECRET,
     Json,
-    Receiver,
-    Sandbox,
+    SandboxProcess,
+    WebhookReceiver,
     eventually,
     running_receiver,
     running_sandbox,
@@ -30,13 +30,13 @@ keys = (f"key-{number}" for number in count())
 
 
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
+def receiver() -> Iterator[WebhookReceiver]:
     with running_receiver() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Sandbox]:
+def shared(tmp_path_factory: pytest.TempPathFactory, receiver: WebhookReceiver) -> Iterator[SandboxProcess]:
     folder = tmp_path_factory.mktemp("sandbox")
     # Payouts come by themselves and would be told in between.
     options = (
@@ -48,7 +48,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iter
 
 
 @pytest.fixture
-def sandbox(shared: Sandbox) -> Iterator[Sandbox]:
+def sandbox(shared: SandboxProcess) -> Iterator[SandboxProcess]:
     """The shared one, behaving well before and after."""
     yield shared
     shared.control("faults", {"profile": "none", "next": []})
@@ -58,18 +58,18 @@ def confirmation(intent: str) -> str:
     return f"/v1/payment_intents/{intent}/confirm"
 
 
-def raw_confirm(sandbox: Sandbox, intent: str, key: str) -> httpx.Response:
+def raw_confirm(sandbox: SandboxProcess, intent: str, key: str) -> httpx.Response:
     """A confirmation whose answer is not judged."""
     headers = {"Authorization": f"Bearer {KEY}", "Idempotency-Key": key}
     return sandbox.client.post(confirmation(intent), headers=headers)
 
 
-def charges(sandbox: Sandbox, intent: str) -> list[Json]:
+def charges(sandbox: SandboxProcess, intent: str) -> list[Json]:
     listed: list[Json] = sandbox.get("/v1/charges", {"payment_intent": intent})["data"]
     return listed
 
 
-def took_effect(sandbox: Sandbox, fault: str) -> tuple[int, int]:
+def took_effect(sandbox: SandboxProcess, fault: str) -> tuple[int, int]:
     """How often a fault was injected into confirmations, and how often they had their effect."""
     rows = sandbox.control("faults")["injected"]
     for row in rows:
@@ -82,7 +82,7 @@ def took_effect(sandbox: Sandbox, fault: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("fault", "effect"), [("timeout_before", 0), ("timeout_after", 1)])
-def test_a_timeout_never_answers_and_its_retry_charges_once(sandbox: Sandbox, fault: str, effect: int) -> None:
+def test_a_timeout_never_answers_and_its_retry_charges_once(sandbox: SandboxProcess, fault: str, effect: int) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", fault)
     with pytest.raises(httpx.TimeoutException):
@@ -95,14 +95,14 @@ def test_a_timeout_never_answers_and_its_retry_charges_once(sandbox: Sandbox, fa
     assert len(charges(sandbox, intent)) == 1
 
 
-def test_a_hang_ends_by_a_cut_connection(sandbox: Sandbox) -> None:
+def test_a_hang_ends_by_a_cut_connection(sandbox: SandboxProcess) -> None:
     intent = sandbox.create()
     sandbox.order("payment_intents.confirm", "timeout_before")
     with pytest.raises((httpx.NetworkError, httpx.RemoteProtocolError)):
         sandbox.send("POST", confirmation(intent), key=next(keys))
 
 
-def test_a_reset_comes_in_the_middle_of_the_answer(sandbox: Sandbox) -> None:
+def test_a_reset_comes_in_the_middle_of_the_answer(sandbox: SandboxProcess) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", "reset")
     with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError)):
@@ -112,7 +112,9 @@ def test_a_reset_comes_in_the_middle_of_the_answer(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize(("fault", "effect"), [("error_500_before", 0), ("error_500_after", 1)])
-def test_a_500_is_stored_and_replayed_whether_it_took_effect_or_not(sandbox: Sandbox, fault: str, effect: int) -> None:
+def test_a_500_is_stored_and_replayed_whether_it_took_effect_or_not(
+    sandbox: SandboxProcess, fault: str, effect: int
+) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", fault)
     first, again = (sandbox.send("POST", confirmation(intent), key=key) for _ in range(2))
@@ -128,7 +130,7 @@ def test_a_500_is_stored_and_replayed_whether_it_took_effect_or_not(sandbox: San
     [("conflict_409", 409, "idempotency_key_in_use"), ("rate_limit_429", 429, "rate_limit")],
 )
 def test_a_refusal_that_is_not_stored_may_be_retried_with_its_key(
-    sandbox: Sandbox, fault: str, status: int, code: str
+    sandbox: SandboxProcess, fault: str, status: int, code: str
 ) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", fault)
@@ -140,7 +142,7 @@ def test_a_refusal_that_is_not_stored_may_be_retried_with_its_key(
     assert sandbox.confirm(intent, key=key)["status"] == "succeeded"
 
 
-def test_garbage_is_answered_although_it_took_effect(sandbox: Sandbox) -> None:
+def test_garbage_is_answered_although_it_took_effect(sandbox: SandboxProcess) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", "garbage_200")
     answered = raw_confirm(sandbox, intent, key)
@@ -151,7 +153,7 @@ def test_garbage_is_answered_although_it_took_effect(sandbox: Sandbox) -> None:
     assert len(charges(sandbox, intent)) == 1
 
 
-def test_while_a_request_is_slow_its_key_is_in_use(sandbox: Sandbox) -> None:
+def test_while_a_request_is_slow_its_key_is_in_use(sandbox: SandboxProcess) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", "slow")
     with ThreadPoolExecutor(1) as threads:
@@ -163,19 +165,19 @@ def test_while_a_request_is_slow_its_key_is_in_use(sandbox: Sandbox) -> None:
     assert len(charges(sandbox, intent)) == 1
 
 
-def _conflict(sandbox: Sandbox, intent: str, key: str) -> httpx.Response | None:
+def _conflict(sandbox: SandboxProcess, intent: str, key: str) -> httpx.Response | None:
     answered = sandbox.send("POST", confirmation(intent), key=key)
     return answered if answered.status_code == 409 else None
 
 
-def test_the_webhook_can_come_before_the_answer(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_the_webhook_can_come_before_the_answer(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     intent = sandbox.create()
     sandbox.order("payment_intents.confirm", "webhook_first")
     sandbox.confirm(intent)
     assert {"charge.succeeded", "payment_intent.succeeded"} <= set(receiver.types(intent))
 
 
-def test_a_fault_can_be_ordered_for_one_request_and_for_several(sandbox: Sandbox) -> None:
+def test_a_fault_can_be_ordered_for_one_request_and_for_several(sandbox: SandboxProcess) -> None:
     first, second = sandbox.create(), sandbox.create()
     sandbox.order("payment_intents.confirm", "rate_limit_429", match=second, times=2)
     assert sandbox.confirm(first)["status"] == "succeeded"
@@ -183,13 +185,13 @@ def test_a_fault_can_be_ordered_for_one_request_and_for_several(sandbox: Sandbox
     assert statuses == [429, 429, 200]
 
 
-def test_reads_can_fail_too(sandbox: Sandbox) -> None:
+def test_reads_can_fail_too(sandbox: SandboxProcess) -> None:
     sandbox.order("charges.list", "error_500_before")
     assert sandbox.send("GET", "/v1/charges").status_code == 500
     assert sandbox.send("GET", "/v1/charges").status_code == 200
 
 
-def test_an_unknown_fault_is_refused_with_those_there_are(sandbox: Sandbox) -> None:
+def test_an_unknown_fault_is_refused_with_those_there_are(sandbox: SandboxProcess) -> None:
     order = {"next": [{"operation": "payment_intents.confirm", "fault": "earthquake"}]}
     refused = sandbox.client.post("/sandbox/faults", json=order)
     assert refused.status_code == 400
@@ -199,7 +201,7 @@ def test_an_unknown_fault_is_refused_with_those_there_are(sandbox: Sandbox) -> N
 # Webhooks
 
 
-def test_events_arrive_signed_and_in_stripes_shape(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_events_arrive_signed_and_in_stripes_shape(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     intent = sandbox.pay()["id"]
     eventually(lambda: "charge.updated" in receiver.types(intent))
     for raw, (signature, event) in zip(list(receiver.raw), list(receiver.received), strict=True):
@@ -209,7 +211,9 @@ def test_events_arrive_signed_and_in_stripes_shape(sandbox: Sandbox, receiver: R
             assert (event["api_version"], event["livemode"], "account" in event) == ("2026-10-28.endive", False, False)
 
 
-def test_an_event_of_a_connected_account_names_it_and_the_request(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_an_event_of_a_connected_account_names_it_and_the_request(
+    sandbox: SandboxProcess, receiver: WebhookReceiver
+) -> None:
     key = next(keys)
     intent = sandbox.create(account="acct_one", key=key)
     eventually(lambda: receiver.types(intent))
@@ -217,7 +221,7 @@ def test_an_event_of_a_connected_account_names_it_and_the_request(sandbox: Sandb
     assert (event["account"], event["request"]["idempotency_key"]) == ("acct_one", key)
 
 
-def test_a_refused_webhook_is_tried_again(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_a_refused_webhook_is_tried_again(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     # What is still told of earlier payments must not take the refusals away.
     eventually(lambda: sandbox.control("webhooks")["pending"] == 0)
     receiver.statuses = [500, 302]
@@ -227,7 +231,7 @@ def test_a_refused_webhook_is_tried_again(sandbox: Sandbox, receiver: Receiver) 
     assert len(ids) == 1
 
 
-def deliveries(sandbox: Sandbox, receiver: Receiver, fault: str) -> list[str]:
+def deliveries(sandbox: SandboxProcess, receiver: WebhookReceiver, fault: str) -> list[str]:
     """Types of what arrives of a payment whose success goes wrong in this way, once nothing is pending any more."""
     sandbox.order("webhook:payment_intent.succeeded", fault)
     intent = sandbox.pay()["id"]
@@ -236,21 +240,21 @@ def deliveries(sandbox: Sandbox, receiver: Receiver, fault: str) -> list[str]:
     return receiver.types(intent)
 
 
-def test_a_lost_webhook_never_comes(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_a_lost_webhook_never_comes(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     assert "payment_intent.succeeded" not in deliveries(sandbox, receiver, "lost")
     assert sandbox.control("webhooks")["lost"] == 1
 
 
 def test_a_repeated_webhook_comes_ten_times_by_order_and_2_to_10_times_by_chance(
-    sandbox: Sandbox, receiver: Receiver
+    sandbox: SandboxProcess, receiver: WebhookReceiver
 ) -> None:
     assert deliveries(sandbox, receiver, "repeated").count("payment_intent.succeeded") == 10
-    by_chance = {Faults(1, DEMO).repetitions(f"evt_{number}") for number in range(200)}
+    by_chance = {FaultInjector(1, DEMO_FAULTS).repetitions(f"evt_{number}") for number in range(200)}
     assert by_chance == set(range(2, 11))
 
 
 def test_a_webhooks_fault_can_be_ordered_for_a_payment_by_its_id_or_metadata(
-    sandbox: Sandbox, receiver: Receiver
+    sandbox: SandboxProcess, receiver: WebhookReceiver
 ) -> None:
     sandbox.order("webhook:payment_intent.created", "lost", match="the-second")
     first, second = (sandbox.create(**{"metadata[order]": name}) for name in ("the-first", "the-second"))
@@ -263,7 +267,7 @@ def test_a_webhooks_fault_can_be_ordered_for_a_payment_by_its_id_or_metadata(
     )  # fmt: skip
 
 
-def test_a_question_whose_webhooks_come_first_brings_those_that_were_held(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_read_with_webhook_first_delivers_held_webhooks(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     sandbox.control("faults", {"next": [{"operation": "webhook:payment_intent.created", "fault": "reordered"}]})
     intent = sandbox.create()
     assert receiver.types(intent) == []
@@ -273,13 +277,15 @@ def test_a_question_whose_webhooks_come_first_brings_those_that_were_held(sandbo
 
 
 @pytest.mark.parametrize("fault", ["reordered", "delayed"])
-def test_a_held_webhook_comes_after_later_ones(sandbox: Sandbox, receiver: Receiver, fault: str) -> None:
+def test_a_held_webhook_comes_after_later_ones(sandbox: SandboxProcess, receiver: WebhookReceiver, fault: str) -> None:
     before = sandbox.control("webhooks")["overtaken"]
     assert deliveries(sandbox, receiver, fault)[-1] == "payment_intent.succeeded"
     assert sandbox.control("webhooks")["overtaken"] > before
 
 
-def test_a_forged_webhook_is_followed_by_the_true_one_if_it_is_refused(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_a_forged_webhook_is_followed_by_the_true_one_if_it_is_refused(
+    sandbox: SandboxProcess, receiver: WebhookReceiver
+) -> None:
     intent = sandbox.create()
     eventually(lambda: sandbox.control("webhooks")["pending"] == 0)
     receiver.statuses = [400]
@@ -296,7 +302,7 @@ def test_a_forged_webhook_is_followed_by_the_true_one_if_it_is_refused(sandbox: 
 
 
 @pytest.mark.parametrize(("declines", "status"), [(0.0, "succeeded"), (1.0, "requires_payment_method")])
-def test_the_sandboxes_payer_answers_by_himself(tmp_path: Path, declines: float, status: str) -> None:
+def test_simulated_payer_acts_automatically(tmp_path: Path, declines: float, status: str) -> None:
     with running_sandbox(tmp_path, "--auto-payer") as sandbox:
         sandbox.control("faults", {"profile": {"payer_declines": declines}})
         intent = sandbox.pay("pm_card_threeDSecure2Required")
@@ -307,7 +313,7 @@ def test_the_sandboxes_payer_answers_by_himself(tmp_path: Path, declines: float,
 # Being killed
 
 
-def test_what_was_answered_survives_a_kill_and_what_was_planned_goes_on(tmp_path: Path) -> None:
+def test_responses_survive_a_kill_and_plans_continue(tmp_path: Path) -> None:
     with running_receiver() as receiver:
         receiver.statuses = [503] * 4
         with running_sandbox(tmp_path, "--transaction-seconds=1", webhook_url=receiver.url) as sandbox:
@@ -326,7 +332,7 @@ def test_what_was_answered_survives_a_kill_and_what_was_planned_goes_on(tmp_path
             assert charges(sandbox, intent)[0]["balance_transaction"] is not None
 
 
-def test_it_ends_cleanly_even_while_a_request_hangs(tmp_path: Path) -> None:
+def test_sandbox_stops_cleanly_while_a_request_hangs(tmp_path: Path) -> None:
     with running_sandbox(tmp_path) as sandbox:
         intent = sandbox.create()
         sandbox.order("payment_intents.confirm", "timeout_before")
@@ -339,7 +345,7 @@ def test_it_ends_cleanly_even_while_a_request_hangs(tmp_path: Path) -> None:
 
 
 def drawn(seed: int) -> list[str | None]:
-    faults = Faults(seed, DEMO)
+    faults = FaultInjector(seed, DEMO_FAULTS)
     return [faults.of_request("payment_intents.confirm", f"pay_{n}:confirm", writes=True) for n in range(1000)]
 
 
@@ -348,8 +354,8 @@ def test_chance_follows_from_the_seed_and_the_request_alone() -> None:
     assert drawn(8311) != drawn(8312)
 
 
-def test_the_demos_profile_gives_what_the_demo_tells() -> None:
-    faults = Faults(8311, DEMO)
+def test_demo_profile_produces_the_faults_that_the_demo_reports() -> None:
+    faults = FaultInjector(8311, DEMO_FAULTS)
     calls: list[Any] = [
         faults.of_request(f"payment_intents.{verb}", f"{n}", writes=True) for n in range(5000) for verb in ("a", "b")
     ]
@@ -361,8 +367,8 @@ def test_the_demos_profile_gives_what_the_demo_tells() -> None:
     assert 80 < webhooks.count("lost") < 160
 
 
-def test_a_retry_is_another_draw() -> None:
-    faults = Faults(8311, DEMO)
+def test_retry_draws_its_own_fault() -> None:
+    faults = FaultInjector(8311, DEMO_FAULTS)
     calls = [faults.of_request("payment_intents.confirm", "the same", writes=True) for _ in range(200)]
     assert None in calls
     assert any(calls)

@@ -9,45 +9,52 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.sandbox_process import Json, Receiver, Sandbox, eventually, running_receiver, running_sandbox
+from tests.support.sandbox_process import (
+    Json,
+    SandboxProcess,
+    WebhookReceiver,
+    eventually,
+    running_receiver,
+    running_sandbox,
+)
 from tests.support.stripe_description import check_event
 
 keys = (f"key-{number}" for number in count())
 
 
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
+def receiver() -> Iterator[WebhookReceiver]:
     with running_receiver() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory, receiver: WebhookReceiver) -> Iterator[SandboxProcess]:
     folder = tmp_path_factory.mktemp("sandbox")
     with running_sandbox(folder, "--payout-seconds=0.3", "--hang-seconds=0.15", webhook_url=receiver.url) as running:
         yield running
 
 
-def refund(sandbox: Sandbox, intent: str, **form: Any) -> Json:
+def refund(sandbox: SandboxProcess, intent: str, **form: Any) -> Json:
     return sandbox.post("/v1/refunds", {"payment_intent": intent, **form})
 
 
-def read(sandbox: Sandbox, refund_id: str) -> Json:
+def read(sandbox: SandboxProcess, refund_id: str) -> Json:
     form = {"expand[0]": "balance_transaction", "expand[1]": "failure_balance_transaction"}
     return sandbox.get(f"/v1/refunds/{refund_id}", form)
 
 
-def becomes(sandbox: Sandbox, refund_id: str, status: str) -> Json:
+def wait_for_status(sandbox: SandboxProcess, refund_id: str, status: str) -> Json:
     """The refund, once it has that status."""
     return eventually(lambda: (told := read(sandbox, refund_id))["status"] == status and told)
 
 
-def charge_of(sandbox: Sandbox, intent: str) -> Json:
+def charge_of(sandbox: SandboxProcess, intent: str) -> Json:
     charge: Json = sandbox.read(intent, form={"expand[]": "latest_charge"})["latest_charge"]
     return charge
 
 
-def told(receiver: Receiver, refund_id: str) -> set[str]:
+def received_events(receiver: WebhookReceiver, refund_id: str) -> set[str]:
     """Types of the events about a refund, each in Stripe's shape."""
     events = [event for _, event in list(receiver.received) if event["data"]["object"].get("id") == refund_id]
     for event in events:
@@ -58,7 +65,9 @@ def told(receiver: Receiver, refund_id: str) -> set[str]:
 # Lives
 
 
-def test_a_refund_succeeds_at_once_and_takes_the_money_without_the_fee(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_a_refund_succeeds_at_once_and_takes_the_money_without_the_fee(
+    sandbox: SandboxProcess, receiver: WebhookReceiver
+) -> None:
     intent = sandbox.pay(description="shoes")["id"]
     made = refund(sandbox, intent, reason="duplicate", **{"metadata[surety_refund]": "ref_1"})
     assert (made["status"], made["amount"], made["reason"]) == ("succeeded", 4999, "duplicate")
@@ -69,12 +78,14 @@ def test_a_refund_succeeds_at_once_and_takes_the_money_without_the_fee(sandbox: 
     assert line["description"] == "REFUND FOR CHARGE (shoes)"
     charge = charge_of(sandbox, intent)
     assert (charge["amount_refunded"], charge["refunded"], charge["captured"]) == (4999, True, True)
-    eventually(lambda: told(receiver, made["id"]) == {"refund.created", "refund.updated", "charge.refund.updated"})
+    eventually(
+        lambda: received_events(receiver, made["id"]) == {"refund.created", "refund.updated", "charge.refund.updated"}
+    )
     assert "charge.refunded" in sandbox.event_types(intent)
     assert read(sandbox, made["id"])["destination_details"]["card"]["reference_status"] == "available"
 
 
-def test_several_refunds_give_back_all_and_no_more(sandbox: Sandbox) -> None:
+def test_several_refunds_give_back_all_and_no_more(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay(amount=10000)["id"]
     refund(sandbox, intent, amount=3000)
     assert charge_of(sandbox, intent)["refunded"] is False
@@ -88,7 +99,7 @@ def test_several_refunds_give_back_all_and_no_more(sandbox: Sandbox) -> None:
     assert len(sandbox.get("/v1/refunds", {"payment_intent": intent})["data"]) == 2
 
 
-def test_only_what_was_captured_can_be_given_back(sandbox: Sandbox) -> None:
+def test_only_what_was_captured_can_be_given_back(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay(capture_method="manual", amount=10000)["id"]
     assert sandbox.refusal("POST", "/v1/refunds", {"payment_intent": intent})[0] == 400
     sandbox.post(f"/v1/payment_intents/{intent}/capture", {"amount_to_capture": 7000})
@@ -96,30 +107,32 @@ def test_only_what_was_captured_can_be_given_back(sandbox: Sandbox) -> None:
     assert refund(sandbox, intent)["amount"] == 7000
 
 
-def test_a_pending_refund_succeeds_later(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_a_pending_refund_succeeds_later(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     intent = sandbox.pay("pm_card_pendingRefund")["id"]
     made = refund(sandbox, intent, amount=1000)
     assert (made["status"], made["pending_reason"]) == ("pending", "processing")
-    assert "pending_reason" not in becomes(sandbox, made["id"], "succeeded")
-    eventually(lambda: told(receiver, made["id"]) >= {"refund.created", "refund.updated"})
+    assert "pending_reason" not in wait_for_status(sandbox, made["id"], "succeeded")
+    eventually(lambda: received_events(receiver, made["id"]) >= {"refund.created", "refund.updated"})
 
 
-def test_a_refund_that_succeeded_fails_late_and_the_money_comes_back(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_a_refund_that_succeeded_fails_late_and_the_money_comes_back(
+    sandbox: SandboxProcess, receiver: WebhookReceiver
+) -> None:
     intent = sandbox.pay("pm_card_refundFail", amount=10000)["id"]
     made = refund(sandbox, intent, amount=3000)
     assert made["status"] == "succeeded"
-    failed = becomes(sandbox, made["id"], "failed")
+    failed = wait_for_status(sandbox, made["id"], "failed")
     assert failed["failure_reason"] == "expired_or_canceled_card"
     line = failed["failure_balance_transaction"]
     assert (line["type"], line["reporting_category"], line["amount"]) == ("refund_failure", "refund_failure", 3000)
     assert (line["source"], line["fee"]) == (made["id"], 0)
     charge = charge_of(sandbox, intent)
     assert (charge["amount_refunded"], charge["refunded"]) == (0, False)
-    eventually(lambda: "refund.failed" in told(receiver, made["id"]))
+    eventually(lambda: "refund.failed" in received_events(receiver, made["id"]))
     assert refund(sandbox, intent)["amount"] == 10000
 
 
-def test_a_refund_that_waits_for_its_payer_can_be_canceled_and_no_other(sandbox: Sandbox) -> None:
+def test_a_refund_that_waits_for_its_payer_can_be_canceled_and_no_other(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay("pm_card_sandboxRefundRequiresAction")["id"]
     made = refund(sandbox, intent, amount=1000, instructions_email="p@example.com")
     assert made["status"] == "requires_action"
@@ -133,24 +146,24 @@ def test_a_refund_that_waits_for_its_payer_can_be_canceled_and_no_other(sandbox:
         assert (status, error["message"]) == (400, "Canceling this refund is unsupported.")
 
 
-def test_a_payer_who_never_answers_is_not_refunded(tmp_path: Path) -> None:
+def test_refund_is_canceled_if_its_payer_never_acts(tmp_path: Path) -> None:
     with running_sandbox(tmp_path) as sandbox:
         made = refund(sandbox, sandbox.pay("pm_card_sandboxRefundRequiresAction")["id"])
         sandbox.control("clock", {"advance": 45 * 86400})
-        assert becomes(sandbox, made["id"], "failed")["failure_reason"] == "unknown"
+        assert wait_for_status(sandbox, made["id"], "failed")["failure_reason"] == "unknown"
 
 
-def test_of_a_refund_only_the_metadata_can_be_changed(sandbox: Sandbox) -> None:
+def test_of_a_refund_only_the_metadata_can_be_changed(sandbox: SandboxProcess) -> None:
     made = refund(sandbox, sandbox.pay()["id"], **{"metadata[a]": "1"})
     changed = sandbox.post(f"/v1/refunds/{made['id']}", {"metadata[b]": "2"})
     assert changed["metadata"] == {"a": "1", "b": "2"}
-    assert sandbox.refusal("POST", f"/v1/refunds/{made['id']}", {"amount": 1}, lawful=False)[0] == 400
+    assert sandbox.refusal("POST", f"/v1/refunds/{made['id']}", {"amount": 1}, is_valid=False)[0] == 400
 
 
 # Refusals, lists, accounts
 
 
-def test_what_is_to_be_refunded_must_be_named_exist_and_have_been_paid(sandbox: Sandbox) -> None:
+def test_refund_requires_an_existing_paid_payment(sandbox: SandboxProcess) -> None:
     status, error = sandbox.refusal("POST", "/v1/refunds", {"amount": 100})
     assert (status, "payment_intent or charge" in error["message"]) == (400, True)
     for form in ({"charge": "ch_none"}, {"payment_intent": "pi_none"}):
@@ -163,7 +176,7 @@ def test_what_is_to_be_refunded_must_be_named_exist_and_have_been_paid(sandbox: 
         assert (status, error["code"]) == (400, "parameter_invalid_integer")
 
 
-def test_refunds_are_listed_by_intent_and_by_charge(sandbox: Sandbox) -> None:
+def test_refunds_are_listed_by_intent_and_by_charge(sandbox: SandboxProcess) -> None:
     account = "acct_of_refunds"
     intents = [sandbox.confirm(sandbox.create(account=account), account=account) for _ in range(2)]
     made = [
@@ -185,7 +198,7 @@ def test_refunds_are_listed_by_intent_and_by_charge(sandbox: Sandbox) -> None:
 # Money
 
 
-def test_a_payout_contains_refunds_and_their_failures(sandbox: Sandbox) -> None:
+def test_a_payout_contains_refunds_and_their_failures(sandbox: SandboxProcess) -> None:
     account = "acct_paid_out_less"
 
     def confirm(card: str) -> str:
@@ -222,16 +235,16 @@ def test_a_refund_is_exchanged_as_its_charge_was(tmp_path: Path) -> None:
 # Others
 
 
-def test_a_refund_in_the_dashboard_names_no_request_and_no_demand(sandbox: Sandbox, receiver: Receiver) -> None:
+def test_dashboard_refund_has_no_request_id_and_no_metadata(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     intent = sandbox.pay()["id"]
     made = sandbox.control("refunds", {"payment_intent": intent, "amount": 999, "reason": "fraudulent"})
     assert (made["status"], made["metadata"]) == ("succeeded", {})
-    eventually(lambda: told(receiver, made["id"]))
+    eventually(lambda: received_events(receiver, made["id"]))
     events = [event for _, event in receiver.received if event["data"]["object"].get("id") == made["id"]]
     assert events[0]["request"] == {"id": None, "idempotency_key": None}
 
 
-def test_a_refunds_fate_can_be_decided_from_outside(sandbox: Sandbox) -> None:
+def test_refund_outcome_can_be_set_by_control(sandbox: SandboxProcess) -> None:
     made = refund(sandbox, sandbox.pay()["id"])
     failed = sandbox.control(f"refunds/{made['id']}", {"outcome": "failed", "failure_reason": "declined"})
     assert (failed["status"], failed["failure_reason"]) == ("failed", "declined")
@@ -241,7 +254,7 @@ def test_a_refunds_fate_can_be_decided_from_outside(sandbox: Sandbox) -> None:
     assert sandbox.client.post(f"/sandbox/refunds/{made['id']}", json={"outcome": "lost"}).status_code == 400
 
 
-def test_the_summary_counts_standing_refunds_and_names_doubles(tmp_path: Path) -> None:
+def test_summary_counts_active_refunds_and_names_doubles(tmp_path: Path) -> None:
     with running_sandbox(tmp_path) as sandbox:
         assert sandbox.control("refunds") == []
         intent = sandbox.pay(amount=10000, **{"metadata[surety_payment]": "pay_1"})["id"]
@@ -268,8 +281,8 @@ def test_the_summary_counts_standing_refunds_and_names_doubles(tmp_path: Path) -
     [("timeout_before", 0), ("timeout_after", 1), ("reset", 1), ("error_500_before", 0), ("error_500_after", 1),
      ("garbage_200", 1), ("rate_limit_429", 0)],
 )  # fmt: skip
-def test_a_refund_whose_answer_is_lost_can_be_found_and_is_made_once(
-    sandbox: Sandbox, fault: str, refunds: int
+def test_refund_with_a_lost_response_can_be_found_and_is_made_once(
+    sandbox: SandboxProcess, fault: str, refunds: int
 ) -> None:
     intent, key = sandbox.pay()["id"], next(keys)
     form = {"payment_intent": intent, "amount": 1000}
@@ -297,4 +310,4 @@ def test_refunds_and_their_plans_survive_a_kill(tmp_path: Path) -> None:
         sandbox.kill()
         sandbox.start()
         assert sandbox.send("POST", "/v1/refunds", form, key="k").content == first.content
-        becomes(sandbox, first.json()["id"], "failed")
+        wait_for_status(sandbox, first.json()["id"], "failed")

@@ -11,18 +11,18 @@ import pytest
 import stripe
 
 from app.sandbox.cards import CARDS
-from tests.support.sandbox_process import CARD_PAYMENT, KEY, Json, Sandbox, eventually, running_sandbox
+from tests.support.sandbox_process import CARD_PAYMENT, KEY, Json, SandboxProcess, eventually, running_sandbox
 
 keys = (f"key-{number}" for number in count())
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
     with running_sandbox(tmp_path_factory.mktemp("sandbox"), "--payout-seconds=0.3") as running:
         yield running
 
 
-def booked_charge(sandbox: Sandbox, intent: str) -> Json:
+def booked_charge(sandbox: SandboxProcess, intent: str) -> Json:
     """The charge of a payment with its balance transaction, once it has one."""
 
     def look() -> Json | None:
@@ -41,7 +41,7 @@ def form(**change: Any) -> Json:
 # A payment's life
 
 
-def test_a_payment_is_created_unconfirmed_and_charged_when_it_is_confirmed(sandbox: Sandbox) -> None:
+def test_a_payment_is_created_unconfirmed_and_charged_when_it_is_confirmed(sandbox: SandboxProcess) -> None:
     intent = sandbox.create(**{"metadata[surety_payment]": "pay_1"})
     assert sandbox.read(intent)["status"] == "requires_confirmation"
     assert sandbox.get("/v1/charges", {"payment_intent": intent})["data"] == []
@@ -50,7 +50,7 @@ def test_a_payment_is_created_unconfirmed_and_charged_when_it_is_confirmed(sandb
     assert confirmed["latest_charge"]["metadata"] == {"surety_payment": "pay_1"}
 
 
-def test_without_a_payment_method_it_waits_for_one(sandbox: Sandbox) -> None:
+def test_without_a_payment_method_it_waits_for_one(sandbox: SandboxProcess) -> None:
     intent = sandbox.post("/v1/payment_intents", form(currency="USD"))
     assert (intent["status"], intent["currency"]) == ("requires_payment_method", "usd")
     status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent['id']}/confirm")
@@ -59,7 +59,7 @@ def test_without_a_payment_method_it_waits_for_one(sandbox: Sandbox) -> None:
     assert sandbox.confirm(intent["id"], {"payment_method": "pm_card_mastercard"})["status"] == "succeeded"
 
 
-def test_the_balance_transaction_comes_after_the_charge_and_is_announced(sandbox: Sandbox) -> None:
+def test_the_balance_transaction_comes_after_the_charge_and_is_announced(sandbox: SandboxProcess) -> None:
     intent = sandbox.create()
     charge = sandbox.confirm(intent, {"expand[]": "latest_charge.balance_transaction"})["latest_charge"]
     assert charge["balance_transaction"] is None
@@ -77,14 +77,14 @@ def test_the_balance_transaction_comes_after_the_charge_and_is_announced(sandbox
     assert isinstance(line["available_on"], int)
 
 
-def test_under_automatic_capture_the_balance_transaction_is_there_at_once(sandbox: Sandbox) -> None:
+def test_under_automatic_capture_the_balance_transaction_is_there_at_once(sandbox: SandboxProcess) -> None:
     intent = sandbox.create(capture_method="automatic")
     confirmed = sandbox.confirm(intent, {"expand[]": "latest_charge.balance_transaction"})
     assert confirmed["latest_charge"]["balance_transaction"]["net"] == 4824
 
 
 def test_an_authorization_is_captured_in_part_without_a_refund_and_with_one_balance_transaction(
-    sandbox: Sandbox,
+    sandbox: SandboxProcess,
 ) -> None:
     intent = sandbox.create(capture_method="manual", amount=10000)
     held = sandbox.confirm(intent)
@@ -102,7 +102,7 @@ def test_an_authorization_is_captured_in_part_without_a_refund_and_with_one_bala
     ]
 
 
-def test_more_than_was_authorized_can_not_be_captured(sandbox: Sandbox) -> None:
+def test_capture_beyond_authorization_is_refused(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay(capture_method="manual")["id"]
     for amount in (5000, 0):
         status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent}/capture", {"amount_to_capture": amount})
@@ -111,7 +111,7 @@ def test_more_than_was_authorized_can_not_be_captured(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("held", [False, True])
-def test_what_is_canceled_stays_canceled_and_takes_no_money(sandbox: Sandbox, held: bool) -> None:
+def test_canceled_payment_stays_canceled_and_charges_nothing(sandbox: SandboxProcess, held: bool) -> None:
     intent = sandbox.create(capture_method="manual")
     if held:
         sandbox.confirm(intent)
@@ -127,7 +127,7 @@ def test_what_is_canceled_stays_canceled_and_takes_no_money(sandbox: Sandbox, he
     assert intent not in [charge["payment_intent"] for charge in sandbox.control("charges")]
 
 
-def test_a_succeeded_payment_can_neither_be_confirmed_again_nor_canceled(sandbox: Sandbox) -> None:
+def test_a_succeeded_payment_can_neither_be_confirmed_again_nor_canceled(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay()["id"]
     for verb in ("confirm", "capture", "cancel"):
         status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent}/{verb}")
@@ -136,7 +136,7 @@ def test_a_succeeded_payment_can_neither_be_confirmed_again_nor_canceled(sandbox
     assert len(sandbox.get("/v1/charges", {"payment_intent": intent})["data"]) == 1
 
 
-def test_metadata_is_merged_and_removed_by_empty_values(sandbox: Sandbox) -> None:
+def test_metadata_is_merged_and_removed_by_empty_values(sandbox: SandboxProcess) -> None:
     intent = sandbox.create(**{"metadata[a]": "1", "metadata[b]": "2"})
     form = {"metadata[a]": "", "metadata[c]": "3", "description": "shoes"}
     changed = sandbox.post(f"/v1/payment_intents/{intent}", form)
@@ -157,7 +157,7 @@ DECLINES = {
 
 
 @pytest.mark.parametrize("card", DECLINES)
-def test_a_decline_is_402_and_takes_the_payment_back_to_wanting_a_method(sandbox: Sandbox, card: str) -> None:
+def test_a_decline_is_402_and_takes_the_payment_back_to_wanting_a_method(sandbox: SandboxProcess, card: str) -> None:
     intent = sandbox.create(card)
     status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent}/confirm")
     assert (status, error["type"]) == (402, "card_error")
@@ -169,7 +169,7 @@ def test_a_decline_is_402_and_takes_the_payment_back_to_wanting_a_method(sandbox
     assert sandbox.event_types(intent)[1:] == ["charge.failed", "payment_intent.payment_failed"]
 
 
-def test_after_a_decline_another_card_may_still_pay(sandbox: Sandbox) -> None:
+def test_after_a_decline_another_card_may_still_pay(sandbox: SandboxProcess) -> None:
     intent = sandbox.create("pm_card_visa_chargeDeclined")
     sandbox.refusal("POST", f"/v1/payment_intents/{intent}/confirm")
     paid = sandbox.confirm(intent, {"payment_method": "pm_card_visa"})
@@ -177,7 +177,7 @@ def test_after_a_decline_another_card_may_still_pay(sandbox: Sandbox) -> None:
     assert len(sandbox.get("/v1/charges", {"payment_intent": intent})["data"]) == 2
 
 
-def test_every_card_of_the_table_can_be_used(sandbox: Sandbox) -> None:
+def test_every_card_of_the_table_can_be_used(sandbox: SandboxProcess) -> None:
     for card in CARDS.values():
         answered = sandbox.send("POST", f"/v1/payment_intents/{sandbox.create(card.token)}/confirm")
         if card.challenge == "required":
@@ -189,7 +189,7 @@ def test_every_card_of_the_table_can_be_used(sandbox: Sandbox) -> None:
 # 3-D Secure
 
 
-def challenged(sandbox: Sandbox, card: str = "pm_card_threeDSecure2Required") -> tuple[str, str]:
+def challenged(sandbox: SandboxProcess, card: str = "pm_card_threeDSecure2Required") -> tuple[str, str]:
     """A payment that waits for its payer, and the page he is sent to."""
     intent = sandbox.create(card)
     asked = sandbox.confirm(intent, {"return_url": "https://shop.example/back?order=7"})
@@ -202,7 +202,9 @@ def challenged(sandbox: Sandbox, card: str = "pm_card_threeDSecure2Required") ->
     ("outcome", "status", "told"),
     [("approve", "succeeded", "succeeded"), ("decline", "requires_payment_method", "failed")],
 )
-def test_the_payer_answers_on_the_page_and_is_sent_back(sandbox: Sandbox, outcome: str, status: str, told: str) -> None:
+def test_the_payer_answers_on_the_page_and_is_sent_back(
+    sandbox: SandboxProcess, outcome: str, status: str, told: str
+) -> None:
     intent, url = challenged(sandbox)
     page = httpx.get(url)
     assert f'value="{outcome}"' in page.text
@@ -217,24 +219,24 @@ def test_the_payer_answers_on_the_page_and_is_sent_back(sandbox: Sandbox, outcom
     assert "form" not in httpx.get(url).text
 
 
-def test_a_card_can_be_declined_after_its_payer_approved(sandbox: Sandbox) -> None:
+def test_a_card_can_be_declined_after_its_payer_approved(sandbox: SandboxProcess) -> None:
     intent, url = challenged(sandbox, "pm_card_threeDSecureRequiredChargeDeclined")
     httpx.post(url, data={"outcome": "approve"})
     assert sandbox.read(intent)["last_payment_error"]["decline_code"] == "generic_decline"
 
 
-def test_the_page_is_only_for_who_knows_the_client_secret(sandbox: Sandbox) -> None:
+def test_payer_page_requires_the_client_secret(sandbox: SandboxProcess) -> None:
     _, url = challenged(sandbox)
     assert httpx.get(url.replace("_secret_", "_guess_")).status_code == 404
 
 
-def test_an_absent_payer_can_not_authenticate(sandbox: Sandbox) -> None:
+def test_an_absent_payer_can_not_authenticate(sandbox: SandboxProcess) -> None:
     intent = sandbox.create("pm_card_authenticationRequired")
     status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent}/confirm", {"off_session": "true"})
     assert (status, error["code"]) == (402, "authentication_required")
 
 
-def test_authentication_can_be_asked_for(sandbox: Sandbox) -> None:
+def test_authentication_can_be_requested(sandbox: SandboxProcess) -> None:
     intent = sandbox.create("pm_card_threeDSecureOptional")
     form = {"payment_method_options[card][request_three_d_secure]": "any", "return_url": "https://shop.example"}
     assert sandbox.confirm(intent, form)["status"] == "requires_action"
@@ -244,7 +246,7 @@ def test_authentication_can_be_asked_for(sandbox: Sandbox) -> None:
 # Money
 
 
-def test_a_payout_consists_of_what_was_available(sandbox: Sandbox) -> None:
+def test_a_payout_consists_of_what_was_available(sandbox: SandboxProcess) -> None:
     account = "acct_with_payouts"
     for _ in range(3):
         sandbox.confirm(sandbox.create(account=account), account=account)
@@ -275,7 +277,7 @@ def test_a_charge_settles_in_another_currency_where_that_is_set(tmp_path: Path) 
 # Reading
 
 
-def test_another_account_does_not_see_it(sandbox: Sandbox) -> None:
+def test_payment_is_invisible_to_other_accounts(sandbox: SandboxProcess) -> None:
     intent = sandbox.create(account="acct_one")
     assert sandbox.read(intent, account="acct_one")["id"] == intent
     for account in ("acct_two", None):
@@ -284,7 +286,7 @@ def test_another_account_does_not_see_it(sandbox: Sandbox) -> None:
     assert sandbox.get("/v1/events", account="acct_one")["data"][0]["account"] == "acct_one"
 
 
-def test_a_list_is_walked_in_both_directions(sandbox: Sandbox) -> None:
+def test_a_list_is_walked_in_both_directions(sandbox: SandboxProcess) -> None:
     account = "acct_of_pages"
     made = [sandbox.create(account=account) for _ in range(5)][::-1]
     path = "/v1/payment_intents"
@@ -303,25 +305,25 @@ def test_a_list_is_walked_in_both_directions(sandbox: Sandbox) -> None:
     assert page(**{"created[lt]": first})[0] == page(**{"created[gt]": last})[0] == []
 
 
-def test_a_list_by_customer_or_by_source_holds_only_theirs(sandbox: Sandbox) -> None:
+def test_a_list_by_customer_or_by_source_holds_only_theirs(sandbox: SandboxProcess) -> None:
     mine, _ = sandbox.create(customer="cus_mine"), sandbox.create(customer="cus_other")
     listed = sandbox.get("/v1/payment_intents", {"customer": "cus_mine"})["data"]
     assert [intent["id"] for intent in listed] == [mine]
 
 
-def test_what_can_not_be_expanded_is_refused(sandbox: Sandbox) -> None:
+def test_unknown_expand_is_refused(sandbox: SandboxProcess) -> None:
     status, error = sandbox.refusal("GET", "/v1/charges", {"expand[]": "data.amount"})
     assert (status, error["message"]) == (400, "This property cannot be expanded (amount).")
 
 
-def test_the_account_can_be_read_as_a_probe(sandbox: Sandbox) -> None:
+def test_the_account_can_be_read_as_a_probe(sandbox: SandboxProcess) -> None:
     assert sandbox.get("/v1/account")["object"] == "account"
 
 
 # Refusals
 
 
-def test_a_key_that_is_no_test_key_is_401(sandbox: Sandbox) -> None:
+def test_a_key_that_is_no_test_key_is_401(sandbox: SandboxProcess) -> None:
     for authorization in ("", "Bearer sk_live_123", "Bearer rk_test_123"):
         answered = sandbox.client.get("/v1/balance", headers={"Authorization": authorization})
         assert (answered.status_code, answered.json()["error"]["type"]) == (401, "invalid_request_error")
@@ -356,15 +358,15 @@ BAD_PARAMETERS: list[tuple[Json, str | None, str]] = [
 
 
 @pytest.mark.parametrize(("change", "code", "param"), BAD_PARAMETERS)
-def test_a_bad_parameter_is_named(sandbox: Sandbox, change: Json, code: str | None, param: str) -> None:
+def test_a_bad_parameter_is_named(sandbox: SandboxProcess, change: Json, code: str | None, param: str) -> None:
     good = {"amount": 4999, "currency": "usd", "payment_method": "pm_card_visa"}
     form = {name: value for name, value in {**good, **change}.items() if value is not None}
-    status, error = sandbox.refusal("POST", "/v1/payment_intents", form, lawful=False)
+    status, error = sandbox.refusal("POST", "/v1/payment_intents", form, is_valid=False)
     assert (status, error["type"]) == (400, "invalid_request_error")
     assert (error.get("code"), error["param"]) == (code, param)
 
 
-def test_methods_that_might_redirect_need_a_return_url(sandbox: Sandbox) -> None:
+def test_redirecting_payment_methods_require_a_return_url(sandbox: SandboxProcess) -> None:
     form = {"amount": 4999, "currency": "usd", "payment_method": "pm_card_visa"}
     intent = sandbox.post("/v1/payment_intents", form)["id"]
     status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent}/confirm")
@@ -372,14 +374,14 @@ def test_methods_that_might_redirect_need_a_return_url(sandbox: Sandbox) -> None
     assert sandbox.confirm(intent, {"return_url": "https://shop.example"})["status"] == "succeeded"
 
 
-def test_unknown_paths_and_objects_are_404(sandbox: Sandbox) -> None:
-    assert sandbox.refusal("GET", "/v1/teapots", lawful=False)[0] == 404
+def test_unknown_paths_and_objects_are_404(sandbox: SandboxProcess) -> None:
+    assert sandbox.refusal("GET", "/v1/teapots", is_valid=False)[0] == 404
     assert sandbox.refusal("GET", "/v1/payment_intents/pi_none")[1]["code"] == "resource_missing"
     assert sandbox.refusal("POST", "/v1/payment_intents/pi_none/confirm")[1]["code"] == "resource_missing"
     assert sandbox.refusal("GET", "/v1/charges", {"starting_after": "ch_none"})[0] == 400
 
 
-def test_another_api_version_is_refused(sandbox: Sandbox) -> None:
+def test_another_api_version_is_refused(sandbox: SandboxProcess) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Stripe-Version": "2020-08-27"}
     assert sandbox.client.get("/v1/balance", headers=headers).status_code == 400
 
@@ -387,7 +389,7 @@ def test_another_api_version_is_refused(sandbox: Sandbox) -> None:
 # Idempotency keys
 
 
-def test_a_repeated_key_gets_the_first_answer_byte_for_byte(sandbox: Sandbox) -> None:
+def test_a_repeated_key_gets_the_first_answer_byte_for_byte(sandbox: SandboxProcess) -> None:
     key = next(keys)
     first = sandbox.send("POST", "/v1/payment_intents", form(), key=key)
     again = sandbox.send("POST", "/v1/payment_intents", dict(reversed(form().items())), key=key)
@@ -398,7 +400,7 @@ def test_a_repeated_key_gets_the_first_answer_byte_for_byte(sandbox: Sandbox) ->
     assert first.headers["idempotency-key"] == key
 
 
-def test_a_decline_is_replayed_too(sandbox: Sandbox) -> None:
+def test_a_decline_is_replayed_too(sandbox: SandboxProcess) -> None:
     key, intent = next(keys), sandbox.create("pm_card_visa_chargeDeclined")
     path = f"/v1/payment_intents/{intent}/confirm"
     first, again = (sandbox.send("POST", path, key=key) for _ in range(2))
@@ -406,7 +408,7 @@ def test_a_decline_is_replayed_too(sandbox: Sandbox) -> None:
     assert len(sandbox.get("/v1/charges", {"payment_intent": intent})["data"]) == 1
 
 
-def test_other_parameters_or_another_path_under_one_key_are_an_error(sandbox: Sandbox) -> None:
+def test_other_parameters_or_another_path_under_one_key_are_an_error(sandbox: SandboxProcess) -> None:
     key = next(keys)
     intent = sandbox.post("/v1/payment_intents", form(), key=key)["id"]
     for path, changed in (("/v1/payment_intents", form(amount=5000)), (f"/v1/payment_intents/{intent}", {})):
@@ -414,13 +416,13 @@ def test_other_parameters_or_another_path_under_one_key_are_an_error(sandbox: Sa
         assert (status, error["type"]) == (400, "idempotency_error")
 
 
-def test_a_request_that_failed_validation_does_not_use_its_key_up(sandbox: Sandbox) -> None:
+def test_a_request_that_failed_validation_does_not_use_its_key_up(sandbox: SandboxProcess) -> None:
     key = next(keys)
     assert sandbox.refusal("POST", "/v1/payment_intents", form(amount=1), key=key)[0] == 400
     assert sandbox.send("POST", "/v1/payment_intents", form(), key=key).status_code == 200
 
 
-def test_a_key_belongs_to_its_account(sandbox: Sandbox) -> None:
+def test_a_key_belongs_to_its_account(sandbox: SandboxProcess) -> None:
     key = next(keys)
     one, two = (sandbox.create(key=key, account=account) for account in ("acct_one", "acct_two"))
     assert one != two
@@ -435,7 +437,7 @@ def test_a_key_is_forgotten_after_24_hours_but_not_before(tmp_path: Path) -> Non
         assert sandbox.create(key="k") != first
 
 
-def test_of_50_simultaneous_requests_with_one_key_one_takes_effect(sandbox: Sandbox) -> None:
+def test_one_of_50_concurrent_requests_with_one_key_takes_effect(sandbox: SandboxProcess) -> None:
     key, intent = next(keys), sandbox.create()
     with ThreadPoolExecutor(16) as threads:
         sent = [
@@ -449,7 +451,7 @@ def test_of_50_simultaneous_requests_with_one_key_one_takes_effect(sandbox: Sand
 # The rest
 
 
-def test_an_authorization_nobody_captures_is_released_after_seven_days(tmp_path: Path) -> None:
+def test_uncaptured_authorization_is_released_after_seven_days(tmp_path: Path) -> None:
     with running_sandbox(tmp_path) as sandbox:
         intent = sandbox.pay(capture_method="manual")["id"]
         sandbox.control("clock", {"advance": 7 * 86400})
@@ -483,7 +485,7 @@ def test_the_summary_counts_charges_per_payment_and_names_doubles(tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # how the SDK calls httpx
-async def test_stripes_own_client_works_with_it(sandbox: Sandbox) -> None:
+async def test_stripes_own_client_works_with_it(sandbox: SandboxProcess) -> None:
     http = stripe.HTTPXClient(timeout=5)
     client = stripe.StripeClient(KEY, base_addresses={"api": sandbox.url}, http_client=http, max_network_retries=0)
     intent = await client.v1.payment_intents.create_async(

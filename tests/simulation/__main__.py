@@ -1,8 +1,8 @@
 """Run schedules: `python -m tests.simulation --schedules 300 --seed 1 --json`.
 
 Seeds follow each other from --seed on, spread over as many processes as there are cores. A seed that fails tells which
-promise was broken, the one command that repeats it exactly, and, shrunk, another one that fails with less in it. The
-last line is JSON if asked for: schedules, steps, faults, violations, seconds. The exit status is 1 if a promise broke.
+invariant was broken, the one command that repeats it exactly, and, shrunk, another one that fails with less in it. The
+last line is JSON if asked for: schedules, steps, faults, violations, seconds. Exit 1: an invariant broke.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from collections import Counter
 from itertools import takewhile
 
 from app.local.processes import Interrupted, interruptible
-from tests.simulation.running import run_all, run_here, runners
-from tests.simulation.schedule import RATES, Outcome, Plan
+from tests.simulation.process_pool import process_pool, run_all, run_here
+from tests.simulation.schedule import RATES, Outcome, SchedulePlan
 from tests.simulation.shrinking import shrink
 
 SHRUNK_MAX = 3
 
 
-def tell_failure(outcome: Outcome) -> None:
+def print_failure(outcome: Outcome) -> None:
     """What went wrong, and how to see it again."""
-    for promise, example in outcome.violations.items():
-        print(f"seed {outcome.plan.seed} broke: {promise}\n    {example}")
+    for invariant, example in outcome.violations.items():
+        print(f"seed {outcome.plan.seed} broke: {invariant}\n    {example}")
     print(f"    {outcome.plan.command()} --tell", flush=True)
 
 
 def read_arguments() -> argparse.Namespace:
     """What is asked for."""
-    usual = Plan(seed=1)
+    usual = SchedulePlan(seed=1)
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Whole lives of payments, by lot.")
     parser.add_argument("--schedules", type=int, default=300, help="how many, one per seed")
     parser.add_argument("--seed", type=int, default=1, help="the first seed")
@@ -42,7 +42,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, default=usual.lanes)
     parser.add_argument("--without", default="", help=f"kinds of faults to leave out: {', '.join(RATES)}")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more schedules after this time")
-    parser.add_argument("--until-broken", action="store_true", help="stop at the first broken promise, don't shrink")
+    parser.add_argument("--until-broken", action="store_true", help="stop at the first broken invariant, don't shrink")
     # A schedule and its server take turns: where they can't be kept on one processor, two share one.
     takes_turns = "DATABASE_URL" not in os.environ and hasattr(os, "sched_setaffinity")
     usual_processes = (1 if takes_turns else 2) * (os.cpu_count() or 1)
@@ -60,7 +60,7 @@ def main() -> int:
     began = time.monotonic()
     seeds = range(asked.seed, asked.seed + asked.schedules)
     in_time = takewhile(lambda _: time.monotonic() - began < asked.seconds, seeds)
-    plans = (Plan(seed=seed, without=without, **sizes) for seed in in_time)
+    plans = (SchedulePlan(seed=seed, without=without, **sizes) for seed in in_time)
     processes = min(asked.processes, asked.schedules)
     schedules, steps, faults = 0, 0, Counter[str]()
     failed: list[Outcome] = []
@@ -72,12 +72,12 @@ def main() -> int:
         faults.update(outcome.faults)
         if outcome.violations:
             failed.append(outcome)
-            tell_failure(outcome)
+            print_failure(outcome)
         elif asked.tell or asked.schedules == 1:
-            print(f"seed {outcome.plan.seed} kept every promise, digest {outcome.digest}")
+            print(f"seed {outcome.plan.seed} kept every invariant, digest {outcome.digest}")
         return not (failed and asked.until_broken)
 
-    with interruptible(), runners(processes) as executor:
+    with interruptible(), process_pool(processes) as executor:
         began = time.monotonic()
         if asked.tell:
             for plan in plans:
@@ -89,8 +89,8 @@ def main() -> int:
             for outcome in failed[:SHRUNK_MAX]:
                 shrunk = shrink(outcome, lambda plan: executor.submit(run_here, plan).result())
                 print("    shrunk: ", end="")
-                tell_failure(shrunk)
-    told = {
+                print_failure(shrunk)
+    result_fields = {
         "schedules": schedules,
         "steps": steps,
         "faults": faults.total(),
@@ -98,7 +98,11 @@ def main() -> int:
         "seconds": round(seconds, 1),
     }
     print("faults:", ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items())) or "none")
-    print(json.dumps(told) if asked.json else ", ".join(f"{value} {name}" for name, value in told.items()))
+    print(
+        json.dumps(result_fields)
+        if asked.json
+        else ", ".join(f"{value} {name}" for name, value in result_fields.items())
+    )
     return 1 if failed else 0
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from msgspec import Struct, field
 
-from app.api.schemas import AskedPayment
-from app.web.batching import Refused, Unavailable
-from tests.simulation.ground import Pool
+from app.api.schemas import PaymentRequest
+from app.web.batching import RefusedByDatabase, Unavailable
+from tests.simulation.database import Pool
 from tests.simulation.loop import Killed
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 30.0
 RETRY_AFTER_SECONDS = 1.0
 REFUNDS_MAX = 3
 # What a merchant who looks first wants, by the payment's state; others want anything at any time.
-SENSIBLE: dict[str, tuple[str, ...]] = {
+COMMANDS_BY_STATE: dict[str, tuple[str, ...]] = {
     "authorized": ("capture_payment", "capture_payment", "cancel_payment"),
     "disputed": ("submit_evidence",),
     **dict.fromkeys(("submitting", "provider_submitted", "requires_action"), ("cancel_payment",)),
@@ -35,11 +35,11 @@ HANDLER = {
     "create_refund": "refund",
     "submit_evidence": "evidence",
 }
-ANYTHING = tuple(HANDLER)
-WORDS = ("winning_evidence", "losing_evidence", "escalate_inquiry_evidence", "no more than the truth")
+COMMANDS = tuple(HANDLER)
+EVIDENCE_TEXTS = ("winning_evidence", "losing_evidence", "escalate_inquiry_evidence", "no more than the truth")
 
 
-class Wanted(Struct):
+class WantedPayment(Struct):
     """A payment that a merchant wants, under one key, however often it is asked for."""
 
     number: int
@@ -53,7 +53,7 @@ class Wanted(Struct):
     answers: list[tuple[Any, ...]] = []
     """What was acknowledged: rows of api.create_payments."""
 
-    told: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    command_answers: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     """By key, what was told of commands that took effect: status and document."""
 
     @property
@@ -61,10 +61,10 @@ class Wanted(Struct):
         """The payment that was acknowledged."""
         return next((row[6] for row in self.answers if row[1] == 201), None)
 
-    def asked(self, key_hash: bytes) -> AskedPayment:
+    def asked(self, key_hash: bytes) -> PaymentRequest:
         """The request."""
         body = f"{self.amount} {self.currency} {self.token} {self.capture_method} {self.reference}"
-        return AskedPayment(
+        return PaymentRequest(
             n=0,
             request_id=f"req_{self.number}",
             key_hash=key_hash.hex(),
@@ -85,7 +85,7 @@ class Wanted(Struct):
         )
 
 
-async def insist(schedule: Schedule, wanted: Wanted, *, at_once: bool = False) -> None:
+async def request_until_answered(schedule: Schedule, wanted: WantedPayment, *, at_once: bool = False) -> None:
     """A client: asks until it is answered, wherever somebody listens; for the first time at once, or in its turn."""
     while True:
         if not at_once:
@@ -93,10 +93,10 @@ async def insist(schedule: Schedule, wanted: Wanted, *, at_once: bool = False) -
         at_once = False
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                row = await schedule.api.payments.ask(wanted.asked(schedule.keys[wanted.merchant]))
-        except (Unavailable, Refused, TimeoutError) as error:
-            if isinstance(error, Refused):
-                schedule.violate("no statement fails", repr(error))
+                row = await schedule.api.payments.submit(wanted.asked(schedule.keys[wanted.merchant]))
+        except (Unavailable, RefusedByDatabase, TimeoutError) as error:
+            if isinstance(error, RefusedByDatabase):
+                schedule.report_violation("no statement fails", repr(error))
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
         wanted.answers.append(tuple(row))
@@ -104,17 +104,17 @@ async def insist(schedule: Schedule, wanted: Wanted, *, at_once: bool = False) -
         return
 
 
-def instruct(schedule: Schedule) -> None:
+def send_command(schedule: Schedule) -> None:
     """A merchant wants something done about a payment of his: taken, called off, given back, defended."""
     known = [wanted for wanted in schedule.wanted if wanted.payment_id is not None]
     if not known:
         return
     chance = schedule.chance
     wanted = chance.choice(known)
-    functions: tuple[str, ...] = ANYTHING
+    functions: tuple[str, ...] = COMMANDS
     if chance.random() < 0.8:
-        [(state,)] = schedule.ground.rows("select state from surety.payments where id = %s", wanted.payment_id)
-        functions = SENSIBLE.get(state, ())
+        [(state,)] = schedule.database.rows("select state from surety.payments where id = %s", wanted.payment_id)
+        functions = COMMANDS_BY_STATE.get(state, ())
     if not functions:
         return
     function = chance.choice(functions)
@@ -129,19 +129,19 @@ def instruct(schedule: Schedule) -> None:
             # The last one wants all that is left.
             asked["amount"] = None if number == REFUNDS_MAX - 1 else wanted.amount // 3
         case "submit_evidence":
-            disputes = schedule.ground.rows(
+            disputes = schedule.database.rows(
                 "select id from surety.disputes where payment_id = %s order by id", wanted.payment_id
             )
             if not disputes:
                 return
-            text = chance.choice(WORDS)
+            text = chance.choice(EVIDENCE_TEXTS)
             submit = chance.random() < 0.7
             key = f"{function} {text} {submit}"
             asked = {"dispute_id": disputes[0][0], "evidence": {"uncategorized_text": text}, "submit": submit}
     schedule.asking.append(schedule.clients.start(command(schedule, wanted, function, f"{key} {wanted.number}", asked)))
 
 
-async def command(schedule: Schedule, wanted: Wanted, function: str, key: str, about: dict[str, Any]) -> None:
+async def command(schedule: Schedule, wanted: WantedPayment, function: str, key: str, about: dict[str, Any]) -> None:
     """A client wants something done about a payment, until it is told what becomes of that."""
     asked = {
         "key_hash": schedule.keys[wanted.merchant].hex(),
@@ -154,14 +154,14 @@ async def command(schedule: Schedule, wanted: Wanted, function: str, key: str, a
     while True:
         await schedule.turn(schedule.clients, "client asks")
         try:
-            async with Pool(schedule, schedule.api).connection() as wire:
+            async with Pool(schedule, schedule.api).connection() as connection:
                 query = f"select status, body from api.{function}(%s)"
-                row = await (await wire.cursor().execute(query.encode(), (json.dumps(asked),))).fetchone()
+                row = await (await connection.cursor().execute(query.encode(), (json.dumps(asked),))).fetchone()
         except (psycopg.OperationalError, Killed):
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
         assert row is not None
         if row[1] is not None:
-            wanted.told.setdefault(key, []).append((row[0], row[1]))
+            wanted.command_answers.setdefault(key, []).append((row[0], row[1]))
         schedule.wake(HANDLER[function])
         return

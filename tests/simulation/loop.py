@@ -51,7 +51,7 @@ class Task(asyncio.Task[Any]):
         return self._number
 
 
-class Surroundings(selectors.SelectSelector):
+class DecidingSelector(selectors.SelectSelector):
     """Where a loop waits for the world; here nothing comes from outside, so to wait is to decide."""
 
     def __init__(self, decide: Callable[[], None]) -> None:
@@ -68,7 +68,7 @@ class Loop(asyncio.SelectorEventLoop):
     """The loop of one schedule. `seconds` is its time; `decide` is called whenever nothing is ready."""
 
     def __init__(self, decide: Callable[[], None]) -> None:
-        super().__init__(Surroundings(decide))
+        super().__init__(DecidingSelector(decide))
         self.seconds = 0.0
         self.broken: list[str] = []
         Task.numbers = itertools.count()

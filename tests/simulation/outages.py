@@ -9,8 +9,8 @@ from msgspec import Struct
 from app.sandbox.faults import RequestFault
 
 if TYPE_CHECKING:
-    from app.sandbox.answering import Request
-    from tests.simulation.ground import Ground
+    from app.sandbox.answering import StripeRequest
+    from tests.simulation.database import SimulatedDatabase
     from tests.simulation.schedule import Schedule
 
 SECONDS = (30.0, 300.0, 7200.0)
@@ -23,7 +23,7 @@ FORMS: tuple[RequestFault, ...] = (
     "garbage_200",
 )
 # Whoever runs one of these may open a breaker.
-OPENERS = frozenset({"surety.note_calls", "surety.open_breaker"})
+BREAKER_STATEMENTS = frozenset({"surety.count_call_results", "surety.open_circuit"})
 
 
 class Outage(Struct):
@@ -35,55 +35,55 @@ class Outage(Struct):
     silent_since: float
     """When the last answer of before arrived."""
     until: float
-    first: Request
+    first: StripeRequest
     """The call with which it began."""
 
 
-class Found(Struct, frozen=True):
+class BreakerState(Struct, frozen=True):
     """What is there for one who may open a breaker: those that are open, and the retries that nobody else is at."""
 
     opened: frozenset[str]
     free: frozenset[tuple[str, str]]
 
 
-def break_out(schedule: Schedule, first: Request, answered_at: float) -> Outage:
+def start_outage(schedule: Schedule, first: StripeRequest, answered_at: float) -> Outage:
     """The provider is out from now on."""
     chance, now = schedule.chance, schedule.loop.seconds
     return Outage(chance.choice(FORMS), chance.random() < 0.7, answered_at, now + chance.choice(SECONDS), first)
 
 
-def look(ground: Ground) -> Found:
+def find_open_breakers(database: SimulatedDatabase) -> BreakerState:
     """What is there now."""
-    rows = ground.rows(
+    rows = database.rows(
         "with free as"
         " (select handler, event_id from outbox.retries where blocked_by is not null for update skip locked)"
-        " select surety.breaker_key(provider, account), null from surety.breakers where opened_at is not null"
+        " select surety.circuit_key(provider, account), null from surety.circuit_breakers where opened_at is not null"
         " union all select handler, event_id from free"
     )
     opened = frozenset(key for key, event_id in rows if event_id is None)
-    return Found(opened, frozenset((handler, event_id) for handler, event_id in rows if event_id is not None))
+    return BreakerState(opened, frozenset((handler, event_id) for handler, event_id in rows if event_id is not None))
 
 
-def keep_given_back(schedule: Schedule, found: Found) -> None:
+def check_failures_uncounted(schedule: Schedule, found: BreakerState) -> None:
     """What failed just before a breaker opened counts against nobody."""
     if not found.free:
         return
-    rows = schedule.ground.rows(
-        "select r.handler, r.event_id from outbox.retries as r join surety.breakers as b"
-        " on surety.breaker_key(b.provider, b.account) = r.blocked_by cross join jsonb_array_elements(r.attempts) as a"
+    rows = schedule.database.rows(
+        "select r.handler, r.event_id from outbox.retries as r join surety.circuit_breakers as b"
+        " on surety.circuit_key(b.provider, b.account) = r.blocked_by cross join jsonb_array_elements(r.attempts) as a"
         " where not r.blocked_by = any(%s) and a ->> 'outage' = r.blocked_by and not a ? 'counted'"
         " and (a ->> 'at')::timestamptz between b.opened_at - interval '119 seconds' and b.opened_at",
         list(found.opened),
     )
     if blamed := found.free.intersection(rows):
-        schedule.violate("what failed before a breaker opened is given back", str(min(blamed)))
+        schedule.report_violation("what failed before a breaker opened is given back", str(min(blamed)))
 
 
-def keep_excused(schedule: Schedule, outage: Outage) -> None:
+def check_outage_failures_uncounted(schedule: Schedule, outage: Outage) -> None:
     """Nobody is blamed for a call that was begun and has failed while nothing was answered."""
     if not outage.is_whole:
         return
-    rows = schedule.ground.rows(
+    rows = schedule.database.rows(
         "select t.handler, t.event_id from (select handler, event_id, attempts from outbox.retries union all"
         " select handler, event_id, attempts from outbox.dead_letters) as t"
         " join outbox.events as e on e.id = t.event_id cross join jsonb_array_elements(t.attempts) as a"
@@ -97,4 +97,4 @@ def keep_excused(schedule: Schedule, outage: Outage) -> None:
         schedule.epoch_seconds + outage.silent_since,
     )
     if rows:
-        schedule.violate("nobody is blamed for an outage", str(min(rows)))
+        schedule.report_violation("nobody is blamed for an outage", str(min(rows)))

@@ -17,16 +17,25 @@ import msgspec
 import stripe
 
 from app.sandbox import intents, outside
-from app.sandbox.agenda import HAPPENINGS
-from app.sandbox.answering import Request, answer, broken, key_in_use, rate_limited, refuse, store, understand
+from app.sandbox.agenda import SCHEDULED_ACTIONS
+from app.sandbox.answering import (
+    StripeRequest,
+    error_response,
+    execute_request,
+    keep_response,
+    key_in_use,
+    parse_request,
+    rate_limited,
+    server_error,
+)
 from app.sandbox.errors import StripeError
-from app.sandbox.faults import REQUEST_FAULTS, Faults, RequestFault
+from app.sandbox.faults import REQUEST_FAULTS, FaultInjector, RequestFault
 from app.sandbox.memory import Memory
-from app.sandbox.settings import Settings
-from app.sandbox.wire import Answer
+from app.sandbox.settings import SandboxSettings
+from app.sandbox.wire import SandboxResponse
 from app.sandbox.world import World
 from tests.simulation.loop import PROCESS, Process
-from tests.simulation.outages import Outage, break_out, keep_excused
+from tests.simulation.outages import Outage, check_outage_failures_uncounted, start_outage
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -41,7 +50,7 @@ LATE_SECONDS = (0.5, 30.0)
 A_DAY_LATE_SECONDS = 25 * 3600.0
 
 
-class TimelessMemory(Memory):
+class SimulatedMemory(Memory):
     """A memory whose time is the schedule's."""
 
     def __init__(self, schedule: Schedule) -> None:
@@ -53,13 +62,13 @@ class TimelessMemory(Memory):
         return seconds
 
 
-class Provider:
+class SimulatedProvider:
     """The provider of one schedule."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         chance = schedule.chance
-        settings = Settings(
+        settings = SandboxSettings(
             seed=schedule.plan.seed,
             webhook_url="mailbox",
             transaction_seconds=2.0,
@@ -71,7 +80,7 @@ class Provider:
             inquiry_seconds=86_400.0,
             public_url="http://provider",
         )
-        self.world = World(settings, TimelessMemory(schedule), Faults(settings.seed))
+        self.world = World(settings, SimulatedMemory(schedule), FaultInjector(settings.seed))
         self.process = Process("provider")
         self.mailbox: list[str] = []
         self.late: list[str] = []
@@ -87,14 +96,14 @@ class Provider:
         """What really happened."""
         return self.world.memory
 
-    def happen(self) -> None:
+    def run_due(self) -> None:
         """Carry out what is due by now."""
         if self.outage is not None and self.outage.until <= self.schedule.loop.seconds:
             self.recover()
         memory = self.world.memory
         while self.world.agenda and self.world.agenda[0].due <= memory.now():
             plan = heapq.heappop(self.world.agenda)
-            HAPPENINGS[plan.what](self.world, memory.get(plan.subject))
+            SCHEDULED_ACTIONS[plan.what](self.world, memory.get(plan.subject))
             memory.finish(plan)
             self.commit()
 
@@ -103,7 +112,7 @@ class Provider:
         outage, self.outage = self.outage, None
         if outage is not None:
             self.schedule.note("the provider is well again")
-            keep_excused(self.schedule, outage)
+            check_outage_failures_uncounted(self.schedule, outage)
 
     def next_due(self) -> float | None:
         """When it does something by itself, in the schedule's seconds."""
@@ -119,29 +128,31 @@ class Provider:
             self.world.agenda = [plan for plan in self.world.agenda if plan.what != "deliver"]
             heapq.heapify(self.world.agenda)
         for plan in sorted(deliveries):
-            if schedule.lot("webhook_lost"):
+            if schedule.draw_fault("webhook_lost"):
                 self.has_lost = True
                 continue
-            if schedule.lot("webhook_delayed"):
+            if schedule.draw_fault("webhook_delayed"):
                 self.late.append(plan.subject)
                 continue
-            times = schedule.chance.randint(2, 10) if schedule.lot("webhook_repeated") else 1
+            times = schedule.chance.randint(2, 10) if schedule.draw_fault("webhook_repeated") else 1
             self.mailbox += [plan.subject] * times
 
     def payer_acts(self) -> bool:
         """One payer who was asked to act does so; whether there was one."""
-        waiting = [one for one in self.memory.every("payment_intent") if one.body["status"] == "requires_action"]
+        waiting = [one for one in self.memory.all_of_kind("payment_intent") if one.body["status"] == "requires_action"]
         if not waiting:
             return False
-        intents.authenticated(self.world, self.schedule.chance.choice(waiting), self.schedule.chance.random() < 0.7)
+        intents.complete_authentication(
+            self.world, self.schedule.chance.choice(waiting), self.schedule.chance.random() < 0.7
+        )
         self.commit()
         return True
 
-    def others_act(self) -> str | None:
+    def third_party_acts(self) -> str | None:
         """A holder disputes, a bank decides or returns a refund, somebody refunds in the dashboard; which of these."""
         chance = self.schedule.chance
-        charges = [charge for charge in self.memory.every("charge") if charge.body["captured"]]
-        disputes, refunds = list(self.memory.every("dispute")), list(self.memory.every("refund"))
+        charges = [charge for charge in self.memory.all_of_kind("charge") if charge.body["captured"]]
+        disputes, refunds = list(self.memory.all_of_kind("dispute")), list(self.memory.all_of_kind("refund"))
         undisputed = [charge for charge in charges if not charge.body["disputed"]]
         doing = chance.choice(("dispute", "decide", "decide", "return", "refund"))
         subjects = {"dispute": undisputed, "decide": disputes, "return": refunds, "refund": undisputed}[doing]
@@ -152,95 +163,99 @@ class Provider:
             match doing:
                 case "dispute":
                     part = chance.choice((None, subject.body["amount_captured"] // 2))
-                    outside.dispute(
-                        self.world, outside.Dispute(charge=subject.id, amount=part, inquiry=chance.random() < 0.2)
+                    outside.dispute_charge(
+                        self.world,
+                        outside.CardholderDispute(charge=subject.id, amount=part, inquiry=chance.random() < 0.2),
                     )
                 case "decide":
                     outcome: Any = chance.choice((*outside.DECISIONS, "partly_lost"))
-                    outside.bank_decides(self.world, subject.id, outside.Decision(outcome=outcome, returned=1))
+                    outside.decide_dispute(self.world, subject.id, outside.BankDecision(outcome=outcome, returned=1))
                 case "return":
-                    outside.refund_turns(self.world, subject.id, outside.RefundFate(outcome="failed"))
+                    outside.decide_refund(self.world, subject.id, outside.RefundOutcome(outcome="failed"))
                 case "refund":
-                    outside.refund(
-                        self.world, outside.Refund(charge=subject.id, amount=subject.body["amount_captured"] // 4)
+                    outside.refund_charge(
+                        self.world,
+                        outside.DashboardRefund(charge=subject.id, amount=subject.body["amount_captured"] // 4),
                     )
         except StripeError:
             return None
         self.commit()
         return doing
 
-    def put_right(self) -> None:
+    def cancel_wrong_amounts(self) -> None:
         """Somebody looks at what was made for another amount than asked for, and cancels it in the dashboard."""
-        asked = dict(self.schedule.ground.rows("select id, amount_minor from surety.payments"))
-        for intent in list(self.memory.every("payment_intent")):
+        asked = dict(self.schedule.database.rows("select id, amount_minor from surety.payments"))
+        for intent in list(self.memory.all_of_kind("payment_intent")):
             is_wrong = intent.body["amount"] != asked.get(intent.body["metadata"]["surety_payment"])
             if is_wrong and intent.body["status"] == "requires_confirmation":
                 intents.cancel(self.world, intent, "requested_by_customer")
                 self.commit()
 
-    def decide_all(self) -> None:
+    def decide_disputes(self) -> None:
         """The banks decide whatever they still have before them."""
-        for dispute in list(self.memory.every("dispute")):
+        for dispute in list(self.memory.all_of_kind("dispute")):
             outcome: Any = "closed" if dispute.body["status"].startswith("warning_") else "lost"
             if dispute.body["status"] in outside.DECISIONS[outcome][0]:
-                outside.bank_decides(self.world, dispute.id, outside.Decision(outcome=outcome))
+                outside.decide_dispute(self.world, dispute.id, outside.BankDecision(outcome=outcome))
                 self.commit()
 
-    def receive(self, method: str, url: str, headers: Mapping[str, str], form: str) -> Request | Answer:
+    def receive(self, method: str, url: str, headers: Mapping[str, str], form: str) -> StripeRequest | SandboxResponse:
         """A request, or the refusal to understand it."""
         self._requests += 1
         address = urlsplit(url)
         named = {name.lower().encode(): value for name, value in headers.items()}
-        told = address.query if method == "GET" else form
+        parameters = address.query if method == "GET" else form
         try:
-            return understand(self.world, method, address.path, named, told, f"req_{self._requests:08d}")
+            return parse_request(self.world, method, address.path, named, parameters, f"req_{self._requests:08d}")
         except StripeError as refusal:
-            return refuse(refusal)
+            return error_response(refusal)
 
-    async def respond(self, request: Request) -> Answer | None:
+    async def respond(self, request: StripeRequest) -> SandboxResponse | None:
         """The answer after whatever goes wrong; None if none ever comes."""
         name = request.operation.name
-        if self.outage is None and request.writes and self.schedule.lot("outage", name):
-            self.outage = break_out(self.schedule, request, self.answered_at)
+        if self.outage is None and request.writes and self.schedule.draw_fault("outage", name):
+            self.outage = start_outage(self.schedule, request, self.answered_at)
         if self.outage is not None and (request.writes or self.outage.is_whole):
-            return await self.go_wrong(request, self.outage.form)
+            return await self.apply_fault(request, self.outage.form)
         if request.writes:
-            drawn = [fault for fault in REQUEST_FAULTS if self.schedule.lot(fault, name)]
+            drawn = [fault for fault in REQUEST_FAULTS if self.schedule.draw_fault(fault, name)]
         else:
-            drawn = [self.schedule.chance.choice(READ_FAULTS)] if self.schedule.lot("reads", name) else []
-        return await self.go_wrong(request, self.schedule.chance.choice(drawn) if drawn else None)
+            drawn = [self.schedule.chance.choice(READ_FAULTS)] if self.schedule.draw_fault("reads", name) else []
+        return await self.apply_fault(request, self.schedule.chance.choice(drawn) if drawn else None)
 
-    async def go_wrong(self, request: Request, fault: RequestFault | None) -> Answer | None:
+    async def apply_fault(self, request: StripeRequest, fault: RequestFault | None) -> SandboxResponse | None:
         """What this fault leaves of the answer."""
         match fault:
             case "timeout_before":
                 return None
             case "conflict_409":
-                return refuse(key_in_use(request.call.key or ""))
+                return error_response(key_in_use(request.call.key or ""))
             case "rate_limit_429":
-                refused = refuse(rate_limited())
+                refused = error_response(rate_limited())
                 refused.headers.append((b"retry-after", b"1"))
                 return refused
             case "slow":
-                return await asyncio.shield(self.process.start(self.answer_late(request)))
+                return await asyncio.shield(self.process.start(self.execute_late(request)))
         answered = self.execute(request, fault)
         self.commit()
         return await self.send_back(request, answered, fault)
 
-    def execute(self, request: Request, fault: RequestFault | None) -> Answer:
+    def execute(self, request: StripeRequest, fault: RequestFault | None) -> SandboxResponse:
         """Do what is asked, or what was understood; or break down before or after it."""
-        if request.operation.name == "payment_intents.create" and self.schedule.lot("misread_amount"):
+        if request.operation.name == "payment_intents.create" and self.schedule.draw_fault("misread_amount"):
             request.pairs = [(name, str(int(told) + 1) if name == "amount" else told) for name, told in request.pairs]
         match fault:
             case "error_500_before":
-                answered = request.replay or refuse(broken())
-                store(self.world, request, answered)
+                answered = request.replay or error_response(server_error())
+                keep_response(self.world, request, answered)
                 return answered
             case "error_500_after":
-                return answer(self.world, request, instead=broken())
-        return answer(self.world, request)
+                return execute_request(self.world, request, instead=server_error())
+        return execute_request(self.world, request)
 
-    async def send_back(self, request: Request, answered: Answer, fault: RequestFault | None) -> Answer | None:
+    async def send_back(
+        self, request: StripeRequest, answered: SandboxResponse, fault: RequestFault | None
+    ) -> SandboxResponse | None:
         """The answer on its way."""
         match fault:
             case "timeout_after":
@@ -248,12 +263,12 @@ class Provider:
             case "reset":
                 raise stripe.APIConnectionError("ReadError")  # type: ignore[no-untyped-call]
             case "garbage_200":
-                return Answer(200, b"<html>upstream connect error\x00", [])
+                return SandboxResponse(200, b"<html>upstream connect error\x00", [])
             case "webhook_first":
                 await self.schedule.deliver_all()
         return self.lie(request, answered) if answered.status == 200 else answered
 
-    async def answer_late(self, request: Request) -> Answer:
+    async def execute_late(self, request: StripeRequest) -> SandboxResponse:
         """Execute late; the key is in use meanwhile, whoever asked may have given up or died."""
         in_use = (request.call.account, request.call.key or request.call.request_id)
         self.world.keys_in_use.add(in_use)
@@ -261,29 +276,29 @@ class Provider:
         chance = self.schedule.chance
         await asyncio.sleep(A_DAY_LATE_SECONDS if is_once and chance.random() < 0.5 else chance.choice(LATE_SECONDS))
         self.world.keys_in_use.discard(in_use)
-        answered = answer(self.world, request)
+        answered = execute_request(self.world, request)
         self.commit()
         return answered
 
-    def lie(self, request: Request, answered: Answer) -> Answer:
+    def lie(self, request: StripeRequest, answered: SandboxResponse) -> SandboxResponse:
         """An answer with another amount, once in a while: whoever believes it books what nobody paid."""
         if not request.operation.name.startswith("payment_intents.") or request.operation.name.endswith("list"):
             return answered
-        if not self.schedule.lot("other_amount", request.operation.name):
+        if not self.schedule.draw_fault("other_amount", request.operation.name):
             return answered
         body = msgspec.json.decode(answered.body)
         body["amount"] += 1
-        return Answer(answered.status, msgspec.json.encode(body), answered.headers)
+        return SandboxResponse(answered.status, msgspec.json.encode(body), answered.headers)
 
 
-class Http(stripe.HTTPClient):
+class SimulatedHttpClient(stripe.HTTPClient):
     """The SDK's way to the provider of whichever schedule the calling process belongs to."""
 
     name = "httpx"
 
     def __init__(self) -> None:
         super().__init__()
-        self.provider: Provider | None = None
+        self.provider: SimulatedProvider | None = None
 
     async def request_async(
         self, method: str, url: str, headers: Mapping[str, str], post_data: str | None = None
@@ -298,7 +313,9 @@ class Http(stripe.HTTPClient):
         await schedule.turn(process, doing)
         received = provider.receive(method.upper(), url, headers, post_data or "")
         is_well = provider.outage is None
-        answered = await provider.respond(received) if isinstance(received, Request) else received if is_well else None
+        answered = (
+            await provider.respond(received) if isinstance(received, StripeRequest) else received if is_well else None
+        )
         if answered is None:
             await asyncio.get_running_loop().create_future()
             raise AssertionError
@@ -310,7 +327,7 @@ class Http(stripe.HTTPClient):
         return answered.body, answered.status, {name.decode(): value.decode() for name, value in answered.headers}
 
 
-HTTP = Http()
+HTTP_CLIENT = SimulatedHttpClient()
 
 
 def make_client(version: str) -> stripe.StripeClient:
@@ -319,7 +336,7 @@ def make_client(version: str) -> stripe.StripeClient:
     return stripe.StripeClient(
         "sk_test_simulation",
         base_addresses={"api": "http://provider"},
-        http_client=HTTP,
+        http_client=HTTP_CLIENT,
         max_network_retries=0,
         stripe_version=version,
     )

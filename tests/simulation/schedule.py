@@ -18,15 +18,15 @@ import psycopg
 from msgspec import Struct
 
 from app.sandbox.faults import REQUEST_FAULTS
-from tests.simulation.actors import ROUNDS, ListeningProcess, WorkerProcess, deliver
-from tests.simulation.beginning import begin_calmly, draw_wanted, open_shops
-from tests.simulation.clients import Wanted, insist, instruct
-from tests.simulation.ground import Ground
-from tests.simulation.healing import FEW, heal
+from tests.simulation.clients import WantedPayment, request_until_answered, send_command
+from tests.simulation.database import SimulatedDatabase
+from tests.simulation.initial_state import add_merchants, advance_some_payments, draw_wanted_payments
+from tests.simulation.invariants import ONLY_AT_THE_END, check, check_database_invariants
 from tests.simulation.locks import Locks
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
-from tests.simulation.promises import OF_THE_END, check, keep_invariants
-from tests.simulation.provider import HTTP, Provider
+from tests.simulation.processes import ROUNDS, ListeningProcess, WorkerProcess, deliver
+from tests.simulation.provider import HTTP_CLIENT, SimulatedProvider
+from tests.simulation.recovery import FEW, heal
 
 # How often each fault may come where it can, when a schedule has drawn it: seldom or often.
 RATES: dict[str, tuple[float, float]] = {
@@ -52,7 +52,7 @@ JOBS_MAX = 4
 BOOTED_SECONDS = 1000.0
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class SchedulePlan(Struct, frozen=True, kw_only=True):
     """What a schedule is drawn from. Fewer of anything makes it smaller."""
 
     seed: int
@@ -65,7 +65,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     def command(self) -> str:
         """What repeats it."""
         words = ["python -m tests.simulation --schedules 1", f"--seed {self.seed}"]
-        usual = Plan(seed=self.seed)
+        usual = SchedulePlan(seed=self.seed)
         sizes = ("steps", "payments", "workers", "lanes")
         words += [f"--{name} {getattr(self, name)}" for name in sizes if getattr(self, name) != getattr(usual, name)]
         if self.without:
@@ -76,11 +76,11 @@ class Plan(Struct, frozen=True, kw_only=True):
 class Outcome(Struct):
     """What came of a schedule."""
 
-    plan: Plan
+    plan: SchedulePlan
     steps: int
     faults: dict[str, int]
     violations: dict[str, str]
-    """By promise, an example."""
+    """By invariant, an example."""
     digest: str
     """Of everything that was decided, and of where it all ended."""
 
@@ -99,19 +99,19 @@ class Turn:
 class Schedule:
     """One schedule under way."""
 
-    def __init__(self, plan: Plan, ground: Ground, *, tell: bool = False) -> None:
+    def __init__(self, plan: SchedulePlan, database: SimulatedDatabase, *, tell: bool = False) -> None:
         self.plan = plan
-        self.ground = ground
+        self.database = database
         self.loop = Loop(self.decide)
         self.chance = random.Random(f"{plan.seed}:order")
-        self._lots = {kind: random.Random(f"{plan.seed}:{kind}") for kind in RATES}
+        self._fault_streams = {kind: random.Random(f"{plan.seed}:{kind}") for kind in RATES}
         self.rates = {
-            kind: self._lots[kind].choice((0.0, 0.0, seldom, often)) for kind, (seldom, often) in RATES.items()
+            kind: self._fault_streams[kind].choice((0.0, 0.0, seldom, often)) for kind, (seldom, often) in RATES.items()
         }
         self.openness = self.chance.choice((0.2, 0.5, 0.8))
-        self.poisonous = self.chance.randrange(8) if self.chance.random() < 0.25 else None
+        self.poison_position = self.chance.randrange(8) if self.chance.random() < 0.25 else None
         self.poison: str | None = None
-        self.tasted: dict[str, None] = {}
+        self.handled_events: dict[str, None] = {}
         self.steps = 0
         self.faults: Counter[str] = Counter()
         self.violations: dict[str, str] = {}
@@ -143,16 +143,16 @@ class Schedule:
         if process.is_dead:
             raise Killed
 
-    def lot(self, kind: str, where: str = "") -> bool:
+    def draw_fault(self, kind: str, where: str = "") -> bool:
         """Whether this goes wrong here."""
-        drawn = self._lots[kind].random() < self.rates[kind]
+        drawn = self._fault_streams[kind].random() < self.rates[kind]
         if not drawn or self.is_calm or kind in self.plan.without:
             return False
         self.faults[f"{kind} {where}".strip()] += 1
         self.note("fault", kind, where)
         return True
 
-    def leaves_open(self) -> bool:
+    def keeps_transaction_open(self) -> bool:
         """Whether a transaction stays open while others go on."""
         return not self.is_calm and self.chance.random() < self.openness
 
@@ -163,10 +163,10 @@ class Schedule:
         if self._tell:
             print(f"{self.steps:4} {self.loop.seconds:12.3f}  {line}", flush=True)
 
-    def violate(self, promise: str, example: str) -> None:
-        """A promise was broken."""
-        self.note("violated", promise, example if self._tell else "")
-        self.violations.setdefault(promise, example)
+    def report_violation(self, invariant: str, example: str) -> None:
+        """A invariant was broken."""
+        self.note("violated", invariant, example if self._tell else "")
+        self.violations.setdefault(invariant, example)
 
     def wake(self, *handlers: str) -> None:
         """Somebody says that there is work."""
@@ -174,14 +174,14 @@ class Schedule:
 
     def on_statement(self, doing: str, params: Any) -> None:
         """Who was woken is drained soon."""
-        if doing == "outbox.kick" and params:
+        if doing == "outbox.schedule_handlers" and params:
             self.wake(*params[0])
 
-    def taste(self, process: Process, event_ids: list[str]) -> None:
+    def note_handled(self, process: Process, event_ids: list[str]) -> None:
         """One event in some schedules is poison: it kills each worker that handles it."""
-        self.tasted.update(dict.fromkeys(event_ids))
-        if self.poison is None and self.poisonous is not None and len(self.tasted) > self.poisonous:
-            self.poison = list(self.tasted)[self.poisonous]
+        self.handled_events.update(dict.fromkeys(event_ids))
+        if self.poison is None and self.poison_position is not None and len(self.handled_events) > self.poison_position:
+            self.poison = list(self.handled_events)[self.poison_position]
         if self.poison in event_ids:
             self.note(process.name, "dies of poison")
             self.replace_worker(process)
@@ -191,13 +191,13 @@ class Schedule:
     def end(self, process: Process) -> None:
         """A process dies; the server notices that its connections are gone."""
         process.kill()
-        self.provider.process.start(self.bury(process))
+        self.provider.process.start(self.roll_back_dead(process))
 
-    async def bury(self, process: Process) -> None:
+    async def roll_back_dead(self, process: Process) -> None:
         """Roll back what a dead process has left open."""
         if left := [task for task in process.tasks if task is not asyncio.current_task()]:
             await asyncio.wait(left)
-        self.ground.take_back_all(process)
+        self.database.release_all(process)
 
     def replace_worker(self, process: Process) -> None:
         """Whoever looks after the processes starts another one."""
@@ -208,14 +208,14 @@ class Schedule:
     def on_error(self, doing: str, error: psycopg.Error) -> None:
         """The product's statements are never refused."""
         if error.sqlstate is not None:
-            self.violate("no statement fails", f"{doing}: {error.sqlstate} {str(error)[:300]}")
+            self.report_violation("no statement fails", f"{doing}: {error.sqlstate} {str(error)[:300]}")
 
     # Decisions
 
     def decide(self) -> None:
         """What happens next. Called when everybody waits for something."""
         if self.is_calm:
-            self.calm_down()
+            self.advance_until_quiet()
             return
         self.steps += 1
         if self.steps > self.plan.steps:
@@ -231,15 +231,15 @@ class Schedule:
         ways: list[tuple[float, Any]] = [
             (12.0 if self.turns else 0.0, self.go_on),
             (3.0 if soon else 0.3 if timer is not None else 0.0, self.tick),
-            (1.0 if not soon else 0.2, self.leap),
+            (1.0 if not soon else 0.2, self.jump_in_time),
             (3.0 if going else 0.0, self.start_job),
             (2.0 if self.unasked else 0.0, self.ask),
-            (0.5 if len(self.unasked) < len(self.wanted) else 0.0, self.storm),
+            (0.5 if len(self.unasked) < len(self.wanted) else 0.0, self.request_again),
             (2.0 if self.provider.mailbox else 0.0, self.post),
-            (0.5, self.payer),
-            (1.2, self.instruct),
-            (0.6, self.others),
-            (0.5, self.disturb),
+            (0.5, self.let_payer_act),
+            (1.2, self.send_command),
+            (0.6, self.let_third_party_act),
+            (0.5, self.inject_process_faults),
             (0.1, self.inspect),
         ]
         [way] = self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])
@@ -257,23 +257,23 @@ class Schedule:
         assert timer is not None
         self.move_to(max(timer, self.loop.seconds + 0.001))
 
-    def leap(self) -> None:
+    def jump_in_time(self) -> None:
         """Time goes on, and the tick finds what is due by then."""
-        far = len(LEAPS) if self.poisonous is None and self.lot("stalled") else 3
+        far = len(LEAPS) if self.poison_position is None and self.draw_fault("stalled") else 3
         self.move_to(self.loop.seconds + self.chance.choice(LEAPS[:far]))
-        self.ground.move_clock(self.loop.seconds)
+        self.database.move_clock(self.loop.seconds)
         query = "select handler from outbox.handlers where outbox.has_work(handler) order by handler"
-        self.wake(*(handler for (handler,) in self.ground.rows(query)))
+        self.wake(*(handler for (handler,) in self.database.rows(query)))
 
     def move_to(self, seconds: float) -> None:
         """Set the time, for everybody."""
         self.loop.seconds = seconds
         self.note("time")
-        self.provider.happen()
+        self.provider.run_due()
 
     def start_job(self) -> None:
         """A worker takes a job: one that somebody was woken for, or any."""
-        names = list(self.kicked) if self.kicked and self.chance.random() < 0.85 else [*self.ground.handlers, *ROUNDS]
+        names = list(self.kicked) if self.kicked and self.chance.random() < 0.85 else [*self.database.handlers, *ROUNDS]
         self.begin(self.chance.choice(names))
 
     def begin(self, name: str) -> None:
@@ -281,7 +281,7 @@ class Schedule:
         worker = self.chance.choice([one for one in self.workers if sum(one.running.values()) < JOBS_MAX])
         self.kicked.pop(name, None)
         self.note(worker.name, "begins", name)
-        if name in self.ground.handlers:
+        if name in self.database.handlers:
             worker.drain(name)
         else:
             worker.round(name)
@@ -290,62 +290,62 @@ class Schedule:
         """A client asks, perhaps several at once with one key."""
         wanted = self.unasked.pop()
         for _ in range(self.chance.choice((1, 1, 2, 3))):
-            self.asking.append(self.clients.start(insist(self, wanted)))
+            self.asking.append(self.clients.start(request_until_answered(self, wanted)))
 
-    def storm(self) -> None:
+    def request_again(self) -> None:
         """All clients have lost patience and ask at once."""
         asked = [wanted for wanted in self.wanted if wanted not in self.unasked]
-        self.asking.append(self.clients.start(self.crowd(asked)))
+        self.asking.append(self.clients.start(self.request_all_at_once(asked)))
 
-    async def crowd(self, asked: list[Wanted]) -> None:
+    async def request_all_at_once(self, asked: list[WantedPayment]) -> None:
         """One comes before the others and is served alone; then all come at once, each time in another order."""
-        self.asking.append(self.clients.start(insist(self, self.chance.choice(asked), at_once=True)))
+        self.asking.append(self.clients.start(request_until_answered(self, self.chance.choice(asked), at_once=True)))
         await self.turn(self.clients, "the crowd comes")
         for _ in range(self.plan.lanes):
             for wanted in self.chance.sample(asked, len(asked)):
-                self.asking.append(self.clients.start(insist(self, wanted, at_once=True)))
+                self.asking.append(self.clients.start(request_until_answered(self, wanted, at_once=True)))
 
     def post(self) -> None:
         """The provider delivers a webhook, any that waits."""
         mailbox = self.provider.mailbox
         self.asking.append(self.provider.process.start(deliver(self, mailbox.pop(self.chance.randrange(len(mailbox))))))
 
-    def payer(self) -> None:
+    def let_payer_act(self) -> None:
         """A payer who was asked to act does so, or fails."""
         if self.provider.payer_acts():
             self.note("payer")
 
-    def instruct(self) -> None:
+    def send_command(self) -> None:
         """A merchant wants something done about a payment of his."""
-        instruct(self)
+        send_command(self)
 
-    def others(self) -> None:
+    def let_third_party_act(self) -> None:
         """Somebody else does something about a payment, at the provider."""
-        if done := self.provider.others_act():
+        if done := self.provider.third_party_acts():
             self.note(done)
 
-    def disturb(self) -> None:
+    def inject_process_faults(self) -> None:
         """Processes die, or are replaced; what they call is replaced beside them by a deploy."""
         for worker in list(self.workers):
             # Where one event kills, its neighbours must not owe their deaths to chance.
-            if self.poisonous is None and self.lot("worker_killed"):
+            if self.poison_position is None and self.draw_fault("worker_killed"):
                 self.end(worker)
-            elif self.lot("worker_stopped"):
+            elif self.draw_fault("worker_stopped"):
                 worker.stop()
             else:
                 continue
             self.replace_worker(worker)
-        if self.lot("api_killed"):
+        if self.draw_fault("api_killed"):
             self.end(self.api)
             self.api = ListeningProcess(self, f"{self.api.name}'")
             self.asking.append(self.clients.start(self.api.open()))
-        if self.lot("deploy") and not self.ground.deploy_again(self._lots["deploy"]):
+        if self.draw_fault("deploy") and not self.database.redeploy(self._fault_streams["deploy"]):
             self.note("the deploy gave way")
 
     def inspect(self) -> None:
-        """Somebody looks into the middle of it: what is committed keeps its promises at any time."""
+        """Somebody looks into the middle of it: what is committed keeps its invariants at any time."""
         self.note("inspection")
-        keep_invariants(self, besides=OF_THE_END)
+        check_database_invariants(self, besides=ONLY_AT_THE_END)
 
     async def deliver_all(self) -> None:
         """What waits in the mailbox is delivered now."""
@@ -357,11 +357,11 @@ class Schedule:
 
     def run(self) -> Outcome:
         """Everything."""
-        HTTP.provider = None
+        HTTP_CLIENT.provider = None
         random.seed(self.plan.seed)
-        self.ground.empty(self.plan.seed)
-        self.ground.let_batches_hold(FEW)
-        [(self.epoch_seconds,)] = self.ground.rows("select extract(epoch from surety.time_now())::float8")
+        self.database.empty(self.plan.seed)
+        self.database.set_batch_size(FEW)
+        [(self.epoch_seconds,)] = self.database.rows("select extract(epoch from surety.time_now())::float8")
         PROCESS.set(None)
         asyncio.set_event_loop(self.loop)
         monotonic = time.monotonic
@@ -372,9 +372,9 @@ class Schedule:
             vars(time)["monotonic"] = monotonic
             self.loop.close()
             asyncio.set_event_loop(None)
-            HTTP.provider = None
+            HTTP_CLIENT.provider = None
         for broken in self.loop.broken:
-            self.violate("no task breaks down", broken)
+            self.report_violation("no task breaks down", broken)
         return Outcome(self.plan, self.steps, dict(self.faults), self.violations, self._digest.hexdigest()[:16])
 
     async def live(self) -> None:
@@ -388,30 +388,30 @@ class Schedule:
         """Everybody in place."""
         self.enough: asyncio.Future[None] = self.loop.create_future()
         self.clients = Process("client")
-        self.provider = Provider(self)
-        HTTP.provider = self.provider
+        self.provider = SimulatedProvider(self)
+        HTTP_CLIENT.provider = self.provider
         self.asking: list[asyncio.Task[Any]] = []
-        self.merchants, self.keys = open_shops(self.ground)
+        self.merchants, self.keys = add_merchants(self.database)
         # What chance has made of their ids; the rest is the time.
         self.note("shops", *(merchant[-20:] for merchant in self.merchants))
-        self.unasked = draw_wanted(self.chance, self.plan.payments)
+        self.unasked = draw_wanted_payments(self.chance, self.plan.payments)
         self.wanted = list(self.unasked)
         self.workers = [WorkerProcess(self, f"worker-{number}") for number in range(self.plan.workers)]
         self.api = ListeningProcess(self, "api")
         self.is_calm = True
         await self.api.open()
-        await begin_calmly(self)
+        await advance_some_payments(self)
         self.is_calm = False
         # Trouble comes when all is on its way.
         for name in list(self.kicked)[: JOBS_MAX * self.plan.workers]:
             self.begin(name)
 
-    def calm_down(self) -> None:
+    def advance_until_quiet(self) -> None:
         """Nothing goes wrong any more; only time may have to go on."""
         if self.locks.waiting:
-            self.locks.settle()
+            self.locks.resume_granted()
             return
         timer = self.loop.next_timer()
         assert timer is not None, "everybody waits for nothing"
         self.loop.seconds = max(timer, self.loop.seconds)
-        self.provider.happen()
+        self.provider.run_due()

@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from tests.simulation.schedule import RATES, Outcome, Plan
+from tests.simulation.schedule import RATES, Outcome, SchedulePlan
 
-Run = Callable[[Plan], Outcome]
+Run = Callable[[SchedulePlan], Outcome]
 
 
 def shrink(failed: Outcome, run: Run) -> Outcome:
-    """The smallest schedule found that breaks one of the same promises."""
-    promises = failed.violations.keys()
+    """The smallest schedule found that breaks one of the same invariants."""
+    invariants = failed.violations.keys()
 
-    def still(plan: Plan) -> Outcome | None:
+    def still(plan: SchedulePlan) -> Outcome | None:
         outcome = run(plan)
-        return outcome if promises & outcome.violations.keys() else None
+        return outcome if invariants & outcome.violations.keys() else None
 
     smallest = fewer_steps(failed, still)
     for kind in RATES:
@@ -32,7 +32,7 @@ def shrink(failed: Outcome, run: Run) -> Outcome:
     return fewer_steps(smallest, still)
 
 
-def fewer_steps(failed: Outcome, still: Callable[[Plan], Outcome | None]) -> Outcome:
+def fewer_steps(failed: Outcome, still: Callable[[SchedulePlan], Outcome | None]) -> Outcome:
     """The shortest beginning that fails, found by halving."""
     smallest, low = failed, 0
     while low < smallest.plan.steps:

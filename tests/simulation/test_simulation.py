@@ -7,21 +7,21 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from tests.simulation.running import run_all, run_here, runners
-from tests.simulation.schedule import RATES, Outcome, Plan
+from tests.simulation.process_pool import process_pool, run_all, run_here
+from tests.simulation.schedule import RATES, Outcome, SchedulePlan
 
 # Smaller ones than by command; each heals in full.
 SCHEDULES = 300
 STEPS = 60
 PAYMENTS = 2
 PROCESSES = 2
-PLANS = [Plan(seed=seed, steps=STEPS, payments=PAYMENTS) for seed in range(1, SCHEDULES + 1)]
+PLANS = [SchedulePlan(seed=seed, steps=STEPS, payments=PAYMENTS) for seed in range(1, SCHEDULES + 1)]
 
 
 @pytest.fixture(scope="module")
 def executor() -> Iterator[ProcessPoolExecutor]:
     """Processes with a database each."""
-    with runners(PROCESSES) as executor:
+    with process_pool(PROCESSES) as executor:
         yield executor
 
 
@@ -30,25 +30,25 @@ def outcomes(executor: ProcessPoolExecutor) -> dict[int, Outcome]:
     """What came of each seed."""
     found: dict[int, Outcome] = {}
 
-    def keep(outcome: Outcome) -> bool:
+    def collect(outcome: Outcome) -> bool:
         found[outcome.plan.seed] = outcome
         return True
 
-    run_all(executor, PLANS, PROCESSES, keep)
+    run_all(executor, PLANS, PROCESSES, collect)
     return found
 
 
-def test_no_schedule_breaks_a_promise(outcomes: dict[int, Outcome]) -> None:
+def test_no_schedule_violates_an_invariant(outcomes: dict[int, Outcome]) -> None:
     assert len(outcomes) == len(PLANS)
     assert not {one.plan.command(): one.violations for one in outcomes.values() if one.violations}
 
 
-def test_every_kind_of_fault_comes(outcomes: dict[int, Outcome]) -> None:
+def test_every_fault_kind_occurs(outcomes: dict[int, Outcome]) -> None:
     came = {fault.split()[0] for outcome in outcomes.values() for fault in outcome.faults}
     assert came == set(RATES)
 
 
-def test_the_same_seed_is_the_same_schedule(executor: ProcessPoolExecutor, outcomes: dict[int, Outcome]) -> None:
+def test_same_seed_gives_the_same_schedule(executor: ProcessPoolExecutor, outcomes: dict[int, Outcome]) -> None:
     again = [executor.submit(run_here, outcomes[seed].plan).result() for seed in (50, 7, 231, 7)]
     assert [one.digest for one in again] == [outcomes[one.plan.seed].digest for one in again]
     assert len({one.digest for one in outcomes.values()}) == len(PLANS)

@@ -10,7 +10,7 @@ from tests.support.payments import Connection, add_merchant, command, fact, pay,
 REFUSAL = 'Stripe 400 parameter_invalid: currency "usx"'
 
 
-def give_up(
+def exhaust_retries(
     conn: Connection, handler: str, error: str = REFUSAL, *, operation: str | None = None, status: int | None = None
 ) -> list[str]:
     """Handle what is due for a handler in vain, as often as it takes: the letters' ids.
@@ -30,38 +30,38 @@ def give_up(
             outcome = {"operation": operation, "outcome": "rejected" if status else "unknown", "status": status}
             payments: dict[str, str] = dict(begun)
             results = [result | outcome | {"payment_id": payments[result["event_id"]]} for result in results]
-        conn.execute("select surety.record_results(%s, %s, 'worker:w', %s)", (batch, fence, json.dumps(results)))
+        conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (batch, fence, json.dumps(results)))
     return [
         letter for (letter,) in conn.execute("select id from outbox.dead_letters order by id") if letter not in known
     ]
 
 
-def letter_of(conn: Connection, payment_id: str) -> str:
+def open_dead_letter(conn: Connection, payment_id: str) -> str:
     """The open letter of a payment."""
     query = "select id from outbox.dead_letters where payment_id = %s and closed_at is null"
     [(letter,)] = conn.execute(query, (payment_id,)).fetchall()
     return str(letter)
 
 
-def unsent(conn: Connection, error: str = REFUSAL) -> tuple[str, str]:
+def never_sent_letter(conn: Connection, error: str = REFUSAL) -> tuple[str, str]:
     """A letter of a payment for which nothing was sent, and the payment."""
     [payment_id] = pay(conn, add_merchant(conn)[1])
-    give_up(conn, "submit", error)
-    return letter_of(conn, payment_id), payment_id
+    exhaust_retries(conn, "submit", error)
+    return open_dead_letter(conn, payment_id), payment_id
 
 
 def refused(conn: Connection) -> tuple[str, str]:
     """A letter of a payment that the provider refused to make."""
     [payment_id] = pay(conn, add_merchant(conn)[1])
-    give_up(conn, "submit", operation="create", status=400)
-    return letter_of(conn, payment_id), payment_id
+    exhaust_retries(conn, "submit", operation="create", status=400)
+    return open_dead_letter(conn, payment_id), payment_id
 
 
 def unanswered(conn: Connection) -> tuple[str, str]:
     """A letter of a payment of which nobody knows whether the provider has it."""
     [payment_id] = pay(conn, add_merchant(conn)[1])
-    give_up(conn, "submit", "no answer within 20 s", operation="create")
-    return letter_of(conn, payment_id), payment_id
+    exhaust_retries(conn, "submit", "no answer within 20 s", operation="create")
+    return open_dead_letter(conn, payment_id), payment_id
 
 
 def held(conn: Connection, *, operation: str | None = None, status: int | None = None) -> tuple[str, str]:
@@ -78,9 +78,9 @@ def held(conn: Connection, *, operation: str | None = None, status: int | None =
         "status": 200,
         "facts": [fact(payment_id, "submitted", "pi")],
     }
-    conn.execute("select surety.record_results(%s, %s, 'worker:w', %s)", (*row[:2], json.dumps([answered])))
-    give_up(conn, "confirm", operation=operation, status=status)
-    return letter_of(conn, payment_id), payment_id
+    conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (*row[:2], json.dumps([answered])))
+    exhaust_retries(conn, "confirm", operation=operation, status=status)
+    return open_dead_letter(conn, payment_id), payment_id
 
 
 def refund(conn: Connection, sent: str, status: int | None = None) -> tuple[str, str]:
@@ -89,7 +89,7 @@ def refund(conn: Connection, sent: str, status: int | None = None) -> tuple[str,
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "captured", "ch", 10000)])
     assert command(conn, "create_refund", key_hash, payment_id=payment_id, amount=4000)["status"] == 201
-    return dead_command(conn, "refund", f"refund:{refund_of(conn)}", payment_id, sent, status), payment_id
+    return exhaust_command(conn, "refund", f"refund:{refund_of(conn)}", payment_id, sent, status), payment_id
 
 
 def refund_of(conn: Connection) -> str:
@@ -104,10 +104,12 @@ def capture(conn: Connection, sent: str, status: int | None = None) -> tuple[str
     [payment_id] = pay(conn, key_hash, capture_method="manual")
     record(conn, [fact(payment_id, "authorized", "ch", 10000)])
     assert command(conn, "capture_payment", key_hash, payment_id=payment_id)["status"] == 202
-    return dead_command(conn, "capture", "capture", payment_id, sent, status), payment_id
+    return exhaust_command(conn, "capture", "capture", payment_id, sent, status), payment_id
 
 
-def dead_command(conn: Connection, handler: str, operation: str, payment_id: str, sent: str, status: int | None) -> str:
+def exhaust_command(
+    conn: Connection, handler: str, operation: str, payment_id: str, sent: str, status: int | None
+) -> str:
     """Handle a command in vain until it is given up; if it is sent, it is each time, with that answer."""
     conn.execute("update outbox.handlers set retry_after = '{0 s,0 s}' where handler = %s", (handler,))
     claim = "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'worker-1')"
@@ -121,8 +123,8 @@ def dead_command(conn: Connection, handler: str, operation: str, payment_id: str
             conn.execute(begin.encode(), (batch, fence))
             told = {"payment_id": payment_id, "operation": operation, "outcome": "rejected", "status": status}
             result |= {name: value for name, value in told.items() if value is not None}
-        conn.execute("select surety.record_results(%s, %s, 'worker:w', %s)", (batch, fence, json.dumps([result])))
-    return letter_of(conn, payment_id)
+        conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (batch, fence, json.dumps([result])))
+    return open_dead_letter(conn, payment_id)
 
 
 def end(conn: Connection, payment_id: str) -> None:
@@ -136,7 +138,7 @@ def closed_as(conn: Connection, letter: str) -> str | None:
     return None if row[0] is None else str(row[0])
 
 
-def doings(conn: Connection) -> list[tuple[str, str, str]]:
+def operator_actions(conn: Connection) -> list[tuple[str, str, str]]:
     """What operators did: who, what and why."""
     return conn.execute(
         "select actor, outcome, reason from audit.entries"

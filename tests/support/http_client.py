@@ -30,7 +30,7 @@ CONTEXT = ssl.create_default_context()
 _numbers = itertools.count(1)
 
 
-class Service:
+class ServerProcess:
     """`surety api` or `surety webhooks` as a process on a free port of loopback."""
 
     def __init__(self, command: str, database: str, *options: str) -> None:
@@ -56,9 +56,9 @@ class Service:
 
 
 @contextmanager
-def service(command: str, database: str, *options: str) -> Generator[Service]:
+def running_server(command: str, database: str, *options: str) -> Generator[ServerProcess]:
     """A process that ends in good order."""
-    running = Service(command, database, *options)
+    running = ServerProcess(command, database, *options)
     try:
         yield running
     finally:
@@ -92,7 +92,7 @@ class Merchant:
         content = msgspec.json.encode(payment() if body is None else body) if not isinstance(body, bytes) else body
         sent = {
             "Content-Type": "application/json",
-            "Idempotency-Key": fresh("key") if key is None else key,
+            "Idempotency-Key": unique_name("key") if key is None else key,
         } | {name.replace("_", "-"): value for name, value in headers.items()}
         return self.client.post("/v1/payments", content=content, headers=sent)
 
@@ -128,7 +128,7 @@ class Merchant:
         ]
 
 
-def fresh(what: str) -> str:
+def unique_name(what: str) -> str:
     """A name that nobody has used in this run."""
     return f"{what}-{next(_numbers)}"
 
@@ -152,11 +152,11 @@ def problem(answer: httpx.Response, status: int, name: str) -> Json:
     return document
 
 
-def broken(answer: httpx.Response) -> set[tuple[str, str]]:
+def broken_rules(answer: httpx.Response) -> set[tuple[str, str]]:
     """Field and rule of every rule that a refused request broke."""
     return {(error["field"], error["rule"]) for error in problem(answer, 400, "invalid-request")["errors"]}
 
 
-def connected(database: str) -> Connection:
+def connect_as_owner(database: str) -> Connection:
     """A connection with all rights, in autocommit mode."""
     return psycopg.connect(harden(database, "deploy"), autocommit=True)

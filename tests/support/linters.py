@@ -1,4 +1,4 @@
-"""The judges of style and types, each a program that runs in the background."""
+"""The linters of style and types, each a program that runs in the background."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
-JUDGES: dict[str, tuple[str, ...]] = {
+LINTERS: dict[str, tuple[str, ...]] = {
     "ruff": ("ruff", "check", "--output-format", "concise"),
     "ruff's formatter": ("ruff", "format", "--check"),
     "mypy": ("mypy",),
@@ -20,24 +20,24 @@ JUDGES: dict[str, tuple[str, ...]] = {
 }
 
 
-class Judges:
-    """All judges at work."""
+class Linters:
+    """All linters at work."""
 
     def __init__(self) -> None:
         self.running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
-        for name, (program, *arguments) in JUDGES.items():
+        for name, (program, *arguments) in LINTERS.items():
             output = tempfile.TemporaryFile()  # noqa: SIM115  open until it was read
             command = [str(BIN / program), *arguments]
             self.running[name] = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output), output
 
-    def verdict(self, name: str) -> tuple[int, str]:
+    def result(self, name: str) -> tuple[int, str]:
         """A judge's exit status and what it said, once it is done."""
         process, output = self.running[name]
         status = process.wait(400)
         output.seek(0)
         return status, output.read().decode(errors="replace")
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         """Stop those that still work."""
         for process, output in self.running.values():
             process.terminate()

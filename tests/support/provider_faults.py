@@ -17,11 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from db.embedded import wait_until
-from jobs.polling import Round, due_money, news, payouts, settlements, sweep
+from jobs.polling import (
+    PeriodicJob,
+    poll_balance_transactions,
+    poll_events,
+    poll_payouts,
+    poll_unfinished,
+    recheck_pending_balance,
+)
 from jobs.worker import Worker
 from tests.support.payments import Connection, add_merchant, command, create, request
-from tests.support.sandbox_process import Sandbox, eventually
-from tests.support.workers import work_off
+from tests.support.sandbox_process import SandboxProcess, eventually
+from tests.support.workers import run_until_idle
 
 Json = dict[str, Any]
 
@@ -37,11 +44,11 @@ UNDECIDED_SECONDS = 8 * DAY
 """How long refunds and disputes stay as they are, unless the test decides them."""
 ROUNDS_MAX = 12
 
-VISA, DECLINED, ASKING = "pm_card_visa", "pm_card_visa_chargeDeclined", "pm_card_authenticationRequired"
+VISA, DECLINED, ACTION_REQUIRED = "pm_card_visa", "pm_card_visa_chargeDeclined", "pm_card_authenticationRequired"
 PENDING = "pm_card_pendingRefund"
 
 # What the table calls a fault, and what the sandbox does for it.
-OF_THE_CALL = {
+CALL_FAULTS = {
     "timeout before": "timeout_before",
     "timeout after": "timeout_after",
     "reset in mid-body": "reset",
@@ -53,14 +60,14 @@ OF_THE_CALL = {
     "after 25 hours": "timeout_after",
     "webhook first": "webhook_first",
 }
-OF_THE_WEBHOOK = {
+WEBHOOK_FAULTS = {
     "ten duplicates": "repeated",
     "reordered": "reordered",
     "delayed by days": "delayed",
     "lost": "lost",
     "wrongly signed": "forged",
 }
-FAULTS = OF_THE_CALL | OF_THE_WEBHOOK
+FAULTS = CALL_FAULTS | WEBHOOK_FAULTS
 # An account each: what goes wrong at once must not look like the provider's outage, which is another story.
 ACCOUNTS = {fault: f"acct_1SuretyFault{number}" for number, fault in enumerate(FAULTS)}
 LATE = "after 25 hours"
@@ -70,16 +77,16 @@ FIRST = "webhook first"
 LATE_WEBHOOKS = {
     "apply: fetch": "charge.failed",
     "apply: fetch dispute": "charge.dispute.funds_withdrawn",
-    "sweep: fetch": "payment_intent.succeeded",
-    "settlements: list": "charge.updated",
-    "due_money: list": "charge.updated",
-    "payouts: list": "payout.paid",
-    "news: list": "charge.updated",
+    "poll_unfinished: fetch": "payment_intent.succeeded",
+    "poll_balance_transactions: list": "charge.updated",
+    "recheck_pending_balance: list": "charge.updated",
+    "poll_payouts: list": "payout.paid",
+    "poll_events: list": "charge.updated",
 }
 
 
 @dataclass(frozen=True)
-class Call:
+class ProviderCall:
     """One of our calls: the sandbox's name for it, a card that leads there, and the webhooks that belong to it."""
 
     operation: str
@@ -90,43 +97,60 @@ class Call:
 
 
 CALLS = {
-    "submit: create": Call("payment_intents.create", VISA, "payment_intent.created", "payment_intent.created"),
-    "submit: look for it": Call("payment_intents.list", VISA, "payment_intent.created", "payment_intent.created"),
-    "confirm: confirm": Call("payment_intents.confirm", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
-    "confirm: ask": Call("payment_intents.retrieve", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
-    "cancel: cancel": Call(
+    "submit: create": ProviderCall("payment_intents.create", VISA, "payment_intent.created", "payment_intent.created"),
+    "submit: look for it": ProviderCall(
+        "payment_intents.list", VISA, "payment_intent.created", "payment_intent.created"
+    ),
+    "confirm: confirm": ProviderCall(
+        "payment_intents.confirm", VISA, "payment_intent.succeeded", "payment_intent.succeeded"
+    ),
+    "confirm: ask": ProviderCall(
+        "payment_intents.retrieve", VISA, "payment_intent.succeeded", "payment_intent.succeeded"
+    ),
+    "cancel: cancel": ProviderCall(
         "payment_intents.cancel", DECLINED, "payment_intent.canceled", "payment_intent.payment_failed"
     ),
-    "cancel: ask": Call(
+    "cancel: ask": ProviderCall(
         "payment_intents.retrieve", DECLINED, "payment_intent.canceled", "payment_intent.payment_failed"
     ),
-    "capture: capture": Call(
+    "capture: capture": ProviderCall(
         "payment_intents.capture", VISA, "payment_intent.succeeded", "payment_intent.amount_capturable_updated"
     ),
-    "capture: ask": Call(
+    "capture: ask": ProviderCall(
         "payment_intents.retrieve", VISA, "payment_intent.succeeded", "payment_intent.amount_capturable_updated"
     ),
-    "refund: refund": Call("refunds.create", VISA, "refund.created", "refund.created"),
-    "refund: look for it": Call("refunds.list", VISA, "refund.created", "refund.created"),
-    "evidence: submit": Call("disputes.update", VISA, "charge.dispute.updated", "charge.dispute.updated"),
-    "evidence: fetch": Call("disputes.retrieve", VISA, "charge.dispute.closed", "charge.dispute.updated"),
-    "apply: fetch": Call(
+    "refund: refund": ProviderCall("refunds.create", VISA, "refund.created", "refund.created"),
+    "refund: look for it": ProviderCall("refunds.list", VISA, "refund.created", "refund.created"),
+    "evidence: submit": ProviderCall("disputes.update", VISA, "charge.dispute.updated", "charge.dispute.updated"),
+    "evidence: fetch": ProviderCall("disputes.retrieve", VISA, "charge.dispute.closed", "charge.dispute.updated"),
+    "apply: fetch": ProviderCall(
         "payment_intents.retrieve", DECLINED, "payment_intent.payment_failed", "payment_intent.payment_failed"
     ),
-    "apply: fetch dispute": Call("disputes.retrieve", VISA, "charge.dispute.created", "charge.dispute.created"),
-    "sweep: fetch": Call("payment_intents.retrieve", ASKING, "payment_intent.succeeded", "payment_intent.succeeded"),
-    "sweep: fetch refund": Call("refunds.retrieve", PENDING, "refund.updated", "refund.updated"),
-    "sweep: fetch dispute": Call("disputes.retrieve", VISA, "charge.dispute.closed", "charge.dispute.closed"),
-    "due_money: list": Call("balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"),
-    "settlements: list": Call("balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"),
-    "payouts: list": Call("payouts.list", VISA, "payout.paid", "payout.created"),
-    "news: list": Call("events.list", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
+    "apply: fetch dispute": ProviderCall("disputes.retrieve", VISA, "charge.dispute.created", "charge.dispute.created"),
+    "poll_unfinished: fetch": ProviderCall(
+        "payment_intents.retrieve", ACTION_REQUIRED, "payment_intent.succeeded", "payment_intent.succeeded"
+    ),
+    "poll_unfinished: fetch refund": ProviderCall("refunds.retrieve", PENDING, "refund.updated", "refund.updated"),
+    "poll_unfinished: fetch dispute": ProviderCall(
+        "disputes.retrieve", VISA, "charge.dispute.closed", "charge.dispute.closed"
+    ),
+    "recheck_pending_balance: list": ProviderCall(
+        "balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"
+    ),
+    "poll_balance_transactions: list": ProviderCall(
+        "balance_transactions.list", VISA, "charge.updated", "payment_intent.succeeded"
+    ),
+    "poll_payouts: list": ProviderCall("payouts.list", VISA, "payout.paid", "payout.created"),
+    "poll_events: list": ProviderCall("events.list", VISA, "payment_intent.succeeded", "payment_intent.succeeded"),
 }
 
 
 # What is due is looked at before all is read, or nothing would be left to look at.
-READINGS: dict[str, Round] = {
-    "due_money: list": due_money, "settlements: list": settlements, "payouts: list": payouts, "news: list": news
+POLLS: dict[str, PeriodicJob] = {
+    "recheck_pending_balance: list": recheck_pending_balance,
+    "poll_balance_transactions: list": poll_balance_transactions,
+    "poll_payouts: list": poll_payouts,
+    "poll_events: list": poll_events
 }  # fmt: skip
 
 
@@ -138,7 +162,7 @@ def is_late(call: str, fault: str) -> bool:
 
 
 @dataclass
-class Case:
+class FaultCase:
     """A payment on its way to one pair."""
 
     payment_id: str
@@ -152,7 +176,7 @@ class Case:
 
 
 @dataclass
-class Order:
+class OrderedFault:
     """A fault ordered of the sandbox, and the pair that it counts for; None where it only leads somewhere."""
 
     pair: tuple[str, str] | None
@@ -165,19 +189,19 @@ class Order:
     def key(self) -> tuple[str, str, str]:
         return self.operation, self.fault, self.match
 
-    def told(self) -> Json:
+    def as_json(self) -> Json:
         """As the sandbox takes it."""
         return {"operation": self.operation, "fault": self.fault, "match": self.match, "times": self.times}
 
 
-class Trial:
+class FaultMatrix:
     """One database, one sandbox, one worker, and all payments."""
 
-    def __init__(self, conn: Connection, sandbox: Sandbox, worker: Worker) -> None:
+    def __init__(self, conn: Connection, sandbox: SandboxProcess, worker: Worker) -> None:
         self.conn, self.sandbox, self.worker = conn, sandbox, worker
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.cases: list[Case] = []
-        self._standing: list[Order] = []
+        self.cases: list[FaultCase] = []
+        self._standing: list[OrderedFault] = []
         self._ahead_seconds = 0.0
         self._keys = {fault: add_merchant(conn, account=account)[1] for fault, account in ACCOUNTS.items()}
         conn.execute("update surety.environment set kind = 'test'")
@@ -201,12 +225,12 @@ class Trial:
             self._sweep,
         ):  # fmt: skip
             await lead(pause_seconds)
-            self._withdraw()
-        for call, read in READINGS.items():
+            self._clear_faults()
+        for call, read in POLLS.items():
             await self._read(read, [pair for pair in pairs if pair[0] == call], pause_seconds)
         await self.heal()
 
-    def _open(self, pairs: list[tuple[str, str]]) -> list[Case]:
+    def _open(self, pairs: list[tuple[str, str]]) -> list[FaultCase]:
         requests = [
             request(
                 self._keys[fault],
@@ -217,7 +241,7 @@ class Trial:
             for call, fault in pairs
         ]
         opened = zip((outcome["payment_id"] for outcome in create(self.conn, requests)), pairs, strict=True)
-        return [Case(payment_id, *pair, turn) for turn, (payment_id, pair) in enumerate(opened)]
+        return [FaultCase(payment_id, *pair, turn) for turn, (payment_id, pair) in enumerate(opened)]
 
     async def _submit(self, pause_seconds: float) -> None:
         orders = []
@@ -225,9 +249,9 @@ class Trial:
             orders += self._of_call(case, case.payment_id) + self._of_webhook(case, case.payment_id)
         for case in self._of("submit: look for it"):
             error = ("error_500_before", "error_500_after")[case.turn % 2]
-            orders += [Order(None, "payment_intents.create", error, case.payment_id)]
+            orders += [OrderedFault(None, "payment_intents.create", error, case.payment_id)]
             orders += self._of_webhook(case, case.payment_id) + self._held(case, case.payment_id)
-        await self._beside_apply(orders, "submit")
+        await self._act_while_applying(orders, "submit")
         self.move(pause_seconds)
         await self._act([o for case in self._of("submit: look for it") for o in self._of_call(case, "")], "submit")
         await self._until(lambda: not self._in_state("initiated") | self._in_state("submitting"), "submit")
@@ -241,8 +265,8 @@ class Trial:
             orders += self._of_call(case, case.payment_id)
         for case in self._of("apply: fetch") + self._of("confirm: ask"):
             orders += self._of_call(case, case.intent)
-        await self._beside_apply(orders, "confirm")
-        fetched = [case for case in self._of("apply: fetch") if case.fault in OF_THE_CALL]
+        await self._act_while_applying(orders, "confirm")
+        fetched = [case for case in self._of("apply: fetch") if case.fault in CALL_FAULTS]
         self._wait_for_webhooks(CALLS["apply: fetch"].webhook, fetched)
         await self._act([], "apply")
         self.move(pause_seconds)
@@ -250,21 +274,23 @@ class Trial:
         self.move(pause_seconds)
         await self._act([], "confirm", "apply")
 
-    def _before_confirming(self) -> list[Order]:
+    def _before_confirming(self) -> list[OrderedFault]:
         """What must have gone wrong, and which webhooks must be late, for the calls that come after."""
         orders = []
         for case in self.cases:
             if not case.call.startswith("submit"):
-                orders += self._of_webhook(case, "" if case.call == "payouts: list" else case.intent)
+                orders += self._of_webhook(case, "" if case.call == "poll_payouts: list" else case.intent)
             match case.call:
                 case "apply: fetch":
-                    orders += [Order(None, "payment_intents.confirm", "timeout_after", case.payment_id)]
+                    orders += [OrderedFault(None, "payment_intents.confirm", "timeout_after", case.payment_id)]
                 case "confirm: ask":
-                    has_happened = (case.turn % 2 == 1 and case.fault in OF_THE_CALL) or case.fault == FIRST
-                    orders += [Order(None, "payment_intents.confirm", timeout(has_happened), case.payment_id)]
+                    has_happened = (case.turn % 2 == 1 and case.fault in CALL_FAULTS) or case.fault == FIRST
+                    orders += [OrderedFault(None, "payment_intents.confirm", timeout(has_happened), case.payment_id)]
                     orders += self._held(case, case.intent)
             if case.fault == FIRST and (late := LATE_WEBHOOKS.get(case.call)):
-                orders += [Order(None, f"webhook:{late}", "delayed", "" if late == "payout.paid" else case.intent)]
+                orders += [
+                    OrderedFault(None, f"webhook:{late}", "delayed", "" if late == "payout.paid" else case.intent)
+                ]
         return orders
 
     async def _cancel(self, pause_seconds: float) -> None:
@@ -272,9 +298,9 @@ class Trial:
         for case in self._of("cancel: cancel"):
             orders += self._of_call(case, case.payment_id)
         for case in self._of("cancel: ask"):
-            orders += self._left_unknown(case, "payment_intents.cancel", case.payment_id)
+            orders += self._order_lost_answer(case, "payment_intents.cancel", case.payment_id)
             orders += self._of_call(case, case.intent)
-        await self._beside_apply(orders, "cancel")
+        await self._act_while_applying(orders, "cancel")
         self.move(pause_seconds)
         await self._act([], "cancel")
 
@@ -285,9 +311,9 @@ class Trial:
             self._command("capture_payment", case, payment_id=case.payment_id)
         orders = [order for case in sent for order in self._of_call(case, case.payment_id)]
         for case in asked:
-            orders += self._left_unknown(case, "payment_intents.capture", case.payment_id)
+            orders += self._order_lost_answer(case, "payment_intents.capture", case.payment_id)
             orders += self._of_call(case, case.intent)
-        await self._beside_apply(orders, "capture")
+        await self._act_while_applying(orders, "capture")
         self.move(pause_seconds)
         await self._act([], "capture")
         # Before what is held expires.
@@ -296,14 +322,16 @@ class Trial:
 
     async def _refund(self, pause_seconds: float) -> None:
         sent, asked = self._of("refund: refund"), self._of("refund: look for it")
-        swept = self._of("sweep: fetch refund")
+        swept = self._of("poll_unfinished: fetch refund")
         cases = sent + asked + swept
         await self._until_charged(cases)
         refunds = {case.payment_id: self._command("create_refund", case, payment_id=case.payment_id) for case in cases}
         orders = [order for case in sent for order in self._of_call(case, refunds[case.payment_id])]
         for case in asked:
-            orders += self._left_unknown(case, "refunds.create", refunds[case.payment_id]) + self._of_call(case, "")
-        await self._beside_apply(orders, "refund")
+            orders += self._order_lost_answer(case, "refunds.create", refunds[case.payment_id]) + self._of_call(
+                case, ""
+            )
+        await self._act_while_applying(orders, "refund")
         self.move(pause_seconds)
         await self._act([], "refund")
         made: dict[str, str] = dict(self.conn.execute("select id, provider_id from surety.refunds").fetchall())
@@ -312,13 +340,13 @@ class Trial:
 
     async def _dispute(self, pause_seconds: float) -> None:
         """Holders dispute; `apply` fetches what they say."""
-        calls = ("apply: fetch dispute", "evidence: submit", "evidence: fetch", "sweep: fetch dispute")
+        calls = ("apply: fetch dispute", "evidence: submit", "evidence: fetch", "poll_unfinished: fetch dispute")
         cases = [case for call in calls for case in self._of(call)]
         await self._until_charged(cases)
         for case in cases:
             case.dispute = self.sandbox.control("disputes", {"payment_intent": case.intent})["id"]
         fetched = self._of("apply: fetch dispute")
-        self._wait_for_webhooks("charge.dispute.created", [case for case in cases if case.fault in OF_THE_CALL])
+        self._wait_for_webhooks("charge.dispute.created", [case for case in cases if case.fault in CALL_FAULTS])
         await self._act([order for case in fetched for order in self._of_call(case, case.dispute)], "apply")
         self.move(pause_seconds)
         await self._act([], "apply")
@@ -333,24 +361,24 @@ class Trial:
             orders += self._of_call(case, known[case.dispute] if case in sent else case.dispute)
             # What comes of it is not told meanwhile, unless it is told first.
             orders += self._held(case, case.intent) if case.fault != FIRST or case in asked else []
-        await self._beside_apply(orders, "evidence")
+        await self._act_while_applying(orders, "evidence")
         self.move(pause_seconds)
         await self._act([], "evidence")
 
-    def _command(self, function: str, case: Case, **asked: Any) -> str:
+    def _command(self, function: str, case: FaultCase, **asked: Any) -> str:
         """Ask for something about a payment; the id of what is answered."""
         outcome = command(self.conn, function, self._keys[case.fault], **asked)
         assert outcome["problem"] is None, outcome
         return str(outcome["body"]["id"])
 
-    def _left_unknown(self, case: Case, operation: str, match: str) -> list[Order]:
+    def _order_lost_answer(self, case: FaultCase, operation: str, match: str) -> list[OrderedFault]:
         """Nobody knows whether a call has happened, and no webhook tells."""
         has_happened = case.turn % 2 == 1 or case.fault == FIRST
-        return [Order(None, operation, timeout(has_happened), match), *self._held(case, case.intent)]
+        return [OrderedFault(None, operation, timeout(has_happened), match), *self._held(case, case.intent)]
 
     async def _sweep(self, pause_seconds: float) -> None:
         """Payers, banks and the network act, and nothing tells: what became of it, the sweep has to ask."""
-        paid, refunded, disputed = (self._of(f"sweep: fetch{what}") for what in ("", " refund", " dispute"))
+        paid, refunded, disputed = (self._of(f"poll_unfinished: fetch{what}") for what in ("", " refund", " dispute"))
         await self._until(lambda: {case.intent for case in paid} <= self._in_state("requires_action"), "confirm")
         self._order([order for case in refunded + disputed for order in self._held(case, case.intent)])
         for case in paid:
@@ -363,17 +391,17 @@ class Trial:
         orders = [order for case in paid for order in self._of_call(case, case.intent)]
         orders += [order for case in refunded for order in self._of_call(case, case.refund)]
         self._order(orders + [order for case in disputed for order in self._of_call(case, case.dispute)])
-        await sweep(self.worker)
+        await poll_unfinished(self.worker)
         self._count()
         self.move(pause_seconds)
 
-    async def _read(self, read: Round, pairs: list[tuple[str, str]], pause_seconds: float) -> None:
+    async def _read(self, read: PeriodicJob, pairs: list[tuple[str, str]], pause_seconds: float) -> None:
         """A periodic reading of lists, which belong to all payments: each fault meets another account's."""
-        asked = [pair for pair in pairs if pair[1] in OF_THE_CALL]
-        self._order([Order((call, fault), CALLS[call].operation, OF_THE_CALL[fault]) for call, fault in asked])
+        asked = [pair for pair in pairs if pair[1] in CALL_FAULTS]
+        self._order([OrderedFault((call, fault), CALLS[call].operation, CALL_FAULTS[fault]) for call, fault in asked])
         await read(self.worker)
         self._count()
-        self._withdraw()
+        self._clear_faults()
         self.move(pause_seconds)
 
     # --- ends
@@ -381,17 +409,17 @@ class Trial:
     async def heal(self) -> None:
         """Time goes by, and nothing goes wrong any more, until every payment has ended."""
         self._standing = [order for order in self._standing if order.pair is not None]
-        self._withdraw()
+        self._clear_faults()
         for _ in range(ROUNDS_MAX):
             self.move(LATER)
-            await self.worker.breaker.pulse()
-            await work_off(self.worker)
-            for round_ in (sweep, settlements, due_money, payouts):
+            await self.worker.breaker.report_and_probe()
+            await run_until_idle(self.worker)
+            for round_ in (poll_unfinished, poll_balance_transactions, recheck_pending_balance, poll_payouts):
                 await round_(self.worker)
             if not self.unfinished():
                 return
 
-    async def hear_the_last(self) -> None:
+    async def deliver_late_webhooks(self) -> None:
         """Days go by: what was delayed or overtaken is delivered, and applied."""
         self.move(DELAY_SECONDS + DAY)
         eventually(lambda: self.sandbox.control("webhooks")["pending"] == 0, 30)
@@ -431,42 +459,42 @@ class Trial:
 
     # --- orders
 
-    def _of(self, call: str) -> list[Case]:
+    def _of(self, call: str) -> list[FaultCase]:
         return [case for case in self.cases if case.call == call]
 
-    def _of_call(self, case: Case, match: str) -> list[Order]:
+    def _of_call(self, case: FaultCase, match: str) -> list[OrderedFault]:
         """The fault of the call itself, if the case is about one. No webhook saves what is asked again after a day."""
-        fault = OF_THE_CALL.get(case.fault)
+        fault = CALL_FAULTS.get(case.fault)
         if fault is None:
             return []
         operation = CALLS[case.call].operation
         is_sent = not operation.endswith((".list", ".retrieve"))
         held = self._held(case, case.intent or case.payment_id) if is_sent and case.fault == LATE else []
-        return [Order((case.call, case.fault), operation, fault, match), *held]
+        return [OrderedFault((case.call, case.fault), operation, fault, match), *held]
 
-    def _of_webhook(self, case: Case, match: str) -> list[Order]:
+    def _of_webhook(self, case: FaultCase, match: str) -> list[OrderedFault]:
         """The fault of the call's webhook, if the case is about one."""
-        fault = OF_THE_WEBHOOK.get(case.fault)
+        fault = WEBHOOK_FAULTS.get(case.fault)
         if fault is None:
             return []
         call = CALLS[case.call]
         type_ = call.overtaken if fault == "reordered" else call.webhook
-        return [Order((case.call, case.fault), f"webhook:{type_}", fault, match)]
+        return [OrderedFault((case.call, case.fault), f"webhook:{type_}", fault, match)]
 
-    def _held(self, case: Case, match: str) -> list[Order]:
+    def _held(self, case: FaultCase, match: str) -> list[OrderedFault]:
         """All webhooks of a payment delayed, so that none of them spares us the question that the case is about."""
-        is_about_webhooks = case.fault in OF_THE_WEBHOOK
-        return [] if is_about_webhooks else [Order(None, "webhook", "delayed", match, 20)]
+        is_about_webhooks = case.fault in WEBHOOK_FAULTS
+        return [] if is_about_webhooks else [OrderedFault(None, "webhook", "delayed", match, 20)]
 
-    def _withdraw(self) -> None:
+    def _clear_faults(self) -> None:
         """What was ordered for a call that didn't come must not count for another's; webhooks are still to come."""
         self._standing = [order for order in self._standing if order.operation.startswith("webhook")]
         self._order([])
 
-    def _order(self, orders: list[Order]) -> None:
+    def _order(self, orders: list[OrderedFault]) -> None:
         self._count()
         self._standing += orders
-        self.sandbox.control("faults", {"next": [order.told() for order in self._standing]})
+        self.sandbox.control("faults", {"next": [order.as_json() for order in self._standing]})
 
     def _count(self) -> None:
         """What the sandbox has done of what was ordered."""
@@ -483,24 +511,24 @@ class Trial:
 
     # --- acts
 
-    async def _act(self, orders: list[Order], *handlers: str) -> None:
+    async def _act(self, orders: list[OrderedFault], *handlers: str) -> None:
         self._order(orders)
-        await work_off(self.worker, *handlers)
+        await run_until_idle(self.worker, *handlers)
         self._count()
 
-    async def _beside_apply(self, orders: list[Order], handler: str) -> None:
+    async def _act_while_applying(self, orders: list[OrderedFault], handler: str) -> None:
         """Work a handler off while webhooks are applied as they come, so that they may come before the answer."""
         self._order(orders)
         done = asyncio.Event()
 
         async def apply() -> None:
             while not done.is_set():
-                await work_off(self.worker, "apply")
+                await run_until_idle(self.worker, "apply")
                 await asyncio.sleep(0.02)
 
         applying = asyncio.create_task(apply())
         try:
-            await work_off(self.worker, handler)
+            await run_until_idle(self.worker, handler)
         finally:
             done.set()
             await applying
@@ -512,10 +540,10 @@ class Trial:
             if is_so():
                 return
             self.move(SOON)
-            await self.worker.breaker.pulse()
+            await self.worker.breaker.report_and_probe()
             await self._act([], handler)
 
-    async def _until_charged(self, cases: list[Case]) -> None:
+    async def _until_charged(self, cases: list[FaultCase]) -> None:
         wanted = {case.intent for case in cases}
         await self._until(lambda: wanted <= self._in_state("confirmed") | self._in_state("settled"), "confirm")
 
@@ -525,9 +553,9 @@ class Trial:
             row[0] for row in self.conn.execute("select provider_id from surety.payments where state = %s", (state,))
         }
 
-    def _wait_for_webhooks(self, type_: str, cases: list[Case]) -> None:
+    def _wait_for_webhooks(self, type_: str, cases: list[FaultCase]) -> None:
         """Until the webhooks that announce what these cases fetch have come, unless a confirmation has been slow."""
-        query = "select count(*) from surety.inbox where type = %s and body like any(%s)"
+        query = "select count(*) from surety.provider_events where type = %s and body like any(%s)"
         wanted = [f"%{case.intent}%" for case in cases]
         wait_until(lambda: self.conn.execute(query, (type_, wanted)).fetchone() == (len(cases),), 5)
 

@@ -106,7 +106,7 @@ FORGET = (
 )
 
 
-class Spare:
+class ReusableDatabase:
     """Gives a database to one test at a time."""
 
     def __init__(self, server: str, prefix: str, template: str) -> None:
@@ -114,31 +114,31 @@ class Spare:
         self._prefix = prefix
         self._template = template
         self._stack = ExitStack()
-        self._janitor: Connection | None = None
+        self._reset_connection: Connection | None = None
         self._owner: Connection | None = None
         self._url = ""
 
-    def take(self) -> str:
+    def acquire(self) -> str:
         """The address of a database that is as the template."""
-        if self._janitor is None:
+        if self._reset_connection is None:
             database = temporary_database(self._server, self._prefix, template=self._template)
             self._url = self._stack.enter_context(database)
-            self._janitor = self._stack.enter_context(psycopg.connect(self._url, autocommit=True))
+            self._reset_connection = self._stack.enter_context(psycopg.connect(self._url, autocommit=True))
             # Others can't set aside the triggers; they get a new database each time.
             if self._ask("select rolsuper from pg_roles where rolname = current_user")[0]:
-                self._janitor.execute(SETUP.encode())
+                self._reset_connection.execute(SETUP.encode())
                 self._catalog, self._bytes = self._ask(CATALOG), self._size()
             else:
                 self._catalog, self._bytes = (), 0
         return self._url
 
-    def owner(self) -> Connection:
+    def owner_connection(self) -> Connection:
         """A connection with all rights, in autocommit mode, that earlier tests may have had."""
         if self._owner is None or self._owner.closed:
             self._owner = psycopg.connect(harden(self._url, "deploy"), autocommit=True)
         return self._owner
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """End all sessions, and put everything back, or have it forgotten where that can't be done."""
         try:
             if not self._put_back():
@@ -151,28 +151,28 @@ class Spare:
         """The next test gets another one."""
         if self._owner is not None:
             self._owner.close()
-        self._owner = self._janitor = None
+        self._owner = self._reset_connection = None
         self._stack.close()
 
     def _put_back(self) -> bool:
-        assert self._janitor is not None
-        ours = [self._janitor.info.backend_pid]
+        assert self._reset_connection is not None
+        ours = [self._reset_connection.info.backend_pid]
         if self._owner is not None and not self._owner.closed:
             self._owner.rollback()
             self._owner.autocommit = True
             self._owner.execute(FORGET)
             ours.append(self._owner.info.backend_pid)
-        self._janitor.execute(END_OTHERS, (ours,))
+        self._reset_connection.execute(END_OTHERS, (ours,))
         if self._ask(CATALOG) != self._catalog:
             return False
-        self._janitor.execute("select pg_temp.put_back()")
+        self._reset_connection.execute("select pg_temp.put_back()")
         return self._size() < self._bytes + GROWTH_BYTES_MAX
 
     def _size(self) -> int:
         return int(self._ask("select pg_database_size(current_database())")[0])
 
     def _ask(self, query: str) -> tuple[Any, ...]:
-        assert self._janitor is not None
-        row = self._janitor.execute(query.encode()).fetchone()
+        assert self._reset_connection is not None
+        row = self._reset_connection.execute(query.encode()).fetchone()
         assert row is not None
         return row

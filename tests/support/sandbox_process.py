@@ -29,7 +29,7 @@ CARD_PAYMENT = {
     "automatic_payment_methods[allow_redirects]": "never",
 }
 """Parameters of a payment of 49.99 USD by card, without redirects to other methods' pages."""
-QUICK = (
+SHORT_DELAYS = (
     "--transaction-seconds=0.05",
     "--available-seconds=0.1",
     "--payer-seconds=0.05",
@@ -40,24 +40,24 @@ QUICK = (
 )
 
 
-PATIENCE = 4
+SLOWDOWN_FACTOR = 4
 """How many times as long as on a quiet machine something may take on a busy one."""
 
 
 def eventually(check: Callable[[], T | None], within_seconds: float = 5.0) -> T:
     """What `check` gives once it is true; fails when the time is over, told for a quiet machine."""
-    deadline = time.monotonic() + PATIENCE * within_seconds
+    deadline = time.monotonic() + SLOWDOWN_FACTOR * within_seconds
     while not (found := check()):
-        assert time.monotonic() < deadline, f"not within {PATIENCE} times {within_seconds} s"
+        assert time.monotonic() < deadline, f"not within {SLOWDOWN_FACTOR} times {within_seconds} s"
         time.sleep(0.005)
     return found
 
 
-class Sandbox:
+class SandboxProcess:
     """One sandbox process; every request to it and every answer is judged by Stripe's description."""
 
     def __init__(self, folder: Path, *options: str, webhook_url: str | None = None) -> None:
-        self.options = [f"--memory={folder / 'sandbox.sqlite'}", *QUICK, *options]
+        self.options = [f"--memory={folder / 'sandbox.sqlite'}", *SHORT_DELAYS, *options]
         if webhook_url:
             self.options += [f"--webhook-url={webhook_url}", f"--webhook-secret={SECRET}"]
         self.start()
@@ -97,10 +97,10 @@ class Sandbox:
         *,
         key: str | None = None,
         account: str | None = None,
-        lawful: bool = True,
+        is_valid: bool = True,
         timeout: float = 10,
     ) -> httpx.Response:
-        """A request to Stripe's part of the sandbox. One that is not `lawful` breaks the description on purpose."""
+        """A request to Stripe's part of the sandbox. One that is not `is_valid` breaks the description on purpose."""
         headers = {"Authorization": f"Bearer {KEY}", "Stripe-Version": VERSION}
         if method == "POST":
             headers["Content-Type"] = "application/x-www-form-urlencoded"
@@ -111,10 +111,10 @@ class Sandbox:
         encoded = urlencode(form or {})
         if method == "GET" and encoded:
             path, encoded = f"{path}?{encoded}", ""
-        if lawful:
+        if is_valid:
             check_request(method, path, {"Idempotency-Key": "given by the SDK"} | headers, encoded)
         response = self.client.request(method, path, content=encoded, headers=headers, timeout=timeout)
-        if lawful or response.status_code != 404:
+        if is_valid or response.status_code != 404:
             check_answer(method, path, response.status_code, response.json())
         return response
 
@@ -182,7 +182,7 @@ class Sandbox:
         return [type for type, told in objects if intent in (told.get("id"), told.get("payment_intent"))]
 
 
-class Receiver:
+class WebhookReceiver:
     """A web server that takes webhooks and answers with the statuses it is given, else 200."""
 
     def __init__(self) -> None:
@@ -222,9 +222,9 @@ class Receiver:
 
 
 @contextmanager
-def running_sandbox(folder: Path, *options: str, webhook_url: str | None = None) -> Generator[Sandbox]:
+def running_sandbox(folder: Path, *options: str, webhook_url: str | None = None) -> Generator[SandboxProcess]:
     """A sandbox that is ended in the end."""
-    sandbox = Sandbox(folder, *options, webhook_url=webhook_url)
+    sandbox = SandboxProcess(folder, *options, webhook_url=webhook_url)
     try:
         yield sandbox
     finally:
@@ -233,9 +233,9 @@ def running_sandbox(folder: Path, *options: str, webhook_url: str | None = None)
 
 
 @contextmanager
-def running_receiver() -> Generator[Receiver]:
+def running_receiver() -> Generator[WebhookReceiver]:
     """A receiver that is closed in the end."""
-    receiver = Receiver()
+    receiver = WebhookReceiver()
     try:
         yield receiver
     finally:

@@ -6,7 +6,7 @@ import time
 
 from db import connect
 
-connect.PATIENCE_SECONDS["worker"] = 1.5
+connect.ANSWER_SECONDS_MAX["worker"] = 1.5
 
 from jobs import app  # noqa: E402  its pool is made with that patience
 

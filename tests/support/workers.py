@@ -13,8 +13,8 @@ from urllib.parse import parse_qsl
 
 import httpx
 
-from db.settings import load
-from jobs.drain import claim, handle, leased
+from db.settings import load_settings
+from jobs.drain import claim_batch, handle_batch, keep_lease
 from jobs.handlers.payments import HANDLERS
 from jobs.worker import Worker, open_worker
 from tests.support.payments import Connection
@@ -22,7 +22,7 @@ from tests.support.sandbox_process import eventually
 from tests.support.stripe_description import check_answer, check_request
 
 ROOT = Path(__file__).parent.parent.parent
-UNTIL_DUE = "{1 hour,1 hour}"
+NO_AUTOMATIC_RETRY = "{1 hour,1 hour}"
 """What failed is tried again when the test says so."""
 QUICK = {"SURETY_PROVIDER_TIMEOUT": "5", "SURETY_POLL_SECONDS": "1"}
 
@@ -32,10 +32,10 @@ def environment(database: str, sandbox_url: str, **more: str) -> dict[str, str]:
     return {"DATABASE_URL": database, "SURETY_SANDBOX_URL": sandbox_url, **QUICK, **more}
 
 
-def hasten(conn: Connection, retry_after: str = "{0.05 s,0.1 s}") -> None:
+def shorten_delays(conn: Connection, retry_after: str = "{0.05 s,0.1 s}") -> None:
     """Shorten what is otherwise seconds and minutes; before workers start."""
     conn.execute("update outbox.handlers set lease = '2 seconds', retry_after = %s::interval[]", (retry_after,))
-    conn.execute("update surety.states set ask_after = '1 second' where ask_after = '60 seconds'")
+    conn.execute("update surety.states set poll_after = '1 second' where poll_after = '60 seconds'")
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def wait_for_worker(conn: Connection, count: int = 1) -> None:
 
 
 @asynccontextmanager
-async def worker_here(
+async def in_process_worker(
     database: str, sandbox_url: str, *, judged: bool = True, timeout_seconds: float = 5, per_second: float = 0
 ) -> AsyncGenerator[Worker]:
     """A worker whose handlers are worked off by hand; what it sent and got is judged by Stripe's description after."""
@@ -70,14 +70,14 @@ async def worker_here(
         exchanged.append(response)
 
     told = {"SURETY_PROVIDER_TIMEOUT": str(timeout_seconds), "SURETY_PROVIDER_RATE": str(per_second)}
-    async with open_worker(load(environment(database, sandbox_url, **told)), "here") as worker:
+    async with open_worker(load_settings(environment(database, sandbox_url, **told)), "here") as worker:
         worker.stripe.http.event_hooks["response"].append(remember)
         yield worker
     for response in exchanged if judged else ():
-        judge(response)
+        check_exchange(response)
 
 
-def judge(response: httpx.Response) -> None:
+def check_exchange(response: httpx.Response) -> None:
     """Raises if Stripe would not accept the request, or could not have answered that.
 
     The description knows names, types and listed texts; what differs from something judged before in none of these is
@@ -92,15 +92,15 @@ def judge(response: httpx.Response) -> None:
         answer = response.json() if response.content.startswith(b"{") else None
     asked = parse_qsl(request.url.query.decode()), parse_qsl(form), list(request.headers)
     likeness = (request.method, shape(path.partition("?")[0].split("/")), response.status_code, shape([*asked, answer]))
-    if likeness in _judged:
+    if likeness in _checked:
         return
     check_request(request.method, path, dict(request.headers), form)
     if answer is not None:
         check_answer(request.method, path, response.status_code, answer)
-    _judged.add(likeness)
+    _checked.add(likeness)
 
 
-_judged: set[tuple[Any, ...]] = set()
+_checked: set[tuple[Any, ...]] = set()
 
 
 def shape(value: Any) -> Any:
@@ -115,15 +115,15 @@ def shape(value: Any) -> Any:
     return value if value is None or isinstance(value, bool) else type(value)
 
 
-async def work_off(worker: Worker, *handlers: str) -> int:
+async def run_until_idle(worker: Worker, *handlers: str) -> int:
     """Handle what is due now, handler after handler, until nothing is; how many batches there were."""
     batches = 0
     while True:
         before = batches
         for name in handlers or list(worker.handlers):
-            while batch := await claim(worker, name):
-                async with leased(worker, batch, worker.handlers[name].lease_seconds):
-                    await handle(worker, batch, HANDLERS[name])
+            while batch := await claim_batch(worker, name):
+                async with keep_lease(worker, batch, worker.handlers[name].lease_seconds):
+                    await handle_batch(worker, batch, HANDLERS[name])
                 batches += 1
         if batches == before:
             return batches

@@ -13,7 +13,7 @@ import psycopg
 from app.web.keys import new_key
 
 CONNECTIONS = 32
-PATIENCE_SECONDS = 30.0
+REPEAT_SECONDS_MAX = 30.0
 
 # Shares of the ordinary traffic of a shop; the rest are cards that simply work.
 UNUSUAL_TOKENS = (
@@ -37,17 +37,17 @@ class Order:
 
 
 @dataclass(slots=True)
-class Till:
+class TrafficResult:
     """What merchants were told: ids acknowledged by a 2xx, requests refused, and how often one had to be repeated."""
 
     acknowledged: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     repeated: int = 0
-    turned_down: list[str] = field(default_factory=list)
+    refused_actions: list[str] = field(default_factory=list)
     """What was asked for afterwards and refused."""
 
 
-def open_shops(conn: psycopg.Connection[tuple[object, ...]], count: int, seed: int) -> list[str]:
+def create_merchants(conn: psycopg.Connection[tuple[object, ...]], count: int, seed: int) -> list[str]:
     """Merchants with a key each; returns the keys."""
     keys = []
     lot = random.Random(f"{seed} merchants")
@@ -61,7 +61,7 @@ def open_shops(conn: psycopg.Connection[tuple[object, ...]], count: int, seed: i
     return keys
 
 
-def write_orders(keys: list[str], count: int, seed: int) -> list[Order]:
+def create_orders(keys: list[str], count: int, seed: int) -> list[Order]:
     """The payments of a seed, the same each time but for the keys."""
     lot = random.Random(f"{seed} orders")
     orders = []
@@ -88,27 +88,27 @@ def write_orders(keys: list[str], count: int, seed: int) -> list[Order]:
     return orders
 
 
-async def sell(url: str, orders: list[Order], told: Callable[[], None]) -> Till:
-    """Post all orders, 32 at a time; `told` is called after each acknowledgement."""
-    till = Till()
+async def post_orders(url: str, orders: list[Order], on_acknowledged: Callable[[], None]) -> TrafficResult:
+    """Post all orders, 32 at a time; `on_acknowledged` is called after each acknowledgement."""
+    result = TrafficResult()
     waiting = iter(orders)
     limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
     async with httpx.AsyncClient(base_url=url, timeout=10, limits=limits) as client:
 
-        async def serve_customers() -> None:
+        async def post_remaining() -> None:
             for order in waiting:
-                await post(client, order, till)
-                told()
+                await post_order(client, order, result)
+                on_acknowledged()
 
-        await asyncio.gather(*(serve_customers() for _ in range(CONNECTIONS)))
-    return till
+        await asyncio.gather(*(post_remaining() for _ in range(CONNECTIONS)))
+    return result
 
 
-async def post(client: httpx.AsyncClient, order: Order, till: Till) -> None:
+async def post_order(client: httpx.AsyncClient, order: Order, result: TrafficResult) -> None:
     """One payment: repeated under its key while the answer is a 503 or none at all."""
     headers = {"Authorization": f"Bearer {order.api_key}", "Idempotency-Key": order.idempotency_key}
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + PATIENCE_SECONDS
+    deadline = loop.time() + REPEAT_SECONDS_MAX
     while True:
         try:
             answer = await client.post("/v1/payments", json=order.body, headers=headers)
@@ -116,14 +116,14 @@ async def post(client: httpx.AsyncClient, order: Order, till: Till) -> None:
             problem = repr(error)
         else:
             if answer.is_success:
-                till.acknowledged.append(answer.json()["id"])
+                result.acknowledged.append(answer.json()["id"])
                 return
             problem = f"{answer.status_code} {answer.text}"
             if answer.status_code < 500:
-                till.refused.append(problem)
+                result.refused.append(problem)
                 return
         if loop.time() > deadline:
-            till.refused.append(problem)
+            result.refused.append(problem)
             return
-        till.repeated += 1
+        result.repeated += 1
         await asyncio.sleep(0.2)

@@ -1,6 +1,6 @@
 """What merchants do after the charge: capture, cancel, refund, answer disputes.
 
-Each merchant's clerk follows its feed of events, `GET /v1/events`, as a merchant's system would, and acts on what it
+Each merchant's agent follows its feed of events, `GET /v1/events`, as a merchant's system would, and acts on what it
 reads: so the feed is tried out, too, for whoever skips an event never acts.
 """
 
@@ -16,14 +16,14 @@ import httpx
 from app.local.demo.merchants import USUAL_TOKENS, Order
 
 POLL_SECONDS = 0.3
-AGAIN_SECONDS = 0.5
+RETRY_SECONDS = 0.5
 PAGE_LIMIT = 100
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PlannedAction:
     """What a merchant does about a payment, and when."""
 
     share: float
@@ -60,15 +60,17 @@ def paid_by(token: str) -> Json:
     return {"payment_method": {"type": "card", "token": token}}
 
 
-PLANS = (
-    Plan(0.03, HELD, "/v1/payments/{id}/capture", special=MANUAL),
-    Plan(0.02, HELD, "/v1/payments/{id}/capture", tenths=7, special=MANUAL),
-    Plan(0.01, HELD, "/v1/payments/{id}/cancel", special=MANUAL),
-    Plan(0.03, PAID, "/v1/payments/{id}/refunds"),
-    Plan(0.03, PAID, "/v1/payments/{id}/refunds", tenths=3),
-    Plan(0.005, PAID, "/v1/payments/{id}/refunds", special=paid_by("pm_card_refundFail"), until="refund.failed"),
-    Plan(0.005, DISPUTED, EVIDENCE, evidence="winning_evidence", special=paid_by("pm_card_createDispute")),
-    Plan(
+PLANNED_ACTIONS = (
+    PlannedAction(0.03, HELD, "/v1/payments/{id}/capture", special=MANUAL),
+    PlannedAction(0.02, HELD, "/v1/payments/{id}/capture", tenths=7, special=MANUAL),
+    PlannedAction(0.01, HELD, "/v1/payments/{id}/cancel", special=MANUAL),
+    PlannedAction(0.03, PAID, "/v1/payments/{id}/refunds"),
+    PlannedAction(0.03, PAID, "/v1/payments/{id}/refunds", tenths=3),
+    PlannedAction(
+        0.005, PAID, "/v1/payments/{id}/refunds", special=paid_by("pm_card_refundFail"), until="refund.failed"
+    ),
+    PlannedAction(0.005, DISPUTED, EVIDENCE, evidence="winning_evidence", special=paid_by("pm_card_createDispute")),
+    PlannedAction(
         0.005,
         DISPUTED,
         EVIDENCE,
@@ -80,12 +82,12 @@ AMOUNT_MINOR_MAX = 5_000
 """Of a planned payment, in the currency in which every shop earns: what is given back must have been earned."""
 
 
-def make_plans(orders: list[Order], seed: int) -> tuple[list[Order], list[Clerk]]:
+def plan_actions(orders: list[Order], seed: int) -> tuple[list[Order], list[MerchantAgent]]:
     """The orders, some of them changed so that a merchant does something about them later, and who does it."""
     lot = random.Random(f"{seed} plans")
-    wanted = [plan for plan in PLANS for _ in range(max(1, round(plan.share * len(orders))))]
+    wanted = [plan for plan in PLANNED_ACTIONS for _ in range(max(1, round(plan.share * len(orders))))]
     numbers = lot.sample(range(len(orders)), min(len(orders) // 2, len(wanted)))
-    orders, clerks = list(orders), dict[str, Clerk]()
+    orders, agents = list(orders), dict[str, MerchantAgent]()
     for number, plan in zip(numbers, wanted, strict=False):
         order = orders[number]
         body: Json = {
@@ -96,16 +98,16 @@ def make_plans(orders: list[Order], seed: int) -> tuple[list[Order], list[Clerk]
             **plan.special,
         }
         orders[number] = replace(order, body=body)
-        clerks.setdefault(order.api_key, Clerk(order.api_key)).plans[str(body["reference"])] = plan
-    return orders, list(clerks.values())
+        agents.setdefault(order.api_key, MerchantAgent(order.api_key)).plans[str(body["reference"])] = plan
+    return orders, list(agents.values())
 
 
 @dataclass(slots=True)
-class Clerk:
+class MerchantAgent:
     """Of one merchant."""
 
     api_key: str
-    plans: dict[str, Plan] = field(default_factory=dict)
+    plans: dict[str, PlannedAction] = field(default_factory=dict)
     """By the payment's reference; what is left to be done."""
     refusals: list[str] = field(default_factory=list)
     waits_for: dict[str, str] = field(default_factory=dict)
@@ -115,12 +117,12 @@ class Clerk:
 
     def read(self, event: Json) -> None:
         """Note what an event asks for."""
-        told = event["data"]
-        if self.waits_for.get(told["id"]) == event["type"]:
-            del self.waits_for[told["id"]]
-        plan = self.plans.get(told.get("reference") or "")
+        subject = event["data"]
+        if self.waits_for.get(subject["id"]) == event["type"]:
+            del self.waits_for[subject["id"]]
+        plan = self.plans.get(subject.get("reference") or "")
         if plan is not None and event["type"] in plan.on:
-            self._asked[told["reference"]] = (told["id"], plan.body(told["amount"]))
+            self._asked[subject["reference"]] = (subject["id"], plan.body(subject["amount"]))
 
     async def act(self, client: httpx.AsyncClient) -> None:
         """Send what is asked for; what can't be done yet is tried again later, under the same key."""
@@ -153,7 +155,7 @@ class Clerk:
             try:
                 page = (await client.get("/v1/events", params=asked, headers=headers)).raise_for_status().json()
             except httpx.HTTPError:
-                await asyncio.sleep(AGAIN_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
             after = page["next"]
             for event in page["data"]:

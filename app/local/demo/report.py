@@ -16,7 +16,7 @@ ENDED = ("settled", "partially_refunded", "refunded", "reversed", "failed", "can
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
-class Stage(NamedTuple):
+class StateDuration(NamedTuple):
     """How long payments took from one state to the next, in milliseconds."""
 
     name: str
@@ -66,7 +66,7 @@ def count_ended(conn: Connection) -> int:
     return int(row[0])
 
 
-def still_to_hear(conn: Connection, url: str) -> int:
+def count_unreceived_results(conn: Connection, url: str) -> int:
     """Refunds and disputes of which the provider knows what we don't know yet."""
     with httpx.Client(base_url=url, timeout=30) as client:
         ends = {
@@ -78,7 +78,7 @@ def still_to_hear(conn: Connection, url: str) -> int:
     return len(ends - {(str(object_id), str(kind)) for object_id, kind in known})
 
 
-def refunds_that_differ(conn: Connection, at_the_provider: dict[str, int]) -> int:
+def count_differing_refunds(conn: Connection, at_the_provider: dict[str, int]) -> int:
     """Currencies in which another sum was refunded here than at the provider."""
     rows = conn.execute(
         "select currency, sum(refunded_minor + refund_pending_minor)::bigint from surety.payments group by 1"
@@ -87,7 +87,7 @@ def refunds_that_differ(conn: Connection, at_the_provider: dict[str, int]) -> in
     return len(here.items() ^ at_the_provider.items())
 
 
-def tell_afterwards(conn: Connection) -> dict[str, int]:
+def count_payment_actions(conn: Connection) -> dict[str, int]:
     """How many payments had which story after they were accepted."""
     cursor = conn.execute(
         """
@@ -97,13 +97,13 @@ def tell_afterwards(conn: Connection) -> dict[str, int]:
             count(*) filter (where p.state = 'canceled' and p.capture_method = 'manual') as "released",
             count(*) filter (where p.state = 'refunded') as "refunded",
             count(*) filter (where p.state = 'partially_refunded') as "refunded in part",
-            count(*) filter (where 'refund_failed' = any(told.kinds)) as "refunds that came back",
-            count(*) filter (where 'dispute_won' = any(told.kinds)) as "disputes won",
-            count(*) filter (where 'dispute_lost' = any(told.kinds)) as "disputes lost"
+            count(*) filter (where 'refund_failed' = any(by_payment.kinds)) as "refunds that came back",
+            count(*) filter (where 'dispute_won' = any(by_payment.kinds)) as "disputes won",
+            count(*) filter (where 'dispute_lost' = any(by_payment.kinds)) as "disputes lost"
         from surety.payments as p
         cross join lateral (
             select array_agg(f.kind) as kinds from surety.facts as f where f.payment_id = p.id
-        ) as told
+        ) as by_payment
         """
     )
     row = cursor.fetchone()
@@ -111,7 +111,7 @@ def tell_afterwards(conn: Connection) -> dict[str, int]:
     return {column.name: int(count) for column, count in zip(cursor.description, row, strict=True)}
 
 
-def measure_stages(conn: Connection) -> list[Stage]:
+def measure_state_durations(conn: Connection) -> list[StateDuration]:
     """From accepted to submitted to confirmed to settled, over all payments that got there."""
     stages = (
         ("accepted → submitted", "initiated", "provider_submitted"),
@@ -132,15 +132,15 @@ def measure_stages(conn: Connection) -> list[Stage]:
             (end, begin),
         ).fetchone()
         if row and row[0] is not None:
-            measured.append(Stage(name, float(row[0]), float(row[1])))
+            measured.append(StateDuration(name, float(row[0]), float(row[1])))
     return measured
 
 
-def check_promises(conn: Connection, acknowledged: list[str], sandbox: dict[str, Any]) -> tuple[dict[str, int], int]:
+def count_violations(conn: Connection, acknowledged: list[str], sandbox: dict[str, Any]) -> tuple[dict[str, int], int]:
     """Violations by promise, those that need a merchant's or the provider's word first; and how many were lost."""
     lost = conn.execute(
-        "select count(*) from unnest(%s::text[]) as told (id) where not exists"
-        " (select from surety.payments as p where p.id = told.id)",
+        "select count(*) from unnest(%s::text[]) as acknowledged (id) where not exists"
+        " (select from surety.payments as p where p.id = acknowledged.id)",
         (acknowledged,),
     ).fetchone()
     assert lost is not None
@@ -168,34 +168,34 @@ def find_example(conn: Connection) -> str | None:
     return str(row[0]) if row else None
 
 
-def ask_sandbox(url: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def fetch_sandbox_summaries(url: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The provider's own memory: its charges, the faults it made, the webhooks it sent."""
     with httpx.Client(base_url=url, timeout=30) as client:
         charges = client.get("/sandbox/charges/summary", params={"metadata_key": "surety_payment"}).json()
         return charges, client.get("/sandbox/faults").json(), client.get("/sandbox/webhooks").json()
 
 
-def ask_about_returns(url: str) -> tuple[dict[str, Any], dict[str, int]]:
+def fetch_sandbox_returns(url: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The provider's own memory: its refunds, and its disputes by status."""
     with httpx.Client(base_url=url, timeout=30) as client:
         refunds = client.get("/sandbox/refunds/summary", params={"metadata_key": "surety_refund"}).json()
         return refunds, dict(Counter(dispute["status"] for dispute in client.get("/sandbox/disputes").json()))
 
 
-def duration(ms: float) -> str:
+def format_milliseconds(ms: float) -> str:
     """Milliseconds for people: 38 ms, 1.9 s."""
     return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
 
 
-def draw(report: Report) -> RenderableType:
+def render_report(report: Report) -> RenderableType:
     """The report for a terminal."""
-    ends = columns("Where they ended", "")
+    ends = make_table("Where they ended", "")
     for state, count in report.states.items():
         ends.add_row(f"  {state}", str(count))
-    times = columns("Stage to stage", "p50", "p99")
+    times = make_table("Stage to stage", "p50", "p99")
     for stage in report.stages:
-        times.add_row(f"  {stage['name']}", duration(stage["p50_ms"]), duration(stage["p99_ms"]))
-    later = columns("After the charge", "")
+        times.add_row(f"  {stage['name']}", format_milliseconds(stage["p50_ms"]), format_milliseconds(stage["p99_ms"]))
+    later = make_table("After the charge", "")
     for what, count in report.afterwards.items():
         if count:
             later.add_row(f"  {what}", str(count))
@@ -205,10 +205,10 @@ def draw(report: Report) -> RenderableType:
     wrong = Table(box=None, pad_edge=False)
     wrong.add_column("What went wrong", no_wrap=True)
     wrong.add_column("What became of it", style="dim")
-    for fault in report.faults["told"]:
+    for fault in report.faults["observed"]:
         wrong.add_row(f"{fault['count']:>4} {fault['what']}", fault["became"])
 
-    promises = columns("Promises", "violations")
+    promises = make_table("Promises", "violations")
     for name, violations in report.invariants.items():
         promises.add_row(f"  {name}", Text(str(violations), style="red bold" if violations else ""))
     same = "=" if report.charges_at_provider == report.confirmed_here else "≠"
@@ -216,7 +216,7 @@ def draw(report: Report) -> RenderableType:
     return Group(top, "", wrong, "", promises, tally)
 
 
-def columns(first: str, *numbers: str) -> Table:
+def make_table(first: str, *numbers: str) -> Table:
     """A table without lines: a text, and numbers at the right."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
@@ -225,6 +225,6 @@ def columns(first: str, *numbers: str) -> Table:
     return table
 
 
-def say(console: Console, report: Report) -> None:
+def print_report(console: Console, report: Report) -> None:
     """Print it."""
-    console.print(draw(report))
+    console.print(render_report(report))

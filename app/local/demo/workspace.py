@@ -11,17 +11,17 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from db.embedded import EmbeddedServer, claim, roomy_folder, sweep, temporary_database
+from db.embedded import EmbeddedServer, lock_folder, remove_abandoned_folders, temporary_base_folder, temporary_database
 
 FOLDER_PREFIX = "surety-"
 
 
 @contextlib.contextmanager
-def folder() -> Generator[Path]:
+def demo_folder() -> Generator[Path]:
     """A folder for logs and the sandbox's memory, removed last."""
-    sweep()
-    path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=roomy_folder()))
-    mark = claim(path)
+    remove_abandoned_folders()
+    path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=temporary_base_folder()))
+    mark = lock_folder(path)
     try:
         yield path
     finally:
@@ -30,7 +30,7 @@ def folder() -> Generator[Path]:
 
 
 @contextlib.contextmanager
-def database(given: str | None) -> Generator[str]:
+def demo_database(given: str | None) -> Generator[str]:
     """An empty database: on the server of a given address, where nothing else is touched, or on one of our own."""
     with contextlib.ExitStack() as stack:
         if given is None:

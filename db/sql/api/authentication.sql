@@ -1,6 +1,6 @@
 -- Authentication: the merchant of a key.
 
-create or replace function api.identify(p_key_hash bytea)
+create or replace function api.identify_merchant(p_key_hash bytea)
 returns table (key_id text, merchant_id text, is_suspended boolean, provider_account text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -14,11 +14,11 @@ begin atomic
     where api_keys.hash = p_key_hash and api_keys.revoked_at is null;
 end;
 
-comment on function api.identify(bytea) is
+comment on function api.identify_merchant(bytea) is
 'Whose key this SHA-256 is; no row for an unknown or revoked one.';
 
-create or replace function api.deny(p_key_hash bytea, p_request_id text, p_address text, p_route text, p_reason text)
-returns void
+create or replace function api.audit_denial(p_key_hash bytea, p_request_id text, p_address text, p_route text, p_reason
+text) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- Only keys that exist leave an entry: strangers must not be able to fill the trail.

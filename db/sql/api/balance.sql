@@ -3,7 +3,7 @@
 create or replace function api.account_name(p_kind text) returns text
 language sql immutable parallel safe
 begin atomic
-    select case p_kind when 'pend' then 'pending' when 'avail' then 'available' else p_kind end;
+    select case p_kind when 'disputed' then 'held' when 'reserved_for_refunds' then 'refunding' else p_kind end;
 end;
 
 create or replace function api.get_balance(p_key_hash bytea) returns table (merchant_id text, body text)
@@ -22,19 +22,19 @@ begin atomic
             from (
                 select
                     currencies.currency,
-                    sum(case when kinds.kind = 'pend' then balances.balance_minor else 0 end)::bigint as pending,
-                    sum(case when kinds.kind = 'avail' then balances.balance_minor else 0 end)::bigint as available,
-                    sum(case when kinds.kind = 'held' then balances.balance_minor else 0 end)::bigint as held,
-                    sum(case when kinds.kind = 'refunding' then balances.balance_minor else 0 end)::bigint
+                    sum(case when kinds.kind = 'pending' then balances.balance_minor else 0 end)::bigint as pending,
+                    sum(case when kinds.kind = 'available' then balances.balance_minor else 0 end)::bigint as available,
+                    sum(case when kinds.kind = 'disputed' then balances.balance_minor else 0 end)::bigint as held,
+                    sum(case when kinds.kind = 'reserved_for_refunds' then balances.balance_minor else 0 end)::bigint
                         as refunding
                 from surety.currencies
-                cross join (values ('pend'), ('avail'), ('held'), ('refunding')) as kinds (kind)
+                cross join (values ('pending'), ('available'), ('disputed'), ('reserved_for_refunds')) as kinds (kind)
                 inner join ledger.balances
                     on balances.account_id = kinds.kind || ':' || who.merchant_id || ':' || currencies.currency
                 group by currencies.currency
             ) as kept
         ), '[]'::json))::text
-    from api.identify(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash) as who;
 end;
 
 comment on function api.get_balance(bytea) is
@@ -49,7 +49,7 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
 as $$
 -- Newest first: the postings that changed the merchant's accounts, each with its changes. No row: no such key.
 declare
-    v_merchant text := (select k.merchant_id from api.identify(p_key_hash) as k);
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
     v_ids text [];
 begin
     if v_merchant is null then
@@ -88,7 +88,7 @@ begin
             'object', 'list',
             'data', coalesce(json_agg(json_build_object(
                 'id', g.id, 'object', 'balance_transaction', 'type', g.rule, 'payment', g.payment_id,
-                'changes', c.changes, 'created_at', surety.iso(g.at)) order by g.id desc), '[]'::json),
+                'changes', c.changes, 'created_at', surety.format_time(g.at)) order by g.id desc), '[]'::json),
             'has_more', cardinality(v_ids) > p_limit
         )::text
     from ledger.postings as g

@@ -7,7 +7,7 @@ as $$
 -- provider will be asked to call it off: the payment may turn out to have succeeded before.
 -- 404 not-found   409 wrong-state, detail {state}
 declare
-    v_admitted api.admission := api.admit('POST /v1/payments/{id}/cancel', p_request);
+    v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/cancel', p_request);
     v_payment surety.payments;
     v_status integer := 202;
 begin
@@ -18,7 +18,7 @@ begin
     where p.id = p_request ->> 'payment_id' and p.merchant_id = v_admitted.merchant_id
     for update;
     if not found then
-        return api.refuse(v_admitted, 404, 'not-found', null);
+        return api.refuse_command(v_admitted, 404, 'not-found', null);
     end if;
     if v_payment.state = 'initiated' then
         v_status := 200;
@@ -28,18 +28,18 @@ begin
             v_admitted.actor, p_request ->> 'request_id'
         );
     elsif v_payment.state not in ('submitting', 'provider_submitted', 'requires_action', 'authorized') then
-        return api.refuse(v_admitted, 409, 'wrong-state', jsonb_build_object(
+        return api.refuse_command(v_admitted, 409, 'wrong-state', jsonb_build_object(
             'state', v_payment.state,
             'reason', case when v_payment.state = 'processing' then 'it is being processed' end));
     elsif not v_payment.flags ? 'cancel_requested_at' then
         update surety.payments as p
-        set flags = p.flags || jsonb_build_object('cancel_requested_at', surety.iso(v_admitted.admitted_at))
+        set flags = p.flags || jsonb_build_object('cancel_requested_at', surety.format_time(v_admitted.admitted_at))
         where p.id = v_payment.id;
-        perform outbox.emit(
+        perform outbox.emit_event(
             'payment', v_payment.id, 'payment.cancel_requested',
             jsonb_build_object('payment_id', v_payment.id, 'reason', 'requested'), null, null);
     end if;
-    return api.conclude(
+    return api.complete_command(
         v_admitted, p_request, v_payment.id, v_status,
         (
             select shown.document::text

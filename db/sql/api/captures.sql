@@ -6,7 +6,7 @@ as $$
 -- {…, "payment_id", "amount"?}: captures what is held, or a part of it, once. 202 and the payment, in processing.
 -- 404 not-found   409 wrong-state, detail {state}   400 invalid-request: more than is held
 declare
-    v_admitted api.admission := api.admit('POST /v1/payments/{id}/capture', p_request);
+    v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/capture', p_request);
     v_payment surety.payments;
     v_held bigint;
     v_amount bigint;
@@ -18,10 +18,10 @@ begin
     where p.id = p_request ->> 'payment_id' and p.merchant_id = v_admitted.merchant_id
     for update;
     if not found then
-        return api.refuse(v_admitted, 404, 'not-found', null);
+        return api.refuse_command(v_admitted, 404, 'not-found', null);
     end if;
     if v_payment.state <> 'authorized' or v_payment.flags ? 'cancel_requested_at' then
-        return api.refuse(v_admitted, 409, 'wrong-state', jsonb_build_object(
+        return api.refuse_command(v_admitted, 409, 'wrong-state', jsonb_build_object(
             'state', v_payment.state,
             'reason', case when v_payment.flags ? 'cancel_requested_at' then 'its cancellation was asked for' end));
     end if;
@@ -30,12 +30,12 @@ begin
     where f.payment_id = v_payment.id and f.kind = 'authorized' and f.disregarded is null;
     v_amount := coalesce((p_request ->> 'amount')::bigint, v_held);
     if v_amount not between 1 and v_held then
-        return api.refuse(v_admitted, 400, 'invalid-request', jsonb_build_object(
+        return api.refuse_command(v_admitted, 400, 'invalid-request', jsonb_build_object(
             'field', '/amount', 'rule', case when v_amount < 1 then 'minimum' else 'maximum' end,
             'limit', case when v_amount < 1 then 1 else v_held end, 'given', v_amount, 'currency', v_payment.currency));
     end if;
     perform surety.request_capture(v_payment, v_amount, v_admitted.actor, p_request ->> 'request_id');
-    return api.conclude(
+    return api.complete_command(
         v_admitted, p_request, v_payment.id, 202,
         (
             select shown.document::text

@@ -6,7 +6,7 @@ as $$
 -- {…, "dispute_id", "evidence": {field: text}, "submit"}: 202 and the dispute; what was given before is kept unless the
 -- same field comes again. 404 not-found   409 wrong-state, detail {state}: submitted, over, or past its deadline
 declare
-    v_admitted api.admission := api.admit('POST /v1/disputes/{id}/evidence', p_request);
+    v_admitted api.admission := api.admit_command('POST /v1/disputes/{id}/evidence', p_request);
     v_dispute surety.disputes;
     v_takes boolean;
 begin
@@ -17,15 +17,15 @@ begin
     where d.id = p_request ->> 'dispute_id' and d.merchant_id = v_admitted.merchant_id
     for update;
     if not found then
-        return api.refuse(v_admitted, 404, 'not-found', null);
+        return api.refuse_command(v_admitted, 404, 'not-found', null);
     end if;
     v_takes := exists (select from surety.dispute_statuses as s where s.status = v_dispute.status and s.takes_evidence);
     if not v_takes or v_dispute.submit_asked_at is not null or v_dispute.evidence_due_at < v_admitted.admitted_at then
-        return api.refuse(v_admitted, 409, 'wrong-state', jsonb_build_object(
+        return api.refuse_command(v_admitted, 409, 'wrong-state', jsonb_build_object(
             'state', v_dispute.status,
             'reason', case
                 when v_dispute.submit_asked_at is not null then 'its evidence was submitted'
-                when v_takes then 'its evidence was due by ' || surety.iso(v_dispute.evidence_due_at)
+                when v_takes then 'its evidence was due by ' || surety.format_time(v_dispute.evidence_due_at)
             end));
     end if;
     update surety.disputes as d
@@ -34,8 +34,8 @@ begin
         updated_at = v_admitted.admitted_at
     where d.id = v_dispute.id
     returning * into v_dispute;
-    perform surety.tell_dispute(v_dispute, 'dispute.evidence_given', v_admitted.admitted_at);
-    return api.conclude(
+    perform surety.emit_dispute_event(v_dispute, 'dispute.evidence_given', v_admitted.admitted_at);
+    return api.complete_command(
         v_admitted, p_request, v_dispute.payment_id, 202,
         (select shown.document::text from api.show_dispute(v_dispute) as shown),
         jsonb_build_object('dispute', v_dispute.id, 'submit', (p_request ->> 'submit')::boolean));
@@ -52,7 +52,7 @@ begin atomic
             from surety.disputes cross join lateral api.show_dispute(disputes) as shown
             where disputes.id = p_id and disputes.merchant_id = who.merchant_id
         )
-    from api.identify(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash) as who;
 end;
 
 create or replace function api.list_disputes(
@@ -63,7 +63,7 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
 as $$
 -- Newest first, all of a merchant's or those of one payment. No row: no such key.
 declare
-    v_merchant text := (select k.merchant_id from api.identify(p_key_hash) as k);
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
     v_ids text [];
 begin
     if v_merchant is null then

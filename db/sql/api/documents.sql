@@ -28,8 +28,8 @@ begin atomic
             p.return_url as return_url,
             p.customer as customer,
             p.metadata as metadata,
-            surety.iso(p.created_at) as created_at,
-            surety.iso(p.updated_at) as updated_at
+            surety.format_time(p.created_at) as created_at,
+            surety.format_time(p.updated_at) as updated_at
         from surety.states
         where states.state = p.state
     ) as shown;
@@ -53,8 +53,8 @@ begin atomic
             case when r.provider_id is not null then json_build_object('name', r.provider, 'id', r.provider_id) end
                 as provider,
             r.metadata as metadata,
-            surety.iso(r.created_at) as created_at,
-            surety.iso(r.updated_at) as updated_at
+            surety.format_time(r.created_at) as created_at,
+            surety.format_time(r.updated_at) as updated_at
     ) as shown;
 end;
 
@@ -73,7 +73,7 @@ begin atomic
             d.currency as currency,
             d.reason as reason,
             json_build_object(
-                'due_at', surety.iso(d.evidence_due_at),
+                'due_at', surety.format_time(d.evidence_due_at),
                 'given', coalesce(
                     (
                         select json_agg(given.field order by given.field)
@@ -81,10 +81,10 @@ begin atomic
                     ),
                     '[]'::json
                 ),
-                'submit_asked_at', surety.iso(d.submit_asked_at)
+                'submit_asked_at', surety.format_time(d.submit_asked_at)
             ) as evidence,
             json_build_object('name', d.provider, 'id', d.provider_id) as provider,
-            surety.iso(d.created_at) as created_at,
-            surety.iso(d.updated_at) as updated_at
+            surety.format_time(d.created_at) as created_at,
+            surety.format_time(d.updated_at) as updated_at
     ) as shown;
 end;

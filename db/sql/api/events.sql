@@ -5,17 +5,17 @@ returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- A merchant's events, oldest first, epoch by epoch. The cursor holds a handler's pair of snapshots, so a reader that
--- keeps asking with the last one skips nothing, however late a transaction commits. Raises SU006 for a cursor that we
--- did not make.
+-- A merchant's events, oldest first, by restore generation. The cursor holds a handler's pair of snapshots, so a reader
+-- that keeps asking with the last one skips nothing, however late a transaction commits. Raises SU006 for a cursor that
+-- we did not make.
 declare
     v_merchant text;
     v_seen pg_snapshot := '1:1:';
     v_goal pg_snapshot;
     v_now_seen pg_snapshot := pg_current_snapshot();
     v_all constant pg_snapshot := '9223372036854775807:9223372036854775807:';
-    v_last_epoch integer := outbox.epoch();
-    v_epoch integer := 1;
+    v_last_generation integer := outbox.current_restore_generation();
+    v_generation integer := 1;
     v_at_xid xid8 := '0';
     v_at_id text := '';
     v_low_xid xid8;
@@ -27,7 +27,7 @@ declare
     v_last_id text;
     v_next text;
 begin
-    select k.merchant_id into v_merchant from api.identify(p_key_hash) as k;
+    select k.merchant_id into v_merchant from api.identify_merchant(p_key_hash) as k;
     if not found then
         return;
     end if;
@@ -37,7 +37,7 @@ begin
             if cardinality(v_parts) <> 5 then
                 raise exception 'parts' using errcode = 'invalid_text_representation';
             end if;
-            v_epoch := v_parts[1]::integer;
+            v_generation := v_parts[1]::integer;
             v_seen := v_parts[2]::pg_snapshot;
             v_goal := nullif(v_parts[3], '-')::pg_snapshot;
             v_at_xid := v_parts[4]::xid8;
@@ -48,8 +48,8 @@ begin
         end;
         v_at_id := coalesce(v_at_id, '');
     end if;
-    -- An epoch that has ended gets no more events: all of them are visible.
-    v_goal := coalesce(v_goal, case when v_epoch < v_last_epoch then v_all else v_now_seen end);
+    -- A restore generation that has ended gets no more events: all of them are visible.
+    v_goal := coalesce(v_goal, case when v_generation < v_last_generation then v_all else v_now_seen end);
     v_low_xid := greatest(v_at_xid, pg_snapshot_xmax(v_seen));
     v_low_id := case when v_at_xid >= pg_snapshot_xmax(v_seen) then v_at_id else '' end;
     with page as (
@@ -60,7 +60,7 @@ begin
                 cross join lateral (
                     select e.xid, e.id, e.type, e.payload, e.aggregate_id
                     from outbox.events as e
-                    where e.merchant_id = v_merchant and e.epoch = v_epoch and e.xid = open.xid
+                    where e.merchant_id = v_merchant and e.generation = v_generation and e.xid = open.xid
                         and (e.xid, e.id) > (v_at_xid, v_at_id)
                     order by e.xid, e.id
                     limit p_limit
@@ -73,7 +73,8 @@ begin
             (
                 select e.xid, e.id, e.type, e.payload, e.aggregate_id
                 from outbox.events as e
-                where e.merchant_id = v_merchant and e.epoch = v_epoch and (e.xid, e.id) > (v_low_xid, v_low_id)
+                where e.merchant_id = v_merchant and e.generation = v_generation and (e.xid, e.id) > (v_low_xid,
+                    v_low_id)
                     and e.xid < pg_snapshot_xmax(v_goal) and pg_visible_in_snapshot(e.xid, v_goal)
                 order by e.xid, e.id
                 limit p_limit
@@ -111,18 +112,18 @@ begin
         d.id, d.payment_id, d.merchant_id, g.payload ->> 'status', d.amount_minor,
         (g.payload ->> 'amount_withdrawn')::bigint, d.currency, d.reason, d.provider, d.provider_account, d.provider_id,
         d.revision, d.evidence, d.evidence_revision, d.evidence_due_at, d.submit_asked_at, d.reminded_at, d.created_at,
-        (g.payload ->> 'at')::timestamptz, d.ask_at
+        (g.payload ->> 'at')::timestamptz, d.poll_at
     )::surety.disputes) as dispute on d.id is not null;
     v_next := case
-        when v_count = p_limit then concat_ws(' ', v_epoch, v_seen, v_goal, v_last_xid, v_last_id)
-        when v_goal::text = v_all::text then concat_ws(' ', v_epoch + 1, '1:1:', '-', '0', '-')
-        else concat_ws(' ', v_epoch, v_goal, '-', '0', '-')
+        when v_count = p_limit then concat_ws(' ', v_generation, v_seen, v_goal, v_last_xid, v_last_id)
+        when v_goal::text = v_all::text then concat_ws(' ', v_generation + 1, '1:1:', '-', '0', '-')
+        else concat_ws(' ', v_generation, v_goal, '-', '0', '-')
     end;
     return query select
         v_merchant,
         json_build_object(
             'object', 'list', 'data', v_data,
-            'has_more', v_count = p_limit or v_epoch < v_last_epoch or v_goal::text <> v_now_seen::text,
+            'has_more', v_count = p_limit or v_generation < v_last_generation or v_goal::text <> v_now_seen::text,
             'next', translate(encode(convert_to(v_next, 'UTF8'), 'base64'), E'+/\n', '-_'))::text;
 end;
 $$;

@@ -10,7 +10,7 @@
 -- p_request: {"key_hash" (hex), "request_id", "address", "idempotency_key", "request_hash" (hex, of the id and the
 -- body), and the id of what it is about}. Locks: idempotency key, payment, refund, accounts.
 
-create or replace function api.admit(p_route text, p_request jsonb) returns api.admission
+create or replace function api.admit_command(p_route text, p_request jsonb) returns api.admission
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -21,7 +21,7 @@ declare
     v_outcome api.outcome;
 begin
     select k.key_id, k.merchant_id, k.is_suspended into v_who
-    from api.identify(decode(p_request ->> 'key_hash', 'hex')) as k;
+    from api.identify_merchant(decode(p_request ->> 'key_hash', 'hex')) as k;
     if not found then
         v_outcome := (401, 'unauthenticated', null, null, false);
     elsif v_who.is_suspended then
@@ -53,8 +53,8 @@ begin
 end;
 $$;
 
-create or replace function api.refuse(p_admitted api.admission, p_status integer, p_problem text, p_detail jsonb)
-returns api.outcome
+create or replace function api.refuse_command(p_admitted api.admission, p_status integer, p_problem text, p_detail
+jsonb) returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -64,7 +64,7 @@ begin
 end;
 $$;
 
-create or replace function api.conclude(
+create or replace function api.complete_command(
     p_admitted api.admission, p_request jsonb, p_payment_id text, p_status integer, p_body text, p_snapshot jsonb
 ) returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -85,7 +85,7 @@ begin
 end;
 $$;
 
-create or replace function surety.forget_idempotency_keys(p_limit integer default 10000) returns integer
+create or replace function surety.delete_expired_idempotency_keys(p_limit integer default 10000) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with forgotten as (

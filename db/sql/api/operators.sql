@@ -11,13 +11,13 @@ begin atomic
     where operator_keys.hash = p_key_hash and operator_keys.revoked_at is null;
 end;
 
-create or replace function api.deny_operator(
-    p_key_hash bytea, p_request_id text, p_address text, p_route text, p_is_told boolean
+create or replace function api.explain_operator_denial(
+    p_key_hash bytea, p_request_id text, p_address text, p_route text, p_is_audited boolean
 ) returns text
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- Why a key may not do what operators do: forbidden for a merchant's, unauthenticated for one that is revoked or
-    -- that nobody has. With p_is_told keys that exist leave an entry in the audit trail.
+    -- that nobody has. With p_is_audited keys that exist leave an entry in the audit trail.
     with denied as (
         select
             'key:' || api_keys.id as actor,
@@ -48,7 +48,7 @@ begin atomic
             denied.reason,
             jsonb_build_object('route', p_route)
         from denied
-        where p_is_told
+        where p_is_audited
     )
 
     select coalesce((select denied.reason from denied limit 1), 'unauthenticated');
@@ -136,7 +136,7 @@ begin atomic
     ) as done;
 end;
 
-create or replace function api.read_status(p_key_hash bytea) returns table (operator text, body text)
+create or replace function api.get_status(p_key_hash bytea) returns table (operator text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select

@@ -3,7 +3,7 @@
 -- What the API asks for. Every function takes the request's key hash and finds the merchant itself, so that no caller
 -- can name one. Foreseeable refusals are rows, not exceptions.
 
-create or replace function api.judge_amount(p_amount bigint, p_currency text) returns jsonb
+create or replace function api.check_amount_bounds(p_amount bigint, p_currency text) returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- The rule that an amount in minor units breaks in its currency; null if it breaks none.
@@ -60,7 +60,7 @@ declare
     v_won text [];
     v_taken text [];
 begin
-    -- Who asks, as api.identify would tell, and which rule is broken, if any.
+    -- Who asks, as api.identify_merchant would tell, and which rule is broken, if any.
     with given as (
         select
             r.*, k.id as key_id, m.id as merchant_id, m.provider_account, surety.new_id('pay', v_now) as new_id,
@@ -97,7 +97,7 @@ begin
     select
         array_agg(a.n), array_agg(a.merchant_id), array_agg(a.idempotency_key),
         array_agg(decode(a.request_hash, 'hex')), array_agg(a.problem),
-        array_agg(case when a.problem = 'invalid-request' then api.judge_amount(a.amount, a.currency) end),
+        array_agg(case when a.problem = 'invalid-request' then api.check_amount_bounds(a.amount, a.currency) end),
         array_agg(a.reference), array_agg(case when a.is_first then a.new_id end),
         array_agg(a.payment) filter (where a.is_first),
         array_agg((
@@ -248,7 +248,7 @@ begin atomic
             from surety.payments cross join lateral api.show_payment(payments) as shown
             where payments.id = p_id and payments.merchant_id = who.merchant_id
         )
-    from api.identify(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash) as who;
 end;
 
 create or replace function api.list_payments(
@@ -261,7 +261,7 @@ as $$
 -- Newest first; ids sort by time, so the id is the cursor. No row: no such key. The merchant and both bounds are known
 -- before payments are looked at, so that a page costs the same whatever others have and however far back it lies.
 declare
-    v_merchant text := (select k.merchant_id from api.identify(p_key_hash) as k);
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
     v_from text := surety.id_at('pay', greatest(p_created_from, 'epoch'));
     v_before text := case
         when p_created_before is null then 'pay_g' else surety.id_at('pay', greatest(p_created_before, 'epoch'))

@@ -10,7 +10,7 @@ as $$
 -- for this very payment may be overdrawn, so that who has nothing else can still give all of it back. What arrived in
 -- another currency is worth, here and in balance, what it was at the payment's own rate.
 declare
-    v_admitted api.admission := api.admit('POST /v1/payments/{id}/refunds', p_request);
+    v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/refunds', p_request);
     v_now timestamptz := v_admitted.admitted_at;
     v_payment surety.payments;
     v_refund surety.refunds;
@@ -29,27 +29,27 @@ begin
     where p.id = p_request ->> 'payment_id' and p.merchant_id = v_admitted.merchant_id
     for update;
     if not found then
-        return api.refuse(v_admitted, 404, 'not-found', null);
+        return api.refuse_command(v_admitted, 404, 'not-found', null);
     end if;
     v_left := v_payment.captured_minor - v_payment.refunded_minor - v_payment.refund_pending_minor
         - v_payment.at_risk_minor - v_payment.reversed_minor;
     if v_payment.state not in ('confirmed', 'settled', 'partially_refunded') or v_left <= 0 then
-        return api.refuse(v_admitted, 409, 'wrong-state', jsonb_build_object(
+        return api.refuse_command(v_admitted, 409, 'wrong-state', jsonb_build_object(
             'state', v_payment.state,
             'reason', case when v_payment.state in ('confirmed', 'settled', 'partially_refunded')
                 then 'all of it is refunded or being refunded' end));
     end if;
     v_amount := coalesce((p_request ->> 'amount')::bigint, v_left);
     if v_amount not between 1 and v_left then
-        return api.refuse(v_admitted, 400, 'invalid-request', jsonb_build_object(
+        return api.refuse_command(v_admitted, 400, 'invalid-request', jsonb_build_object(
             'field', '/amount', 'rule', case when v_amount < 1 then 'minimum' else 'maximum' end,
             'limit', case when v_amount < 1 then 1 else v_left end, 'given', v_amount, 'currency', v_payment.currency));
     end if;
 
-    select e.currency, e.rate into v_exchange from surety.exchange_of(v_payment.id) as e;
+    select e.currency, e.rate into v_exchange from surety.charge_exchange_rate(v_payment.id) as e;
     v_accounts := array(
         select a.kind || ':' || v_payment.merchant_id || ':' || c.currency
-        from unnest(array['avail', 'pend']) as a (kind)
+        from unnest(array['available', 'pending']) as a (kind)
         cross join unnest(array[v_payment.currency, v_exchange.currency]) as c (currency)
         where c.currency is not null
     );
@@ -62,10 +62,11 @@ begin
     where b.account_id = any(v_accounts);
     select coalesce(sum(t.amount_minor), 0) into v_fee
     from ledger.postings as g join ledger.transfers as t on t.posting_id = g.id
-    where g.payment_id = v_payment.id and g.rule in ('captured', 'captured_ach') and t.credit_account like 'rev:%';
+    where g.payment_id = v_payment.id and g.rule in ('captured', 'captured_ach')
+        and t.credit_account like 'fee\_revenue:%';
     -- Rounded as it was when it settled, else who has nothing else could lack a cent.
     if round((v_amount - v_fee - v_balance) * coalesce(v_exchange.rate, 1)) > v_other then
-        return api.refuse(v_admitted, 409, 'balance-too-low', jsonb_build_object(
+        return api.refuse_command(v_admitted, 409, 'balance-too-low', jsonb_build_object(
             'needed', v_amount, 'balance', v_balance + floor(v_other / coalesce(v_exchange.rate, 1))::bigint,
             'currency', v_payment.currency));
     end if;
@@ -84,15 +85,15 @@ begin
     values (
         v_refund.id, 1, null, 'pending', 'request', v_now, v_admitted.actor, p_request ->> 'request_id'
     );
-    perform surety.advance(
-        array(select d from surety.derive(array[v_payment.id]) as d), 'command', v_admitted.actor,
+    perform surety.advance_payments(
+        array(select d from surety.derive_payments(array[v_payment.id]) as d), 'command', v_admitted.actor,
         p_request ->> 'request_id');
     perform ledger.post(array[(
         v_refund.id || ':asked', 'refund_asked', v_payment.id, v_payment.merchant_id,
         v_payment.provider || '/' || v_payment.provider_account, v_payment.currency, v_amount, null, null, null, null,
         null, null, null
     )::ledger.entry], v_now);
-    return api.conclude(
+    return api.complete_command(
         v_admitted, p_request, v_payment.id, 201,
         (select shown.document::text from api.show_refund(v_refund) as shown),
         jsonb_build_object('amount', v_amount, 'currency', v_payment.currency, 'refund', v_refund.id));
@@ -109,7 +110,7 @@ begin atomic
             from surety.refunds cross join lateral api.show_refund(refunds) as shown
             where refunds.id = p_id and refunds.merchant_id = who.merchant_id
         )
-    from api.identify(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash) as who;
 end;
 
 create or replace function api.list_refunds(
@@ -120,7 +121,7 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
 as $$
 -- Newest first, all of a merchant's or those of one payment. No row: no such key.
 declare
-    v_merchant text := (select k.merchant_id from api.identify(p_key_hash) as k);
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
     v_ids text [];
 begin
     if v_merchant is null then

@@ -10,7 +10,7 @@ begin atomic
                 'payment', shown.document,
                 'entries', (
                     select coalesce(json_agg(json_build_object(
-                        'at', surety.iso(told.at),
+                        'at', surety.format_time(told.at),
                         'kind', told.kind,
                         'actor', json_build_object(
                             'type', split_part(told.actor, ':', 1), 'id', nullif(split_part(told.actor, ':', 2), '')
@@ -24,7 +24,7 @@ begin atomic
                         'duration_ms', told.duration_ms,
                         'data', told.data
                     ) order by told.place), '[]'::json)
-                    from surety.trace(p_id) with ordinality as told (
+                    from surety.trace_payment(p_id) with ordinality as told (
                         at, kind, actor, summary, from_state, to_state, outcome, duration_ms, data, place
                     )
                 )
@@ -32,5 +32,5 @@ begin atomic
             from surety.payments cross join lateral api.show_payment(payments) as shown
             where payments.id = p_id and payments.merchant_id = who.merchant_id
         )
-    from api.identify(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash) as who;
 end;

@@ -27,7 +27,7 @@ for each statement execute function audit.refuse_change();
 create or replace trigger events_are_append_only before update or delete or truncate on outbox.events
 for each statement execute function audit.refuse_change();
 
-create or replace function audit.record(p_entries jsonb) returns void
+create or replace function audit.write_entries(p_entries jsonb) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- What steps, requests, webhooks and operators did is told by the functions that did it: nobody can claim it here.
@@ -56,5 +56,5 @@ begin
 end;
 $$;
 
-comment on function audit.record(jsonb) is
+comment on function audit.write_entries(jsonb) is
 'Writes what was asked of providers and what they answered, from an array of objects named as the columns.';

@@ -1,14 +1,14 @@
 -- Times and amounts as text.
 
-create or replace function surety.iso(p_at timestamptz) returns text
+create or replace function surety.format_time(p_at timestamptz) returns text
 language sql stable parallel safe
 begin atomic
     select to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"');
 end;
 
-comment on function surety.iso(timestamptz) is 'RFC 3339 in UTC with milliseconds, as the API shows time.';
+comment on function surety.format_time(timestamptz) is 'RFC 3339 in UTC with milliseconds, as the API shows time.';
 
-create or replace function surety.money(p_amount_minor bigint, p_currency text) returns text
+create or replace function surety.format_amount(p_amount_minor bigint, p_currency text) returns text
 language sql stable parallel safe set search_path = pg_catalog, pg_temp
 begin atomic
     -- An amount in major units with its currency, as people read it: 49.99 USD.

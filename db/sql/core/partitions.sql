@@ -7,7 +7,8 @@ select
 from (
     values
     ('surety.payments', 'pay'), ('surety.steps', 'pay'), ('surety.calls', 'pay'), ('surety.facts', 'pay'),
-    ('surety.expectations', 'pay'), ('surety.inbox', 'whk'), ('ledger.transfers', 'pst'), ('outbox.events', 'evt'),
+    ('surety.expectations', 'pay'), ('surety.provider_events', 'whk'), ('ledger.transfers', 'pst'), ('outbox.events',
+        'evt'),
     ('audit.entries', 'aud')
 ) as listed (parent, prefix);
 
@@ -75,7 +76,7 @@ $$;
 
 select surety.maintain_partitions();
 
-create or replace function surety.past_partitions(p_keep interval) returns table (partition text, detach text)
+create or replace function surety.detachable_partitions(p_keep interval) returns table (partition text, detach text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Partitions of events and webhooks that may be detached, oldest first, each with the statement that does it beside
@@ -103,7 +104,8 @@ begin
             select exists (
                 select from outbox.events as e cross join outbox.handlers as h
                 where e.id >= coalesce(v_part.first_id, '') and e.id < v_part.end_id
-                    and e.type = any(h.event_types) and e.epoch = h.epoch and not pg_visible_in_snapshot(e.xid, h.seen)
+                    and e.type = any(h.event_types) and e.generation = h.generation
+                    and not pg_visible_in_snapshot(e.xid, h.seen)
             ) or exists (
                 select from outbox.batches as b, unnest(b.event_ids) as held (id) where held.id < v_part.end_id
             ) or exists (
@@ -119,7 +121,7 @@ begin
                 join outbox.handlers as h on e.type = any(h.event_types)
                 where e.aggregate_type = 'webhook' and e.aggregate_id < v_part.end_id
                     and (
-                        e.epoch = h.epoch and not pg_visible_in_snapshot(e.xid, h.seen)
+                        e.generation = h.generation and not pg_visible_in_snapshot(e.xid, h.seen)
                         or exists (select from outbox.retries as r where r.event_id = e.id)
                         or exists (select from outbox.batches as b where e.id = any(b.event_ids))
                         or exists (select from outbox.dead_letters as d where d.event_id = e.id and d.closed_at is null)

@@ -1,7 +1,7 @@
 -- What new facts mean for the ledger: each cause with its rule and amounts, for ledger.post.
 --
 -- An ACH payment is carried by a bank or by Stripe: who tells of it, the fact's provider, decides which accounts its
--- money goes through, bank and ach or stripe and due.
+-- money goes through, bank and ach_clearing or provider_balance and provider_receivable.
 
 create or replace function surety.post_facts(p_facts surety.facts[], p_derived surety.derived[], p_at timestamptz)
 returns void
@@ -32,7 +32,7 @@ begin
             f.provider_owner, f.currency, least(f.asked_minor, c.up_to) - least(f.asked_minor, c.before) as gross,
             null::bigint as fee, null::bigint as net,
             ledger.fee(least(f.asked_minor, c.up_to), f.fee_basis_points, f.fee_fixed_minor)
-            - ledger.fee(least(f.asked_minor, c.before), f.fee_basis_points, f.fee_fixed_minor) as ours,
+            - ledger.fee(least(f.asked_minor, c.before), f.fee_basis_points, f.fee_fixed_minor) as platform_fee,
             f.amount_minor - least(f.asked_minor, c.up_to) + least(f.asked_minor, c.before) as excess,
             null::text as other_currency, null::bigint as other_gross, null::bigint as other_net
         from facts as f
@@ -51,7 +51,7 @@ begin
             f.data ->> 'other_currency', (f.data ->> 'other_gross')::bigint, null
         from facts as f
         cross join lateral (
-            select surety.money_rule(f.provider, f.data ->> 'category', f.data ? 'other_currency') as rule
+            select surety.posting_rule(f.provider, f.data ->> 'category', f.data ? 'other_currency') as rule
         ) as r
         where f.kind = 'money'
         union all
@@ -66,7 +66,8 @@ begin
         join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
             and r.provider_id = f.object_id
         cross join lateral (
-            select sum(case when t.credit_account like 'refunding:%' then t.amount_minor else - t.amount_minor end)
+            select sum(case when t.credit_account like 'reserved\_for\_refunds:%' then t.amount_minor
+                else - t.amount_minor end)
                 as minor
             from ledger.postings as g join ledger.transfers as t on t.posting_id = g.id
             where g.payment_id = r.payment_id and g.rule = 'refund_asked' and g.cause like r.id || ':asked%'
@@ -117,14 +118,15 @@ begin
         union all
         -- Money that can't be this payment's arrived all the same. That of the other mode is none.
         select
-            f.object_id, surety.money_rule(f.provider, 'foreign', false), f.payment_id, null,
+            f.object_id, surety.posting_rule(f.provider, 'foreign', false), f.payment_id, null,
             f.provider || '/' || f.account, f.currency, f.amount_minor, (f.data ->> 'fee')::bigint,
             (f.data ->> 'net')::bigint, null, null, null, null, null
         from unnest(p_facts) as f
         where f.kind = 'money' and f.disregarded in ('currency', 'account')
     )
     select array_agg((
-        c.cause, c.rule, c.payment_id, c.merchant_id, c.provider_owner, c.currency, c.gross, c.fee, c.net, c.ours,
+        c.cause, c.rule, c.payment_id, c.merchant_id, c.provider_owner, c.currency, c.gross, c.fee, c.net,
+            c.platform_fee,
         c.excess, c.other_currency, c.other_gross, c.other_net
     )::ledger.entry order by c.cause) into v_entries
     from causes as c;
@@ -133,14 +135,14 @@ begin
         to_jsonb(f), false, p_at)
     from unnest(p_facts) as f
     where f.kind = 'money' and f.disregarded is null
-        and surety.money_rule(f.provider, f.data ->> 'category', false) like 'foreign%';
+        and surety.posting_rule(f.provider, f.data ->> 'category', false) like 'foreign%';
     if v_entries is not null then
         perform ledger.post(v_entries, p_at);
     end if;
 end;
 $$;
 
-create or replace function surety.money_rule(p_provider text, p_category text, p_is_exchanged boolean) returns text
+create or replace function surety.posting_rule(p_provider text, p_category text, p_is_exchanged boolean) returns text
 language sql immutable parallel safe
 begin atomic
     -- Whatever we have no rule for goes to suspense, so that no money stays unbooked. What is refunded or disputed is
@@ -168,7 +170,7 @@ begin atomic
     end;
 end;
 
-create or replace function surety.exchange_of(p_payment_id text) returns table (currency text, rate numeric)
+create or replace function surety.charge_exchange_rate(p_payment_id text) returns table (currency text, rate numeric)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
     -- In which currency its charge arrived, if not in its own, and at what rate; refunds and disputes have others.
@@ -196,7 +198,7 @@ begin atomic
                     select coalesce(sum(transfers.amount_minor), 0)
                     from ledger.postings
                     left join ledger.transfers
-                        on postings.id = transfers.posting_id and transfers.credit_account like 'rev:%'
+                        on postings.id = transfers.posting_id and transfers.credit_account like 'fee\_revenue:%'
                     where
                         postings.payment_id = p_payment.id and postings.rule in ('captured', 'captured_ach')
                     group by postings.payment_id
@@ -212,7 +214,7 @@ begin atomic
         p_payment.currency,
         owed.net
     from owed
-    left join surety.exchange_of(p_payment.id) as exchange on true;
+    left join surety.charge_exchange_rate(p_payment.id) as exchange on true;
 end;
 
 create or replace function surety.dispute_transfers(p_payment_id text, p_object_id text)

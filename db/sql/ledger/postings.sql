@@ -15,7 +15,7 @@ begin atomic
             e.gross,
             e.fee,
             e.net,
-            e.ours,
+            e.platform_fee,
             e.excess,
             e.other_currency,
             e.other_gross,
@@ -54,7 +54,7 @@ begin atomic
                 when 'gross' then entries.gross
                 when 'fee' then entries.fee
                 when 'net' then entries.net
-                when 'ours' then entries.ours
+                when 'platform_fee' then entries.platform_fee
                 when 'excess' then entries.excess
                 when 'other_gross' then entries.other_gross
                 when 'other_net' then entries.other_net
@@ -90,12 +90,12 @@ begin atomic
             case debits.owner
                 when 'merchant' then legs.merchant_id
                 when 'provider' then legs.provider_owner
-                when 'house' then 'house'
+                when 'platform' then 'platform'
             end as debit_owner,
             case credits.owner
                 when 'merchant' then legs.merchant_id
                 when 'provider' then legs.provider_owner
-                when 'house' then 'house'
+                when 'platform' then 'platform'
             end as credit_owner
         from legs
         inner join ledger.account_kinds as debits on legs.debit = debits.kind

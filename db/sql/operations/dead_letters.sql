@@ -8,7 +8,7 @@
 --   forget     the event has nothing left to do, or it touches nothing outside: only the letter is closed
 --   refuse     the provider may hold a charge: only asking it can tell, which is what a replay does
 
-create or replace function outbox.judge_discard(p_letter outbox.dead_letters)
+create or replace function outbox.discard_verdict(p_letter outbox.dead_letters)
 returns table (verdict text, detail text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -28,7 +28,7 @@ begin atomic
         from surety.payments
         inner join surety.states on payments.state = states.state
         left join surety.refunds on payments.id = refunds.payment_id and refunds.id = p_letter.payload ->> 'refund_id'
-        left join lateral surety.capture_asked(payments.id) as asked on p_letter.handler = 'capture'
+        left join lateral surety.pending_capture(payments.id) as asked on p_letter.handler = 'capture'
         left join surety.calls
             on payments.id = calls.payment_id
             and calls.operation = case p_letter.handler
@@ -96,7 +96,8 @@ begin atomic
                     else 'the provider may hold a charge'
                 end
                 || coalesce(
-                    ', for what became of the ' || p_letter.handler || ' sent at ' || surety.iso(judged.last_sent_at)
+                    ', for what became of the ' || p_letter.handler
+                    || ' sent at ' || surety.format_time(judged.last_sent_at)
                     || ' is unknown',
                     ''
                 ) || '; a replay asks it'
@@ -104,7 +105,7 @@ begin atomic
     from judged;
 end;
 
-create or replace function outbox.tell_replay(p_handler text) returns text
+create or replace function outbox.describe_replay(p_handler text) returns text
 language sql immutable set search_path = pg_catalog, pg_temp
 begin atomic
     -- What the handler does with an event that comes again, whatever became of it the first time.
@@ -135,7 +136,7 @@ begin atomic
             json_build_object('id', p_letter.event_id, 'type', p_letter.type) as event,
             p_letter.reason as reason,
             p_letter.attempts as attempts,
-            surety.iso(p_letter.died_at) as died_at,
+            surety.format_time(p_letter.died_at) as died_at,
             (
                 select json_build_object(
                     'id', payments.id,
@@ -143,7 +144,7 @@ begin atomic
                     'state', payments.state,
                     'amount', payments.amount_minor,
                     'currency', payments.currency,
-                    'text', surety.money(payments.amount_minor, payments.currency)
+                    'text', surety.format_amount(payments.amount_minor, payments.currency)
                 )
                 from surety.payments
                 where payments.id = p_letter.payment_id
@@ -157,7 +158,7 @@ begin atomic
                         when created.payment_id is null or created.status in (400, 402, 404) then 'nothing'
                         else 'unknown'
                     end,
-                    'as_of', surety.iso(greatest(created.answered_at, heard.at))
+                    'as_of', surety.format_time(greatest(created.answered_at, heard.at))
                 )
                 from surety.payments
                 left join surety.calls as created
@@ -169,15 +170,15 @@ begin atomic
                 ) as heard on true
                 where payments.id = p_letter.payment_id
             ) as provider,
-            case when p_letter.closed_at is null then outbox.tell_replay(p_letter.handler) end as on_replay,
+            case when p_letter.closed_at is null then outbox.describe_replay(p_letter.handler) end as on_replay,
             (
                 select json_build_object('verdict', judged.verdict, 'detail', judged.detail)
-                from outbox.judge_discard(p_letter) as judged
+                from outbox.discard_verdict(p_letter) as judged
                 where p_letter.closed_at is null
             ) as on_discard,
             case
                 when p_letter.closed_at is not null then json_build_object(
-                    'at', surety.iso(p_letter.closed_at),
+                    'at', surety.format_time(p_letter.closed_at),
                     'by', p_letter.closed_by,
                     'because', p_letter.closed_because
                 )
@@ -220,7 +221,7 @@ begin atomic
     limit p_limit;
 end;
 
-create or replace function outbox.tell_of_dead_letter(
+create or replace function outbox.audit_dead_letter_action(
     p_letter outbox.dead_letters, p_outcome text, p_actor text, p_reason text, p_request_id text, p_address text,
     p_at timestamptz
 ) returns void
@@ -268,7 +269,7 @@ begin
         return query select 'unchanged', 'it is closed already (' || v_letter.closed_as || ')';
         return;
     elsif p_dry_run then
-        return query select 'would_replay', outbox.tell_replay(v_letter.handler);
+        return query select 'would_replay', outbox.describe_replay(v_letter.handler);
         return;
     end if;
     update outbox.dead_letters as d
@@ -277,9 +278,9 @@ begin
     insert into outbox.retries (handler, event_id, attempts, due_at)
     values (v_letter.handler, v_letter.event_id, v_letter.attempts, v_now)
     on conflict (handler, event_id) do nothing;
-    perform outbox.tell_of_dead_letter(v_letter, 'replayed', p_actor, p_reason, p_request_id, p_address, v_now);
-    perform outbox.kick(array[v_letter.handler]);
-    return query select 'replayed', outbox.tell_replay(v_letter.handler);
+    perform outbox.audit_dead_letter_action(v_letter, 'replayed', p_actor, p_reason, p_request_id, p_address, v_now);
+    perform outbox.schedule_handlers(array[v_letter.handler]);
+    return query select 'replayed', outbox.describe_replay(v_letter.handler);
 end;
 $$;
 
@@ -289,7 +290,7 @@ create or replace function outbox.discard_dead_letter(
 ) returns table (outcome text, detail text)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Gives the event up for good, as outbox.judge_discard says. Outcomes:
+-- Gives the event up for good, as outbox.discard_verdict says. Outcomes:
 --   discarded | would_discard    unchanged (discarded already)
 --   refused (the provider may hold a charge; or replayed or resolved before)    not_found
 -- Locks the payment, then the letter: nothing can be sent for it between the judgement and its end.
@@ -313,7 +314,7 @@ begin
         return query select 'refused', 'it is closed already (' || v_letter.closed_as || ')';
         return;
     end if;
-    select j.verdict, j.detail into v_verdict, v_detail from outbox.judge_discard(v_letter) as j;
+    select j.verdict, j.detail into v_verdict, v_detail from outbox.discard_verdict(v_letter) as j;
     if v_verdict = 'refuse' then
         return query select 'refused', v_detail;
         return;
@@ -326,7 +327,7 @@ begin
     set closed_at = v_now, closed_as = 'discarded', closed_by = p_actor, closed_because = p_reason
     where d.id = p_id;
     if v_verdict = 'fail' and v_letter.handler in ('refund', 'capture') then
-        perform surety.refuse_payments(jsonb_build_array(jsonb_build_object(
+        perform surety.fail_refused_payments(jsonb_build_array(jsonb_build_object(
             'payment_id', v_letter.payment_id, 'operation', v_letter.handler,
             'refund_id', v_letter.payload ->> 'refund_id',
             'refused', jsonb_build_object('code', 'processing_error', 'message', 'It could not be processed.'))),
@@ -340,14 +341,14 @@ begin
         select p.id, p.version + 1, p.state, 'failed', 'discarded', v_now, p_actor, p_request_id
         from surety.payments as p where p.id = v_letter.payment_id;
     elsif v_verdict = 'call_off' then
-        perform outbox.emit(
+        perform outbox.emit_event(
             'payment', p.id, 'payment.action_overdue',
             jsonb_build_object('payment_id', p.id, 'reason', 'discarded'), null, p.version)
         from surety.payments as p where p.id = v_letter.payment_id;
     end if;
-    perform outbox.tell_of_dead_letter(v_letter, 'discarded', p_actor, p_reason, p_request_id, p_address, v_now);
+    perform outbox.audit_dead_letter_action(v_letter, 'discarded', p_actor, p_reason, p_request_id, p_address, v_now);
     if v_verdict = 'call_off' then
-        perform outbox.kick(array['cancel']);
+        perform outbox.schedule_handlers(array['cancel']);
     end if;
     return query select 'discarded', v_detail;
 end;

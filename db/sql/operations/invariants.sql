@@ -21,7 +21,7 @@ begin atomic
     ),
 
     derived as materialized (
-        select * from surety.derive(array(select payments.id from surety.payments))
+        select * from surety.derive_payments(array(select payments.id from surety.payments))
     ),
 
     -- Of events that are to be handled: not seen, taken, or to be tried again. Never a walk through all events.
@@ -30,7 +30,7 @@ begin atomic
         from outbox.handlers
         inner join outbox.events
             on
-                handlers.epoch = events.epoch and events.xid >= pg_catalog.pg_snapshot_xmin(handlers.seen)
+                handlers.generation = events.generation and events.xid >= pg_catalog.pg_snapshot_xmin(handlers.seen)
                 and events.type = any(handlers.event_types)
         where not pg_catalog.pg_visible_in_snapshot(events.xid, handlers.seen)
         union
@@ -289,14 +289,14 @@ begin atomic
                 sum(parts.amount_minor) as amount_minor
             from (
                 select
-                    'refunding:' || refunds.merchant_id || ':' || refunds.currency as account_id,
+                    'reserved_for_refunds:' || refunds.merchant_id || ':' || refunds.currency as account_id,
                     refunds.amount_minor
                 from surety.refunds
                 inner join surety.refund_states on refunds.state = refund_states.state
                 where refund_states.is_live
                 union all
                 select
-                    'refunding:' || payments.merchant_id || ':'
+                    'reserved_for_refunds:' || payments.merchant_id || ':'
                     || coalesce(facts.data ->> 'other_currency', facts.currency),
                     coalesce((facts.data ->> 'other_gross')::bigint, facts.amount_minor)
                 from surety.facts
@@ -309,7 +309,7 @@ begin atomic
                     balances.account_id,
                     -balances.balance_minor
                 from ledger.balances
-                where balances.account_id like 'refunding:%'
+                where balances.account_id like 'reserved\_for\_refunds:%'
             ) as parts
             group by parts.account_id
         ) as sums
@@ -343,7 +343,7 @@ begin atomic
                 sum(parts.amount_minor) as amount_minor
             from (
                 select
-                    'held:' || payments.merchant_id || ':' || last_fetches.currency as account_id,
+                    'disputed:' || payments.merchant_id || ':' || last_fetches.currency as account_id,
                     last_fetches.amount_minor
                 from last_fetches
                 inner join surety.payments on last_fetches.payment_id = payments.id
@@ -353,7 +353,7 @@ begin atomic
                     balances.account_id,
                     -balances.balance_minor
                 from ledger.balances
-                where balances.account_id like 'held:%'
+                where balances.account_id like 'disputed:%'
             ) as parts
             group by parts.account_id
         ) as sums
@@ -417,14 +417,14 @@ begin atomic
         inner join surety.states on payments.state = states.state
         where
             -- Nobody asks, nothing is expected, no dispute is open; and no event of its is to be handled, nor dead.
-            not states.is_final and payments.ask_at is null
+            not states.is_final and payments.poll_at is null
             and not exists (
                 select from surety.expectations
                 where expectations.payment_id = payments.id and expectations.met_at is null
             )
             and not exists (
                 select from surety.disputes
-                where disputes.payment_id = payments.id and disputes.ask_at is not null
+                where disputes.payment_id = payments.id and disputes.poll_at is not null
             )
             and not exists (select from to_come where to_come.aggregate_id = payments.id)
             and not exists (

@@ -12,7 +12,7 @@ begin atomic
     )
 
     select added.id
-    from added, surety.tell_operation(
+    from added, surety.audit_operator_action(
         p_actor, p_merchant_id, 'key created', jsonb_build_object('key', added.id, 'hint', p_hint)
     );
 end;
@@ -29,7 +29,7 @@ begin atomic
 
     told as (
         select revoked.id
-        from revoked, surety.tell_operation(
+        from revoked, surety.audit_operator_action(
             p_actor, revoked.merchant_id, 'key revoked', jsonb_build_object('key', revoked.id, 'hint', revoked.hint)
         )
     )
@@ -49,7 +49,7 @@ begin atomic
     )
 
     select added.id
-    from added, surety.tell_operation(
+    from added, surety.audit_operator_action(
         p_actor, null, 'operator key created',
         jsonb_build_object('key', added.id, 'operator', p_operator, 'hint', p_hint)
     );
@@ -67,7 +67,7 @@ begin atomic
 
     told as (
         select revoked.id
-        from revoked, surety.tell_operation(
+        from revoked, surety.audit_operator_action(
             p_actor, null, 'operator key revoked',
             jsonb_build_object('key', revoked.id, 'operator', revoked.operator, 'hint', revoked.hint)
         )

@@ -1,6 +1,6 @@
 -- Merchants and their keys, by operators; every change is told to the audit trail.
 
-create or replace function surety.tell_operation(
+create or replace function surety.audit_operator_action(
     p_actor text, p_merchant_id text, p_outcome text, p_snapshot jsonb
 ) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
@@ -12,7 +12,7 @@ begin atomic
     );
 end;
 
-comment on function surety.tell_operation(text, text, text, jsonb) is
+comment on function surety.audit_operator_action(text, text, text, jsonb) is
 'Writes an operator''s doing into the audit trail, in the transaction of what was done.';
 
 create or replace function surety.add_merchant(
@@ -27,7 +27,7 @@ begin atomic
     )
 
     select added.id
-    from added, surety.tell_operation(
+    from added, surety.audit_operator_action(
         p_actor, added.id, 'merchant added', jsonb_build_object('name', p_name, 'provider_account', p_provider_account)
     );
 end;
@@ -47,7 +47,7 @@ begin atomic
 
     told as (
         select changed.id
-        from changed, surety.tell_operation(
+        from changed, surety.audit_operator_action(
             p_actor, changed.id, case when p_is_suspended then 'merchant suspended' else 'merchant resumed' end, '{}'
         )
     )

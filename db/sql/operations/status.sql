@@ -1,6 +1,6 @@
 -- What an operator should know, in one row: what waits, what was given up on, what holds things back.
 
-create or replace function outbox.backlog(p_handler text, p_count_max integer)
+create or replace function outbox.handler_backlog(p_handler text, p_count_max integer)
 returns table (backlog bigint, oldest_at timestamptz, retries_due bigint, suspects bigint, dead bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -14,8 +14,9 @@ begin
     return query
     with waiting as (
         select s.id
-        from outbox.scan(
-            v_handler.epoch, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id, p_count_max) as s
+        from outbox.scan_events(
+            v_handler.generation, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id,
+                p_count_max) as s
         where s.type = any(v_handler.event_types)
         union all
         select held.id
@@ -30,12 +31,12 @@ begin
             from waiting as w
         ),
         (select count(*) from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now),
-        (select count(*) from outbox.retries as r where r.handler = p_handler and r.kills > 0),
+        (select count(*) from outbox.retries as r where r.handler = p_handler and r.worker_deaths > 0),
         (select count(*) from outbox.dead_letters as d where d.handler = p_handler and d.closed_at is null);
 end;
 $$;
 
-create or replace function surety.holders()
+create or replace function surety.vacuum_blockers()
 returns table (
     kind text, name text, database text, seconds double precision, xids integer, pid integer, is_active boolean,
     wal_bytes bigint
@@ -109,7 +110,7 @@ begin atomic
     limit 20;
 end;
 
-create or replace function surety.unfinished_elsewhere(p_limit integer)
+create or replace function surety.unfinished_payments_in_retry(p_limit integer)
 returns table (payment_id text, is_unknown boolean, sent_at timestamptz)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
@@ -157,10 +158,10 @@ declare
     v_count_max constant integer := 2000;
 begin
     return jsonb_build_object(
-        'at', surety.iso(v_now),
+        'at', surety.format_time(v_now),
         'is_restored_elsewhere', (
             select e.system_identifier <> outbox.system_identifier()
-            from outbox.epochs as e order by e.epoch desc limit 1
+            from outbox.restore_generations as e order by e.generation desc limit 1
         ),
         'handlers', (
             select jsonb_agg(jsonb_build_object(
@@ -169,7 +170,7 @@ begin
                 'retries_due', b.retries_due, 'suspects', b.suspects, 'dead', b.dead,
                 'is_paused', h.paused_at is not null
             ) order by h.handler)
-            from outbox.handlers as h cross join lateral outbox.backlog(h.handler, 10000) as b
+            from outbox.handlers as h cross join lateral outbox.handler_backlog(h.handler, 10000) as b
         ),
         'workers', (
             select jsonb_build_object(
@@ -192,19 +193,19 @@ begin
         'unfinished', (
             select jsonb_build_object(
                 'id', p.id, 'state', p.state, 'seconds', round(extract(epoch from v_now - p.created_at), 3),
-                'asked', p.asked)
+                'asked', p.poll_count)
             from surety.payments as p
             where p.id = least(
                 -- By time, not by id: the index of what is asked about is small, that of ids is not.
-                (select a.id from surety.payments as a where a.ask_at is not null order by a.created_at limit 1),
-                (select min(e.payment_id) from surety.unfinished_elsewhere(v_count_max) as e)
+                (select a.id from surety.payments as a where a.poll_at is not null order by a.created_at limit 1),
+                (select min(e.payment_id) from surety.unfinished_payments_in_retry(v_count_max) as e)
             )
         ),
         'unknown', (
             select jsonb_build_object(
                 'count', count(*), 'first', min(e.payment_id),
                 'oldest_seconds', round(extract(epoch from v_now - min(e.sent_at)), 3))
-            from surety.unfinished_elsewhere(v_count_max) as e where e.is_unknown
+            from surety.unfinished_payments_in_retry(v_count_max) as e where e.is_unknown
         ),
         'providers', (
             select coalesce(jsonb_agg(to_jsonb(told) order by told.provider), '[]')
@@ -216,13 +217,13 @@ begin
                     (array_agg(b.account order by b.opened_at) filter (where b.opened_at is not null))[1] as first,
                     (array_agg(b.reason order by b.opened_at) filter (where b.opened_at is not null))[1] as reason,
                     round(extract(epoch from min(b.next_probe_at) - v_now), 3) as probe_seconds
-                from surety.provider_status() as b
+                from surety.circuit_status() as b
                 group by b.provider
             ) as told
         ),
         'holders', (
             select coalesce(jsonb_agg(to_jsonb(h) order by h.xids desc nulls last, h.seconds desc nulls last), '[]')
-            from surety.holders() as h
+            from surety.vacuum_blockers() as h
         ),
         'sees_all', pg_has_role('surety_owner', 'pg_read_all_stats', 'usage'),
         'partitions_until', (

@@ -1,7 +1,7 @@
 -- Claims: leased batches of events for a handler.
 
-create or replace function outbox.bury(p_handler text, p_event_ids text[], p_reason text, p_at timestamptz) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp
+create or replace function outbox.dead_letter_events(p_handler text, p_event_ids text[], p_reason text, p_at
+timestamptz) returns void language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
 -- Makes dead letters of events that stand in outbox.retries, keeping their errors, and tells the audit trail.
 begin
@@ -25,14 +25,14 @@ begin
 end;
 $$;
 
-create or replace function outbox.take_over(p_handler text, p_at timestamptz) returns void
+create or replace function outbox.expire_leases(p_handler text, p_at timestamptz) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
 -- Batches whose lease ran out: each event left in them is a suspect, counted as a kill, not as a failure; from now on
 -- it runs alone. One that has seen three workers die is buried.
 declare
     v_dead text[];
-    v_kills_max constant integer := 3;
+    v_worker_deaths_max constant integer := 3;
 begin
     with lost as (
         delete from outbox.batches
@@ -44,22 +44,23 @@ begin
         returning event_ids, leased_by, claimed_at, leased_until
     ),
     suspects as (
-        insert into outbox.retries as r (handler, event_id, kills, attempts, due_at)
+        insert into outbox.retries as r (handler, event_id, worker_deaths, attempts, due_at)
         select
             p_handler, held.event_id, 1,
             jsonb_build_array(jsonb_build_object(
-                'at', surety.iso(lost.claimed_at), 'worker', lost.leased_by,
-                'error', 'the lease ran out at ' || surety.iso(lost.leased_until))),
+                'at', surety.format_time(lost.claimed_at), 'worker', lost.leased_by,
+                'error', 'the lease ran out at ' || surety.format_time(lost.leased_until))),
             p_at
         from lost cross join unnest(lost.event_ids) as held (event_id)
         order by held.event_id
         on conflict (handler, event_id) do update
-        set kills = r.kills + 1, attempts = r.attempts || excluded.attempts, due_at = excluded.due_at
-        returning r.event_id, r.kills
+        set worker_deaths = r.worker_deaths + 1, attempts = r.attempts || excluded.attempts, due_at = excluded.due_at
+        returning r.event_id, r.worker_deaths
     )
-    select array_agg(event_id) filter (where kills >= v_kills_max) into v_dead from suspects;
+    select array_agg(event_id) filter (where worker_deaths >= v_worker_deaths_max) into v_dead from suspects;
     if v_dead is not null then
-        perform outbox.bury(p_handler, v_dead, 'its worker died ' || v_kills_max || ' times', p_at);
+        perform outbox.dead_letter_events(p_handler, v_dead, 'its worker died ' || v_worker_deaths_max || ' times',
+            p_at);
     end if;
 end;
 $$;
@@ -88,7 +89,7 @@ declare
     v_is_last boolean := false;
     v_moved boolean := false;
 begin
-    perform outbox.require_epoch();
+    perform outbox.check_restore_generation();
     select h.* into v_handler from outbox.handlers as h where h.handler = p_handler for update;
     if not found then
         raise exception 'no handler is named %', p_handler using errcode = 'SU004';
@@ -97,9 +98,9 @@ begin
         return;
     end if;
     if exists (select from outbox.batches as b where b.handler = p_handler and b.leased_until < v_now) then
-        perform outbox.take_over(p_handler, v_now);
+        perform outbox.expire_leases(p_handler, v_now);
     end if;
-    if v_handler.calls_provider and surety.is_cut_off() then
+    if v_handler.calls_provider and surety.all_accounts_unreachable() then
         return;
     end if;
     -- What is left of a batch after a second are slow calls: they must not keep others waiting.
@@ -115,19 +116,19 @@ begin
         -- A suspect that has seen two workers die runs while no other suspect does, whatever its handler.
         select array[r.event_id] into v_ids
         from outbox.retries as r
-        where r.handler = p_handler and r.due_at <= v_now and r.kills > 0
+        where r.handler = p_handler and r.due_at <= v_now and r.worker_deaths > 0
             and (
-                r.kills = 1
+                r.worker_deaths = 1
                 or not exists (select from outbox.batches as b where b.is_suspect and b.leased_until >= v_now)
             )
-        order by r.kills, random()
+        order by r.worker_deaths, random()
         limit 1;
         v_suspect := found;
         if not v_suspect then
             select array_agg(due.event_id order by due.event_id) into v_ids
             from (
                 select r.event_id from outbox.retries as r
-                where r.handler = p_handler and r.due_at <= v_now and r.kills = 0
+                where r.handler = p_handler and r.due_at <= v_now and r.worker_deaths = 0
                 order by r.due_at
                 limit v_handler.batch_size
             ) as due;
@@ -143,8 +144,8 @@ begin
             v_goal := coalesce(v_handler.goal, pg_current_snapshot());
             with scanned as materialized (
                 select s.xid, s.id, s.type
-                from outbox.scan(
-                    v_handler.epoch, v_handler.seen, v_goal, v_handler.at_xid, v_handler.at_id, v_scan_limit) as s
+                from outbox.scan_events(
+                    v_handler.generation, v_handler.seen, v_goal, v_handler.at_xid, v_handler.at_id, v_scan_limit) as s
             ),
             matched as materialized (
                 select s.xid, s.id from scanned as s

@@ -1,6 +1,6 @@
 -- The end of a batch's events: completed, failed, given back.
 
-create or replace function outbox.finish(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
+create or replace function outbox.complete_events(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Takes p_event_ids out of the batch and renews its lease; false, and nothing done, when the lease is another's by now.
@@ -32,7 +32,7 @@ begin
 end;
 $$;
 
-create or replace function outbox.renew(p_batch bigint, p_fence bigint) returns boolean
+create or replace function outbox.renew_lease(p_batch bigint, p_fence bigint) returns boolean
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with renewed as (
@@ -46,7 +46,7 @@ begin atomic
     select count(*) > 0 from renewed;
 end;
 
-create or replace function outbox.fail(p_batch bigint, p_fence bigint, p_failures jsonb) returns boolean
+create or replace function outbox.fail_events(p_batch bigint, p_fence bigint, p_failures jsonb) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- p_failures: [{"event_id", "error", "outage"?}]. Counts a failure for each, sets when it is due again (the handler's
@@ -69,7 +69,7 @@ begin
         select
             v_batch.handler, f.event_id, 1,
             jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
-                'at', surety.iso(v_now), 'worker', v_batch.leased_by, 'error', left(f.error, 2000),
+                'at', surety.format_time(v_now), 'worker', v_batch.leased_by, 'error', left(f.error, 2000),
                 'outage', f.outage))),
             v_now + v_handler.retry_after[1] * (0.8 + 0.4 * random()), f.outage
         from jsonb_to_recordset(p_failures) as f (event_id text, error text, outage text)
@@ -93,14 +93,14 @@ begin
     select array_agg(event_id), array_agg(event_id) filter (where failures > cardinality(v_handler.retry_after))
     into v_ids, v_dead from failed;
     if v_dead is not null then
-        perform outbox.bury(
+        perform outbox.dead_letter_events(
             v_batch.handler, v_dead, 'it failed ' || cardinality(v_handler.retry_after) + 1 || ' times', v_now);
     end if;
-    return outbox.finish(p_batch, p_fence, coalesce(v_ids, '{}'));
+    return outbox.complete_events(p_batch, p_fence, coalesce(v_ids, '{}'));
 end;
 $$;
 
-create or replace function outbox.release(
+create or replace function outbox.release_events(
     p_batch bigint, p_fence bigint, p_event_ids text[], p_after interval, p_reason text, p_outage text default null,
     p_is_held boolean default false
 ) returns boolean
@@ -120,7 +120,8 @@ begin
     select
         v_batch.handler, held.event_id,
         case when p_is_held then '[]' else jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
-            'at', surety.iso(v_now), 'worker', v_batch.leased_by, 'error', left(p_reason, 2000), 'outage', p_outage,
+            'at', surety.format_time(v_now), 'worker', v_batch.leased_by, 'error', left(p_reason, 2000), 'outage',
+                p_outage,
             'counted', false))) end,
         v_now + p_after, p_outage
     from unnest(v_batch.event_ids) as held (event_id)
@@ -133,6 +134,6 @@ begin
             || excluded.attempts,
         due_at = excluded.due_at,
         blocked_by = excluded.blocked_by;
-    return outbox.finish(p_batch, p_fence, p_event_ids);
+    return outbox.complete_events(p_batch, p_fence, p_event_ids);
 end;
 $$;

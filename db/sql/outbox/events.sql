@@ -10,12 +10,12 @@
 -- visible in `goal` and not in `seen`, the ones up to (at_xid, at_id). A transaction that commits late is in no earlier
 -- snapshot, so it is taken by a later goal; one that stays open delays nobody.
 
-create or replace function outbox.emit(
+create or replace function outbox.emit_event(
     p_aggregate_type text, p_aggregate_id text, p_type text, p_payload jsonb, p_merchant_id text, p_version integer
 ) returns text
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
+    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
     select
         surety.new_id('evt', surety.time_now()),
         p_aggregate_type,
@@ -24,12 +24,12 @@ begin atomic
         p_payload,
         p_merchant_id,
         p_version,
-        outbox.epoch()
+        outbox.current_restore_generation()
     returning id;
 end;
 
-create or replace function outbox.scan(
-    p_epoch integer, p_seen pg_snapshot, p_goal pg_snapshot, p_at_xid xid8, p_at_id text, p_limit integer
+create or replace function outbox.scan_events(
+    p_generation integer, p_seen pg_snapshot, p_goal pg_snapshot, p_at_xid xid8, p_at_id text, p_limit integer
 ) returns table (xid xid8, id text, type text)
 language plpgsql stable set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
@@ -50,7 +50,7 @@ begin
             cross join lateral (
                 select e.xid, e.id, e.type
                 from outbox.events as e
-                where e.epoch = p_epoch and e.xid = open.xid and (e.xid, e.id) > (p_at_xid, p_at_id)
+                where e.generation = p_generation and e.xid = open.xid and (e.xid, e.id) > (p_at_xid, p_at_id)
                 order by e.xid, e.id
                 limit p_limit
             ) as late
@@ -62,7 +62,8 @@ begin
         (
             select e.xid, e.id, e.type
             from outbox.events as e
-            where e.epoch = p_epoch and (e.xid, e.id) > (v_low_xid, v_low_id) and e.xid < pg_snapshot_xmax(p_goal)
+            where e.generation = p_generation and (e.xid, e.id) > (v_low_xid, v_low_id)
+                and e.xid < pg_snapshot_xmax(p_goal)
                 and pg_visible_in_snapshot(e.xid, p_goal)
             order by e.xid, e.id
             limit p_limit

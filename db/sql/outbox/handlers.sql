@@ -18,14 +18,14 @@ comment on function outbox.list_handlers() is
 
 -- A handler that is added later starts with what commits from then on; name '1:1:' to start at the beginning. Which
 -- events it handles is its code's business; how many at once, the operator's.
-insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, calls_provider, epoch, seen)
+insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, calls_provider, generation, seen)
 select
     h.handler,
     h.event_types,
     h.batch_size,
     h.batches_at_once,
     h.calls_provider,
-    outbox.epoch(),
+    outbox.current_restore_generation(),
     case when exists (select from outbox.events) then pg_current_snapshot() else '1:1:'::pg_snapshot end
 from (
     values

@@ -11,7 +11,7 @@ declare
     v_handler outbox.handlers;
 begin
     select h.* into v_handler from outbox.handlers as h where h.handler = p_handler;
-    if v_handler.calls_provider and surety.is_cut_off() then
+    if v_handler.calls_provider and surety.all_accounts_unreachable() then
         return false;
     end if;
     return v_handler.paused_at is null and (
@@ -20,15 +20,15 @@ begin
         or exists (select from outbox.batches as b where b.handler = p_handler and b.leased_until < v_now)
         or (
             select count(*) = v_behind_max or coalesce(bool_or(s.type = any(v_handler.event_types)), false)
-            from outbox.scan(
-                v_handler.epoch, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id,
+            from outbox.scan_events(
+                v_handler.generation, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id,
                 v_behind_max) as s
         )
     );
 end;
 $$;
 
-create or replace function outbox.kick(p_handlers text[]) returns integer
+create or replace function outbox.schedule_handlers(p_handlers text[]) returns integer
 language sql volatile security definer
 -- Procrastinate's triggers name no schema.
 set search_path = pg_catalog, procrastinate, pg_temp
@@ -50,11 +50,11 @@ begin atomic
     select count(*)::integer from woken;
 end;
 
-comment on function outbox.kick(text[]) is
+comment on function outbox.schedule_handlers(text[]) is
 'Wakes a worker for each handler, unless a job for it waits already. Call it after the commit of what should be
 handled.';
 
-create or replace function outbox.forget_jobs() returns integer
+create or replace function outbox.delete_orphaned_jobs() returns integer
 language sql volatile security definer
 set search_path = pg_catalog, procrastinate, pg_temp
 begin atomic
@@ -74,7 +74,7 @@ begin atomic
     select count(*)::integer from forgotten;
 end;
 
-create or replace function outbox.kick_due() returns text[]
+create or replace function outbox.schedule_due_handlers() returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- The tick: wakes the handlers that have due work, and says which.
@@ -84,7 +84,7 @@ begin
     select array_agg(h.handler order by h.handler) into v_due
     from outbox.handlers as h where outbox.has_work(h.handler);
     if v_due is not null then
-        perform outbox.kick(v_due);
+        perform outbox.schedule_handlers(v_due);
     end if;
     return v_due;
 end;

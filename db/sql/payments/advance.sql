@@ -1,7 +1,7 @@
 -- advance: the steps that lead from a payment's state to the derived one.
 
-create or replace function surety.advance(p_derived surety.derived[], p_cause text, p_actor text, p_request_id text)
-returns text[]
+create or replace function surety.advance_payments(p_derived surety.derived[], p_cause text, p_actor text, p_request_id
+text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
@@ -95,8 +95,8 @@ begin
                 when p.state = 'failed' and t.captured_minor = 0 then coalesce(t.failure, p.failure) else t.failure
             end,
             updated_at = v_now,
-            ask_at = case when t.state is null then p.ask_at else v_now + s.ask_after end,
-            asked = case when t.state is null then p.asked else 0 end
+            poll_at = case when t.state is null then p.poll_at else v_now + s.poll_after end,
+            poll_count = case when t.state is null then p.poll_count else 0 end
         from (select distinct on (path.id) path.* from path order by path.id, path.position desc) as t
         left join surety.states as s on s.state = t.state
         where p.id = t.id and (not t.is_same or t.state is not null)
@@ -114,7 +114,7 @@ begin
         returning payment_id, detail
     ),
     called_off as (
-        select outbox.emit(
+        select outbox.emit_event(
             'payment', t.id, 'payment.authorized_late', jsonb_build_object('payment_id', t.id, 'reason', 'ended'),
             null, t.version) as event_id
         from targets as t

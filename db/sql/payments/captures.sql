@@ -1,6 +1,6 @@
 -- Captures: what a merchant asked to capture.
 
-create or replace function surety.capture_asked(p_payment_id text)
+create or replace function surety.pending_capture(p_payment_id text)
 returns table (amount_minor bigint, revision integer)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
@@ -32,7 +32,7 @@ declare
     v_now timestamptz := surety.time_now();
     v_object constant text := p_payment.id || ':capture';
     v_fact text := surety.new_id('fct', v_now);
-    v_revision integer := surety.next_revision(
+    v_revision integer := surety.next_fact_revision(
         p_payment.provider, p_payment.provider_account, p_payment.livemode, v_object);
 begin
     insert into surety.fact_keys (provider, account, livemode, object_id, kind, revision, fact_id)
@@ -49,9 +49,9 @@ begin
         'capture_requested', v_revision, p_amount_minor, p_payment.currency, 'request', p_request_id, v_now
     );
     delete from surety.calls as c where c.payment_id = p_payment.id and c.operation = 'capture';
-    perform surety.advance(
-        array(select d from surety.derive(array[p_payment.id]) as d), 'command', p_actor, p_request_id);
-    perform outbox.emit(
+    perform surety.advance_payments(
+        array(select d from surety.derive_payments(array[p_payment.id]) as d), 'command', p_actor, p_request_id);
+    perform outbox.emit_event(
         'payment', p_payment.id, 'payment.capture_requested',
         jsonb_build_object('payment_id', p_payment.id, 'amount', p_amount_minor), null, null);
 end;

@@ -1,6 +1,6 @@
 -- derive: a payment's state and amounts as a function of its facts.
 
-create or replace function surety.derive(p_payment_ids text[])
+create or replace function surety.derive_payments(p_payment_ids text[])
 returns setof surety.derived
 language sql stable security definer set search_path = pg_catalog, pg_temp
 -- Callers switch hash joins off for their own look-ups; here a batch's parts meet by them.
@@ -216,6 +216,6 @@ begin atomic
     from amounts;
 end;
 
-comment on function surety.derive(text[]) is
+comment on function surety.derive_payments(text[]) is
 'What each payment''s facts say: its state and amounts in minor units. A pure function of surety.facts, and of the
 refunds that were asked for and that no fact tells of yet: neither their order nor the present state matters.';

@@ -4,17 +4,17 @@
 --
 --   advance   surety.advance_disputes: the fetch with the highest number wins; a changed status is an event
 --   evidence  api.submit_evidence, merged here; surety.begin_evidence: what will be sent is committed first
---   deadline  surety.remind_evidence: an event before evidence is due
---   ask about  the sweep: surety.claim_dispute_questions
+--   deadline  surety.emit_evidence_reminders: an event before evidence is due
+--   ask about  the sweep: surety.claim_disputes_to_poll
 --   read      api.get_dispute, api.list_disputes
 
-create or replace function surety.tell_dispute(d surety.disputes, p_type text, p_at timestamptz) returns void
+create or replace function surety.emit_dispute_event(d surety.disputes, p_type text, p_at timestamptz) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    select outbox.emit(
+    select outbox.emit_event(
         'dispute', d.id, p_type,
         jsonb_build_object(
-            'payment_id', d.payment_id, 'dispute_id', d.id, 'status', d.status, 'at', surety.iso(p_at),
+            'payment_id', d.payment_id, 'dispute_id', d.id, 'status', d.status, 'at', surety.format_time(p_at),
             'amount_withdrawn', d.withdrawn_minor, 'evidence_revision', d.evidence_revision
         ),
         case when p_type <> 'dispute.evidence_given' then d.merchant_id end, null
@@ -65,14 +65,14 @@ begin
     written as (
         insert into surety.disputes as d (
             id, payment_id, merchant_id, status, amount_minor, withdrawn_minor, currency, reason, provider,
-            provider_account, provider_id, revision, evidence_due_at, created_at, updated_at, ask_at
+            provider_account, provider_id, revision, evidence_due_at, created_at, updated_at, poll_at
         )
         select
             surety.new_id('dp', v_now), p.id, p.merchant_id, s.status,
             greatest(1, coalesce((t.data ->> 'amount')::bigint, t.amount_minor)),
             surety.dispute_withdrawn(t.kind, t.amount_minor),
             t.currency, t.data ->> 'reason', t.provider, t.account, t.object_id, t.revision,
-            (t.data ->> 'evidence_due_at')::timestamptz, v_now, v_now, v_now + k.ask_after
+            (t.data ->> 'evidence_due_at')::timestamptz, v_now, v_now, v_now + k.poll_after
         from told as t
         join surety.payments as p on p.id = t.payment_id
         cross join lateral (select surety.dispute_status(t.kind, t.data) as status) as s
@@ -81,7 +81,7 @@ begin
         on conflict (provider, provider_account, provider_id) do update
         set status = excluded.status, withdrawn_minor = excluded.withdrawn_minor, reason = excluded.reason,
             revision = excluded.revision, evidence_due_at = excluded.evidence_due_at, updated_at = excluded.updated_at,
-            ask_at = excluded.ask_at,
+            poll_at = excluded.poll_at,
             -- Evidence may be asked for again, as in an appeal.
             submit_asked_at = case when d.status = excluded.status or excluded.status not like '%needs\_response'
                 then d.submit_asked_at end,
@@ -92,7 +92,7 @@ begin
     select array_agg(w.d order by (w.d).id) into v_changed
     from written as w where (w.d).status is distinct from v_known ->> (w.d).provider_id;
 
-    perform surety.tell_dispute(d, 'dispute.' || d.status, v_now) from unnest(v_changed) as d;
+    perform surety.emit_dispute_event(d, 'dispute.' || d.status, v_now) from unnest(v_changed) as d;
     insert into audit.entries (
         id, at, kind, actor, payment_id, merchant_id, from_state, to_state, outcome, reason, snapshot
     )
@@ -105,7 +105,7 @@ begin
 end;
 $$;
 
-create or replace function surety.remind_evidence(p_before interval, p_limit integer default 500) returns text[]
+create or replace function surety.emit_evidence_reminders(p_before interval, p_limit integer default 500) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Disputes whose evidence is due within p_before and not submitted: an event each, once. Returns the events' types.
@@ -128,7 +128,7 @@ begin
     if v_due is null then
         return '{}';
     end if;
-    perform surety.tell_dispute(d, 'dispute.evidence_due', v_now) from unnest(v_due) as d;
+    perform surety.emit_dispute_event(d, 'dispute.evidence_due', v_now) from unnest(v_due) as d;
     return array['dispute.evidence_due'];
 end;
 $$;

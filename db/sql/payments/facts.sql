@@ -16,7 +16,7 @@
 -- and so is other_gross. What a bank says of ACH has the provider bank: ach_credit, ach_return, refund, refund_failure.
 -- A line of the bank's that was matched to a payout, bank_line, is told of the account that paid out.
 
-create or replace function surety.unknown_facts(p_objects jsonb) returns text[]
+create or replace function surety.objects_without_facts(p_objects jsonb) returns text[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- Of [{"provider", "account", "livemode", "object_id", "kinds": []}] the ids of objects about which none of the
@@ -34,8 +34,8 @@ begin atomic
     );
 end;
 
-create or replace function surety.next_revision(p_provider text, p_account text, p_livemode boolean, p_object_id text)
-returns integer
+create or replace function surety.next_fact_revision(p_provider text, p_account text, p_livemode boolean, p_object_id
+text) returns integer
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- One more than the highest that is known of an object; whoever asks holds what keeps others from asking.
@@ -45,22 +45,22 @@ begin atomic
         and fact_keys.object_id = p_object_id;
 end;
 
-create or replace function surety.next_fetch(p_provider text, p_account text, p_livemode boolean, p_object_id text)
-returns integer
+create or replace function surety.next_fetch_number(p_provider text, p_account text, p_livemode boolean, p_object_id
+text) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- Who fetches a dispute should be alone, but may have lost his lock with its connection: if two had one number,
     -- nobody could tell which of them was the last. The sequence may have gone back with a restored dump.
     select greatest(
-        nextval('surety.fetches')::integer,
-        surety.next_revision(p_provider, p_account, p_livemode, p_object_id)
+        nextval('surety.fetch_numbers')::integer,
+        surety.next_fact_revision(p_provider, p_account, p_livemode, p_object_id)
     );
 end;
 
-comment on function surety.next_fetch(text, text, boolean, text) is
+comment on function surety.next_fetch_number(text, text, boolean, text) is
 'The number of an object''s fetch that begins now, where the last fetch wins: disputes.';
 
-create or replace function surety.call_off_orphans(p_facts surety.facts[], p_at timestamptz) returns text[]
+create or replace function surety.cancel_duplicate_intents(p_facts surety.facts[], p_at timestamptz) returns text[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
 -- One payment has one intent. Another can't charge, for it is never confirmed; it is told, called off when it is seen
@@ -84,7 +84,7 @@ begin
     set closed_at = p_at, closed_because = 'it is canceled'
     from unnest(v_orphans) as f
     where f.kind in ('canceled', 'failed') and d.kind = 'duplicate' and d.subject = f.object_id and d.closed_at is null;
-    perform outbox.emit(
+    perform outbox.emit_event(
         'payment', f.payment_id, 'payment.orphan_found',
         jsonb_build_object('payment_id', f.payment_id, 'object_id', f.object_id, 'reason', 'a second intent'),
         null, null)
@@ -97,7 +97,7 @@ begin
 end;
 $$;
 
-create or replace function surety.disregard_strangers(p_facts surety.facts[], p_at timestamptz) returns surety.facts[]
+create or replace function surety.mark_mismatched_facts(p_facts surety.facts[], p_at timestamptz) returns surety.facts[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
 -- Marks facts that can't be about their payment as it is: another account, mode or currency, or an object made for
@@ -136,7 +136,7 @@ begin
 end;
 $$;
 
-create or replace function surety.compare_with_known(p_facts surety.facts[], p_at timestamptz) returns void
+create or replace function surety.report_contradicting_facts(p_facts surety.facts[], p_at timestamptz) returns void
 language sql volatile set search_path = pg_catalog, pg_temp
 begin atomic
     -- The same object with another amount, currency or payment is a contradiction, whoever says it. What is known may
@@ -155,7 +155,7 @@ begin atomic
                 f.kind, f.object_id, known.amount_minor, known.currency, f.amount_minor, f.currency
             )
         end,
-        jsonb_build_object('told', to_jsonb(f), 'known', keys.fact_id), true, p_at
+        jsonb_build_object('received', to_jsonb(f), 'known', keys.fact_id), true, p_at
     )
     from unnest(p_facts) as f
     inner join surety.fact_keys as keys
@@ -239,7 +239,7 @@ begin
     from given as g;
 
     if v_unmatched is not null then
-        perform surety.park_facts(to_jsonb(v_unmatched), v_now);
+        perform surety.store_unmatched_facts(to_jsonb(v_unmatched), v_now);
     end if;
     if v_facts is null then
         return '{}';
@@ -270,7 +270,7 @@ begin
     from unnest(v_facts) as f;
 
     if coalesce(cardinality(v_new), 0) < cardinality(v_facts) then
-        perform surety.compare_with_known(v_facts, v_now);
+        perform surety.report_contradicting_facts(v_facts, v_now);
     end if;
     if v_new is null then
         return '{}';
@@ -279,7 +279,7 @@ begin
     select array_agg(distinct f.payment_id order by f.payment_id) into v_ids from unnest(v_new) as f;
     perform from surety.payments as p where p.id = any(v_ids) order by p.id for update;
 
-    v_new := surety.disregard_strangers(v_new, v_now);
+    v_new := surety.mark_mismatched_facts(v_new, v_now);
     insert into surety.facts select f.* from unnest(v_new) as f;
 
     insert into surety.pending_money (provider, account, object_id, created_at, available_at)
@@ -297,10 +297,10 @@ begin
     where f.kind = 'available' and m.provider = f.provider and m.account = f.account and m.object_id = f.object_id;
 
     v_types := surety.advance_refunds(v_new, p_actor, p_request_id) || surety.advance_disputes(v_new, p_actor);
-    v_derived := array(select d from surety.derive(v_ids) as d);
-    v_types := v_types || surety.advance(v_derived, v_new[1].source, p_actor, p_request_id);
+    v_derived := array(select d from surety.derive_payments(v_ids) as d);
+    v_types := v_types || surety.advance_payments(v_derived, v_new[1].source, p_actor, p_request_id);
 
-    v_types := v_types || surety.call_off_orphans(v_new, v_now);
+    v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);
 
     -- A decline leaves the intent alive; it must be called off before the payment has failed.
     select array_agg(distinct f.payment_id) into v_declined
@@ -310,7 +310,7 @@ begin
     where f.kind = 'attempt_failed' and f.object_id = p.provider_id and f.disregarded is null and not s.is_final
         and p.captured_minor = 0;
     if v_declined is not null then
-        perform outbox.emit(
+        perform outbox.emit_event(
             'payment', p.id, 'payment.attempt_failed',
             jsonb_build_object('payment_id', p.id, 'reason', 'declined'), null, p.version)
         from surety.payments as p where p.id = any(v_declined);
@@ -322,7 +322,7 @@ begin
 end;
 $$;
 
-create or replace function surety.retry_parked(p_limit integer default 500) returns text[]
+create or replace function surety.retry_unmatched_facts(p_limit integer default 500) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Facts that found no payment are tried again; after 15 minutes they are foreign, or a critical discrepancy when they
@@ -330,11 +330,11 @@ as $$
 declare
     v_now timestamptz := surety.time_now();
     v_found jsonb;
-    v_given_up surety.parked_facts [];
+    v_given_up surety.unmatched_facts [];
     v_types text [] := '{}';
 begin
     with due as (
-        select k.* from surety.parked_facts as k where k.ended_at is null order by k.parked_at, k.id
+        select k.* from surety.unmatched_facts as k where k.ended_at is null order by k.recorded_at, k.id
         limit p_limit
         for update skip locked
     ),
@@ -345,27 +345,27 @@ begin
         from due as d
     ),
     ended as (
-        update surety.parked_facts as k
+        update surety.unmatched_facts as k
         set ended_at = v_now,
             ended_as = case
-                when j.is_found then 'attached'
+                when j.is_found then 'matched'
                 when k.fact ->> 'metadata_environment' = (select e.id from surety.environment as e) then 'missing_here'
                 else 'foreign'
             end
         from judged as j
-        where k.id = j.id and (j.is_found or j.parked_at < v_now - interval '15 minutes')
+        where k.id = j.id and (j.is_found or j.recorded_at < v_now - interval '15 minutes')
         returning k.*
     )
     select
-        jsonb_agg(e.fact) filter (where e.ended_as = 'attached'),
+        jsonb_agg(e.fact) filter (where e.ended_as = 'matched'),
         array_agg((
-            e.id, e.provider, e.account, e.livemode, e.object_id, e.kind, e.revision, e.fact, e.parked_at,
+            e.id, e.provider, e.account, e.livemode, e.object_id, e.kind, e.revision, e.fact, e.recorded_at,
             e.ended_at, e.ended_as
-        )::surety.parked_facts) filter (where e.ended_as <> 'attached')
+        )::surety.unmatched_facts) filter (where e.ended_as <> 'matched')
     into v_found, v_given_up from ended as e;
 
     if v_found is not null then
-        v_types := surety.record_facts(v_found, 'system:parked');
+        v_types := surety.record_facts(v_found, 'system:unmatched_facts');
     end if;
     if v_given_up is not null then
         perform surety.open_discrepancy(
@@ -373,8 +373,8 @@ begin
             g.object_id || ':' || g.kind, null,
             format('%s %s belongs to no payment here', g.kind, g.object_id), g.fact, g.ended_as = 'missing_here', v_now)
         from unnest(v_given_up) as g;
-        perform ledger.post(array_agg(surety.unattached_entry(
-            g.fact, surety.money_rule(g.provider, 'foreign', false)) order by g.object_id), v_now)
+        perform ledger.post(array_agg(surety.entry_without_payment(
+            g.fact, surety.posting_rule(g.provider, 'foreign', false)) order by g.object_id), v_now)
         from unnest(v_given_up) as g where g.kind = 'money'
         having count(*) > 0;
     end if;

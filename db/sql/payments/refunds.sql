@@ -3,10 +3,11 @@
 -- Refunds: a merchant asks for one and the amount is taken up at once; the provider makes it. Or it was made there.
 --
 --   ask       api.create_refund: money out is reserved in the transaction that asks for it
---   send      surety.begin_refunds: what will be sent is committed first; surety.refuse_refunds if it is not taken
+--   send      surety.begin_refunds: what will be sent is committed first; surety.fail_refused_refunds if it is not
+--   taken
 --   advance   surety.advance_refunds: what facts say of refunds, as rows and steps
 --   project   a trigger: the refund's row, its event, its audit entry
---   ask about  the sweep: surety.claim_refund_questions
+--   ask about  the sweep: surety.claim_refunds_to_poll
 --   read      api.get_refund, api.list_refunds
 
 create or replace function surety.project_refund_steps() returns trigger
@@ -14,10 +15,11 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_now timestamptz := surety.time_now();
-    v_epoch integer := outbox.epoch();
+    v_generation integer := outbox.current_restore_generation();
 begin
     update surety.refunds as r
-    set version = last.version, state = last.to_state, updated_at = last.at, ask_at = last.at + s.ask_after, asked = 0
+    set version = last.version, state = last.to_state, updated_at = last.at, poll_at = last.at + s.poll_after,
+        poll_count = 0
     from (
         select distinct on (n.refund_id) n.refund_id, n.version, n.to_state, n.at
         from new_steps as n
@@ -26,14 +28,14 @@ begin
     join surety.refund_states as s on s.state = last.to_state
     where r.id = last.refund_id;
 
-    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
+    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
     select
         surety.new_id('evt', v_now), 'refund', n.refund_id, 'refund.' || n.to_state,
         jsonb_strip_nulls(jsonb_build_object(
             'payment_id', r.payment_id, 'refund_id', r.id, 'state', n.to_state, 'version', n.version,
-            'at', surety.iso(n.at), 'amount', r.amount_minor, 'provider_id', r.provider_id,
+            'at', surety.format_time(n.at), 'amount', r.amount_minor, 'provider_id', r.provider_id,
             'failure', case when n.to_state in ('failed', 'canceled') then r.failure end)),
-        r.merchant_id, n.version, v_epoch
+        r.merchant_id, n.version, v_generation
     from new_steps as n
     join surety.refunds as r on r.id = n.refund_id
     order by n.refund_id, n.version;
@@ -65,7 +67,7 @@ referencing new table as new_steps for each statement execute function surety.pr
 create or replace trigger refund_steps_are_append_only before update or delete or truncate on surety.refund_steps
 for each statement execute function audit.refuse_change();
 
-create or replace function surety.refund_told(p_refund surety.refunds)
+create or replace function surety.current_refund_fact(p_refund surety.refunds)
 returns table (state text, amount_minor bigint, failure jsonb, source text)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
@@ -159,7 +161,7 @@ begin
         from unnest(v_told) as t
         join surety.refunds as r on r.provider = t.provider and r.provider_account = t.account
             and r.provider_id = t.object_id
-        cross join lateral surety.refund_told(r) as best
+        cross join lateral surety.current_refund_fact(r) as best
         where r.amount_minor <> best.amount_minor or r.failure is distinct from best.failure
     ),
     contradicted as (
@@ -181,7 +183,7 @@ begin
         from unnest(v_told) as t
         join surety.refunds as r on r.provider = t.provider and r.provider_account = t.account
             and r.provider_id = t.object_id
-        cross join lateral surety.refund_told(r) as best
+        cross join lateral surety.current_refund_fact(r) as best
         where best.state <> r.state
         order by r.id
         returning to_state

@@ -7,14 +7,14 @@ set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
 declare
     v_now timestamptz := surety.time_now();
-    v_epoch integer := outbox.epoch();
+    v_generation integer := outbox.current_restore_generation();
     v_is_later boolean := exists (select from new_steps as n where n.version > 1);
 begin
     -- Who inserts a payment or changes its amounts has written the projection along; here it is made for the others.
     if v_is_later then
         update surety.payments as p
         set version = last.version, state = last.to_state, updated_at = last.at,
-            ask_at = last.at + s.ask_after, asked = 0,
+            poll_at = last.at + s.poll_after, poll_count = 0,
             next_action = case when last.to_state = 'requires_action' then p.next_action end
         from (
             select distinct on (n.payment_id) n.payment_id, n.version, n.to_state, n.at
@@ -34,15 +34,15 @@ begin
         order by n.payment_id, n.version
     ),
     emitted as (
-        insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, epoch)
+        insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
         select
             surety.new_id('evt', v_now), 'payment', t.payment_id, 'payment.' || t.to_state,
             jsonb_strip_nulls(jsonb_build_object(
-                'payment_id', t.payment_id, 'state', t.to_state, 'version', t.version, 'at', surety.iso(t.at),
+                'payment_id', t.payment_id, 'state', t.to_state, 'version', t.version, 'at', surety.format_time(t.at),
                 'amount_captured', nullif(t.captured_minor, 0), 'amount_refunded', nullif(t.refunded_minor, 0),
                 'provider_id', t.provider_id, 'failure', t.failure,
                 'next_action', case when t.to_state = 'requires_action' then t.next_action end)),
-            t.merchant_id, t.version, v_epoch
+            t.merchant_id, t.version, v_generation
         from told as t
     )
     insert into audit.entries (

@@ -27,38 +27,38 @@ begin atomic
     );
 end;
 
-create or replace function surety.park_facts(p_facts jsonb, p_at timestamptz) returns void
+create or replace function surety.store_unmatched_facts(p_facts jsonb, p_at timestamptz) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
 -- Facts without a payment. Payouts and the provider's own fees have none by nature and are booked at once.
 declare
     v_entries ledger.entry [];
 begin
-    with parked as (
-        insert into surety.parked_facts (
-            id, provider, account, livemode, object_id, kind, revision, fact, parked_at, ended_at, ended_as
+    with stored as (
+        insert into surety.unmatched_facts (
+            id, provider, account, livemode, object_id, kind, revision, fact, recorded_at, ended_at, ended_as
         )
         select
-            surety.new_id('prk', p_at), f.fact ->> 'provider', f.fact ->> 'account', (f.fact ->> 'livemode')::boolean,
+            surety.new_id('umf', p_at), f.fact ->> 'provider', f.fact ->> 'account', (f.fact ->> 'livemode')::boolean,
             f.fact ->> 'object_id', f.fact ->> 'kind', coalesce((f.fact ->> 'revision')::integer, 0), f.fact, p_at,
-            case when k.is_unattached then p_at end, case when k.is_unattached then 'unattached' end
+            case when k.has_no_payment then p_at end, case when k.has_no_payment then 'without_payment' end
         from jsonb_array_elements(p_facts) as f (fact)
-        cross join lateral (select surety.is_unattached(f.fact) as is_unattached) as k
+        cross join lateral (select surety.fact_has_no_payment(f.fact) as has_no_payment) as k
         order by 2, 3, 4, 5, 6, 7
         on conflict (provider, account, livemode, object_id, kind, revision) do nothing
         returning *
     )
-    select array_agg(surety.unattached_entry(
-        k.fact, surety.money_rule(k.provider, k.fact -> 'data' ->> 'category', false)) order by k.object_id)
+    select array_agg(surety.entry_without_payment(
+        k.fact, surety.posting_rule(k.provider, k.fact -> 'data' ->> 'category', false)) order by k.object_id)
     into v_entries
-    from parked as k where k.ended_as = 'unattached' and k.kind = 'money';
+    from stored as k where k.ended_as = 'without_payment' and k.kind = 'money';
     if v_entries is not null then
         perform ledger.post(v_entries, p_at);
     end if;
 end;
 $$;
 
-create or replace function surety.is_unattached(p_fact jsonb) returns boolean
+create or replace function surety.fact_has_no_payment(p_fact jsonb) returns boolean
 language sql immutable parallel safe
 begin atomic
     select coalesce(
@@ -70,7 +70,7 @@ begin atomic
     );
 end;
 
-create or replace function surety.unattached_entry(p_fact jsonb, p_rule text) returns ledger.entry
+create or replace function surety.entry_without_payment(p_fact jsonb, p_rule text) returns ledger.entry
 language sql immutable parallel safe
 begin atomic
     select (

@@ -1,6 +1,6 @@
--- Calls to providers. begin_calls commits what will be sent before it is sent; record_results takes what came of it. No
--- transaction is open in between. What happens if the worker dies there: the call's row says that it was sent and not
--- answered, so the next worker sends the same bytes under the same key, or asks.
+-- Calls to providers. begin_calls commits what will be sent before it is sent; record_event_results takes what came of
+-- it. No transaction is open in between. What happens if the worker dies there: the call's row says that it was sent
+-- and not answered, so the next worker sends the same bytes under the same key, or asks.
 
 create or replace function surety.begin_calls(
     p_batch bigint, p_fence bigint, p_operation text, p_actor text, p_event_ids text[] default null
@@ -45,7 +45,7 @@ begin
             select p_operation || coalesce(':' || (e.payload ->> 'object_id'), '') as operation
         ) as about
         left join surety.calls as c on c.payment_id = p.id and c.operation = about.operation
-        left join lateral surety.capture_asked(p.id) as asked on p_operation in ('capture', 'cancel')
+        left join lateral surety.pending_capture(p.id) as asked on p_operation in ('capture', 'cancel')
         where p_event_ids is null or e.event_id = any(p_event_ids)
     ),
     judged as (
@@ -126,7 +126,7 @@ begin
 end;
 $$;
 
-create or replace function surety.renew_call(p_payment_id text, p_operation text) returns text
+create or replace function surety.renew_call_key(p_payment_id text, p_operation text) returns text
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     update surety.calls
@@ -140,7 +140,7 @@ begin atomic
     returning calls.idempotency_key;
 end;
 
-comment on function surety.renew_call(text, text) is
+comment on function surety.renew_call_key(text, text) is
 'A fresh key for a call that was asked about and that the provider does not know of. Returns the key.';
 
 create or replace function surety.begin_refunds(

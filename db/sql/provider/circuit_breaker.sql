@@ -10,26 +10,26 @@
 -- answer, and so is a 429. A failure counts against its event only while the provider is well otherwise.
 -- Locks: after payments, before the batch; retries only where nobody else is at them.
 
-create or replace function surety.open_breaker(p_provider text, p_account text, p_reason text, p_actor text)
+create or replace function surety.open_circuit(p_provider text, p_account text, p_reason text, p_actor text)
 returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- False, and nothing done, if it is open already.
 declare
     v_now timestamptz := surety.time_now();
-    v_key text := surety.breaker_key(p_provider, p_account);
+    v_key text := surety.circuit_key(p_provider, p_account);
     v_window constant interval := '2 minutes';
-    v_breaker surety.breakers;
+    v_breaker surety.circuit_breakers;
 begin
-    insert into surety.breakers as b (provider, account, bucket_at, opened_at, next_probe_at, reason)
-    values (p_provider, p_account, v_now, v_now, v_now + surety.probe_pause(0), p_reason)
+    insert into surety.circuit_breakers as b (provider, account, bucket_at, opened_at, next_probe_at, reason)
+    values (p_provider, p_account, v_now, v_now, v_now + surety.probe_delay(0), p_reason)
     on conflict (provider, account) do update
     set
         opened_at = excluded.opened_at,
         reason = excluded.reason,
         -- One that has closed just now was closed too early.
         probes = case when b.closed_at > v_now - interval '5 minutes' then b.probes else 0 end,
-        next_probe_at = v_now + surety.probe_pause(
+        next_probe_at = v_now + surety.probe_delay(
             case when b.closed_at > v_now - interval '5 minutes' then b.probes else 0 end)
     where b.opened_at is null
     returning b.* into v_breaker;
@@ -47,7 +47,7 @@ begin
     set
         failures = greatest(0, r.failures - counted.times),
         attempts = counted.attempts,
-        due_at = case when r.due_at is not null then v_now + surety.hold_time(v_now, v_now) end
+        due_at = case when r.due_at is not null then v_now + surety.hold_duration(v_now, v_now) end
     from given_back as g
     join outbox.retries as held on held.handler = g.handler and held.event_id = g.event_id
     cross join lateral (
@@ -66,17 +66,17 @@ begin
     where r.handler = g.handler and r.event_id = g.event_id;
     insert into audit.entries (id, at, kind, actor, outcome, reason, snapshot)
     values (
-        surety.new_id('aud', v_now), v_now, 'system', p_actor, 'breaker opened', p_reason,
+        surety.new_id('aud', v_now), v_now, 'system', p_actor, 'circuit opened', p_reason,
         jsonb_build_object(
             'provider', p_provider, 'account', p_account,
             'answered', v_breaker.answered + v_breaker.prior_answered,
             'failed', v_breaker.failed + v_breaker.prior_failed,
-            'next_probe_at', surety.iso(v_breaker.next_probe_at)));
+            'next_probe_at', surety.format_time(v_breaker.next_probe_at)));
     return true;
 end;
 $$;
 
-comment on function surety.open_breaker(text, text, text, text) is
+comment on function surety.open_circuit(text, text, text, text) is
 'Opens an account''s breaker: its failures of the last two minutes are given back, and what failed waits.';
 
 create or replace function surety.read_clock() returns timestamptz
@@ -86,29 +86,30 @@ begin atomic
     select surety.time_now();
 end;
 
-create or replace function surety.note_calls(p_provider text, p_calls jsonb, p_actor text)
+create or replace function surety.count_call_results(p_provider text, p_calls jsonb, p_actor text)
 returns table (account text, is_open boolean, answered_seconds double precision)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- p_calls: [{"account", "answered", "failed", "in_a_row", "answered_at"?}]: commands answered, calls failed, how many
--- failed since the last answer, and when that came, or earlier: whoever failed after it is blamed for nothing. Returns
--- the accounts that were told of and all whose breaker is open; answered_seconds is the time since any worker had an
--- answer from there.
+-- p_calls: [{"account", "answered", "failed", "consecutive_failures", "answered_at"?}]: commands answered, calls
+-- failed, how many failed since the last answer, and when that came, or earlier: whoever failed after it is blamed for
+-- nothing. Returns the accounts that were told of and all whose breaker is open; answered_seconds is the time since any
+-- worker had an answer from there.
 declare
     v_now timestamptz := surety.time_now();
     v_bucket constant interval := '30 seconds';
-    v_in_a_row_max constant integer := 10;
+    v_consecutive_failures_max constant integer := 10;
     v_failed_min constant integer := 5;
     v_ill record;
 begin
-    insert into surety.breakers as b (provider, account, bucket_at, answered, failed, in_a_row, answered_at)
+    insert into surety.circuit_breakers as b (provider, account, bucket_at, answered, failed, consecutive_failures,
+        answered_at)
     select
-        p_provider, c.account, v_now, c.answered, c.failed, c.in_a_row, c.answered_at
+        p_provider, c.account, v_now, c.answered, c.failed, c.consecutive_failures, c.answered_at
     from jsonb_to_recordset(p_calls) as c (
-        account text, answered integer, failed integer, in_a_row integer, answered_at timestamptz
+        account text, answered integer, failed integer, consecutive_failures integer, answered_at timestamptz
     )
     order by c.account
-    on conflict on constraint breakers_pkey do update
+    on conflict on constraint circuit_breakers_pkey do update
     set
         bucket_at = case when b.bucket_at > v_now - v_bucket then b.bucket_at else v_now end,
         answered = case when b.bucket_at > v_now - v_bucket then b.answered else 0 end + excluded.answered,
@@ -123,30 +124,32 @@ begin
             when b.bucket_at > v_now - 2 * v_bucket then b.failed
             else 0
         end,
-        in_a_row = case when excluded.answered_at is null then b.in_a_row else 0 end + excluded.in_a_row,
+        consecutive_failures = case when excluded.answered_at is null then b.consecutive_failures
+            else 0 end + excluded.consecutive_failures,
         answered_at = greatest(b.answered_at, excluded.answered_at);
     for v_ill in
-        select b.account, b.in_a_row, b.failed + b.prior_failed as failed, b.answered + b.prior_answered as answered
-        from surety.breakers as b
+        select b.account, b.consecutive_failures, b.failed + b.prior_failed as failed,
+            b.answered + b.prior_answered as answered
+        from surety.circuit_breakers as b
         join jsonb_to_recordset(p_calls) as c (account text, failed integer)
             on b.provider = p_provider and b.account = c.account
         where c.failed > 0 and b.opened_at is null
             and (
-                b.in_a_row >= v_in_a_row_max
+                b.consecutive_failures >= v_consecutive_failures_max
                 or b.failed + b.prior_failed >= greatest(v_failed_min, b.answered + b.prior_answered)
             )
         order by b.account
     loop
-        perform surety.open_breaker(
+        perform surety.open_circuit(
             p_provider, v_ill.account,
             format('%s of %s calls failed, the last %s in a row', v_ill.failed, v_ill.failed + v_ill.answered,
-                v_ill.in_a_row),
+                v_ill.consecutive_failures),
             p_actor);
     end loop;
     return query
     select
         b.account, b.opened_at is not null, extract(epoch from v_now - b.answered_at)::double precision
-    from surety.breakers as b
+    from surety.circuit_breakers as b
     where b.provider = p_provider and (
         b.opened_at is not null
         or b.account in (select c.account from jsonb_to_recordset(p_calls) as c (account text))
@@ -155,34 +158,35 @@ begin
 end;
 $$;
 
-create or replace function surety.claim_probes(p_provider text) returns text[]
+create or replace function surety.claim_circuit_probes(p_provider text) returns text[]
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- The next one is set before this one is made: who dies in between leaves a probe for somebody else.
     with due as (
-        select breakers.account
-        from surety.breakers
-        where breakers.provider = p_provider and breakers.next_probe_at <= surety.time_now()
-        order by breakers.account
+        select circuit_breakers.account
+        from surety.circuit_breakers
+        where circuit_breakers.provider = p_provider and circuit_breakers.next_probe_at <= surety.time_now()
+        order by circuit_breakers.account
         for update skip locked
     ),
 
     claimed as (
-        update surety.breakers
+        update surety.circuit_breakers
         set
-            probes = breakers.probes + 1,
-            next_probe_at = surety.time_now() + surety.probe_pause(breakers.probes + 1)
+            probes = circuit_breakers.probes + 1,
+            next_probe_at = surety.time_now() + surety.probe_delay(circuit_breakers.probes + 1)
         from due
-        where breakers.provider = p_provider and breakers.account = due.account
-        returning breakers.account
+        where circuit_breakers.provider = p_provider and circuit_breakers.account = due.account
+        returning circuit_breakers.account
     )
 
     select coalesce(array_agg(claimed.account order by claimed.account), '{}') from claimed;
 end;
 
-comment on function surety.claim_probes(text) is 'The accounts that should be asked now whether they are well again.';
+comment on function surety.claim_circuit_probes(text) is 'The accounts that should be asked now whether they are well
+again.';
 
-create or replace function surety.close_breaker(p_provider text, p_account text, p_reason text, p_actor text)
+create or replace function surety.close_circuit(p_provider text, p_account text, p_reason text, p_actor text)
 returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -192,21 +196,22 @@ declare
     v_opened_at timestamptz;
 begin
     select b.opened_at into v_opened_at
-    from surety.breakers as b
+    from surety.circuit_breakers as b
     where b.provider = p_provider and b.account = p_account and b.opened_at is not null
     for update;
     if not found then
         return false;
     end if;
-    update surety.breakers as b
+    update surety.circuit_breakers as b
     set
-        opened_at = null, next_probe_at = null, closed_at = v_now, bucket_at = v_now, in_a_row = 0, answered = 0,
+        opened_at = null, next_probe_at = null, closed_at = v_now, bucket_at = v_now, consecutive_failures = 0,
+            answered = 0,
         failed = 0, prior_answered = 0, prior_failed = 0
     where b.provider = p_provider and b.account = p_account;
     with held as (
         select r.handler, r.event_id
         from outbox.retries as r
-        where r.blocked_by = surety.breaker_key(p_provider, p_account) and r.due_at > v_now
+        where r.blocked_by = surety.circuit_key(p_provider, p_account) and r.due_at > v_now
         order by r.handler, r.event_id
         for update skip locked
     )
@@ -216,16 +221,16 @@ begin
     where r.handler = h.handler and r.event_id = h.event_id;
     insert into audit.entries (id, at, kind, actor, outcome, reason, snapshot)
     values (
-        surety.new_id('aud', v_now), v_now, 'system', p_actor, 'breaker closed', p_reason,
+        surety.new_id('aud', v_now), v_now, 'system', p_actor, 'circuit closed', p_reason,
         jsonb_build_object(
             'provider', p_provider, 'account', p_account,
             'open_seconds', round(extract(epoch from v_now - v_opened_at), 3)));
-    perform outbox.kick_due();
+    perform outbox.schedule_due_handlers();
     return true;
 end;
 $$;
 
-create or replace function surety.hold_blocked(p_batch bigint, p_fence bigint, p_event_ids text[]) returns text[]
+create or replace function surety.hold_blocked_events(p_batch bigint, p_fence bigint, p_event_ids text[]) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Gives back, uncounted and before anything is sent, the events whose account can't be reached. Returns their ids.
@@ -235,39 +240,40 @@ declare
     v_held text[] := '{}';
     v_blocked record;
 begin
-    perform from surety.breakers as b where b.opened_at is not null order by b.provider, b.account for share;
+    perform from surety.circuit_breakers as b where b.opened_at is not null order by b.provider, b.account for share;
     for v_blocked in
         select b.provider, b.account, b.opened_at, array_agg(e.event_id) as ids
         from outbox.batch_events(p_batch, p_fence) as e
         left join surety.payments as p on p.id = e.aggregate_id
         left join surety.merchants as m on m.id = e.merchant_id
-        join surety.breakers as b
+        join surety.circuit_breakers as b
             on b.account = coalesce(p.provider_account, m.provider_account) and b.opened_at is not null
         where e.event_id = any(p_event_ids)
         group by b.provider, b.account, b.opened_at
         order by b.provider, b.account
     loop
-        perform outbox.release(
-            p_batch, p_fence, v_blocked.ids, surety.hold_time(v_blocked.opened_at, v_now), 'held: the provider is out',
-            surety.breaker_key(v_blocked.provider, v_blocked.account), true);
+        perform outbox.release_events(
+            p_batch, p_fence, v_blocked.ids, surety.hold_duration(v_blocked.opened_at, v_now),
+                'held: the provider is out',
+            surety.circuit_key(v_blocked.provider, v_blocked.account), true);
         v_held := v_held || v_blocked.ids;
     end loop;
     return v_held;
 end;
 $$;
 
-create or replace function surety.excuse_outages(p_batch bigint, p_results jsonb) returns jsonb
+create or replace function surety.uncount_outage_failures(p_batch bigint, p_results jsonb) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Results as record_results takes them, those that failed by the provider's fault ("outage": its breaker's key) with
--- "release_seconds", unless the provider is well otherwise: then the failure is the event's own. After eighteen excuses
--- it is so as long as the breaker is closed.
+-- Results as record_event_results takes them, those that failed by the provider's fault ("outage": its breaker's key)
+-- with "release_seconds", unless the provider is well otherwise: then the failure is the event's own. After eighteen
+-- excuses it is so as long as the breaker is closed.
 declare
     v_now timestamptz := surety.time_now();
     v_excuses_max constant integer := 18;
     v_handler text := (select b.handler from outbox.batches as b where b.id = p_batch);
 begin
-    perform from surety.breakers as b where b.opened_at is not null order by b.provider, b.account for share;
+    perform from surety.circuit_breakers as b where b.opened_at is not null order by b.provider, b.account for share;
     return (
         select jsonb_agg(
             case
@@ -277,7 +283,7 @@ begin
             order by r.n
         )
         from jsonb_array_elements(p_results) with ordinality as r (result, n)
-        left join surety.breakers as b on surety.breaker_key(b.provider, b.account) = r.result ->> 'outage'
+        left join surety.circuit_breakers as b on surety.circuit_key(b.provider, b.account) = r.result ->> 'outage'
         left join lateral (
             select count(*)::integer as times
             from outbox.retries as t
@@ -288,19 +294,19 @@ begin
         cross join lateral (
             select case
                 when r.result ? 'release_seconds' then null
-                when b.opened_at is not null then extract(epoch from surety.hold_time(b.opened_at, v_now))
+                when b.opened_at is not null then extract(epoch from surety.hold_duration(b.opened_at, v_now))
                 when excuses.times < v_excuses_max and (
                     b.closed_at > v_now - interval '1 minute'
                     or b.failed + b.prior_failed
                     >= greatest(5, 0.02 * (b.failed + b.prior_failed + b.answered + b.prior_answered))
-                ) then extract(epoch from surety.probe_pause(excuses.times))
+                ) then extract(epoch from surety.probe_delay(excuses.times))
             end as seconds
         ) as excused
     );
 end;
 $$;
 
-create or replace function surety.provider_status()
+create or replace function surety.circuit_status()
 returns table (
     provider text, account text, state text, error_share double precision, opened_at timestamptz,
     next_probe_at timestamptz, held bigint, reason text
@@ -308,26 +314,30 @@ returns table (
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
-        breakers.provider,
-        breakers.account,
-        case when breakers.opened_at is null then 'closed' else 'open' end,
-        (breakers.failed + breakers.prior_failed)::double precision
-        / nullif(breakers.failed + breakers.prior_failed + breakers.answered + breakers.prior_answered, 0),
-        breakers.opened_at,
-        breakers.next_probe_at,
+        circuit_breakers.provider,
+        circuit_breakers.account,
+        case when circuit_breakers.opened_at is null then 'closed' else 'open' end,
+        (circuit_breakers.failed + circuit_breakers.prior_failed)::double precision
+        / nullif(
+            circuit_breakers.failed + circuit_breakers.prior_failed
+            + circuit_breakers.answered + circuit_breakers.prior_answered,
+            0
+        ),
+        circuit_breakers.opened_at,
+        circuit_breakers.next_probe_at,
         (
             select count(*)
             from outbox.retries
             where
-                retries.blocked_by = surety.breaker_key(breakers.provider, breakers.account)
-                and breakers.opened_at is not null
+                retries.blocked_by = surety.circuit_key(circuit_breakers.provider, circuit_breakers.account)
+                and circuit_breakers.opened_at is not null
         ),
-        case when breakers.opened_at is not null then breakers.reason end
-    from surety.breakers
-    order by breakers.provider, breakers.account;
+        case when circuit_breakers.opened_at is not null then circuit_breakers.reason end
+    from surety.circuit_breakers
+    order by circuit_breakers.provider, circuit_breakers.account;
 end;
 
-comment on function surety.provider_status() is
+comment on function surety.circuit_status() is
 'Each provider''s account that was called: whether its breaker is open, the share of calls that failed within the last
 minute of calls (null if there were none), when it is probed next, and how many events are held for it.';
 

@@ -1,6 +1,6 @@
 -- Polling: unfinished objects and lists to read from the provider.
 
-create or replace function surety.claim_questions(p_limit integer)
+create or replace function surety.claim_payments_to_poll(p_limit integer)
 returns table (
     payment_id text, provider_id text, account text, amount_minor bigint, currency text, livemode boolean,
     first_sent_at timestamptz, last_sent_at timestamptz
@@ -11,14 +11,15 @@ begin atomic
         select payments.id
         from surety.payments
         where
-            payments.ask_at <= surety.time_now()
+            payments.poll_at <= surety.time_now()
             and not exists (
-                select from surety.breakers
+                select from surety.circuit_breakers
                 where
-                    breakers.provider = payments.provider and breakers.account = payments.provider_account
-                    and breakers.opened_at is not null
+                    circuit_breakers.provider = payments.provider
+                        and circuit_breakers.account = payments.provider_account
+                    and circuit_breakers.opened_at is not null
             )
-        order by payments.ask_at
+        order by payments.poll_at
         limit p_limit
         for update skip locked
     ),
@@ -26,8 +27,8 @@ begin atomic
     claimed as (
         update surety.payments
         set
-            asked = payments.asked + 1,
-            ask_at = surety.time_now() + states.ask_after * least(64, 2 ^ (payments.asked + 1))
+            poll_count = payments.poll_count + 1,
+            poll_at = surety.time_now() + states.poll_after * least(64, 2 ^ (payments.poll_count + 1))
         from due, surety.states
         where payments.id = due.id and payments.state = states.state
         returning
@@ -50,12 +51,13 @@ begin atomic
     where claimed.provider_id is not null or calls.payment_id is not null;
 end;
 
-comment on function surety.claim_questions(integer) is
+comment on function surety.claim_payments_to_poll(integer) is
 'Unfinished payments that the sweep should ask their provider about now; each is asked again at growing intervals, up to
-64 times the state''s ask_after, for as long as it is unfinished. One without provider_id was sent between first_sent_at
+64 times the state''s poll_after,
+    for as long as it is unfinished. One without provider_id was sent between first_sent_at
 and last_sent_at, and nobody knows whether it came there.';
 
-create or replace function surety.claim_refund_questions(p_limit integer)
+create or replace function surety.claim_refunds_to_poll(p_limit integer)
 returns table (
     refund_id text, payment_id text, provider_id text, intent_id text, account text, livemode boolean
 )
@@ -65,14 +67,14 @@ begin atomic
         select refunds.id
         from surety.refunds
         where
-            refunds.ask_at <= surety.time_now()
+            refunds.poll_at <= surety.time_now()
             and not exists (
-                select from surety.breakers
+                select from surety.circuit_breakers
                 where
-                    breakers.provider = refunds.provider and breakers.account = refunds.provider_account
-                    and breakers.opened_at is not null
+                    circuit_breakers.provider = refunds.provider and circuit_breakers.account = refunds.provider_account
+                    and circuit_breakers.opened_at is not null
             )
-        order by refunds.ask_at
+        order by refunds.poll_at
         limit p_limit
         for update skip locked
     ),
@@ -80,8 +82,8 @@ begin atomic
     claimed as (
         update surety.refunds
         set
-            asked = refunds.asked + 1,
-            ask_at = surety.time_now() + refund_states.ask_after * least(64, 2 ^ (refunds.asked + 1))
+            poll_count = refunds.poll_count + 1,
+            poll_at = surety.time_now() + refund_states.poll_after * least(64, 2 ^ (refunds.poll_count + 1))
         from due, surety.refund_states
         where refunds.id = due.id and refunds.state = refund_states.state
         returning refunds.id, refunds.payment_id, refunds.provider_id, refunds.provider_account
@@ -102,11 +104,11 @@ begin atomic
     where claimed.provider_id is not null or calls.payment_id is not null;
 end;
 
-comment on function surety.claim_refund_questions(integer) is
+comment on function surety.claim_refunds_to_poll(integer) is
 'Refunds under way that the sweep should ask their provider about now, at growing intervals. One without provider_id was
 sent, and nobody knows whether it came there: it is among those of the intent, or is not.';
 
-create or replace function surety.claim_dispute_questions(p_limit integer)
+create or replace function surety.claim_disputes_to_poll(p_limit integer)
 returns table (payment_id text, provider_id text, account text, livemode boolean)
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -114,21 +116,22 @@ begin atomic
         select disputes.id
         from surety.disputes
         where
-            disputes.ask_at <= surety.time_now()
+            disputes.poll_at <= surety.time_now()
             and not exists (
-                select from surety.breakers
+                select from surety.circuit_breakers
                 where
-                    breakers.provider = disputes.provider and breakers.account = disputes.provider_account
-                    and breakers.opened_at is not null
+                    circuit_breakers.provider = disputes.provider
+                        and circuit_breakers.account = disputes.provider_account
+                    and circuit_breakers.opened_at is not null
             )
-        order by disputes.ask_at
+        order by disputes.poll_at
         limit p_limit
         for update skip locked
     ),
 
     claimed as (
         update surety.disputes
-        set ask_at = surety.time_now() + dispute_statuses.ask_after
+        set poll_at = surety.time_now() + dispute_statuses.poll_after
         from due, surety.dispute_statuses
         where disputes.id = due.id and disputes.status = dispute_statuses.status
         returning disputes.payment_id, disputes.provider_id, disputes.provider_account
@@ -143,10 +146,10 @@ begin atomic
     cross join surety.environment;
 end;
 
-comment on function surety.claim_dispute_questions(integer) is
+comment on function surety.claim_disputes_to_poll(integer) is
 'Open disputes and inquiries that the sweep should fetch now, every few hours.';
 
-create or replace function surety.lists_to_poll(p_list text, p_overlap interval)
+create or replace function surety.poll_windows(p_list text, p_overlap interval)
 returns table (provider text, account text, read_from timestamptz, read_to timestamptz)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -166,20 +169,20 @@ begin atomic
         on poll_cursors.provider = 'stripe' and accounts.account = poll_cursors.account and poll_cursors.list = p_list
     where
         not exists (
-            select from surety.breakers
+            select from surety.circuit_breakers
             where
-                breakers.provider = 'stripe' and breakers.account = accounts.account
-                and breakers.opened_at is not null
+                circuit_breakers.provider = 'stripe' and circuit_breakers.account = accounts.account
+                and circuit_breakers.opened_at is not null
         )
     order by accounts.account;
 end;
 
-comment on function surety.lists_to_poll(text, interval) is
+comment on function surety.poll_windows(text, interval) is
 'From when each account''s list must be read again, overlapping, because a list may show a row late; and what to tell
-surety.polled afterwards.';
+surety.advance_poll_cursor afterwards.';
 
-create or replace function surety.polled(p_provider text, p_account text, p_list text, p_to timestamptz) returns void
-language sql volatile security definer set search_path = pg_catalog, pg_temp
+create or replace function surety.advance_poll_cursor(p_provider text, p_account text, p_list text, p_to timestamptz)
+returns void language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     insert into surety.poll_cursors (provider, account, list, polled_to)
     values (p_provider, p_account, p_list, p_to)
@@ -187,7 +190,7 @@ begin atomic
     set polled_to = greatest(poll_cursors.polled_to, excluded.polled_to);
 end;
 
-create or replace function surety.claim_money(p_limit integer, p_again_after interval)
+create or replace function surety.claim_pending_money(p_limit integer, p_again_after interval)
 returns table (provider text, account text, object_id text, created_at timestamptz)
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -200,10 +203,11 @@ begin atomic
         where
             pending_money.available_at <= surety.time_now()
             and not exists (
-                select from surety.breakers
+                select from surety.circuit_breakers
                 where
-                    breakers.provider = pending_money.provider and breakers.account = pending_money.account
-                    and breakers.opened_at is not null
+                    circuit_breakers.provider = pending_money.provider
+                        and circuit_breakers.account = pending_money.account
+                    and circuit_breakers.opened_at is not null
             )
         order by pending_money.available_at, pending_money.object_id
         limit p_limit
@@ -219,6 +223,6 @@ begin atomic
     returning pending_money.provider, pending_money.account, pending_money.object_id, pending_money.created_at;
 end;
 
-comment on function surety.claim_money(integer, interval) is
+comment on function surety.claim_pending_money(integer, interval) is
 'Balance transactions that should have become available by now; what is asked for and still isn''t comes again later, so
 that it keeps no other from being asked for.';

@@ -1,6 +1,6 @@
 -- Refusals by the provider: the end of what was asked for.
 
-create or replace function surety.refuse_captures(p_results jsonb, p_actor text) returns text[]
+create or replace function surety.fail_refused_captures(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Captures that the provider would not make, of payments that are locked: the hold lives, another may be asked for.
@@ -15,7 +15,7 @@ begin
     )::surety.facts order by p.id) into v_refused
     from jsonb_to_recordset(p_results) as r (payment_id text, operation text, refused jsonb)
     join surety.payments as p on p.id = r.payment_id
-    cross join lateral surety.capture_asked(p.id) as asked
+    cross join lateral surety.pending_capture(p.id) as asked
     where r.refused is not null and r.operation = 'capture';
     if v_refused is null then
         return '{}';
@@ -23,13 +23,14 @@ begin
     insert into surety.fact_keys (provider, account, livemode, object_id, kind, revision, fact_id)
     select f.provider, f.account, f.livemode, f.object_id, f.kind, f.revision, f.id from unnest(v_refused) as f;
     insert into surety.facts select f.* from unnest(v_refused) as f;
-    return surety.advance(
-        array(select d from surety.derive(array(select f.payment_id from unnest(v_refused) as f)) as d), 'response',
+    return surety.advance_payments(
+        array(select d from surety.derive_payments(array(select f.payment_id from unnest(v_refused) as f)) as d),
+            'response',
         p_actor, null);
 end;
 $$;
 
-create or replace function surety.refuse_refunds(p_results jsonb, p_actor text) returns text[]
+create or replace function surety.fail_refused_refunds(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Refunds that the provider would not make, of payments that are locked: they have failed, and nothing exists there.
@@ -51,9 +52,9 @@ begin
     end if;
     insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor)
     select r.id, r.version + 1, r.state, 'failed', 'refused', v_now, p_actor from unnest(v_refused) as r;
-    v_types := surety.advance(
+    v_types := surety.advance_payments(
         array(
-            select d from surety.derive(array(select distinct r.payment_id from unnest(v_refused) as r)) as d
+            select d from surety.derive_payments(array(select distinct r.payment_id from unnest(v_refused) as r)) as d
         ), 'response', p_actor, null);
     perform ledger.post(array_agg((
         r.id || ':failed', 'refund_failed', r.payment_id, r.merchant_id, r.provider || '/' || r.provider_account,
@@ -64,7 +65,7 @@ begin
 end;
 $$;
 
-create or replace function surety.refuse_payments(p_results jsonb, p_actor text) returns text[]
+create or replace function surety.fail_refused_payments(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- Payments whose creation the provider refused for what they are: nothing exists there, so they have failed.
@@ -81,7 +82,7 @@ begin
     set failure = r.refused
     from jsonb_to_recordset(p_results) as r (payment_id text, refused jsonb)
     where p.id = r.payment_id and r.refused is not null and p.state = 'submitting';
-    v_types := surety.refuse_captures(p_results, p_actor) || surety.refuse_refunds(p_results, p_actor);
+    v_types := surety.fail_refused_captures(p_results, p_actor) || surety.fail_refused_refunds(p_results, p_actor);
     with refused as (
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
         select p.id, p.version + 1, p.state, 'failed', 'refused', v_now, p_actor

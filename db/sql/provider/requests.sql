@@ -21,7 +21,7 @@ begin atomic
         )
         when 'confirm' then jsonb_build_object('return_url', p_payment.return_url)
         when 'capture' then jsonb_build_object(
-            'amount_to_capture', (select asked.amount_minor from surety.capture_asked(p_payment.id) as asked)
+            'amount_to_capture', (select asked.amount_minor from surety.pending_capture(p_payment.id) as asked)
         )
         when 'cancel' then jsonb_build_object(
             'cancellation_reason',
@@ -31,7 +31,7 @@ begin atomic
     end);
 end;
 
-create or replace function surety.take_turn(
+create or replace function surety.reserve_request_slot(
     p_provider text, p_account text, p_per_second double precision, p_is_urgent boolean
 ) returns double precision
 language sql volatile security definer set search_path = pg_catalog, pg_temp
@@ -40,7 +40,7 @@ begin atomic
     -- Who isn't urgent takes a turn only where nobody would wait for it. A minute's backlog at most is kept, so that a
     -- clock that was set back can't stop us.
     with taken as (
-        insert into surety.provider_paces as paces (provider, account, next_at)
+        insert into surety.request_slots as paces (provider, account, next_at)
         values (
             p_provider, p_account,
             surety.time_now() - interval '500 milliseconds' + make_interval(secs => 1 / p_per_second)
@@ -57,6 +57,6 @@ begin atomic
     select greatest(0, taken.seconds) from taken;
 end;
 
-comment on function surety.take_turn(text, text, double precision, boolean) is
+comment on function surety.reserve_request_slot(text, text, double precision, boolean) is
 'Seconds to wait before one request may be sent to a provider''s account, its turn being taken; null where the turn was
 left to urgent requests.';

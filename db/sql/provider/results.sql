@@ -1,6 +1,6 @@
 -- Results of calls to providers.
 
-create or replace function surety.record_outcomes(p_actor text, p_results jsonb) returns text[]
+create or replace function surety.record_call_results(p_actor text, p_results jsonb) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- What came of calls: [{"payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?, "facts"?: [],
@@ -25,7 +25,7 @@ begin
         if v_facts is not null then
             raise exception 'facts and refusals are recorded in transactions of their own' using errcode = 'SU004';
         end if;
-        v_types := surety.refuse_payments(p_results, p_actor);
+        v_types := surety.fail_refused_payments(p_results, p_actor);
     end if;
     perform surety.open_discrepancy(
         r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', r.payment_id, r.discrepancy ->> 'detail', '{}', true,
@@ -49,22 +49,22 @@ begin
     )
     where r.operation is not null and r.outcome is not null;
     if v_entries is not null then
-        perform audit.record(v_entries);
+        perform audit.write_entries(v_entries);
     end if;
     return v_types;
 end;
 $$;
 
-create or replace function surety.record_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
+create or replace function surety.record_event_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
 returns table (is_held boolean, event_types text[])
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- What came of events: results as record_outcomes takes them, each with its "event_id" and perhaps "release_seconds"
--- or "outage". They are recorded whoever holds the lease; only the events' completion needs it. An event with
--- release_seconds is given back uncounted, one with error has failed (unless db/sql/provider/circuit_breaker.sql finds that its provider
--- has), every other is finished.
+-- What came of events: results as record_call_results takes them, each with its "event_id" and perhaps
+-- "release_seconds" or "outage". They are recorded whoever holds the lease; only the events' completion needs it. An
+-- event with release_seconds is given back uncounted, one with error has failed (unless
+-- db/sql/provider/circuit_breaker.sql finds that its provider has), every other is finished.
 declare
-    v_types text[] := surety.record_outcomes(p_actor, p_results);
+    v_types text[] := surety.record_call_results(p_actor, p_results);
     v_results jsonb := p_results;
     v_held boolean := true;
     v_failed jsonb;
@@ -72,7 +72,7 @@ declare
     v_released record;
 begin
     if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'outage') then
-        v_results := surety.excuse_outages(p_batch, p_results);
+        v_results := surety.uncount_outage_failures(p_batch, p_results);
     end if;
     select
         jsonb_agg(jsonb_build_object('event_id', r.event_id, 'error', r.error, 'outage', r.outage))
@@ -86,15 +86,15 @@ begin
         where r.release_seconds is not null
         group by r.release_seconds, r.outage
     loop
-        v_held := outbox.release(
+        v_held := outbox.release_events(
             p_batch, p_fence, v_released.ids, make_interval(secs => v_released.release_seconds::double precision),
             coalesce(v_released.reason, 'given back'), v_released.outage) and v_held;
     end loop;
     if v_failed is not null then
-        v_held := outbox.fail(p_batch, p_fence, v_failed) and v_held;
+        v_held := outbox.fail_events(p_batch, p_fence, v_failed) and v_held;
     end if;
     if v_done is not null then
-        v_held := outbox.finish(p_batch, p_fence, v_done) and v_held;
+        v_held := outbox.complete_events(p_batch, p_fence, v_done) and v_held;
     end if;
     return query select v_held, v_types;
 end;

@@ -8,7 +8,7 @@ as $$
 -- signatures verified. One commit for all; is_new is false for an event that was received before.
 declare
     v_now timestamptz := surety.time_now();
-    v_epoch integer := outbox.epoch();
+    v_generation integer := outbox.current_restore_generation();
 begin
     return query
     with given as (
@@ -19,35 +19,37 @@ begin
         )
     ),
     keyed as (
-        insert into surety.inbox_keys (provider, account, event_id, inbox_id)
+        insert into surety.provider_event_keys (provider, account, event_id, provider_event_id)
         select g.provider, g.account, g.event_id, g.id from given as g
         order by g.provider, g.account, g.event_id, g.n
         on conflict (provider, account, event_id) do nothing
-        returning inbox_id
+        returning provider_event_id
     ),
     stored as (
-        insert into surety.inbox (id, provider, account, livemode, event_id, type, headers, body, received_at)
+        insert into surety.provider_events (id, provider, account, livemode, event_id, type, headers, body, received_at)
         select g.id, g.provider, g.account, g.livemode, g.event_id, g.type, g.headers, g.body, v_now
-        from given as g join keyed as k on k.inbox_id = g.id
+        from given as g join keyed as k on k.provider_event_id = g.id
         order by g.id
     ),
     queued as (
-        insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, epoch)
+        insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, generation)
         select
             surety.new_id('evt', v_now), 'webhook', g.id, 'webhook.received',
-            jsonb_build_object('provider', g.provider, 'event', g.event_id, 'type', g.type), v_epoch
-        from given as g join keyed as k on k.inbox_id = g.id
+            jsonb_build_object('provider', g.provider, 'event', g.event_id, 'type', g.type), v_generation
+        from given as g join keyed as k on k.provider_event_id = g.id
         order by g.id
     ),
     told as (
         insert into audit.entries (id, at, kind, actor, address, outcome, snapshot)
         select
             surety.new_id('aud', v_now), v_now, 'webhook', g.provider, g.address,
-            case when k.inbox_id is null then 'repeated' when g.headers = '{}' then 'listed' else 'received' end,
+            case when k.provider_event_id is null then 'repeated' when g.headers = '{}' then 'listed'
+                else 'received' end,
             jsonb_build_object('event', g.event_id, 'type', g.type)
-        from given as g left join keyed as k on k.inbox_id = g.id
+        from given as g left join keyed as k on k.provider_event_id = g.id
     )
-    select g.n, k.inbox_id is not null from given as g left join keyed as k on k.inbox_id = g.id order by g.n;
+    select g.n, k.provider_event_id is not null from given as g left
+        join keyed as k on k.provider_event_id = g.id order by g.n;
 end;
 $$;
 
@@ -75,23 +77,23 @@ begin
 end;
 $$;
 
-create or replace function surety.unheard_events(p_provider text, p_account text, p_event_ids text[]) returns text[]
-language sql stable security definer set search_path = pg_catalog, pg_temp
+create or replace function surety.events_not_received(p_provider text, p_account text, p_event_ids text[]) returns
+text[] language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select coalesce(array_agg(listed.event_id), '{}')
     from unnest(p_event_ids) as listed (event_id)
     where not exists (
-        select from surety.inbox_keys
+        select from surety.provider_event_keys
         where
-            inbox_keys.provider = p_provider and inbox_keys.account = p_account
-            and inbox_keys.event_id = listed.event_id
+            provider_event_keys.provider = p_provider and provider_event_keys.account = p_account
+            and provider_event_keys.event_id = listed.event_id
     );
 end;
 
-comment on function surety.unheard_events(text, text, text[]) is
+comment on function surety.events_not_received(text, text, text[]) is
 'Those events of a provider''s list that no webhook has told of yet.';
 
-create or replace function surety.receive_listed(p_events jsonb) returns bigint
+create or replace function surety.store_polled_events(p_events jsonb) returns bigint
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- Whoever reads the list can't say that it was a webhook, signed: what he brings has no headers.
@@ -102,31 +104,33 @@ begin atomic
     )) as taken;
 end;
 
-comment on function surety.receive_listed(jsonb) is
+comment on function surety.store_polled_events(jsonb) is
 'Stores events of the provider''s list as surety.receive_webhooks does; returns how many were new.';
 
-create or replace function surety.read_inbox(p_batch bigint, p_fence bigint)
+create or replace function surety.read_provider_events(p_batch bigint, p_fence bigint)
 returns table (
-    event_id text, inbox_id text, source text, provider text, account text, livemode boolean, type text, body text,
+    event_id text, provider_event_id text, source text, provider text, account text, livemode boolean, type text,
+        body text,
     received_at timestamptz, failures integer
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
         e.event_id,
-        inbox.id,
+        provider_events.id,
         -- What was read from the list was signed by nobody.
-        case inbox.headers when '{}' then 'poll' else 'webhook' end,
-        inbox.provider,
-        inbox.account,
-        inbox.livemode,
-        inbox.type,
-        inbox.body,
-        inbox.received_at,
+        case provider_events.headers when '{}' then 'poll' else 'webhook' end,
+        provider_events.provider,
+        provider_events.account,
+        provider_events.livemode,
+        provider_events.type,
+        provider_events.body,
+        provider_events.received_at,
         e.failures
     from outbox.batch_events(p_batch, p_fence) as e
-    inner join surety.inbox on e.aggregate_id = inbox.id
+    inner join surety.provider_events on e.aggregate_id = provider_events.id
     order by e.event_id;
 end;
 
-comment on function surety.read_inbox(bigint, bigint) is 'The webhooks of a batch of webhook.received events.';
+comment on function surety.read_provider_events(bigint, bigint) is 'The webhooks of a batch of webhook.received
+events.';

@@ -1,6 +1,6 @@
 -- One id leads to the whole story.
 
-create or replace function surety.say_fact(
+create or replace function surety.describe_fact(
     p_kind text, p_object_id text, p_amount_minor bigint, p_currency text, p_data jsonb
 ) returns text
 language sql stable parallel safe set search_path = pg_catalog, pg_temp
@@ -10,17 +10,18 @@ begin atomic
         ' ',
         case
             when p_kind = 'money'
-                then concat_ws(' ', replace(p_data ->> 'category', '_', ' '), surety.money(p_amount_minor, p_currency))
-            || ', fee ' || surety.money((p_data ->> 'fee')::bigint, p_currency)
+                then concat_ws(' ', replace(p_data ->> 'category', '_', ' '), surety.format_amount(p_amount_minor,
+                    p_currency))
+            || ', fee ' || surety.format_amount((p_data ->> 'fee')::bigint, p_currency)
             when p_kind in ('submitted', 'action', 'processing', 'attempt_failed', 'failed', 'canceled')
                 then replace(p_kind, '_', ' ')
-            else concat_ws(' ', replace(p_kind, '_', ' '), surety.money(p_amount_minor, p_currency))
+            else concat_ws(' ', replace(p_kind, '_', ' '), surety.format_amount(p_amount_minor, p_currency))
         end,
         '(' || p_object_id || ')'
     );
 end;
 
-create or replace function surety.trace(p_payment_id text)
+create or replace function surety.trace_payment(p_payment_id text)
 returns table (
     at timestamptz, kind text, actor text, summary text, from_state text, to_state text, outcome text,
     duration_ms numeric, data jsonb
@@ -52,7 +53,8 @@ begin atomic
                         when entries.snapshot ->> 'route' = 'POST /v1/payments' then ''
                         else coalesce(
                             ' '
-                            || surety.money((entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'),
+                            || surety.format_amount((entries.snapshot ->> 'amount')::bigint,
+                                entries.snapshot ->> 'currency'),
                             ''
                         )
                     end
@@ -60,11 +62,11 @@ begin atomic
                     || ', Idempotency-Key ' || (entries.snapshot ->> 'idempotency_key')
                 when 'step' then entries.to_state || coalesce(' by ' || entries.reason, '')
                 when 'dispute' then
-                    'dispute of ' || surety.money(
+                    'dispute of ' || surety.format_amount(
                         (entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'
                     ) || ' ' || entries.to_state || coalesce(', ' || entries.reason, '')
                 when 'refund' then
-                    'refund of ' || surety.money(
+                    'refund of ' || surety.format_amount(
                         (entries.snapshot ->> 'amount')::bigint, entries.snapshot ->> 'currency'
                     ) || ' ' || entries.to_state || ' (' || (entries.snapshot ->> 'refund') || ')'
                 when 'call' then
@@ -99,16 +101,17 @@ begin atomic
 
     heard as (
         select
-            coalesce(inbox.received_at, facts.recorded_at) as at,
+            coalesce(provider_events.received_at, facts.recorded_at) as at,
             2 as turn,
             facts.id as place,
             facts.source as kind,
             facts.provider as actor,
             case
-                when inbox.id is null then said.fact
+                when provider_events.id is null then said.fact
                 when facts.kind in ('money', 'available') or fact_kinds.family in ('refund', 'dispute')
-                    then inbox.type || ' (' || inbox.event_id || '), ' || told.how || ': ' || said.fact
-                else inbox.type || ' (' || inbox.event_id || '), ' || told.how
+                    then provider_events.type || ' (' || provider_events.event_id || '), '
+                        || told.how || ': ' || said.fact
+                else provider_events.type || ' (' || provider_events.event_id || '), ' || told.how
             end as summary,
             null::text as from_state,
             null::text as to_state,
@@ -116,16 +119,17 @@ begin atomic
             null::numeric as duration_ms,
             jsonb_strip_nulls(jsonb_build_object(
                 'fact', facts.kind, 'object', facts.object_id, 'amount', facts.amount_minor, 'currency', facts.currency,
-                'recorded_at', surety.iso(facts.recorded_at)
+                'recorded_at', surety.format_time(facts.recorded_at)
             )) as data
         from surety.facts
         inner join surety.fact_kinds on facts.kind = fact_kinds.kind
         cross join lateral
-            surety.say_fact(facts.kind, facts.object_id, facts.amount_minor, facts.currency, facts.data) as said (fact)
+            surety.describe_fact(facts.kind, facts.object_id, facts.amount_minor, facts.currency,
+                facts.data) as said (fact)
         cross join lateral (
             select case facts.source when 'webhook' then 'signature valid' else 'from the list of events' end as how
         ) as told
-        left join surety.inbox on facts.source in ('webhook', 'poll') and facts.source_id = inbox.id
+        left join surety.provider_events on facts.source in ('webhook', 'poll') and facts.source_id = provider_events.id
         where facts.payment_id = p_payment_id and facts.source not in ('response', 'request')
     ),
 
@@ -136,7 +140,7 @@ begin atomic
             postings.id || transfers.leg as place,
             'transfer' as kind,
             'ledger' as actor,
-            surety.money(transfers.amount_minor, transfers.currency)
+            surety.format_amount(transfers.amount_minor, transfers.currency)
             || ' ' || split_part(transfers.debit_account, ':', 1)
             || ' ← ' || split_part(transfers.credit_account, ':', 1) || ' (' || postings.rule || ')' as summary,
             null::text as from_state,
@@ -172,11 +176,11 @@ begin atomic
     order by story.at, story.turn, story.place;
 end;
 
-comment on function surety.trace(text) is
+comment on function surety.trace_payment(text) is
 'Everything known about a payment, in the order in which it happened: requests, steps, calls, webhooks, transfers,
 retries.';
 
-create or replace function surety.sum_up(p_payment_id text)
+create or replace function surety.payment_summary(p_payment_id text)
 returns table (
     amount text, state text, merchant text, reference text, provider_id text, charges bigint, refunds bigint,
     disputes bigint, steps integer, transfers bigint, still_open text[]
@@ -184,7 +188,7 @@ returns table (
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
-        surety.money(payments.amount_minor, payments.currency),
+        surety.format_amount(payments.amount_minor, payments.currency),
         payments.state,
         merchants.name,
         payments.reference,
@@ -200,21 +204,21 @@ begin atomic
             where postings.payment_id = payments.id
         ),
         array(
-            select expectations.kind || ' expected by ' || surety.iso(expectations.due_at)
+            select expectations.kind || ' expected by ' || surety.format_time(expectations.due_at)
             from surety.expectations
             where expectations.payment_id = payments.id and expectations.met_at is null
             union all
-            select surety.money(payments.refund_pending_minor, payments.currency) || ' to be refunded'
+            select surety.format_amount(payments.refund_pending_minor, payments.currency) || ' to be refunded'
             where payments.refund_pending_minor > 0
             union all
-            select 'evidence due by ' || surety.iso(disputes.evidence_due_at)
+            select 'evidence due by ' || surety.format_time(disputes.evidence_due_at)
             from surety.disputes
             inner join surety.dispute_statuses on disputes.status = dispute_statuses.status
             where
                 disputes.payment_id = payments.id and disputes.submit_asked_at is null
                 and dispute_statuses.takes_evidence and disputes.evidence_due_at is not null
             union all
-            select surety.money(payments.at_risk_minor, payments.currency) || ' disputed'
+            select surety.format_amount(payments.at_risk_minor, payments.currency) || ' disputed'
             where payments.at_risk_minor > 0
             union all
             select 'dead letter of ' || dead_letters.handler
@@ -241,5 +245,5 @@ begin atomic
     where payments.id = p_payment_id;
 end;
 
-comment on function surety.sum_up(text) is
+comment on function surety.payment_summary(text) is
 'A payment in one line, with what is still open about it; no row for an id that no payment has.';

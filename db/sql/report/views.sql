@@ -70,7 +70,8 @@ from ledger.balances
 inner join ledger.accounts on balances.account_id = accounts.id;
 
 comment on view report.merchant_balances is
-'What merchants are owed, by account: pend (not settled), avail, held (in dispute), refunding. Credits minus debits.';
+'What merchants are owed, by account: pending (not settled), available, disputed, reserved_for_refunds. Credits minus
+debits.';
 
 create or replace view report.discrepancies as
 select

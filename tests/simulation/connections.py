@@ -14,7 +14,7 @@ from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, waiting
 from psycopg.pq import ExecStatus, TransactionStatus
 
 from tests.simulation.loop import PROCESS, Process
-from tests.simulation.outages import OPENERS, keep_given_back, look
+from tests.simulation.outages import BREAKER_STATEMENTS, check_failures_uncounted, find_open_breakers
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -26,13 +26,13 @@ class Cursor(AsyncCursor[Any]):
     """Tells its connection what it is going to do."""
 
     async def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
-        wire = self._conn
-        assert isinstance(wire, Wire)
-        wire.begin_doing(query, params)
+        connection = self._conn
+        assert isinstance(connection, SimulatedConnection)
+        connection.note_statement(query, params)
         return await super().execute(query, params, **options)
 
 
-class Wire(AsyncConnection[Any]):
+class SimulatedConnection(AsyncConnection[Any]):
     """A connection that a schedule owns: each statement waits for its turn and may be cut off at its boundaries.
 
     A statement outside of a transaction gets one of its own, whose commit is a turn again: so transactions of several
@@ -42,18 +42,18 @@ class Wire(AsyncConnection[Any]):
     schedule: Schedule | None = None
     process: Process | None = None
     is_cut = False
-    is_still = False
+    is_suspended = False
     is_seeded = False
     lease = 0
     has_waited = False
     has_locked = False
     stays_open = False
-    is_doomed = False
+    is_cut_before_commit = False
     doing = ""
-    told = ""
+    last_time_sent = ""
     before: tuple[str, ...] = ()
 
-    def begin_doing(self, query: Any, params: Any) -> None:
+    def note_statement(self, query: Any, params: Any) -> None:
         """Note what is coming."""
         text = query.decode() if isinstance(query, bytes) else str(query)
         self.doing = text.split("(", 1)[0].split()[-1] if "(" in text else text.split()[0]
@@ -71,7 +71,7 @@ class Wire(AsyncConnection[Any]):
         finally:
             # A rollback takes back what was told in it.
             if self.doing != "commit":
-                self.told = ""
+                self.last_time_sent = ""
 
     async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ASYNC109
         schedule = self.schedule
@@ -83,15 +83,15 @@ class Wire(AsyncConnection[Any]):
         await schedule.turn(self.process, self.doing)
         if self.is_cut:
             raise psycopg.OperationalError("the connection is closed")
-        if schedule.lot("cut_before"):
+        if schedule.draw_fault("cut_before"):
             raise self.cut()
         is_alone = self.pgconn.transaction_status == TransactionStatus.IDLE and self.doing != "transaction"
-        opens = is_alone and self.draw_opening(schedule)
-        self.tell_time(schedule.loop.seconds, opens)
+        opens = is_alone and self.draw_open_transaction(schedule)
+        self.send_time(schedule.loop.seconds, opens)
         try:
             result = await self.do(gen, opens)
         except psycopg.Error as error:
-            self.told = ""
+            self.last_time_sent = ""
             if not self.is_cut:
                 schedule.on_error(self.doing, error)
                 if opens:
@@ -100,27 +100,29 @@ class Wire(AsyncConnection[Any]):
         finally:
             # Within a transaction nothing is let go that others wait for.
             if self.pgconn.transaction_status != TransactionStatus.INTRANS:
-                schedule.locks.settle()
-        if schedule.lot("cut_after"):
+                schedule.locks.resume_granted()
+        if schedule.draw_fault("cut_after"):
             raise self.cut()
         return result
 
-    def draw_opening(self, schedule: Schedule) -> bool:
+    def draw_open_transaction(self, schedule: Schedule) -> bool:
         """Whether others see a statement that stands alone before its commit, or its connection is lost by then."""
-        self.stays_open, self.is_doomed = schedule.leaves_open(), schedule.lot("cut_open")
-        return self.stays_open or self.is_doomed
+        self.stays_open, self.is_cut_before_commit = schedule.keeps_transaction_open(), schedule.draw_fault("cut_open")
+        return self.stays_open or self.is_cut_before_commit
 
     async def do(self, gen: Any, opens: bool) -> Any:
         """Run a statement, with its commit if that is an event of its own."""
         schedule, process = self.schedule, self.process
         assert schedule is not None and process is not None
-        found = look(schedule.ground) if self.doing in OPENERS and not schedule.is_calm else None
+        found = (
+            find_open_breakers(schedule.database) if self.doing in BREAKER_STATEMENTS and not schedule.is_calm else None
+        )
         self.has_waited = False
         result = await self.drive(gen)
         if opens:
             await self.commit_in_turn(schedule, process)
         if found is not None and not self.has_waited:
-            keep_given_back(schedule, found)
+            check_failures_uncounted(schedule, found)
         return result
 
     async def commit_in_turn(self, schedule: Schedule, process: Process) -> None:
@@ -129,20 +131,20 @@ class Wire(AsyncConnection[Any]):
             await schedule.turn(process, f"{self.doing}: commit")
             if self.is_cut:
                 raise psycopg.OperationalError("the connection is closed")
-        if self.is_doomed:
+        if self.is_cut_before_commit:
             raise self.cut()
         self.run("commit")
 
-    def tell_time(self, seconds: float, opens: bool) -> None:
+    def send_time(self, seconds: float, opens: bool) -> None:
         """Let the server know what time it is, before it does something."""
         if self.pgconn.transaction_status == TransactionStatus.INERROR:
             return
         told = f"set simulation.ahead = '{seconds:.6f} s'"
-        commands = [*self.before, *([told] if told != self.told else []), *(["begin"] if opens else [])]
+        commands = [*self.before, *([told] if told != self.last_time_sent else []), *(["begin"] if opens else [])]
         self.before = ()
         if commands:
             self.run("; ".join(commands))
-        self.told = told
+        self.last_time_sent = told
 
     def run(self, command: str) -> None:
         """Something quick that waits for nobody."""
@@ -153,7 +155,7 @@ class Wire(AsyncConnection[Any]):
     def cut(self) -> psycopg.OperationalError:
         """Lose the connection: the server rolls back what is open."""
         self.is_cut = True
-        self.tidy()
+        self.reset_session()
         return psycopg.OperationalError("server closed the connection unexpectedly")
 
     async def drive(self, gen: Any) -> Any:
@@ -176,30 +178,30 @@ class Wire(AsyncConnection[Any]):
         poll.register(self.pgconn.socket, select.POLLIN)
         quiet_ms = QUIET_MS
         while not poll.poll(quiet_ms):
-            if self.schedule.ground.waits_for_a_lock(self):
+            if self.schedule.database.waits_for_a_lock(self):
                 return bool(poll.poll(0))
             # Who has worked for long is asked less often.
             quiet_ms *= 2
         return True
 
-    def hold_still(self, still: bool) -> None:
+    def suspend_backend(self, still: bool) -> None:
         """Stop the server's process that waits, or let it go on: of several that one commit frees, one goes first."""
         assert self.schedule is not None
-        if still != self.is_still and self.schedule.ground.is_ours:
-            self.is_still = still
+        if still != self.is_suspended and self.schedule.database.is_own_server:
+            self.is_suspended = still
             os.kill(self.pgconn.backend_pid, signal.SIGSTOP if still else signal.SIGCONT)
 
-    def tidy(self) -> None:
+    def reset_session(self) -> None:
         """As after a client's death: nothing open, nothing locked."""
-        if self.is_still:
-            self.hold_still(False)
+        if self.is_suspended:
+            self.suspend_backend(False)
         if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
             self.cancel()
             while self.pgconn.get_result() is not None:
                 pass
         if self.pgconn.transaction_status != TransactionStatus.IDLE:
             self.run("rollback")
-            self.told = ""
+            self.last_time_sent = ""
         self._num_transactions = 0
         if self.has_locked:
             self.has_locked = False
@@ -211,6 +213,6 @@ class Wire(AsyncConnection[Any]):
             await super().close()
         elif self.process is PROCESS.get() and not self.is_cut:
             self.is_cut = True
-            self.tidy()
-            self.schedule.locks.give_up(self)
-            self.schedule.locks.settle()
+            self.reset_session()
+            self.schedule.locks.fail_waiter(self)
+            self.schedule.locks.resume_granted()

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import psycopg
 
-from app.cli.demo import POLL_SECONDS, count_workers, shorten
-from app.local.processes import Troupe, free_port
+from app.cli.demo import POLL_SECONDS, count_workers, shorten_demo_delays
+from app.local.processes import ProcessGroup, free_port
 from db.connect import harden
 from db.deploy.deploy import deploy
 from db.embedded import PORT, EmbeddedServer, create_database, with_database
-from db.errors import ServerError
-from tests.crash.proxy import Proxy
+from db.errors import EmbeddedServerError
+from tests.crash.half_open_proxy import HalfOpenProxy
 
 Connection = psycopg.Connection[tuple[object, ...]]
 
@@ -32,7 +32,7 @@ PROVIDER_TIMEOUT_SECONDS = "5"
 EVIDENCE_SECONDS = "5"
 
 
-class House:
+class SystemUnderTest:
     """PostgreSQL, the proxy before it, and all of our processes behind that."""
 
     def __init__(self, scene: Path, seed: int) -> None:
@@ -43,8 +43,8 @@ class House:
         self.url = with_database(self.server.url, DATABASE)
         deploy(self.url)
         with self.connect() as conn:
-            shorten(conn)
-        self.proxy = Proxy(f"{self.server.socket_folder}/.s.PGSQL.{PORT}")
+            shorten_demo_delays(conn)
+        self.proxy = HalfOpenProxy(f"{self.server.socket_folder}/.s.PGSQL.{PORT}")
         lot = random.Random(os.getpid())
         self.ports = {name: free_port(lot.choice(PORTS)) for name in ("api", "webhooks", "sandbox")}
         secret = f"whsec_{secrets.token_hex(16)}"
@@ -59,7 +59,7 @@ class House:
             "SURETY_POLL_SECONDS": POLL_SECONDS,
             "PYTHONUNBUFFERED": "1",
         }
-        self.troupe = Troupe(scene, inherited | told)
+        self.process_group = ProcessGroup(scene, inherited | told)
         cli = ("-m", "app.cli")
         self.commands: dict[str, tuple[str, ...]] = {
             "api": (*cli, "api", "--port", str(self.ports["api"]), "--processes", "2"),
@@ -80,11 +80,11 @@ class House:
     def open(self) -> None:
         """Start everything; returns once all listen and the workers are at work."""
         for name, command in self.commands.items():
-            self.troupe.start(name, *command)
+            self.process_group.start(name, *command)
         for name, port in self.ports.items():
-            self.troupe.wait_for_port(name, port)
+            self.process_group.wait_for_port(name, port)
         with self.connect() as conn:
-            self.troupe.wait_for(WORKERS[0], lambda: count_workers(conn) >= len(WORKERS))
+            self.process_group.wait_for(WORKERS[0], lambda: count_workers(conn) >= len(WORKERS))
 
     def connect(self) -> Connection:
         """A connection of the run's own, beside the proxy."""
@@ -92,9 +92,13 @@ class House:
 
     def revive(self) -> list[str]:
         """Start what is not running, as a supervisor would; their names."""
-        dead = [name for name in self.commands if name not in self.troupe.processes or name in self.troupe.dead()]
+        dead = [
+            name
+            for name in self.commands
+            if name not in self.process_group.processes or name in self.process_group.ended_processes()
+        ]
         for name in dead:
-            self.troupe.start(name, *self.commands[name])
+            self.process_group.start(name, *self.commands[name])
         return dead
 
     def kill_server(self) -> None:
@@ -109,7 +113,7 @@ class House:
         while True:
             try:
                 self.server.restart("immediate")
-            except ServerError:
+            except EmbeddedServerError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
@@ -118,6 +122,6 @@ class House:
 
     def close(self) -> None:
         """End everything."""
-        self.troupe.stop()
+        self.process_group.stop()
         self.proxy.stop()
         self.server.stop()

@@ -8,42 +8,44 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from app.sandbox.memory import Record
-    from tests.simulation.clients import Wanted
+    from app.sandbox.memory import StoredObject
+    from tests.simulation.clients import WantedPayment
     from tests.simulation.schedule import Schedule
 
 # Of a refund at the provider: it took the money, or will.
-STANDING = frozenset({"pending", "requires_action", "succeeded"})
+ACTIVE_REFUND_STATUSES = frozenset({"pending", "requires_action", "succeeded"})
 # What somebody will have seen to, once time has passed.
-OF_THE_END = frozenset({"no batch outlives its lease unnoticed", "what is overdue is told"})
-OPEN = frozenset({"needs_response", "under_review", "appeal_needs_response", "appeal_under_review"})
+ONLY_AT_THE_END = frozenset({"no batch outlives its lease unnoticed", "what is overdue is told"})
+OPEN_DISPUTE_STATUSES = frozenset({"needs_response", "under_review", "appeal_needs_response", "appeal_under_review"})
 
 
 def check(schedule: Schedule) -> None:
-    """Say which promises are broken."""
-    keep_invariants(schedule)
-    keep_acknowledgements(schedule)
-    keep_uniqueness(schedule)
-    keep_effects(schedule)
-    keep_charges(schedule)
-    keep_refunds(schedule)
-    keep_disputes(schedule)
-    keep_money(schedule)
-    keep_expectations(schedule)
-    refuse_lies(schedule)
-    conclude(schedule)
+    """Say which invariants are broken."""
+    check_database_invariants(schedule)
+    check_acknowledgements(schedule)
+    check_uniqueness(schedule)
+    check_effects(schedule)
+    check_charges(schedule)
+    check_refunds(schedule)
+    check_disputes(schedule)
+    check_ledger(schedule)
+    check_expectations(schedule)
+    check_illegal_writes(schedule)
+    record_final_states(schedule)
 
 
-def keep_invariants(schedule: Schedule, besides: Collection[str] = ()) -> None:
+def check_database_invariants(schedule: Schedule, besides: Collection[str] = ()) -> None:
     """What check_invariants() says."""
-    for name, count, example in schedule.ground.rows("select name, violations, example from surety.check_invariants()"):
+    for name, count, example in schedule.database.rows(
+        "select name, violations, example from surety.check_invariants()"
+    ):
         if count and name not in besides:
-            schedule.violate(name, f"{count}, such as {example}")
+            schedule.report_violation(name, f"{count}, such as {example}")
 
 
-def keep_acknowledgements(schedule: Schedule) -> None:
+def check_acknowledgements(schedule: Schedule) -> None:
     """What was answered stays true: one payment per key, one answer per payment, and it is there."""
-    present = dict(schedule.ground.rows("select id, amount_minor from surety.payments"))
+    present = dict(schedule.database.rows("select id, amount_minor from surety.payments"))
     made: dict[str, str] = {}
     keys = Counter((wanted.merchant, wanted.key) for wanted in schedule.wanted)
     for wanted in schedule.wanted:
@@ -52,44 +54,50 @@ def keep_acknowledgements(schedule: Schedule) -> None:
         )
         answers = {(row[1], row[2], row[4]) for row in wanted.answers}
         if len({answer for answer in answers if answer[0] == 201}) > 1:
-            schedule.violate("a repeated request gets the first answer", f"{wanted.key}: {answers}")
+            schedule.report_violation("a repeated request gets the first answer", f"{wanted.key}: {answers}")
         for row in wanted.answers:
             if row[1] != 201:
                 if row[2] not in refusals:
-                    schedule.violate("no sound request is refused", f"{wanted.key}: {row[1:4]}")
+                    schedule.report_violation("no sound request is refused", f"{wanted.key}: {row[1:4]}")
                 continue
             payment_id = row[6]
             if present.get(payment_id) != wanted.amount or json.loads(row[4])["id"] != payment_id:
-                schedule.violate("every acknowledged payment is present", f"{wanted.key}: {payment_id}")
+                schedule.report_violation("every acknowledged payment is present", f"{wanted.key}: {payment_id}")
             if made.setdefault(payment_id, wanted.key) != wanted.key:
-                schedule.violate("two keys are two payments", f"{payment_id}: {made[payment_id]} and {wanted.key}")
-        keep_commands(schedule, wanted)
+                schedule.report_violation(
+                    "two keys are two payments", f"{payment_id}: {made[payment_id]} and {wanted.key}"
+                )
+        check_commands(schedule, wanted)
     if strange := present.keys() - made.keys():
-        schedule.violate("a key makes one payment", ", ".join(sorted(strange)))
+        schedule.report_violation("a key makes one payment", ", ".join(sorted(strange)))
 
 
-def keep_commands(schedule: Schedule, wanted: Wanted) -> None:
+def check_commands(schedule: Schedule, wanted: WantedPayment) -> None:
     """What was answered to a merchant's commands stays true, too."""
-    for key, answers in wanted.told.items():
+    for key, answers in wanted.command_answers.items():
         if len(set(answers)) > 1:
-            schedule.violate("a repeated request gets the first answer", f"{key}: {answers}")
+            schedule.report_violation("a repeated request gets the first answer", f"{key}: {answers}")
         status, document = answers[0][0], json.loads(answers[0][1])
         if key.startswith("cancel_payment") and status == 200:
-            [(state,)] = schedule.ground.rows("select state from surety.payments where id = %s", document["id"])
+            [(state,)] = schedule.database.rows("select state from surety.payments where id = %s", document["id"])
             if state != "canceled":
-                schedule.violate("what was canceled before anything was sent stays so", f"{document['id']}: {state}")
+                schedule.report_violation(
+                    "what was canceled before anything was sent stays so", f"{document['id']}: {state}"
+                )
         if key.startswith("create_refund"):
             query = "select amount_minor from surety.refunds where id = %s and payment_id = %s"
-            if schedule.ground.rows(query, document["id"], document["payment"]) != [(document["amount"],)]:
-                schedule.violate("every acknowledged refund is present", document["id"])
+            if schedule.database.rows(query, document["id"], document["payment"]) != [(document["amount"],)]:
+                schedule.report_violation("every acknowledged refund is present", document["id"])
 
 
-ONCE = {
+UNIQUENESS_QUERIES = {
     "a reference is one living payment's": (
         "select reference from surety.payments where state not in ('failed', 'canceled') and reference is not null"
         " group by merchant_id, reference having count(*) > 1"
     ),
-    "a repeated webhook is stored once": "select event_id from surety.inbox group by event_id having count(*) > 1",
+    "a repeated webhook is stored once": (
+        "select event_id from surety.provider_events group by event_id having count(*) > 1"
+    ),
     "what kills no worker is not buried for it": (
         "select event_id from outbox.dead_letters where reason like 'its worker died%%'"
         " and (%(poison)s::text is not null and event_id <> %(poison)s)"
@@ -97,17 +105,17 @@ ONCE = {
 }
 
 
-def keep_uniqueness(schedule: Schedule) -> None:
+def check_uniqueness(schedule: Schedule) -> None:
     """What must not be there twice, nor at all."""
-    for promise, query in ONCE.items():
-        found = schedule.ground.overseer.execute(query.encode(), {"poison": schedule.poison}).fetchone()
+    for invariant, query in UNIQUENESS_QUERIES.items():
+        found = schedule.database.observer.execute(query.encode(), {"poison": schedule.poison}).fetchone()
         if found is not None:
-            schedule.violate(promise, str(found[0]))
+            schedule.report_violation(invariant, str(found[0]))
 
 
-def keep_effects(schedule: Schedule) -> None:
+def check_effects(schedule: Schedule) -> None:
     """Each event was effective once."""
-    rows = schedule.ground.rows(
+    rows = schedule.database.rows(
         "select e.id, e.type, count(x.event_id) from outbox.events as e left join simulation.effects as x"
         " on x.event_id = e.id where e.type = any(select unnest(event_types) from outbox.handlers"
         " where handler = 'probe') group by e.id, e.type having count(x.event_id) <> 1"
@@ -115,49 +123,51 @@ def keep_effects(schedule: Schedule) -> None:
     # What kills each worker that touches it has no effect, and is given up.
     rows = [row for row in rows if row[0] != schedule.poison or row[2]]
     if rows:
-        schedule.violate("every event is effective once per handler", str(rows[0]))
+        schedule.report_violation("every event is effective once per handler", str(rows[0]))
 
 
-def keep_charges(schedule: Schedule) -> None:
+def check_charges(schedule: Schedule) -> None:
     """What the provider did and what we believe are the same."""
     memory = schedule.provider.memory
     charged: dict[str, int] = {}
-    intents = {intent.id: intent for intent in memory.every("payment_intent")}
-    for charge in memory.every("charge"):
+    intents = {intent.id: intent for intent in memory.all_of_kind("payment_intent")}
+    for charge in memory.all_of_kind("charge"):
         if charge.body["captured"]:
             payment_id = intents[charge.body["payment_intent"]].body["metadata"]["surety_payment"]
             if payment_id in charged:
-                schedule.violate("no payment is charged twice", payment_id)
+                schedule.report_violation("no payment is charged twice", payment_id)
             charged[payment_id] = charge.body["amount_captured"]
     made = Counter(intent.body["metadata"].get("surety_payment") for intent in intents.values())
     # What comes a day late leaves an orphan, which can't charge; without that there is none.
     if not any(fault.startswith(("slow", "stalled")) for fault in schedule.faults) and made.total() > len(made):
-        schedule.violate("a payment has one intent", str(made.most_common(1)))
+        schedule.report_violation("a payment has one intent", str(made.most_common(1)))
     for intent in intents.values():
         # One that nobody wants any more was called off when it was seen.
         if intent.body["status"] not in {"succeeded", "canceled"}:
-            schedule.violate("no payer can succeed with what has ended", f"{intent.id}: {intent.body['status']}")
-    keep_states(schedule, charged)
+            schedule.report_violation(
+                "no payer can succeed with what has ended", f"{intent.id}: {intent.body['status']}"
+            )
+    check_states(schedule, charged)
 
 
-def keep_states(schedule: Schedule, charged: dict[str, int]) -> None:
+def check_states(schedule: Schedule, charged: dict[str, int]) -> None:
     """Where each payment ended is what the provider remembers of it."""
     memory = schedule.provider.memory
     refunded: Counter[str] = Counter()
-    for refund in memory.every("refund"):
+    for refund in memory.all_of_kind("refund"):
         if refund.body["status"] == "succeeded":
             refunded[paid_by(schedule, refund)] += refund.body["amount"]
     at_risk: Counter[str] = Counter()
     lost: Counter[str] = Counter()
-    for dispute in memory.every("dispute"):
-        if dispute.body["status"] in OPEN:
+    for dispute in memory.all_of_kind("dispute"):
+        if dispute.body["status"] in OPEN_DISPUTE_STATUSES:
             at_risk[paid_by(schedule, dispute)] += max(0, -dispute.net)
         if dispute.body["status"] == "lost":
             lost[paid_by(schedule, dispute)] += max(0, -dispute.net)
-    rows = schedule.ground.rows("select id, state, captured_minor from surety.payments order by id")
+    rows = schedule.database.rows("select id, state, captured_minor from surety.payments order by id")
     for payment_id, state, captured in rows:
         if captured != charged.get(payment_id, 0):
-            schedule.violate(
+            schedule.report_violation(
                 "what was charged is what we captured",
                 f"{payment_id}: {captured} here, {charged.get(payment_id)} there",
             )
@@ -173,70 +183,74 @@ def keep_states(schedule: Schedule, charged: dict[str, int]) -> None:
                 else "settled"
             }  # fmt: skip
         if state not in expected:
-            schedule.violate("a payment is where the provider has it", f"{payment_id}: {state}, not {expected}")
+            schedule.report_violation(
+                "a payment is where the provider has it", f"{payment_id}: {state}, not {expected}"
+            )
 
 
-def paid_by(schedule: Schedule, record: Record) -> str:
+def paid_by(schedule: Schedule, record: StoredObject) -> str:
     """The payment that a refund or dispute at the provider belongs to."""
     payment_id: str = schedule.provider.memory.get(record.body["charge"]).body["metadata"]["surety_payment"]
     return payment_id
 
 
-def keep_refunds(schedule: Schedule) -> None:
+def check_refunds(schedule: Schedule) -> None:
     """Each refund of the provider's is one of ours, as it stands there; and none was made twice."""
-    there = {refund.id: refund.body for refund in schedule.provider.memory.every("refund")}
-    standing = [body for body in there.values() if body["status"] in STANDING]
+    there = {refund.id: refund.body for refund in schedule.provider.memory.all_of_kind("refund")}
+    standing = [body for body in there.values() if body["status"] in ACTIVE_REFUND_STATUSES]
     demands = Counter(body["metadata"].get("surety_refund") for body in standing)
     for demand, times in demands.items():
         if demand is not None and times > 1:
-            schedule.violate("no refund is made twice", demand)
-    rows = schedule.ground.rows("select id, provider_id, state, amount_minor from surety.refunds order by id")
+            schedule.report_violation("no refund is made twice", demand)
+    rows = schedule.database.rows("select id, provider_id, state, amount_minor from surety.refunds order by id")
     for refund_id, provider_id, state, amount in rows:
         made = there.pop(provider_id, None)
         if made is None and state != "failed":
-            schedule.violate("a refund stands as the provider has it", f"{refund_id}: {state}, never made")
+            schedule.report_violation("a refund stands as the provider has it", f"{refund_id}: {state}, never made")
         if made is not None and (made["status"], made["amount"]) != (state, amount):
             told = f"{refund_id}: {state} {amount}, there {made['status']} {made['amount']}"
-            schedule.violate("a refund stands as the provider has it", told)
+            schedule.report_violation("a refund stands as the provider has it", told)
     if there:
-        schedule.violate("every refund at the provider is known", ", ".join(there))
+        schedule.report_violation("every refund at the provider is known", ", ".join(there))
 
 
-def keep_disputes(schedule: Schedule) -> None:
+def check_disputes(schedule: Schedule) -> None:
     """Each dispute of the provider's is one of ours, as it stands there."""
-    rows = schedule.ground.rows("select provider_id, status, withdrawn_minor from surety.disputes order by id")
+    rows = schedule.database.rows("select provider_id, status, withdrawn_minor from surety.disputes order by id")
     found = {row[0]: row[1:] for row in rows}
     expected = {
         dispute.id: (
             dispute.body["status"],
-            max(0, -dispute.net) if dispute.body["status"] == "lost" or dispute.body["status"] in OPEN else 0,
+            max(0, -dispute.net)
+            if dispute.body["status"] == "lost" or dispute.body["status"] in OPEN_DISPUTE_STATUSES
+            else 0,
         )
-        for dispute in schedule.provider.memory.every("dispute")
+        for dispute in schedule.provider.memory.all_of_kind("dispute")
     }
     if found != expected:
-        schedule.violate("a dispute stands as the provider has it", f"{found}, there {expected}")
+        schedule.report_violation("a dispute stands as the provider has it", f"{found}, there {expected}")
 
 
-def keep_money(schedule: Schedule) -> None:
+def check_ledger(schedule: Schedule) -> None:
     """The ledger as an accountant would have kept it, from what the provider did and what was agreed."""
     expected: dict[str, int] = {}
 
     def book(account: str, amount: int) -> None:
         expected[account] = expected.get(account, 0) + amount
 
-    book_what_the_provider_did(schedule, book)
-    for payment_id, merchant, currency in schedule.ground.rows(
+    book_provider_records(schedule, book)
+    for payment_id, merchant, currency in schedule.database.rows(
         "select id, merchant_id, currency from surety.payments where captured_minor > 0"
     ):
-        [(amount,)] = schedule.ground.rows("select captured_minor from surety.payments where id = %s", payment_id)
+        [(amount,)] = schedule.database.rows("select captured_minor from surety.payments where id = %s", payment_id)
         fee = (amount * 340 + 5000) // 10000 + 35
-        book(f"avail {merchant} {currency}", amount - fee)
-        book(f"rev {currency}", fee)
+        book(f"available {merchant} {currency}", amount - fee)
+        book(f"fee_revenue {currency}", fee)
     found = {
-        f"{kind} {owner} {currency}" if kind in {"avail", "pend", "held", "refunding"} else f"{kind} {currency}": int(
-            total
-        )
-        for kind, owner, currency, total in schedule.ground.rows(
+        f"{kind} {owner} {currency}"
+        if kind in {"available", "pending", "disputed", "reserved_for_refunds"}
+        else f"{kind} {currency}": int(total)
+        for kind, owner, currency, total in schedule.database.rows(
             "select a.kind, a.owner_id, a.currency, sum(case when l.is_credit then l.amount_minor"
             " else - l.amount_minor end) from (select credit_account as id, amount_minor, true as is_credit"
             " from ledger.transfers union all select debit_account, amount_minor, false from ledger.transfers) as l"
@@ -248,65 +262,65 @@ def keep_money(schedule: Schedule) -> None:
     if found != expected:
         differing = {name: (expected.get(name), found.get(name)) for name in sorted(found.keys() | expected.keys())}
         wrong = {name: both for name, both in differing.items() if both[0] != both[1]}
-        schedule.violate("the ledger is what was agreed and what happened", f"expected and found: {wrong}")
+        schedule.report_violation("the ledger is what was agreed and what happened", f"expected and found: {wrong}")
 
 
-def book_what_the_provider_did(schedule: Schedule, book: Callable[[str, int], None]) -> None:
+def book_provider_records(schedule: Schedule, book: Callable[[str, int], None]) -> None:
     """Its balance transactions, and what it holds that is a merchant's."""
     memory = schedule.provider.memory
-    merchants = dict(schedule.ground.rows("select id, merchant_id from surety.payments"))
-    for line in memory.every("balance_transaction"):
-        book(f"stripe {line.currency}", -line.body["net"])
-        book(f"cost {line.currency}", -line.body["fee"])
+    merchants = dict(schedule.database.rows("select id, merchant_id from surety.payments"))
+    for line in memory.all_of_kind("balance_transaction"):
+        book(f"provider_balance {line.currency}", -line.body["net"])
+        book(f"provider_cost {line.currency}", -line.body["fee"])
         source = memory.find(line.body["source"] or "")
         if source is None or source.kind not in {"refund", "dispute"}:
             continue
         merchant = f"{merchants[paid_by(schedule, source)]} {line.currency}"
         if source.kind == "refund":
-            book(f"refunding {merchant}", line.body["amount"])
+            book(f"reserved_for_refunds {merchant}", line.body["amount"])
         else:
-            book(f"network {line.currency}", line.body["amount"])
+            book(f"withheld_by_network {line.currency}", line.body["amount"])
             # The network's fee is passed on.
-            book(f"avail {merchant}", -line.body["fee"])
-            book(f"rev {line.currency}", line.body["fee"])
-    for refund in memory.every("refund"):
-        if refund.body["status"] in STANDING:
+            book(f"available {merchant}", -line.body["fee"])
+            book(f"fee_revenue {line.currency}", line.body["fee"])
+    for refund in memory.all_of_kind("refund"):
+        if refund.body["status"] in ACTIVE_REFUND_STATUSES:
             merchant = f"{merchants[paid_by(schedule, refund)]} {refund.body['currency']}"
-            book(f"avail {merchant}", -refund.body["amount"])
-            book(f"refunding {merchant}", refund.body["amount"])
-    for dispute in memory.every("dispute"):
+            book(f"available {merchant}", -refund.body["amount"])
+            book(f"reserved_for_refunds {merchant}", refund.body["amount"])
+    for dispute in memory.all_of_kind("dispute"):
         is_lost, currency = dispute.body["status"] == "lost", dispute.body["currency"]
-        if is_lost or dispute.body["status"] in OPEN:
+        if is_lost or dispute.body["status"] in OPEN_DISPUTE_STATUSES:
             merchant = f"{merchants[paid_by(schedule, dispute)]} {currency}"
-            book(f"avail {merchant}", dispute.net)
-            book(f"network {currency}" if is_lost else f"held {merchant}", -dispute.net)
+            book(f"available {merchant}", dispute.net)
+            book(f"withheld_by_network {currency}" if is_lost else f"disputed {merchant}", -dispute.net)
 
 
-def keep_expectations(schedule: Schedule) -> None:
+def check_expectations(schedule: Schedule) -> None:
     """Nobody waits without somebody's looking, and a lie is told to a person."""
-    rows = schedule.ground.rows(
+    rows = schedule.database.rows(
         "select s.payment_id from surety.steps as s left join surety.expectations as x on x.payment_id = s.payment_id"
         " where s.to_state = 'confirmed' and x.payment_id is null"
     )
     if rows:
-        schedule.violate("what is confirmed is expected to settle", rows[0][0])
-    rows = schedule.ground.rows(
+        schedule.report_violation("what is confirmed is expected to settle", rows[0][0])
+    rows = schedule.database.rows(
         "select x.payment_id from surety.expectations as x where not exists (select from surety.steps as s"
         " where s.payment_id = x.payment_id and s.to_state = 'settled' and s.at <= x.met_at)"
     )
     if rows:
-        schedule.violate("what is expected to settle is so until it does", rows[0][0])
-    rows = schedule.ground.rows(
+        schedule.report_violation("what is expected to settle is so until it does", rows[0][0])
+    rows = schedule.database.rows(
         "select p.id from audit.entries as e join surety.payments as p on p.id = e.payment_id where e.kind = 'answer'"
         " and (e.snapshot ->> 'amount')::bigint <> p.amount_minor and e.snapshot ->> 'object' = 'payment_intent'"
         " and not exists (select from surety.discrepancies as d where d.payment_id = p.id and d.kind = 'amount')"
     )
     if rows:
-        schedule.violate("another amount than asked for is a discrepancy", rows[0][0])
+        schedule.report_violation("another amount than asked for is a discrepancy", rows[0][0])
 
 
 # What nobody may write, whatever rights he has. $1 is a payment.
-LIES: dict[str, str] = {
+ILLEGAL_WRITES: dict[str, str] = {
     "an illegal step": (
         "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
         " select id, version + 1, state, 'initiated', 'lie', now(), 'liar' from surety.payments where id = $1"
@@ -329,22 +343,22 @@ LIES: dict[str, str] = {
 }
 
 
-def refuse_lies(schedule: Schedule) -> None:
+def check_illegal_writes(schedule: Schedule) -> None:
     """What the database refuses to whoever tries."""
-    [(payment_id,)] = schedule.ground.rows("select max(id) from surety.payments")
+    [(payment_id,)] = schedule.database.rows("select max(id) from surety.payments")
     if payment_id is None:
         return
     query = "select told.lie, simulation.tell(told.text, %s) from unnest(%s::text[], %s::text[]) as told (lie, text)"
-    for lie, code in schedule.ground.rows(query, payment_id, list(LIES), list(LIES.values())):
+    for lie, code in schedule.database.rows(query, payment_id, list(ILLEGAL_WRITES), list(ILLEGAL_WRITES.values())):
         if code is None:
-            schedule.violate("nobody can write a lie", lie)
+            schedule.report_violation("nobody can write a lie", lie)
         elif not code.startswith(("23", "SU003")):
             raise ValueError(f"{lie} is refused for another reason: {code}")
 
 
-def conclude(schedule: Schedule) -> None:
+def record_final_states(schedule: Schedule) -> None:
     """Where it all ended belongs to the digest, too."""
-    rows = schedule.ground.rows(
+    rows = schedule.database.rows(
         "select p.amount_minor, p.state, p.version, (select string_agg(s.to_state, ' ' order by s.version)"
         " from surety.steps as s where s.payment_id = p.id) from surety.payments as p order by p.id"
     )

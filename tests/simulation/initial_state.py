@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from tests.simulation.clients import Wanted
-from tests.simulation.ground import Ground
-from tests.simulation.healing import ALL, FEW, HEALING, work_off
+from tests.simulation.clients import WantedPayment
+from tests.simulation.database import SimulatedDatabase
+from tests.simulation.recovery import ALL, FEW, RECOVERY_ROUNDS, run_rounds
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -30,22 +30,22 @@ TOKENS = ("pm_card_visa",) * 8 + (
 )
 
 
-def open_shops(ground: Ground) -> tuple[list[str], list[bytes]]:
+def add_merchants(database: SimulatedDatabase) -> tuple[list[str], list[bytes]]:
     """The merchants' ids, and the hashes of their keys."""
     merchants, keys = [], []
     for number in range(MERCHANTS):
-        [(merchant,)] = ground.rows("select surety.add_merchant(%s)", f"merchant {number}")
+        [(merchant,)] = database.rows("select surety.add_merchant(%s)", f"merchant {number}")
         key_hash = hashlib.sha256(f"key {number}".encode()).digest()
-        ground.rows("select surety.add_api_key(%s, %s, 'test')", merchant, key_hash)
+        database.rows("select surety.add_api_key(%s, %s, 'test')", merchant, key_hash)
         merchants.append(merchant)
         keys.append(key_hash)
     return merchants, keys
 
 
-def draw_wanted(chance: random.Random, payments: int) -> list[Wanted]:
+def draw_wanted_payments(chance: random.Random, payments: int) -> list[WantedPayment]:
     """What clients will ask for."""
     wanted = [
-        Wanted(
+        WantedPayment(
             number=number,
             merchant=chance.randrange(MERCHANTS),
             key=f"key-{number}",
@@ -60,11 +60,11 @@ def draw_wanted(chance: random.Random, payments: int) -> list[Wanted]:
     if chance.random() < 0.3:
         # Somebody's program uses a key again for something else.
         again = chance.choice(wanted)
-        wanted.append(replace(again, number=len(wanted), amount=again.amount + 1, answers=[], told={}))
+        wanted.append(replace(again, number=len(wanted), amount=again.amount + 1, answers=[], command_answers={}))
     return wanted
 
 
-async def begin_calmly(schedule: Schedule) -> None:
+async def advance_some_payments(schedule: Schedule) -> None:
     """Bring some payments to where the rest of their lives begins: trouble should find them there, too."""
     chance, payments = schedule.chance, schedule.plan.payments
     stage = chance.choice(("new", "new", "held", "held", "charged", "settled", "settled"))
@@ -72,22 +72,22 @@ async def begin_calmly(schedule: Schedule) -> None:
         if chance.random() < 0.75:
             # All come at once, and again, before anybody has been answered.
             schedule.unasked.clear()
-            schedule.storm()
+            schedule.request_again()
         return
-    schedule.ground.let_batches_hold(ALL)
+    schedule.database.set_batch_size(ALL)
     for _ in range(chance.randint(1, len(schedule.unasked))):
         schedule.ask()
     await asyncio.wait(schedule.asking)
     if stage == "held":
         await schedule.workers[-1].drain("submit")
     else:
-        await work_off(schedule, ())
+        await run_rounds(schedule, ())
     if stage == "settled":
         schedule.move_to(schedule.loop.seconds + 3)
-        await work_off(schedule, HEALING)
+        await run_rounds(schedule, RECOVERY_ROUNDS)
     if chance.random() < 0.5:
         await schedule.deliver_all()
     for _ in range(chance.randint(payments, 3 * payments)):
-        schedule.instruct()
+        schedule.send_command()
     await asyncio.wait(schedule.asking)
-    schedule.ground.let_batches_hold(FEW)
+    schedule.database.set_batch_size(FEW)

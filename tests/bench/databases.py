@@ -20,7 +20,7 @@ from db.deploy.deploy import deploy
 from db.embedded import EmbeddedServer, temporary_database
 
 Connection = psycopg.Connection[tuple[Any, ...]]
-Figures = dict[str, Any]
+Results = dict[str, Any]
 
 PREFIX = "surety_bench"
 ROOT = Path(__file__).parent.parent.parent
@@ -47,15 +47,15 @@ def server() -> Generator[str]:
 
 
 @contextlib.contextmanager
-def deployed(server_url: str) -> Generator[str]:
+def deployed_database(server_url: str) -> Generator[str]:
     """The address of a database of our own with everything deployed."""
     with temporary_database(server_url, PREFIX) as url:
-        deploy(url, say=tell)
+        deploy(url, say=log_progress)
         yield url
 
 
 @contextlib.contextmanager
-def copy_of(server_url: str, url: str) -> Generator[str]:
+def copied_database(server_url: str, url: str) -> Generator[str]:
     """The address of a copy of a database to which nobody is connected."""
     name = conninfo_to_dict(url)["dbname"]
     with temporary_database(server_url, PREFIX, template=str(name)) as copy:
@@ -69,7 +69,7 @@ def connection(url: str) -> Generator[Connection]:
         yield conn
 
 
-def warm_up(conn: Connection, megabytes: int) -> None:
+def touch_memory_and_log(conn: Connection, megabytes: int) -> None:
     """Use so much of the server's memory and log once, as one that has run for a while has: a virtual machine's first
     touch of each page costs more than what is written there.
     """
@@ -79,17 +79,17 @@ def warm_up(conn: Connection, megabytes: int) -> None:
     conn.execute("checkpoint")
 
 
-def tell(message: str) -> None:
+def log_progress(message: str) -> None:
     """Progress, for who waits."""
     print(f"{time.strftime('%H:%M:%S')}  {message}", file=sys.stderr, flush=True)
 
 
-def finish(figures: Figures, *, as_json: bool) -> None:
+def print_results(results: Results, *, as_json: bool) -> None:
     """The results: as one line of JSON, last, or for people."""
     if as_json:
-        print(json.dumps(figures), flush=True)
+        print(json.dumps(results), flush=True)
         return
-    for name, value in figures.items():
+    for name, value in results.items():
         print(f"{name:28} {value}")
 
 
@@ -109,6 +109,6 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def rounded(rounds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+def round_all(rounds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Every round's measurement, so that a reader sees how much they scatter."""
     return {name: [round(value, 1) for value in values] for name, values in rounds.items()}

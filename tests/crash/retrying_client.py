@@ -16,7 +16,7 @@ import msgspec
 
 ANSWER_SECONDS_MAX = 6.0
 PAUSE_SECONDS = 0.1
-AGAIN_SHARE = 0.1
+REPEAT_SHARE = 0.1
 
 Json = dict[str, Any]
 
@@ -37,7 +37,7 @@ class Request(msgspec.Struct, frozen=True):
         return {"Authorization": f"Bearer {self.api_key}", "Idempotency-Key": self.idempotency_key}
 
 
-class Told(msgspec.Struct):
+class LoggedAnswer(msgspec.Struct):
     """A line of the log: what a merchant was told. The answer is kept, for every repetition must bring the same."""
 
     id: str
@@ -46,7 +46,7 @@ class Told(msgspec.Struct):
     body: bytes
 
 
-class Correspondence:
+class RetryingClient:
     """Everybody's, with one log."""
 
     def __init__(self, log: Path, lot: random.Random) -> None:
@@ -56,7 +56,7 @@ class Correspondence:
         """Acknowledged, with their amounts."""
         self.refused: Counter[str] = Counter()
         """What may be refused and was, by the problem's name."""
-        self.wrong: list[str] = []
+        self.wrong_answers: list[str] = []
         """Answers that should never be: other refusals, and repetitions that differ from the first answer."""
         self.repeated = 0
         self.asked_again = 0
@@ -67,18 +67,18 @@ class Correspondence:
         """Ask until it is answered, write the answer down and now and then ask once more; False if it was refused."""
         answer = await self._answer(client, request)
         if not answer.is_success:
-            refusal = refusal_of(answer) if may_be_refused else None
+            refusal = expected_refusal(answer) if may_be_refused else None
             if refusal:
                 self.refused[refusal] += 1
             else:
-                self.wrong.append(said(request, answer))
+                self.wrong_answers.append(format_answer(request, answer))
             return False
-        told = self.write_down(request, answer)
-        if self._lot.random() < AGAIN_SHARE:
+        logged = self.log_answer(request, answer)
+        if self._lot.random() < REPEAT_SHARE:
             again = await self._answer(client, request)
             self.asked_again += 1
-            if (again.status_code, again.content) != (told.status, told.body):
-                self.wrong.append(f"{said(request, again)}, not {told.status} {told.body!r}")
+            if (again.status_code, again.content) != (logged.status, logged.body):
+                self.wrong_answers.append(f"{format_answer(request, again)}, not {logged.status} {logged.body!r}")
         return True
 
     async def _answer(self, client: httpx.AsyncClient, request: Request) -> httpx.Response:
@@ -92,25 +92,25 @@ class Correspondence:
                 if answer.status_code < 500:
                     return answer
                 if answer.status_code != 503:
-                    self.wrong.append(said(request, answer))
+                    self.wrong_answers.append(format_answer(request, answer))
             self.repeated += 1
             await asyncio.sleep(PAUSE_SECONDS)
 
-    def write_down(self, request: Request, answer: httpx.Response) -> Told:
+    def log_answer(self, request: Request, answer: httpx.Response) -> LoggedAnswer:
         """To disk, and only then to memory."""
         document = answer.json()
-        told = Told(document["id"], request, answer.status_code, answer.content)
-        self._log.write(msgspec.json.encode(told) + b"\n")
+        logged = LoggedAnswer(document["id"], request, answer.status_code, answer.content)
+        self._log.write(msgspec.json.encode(logged) + b"\n")
         self._log.flush()
         os.fsync(self._log.fileno())
         if document["object"] == "refund":
-            self.refunds[told.id] = document["amount"]
+            self.refunds[logged.id] = document["amount"]
         elif request.path == "/v1/payments":
-            self.payments.append(told.id)
-        return told
+            self.payments.append(logged.id)
+        return logged
 
 
-def refusal_of(answer: httpx.Response) -> str | None:
+def expected_refusal(answer: httpx.Response) -> str | None:
     """The problem's name if it is one that a sound request can meet: too late, too much, not covered."""
     problem = answer.json()
     name = str(problem["type"]).removeprefix("/problems/")
@@ -120,6 +120,6 @@ def refusal_of(answer: httpx.Response) -> str | None:
     return name if is_too_much or name in {"wrong-state", "balance-too-low"} else None
 
 
-def said(request: Request, answer: httpx.Response) -> str:
+def format_answer(request: Request, answer: httpx.Response) -> str:
     """An answer as a line."""
     return f"{request.path} {request.idempotency_key}: {answer.status_code} {answer.text}"

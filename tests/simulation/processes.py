@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, cast
 from procrastinate import JobContext
 
 from app import receiver
-from app.api.create_payment import STATEMENT
-from app.web.batching import Lanes, Refused, Unavailable
-from db.settings import load
+from app.api.create_payment import CREATE_PAYMENTS
+from app.web.batching import BatchingConnections, RefusedByDatabase, Unavailable
+from db.settings import load_settings
 from jobs import app, polling
-from jobs.database import Database, is_passing
+from jobs.database import WorkerDatabase, is_transient
 from jobs.drain import drain
 from jobs.handlers.payments import HANDLERS
-from jobs.stripe.client import API_VERSION, StripeRail
-from jobs.worker import Batch, Worker, keep_pulse
+from jobs.stripe.client import API_VERSION, StripeGateway
+from jobs.worker import Batch, Worker, keep_heartbeat
 from tests.simulation.clients import PATIENCE_SECONDS, RETRY_AFTER_SECONDS
-from tests.simulation.ground import Pool
+from tests.simulation.database import Pool
 from tests.simulation.loop import PROCESS, Process
 from tests.simulation.provider import make_client
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
     from tests.simulation.schedule import Schedule
 
-SETTINGS = load({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
+SETTINGS = load_settings({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
 CLIENT = make_client(API_VERSION)
-ROUNDS = tuple(name for name in polling.TASKS if name != "tick")
+ROUNDS = tuple(name for name in polling.PERIODIC_TASKS if name != "schedule_due_handlers")
 
 
 async def probe(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """Count what is handled, in the transaction that finishes it; poison kills who handles it."""
     process = PROCESS.get()
     assert isinstance(process, WorkerProcess)
-    process.schedule.taste(process, event_ids)
+    process.schedule.note_handled(process, event_ids)
     query = "select simulation.count_effects(%s, %s, %s)"
-    batch.is_lost = not await worker.database.effect(query, batch.batch_id, batch.fence, event_ids)
+    batch.is_lost = not await worker.database.commit_if_true(query, batch.batch_id, batch.fence, event_ids)
 
 
 HANDLERS["probe"] = probe
@@ -53,10 +53,10 @@ class WorkerProcess(Process):
     def __init__(self, schedule: Schedule, name: str) -> None:
         super().__init__(name)
         self.schedule = schedule
-        database = Database(cast("AsyncConnectionPool[AsyncConnection[Any]]", Pool(schedule, self)))
-        rail = StripeRail(CLIENT, cast("httpx.AsyncClient", None), SETTINGS, database)
+        database = WorkerDatabase(cast("AsyncConnectionPool[AsyncConnection[Any]]", Pool(schedule, self)))
+        rail = StripeGateway(CLIENT, cast("httpx.AsyncClient", None), SETTINGS, database)
         self.worker = Worker(name, SETTINGS, database, rail)
-        self.worker.handlers = schedule.ground.handlers
+        self.worker.handlers = schedule.database.handlers
         self.context = JobContext(
             app=app,
             job=cast("Job", None),
@@ -65,7 +65,7 @@ class WorkerProcess(Process):
             abort_reason=lambda: None,
         )
         self.running: dict[str, int] = {}
-        self.start(keep_pulse(self.worker))
+        self.start(keep_heartbeat(self.worker))
 
     def drain(self, handler: str) -> asyncio.Task[Any]:
         """Start draining."""
@@ -73,7 +73,7 @@ class WorkerProcess(Process):
 
     def round(self, name: str) -> asyncio.Task[Any]:
         """Start what happens periodically."""
-        return self.start(self._run(name, polling.TASKS[name](self.context, timestamp=0)))
+        return self.start(self._run(name, polling.PERIODIC_TASKS[name](self.context, timestamp=0)))
 
     def stop(self) -> None:
         """As by SIGTERM: what has begun is finished, and then the process ends."""
@@ -87,8 +87,8 @@ class WorkerProcess(Process):
             await job
         except Exception as error:  # noqa: BLE001
             # Procrastinate forgets a job that failed; what it was to do is found again.
-            if not is_passing(error):
-                self.schedule.violate("no job breaks down", f"{name}: {error!r}")
+            if not is_transient(error):
+                self.schedule.report_violation("no job breaks down", f"{name}: {error!r}")
         finally:
             self.running[name] -= 1
             if self.worker.stopping.is_set():
@@ -102,11 +102,15 @@ class ListeningProcess(Process):
         super().__init__(name)
 
         async def connect() -> Any:
-            return schedule.ground.lease(schedule, self)
+            return schedule.database.lease(schedule, self)
 
         count = schedule.plan.lanes
-        self.payments = Lanes(connect, STATEMENT, lanes=count, batch_max=3, patience_seconds=2)
-        self.webhooks = Lanes(connect, receiver.STATEMENT, lanes=2, batch_max=3, patience_seconds=2)
+        self.payments = BatchingConnections(
+            connect, CREATE_PAYMENTS, connections=count, batch_max=3, retry_seconds_max=2
+        )
+        self.webhooks = BatchingConnections(
+            connect, receiver.RECEIVE_WEBHOOKS, connections=2, batch_max=3, retry_seconds_max=2
+        )
 
     async def open(self) -> None:
         """Begin to serve."""
@@ -120,13 +124,13 @@ class ListeningProcess(Process):
 async def deliver(schedule: Schedule, event_id: str) -> None:
     """The provider tells of an event until somebody takes it."""
     _, _, payload = schedule.provider.memory.event(event_id)
-    event, text = receiver.read(payload)
+    event, text = receiver.parse_event(payload)
     while True:
         await schedule.turn(schedule.provider.process, "webhook")
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                await schedule.api.webhooks.ask(
-                    receiver.Webhook(
+                await schedule.api.webhooks.submit(
+                    receiver.WebhookRequest(
                         n=0,
                         request_id="req_webhook",
                         provider="stripe",
@@ -139,9 +143,9 @@ async def deliver(schedule: Schedule, event_id: str) -> None:
                         address="127.0.0.1",
                     )
                 )
-        except (Unavailable, Refused, TimeoutError) as error:
-            if isinstance(error, Refused):
-                schedule.violate("no statement fails", repr(error))
+        except (Unavailable, RefusedByDatabase, TimeoutError) as error:
+            if isinstance(error, RefusedByDatabase):
+                schedule.report_violation("no statement fails", repr(error))
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
         schedule.wake("apply")

@@ -23,11 +23,11 @@ from psycopg.pq import ConnStatus
 
 from db.connect import harden
 from db.deploy.deploy import deploy
-from db.deploy.source import Source
+from db.deploy.source import VersionFiles
 from db.errors import DeployError
-from jobs.worker import Handler
+from jobs.worker import HandlerSettings
+from tests.simulation.connections import Cursor, SimulatedConnection
 from tests.simulation.loop import Process
-from tests.simulation.wires import Cursor, Wire
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -41,7 +41,7 @@ SERVER = {
     "max_connections": "400",
 }
 PREFIX = "surety_simulation"
-SWEEP_EVERY = 100
+VACUUM_EVERY = 100
 WHOLE_DEPLOYS = 0.2
 FEW_FUNCTIONS = 5
 
@@ -61,13 +61,14 @@ SETUP = (
     begin
         -- Nothing but the fence keeps back who has lost the batch.
         insert into simulation.effects (event_id) select unnest(p_event_ids);
-        return outbox.finish(p_batch, p_fence, p_event_ids);
+        return outbox.complete_events(p_batch, p_fence, p_event_ids);
     end;
     $$
     """,
     """
-    insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, epoch, seen)
-    select 'probe', array_agg('payment.' || state) || '{webhook.received}', 3, 2, outbox.epoch(), '1:1:'
+    insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, generation, seen)
+    select 'probe', array_agg('payment.' || state) || '{webhook.received}', 3, 2, outbox.current_restore_generation(),
+        '1:1:'
     from surety.states
     """,
     """
@@ -105,17 +106,17 @@ $$
 """
 
 
-def altered() -> Source:
+def simulated_source() -> VersionFiles:
     """What is deployed here."""
-    source = Source.installed()
+    source = VersionFiles.installed()
     month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    alter(source, "surety.time_now", TIME, CLOCK.format(month=month))
+    replace_function_text(source, "surety.time_now", TIME, CLOCK.format(month=month))
     # Each month ahead costs every plan a little.
-    alter(source, "surety.maintain_partitions", "default 3", "default 1")
+    replace_function_text(source, "surety.maintain_partitions", "default 3", "default 1")
     return source
 
 
-def alter(source: Source, function: str, before: str, after: str) -> None:
+def replace_function_text(source: VersionFiles, function: str, before: str, after: str) -> None:
     """Deploy a function with another text."""
     assert any(one.identity == function and before in one.text for one in source.statements), function
     vars(source)["statements"] = [
@@ -124,9 +125,9 @@ def alter(source: Source, function: str, before: str, after: str) -> None:
     ]
 
 
-def lay(url: str) -> None:
-    """Deploy all that a ground needs; it can be copied then."""
-    deploy(url, altered())
+def prepare_template(url: str) -> None:
+    """Deploy all that a database needs; it can be copied then."""
+    deploy(url, simulated_source())
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         for statement in SETUP:
             conn.execute(statement.encode())
@@ -144,48 +145,48 @@ def names(conn: psycopg.Connection[Any], query: str) -> list[str]:
     return [name for (name,) in conn.execute(query.encode())]
 
 
-class Ground:
-    """One database, laid, and connections to it; `is_ours` if nobody else has a process on its server.
+class SimulatedDatabase:
+    """One database, laid, and connections to it; `is_own_server` if nobody else has a process on its server.
 
     A schedule and the server's processes take turns, so on one and the same processor nobody has to be woken up on
     another.
     """
 
-    def __init__(self, url: str, *, is_ours: bool, processor: int | None = None) -> None:
-        self.is_ours = is_ours
+    def __init__(self, url: str, *, is_own_server: bool, processor: int | None = None) -> None:
+        self.is_own_server = is_own_server
         self.processor = processor
         self.url = harden(url, "deploy")
-        self._source = altered()
-        self.overseer = psycopg.connect(self.url, autocommit=True, prepare_threshold=0)
-        self.overseer.prepared_max = None
+        self._source = simulated_source()
+        self.observer = psycopg.connect(self.url, autocommit=True, prepare_threshold=0)
+        self.observer.prepared_max = None
         # Its triggers are set aside for good: whoever changes that forgets all his plans.
-        self.sweeper = psycopg.connect(self.url, autocommit=True)
-        self.sweeper.execute("set session_replication_role = replica")
-        for pid in (os.getpid(), self.overseer.pgconn.backend_pid, self.sweeper.pgconn.backend_pid):
+        self.resetter = psycopg.connect(self.url, autocommit=True)
+        self.resetter.execute("set session_replication_role = replica")
+        for pid in (os.getpid(), self.observer.pgconn.backend_pid, self.resetter.pgconn.backend_pid):
             self.bind(pid)
-        self.wires: list[Wire] = []
-        self.free: list[Wire] = []
+        self.connections: list[SimulatedConnection] = []
+        self.free: list[SimulatedConnection] = []
         self.used = 0
         self.batch_size: int | None = None
         rows = self.rows("select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()")
-        self.handlers = {row[0]: Handler(*row) for row in rows}
+        self.handlers = {row[0]: HandlerSettings(*row) for row in rows}
 
     def bind(self, pid: int) -> None:
         """Keep a process on the schedule's processor."""
-        if self.is_ours and self.processor is not None:
+        if self.is_own_server and self.processor is not None:
             os.sched_setaffinity(pid, {self.processor})
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """What the overseer sees, who is no part of the schedule."""
-        return self.overseer.execute(query.encode(), values or None).fetchall()
+        """What the observer sees, who is no part of the schedule."""
+        return self.observer.execute(query.encode(), values or None).fetchall()
 
-    def let_batches_hold(self, events: int) -> None:
+    def set_batch_size(self, events: int) -> None:
         """How many events a batch holds: few, so that it is seldom the whole of what waits, or as many as there are."""
         if self.batch_size == events:
             return
         for name, handler in self.handlers.items():
             self.handlers[name] = msgspec.structs.replace(handler, batch_size=events)
-        # Where a claim is open, it stays as it is for now: the overseer waits for nobody.
+        # Where a claim is open, it stays as it is for now: the observer waits for nobody.
         told = self.rows(
             "update outbox.handlers set batch_size = %s where handler in"
             " (select handler from outbox.handlers for update skip locked) returning handler",
@@ -193,7 +194,7 @@ class Ground:
         )
         self.batch_size = events if len(told) == len(self.handlers) else None
 
-    def deploy_again(self, chance: random.Random) -> bool:
+    def redeploy(self, chance: random.Random) -> bool:
         """Replace functions by the same ones, beside whatever is open: who has called one calls another now.
 
         Seldom all of them, by a whole deploy, for after one every connection plans all anew; else a few, as it would.
@@ -209,72 +210,76 @@ class Ground:
             return True
         functions = [one for one in self._source.statements if one.kind == "function"]
         texts = [one.text.rstrip(";") for one in chance.sample(functions, FEW_FUNCTIONS)]
-        self.overseer.execute("; ".join(texts).encode(), prepare=False)
+        self.observer.execute("; ".join(texts).encode(), prepare=False)
         return True
 
     def move_clock(self, seconds: float) -> None:
-        """Let the overseer see the schedule's time."""
-        self.overseer.execute(f"set simulation.ahead = '{seconds:.6f} s'".encode())
+        """Let the observer see the schedule's time."""
+        self.observer.execute(f"set simulation.ahead = '{seconds:.6f} s'".encode())
 
     def empty(self, seed: int) -> None:
         """Begin anew; chance inside the database follows from the seed too."""
-        if self.used % SWEEP_EVERY == 0:
-            self.sweeper.execute("vacuum (analyze)")
+        if self.used % VACUUM_EVERY == 0:
+            self.resetter.execute("vacuum (analyze)")
         self.used += 1
-        self.sweeper.execute("select simulation.empty()")
+        self.resetter.execute("select simulation.empty()")
         self.move_clock(0)
-        # Merchants' ids are the overseer's, and locks are taken in their order.
-        self.overseer.execute(f"set seed = {fraction(seed, -1)}".encode(), prepare=False)
-        for wire in self.wires:
-            if wire.schedule is not None:
-                wire.tidy()
-            wire.schedule, wire.before = None, ()
-            wire.is_seeded = False
-        self.free = self.wires[::-1]
+        # Merchants' ids are the observer's, and locks are taken in their order.
+        self.observer.execute(f"set seed = {fraction(seed, -1)}".encode(), prepare=False)
+        for connection in self.connections:
+            if connection.schedule is not None:
+                connection.reset_session()
+            connection.schedule, connection.before = None, ()
+            connection.is_seeded = False
+        self.free = self.connections[::-1]
 
-    def lease(self, schedule: Schedule, process: Process) -> Wire:
+    def lease(self, schedule: Schedule, process: Process) -> SimulatedConnection:
         """A connection for a process."""
         if not self.free:
-            wire = waiting.wait_conn(Wire._connect_gen(self.url), interval=0.1)
-            wire._autocommit = True
-            self.bind(wire.pgconn.backend_pid)
+            connection = waiting.wait_conn(SimulatedConnection._connect_gen(self.url), interval=0.1)
+            connection._autocommit = True
+            self.bind(connection.pgconn.backend_pid)
             # As if it had worked for long.
-            wire.prepare_threshold, wire.prepared_max = 0, None
-            wire.cursor_factory = Cursor
-            self.wires.append(wire)
-            self.free.append(wire)
-        wire = self.free.pop()
-        assert wire.pgconn.status == ConnStatus.OK
-        if not wire.is_seeded:
-            wire.is_seeded = True
-            wire.before = (f"set seed = {fraction(schedule.plan.seed, self.wires.index(wire))}",)
-        wire.schedule, wire.process, wire.is_cut = schedule, process, False
-        wire.lease += 1
+            connection.prepare_threshold, connection.prepared_max = 0, None
+            connection.cursor_factory = Cursor
+            self.connections.append(connection)
+            self.free.append(connection)
+        connection = self.free.pop()
+        assert connection.pgconn.status == ConnStatus.OK
+        if not connection.is_seeded:
+            connection.is_seeded = True
+            connection.before = (f"set seed = {fraction(schedule.plan.seed, self.connections.index(connection))}",)
+        connection.schedule, connection.process, connection.is_cut = schedule, process, False
+        connection.lease += 1
         # Who held it before may have died in the middle of a statement.
-        wire.lock = asyncio.Lock()
-        return wire
+        connection.lock = asyncio.Lock()
+        return connection
 
-    def take_back(self, wire: Wire) -> None:
+    def release(self, connection: SimulatedConnection) -> None:
         """A connection that its process has no use for any more."""
-        if wire not in self.free:
-            if wire.is_cut or (wire.process and wire.process.is_dead) or wire.pgconn.transaction_status:
-                wire.tidy()
-            schedule, wire.schedule = wire.schedule, None
-            self.free.append(wire)
+        if connection not in self.free:
+            if (
+                connection.is_cut
+                or (connection.process and connection.process.is_dead)
+                or connection.pgconn.transaction_status
+            ):
+                connection.reset_session()
+            schedule, connection.schedule = connection.schedule, None
+            self.free.append(connection)
             if schedule is not None:
-                schedule.locks.give_up(wire)
-                schedule.locks.settle()
+                schedule.locks.fail_waiter(connection)
+                schedule.locks.resume_granted()
 
-    def take_back_all(self, process: Process) -> None:
+    def release_all(self, process: Process) -> None:
         """All that a dead process has held."""
-        for wire in self.wires:
-            if wire.process is process and wire.schedule is not None:
-                self.take_back(wire)
+        for connection in self.connections:
+            if connection.process is process and connection.schedule is not None:
+                self.release(connection)
 
-    def waits_for_a_lock(self, wire: Wire) -> bool:
+    def waits_for_a_lock(self, connection: SimulatedConnection) -> bool:
         """Whether the server's process of a connection stands in line for a lock."""
-        pid = wire.pgconn.backend_pid
-        return not (self.is_ours and is_running(pid)) and bool(
+        pid = connection.pgconn.backend_pid
+        return not (self.is_own_server and is_running(pid)) and bool(
             self.rows("select cardinality(pg_blocking_pids(%s)) > 0", pid)[0][0]
         )
 
@@ -287,16 +292,16 @@ class Pool:
         self._process = process
 
     @asynccontextmanager
-    async def connection(self) -> AsyncGenerator[Wire]:
+    async def connection(self) -> AsyncGenerator[SimulatedConnection]:
         """One of them."""
-        wire = self._schedule.ground.lease(self._schedule, self._process)
-        lease = wire.lease
+        connection = self._schedule.database.lease(self._schedule, self._process)
+        lease = connection.lease
         try:
-            yield wire
+            yield connection
         finally:
             # Of a process that has died the server has noticed it, and somebody else may have the connection by now.
-            if wire.lease == lease:
-                self._schedule.ground.take_back(wire)
+            if connection.lease == lease:
+                self._schedule.database.release(connection)
 
 
 def is_running(pid: int) -> bool:

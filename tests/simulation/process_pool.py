@@ -15,42 +15,42 @@ from multiprocessing.queues import SimpleQueue
 from psycopg.conninfo import conninfo_to_dict
 
 from db.embedded import EmbeddedServer, temporary_database
-from tests.simulation.ground import PREFIX, SERVER, Ground, lay
-from tests.simulation.schedule import Outcome, Plan, Schedule
+from tests.simulation.database import PREFIX, SERVER, SimulatedDatabase, prepare_template
+from tests.simulation.schedule import Outcome, Schedule, SchedulePlan
 
-_grounds: list[Ground] = []
+_databases: list[SimulatedDatabase] = []
 
 
-def settle_down(places: SimpleQueue[tuple[str, int | None]], is_ours: bool) -> None:
+def initialize_process(assignments: SimpleQueue[tuple[str, int | None]], is_own_server: bool) -> None:
     """Prepare this process for schedules: a database of its own, and a processor where one can be chosen."""
     logging.disable(logging.CRITICAL)
-    url, processor = places.get()
-    _grounds.append(Ground(url, is_ours=is_ours, processor=processor))
+    url, processor = assignments.get()
+    _databases.append(SimulatedDatabase(url, is_own_server=is_own_server, processor=processor))
     # What is there by now stays; of what a schedule leaves, most goes without the collector.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 
 
-def run_here(plan: Plan, *, tell: bool = False) -> Outcome:
+def run_here(plan: SchedulePlan, *, tell: bool = False) -> Outcome:
     """One schedule, in this process's database."""
-    return Schedule(plan, _grounds[0], tell=tell).run()
+    return Schedule(plan, _databases[0], tell=tell).run()
 
 
 @contextmanager
-def runners(count: int) -> Generator[ProcessPoolExecutor]:
+def process_pool(count: int) -> Generator[ProcessPoolExecutor]:
     """Processes that run schedules."""
     context = get_context("spawn")
     with ExitStack() as stack:
         given = os.environ.get("DATABASE_URL")
         server = given or stack.enter_context(EmbeddedServer(settings=SERVER)).url
         laid = stack.enter_context(temporary_database(server, PREFIX))
-        lay(laid)
+        prepare_template(laid)
         template = str(conninfo_to_dict(laid)["dbname"])
-        places: SimpleQueue[tuple[str, int | None]] = context.SimpleQueue()
+        assignments: SimpleQueue[tuple[str, int | None]] = context.SimpleQueue()
         for _, processor in zip(range(count), cycle(list_processors()), strict=False):
             url = stack.enter_context(temporary_database(server, PREFIX, template=template))
-            places.put((url, processor))
-        yield stack.enter_context(ProcessPoolExecutor(count, context, settle_down, (places, not given)))
+            assignments.put((url, processor))
+        yield stack.enter_context(ProcessPoolExecutor(count, context, initialize_process, (assignments, not given)))
 
 
 def list_processors() -> list[int] | list[None]:
@@ -59,7 +59,7 @@ def list_processors() -> list[int] | list[None]:
 
 
 def run_all(
-    executor: ProcessPoolExecutor, plans: Iterable[Plan], at_once: int, goes_on: Callable[[Outcome], bool]
+    executor: ProcessPoolExecutor, plans: Iterable[SchedulePlan], at_once: int, goes_on: Callable[[Outcome], bool]
 ) -> None:
     """Run plans, a few ahead of those that run, until there are no more or `goes_on` says so."""
     coming = iter(plans)

@@ -11,7 +11,7 @@ from pathlib import Path
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 
-class Proxy:
+class PostgresProxy:
     """Listens on loopback and forwards to a server's address. While `is_dead` it takes what it is sent, for nothing."""
 
     def __init__(self, database: str) -> None:
@@ -69,9 +69,9 @@ class Proxy:
 
 
 @contextmanager
-def proxied(database: str) -> Generator[Proxy]:
+def proxied(database: str) -> Generator[PostgresProxy]:
     """A proxy that is closed in the end."""
-    proxy = Proxy(database)
+    proxy = PostgresProxy(database)
     try:
         yield proxy
     finally:

@@ -1,6 +1,6 @@
 """What merchants do after the charge while things die: capture, cancel, refund, defend themselves; and what holders do.
 
-Each merchant's clerk follows its feed of events and acts on what it reads, so an event that the feed skipped would be a
+Each merchant's runner follows its feed of events and acts on what it reads, so a skipped event would be a
 story without an end. Requests of one story are asked beside each other, each under a key of its own.
 """
 
@@ -13,80 +13,87 @@ from typing import Any
 import httpx
 
 from app.local.demo.merchants import USUAL_TOKENS
-from app.local.demo.payment_actions import AMOUNT_MINOR_MAX, EVIDENCE, HELD, MANUAL, PAID, Json, Plan, paid_by
-from tests.crash.correspondence import PAUSE_SECONDS, Correspondence, Request
+from app.local.demo.payment_actions import AMOUNT_MINOR_MAX, EVIDENCE, HELD, MANUAL, PAID, Json, PlannedAction, paid_by
+from tests.crash.retrying_client import PAUSE_SECONDS, Request, RetryingClient
 
 POLL_SECONDS = 0.5
 PAGE_LIMIT = 100
 
-Story = tuple[Plan, ...]
+Scenario = tuple[PlannedAction, ...]
 
 INITIATED = ("payment.initiated",)
-UNDER_WAY = ("payment.initiated", "payment.submitting")
-LOST = ("dispute.lost",)
-OVER = ("payment.failed", "payment.canceled", "dispute.won", "dispute.lost", "dispute.warning_closed")
+UNFINISHED = ("payment.initiated", "payment.submitting")
+DISPUTE_LOST = ("dispute.lost",)
+FINAL_EVENTS = ("payment.failed", "payment.canceled", "dispute.won", "dispute.lost", "dispute.warning_closed")
 """What ends a story, whatever was still planned: a deadline may have passed while nobody answered."""
-CAME_BACK = ("refund.failed",)
-INQUIRED = ("dispute.warning_needs_response",)
-CHARGED_BACK = ("dispute.needs_response",)
+REFUND_FAILED = ("refund.failed",)
+INQUIRY_OPENED = ("dispute.warning_needs_response",)
+CHARGEBACK_OPENED = ("dispute.needs_response",)
 CAPTURE, CANCEL, REFUNDS = "/v1/payments/{id}/capture", "/v1/payments/{id}/cancel", "/v1/payments/{id}/refunds"
 CHARGEBACK, INQUIRY = paid_by("pm_card_createDispute"), paid_by("pm_card_createDisputeInquiry")
 
 # The first plan of a story has its share of all payments and says what its payment is made with.
-STORIES: tuple[Story, ...] = (
-    (Plan(0.04, HELD, CAPTURE, special=MANUAL),),
-    (Plan(0.03, HELD, CAPTURE, tenths=7, special=MANUAL), Plan(0, PAID, REFUNDS)),
-    (Plan(0.03, HELD, CANCEL, special=MANUAL),),
+SCENARIOS: tuple[Scenario, ...] = (
+    (PlannedAction(0.04, HELD, CAPTURE, special=MANUAL),),
+    (PlannedAction(0.03, HELD, CAPTURE, tenths=7, special=MANUAL), PlannedAction(0, PAID, REFUNDS)),
+    (PlannedAction(0.03, HELD, CANCEL, special=MANUAL),),
     # One of the two is told that it came second.
-    (Plan(0.02, HELD, CAPTURE, special=MANUAL), Plan(0, HELD, CANCEL)),
+    (PlannedAction(0.02, HELD, CAPTURE, special=MANUAL), PlannedAction(0, HELD, CANCEL)),
     # Whatever has been sent by then.
-    (Plan(0.03, INITIATED, CANCEL),),
-    (Plan(0.04, PAID, REFUNDS),),
-    (Plan(0.04, PAID, REFUNDS, tenths=3),),
+    (PlannedAction(0.03, INITIATED, CANCEL),),
+    (PlannedAction(0.04, PAID, REFUNDS),),
+    (PlannedAction(0.04, PAID, REFUNDS, tenths=3),),
     # More than there is: one of the three is refused.
-    (Plan(0.04, PAID, REFUNDS, tenths=3), Plan(0, PAID, REFUNDS, tenths=3), Plan(0, PAID, REFUNDS, tenths=5)),
-    (Plan(0.02, PAID, REFUNDS, special=paid_by("pm_card_pendingRefund")),),
-    (Plan(0.02, PAID, REFUNDS, tenths=6, special=paid_by("pm_card_refundFail")), Plan(0, CAME_BACK, REFUNDS)),
-    (Plan(0.02, CHARGED_BACK, EVIDENCE, evidence="winning_evidence", special=CHARGEBACK),),
-    (Plan(0.02, CHARGED_BACK, EVIDENCE, evidence="losing_evidence", special=CHARGEBACK),),
+    (
+        PlannedAction(0.04, PAID, REFUNDS, tenths=3),
+        PlannedAction(0, PAID, REFUNDS, tenths=3),
+        PlannedAction(0, PAID, REFUNDS, tenths=5),
+    ),
+    (PlannedAction(0.02, PAID, REFUNDS, special=paid_by("pm_card_pendingRefund")),),
+    (
+        PlannedAction(0.02, PAID, REFUNDS, tenths=6, special=paid_by("pm_card_refundFail")),
+        PlannedAction(0, REFUND_FAILED, REFUNDS),
+    ),
+    (PlannedAction(0.02, CHARGEBACK_OPENED, EVIDENCE, evidence="winning_evidence", special=CHARGEBACK),),
+    (PlannedAction(0.02, CHARGEBACK_OPENED, EVIDENCE, evidence="losing_evidence", special=CHARGEBACK),),
     # The holder may be quicker, also when the refund is on its way.
     (
-        Plan(0.02, PAID, REFUNDS, tenths=3, special=CHARGEBACK),
-        Plan(0, CHARGED_BACK, EVIDENCE, evidence="winning_evidence"),
+        PlannedAction(0.02, PAID, REFUNDS, tenths=3, special=CHARGEBACK),
+        PlannedAction(0, CHARGEBACK_OPENED, EVIDENCE, evidence="winning_evidence"),
     ),
     (
-        Plan(0.01, INQUIRED, EVIDENCE, evidence="escalate_inquiry_evidence", special=INQUIRY),
-        Plan(0, CHARGED_BACK, EVIDENCE, evidence="winning_evidence"),
+        PlannedAction(0.01, INQUIRY_OPENED, EVIDENCE, evidence="escalate_inquiry_evidence", special=INQUIRY),
+        PlannedAction(0, CHARGEBACK_OPENED, EVIDENCE, evidence="winning_evidence"),
     ),
     # Nobody answers, so it is lost, and nothing is left to be refunded.
-    (Plan(0.02, LOST, REFUNDS, special=CHARGEBACK),),
+    (PlannedAction(0.02, DISPUTE_LOST, REFUNDS, special=CHARGEBACK),),
 )
 
 
-def choose_story(lot: random.Random) -> tuple[Story, Json]:
+def draw_scenario(lot: random.Random) -> tuple[Scenario, Json]:
     """A story, or none, and what is special about its payment."""
     left = lot.random()
-    for story in STORIES:
+    for story in SCENARIOS:
         if (left := left - story[0].share) < 0:
             card = paid_by(lot.choice(USUAL_TOKENS))
             return story, {"amount": lot.randint(100, AMOUNT_MINOR_MAX), "currency": "usd", **card, **story[0].special}
     return (), {}
 
 
-class Clerk:
+class ScenarioRunner:
     """Of one merchant."""
 
-    def __init__(self, api_key: str, told: Correspondence) -> None:
+    def __init__(self, api_key: str, retrying_client: RetryingClient) -> None:
         self._api_key = api_key
-        self._told = told
-        self._plans: dict[str, dict[int, Plan]] = {}
+        self._retrying_client = retrying_client
+        self._plans: dict[str, dict[int, PlannedAction]] = {}
         """By the payment's reference, what is left to be done; the numbers are for the keys."""
         self._payments: dict[str, Json] = {}
         """By id, those with a story, for what is told of their refunds and disputes."""
         self.under_way: set[str] = set()
         """References of payments that the provider has not answered, as far as the feed tells."""
 
-    def expect(self, reference: str, story: Story) -> None:
+    def expect(self, reference: str, story: Scenario) -> None:
         """A payment that will be made is to have this story, which may have nothing in it."""
         self.under_way.add(reference)
         if story:
@@ -97,11 +104,11 @@ class Clerk:
         plans = [(reference, plan) for reference, plans in self._plans.items() for plan in plans.values()]
         return [f"{reference}: {plan.path} on {' or '.join(plan.on)}" for reference, plan in plans]
 
-    async def work(self, client: httpx.AsyncClient, is_sold_out: asyncio.Event) -> None:
+    async def work(self, client: httpx.AsyncClient, no_more_orders: asyncio.Event) -> None:
         """Follow the feed and act until nothing is left to do."""
         after: str | None = None
         async with asyncio.TaskGroup() as acts:
-            while self._plans or not is_sold_out.is_set():
+            while self._plans or not no_more_orders.is_set():
                 page = await self._read(client, after)
                 if page is None:
                     await asyncio.sleep(PAUSE_SECONDS)
@@ -115,9 +122,9 @@ class Clerk:
 
     async def _act(self, client: httpx.AsyncClient, request: Request) -> None:
         """Ask for something; of what is refused, as for want of money, nothing will ever come back."""
-        if not await self._told.ask(client, request, may_be_refused=True):
+        if not await self._retrying_client.ask(client, request, may_be_refused=True):
             plans = self._plans.get(request.reference, {})
-            for number in [number for number, plan in plans.items() if plan.on == CAME_BACK]:
+            for number in [number for number, plan in plans.items() if plan.on == REFUND_FAILED]:
                 del plans[number]
             if not plans:
                 self._plans.pop(request.reference, None)
@@ -133,12 +140,12 @@ class Clerk:
             page: Json = answer.json()
             return page
         if answer.status_code != 503:
-            self._told.wrong.append(f"/v1/events: {answer.status_code} {answer.text}")
+            self._retrying_client.wrong_answers.append(f"/v1/events: {answer.status_code} {answer.text}")
         return None
 
     def _hear(self, what: str, about: Json) -> list[Request]:
         """What an event makes its merchant ask for."""
-        if about["object"] == "payment" and what not in UNDER_WAY:
+        if about["object"] == "payment" and what not in UNFINISHED:
             self.under_way.discard(about["reference"])
         if about["object"] == "payment" and about["reference"] in self._plans:
             self._payments[about["id"]] = about
@@ -149,11 +156,11 @@ class Clerk:
         plans = self._plans.get(reference, {})
         due = [number for number, plan in plans.items() if what in plan.on]
         asked = [self._request(plans.pop(number), number, payment, about["id"]) for number in due]
-        if not plans or what in OVER:
+        if not plans or what in FINAL_EVENTS:
             self._plans.pop(reference, None)
         return asked
 
-    def _request(self, plan: Plan, number: int, payment: Json, dispute: str) -> Request:
+    def _request(self, plan: PlannedAction, number: int, payment: Json, dispute: str) -> Request:
         path = plan.path.format(id=payment["id"], dispute=dispute)
         reference, body = payment["reference"], plan.body(payment["amount"])
         return Request(self._api_key, f"{reference}-{number}", path, body, reference)

@@ -13,15 +13,16 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
-from db.connect import NETWORK
+from db.connect import NETWORK_DEFAULTS
 
 KEEPALIVE_SECONDS = (
-    int(NETWORK["keepalives_idle"]) + int(NETWORK["keepalives_count"]) * int(NETWORK["keepalives_interval"])
+    int(NETWORK_DEFAULTS["keepalives_idle"])
+    + int(NETWORK_DEFAULTS["keepalives_count"]) * int(NETWORK_DEFAULTS["keepalives_interval"])
 )  # fmt: skip
 CHUNK_BYTES = 65536
 
 
-class Wire:
+class ProxiedConnection:
     """One connection: two directions, until one end hangs up or it is cut."""
 
     def __init__(
@@ -59,13 +60,13 @@ class Wire:
                 await target.drain()
 
 
-class Proxy:
+class HalfOpenProxy:
     """The proxy, in a thread of its own."""
 
     def __init__(self, socket_path: str) -> None:
         self._socket_path = socket_path
         self._loop = asyncio.new_event_loop()
-        self._wires: set[Wire] = set()
+        self._connections: set[ProxiedConnection] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.port: int = self._do(self._open())
@@ -94,17 +95,17 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        wire = Wire((reader, writer), server)
-        self._wires.add(wire)
+        connection = ProxiedConnection((reader, writer), server)
+        self._connections.add(connection)
         try:
-            await wire.carry()
+            await connection.carry()
         except asyncio.CancelledError:
             return  # asyncio would tell of it as of a mishap
         finally:
-            self._wires.discard(wire)
+            self._connections.discard(connection)
 
     async def _cut(self, place: float) -> bool:
-        whole = [wire for wire in self._wires if not wire.is_cut.is_set()]
+        whole = [connection for connection in self._connections if not connection.is_cut.is_set()]
         if whole:
             whole[int(place * len(whole))].is_cut.set()
         return bool(whole)

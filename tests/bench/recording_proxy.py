@@ -11,7 +11,7 @@ from typing import Self
 CREATE = b"POST /v1/payment_intents HTTP/1.1\r\n"
 
 
-class Wire:
+class RecordingProxy:
     """Listens on a port of its own and passes everything on; `heard` holds the times of requests to create an intent.
 
     It has a thread to itself, and its clock is this process's time.perf_counter().

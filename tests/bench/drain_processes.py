@@ -20,7 +20,7 @@ from procrastinate import App, PsycopgConnector
 from psycopg_pool import AsyncConnectionPool
 
 from db.connect import conninfo
-from db.settings import Settings, load
+from db.settings import Settings, load_settings
 from jobs import drain
 from jobs.worker import Batch, Worker, open_worker
 
@@ -30,12 +30,12 @@ START_SECONDS_MAX = 30.0
 WAIT_SECONDS_MAX = 600.0
 
 # The server imports everything once; what it forks has neither threads nor connections.
-forking = multiprocessing.get_context("forkserver")
-forking.set_forkserver_preload([__name__])
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([__name__])
 
 
 @dataclass
-class Work:
+class SharedProgress:
     """What the processes of one measurement share: how many events are wanted and taken, and a common start."""
 
     url: str
@@ -64,11 +64,11 @@ class Work:
         self.ended.put((began, time.monotonic()))
 
 
-def rate_of(run: Callable[..., None], url: str, wanted: int, *arguments: int) -> float:
+def measure_rate(run: Callable[..., None], url: str, wanted: int, *arguments: int) -> float:
     """Events per second of two processes that `run` until `wanted` events were taken or nothing is left."""
-    work = Work(url, wanted, forking.Value("q", 0), forking.Barrier(PROCESSES), forking.Queue())
+    work = SharedProgress(url, wanted, FORKSERVER.Value("q", 0), FORKSERVER.Barrier(PROCESSES), FORKSERVER.Queue())
     processes: list[ForkServerProcess] = [
-        forking.Process(target=run, args=(work, *arguments), daemon=True) for _ in range(PROCESSES)
+        FORKSERVER.Process(target=run, args=(work, *arguments), daemon=True) for _ in range(PROCESSES)
     ]
     for process in processes:
         process.start()
@@ -81,39 +81,39 @@ def rate_of(run: Callable[..., None], url: str, wanted: int, *arguments: int) ->
 
 def settings_of(url: str) -> Settings:
     """A worker's settings; there is a provider in them whom nobody ever calls."""
-    return load({"DATABASE_URL": url, "SURETY_SANDBOX_URL": "http://127.0.0.1:9"})
+    return load_settings({"DATABASE_URL": url, "SURETY_SANDBOX_URL": "http://127.0.0.1:9"})
 
 
-def drain_outbox(work: Work) -> None:
+def drain_outbox(work: SharedProgress) -> None:
     """Claim, handle and finish batches as the product's workers do."""
     asyncio.run(drain_batches(work))
 
 
-async def drain_batches(work: Work) -> None:
+async def drain_batches(work: SharedProgress) -> None:
     """One drain."""
     async with open_worker(settings_of(work.url), f"bench-{os.getpid()}") as worker:
         lease_seconds = worker.handlers[HANDLER].lease_seconds
         began = await work.begin()
-        while not work.is_enough and (batch := await drain.claim(worker, HANDLER)):
+        while not work.is_enough and (batch := await drain.claim_batch(worker, HANDLER)):
             work.take(len(batch.event_ids))
-            async with drain.leased(worker, batch, lease_seconds):
-                await drain.handle(worker, batch, confirm)
+            async with drain.keep_lease(worker, batch, lease_seconds):
+                await drain.handle_batch(worker, batch, confirm)
         work.end(began)
 
 
 async def confirm(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """The benchmark's handler."""
     query = "select bench.confirm_batch(%s, %s, %s)"
-    batch.is_lost = not await worker.database.effect(query, batch.batch_id, batch.fence, event_ids)
+    batch.is_lost = not await worker.database.commit_if_true(query, batch.batch_id, batch.fence, event_ids)
     assert not batch.is_lost
 
 
-def run_jobs(work: Work, concurrency: int) -> None:
+def run_jobs(work: SharedProgress, concurrency: int) -> None:
     """Let Procrastinate's worker run one job per event until none is left."""
-    asyncio.run(work_jobs(work, concurrency))
+    asyncio.run(run_job_worker(work, concurrency))
 
 
-async def work_jobs(work: Work, concurrency: int) -> None:
+async def run_job_worker(work: SharedProgress, concurrency: int) -> None:
     """One worker with as many jobs at once, a connection for each; done jobs are deleted: its table stays small."""
     settings = settings_of(work.url)
     connector = PsycopgConnector(

@@ -8,18 +8,18 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from jobs.handlers.payments import HANDLERS
-from tests.simulation.actors import ROUNDS, WorkerProcess
 from tests.simulation.loop import Killed
+from tests.simulation.processes import ROUNDS, WorkerProcess
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
 ROUNDS_MAX = 60
 # In which of these the banks decide what nobody has answered, and somebody does what was told to need a person.
-BANKS_TURN = 2
-HEALING = tuple(name for name in ROUNDS if name not in {"payouts", "upkeep"})
+BANKS_DECIDE_TURN = 2
+RECOVERY_ROUNDS = tuple(name for name in ROUNDS if name not in {"poll_payouts", "maintain"})
 # In this order what one handler brings about is found by the next, and the counting one comes last.
-LIFE = tuple(HANDLERS)
+HANDLER_ORDER = tuple(HANDLERS)
 # How many events a batch holds, in trouble and where there is none.
 FEW, ALL = 3, 100
 
@@ -28,7 +28,7 @@ async def heal(schedule: Schedule) -> None:
     """What a healthy day does: lost workers are replaced, clients insist, time passes, operators replay."""
     schedule.is_calm = True
     schedule.provider.recover()
-    is_crash = schedule.poisonous is None and schedule.chance.random() < 0.5
+    is_crash = schedule.poison_position is None and schedule.chance.random() < 0.5
     for worker in schedule.workers:
         if is_crash:
             schedule.end(worker)
@@ -39,80 +39,86 @@ async def heal(schedule: Schedule) -> None:
         schedule.ask()
     schedule.workers.append(WorkerProcess(schedule, "healer"))
     for turn in range(ROUNDS_MAX):
-        if turn == BANKS_TURN:
-            schedule.provider.decide_all()
-            schedule.provider.put_right()
+        if turn == BANKS_DECIDE_TURN:
+            schedule.provider.decide_disputes()
+            schedule.provider.cancel_wrong_amounts()
         schedule.provider.mailbox += schedule.provider.late
         schedule.provider.late = []
         await schedule.deliver_all()
-        schedule.ground.let_batches_hold(ALL)
+        schedule.database.set_batch_size(ALL)
         # The tick comes each second, the rounds each minute: what was to be tried again soon is, before they ask.
         if turn <= 1:
-            await work_off(schedule, ())
+            await run_rounds(schedule, ())
         if turn:
-            await work_off(schedule, rounds_that_matter(schedule, turn))
-        if turn and await is_at_rest(schedule):
+            await run_rounds(schedule, rounds_with_work(schedule, turn))
+        if turn and await is_finished(schedule):
             break
-        schedule.ground.rows(
+        schedule.database.rows(
             "select outbox.replay_dead_letter(d.id, 'operator', 'healed') from outbox.dead_letters as d"
             " where d.closed_at is null and d.event_id is distinct from %s order by d.id",
             schedule.poison,
         )
         schedule.move_to(next_due(schedule, 65.0 if not turn else 86_400.0))
-        schedule.ground.move_clock(schedule.loop.seconds)
+        schedule.database.move_clock(schedule.loop.seconds)
         await asyncio.sleep(0)
     else:
-        schedule.violate("what is unfinished is finished", what_is_left(schedule))
+        schedule.report_violation("what is unfinished is finished", describe_unfinished(schedule))
     for process in (*schedule.workers, schedule.api, schedule.clients, schedule.provider.process):
         process.kill()
     await asyncio.sleep(0)
 
 
-def rounds_that_matter(schedule: Schedule, turn: int) -> list[str]:
+def rounds_with_work(schedule: Schedule, turn: int) -> list[str]:
     """Those that have something to do, and those that ask to find out."""
-    [found] = schedule.ground.rows(
-        "select exists (select from surety.pending_money), exists (select from surety.parked_facts where ended_at"
+    [found] = schedule.database.rows(
+        "select exists (select from surety.pending_money), exists (select from surety.unmatched_facts where ended_at"
         " is null), exists (select from surety.payments where state in ('confirmed', 'requires_action')),"
-        " exists (select from surety.payments where ask_at <= surety.time_now())"
-        " or exists (select from surety.refunds where ask_at <= surety.time_now())"
-        " or exists (select from surety.disputes where ask_at <= surety.time_now())"
+        " exists (select from surety.payments where poll_at <= surety.time_now())"
+        " or exists (select from surety.refunds where poll_at <= surety.time_now())"
+        " or exists (select from surety.disputes where poll_at <= surety.time_now())"
     )
-    busy = dict(zip(("due_money", "parked", "overdue", "sweep"), found, strict=True))
+    busy = dict(
+        zip(
+            ("recheck_pending_balance", "retry_unmatched_facts", "check_deadlines", "poll_unfinished"),
+            found,
+            strict=True,
+        )
+    )
     # Where no webhook was lost, a second reading of the list tells nothing new.
-    busy["news"] = turn == 1 or schedule.provider.has_lost
-    return [name for name in HEALING if busy.get(name, True)]
+    busy["poll_events"] = turn == 1 or schedule.provider.has_lost
+    return [name for name in RECOVERY_ROUNDS if busy.get(name, True)]
 
 
-async def work_off(schedule: Schedule, rounds: Iterable[str]) -> None:
+async def run_rounds(schedule: Schedule, rounds: Iterable[str]) -> None:
     """What rounds bring about and the tick finds, and whatever is woken by that."""
     healer = schedule.workers[-1]
-    await healer.start(healer.worker.breaker.pulse())
+    await healer.start(healer.worker.breaker.report_and_probe())
     for name in rounds:
         await healer.round(name)
-    schedule.ground.move_clock(schedule.loop.seconds)
-    [(due,)] = schedule.ground.rows("select outbox.kick_due()")
+    schedule.database.move_clock(schedule.loop.seconds)
+    [(due,)] = schedule.database.rows("select outbox.schedule_due_handlers()")
     schedule.kicked = dict.fromkeys(due or ())
     while schedule.kicked:
-        handler = min(schedule.kicked, key=LIFE.index)
+        handler = min(schedule.kicked, key=HANDLER_ORDER.index)
         del schedule.kicked[handler]
         with suppress(asyncio.CancelledError, Killed):
             await schedule.workers[-1].drain(handler)
 
 
-async def is_at_rest(schedule: Schedule) -> bool:
+async def is_finished(schedule: Schedule) -> bool:
     """Whether nothing is to be expected any more."""
     provider = schedule.provider
     if provider.mailbox or provider.next_due() is not None or not all(one.done() for one in schedule.asking):
         return False
-    [(left,)] = schedule.ground.rows(
+    [(left,)] = schedule.database.rows(
         "select exists (select from surety.payments where state in ('initiated', 'submitting',"
         " 'provider_submitted', 'requires_action', 'authorized', 'processing', 'confirmed', 'disputed'))"
         " or exists (select from surety.refunds where state = 'pending')"
-        " or exists (select from surety.disputes where ask_at is not null)"
+        " or exists (select from surety.disputes where poll_at is not null)"
         " or exists (select from outbox.batches) or exists (select from outbox.retries where due_at is not null)"
         " or exists (select from surety.pending_money)"
         " or exists (select from outbox.dead_letters where closed_at is null and event_id is distinct from %s)"
-        " or exists (select from surety.parked_facts where ended_at is null)"
+        " or exists (select from surety.unmatched_facts where ended_at is null)"
         " or exists (select from outbox.handlers where outbox.has_work(handler))",
         schedule.poison,
     )
@@ -121,13 +127,13 @@ async def is_at_rest(schedule: Schedule) -> bool:
 
 def next_due(schedule: Schedule, at_least: float) -> float:
     """When something is due, in the schedule's seconds; so many seconds later at least, a day at most."""
-    schedule.ground.move_clock(schedule.loop.seconds)
-    [(seconds,)] = schedule.ground.rows(
+    schedule.database.move_clock(schedule.loop.seconds)
+    [(seconds,)] = schedule.database.rows(
         "select extract(epoch from least("
         " (select min(due_at) from outbox.retries), (select min(leased_until) from outbox.batches),"
-        " (select min(ask_at) from surety.payments), (select min(available_at) from surety.pending_money),"
-        " (select min(ask_at) from surety.refunds), (select min(ask_at) from surety.disputes),"
-        " (select min(parked_at) + interval '15 minutes' from surety.parked_facts where ended_at is null)"
+        " (select min(poll_at) from surety.payments), (select min(available_at) from surety.pending_money),"
+        " (select min(poll_at) from surety.refunds), (select min(poll_at) from surety.disputes),"
+        " (select min(parked_at) + interval '15 minutes' from surety.unmatched_facts where ended_at is null)"
         ") - surety.time_now())::float8"
     )
     dues = [86_400.0 if seconds is None else seconds]
@@ -138,16 +144,16 @@ def next_due(schedule: Schedule, at_least: float) -> float:
     return schedule.loop.seconds + min(86_400.0, max(at_least, min(dues) + 0.01))
 
 
-def what_is_left(schedule: Schedule) -> str:
+def describe_unfinished(schedule: Schedule) -> str:
     """What did not come to rest."""
     return str(
-        schedule.ground.rows(
+        schedule.database.rows(
             "select (select array_agg(p.id || ' ' || p.state) from surety.payments as p join surety.states as s"
             " using (state) where not s.is_final), (select array_agg(id || ' ' || state) from surety.refunds"
             " where state = 'pending'), (select array_agg(id || ' ' || status) from surety.disputes"
-            " where ask_at is not null), (select array_agg(handler || ' ' || event_ids::text) from outbox.batches),"
+            " where poll_at is not null), (select array_agg(handler || ' ' || event_ids::text) from outbox.batches),"
             " (select array_agg(handler || ' ' || attempts::text) from outbox.retries),"
             " (select count(*) from surety.pending_money), (select count(*) from outbox.dead_letters"
-            " where closed_at is null), (select count(*) from surety.parked_facts where ended_at is null)"
+            " where closed_at is null), (select count(*) from surety.unmatched_facts where ended_at is null)"
         )
     )
