@@ -72,7 +72,7 @@ def opened(conn: Connection) -> set[str]:
 def transitions(conn: Connection) -> list[tuple[str, str]]:
     """What the audit trail tells of breakers: the account and what became of it."""
     return conn.execute(
-        "select snapshot ->> 'account', outcome from audit.entries where kind = 'system' and outcome like 'breaker %'"
+        "select snapshot ->> 'account', outcome from audit.entries where kind = 'system' and outcome like 'circuit %'"
         " order by id"
     ).fetchall()
 
