@@ -125,7 +125,7 @@ def terminate_backend(system: SystemUnderTest, lot: random.Random) -> str:
 
 def make_half_open(system: SystemUnderTest, lot: random.Random) -> str:
     """One connection falls silent, and nobody is told."""
-    assert system.proxy.cut(lot.random()), "there is no connection to cut"
+    assert system.proxy.silence(lot.random()), "there is no connection to cut"
     return "a connection"
 
 

@@ -14,9 +14,9 @@ from app.cli.demo import POLL_SECONDS, count_workers, shorten_demo_delays
 from app.local.processes import ProcessGroup, free_port
 from db.connect import harden
 from db.deploy.deploy import deploy
-from db.embedded import PORT, EmbeddedServer, create_database, with_database
+from db.embedded import EmbeddedServer, create_database, with_database
 from db.errors import EmbeddedServerError
-from tests.crash.half_open_proxy import HalfOpenProxy
+from tests.support.postgres_proxy import KEEPALIVE_SECONDS, PostgresProxy
 
 Connection = psycopg.Connection[tuple[object, ...]]
 
@@ -44,7 +44,7 @@ class SystemUnderTest:
         deploy(self.url)
         with self.connect() as conn:
             shorten_demo_delays(conn)
-        self.proxy = HalfOpenProxy(f"{self.server.socket_folder}/.s.PGSQL.{PORT}")
+        self.proxy = PostgresProxy(self.url, reset_seconds=KEEPALIVE_SECONDS)
         lot = random.Random(os.getpid())
         self.ports = {name: free_port(lot.choice(PORTS)) for name in ("api", "webhooks", "sandbox")}
         secret = f"whsec_{secrets.token_hex(16)}"
@@ -52,7 +52,7 @@ class SystemUnderTest:
             name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))
         }
         told = {
-            "DATABASE_URL": f"postgresql://postgres@127.0.0.1:{self.proxy.port}/{DATABASE}",
+            "DATABASE_URL": self.proxy.url,
             "STRIPE_WEBHOOK_SECRET": secret,
             "SURETY_SANDBOX_URL": self.http("sandbox"),
             "SURETY_PROVIDER_TIMEOUT": PROVIDER_TIMEOUT_SECONDS,
@@ -123,5 +123,5 @@ class SystemUnderTest:
     def close(self) -> None:
         """End everything."""
         self.process_group.stop()
-        self.proxy.stop()
+        self.proxy.close()
         self.server.stop()

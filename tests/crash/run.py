@@ -6,7 +6,7 @@ import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -74,8 +74,16 @@ class Result(msgspec.Struct, kw_only=True):
         return not (self.lost or twice or self.violations or self.not_ended)
 
 
+class KillPhase(msgspec.Struct, kw_only=True):
+    """What the kills of a run did."""
+
+    kills: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    heal_seconds: list[float] = msgspec.field(default_factory=list)
+    violated: dict[str, int] = msgspec.field(default_factory=dict)
+
+
 def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) -> Result:
-    """Kill so many times; stops at the first invariant that is broken."""
+    """Kill processes `cycles` times under load. Stops at the first invariant that is violated."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         system = SystemUnderTest(scene, seed)
@@ -86,44 +94,18 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
         background_load = BackgroundLoad(system.http("api"), keys, seed, scene / "acknowledged.log")
         client = background_load.client
         background_load.start()
-        kills: dict[str, int] = dict.fromkeys(KINDS, 0)
-        heal_seconds: list[float] = []
-        violated: dict[str, int] = {}
-        for number, kind in enumerate(islice(kinds or draw(seed), cycles), 1):
-            lot = random.Random(f"{seed} cycle {number}")
-            time.sleep(lot.uniform(0.05, UNDISTURBED_SECONDS_MAX))
-            struck = kill_and_restart(kind, system, lot)
-            kills[kind] += 1
-            took = heal(system, background_load)
-            if took is None:
-                violated[f"cycle {number}: heals within {HEAL_SECONDS_MAX:.0f} s"] = 1
-                break
-            heal_seconds.append(took)
-            violated, explained = find_violations(system, client)
-            acknowledged = f"{len(client.payments)} payments and {len(client.refunds)} refunds acknowledged"
-            say(f"{number:>4} {kind}: {struck}; healed in {took:.1f} s; {acknowledged}")
-            if violated:
-                for line in explained:
-                    say(line)
-                break
+        phase = kill_under_load(system, background_load, islice(kinds or draw(seed), cycles), seed, say)
         background_load.close()
-        closed_at = time.monotonic()
-        if not violated:
-            differing = finish(system, background_load)
-            background_load.stop()
-            violated, explained = find_violations(system, client)
-            violated |= differing
-            for line in explained:
-                say(line)
-            say(f"it all ended {time.monotonic() - closed_at:.1f} s after the last order")
+        violated = phase.violated or finish(system, background_load, say)
         for line in client.wrong_answers:
             say(f"wrong: {line}")
         with system.connect() as conn:
             dead_letters, states = count_by_state(conn)
             not_ended, afterwards = count_unfinished(conn), count_payment_actions(conn)
+        heal_seconds = phase.heal_seconds or [0.0]
         return Result(
-            cycles=sum(kills.values()),
-            kills=kills,
+            cycles=sum(phase.kills.values()),
+            kills=phase.kills,
             acknowledged=len(client.payments),
             lost=violated.pop(ACKNOWLEDGED_PRESENT, 0),
             double_charges=violated.pop(CHARGED_TWICE, 0),
@@ -139,16 +121,51 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
             repeated=client.repeated,
             asked_again=client.asked_again,
             dead_letters=dead_letters,
-            heal_seconds={
-                "median": round(statistics.median(heal_seconds or [0]), 2), "max": round(max(heal_seconds or [0]), 2)
-            },
+            heal_seconds={"median": round(statistics.median(heal_seconds), 2), "max": round(max(heal_seconds), 2)},
             seconds=round(time.monotonic() - began, 1),
             seed=seed,
-        )  # fmt: skip
+        )
 
 
-def finish(system: SystemUnderTest, background_load: BackgroundLoad) -> dict[str, int]:
-    """What differs from the provider's memory when all that was begun is at its end; it is not waited for for ever.
+def kill_under_load(
+    system: SystemUnderTest, background_load: BackgroundLoad, kinds: Iterable[str], seed: int, say: Say
+) -> KillPhase:
+    """Kill, wait until the system works again, and check the invariants, for each kind."""
+    phase, client = KillPhase(), background_load.client
+    for number, kind in enumerate(kinds, 1):
+        chance = random.Random(f"{seed} cycle {number}")
+        time.sleep(chance.uniform(0.05, UNDISTURBED_SECONDS_MAX))
+        struck = kill_and_restart(kind, system, chance)
+        phase.kills[kind] += 1
+        seconds = heal(system, background_load)
+        if seconds is None:
+            phase.violated[f"cycle {number}: heals within {HEAL_SECONDS_MAX:.0f} s"] = 1
+            break
+        phase.heal_seconds.append(seconds)
+        phase.violated, details = find_violations(system, client)
+        acknowledged = f"{len(client.payments)} payments and {len(client.refunds)} refunds acknowledged"
+        say(f"{number:>4} {kind}: {struck}; healed in {seconds:.1f} s; {acknowledged}")
+        if phase.violated:
+            for line in details:
+                say(line)
+            break
+    return phase
+
+
+def finish(system: SystemUnderTest, background_load: BackgroundLoad, say: Say) -> dict[str, int]:
+    """The invariants violated once everything that was begun has ended, the comparison with the provider included."""
+    closed_at = time.monotonic()
+    differing = wait_for_end(system, background_load)
+    background_load.stop()
+    violated, details = find_violations(system, background_load.client)
+    for line in details:
+        say(line)
+    say(f"everything ended {time.monotonic() - closed_at:.1f} s after the last request")
+    return violated | differing
+
+
+def wait_for_end(system: SystemUnderTest, background_load: BackgroundLoad) -> dict[str, int]:
+    """The differences from the provider once everything has ended, or after END_SECONDS_MAX.
 
     Dead letters are replayed, as an operator would.
     """

@@ -15,13 +15,13 @@ import psycopg
 
 from app.local.processes import free_port
 from db.connect import harden
-from db.embedded import PORT, EmbeddedServer, wait_until
+from db.embedded import EmbeddedServer, wait_until
 from tests.crash.checks import compare_with_provider
-from tests.crash.half_open_proxy import HalfOpenProxy
 from tests.crash.kills import KIND_WEIGHTS, KINDS, children_of
 from tests.crash.retrying_client import expected_refusal
 from tests.support.http_client import running_server
 from tests.support.payments import Connection, add_merchant, pay
+from tests.support.postgres_proxy import proxied
 from tests.support.sandbox_process import running_sandbox
 from tests.support.workers import in_process_worker, run_until_idle
 
@@ -94,18 +94,14 @@ def test_processes_end_with_a_killed_parent_and_free_the_port(database: str) -> 
         assert second.url == first.url
 
 
-def test_half_open_connection_is_silent_at_both_ends() -> None:
-    with EmbeddedServer() as server:
-        proxy = HalfOpenProxy(f"{server.socket_folder}/.s.PGSQL.{PORT}")
-        try:
-            assert not proxy.cut(0.5)
-            with socket.create_connection(("127.0.0.1", proxy.port)) as connection:
-                connection.settimeout(0.3)
-                assert ask_for_tls(connection) == b"N"
-                assert proxy.cut(0.5)
-                assert ask_for_tls(connection) is None
-        finally:
-            proxy.stop()
+def test_half_open_connection_is_silent_at_both_ends(server: str) -> None:
+    with proxied(server) as proxy:
+        assert not proxy.silence(0.5)
+        with socket.create_connection(("127.0.0.1", proxy.port)) as connection:
+            connection.settimeout(0.3)
+            assert ask_for_tls(connection) in {b"N", b"S"}
+            assert proxy.silence(0.5)
+            assert ask_for_tls(connection) is None
 
 
 def test_server_sets_keepalives_for_lost_clients() -> None:

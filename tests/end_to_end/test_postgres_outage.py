@@ -200,12 +200,12 @@ async def test_locks_of_a_dead_connection_are_released(database: str, monkeypatc
             async with here.database.try_lock("schedule_due_handlers") as is_locked:
                 assert is_locked
                 await asyncio.sleep(4)
-                assert not await found_by_bisection(there), "who is heard keeps it, however long it takes"
+                assert not await can_lock(there), "who is heard keeps it, however long it takes"
                 proxy.is_dead = True
                 await asyncio.sleep(4)
-                assert await found_by_bisection(there)
+                assert await can_lock(there)
             proxy.is_dead = False
-            assert await found_by_bisection(here)
+            assert await can_lock(here)
 
 
 async def test_connection_without_advisory_locks_may_be_idle(
@@ -224,7 +224,7 @@ async def test_connection_without_advisory_locks_may_be_idle(
         assert before <= lines()
 
 
-async def found_by_bisection(worker: Worker) -> bool:
+async def can_lock(worker: Worker) -> bool:
     async with worker.database.try_lock("schedule_due_handlers") as is_locked:
         return is_locked
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.__main__ import MUTANTS, ROOT, Mutant, apply, judge, seeds_that_pass_unmutated
+from tests.mutations.mutants import MUTANTS, Mutant, apply
+from tests.mutations.run import ROOT, judge, seeds_that_pass_unmutated
 
 QUICKLY_CAUGHT = ("the trail is append-only",)
 

@@ -1,0 +1,294 @@
+"""The guards that the simulation must miss: each mutant is the code with one of them taken away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec import Struct
+
+FACT_KEY = "(provider, account, livemode, object_id, kind, revision)"
+
+
+class Patch(Struct, frozen=True):
+    """One text of a file instead of another; its first occurrence."""
+
+    path: str
+    before: str
+    after: str
+
+
+class Mutant(Struct, frozen=True):
+    """What is missing, and how it is taken away."""
+
+    guard: str
+    patches: tuple[Patch, ...]
+
+
+def mutant(guard: str, *patches: tuple[str, str, str]) -> Mutant:
+    """A mutant by its patches: path, before, after."""
+    return Mutant(guard, tuple(Patch(*patch) for patch in patches))
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    mutant(
+        "a fact counts once",
+        (
+            "schema.sql",
+            f"fact_keys_pkey primary key {FACT_KEY}",
+            f"fact_keys_pkey primary key {FACT_KEY[:-1]}, fact_id)",
+        ),
+        ("db/sql/payments/facts.sql", f"on conflict {FACT_KEY} do nothing", "on conflict do nothing"),
+    ),
+    mutant(
+        "a key makes one payment",
+        ("schema.sql", "primary key (merchant_id, route, key)", "primary key (merchant_id, route, key, payment_id)"),
+        ("db/sql/api/payments.sql", "on conflict (merchant_id, route, key) do nothing", "on conflict do nothing"),
+    ),
+    mutant(
+        "a reference is one payment's",
+        ("schema.sql", "primary key (merchant_id, reference)", "primary key (merchant_id, reference, payment_id)"),
+        ("db/sql/api/payments.sql", "on conflict (merchant_id, reference) do nothing", "on conflict do nothing"),
+        ("db/sql/payments/steps.sql", "on conflict (merchant_id, reference) do nothing", "on conflict do nothing"),
+    ),
+    mutant(
+        "a repeated webhook is a repeat",
+        (
+            "schema.sql",
+            "primary key (provider, account, event_id)",
+            "primary key (provider, account, event_id, provider_event_id)",
+        ),
+        (
+            "db/sql/provider/webhooks.sql",
+            "on conflict (provider, account, event_id) do nothing",
+            "on conflict do nothing",
+        ),
+    ),
+    mutant(
+        "a cause posts once",
+        ("schema.sql", "cause_posts_once unique (cause)", "cause_posts_once unique (cause, id)"),
+        ("db/sql/ledger/postings.sql", "on conflict (cause) do nothing", "on conflict do nothing"),
+    ),
+    mutant(
+        "a step starts where the last ended",
+        (
+            "schema.sql",
+            "'payment_id, prior_version, from_state',\n    'steps', 'payment_id, version, to_state', false\n",
+            "'payment_id', 'payments', 'id', false\n",
+        ),
+    ),
+    mutant(
+        "a step is legal",
+        (
+            "schema.sql",
+            "foreign key (from_state, to_state)\n    references surety.transitions (from_state, to_state)",
+            "check (from_state <> '')",
+        ),
+    ),
+    mutant(
+        "a state is its last step",
+        (
+            "schema.sql",
+            "'payments', 'id, version, state', 'steps', 'payment_id, version, to_state', true",
+            "'payments', 'id, version', 'steps', 'payment_id, version', true",
+        ),
+    ),
+    mutant(
+        "the trail is append-only",
+        (
+            "db/sql/core/audit.sql",
+            "before update or delete or truncate on audit.entries",
+            "before truncate on audit.entries",
+        ),
+    ),
+    mutant(
+        "a step is told to the trail",
+        (
+            "db/sql/payments/steps.sql",
+            "    where t.version > 1 or t.cause <> 'request';\n",
+            "    where t.version > 1 and t.to_state <> 'provider_submitted';\n",
+        ),
+    ),
+    mutant(
+        "our fee is posted",
+        ("schema.sql", "('captured', 2, 'pending', 'fee_revenue', 'platform_fee'),\n", ""),
+    ),
+    mutant(
+        "balances are kept",
+        (
+            "db/sql/ledger/postings.sql",
+            "balance_minor = kept.balance_minor + excluded.balance_minor",
+            "balance_minor = kept.balance_minor",
+        ),
+    ),
+    mutant(
+        "who commits late is not missed",
+        ("db/sql/outbox/events.sql", "where pg_visible_in_snapshot(open.xid, p_goal)", "where false"),
+    ),
+    mutant(
+        "a goal is walked to its end",
+        (
+            "db/sql/outbox/claims.sql",
+            "if v_scanned = v_scan_limit or cardinality(v_ids) = v_handler.batch_size then",
+            "if v_scanned = v_scan_limit then",
+        ),
+    ),
+    mutant(
+        "the fence: who lost the lease can't finish",
+        (
+            "db/sql/outbox/completion.sql",
+            "    if not found then\n        return false;\n    end if;\n    if v_batch.event_ids <@ p_event_ids then\n",
+            "    if not found then\n        return true;\n    end if;\n    if v_batch.event_ids <@ p_event_ids then\n",
+        ),
+    ),
+    mutant(
+        "effects of a lost lease are rolled back",
+        ("jobs/database.py", "                    raise psycopg.Rollback(transaction)\n", "                    pass\n"),
+    ),
+    mutant(
+        "what a dead worker held is taken over",
+        ("db/sql/outbox/claims.sql", "    perform outbox.expire_leases(p_handler, v_now);\n", ""),
+    ),
+    mutant(
+        "suspects run alone",
+        (
+            "db/sql/outbox/claims.sql",
+            "and r.due_at <= v_now and r.worker_deaths > 0",
+            "and r.due_at <= v_now and r.worker_deaths > 99",
+        ),
+        ("db/sql/outbox/claims.sql", "and r.due_at <= v_now and r.worker_deaths = 0", "and r.due_at <= v_now"),
+    ),
+    mutant(
+        "what is due again is found by the tick",
+        (
+            "db/sql/outbox/wakeups.sql",
+            "or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)",
+            "or false",
+        ),
+    ),
+    mutant(
+        "keys are locked in order",
+        ("db/sql/api/payments.sql", "order by g.merchant_id, g.idempotency_key, g.n\n", "order by g.n\n"),
+    ),
+    mutant(
+        "what has ended precedes what was asked of the payer",
+        (
+            "db/sql/payments/derive.sql",
+            "            when amounts.failed then 'failed'\n",
+            "            when amounts.action then 'requires_action'\n            when amounts.failed then 'failed'\n",
+        ),
+    ),
+    mutant(
+        "another amount is not believed",
+        ("jobs/handlers/calls.py", 'if intent["amount"] == subject.amount_minor:', 'if intent["amount"]:'),
+        (
+            "db/sql/payments/facts.sql",
+            "                when f.kind = 'submitted' and f.amount_minor <> p.amount_minor then 'amount'\n",
+            "",
+        ),
+    ),
+    mutant(
+        "what is confirmed is expected to settle",
+        (
+            "db/sql/payments/settlement.sql",
+            "v_now + interval '7 days'\n    from outbox.batch_events(p_batch, p_fence) as e\n    where ",
+            "v_now + interval '7 days'\n    from outbox.batch_events(p_batch, p_fence) as e\n    where false and ",
+        ),
+    ),
+    mutant(
+        "a declined intent is called off",
+        ("db/sql/payments/facts.sql", "    if v_declined is not null then\n", "    if false then\n"),
+    ),
+    mutant(
+        "what is asked to be refunded is reserved at once",
+        (
+            "db/sql/payments/derive.sql",
+            "coalesce(outcomes.refunding, 0) + reserved.minor as refunding",
+            "coalesce(outcomes.refunding, 0) + 0 * reserved.minor as refunding",
+        ),
+    ),
+    mutant(
+        "a refund has the same key at the provider",
+        ("db/sql/provider/calls.sql", "j.refund_id || ':create',", "j.refund_id || ':create' || random(),"),
+        (
+            "db/sql/provider/calls.sql",
+            "            sends = c.sends + 1,\n",
+            "            sends = c.sends + 1,\n            idempotency_key = excluded.idempotency_key,\n",
+        ),
+        ("jobs/handlers/refunds.py", 'if call.todo in {"ask", "renew"}:', "if call.todo in set():"),
+    ),
+    mutant(
+        "a refund that has failed is given back",
+        ("schema.sql", "('refund_failed', 1, 'reserved_for_refunds', 'available', 'gross'),\n", ""),
+    ),
+    mutant(
+        "a refund can fail after it has succeeded",
+        ("schema.sql", "('refund_failed', 'refund', 5, null,", "('refund_failed', 'refund', 0, null,"),
+    ),
+    mutant(
+        "the network's fee is passed on",
+        ("schema.sql", "('dispute', 3, 'available', 'fee_revenue', 'fee'),\n", ""),
+    ),
+    mutant(
+        "what is disputed is held back",
+        (
+            "db/sql/ledger/fact_postings.sql",
+            "(1, 'dispute_opened', steps.opened),",
+            "(1, 'dispute_opened', steps.lost),",
+        ),
+    ),
+    mutant(
+        "what no webhook tells is read from the list",
+        ("jobs/polling.py", '    for window in await poll_windows(worker, "events"):\n', "    for window in ():\n"),
+    ),
+    mutant(
+        "a second intent is called off",
+        ("db/sql/payments/facts.sql", "    v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);\n", ""),
+    ),
+    mutant(
+        "the breaker gives back what failed before it opened",
+        (
+            "db/sql/provider/circuit_breaker.sql",
+            "        failures = greatest(0, r.failures - counted.times),\n        attempts = counted.attempts,\n",
+            "        failures = r.failures,\n",
+        ),
+    ),
+    mutant(
+        "only money meets an expectation",
+        (
+            "db/sql/payments/settlement.sql",
+            "    order by e.aggregate_id\n    on conflict (payment_id, kind) do nothing;\n",
+            """
+    on conflict (payment_id, kind) do nothing;
+    update surety.expectations as x set met_at = v_now from surety.payments as p
+    where p.id = x.payment_id and x.met_at is null and p.state <> 'confirmed';
+""",
+        ),
+    ),
+    mutant(
+        "a failure counts only while the provider is well",
+        ("db/sql/provider/circuit_breaker.sql", "when r.result ? 'release_seconds' then null", "when true then null"),
+    ),
+    mutant(
+        "the same call has the same key at the provider",
+        (
+            "db/sql/provider/calls.sql",
+            "            j.payment_id || ':' || j.operation\n",
+            "            j.payment_id || ':' || j.operation || random()\n",
+        ),
+        (
+            "db/sql/provider/calls.sql",
+            "            sends = c.sends + 1,\n",
+            "            sends = c.sends + 1,\n            idempotency_key = excluded.idempotency_key,\n",
+        ),
+    ),
+)
+
+
+def apply(mutant: Mutant, folder: Path) -> None:
+    """Take the guard away in a copy of the code. Raises ValueError if it isn't there as it was."""
+    for patch in mutant.patches:
+        file = folder / patch.path
+        text = file.read_text()
+        if patch.before not in text:
+            raise ValueError(f"{mutant.guard}: {patch.path} has no {patch.before!r}")
+        file.write_text(text.replace(patch.before, patch.after, 1))
