@@ -1,16 +1,16 @@
-"""A stateful Stripe look-alike over real sockets, for tests, benchmarks and the demo. It imports none of the rest.
+"""A stateful sandbox of Stripe over real sockets, for tests, benchmarks and the demo.
 
-server       the process, routing               wire         sockets, and breaking them
-answering    a request: key, execution, answer  misbehaving  what each fault does to it
-operations   the table of all operations        parameters   form encoding, one struct per operation
-intents      a payment intent's life            shapes       what new objects look like
-refunds      a refund's life                    disputes     a dispute's life
-fraud        early warnings                     money        balance transactions, payouts
-payer        the 3-D Secure page                reading      objects, lists, expand
-world        what all share; events             agenda       what happens by itself, in time
-webhooks     signed deliveries                  faults       how it misbehaves, from a seed
-control      /sandbox/…: asked and steered      outside      what others do, on demand
-memory       one SQLite file                    cards, currencies, errors, settings: tables
+It imports no other package of Surety.
+
+server             the process, and the routing of requests
+connections        HTTP connections, and the ways to break them
+state              the state that all operations share
+memory             objects, keys and scheduled actions in one SQLite file
+scheduled_actions  what happens later without a request
+faults             which request or webhook gets which fault, derived from a seed
+control            the control API, `/sandbox/…`
+settings           delays, accounts, webhooks
+stripe             Stripe's API
 """
 
 from app.sandbox.faults import DEMO_FAULTS, NO_FAULTS, FaultProfile

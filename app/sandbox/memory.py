@@ -1,9 +1,9 @@
 """The sandbox's memory: one SQLite file that outlives its process.
 
-`objects` holds every Stripe object and event as JSON, beside the few columns that lists and sums ask for. A request
-changes records in memory and commits them once, with its idempotency key's answer and the plans for what follows, so
-a killed process leaves either all of it or nothing. Commits reach the file before the answer leaves; they are not
-synced to the disk one by one, which only a power failure would notice.
+`objects` holds every Stripe object and event as JSON, beside the columns that lists and sums use. A request changes
+records in memory. One commit writes them together with the answer under the idempotency key and the scheduled actions,
+so a killed process leaves all of it or nothing. Commits reach the file before the answer leaves. They are not synced
+to the disk: a power failure may lose the last of them.
 """
 
 import sqlite3
@@ -51,7 +51,7 @@ create table if not exists keys (
     primary key (account, key)
 ) without rowid;
 
-create table if not exists plans (
+create table if not exists scheduled_actions (
     seq integer primary key,
     due real not null,
     what text not null,
@@ -60,7 +60,7 @@ create table if not exists plans (
 );
 
 create table if not exists tallies (name text primary key, count integer not null) without rowid;
-create table if not exists facts (name text primary key, value real not null) without rowid;
+create table if not exists numbers (name text primary key, value real not null) without rowid;
 """
 
 
@@ -116,12 +116,12 @@ class _Changes:
     events: list[tuple[StoredObject, str]] = field(default_factory=list)
     event_ids: set[str] = field(default_factory=set)
     keys: list[tuple[Any, ...]] = field(default_factory=list)
-    plans: list[ScheduledAction] = field(default_factory=list)
+    scheduled: list[ScheduledAction] = field(default_factory=list)
     done: list[tuple[int]] = field(default_factory=list)
     tallies: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.records or self.events or self.keys or self.plans or self.done or self.tallies)
+        return bool(self.records or self.events or self.keys or self.scheduled or self.done or self.tallies)
 
 
 COLUMNS = "seq, id, kind, account, created, parent, label, currency, net, available_on, payout, body"
@@ -136,7 +136,7 @@ decode = msgspec.json.decode
 
 
 class Memory:
-    """All that the sandbox knows. One thread, one process."""
+    """Everything the sandbox stores. Not thread-safe."""
 
     def __init__(self, path: Path, seed: int) -> None:
         self.seed = seed
@@ -148,8 +148,8 @@ class Memory:
         self._cache: dict[str, StoredObject] = {}
         self._changes = _Changes()
         self._object_seq = self._number("select coalesce(max(seq), 0) from objects")
-        self._plan_seq = self._number("select coalesce(max(seq), 0) from plans")
-        row = self._file.execute("select value from facts where name = 'clock_offset'").fetchone()
+        self._action_seq = self._number("select coalesce(max(seq), 0) from scheduled_actions")
+        row = self._file.execute("select value from numbers where name = 'clock_offset'").fetchone()
         self._clock_offset: float = row[0] if row else 0.0
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class Memory:
 
     def advance(self, seconds: float) -> None:
         self._clock_offset += seconds
-        self._file.execute("replace into facts values ('clock_offset', ?)", (self._clock_offset,))
+        self._file.execute("replace into numbers values ('clock_offset', ?)", (self._clock_offset,))
 
     # Objects
 
@@ -313,20 +313,21 @@ class Memory:
             (account, key, answer.fingerprint, answer.status, answer.body, answer.request_id, answer.created)
         )
 
-    # Plans
+    # Scheduled actions
 
-    def plan(self, due: float, what: str, subject: str, attempt: int = 1) -> ScheduledAction:
-        self._plan_seq += 1
-        plan = ScheduledAction(due, self._plan_seq, what, subject, attempt)
-        self._changes.plans.append(plan)
-        return plan
+    def schedule(self, due: float, what: str, subject: str, attempt: int = 1) -> ScheduledAction:
+        self._action_seq += 1
+        action = ScheduledAction(due, self._action_seq, what, subject, attempt)
+        self._changes.scheduled.append(action)
+        return action
 
-    def finish(self, plan: ScheduledAction) -> None:
-        self._changes.done.append((plan.seq,))
+    def finish(self, action: ScheduledAction) -> None:
+        self._changes.done.append((action.seq,))
 
-    def plans(self) -> list[ScheduledAction]:
+    def scheduled_actions(self) -> list[ScheduledAction]:
         return [
-            ScheduledAction(*row) for row in self._file.execute("select due, seq, what, subject, attempt from plans")
+            ScheduledAction(*row)
+            for row in self._file.execute("select due, seq, what, subject, attempt from scheduled_actions")
         ]
 
     # Tallies
@@ -354,13 +355,13 @@ class Memory:
             self._file.executemany(SAVE, [_row(record, text) for record, text in changes.events])
         if changes.keys:
             self._file.executemany("replace into keys values (?, ?, ?, ?, ?, ?, ?)", changes.keys)
-        if changes.plans:
+        if changes.scheduled:
             self._file.executemany(
-                "insert into plans values (?, ?, ?, ?, ?)",
-                [(plan.seq, plan.due, plan.what, plan.subject, plan.attempt) for plan in changes.plans],
+                "insert into scheduled_actions values (?, ?, ?, ?, ?)",
+                [(action.seq, action.due, action.what, action.subject, action.attempt) for action in changes.scheduled],
             )
         if changes.done:
-            self._file.executemany("delete from plans where seq = ?", changes.done)
+            self._file.executemany("delete from scheduled_actions where seq = ?", changes.done)
         if changes.tallies:
             self._file.executemany(
                 "insert into tallies values (?, ?) on conflict (name) do update set count = count + excluded.count",
@@ -373,7 +374,7 @@ class Memory:
                 del self._cache[id]
 
     def rollback(self) -> None:
-        """Forget all changes since the last commit, but not that plans were carried out."""
+        """Discard all changes since the last commit, except tallies and the completion of scheduled actions."""
         for id in self._changes.records:
             self._cache.pop(id, None)
         if self._file.in_transaction:

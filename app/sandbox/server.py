@@ -14,17 +14,18 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from app.sandbox import agenda, control, payer
-from app.sandbox.answering import echoed_headers, error_response, execute_request, parse_request
-from app.sandbox.errors import StripeError
+from app.sandbox import control, scheduled_actions
+from app.sandbox.connections import ClientConnection, Message, ProtocolWithTransport, Receive, SandboxResponse, Send
 from app.sandbox.faults import DEMO_FAULTS, NO_FAULTS, FaultInjector, FaultProfile
 from app.sandbox.memory import Memory
-from app.sandbox.misbehaving import inject_fault
-from app.sandbox.parameters import decode_pairs
 from app.sandbox.settings import WEBHOOK_SECRET, SandboxSettings
-from app.sandbox.webhooks import WebhookSender
-from app.sandbox.wire import ClientConnection, Message, ProtocolWithTransport, Receive, SandboxResponse, Send
-from app.sandbox.world import World
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe import payer_page
+from app.sandbox.stripe.errors import StripeError
+from app.sandbox.stripe.fault_injection import inject_fault
+from app.sandbox.stripe.parameters import decode_pairs
+from app.sandbox.stripe.requests import echoed_headers, error_response, execute_request, parse_request
+from app.sandbox.stripe.webhooks import WebhookSender
 
 log = logging.getLogger("sandbox")
 
@@ -34,8 +35,8 @@ BACKLOG = 2048
 class SandboxApplication:
     """The ASGI application."""
 
-    def __init__(self, world: World, sender: WebhookSender) -> None:
-        self.world = world
+    def __init__(self, sandbox: Sandbox, sender: WebhookSender) -> None:
+        self.sandbox = sandbox
         self.sender = sender
         self._requests = 0
         self._boot = os.urandom(4).hex()
@@ -52,28 +53,28 @@ class SandboxApplication:
             if path.startswith("/3ds/"):
                 await connection.send(self._answer_payer(method, path.removeprefix("/3ds/"), query, body))
             else:
-                await control.handle_request(self.world, connection, method, path, query, body)
+                await control.handle_request(self.sandbox, connection, method, path, query, body)
         except StripeError as refusal:
-            self.world.rollback()
+            self.sandbox.rollback()
             await connection.send(error_response(refusal))
 
     async def _answer_stripe(
         self, connection: ClientConnection, method: str, path: str, headers: dict[bytes, str], form: str
     ) -> None:
-        world = self.world
+        sandbox = self.sandbox
         self._requests += 1
         request_id = f"req_{self._boot}{self._requests:08d}"
         echoed = echoed_headers(headers, request_id)
         try:
-            request = parse_request(world, method, path, headers, form, request_id)
+            request = parse_request(sandbox, method, path, headers, form, request_id)
         except StripeError as refusal:
             response = error_response(refusal)
         else:
-            fault = world.faults.of_request(request.operation.name, request.identity, writes=request.writes)
+            fault = sandbox.faults.of_request(request.operation.name, request.identity, writes=request.writes)
             if fault is not None:
-                await inject_fault(fault, world, self.sender, request, connection, echoed)
+                await inject_fault(fault, sandbox, self.sender, request, connection, echoed)
                 return
-            response = execute_request(world, request)
+            response = execute_request(sandbox, request)
         response.headers += echoed
         await connection.send(response)
 
@@ -82,11 +83,11 @@ class SandboxApplication:
         html = [(b"content-type", b"text/html; charset=utf-8")]
         if method == "POST":
             outcome = dict(decode_pairs(body)).get("outcome", "")
-            back = payer.submit_answer(self.world, intent_id, secret, outcome)
-            self.world.commit()
+            back = payer_page.submit_answer(self.sandbox, intent_id, secret, outcome)
+            self.sandbox.commit()
             if back is not None:
                 return SandboxResponse(303, b"", [*html, (b"location", back.encode())])
-        return SandboxResponse(200, payer.render_page(self.world, intent_id, secret).encode(), html)
+        return SandboxResponse(200, payer_page.render_page(self.sandbox, intent_id, secret).encode(), html)
 
 
 def serve_sandbox(
@@ -120,10 +121,10 @@ async def _run(listening: socket.socket, path: Path, settings: SandboxSettings, 
     host, port = listening.getsockname()[:2]
     settings.public_url = settings.public_url or f"http://{host}:{port}"
     memory = Memory(path, settings.seed)
-    world = World(settings, memory, FaultInjector(settings.seed, profile))
-    sender = WebhookSender(world)
+    sandbox = Sandbox(settings, memory, FaultInjector(settings.seed, profile))
+    sender = WebhookSender(sandbox)
     config = uvicorn.Config(
-        SandboxApplication(world, sender),
+        SandboxApplication(sandbox, sender),
         http=ProtocolWithTransport,
         ws="none",
         lifespan="off",
@@ -139,9 +140,12 @@ async def _run(listening: socket.socket, path: Path, settings: SandboxSettings, 
         # uvicorn raises the signal that ended it once more; that must not end us before the memory is closed.
         signal.signal(ending, lambda *_: None)
     print(f"listening on {host}:{port}", flush=True)  # noqa: T201  # whoever started us waits for this line
-    tasks = [asyncio.create_task(agenda.run_agenda(world, sender)), asyncio.create_task(sender.run())]
+    tasks = [
+        asyncio.create_task(scheduled_actions.run_scheduled_actions(sandbox, sender)),
+        asyncio.create_task(sender.run()),
+    ]
     if settings.payout_seconds > 0:
-        tasks.append(asyncio.create_task(agenda.pay_out_periodically(world)))
+        tasks.append(asyncio.create_task(scheduled_actions.pay_out_periodically(sandbox)))
     for task in tasks:
         task.add_done_callback(_log_failure)
     try:

@@ -13,7 +13,7 @@ import pytest
 import stripe
 
 from app.receiver import BODY_BYTES_MAX, REJECTIONS_PER_SECOND_MAX, InvalidWebhook, verify_signature
-from app.sandbox.webhooks import signature
+from app.sandbox.stripe.webhooks import signature
 from db.embedded import temporary_database
 from tests.conftest import PREFIX
 from tests.support.http_client import (

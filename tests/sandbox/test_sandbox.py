@@ -10,7 +10,7 @@ import httpx
 import pytest
 import stripe
 
-from app.sandbox.cards import CARDS
+from app.sandbox.stripe.objects.cards import CARDS
 from tests.support.sandbox_process import CARD_PAYMENT, KEY, Json, SandboxProcess, eventually, running_sandbox
 
 keys = (f"key-{number}" for number in count())

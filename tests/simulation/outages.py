@@ -9,7 +9,7 @@ from msgspec import Struct
 from app.sandbox.faults import RequestFault
 
 if TYPE_CHECKING:
-    from app.sandbox.answering import StripeRequest
+    from app.sandbox.stripe.requests import StripeRequest
     from tests.simulation.database import SimulatedDatabase
     from tests.simulation.schedule import Schedule
 

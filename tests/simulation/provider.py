@@ -16,9 +16,16 @@ from urllib.parse import urlsplit
 import msgspec
 import stripe
 
-from app.sandbox import intents, outside
-from app.sandbox.agenda import SCHEDULED_ACTIONS
-from app.sandbox.answering import (
+from app.sandbox.connections import SandboxResponse
+from app.sandbox.faults import REQUEST_FAULTS, FaultInjector, RequestFault
+from app.sandbox.memory import Memory
+from app.sandbox.scheduled_actions import SCHEDULED_ACTIONS
+from app.sandbox.settings import SandboxSettings
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe import control
+from app.sandbox.stripe.errors import StripeError
+from app.sandbox.stripe.objects import intents
+from app.sandbox.stripe.requests import (
     StripeRequest,
     error_response,
     execute_request,
@@ -28,12 +35,6 @@ from app.sandbox.answering import (
     rate_limited,
     server_error,
 )
-from app.sandbox.errors import StripeError
-from app.sandbox.faults import REQUEST_FAULTS, FaultInjector, RequestFault
-from app.sandbox.memory import Memory
-from app.sandbox.settings import SandboxSettings
-from app.sandbox.wire import SandboxResponse
-from app.sandbox.world import World
 from tests.simulation.loop import PROCESS, Process
 from tests.simulation.outages import Outage, check_outage_failures_uncounted, start_outage
 
@@ -80,7 +81,7 @@ class SimulatedProvider:
             inquiry_seconds=86_400.0,
             public_url="http://provider",
         )
-        self.world = World(settings, SimulatedMemory(schedule), FaultInjector(settings.seed))
+        self.sandbox = Sandbox(settings, SimulatedMemory(schedule), FaultInjector(settings.seed))
         self.process = Process("provider")
         self.mailbox: list[str] = []
         self.late: list[str] = []
@@ -94,16 +95,16 @@ class SimulatedProvider:
     @property
     def memory(self) -> Memory:
         """What really happened."""
-        return self.world.memory
+        return self.sandbox.memory
 
     def run_due(self) -> None:
         """Carry out what is due by now."""
         if self.outage is not None and self.outage.until <= self.schedule.loop.seconds:
             self.recover()
-        memory = self.world.memory
-        while self.world.agenda and self.world.agenda[0].due <= memory.now():
-            plan = heapq.heappop(self.world.agenda)
-            SCHEDULED_ACTIONS[plan.what](self.world, memory.get(plan.subject))
+        memory = self.sandbox.memory
+        while self.sandbox.scheduled and self.sandbox.scheduled[0].due <= memory.now():
+            plan = heapq.heappop(self.sandbox.scheduled)
+            SCHEDULED_ACTIONS[plan.what](self.sandbox, memory.get(plan.subject))
             memory.finish(plan)
             self.commit()
 
@@ -116,17 +117,17 @@ class SimulatedProvider:
 
     def next_due(self) -> float | None:
         """When it does something by itself, in the schedule's seconds."""
-        agenda = self.world.agenda
-        return agenda[0].due - self.schedule.epoch_seconds if agenda else None
+        scheduled = self.sandbox.scheduled
+        return scheduled[0].due - self.schedule.epoch_seconds if scheduled else None
 
     def commit(self) -> None:
         """Make what happened durable, and put its webhooks into the mailbox, or wherever they get lost."""
-        self.world.commit()
+        self.sandbox.commit()
         schedule = self.schedule
-        deliveries = [plan for plan in self.world.agenda if plan.what == "deliver"]
+        deliveries = [plan for plan in self.sandbox.scheduled if plan.what == "deliver"]
         if deliveries:
-            self.world.agenda = [plan for plan in self.world.agenda if plan.what != "deliver"]
-            heapq.heapify(self.world.agenda)
+            self.sandbox.scheduled = [plan for plan in self.sandbox.scheduled if plan.what != "deliver"]
+            heapq.heapify(self.sandbox.scheduled)
         for plan in sorted(deliveries):
             if schedule.draw_fault("webhook_lost"):
                 self.has_lost = True
@@ -143,7 +144,7 @@ class SimulatedProvider:
         if not waiting:
             return False
         intents.complete_authentication(
-            self.world, self.schedule.chance.choice(waiting), self.schedule.chance.random() < 0.7
+            self.sandbox, self.schedule.chance.choice(waiting), self.schedule.chance.random() < 0.7
         )
         self.commit()
         return True
@@ -163,19 +164,19 @@ class SimulatedProvider:
             match doing:
                 case "dispute":
                     part = chance.choice((None, subject.body["amount_captured"] // 2))
-                    outside.dispute_charge(
-                        self.world,
-                        outside.CardholderDispute(charge=subject.id, amount=part, inquiry=chance.random() < 0.2),
+                    control.dispute_charge(
+                        self.sandbox,
+                        control.CardholderDispute(charge=subject.id, amount=part, inquiry=chance.random() < 0.2),
                     )
                 case "decide":
-                    outcome: Any = chance.choice((*outside.DECISIONS, "partly_lost"))
-                    outside.decide_dispute(self.world, subject.id, outside.BankDecision(outcome=outcome, returned=1))
+                    outcome: Any = chance.choice((*control.DECISIONS, "partly_lost"))
+                    control.decide_dispute(self.sandbox, subject.id, control.BankDecision(outcome=outcome, returned=1))
                 case "return":
-                    outside.decide_refund(self.world, subject.id, outside.RefundOutcome(outcome="failed"))
+                    control.decide_refund(self.sandbox, subject.id, control.RefundOutcome(outcome="failed"))
                 case "refund":
-                    outside.refund_charge(
-                        self.world,
-                        outside.DashboardRefund(charge=subject.id, amount=subject.body["amount_captured"] // 4),
+                    control.refund_charge(
+                        self.sandbox,
+                        control.DashboardRefund(charge=subject.id, amount=subject.body["amount_captured"] // 4),
                     )
         except StripeError:
             return None
@@ -188,15 +189,15 @@ class SimulatedProvider:
         for intent in list(self.memory.all_of_kind("payment_intent")):
             is_wrong = intent.body["amount"] != asked.get(intent.body["metadata"]["surety_payment"])
             if is_wrong and intent.body["status"] == "requires_confirmation":
-                intents.cancel(self.world, intent, "requested_by_customer")
+                intents.cancel(self.sandbox, intent, "requested_by_customer")
                 self.commit()
 
     def decide_disputes(self) -> None:
         """The banks decide whatever they still have before them."""
         for dispute in list(self.memory.all_of_kind("dispute")):
             outcome: Any = "closed" if dispute.body["status"].startswith("warning_") else "lost"
-            if dispute.body["status"] in outside.DECISIONS[outcome][0]:
-                outside.decide_dispute(self.world, dispute.id, outside.BankDecision(outcome=outcome))
+            if dispute.body["status"] in control.DECISIONS[outcome][0]:
+                control.decide_dispute(self.sandbox, dispute.id, control.BankDecision(outcome=outcome))
                 self.commit()
 
     def receive(self, method: str, url: str, headers: Mapping[str, str], form: str) -> StripeRequest | SandboxResponse:
@@ -206,7 +207,7 @@ class SimulatedProvider:
         named = {name.lower().encode(): value for name, value in headers.items()}
         parameters = address.query if method == "GET" else form
         try:
-            return parse_request(self.world, method, address.path, named, parameters, f"req_{self._requests:08d}")
+            return parse_request(self.sandbox, method, address.path, named, parameters, f"req_{self._requests:08d}")
         except StripeError as refusal:
             return error_response(refusal)
 
@@ -247,11 +248,11 @@ class SimulatedProvider:
         match fault:
             case "error_500_before":
                 answered = request.replay or error_response(server_error())
-                keep_response(self.world, request, answered)
+                keep_response(self.sandbox, request, answered)
                 return answered
             case "error_500_after":
-                return execute_request(self.world, request, instead=server_error())
-        return execute_request(self.world, request)
+                return execute_request(self.sandbox, request, instead=server_error())
+        return execute_request(self.sandbox, request)
 
     async def send_back(
         self, request: StripeRequest, answered: SandboxResponse, fault: RequestFault | None
@@ -271,12 +272,12 @@ class SimulatedProvider:
     async def execute_late(self, request: StripeRequest) -> SandboxResponse:
         """Execute late; the key is in use meanwhile, whoever asked may have given up or died."""
         in_use = (request.call.account, request.call.key or request.call.request_id)
-        self.world.keys_in_use.add(in_use)
+        self.sandbox.keys_in_use.add(in_use)
         is_once = request.operation.name.startswith("payment_intents.")
         chance = self.schedule.chance
         await asyncio.sleep(A_DAY_LATE_SECONDS if is_once and chance.random() < 0.5 else chance.choice(LATE_SECONDS))
-        self.world.keys_in_use.discard(in_use)
-        answered = execute_request(self.world, request)
+        self.sandbox.keys_in_use.discard(in_use)
+        answered = execute_request(self.sandbox, request)
         self.commit()
         return answered
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from app.sandbox.memory import ScheduledAction
-from app.sandbox.world import World
+from app.sandbox.state import Sandbox
 
 RETRY_SECONDS_MAX = 16.0
 
@@ -23,16 +23,16 @@ def signature(payload: bytes, secret: str, timestamp: int) -> str:
 class WebhookSender:
     """Delivers what is planned, over a few connections at once."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
         self._queue: asyncio.Queue[ScheduledAction] = asyncio.Queue()
         self._delivered: dict[str, asyncio.Future[None]] = {}
         self._latest: dict[str, int] = {}
         """By payment, the newest of its events that was delivered: what comes after it and is older was overtaken."""
 
-    def post(self, plan: ScheduledAction) -> None:
+    def post(self, action: ScheduledAction) -> None:
         """Take a delivery that is due."""
-        self._queue.put_nowait(plan)
+        self._queue.put_nowait(action)
 
     async def delivery(self, event_ids: list[str]) -> None:
         """Wait until each of these events, just committed, was answered once."""
@@ -43,21 +43,21 @@ class WebhookSender:
     async def run(self) -> None:
         """Deliver for ever."""
         async with asyncio.TaskGroup() as connections:
-            for _ in range(self.world.settings.webhook_connections):
+            for _ in range(self.sandbox.settings.webhook_connections):
                 connections.create_task(self._deliver_all())
 
     async def _deliver_all(self) -> None:
-        url = self.world.settings.webhook_url
+        url = self.sandbox.settings.webhook_url
         connection = ReceiverConnection(url) if url else None
         while True:
-            plan = await self._queue.get()
+            action = await self._queue.get()
             if connection is not None:
-                await self._deliver(connection, plan)
+                await self._deliver(connection, action)
 
-    async def _deliver(self, connection: "ReceiverConnection", plan: ScheduledAction) -> None:
-        world, settings = self.world, self.world.settings
-        seq, subject, payload = world.memory.event(plan.subject)
-        forged = plan.what == "deliver_forged"
+    async def _deliver(self, connection: "ReceiverConnection", action: ScheduledAction) -> None:
+        sandbox, settings = self.sandbox, self.sandbox.settings
+        seq, subject, payload = sandbox.memory.event(action.subject)
+        forged = action.what == "deliver_forged"
         secret = settings.webhook_secret + "?" * forged
         try:
             async with asyncio.timeout(settings.webhook_timeout_seconds):
@@ -65,24 +65,24 @@ class WebhookSender:
         except (OSError, httptools.HttpParserError):
             connection.close()
             status = 0
-        world.memory.finish(plan)
-        world.memory.tally("webhooks:deliveries")
+        sandbox.memory.finish(action)
+        sandbox.memory.tally("webhooks:deliveries")
         if 200 <= status < 300:
-            world.memory.tally("webhooks:delivered")
+            sandbox.memory.tally("webhooks:delivered")
             latest = self._latest.get(subject, 0)
             if seq < latest:
-                world.memory.tally("webhooks:overtaken")
+                sandbox.memory.tally("webhooks:overtaken")
             self._latest[subject] = max(seq, latest)
-            answered = self._delivered.pop(plan.subject, None)
+            answered = self._delivered.pop(action.subject, None)
             if answered is not None and not answered.done():
                 answered.set_result(None)
-        elif plan.attempt >= settings.webhook_attempts_max:
-            world.memory.tally("webhooks:given_up")
+        elif action.attempt >= settings.webhook_attempts_max:
+            sandbox.memory.tally("webhooks:given_up")
         else:
-            world.memory.tally("webhooks:refused")
-            delay = min(settings.webhook_retry_seconds * 2 ** (plan.attempt - 1), RETRY_SECONDS_MAX)
-            world.plan(0.1 if forged else delay, "deliver", plan.subject, plan.attempt + 1)
-        world.commit_soon()
+            sandbox.memory.tally("webhooks:refused")
+            delay = min(settings.webhook_retry_seconds * 2 ** (action.attempt - 1), RETRY_SECONDS_MAX)
+            sandbox.schedule(0.1 if forged else delay, "deliver", action.subject, action.attempt + 1)
+        sandbox.commit_soon()
 
 
 class ReceiverConnection:

@@ -6,12 +6,14 @@ as they are; a decline is raised after the failed charge was recorded, so it is 
 
 from typing import Any
 
-from app.sandbox import disputes, money, shapes
-from app.sandbox.cards import AUTHENTICATION_NEEDED, CARDS, Card, Decline
-from app.sandbox.currencies import check_amount
-from app.sandbox.errors import StripeError, invalid_request, missing, not_found, unsupported, wrong_state
 from app.sandbox.memory import StoredObject
-from app.sandbox.parameters import (
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe.errors import StripeError, invalid_request, missing, not_found, unsupported, wrong_state
+from app.sandbox.stripe.events import emit
+from app.sandbox.stripe.objects import balance, disputes, payloads
+from app.sandbox.stripe.objects.cards import AUTHENTICATION_NEEDED, CARDS, Card, Decline
+from app.sandbox.stripe.objects.currencies import check_amount
+from app.sandbox.stripe.parameters import (
     AutomaticMethods,
     CancelIntent,
     CaptureIntent,
@@ -21,7 +23,7 @@ from app.sandbox.parameters import (
     UpdateIntent,
     merge_metadata,
 )
-from app.sandbox.world import World
+from app.sandbox.stripe.queries import card_of
 
 AUTHENTICATION_FAILED = Decline(
     "payment_intent_authentication_failure",
@@ -35,7 +37,7 @@ EXPIRED = "expired"
 SUFFIX_LENGTH_MAX = 22
 
 
-def create(world: World, account: str, given: CreateIntent) -> StoredObject:
+def create(sandbox: Sandbox, account: str, given: CreateIntent) -> StoredObject:
     """A new intent; charged at once only if `confirm` is set."""
     currency = given.currency.lower()
     check_amount(given.amount, currency)
@@ -43,26 +45,26 @@ def create(world: World, account: str, given: CreateIntent) -> StoredObject:
     card = _card(given.payment_method)
     if given.confirm and not card:
         raise missing("payment_method")
-    memory, created = world.memory, world.unix_seconds()
-    id = memory.unused_id("pi", account, (world.call and world.call.key) or f"#{memory.next_seq()}")
+    memory, created = sandbox.memory, sandbox.unix_seconds()
+    id = memory.unused_id("pi", account, (sandbox.call and sandbox.call.key) or f"#{memory.next_seq()}")
     automatic = given.automatic_payment_methods or AutomaticMethods(enabled=True)
-    body = shapes.intent(id, f"{id}_secret_{memory.unused_id('s', id)[2:]}", created, currency, given, automatic)
+    body = payloads.intent(id, f"{id}_secret_{memory.unused_id('s', id)[2:]}", created, currency, given, automatic)
     body["metadata"] = merge_metadata({}, given.metadata)
     body["payment_method_options"] = _options(None, given.payment_method_options)
     intent = StoredObject(id, "payment_intent", account, created, body, parent=given.customer or "")
     if card:
-        _attach(world, intent, card)
+        _attach(sandbox, intent, card)
         body["status"] = "requires_confirmation"
     if given.confirm:
         _check_return_url(body, given)
     memory.save(intent)
-    world.emit("payment_intent.created", intent)
+    emit(sandbox, "payment_intent.created", intent)
     if card and given.confirm:
-        _pay(world, intent, card, off_session=given.off_session, return_url=given.return_url)
+        _pay(sandbox, intent, card, off_session=given.off_session, return_url=given.return_url)
     return intent
 
 
-def update(world: World, intent: StoredObject, given: UpdateIntent) -> StoredObject:
+def update(sandbox: Sandbox, intent: StoredObject, given: UpdateIntent) -> StoredObject:
     """Change an intent; amount, currency and payment method only before it is confirmed."""
     body = intent.body
     _check_common(given)
@@ -86,13 +88,13 @@ def update(world: World, intent: StoredObject, given: UpdateIntent) -> StoredObj
             body[name] = value or None
     intent.parent = body["customer"] or ""
     if card:
-        _attach(world, intent, card)
+        _attach(sandbox, intent, card)
         body.update(status="requires_confirmation", next_action=None)
-    world.memory.save(intent)
+    sandbox.memory.save(intent)
     return intent
 
 
-def confirm(world: World, intent: StoredObject, given: ConfirmIntent) -> StoredObject:
+def confirm(sandbox: Sandbox, intent: StoredObject, given: ConfirmIntent) -> StoredObject:
     """Try to charge the intent's payment method."""
     body = intent.body
     card = _card(given.payment_method)
@@ -116,39 +118,39 @@ def confirm(world: World, intent: StoredObject, given: ConfirmIntent) -> StoredO
         body["receipt_email"] = given.receipt_email or None
     body["payment_method_options"] = _options(body["payment_method_options"], given.payment_method_options)
     if card:
-        _attach(world, intent, card)
+        _attach(sandbox, intent, card)
     else:
-        card = world.card_of(body["payment_method"])
-    world.memory.save(intent)
-    _pay(world, intent, card, off_session=given.off_session, return_url=given.return_url)
+        card = card_of(sandbox, body["payment_method"])
+    sandbox.memory.save(intent)
+    _pay(sandbox, intent, card, off_session=given.off_session, return_url=given.return_url)
     return intent
 
 
-def complete_authentication(world: World, intent: StoredObject, approved: bool) -> StoredObject:
+def complete_authentication(sandbox: Sandbox, intent: StoredObject, approved: bool) -> StoredObject:
     """The payer has answered the 3-D Secure challenge; declines are recorded, not raised."""
     body = intent.body
     if body["status"] != "requires_action":
         return intent
-    card = world.card_of(body["payment_method"])
+    card = card_of(sandbox, body["payment_method"])
     body["next_action"] = None
-    world.memory.save(intent)
+    sandbox.memory.save(intent)
     try:
         if not approved or card.challenge_fails:
-            _fail(world, intent, card, AUTHENTICATION_FAILED, charge=None)
-        _charge(world, intent, card, authenticated=True)
+            _fail(sandbox, intent, card, AUTHENTICATION_FAILED, charge=None)
+        _charge(sandbox, intent, card, authenticated=True)
     except StripeError as decline:
         if decline.status != 402:
             raise
     return intent
 
 
-def finish_processing(world: World, intent: StoredObject) -> None:
+def finish_processing(sandbox: Sandbox, intent: StoredObject) -> None:
     """What was processing has succeeded at the network."""
     if intent.body["status"] == "processing":
-        _succeed(world, intent, world.memory.get(intent.body["latest_charge"]))
+        _succeed(sandbox, intent, sandbox.memory.get(intent.body["latest_charge"]))
 
 
-def capture(world: World, intent: StoredObject, given: CaptureIntent) -> StoredObject:
+def capture(sandbox: Sandbox, intent: StoredObject, given: CaptureIntent) -> StoredObject:
     """Take what was authorized, or a part of it; the rest is released."""
     body = intent.body
     if not given.final_capture:
@@ -171,20 +173,20 @@ def capture(world: World, intent: StoredObject, given: CaptureIntent) -> StoredO
             param="amount_to_capture",
             code="amount_too_large",
         )
-    charge = world.memory.get(body["latest_charge"])
+    charge = sandbox.memory.get(body["latest_charge"])
     body["metadata"] = merge_metadata(body["metadata"], given.metadata)
     charge.body.update(captured=True, amount_captured=amount)
-    money.book_charge(world, charge)
-    world.memory.save(charge)
-    world.emit("charge.captured", charge)
-    disputes.schedule_dispute(world, charge)
+    balance.book_charge(sandbox, charge)
+    sandbox.memory.save(charge)
+    emit(sandbox, "charge.captured", charge)
+    disputes.schedule_dispute(sandbox, charge)
     body.update(amount_capturable=0, amount_received=amount, status="succeeded")
-    world.memory.save(intent)
-    world.emit("payment_intent.succeeded", intent)
+    sandbox.memory.save(intent)
+    emit(sandbox, "payment_intent.succeeded", intent)
     return intent
 
 
-def cancel(world: World, intent: StoredObject, reason: CancelIntent | str) -> StoredObject:
+def cancel(sandbox: Sandbox, intent: StoredObject, reason: CancelIntent | str) -> StoredObject:
     """End an intent for good; an authorization is released, and since 2025-03-31.basil that is no refund.
 
     https://docs.stripe.com/changelog/basil/2025-03-31/remove-refund-from-partial-capture-and-payment-cancellation-flow
@@ -194,40 +196,42 @@ def cancel(world: World, intent: StoredObject, reason: CancelIntent | str) -> St
         raise wrong_state("cancel", body)
     body.update(
         amount_capturable=0,
-        canceled_at=world.unix_seconds(),
+        canceled_at=sandbox.unix_seconds(),
         cancellation_reason=reason if isinstance(reason, str) else reason.cancellation_reason,
         next_action=None,
         status="canceled",
     )
     if reason == EXPIRED:
-        world.emit("charge.expired", world.memory.get(body["latest_charge"]))
-    world.memory.save(intent)
-    world.emit("payment_intent.canceled", intent)
+        emit(sandbox, "charge.expired", sandbox.memory.get(body["latest_charge"]))
+    sandbox.memory.save(intent)
+    emit(sandbox, "payment_intent.canceled", intent)
     return intent
 
 
-def expire_authorization(world: World, intent: StoredObject) -> None:
+def expire_authorization(sandbox: Sandbox, intent: StoredObject) -> None:
     """An authorization that nobody captured in time is released."""
     if intent.body["status"] == "requires_capture":
-        cancel(world, intent, EXPIRED)
+        cancel(sandbox, intent, EXPIRED)
 
 
-def _pay(world: World, intent: StoredObject, card: Card, *, off_session: bool, return_url: str | None) -> None:
+def _pay(sandbox: Sandbox, intent: StoredObject, card: Card, *, off_session: bool, return_url: str | None) -> None:
     body = intent.body
     options = (body["payment_method_options"].get("card") or {}).get("request_three_d_secure")
     challenged = card.challenge == "required" or (card.challenge == "optional" and options in ("any", "challenge"))
     if not challenged:
-        _charge(world, intent, card, authenticated=False)
+        _charge(sandbox, intent, card, authenticated=False)
     elif off_session:
-        _fail(world, intent, card, AUTHENTICATION_NEEDED, charge=_new_charge(world, intent, card, authenticated=False))
+        _fail(
+            sandbox, intent, card, AUTHENTICATION_NEEDED, charge=_new_charge(sandbox, intent, card, authenticated=False)
+        )
     else:
-        _challenge(world, intent, return_url)
+        _challenge(sandbox, intent, return_url)
 
 
-def _challenge(world: World, intent: StoredObject, return_url: str | None) -> None:
+def _challenge(sandbox: Sandbox, intent: StoredObject, return_url: str | None) -> None:
     """Send the payer to the sandbox's page; without a return URL Stripe leaves that to its script."""
     body = intent.body
-    page = f"{world.settings.public_url}/3ds/{intent.id}?client_secret={body['client_secret']}"
+    page = f"{sandbox.settings.public_url}/3ds/{intent.id}?client_secret={body['client_secret']}"
     if return_url:
         body["next_action"] = {
             "type": "redirect_to_url",
@@ -239,60 +243,62 @@ def _challenge(world: World, intent: StoredObject, return_url: str | None) -> No
             "use_stripe_sdk": {"type": "three_d_secure_redirect", "stripe_js": page},
         }
     body.update(status="requires_action", last_payment_error=None)
-    world.memory.save(intent)
-    world.emit("payment_intent.requires_action", intent)
-    if world.settings.auto_payer:
-        world.plan(world.settings.payer_seconds, "payer_answers", intent.id)
+    sandbox.memory.save(intent)
+    emit(sandbox, "payment_intent.requires_action", intent)
+    if sandbox.settings.auto_payer:
+        sandbox.schedule(sandbox.settings.payer_seconds, "payer_answers", intent.id)
 
 
-def _charge(world: World, intent: StoredObject, card: Card, *, authenticated: bool) -> None:
+def _charge(sandbox: Sandbox, intent: StoredObject, card: Card, *, authenticated: bool) -> None:
     """Ask the card's issuer."""
     body = intent.body
     if card.decline:
-        _fail(world, intent, card, card.decline, charge=_new_charge(world, intent, card, authenticated=authenticated))
-    charge = _new_charge(world, intent, card, authenticated=authenticated)
+        _fail(
+            sandbox, intent, card, card.decline, charge=_new_charge(sandbox, intent, card, authenticated=authenticated)
+        )
+    charge = _new_charge(sandbox, intent, card, authenticated=authenticated)
     charge.label = "succeeded"
     body.update(latest_charge=charge.id, last_payment_error=None, next_action=None)
     if body["capture_method"] == "manual":
         charge.body.update(paid=True, status="succeeded")
         body.update(amount_capturable=body["amount"], status="requires_capture")
-        world.memory.save(charge)
-        world.memory.save(intent)
-        world.emit("charge.succeeded", charge)
-        world.emit("payment_intent.amount_capturable_updated", intent)
-        world.plan(world.settings.hold_seconds, "hold_expires", intent.id)
-    elif world.settings.processing_seconds > 0:
+        sandbox.memory.save(charge)
+        sandbox.memory.save(intent)
+        emit(sandbox, "charge.succeeded", charge)
+        emit(sandbox, "payment_intent.amount_capturable_updated", intent)
+        sandbox.schedule(sandbox.settings.hold_seconds, "hold_expires", intent.id)
+    elif sandbox.settings.processing_seconds > 0:
         charge.label = charge.body["status"] = "pending"
         body["status"] = "processing"
-        world.memory.save(charge)
-        world.memory.save(intent)
-        world.emit("charge.pending", charge)
-        world.emit("payment_intent.processing", intent)
-        world.plan(world.settings.processing_seconds, "processing_ends", intent.id)
+        sandbox.memory.save(charge)
+        sandbox.memory.save(intent)
+        emit(sandbox, "charge.pending", charge)
+        emit(sandbox, "payment_intent.processing", intent)
+        sandbox.schedule(sandbox.settings.processing_seconds, "processing_ends", intent.id)
     else:
-        _succeed(world, intent, charge)
+        _succeed(sandbox, intent, charge)
 
 
-def _succeed(world: World, intent: StoredObject, charge: StoredObject) -> None:
+def _succeed(sandbox: Sandbox, intent: StoredObject, charge: StoredObject) -> None:
     amount = charge.body["amount"]
     charge.label = "succeeded"
     charge.body.update(amount_captured=amount, captured=True, paid=True, status="succeeded")
     intent.body.update(amount_received=amount, status="succeeded")
     if intent.body["capture_method"] == "automatic":
-        money.book_charge(world, charge)
+        balance.book_charge(sandbox, charge)
     else:
-        world.plan(world.settings.transaction_seconds, "book_charge", charge.id)
-    world.memory.save(charge)
-    world.memory.save(intent)
-    world.emit("charge.succeeded", charge)
-    world.emit("payment_intent.succeeded", intent)
-    disputes.schedule_dispute(world, charge)
+        sandbox.schedule(sandbox.settings.transaction_seconds, "book_charge", charge.id)
+    sandbox.memory.save(charge)
+    sandbox.memory.save(intent)
+    emit(sandbox, "charge.succeeded", charge)
+    emit(sandbox, "payment_intent.succeeded", intent)
+    disputes.schedule_dispute(sandbox, charge)
 
 
-def _fail(world: World, intent: StoredObject, card: Card, decline: Decline, charge: StoredObject | None) -> None:
+def _fail(sandbox: Sandbox, intent: StoredObject, card: Card, decline: Decline, charge: StoredObject | None) -> None:
     """Record a failed attempt and raise the 402 that tells of it."""
     body = intent.body
-    method = world.memory.get(body["payment_method"]).body
+    method = sandbox.memory.get(body["payment_method"]).body
     error: dict[str, Any] = {
         "code": decline.code,
         "doc_url": "https://stripe.com/docs/error-codes/" + decline.code.replace("_", "-"),
@@ -308,16 +314,16 @@ def _fail(world: World, intent: StoredObject, card: Card, decline: Decline, char
         charge.body.update(
             failure_code=decline.code,
             failure_message=decline.message,
-            outcome=shapes.outcome(card, decline),
+            outcome=payloads.outcome(card, decline),
             paid=False,
             status="failed",
         )
-        world.memory.save(charge)
+        sandbox.memory.save(charge)
         body["latest_charge"] = charge.id
-        world.emit("charge.failed", charge)
+        emit(sandbox, "charge.failed", charge)
     body.update(last_payment_error=error, next_action=None, payment_method=None, status="requires_payment_method")
-    world.memory.save(intent)
-    world.emit("payment_intent.payment_failed", intent)
+    sandbox.memory.save(intent)
+    emit(sandbox, "payment_intent.payment_failed", intent)
     raise StripeError(
         402,
         decline.message,
@@ -331,18 +337,18 @@ def _fail(world: World, intent: StoredObject, card: Card, decline: Decline, char
     )
 
 
-def _new_charge(world: World, intent: StoredObject, card: Card, *, authenticated: bool) -> StoredObject:
-    id, created = world.memory.unused_id("ch", intent.id), world.unix_seconds()
-    body = shapes.charge(id, intent.body, card, created, authenticated=authenticated)
-    return world.memory.save(
+def _new_charge(sandbox: Sandbox, intent: StoredObject, card: Card, *, authenticated: bool) -> StoredObject:
+    id, created = sandbox.memory.unused_id("ch", intent.id), sandbox.unix_seconds()
+    body = payloads.charge(id, intent.body, card, created, authenticated=authenticated)
+    return sandbox.memory.save(
         StoredObject(id, "charge", intent.account, created, body, parent=intent.id, label="pending")
     )
 
 
-def _attach(world: World, intent: StoredObject, card: Card) -> None:
+def _attach(sandbox: Sandbox, intent: StoredObject, card: Card) -> None:
     """Give the intent a payment method of its own, made from the test card."""
-    id, created = world.memory.unused_id("pm", intent.id), world.unix_seconds()
-    world.memory.save(StoredObject(id, "payment_method", intent.account, created, shapes.method(id, card, created)))
+    id, created = sandbox.memory.unused_id("pm", intent.id), sandbox.unix_seconds()
+    sandbox.memory.save(StoredObject(id, "payment_method", intent.account, created, payloads.method(id, card, created)))
     intent.body["payment_method"] = id
 
 

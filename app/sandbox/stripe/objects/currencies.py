@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from app.sandbox.errors import invalid_request
+from app.sandbox.stripe.errors import invalid_request
 
 MINIMUM_MINOR = {
     "usd": 50, "aed": 200, "aud": 50, "bgn": 100, "brl": 50, "cad": 50, "chf": 50, "czk": 1500, "dkk": 250, "eur": 50,

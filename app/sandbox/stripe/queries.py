@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from app.sandbox.errors import invalid_request, not_found
 from app.sandbox.memory import Bounds, StoredObject
-from app.sandbox.parameters import Page
-from app.sandbox.world import World
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe.errors import invalid_request, not_found
+from app.sandbox.stripe.objects.cards import CARD_BY_FINGERPRINT, Card
+from app.sandbox.stripe.parameters import Page
 
 EXPANDABLE = {
     "payment_intent": {"latest_charge", "payment_method"},
@@ -22,29 +23,36 @@ EXPANDABLE = {
 }
 
 
-def find_owned(world: World, kind: str, account: str, id: str, *, param: str = "id", status: int = 404) -> StoredObject:
+def card_of(sandbox: Sandbox, method_id: str) -> Card:
+    """The test card behind a stored payment method."""
+    return CARD_BY_FINGERPRINT[sandbox.memory.get(method_id).body["card"]["fingerprint"]]
+
+
+def find_owned(
+    sandbox: Sandbox, kind: str, account: str, id: str, *, param: str = "id", status: int = 404
+) -> StoredObject:
     """An object of this account; another account's does not exist for it."""
-    record = world.memory.find(id)
+    record = sandbox.memory.find(id)
     if record is None or record.kind != kind or record.account != account:
         raise not_found(kind, id, param=param, status=status)
     return record
 
 
-def render_object(world: World, record: StoredObject, expand: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+def render_object(sandbox: Sandbox, record: StoredObject, expand: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """The object as Stripe would answer it now."""
     body: dict[str, Any] = record.body
     if record.kind == "balance_transaction":
-        available = record.available_on <= world.memory.now()
+        available = record.available_on <= sandbox.memory.now()
         body = {**body, "status": "available" if available else "pending"}
     if record.kind == "dispute":
-        lines = [render_object(world, world.memory.get(line["id"])) for line in body["balance_transactions"]]
+        lines = [render_object(sandbox, sandbox.memory.get(line["id"])) for line in body["balance_transactions"]]
         body = {**body, "balance_transactions": lines}
     for head, rest in _by_head(expand).items():
         if head not in EXPANDABLE[record.kind]:
             raise invalid_request(f"This property cannot be expanded ({head}).", param="expand[]")
         id = body.get(head)
         if isinstance(id, str):
-            body = {**body, head: render_object(world, world.memory.get(id), rest)}
+            body = {**body, head: render_object(sandbox, sandbox.memory.get(id), rest)}
     return body
 
 
@@ -57,7 +65,14 @@ def _by_head(expand: list[str] | tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def list_page(
-    world: World, kind: str, account: str, given: Page, url: str, *, oldest: int = 0, **equal: str | list[str] | None
+    sandbox: Sandbox,
+    kind: str,
+    account: str,
+    given: Page,
+    url: str,
+    *,
+    oldest: int = 0,
+    **equal: str | list[str] | None,
 ) -> dict[str, Any]:
     """A page of a list, newest first; of nothing that was created before `oldest`, Unix seconds."""
     if not 1 <= given.limit <= 100:
@@ -68,10 +83,10 @@ def list_page(
 
     def cursor(param: str) -> StoredObject | None:
         id = getattr(given, param)
-        return find_owned(world, kind, account, id, param=param, status=400) if id else None
+        return find_owned(sandbox, kind, account, id, param=param, status=400) if id else None
 
     created = given.bounds()
-    records, more = world.memory.list_newest(
+    records, more = sandbox.memory.list_newest(
         kind,
         account,
         created=Bounds(max(created.first, oldest), created.last),
@@ -82,7 +97,7 @@ def list_page(
     )
     return {
         "object": "list",
-        "data": [render_object(world, record, expand) for record in records],
+        "data": [render_object(sandbox, record, expand) for record in records],
         "has_more": more,
         "url": url,
     }

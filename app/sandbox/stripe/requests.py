@@ -13,13 +13,13 @@ from hashlib import blake2b
 
 from msgspec import Struct
 
-from app.sandbox.errors import StripeError, invalid_request
+from app.sandbox.connections import Headers, SandboxResponse
 from app.sandbox.memory import StoredResponse, encode
-from app.sandbox.operations import Operation, find_operation
-from app.sandbox.parameters import Pairs, decode_pairs, read_parameters
 from app.sandbox.settings import API_VERSION, PLATFORM_ACCOUNT
-from app.sandbox.wire import Headers, SandboxResponse
-from app.sandbox.world import RequestContext, World
+from app.sandbox.state import RequestContext, Sandbox
+from app.sandbox.stripe.errors import StripeError, invalid_request
+from app.sandbox.stripe.operations import Operation, find_operation
+from app.sandbox.stripe.parameters import Pairs, decode_pairs, read_parameters
 
 log = logging.getLogger("sandbox")
 
@@ -51,7 +51,7 @@ def echoed_headers(headers: dict[bytes, str], request_id: str) -> Headers:
 
 
 def parse_request(
-    world: World, method: str, path: str, headers: dict[bytes, str], form: str, request_id: str
+    sandbox: Sandbox, method: str, path: str, headers: dict[bytes, str], form: str, request_id: str
 ) -> StripeRequest:
     """Authenticate, find the operation, and the answer that the key may already have."""
     _authenticate(headers)
@@ -70,7 +70,7 @@ def parse_request(
         blake2b(encode((method, path, sorted(pairs))), digest_size=16).digest(),
         key or path,
     )
-    request.replay = _stored_response(world, request)
+    request.replay = _stored_response(sandbox, request)
     return request
 
 
@@ -85,16 +85,16 @@ def _authenticate(headers: dict[bytes, str]) -> None:
         raise StripeError(401, f"Invalid API Key provided: {credentials[:8]}***")
 
 
-def _stored_response(world: World, request: StripeRequest) -> SandboxResponse | None:
+def _stored_response(sandbox: Sandbox, request: StripeRequest) -> SandboxResponse | None:
     key, account = request.call.key, request.call.account
     if key is None:
         return None
     if not 1 <= len(key) <= KEY_LENGTH_MAX:
         raise invalid_request("Idempotency keys have 1 to 255 characters.")
-    if (account, key) in world.keys_in_use:
+    if (account, key) in sandbox.keys_in_use:
         raise key_in_use(key)
-    stored = world.memory.stored_response(account, key)
-    if stored is None or stored.created + world.settings.key_seconds < world.memory.now():
+    stored = sandbox.memory.stored_response(account, key)
+    if stored is None or stored.created + sandbox.settings.key_seconds < sandbox.memory.now():
         return None
     if stored.fingerprint != request.fingerprint:
         raise StripeError(
@@ -107,40 +107,40 @@ def _stored_response(world: World, request: StripeRequest) -> SandboxResponse | 
     return SandboxResponse(stored.status, stored.body, told)
 
 
-def execute_request(world: World, request: StripeRequest, instead: StripeError | None = None) -> SandboxResponse:
+def execute_request(sandbox: Sandbox, request: StripeRequest, instead: StripeError | None = None) -> SandboxResponse:
     """Replay the stored answer, or execute, store the answer under the key and commit both at once.
 
     With `instead`, that error is answered and stored, whatever was executed.
     """
     if request.replay is not None:
         return request.replay
-    world.call = request.call
+    sandbox.call = request.call
     try:
         given = read_parameters(request.operation.parameters, request.pairs)
-        body = request.operation.run(world, request.call.account, request.id, given)
+        body = request.operation.run(sandbox, request.call.account, request.id, given)
         response = SandboxResponse(200, encode(body), [], took_effect=True)
     except StripeError as refusal:
         response = error_response(refusal)
         response.took_effect = refusal.stored
         if not refusal.stored:
-            world.rollback()
+            sandbox.rollback()
     except Exception:
         log.exception("%s", request.operation.name)
-        world.rollback()
+        sandbox.rollback()
         response = error_response(server_error())
     finally:
-        world.call = None
+        sandbox.call = None
     if response.took_effect:
         if instead is not None:
             response = SandboxResponse(instead.status, encode(instead.body), [], took_effect=True)
-        keep_response(world, request, response)
-    world.commit()
+        keep_response(sandbox, request, response)
+    sandbox.commit()
     return response
 
 
-def keep_response(world: World, request: StripeRequest, response: SandboxResponse) -> None:
+def keep_response(sandbox: Sandbox, request: StripeRequest, response: SandboxResponse) -> None:
     """Keep the answer under the request's key, from the next commit on."""
-    call, memory = request.call, world.memory
+    call, memory = request.call, sandbox.memory
     if call.key is not None and request.replay is None:
         memory.store_response(
             call.account,

@@ -5,10 +5,12 @@ from typing import Any
 
 from msgspec import Struct
 
-from app.sandbox import disputes, intents, money, refunds
-from app.sandbox.errors import invalid_request
 from app.sandbox.memory import StoredObject
-from app.sandbox.parameters import (
+from app.sandbox.settings import PLATFORM_ACCOUNT
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe.errors import invalid_request
+from app.sandbox.stripe.objects import balance, disputes, intents, refunds
+from app.sandbox.stripe.parameters import (
     CancelIntent,
     CaptureIntent,
     ConfirmIntent,
@@ -26,12 +28,10 @@ from app.sandbox.parameters import (
     UpdateIntent,
     UpdateRefund,
 )
-from app.sandbox.reading import find_owned, list_page, render_object
-from app.sandbox.settings import PLATFORM_ACCOUNT
-from app.sandbox.world import World
+from app.sandbox.stripe.queries import find_owned, list_page, render_object
 
-Run = Callable[[World, str, str, Any], dict[str, Any]]
-"""World, account, object id ("" where there is none), parameters; returns the answer's body."""
+Run = Callable[[Sandbox, str, str, Any], dict[str, Any]]
+"""Sandbox, account, object id ("" where there is none), parameters; returns the answer's body."""
 
 
 class Operation(Struct, frozen=True):
@@ -41,99 +41,101 @@ class Operation(Struct, frozen=True):
 
 
 def _retrieve(kind: str) -> Run:
-    def run(world: World, account: str, id: str, given: Parameters) -> dict[str, Any]:
-        return render_object(world, find_owned(world, kind, account, id, param="id"), given.expand)
+    def run(sandbox: Sandbox, account: str, id: str, given: Parameters) -> dict[str, Any]:
+        return render_object(sandbox, find_owned(sandbox, kind, account, id, param="id"), given.expand)
 
     return run
 
 
-def _create(create: Callable[[World, str, Any], StoredObject]) -> Run:
-    def run(world: World, account: str, id: str, given: Parameters) -> dict[str, Any]:
-        return render_object(world, create(world, account, given), given.expand)
+def _create(create: Callable[[Sandbox, str, Any], StoredObject]) -> Run:
+    def run(sandbox: Sandbox, account: str, id: str, given: Parameters) -> dict[str, Any]:
+        return render_object(sandbox, create(sandbox, account, given), given.expand)
 
     return run
 
 
-def _change(kind: str, change: Callable[[World, StoredObject, Any], StoredObject], *, param: str) -> Run:
-    def run(world: World, account: str, id: str, given: Parameters) -> dict[str, Any]:
+def _change(kind: str, change: Callable[[Sandbox, StoredObject, Any], StoredObject], *, param: str) -> Run:
+    def run(sandbox: Sandbox, account: str, id: str, given: Parameters) -> dict[str, Any]:
         return render_object(
-            world, change(world, find_owned(world, kind, account, id, param=param), given), given.expand
+            sandbox, change(sandbox, find_owned(sandbox, kind, account, id, param=param), given), given.expand
         )
 
     return run
 
 
-def _on_intent(change: Callable[[World, StoredObject, Any], StoredObject]) -> Run:
+def _on_intent(change: Callable[[Sandbox, StoredObject, Any], StoredObject]) -> Run:
     return _change("payment_intent", change, param="intent")
 
 
-def _on_refund(change: Callable[[World, StoredObject, Any], StoredObject]) -> Run:
+def _on_refund(change: Callable[[Sandbox, StoredObject, Any], StoredObject]) -> Run:
     return _change("refund", change, param="refund")
 
 
-def _on_dispute(change: Callable[[World, StoredObject, Any], StoredObject]) -> Run:
+def _on_dispute(change: Callable[[Sandbox, StoredObject, Any], StoredObject]) -> Run:
     return _change("dispute", change, param="dispute")
 
 
-def _retrieve_intent(world: World, account: str, id: str, given: RetrieveIntent) -> dict[str, Any]:
-    intent = find_owned(world, "payment_intent", account, id, param="intent")
+def _retrieve_intent(sandbox: Sandbox, account: str, id: str, given: RetrieveIntent) -> dict[str, Any]:
+    intent = find_owned(sandbox, "payment_intent", account, id, param="intent")
     if given.client_secret not in (None, intent.body["client_secret"]):
         raise invalid_request("The client_secret provided does not match.", param="client_secret")
-    return render_object(world, intent, given.expand)
+    return render_object(sandbox, intent, given.expand)
 
 
-def _list_intents(world: World, account: str, id: str, given: ListIntents) -> dict[str, Any]:
-    return list_page(world, "payment_intent", account, given, "/v1/payment_intents", parent=given.customer)
+def _list_intents(sandbox: Sandbox, account: str, id: str, given: ListIntents) -> dict[str, Any]:
+    return list_page(sandbox, "payment_intent", account, given, "/v1/payment_intents", parent=given.customer)
 
 
-def _list_charges(world: World, account: str, id: str, given: ListCharges) -> dict[str, Any]:
-    return list_page(world, "charge", account, given, "/v1/charges", parent=given.payment_intent)
+def _list_charges(sandbox: Sandbox, account: str, id: str, given: ListCharges) -> dict[str, Any]:
+    return list_page(sandbox, "charge", account, given, "/v1/charges", parent=given.payment_intent)
 
 
 def _list_of_charge(kind: str, url: str) -> Run:
-    def run(world: World, account: str, id: str, given: ListOfCharge) -> dict[str, Any]:
+    def run(sandbox: Sandbox, account: str, id: str, given: ListOfCharge) -> dict[str, Any]:
         charges = [given.charge] if given.charge else None
         if given.payment_intent:
-            of_intent = [charge.id for charge in world.memory.children(given.payment_intent, "charge")]
+            of_intent = [charge.id for charge in sandbox.memory.children(given.payment_intent, "charge")]
             charges = [charge for charge in of_intent if given.charge in (None, charge)]
-        return list_page(world, kind, account, given, url, parent=charges)
+        return list_page(sandbox, kind, account, given, url, parent=charges)
 
     return run
 
 
-def _list_balance_transactions(world: World, account: str, id: str, given: ListBalanceTransactions) -> dict[str, Any]:
+def _list_balance_transactions(
+    sandbox: Sandbox, account: str, id: str, given: ListBalanceTransactions
+) -> dict[str, Any]:
     if given.source and given.source.startswith("du_"):
         # Seen in Stripe's test mode: disputes' lines name their source and are still not found by it.
         given.source = "none"
     return list_page(
-        world, "balance_transaction", account, given, "/v1/balance_transactions",
+        sandbox, "balance_transaction", account, given, "/v1/balance_transactions",
         parent=given.source, payout=given.payout, label=given.type, currency=given.currency,
     )  # fmt: skip
 
 
-def _list_payouts(world: World, account: str, id: str, given: ListPayouts) -> dict[str, Any]:
-    return list_page(world, "payout", account, given, "/v1/payouts", label=given.status)
+def _list_payouts(sandbox: Sandbox, account: str, id: str, given: ListPayouts) -> dict[str, Any]:
+    return list_page(sandbox, "payout", account, given, "/v1/payouts", label=given.status)
 
 
-def _list_events(world: World, account: str, id: str, given: ListEvents) -> dict[str, Any]:
+def _list_events(sandbox: Sandbox, account: str, id: str, given: ListEvents) -> dict[str, Any]:
     if given.type and given.types:
         raise invalid_request("You may only specify one of these parameters: type, types.", code="parameters_exclusive")
-    oldest = int(world.memory.now() - world.settings.event_seconds)
-    return list_page(world, "event", account, given, "/v1/events", oldest=oldest, label=given.types or given.type)
+    oldest = int(sandbox.memory.now() - sandbox.settings.event_seconds)
+    return list_page(sandbox, "event", account, given, "/v1/events", oldest=oldest, label=given.types or given.type)
 
 
-def _balance(world: World, account: str, id: str, given: Parameters) -> dict[str, Any]:
-    return money.balance(world, account)
+def _balance(sandbox: Sandbox, account: str, id: str, given: Parameters) -> dict[str, Any]:
+    return balance.balance(sandbox, account)
 
 
-def _account(world: World, account: str, id: str, given: Parameters) -> dict[str, Any]:
+def _account(sandbox: Sandbox, account: str, id: str, given: Parameters) -> dict[str, Any]:
     return {
         "id": account,
         "object": "account",
         "business_type": "company",
         "charges_enabled": True,
         "country": "US",
-        "default_currency": world.settings.settlement_currency or "usd",
+        "default_currency": sandbox.settings.settlement_currency or "usd",
         "details_submitted": True,
         "email": "platform@example.com" if account == PLATFORM_ACCOUNT else "merchant@example.com",
         "metadata": {},

@@ -11,8 +11,8 @@ from urllib.parse import parse_qsl
 import msgspec
 from msgspec import Struct
 
-from app.sandbox.errors import invalid_request, missing
 from app.sandbox.memory import Bounds
+from app.sandbox.stripe.errors import invalid_request, missing
 
 Pairs = list[tuple[str, str]]
 

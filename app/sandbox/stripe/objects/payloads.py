@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from app.sandbox.cards import Card, Decline
-from app.sandbox.parameters import AutomaticMethods, CreateIntent
+from app.sandbox.stripe.objects.cards import Card, Decline
+from app.sandbox.stripe.parameters import AutomaticMethods, CreateIntent
 
 
 def intent(

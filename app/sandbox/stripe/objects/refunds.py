@@ -6,13 +6,14 @@ money of a refund leaves the balance when it is asked for, whatever its status.
 
 from typing import Any
 
-from app.sandbox import fraud, money, shapes
-from app.sandbox.currencies import format_amount
-from app.sandbox.errors import StripeError, invalid_request
 from app.sandbox.memory import StoredObject
-from app.sandbox.parameters import CreateRefund, Parameters, UpdateRefund, merge_metadata
-from app.sandbox.reading import find_owned
-from app.sandbox.world import World
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe.errors import StripeError, invalid_request
+from app.sandbox.stripe.events import emit
+from app.sandbox.stripe.objects import balance, fraud_warnings, payloads
+from app.sandbox.stripe.objects.currencies import format_amount
+from app.sandbox.stripe.parameters import CreateRefund, Parameters, UpdateRefund, merge_metadata
+from app.sandbox.stripe.queries import card_of, find_owned
 
 EFFECTIVE_STATUSES = frozenset({"pending", "requires_action", "succeeded"})
 """Statuses in which the money has gone, or is on its way, to the payer."""
@@ -20,45 +21,45 @@ EFFECTIVE_STATUSES = frozenset({"pending", "requires_action", "succeeded"})
 PAYER_ACTION_SECONDS = 45 * 86400
 
 
-def create(world: World, account: str, given: CreateRefund) -> StoredObject:
+def create(sandbox: Sandbox, account: str, given: CreateRefund) -> StoredObject:
     """Give a captured charge back, all that is left of it or an amount of minor units."""
-    charge = _charge(world, account, given)
+    charge = _charge(sandbox, account, given)
     if given.amount is not None and given.amount < 1:
         raise invalid_request(
             "This value must be greater than or equal to 1.", param="amount", code="parameter_invalid_integer"
         )
     left = charge.body["amount_captured"] - charge.body["amount_refunded"]
-    _check_refundable(world, charge, left, given.amount)
+    _check_refundable(sandbox, charge, left, given.amount)
     amount = left if given.amount is None else given.amount
-    memory, created = world.memory, world.unix_seconds()
-    id = memory.unused_id("re", account, (world.call and world.call.key) or f"#{memory.next_seq()}")
-    body = shapes.refund(id, charge.body, amount, given.reason, merge_metadata({}, given.metadata), created)
+    memory, created = sandbox.memory, sandbox.unix_seconds()
+    id = memory.unused_id("re", account, (sandbox.call and sandbox.call.key) or f"#{memory.next_seq()}")
+    body = payloads.refund(id, charge.body, amount, given.reason, merge_metadata({}, given.metadata), created)
     refund = StoredObject(id, "refund", account, created, body, parent=charge.id)
-    _begin(world, refund, charge, given.instructions_email)
-    line = money.book_movement(world, refund, -amount, type="refund", description=_description(charge))
+    _begin(sandbox, refund, charge, given.instructions_email)
+    line = balance.book_movement(sandbox, refund, -amount, type="refund", description=_description(charge))
     body["balance_transaction"] = line.id
     memory.save(refund)
     charge.body["amount_refunded"] += amount
     charge.body["refunded"] = charge.body["amount_refunded"] >= charge.body["amount_captured"]
     memory.save(charge)
-    world.emit("refund.created", refund)
-    world.emit("charge.refunded", charge)
+    emit(sandbox, "refund.created", refund)
+    emit(sandbox, "charge.refunded", charge)
     if charge.body["refunded"]:
-        fraud.close_warnings(world, charge)
+        fraud_warnings.close_warnings(sandbox, charge)
     return refund
 
 
-def _charge(world: World, account: str, given: CreateRefund) -> StoredObject:
+def _charge(sandbox: Sandbox, account: str, given: CreateRefund) -> StoredObject:
     """The captured charge that is to be refunded."""
     if given.charge:
-        charge = find_owned(world, "charge", account, given.charge)
+        charge = find_owned(sandbox, "charge", account, given.charge)
         if given.payment_intent not in (None, charge.body["payment_intent"]):
             raise invalid_request("The charge does not belong to this PaymentIntent.", param="charge")
     elif given.payment_intent:
-        intent = find_owned(world, "payment_intent", account, given.payment_intent)
+        intent = find_owned(sandbox, "payment_intent", account, given.payment_intent)
         if not intent.body["latest_charge"]:
             raise _nothing_to_refund(intent.id)
-        charge = world.memory.get(intent.body["latest_charge"])
+        charge = sandbox.memory.get(intent.body["latest_charge"])
     else:
         raise invalid_request(
             "One of the following params should be provided for this request: payment_intent or charge."
@@ -74,8 +75,8 @@ def _nothing_to_refund(intent_id: str) -> StripeError:
     )
 
 
-def _check_refundable(world: World, charge: StoredObject, left: int, amount: int | None) -> None:
-    if any(not dispute.body["is_charge_refundable"] for dispute in world.memory.children(charge.id, "dispute")):
+def _check_refundable(sandbox: Sandbox, charge: StoredObject, left: int, amount: int | None) -> None:
+    if any(not dispute.body["is_charge_refundable"] for dispute in sandbox.memory.children(charge.id, "dispute")):
         raise StripeError(
             400,
             f"Charge {charge.id} has been charged back; cannot issue a refund.",
@@ -97,20 +98,20 @@ def _check_refundable(world: World, charge: StoredObject, left: int, amount: int
         )
 
 
-def _begin(world: World, refund: StoredObject, charge: StoredObject, email: str | None) -> None:
+def _begin(sandbox: Sandbox, refund: StoredObject, charge: StoredObject, email: str | None) -> None:
     """The status that it begins with, and what is to become of it."""
-    delay_seconds = world.settings.refund_seconds
-    match world.card_of(charge.body["payment_method"]).refunds:
+    delay_seconds = sandbox.settings.refund_seconds
+    match card_of(sandbox, charge.body["payment_method"]).refunds:
         case "succeed":
-            world.plan(delay_seconds, "refund_referenced", refund.id)
+            sandbox.schedule(delay_seconds, "refund_referenced", refund.id)
         case "pend":
             refund.body.update(status="pending", pending_reason="processing")
-            world.plan(delay_seconds, "refund_succeeds", refund.id)
+            sandbox.schedule(delay_seconds, "refund_succeeds", refund.id)
         case "fail_late":
-            world.plan(delay_seconds, "refund_fails", refund.id)
+            sandbox.schedule(delay_seconds, "refund_fails", refund.id)
         case "need_action":
-            sent = {"email_sent_at": world.unix_seconds(), "email_sent_to": email or "payer@example.com"}
-            expires_at = world.unix_seconds() + PAYER_ACTION_SECONDS
+            sent = {"email_sent_at": sandbox.unix_seconds(), "email_sent_to": email or "payer@example.com"}
+            expires_at = sandbox.unix_seconds() + PAYER_ACTION_SECONDS
             refund.body.update(
                 status="requires_action",
                 next_action={
@@ -118,7 +119,7 @@ def _begin(world: World, refund: StoredObject, charge: StoredObject, email: str 
                     "display_details": {"email_sent": sent, "expires_at": expires_at},
                 },
             )
-            world.plan(PAYER_ACTION_SECONDS, "refund_unanswered", refund.id)
+            sandbox.schedule(PAYER_ACTION_SECONDS, "refund_unanswered", refund.id)
 
 
 def _description(charge: StoredObject) -> str:
@@ -126,72 +127,72 @@ def _description(charge: StoredObject) -> str:
     return f"REFUND FOR CHARGE ({said})" if said else "REFUND FOR CHARGE"
 
 
-def update(world: World, refund: StoredObject, given: UpdateRefund) -> StoredObject:
+def update(sandbox: Sandbox, refund: StoredObject, given: UpdateRefund) -> StoredObject:
     """Change a refund's metadata: nothing else of it can be changed."""
     before = refund.body["metadata"]
-    _change(world, refund, {"metadata": before}, metadata=merge_metadata(before, given.metadata))
+    _change(sandbox, refund, {"metadata": before}, metadata=merge_metadata(before, given.metadata))
     return refund
 
 
-def cancel(world: World, refund: StoredObject, given: Parameters) -> StoredObject:
+def cancel(sandbox: Sandbox, refund: StoredObject, given: Parameters) -> StoredObject:
     """Call a refund back that waits for its payer; no other can be."""
     if refund.body["status"] != "requires_action":
         raise StripeError(400, "Canceling this refund is unsupported.", stored=True)
-    _give_back(world, refund, "canceled", "merchant_request")
+    _give_back(sandbox, refund, "canceled", "merchant_request")
     return refund
 
 
-def add_reference(world: World, refund: StoredObject) -> None:
+def add_reference(sandbox: Sandbox, refund: StoredObject) -> None:
     """The payer's bank can now find it by a reference."""
     details = {**refund.body["destination_details"]["card"], "reference": refund.id[-23:].upper()}
     before = {"destination_details": refund.body["destination_details"]}
     details["reference_status"] = "available"
-    _change(world, refund, before, destination_details={"card": details, "type": "card"})
+    _change(sandbox, refund, before, destination_details={"card": details, "type": "card"})
 
 
-def succeed(world: World, refund: StoredObject) -> None:
+def succeed(sandbox: Sandbox, refund: StoredObject) -> None:
     """What was pending, or waited for the payer, has arrived."""
     status = refund.body["status"]
     if status in ("pending", "requires_action"):
         refund.body.pop("pending_reason", None)
         refund.body.pop("next_action", None)
-        _change(world, refund, {"status": status}, status="succeeded")
+        _change(sandbox, refund, {"status": status}, status="succeeded")
 
 
-def fail_refund(world: World, refund: StoredObject, reason: str = "expired_or_canceled_card") -> None:
+def fail_refund(sandbox: Sandbox, refund: StoredObject, reason: str = "expired_or_canceled_card") -> None:
     """It can't reach the payer, even if it was thought to have: the money comes back."""
     if refund.body["status"] in EFFECTIVE_STATUSES:
-        _give_back(world, refund, "failed", reason)
-        world.emit("refund.failed", refund)
+        _give_back(sandbox, refund, "failed", reason)
+        emit(sandbox, "refund.failed", refund)
 
 
-def expire_action(world: World, refund: StoredObject) -> None:
+def expire_action(sandbox: Sandbox, refund: StoredObject) -> None:
     """The payer was asked what to do with the money and has not answered."""
     if refund.body["status"] == "requires_action":
-        fail_refund(world, refund, "unknown")
+        fail_refund(sandbox, refund, "unknown")
 
 
-def fail_unfinished(world: World, charge: StoredObject) -> None:
+def fail_unfinished(sandbox: Sandbox, charge: StoredObject) -> None:
     """A chargeback takes the money; refunds of the charge that are still under way must not give it a second time."""
-    for refund in world.memory.children(charge.id, "refund"):
+    for refund in sandbox.memory.children(charge.id, "refund"):
         if refund.body["status"] in ("pending", "requires_action"):
-            fail_refund(world, refund, "charge_for_pending_refund_disputed")
+            fail_refund(sandbox, refund, "charge_for_pending_refund_disputed")
 
 
-def _give_back(world: World, refund: StoredObject, status: str, reason: str) -> None:
+def _give_back(sandbox: Sandbox, refund: StoredObject, status: str, reason: str) -> None:
     amount, was = refund.body["amount"], refund.body["status"]
-    charge = world.memory.get(refund.body["charge"])
+    charge = sandbox.memory.get(refund.body["charge"])
     charge.body.update(amount_refunded=charge.body["amount_refunded"] - amount, refunded=False)
-    world.memory.save(charge)
-    line = money.book_movement(world, refund, amount, type="refund_failure", description="REFUND FAILURE")
+    sandbox.memory.save(charge)
+    line = balance.book_movement(sandbox, refund, amount, type="refund_failure", description="REFUND FAILURE")
     refund.body.pop("pending_reason", None)
     refund.body.pop("next_action", None)
     before = {"status": was, "failure_reason": None, "failure_balance_transaction": None}
-    _change(world, refund, before, status=status, failure_reason=reason, failure_balance_transaction=line.id)
+    _change(sandbox, refund, before, status=status, failure_reason=reason, failure_balance_transaction=line.id)
 
 
-def _change(world: World, refund: StoredObject, before: dict[str, Any], **changed: Any) -> None:
+def _change(sandbox: Sandbox, refund: StoredObject, before: dict[str, Any], **changed: Any) -> None:
     refund.body.update(changed)
-    world.memory.save(refund)
-    world.emit("refund.updated", refund, before)
-    world.emit("charge.refund.updated", refund, before)
+    sandbox.memory.save(refund)
+    emit(sandbox, "refund.updated", refund, before)
+    emit(sandbox, "charge.refund.updated", refund, before)

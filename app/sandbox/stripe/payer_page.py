@@ -3,10 +3,10 @@
 from html import escape
 from urllib.parse import urlencode, urlsplit
 
-from app.sandbox import intents
-from app.sandbox.errors import not_found
 from app.sandbox.memory import StoredObject
-from app.sandbox.world import World
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe.errors import not_found
+from app.sandbox.stripe.objects import intents
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>3-D Secure (sandbox)</title>
 <style>body{{font:16px system-ui;margin:4rem auto;max-width:24rem}}button{{font:inherit;padding:.5rem 1rem}}</style>
@@ -16,20 +16,20 @@ FORM = """<form method="post"><button name="outcome" value="approve">Approve</bu
 <button name="outcome" value="decline">Decline</button></form>"""
 
 
-def render_page(world: World, intent_id: str, secret: str) -> str:
+def render_page(sandbox: Sandbox, intent_id: str, secret: str) -> str:
     """What the payer sees: the question, or that it has been answered."""
-    body = _find_intent(world, intent_id, secret).body
+    body = _find_intent(sandbox, intent_id, secret).body
     amount = f"{body['amount']} minor units of {body['currency']}"
     if body["status"] == "requires_action":
         return PAGE.format(text=f"Do you approve the payment of {escape(amount)}?", form=FORM)
     return PAGE.format(text=f"Nothing to approve: the payment is {escape(body['status'])}.", form="")
 
 
-def submit_answer(world: World, intent_id: str, secret: str, outcome: str) -> str | None:
+def submit_answer(sandbox: Sandbox, intent_id: str, secret: str, outcome: str) -> str | None:
     """Take the payer's answer; returns where to send him now, if the merchant said so."""
-    intent = _find_intent(world, intent_id, secret)
+    intent = _find_intent(sandbox, intent_id, secret)
     action = intent.body["next_action"] or {}
-    intents.complete_authentication(world, intent, approved=outcome == "approve")
+    intents.complete_authentication(sandbox, intent, approved=outcome == "approve")
     back = action.get("redirect_to_url", {}).get("return_url")
     if back is None:
         return None
@@ -44,8 +44,8 @@ def submit_answer(world: World, intent_id: str, secret: str, outcome: str) -> st
     return f"{back}{'&' if urlsplit(back).query else '?'}{query}"
 
 
-def _find_intent(world: World, intent_id: str, secret: str) -> StoredObject:
-    intent = world.memory.find(intent_id)
+def _find_intent(sandbox: Sandbox, intent_id: str, secret: str) -> StoredObject:
+    intent = sandbox.memory.find(intent_id)
     if intent is None or intent.kind != "payment_intent" or intent.body["client_secret"] != secret:
         raise not_found("payment_intent", intent_id)
     return intent

@@ -3,17 +3,19 @@
 from math import ceil
 from typing import Any
 
-from app.sandbox.currencies import exchange_rate, processing_fee, round_half_up
 from app.sandbox.memory import StoredObject
-from app.sandbox.world import World
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe.events import emit
+from app.sandbox.stripe.objects.currencies import exchange_rate, processing_fee, round_half_up
+from app.sandbox.stripe.queries import card_of
 
 
-def book_charge(world: World, charge: StoredObject) -> None:
+def book_charge(sandbox: Sandbox, charge: StoredObject) -> None:
     """Give a captured charge its balance transaction, of the captured amount."""
-    amount, currency, rate = in_settlement_currency(world, charge.body["amount_captured"], charge.body["currency"])
-    card = world.card_of(charge.body["payment_method"])
+    amount, currency, rate = in_settlement_currency(sandbox, charge.body["amount_captured"], charge.body["currency"])
+    card = card_of(sandbox, charge.body["payment_method"])
     charge.body["balance_transaction"] = create_balance_transaction(
-        world,
+        sandbox,
         charge,
         type="charge",
         amount=amount,
@@ -21,14 +23,14 @@ def book_charge(world: World, charge: StoredObject) -> None:
         currency=currency,
         exchange_rate=rate,
         description=charge.body["description"],
-        delay_seconds=0 if card.available_at_once else world.settings.available_seconds,
+        delay_seconds=0 if card.available_at_once else sandbox.settings.available_seconds,
     ).id
-    world.memory.save(charge)
+    sandbox.memory.save(charge)
 
 
-def in_settlement_currency(world: World, amount: int, currency: str) -> tuple[int, str, float | None]:
+def in_settlement_currency(sandbox: Sandbox, amount: int, currency: str) -> tuple[int, str, float | None]:
     """An amount as the balance holds it: minor units, currency, and the rate if it was exchanged."""
-    into = world.settings.settlement_currency or currency
+    into = sandbox.settings.settlement_currency or currency
     if into == currency:
         return amount, currency, None
     rate = exchange_rate(currency, into)
@@ -36,7 +38,7 @@ def in_settlement_currency(world: World, amount: int, currency: str) -> tuple[in
 
 
 def book_movement(
-    world: World,
+    sandbox: Sandbox,
     source: StoredObject,
     amount: int,
     *,
@@ -47,9 +49,9 @@ def book_movement(
 ) -> StoredObject:
     """A refund's or a dispute's line: a signed amount in the source's currency, a fee in the balance's."""
     sign = 1 if amount > 0 else -1
-    size, currency, rate = in_settlement_currency(world, abs(amount), source.body["currency"])
+    size, currency, rate = in_settlement_currency(sandbox, abs(amount), source.body["currency"])
     return create_balance_transaction(
-        world,
+        sandbox,
         source,
         type=type,
         amount=sign * size,
@@ -59,19 +61,19 @@ def book_movement(
         reporting_category=reporting_category,
         exchange_rate=rate,
         description=description,
-        delay_seconds=world.settings.available_seconds,
+        delay_seconds=sandbox.settings.available_seconds,
     )
 
 
-def book_charge_late(world: World, charge: StoredObject) -> None:
+def book_charge_late(sandbox: Sandbox, charge: StoredObject) -> None:
     """The balance transaction that came after its charge."""
     if charge.body["balance_transaction"] is None:
-        book_charge(world, charge)
-        world.emit("charge.updated", charge, {"balance_transaction": None})
+        book_charge(sandbox, charge)
+        emit(sandbox, "charge.updated", charge, {"balance_transaction": None})
 
 
 def create_balance_transaction(
-    world: World,
+    sandbox: Sandbox,
     source: StoredObject,
     *,
     type: str,
@@ -86,9 +88,9 @@ def create_balance_transaction(
     payout: str = "",
 ) -> StoredObject:
     """One line of the account's balance, minor units of the currency it is settled in."""
-    created = world.unix_seconds()
-    available_on = ceil(world.memory.now() + delay_seconds) if delay_seconds else created
-    id = world.memory.unused_id("txn", reporting_category or type, source.id)
+    created = sandbox.unix_seconds()
+    available_on = ceil(sandbox.memory.now() + delay_seconds) if delay_seconds else created
+    id = sandbox.memory.unused_id("txn", reporting_category or type, source.id)
     details = []
     if fee:
         details.append(
@@ -119,7 +121,7 @@ def create_balance_transaction(
         "status": "pending",
         "type": type,
     }
-    return world.memory.save(
+    return sandbox.memory.save(
         StoredObject(
             id,
             "balance_transaction",
@@ -136,9 +138,9 @@ def create_balance_transaction(
     )
 
 
-def balance(world: World, account: str) -> dict[str, Any]:
+def balance(sandbox: Sandbox, account: str) -> dict[str, Any]:
     """`GET /v1/balance`."""
-    held = list(world.memory.balance(account, world.memory.now()))
+    held = list(sandbox.memory.balance(account, sandbox.memory.now()))
 
     def lines(which: int) -> list[dict[str, Any]]:
         return [{"amount": row[which], "currency": row[0], "source_types": {"card": row[which]}} for row in held] or [
@@ -148,32 +150,34 @@ def balance(world: World, account: str) -> dict[str, Any]:
     return {"object": "balance", "available": lines(1), "livemode": False, "pending": lines(2)}
 
 
-def create_payouts(world: World) -> None:
+def create_payouts(sandbox: Sandbox) -> None:
     """Automatic payouts: all available money of every account, one payout for each currency."""
-    now = world.memory.now()
-    world.memory.commit()
+    now = sandbox.memory.now()
+    sandbox.memory.commit()
     announced = set()
-    for account, currency, amount in world.memory.payable(now):
+    for account, currency, amount in sandbox.memory.payable(now):
         if account not in announced:
             announced.add(account)
-            world.emit(
-                "balance.available", StoredObject("balance", "balance", account, int(now), balance(world, account))
+            emit(
+                sandbox,
+                "balance.available",
+                StoredObject("balance", "balance", account, int(now), balance(sandbox, account)),
             )
-        id = world.memory.unused_id("po", account, currency, world.memory.next_seq())
-        created = world.unix_seconds()
+        id = sandbox.memory.unused_id("po", account, currency, sandbox.memory.next_seq())
+        created = sandbox.unix_seconds()
         body: dict[str, Any] = {
             "id": id,
             "object": "payout",
             "amount": amount,
             "application_fee": None,
             "application_fee_amount": None,
-            "arrival_date": ceil(now + world.settings.payout_arrival_seconds),
+            "arrival_date": ceil(now + sandbox.settings.payout_arrival_seconds),
             "automatic": True,
             "balance_transaction": None,
             "created": created,
             "currency": currency,
             "description": "STRIPE PAYOUT",
-            "destination": world.memory.unused_id("ba", account, currency),
+            "destination": sandbox.memory.unused_id("ba", account, currency),
             "failure_balance_transaction": None,
             "failure_code": None,
             "failure_message": None,
@@ -191,26 +195,26 @@ def create_payouts(world: World) -> None:
             "type": "bank_account",
         }
         payout = StoredObject(id, "payout", account, created, body, label="in_transit", currency=currency)
-        world.memory.assign_to_payout(account, currency, id, now)
+        sandbox.memory.assign_to_payout(account, currency, id, now)
         line = create_balance_transaction(
-            world, payout, type="payout", amount=-amount, fee=0, currency=currency,
+            sandbox, payout, type="payout", amount=-amount, fee=0, currency=currency,
             description="STRIPE PAYOUT", payout=id,
         )  # fmt: skip
         body["balance_transaction"] = line.id
-        world.memory.save(payout)
-        world.emit("payout.created", payout)
-        world.plan(world.settings.payout_arrival_seconds, "payout_arrives", id)
+        sandbox.memory.save(payout)
+        emit(sandbox, "payout.created", payout)
+        sandbox.schedule(sandbox.settings.payout_arrival_seconds, "payout_arrives", id)
 
 
-def complete_payout(world: World, payout: StoredObject) -> None:
+def complete_payout(sandbox: Sandbox, payout: StoredObject) -> None:
     """The bank has the money, and Stripe has listed what it consists of."""
     if payout.body["status"] != "in_transit":
         return
-    trace = world.memory.unused_id("tr", payout.id)[3:18]
+    trace = sandbox.memory.unused_id("tr", payout.id)[3:18]
     payout.label = "paid"
     payout.body.update(status="paid", trace_id={"status": "supported", "value": trace})
-    world.memory.save(payout)
-    world.emit("payout.updated", payout, {"trace_id": {"status": "pending", "value": None}})
-    world.emit("payout.paid", payout)
+    sandbox.memory.save(payout)
+    emit(sandbox, "payout.updated", payout, {"trace_id": {"status": "pending", "value": None}})
+    emit(sandbox, "payout.paid", payout)
     payout.body["reconciliation_status"] = "completed"
-    world.emit("payout.reconciliation_completed", payout)
+    emit(sandbox, "payout.reconciliation_completed", payout)

@@ -7,11 +7,13 @@ and a prevented dispute look like, and that no evidence for an inquiry keeps it 
 
 from typing import Any
 
-from app.sandbox import fraud, money, refunds, shapes
-from app.sandbox.errors import StripeError, invalid_request
 from app.sandbox.memory import StoredObject
-from app.sandbox.parameters import Parameters, UpdateDispute, merge_metadata
-from app.sandbox.world import World
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe.errors import StripeError, invalid_request
+from app.sandbox.stripe.events import emit
+from app.sandbox.stripe.objects import balance, fraud_warnings, payloads, refunds
+from app.sandbox.stripe.parameters import Parameters, UpdateDispute, merge_metadata
+from app.sandbox.stripe.queries import card_of
 
 FEE_MINOR = 1500
 ENDED = frozenset({"won", "lost", "prevented", "warning_closed"})
@@ -27,52 +29,52 @@ WINNING, LOSING, ESCALATING = "winning_evidence", "losing_evidence", "escalate_i
 """What Stripe's test mode takes for a decision, as `uncategorized_text`."""
 
 
-def schedule_dispute(world: World, charge: StoredObject) -> None:
+def schedule_dispute(sandbox: Sandbox, charge: StoredObject) -> None:
     """Let the holder of a captured charge's card dispute it later, if the card is one of those."""
-    card = world.card_of(charge.body["payment_method"])
+    card = card_of(sandbox, charge.body["payment_method"])
     if card.dispute:
-        world.plan(world.settings.dispute_seconds, "holder_disputes", charge.id)
+        sandbox.schedule(sandbox.settings.dispute_seconds, "holder_disputes", charge.id)
     if card.fraud_warning:
-        world.plan(world.settings.dispute_seconds, "issuer_warns", charge.id)
+        sandbox.schedule(sandbox.settings.dispute_seconds, "issuer_warns", charge.id)
 
 
-def open_after_charge(world: World, charge: StoredObject) -> None:
+def open_after_charge(sandbox: Sandbox, charge: StoredObject) -> None:
     """The holder of a test card disputes the charge, in the card's way."""
-    what = world.card_of(charge.body["payment_method"]).dispute
+    what = card_of(sandbox, charge.body["payment_method"]).dispute
     if what == "inquiry":
-        open_dispute(world, charge, "fraudulent", inquiry=True)
+        open_dispute(sandbox, charge, "fraudulent", inquiry=True)
     elif what:
-        open_dispute(world, charge, what)
+        open_dispute(sandbox, charge, what)
 
 
 def open_dispute(
-    world: World, charge: StoredObject, reason: str, *, inquiry: bool = False, amount: int | None = None
+    sandbox: Sandbox, charge: StoredObject, reason: str, *, inquiry: bool = False, amount: int | None = None
 ) -> StoredObject:
     """A holder disputes a charge: what is left of it after refunds, else all of it, or an amount of minor units."""
     captured = charge.body["amount_captured"]
     amount = amount or captured - charge.body["amount_refunded"] or captured
     if not captured or amount > captured:
         raise invalid_request(f"The charge has captured {captured}.", param="amount")
-    id, created = world.memory.unused_id("du", charge.id), world.unix_seconds()
-    due_by = int(created + world.settings.response_seconds)
-    body = shapes.dispute(id, charge.body, amount, reason, created, due_by, inquiry=inquiry)
-    dispute = world.memory.save(StoredObject(id, "dispute", charge.account, created, body, parent=charge.id))
+    id, created = sandbox.memory.unused_id("du", charge.id), sandbox.unix_seconds()
+    due_by = int(created + sandbox.settings.response_seconds)
+    body = payloads.dispute(id, charge.body, amount, reason, created, due_by, inquiry=inquiry)
+    dispute = sandbox.memory.save(StoredObject(id, "dispute", charge.account, created, body, parent=charge.id))
     charge.body["disputed"] = True
-    world.memory.save(charge)
+    sandbox.memory.save(charge)
     if inquiry:
-        world.emit("charge.dispute.created", dispute)
-        world.plan(world.settings.inquiry_seconds, "inquiry_ends", id)
+        emit(sandbox, "charge.dispute.created", dispute)
+        sandbox.schedule(sandbox.settings.inquiry_seconds, "inquiry_ends", id)
     else:
-        _withdraw(world, dispute, FEE_MINOR)
-        world.emit("charge.dispute.created", dispute)
-        world.emit("charge.dispute.funds_withdrawn", dispute)
-        refunds.fail_unfinished(world, charge)
-    world.plan(world.settings.response_seconds, "dispute_past_due", id)
-    fraud.close_warnings(world, charge)
+        _withdraw(sandbox, dispute, FEE_MINOR)
+        emit(sandbox, "charge.dispute.created", dispute)
+        emit(sandbox, "charge.dispute.funds_withdrawn", dispute)
+        refunds.fail_unfinished(sandbox, charge)
+    sandbox.schedule(sandbox.settings.response_seconds, "dispute_past_due", id)
+    fraud_warnings.close_warnings(sandbox, charge)
     return dispute
 
 
-def update(world: World, dispute: StoredObject, given: UpdateDispute) -> StoredObject:
+def update(sandbox: Sandbox, dispute: StoredObject, given: UpdateDispute) -> StoredObject:
     """Keep evidence; unless it says otherwise it goes to the bank at once, and that only once."""
     body = dispute.body
     _check_evidence(given.evidence)
@@ -82,156 +84,156 @@ def update(world: World, dispute: StoredObject, given: UpdateDispute) -> StoredO
         raise StripeError(400, "This dispute's evidence has already been submitted.", stored=True)
     body["metadata"] = merge_metadata(body["metadata"], given.metadata)
     body["evidence"] = {**body["evidence"], **{name: text or None for name, text in given.evidence.items()}}
-    details = {**body["evidence_details"], "has_evidence": any(body["evidence"][name] for name in shapes.EVIDENCE)}
+    details = {**body["evidence_details"], "has_evidence": any(body["evidence"][name] for name in payloads.EVIDENCE)}
     submits = given.submit if given.submit is not None else bool(given.evidence)
     if submits and details["has_evidence"] and body["status"] in SUBMITTED:
         details.update(submission_count=details["submission_count"] + 1, submission_method="manual")
         body["status"] = SUBMITTED[body["status"]]
-        world.plan(world.settings.decision_seconds, "dispute_decided", dispute.id)
+        sandbox.schedule(sandbox.settings.decision_seconds, "dispute_decided", dispute.id)
     body["evidence_details"] = details
-    world.memory.save(dispute)
-    world.emit("charge.dispute.updated", dispute)
+    sandbox.memory.save(dispute)
+    emit(sandbox, "charge.dispute.updated", dispute)
     return dispute
 
 
-def close(world: World, dispute: StoredObject, given: Parameters) -> StoredObject:
+def close(sandbox: Sandbox, dispute: StoredObject, given: Parameters) -> StoredObject:
     """The merchant gives in."""
     if dispute.body["status"] in ENDED:
         raise _already_closed()
-    lose(world, dispute)
+    lose(sandbox, dispute)
     return dispute
 
 
-def decide_by_evidence(world: World, dispute: StoredObject) -> None:
+def decide_by_evidence(sandbox: Sandbox, dispute: StoredObject) -> None:
     """The bank has read the evidence; it knows what to make of three texts only."""
     said, status = dispute.body["evidence"]["uncategorized_text"], dispute.body["status"]
     if status == "warning_under_review":
         if said == ESCALATING:
-            escalate(world, dispute)
+            escalate(sandbox, dispute)
         elif said in (WINNING, LOSING):
-            end_inquiry(world, dispute)
+            end_inquiry(sandbox, dispute)
     elif status in ("under_review", "appeal_under_review"):
         if said == WINNING:
-            win(world, dispute)
+            win(sandbox, dispute)
         elif said == LOSING:
-            lose(world, dispute)
+            lose(sandbox, dispute)
 
 
-def miss_deadline(world: World, dispute: StoredObject) -> None:
+def miss_deadline(sandbox: Sandbox, dispute: StoredObject) -> None:
     """No evidence was submitted in time, unless it is due later by now."""
-    if dispute.body["status"] in SUBMITTED and dispute.body["evidence_details"]["due_by"] <= world.memory.now():
+    if dispute.body["status"] in SUBMITTED and dispute.body["evidence_details"]["due_by"] <= sandbox.memory.now():
         dispute.body["evidence_details"] = {**dispute.body["evidence_details"], "past_due": True}
         if dispute.body["status"] == "warning_needs_response":
-            world.memory.save(dispute)
-            world.emit("charge.dispute.updated", dispute)
+            sandbox.memory.save(dispute)
+            emit(sandbox, "charge.dispute.updated", dispute)
         else:
-            lose(world, dispute)
+            lose(sandbox, dispute)
 
 
-def win(world: World, dispute: StoredObject) -> None:
+def win(sandbox: Sandbox, dispute: StoredObject) -> None:
     """The bank decides for the merchant: the money comes back, the fee doesn't. Also what a reinstatement is."""
-    _reinstate(world, dispute, -dispute.net)
-    _end(world, dispute, "won")
+    _reinstate(sandbox, dispute, -dispute.net)
+    _end(sandbox, dispute, "won")
 
 
-def lose(world: World, dispute: StoredObject) -> None:
+def lose(sandbox: Sandbox, dispute: StoredObject) -> None:
     """The bank decides for the holder: the money stays where it is."""
-    _end(world, dispute, "lost")
+    _end(sandbox, dispute, "lost")
 
 
-def lose_partly(world: World, dispute: StoredObject, returned: int) -> None:
+def lose_partly(sandbox: Sandbox, dispute: StoredObject, returned: int) -> None:
     """The bank decides for both: so many minor units come back."""
-    _reinstate(world, dispute, returned)
-    _end(world, dispute, "lost")
+    _reinstate(sandbox, dispute, returned)
+    _end(sandbox, dispute, "lost")
 
 
-def appeal(world: World, dispute: StoredObject) -> None:
+def appeal(sandbox: Sandbox, dispute: StoredObject) -> None:
     """A lost dispute is opened once more."""
     if dispute.body["status"] != "lost":
         raise invalid_request("Only a lost dispute can be appealed.", param="outcome")
-    _ask_again(world, dispute)
-    _set_status(world, dispute, "appeal_needs_response")
+    _ask_again(sandbox, dispute)
+    _set_status(sandbox, dispute, "appeal_needs_response")
 
 
-def escalate(world: World, dispute: StoredObject) -> None:
+def escalate(sandbox: Sandbox, dispute: StoredObject) -> None:
     """An inquiry becomes a chargeback."""
     body = dispute.body
     if not body["status"].startswith("warning_"):
         raise invalid_request("Only an inquiry can be escalated.", param="outcome")
     card = body["payment_method_details"]["card"]
-    code = shapes.NETWORK_REASONS.get(body["reason"])
+    code = payloads.NETWORK_REASONS.get(body["reason"])
     body["payment_method_details"] = {
         "card": {**card, "case_type": "chargeback", "network_reason_code": code},
         "type": "card",
     }
     body["is_charge_refundable"] = False
-    _withdraw(world, dispute, FEE_MINOR)
-    _ask_again(world, dispute)
-    _set_status(world, dispute, "needs_response")
-    world.emit("charge.dispute.funds_withdrawn", dispute)
-    refunds.fail_unfinished(world, world.memory.get(body["charge"]))
+    _withdraw(sandbox, dispute, FEE_MINOR)
+    _ask_again(sandbox, dispute)
+    _set_status(sandbox, dispute, "needs_response")
+    emit(sandbox, "charge.dispute.funds_withdrawn", dispute)
+    refunds.fail_unfinished(sandbox, sandbox.memory.get(body["charge"]))
 
 
-def prevent(world: World, dispute: StoredObject) -> None:
+def prevent(sandbox: Sandbox, dispute: StoredObject) -> None:
     """An inquiry is resolved before it becomes a chargeback: the holder has his money, there is no fee."""
-    _withdraw(world, dispute, 0)
+    _withdraw(sandbox, dispute, 0)
     dispute.body["is_charge_refundable"] = False
-    world.memory.save(dispute)
-    world.emit("charge.dispute.funds_withdrawn", dispute)
-    _end(world, dispute, "prevented")
+    sandbox.memory.save(dispute)
+    emit(sandbox, "charge.dispute.funds_withdrawn", dispute)
+    _end(sandbox, dispute, "prevented")
 
 
-def end_inquiry(world: World, dispute: StoredObject) -> None:
+def end_inquiry(sandbox: Sandbox, dispute: StoredObject) -> None:
     """Nobody escalated it."""
     if dispute.body["status"].startswith("warning_") and dispute.body["status"] not in ENDED:
-        _end(world, dispute, "warning_closed")
+        _end(sandbox, dispute, "warning_closed")
 
 
-def _ask_again(world: World, dispute: StoredObject) -> None:
+def _ask_again(sandbox: Sandbox, dispute: StoredObject) -> None:
     """Evidence is due anew."""
-    due_by = int(world.unix_seconds() + world.settings.response_seconds)
+    due_by = int(sandbox.unix_seconds() + sandbox.settings.response_seconds)
     details = dispute.body["evidence_details"]
     dispute.body["evidence_details"] = {**details, "due_by": due_by, "past_due": False}
-    world.plan(world.settings.response_seconds, "dispute_past_due", dispute.id)
+    sandbox.schedule(sandbox.settings.response_seconds, "dispute_past_due", dispute.id)
 
 
-def _withdraw(world: World, dispute: StoredObject, fee: int) -> None:
+def _withdraw(sandbox: Sandbox, dispute: StoredObject, fee: int) -> None:
     said = f"Chargeback withdrawal for {dispute.body['charge']}"
-    _move(world, dispute, -dispute.body["amount"], "dispute", said, fee)
+    _move(sandbox, dispute, -dispute.body["amount"], "dispute", said, fee)
 
 
-def _reinstate(world: World, dispute: StoredObject, amount: int) -> None:
+def _reinstate(sandbox: Sandbox, dispute: StoredObject, amount: int) -> None:
     if amount:
-        _move(world, dispute, amount, "dispute_reversal", f"Chargeback reversal for {dispute.body['charge']}", 0)
-        world.emit("charge.dispute.funds_reinstated", dispute)
+        _move(sandbox, dispute, amount, "dispute_reversal", f"Chargeback reversal for {dispute.body['charge']}", 0)
+        emit(sandbox, "charge.dispute.funds_reinstated", dispute)
 
 
-def _move(world: World, dispute: StoredObject, amount: int, category: str, said: str, fee: int) -> None:
-    line = money.book_movement(
-        world, dispute, amount, type="adjustment", reporting_category=category, description=said, fee=fee
+def _move(sandbox: Sandbox, dispute: StoredObject, amount: int, category: str, said: str, fee: int) -> None:
+    line = balance.book_movement(
+        sandbox, dispute, amount, type="adjustment", reporting_category=category, description=said, fee=fee
     )
     dispute.body["balance_transactions"] = [*dispute.body["balance_transactions"], line.body]
     dispute.net += amount
-    world.memory.save(dispute)
+    sandbox.memory.save(dispute)
 
 
-def _set_status(world: World, dispute: StoredObject, status: str) -> None:
+def _set_status(sandbox: Sandbox, dispute: StoredObject, status: str) -> None:
     before = {"status": dispute.body["status"]}
     dispute.body["status"] = status
-    world.memory.save(dispute)
-    world.emit("charge.dispute.updated", dispute, before)
+    sandbox.memory.save(dispute)
+    emit(sandbox, "charge.dispute.updated", dispute, before)
 
 
-def _end(world: World, dispute: StoredObject, status: str) -> None:
+def _end(sandbox: Sandbox, dispute: StoredObject, status: str) -> None:
     before = {"status": dispute.body["status"]}
     dispute.body.update(status=status, is_charge_refundable=status in ("won", "warning_closed"))
-    world.memory.save(dispute)
-    world.emit("charge.dispute.closed", dispute, before)
+    sandbox.memory.save(dispute)
+    emit(sandbox, "charge.dispute.closed", dispute, before)
 
 
 def _check_evidence(evidence: dict[str, Any]) -> None:
     for name in evidence:
-        if name not in shapes.EVIDENCE:
+        if name not in payloads.EVIDENCE:
             said = f"evidence[{name}]"
             raise invalid_request(f"Received unknown parameter: {said}", param=said, code="parameter_unknown")
     if sum(map(len, evidence.values())) > EVIDENCE_LENGTH_MAX:

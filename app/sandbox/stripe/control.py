@@ -1,0 +1,236 @@
+"""The control API's part about Stripe's objects: summaries, dashboard actions, decisions of cardholders and banks."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from app.sandbox.memory import StoredObject, encode
+from app.sandbox.settings import PLATFORM_ACCOUNT
+from app.sandbox.state import Sandbox
+from app.sandbox.stripe.errors import invalid_request, not_found
+from app.sandbox.stripe.objects import disputes, fraud_warnings, intents, refunds
+from app.sandbox.stripe.parameters import AutomaticMethods, CreateIntent, CreateRefund
+from app.sandbox.stripe.queries import render_object
+
+CHUNK_RECORDS = 500
+
+
+class ChargeReference(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Names a captured charge, by its own id or its intent's."""
+
+    charge: str = ""
+    payment_intent: str = ""
+
+
+class DashboardRefund(ChargeReference, kw_only=True):
+    """The body of `POST /sandbox/refunds`: somebody refunds in the dashboard."""
+
+    amount: int | None = None
+    reason: Literal["duplicate", "fraudulent", "requested_by_customer"] | None = None
+
+
+class ForeignCharge(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/foreign-charge`."""
+
+    amount: int = 1234
+    currency: str = "usd"
+    account: str = PLATFORM_ACCOUNT
+    metadata: dict[str, str] = {}
+
+
+class RefundOutcome(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/refunds/{id}`."""
+
+    outcome: Literal["succeeded", "failed"]
+    failure_reason: str = "expired_or_canceled_card"
+
+
+class CardholderDispute(ChargeReference, kw_only=True):
+    """The body of `POST /sandbox/disputes`."""
+
+    amount: int | None = None
+    reason: str = "fraudulent"
+    inquiry: bool = False
+
+
+class BankDecision(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/disputes/{id}`."""
+
+    outcome: Literal["won", "lost", "partly_lost", "reinstated", "appealed", "escalated", "prevented", "closed"]
+    returned: int = 0
+    """Minor units that come back of a partly lost dispute."""
+
+
+DecideDispute = Callable[[Sandbox, StoredObject], None]
+OPEN = ("needs_response", "under_review", "appeal_needs_response", "appeal_under_review")
+INQUIRY = ("warning_needs_response", "warning_under_review")
+DECISIONS: dict[str, tuple[tuple[str, ...], DecideDispute]] = {
+    "won": (OPEN, disputes.win),
+    "lost": (OPEN, disputes.lose),
+    "reinstated": (("lost",), disputes.win),
+    "appealed": (("lost",), disputes.appeal),
+    "escalated": (INQUIRY, disputes.escalate),
+    "prevented": (INQUIRY, disputes.prevent),
+    "closed": (INQUIRY, disputes.end_inquiry),
+}
+"""Outcomes by name: in which statuses a bank can decide so, and what comes of it."""
+
+
+def create_foreign_charge(sandbox: Sandbox, given: ForeignCharge) -> dict[str, Any]:
+    """A charge that another system made on the same account."""
+    intent = intents.create(
+        sandbox,
+        given.account,
+        CreateIntent(
+            amount=given.amount,
+            currency=given.currency,
+            payment_method="pm_card_visa",
+            automatic_payment_methods=AutomaticMethods(enabled=True, allow_redirects="never"),
+            metadata=given.metadata,
+            confirm=True,
+        ),
+    )
+    return {"payment_intent": intent.id, "charge": intent.body["latest_charge"]}
+
+
+def refund_charge(sandbox: Sandbox, given: DashboardRefund) -> dict[str, Any]:
+    """A refund that we did not ask for: it carries no metadata, and its events name no request."""
+    charge = _charge(sandbox, given)
+    asked = CreateRefund(charge=charge.id, amount=given.amount, reason=given.reason)
+    return render_object(sandbox, refunds.create(sandbox, charge.account, asked))
+
+
+def decide_refund(sandbox: Sandbox, id: str, given: RefundOutcome) -> dict[str, Any]:
+    """A refund succeeds, or fails although it had succeeded."""
+    found = _found(sandbox, "refund", id)
+    if given.outcome == "succeeded":
+        refunds.succeed(sandbox, found)
+    else:
+        refunds.fail_refund(sandbox, found, given.failure_reason)
+    return render_object(sandbox, found)
+
+
+def dispute_charge(sandbox: Sandbox, given: CardholderDispute) -> dict[str, Any]:
+    """A holder disputes a charge."""
+    charge = _charge(sandbox, given)
+    return render_object(
+        sandbox, disputes.open_dispute(sandbox, charge, given.reason, inquiry=given.inquiry, amount=given.amount)
+    )
+
+
+def decide_dispute(sandbox: Sandbox, id: str, given: BankDecision) -> dict[str, Any]:
+    """A bank decides about a dispute, whatever its evidence."""
+    found = _found(sandbox, "dispute", id)
+    status = found.body["status"]
+    statuses, decide = (OPEN, None) if given.outcome == "partly_lost" else DECISIONS[given.outcome]
+    if status not in statuses:
+        raise invalid_request(f"A dispute that is {status} can't be {given.outcome}.", param="outcome")
+    if decide:
+        decide(sandbox, found)
+    elif 0 < given.returned < -found.net:
+        disputes.lose_partly(sandbox, found, given.returned)
+    else:
+        raise invalid_request(f"Of {-found.net} a part comes back.", param="returned")
+    return render_object(sandbox, found)
+
+
+def warn_of_fraud(sandbox: Sandbox, given: ChargeReference) -> dict[str, Any]:
+    """An issuer warns of a charge."""
+    return render_object(sandbox, fraud_warnings.warn(sandbox, _charge(sandbox, given)))
+
+
+def took_money(record: StoredObject) -> bool:
+    """Whether money was taken: a charge that was only authorized, or failed, took none."""
+    return bool(record.body["status"] == "succeeded" and record.body["captured"])
+
+
+def charges_summary(sandbox: Sandbox, metadata_key: str) -> dict[str, Any]:
+    """How many charges succeeded, for how many payments, and which payments were charged more than once.
+
+    A payment is what the metadata key names on the charge; charges without it count as charges only.
+    """
+    payments: Counter[str] = Counter()
+    charges = 0
+    for record in sandbox.memory.all_of_kind("charge"):
+        if took_money(record):
+            charges += 1
+            if payment := record.body["metadata"].get(metadata_key):
+                payments[payment] += 1
+    double = sorted(payment for payment, times in payments.items() if times > 1)
+    return {"charges": charges, "payments": len(payments), "double": double}
+
+
+def stream_charges(sandbox: Sandbox) -> Iterator[bytes]:
+    """Every successful charge of every account, oldest first, as one JSON array in chunks."""
+    chunk, separator = [], b"["
+    for record in sandbox.memory.all_of_kind("charge"):
+        if not took_money(record):
+            continue
+        body = record.body
+        result = {
+            "payment_intent": body["payment_intent"],
+            "charge": record.id,
+            "amount": body["amount_captured"],
+            "currency": body["currency"],
+            "metadata": body["metadata"],
+            "account": record.account,
+        }
+        chunk.append(separator + encode(result))
+        separator = b","
+        if len(chunk) == CHUNK_RECORDS:
+            yield b"".join(chunk)
+            chunk.clear()
+    yield b"".join(chunk) + (b"]" if separator == b"," else b"[]")
+
+
+def list_with_metadata(sandbox: Sandbox, kind: str) -> list[dict[str, Any]]:
+    """All refunds or disputes of all accounts, oldest first, with their payment's metadata and their account."""
+    rows = []
+    for record in sandbox.memory.all_of_kind(kind):
+        charge = sandbox.memory.get(record.body["charge"])
+        account = {"account": record.account, "payment_metadata": charge.body["metadata"]}
+        rows.append({**render_object(sandbox, record), **account})
+    return rows
+
+
+def refunds_summary(sandbox: Sandbox, metadata_key: str) -> dict[str, Any]:
+    """How many refunds stand, their sums in minor units, of how many payments, and what was refunded more than once.
+
+    A demand is what the metadata key names on the refund; refunds without it, as those made in the dashboard, count as
+    refunds only. One that failed or was canceled gave nothing back and may be made again.
+    """
+    demands: Counter[str] = Counter()
+    standing = [
+        record for record in sandbox.memory.all_of_kind("refund") if record.body["status"] in refunds.EFFECTIVE_STATUSES
+    ]
+    for record in standing:
+        if demand := record.body["metadata"].get(metadata_key):
+            demands[demand] += 1
+    amounts: Counter[str] = Counter()
+    for record in standing:
+        amounts[record.body["currency"]] += record.body["amount"]
+    return {
+        "refunds": len(standing),
+        "amounts": dict(amounts),
+        "payments": len({record.body["charge"] for record in standing}),
+        "double": sorted(demand for demand, times in demands.items() if times > 1),
+    }
+
+
+def _charge(sandbox: Sandbox, given: ChargeReference) -> StoredObject:
+    for record in [
+        sandbox.memory.find(given.charge),
+        *sandbox.memory.children(given.payment_intent or "none", "charge"),
+    ]:
+        if record is not None and record.kind == "charge" and record.body["captured"]:
+            return record
+    raise not_found("charge", given.charge or given.payment_intent)
+
+
+def _found(sandbox: Sandbox, kind: str, id: str) -> StoredObject:
+    record = sandbox.memory.find(id)
+    if record is None or record.kind != kind:
+        raise not_found(kind, id)
+    return record
