@@ -133,7 +133,7 @@ def next_due(schedule: Schedule, at_least: float) -> float:
         " (select min(due_at) from outbox.retries), (select min(leased_until) from outbox.batches),"
         " (select min(poll_at) from surety.payments), (select min(available_at) from surety.pending_money),"
         " (select min(poll_at) from surety.refunds), (select min(poll_at) from surety.disputes),"
-        " (select min(parked_at) + interval '15 minutes' from surety.unmatched_facts where ended_at is null)"
+        " (select min(recorded_at) + interval '15 minutes' from surety.unmatched_facts where ended_at is null)"
         ") - surety.time_now())::float8"
     )
     dues = [86_400.0 if seconds is None else seconds]
