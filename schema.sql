@@ -201,7 +201,7 @@ insert into surety.states (state, position, status, is_final, poll_after, meanin
 ('disputed', 11, 'disputed', false, null, 'funds held back by the network'),
 ('reversed', 12, 'failed', true, null, 'returned, or a dispute lost'),
 ('failed', 13, 'failed', true, null, 'it did not succeed'),
-('canceled', 14, 'canceled', true, null, 'called off before it succeeded');
+('canceled', 14, 'canceled', true, null, 'canceled before it succeeded');
 
 insert into surety.transitions (from_state, to_state) values
 ('initiated', 'submitting'),
@@ -286,7 +286,7 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('processing', 'intent', 3, 'processing', 'the network is at work'),
 ('attempt_failed', 'intent', 3, null, 'one attempt was declined; the intent still lives'),
 ('failed', 'intent', 4, 'failed', 'the intent was ended after a decline'),
-('canceled', 'intent', 4, 'canceled', 'the intent was called off'),
+('canceled', 'intent', 4, 'canceled', 'the intent was canceled'),
 ('authorized', 'charge', 1, 'authorized', 'funds are held'),
 ('captured', 'charge', 2, 'confirmed', 'the amount was captured'),
 ('capture_requested', 'command', 1, 'processing', 'the merchant asked us to capture'),
@@ -294,7 +294,7 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('refund_pending', 'refund', 1, null, 'a refund is under way'),
 ('refund_action', 'refund', 2, null, 'the payer must say where a refund is to go'),
 ('refund_succeeded', 'refund', 3, null, 'a refund reached the payer'),
-('refund_canceled', 'refund', 4, null, 'a refund was called off'),
+('refund_canceled', 'refund', 4, null, 'a refund was canceled'),
 ('refund_failed', 'refund', 5, null, 'a refund came back'),
 ('dispute_flagged', 'dispute', 1, null, 'an inquiry, or a dispute for which nothing was withdrawn'),
 ('dispute_opened', 'dispute', 1, 'disputed', 'the network withdrew the amount'),
@@ -359,7 +359,7 @@ insert into surety.refund_states (state, position, is_live, poll_after, meaning)
 ('requires_action', 2, true, '10 minutes', 'the payer must say where it is to go'),
 ('succeeded', 3, true, null, 'on its way to the payer; it may still come back'),
 ('failed', 4, false, null, 'refused, or it came back'),
-('canceled', 5, false, null, 'called off');
+('canceled', 5, false, null, 'canceled before it reached the payer');
 
 insert into surety.refund_transitions (from_state, to_state) values
 ('pending', 'requires_action'),
@@ -910,7 +910,7 @@ insert into ledger.account_kinds (kind, owner, normal_side, keeps_balance, meani
 ('reserved_for_refunds', 'merchant', 'credit', true, 'on its way back to payers'),
 ('fee_revenue', 'platform', 'credit', false, 'our fees'),
 ('provider_cost', 'platform', 'debit', false, 'the provider''s fees'),
-('suspense', 'platform', 'credit', false, 'money that nobody has explained yet'),
+('suspense', 'platform', 'credit', false, 'money without an explanation'),
 ('currency_exchange', 'platform', 'credit', false, 'currency exchange, one per currency');
 
 create table ledger.rules (

@@ -1,0 +1,198 @@
+"""The generated parts of README.md and docs/: `python -m tests.support.generated_docs` writes them.
+
+Each part stands between `<!-- generated: NAME -->` and `<!-- generated end -->`, and comes from rows of a deployed
+database or from tables in the code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from app.web.problems import PROBLEM_TYPES
+from db.deploy.deploy import deploy
+from db.embedded import EmbeddedServer, temporary_database
+from jobs.handlers.payments import HANDLERS
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- generated end -->)", re.DOTALL)
+CAPTURED_POSITION = 7
+"""surety.states.position of confirmed: the first state in which money was captured."""
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; None is shown as a dash."""
+    titles = list(headings)
+    lines = [titles, ["---"] * len(titles), *rows]
+    shown = (["–" if cell in {None, ""} else str(cell) for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in shown) + "\n"
+
+
+def diagram(arrows: Iterable[tuple[str, str]]) -> str:
+    """A Mermaid state diagram."""
+    lines = ["```mermaid", "stateDiagram-v2", "    direction LR", *(f"    {a} --> {b}" for a, b in arrows), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def states(conn: Connection) -> str:
+    """Two diagrams, before the capture and after it: 56 arrows are not readable in one. Then the table of states."""
+    rows = conn.execute(
+        """
+        select t.from_state, t.to_state, f.position < %s
+        from surety.transitions as t
+        join surety.states as f on f.state = t.from_state
+        join surety.states as e on e.state = t.to_state
+        order by f.position, e.position
+        """,
+        (CAPTURED_POSITION,),
+    ).fetchall()
+    before = [(a, b) for a, b, is_before in rows if is_before]
+    after = [(a, b) for a, b, is_before in rows if not is_before]
+    meanings = conn.execute("select state, status, meaning from surety.states order by position").fetchall()
+    return "\n".join((
+        "Until the money is captured:\n",
+        diagram([("[*]", "initiated"), *before]),
+        "Afterwards. A payment that ended can still turn out to have succeeded:\n",
+        diagram(after),
+        table(("state", "status", "meaning"), meanings),
+    ))  # fmt: skip
+
+
+def refund_states(conn: Connection) -> str:
+    """The diagram and table of refunds."""
+    arrows = conn.execute(
+        """
+        select t.from_state, t.to_state
+        from surety.refund_transitions as t
+        join surety.refund_states as f on f.state = t.from_state
+        join surety.refund_states as e on e.state = t.to_state
+        order by f.position, e.position
+        """
+    ).fetchall()
+    meanings = conn.execute("select state, meaning from surety.refund_states order by position").fetchall()
+    return diagram([("[*]", "pending"), *((a, b) for a, b in arrows)]) + "\n" + table(("state", "meaning"), meanings)
+
+
+def dispute_statuses(conn: Connection) -> str:
+    """The statuses of disputes."""
+    rows = conn.execute(
+        """
+        select status, case when takes_evidence then 'yes' end, meaning
+        from surety.dispute_statuses order by position
+        """
+    ).fetchall()
+    return table(("status", "takes evidence", "meaning"), rows)
+
+
+def fact_kinds(conn: Connection) -> str:
+    """The kinds of facts, by family and rank."""
+    rows = conn.execute(
+        "select kind, family, rank, evidences, meaning from surety.fact_kinds order by family, rank, kind"
+    ).fetchall()
+    return table(("kind", "family", "rank", "proves the state", "meaning"), rows)
+
+
+def mandatory_steps(conn: Connection) -> str:
+    """The canonical path of each rail."""
+    rows = conn.execute(
+        """
+        select rail, capture_method, string_agg(state, ' → ' order by position)
+        from surety.mandatory_steps group by rail, capture_method order by rail desc, capture_method
+        """
+    ).fetchall()
+    return table(("rail", "capture", "mandatory steps"), rows)
+
+
+def account_kinds(conn: Connection) -> str:
+    """The chart of accounts."""
+    rows = conn.execute(
+        """
+        select kind, owner, normal_side, meaning from ledger.account_kinds
+        order by array_position(array['merchant', 'provider', 'platform'], owner), kind
+        """
+    ).fetchall()
+    return table(("account", "owner", "normal side", "meaning"), rows)
+
+
+def rules(conn: Connection) -> str:
+    """The transfers of each cause."""
+    rows = conn.execute(
+        "select case leg when 1 then cause else '' end, debit, credit, amount from ledger.rules order by cause, leg"
+    ).fetchall()
+    lines = [[cause or " ", *rest] for cause, *rest in rows]
+    return table(("cause", "debit", "credit", "amount"), lines)
+
+
+HANDLER_FLOW: dict[str, tuple[str, str | None, str]] = {
+    "submit": ("surety.begin_calls", "create PaymentIntent, unconfirmed", "provider_submitted, failed"),
+    "confirm": (
+        "surety.begin_calls",
+        "confirm it, by id",
+        "confirmed, authorized, requires_action, processing, failed",
+    ),
+    "capture": ("surety.begin_calls", "capture it", "confirmed"),
+    "cancel": ("surety.begin_calls", "cancel it", "canceled, failed"),
+    "refund": ("surety.begin_refunds", "create refund", "refund.succeeded, refund.failed"),
+    "evidence": ("surety.begin_evidence", "update dispute", "dispute.under_review"),
+    "apply": ("surety.record_call_results", "fetch, where an event is no proof", "facts"),
+    "settle": ("surety.open_settlement_expectation", None, "an expected settlement"),
+    "close": ("surety.close_settlement_expectation", None, "a settlement met"),
+}
+
+
+def events(conn: Connection) -> str:
+    """Which event leads to which handler, and what that does."""
+    rows = conn.execute("select handler, event_types from outbox.handlers").fetchall()
+    types: dict[str, list[str]] = dict(rows)
+    assert types.keys() == HANDLERS.keys() == HANDLER_FLOW.keys()
+    lines = []
+    for handler, (function, call, leads_to) in HANDLER_FLOW.items():
+        [(exists,)] = conn.execute(
+            "select count(*) > 0 from pg_proc where oid = to_regproc(%s)", (function,)
+        ).fetchall()
+        assert exists, function
+        named = ", ".join(f"`{kind}`" for kind in types[handler])
+        lines.append((named, f"`{handler}`", f"`{function}`", call, leads_to))
+    return table(("event", "handler", "SQL function", "call to the provider", "leads to"), lines)
+
+
+def problems(_: Connection) -> str:
+    """The types of problem documents."""
+    rows = [(f"`{name}`", kind.status, kind.title) for name, kind in PROBLEM_TYPES.items()]
+    return table(("type", "HTTP status", "meaning"), rows)
+
+
+def decisions(_: Connection) -> str:
+    """Every decision by its title."""
+    paths = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+    titles = [(path, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")) for path in paths]
+    return "".join(f"- [{title}]({path.name})\n" for path, title in titles)
+
+
+PARTS: dict[str, Callable[[Connection], str]] = {
+    part.__name__: part
+    for part in (
+        states, refund_states, dispute_statuses, fact_kinds, mandatory_steps, account_kinds, rules, events, problems,
+        decisions,
+    )
+}  # fmt: skip
+
+
+def regenerated(text: str, conn: Connection) -> str:
+    """A document with its generated parts as they should be."""
+    return PART.sub(lambda part: f"{part[1]}{PARTS[part[2]](conn)}{part[3]}", text)
+
+
+if __name__ == "__main__":
+    with EmbeddedServer() as server, temporary_database(server.url, "surety_documents") as url:
+        deploy(url)
+        with psycopg.connect(url) as connection:
+            for document in DOCUMENTS:
+                document.write_text(regenerated(document.read_text(encoding="utf-8"), connection), encoding="utf-8")
