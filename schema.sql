@@ -1080,6 +1080,18 @@ comment on table outbox.restore_generations is
 'Transaction ids are comparable only within one restore generation; a restored database opens a new one (surety
 restored).';
 
+create table outbox.event_types (
+    type text collate "C" not null,
+    is_for_merchants boolean not null,
+    meaning text not null,
+    constraint event_types_pkey primary key (type)
+);
+comment on table outbox.event_types is
+'The types of events, from db/sql/outbox/event_types.sql. outbox.emit_event refuses any other type. It gives an event a
+merchant only if the type is for merchants; api.list_events shows those. There is no foreign key from outbox.events,
+because every insert would lock its type''s row, the same few rows in all transactions. A test compares the types in the
+SQL sources with these rows instead.';
+
 create table outbox.events (
     id text collate "C" not null,
     aggregate_type text not null,
@@ -1099,7 +1111,7 @@ comment on table outbox.events is
 
 create table outbox.handlers (
     handler text collate "C" not null,
-    event_types text[] not null,
+    meaning text not null,
     batch_size integer not null,
     batches_at_once integer not null,
     calls_provider boolean not null default false,
@@ -1118,6 +1130,16 @@ create table outbox.handlers (
 comment on table outbox.handlers is
 'One cursor per handler: everything visible in seen has been taken, goal is being walked, (at_xid, at_id) says how far.
 A failed event is tried again after each of retry_after, then it is a dead letter.';
+
+create table outbox.handler_events (
+    handler text collate "C" not null,
+    event_type text collate "C" not null,
+    constraint handler_events_pkey primary key (handler, event_type),
+    constraint handler_event_is_of_a_handler foreign key (handler) references outbox.handlers (handler),
+    constraint handler_event_is_an_event_type foreign key (event_type) references outbox.event_types (type)
+);
+comment on table outbox.handler_events is
+'Which handlers process events of which type, from db/sql/outbox/handlers.sql.';
 
 create sequence outbox.fences;
 

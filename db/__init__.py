@@ -1,10 +1,10 @@
-"""The database: its state (schema.sql, migrations), its behaviour (the files below) and the ways to reach it.
+"""The database: its state (schema.sql, migrations/), its behaviour (db/sql/) and the code that reaches it.
 
-BEHAVIOUR_FILES lists the files of behaviour in a payment's life order, which is the order in which they are deployed: a
-file may use what stands above it.
+BEHAVIOUR_FILES lists the SQL files in the order of their deployment. A file uses only functions and views that it or a
+file above it defines. core/ comes first, api/ and the grants come last.
 
-LOCK_ORDER lists the tables that transactions write, in the order in which all of them do; a deploy that needs several
-takes them in that order, too. Those that aren't listed come last.
+LOCK_ORDER lists the tables that transactions write, in the order in which every transaction locks their rows. A deploy
+locks the tables that it alters in the same order. Tables that are not listed come last.
 """
 
 BEHAVIOUR_FILES: tuple[str, ...] = (
@@ -15,6 +15,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "core/restore_generations",
     "core/discrepancies",
     "provider/circuits",
+    "outbox/event_types",
     "outbox/events",
     "outbox/handlers",
     "outbox/claims",

@@ -172,10 +172,13 @@ RULE_BY_CONSTRAINT: dict[str, tuple[str, str, int | None]] = {
 }
 
 PROBLEM_BY_SQLSTATE = {
-    "SU003": "internal",  # something append-only was to be changed
-    "SU004": "internal",  # no handler of that name
-    "SU005": "overloaded",  # restored from a dump, and nobody has said so yet
-    "SU006": "invalid-request",  # a cursor that is none of ours
+    "SU003": "internal",  # a change to an append-only table
+    "SU004": "internal",  # an unknown handler
+    "SU005": "overloaded",  # a restored database that waits for its new restore generation
+    "SU006": "invalid-request",  # a cursor that this API did not issue
+    "SU007": "internal",  # an unknown event type
+    "SU008": "internal",  # an audit entry of a kind that its caller may not write
+    "SU009": "internal",  # facts and refusals in one call of record_call_results
     "22P05": "invalid-request",  # text that PostgreSQL can't hold
     "22021": "invalid-request",  # likewise
 }

@@ -241,7 +241,8 @@ begin atomic
     select count(*) from deferred;
 end;
 
-insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, generation, seen)
-values ('bench', array['payment.provider_submitted'], 500, 2, outbox.current_restore_generation(), '1:1:');
+insert into outbox.handlers (handler, meaning, batch_size, batches_at_once, generation, seen)
+values ('bench', 'Does nothing.', 500, 2, outbox.current_restore_generation(), '1:1:');
+insert into outbox.handler_events (handler, event_type) values ('bench', 'payment.provider_submitted');
 
 grant usage on schema bench to surety_worker;

@@ -314,7 +314,7 @@ def test_worker_cannot_write_audit_entries_of_other_actors(connect: Connect, kin
     entry = {"kind": kind, "actor": "operator:boss", "outcome": "allowed", "version": 1, "to_state": "settled"}
     with pytest.raises(psycopg.DatabaseError) as refusal:
         connect("worker").execute("select audit.write_entries(%s)", (json.dumps([entry]),))
-    assert refusal.value.sqlstate == "SU004"
+    assert refusal.value.sqlstate == "SU008"
 
 
 def buffers(conn: Connection, query: str, *values: Any) -> int:
@@ -417,9 +417,12 @@ def test_second_intent_does_not_change_the_payment(conn: Connection, key_hash: b
 
 
 def test_handler_receives_the_events_of_its_deployed_code(conn: Connection, database: str) -> None:
-    query = "select event_types, batch_size from outbox.handlers where handler = 'cancel'"
+    query = "select event_types, batch_size from outbox.list_handlers() where handler = 'cancel'"
     [(wanted, _)] = conn.execute(query).fetchall()
-    conn.execute("update outbox.handlers set event_types = '{payment.attempt_failed}', batch_size = 50")
+    conn.execute("update outbox.handlers set batch_size = 50")
+    conn.execute(
+        "update outbox.handler_events set event_type = 'payment.failed' where event_type = 'payment.action_overdue'"
+    )
     deploy(database, force=True)
     assert len(wanted) > 1
     assert conn.execute(query).fetchone() == (wanted, 50)

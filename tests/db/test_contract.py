@@ -103,13 +103,57 @@ def test_capture_methods_match_the_database(rights: Connection) -> None:
     assert set(get_args(schemas.CaptureMethod)) == set(methods)
 
 
-def test_every_state_has_its_event_type_and_handlers_use_no_other(rights: Connection) -> None:
-    events = {f"payment.{state}" for state in get_args(schemas.State)}
-    events |= {"payment.attempt_failed", "payment.action_overdue", "payment.authorized_late", "webhook.received"}
-    events |= {"payment.orphan_found"}
-    events |= {f"refund.{state}" for state in get_args(schemas.RefundState)}
-    events |= {"payment.capture_requested", "payment.cancel_requested", "dispute.evidence_given"}
-    assert set(column(rights, "select distinct unnest(event_types) from outbox.handlers")) <= events
+def test_event_types_in_the_sql_sources_are_the_rows_of_event_types(rights: Connection) -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "db" / "sql").rglob("*.sql")]
+    prefixes = {prefix for text in sources for prefix in re.findall(r"'(\w+\.)' \|\| \w+\.(?:to_)?stat", text)}
+    assert prefixes == {"payment.", "refund.", "dispute."}, "types that are composed come from tables"
+    composed = {f"payment.{state}" for state in column(rights, "select state from surety.states")}
+    composed |= {f"refund.{state}" for state in column(rights, "select state from surety.refund_states")}
+    composed |= {f"dispute.{status}" for status in column(rights, "select status from surety.dispute_statuses")}
+    written = {type for text in sources for type in re.findall(r"'((?:payment|refund|dispute|webhook)\.\w+)'", text)}
+    assert written | composed == set(column(rights, "select type from outbox.event_types"))
+
+
+def test_emitted_events_have_a_merchant_if_their_type_is_for_merchants(rights: Connection, key: bytes) -> None:
+    with rights.transaction(force_rollback=True):
+        rights.execute(
+            "select outbox.emit_event('payment', 'pay_test', type, '{}', merchants.id, 1)"
+            " from outbox.event_types, surety.merchants"
+        )
+        emitted = rights.execute(
+            "select type, is_for_merchants, merchant_id is not null"
+            " from outbox.events join outbox.event_types using (type) where aggregate_id = 'pay_test'"
+        ).fetchall()
+    assert len(emitted) > 30
+    assert [row for row in emitted if row[1] != row[2]] == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "refusal"),
+    [
+        ("select outbox.emit_event('payment', 'pay_test', 'payment.initated', '{}', null, 1)", "SU007"),
+        ("select outbox.schedule_handlers('{submit,sumbit}')", "SU004"),
+        ("insert into outbox.handler_events values ('sumbit', 'payment.initiated')", "23503"),
+        ("insert into outbox.handler_events values ('submit', 'payment.initated')", "23503"),
+    ],
+)
+def test_misspelt_event_type_or_handler_is_an_error(rights: Connection, statement: str, refusal: str) -> None:
+    with pytest.raises(psycopg.Error) as refused:
+        rights.execute(statement.encode())
+    assert refused.value.sqlstate == refusal
+
+
+def test_handlers_in_sql_and_python_sources_exist(rights: Connection) -> None:
+    sources = [
+        path.read_text(encoding="utf-8")
+        for folder in ("app", "jobs", "db")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in {".py", ".sql"}
+    ]
+    calls = [found for text in sources for found in re.findall(r"schedule_handlers\('\{([\w,]+)\}'\)", text)]
+    scheduled = {handler for call in calls for handler in call.split(",")}
+    assert scheduled
+    assert scheduled <= set(column(rights, "select handler from outbox.handlers"))
 
 
 def test_trace_entry_kinds_cover_all_audit_kinds(rights: Connection) -> None:

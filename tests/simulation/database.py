@@ -66,10 +66,14 @@ SETUP = (
     $$
     """,
     """
-    insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, generation, seen)
-    select 'probe', array_agg('payment.' || state) || '{webhook.received}', 3, 2, outbox.current_restore_generation(),
-        '1:1:'
-    from surety.states
+    insert into outbox.handlers (handler, meaning, batch_size, batches_at_once, generation, seen)
+    values ('probe', 'Counts effects.', 3, 2, outbox.current_restore_generation(), '1:1:')
+    """,
+    """
+    insert into outbox.handler_events (handler, event_type)
+    select 'probe', 'payment.' || state from surety.states
+    union all
+    select 'probe', 'webhook.received'
     """,
     """
     create function simulation.tell(p_lie text, p_payment text) returns text

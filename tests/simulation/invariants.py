@@ -117,7 +117,7 @@ def check_effects(schedule: Schedule) -> None:
     """Each event was effective once."""
     rows = schedule.database.rows(
         "select e.id, e.type, count(x.event_id) from outbox.events as e left join simulation.effects as x"
-        " on x.event_id = e.id where e.type = any(select unnest(event_types) from outbox.handlers"
+        " on x.event_id = e.id where e.type = any(select event_type from outbox.handler_events"
         " where handler = 'probe') group by e.id, e.type having count(x.event_id) <> 1"
     )
     # What kills each worker that touches it has no effect, and is given up.

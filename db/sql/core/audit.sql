@@ -40,7 +40,7 @@ declare
     );
 begin
     if v_kind is not null then
-        raise exception 'an entry of kind % is not written by hand', v_kind using errcode = 'SU004';
+        raise exception 'an entry of kind % is not written by hand', v_kind using errcode = 'SU008';
     end if;
     insert into audit.entries (
         id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, reason, duration_ms, snapshot

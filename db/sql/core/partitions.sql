@@ -102,9 +102,11 @@ begin
             -- A partition's ids tell when its events were made, and so does a webhook's event: it is made with the
             -- webhook.
             select exists (
-                select from outbox.events as e cross join outbox.handlers as h
+                select from outbox.events as e
+                join outbox.handler_events as t on t.event_type = e.type
+                join outbox.handlers as h on h.handler = t.handler
                 where e.id >= coalesce(v_part.first_id, '') and e.id < v_part.end_id
-                    and e.type = any(h.event_types) and e.generation = h.generation
+                    and e.generation = h.generation
                     and not pg_visible_in_snapshot(e.xid, h.seen)
             ) or exists (
                 select from outbox.batches as b, unnest(b.event_ids) as held (id) where held.id < v_part.end_id
@@ -118,7 +120,8 @@ begin
         else
             select exists (
                 select from outbox.events as e
-                join outbox.handlers as h on e.type = any(h.event_types)
+                join outbox.handler_events as t on t.event_type = e.type
+                join outbox.handlers as h on h.handler = t.handler
                 where e.aggregate_type = 'webhook' and e.aggregate_id < v_part.end_id
                     and (
                         e.generation = h.generation and not pg_visible_in_snapshot(e.xid, h.seen)

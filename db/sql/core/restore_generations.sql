@@ -70,7 +70,8 @@ begin
         select v_handler.handler, untaken.id, v_now
         from (
             select e.id from outbox.events as e
-            where e.generation = v_handler.generation and e.type = any(v_handler.event_types)
+            join outbox.handler_events as t on t.handler = v_handler.handler and t.event_type = e.type
+            where e.generation = v_handler.generation
                 and not pg_visible_in_snapshot(e.xid, v_handler.seen)
                 and (
                     v_handler.goal is null or not pg_visible_in_snapshot(e.xid, v_handler.goal)

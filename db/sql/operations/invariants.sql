@@ -31,7 +31,8 @@ begin atomic
         inner join outbox.events
             on
                 handlers.generation = events.generation and events.xid >= pg_catalog.pg_snapshot_xmin(handlers.seen)
-                and events.type = any(handlers.event_types)
+        inner join outbox.handler_events
+            on handlers.handler = handler_events.handler and events.type = handler_events.event_type
         where not pg_catalog.pg_visible_in_snapshot(events.xid, handlers.seen)
         union
         select events.aggregate_id

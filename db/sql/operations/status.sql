@@ -9,6 +9,7 @@ as $$
 declare
     v_now timestamptz := surety.time_now();
     v_handler outbox.handlers;
+    v_event_types text[] := array(select t.event_type from outbox.handler_events as t where t.handler = p_handler);
 begin
     select h.* into v_handler from outbox.handlers as h where h.handler = p_handler;
     return query
@@ -17,7 +18,7 @@ begin
         from outbox.scan_events(
             v_handler.generation, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id,
                 p_count_max) as s
-        where s.type = any(v_handler.event_types)
+        where s.type = any(v_event_types)
         union all
         select held.id
         from outbox.batches as b cross join unnest(b.event_ids) as held (id)

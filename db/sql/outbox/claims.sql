@@ -77,6 +77,7 @@ as $$
 declare
     v_now timestamptz := surety.time_now();
     v_handler outbox.handlers;
+    v_event_types text[];
     v_ids text[];
     v_suspect boolean := false;
     v_retry boolean := true;
@@ -138,6 +139,7 @@ begin
         update outbox.retries as r set due_at = null where r.handler = p_handler and r.event_id = any(v_ids);
     else
         v_retry := false;
+        v_event_types := array(select t.event_type from outbox.handler_events as t where t.handler = p_handler);
         v_scan_limit := greatest(1000, 4 * v_handler.batch_size);
         for v_turn in 1..8 loop
             v_is_new := v_handler.goal is null;
@@ -149,7 +151,7 @@ begin
             ),
             matched as materialized (
                 select s.xid, s.id from scanned as s
-                where s.type = any(v_handler.event_types)
+                where s.type = any(v_event_types)
                 order by s.xid, s.id
                 limit v_handler.batch_size
             ),
@@ -207,12 +209,3 @@ begin
     returning b.id, b.fence, b.event_ids, b.is_suspect, v_is_last, b.leased_until;
 end;
 $$;
-
-create or replace function outbox.claim(p_handler text, p_worker text)
-returns table (batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, leased_until timestamptz)
-language sql volatile security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    -- For workers from before claim_batch; goes with the next deploy.
-    select claimed.batch_id, claimed.fence, claimed.event_ids, claimed.is_suspect, claimed.leased_until
-    from outbox.claim_batch(p_handler, p_worker) as claimed;
-end;

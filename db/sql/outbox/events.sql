@@ -13,20 +13,28 @@
 create or replace function outbox.emit_event(
     p_aggregate_type text, p_aggregate_id text, p_type text, p_payload jsonb, p_merchant_id text, p_version integer
 ) returns text
-language sql volatile security definer set search_path = pg_catalog, pg_temp
-begin atomic
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_id text;
+begin
     insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
     select
-        surety.new_id('evt', surety.time_now()),
-        p_aggregate_type,
-        p_aggregate_id,
-        p_type,
-        p_payload,
-        p_merchant_id,
-        p_version,
-        outbox.current_restore_generation()
-    returning id;
+        surety.new_id('evt', surety.time_now()), p_aggregate_type, p_aggregate_id, t.type, p_payload,
+        case when t.is_for_merchants then p_merchant_id end, p_version, outbox.current_restore_generation()
+    from outbox.event_types as t
+    where t.type = p_type
+    returning id into v_id;
+    if not found then
+        raise exception 'no event has the type %', p_type using errcode = 'SU007';
+    end if;
+    return v_id;
 end;
+$$;
+
+comment on function outbox.emit_event(text, text, text, jsonb, text, integer) is
+'Appends an event and returns its id. The merchant sees it if its type is for merchants. Raises SU007 for a type that
+outbox.event_types lacks.';
 
 create or replace function outbox.scan_events(
     p_generation integer, p_seen pg_snapshot, p_goal pg_snapshot, p_at_xid xid8, p_at_id text, p_limit integer

@@ -1,4 +1,4 @@
--- Handlers: which events each one handles.
+-- Handlers: what each one does, and which events it processes.
 
 create or replace function outbox.list_handlers()
 returns table (handler text, event_types text[], batch_size integer, lease_seconds double precision)
@@ -6,7 +6,12 @@ language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
         handlers.handler,
-        handlers.event_types,
+        array(
+            select handler_events.event_type
+            from outbox.handler_events
+            where handler_events.handler = handlers.handler
+            order by handler_events.event_type
+        ),
         handlers.batch_size,
         extract(epoch from handlers.lease)::double precision
     from outbox.handlers
@@ -14,38 +19,67 @@ begin atomic
 end;
 
 comment on function outbox.list_handlers() is
-'Which handler wants which events, how many at once, and how long it may hold them before it must renew its lease.';
+'The handlers: the types of events that each one processes, the size of its batches, and how long a lease lasts.';
 
--- A handler that is added later starts with what commits from then on; name '1:1:' to start at the beginning. Which
--- events it handles is its code's business; how many at once, the operator's.
-insert into outbox.handlers (handler, event_types, batch_size, batches_at_once, calls_provider, generation, seen)
+-- A new handler starts with the events that commit after its deploy; in an empty log it starts at the beginning.
+-- Deploys keep batch_size and batches_at_once of existing handlers, because operators tune them.
+insert into outbox.handlers (handler, meaning, batch_size, batches_at_once, calls_provider, generation, seen)
 select
-    h.handler,
-    h.event_types,
-    h.batch_size,
-    h.batches_at_once,
-    h.calls_provider,
+    listed.handler,
+    listed.meaning,
+    listed.batch_size,
+    listed.batches_at_once,
+    listed.calls_provider,
     outbox.current_restore_generation(),
     case when exists (select from outbox.events) then pg_current_snapshot() else '1:1:'::pg_snapshot end
 from (
     values
-    ('submit', array['payment.initiated'], 200, 2, true),
-    ('confirm', array['payment.provider_submitted'], 200, 2, true),
-    ('settle', array['payment.confirmed'], 500, 2, false),
-    ('close', array['payment.settled'], 500, 2, false),
-    ('apply', array['webhook.received'], 200, 2, false),
-    (
-        'cancel',
-        array[
-            'payment.attempt_failed', 'payment.action_overdue', 'payment.cancel_requested', 'payment.authorized_late',
-            'payment.orphan_found'
-        ],
-        200, 2, true
-    ),
-    ('capture', array['payment.capture_requested'], 200, 2, true),
-    ('refund', array['refund.pending'], 200, 2, true),
-    ('evidence', array['dispute.evidence_given'], 200, 2, true)
-) as h (handler, event_types, batch_size, batches_at_once, calls_provider)
+    ('submit', 'Creates the payment at the provider.', 200, 2, true),
+    ('confirm', 'Confirms the payment at the provider.', 200, 2, true),
+    ('capture', 'Captures an authorized payment at the provider.', 200, 2, true),
+    ('cancel', 'Cancels at the provider what must not be charged any more.', 200, 2, true),
+    ('refund', 'Creates the refund at the provider.', 200, 2, true),
+    ('evidence', 'Submits a dispute''s evidence to the provider.', 200, 2, true),
+    ('apply', 'Reads facts from a stored event of the provider.', 200, 2, false),
+    ('settle', 'Opens the expected settlement of a confirmed payment.', 500, 2, false),
+    ('close', 'Closes the expected settlement of a settled payment.', 500, 2, false)
+) as listed (handler, meaning, batch_size, batches_at_once, calls_provider)
 on conflict (handler) do update
-set event_types = excluded.event_types, calls_provider = excluded.calls_provider
-where (handlers.event_types, handlers.calls_provider) <> (excluded.event_types, excluded.calls_provider);
+set meaning = excluded.meaning, calls_provider = excluded.calls_provider
+where (handlers.meaning, handlers.calls_provider) <> (excluded.meaning, excluded.calls_provider);
+
+-- Each event type, and the handler that processes it.
+with listed (event_type, handler) as (
+    values
+    ('payment.initiated', 'submit'),
+    ('payment.provider_submitted', 'confirm'),
+    ('payment.capture_requested', 'capture'),
+    ('payment.cancel_requested', 'cancel'),
+    ('payment.attempt_failed', 'cancel'),
+    ('payment.action_overdue', 'cancel'),
+    ('payment.authorized_late', 'cancel'),
+    ('payment.orphan_found', 'cancel'),
+    ('payment.confirmed', 'settle'),
+    ('payment.settled', 'close'),
+    ('refund.pending', 'refund'),
+    ('dispute.evidence_given', 'evidence'),
+    ('webhook.received', 'apply')
+),
+
+removed as (
+    delete from outbox.handler_events
+    where (handler_events.event_type, handler_events.handler) not in (
+        select
+            listed.event_type,
+            listed.handler
+        from listed
+    )
+    and handler_events.handler in (select listed.handler from listed)
+)
+
+insert into outbox.handler_events (handler, event_type)
+select
+    listed.handler,
+    listed.event_type
+from listed
+on conflict do nothing;

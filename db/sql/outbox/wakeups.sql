@@ -9,6 +9,7 @@ declare
     v_behind_max constant integer := 100;
     v_now timestamptz := surety.time_now();
     v_handler outbox.handlers;
+    v_event_types text[] := array(select t.event_type from outbox.handler_events as t where t.handler = p_handler);
 begin
     select h.* into v_handler from outbox.handlers as h where h.handler = p_handler;
     if v_handler.calls_provider and surety.all_accounts_unreachable() then
@@ -19,7 +20,7 @@ begin
         or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)
         or exists (select from outbox.batches as b where b.handler = p_handler and b.leased_until < v_now)
         or (
-            select count(*) = v_behind_max or coalesce(bool_or(s.type = any(v_handler.event_types)), false)
+            select count(*) = v_behind_max or coalesce(bool_or(s.type = any(v_event_types)), false)
             from outbox.scan_events(
                 v_handler.generation, v_handler.seen, pg_current_snapshot(), v_handler.at_xid, v_handler.at_id,
                 v_behind_max) as s
@@ -29,30 +30,34 @@ end;
 $$;
 
 create or replace function outbox.schedule_handlers(p_handlers text[]) returns integer
-language sql volatile security definer
+language plpgsql volatile security definer
 -- Procrastinate's triggers name no schema.
 set search_path = pg_catalog, procrastinate, pg_temp
-begin atomic
-    with woken as (
-        insert into procrastinate.procrastinate_jobs (queue_name, task_name, queueing_lock, args)
-        select
-            'outbox',
-            'drain',
-            'drain:' || h.handler,
-            jsonb_build_object('handler', h.handler)
-        from outbox.handlers as h
-        where h.handler = any(p_handlers) and h.paused_at is null
-        order by h.handler
-        on conflict (queueing_lock) where status = 'todo' do nothing
-        returning id
-    )
-
-    select count(*)::integer from woken;
+as $$
+declare
+    v_unknown text;
+    v_scheduled integer;
+begin
+    select h.handler into v_unknown
+    from unnest(p_handlers) as h (handler)
+    where not exists (select from outbox.handlers as known where known.handler = h.handler);
+    if found then
+        raise exception 'no handler is named %', v_unknown using errcode = 'SU004';
+    end if;
+    insert into procrastinate.procrastinate_jobs (queue_name, task_name, queueing_lock, args)
+    select 'outbox', 'drain', 'drain:' || h.handler, jsonb_build_object('handler', h.handler)
+    from outbox.handlers as h
+    where h.handler = any(p_handlers) and h.paused_at is null
+    order by h.handler
+    on conflict (queueing_lock) where status = 'todo' do nothing;
+    get diagnostics v_scheduled = row_count;
+    return v_scheduled;
 end;
+$$;
 
 comment on function outbox.schedule_handlers(text[]) is
-'Wakes a worker for each handler, unless a job for it waits already. Call it after the commit of what should be
-handled.';
+'Inserts a worker job for each handler that has none waiting and is not paused; returns how many. Call it after the
+commit of the events. Raises SU004 for an unknown handler.';
 
 create or replace function outbox.delete_orphaned_jobs() returns integer
 language sql volatile security definer

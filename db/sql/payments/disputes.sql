@@ -17,7 +17,7 @@ begin atomic
             'payment_id', d.payment_id, 'dispute_id', d.id, 'status', d.status, 'at', surety.format_time(p_at),
             'amount_withdrawn', d.withdrawn_minor, 'evidence_revision', d.evidence_revision
         ),
-        case when p_type <> 'dispute.evidence_given' then d.merchant_id end, null
+        d.merchant_id, null
     );
 end;
 
@@ -92,6 +92,12 @@ begin
     select array_agg(w.d order by (w.d).id) into v_changed
     from written as w where (w.d).status is distinct from v_known ->> (w.d).provider_id;
 
+    -- A status that Stripe has added is an event type from its first occurrence on.
+    insert into outbox.event_types (type, is_for_merchants, meaning)
+    select distinct 'dispute.' || d.status, true, 'The dispute has the status ' || d.status || '.'
+    from unnest(v_changed) as d
+    where 'dispute.' || d.status not in (select t.type from outbox.event_types as t)
+    on conflict (type) do nothing;
     perform surety.emit_dispute_event(d, 'dispute.' || d.status, v_now) from unnest(v_changed) as d;
     insert into audit.entries (
         id, at, kind, actor, payment_id, merchant_id, from_state, to_state, outcome, reason, snapshot

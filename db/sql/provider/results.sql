@@ -23,7 +23,7 @@ begin
     end if;
     if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'refused') then
         if v_facts is not null then
-            raise exception 'facts and refusals are recorded in transactions of their own' using errcode = 'SU004';
+            raise exception 'facts and refusals are recorded in transactions of their own' using errcode = 'SU009';
         end if;
         v_types := surety.fail_refused_payments(p_results, p_actor);
     end if;

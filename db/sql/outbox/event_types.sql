@@ -1,0 +1,41 @@
+-- Event types: every type that this version emits. A payment, a refund or a dispute that enters a state or a status has
+-- the event of that name; the others stand here.
+
+insert into outbox.event_types (type, is_for_merchants, meaning)
+select
+    'payment.' || states.state,
+    true,
+    'The payment entered the state ' || states.state || ': ' || states.meaning || '.'
+from surety.states
+union all
+select
+    'refund.' || refund_states.state,
+    true,
+    'The refund entered the state ' || refund_states.state || ': ' || refund_states.meaning || '.'
+from surety.refund_states
+union all
+select
+    'dispute.' || dispute_statuses.status,
+    true,
+    'The dispute has the status ' || dispute_statuses.status || ': ' || dispute_statuses.meaning || '.'
+from surety.dispute_statuses
+union all
+select
+    listed.type,
+    listed.is_for_merchants,
+    listed.meaning
+from (
+    values
+    ('payment.capture_requested', false, 'The merchant asked to capture an authorized payment.'),
+    ('payment.cancel_requested', false, 'The merchant asked to cancel a payment that the provider holds.'),
+    ('payment.attempt_failed', false, 'The payer''s attempt was declined; the payment can be canceled.'),
+    ('payment.action_overdue', false, 'The payer did not act in time, or an operator discarded the dead letter.'),
+    ('payment.authorized_late', false, 'The provider still holds an object of a payment that has ended here.'),
+    ('payment.orphan_found', false, 'The provider has a second object for a payment.'),
+    ('dispute.evidence_given', false, 'The merchant asked to submit evidence.'),
+    ('dispute.evidence_due', true, 'Evidence is due soon and was not submitted.'),
+    ('webhook.received', false, 'An event of the provider was stored.')
+) as listed (type, is_for_merchants, meaning)
+on conflict (type) do update
+set is_for_merchants = excluded.is_for_merchants, meaning = excluded.meaning
+where (event_types.is_for_merchants, event_types.meaning) <> (excluded.is_for_merchants, excluded.meaning);
