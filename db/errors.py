@@ -1,20 +1,61 @@
-"""Errors that a user can do something about: the command line shows their text and no traceback.
+"""The errors of Surety itself, and the one judgement of what an error of the database means.
+
+The command line shows the text of a SuretyError without a traceback.
 
 SuretyError
-├── SettingsError    the environment
-├── EmbeddedServerError      the embedded PostgreSQL
-└── DeployError      bringing the database to a version
+├── SettingsError        the environment
+├── EmbeddedServerError  the embedded PostgreSQL
+└── DeployError          a deploy
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import psycopg
+
+ErrorKind = Literal["conflict", "transient", "unreachable", "not_deployed", "ours", "request"]
+"""What an error of the database means.
+
+conflict      another transaction was in the way: repeat the transaction
+transient     the session ended, resources ran out, or a deploy changed a prepared statement's result: repeat it on a
+              new connection
+unreachable   no server answers, or it is no longer the primary: wait for it
+not_deployed  a schema, table or function is missing: Surety was not deployed here, or in another version
+ours          no single request caused it (missing rights, a statement canceled by its timeout, a restored database):
+              neither a repetition nor a smaller batch helps
+request       the values of one request caused it: dividing the batch finds that request
+"""
+
+# By SQLSTATE or its beginning; the longest match decides.
+KIND_BY_SQLSTATE: dict[str, ErrorKind] = {
+    "08": "unreachable",  # connection exception
+    "0A000": "transient",  # feature not supported: a cached plan must not change its result type
+    "25006": "unreachable",  # read-only transaction: the server was demoted by a failover
+    "25P03": "transient",  # idle-in-transaction timeout: the server ended the session of a stalled process
+    "28": "ours",  # invalid authorization
+    "3D": "ours",  # no such database
+    "3F000": "not_deployed",  # no such schema
+    "40": "conflict",  # serialization failure, deadlock
+    "42": "ours",  # syntax error, insufficient privilege
+    "42883": "not_deployed",  # no such function
+    "42P01": "not_deployed",  # no such table
+    "53": "transient",  # insufficient resources: disk, memory, connections
+    "55P03": "conflict",  # lock not available
+    "57014": "ours",  # query canceled, as by statement_timeout
+    "57P": "unreachable",  # the server starts, stops or ended the session
+    "58": "transient",  # system error, as of input and output
+    "SU005": "ours",  # the database was restored elsewhere
+}
+
 
 class SuretyError(Exception):
-    """Something is not as it must be, and the text says what."""
+    """An error that the user can correct; the text says how."""
 
 
 class SettingsError(SuretyError):
-    """The environment is not as Surety needs it; the text names the variable."""
+    """The environment is wrong; the text names the variable."""
 
 
 class EmbeddedServerError(SuretyError):
@@ -22,4 +63,51 @@ class EmbeddedServerError(SuretyError):
 
 
 class DeployError(SuretyError):
-    """The database could not be brought to a version; what was applied before stays, the rest is as it was."""
+    """The database could not be brought to a version; what was applied before stays, the rest is unchanged."""
+
+
+def kind_of(error: psycopg.Error) -> ErrorKind:
+    """What an error of the database means."""
+    import psycopg
+
+    if error.sqlstate is None:
+        # libpq gives no SQLSTATE for connections that fail or are lost, psycopg_pool none for its timeout.
+        return "unreachable" if isinstance(error, psycopg.OperationalError) else "request"
+    if is_catalog_race(error):
+        return "conflict"
+    for length in (5, 3, 2):
+        if kind := KIND_BY_SQLSTATE.get(error.sqlstate[:length]):
+            return kind
+    return "request"
+
+
+def is_catalog_race(error: psycopg.Error) -> bool:
+    """Whether two sessions changed the same entry of the catalog, such as a role, at the same time."""
+    if error.sqlstate == "XX000":
+        return "concurrently" in str(error)
+    return error.sqlstate == "23505" and error.diag.schema_name == "pg_catalog"
+
+
+def is_retryable(error: BaseException | None) -> bool:
+    """Whether a repetition, on a new connection or after a wait for the server, may succeed."""
+    import psycopg
+
+    return isinstance(error, psycopg.Error) and kind_of(error) in {"conflict", "transient", "unreachable"}
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether there is no primary that answers: nothing but waiting helps."""
+    import psycopg
+
+    return isinstance(error, psycopg.Error) and kind_of(error) == "unreachable"
+
+
+def message_of(error: psycopg.Error) -> str:
+    """An error in one line, without the values that a server's detail may carry."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return error.diag.message_primary or lines[-1].strip()
+
+
+def outdates_connection(error: psycopg.Error) -> bool:
+    """Whether the connection still works but must not be used again: its plans, or its server, were replaced."""
+    return error.sqlstate in {"0A000", "25006"}

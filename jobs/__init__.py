@@ -36,8 +36,9 @@ from procrastinate.app import WorkerOptions
 from psycopg_pool import AsyncConnectionPool
 
 from db.connect import bounded_connection, conninfo
+from db.errors import is_unreachable
 from db.settings import load_settings
-from jobs.database import POOL_SECONDS, is_unreachable
+from jobs.database import POOL_SECONDS
 
 log = logging.getLogger("surety.worker")
 

@@ -9,11 +9,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, AsyncCursor, errors
+from psycopg import AsyncConnection, AsyncCursor
 from psycopg.rows import class_row, scalar_row
 from psycopg_pool import AsyncConnectionPool
 
 from db.connect import bounded_connection, conninfo
+from db.errors import is_retryable, is_unreachable, outdates_connection
 from db.settings import Settings
 
 log = logging.getLogger("surety.database")
@@ -38,24 +39,6 @@ TRY_LOCK = """
 """
 UNLOCK = "select pg_advisory_unlock(hashtext(%s)), set_config('idle_session_timeout', %s, false)"
 
-# The server or the connection went away, somebody else was in the way, or a deploy changed what a prepared statement
-# returns.
-TRANSIENT_ERRORS = (psycopg.OperationalError, psycopg.InterfaceError, errors.FeatureNotSupported)
-# These are operational errors by name, but the statement's own fault.
-PERMANENT_ERRORS = (errors.QueryCanceled, errors.ProgramLimitExceeded)
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether an error says nothing about what was asked, so that asking again may help."""
-    return isinstance(error, TRANSIENT_ERRORS) and not isinstance(error, PERMANENT_ERRORS)
-
-
-def is_unreachable(error: BaseException | None) -> bool:
-    """Whether there is no server to ask, or none that answers: then all that helps is to wait for it."""
-    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-        return False
-    return error.sqlstate is None or error.sqlstate.startswith(("08", "57P"))
-
 
 async def bisect_on_error(
     items: list[T], do: Callable[[list[T]], Awaitable[None]], give_up: Callable[[T, Exception], Awaitable[None]]
@@ -67,7 +50,7 @@ async def bisect_on_error(
     try:
         await do(items)
     except Exception as error:
-        if is_transient(error):
+        if is_retryable(error):
             raise
         if len(items) == 1:
             await give_up(items[0], error)
@@ -142,9 +125,9 @@ class WorkerDatabase:
             try:
                 async with self._pool.connection() as connection:
                     return await self._on(connection, work)
-            except TRANSIENT_ERRORS as error:
+            except psycopg.Error as error:
                 turn += 1
-                if not is_transient(error) or (turn >= ATTEMPTS_MAX and not is_unreachable(error)):
+                if not is_retryable(error) or (turn >= ATTEMPTS_MAX and not is_unreachable(error)):
                     raise
                 level = logging.WARNING if turn == ATTEMPTS_MAX else logging.INFO
                 log.log(level, "try %s: %s", turn, str(error).strip() or type(error).__name__)
@@ -153,8 +136,9 @@ class WorkerDatabase:
     async def _on(self, connection: AsyncConnection[Any], work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         try:
             return await work(connection)
-        except errors.FeatureNotSupported:
-            await connection.close()
+        except psycopg.Error as error:
+            if outdates_connection(error):
+                await connection.close()
             raise
 
 

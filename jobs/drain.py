@@ -21,8 +21,9 @@ from functools import partial
 from procrastinate import JobContext
 from psycopg.types.json import Jsonb
 
+from db.errors import is_retryable
 from jobs import app
-from jobs.database import bisect_on_error, is_transient
+from jobs.database import bisect_on_error
 from jobs.handlers.payments import HANDLERS, HandleEvents
 from jobs.worker import Batch, Worker, worker_of
 
@@ -90,7 +91,7 @@ async def handle_batch(worker: Worker, batch: Batch, handler: HandleEvents) -> N
     try:
         await bisect_on_error(batch.event_ids, partial(handler, worker, batch), give_up)
     except Exception as error:
-        if not is_transient(error):
+        if not is_retryable(error):
             raise
         await release_batch(worker, batch, error)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import click
 
-from db.errors import SuretyError
+from db.errors import SuretyError, kind_of, message_of
 
 
 class CommandEntry(NamedTuple):
@@ -87,9 +87,9 @@ def user_message(error: Exception) -> str | None:
     psycopg = sys.modules.get("psycopg")
     if psycopg is None or not isinstance(error, psycopg.Error):
         return None
-    last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
-        return f"PostgreSQL can't be reached: {last_line}"
-    if error.sqlstate in {"3F000", "42883", "42P01"}:
-        return "this database has no Surety, or one of another version: run `surety deploy`"
+    match kind_of(error):
+        case "unreachable":
+            return f"PostgreSQL can't be reached: {message_of(error)}"
+        case "not_deployed":
+            return "this database has no Surety, or one of another version: run `surety deploy`"
     return None

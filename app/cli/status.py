@@ -13,7 +13,7 @@ from rich.table import Table
 
 from app.status_findings import VERDICTS, Finding, find_problems, format_age, verdict_of
 from db.connect import harden
-from db.errors import SettingsError
+from db.errors import SettingsError, kind_of, message_of
 from db.settings import load_settings
 
 STATEMENT_TIMEOUT = "30s"
@@ -54,16 +54,15 @@ def read_state(*, check: bool) -> dict[str, Any]:
 
 def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
     """Why nothing could be told, and what to do about it."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    match error:
-        case SettingsError():
-            return Finding(2, first_line, "DATABASE_URL names the database to tell about")
-        case psycopg.errors.UndefinedFunction() | psycopg.errors.InvalidSchemaName():
+    if isinstance(error, SettingsError):
+        return Finding(2, str(error).splitlines()[0], "DATABASE_URL names the database to report on")
+    match kind_of(error):
+        case "not_deployed":
             return Finding(2, "this database has no Surety, or one of another version", "surety deploy")
-        case psycopg.OperationalError() if error.sqlstate is None:
-            what = str(error).strip().splitlines()[-1].strip()
-            return Finding(2, f"PostgreSQL can't be reached: {what}", "the server, its log, and DATABASE_URL")
-    return Finding(2, f"PostgreSQL can't tell: {first_line}", "the server and its log")
+        case "unreachable":
+            what = f"PostgreSQL can't be reached: {message_of(error)}"
+            return Finding(2, what, "the server, its log, and DATABASE_URL")
+    return Finding(2, f"PostgreSQL can't tell: {message_of(error)}", "the server and its log")
 
 
 def find_broken_invariants(state: dict[str, Any]) -> list[Finding]:

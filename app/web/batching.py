@@ -27,16 +27,13 @@ import msgspec
 import psycopg
 from psycopg import AsyncConnection
 
+from db.errors import is_retryable, kind_of
+
 log = logging.getLogger("surety.batching")
 
 Row = tuple[Any, ...]
 Connect = Callable[[], Awaitable[AsyncConnection[Row]]]
 
-# What a repetition may cure: lost connections, servers that start or stop, deadlocks, no room, locks held too long, a
-# plan or a function that a deploy replaced, a primary that is none any more.
-TRANSIENT_SQLSTATES = ("08", "57P", "40", "53", "55P03", "0A000", "25006")
-# What no request has caused: a function missing, rights missing, a cancelled statement, a database that was restored.
-SERVICE_FAULT_SQLSTATES = ("42", "3F", "28", "3D", "57014", "SU005")
 QUEUED_SECONDS_MAX = 0.025
 # From here on a batch's fixed cost is small beside its rows', and lanes side by side win more than sharing out loses.
 PARALLEL_BATCH_MIN = 32
@@ -118,7 +115,7 @@ class BatchingConnections:
         for failure in await asyncio.gather(
             *(connection.connect() for connection in self._connections), return_exceptions=True
         ):
-            if isinstance(failure, psycopg.Error) and is_transient(failure):
+            if isinstance(failure, psycopg.Error) and is_retryable(failure):
                 log.warning("not connected yet: %s", describe_error(failure))
             elif failure is not None:
                 raise failure
@@ -276,7 +273,7 @@ class BatchingConnection:
                 assert self._connection is not None
                 return await self._batching.execute_batch(self._connection, batch)
             except psycopg.Error as error:
-                if not is_transient(error):
+                if not is_retryable(error):
                     raise
                 log.warning("%s; once more: %s", describe_error(error), request_ids_of(batch))
                 await self.close()
@@ -287,7 +284,7 @@ class BatchingConnection:
                 await asyncio.sleep(pause)
 
     async def _bisect(self, batch: Sequence[QueuedRequest], deadline: float, error: psycopg.Error) -> None:
-        if is_transient(error) or is_service_fault(error):
+        if kind_of(error) != "request":
             log.error("%s; given up: %s", describe_error(error), request_ids_of(batch))
             for queued in batch:
                 set_failure(queued, Unavailable(describe_error(error)))
@@ -299,18 +296,6 @@ class BatchingConnection:
             middle = len(batch) // 2
             await self._answer(batch[:middle], deadline)
             await self._answer(batch[middle:], deadline)
-
-
-def is_transient(error: psycopg.Error) -> bool:
-    """Whether a repetition, on a new connection, may succeed."""
-    if error.sqlstate is None:
-        return isinstance(error, psycopg.OperationalError)
-    return error.sqlstate.startswith(TRANSIENT_SQLSTATES)
-
-
-def is_service_fault(error: psycopg.Error) -> bool:
-    """Whether no request can have caused this, so that dividing the batch would not help."""
-    return error.sqlstate is not None and error.sqlstate.startswith(SERVICE_FAULT_SQLSTATES)
 
 
 def set_failure(queued: QueuedRequest, error: Exception) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any, LiteralString
 
 import psycopg
-from psycopg import AsyncConnection, errors
+from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from app.web.batching import Unavailable, is_transient
+from app.web.batching import Unavailable
 from db.connect import ProcessKind, bounded_connection, connect, conninfo
-from db.errors import SuretyError
+from db.errors import SuretyError, is_retryable, message_of, outdates_connection
 from db.settings import Settings
 
 Row = tuple[Any, ...]
@@ -55,13 +54,14 @@ class DatabasePool:
                 async with self._pool.connection() as connection:
                     try:
                         return await (await connection.execute(query, values)).fetchone()
-                    except errors.FeatureNotSupported:
-                        await connection.close()
+                    except psycopg.Error as error:
+                        if outdates_connection(error):
+                            await connection.close()
                         raise
             except PoolTimeout as error:
                 raise Unavailable(str(error)) from None
             except psycopg.Error as error:
-                if not is_transient(error):
+                if not is_retryable(error):
                     raise
                 failure = error
         raise Unavailable(str(failure))
@@ -73,8 +73,6 @@ def require_deployed(kind: ProcessKind, settings: Settings, function: str) -> No
         with connect(kind, settings) as connection:
             row = connection.execute("select to_regprocedure(%s) is not null", (function,)).fetchone()
     except psycopg.Error as error:
-        with suppress(IndexError):
-            raise DatabaseNotReady(f"the database can't be used: {str(error).strip().splitlines()[-1]}") from None
-        raise
+        raise DatabaseNotReady(f"the database can't be used: {message_of(error)}") from None
     if row != (True,):
         raise DatabaseNotReady(f"the database has no {function}: run `surety deploy` first")

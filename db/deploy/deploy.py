@@ -35,7 +35,7 @@ from psycopg import errors, sql
 from db.connect import harden
 from db.deploy.source import BOOKKEEPING, Migration, VersionFiles, location_of, lock_rank
 from db.deploy.statements import Statement, read_statements
-from db.errors import DeployError
+from db.errors import DeployError, kind_of
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 ShowProgress = Callable[[str], None]
@@ -252,7 +252,7 @@ class DeployRun:
                     self.conn.execute("set local plpgsql.extra_errors = 'all'")
                     work()
             except psycopg.Error as error:
-                if not is_retryable(error):
+                if kind_of(error) != "conflict":
                     raise
                 reason = f"{self.current_step}: {error.diag.message_primary or error}"
                 if time.monotonic() > deadline:
@@ -455,15 +455,6 @@ class DeployRun:
         try:
             self.conn.execute(statement.text.encode())
         except psycopg.Error as error:
-            if is_retryable(error):
+            if kind_of(error) == "conflict":
                 raise
             raise DeployError(f"{location_of(statement, error)}: {error}") from error
-
-
-def is_retryable(error: psycopg.Error) -> bool:
-    """Whether trying again can help: a lock not got in time, or another database of the cluster making our roles."""
-    if isinstance(error, errors.LockNotAvailable | errors.DeadlockDetected | errors.SerializationFailure):
-        return True
-    if isinstance(error, errors.InternalError_):
-        return "concurrently" in str(error)
-    return isinstance(error, errors.UniqueViolation) and error.diag.schema_name == "pg_catalog"

@@ -10,9 +10,10 @@ from procrastinate import JobContext
 from app import receiver
 from app.api.create_payment import CREATE_PAYMENTS
 from app.web.batching import BatchingConnections, RefusedByDatabase, Unavailable
+from db.errors import is_retryable
 from db.settings import load_settings
 from jobs import app, polling
-from jobs.database import WorkerDatabase, is_transient
+from jobs.database import WorkerDatabase
 from jobs.drain import drain
 from jobs.handlers.payments import HANDLERS
 from jobs.stripe.client import API_VERSION, StripeGateway
@@ -87,7 +88,7 @@ class WorkerProcess(Process):
             await job
         except Exception as error:  # noqa: BLE001
             # Procrastinate forgets a job that failed; what it was to do is found again.
-            if not is_transient(error):
+            if not is_retryable(error):
                 self.schedule.report_violation("no job breaks down", f"{name}: {error!r}")
         finally:
             self.running[name] -= 1
