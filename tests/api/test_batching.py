@@ -353,4 +353,4 @@ async def test_wakeups_are_sent_one_at_a_time_and_coalesced(
     scheduler.schedule()
     await until(lambda: len(begun) == 3)
     await scheduler.close()
-    assert "kick failed" in caplog.text
+    assert "scheduling workers failed" in caplog.text
