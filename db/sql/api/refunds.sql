@@ -88,11 +88,11 @@ begin
     perform surety.advance_payments(
         array(select d from surety.derive_payments(array[v_payment.id]) as d), 'command', v_admitted.actor,
         p_request ->> 'request_id');
-    perform ledger.post(array[(
-        v_refund.id || ':asked', 'refund_asked', v_payment.id, v_payment.merchant_id,
-        v_payment.provider || '/' || v_payment.provider_account, v_payment.currency, v_amount, null, null, null, null,
-        null, null, null
-    )::ledger.entry], v_now);
+    perform ledger.post(array[ledger.entry(
+        p_cause => v_refund.id || ':asked', p_rule => 'refund_asked', p_payment_id => v_payment.id,
+        p_merchant_id => v_payment.merchant_id,
+        p_provider_owner => v_payment.provider || '/' || v_payment.provider_account,
+        p_currency => v_payment.currency, p_gross => v_amount)], v_now);
     return api.complete_command(
         v_admitted, p_request, v_payment.id, 201,
         (select shown.document::text from api.show_refund(v_refund) as shown),

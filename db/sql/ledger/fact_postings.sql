@@ -1,153 +1,14 @@
--- What new facts mean for the ledger: each cause with its rule and amounts, for ledger.post.
+-- The ledger's consequences of facts: each cause with its rule and amounts, for ledger.post.
 --
--- An ACH payment is carried by a bank or by Stripe: who tells of it, the fact's provider, decides which accounts its
--- money goes through, bank and ach_clearing or provider_balance and provider_receivable.
-
-create or replace function surety.post_facts(p_facts surety.facts[], p_derived surety.derived[], p_at timestamptz)
-returns void
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
-as $$
--- The ledger's consequences of new facts. Status moves merchants' balances; only balance transactions move the
--- provider's.
-declare
-    v_entries ledger.entry [];
-    v_new text [] := array(select f.id from unnest(p_facts) as f);
-begin
-    with facts as (
-        select
-            f.id, f.provider, f.account, f.object_id, f.kind, f.revision, f.amount_minor, f.currency, f.data,
-            p.id as payment_id, p.merchant_id, p.amount_minor as asked_minor, p.captured_minor,
-            f.provider || '/' || f.account as provider_owner, m.fee_basis_points, m.fee_fixed_minor
-        from unnest(p_facts) as f
-        join surety.payments as p on p.id = f.payment_id
-        join surety.merchants as m on m.id = p.merchant_id
-        where f.disregarded is null
-    ),
-    causes as (
-        -- What is captured in all, up to the amount asked for, is the merchant's; any more is nobody's yet.
-        select
-            f.object_id || ':captured' as cause,
-            case f.provider when 'bank' then 'captured_ach' else 'captured' end as rule, f.payment_id, f.merchant_id,
-            f.provider_owner, f.currency, least(f.asked_minor, c.up_to) - least(f.asked_minor, c.before) as gross,
-            null::bigint as fee, null::bigint as net,
-            ledger.fee(least(f.asked_minor, c.up_to), f.fee_basis_points, f.fee_fixed_minor)
-            - ledger.fee(least(f.asked_minor, c.before), f.fee_basis_points, f.fee_fixed_minor) as platform_fee,
-            f.amount_minor - least(f.asked_minor, c.up_to) + least(f.asked_minor, c.before) as excess,
-            null::text as other_currency, null::bigint as other_gross, null::bigint as other_net
-        from facts as f
-        cross join lateral (
-            select
-                coalesce(sum(k.amount_minor) filter (where k.id < f.id or k.id <> all(v_new)), 0)::bigint as before,
-                coalesce(sum(k.amount_minor) filter (where k.id <= f.id or k.id <> all(v_new)), 0)::bigint as up_to
-            from surety.facts as k
-            where k.payment_id = f.payment_id and k.kind = 'captured' and k.disregarded is null
-        ) as c
-        where f.kind = 'captured'
-        union all
-        select
-            f.object_id, r.rule, f.payment_id, f.merchant_id, f.provider_owner, f.currency, f.amount_minor,
-            (f.data ->> 'fee')::bigint, (f.data ->> 'net')::bigint, null, null,
-            f.data ->> 'other_currency', (f.data ->> 'other_gross')::bigint, null
-        from facts as f
-        cross join lateral (
-            select surety.posting_rule(f.provider, f.data ->> 'category', f.data ? 'other_currency') as rule
-        ) as r
-        where f.kind = 'money'
-        union all
-        -- Any news of a refund means that it was asked for. Its causes are named by our id, for it is asked for here
-        -- before the provider knows of it; if another amount was refunded than was asked for, the rest follows.
-        select
-            r.id || ':asked' || case when asked.minor is null then '' else ':' || r.amount_minor end, 'refund_asked',
-            f.payment_id, f.merchant_id, f.provider_owner, f.currency, r.amount_minor - coalesce(asked.minor, 0), null,
-            null, null,
-            null, null, null, null
-        from facts as f
-        join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
-            and r.provider_id = f.object_id
-        cross join lateral (
-            select sum(case when t.credit_account like 'reserved\_for\_refunds:%' then t.amount_minor
-                else - t.amount_minor end)
-                as minor
-            from ledger.postings as g join ledger.transfers as t on t.posting_id = g.id
-            where g.payment_id = r.payment_id and g.rule = 'refund_asked' and g.cause like r.id || ':asked%'
-        ) as asked
-        where f.kind like 'refund\_%' and asked.minor is distinct from r.amount_minor
-        union all
-        select
-            r.id || ':failed', 'refund_failed', f.payment_id, f.merchant_id, f.provider_owner, f.currency,
-            r.amount_minor, null, null, null, null, null, null, null
-        from facts as f
-        join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
-            and r.provider_id = f.object_id
-        where f.kind in ('refund_failed', 'refund_canceled')
-        union all
-        select
-            f.object_id || ':' || moved.n || ':' || moved.rule, moved.rule, f.payment_id, f.merchant_id,
-            f.provider_owner, f.currency, moved.amount_minor, null, null, null, null, null, null, null
-        from (
-            select distinct on (g.object_id) g.* from facts as g where g.kind like 'dispute\_%'
-            order by g.object_id, g.revision desc
-        ) as f
-        cross join lateral surety.dispute_transfers(f.payment_id, f.object_id) as moved
-        union all
-        -- The merchant gives back what he was owed. That may be known later than that it came back, so news of either
-        -- tells of all returns; those that have posted don't post again.
-        select
-            k.object_id || ':' || k.kind, case k.provider when 'bank' then 'return_ach' else 'return' end,
-            f.payment_id, f.merchant_id, k.provider || '/' || k.account, k.currency,
-            case k.kind when 'dishonored' then - k.amount_minor else k.amount_minor end,
-            null, null, null, null, null, null, null
-        from (
-            select distinct g.payment_id, g.merchant_id from facts as g
-            where g.kind in ('captured', 'returned', 'dishonored', 'contested') and g.captured_minor > 0
-        ) as f
-        join surety.facts as k on k.payment_id = f.payment_id
-        where k.kind in ('returned', 'dishonored', 'contested') and k.disregarded is null
-        union all
-        select
-            d.payment_id || ':settled',
-            case when s.exchanged then 'settled_exchanged' else 'settled' end,
-            p.id, p.merchant_id, p.provider || '/' || p.provider_account, s.currency,
-            null, null, s.net, null, null, s.other_currency, null, s.other_net
-        from unnest(p_derived) as d
-        join surety.payments as p on p.id = d.payment_id
-        join surety.merchants as m on m.id = p.merchant_id
-        cross join lateral surety.settled_amounts(p, m) as s
-        where d.is_settled
-        union all
-        -- Money that can't be this payment's arrived all the same. That of the other mode is none.
-        select
-            f.object_id, surety.posting_rule(f.provider, 'foreign', false), f.payment_id, null,
-            f.provider || '/' || f.account, f.currency, f.amount_minor, (f.data ->> 'fee')::bigint,
-            (f.data ->> 'net')::bigint, null, null, null, null, null
-        from unnest(p_facts) as f
-        where f.kind = 'money' and f.disregarded in ('currency', 'account')
-    )
-    select array_agg((
-        c.cause, c.rule, c.payment_id, c.merchant_id, c.provider_owner, c.currency, c.gross, c.fee, c.net,
-            c.platform_fee,
-        c.excess, c.other_currency, c.other_gross, c.other_net
-    )::ledger.entry order by c.cause) into v_entries
-    from causes as c;
-    perform surety.open_discrepancy(
-        'category', f.object_id, f.payment_id, format('a balance transaction of category %s', f.data ->> 'category'),
-        to_jsonb(f), false, p_at)
-    from unnest(p_facts) as f
-    where f.kind = 'money' and f.disregarded is null
-        and surety.posting_rule(f.provider, f.data ->> 'category', false) like 'foreign%';
-    if v_entries is not null then
-        perform ledger.post(v_entries, p_at);
-    end if;
-end;
-$$;
+-- A payment's status moves what merchants are owed; only balance transactions move what the provider holds.
+-- An ACH payment is carried by a bank or by Stripe. The fact's provider decides which accounts its money goes through:
+-- bank and ach_clearing, or provider_balance and provider_receivable.
 
 create or replace function surety.posting_rule(p_provider text, p_category text, p_is_exchanged boolean) returns text
 language sql immutable parallel safe
 begin atomic
-    -- Whatever we have no rule for goes to suspense, so that no money stays unbooked. What is refunded or disputed is
-    -- on its way or held in the payment's currency; where it was exchanged, the merchant pays it in the other, at the
-    -- rate of that day.
+    -- Refunds and disputes are reserved or held in the payment's currency. Where the money was exchanged, the merchant
+    -- pays them in the other currency, at the rate of that day.
     select case
         when p_provider = 'bank' and p_category in ('ach_credit', 'ach_return') then p_category
         when p_provider = 'bank' and p_category in ('refund', 'refund_failure') then 'refund_ach'
@@ -170,10 +31,14 @@ begin atomic
     end;
 end;
 
+comment on function surety.posting_rule(text, text, boolean) is
+'The ledger.rules.cause of a balance transaction, by its provider, its category and whether its record is in another
+currency than the payment. A category without a rule of its own goes to suspense (foreign, foreign_bank), so that no
+money stays unbooked.';
+
 create or replace function surety.charge_exchange_rate(p_payment_id text) returns table (currency text, rate numeric)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- In which currency its charge arrived, if not in its own, and at what rate; refunds and disputes have others.
     select
         facts.currency,
         (facts.data ->> 'rate')::numeric
@@ -185,12 +50,15 @@ begin atomic
     limit 1;
 end;
 
+comment on function surety.charge_exchange_rate(text) is
+'The currency in which a payment''s charge arrived and its rate, units of it per unit of the payment''s; no row if it
+arrived in its own. Refunds and disputes have rates of their own.';
+
 create or replace function surety.settled_amounts(p_payment surety.payments, p_merchant surety.merchants)
 returns table (exchanged boolean, currency text, net bigint, other_currency text, other_net bigint)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- What the merchant is owed after our fee, in the currency that arrived. The fee is the one that was taken, if the
-    -- capture has posted, for the merchant's may be another by now.
+    -- The fee is the one that was taken, if the capture has posted: the merchant's fee may have changed meanwhile.
     with owed as (
         select
             p_payment.captured_minor - coalesce(
@@ -217,14 +85,17 @@ begin atomic
     left join surety.charge_exchange_rate(p_payment.id) as exchange on true;
 end;
 
+comment on function surety.settled_amounts(surety.payments, surety.merchants) is
+'What the merchant is owed for a settled payment after our fee, in minor units: net in the currency that arrived,
+other_net in the payment''s. exchanged says whether they differ. One row.';
+
 create or replace function surety.dispute_transfers(p_payment_id text, p_object_id text)
 returns table (n bigint, rule text, amount_minor bigint)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- What must be posted so that the merchant's balances stand as the dispute's last fetch says: how much is held back
-    -- (held), how much is lost. A dispute can go back and forth (lost, appealed, won, lost in part), so this looks at
-    -- what was posted so far.
-    with told as (
+    -- held: withdrawn and not decided. lost: kept by the network. A dispute can go back and forth (lost, appealed, won,
+    -- lost in part), so the transfers are the difference between the last fetch and what was posted so far.
+    with fetched as (
         select
             case when facts.kind = 'dispute_opened' then facts.amount_minor else 0 end as held,
             case when facts.kind = 'dispute_lost' then facts.amount_minor else 0 end as lost
@@ -262,14 +133,14 @@ begin atomic
     steps as (
         select
             posted.postings,
-            greatest(0, told.held + told.lost - posted.held - posted.lost) as opened,
-            greatest(0, told.lost - posted.lost) as lost,
-            least(greatest(0, posted.lost - told.lost), greatest(0, told.held - posted.held)) as appealed,
+            greatest(0, fetched.held + fetched.lost - posted.held - posted.lost) as opened,
+            greatest(0, fetched.lost - posted.lost) as lost,
+            least(greatest(0, posted.lost - fetched.lost), greatest(0, fetched.held - posted.held)) as appealed,
             posted.held,
             posted.lost as lost_before,
-            told.held as held_after,
-            told.lost as lost_after
-        from told cross join posted
+            fetched.held as held_after,
+            fetched.lost as lost_after
+        from fetched cross join posted
     ),
 
     moves as (
@@ -296,3 +167,168 @@ begin atomic
         moves.amount_minor
     from moves;
 end;
+
+comment on function surety.dispute_transfers(text, text) is
+'What must be posted so that the merchant''s balances agree with a dispute''s last fetch: rules with amounts in minor
+units, numbered on from those already posted. No row if they agree.';
+
+create or replace function surety.post_facts(p_facts surety.facts[], p_derived surety.derived[], p_at timestamptz)
+returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- One common table expression per kind of cause, each a set of entries.
+declare
+    v_entries ledger.entry [];
+    v_new text [] := array(select f.id from unnest(p_facts) as f);
+begin
+    with facts as (
+        select
+            f.id, f.provider, f.account, f.object_id, f.kind, f.revision, f.amount_minor, f.currency, f.data,
+            p.id as payment_id, p.merchant_id, p.amount_minor as asked_minor, p.captured_minor,
+            f.provider || '/' || f.account as provider_owner, m.fee_basis_points, m.fee_fixed_minor
+        from unnest(p_facts) as f
+        join surety.payments as p on p.id = f.payment_id
+        join surety.merchants as m on m.id = p.merchant_id
+        where f.disregarded is null
+    ),
+    -- The merchant is owed what is captured in all, up to the amount asked for. Any more goes to suspense.
+    captures as (
+        select ledger.entry(
+            p_cause => f.object_id || ':captured',
+            p_rule => case f.provider when 'bank' then 'captured_ach' else 'captured' end,
+            p_payment_id => f.payment_id, p_merchant_id => f.merchant_id, p_provider_owner => f.provider_owner,
+            p_currency => f.currency,
+            p_gross => owed.after - owed.before,
+            p_platform_fee => ledger.fee(owed.after, f.fee_basis_points, f.fee_fixed_minor)
+                - ledger.fee(owed.before, f.fee_basis_points, f.fee_fixed_minor),
+            p_excess => f.amount_minor - owed.after + owed.before) as entry
+        from facts as f
+        cross join lateral (
+            select
+                least(f.asked_minor, coalesce(
+                    sum(k.amount_minor) filter (where k.id < f.id or k.id <> all(v_new)), 0)::bigint) as before,
+                least(f.asked_minor, coalesce(
+                    sum(k.amount_minor) filter (where k.id <= f.id or k.id <> all(v_new)), 0)::bigint) as after
+            from surety.facts as k
+            where k.payment_id = f.payment_id and k.kind = 'captured' and k.disregarded is null
+        ) as owed
+        where f.kind = 'captured'
+    ),
+    balance_transactions as (
+        select ledger.entry(
+            p_cause => f.object_id,
+            p_rule => surety.posting_rule(f.provider, f.data ->> 'category', f.data ? 'other_currency'),
+            p_payment_id => f.payment_id, p_merchant_id => f.merchant_id, p_provider_owner => f.provider_owner,
+            p_currency => f.currency, p_gross => f.amount_minor, p_fee => (f.data ->> 'fee')::bigint,
+            p_net => (f.data ->> 'net')::bigint, p_other_currency => f.data ->> 'other_currency',
+            p_other_gross => (f.data ->> 'other_gross')::bigint) as entry
+        from facts as f
+        where f.kind = 'money'
+    ),
+    -- Any fact of a refund means that it was asked for. Causes carry our id, because a refund is reserved here before
+    -- the provider knows of it. If another amount was refunded than was asked for, the difference is a cause of its own.
+    refunds_asked as (
+        select ledger.entry(
+            p_cause => r.id || ':asked' || case when asked.minor is null then '' else ':' || r.amount_minor end,
+            p_rule => 'refund_asked',
+            p_payment_id => f.payment_id, p_merchant_id => f.merchant_id, p_provider_owner => f.provider_owner,
+            p_currency => f.currency, p_gross => r.amount_minor - coalesce(asked.minor, 0)) as entry
+        from facts as f
+        join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
+            and r.provider_id = f.object_id
+        cross join lateral (
+            select sum(case when t.credit_account like 'reserved\_for\_refunds:%' then t.amount_minor
+                else - t.amount_minor end)::bigint as minor
+            from ledger.postings as g join ledger.transfers as t on t.posting_id = g.id
+            where g.payment_id = r.payment_id and g.rule = 'refund_asked' and g.cause like r.id || ':asked%'
+        ) as asked
+        where f.kind like 'refund\_%' and asked.minor is distinct from r.amount_minor
+    ),
+    refunds_failed as (
+        select ledger.entry(
+            p_cause => r.id || ':failed', p_rule => 'refund_failed',
+            p_payment_id => f.payment_id, p_merchant_id => f.merchant_id, p_provider_owner => f.provider_owner,
+            p_currency => f.currency, p_gross => r.amount_minor) as entry
+        from facts as f
+        join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
+            and r.provider_id = f.object_id
+        where f.kind in ('refund_failed', 'refund_canceled')
+    ),
+    disputes as (
+        select ledger.entry(
+            p_cause => f.object_id || ':' || moved.n || ':' || moved.rule, p_rule => moved.rule,
+            p_payment_id => f.payment_id, p_merchant_id => f.merchant_id, p_provider_owner => f.provider_owner,
+            p_currency => f.currency, p_gross => moved.amount_minor) as entry
+        from (
+            select distinct on (g.object_id) g.* from facts as g where g.kind like 'dispute\_%'
+            order by g.object_id, g.revision desc
+        ) as f
+        cross join lateral surety.dispute_transfers(f.payment_id, f.object_id) as moved
+    ),
+    -- The merchant gives back what they were owed. The capture may be known later than the return, so a new fact about
+    -- either yields all returns of the payment; those that have posted don't post again.
+    returns as (
+        select ledger.entry(
+            p_cause => k.object_id || ':' || k.kind,
+            p_rule => case k.provider when 'bank' then 'return_ach' else 'return' end,
+            p_payment_id => f.payment_id, p_merchant_id => f.merchant_id,
+            p_provider_owner => k.provider || '/' || k.account, p_currency => k.currency,
+            p_gross => case k.kind when 'dishonored' then - k.amount_minor else k.amount_minor end) as entry
+        from (
+            select distinct g.payment_id, g.merchant_id from facts as g
+            where g.kind in ('captured', 'returned', 'dishonored', 'contested') and g.captured_minor > 0
+        ) as f
+        join surety.facts as k on k.payment_id = f.payment_id
+        where k.kind in ('returned', 'dishonored', 'contested') and k.disregarded is null
+    ),
+    settlements as (
+        select ledger.entry(
+            p_cause => d.payment_id || ':settled',
+            p_rule => case when s.exchanged then 'settled_exchanged' else 'settled' end,
+            p_payment_id => p.id, p_merchant_id => p.merchant_id,
+            p_provider_owner => p.provider || '/' || p.provider_account, p_currency => s.currency, p_net => s.net,
+            p_other_currency => s.other_currency, p_other_net => s.other_net) as entry
+        from unnest(p_derived) as d
+        join surety.payments as p on p.id = d.payment_id
+        join surety.merchants as m on m.id = p.merchant_id
+        cross join lateral surety.settled_amounts(p, m) as s
+        where d.is_settled
+    ),
+    -- Money that can't be this payment's arrived all the same; a fact of the other mode moves none.
+    mismatched_money as (
+        select ledger.entry(
+            p_cause => f.object_id, p_rule => surety.posting_rule(f.provider, 'foreign', false),
+            p_payment_id => f.payment_id, p_provider_owner => f.provider || '/' || f.account,
+            p_currency => f.currency, p_gross => f.amount_minor, p_fee => (f.data ->> 'fee')::bigint,
+            p_net => (f.data ->> 'net')::bigint) as entry
+        from unnest(p_facts) as f
+        where f.kind = 'money' and f.disregarded in ('currency', 'account')
+    ),
+    causes as (
+        select c.entry from captures as c
+        union all select b.entry from balance_transactions as b
+        union all select r.entry from refunds_asked as r
+        union all select r.entry from refunds_failed as r
+        union all select d.entry from disputes as d
+        union all select r.entry from returns as r
+        union all select s.entry from settlements as s
+        union all select m.entry from mismatched_money as m
+    )
+    select array_agg(c.entry order by (c.entry).cause) into v_entries from causes as c;
+    perform surety.open_discrepancy(
+        'category', f.object_id, f.payment_id, format('a balance transaction of category %s', f.data ->> 'category'),
+        to_jsonb(f), false, p_at)
+    from unnest(p_facts) as f
+    where f.kind = 'money' and f.disregarded is null
+        and surety.posting_rule(f.provider, f.data ->> 'category', false) like 'foreign%';
+    if v_entries is not null then
+        perform ledger.post(v_entries, p_at);
+    end if;
+end;
+$$;
+
+comment on function surety.post_facts(surety.facts[], surety.derived[], timestamptz) is
+'Posts what new facts and the states derived from them mean for the ledger. The facts are stored, their payments locked
+and advanced. A balance transaction of an unknown category goes to suspense and opens a discrepancy. Call it last in a
+transaction.';

@@ -1,4 +1,49 @@
--- The ledger. post() writes what ledger.rules say for each cause, once; a trigger keeps merchants' balances.
+-- Postings: writing double-entry transfers and keeping merchants' balances.
+--
+-- An entry says what moved money: a cause, a rule and amounts. ledger.rules turn it into transfers, one per leg.
+-- A cause posts once: a repeated entry changes nothing.
+
+create or replace function ledger.entry(
+    p_cause text, p_rule text, p_provider_owner text, p_currency text, p_payment_id text default null,
+    p_merchant_id text default null, p_gross bigint default null, p_fee bigint default null,
+    p_net bigint default null, p_platform_fee bigint default null, p_excess bigint default null,
+    p_other_currency text default null, p_other_gross bigint default null, p_other_net bigint default null
+) returns ledger.entry
+language sql immutable parallel safe
+begin atomic
+    -- One expression without settings of its own, so that PostgreSQL puts it in the place of the call.
+    select (
+        p_cause, p_rule, p_payment_id, p_merchant_id, p_provider_owner, p_currency, p_gross, p_fee, p_net,
+        p_platform_fee, p_excess, p_other_currency, p_other_gross, p_other_net
+    )::ledger.entry;
+end;
+
+comment on function ledger.entry(
+    text, text, text, text, text, text, bigint, bigint, bigint, bigint, bigint, text, bigint, bigint
+) is
+'An entry for ledger.post, by named arguments. p_cause is unique for ever; p_rule is a ledger.rules.cause;
+p_provider_owner is provider/account. Amounts in minor units: of p_currency, p_other_* of p_other_currency. An amount
+that is left out moves nothing.';
+
+create or replace function ledger.fee(
+    p_amount_minor bigint, p_basis_points integer, p_fixed_minor bigint
+) returns bigint
+language sql immutable parallel safe
+begin atomic
+    select least(p_amount_minor, (p_amount_minor * p_basis_points + 5000) / 10000 + p_fixed_minor);
+end;
+
+comment on function ledger.fee(bigint, integer, bigint) is
+'Our fee in minor units: basis points rounded half up, plus the fixed part, never more than the amount.';
+
+create or replace function ledger.account_id(p_kind text, p_owner_id text, p_currency text) returns text
+language sql immutable parallel safe
+begin atomic
+    select p_kind || ':' || p_owner_id || ':' || p_currency;
+end;
+
+comment on function ledger.account_id(text, text, text) is
+'The id of the account of this kind, owner and currency; null where one of them is null.';
 
 create or replace function ledger.post(p_entries ledger.entry[], p_at timestamptz) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
@@ -6,20 +51,7 @@ begin atomic
     with entries as (
         select distinct on (e.cause)
             surety.new_id('pst', p_at) as id,
-            e.cause,
-            e.rule,
-            e.payment_id,
-            e.merchant_id,
-            e.provider_owner,
-            e.currency,
-            e.gross,
-            e.fee,
-            e.net,
-            e.platform_fee,
-            e.excess,
-            e.other_currency,
-            e.other_gross,
-            e.other_net
+            e.*
         from unnest(p_entries) as e
         order by e.cause
     ),
@@ -65,6 +97,7 @@ begin atomic
         where (entries.id in (select posted.id from posted)) is true
     ),
 
+    -- A negative amount moves the other way: its absolute value, with debit and credit exchanged.
     legs as (
         select
             amounts.posting_id,
@@ -79,14 +112,9 @@ begin atomic
         where amounts.amount_minor <> 0
     ),
 
-    named as (
+    owned_legs as (
         select
-            legs.posting_id,
-            legs.leg,
-            legs.amount_minor,
-            legs.currency,
-            legs.debit,
-            legs.credit,
+            legs.*,
             case debits.owner
                 when 'merchant' then legs.merchant_id
                 when 'provider' then legs.provider_owner
@@ -102,57 +130,58 @@ begin atomic
         inner join ledger.account_kinds as credits on legs.credit = credits.kind
     ),
 
-    used as (
+    used_accounts as (
         select
-            named.debit as kind,
-            named.debit_owner as owner_id,
-            named.currency
-        from named
+            owned_legs.debit as kind,
+            owned_legs.debit_owner as owner_id,
+            owned_legs.currency
+        from owned_legs
         union
         select
-            named.credit,
-            named.credit_owner,
-            named.currency
-        from named
+            owned_legs.credit,
+            owned_legs.credit_owner,
+            owned_legs.currency
+        from owned_legs
     ),
 
-    opened as (
+    opened_accounts as (
         insert into ledger.accounts (id, kind, owner_id, currency)
         select
-            used.kind || ':' || used.owner_id || ':' || used.currency,
+            ledger.account_id(used.kind, used.owner_id, used.currency),
             used.kind,
             used.owner_id,
             used.currency
-        from used
+        from used_accounts as used
         -- A scalar look-up per account used, never a join with all accounts.
         where (
             select accounts.id from ledger.accounts
-            where accounts.id = used.kind || ':' || used.owner_id || ':' || used.currency
+            where accounts.id = ledger.account_id(used.kind, used.owner_id, used.currency)
         ) is null
         order by 1
-        -- Without a target, for the key with the currency is unique, too, and who comes second may meet it first.
+        -- No conflict target: (id, currency) is unique as well, and a concurrent insert may hit that index first.
         on conflict do nothing
     ),
 
-    moved as (
+    transferred as (
         insert into ledger.transfers (posting_id, leg, debit_account, credit_account, amount_minor, currency)
         select
-            named.posting_id,
-            named.leg,
-            named.debit || ':' || named.debit_owner || ':' || named.currency,
-            named.credit || ':' || named.credit_owner || ':' || named.currency,
-            named.amount_minor,
-            named.currency
-        from named
+            owned_legs.posting_id,
+            owned_legs.leg,
+            ledger.account_id(owned_legs.debit, owned_legs.debit_owner, owned_legs.currency),
+            ledger.account_id(owned_legs.credit, owned_legs.credit_owner, owned_legs.currency),
+            owned_legs.amount_minor,
+            owned_legs.currency
+        from owned_legs
         returning posting_id
     )
 
-    select count(*)::integer from moved;
+    select count(*)::integer from transferred;
 end;
 
 comment on function ledger.post(ledger.entry[], timestamptz) is
 'Posts each cause that has not posted yet, by ledger.rules; returns the number of transfers. A negative amount moves the
-other way, nothing moves for zero. Call it last in a transaction: it locks merchants'' balances, in sorted order.';
+other way, nothing moves for zero or null. Call it last in a transaction: it locks merchants'' balances, in sorted
+order.';
 
 create or replace function ledger.keep_balances() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -173,16 +202,8 @@ begin
 end;
 $$;
 
+comment on function ledger.keep_balances() is
+'Trigger: adds new transfers to ledger.balances, credits minus debits, for the kinds of accounts that keep a balance.';
+
 create or replace trigger transfers_keep_balances after insert on ledger.transfers
 referencing new table as new_transfers for each statement execute function ledger.keep_balances();
-
-create or replace function ledger.fee(
-    p_amount_minor bigint, p_basis_points integer, p_fixed_minor bigint
-) returns bigint
-language sql immutable parallel safe
-begin atomic
-    select least(p_amount_minor, (p_amount_minor * p_basis_points + 5000) / 10000 + p_fixed_minor);
-end;
-
-comment on function ledger.fee(bigint, integer, bigint) is
-'Our fee in minor units: basis points rounded half up, plus the fixed part, never more than the amount.';

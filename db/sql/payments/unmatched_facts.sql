@@ -73,9 +73,13 @@ end;
 create or replace function surety.entry_without_payment(p_fact jsonb, p_rule text) returns ledger.entry
 language sql immutable parallel safe
 begin atomic
-    select (
-        p_fact ->> 'object_id', p_rule, null, null, (p_fact ->> 'provider') || '/' || (p_fact ->> 'account'),
-        p_fact ->> 'currency', (p_fact ->> 'amount_minor')::bigint, (p_fact -> 'data' ->> 'fee')::bigint,
-        (p_fact -> 'data' ->> 'net')::bigint, null, null, null, null, null
-    )::ledger.entry;
+    select ledger.entry(
+        p_cause => p_fact ->> 'object_id', p_rule => p_rule,
+        p_provider_owner => (p_fact ->> 'provider') || '/' || (p_fact ->> 'account'),
+        p_currency => p_fact ->> 'currency', p_gross => (p_fact ->> 'amount_minor')::bigint,
+        p_fee => (p_fact -> 'data' ->> 'fee')::bigint, p_net => (p_fact -> 'data' ->> 'net')::bigint
+    );
 end;
+
+comment on function surety.entry_without_payment(jsonb, text) is
+'The ledger entry of a balance transaction that belongs to no payment, by the rule given.';

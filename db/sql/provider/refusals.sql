@@ -56,10 +56,10 @@ begin
         array(
             select d from surety.derive_payments(array(select distinct r.payment_id from unnest(v_refused) as r)) as d
         ), 'response', p_actor, null);
-    perform ledger.post(array_agg((
-        r.id || ':failed', 'refund_failed', r.payment_id, r.merchant_id, r.provider || '/' || r.provider_account,
-        r.currency, r.amount_minor, null, null, null, null, null, null, null
-    )::ledger.entry), v_now)
+    perform ledger.post(array_agg(ledger.entry(
+        p_cause => r.id || ':failed', p_rule => 'refund_failed', p_payment_id => r.payment_id,
+        p_merchant_id => r.merchant_id, p_provider_owner => r.provider || '/' || r.provider_account,
+        p_currency => r.currency, p_gross => r.amount_minor)), v_now)
     from unnest(v_refused) as r;
     return v_types || 'refund.failed'::text;
 end;
