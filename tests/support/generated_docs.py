@@ -149,18 +149,26 @@ HANDLER_FLOW: dict[str, tuple[str, str | None, str]] = {
 
 def events(conn: Connection) -> str:
     """Which event leads to which handler, and what that does."""
-    rows = conn.execute("select handler, event_types from outbox.handlers").fetchall()
+    rows = conn.execute(
+        "select handler, array_agg(event_type order by event_type) from outbox.handler_events group by handler"
+    ).fetchall()
     types: dict[str, list[str]] = dict(rows)
     assert types.keys() == HANDLERS.keys() == HANDLER_FLOW.keys()
     lines = []
     for handler, (function, call, leads_to) in HANDLER_FLOW.items():
-        [(exists,)] = conn.execute(
-            "select count(*) > 0 from pg_proc where oid = to_regproc(%s)", (function,)
-        ).fetchall()
+        [(exists,)] = conn.execute("select to_regproc(%s) is not null", (function,)).fetchall()
         assert exists, function
         named = ", ".join(f"`{kind}`" for kind in types[handler])
         lines.append((named, f"`{handler}`", f"`{function}`", call, leads_to))
     return table(("event", "handler", "SQL function", "call to the provider", "leads to"), lines)
+
+
+def merchant_events(conn: Connection) -> str:
+    """The types of events that merchants see."""
+    rows = conn.execute(
+        "select '`' || type || '`', meaning from outbox.event_types where is_for_merchants order by type"
+    ).fetchall()
+    return table(("type", "meaning"), rows)
 
 
 def problems(_: Connection) -> str:
@@ -179,7 +187,8 @@ def decisions(_: Connection) -> str:
 PARTS: dict[str, Callable[[Connection], str]] = {
     part.__name__: part
     for part in (
-        states, refund_states, dispute_statuses, fact_kinds, mandatory_steps, account_kinds, rules, events, problems,
+        states, refund_states, dispute_statuses, fact_kinds, mandatory_steps, account_kinds, rules, events,
+        merchant_events, problems,
         decisions,
     )
 }  # fmt: skip
