@@ -182,7 +182,7 @@ begin atomic
         union all
         select
             transfers.debit_account,
-            - transfers.amount_minor
+            -transfers.amount_minor
         from ledger.transfers
     ) as moved
     inner join ledger.accounts on moved.account_id = accounts.id

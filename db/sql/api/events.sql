@@ -18,8 +18,6 @@ declare
     v_generation integer := 1;
     v_at_xid xid8 := '0';
     v_at_id text := '';
-    v_low_xid xid8;
-    v_low_id text;
     v_parts text [];
     v_data json;
     v_count bigint;
@@ -50,38 +48,11 @@ begin
     end if;
     -- A restore generation that has ended gets no more events: all of them are visible.
     v_goal := coalesce(v_goal, case when v_generation < v_last_generation then v_all else v_now_seen end);
-    v_low_xid := greatest(v_at_xid, pg_snapshot_xmax(v_seen));
-    v_low_id := case when v_at_xid >= pg_snapshot_xmax(v_seen) then v_at_id else '' end;
     with page as (
-        select found.* from (
-            (
-                select late.xid, late.id, late.type, late.payload, late.aggregate_id
-                from pg_snapshot_xip(v_seen) as open (xid)
-                cross join lateral (
-                    select e.xid, e.id, e.type, e.payload, e.aggregate_id
-                    from outbox.events as e
-                    where e.merchant_id = v_merchant and e.generation = v_generation and e.xid = open.xid
-                        and (e.xid, e.id) > (v_at_xid, v_at_id)
-                    order by e.xid, e.id
-                    limit p_limit
-                ) as late
-                where pg_visible_in_snapshot(open.xid, v_goal)
-                order by late.xid, late.id
-                limit p_limit
-            )
-            union all
-            (
-                select e.xid, e.id, e.type, e.payload, e.aggregate_id
-                from outbox.events as e
-                where e.merchant_id = v_merchant and e.generation = v_generation and (e.xid, e.id) > (v_low_xid,
-                    v_low_id)
-                    and e.xid < pg_snapshot_xmax(v_goal) and pg_visible_in_snapshot(e.xid, v_goal)
-                order by e.xid, e.id
-                limit p_limit
-            )
-        ) as found
-        order by found.xid, found.id
-        limit p_limit
+        select w.xid, w.id, w.type, e.payload, e.aggregate_id
+        from outbox.walk_events(
+            false, v_merchant, v_generation, v_seen, v_goal, v_at_xid, v_at_id, p_limit) as w
+        join outbox.events as e on e.id = w.id
     )
     select
         coalesce(json_agg(json_build_object(

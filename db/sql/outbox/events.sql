@@ -36,30 +36,33 @@ comment on function outbox.emit_event(text, text, text, jsonb, text, integer) is
 'Appends an event and returns its id. The merchant sees it if its type is for merchants. Raises SU007 for a type that
 outbox.event_types lacks.';
 
-create or replace function outbox.scan_events(
-    p_generation integer, p_seen pg_snapshot, p_goal pg_snapshot, p_at_xid xid8, p_at_id text, p_limit integer
+create or replace function outbox.walk_events(
+    p_is_for_all boolean, p_merchant_id text, p_generation integer, p_seen pg_snapshot, p_goal pg_snapshot,
+    p_at_xid xid8, p_at_id text, p_limit integer
 ) returns table (xid xid8, id text, type text)
-language plpgsql stable set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
-as $$
--- Events visible in p_goal and not in p_seen, after (p_at_xid, p_at_id), in order of (xid, id), at most p_limit.
--- The lower bound is one row comparison: two separate bounds on xid would make the index scan from the lower one.
-declare
-    v_low_xid xid8 := greatest(p_at_xid, pg_snapshot_xmax(p_seen));
-    v_low_id text := case when p_at_xid >= pg_snapshot_xmax(p_seen) then p_at_id else '' end;
-begin
-    return query
-    select found.xid, found.id, found.type
+language sql stable
+begin atomic
+    select
+        found.xid,
+        found.id,
+        found.type
     from (
         (
-            -- One look-up per open transaction: a join would walk the whole log and compare.
-            select late.xid, late.id, late.type
+            -- One look-up per transaction that was open: a join would read the whole log.
+            select late.*
             from pg_snapshot_xip(p_seen) as open (xid)
             cross join lateral (
-                select e.xid, e.id, e.type
-                from outbox.events as e
-                where e.generation = p_generation and e.xid = open.xid and (e.xid, e.id) > (p_at_xid, p_at_id)
-                order by e.xid, e.id
+                select
+                    events.xid,
+                    events.id,
+                    events.type
+                from outbox.events
+                where
+                    (p_is_for_all or events.merchant_id = p_merchant_id)
+                    and events.generation = p_generation
+                    and events.xid = open.xid
+                    and (events.xid, events.id) > (p_at_xid, p_at_id)
+                order by events.xid, events.id
                 limit p_limit
             ) as late
             where pg_visible_in_snapshot(open.xid, p_goal)
@@ -68,19 +71,50 @@ begin
         )
         union all
         (
-            select e.xid, e.id, e.type
-            from outbox.events as e
-            where e.generation = p_generation and (e.xid, e.id) > (v_low_xid, v_low_id)
-                and e.xid < pg_snapshot_xmax(p_goal)
-                and pg_visible_in_snapshot(e.xid, p_goal)
-            order by e.xid, e.id
+            -- The lower bound is one row comparison: with two bounds on xid the index scan would start at the lower one.
+            select
+                events.xid,
+                events.id,
+                events.type
+            from outbox.events
+            where
+                (p_is_for_all or events.merchant_id = p_merchant_id)
+                and events.generation = p_generation
+                and (events.xid, events.id)
+                > (
+                    greatest(p_at_xid, pg_snapshot_xmax(p_seen)),
+                    case when p_at_xid >= pg_snapshot_xmax(p_seen) then p_at_id else '' end
+                )
+                and events.xid < pg_snapshot_xmax(p_goal)
+                and pg_visible_in_snapshot(events.xid, p_goal)
+            order by events.xid, events.id
             limit p_limit
         )
     ) as found
     order by found.xid, found.id
     limit p_limit;
 end;
+
+comment on function outbox.walk_events(boolean, text, integer, pg_snapshot, pg_snapshot, xid8, text, integer) is
+'The next events of a snapshot cursor: those of all merchants and none (p_is_for_all), or of one merchant, that are
+visible in p_goal and not in p_seen, after (p_at_xid, p_at_id), ordered by (xid, id), at most p_limit. Without settings of
+its own, so that it is expanded where it is called: with a constant p_is_for_all, each caller gets the plan of its index.';
+
+create or replace function outbox.scan_events(
+    p_generation integer, p_seen pg_snapshot, p_goal pg_snapshot, p_at_xid xid8, p_at_id text, p_limit integer
+) returns table (xid xid8, id text, type text)
+language plpgsql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+begin
+    return query
+    select w.xid, w.id, w.type
+    from outbox.walk_events(true, null, p_generation, p_seen, p_goal, p_at_xid, p_at_id, p_limit) as w;
+end;
 $$;
+
+comment on function outbox.scan_events(integer, pg_snapshot, pg_snapshot, xid8, text, integer) is
+'The next events of a handler''s cursor, as outbox.walk_events returns them, always by the index on (generation, xid, id).';
 
 create or replace function outbox.batch_events(p_batch bigint, p_fence bigint)
 returns table (
