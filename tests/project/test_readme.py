@@ -18,6 +18,7 @@ from app.cli import cli
 from app.local.processes import free_port
 from db.settings import Settings
 from tests.db.test_ledger import HISTORIES
+from tests.mutations.mutants import MUTANTS
 from tests.project.test_prose import DOCUMENTS, ROOT, name_of
 from tests.support.generated_docs import regenerated
 from tests.support.payments import Connection, state_of
@@ -137,6 +138,13 @@ def test_table_of_settings_is_complete() -> None:
         for field in msgspec.structs.fields(Settings)
     }
     assert dict(rows) == defaults
+
+
+def test_counts_in_documents_are_current(conn: Connection) -> None:
+    row = conn.execute("select count(*) from surety.currencies").fetchone()
+    assert row
+    assert f"in {row[0]} currencies" in " ".join(TEXTS[README].split())
+    assert f"{len(MUTANTS)} guards" in TEXTS[DOCS / "testing.md"]
 
 
 def test_worked_balances_are_those_of_tested_histories() -> None:
