@@ -23,7 +23,7 @@ class CommandEntry(NamedTuple):
 
 COMMANDS = {
     "demo": CommandEntry(
-        "app.cli.demo:demo", "Everything, for real, on this machine: payments, faults, promises checked."
+        "app.cli.demo:demo", "Payments against a misbehaving sandbox on this machine; every invariant checked."
     ),
     "up": CommandEntry("app.cli.up:up", "Run everything on this machine, for everyday work."),
     "sandbox": CommandEntry("app.sandbox.__main__:main", "A look-alike of Stripe, for playing and for tests."),

@@ -20,8 +20,10 @@ from contextlib import ExitStack, contextmanager
 
 import httpx
 
-from app.local.demo import report
+from app.local.demo.checks import count_ended
 from app.local.demo.merchants import Order, TrafficResult, create_merchants, post_orders
+from app.local.demo.report import measure_state_durations
+from app.local.demo.sandbox_record import CHARGES_SUMMARY, read_sandbox
 from app.local.demo.workspace import demo_folder
 from app.local.processes import ProcessGroup, free_port
 from tests.bench.databases import (
@@ -59,11 +61,11 @@ def run(*, payments: int, merchants: int, workers: int, idle_payments: int, roun
                 rates.append(payments / (time.monotonic() - began))
                 accepted.append(payments / posted)
                 log_progress(f"round {turn + 1}: {rates[-1]:,.0f} payments/s, accepted {accepted[-1]:,.0f}/s")
-        stages = report.measure_state_durations(conn)
+        stages = measure_state_durations(conn)
         with RecordingProxy(ports["sandbox"]) as proxy, running_workers(process_group, workers, proxy.url):
             idle = measure_idle_latency(proxy, ports["api"], create_orders(keys, idle_payments, "idle"))
             log_progress(f"idle: {percentile(idle, 0.5):.1f} ms at p50, {max(idle):.1f} ms at most")
-        charges, _, _ = report.fetch_sandbox_summaries(f"http://127.0.0.1:{ports['sandbox']}")
+        charges = read_sandbox(f"http://127.0.0.1:{ports['sandbox']}", CHARGES_SUMMARY)
         assert charges["double"] == []
         conn.execute("vacuum (analyze)")
         assert violations(conn) == {}
@@ -152,13 +154,13 @@ def create_orders(keys: list[str], count: int, run: str) -> list[Order]:
 
 def post_until_settled(conn: Connection, port: int, orders: list[Order]) -> float:
     """Post all and wait until all are settled; returns the seconds until all were accepted."""
-    wanted = report.count_ended(conn) + len(orders)
+    wanted = count_ended(conn) + len(orders)
     began = time.monotonic()
     sold: TrafficResult = asyncio.run(post_orders(f"http://127.0.0.1:{port}", orders, lambda: None))
     accepted = time.monotonic() - began
     assert len(sold.acknowledged) == len(orders), sold.refused[:3]
     deadline = time.monotonic() + SECONDS_MAX + SECONDS_PER_PAYMENT_MAX * len(orders)
-    while (ended := report.count_ended(conn)) < wanted:
+    while (ended := count_ended(conn)) < wanted:
         assert time.monotonic() < deadline, f"{wanted - ended} payments have not ended"
         time.sleep(0.02)
     return accepted

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 
-from app.cli.demo import POLL_SECONDS, count_workers, shorten_demo_delays
+from app.local.demo.services import POLL_SECONDS, count_workers, inherited_environment, shorten_delays
 from app.local.processes import ProcessGroup, free_port
 from db.connect import harden
 from db.deploy.deploy import deploy
@@ -43,14 +43,11 @@ class SystemUnderTest:
         self.url = with_database(self.server.url, DATABASE)
         deploy(self.url)
         with self.connect() as conn:
-            shorten_demo_delays(conn)
+            shorten_delays(conn)
         self.proxy = PostgresProxy(self.url, reset_seconds=KEEPALIVE_SECONDS)
         lot = random.Random(os.getpid())
         self.ports = {name: free_port(lot.choice(PORTS)) for name in ("api", "webhooks", "sandbox")}
         secret = f"whsec_{secrets.token_hex(16)}"
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))
-        }
         told = {
             "DATABASE_URL": self.proxy.url,
             "STRIPE_WEBHOOK_SECRET": secret,
@@ -59,7 +56,7 @@ class SystemUnderTest:
             "SURETY_POLL_SECONDS": POLL_SECONDS,
             "PYTHONUNBUFFERED": "1",
         }
-        self.process_group = ProcessGroup(scene, inherited | told)
+        self.process_group = ProcessGroup(scene, inherited_environment() | told)
         cli = ("-m", "app.cli")
         self.commands: dict[str, tuple[str, ...]] = {
             "api": (*cli, "api", "--port", str(self.ports["api"]), "--processes", "2"),

@@ -6,24 +6,19 @@ import contextlib
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
 import msgspec
 
+from app.local.demo.checks import ACKNOWLEDGED_PRESENT, CHARGED_TWICE, REFUNDED_TWICE
 from app.local.demo.merchants import create_merchants
-from app.local.demo.report import count_payment_actions, fetch_sandbox_returns
+from app.local.demo.report import count_payment_actions
+from app.local.demo.sandbox_record import read_sandbox
 from tests.crash.background_load import BackgroundLoad
-from tests.crash.checks import (
-    ACKNOWLEDGED_PRESENT,
-    CHARGED_TWICE,
-    REFUNDED_TWICE,
-    compare_with_provider,
-    count_by_state,
-    count_unfinished,
-    find_violations,
-)
+from tests.crash.checks import count_by_state, count_unfinished, find_differences, find_violations
 from tests.crash.kills import KINDS, draw, kill_and_restart
 from tests.crash.processes import SystemUnderTest
 
@@ -115,7 +110,7 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
             not_ended=not_ended,
             states=states,
             refunds=len(client.refunds),
-            disputes=fetch_sandbox_returns(system.http("sandbox"))[1],
+            disputes=dict(Counter(dispute["status"] for dispute in read_sandbox(system.http("sandbox"), "disputes"))),
             afterwards=afterwards,
             refused=dict(client.refused),
             repeated=client.repeated,
@@ -179,7 +174,7 @@ def wait_for_end(system: SystemUnderTest, background_load: BackgroundLoad) -> di
             )
             is_late = time.monotonic() > deadline
             if is_late or not (background_load.is_busy or count_unfinished(conn)):
-                differing = compare_with_provider(conn, system.http("sandbox"))
+                differing = find_differences(conn, system.http("sandbox"))
                 if is_late or not differing:
                     return differing
             time.sleep(0.2)

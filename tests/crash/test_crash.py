@@ -16,7 +16,7 @@ import psycopg
 from app.local.processes import free_port
 from db.connect import harden
 from db.embedded import EmbeddedServer, wait_until
-from tests.crash.checks import compare_with_provider
+from tests.crash.checks import find_differences
 from tests.crash.kills import KIND_WEIGHTS, KINDS, children_of
 from tests.crash.retrying_client import expected_refusal
 from tests.support.http_client import running_server
@@ -66,14 +66,14 @@ async def test_object_known_only_to_the_provider_is_a_difference(
     with running_sandbox(tmp_path) as sandbox:
         async with in_process_worker(database, sandbox.url) as worker:
             await run_until_idle(worker)
-        assert compare_with_provider(conn, sandbox.url) == {}
+        assert find_differences(conn, sandbox.url) == {}
         row = conn.execute("select provider_id from surety.payments").fetchone()
         assert row is not None
         sandbox.control("refunds", {"payment_intent": row[0], "amount": 100})
-        refunds = {"refunded at the provider = refunded here": 1, "a refund stands as the provider has it": 1}
-        assert compare_with_provider(conn, sandbox.url) == refunds
+        refunds = {"refunded at the provider = refunded here": 1, "a refund's status is the provider's": 1}
+        assert find_differences(conn, sandbox.url) == refunds
         sandbox.control("disputes", {"payment_intent": row[0]})
-        assert compare_with_provider(conn, sandbox.url) == refunds | {"a dispute stands as the provider has it": 1}
+        assert find_differences(conn, sandbox.url) == refunds | {"a dispute's status is the provider's": 1}
 
 
 def test_kill_kinds_have_their_shares() -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import httpx
+import msgspec
 import pytest
 
+from app.local.demo.report import Report
 from db.embedded import MEMORY_FOLDER, wait_until
+from tests.support.sandbox_process import eventually
 
 
 def start(*options: str) -> subprocess.Popen[str]:
@@ -39,6 +45,42 @@ def test_demo_of_forty_payments_with_faults_keeps_every_invariant() -> None:
     assert result["disputes"] == {"won": later["disputes won"], "lost": later["disputes lost"]} == {"won": 1, "lost": 1}
     assert result["refunds"] == later["refunded"] + later["refunded in part"]
     assert result["charges_at_provider"] == result["confirmed_here"] > 0
+
+
+def test_second_charge_of_a_payment_makes_the_demo_fail() -> None:
+    process = start("--payments", "20", "--seed", "1", "--no-faults", "--json")
+    assert process.stderr is not None
+    ports = next(filter(None, (re.search(r"sandbox :(\d+)", line) for line in process.stderr)))
+    sandbox = f"http://127.0.0.1:{ports[1]}"
+    charge = eventually(lambda: httpx.get(f"{sandbox}/sandbox/charges").json(), 30)[0]
+    second = {"metadata": charge["metadata"], "amount": charge["amount"], "currency": charge["currency"]}
+    httpx.post(f"{sandbox}/sandbox/foreign-charge", json=second).raise_for_status()
+    stdout, stderr = process.communicate(timeout=120)
+    result = json.loads(stdout.splitlines()[-1])
+    assert process.returncode == 1, stderr
+    assert result["double_charges"] == result["invariants"]["no payment is charged twice"] == 1
+
+
+SOUND = Report(
+    payments=1, states={"settled": 1}, invariants={"debits equal credits": 0}, charges_at_provider=1, confirmed_here=1,
+    double_charges=0, refunds=0, double_refunds=0, disputes={}, lost=0, not_ended=0, seconds=1.0, seed=1, stages=[],
+    afterwards={}, faults={}, dead_letters=0, replayed=0, example=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"double_charges": 1},
+        {"double_refunds": 1},
+        {"lost": 1},
+        {"not_ended": 1},
+        {"invariants": {"charged at the provider = confirmed here": 1}},
+    ],
+)
+def test_report_with_any_violation_is_unsound(wrong: dict[str, Any]) -> None:
+    assert SOUND.is_sound
+    assert not msgspec.structs.replace(SOUND, **wrong).is_sound
 
 
 @pytest.mark.parametrize("moment", ["PostgreSQL", "ended"])

@@ -1,6 +1,13 @@
-"""`surety demo`: everything as real processes on this machine, misbehaving from a seed, and what became of it.
+"""`surety demo`: every service as a process on this machine, faults derived from a seed, and a counted report.
 
-stage       the folder, the database, the processes, and their end, however it comes
-merchants   the traffic: payments over HTTP, acknowledged or not
-report      what the database and the sandbox's own memory say afterwards
+run              the order of events in a run
+workspace        its folder and its database
+services         its processes
+merchants        payments over HTTP
+payment_actions  captures, cancellations, refunds, evidence
+sandbox_record   the sandbox's own record of charges, refunds and disputes
+checks           invariants, and differences between that record and the database
+observed_faults  the faults with their counted consequences
+report           all numbers
+rendering        the report as tables
 """
