@@ -15,7 +15,7 @@ ACKNOWLEDGED_PRESENT = "every acknowledged payment is present"
 CHARGED_TWICE = "no payment is charged twice"
 REFUNDED_TWICE = "no refund is made twice"
 ENDED = ("settled", "partially_refunded", "refunded", "reversed", "failed", "canceled")
-STANDING_REFUND_STATUSES = ("pending", "requires_action", "succeeded")
+ACTIVE_REFUND_STATUSES = ("pending", "requires_action", "succeeded")
 
 
 def query_count(conn: Connection, query: LiteralString, *values: object) -> int:
@@ -68,7 +68,7 @@ def count_differences(conn: Connection, record: SandboxRecord) -> dict[str, int]
     charged = {(charge["metadata"].get("surety_payment"), charge["amount"]) for charge in record.charges}
     refunded = Counter[str]()
     for refund in record.refunds:
-        if refund["status"] in STANDING_REFUND_STATUSES:
+        if refund["status"] in ACTIVE_REFUND_STATUSES:
             refunded[refund["payment_metadata"]["surety_payment"]] += refund["amount"]
     compared = {
         "charged at the provider = confirmed here": charged
