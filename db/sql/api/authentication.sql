@@ -22,18 +22,10 @@ text) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- Only keys that exist leave an entry: strangers must not be able to fill the trail.
-    insert into audit.entries (id, at, kind, actor, address, request_id, merchant_id, outcome, reason, snapshot)
-    select
-        surety.new_id('aud', surety.time_now()),
-        surety.time_now(),
-        'denied',
-        known.actor,
-        p_address,
-        p_request_id,
-        known.merchant_id,
-        'denied',
-        p_reason,
-        jsonb_build_object('route', p_route)
+    select audit.write_entry(
+        'denied', known.actor, 'denied', p_reason, p_merchant_id => known.merchant_id, p_address => p_address,
+        p_request_id => p_request_id, p_snapshot => jsonb_build_object('route', p_route)
+    )
     from (
         select 'key:' || api_keys.id as actor, api_keys.merchant_id
         from surety.api_keys

@@ -73,14 +73,11 @@ begin
     update surety.idempotency_keys as i
     set payment_id = p_payment_id, status = p_status, response = p_body
     where i.merchant_id = p_admitted.merchant_id and i.route = p_admitted.route and i.key = p_admitted.key;
-    insert into audit.entries (
-        id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, snapshot
-    )
-    values (
-        surety.new_id('aud', p_admitted.admitted_at), p_admitted.admitted_at, 'request', p_admitted.actor,
-        p_request ->> 'address', p_request ->> 'request_id', p_payment_id, p_admitted.merchant_id, 'accepted',
-        jsonb_build_object('route', p_admitted.route, 'idempotency_key', p_admitted.key) || p_snapshot
-    );
+    perform audit.write_entry(
+        'request', p_admitted.actor, 'accepted',
+        p_payment_id => p_payment_id, p_merchant_id => p_admitted.merchant_id,
+        p_address => p_request ->> 'address', p_request_id => p_request ->> 'request_id',
+        p_snapshot => jsonb_build_object('route', p_admitted.route, 'idempotency_key', p_admitted.key) || p_snapshot);
     return (p_status::smallint, null, null, p_body, false)::api.outcome;
 end;
 $$;

@@ -27,6 +27,25 @@ for each statement execute function audit.refuse_change();
 create or replace trigger events_are_append_only before update or delete or truncate on outbox.events
 for each statement execute function audit.refuse_change();
 
+create or replace function audit.write_entry(
+    p_kind text, p_actor text, p_outcome text, p_reason text default null, p_payment_id text default null,
+    p_merchant_id text default null, p_address text default null, p_request_id text default null,
+    p_snapshot jsonb default '{}'
+) returns void
+language sql volatile set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into audit.entries (
+        id, at, kind, actor, outcome, reason, payment_id, merchant_id, address, request_id, snapshot
+    )
+    values (
+        surety.new_id('aud', surety.time_now()), surety.time_now(), p_kind, p_actor, p_outcome, p_reason, p_payment_id,
+        p_merchant_id, p_address, p_request_id, p_snapshot
+    );
+end;
+
+comment on function audit.write_entry(text, text, text, text, text, text, text, text, jsonb) is
+'Writes one entry of the audit trail, at the current time. Functions that audit many rows insert them in one statement.';
+
 create or replace function audit.write_entries(p_entries jsonb) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$

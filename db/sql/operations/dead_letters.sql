@@ -222,26 +222,16 @@ begin atomic
 end;
 
 create or replace function outbox.audit_dead_letter_action(
-    p_letter outbox.dead_letters, p_outcome text, p_actor text, p_reason text, p_request_id text, p_address text,
-    p_at timestamptz
+    p_letter outbox.dead_letters, p_outcome text, p_actor text, p_reason text, p_request_id text, p_address text
 ) returns void
 language sql volatile set search_path = pg_catalog, pg_temp
 begin atomic
-    insert into audit.entries (
-        id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, reason, snapshot
-    )
-    select
-        surety.new_id('aud', p_at),
-        p_at,
-        'operator',
-        p_actor,
-        p_address,
-        p_request_id,
-        p_letter.payment_id,
+    select audit.write_entry(
+        'operator', p_actor, p_outcome, p_reason, p_letter.payment_id,
         (select payments.merchant_id from surety.payments where payments.id = p_letter.payment_id),
-        p_outcome,
-        p_reason,
-        jsonb_build_object('dead_letter', p_letter.id, 'handler', p_letter.handler, 'event', p_letter.event_id);
+        p_address, p_request_id,
+        jsonb_build_object('dead_letter', p_letter.id, 'handler', p_letter.handler, 'event', p_letter.event_id)
+    );
 end;
 
 create or replace function outbox.replay_dead_letter(
@@ -278,7 +268,7 @@ begin
     insert into outbox.retries (handler, event_id, attempts, due_at)
     values (v_letter.handler, v_letter.event_id, v_letter.attempts, v_now)
     on conflict (handler, event_id) do nothing;
-    perform outbox.audit_dead_letter_action(v_letter, 'replayed', p_actor, p_reason, p_request_id, p_address, v_now);
+    perform outbox.audit_dead_letter_action(v_letter, 'replayed', p_actor, p_reason, p_request_id, p_address);
     perform outbox.schedule_handlers(array[v_letter.handler]);
     return query select 'replayed', outbox.describe_replay(v_letter.handler);
 end;
@@ -346,7 +336,7 @@ begin
             jsonb_build_object('payment_id', p.id, 'reason', 'discarded'), null, p.version)
         from surety.payments as p where p.id = v_letter.payment_id;
     end if;
-    perform outbox.audit_dead_letter_action(v_letter, 'discarded', p_actor, p_reason, p_request_id, p_address, v_now);
+    perform outbox.audit_dead_letter_action(v_letter, 'discarded', p_actor, p_reason, p_request_id, p_address);
     if v_verdict = 'call_off' then
         perform outbox.schedule_handlers(array['cancel']);
     end if;

@@ -5,15 +5,13 @@ create or replace function surety.audit_operator_action(
 ) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    insert into audit.entries (id, at, kind, actor, merchant_id, outcome, snapshot)
-    values (
-        surety.new_id('aud', surety.time_now()), surety.time_now(), 'operator', 'operator:' || p_actor, p_merchant_id,
-        p_outcome, p_snapshot
+    select audit.write_entry(
+        'operator', 'operator:' || p_actor, p_outcome, p_merchant_id => p_merchant_id, p_snapshot => p_snapshot
     );
 end;
 
 comment on function surety.audit_operator_action(text, text, text, jsonb) is
-'Writes an operator''s doing into the audit trail, in the transaction of what was done.';
+'Writes an operator''s action into the audit trail, in the transaction of that action.';
 
 create or replace function surety.add_merchant(
     p_name text, p_provider_account text default '', p_actor text default session_user

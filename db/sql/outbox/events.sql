@@ -71,7 +71,7 @@ begin atomic
         )
         union all
         (
-            -- The lower bound is one row comparison: with two bounds on xid the index scan would start at the lower one.
+            -- The lower bound is one row comparison: with two bounds the index scan would start at the lower xid.
             select
                 events.xid,
                 events.id,
@@ -114,7 +114,7 @@ end;
 $$;
 
 comment on function outbox.scan_events(integer, pg_snapshot, pg_snapshot, xid8, text, integer) is
-'The next events of a handler''s cursor, as outbox.walk_events returns them, always by the index on (generation, xid, id).';
+'The next events of a handler''s cursor, as outbox.walk_events returns them, by the index on (generation, xid, id).';
 
 create or replace function outbox.batch_events(p_batch bigint, p_fence bigint)
 returns table (

@@ -64,10 +64,9 @@ begin
         ) as a
     ) as counted
     where r.handler = g.handler and r.event_id = g.event_id;
-    insert into audit.entries (id, at, kind, actor, outcome, reason, snapshot)
-    values (
-        surety.new_id('aud', v_now), v_now, 'system', p_actor, 'circuit opened', p_reason,
-        jsonb_build_object(
+    perform audit.write_entry(
+        'system', p_actor, 'circuit opened', p_reason,
+        p_snapshot => jsonb_build_object(
             'provider', p_provider, 'account', p_account,
             'answered', v_breaker.answered + v_breaker.prior_answered,
             'failed', v_breaker.failed + v_breaker.prior_failed,
@@ -219,10 +218,9 @@ begin
     set due_at = v_now
     from held as h
     where r.handler = h.handler and r.event_id = h.event_id;
-    insert into audit.entries (id, at, kind, actor, outcome, reason, snapshot)
-    values (
-        surety.new_id('aud', v_now), v_now, 'system', p_actor, 'circuit closed', p_reason,
-        jsonb_build_object(
+    perform audit.write_entry(
+        'system', p_actor, 'circuit closed', p_reason,
+        p_snapshot => jsonb_build_object(
             'provider', p_provider, 'account', p_account,
             'open_seconds', round(extract(epoch from v_now - v_opened_at), 3)));
     perform outbox.schedule_due_handlers();

@@ -67,8 +67,7 @@ begin
     values (
         surety.new_id('rej', v_now), p_provider, p_reason, p_headers, substr(p_body, 1, 4096), length(p_body), v_now
     );
-    insert into audit.entries (id, at, kind, actor, address, outcome, reason)
-    values (surety.new_id('aud', v_now), v_now, 'webhook', p_provider, p_address, 'rejected', p_reason);
+    perform audit.write_entry('webhook', p_provider, 'rejected', p_reason, p_address => p_address);
     delete from surety.rejected_webhooks
     where id in (
         select r.id from surety.rejected_webhooks as r order by r.id desc offset v_kept_max
