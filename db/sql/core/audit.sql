@@ -44,7 +44,7 @@ begin atomic
 end;
 
 comment on function audit.write_entry(text, text, text, text, text, text, text, text, jsonb) is
-'Writes one entry of the audit trail, at the current time. Functions that audit many rows insert them in one statement.';
+'Writes one entry of the audit trail, at the current time. Functions that audit many rows insert them in a statement.';
 
 create or replace function audit.write_entries(p_entries jsonb) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
