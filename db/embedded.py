@@ -492,12 +492,11 @@ def temporary_database(url: str, prefix: str, *, template: str = "template0") ->
     `prefix` begins its name (`surety_demo`); the login needs CREATEDB. Databases that killed runs on this machine have
     left under the same prefix are dropped.
     """
-    owner = f"{socket.gethostname()} {os.getpid()} {start_ticks(os.getpid())}"
     name = f"{prefix}_{os.urandom(6).hex()}"
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as conn:
         drop_stale_databases(conn, prefix)
         create_database(conn, name, template)
-        conn.execute(sql.SQL("comment on database {} is {}").format(sql.Identifier(name), sql.Literal(owner)))
+        own_database(conn, name)
     try:
         yield with_database(url, name)
     finally:
@@ -514,6 +513,12 @@ def create_database(conn: Connection, name: str, template: str = "template0") ->
             sql.Identifier(name), sql.Identifier(template), sql.SQL(strategy)
         )
     )
+
+
+def own_database(conn: Connection, name: str) -> None:
+    """Record this process as a database's owner, so that a later run drops the database if this process is killed."""
+    owner = f"{socket.gethostname()} {os.getpid()} {start_ticks(os.getpid())}"
+    conn.execute(sql.SQL("comment on database {} is {}").format(sql.Identifier(name), sql.Literal(owner)))
 
 
 def drop_database(conn: Connection, name: str) -> None:

@@ -6,18 +6,22 @@ go and the one named is never touched. Several runs at once don't meet.
 
 from __future__ import annotations
 
+import getpass
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
+from pytest_postgresql import factories
+from pytest_postgresql.executors import NoopExecutor
+from pytest_postgresql.janitor import DatabaseJanitor
 
 from db.connect import ProcessKind, harden, role_of
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer, temporary_database
+from db.embedded import EmbeddedServer, drop_stale_databases, own_database, temporary_database, with_database
 from db.settings import Settings, load_settings
 from tests.support.linters import Linters
 from tests.support.reusable_database import ReusableDatabase
@@ -78,11 +82,53 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def template(server: str) -> Iterator[str]:
-    """The name of a database with everything deployed, to copy."""
-    with temporary_database(server, PREFIX) as url:
-        deploy(url)
-        yield str(conninfo_to_dict(url)["dbname"])
+def executor(server: str) -> Iterator[NoopExecutor]:
+    """The server as pytest-postgresql sees it. Its template database has everything deployed."""
+    given = conninfo_to_dict(harden(server, "deploy"))
+    executor = NoopExecutor(
+        host=str(given.get("host") or ""),
+        port=int(given.get("port") or 5432),
+        user=str(given.get("user") or getpass.getuser()),
+        password=str(given["password"]) if given.get("password") else None,
+        options=str(given["options"]),
+        dbname=f"{PREFIX}_{os.urandom(6).hex()}",
+        maintenance_dbname=str(given["dbname"]),
+    )
+    with janitor(server, executor, executor.template_dbname) as template:
+        template.load(lambda **where: deploy(with_database(server, where["dbname"])))
+        yield executor
+
+
+@contextmanager
+def janitor(server: str, executor: NoopExecutor, name: str, template: str | None = None) -> Generator[DatabaseJanitor]:
+    """One database of the server. Those that killed runs have left are dropped."""
+    with (
+        psycopg.connect(server, autocommit=True) as conn,
+        DatabaseJanitor(
+            user=executor.user,
+            host=executor.host,
+            port=executor.port,
+            password=executor.password,
+            maintenance_dbname=executor.maintenance_dbname,
+            dbname=name,
+            template_dbname=template,
+        ) as made,
+    ):
+        drop_stale_databases(conn, PREFIX)
+        own_database(conn, name)
+        yield made
+
+
+@contextmanager
+def cloned_database(server: str, executor: NoopExecutor) -> Generator[str]:
+    """The address of a clone of the template, dropped after use."""
+    name = f"{PREFIX}_{os.urandom(6).hex()}"
+    with janitor(server, executor, name, executor.template_dbname):
+        yield with_database(server, name)
+
+
+# `postgresql` is a connection to a clone of the test's own, for tests that change the schema.
+postgresql = factories.postgresql("executor")
 
 
 @pytest.fixture
@@ -92,10 +138,17 @@ def blank(server: str) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def module_database(server: str, executor: NoopExecutor) -> Iterator[str]:
+    """The address of a database with everything deployed, shared by a file's tests."""
+    with cloned_database(server, executor) as url:
+        yield url
+
+
 @pytest.fixture(scope="session")
-def reusable_database(server: str, template: str) -> Iterator[ReusableDatabase]:
-    """What gives databases to tests."""
-    reusable_database = ReusableDatabase(server, PREFIX, template)
+def reusable_database(server: str, executor: NoopExecutor) -> Iterator[ReusableDatabase]:
+    """A clone of the template, emptied after each test."""
+    reusable_database = ReusableDatabase(lambda: cloned_database(server, executor))
     yield reusable_database
     reusable_database.drop()
 

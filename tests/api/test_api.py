@@ -20,8 +20,6 @@ from app.api.schemas import Payment as PaymentDocument
 from app.web.keys import new_key
 from app.web.problems import PROBLEM_TYPES
 from db.connect import harden
-from db.embedded import temporary_database
-from tests.conftest import PREFIX
 from tests.support.http_client import (
     Connection,
     Merchant,
@@ -36,28 +34,21 @@ from tests.support.http_client import (
 
 
 @pytest.fixture(scope="module")
-def shared(server: str, template: str) -> Iterator[str]:
-    """One database for all tests here."""
-    with temporary_database(server, PREFIX, template=template) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def api(shared: str) -> Iterator[ServerProcess]:
-    with running_server("api", shared) as running:
+def api(module_database: str) -> Iterator[ServerProcess]:
+    with running_server("api", module_database) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def other(shared: str) -> Iterator[ServerProcess]:
+def other(module_database: str) -> Iterator[ServerProcess]:
     """A second API process beside the first."""
-    with running_server("api", shared) as running:
+    with running_server("api", module_database) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def rights(shared: str) -> Iterator[Connection]:
-    with connect_as_owner(shared) as conn:
+def rights(module_database: str) -> Iterator[Connection]:
+    with connect_as_owner(module_database) as conn:
         yield conn
 
 
@@ -179,10 +170,10 @@ async def test_fifty_concurrent_posts_with_one_key_at_two_processes_make_one_pay
     assert merchant.count() == 1
 
 
-def test_response_is_repeated_byte_for_byte_by_a_new_process(merchant: Merchant, shared: str) -> None:
+def test_response_is_repeated_byte_for_byte_by_a_new_process(merchant: Merchant, module_database: str) -> None:
     key = unique_name("key")
     first = merchant.post(key=key)
-    with running_server("api", shared, "--processes", "2") as later:
+    with running_server("api", module_database, "--processes", "2") as later:
         merchant.client.base_url = httpx.URL(later.url)
         again = merchant.post(key=key)
         assert (again.status_code, again.content) == (201, first.content)
@@ -214,11 +205,11 @@ def test_lost_database_connection_is_not_noticed_by_clients(merchant: Merchant) 
         assert merchant.get(f"/v1/payments/{made['id']}") == made
 
 
-def test_stopped_process_finishes_waiting_requests(merchant: Merchant, shared: str) -> None:
+def test_stopped_process_finishes_waiting_requests(merchant: Merchant, module_database: str) -> None:
     with (
-        running_server("api", shared) as stopping,
+        running_server("api", module_database) as stopping,
         ThreadPoolExecutor(1) as elsewhere,
-        connect_as_owner(shared) as holder,
+        connect_as_owner(module_database) as holder,
     ):
         merchant.client.base_url = httpx.URL(stopping.url)
         with holder.transaction():
@@ -637,10 +628,12 @@ def test_each_event_is_listed_once_across_pages(merchant: Merchant) -> None:
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
-def test_event_feed_skips_nothing_in_any_commit_order(merchant: Merchant, shared: str, order: tuple[int, ...]) -> None:
+def test_event_feed_skips_nothing_in_any_commit_order(
+    merchant: Merchant, module_database: str, order: tuple[int, ...]
+) -> None:
     payments = [merchant.pay()["id"] for _ in range(3)]
     _, cursor = events(merchant)
-    writers: list[psycopg.Connection[Any]] = [psycopg.connect(harden(shared, "deploy")) for _ in payments]
+    writers: list[psycopg.Connection[Any]] = [psycopg.connect(harden(module_database, "deploy")) for _ in payments]
     for writer, payment_id in zip(writers, payments, strict=True):
         writer.execute(
             "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"

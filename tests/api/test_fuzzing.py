@@ -21,9 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from db.embedded import temporary_database
 from tests.cli.test_status import surety
-from tests.conftest import PREFIX
 from tests.support.http_client import (
     CONTEXT,
     SECRETS,
@@ -46,20 +44,14 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
-def shared(server: str, template: str) -> Iterator[str]:
-    with temporary_database(server, PREFIX, template=template) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def rights(shared: str) -> Iterator[Connection]:
-    with connect_as_owner(shared) as conn:
+def rights(module_database: str) -> Iterator[Connection]:
+    with connect_as_owner(module_database) as conn:
         yield conn
 
 
 @pytest.fixture(scope="module")
-def api(shared: str) -> Iterator[ServerProcess]:
-    with running_server("api", shared) as running:
+def api(module_database: str) -> Iterator[ServerProcess]:
+    with running_server("api", module_database) as running:
         yield running
 
 
@@ -71,9 +63,9 @@ def merchant(rights: Connection, api: ServerProcess) -> Iterator[Merchant]:
 
 
 @pytest.fixture(scope="module")
-def receiver(shared: str) -> Iterator[httpx.Client]:
+def receiver(module_database: str) -> Iterator[httpx.Client]:
     with (
-        running_server("webhooks", shared) as running,
+        running_server("webhooks", module_database) as running,
         httpx.Client(base_url=running.url, timeout=30, verify=CONTEXT) as client,
     ):
         yield client
@@ -83,9 +75,9 @@ def receiver(shared: str) -> Iterator[httpx.Client]:
 
 
 def test_every_response_matches_the_openapi_document(
-    api: ServerProcess, merchant: Merchant, shared: str, tmp_path: Path
+    api: ServerProcess, merchant: Merchant, module_database: str, tmp_path: Path
 ) -> None:
-    operator = surety(shared, "keys", "create", "--operator", "fuzzer").stdout.strip()
+    operator = surety(module_database, "keys", "create", "--operator", "fuzzer").stdout.strip()
     merchant.pay()
     (tmp_path / "schemathesis.toml").write_text(
         f"""

@@ -11,10 +11,8 @@ import pytest
 
 from app.api.operator_schemas import DeadLetter, DeadLetterList, DecisionResultList, StatusReport
 from app.web.keys import key_hash_of
-from db.embedded import temporary_database
 from tests.api.test_api import strictly
 from tests.cli.test_status import surety
-from tests.conftest import PREFIX
 from tests.support import dead_letters as letters
 from tests.support.http_client import (
     CONTEXT,
@@ -33,20 +31,14 @@ LETTERS = "/v1/operator/dead-letters"
 
 
 @pytest.fixture(scope="module")
-def shared(server: str, template: str) -> Iterator[str]:
-    with temporary_database(server, PREFIX, template=template) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def api(shared: str) -> Iterator[ServerProcess]:
-    with running_server("api", shared) as running:
+def api(module_database: str) -> Iterator[ServerProcess]:
+    with running_server("api", module_database) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def rights(shared: str) -> Iterator[Connection]:
-    with connect_as_owner(shared) as conn:
+def rights(module_database: str) -> Iterator[Connection]:
+    with connect_as_owner(module_database) as conn:
         yield conn
 
 
@@ -55,9 +47,9 @@ def client_of(api: ServerProcess, key: str) -> Client:
 
 
 @pytest.fixture(scope="module")
-def key(shared: str) -> str:
+def key(module_database: str) -> str:
     """An operator's key, as an operator gets it."""
-    return surety(shared, "keys", "create", "--operator", "ada@acme").stdout.strip()
+    return surety(module_database, "keys", "create", "--operator", "ada@acme").stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -199,14 +191,14 @@ def test_operator_key_is_denied_at_merchant_routes_and_audited(ada: Client, righ
         assert entries(rights, answer.headers["request-id"]) == [("denied", "operator:ada@acme", "unauthenticated")]
 
 
-def test_a_revoked_key_opens_nothing(api: ServerProcess, shared: str, rights: Connection) -> None:
-    key = surety(shared, "keys", "create", "--operator", "bob").stdout.strip()
+def test_a_revoked_key_opens_nothing(api: ServerProcess, module_database: str, rights: Connection) -> None:
+    key = surety(module_database, "keys", "create", "--operator", "bob").stdout.strip()
     assert key.startswith("sty_operator_") and key_hash_of(b"Bearer " + key.encode()) is not None
     with client_of(api, key) as bob:
         assert bob.get("/v1/operator/status").status_code == 200
-        listed = surety(shared, "keys", "list").stdout
+        listed = surety(module_database, "keys", "list").stdout
         [line] = [line for line in listed.splitlines() if "bob" in line]
-        assert surety(shared, "keys", "revoke", line.split()[0]).stdout == f"{line.split()[0]} is revoked\n"
+        assert surety(module_database, "keys", "revoke", line.split()[0]).stdout == f"{line.split()[0]} is revoked\n"
         refused = bob.get("/v1/operator/status")
     problem(refused, 401, "unauthenticated")
     assert entries(rights, refused.headers["request-id"]) == [("denied", "operator:bob", "unauthenticated")]
@@ -217,18 +209,18 @@ def test_a_revoked_key_opens_nothing(api: ServerProcess, shared: str, rights: Co
     assert told == [("operator key created",), ("operator key revoked",)]
 
 
-def test_status_equals_the_output_of_the_status_command(ada: Client, shared: str) -> None:
+def test_status_equals_the_output_of_the_status_command(ada: Client, module_database: str) -> None:
     told = ada.get("/v1/operator/status").json()
     strictly(told, StatusReport)
-    by_command = msgspec.json.decode(surety(shared, "status", "--json").stdout)
+    by_command = msgspec.json.decode(surety(module_database, "status", "--json").stdout)
     assert told["verdict"] == by_command["verdict"]
     assert [finding["next"] for finding in told["findings"]] == [finding["next"] for finding in by_command["findings"]]
     assert told["state"].keys() <= by_command.keys()
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 101])
-def test_operator_name_must_be_plain_text(shared: str, name: str) -> None:
-    done = surety(shared, "keys", "create", "--operator", name)
+def test_operator_name_must_be_plain_text(module_database: str, name: str) -> None:
+    done = surety(module_database, "keys", "create", "--operator", name)
     assert done.returncode == 1 and "an operator's name has" in done.stderr
 
 

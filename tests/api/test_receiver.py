@@ -14,8 +14,6 @@ import stripe
 
 from app.receiver import BODY_BYTES_MAX, REJECTIONS_PER_SECOND_MAX, InvalidWebhook, verify_signature
 from app.sandbox.stripe.webhooks import signature
-from db.embedded import temporary_database
-from tests.conftest import PREFIX
 from tests.support.http_client import (
     CONTEXT,
     SECRETS,
@@ -29,21 +27,14 @@ from tests.support.http_client import (
 
 
 @pytest.fixture(scope="module")
-def shared(server: str, template: str) -> Iterator[str]:
-    """One database for all tests here."""
-    with temporary_database(server, PREFIX, template=template) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def receiver(shared: str) -> Iterator[ServerProcess]:
-    with running_server("webhooks", shared) as running:
+def receiver(module_database: str) -> Iterator[ServerProcess]:
+    with running_server("webhooks", module_database) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def rights(shared: str) -> Iterator[Connection]:
-    with connect_as_owner(shared) as conn:
+def rights(module_database: str) -> Iterator[Connection]:
+    with connect_as_owner(module_database) as conn:
         yield conn
 
 
@@ -237,8 +228,8 @@ def test_signed_body_that_is_not_an_event_is_rejected(client: httpx.Client, body
     problem(deliver(client, body), 400, "invalid-request")
 
 
-def test_rejected_webhooks_are_stored_truncated_and_audited_up_to_a_limit(shared: str) -> None:
-    with running_server("webhooks", shared) as running, connect_as_owner(shared) as conn:
+def test_rejected_webhooks_are_stored_truncated_and_audited_up_to_a_limit(module_database: str) -> None:
+    with running_server("webhooks", module_database) as running, connect_as_owner(module_database) as conn:
         before = one(conn, "select count(*) from surety.rejected_webhooks")
         body = event(filler="x" * 10_000)
         with httpx.Client(base_url=running.url, verify=CONTEXT, timeout=30) as client:

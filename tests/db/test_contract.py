@@ -18,8 +18,6 @@ from app.receiver import RECEIVE_WEBHOOKS, WebhookRequest
 from app.web.problems import PROBLEM_BY_SQLSTATE, PROBLEM_TYPES, RULE_BY_CONSTRAINT
 from db import BEHAVIOUR_FILES
 from db.connect import ProcessKind, role_of
-from db.embedded import temporary_database
-from tests.conftest import PREFIX
 from tests.support.http_client import connect_as_owner
 from tests.support.payments import Connection, add_merchant, create, request
 
@@ -29,8 +27,8 @@ CALL = re.compile(r"\b((?:surety|api|outbox|audit|ledger)\.[a-z_]+)\(")
 
 
 @pytest.fixture(scope="module")
-def rights(server: str, template: str) -> Iterator[Connection]:
-    with temporary_database(server, PREFIX, template=template) as url, connect_as_owner(url) as conn:
+def rights(module_database: str) -> Iterator[Connection]:
+    with connect_as_owner(module_database) as conn:
         yield conn
 
 

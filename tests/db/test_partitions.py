@@ -6,9 +6,23 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
+import pytest
 
 from db.connect import harden
+from db.embedded import with_database
 from tests.support.payments import Connection, add_merchant, fact, pay, record, state_of, violations
+
+
+@pytest.fixture
+def conn(postgresql: Connection) -> Connection:
+    """A connection with all rights to a database of the test's own: partitions are created and dropped."""
+    postgresql.autocommit = True
+    return postgresql
+
+
+@pytest.fixture
+def database(conn: Connection, server: str) -> str:
+    return with_database(server, conn.info.dbname)
 
 
 def partitions(conn: Connection, parent: str) -> list[str]:
