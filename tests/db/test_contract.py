@@ -18,6 +18,7 @@ from app.receiver import RECEIVE_WEBHOOKS, WebhookRequest
 from app.web.problems import PROBLEM_BY_SQLSTATE, PROBLEM_TYPES, RULE_BY_CONSTRAINT
 from db import BEHAVIOUR_FILES
 from db.connect import ProcessKind, role_of
+from jobs.breaker import breaker_key
 from tests.support.http_client import connect_as_owner
 from tests.support.payments import Connection, add_merchant, create, request
 
@@ -218,6 +219,17 @@ def test_every_function_that_is_called_exists(rights: Connection) -> None:
     assert missing == {}
 
 
+def test_every_function_has_its_contract_as_a_comment(rights: Connection) -> None:
+    missing = column(
+        rights,
+        "select p.proname from pg_proc as p join pg_namespace as n on n.oid = p.pronamespace"
+        " where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'api', 'report')"
+        " and coalesce(obj_description(p.oid, 'pg_proc'), '') = '' order by 1",
+    )
+    listed = (ROOT / "tests" / "db" / "functions_without_comment.txt").read_text(encoding="utf-8").split()
+    assert sorted(set(missing) - set(listed)) == []
+
+
 def test_every_constraint_is_a_rule_or_listed_as_a_bug(rights: Connection) -> None:
     claims = set(
         column(
@@ -231,6 +243,10 @@ def test_every_constraint_is_a_rule_or_listed_as_a_bug(rights: Connection) -> No
     assert bugs == sorted(set(bugs))
     assert not RULE_BY_CONSTRAINT.keys() & set(bugs)
     assert claims == RULE_BY_CONSTRAINT.keys() | set(bugs)
+
+
+def test_circuit_key_is_the_same_in_sql_and_python(rights: Connection) -> None:
+    assert one(rights, "select surety.circuit_key('stripe', 'acct_1')") == breaker_key("acct_1")
 
 
 def test_every_own_sqlstate_has_a_problem_type_with_a_page() -> None:
