@@ -33,6 +33,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "payments/facts",
     "payments/captures",
     "payments/settlement",
+    "payments/deadlines",
     "provider/requests",
     "provider/calls",
     "provider/refusals",

@@ -104,8 +104,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "a step is told to the trail",
         (
             "db/sql/payments/steps.sql",
-            "    where t.version > 1 or t.cause <> 'request';\n",
-            "    where t.version > 1 and t.to_state <> 'provider_submitted';\n",
+            "    where m.version > 1 or m.cause <> 'request';\n",
+            "    where m.version > 1 and m.to_state <> 'provider_submitted';\n",
         ),
     ),
     mutant(
@@ -173,8 +173,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "what has ended precedes what was asked of the payer",
         (
             "db/sql/payments/derive.sql",
-            "            when amounts.failed then 'failed'\n",
-            "            when amounts.action then 'requires_action'\n            when amounts.failed then 'failed'\n",
+            "        when p_has_failed then 'failed'\n",
+            "        when p_needs_action then 'requires_action'\n        when p_has_failed then 'failed'\n",
         ),
     ),
     mutant(

@@ -1,27 +1,37 @@
--- derive: a payment's state and amounts as a function of its facts.
+-- Deriving: a payment's state and amounts as a function of its facts.
+--
+--   counted_facts     the facts that count: not disregarded; of intents, those of the payment's own
+--   derive_payments   reduces them in steps, each a common table expression:
+--     winners         per object (charge, refund, dispute, return, command) the fact that stands
+--     outcomes        per payment the sums of what stands: captured, refunded, at risk, reversed
+--     transactions    per balance transaction its gross amount and whether it is available
+--     money           per payment the money that arrived
+--     known           per payment what its facts prove about the intent
+--     amounts         all of it side by side, with refunds that were asked for and that no fact mentions yet
+--   state_of_amounts  the state that follows from the amounts
 
-create or replace function surety.derive_payments(p_payment_ids text[])
-returns setof surety.derived
-language sql stable security definer set search_path = pg_catalog, pg_temp
--- Callers switch hash joins off for their own look-ups; here a batch's parts meet by them.
-set enable_hashjoin = on
+create or replace function surety.counted_facts(p_payment_ids text[])
+returns table (
+    id text, payment_id text, object_id text, kind text, revision integer, amount_minor bigint, data jsonb,
+    family text, rank smallint, evidences text
+)
+language sql stable
 begin atomic
-    -- offset 0 keeps the look-ups of facts and payments what they are, whatever the planner believes of their number.
+    -- Without settings of its own, so that it becomes a part of the query that calls it. offset 0 keeps the look-ups of
+    -- facts and payments what they are, whatever the planner believes of their number.
     with subjects as (
-        -- A payment has one intent, the first that was told of. What becomes of another says nothing about the payment,
-        -- unless it charges; and its charges count, whosever they are.
         select
             asked.payment_id,
             coalesce(payments.provider_id, (
-                select first_told.object_id
-                from surety.facts as first_told
+                select first_known.object_id
+                from surety.facts as first_known
                 where
-                    first_told.payment_id = asked.payment_id and first_told.disregarded is null
-                    and first_told.kind in (
+                    first_known.payment_id = asked.payment_id and first_known.disregarded is null
+                    and first_known.kind in (
                         select kinds.kind from surety.fact_kinds as kinds
                         where kinds.family = 'intent'
                     )
-                order by first_told.id
+                order by first_known.id
                 limit 1
             )) as intent
         from unnest(p_payment_ids) as asked (payment_id)
@@ -31,41 +41,84 @@ begin atomic
             where asked.payment_id = one.id
             offset 0
         ) as payments
-    ),
+    )
 
-    counted as (
+    select
+        facts.id,
+        facts.payment_id,
+        facts.object_id,
+        facts.kind,
+        facts.revision,
+        facts.amount_minor,
+        facts.data,
+        fact_kinds.family,
+        fact_kinds.rank,
+        fact_kinds.evidences
+    from subjects as asked
+    cross join lateral (
         select
-            facts.id,
-            facts.payment_id,
-            facts.object_id,
-            facts.kind,
-            facts.revision,
-            facts.amount_minor,
-            facts.currency,
-            facts.data,
-            fact_kinds.family,
-            fact_kinds.rank,
-            fact_kinds.evidences
-        from subjects as asked
-        cross join lateral (
-            select
-                known.id,
-                known.payment_id,
-                known.object_id,
-                known.kind,
-                known.revision,
-                known.amount_minor,
-                known.currency,
-                known.data
-            from surety.facts as known
-            where asked.payment_id = known.payment_id and known.disregarded is null
-            offset 0
-        ) as facts
-        inner join surety.fact_kinds on facts.kind = fact_kinds.kind
-        where fact_kinds.family <> 'intent' or facts.object_id = asked.intent
+            known.id,
+            known.payment_id,
+            known.object_id,
+            known.kind,
+            known.revision,
+            known.amount_minor,
+            known.data
+        from surety.facts as known
+        where asked.payment_id = known.payment_id and known.disregarded is null
+        offset 0
+    ) as facts
+    inner join surety.fact_kinds on facts.kind = fact_kinds.kind
+    where fact_kinds.family <> 'intent' or facts.object_id = asked.intent;
+end;
+
+comment on function surety.counted_facts(text[]) is
+'The facts that count for payments, with their kind''s family, rank and proven state. A payment has one intent: the one
+it holds, else the first that a fact mentions. Facts of another intent don''t count; charges do, whatever their intent.';
+
+create or replace function surety.state_of_amounts(
+    p_capture_method text, p_captured_minor bigint, p_refunded_minor bigint, p_at_risk_minor bigint,
+    p_reversed_minor bigint, p_is_settled boolean, p_has_failed boolean, p_is_canceled boolean,
+    p_is_processing boolean, p_is_authorized boolean, p_needs_action boolean
+) returns text
+language sql immutable parallel safe
+begin atomic
+    -- The first condition that holds decides.
+    select case
+        when p_captured_minor > 0 and p_at_risk_minor > 0 then 'disputed'
+        when
+            p_captured_minor > 0 and p_reversed_minor > 0
+            and p_reversed_minor + p_refunded_minor >= p_captured_minor then 'reversed'
+        when p_captured_minor > 0 and p_refunded_minor >= p_captured_minor then 'refunded'
+        when p_captured_minor > 0 and p_refunded_minor > 0 then 'partially_refunded'
+        when p_captured_minor > 0 and p_is_settled then 'settled'
+        when p_captured_minor > 0 then 'confirmed'
+        when p_has_failed then 'failed'
+        when p_is_canceled then 'canceled'
+        when p_is_processing then 'processing'
+        when p_is_authorized and p_capture_method = 'manual' then 'authorized'
+        when p_needs_action then 'requires_action'
+        else 'provider_submitted'
+    end;
+end;
+
+comment on function surety.state_of_amounts(
+    text, bigint, bigint, bigint, bigint, boolean, boolean, boolean, boolean, boolean, boolean
+) is
+'The state of a payment with these amounts in minor units and these proofs about its intent. Money that was captured
+decides before anything else.';
+
+create or replace function surety.derive_payments(p_payment_ids text[])
+returns setof surety.derived
+language sql stable security definer set search_path = pg_catalog, pg_temp
+-- Callers switch hash joins off for their own look-ups; here the parts of a batch are joined by them.
+set enable_hashjoin = on
+begin atomic
+    with counted as (
+        select counted_facts.* from surety.counted_facts(p_payment_ids)
     ),
 
-    -- Per object the highest rank wins; where a kind is not monotone, the last revision.
+    -- Per object the last revision decides (disputes have several), then the highest rank.
     winners as (
         select distinct on (counted.payment_id, counted.family, counted.object_id)
             counted.payment_id,
@@ -100,9 +153,9 @@ begin atomic
         select
             counted.payment_id,
             counted.object_id,
-            -- What a bank has credited is there.
+            -- A bank's credit is available at once.
             bool_or(counted.kind = 'available' or counted.data ->> 'category' = 'ach_credit') as is_available,
-            -- In the payment's currency: other_gross where the record is in another.
+            -- In the payment's currency: other_gross where the record is in another one.
             max(coalesce((counted.data ->> 'other_gross')::bigint, counted.amount_minor)) filter (
                 where counted.kind = 'money'
                 and counted.data ->> 'category' in ('charge', 'partial_capture_reversal', 'ach_credit')
@@ -145,7 +198,7 @@ begin atomic
         select
             known.payment_id,
             payments.capture_method,
-            -- What came back before it was captured has failed.
+            -- An ACH entry that was returned before it was captured has failed.
             known.failed or coalesce(outcomes.returned, false) as failed,
             known.canceled,
             known.processing or coalesce(outcomes.capturing, false) as processing,
@@ -157,7 +210,7 @@ begin atomic
             known.failure,
             coalesce(outcomes.lost, false) as lost,
             least(coalesce(outcomes.captured, 0), payments.amount_minor) as captured,
-            coalesce(outcomes.captured, 0) as captured_really,
+            coalesce(outcomes.captured, 0) as captured_in_all,
             coalesce(outcomes.refunded, 0) as refunded,
             coalesce(outcomes.refunding, 0) + reserved.minor as refunding,
             coalesce(outcomes.at_risk, 0) as at_risk,
@@ -172,7 +225,7 @@ begin atomic
             where known.payment_id = one.id
             offset 0
         ) as payments
-        -- What was asked for and has no object at the provider yet is on its way, too.
+        -- A refund that has no object at the provider yet is under way, too.
         cross join lateral (
             select coalesce(sum(refunds.amount_minor), 0)::bigint as minor
             from surety.refunds
@@ -184,24 +237,15 @@ begin atomic
 
     select
         amounts.payment_id,
-        case
-            when amounts.captured > 0 and amounts.at_risk > 0 then 'disputed'
-            when
-                amounts.captured > 0 and amounts.reversed > 0
-                and amounts.reversed + amounts.refunded >= amounts.captured then 'reversed'
-            when amounts.captured > 0 and amounts.refunded >= amounts.captured then 'refunded'
-            when amounts.captured > 0 and amounts.refunded > 0 then 'partially_refunded'
-            when amounts.captured > 0 and amounts.settled then 'settled'
-            when amounts.captured > 0 then 'confirmed'
-            when amounts.failed then 'failed'
-            when amounts.canceled then 'canceled'
-            when amounts.processing then 'processing'
-            when amounts.authorized and amounts.capture_method = 'manual' then 'authorized'
-            when amounts.action then 'requires_action'
-            else 'provider_submitted'
-        end,
+        surety.state_of_amounts(
+            p_capture_method => amounts.capture_method, p_captured_minor => amounts.captured,
+            p_refunded_minor => amounts.refunded, p_at_risk_minor => amounts.at_risk,
+            p_reversed_minor => amounts.reversed, p_is_settled => amounts.settled, p_has_failed => amounts.failed,
+            p_is_canceled => amounts.canceled, p_is_processing => amounts.processing,
+            p_is_authorized => amounts.authorized, p_needs_action => amounts.action
+        ),
         amounts.captured,
-        amounts.captured_really - amounts.captured,
+        amounts.captured_in_all - amounts.captured,
         least(amounts.refunded, amounts.captured),
         greatest(0, least(amounts.refunding, amounts.captured - amounts.refunded)),
         case when amounts.captured > 0 then greatest(0, amounts.refunded - amounts.captured) else 0 end,
@@ -217,5 +261,6 @@ begin atomic
 end;
 
 comment on function surety.derive_payments(text[]) is
-'What each payment''s facts say: its state and amounts in minor units. A pure function of surety.facts, and of the
-refunds that were asked for and that no fact tells of yet: neither their order nor the present state matters.';
+'The state and amounts, in minor units, that payments should have. A pure function of surety.facts, and of refunds that
+were asked for and that no fact mentions yet: neither the order of facts nor the present state matters. A payment
+without counted facts has no row.';

@@ -110,31 +110,3 @@ begin
     return array(select distinct 'dispute.' || d.status from unnest(v_changed) as d);
 end;
 $$;
-
-create or replace function surety.emit_evidence_reminders(p_before interval, p_limit integer default 500) returns text[]
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
-as $$
--- Disputes whose evidence is due within p_before and not submitted: an event each, once. Returns the events' types.
-declare
-    v_now timestamptz := surety.time_now();
-    v_due surety.disputes [];
-begin
-    with due as (
-        select d.id from surety.disputes as d
-        join surety.dispute_statuses as s on s.status = d.status and s.takes_evidence
-        where d.reminded_at is null and d.evidence_due_at < v_now + p_before and d.submit_asked_at is null
-        order by d.evidence_due_at
-        limit p_limit
-        for update of d skip locked
-    ),
-    reminded as (
-        update surety.disputes as d set reminded_at = v_now from due where d.id = due.id returning d
-    )
-    select array_agg(r.d) into v_due from reminded as r;
-    if v_due is null then
-        return '{}';
-    end if;
-    perform surety.emit_dispute_event(d, 'dispute.evidence_due', v_now) from unnest(v_due) as d;
-    return array['dispute.evidence_due'];
-end;
-$$;

@@ -1,5 +1,48 @@
--- Steps: inserting them is the only way to change a payment's state. The trigger below projects them and tells the
--- outbox and the audit trail, once per statement, for all payments of a batch.
+-- Steps: inserting one is the only way to change a payment's state. A trigger projects new steps onto their payments,
+-- emits their events and writes their audit entries, once per statement for all payments of a batch.
+
+create or replace function surety.release_references(p_payment_ids text[]) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+    delete from surety.payment_references as r
+    using unnest(p_payment_ids) as released (id) join surety.payments as p on p.id = released.id
+    where r.payment_id = p.id and r.merchant_id = p.merchant_id and r.reference = p.reference;
+end;
+$$;
+
+comment on function surety.release_references(text[]) is
+'Frees the references of payments that have failed or were canceled, for other payments of their merchants.';
+
+create or replace function surety.reclaim_references(p_payment_ids text[], p_at timestamptz) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_taken text [];
+begin
+    with wanted as (
+        select p.merchant_id, p.reference, p.id
+        from unnest(p_payment_ids) as reclaimed (id) join surety.payments as p on p.id = reclaimed.id
+        where p.reference is not null
+    ),
+    inserted as (
+        insert into surety.payment_references (merchant_id, reference, payment_id)
+        select w.merchant_id, w.reference, w.id from wanted as w
+        order by w.merchant_id, w.reference
+        on conflict (merchant_id, reference) do nothing
+        returning payment_id
+    )
+    select array_agg(w.id) into v_taken from wanted as w where w.id not in (select i.payment_id from inserted as i);
+    perform surety.open_discrepancy(
+        'duplicate', taken.id, taken.id,
+        'it succeeded after it had ended, and its reference belongs to another payment by now', '{}', false, p_at)
+    from unnest(v_taken) as taken (id);
+end;
+$$;
+
+comment on function surety.reclaim_references(text[], timestamptz) is
+'Takes back the references of payments that succeeded after they had ended. Opens a discrepancy for each reference that
+another payment has by now.';
 
 create or replace function surety.project_steps() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -9,8 +52,10 @@ declare
     v_now timestamptz := surety.time_now();
     v_generation integer := outbox.current_restore_generation();
     v_is_later boolean := exists (select from new_steps as n where n.version > 1);
+    v_ended text [];
+    v_revived text [];
 begin
-    -- Who inserts a payment or changes its amounts has written the projection along; here it is made for the others.
+    -- A statement that creates payments or changes their amounts has written the projection itself. These are the rest.
     if v_is_later then
         update surety.payments as p
         set version = last.version, state = last.to_state, updated_at = last.at,
@@ -25,7 +70,7 @@ begin
         where p.id = last.payment_id and p.version < last.version;
     end if;
 
-    with told as materialized (
+    with made_steps as materialized (
         select
             n.payment_id, n.version, n.from_state, n.to_state, n.cause, n.implied, n.at, n.actor, n.request_id,
             p.merchant_id, p.captured_minor, p.refunded_minor, p.provider_id, p.failure, p.next_action
@@ -36,56 +81,37 @@ begin
     emitted as (
         insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
         select
-            surety.new_id('evt', v_now), 'payment', t.payment_id, 'payment.' || t.to_state,
+            surety.new_id('evt', v_now), 'payment', m.payment_id, 'payment.' || m.to_state,
             jsonb_strip_nulls(jsonb_build_object(
-                'payment_id', t.payment_id, 'state', t.to_state, 'version', t.version, 'at', surety.format_time(t.at),
-                'amount_captured', nullif(t.captured_minor, 0), 'amount_refunded', nullif(t.refunded_minor, 0),
-                'provider_id', t.provider_id, 'failure', t.failure,
-                'next_action', case when t.to_state = 'requires_action' then t.next_action end)),
-            t.merchant_id, t.version, v_generation
-        from told as t
+                'payment_id', m.payment_id, 'state', m.to_state, 'version', m.version, 'at', surety.format_time(m.at),
+                'amount_captured', nullif(m.captured_minor, 0), 'amount_refunded', nullif(m.refunded_minor, 0),
+                'provider_id', m.provider_id, 'failure', m.failure,
+                'next_action', case when m.to_state = 'requires_action' then m.next_action end)),
+            m.merchant_id, m.version, v_generation
+        from made_steps as m
     )
     insert into audit.entries (
         id, at, kind, actor, request_id, payment_id, merchant_id, version, from_state, to_state, outcome, reason,
         snapshot
     )
     select
-        surety.new_id('aud', v_now), t.at, 'step', t.actor, t.request_id, t.payment_id, t.merchant_id, t.version,
-        t.from_state, t.to_state, case when t.implied then 'implied' else 'done' end, t.cause, '{}'
-    from told as t
-    -- The request that makes a payment tells its first step itself, with what only it knows.
-    where t.version > 1 or t.cause <> 'request';
+        surety.new_id('aud', v_now), m.at, 'step', m.actor, m.request_id, m.payment_id, m.merchant_id, m.version,
+        m.from_state, m.to_state, case when m.implied then 'implied' else 'done' end, m.cause, '{}'
+    from made_steps as m
+    -- The request that creates a payment writes the entry of its first step, with the route and the key.
+    where m.version > 1 or m.cause <> 'request';
 
     if not v_is_later then
         return null;
     end if;
 
-    -- A reference is free again once its payment has failed or was canceled, and taken back if it succeeds after all.
-    if exists (select from new_steps as n where n.to_state in ('failed', 'canceled')) then
-        delete from surety.payment_references as r
-        using new_steps as n join surety.payments as p on p.id = n.payment_id
-        where n.to_state in ('failed', 'canceled') and r.payment_id = n.payment_id
-            and r.merchant_id = p.merchant_id and r.reference = p.reference;
+    v_ended := array(select n.payment_id from new_steps as n where n.to_state in ('failed', 'canceled'));
+    if v_ended <> '{}' then
+        perform surety.release_references(v_ended);
     end if;
-    if exists (select from new_steps as n where n.from_state in ('failed', 'canceled')) then
-        with again as (
-            select p.merchant_id, p.reference, p.id
-            from new_steps as n join surety.payments as p on p.id = n.payment_id
-            where n.from_state in ('failed', 'canceled') and p.reference is not null
-        ),
-        taken as (
-            insert into surety.payment_references (merchant_id, reference, payment_id)
-            select a.merchant_id, a.reference, a.id from again as a
-            order by a.merchant_id, a.reference
-            on conflict (merchant_id, reference) do nothing
-            returning payment_id
-        )
-        insert into surety.discrepancies (id, kind, subject, payment_id, detail, opened_at)
-        select
-            surety.new_id('dis', v_now), 'duplicate', a.id, a.id,
-            'it succeeded after it had ended, and its reference belongs to another payment by now', v_now
-        from again as a where a.id not in (select t.payment_id from taken as t)
-        on conflict (kind, subject) do nothing;
+    v_revived := array(select n.payment_id from new_steps as n where n.from_state in ('failed', 'canceled'));
+    if v_revived <> '{}' then
+        perform surety.reclaim_references(v_revived, v_now);
     end if;
 
     update outbox.dead_letters as d
@@ -96,6 +122,10 @@ begin
     return null;
 end;
 $$;
+
+comment on function surety.project_steps() is
+'Trigger: sets payments'' state and version to their last new step, emits payment.<state> for each step and writes its
+audit entry. Releases the references of payments that ended, and closes dead letters of payments in a final state.';
 
 create or replace trigger steps_are_projected after insert on surety.steps
 referencing new table as new_steps for each statement execute function surety.project_steps();
