@@ -124,7 +124,7 @@ def test_trace_prints_the_whole_history(run: Run, conn: Connection) -> None:
     assert "key sty_…test, Idempotency-Key key-" in story[1]
     told = "\n".join(story)
     assert told.index("submitting") < told.index("provider_submitted") < told.index("confirmed", len(story[0]))
-    assert "49.99 USD provider_receivable ← pending (captured)" in told
+    assert "49.99 USD debit provider_receivable, credit pending (captured)" in told
     assert story[-1].startswith("1 charge · 4 steps · ")
     document = json.loads(said(run("trace", payment, "--json")))
     assert (document["payment_id"], document["state"], document["charges"]) == (payment, "confirmed", 1)

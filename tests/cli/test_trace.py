@@ -56,8 +56,8 @@ def test_trace_shows_a_refund_with_its_amount_and_transfers(conn: Connection) ->
     assert "refund -25.00 USD, fee 0.00 USD (txn_r_" in told
     assert "partially_refunded" in told
     assert (
-        "25.00 USD available ← reserved_for_refunds" in told
-        and "25.00 USD reserved_for_refunds ← provider_balance" in told
+        "25.00 USD debit available, credit reserved_for_refunds" in told
+        and "25.00 USD debit reserved_for_refunds, credit provider_balance" in told
     )
     assert last(conn, payment_id).startswith("1 charge · 1 refund · ")
     assert last(conn, payment_id).endswith("nothing open")

@@ -207,7 +207,7 @@ def test_quickstart_runs_as_written(database: str, conn: Connection, tmp_path: P
 def check_trace_in_readme(trace: str) -> None:
     """README's example has the headings, labels and last line that a real trace has."""
     shown = README.read_text(encoding="utf-8").partition("<!-- trace -->")[2].partition("<!-- trace end -->")[0]
-    lines = [line.removeprefix("    ") for line in shown.strip("\n").splitlines()]
+    lines = shown.strip("`\n").splitlines()
     real = trace.splitlines()
     last = next(line for line in real if line.startswith("1 charge"))
     assert lines[-1] == last.rstrip()

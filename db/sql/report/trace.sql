@@ -141,8 +141,8 @@ begin atomic
             'transfer' as kind,
             'ledger' as actor,
             surety.format_amount(transfers.amount_minor, transfers.currency)
-            || ' ' || split_part(transfers.debit_account, ':', 1)
-            || ' ← ' || split_part(transfers.credit_account, ':', 1) || ' (' || postings.rule || ')' as summary,
+            || ' debit ' || split_part(transfers.debit_account, ':', 1)
+            || ', credit ' || split_part(transfers.credit_account, ':', 1) || ' (' || postings.rule || ')' as summary,
             null::text as from_state,
             null::text as to_state,
             'posted' as outcome,
