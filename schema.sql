@@ -66,6 +66,7 @@ create schema outbox authorization surety_owner;
 create schema audit authorization surety_owner;
 create schema api authorization surety_owner;
 create schema report authorization surety_owner;
+create schema invariant authorization surety_owner;
 
 set local role surety_owner;
 

@@ -11,7 +11,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from app.status_findings import VERDICTS, Finding, find_problems, format_age, verdict_of
+from app.status_findings import VERDICTS, Finding, count_noun, find_problems, format_age, verdict_of
 from db.connect import harden
 from db.errors import SettingsError, kind_of, message_of
 from db.settings import load_settings
@@ -21,7 +21,7 @@ STATEMENT_TIMEOUT = "30s"
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-@click.option("--check", is_flag=True, help="Count violations of every promise, too: that reads everything.")
+@click.option("--check", is_flag=True, help="Count violations of every invariant, too: that reads every row.")
 def status(as_json: bool, check: bool) -> None:
     """Tell how things stand. Exit status 0: good, 1: look, 2: act; 2 also if that can't be told."""
     state: dict[str, Any] = {}
@@ -48,7 +48,8 @@ def read_state(*, check: bool) -> dict[str, Any]:
         state: dict[str, Any] = {}
         [(state,)] = conn.execute("select surety.read_status()").fetchall()
         if check:
-            state["violations"] = dict(conn.execute("select name, violations from surety.check_invariants()"))
+            checked = conn.execute("select name, violations, view_name from surety.check_invariants()").fetchall()
+            state["invariants"] = [dict(zip(("name", "violations", "view"), row, strict=True)) for row in checked]
     return state
 
 
@@ -66,11 +67,13 @@ def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
 
 
 def find_broken_invariants(state: dict[str, Any]) -> list[Finding]:
-    """Promises that are broken, if they were checked."""
+    """The invariants that do not hold, if they were checked."""
     return [
-        Finding(2, f"{count} violations of: {name}", f"select * from surety.check_invariants() where name = '{name}'")
-        for name, count in state.get("violations", {}).items()
-        if count
+        Finding(
+            2, f"{count_noun(found['violations'], 'violation')} of: {found['name']}", f"select * from {found['view']}"
+        )
+        for found in state.get("invariants", [])
+        if found["violations"]
     ]
 
 
@@ -120,8 +123,8 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
             lines.append((f"oldest {holder['kind']}", describe_vacuum_blocker(holder)))
     if not state["sees_all"]:
         lines.append(("oldest transaction", "others' are not seen: grant pg_read_all_stats to surety_owner"))
-    if "violations" in state:
-        lines.append(("promises", f"{len(state['violations'])} checked"))
+    if "invariants" in state:
+        lines.append(("invariants", f"{len(state['invariants'])} checked"))
     for name, text in lines:
         console.print(f"{name}  {text}", markup=False)
 

@@ -190,9 +190,12 @@ def test_paused_handler_is_reported_with_the_command_to_resume(conn: Connection,
 def test_invariants_are_checked_on_request(conn: Connection, database: str) -> None:
     add_live_worker(conn)
     done = surety(database, "status", "--check", "--json")
-    told = json.loads(done.stdout)
-    assert (done.returncode, set(told["violations"].values())) == (0, {0})
-    assert len(find_broken_invariants({"violations": {"debits equal credits": 2}})) == 1
+    invariants = json.loads(done.stdout)["invariants"]
+    assert (done.returncode, {each["violations"] for each in invariants}) == (0, {0})
+    [broken, *_] = invariants
+    [finding] = find_broken_invariants({"invariants": [broken | {"violations": 2}]})
+    assert (finding.urgency, finding.what) == (2, f"2 violations of: {broken['name']}")
+    assert conn.execute(finding.next.encode()).fetchall() == []
 
 
 def test_status_reports_when_it_cannot_read_the_database(blank: str) -> None:

@@ -235,7 +235,7 @@ def test_every_constraint_is_a_rule_or_listed_as_a_bug(rights: Connection) -> No
         column(
             rights,
             "select k.conname from pg_constraint as k join pg_namespace as n on n.oid = k.connamespace"
-            " where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'api', 'report')"
+            " where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'api', 'report', 'invariant')"
             " and k.contype not in ('n', 't', 'p') and k.conparentid = 0 and k.conislocal",
         )
     )

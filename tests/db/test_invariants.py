@@ -1,12 +1,18 @@
-"""Each invariant catches its violation, and a sound database has none. Violations are made as the server's owner can,
-with every trigger and foreign key off: nobody else could.
+"""Each invariant catches its violation, and a sound database has none.
+
+Violations are made with every trigger and foreign key off, as only the server's owner can.
 """
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
+from db.connect import ProcessKind
+from tests.conftest import Connect
 from tests.support.payments import Connection, add_merchant, as_bank_fact, fact, money, pay, record, violations
+
+OTHER_KINDS: tuple[ProcessKind, ...] = ("api", "webhook", "worker", "analyst")
 
 REFUND = (
     "insert into surety.refunds (id, payment_id, merchant_id, amount_minor, currency, provider, provider_account,"
@@ -14,17 +20,16 @@ REFUND = (
     " select 'ref_' || repeat('0', 32), id, merchant_id, 100, currency, provider, provider_account, true, now(), now(),"
 )
 
-# What is done to the newest settled payment, by the promise that it breaks. %(p)s is the payment.
+# A change that violates the invariant; %(p)s is the newest settled payment.
 VIOLATIONS: dict[str, str] = {
-    "every payment stands where its last step ended": "update surety.payments set state = 'confirmed' where id = %(p)s",
+    "every payment is in the state of its last step": "update surety.payments set state = 'confirmed' where id = %(p)s",
     "every step starts where the last ended": (
         "update surety.steps set from_state = 'processing' where payment_id = %(p)s and to_state = 'confirmed'"
     ),
     "every step is legal": (
         "update surety.steps set from_state = 'settled' where payment_id = %(p)s and to_state = 'submitting'"
     ),
-    "every state is what its facts say": "delete from surety.facts where payment_id = %(p)s",
-    "every amount is what its facts say": "update surety.payments set captured_minor = 9999 where id = %(p)s",
+    "every state and amount is what its facts say": "delete from surety.facts where payment_id = %(p)s",
     "every step has one audit entry": "delete from audit.entries where payment_id = %(p)s and version = 2",
     "every step has one event": "delete from outbox.events where aggregate_id = %(p)s and version = 2",
     "debits equal credits, per currency": (
@@ -36,37 +41,39 @@ VIOLATIONS: dict[str, str] = {
         "update ledger.transfers set credit_account = replace(credit_account, 'pending:', 'available:')"
         " where debit_account like 'provider_receivable:%%'"
     ),
-    "what is captured is owed to the merchant": (
+    "every capture is owed to the merchant": (
         "delete from ledger.postings where payment_id = %(p)s and rule = 'captured'"
     ),
-    "what is settled is available to the merchant": (
+    "every settlement is available to the merchant": (
         "delete from ledger.postings where payment_id = %(p)s and rule = 'settled'"
     ),
     "every fact is known by its key": "delete from surety.fact_keys where kind = 'captured'",
-    "every reference in use is of a payment that lives": (
+    "every reference in use belongs to a live payment": (
         "insert into surety.payment_references (merchant_id, reference, payment_id)"
         " select merchant_id, 'order-1', 'pay_that_never_was' from surety.payments where id = %(p)s"
     ),
-    "every refund stands where its last step ended": f"{REFUND} 'succeeded' from surety.payments where id = %(p)s",
+    "every refund is in the state of its last step": f"{REFUND} 'succeeded' from surety.payments where id = %(p)s",
     "every refund step starts where the last ended": (
         f"with made as ({REFUND} 'pending' from surety.payments where id = %(p)s returning id)"
         " insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor)"
         " select id, 2, 'succeeded', 'failed', 'test', now(), 'test' from made"
     ),
-    "every payment has given back what its refunds say": (
-        f"{REFUND} 'succeeded' from surety.payments where id = %(p)s"
+    "every refunded amount is the sum of its refunds": (f"{REFUND} 'succeeded' from surety.payments where id = %(p)s"),
+    "every reserved balance is the sum of its live refunds": (
+        f"{REFUND} 'pending' from surety.payments where id = %(p)s"
     ),
-    "what is reserved for refunds is on its way": f"{REFUND} 'pending' from surety.payments where id = %(p)s",
-    "every dispute stands as its last fetch told": "update surety.disputes set status = 'won'",
-    "every dispute has posted what its last fetch told": "delete from ledger.postings where rule = 'dispute_opened'",
-    "what disputes hold back is held": "delete from ledger.balances where account_id like 'disputed:%%'",
-    "what came back is taken from the merchant": "delete from ledger.postings where rule = 'return_ach'",
-    "no payment has two live objects at the provider": (
+    "every dispute is as last fetched": "update surety.disputes set status = 'won'",
+    "every dispute has posted what was last fetched": "delete from ledger.postings where rule = 'dispute_opened'",
+    "every disputed balance is the sum of its open disputes": (
+        "delete from ledger.balances where account_id like 'disputed:%%'"
+    ),
+    "every return is taken from the merchant": "delete from ledger.postings where rule = 'return_ach'",
+    "no payment has two charges at the provider": (
         "with another as (insert into surety.provider_objects values ('stripe', '', 'ch_two', %(p)s))"
         " insert into surety.facts (id, payment_id, provider, account, livemode, object_id, kind, source, recorded_at)"
         " values ('fct_two', %(p)s, 'stripe', '', false, 'ch_two', 'captured', 'poll', now())"
     ),
-    "no batch outlives its lease unnoticed": (
+    "every lease is renewed or taken over": (
         "insert into outbox.batches (handler, event_ids, first_id, last_id, fence, leased_by, leased_until, claimed_at)"
         " values ('settle', array[%(p)s], '', '', 0, 'w', now() - interval '11 minutes', now())"
     ),
@@ -77,11 +84,11 @@ VIOLATIONS: dict[str, str] = {
         " insert into outbox.retries (handler, event_id, due_at) values ('settle', 'evt_1', now())"
     ),
     "no payment is forgotten": "update outbox.handlers set seen = pg_current_snapshot() where handler <> %(p)s",
-    "what is expected is met by what came": (
+    "every met expectation belongs to a settled payment": (
         "insert into surety.expectations (payment_id, kind, opened_at, due_at, met_at)"
         " select id, 'settlement', now(), now(), now() from surety.payments where state = 'disputed' and id <> %(p)s"
     ),
-    "what is overdue is told": (
+    "every overdue settlement is a discrepancy": (
         "insert into surety.expectations (payment_id, kind, opened_at, due_at)"
         " values (%(p)s, 'settlement', now() - interval '1 day', now() - interval '11 minutes')"
     ),
@@ -90,9 +97,7 @@ VIOLATIONS: dict[str, str] = {
 
 @pytest.fixture
 def payment_id(conn: Connection) -> str:
-    """A payment that has settled, beside one that came back, one that failed, one that nobody has looked at yet and
-    one that is disputed.
-    """
+    """A settled payment, beside one that was returned, one that failed, a new one and a disputed one."""
     _, key_hash = add_merchant(conn)
     [returned] = pay(conn, key_hash, rail="ach")
     record(conn, [as_bank_fact(fact(returned, kind, kind, 10000)) for kind in ("captured", "returned")])
@@ -112,8 +117,49 @@ def test_every_invariant_is_proved_to_catch_its_violation(conn: Connection) -> N
 @pytest.mark.parametrize("name", VIOLATIONS)
 def test_an_invariant_catches_its_violation(conn: Connection, payment_id: str, name: str) -> None:
     assert violations(conn) == {}
+    violate(conn, VIOLATIONS[name], payment_id)
+    assert name in violations(conn)
+
+
+def test_a_wrong_amount_and_a_wrong_state_each_differ_from_the_facts(conn: Connection, payment_id: str) -> None:
+    for change in ("captured_minor = captured_minor - 1", "refunded_minor = 1", "at_risk_minor = 1"):
+        with conn.transaction(force_rollback=True):
+            violate(conn, f"update surety.payments set {change} where id = %(p)s", payment_id)
+            assert subjects(conn, "payments_match_facts") == [payment_id]
+    violate(conn, "update surety.payments set state = 'confirmed' where id = %(p)s", payment_id)
+    assert subjects(conn, "payments_match_facts") == [payment_id]
+
+
+def test_the_views_of_the_schema_are_the_invariants(conn: Connection) -> None:
+    assert conn.execute("select count(*) from surety.check_invariants() where name is null").fetchone() == (0,)
+    merchant_id, _ = add_merchant(conn)
+    with conn.transaction(force_rollback=True):
+        conn.execute("set local role surety_owner")
+        conn.execute("drop view invariant.debits_equal_credits")
+        conn.execute("create view invariant.merchants_are_few as select id as subject from surety.merchants")
+        conn.execute("comment on view invariant.merchants_are_few is 'merchants are few'")
+        checked = {name: rest for name, *rest in conn.execute("select * from surety.check_invariants()").fetchall()}
+    assert "debits equal credits, per currency" not in checked
+    assert checked["merchants are few"] == [1, merchant_id, "invariant.merchants_are_few"]
+
+
+def test_auditors_read_every_invariant_and_others_none(conn: Connection, connect: Connect, payment_id: str) -> None:
+    views = [view for (view,) in conn.execute("select view_name from surety.check_invariants()").fetchall()]
+    for view in views:
+        assert connect("auditor").execute(f"select count(subject) from {view}".encode()).fetchall() == [(0,)]
+    assert connect("auditor").execute("select sum(violations) from surety.check_invariants()").fetchall() == [(0,)]
+    for kind in OTHER_KINDS:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connect(kind).execute(f"select from {views[0]}".encode())
+
+
+def violate(conn: Connection, statement: str, payment_id: str) -> None:
+    """Change rows as the server's owner can, with every trigger and foreign key off."""
     with conn.transaction():
         conn.execute("set local session_replication_role = replica")
-        changed = conn.execute(VIOLATIONS[name].encode(), {"p": payment_id}).rowcount
-    assert changed > 0
-    assert name in violations(conn)
+        assert conn.execute(statement.encode(), {"p": payment_id}).rowcount > 0
+        conn.execute("set local session_replication_role = origin")
+
+
+def subjects(conn: Connection, view: str) -> list[str]:
+    return [subject for (subject,) in conn.execute(f"select subject from invariant.{view}".encode()).fetchall()]

@@ -18,7 +18,6 @@ LONG_FILES = {
     "app/api/schemas.py": "one struct a document, in the order of the routes",
     "db/deploy/deploy.py": "to be divided",
     "db/embedded.py": "to be divided",
-    "db/sql/operations/invariants.sql": "to be divided",
     "tests/api/test_api.py": "to be divided",
     "tests/db/test_deploy.py": "to be divided",
     "tests/db/test_ledger.py": "to be divided",
@@ -45,7 +44,6 @@ REPEATED_FUNCTIONS = {
     "count_noun": "to be one",
     "create_app": "the application of each of the two HTTP processes",
     "deploy": "the function, and the command that calls it",
-    "is_transient": "to be one",
 }
 
 

@@ -21,7 +21,9 @@ def read_grants(conn: psycopg.Connection[tuple[object, ...]]) -> str:
         """
         with ours as (
             select oid, nspname from pg_namespace
-            where nspname in ('surety', 'ledger', 'outbox', 'audit', 'api', 'report', 'deploy', 'procrastinate')
+            where nspname in (
+                'surety', 'ledger', 'outbox', 'audit', 'api', 'report', 'invariant', 'deploy', 'procrastinate'
+            )
         ),
         roles as (
             select rolname from pg_roles

@@ -91,7 +91,7 @@ other_net in the payment''s. exchanged says whether they differ. One row.';
 
 create or replace function surety.dispute_transfers(p_payment_id text, p_object_id text)
 returns table (n bigint, rule text, amount_minor bigint)
-language sql stable set search_path = pg_catalog, pg_temp
+language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- held: withdrawn and not decided. lost: kept by the network. A dispute can go back and forth (lost, appealed, won,
     -- lost in part), so the transfers are the difference between the last fetch and what was posted so far.

@@ -99,3 +99,15 @@ grant execute on all functions in schema procrastinate to surety_worker;
 grant select on all tables in schema report to surety_analyst, surety_auditor;
 grant execute on function surety.trace_payment(text), surety.payment_summary(text), surety.check_invariants() to
 surety_auditor;
+
+-- A view reads tables by its owner's rights, but calls functions by its reader's.
+grant usage on schema invariant to surety_auditor;
+grant select on all tables in schema invariant to surety_auditor;
+grant execute on function
+surety.derive_payments(text[]),
+surety.read_clock(),
+surety.dispute_status(text, jsonb),
+surety.dispute_withdrawn(text, bigint),
+surety.dispute_transfers(text, text),
+surety.id_at(text, timestamptz)
+to surety_auditor;
