@@ -13,8 +13,9 @@ import psycopg
 from rich.console import Console
 from rich.text import Text
 
-from app.local.processes import Interrupted, free_port, interruptible
-from app.local.up import ProcessSupervisor, exclusive_folder, load_or_create_secret
+from app.local.output import PrintedLines
+from app.local.processes import Interrupted, ProcessGroup, free_port, interruptible
+from app.local.up import STOP_SECONDS_MAX, exclusive_folder, load_or_create_secret, supervise
 from app.web.keys import new_key
 from db.connect import harden
 from db.deploy.deploy import deploy
@@ -84,8 +85,8 @@ def run_everything(
         name: value for name, value in os.environ.items() if server is None or not is_database_variable(name)
     }
     environment |= {"DATABASE_URL": url, "PYTHONUNBUFFERED": "1"}
-    supervisor = ProcessSupervisor(environment, print_line, server)
-    stack.callback(supervisor.stop)
+    process_group = ProcessGroup(environment, PrintedLines(print_line), STOP_SECONDS_MAX)
+    stack.callback(process_group.stop)
     if sandbox:
         ports["sandbox"] = free_port(settings.surety_sandbox_port)
         secret = (
@@ -93,23 +94,27 @@ def run_everything(
             if settings.stripe_webhook_secret
             else load_or_create_secret(kept / "webhook-secret")
         )
-        supervisor.environment |= {
+        process_group.environment |= {
             "STRIPE_WEBHOOK_SECRET": secret,
             "SURETY_SANDBOX_URL": f"http://127.0.0.1:{ports['sandbox']}",
             "SURETY_POLL_SECONDS": os.environ.get("SURETY_POLL_SECONDS") or "5",
         }
-        supervisor.add(
+        process_group.start(
             "sandbox", "-m", "app.sandbox", "--port", str(ports["sandbox"]), "--auto-payer",
             "--memory", str(kept / "sandbox.sqlite"), "--webhook-secret", secret,
-            "--webhook-url", f"http://127.0.0.1:{ports['webhooks']}/stripe", port=ports["sandbox"],
+            "--webhook-url", f"http://127.0.0.1:{ports['webhooks']}/stripe",
         )  # fmt: skip
+        process_group.wait_for_port("sandbox", ports["sandbox"])
     for name in ("webhooks", "api"):
-        supervisor.add(name, "-m", "app.cli", name, "--port", str(ports[name]), port=ports[name])
+        process_group.start(name, "-m", "app.cli", name, "--port", str(ports[name]))
+        process_group.wait_for_port(name, ports[name])
     for number in range(1, workers + 1):
         name = f"worker-{number}"
-        supervisor.add(name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"{name}-{os.getpid()}")
+        process_group.start(
+            name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"{name}-{os.getpid()}"
+        )
     print_welcome(console, url, ports, create_first_key(url))
-    supervisor.watch()
+    supervise(process_group, server, print_line)
 
 
 def is_database_variable(name: str) -> bool:

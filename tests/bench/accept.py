@@ -22,6 +22,7 @@ import httpx
 
 from app.local.demo.merchants import create_merchants
 from app.local.demo.workspace import demo_folder
+from app.local.output import LogFiles
 from app.local.processes import ProcessGroup, free_port
 from tests.bench.databases import (
     Connection,
@@ -114,7 +115,7 @@ def running_apis(url: str, shapes: list[tuple[int, int]]) -> Generator[list[str]
     """The addresses of APIs in processes of their own, each with so many lanes and such batches at most, warm."""
     with demo_folder() as scene:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "PG"))}
-        process_group = ProcessGroup(scene, environment | {"DATABASE_URL": url})
+        process_group = ProcessGroup(environment | {"DATABASE_URL": url}, LogFiles(scene))
         ports = {f"api-{lanes}-{batch_max}": free_port(0) for lanes, batch_max in shapes}
         try:
             for (name, port), (lanes, batch_max) in zip(ports.items(), shapes, strict=True):

@@ -25,6 +25,7 @@ from app.local.demo.merchants import Order, TrafficResult, create_merchants, pos
 from app.local.demo.report import measure_state_durations
 from app.local.demo.sandbox_record import CHARGES_SUMMARY, read_sandbox
 from app.local.demo.workspace import demo_folder
+from app.local.output import LogFiles
 from app.local.processes import ProcessGroup, free_port
 from tests.bench.databases import (
     Connection,
@@ -98,7 +99,7 @@ def running_services(url: str) -> Generator[tuple[ProcessGroup, dict[str, int]]]
             "SURETY_POLL_SECONDS": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        process_group = ProcessGroup(scene, inherited | settings)
+        process_group = ProcessGroup(inherited | settings, LogFiles(scene))
         try:
             process_group.start("api", "-m", "app.cli", "api", "--port", str(ports["api"]))
             process_group.start("webhooks", "-m", "app.cli", "webhooks", "--port", str(ports["webhooks"]))
@@ -118,21 +119,14 @@ def running_services(url: str) -> Generator[tuple[ProcessGroup, dict[str, int]]]
 @contextmanager
 def running_workers(process_group: ProcessGroup, workers: int, provider: str) -> Generator[None]:
     """Workers that call the provider at this address."""
-    others = dict(process_group.processes)
+    names = [f"worker-{number}" for number in range(1, workers + 1)]
     process_group.environment["SURETY_SANDBOX_URL"] = provider
-    for number in range(1, workers + 1):
-        process_group.start(
-            f"worker-{number}", "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"bench-{number}"
-        )
+    for name in names:
+        process_group.start(name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"bench-{name}")
     try:
         yield
     finally:
-        mine = {name: process for name, process in process_group.processes.items() if name not in others}
-        for process in mine.values():
-            process.terminate()
-        for process in mine.values():
-            process.wait()
-        process_group.processes = others
+        process_group.stop(*names)
 
 
 def create_orders(keys: list[str], count: int, run: str) -> list[Order]:

@@ -45,7 +45,7 @@ def draw(seed: int) -> Generator[str]:
 def kill_and_restart(kind: str, system: SystemUnderTest, lot: random.Random) -> str:
     """Kill one thing of a kind and, if it is PostgreSQL, start it again; tells what it was."""
     target = KINDS[kind](system, lot)
-    system.revive()
+    system.process_group.revive()
     return target
 
 

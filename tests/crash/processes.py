@@ -11,6 +11,7 @@ from pathlib import Path
 import psycopg
 
 from app.local.demo.services import POLL_SECONDS, count_workers, inherited_environment, shorten_delays
+from app.local.output import LogFiles
 from app.local.processes import ProcessGroup, free_port
 from db.connect import harden
 from db.deploy.deploy import deploy
@@ -56,7 +57,7 @@ class SystemUnderTest:
             "SURETY_POLL_SECONDS": POLL_SECONDS,
             "PYTHONUNBUFFERED": "1",
         }
-        self.process_group = ProcessGroup(scene, inherited_environment() | told)
+        self.process_group = ProcessGroup(inherited_environment() | told, LogFiles(scene))
         cli = ("-m", "app.cli")
         self.commands: dict[str, tuple[str, ...]] = {
             "api": (*cli, "api", "--port", str(self.ports["api"]), "--processes", "2"),
@@ -86,17 +87,6 @@ class SystemUnderTest:
     def connect(self) -> Connection:
         """A connection of the run's own, beside the proxy."""
         return psycopg.connect(harden(self.url, "deploy"), autocommit=True)
-
-    def revive(self) -> list[str]:
-        """Start what is not running, as a supervisor would; their names."""
-        dead = [
-            name
-            for name in self.commands
-            if name not in self.process_group.processes or name in self.process_group.ended_processes()
-        ]
-        for name in dead:
-            self.process_group.start(name, *self.commands[name])
-        return dead
 
     def kill_server(self) -> None:
         """SIGKILL for PostgreSQL's first process; its backends end by themselves, some of them late."""

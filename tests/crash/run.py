@@ -167,7 +167,7 @@ def wait_for_end(system: SystemUnderTest, background_load: BackgroundLoad) -> di
     deadline = time.monotonic() + END_SECONDS_MAX
     with system.connect() as conn:
         while True:
-            system.revive()
+            system.process_group.revive()
             conn.execute(
                 "select outbox.replay_dead_letter(id, 'operator:crash', 'its workers were killed')"
                 " from outbox.dead_letters where closed_at is null"
@@ -185,7 +185,7 @@ def heal(system: SystemUnderTest, background_load: BackgroundLoad) -> float | No
     began = time.monotonic()
     request, payment_id = background_load.create_probe(), None
     while time.monotonic() < began + HEAL_SECONDS_MAX:
-        died = system.revive()
+        died = system.process_group.revive()
         payment_id = payment_id or background_load.probe(request)
         if payment_id is not None:
             with contextlib.suppress(OSError), system.connect() as conn:

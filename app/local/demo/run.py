@@ -129,7 +129,7 @@ def run_traffic(
                 break
             if dead := services.process_group.ended_processes():
                 progress.print(
-                    f"[red]{', '.join(dead)} ended by itself[/]\n{services.process_group.log_tail(next(iter(dead)))}"
+                    f"[red]{', '.join(dead)} ended by itself[/]\n{services.process_group.output.tail(next(iter(dead)))}"
                 )
                 break
             time.sleep(CHECK_SECONDS)

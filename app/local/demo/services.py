@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from app.local.demo.checks import Connection, query_count
+from app.local.output import LogFiles
 from app.local.processes import ProcessGroup, free_port
 
 WORKERS = 2
@@ -54,7 +55,6 @@ class DemoServices:
         self.ports = {name: free_port(port) for name, port in (("api", 8000), ("webhooks", 8001), ("sandbox", 8002))}
         self.secret = f"whsec_{secrets.token_hex(16)}"
         self.process_group = ProcessGroup(
-            workspace,
             inherited_environment()
             | {
                 "DATABASE_URL": url,
@@ -64,6 +64,7 @@ class DemoServices:
                 "SURETY_POLL_SECONDS": POLL_SECONDS,
                 "PYTHONUNBUFFERED": "1",
             },
+            LogFiles(workspace),
         )
 
     def url(self, name: str) -> str:
