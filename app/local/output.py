@@ -98,7 +98,7 @@ class PrintedLines:
                 self._print_line(key.data, line.decode(errors="replace"))
 
     def tail(self, name: str) -> str:
-        """Print what is there; no line is kept."""
+        """Print pending output; no line is kept."""
         self.read(0)
         return ""
 
