@@ -601,6 +601,37 @@ comment on table surety.calls is
 'What we send to providers: the very bytes and key, written before they are sent, so that an unknown outcome can be
 asked about with the same ones. answered_at is null while the outcome is unknown.';
 
+create table surety.call_verdicts (
+    verdict text collate "C" not null,
+    meaning text not null,
+    constraint call_verdicts_pkey primary key (verdict)
+);
+comment on table surety.call_verdicts is
+'What surety.begin_calls decides about the call of one event. jobs/handlers/calls.py matches all of them.';
+
+insert into surety.call_verdicts (verdict, meaning) values
+('send', 'send the request under its key'),
+('ask', 'look for the effect of an earlier send; if it is absent, send the request again under the same key'),
+('renew', 'look for the effect of an earlier send, unless a repeated call does no harm; send it under a new key'),
+('find', 'look for the effect of an earlier send; if it is absent, the payment ends: it was canceled meanwhile'),
+('wait', 'an earlier call decides whether the provider holds the payment: try again later'),
+('skip', 'nothing is left to do');
+
+create type surety.planned_call as (
+    event_id text,
+    subject_id text,
+    verdict text,
+    operation text,
+    idempotency_key text,
+    request jsonb,
+    provider_id text,
+    last_sent_at timestamptz,
+    payment surety.payments
+);
+comment on type surety.planned_call is
+'One event''s call as surety.begin_calls writes it; made by surety.plan_call. subject_id is the payment, refund or
+dispute; last_sent_at the time of the last send, null if there was none.';
+
 create unlogged table surety.request_slots (
     provider text not null,
     account text not null,

@@ -32,6 +32,7 @@ from db.settings import Settings
 from jobs import WorkerApp, app
 from jobs.database import bisect_on_error
 from jobs.handlers.calls import CallResult, CallSubject, call_result, completed_groups, not_sent_result
+from jobs.handlers.payments import intent_error_result, intent_result
 from jobs.handlers.webhooks import POLLED_EVENTS, ProviderObject, fetch_dispute, store_polled_events
 from jobs.stripe.client import ObjectAbsent, ProviderError, ProviderResponse
 from jobs.stripe.facts import Fact, FactOrigin, Json, balance_transaction_facts, payout_facts, redacted, refund_facts
@@ -178,7 +179,11 @@ async def poll_payment(worker: Worker, target: PaymentToPoll) -> list[CallResult
     """What the provider says about one payment."""
     if target.account in worker.breaker.blocked:
         return [not_sent_result(target, "fetch")]
-    return [await call_result(target, "fetch", locate_intent(worker, target), source="poll")]
+    read, explain = (
+        partial(intent_result, target, source="poll"),
+        partial(intent_error_result, target, operation="fetch"),
+    )
+    return [await call_result(target, "fetch", locate_intent(worker, target), read=read, explain=explain)]
 
 
 async def locate_intent(worker: Worker, target: PaymentToPoll) -> ProviderResponse:

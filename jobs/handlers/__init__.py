@@ -1,1 +1,1 @@
-"""The handlers of the outbox's events, and the calls that they make."""
+"""The handlers of the outbox; table.py lists them."""

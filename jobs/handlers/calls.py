@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, Literal, assert_never
 
 from msgspec import Struct, field
 from psycopg.types.json import Jsonb
@@ -20,8 +20,6 @@ from psycopg.types.json import Jsonb
 from jobs.breaker import account_of_breaker, breaker_key
 from jobs.database import bisect_on_error
 from jobs.stripe.client import (
-    OutcomeUnknown,
-    PaymentDeclined,
     PaymentRefused,
     ProviderBusy,
     ProviderError,
@@ -30,7 +28,7 @@ from jobs.stripe.client import (
     RequestRejected,
     ResponseMismatch,
 )
-from jobs.stripe.facts import FactOrigin, Json, decline_fact, failure, intent_facts, redacted
+from jobs.stripe.facts import Fact, Json, redacted
 from jobs.worker import Batch, Worker
 
 log = logging.getLogger("surety.calls")
@@ -41,12 +39,17 @@ GATHER_SECONDS = 0.025
 # How long a command waits for the outcome of what was sent before it.
 WAIT_SECONDS = 1.0
 
+CANCELED_BEFORE_CREATION = {"code": "canceled", "message": "canceled before the provider held it"}
+
 CallResult = dict[str, Any]
 """As surety.record_event_results takes it."""
 
+Verdict = Literal["send", "ask", "renew", "find", "wait", "skip"]
+"""The rows of surety.call_verdicts, which say what each means."""
+
 
 class CallSubject(Struct, kw_only=True):
-    """The payment that a call is about, and what an answer must agree with."""
+    """The payment that a call is about, and what a response must agree with. Amounts are in minor units."""
 
     payment_id: str
     account: str
@@ -57,10 +60,11 @@ class CallSubject(Struct, kw_only=True):
 
 
 class ProviderCall(CallSubject, kw_only=True):
-    """A row of surety.begin_calls: what to do about one event's payment."""
+    """A row of surety.begin_calls: the call of one event, as it was committed."""
 
     event_id: str
-    todo: str
+    subject_id: str
+    verdict: Verdict
     operation: str
     idempotency_key: str | None
     request: Json | None
@@ -76,40 +80,74 @@ class RecordedResults(Struct):
     event_types: list[str]
 
 
-PerformCall = Callable[[Worker, ProviderCall], Awaitable[ProviderResponse]]
+class Operation(Struct, frozen=True, kw_only=True):
+    """One kind of call: how it is sent and looked for, and what its response and its failure mean."""
+
+    name: str
+    """As surety.begin_calls takes it."""
+    send: Callable[[Worker, ProviderCall, str, Json], Awaitable[ProviderResponse]]
+    """Send the request (last) under the key (third)."""
+    find: Callable[[Worker, ProviderCall], Awaitable[ProviderResponse | None]]
+    """The effect of an earlier send; None if there is none, or if a repeated call does no harm."""
+    read: Callable[[ProviderCall, ProviderResponse], CallResult]
+    explain: Callable[[ProviderCall, ProviderError], CallResult]
+
+
 CallWork = Callable[[], Awaitable[list[CallResult]]]
-ReadResponse = Callable[[ProviderResponse], CallResult]
-ReadError = Callable[[ProviderError], CallResult]
 
 
-async def make_calls(worker: Worker, batch: Batch, event_ids: list[str], operation: str, perform: PerformCall) -> None:
-    """Make the calls of these events and record what comes of each."""
+async def make_calls(operation: Operation, worker: Worker, batch: Batch, event_ids: list[str]) -> None:
+    """Make the calls of these events and record the result of each."""
     event_ids = await unblocked_events(worker, batch, event_ids)
     if not event_ids:
         return
     calls = await worker.database.rows(
         ProviderCall,
-        "select event_id, payment_id, todo, operation, idempotency_key, request, account, provider_id, first_sent_at,"
-        " last_sent_at, amount_minor, currency, livemode from surety.begin_calls(%s, %s, %s, %s, %s)",
-        batch.batch_id, batch.fence, operation, worker.actor, event_ids,
+        "select event_id, subject_id, payment_id, verdict, operation, idempotency_key, request, account, provider_id,"
+        " first_sent_at, last_sent_at, amount_minor, currency, livemode from surety.begin_calls(%s, %s, %s, %s, %s)",
+        batch.batch_id, batch.fence, operation.name, worker.actor, event_ids,
     )  # fmt: skip
     missing = await missing_subject_results(worker, batch, event_ids, {call.event_id for call in calls})
-
-    async def make(call: ProviderCall) -> list[CallResult]:
-        event = {"event_id": call.event_id}
-        if call.todo == "skip":
-            return [event]
-        if call.todo == "wait":
-            return [event | {"release_seconds": WAIT_SECONDS, "error": "an earlier call's outcome is unknown yet"}]
-        if batch.is_lost or worker.stopping.is_set():
-            return [event | {"release_seconds": 0, "error": "its worker stopped"}]
-        if call.account in worker.breaker.blocked:
-            return [event | not_sent_result(call, call.operation)]
-        return [event | await call_result(call, call.operation, perform(worker, call))]
-
     if missing:
         await record_call_results(worker, batch, missing)
-    await record_as_completed(worker, batch, [partial(make, call) for call in calls])
+    await record_as_completed(worker, batch, [partial(make_call, operation, worker, batch, call) for call in calls])
+
+
+async def make_call(operation: Operation, worker: Worker, batch: Batch, call: ProviderCall) -> list[CallResult]:
+    """The result of one event's call. An unknown verdict sends nothing."""
+    event: CallResult = {"event_id": call.event_id}
+    match call.verdict:
+        case "skip":
+            return [event]
+        case "wait":
+            return [event | {"release_seconds": WAIT_SECONDS, "error": "an earlier call's outcome is unknown yet"}]
+        case "send" | "ask" | "renew" | "find":
+            if batch.is_lost or worker.stopping.is_set():
+                return [event | {"release_seconds": 0, "error": "its worker stopped"}]
+            if call.account in worker.breaker.blocked:
+                return [event | not_sent_result(call, call.operation)]
+            response = provider_response(operation, worker, call)
+            read, explain = partial(operation.read, call), partial(operation.explain, call)
+            return [event | await call_result(call, call.operation, response, read=read, explain=explain)]
+        case _:
+            assert_never(call.verdict)
+
+
+async def provider_response(operation: Operation, worker: Worker, call: ProviderCall) -> ProviderResponse:
+    """The response to a call, or the effect of an earlier send where the verdict is to look for it first."""
+    assert call.request is not None
+    assert call.idempotency_key is not None
+    key = call.idempotency_key
+    if call.verdict != "send":
+        found = await operation.find(worker, call)
+        if found is not None:
+            return found
+        if call.verdict == "find":
+            raise PaymentRefused("canceled before the provider held it", body={"error": CANCELED_BEFORE_CREATION})
+        if call.verdict == "renew":
+            query = "select surety.renew_call_key(%s, %s)"
+            key = await worker.database.value(query, call.payment_id, call.operation)
+    return await operation.send(worker, call, key, call.request)
 
 
 async def unblocked_events(worker: Worker, batch: Batch, event_ids: list[str]) -> list[str]:
@@ -175,22 +213,18 @@ async def completed_groups(works: Iterable[CallWork]) -> AsyncGenerator[list[Cal
 async def call_result(
     subject: CallSubject,
     operation: str,
-    call_made: Awaitable[ProviderResponse],
-    source: str = "response",
+    response: Awaitable[ProviderResponse],
     *,
-    read: ReadResponse | None = None,
-    read_error: ReadError | None = None,
+    read: Callable[[ProviderResponse], CallResult],
+    explain: Callable[[ProviderError], CallResult],
 ) -> CallResult:
-    """What came of one call: an answer as `read` understands it, by itself as the payment's intent, or what its failure
-    means.
-    """
+    """The result of one call: its response as `read` understands it, or its failure as `explain` does."""
     began = time.monotonic()
     try:
-        answer = await call_made
-        result = read(answer) if read else intent_result(subject, answer, source)
+        result = read(await response)
     except ProviderError as error:
-        result = read_error(error) if read_error else error_result(subject, operation, error)
-    except Exception as error:  # whatever went wrong about one call must not touch the others
+        result = explain(error)
+    except Exception as error:  # an unforeseen failure of one call must not touch the others
         log.exception("%s of %s", operation, subject.payment_id)
         result = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
     if "outage" in result:
@@ -199,59 +233,30 @@ async def call_result(
     return {"payment_id": subject.payment_id, "operation": operation, "duration_ms": duration_ms, **result}
 
 
-def intent_result(subject: CallSubject, answer: ProviderResponse, source: str) -> CallResult:
-    """The intent that was answered, as facts. Raises ResponseMismatch or OutcomeUnknown if it isn't the payment's."""
-    intent = answer.body
-    check_intent(subject, intent)
-    origin = FactOrigin(subject.account, subject.livemode, source, answer.request_id)
-    result: CallResult = {
-        "outcome": "answered",
-        "status": answer.status,
-        "snapshot": redacted(intent),
-        "facts": intent_facts(intent, origin),
-    }
-    if intent["amount"] == subject.amount_minor:
-        return result
-    detail = f"{intent['id']} is about {intent['amount']} instead of {subject.amount_minor}"
-    if subject.provider_id is None:
-        raise ResponseMismatch(detail, kind="amount")
-    # It may have been charged by now, and what was charged is booked, whatever was asked for.
-    return result | {"discrepancy": {"kind": "amount", "subject": intent["id"], "detail": detail}}
+def answered_result(answer: ProviderResponse, facts: list[Fact]) -> CallResult:
+    """The result of a call with a response that was understood."""
+    return {"outcome": "answered", "status": answer.status, "snapshot": redacted(answer.body), "facts": facts}
 
 
-def check_intent(subject: CallSubject, intent: Json) -> None:
-    """Raises OutcomeUnknown unless the answer is a payment intent, and ResponseMismatch unless it is this payment's."""
-    metadata = intent.get("metadata")
-    if intent.get("object") != "payment_intent" or not isinstance(metadata, dict):
-        raise OutcomeUnknown("an answer that is no payment intent")
-    if not isinstance(intent.get("id"), str) or not isinstance(intent.get("amount"), int):
-        raise OutcomeUnknown("an answer that is no payment intent")
-    if subject.provider_id not in (None, intent["id"]):
-        raise ResponseMismatch(f"{intent['id']} was answered about {subject.provider_id}", kind="foreign")
-    if metadata.get("surety_payment") != subject.payment_id:
-        raise ResponseMismatch(f"{intent['id']} belongs to {metadata.get('surety_payment')}", kind="foreign")
-    if intent.get("currency") != subject.currency:
-        raise ResponseMismatch(
-            f"{intent['id']} is in {intent.get('currency')} instead of {subject.currency}", kind="currency"
-        )
-    if intent.get("livemode") != subject.livemode:
-        raise ResponseMismatch(f"{intent['id']} has livemode {intent.get('livemode')}", kind="livemode")
+def error_fields(error: ProviderError) -> CallResult:
+    """What every result of a failed call holds."""
+    return {"outcome": error.outcome, "status": error.status, "snapshot": redacted(error.body)}
 
 
-def error_result(subject: CallSubject, operation: str, error: ProviderError) -> CallResult:
-    """A call without an answer to believe, by what that means."""
-    result: CallResult = {"outcome": error.outcome, "status": error.status, "snapshot": redacted(error.body)}
-    if isinstance(error, PaymentRefused | PaymentDeclined):
-        if subject.provider_id is None or operation == "capture":
-            return result | {"refused": failure(error.error)}
-        origin = FactOrigin(subject.account, subject.livemode, "response")
-        return result | {"facts": [decline_fact(error.error, origin, subject.provider_id, subject.currency)]}
-    result["error"] = str(error)
+def failed_call_result(account: str, error: ProviderError) -> CallResult:
+    """The result of a failed call: released if the provider is busy, counted by the circuit in an outage."""
+    result = error_fields(error) | {"error": str(error)}
     if isinstance(error, ProviderOutage):
-        result["outage"] = breaker_key(subject.account)
+        result["outage"] = breaker_key(account)
     elif isinstance(error, ProviderBusy):
         result["release_seconds"] = error.seconds
-    elif isinstance(error, ResponseMismatch):
+    return result
+
+
+def discrepancy_result(subject: CallSubject, operation: str, error: ProviderError) -> CallResult:
+    """As failed_call_result, with a discrepancy where the provider's records differ from ours."""
+    result = failed_call_result(subject.account, error)
+    if isinstance(error, ResponseMismatch):
         result["discrepancy"] = {
             "kind": error.kind, "subject": f"{subject.payment_id}:{operation}", "detail": str(error)
         }  # fmt: skip

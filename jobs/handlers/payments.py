@@ -1,147 +1,131 @@
-"""One function per handler of the outbox; which events each of them gets is written in outbox.handlers.
-
-A handler takes a batch and the ids of those of its events that it is to handle. It finishes them, or raises: then they
-are tried again in halves.
-"""
+"""Operations on a payment's intent: create, confirm, capture, cancel. The handlers of settlements stand below them."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from typing import Any, Literal
 
-from jobs.handlers.calls import ProviderCall, make_calls
-from jobs.handlers.disputes import evidence
-from jobs.handlers.refunds import refund
-from jobs.handlers.webhooks import apply
-from jobs.stripe.client import PaymentRefused, ProviderResponse, RequestRejected
+from jobs.handlers.calls import (
+    CallResult,
+    CallSubject,
+    Operation,
+    ProviderCall,
+    answered_result,
+    discrepancy_result,
+    error_fields,
+)
+from jobs.stripe.client import (
+    OutcomeUnknown,
+    PaymentDeclined,
+    PaymentRefused,
+    ProviderError,
+    ProviderResponse,
+    RequestRejected,
+    ResponseMismatch,
+)
+from jobs.stripe.facts import FactOrigin, Json, decline_fact, failure, intent_facts
 from jobs.worker import Batch, Worker
 
-HandleEvents = Callable[[Worker, Batch, list[str]], Awaitable[None]]
 
-CANCELED_BEFORE_CREATION = {"code": "canceled", "message": "canceled before the provider held it"}
-
-
-async def submit(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """payment.initiated: the provider learns of the payment; nothing is charged by that."""
-    await make_calls(worker, batch, event_ids, "create", perform_create)
+async def create_intent(worker: Worker, call: ProviderCall, key: str, request: Json) -> ProviderResponse:
+    """The payment's new intent, unconfirmed: nothing is charged yet."""
+    return await worker.stripe.create_intent(call.account, key, request)
 
 
-async def perform_create(worker: Worker, call: ProviderCall) -> ProviderResponse:
-    """The payment's intent. Where sending again would not tell whether it exists, it is looked for first."""
-    assert call.request is not None
-    assert call.idempotency_key is not None
-    key = call.idempotency_key
-    if call.todo in {"ask", "find"}:
-        assert call.first_sent_at is not None
-        assert call.last_sent_at is not None
-        sent = call.first_sent_at, call.last_sent_at
-        found = await worker.stripe.find_intent(call.account, call.payment_id, *sent, call.begun_at)
-        if found is not None:
-            return found
-        if call.todo == "find":
-            raise PaymentRefused("canceled before the provider held it", body={"error": CANCELED_BEFORE_CREATION})
-        key = await renew_key(worker, call)
-    return await worker.stripe.create_intent(call.account, key, call.request)
+async def find_intent(worker: Worker, call: ProviderCall) -> ProviderResponse | None:
+    """The intent that an earlier send created."""
+    assert call.first_sent_at is not None
+    assert call.last_sent_at is not None
+    sent = call.first_sent_at, call.last_sent_at
+    return await worker.stripe.find_intent(call.account, call.payment_id, *sent, call.begun_at)
 
 
-async def confirm(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """payment.provider_submitted: the attempt to charge it. An intent succeeds once, so this can't charge twice."""
-    await make_calls(worker, batch, event_ids, "confirm", perform_confirm)
+def intent_result(subject: CallSubject, answer: ProviderResponse, source: str = "response") -> CallResult:
+    """The answered intent, as facts. Raises ResponseMismatch or OutcomeUnknown if it isn't the payment's."""
+    intent = answer.body
+    check_intent(subject, intent)
+    origin = FactOrigin(subject.account, subject.livemode, source, answer.request_id)
+    result = answered_result(answer, intent_facts(intent, origin))
+    if intent["amount"] == subject.amount_minor:
+        return result
+    detail = f"{intent['id']} is about {intent['amount']} instead of {subject.amount_minor}"
+    if subject.provider_id is None:
+        raise ResponseMismatch(detail, kind="amount")
+    # It may have been charged already, and what was charged is booked, whatever was requested.
+    return result | {"discrepancy": {"kind": "amount", "subject": intent["id"], "detail": detail}}
 
 
-async def perform_confirm(worker: Worker, call: ProviderCall) -> ProviderResponse:
-    """The intent after its confirmation; asked about first where an earlier one's outcome is unknown."""
-    assert call.request is not None
-    assert call.idempotency_key is not None
-    assert call.provider_id is not None
-    key = call.idempotency_key
-    if call.todo == "ask":
+def check_intent(subject: CallSubject, intent: Json) -> None:
+    """Raises OutcomeUnknown unless the answer is a payment intent, and ResponseMismatch unless it is this payment's."""
+    metadata = intent.get("metadata")
+    if intent.get("object") != "payment_intent" or not isinstance(metadata, dict):
+        raise OutcomeUnknown("an answer that is no payment intent")
+    if not isinstance(intent.get("id"), str) or not isinstance(intent.get("amount"), int):
+        raise OutcomeUnknown("an answer that is no payment intent")
+    if subject.provider_id not in (None, intent["id"]):
+        raise ResponseMismatch(f"{intent['id']} was answered about {subject.provider_id}", kind="foreign")
+    if metadata.get("surety_payment") != subject.payment_id:
+        raise ResponseMismatch(f"{intent['id']} belongs to {metadata.get('surety_payment')}", kind="foreign")
+    if intent.get("currency") != subject.currency:
+        raise ResponseMismatch(
+            f"{intent['id']} is in {intent.get('currency')} instead of {subject.currency}", kind="currency"
+        )
+    if intent.get("livemode") != subject.livemode:
+        raise ResponseMismatch(f"{intent['id']} has livemode {intent.get('livemode')}", kind="livemode")
+
+
+def intent_error_result(subject: CallSubject, error: ProviderError, operation: str) -> CallResult:
+    """A call without a usable response: a refusal, a declined attempt, a discrepancy or an error."""
+    if not isinstance(error, PaymentRefused | PaymentDeclined):
+        return discrepancy_result(subject, operation, error)
+    if subject.provider_id is None or operation == "capture":
+        return error_fields(error) | {"refused": failure(error.error)}
+    origin = FactOrigin(subject.account, subject.livemode, "response")
+    return error_fields(error) | {"facts": [decline_fact(error.error, origin, subject.provider_id, subject.currency)]}
+
+
+def explain_intent_error(call: ProviderCall, error: ProviderError) -> CallResult:
+    """As intent_error_result, for a call of a handler."""
+    return intent_error_result(call, error, call.operation)
+
+
+def intent_operation(action: Literal["confirm", "capture", "cancel"], is_over: Callable[[Any], bool]) -> Operation:
+    """An operation on an intent that exists. `is_over`: by its status nothing is left to do."""
+
+    async def find(worker: Worker, call: ProviderCall) -> ProviderResponse | None:
+        assert call.provider_id is not None
         found = await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
-        if found.body.get("status") != "requires_confirmation":
-            return found
-        key = await renew_key(worker, call)
-    try:
-        return await worker.stripe.confirm_intent(call.account, key, call.provider_id, call.request)
-    except RequestRejected as error:
-        return await intent_after_rejection(worker, call, error)
+        return found if is_over(found.body.get("status")) else None
+
+    async def send(worker: Worker, call: ProviderCall, key: str, request: Json) -> ProviderResponse:
+        assert call.provider_id is not None
+        try:
+            return await worker.stripe.change_intent(call.account, key, call.provider_id, action, request)
+        except RequestRejected as error:
+            if error.error.get("code") != "payment_intent_unexpected_state":
+                raise
+            # Its state was in the way, so its state is the response.
+            return await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
+
+    return Operation(name=action, send=send, find=find, read=intent_result, explain=explain_intent_error)
 
 
-async def capture(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """payment.capture_requested: what is held is taken. An intent is captured once, so this can't charge twice."""
-    await make_calls(worker, batch, event_ids, "capture", perform_capture)
-
-
-async def perform_capture(worker: Worker, call: ProviderCall) -> ProviderResponse:
-    """The intent after its capture, or as it is if nothing is held any more."""
-    assert call.request is not None
-    assert call.idempotency_key is not None
-    assert call.provider_id is not None
-    key = call.idempotency_key
-    if call.todo == "ask":
-        found = await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
-        if found.body.get("status") != "requires_capture":
-            return found
-        key = await renew_key(worker, call)
-    try:
-        return await worker.stripe.capture_intent(call.account, key, call.provider_id, call.request)
-    except RequestRejected as error:
-        return await intent_after_rejection(worker, call, error)
-
-
-async def cancel(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """payment.cancel_requested, where a payment has ended here, an intent too many: no payer may succeed with it."""
-    await make_calls(worker, batch, event_ids, "cancel", perform_cancel)
-
-
-async def perform_cancel(worker: Worker, call: ProviderCall) -> ProviderResponse:
-    """The intent after its cancellation, or as it is if that isn't possible any more."""
-    assert call.request is not None
-    assert call.idempotency_key is not None
-    assert call.provider_id is not None
-    key = call.idempotency_key
-    if call.todo == "ask":
-        found = await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
-        if found.body.get("status") in {"succeeded", "canceled", "processing"}:
-            return found
-        key = await renew_key(worker, call)
-    try:
-        return await worker.stripe.cancel_intent(call.account, key, call.provider_id, call.request)
-    except RequestRejected as error:
-        return await intent_after_rejection(worker, call, error)
-
-
-async def intent_after_rejection(worker: Worker, call: ProviderCall, error: RequestRejected) -> ProviderResponse:
-    """The intent as it is, where its state was what stood in the way; else the error."""
-    if error.error.get("code") != "payment_intent_unexpected_state" or call.provider_id is None:
-        raise error
-    return await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
-
-
-async def renew_key(worker: Worker, call: ProviderCall) -> str:
-    """A fresh idempotency key: what the old one would replay is known, and is no answer."""
-    key: str = await worker.database.value("select surety.renew_call_key(%s, %s)", call.payment_id, call.operation)
-    return key
+CREATE = Operation(
+    name="create", send=create_intent, find=find_intent, read=intent_result, explain=explain_intent_error
+)
+# An intent succeeds once and is captured once, so neither confirming nor capturing it again can charge twice.
+CONFIRM = intent_operation("confirm", lambda status: status != "requires_confirmation")
+CAPTURE = intent_operation("capture", lambda status: status != "requires_capture")
+CANCEL = intent_operation("cancel", lambda status: status in {"succeeded", "canceled", "processing"})
 
 
 async def settle(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """payment.confirmed: money is expected."""
+    """payment.confirmed: a settlement is expected."""
     query = "select surety.open_settlement_expectation(%s, %s, %s)"
     batch.is_lost = not await worker.database.commit_if_true(query, batch.batch_id, batch.fence, event_ids)
 
 
 async def close(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """payment.settled: it has come."""
+    """payment.settled: the expected settlement has arrived."""
     query = "select surety.close_settlement_expectation(%s, %s, %s)"
     batch.is_lost = not await worker.database.commit_if_true(query, batch.batch_id, batch.fence, event_ids)
-
-
-HANDLERS: dict[str, HandleEvents] = {
-    "submit": submit,
-    "confirm": confirm,
-    "capture": capture,
-    "cancel": cancel,
-    "refund": refund,
-    "evidence": evidence,
-    "settle": settle,
-    "close": close,
-    "apply": apply,
-}

@@ -18,13 +18,18 @@ from psycopg.types.json import Jsonb
 
 from db.redaction import without_secrets
 from jobs.breaker import breaker_key
-from jobs.handlers.calls import CallResult, missing_subject_results, record_as_completed, record_call_results
+from jobs.handlers.calls import (
+    CallResult,
+    failed_call_result,
+    missing_subject_results,
+    record_as_completed,
+    record_call_results,
+)
 from jobs.stripe.client import (
     API_VERSION,
     OutcomeUnknown,
     ProviderBusy,
     ProviderError,
-    ProviderOutage,
     ProviderResponse,
 )
 from jobs.stripe.facts import (
@@ -280,11 +285,9 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
             answer = await fetch_object(worker, source)
             result = fetch_result(answer) | {"facts": FACT_READERS[source.kind](answer.body, origin)}
     except ProviderError as error:
-        result = {"outcome": error.outcome, "status": error.status, "error": str(error)}
-        if isinstance(error, ProviderBusy):
-            result["release_seconds"] = error.seconds
-        elif isinstance(error, ProviderOutage):
-            result |= {"outage": breaker_key(source.account), "began": began}
+        result = failed_call_result(source.account, error)
+        if "outage" in result:
+            result["began"] = began
     except (KeyError, TypeError, AttributeError) as error:
         result = {"outcome": "unknown", "error": f"{source.id} as it was never seen: {type(error).__name__} {error}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)

@@ -24,7 +24,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import stripe
@@ -204,17 +204,16 @@ class StripeGateway:
         """A new payment intent, unconfirmed."""
         return await self._send("post", "/v1/payment_intents", account, request, key=key)
 
-    async def confirm_intent(self, account: str, key: str, intent_id: str, request: Json) -> ProviderResponse:
-        """The attempt to charge it."""
-        return await self._send("post", f"/v1/payment_intents/{intent_id}/confirm", account, request, key=key)
-
-    async def capture_intent(self, account: str, key: str, intent_id: str, request: Json) -> ProviderResponse:
-        """What is held is taken, all of it or a part, once."""
-        return await self._send("post", f"/v1/payment_intents/{intent_id}/capture", account, request, key=key)
-
-    async def cancel_intent(self, account: str, key: str, intent_id: str, request: Json) -> ProviderResponse:
-        """The end of an intent that hasn't succeeded."""
-        return await self._send("post", f"/v1/payment_intents/{intent_id}/cancel", account, request, key=key)
+    async def change_intent(
+        self,
+        account: str,
+        key: str,
+        intent_id: str,
+        action: Literal["confirm", "capture", "cancel"],
+        request: Json,
+    ) -> ProviderResponse:
+        """An intent after an attempt to charge it, after its capture (once, all or a part), or after its end."""
+        return await self._send("post", f"/v1/payment_intents/{intent_id}/{action}", account, request, key=key)
 
     async def create_refund(self, account: str, key: str, request: Json) -> ProviderResponse:
         """Money back to the payer."""

@@ -97,7 +97,7 @@ def test_discarding_an_unconfirmed_payment_cancels_it_at_the_provider(conn: Conn
     assert outcome == "discarded" and "asks the provider to cancel" in detail
     assert state_of(conn, payment_id) == "provider_submitted"
     [batch] = conn.execute("select batch_id, fence from outbox.claim_batch('cancel', 'worker-1')").fetchall()
-    todo = conn.execute("select payment_id, todo from surety.begin_calls(%s, %s, 'cancel', 'worker:w')", batch)
+    todo = conn.execute("select payment_id, verdict from surety.begin_calls(%s, %s, 'cancel', 'worker:w')", batch)
     assert todo.fetchall() == [(payment_id, "send")]
 
 

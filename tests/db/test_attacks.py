@@ -279,7 +279,7 @@ def test_decline_and_expired_action_request_one_cancellation(conn: Connection, k
     conn.execute("select surety.cancel_expired_actions(interval '-1 second')")
     record(conn, [fact(payment_id, "attempt_failed", "pi")])
     batch, fence, _ = claimed(conn, "cancel")
-    calls = conn.execute("select todo from surety.begin_calls(%s, %s, 'cancel', 'w')", (batch, fence)).fetchall()
+    calls = conn.execute("select verdict from surety.begin_calls(%s, %s, 'cancel', 'w')", (batch, fence)).fetchall()
     assert calls == [("send",), ("skip",)]
 
 

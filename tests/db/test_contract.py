@@ -19,6 +19,8 @@ from app.web.problems import PROBLEM_BY_SQLSTATE, PROBLEM_TYPES, RULE_BY_CONSTRA
 from db import BEHAVIOUR_FILES
 from db.connect import ProcessKind, role_of
 from jobs.breaker import breaker_key
+from jobs.handlers.calls import Verdict
+from jobs.handlers.table import HANDLER_TABLE
 from tests.support.http_client import connect_as_owner
 from tests.support.payments import Connection, add_merchant, create, request
 
@@ -153,6 +155,22 @@ def test_handlers_in_sql_and_python_sources_exist(rights: Connection) -> None:
     scheduled = {handler for call in calls for handler in call.split(",")}
     assert scheduled
     assert scheduled <= set(column(rights, "select handler from outbox.handlers"))
+
+
+def test_handler_table_matches_the_database(rights: Connection) -> None:
+    rows = rights.execute("select handler, event_types from outbox.list_handlers()").fetchall()
+    assert {row.name: sorted(row.events) for row in HANDLER_TABLE} == {name: sorted(types) for name, types in rows}
+    assert [row.function for row in HANDLER_TABLE if one(rights, "select to_regproc(%s)", row.function) is None] == []
+    calling = column(rights, "select handler from outbox.handlers where calls_provider")
+    assert {row.name for row in HANDLER_TABLE if row.function == "surety.begin_calls"} == set(calling)
+
+
+def test_verdicts_match_the_database(rights: Connection) -> None:
+    verdicts = column(rights, "select verdict from surety.call_verdicts")
+    assert sorted(get_args(Verdict)) == sorted(verdicts)
+    planned = SQL["provider/calls"].partition("create or replace function surety.begin_calls")[0]
+    given = set(re.findall(r"(?:then|else) '(\w+)'", planned))
+    assert given == set(verdicts)
 
 
 def test_trace_entry_kinds_cover_all_audit_kinds(rights: Connection) -> None:

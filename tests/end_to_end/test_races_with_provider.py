@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from jobs.drain import claim_batch, handle_batch
-from jobs.handlers.payments import HANDLERS
+from jobs.handlers.table import HANDLERS
 from jobs.stripe.facts import FactOrigin, dispute_facts, intent_facts
 from jobs.worker import Worker
 from tests.db.test_races import Two

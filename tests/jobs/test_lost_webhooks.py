@@ -147,8 +147,10 @@ async def test_dead_lettered_submission_is_looked_up_while_unfinished(
         await poll_unfinished(worker)
         if fault == "timeout_before":
             assert state_of(conn, payment_id) == "submitting"
-            asked, seconds = one(conn, "select asked, extract(epoch from poll_at - now())::int from surety.payments")
-            assert asked == 1
+            poll_count, seconds = one(
+                conn, "select poll_count, extract(epoch from poll_at - now())::int from surety.payments"
+            )
+            assert poll_count == 1
             assert seconds > 300
             assert one(conn, "select outcome from audit.entries where kind = 'answer' order by id desc") == "absent"
             assert one(conn, "select count(*) from outbox.dead_letters where closed_at is null") == 1

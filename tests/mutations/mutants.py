@@ -179,7 +179,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "another amount is not believed",
-        ("jobs/handlers/calls.py", 'if intent["amount"] == subject.amount_minor:', 'if intent["amount"]:'),
+        ("jobs/handlers/payments.py", 'if intent["amount"] == subject.amount_minor:', 'if intent["amount"]:'),
         (
             "db/sql/payments/facts.sql",
             "                when f.kind = 'submitted' and f.amount_minor <> p.amount_minor then 'amount'\n",
@@ -208,13 +208,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "a refund has the same key at the provider",
-        ("db/sql/provider/calls.sql", "j.refund_id || ':create',", "j.refund_id || ':create' || random(),"),
+        ("db/sql/provider/calls.sql", "r.id || ':create',", "r.id || ':create' || random(),"),
         (
             "db/sql/provider/calls.sql",
             "            sends = c.sends + 1,\n",
             "            sends = c.sends + 1,\n            idempotency_key = excluded.idempotency_key,\n",
         ),
-        ("jobs/handlers/refunds.py", 'if call.todo in {"ask", "renew"}:', "if call.todo in set():"),
+        (
+            "jobs/handlers/refunds.py",
+            "return await worker.stripe.find_refund(call.account, call.provider_id, call.subject_id)",
+            "return None",
+        ),
     ),
     mutant(
         "a refund that has failed is given back",
@@ -272,8 +276,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "the same call has the same key at the provider",
         (
             "db/sql/provider/calls.sql",
-            "            j.payment_id || ':' || j.operation\n",
-            "            j.payment_id || ':' || j.operation || random()\n",
+            "(j.payment).id || ':' || j.operation\n",
+            "(j.payment).id || ':' || j.operation || random()\n",
         ),
         (
             "db/sql/provider/calls.sql",

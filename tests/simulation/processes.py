@@ -15,7 +15,7 @@ from db.settings import load_settings
 from jobs import app, polling
 from jobs.database import WorkerDatabase
 from jobs.drain import drain
-from jobs.handlers.payments import HANDLERS
+from jobs.handlers.table import HANDLERS
 from jobs.stripe.client import API_VERSION, StripeGateway
 from jobs.worker import Batch, Worker, keep_heartbeat
 from tests.simulation.clients import PATIENCE_SECONDS, RETRY_AFTER_SECONDS

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from jobs.handlers.payments import HANDLERS
+from jobs.handlers.table import HANDLERS
 from tests.simulation.loop import Killed
 from tests.simulation.processes import ROUNDS, WorkerProcess
 

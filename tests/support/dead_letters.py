@@ -117,10 +117,7 @@ def exhaust_command(
         batch, fence, [event_id] = row
         result = {"event_id": event_id, "error": REFUSAL}
         if sent == "sent":
-            begin = "select from surety.begin_refunds(%s, %s, 'worker:w')"
-            if handler == "capture":
-                begin = "select from surety.begin_calls(%s, %s, 'capture', 'worker:w')"
-            conn.execute(begin.encode(), (batch, fence))
+            conn.execute("select from surety.begin_calls(%s, %s, %s, 'worker:w')", (batch, fence, handler))
             told = {"payment_id": payment_id, "operation": operation, "outcome": "rejected", "status": status}
             result |= {name: value for name, value in told.items() if value is not None}
         conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (batch, fence, json.dumps([result])))

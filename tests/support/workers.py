@@ -15,7 +15,7 @@ import httpx
 
 from db.settings import load_settings
 from jobs.drain import claim_batch, handle_batch, keep_lease
-from jobs.handlers.payments import HANDLERS
+from jobs.handlers.table import HANDLERS
 from jobs.worker import Worker, open_worker
 from tests.support.payments import Connection
 from tests.support.sandbox_process import eventually

@@ -1,11 +1,11 @@
--- Requests to providers: their parameters and their pace.
+-- Requests to providers: their parameters and their rate.
 
 create or replace function surety.stripe_request(p_payment surety.payments, p_operation text) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- Parameters as Stripe names them. The intent is created unconfirmed: nothing can be charged by creating it.
-    select jsonb_strip_nulls(case p_operation
-        when 'create' then jsonb_build_object(
+    select jsonb_strip_nulls(case
+        -- Created unconfirmed: creating an intent charges nothing.
+        when p_operation = 'create' then jsonb_build_object(
             'amount', p_payment.amount_minor,
             'currency', p_payment.currency,
             'payment_method', p_payment.method_token,
@@ -19,26 +19,58 @@ begin atomic
                 'surety_environment', (select environment.id from surety.environment)
             )
         )
-        when 'confirm' then jsonb_build_object('return_url', p_payment.return_url)
-        when 'capture' then jsonb_build_object(
-            'amount_to_capture', (select asked.amount_minor from surety.pending_capture(p_payment.id) as asked)
+        when p_operation = 'confirm' then jsonb_build_object('return_url', p_payment.return_url)
+        when p_operation = 'capture' then jsonb_build_object(
+            'amount_to_capture', (select requested.amount_minor from surety.pending_capture(p_payment.id) as requested)
         )
-        when 'cancel' then jsonb_build_object(
+        when p_operation = 'cancel' then jsonb_build_object(
             'cancellation_reason',
             case when p_payment.flags ? 'cancel_requested_at' then 'requested_by_customer' else 'abandoned' end
         )
-        else jsonb_build_object('cancellation_reason', 'duplicate')
+        when p_operation like 'cancel:%' then jsonb_build_object('cancellation_reason', 'duplicate')
     end);
 end;
+
+comment on function surety.stripe_request(surety.payments, text) is
+'The parameters of an operation on a payment''s intent, as Stripe names them; null for an unknown operation.';
+
+create or replace function surety.stripe_refund_request(p_refund surety.refunds, p_intent_id text) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select jsonb_strip_nulls(jsonb_build_object(
+        'payment_intent', p_intent_id,
+        'amount', p_refund.amount_minor,
+        'reason', p_refund.reason,
+        'metadata', jsonb_build_object(
+            'surety_refund', p_refund.id,
+            'surety_payment', p_refund.payment_id,
+            'surety_environment', (select environment.id from surety.environment)
+        )
+    ));
+end;
+
+comment on function surety.stripe_refund_request(surety.refunds, text) is
+'The parameters of a refund, as Stripe names them.';
+
+create or replace function surety.stripe_evidence_request(p_dispute surety.disputes) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp
+begin atomic
+    select jsonb_build_object(
+        'evidence', p_dispute.evidence, 'submit', p_dispute.submit_asked_at is not null
+    );
+end;
+
+comment on function surety.stripe_evidence_request(surety.disputes) is
+'All evidence given so far for a dispute, as Stripe names its parameters.';
 
 create or replace function surety.reserve_request_slot(
     p_provider text, p_account text, p_per_second double precision, p_is_urgent boolean
 ) returns double precision
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- GCRA in one statement: next_at moves on by one request's share of a second and may lag by half a second's worth.
-    -- Who isn't urgent takes a turn only where nobody would wait for it. A minute's backlog at most is kept, so that a
-    -- clock that was set back can't stop us.
+    -- GCRA in one statement: each request moves next_at on by its share of a second; next_at lags by half a second at
+    -- most, which is the burst. A request that isn't urgent takes a slot only if it need not wait. The backlog is cut
+    -- to one minute, so a clock that was set back can't stop all requests.
     with taken as (
         insert into surety.request_slots as paces (provider, account, next_at)
         values (
@@ -58,5 +90,5 @@ begin atomic
 end;
 
 comment on function surety.reserve_request_slot(text, text, double precision, boolean) is
-'Seconds to wait before one request may be sent to a provider''s account, its turn being taken; null where the turn was
-left to urgent requests.';
+'Reserves a slot for one request to a provider''s account. Returns the seconds to wait before sending; null when the
+request isn''t urgent and would have to wait, so that no slot was taken.';
