@@ -23,8 +23,6 @@ from psycopg.types.json import Jsonb
 
 from db.errors import is_retryable
 from jobs import app
-from db.errors import is_retryable
-from jobs import app
 from jobs.database import bisect_on_error
 from jobs.handlers.table import HANDLERS, HandleEvents
 from jobs.worker import Batch, Worker, worker_of

@@ -80,7 +80,7 @@ class RecordedResults(Struct):
     event_types: list[str]
 
 
-class Operation(Struct, frozen=True, kw_only=True):
+class CallOperation(Struct, frozen=True, kw_only=True):
     """One kind of call: how it is sent and looked for, and what its response and its failure mean."""
 
     name: str
@@ -96,7 +96,7 @@ class Operation(Struct, frozen=True, kw_only=True):
 CallWork = Callable[[], Awaitable[list[CallResult]]]
 
 
-async def make_calls(operation: Operation, worker: Worker, batch: Batch, event_ids: list[str]) -> None:
+async def make_calls(operation: CallOperation, worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """Make the calls of these events and record the result of each."""
     event_ids = await unblocked_events(worker, batch, event_ids)
     if not event_ids:
@@ -113,7 +113,7 @@ async def make_calls(operation: Operation, worker: Worker, batch: Batch, event_i
     await record_as_completed(worker, batch, [partial(make_call, operation, worker, batch, call) for call in calls])
 
 
-async def make_call(operation: Operation, worker: Worker, batch: Batch, call: ProviderCall) -> list[CallResult]:
+async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call: ProviderCall) -> list[CallResult]:
     """The result of one event's call. An unknown verdict sends nothing."""
     event: CallResult = {"event_id": call.event_id}
     match call.verdict:
@@ -133,7 +133,7 @@ async def make_call(operation: Operation, worker: Worker, batch: Batch, call: Pr
             assert_never(call.verdict)
 
 
-async def provider_response(operation: Operation, worker: Worker, call: ProviderCall) -> ProviderResponse:
+async def provider_response(operation: CallOperation, worker: Worker, call: ProviderCall) -> ProviderResponse:
     """The response to a call, or the effect of an earlier send where the verdict is to look for it first."""
     assert call.request is not None
     assert call.idempotency_key is not None

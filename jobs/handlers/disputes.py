@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from jobs.handlers.calls import CallResult, Operation, ProviderCall, answered_result, failed_call_result
+from jobs.handlers.calls import CallOperation, CallResult, ProviderCall, answered_result, failed_call_result
 from jobs.handlers.webhooks import ProviderObject, fetch_dispute
 from jobs.stripe.client import ProviderError, ProviderResponse, RequestRejected
 from jobs.stripe.facts import FactOrigin, Json
@@ -47,6 +47,6 @@ def explain_evidence_error(call: ProviderCall, error: ProviderError) -> CallResu
     return failed_call_result(call.account, error)
 
 
-EVIDENCE = Operation(
+EVIDENCE = CallOperation(
     name="evidence", send=send_evidence, find=find_nothing, read=evidence_result, explain=explain_evidence_error
 )

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from jobs.handlers.calls import (
+    CallOperation,
     CallResult,
     CallSubject,
-    Operation,
     ProviderCall,
     answered_result,
     discrepancy_result,
@@ -27,7 +27,7 @@ from jobs.stripe.facts import FactOrigin, Json, decline_fact, failure, intent_fa
 from jobs.worker import Batch, Worker
 
 
-async def create_intent(worker: Worker, call: ProviderCall, key: str, request: Json) -> ProviderResponse:
+async def send_creation(worker: Worker, call: ProviderCall, key: str, request: Json) -> ProviderResponse:
     """The payment's new intent, unconfirmed: nothing is charged yet."""
     return await worker.stripe.create_intent(call.account, key, request)
 
@@ -89,7 +89,7 @@ def explain_intent_error(call: ProviderCall, error: ProviderError) -> CallResult
     return intent_error_result(call, error, call.operation)
 
 
-def intent_operation(action: Literal["confirm", "capture", "cancel"], is_over: Callable[[Any], bool]) -> Operation:
+def intent_operation(action: Literal["confirm", "capture", "cancel"], is_over: Callable[[Any], bool]) -> CallOperation:
     """An operation on an intent that exists. `is_over`: by its status nothing is left to do."""
 
     async def find(worker: Worker, call: ProviderCall) -> ProviderResponse | None:
@@ -107,11 +107,11 @@ def intent_operation(action: Literal["confirm", "capture", "cancel"], is_over: C
             # Its state was in the way, so its state is the response.
             return await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
 
-    return Operation(name=action, send=send, find=find, read=intent_result, explain=explain_intent_error)
+    return CallOperation(name=action, send=send, find=find, read=intent_result, explain=explain_intent_error)
 
 
-CREATE = Operation(
-    name="create", send=create_intent, find=find_intent, read=intent_result, explain=explain_intent_error
+CREATE = CallOperation(
+    name="create", send=send_creation, find=find_intent, read=intent_result, explain=explain_intent_error
 )
 # An intent succeeds once and is captured once, so neither confirming nor capturing it again can charge twice.
 CONFIRM = intent_operation("confirm", lambda status: status != "requires_confirmation")

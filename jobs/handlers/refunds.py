@@ -7,8 +7,8 @@ it sent again.
 from __future__ import annotations
 
 from jobs.handlers.calls import (
+    CallOperation,
     CallResult,
-    Operation,
     ProviderCall,
     answered_result,
     discrepancy_result,
@@ -26,7 +26,7 @@ from jobs.stripe.facts import FactOrigin, Json, failure, id_of, refund_facts
 from jobs.worker import Worker
 
 
-async def create_refund(worker: Worker, call: ProviderCall, key: str, request: Json) -> ProviderResponse:
+async def send_refund(worker: Worker, call: ProviderCall, key: str, request: Json) -> ProviderResponse:
     """The refund, made at the provider."""
     return await worker.stripe.create_refund(call.account, key, request)
 
@@ -64,6 +64,6 @@ def explain_refund_error(call: ProviderCall, error: ProviderError) -> CallResult
     return discrepancy_result(call, call.operation, error)
 
 
-REFUND = Operation(
-    name="refund", send=create_refund, find=find_refund, read=refund_result, explain=explain_refund_error
+REFUND = CallOperation(
+    name="refund", send=send_refund, find=find_refund, read=refund_result, explain=explain_refund_error
 )

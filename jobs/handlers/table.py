@@ -1,7 +1,7 @@
 """The handlers of the outbox: their events, what they write in the database, what they call at the provider.
 
 A handler takes a batch and those of its event ids that it is to handle. It finishes them, or raises; then each half of
-them is tried again. outbox.handlers holds the same table for the database; a test compares them.
+them is tried again. outbox.handler_events holds the events for the database; a test compares the two.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ HandleEvents = Callable[[Worker, Batch, list[str]], Awaitable[None]]
 
 
 class Handler(Struct, frozen=True):
-    """One handler. `function` is the SQL function that does its work or commits its calls before they are sent."""
+    """One handler. `function` is the SQL function that does its work or writes its calls before they are sent."""
 
     name: str
     events: tuple[str, ...]
     function: str
     provider_call: str | None
+    leads_to: str
     handle: HandleEvents
 
 
@@ -42,39 +43,48 @@ CANCEL_EVENTS = (
 HANDLER_TABLE: tuple[Handler, ...] = (
     Handler(
         "submit", ("payment.initiated",),
-        "surety.begin_calls", "create PaymentIntent, unconfirmed", partial(make_calls, CREATE),
+        "surety.begin_calls", "create PaymentIntent, unconfirmed", "provider_submitted, failed",
+        partial(make_calls, CREATE),
     ),
     Handler(
         "confirm", ("payment.provider_submitted",),
-        "surety.begin_calls", "confirm PaymentIntent", partial(make_calls, CONFIRM),
+        "surety.begin_calls", "confirm it, by id", "confirmed, authorized, requires_action, processing, failed",
+        partial(make_calls, CONFIRM),
     ),
     Handler(
         "capture", ("payment.capture_requested",),
-        "surety.begin_calls", "capture PaymentIntent", partial(make_calls, CAPTURE),
+        "surety.begin_calls", "capture it", "confirmed",
+        partial(make_calls, CAPTURE),
     ),
     Handler(
         "cancel", CANCEL_EVENTS,
-        "surety.begin_calls", "cancel PaymentIntent", partial(make_calls, CANCEL),
+        "surety.begin_calls", "cancel it", "canceled, failed",
+        partial(make_calls, CANCEL),
     ),
     Handler(
         "refund", ("refund.pending",),
-        "surety.begin_calls", "create Refund", partial(make_calls, REFUND),
+        "surety.begin_calls", "create refund", "refund.succeeded, refund.failed",
+        partial(make_calls, REFUND),
     ),
     Handler(
         "evidence", ("dispute.evidence_given",),
-        "surety.begin_calls", "update Dispute, then fetch it", partial(make_calls, EVIDENCE),
-    ),
-    Handler(
-        "settle", ("payment.confirmed",),
-        "surety.open_settlement_expectation", None, settle,
-    ),
-    Handler(
-        "close", ("payment.settled",),
-        "surety.close_settlement_expectation", None, close,
+        "surety.begin_calls", "update dispute", "dispute.under_review",
+        partial(make_calls, EVIDENCE),
     ),
     Handler(
         "apply", ("webhook.received",),
-        "surety.record_event_results", "fetch what a webhook does not prove", apply,
+        "surety.record_call_results", "fetch, where an event is no proof", "facts",
+        apply,
+    ),
+    Handler(
+        "settle", ("payment.confirmed",),
+        "surety.open_settlement_expectation", None, "an expected settlement",
+        settle,
+    ),
+    Handler(
+        "close", ("payment.settled",),
+        "surety.close_settlement_expectation", None, "a settlement met",
+        close,
     ),
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ import psycopg
 from app.web.problems import PROBLEM_TYPES
 from db.deploy.deploy import deploy
 from db.embedded import EmbeddedServer, temporary_database
-from jobs.handlers.payments import HANDLERS
+from jobs.handlers.table import HANDLER_TABLE
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -130,36 +130,18 @@ def rules(conn: Connection) -> str:
     return table(("cause", "debit", "credit", "amount"), lines)
 
 
-HANDLER_FLOW: dict[str, tuple[str, str | None, str]] = {
-    "submit": ("surety.begin_calls", "create PaymentIntent, unconfirmed", "provider_submitted, failed"),
-    "confirm": (
-        "surety.begin_calls",
-        "confirm it, by id",
-        "confirmed, authorized, requires_action, processing, failed",
-    ),
-    "capture": ("surety.begin_calls", "capture it", "confirmed"),
-    "cancel": ("surety.begin_calls", "cancel it", "canceled, failed"),
-    "refund": ("surety.begin_refunds", "create refund", "refund.succeeded, refund.failed"),
-    "evidence": ("surety.begin_evidence", "update dispute", "dispute.under_review"),
-    "apply": ("surety.record_call_results", "fetch, where an event is no proof", "facts"),
-    "settle": ("surety.open_settlement_expectation", None, "an expected settlement"),
-    "close": ("surety.close_settlement_expectation", None, "a settlement met"),
-}
-
-
-def events(conn: Connection) -> str:
+def events(_: Connection) -> str:
     """Which event leads to which handler, and what that does."""
-    rows = conn.execute(
-        "select handler, array_agg(event_type order by event_type) from outbox.handler_events group by handler"
-    ).fetchall()
-    types: dict[str, list[str]] = dict(rows)
-    assert types.keys() == HANDLERS.keys() == HANDLER_FLOW.keys()
-    lines = []
-    for handler, (function, call, leads_to) in HANDLER_FLOW.items():
-        [(exists,)] = conn.execute("select to_regproc(%s) is not null", (function,)).fetchall()
-        assert exists, function
-        named = ", ".join(f"`{kind}`" for kind in types[handler])
-        lines.append((named, f"`{handler}`", f"`{function}`", call, leads_to))
+    lines = [
+        (
+            ", ".join(f"`{kind}`" for kind in row.events),
+            f"`{row.name}`",
+            f"`{row.function}`",
+            row.provider_call,
+            row.leads_to,
+        )
+        for row in HANDLER_TABLE
+    ]
     return table(("event", "handler", "SQL function", "call to the provider", "leads to"), lines)
 
 

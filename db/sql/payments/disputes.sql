@@ -3,7 +3,7 @@
 -- Disputes: what the network asks back. A row holds what the last fetch told; merchants read it and give evidence.
 --
 --   advance   surety.advance_disputes: the fetch with the highest number wins; a changed status is an event
---   evidence  api.submit_evidence, merged here; surety.begin_evidence: what will be sent is committed first
+--   evidence  api.submit_evidence, merged here; surety.begin_calls: what will be sent is committed first
 --   deadline  surety.emit_evidence_reminders: an event before evidence is due
 --   ask about  the sweep: surety.claim_disputes_to_poll
 --   read      api.get_dispute, api.list_disputes

@@ -3,7 +3,7 @@
 -- Refunds: a merchant asks for one and the amount is taken up at once; the provider makes it. Or it was made there.
 --
 --   ask       api.create_refund: money out is reserved in the transaction that asks for it
---   send      surety.begin_refunds: what will be sent is committed first; surety.fail_refused_refunds if it is not
+--   send      surety.begin_calls: what will be sent is committed first; surety.fail_refused_refunds if it is not
 --   taken
 --   advance   surety.advance_refunds: what facts say of refunds, as rows and steps
 --   project   a trigger: the refund's row, its event, its audit entry
