@@ -10,7 +10,7 @@ from db.deploy.statements import Statement, read_statements
 
 SQL_FOLDER = Path(__file__).parent.parent.parent / "db" / "sql"
 NAME = re.compile(r"\b(?:surety|api|outbox|audit|ledger|report)\.\w+")
-COMMENT = re.compile(r"--[^\n]*")
+PROSE = re.compile(r"--[^\n]*|(?<= is\s)'.*'(?=;$)", re.DOTALL)
 
 
 def statements_by_file() -> dict[str, list[Statement]]:
@@ -37,7 +37,7 @@ def test_every_sql_file_uses_only_what_it_or_an_earlier_file_defines() -> None:
         f"{name}:{statement.line} uses {used}, which {defined_in[used]} defines"
         for name, statements in files.items()
         for statement in statements
-        for used in sorted(set(NAME.findall(COMMENT.sub("", statement.text))) & defined_in.keys())
+        for used in sorted(set(NAME.findall(PROSE.sub("", statement.text))) & defined_in.keys())
         if order[defined_in[used]] > order[name]
     ]
     assert upward == []

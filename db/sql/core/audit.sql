@@ -1,4 +1,4 @@
--- The audit trail: what is written is never changed.
+-- The audit trail, and the tables that are append-only.
 
 create or replace function audit.refuse_change() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp
@@ -8,6 +8,9 @@ begin
         using errcode = 'SU003';
 end;
 $$;
+
+comment on function audit.refuse_change() is
+'Trigger of append-only tables: refuses update, delete and truncate with SU003.';
 
 create or replace trigger entries_are_append_only before update or delete or truncate on audit.entries
 for each statement execute function audit.refuse_change();
@@ -49,7 +52,7 @@ comment on function audit.write_entry(text, text, text, text, text, text, text, 
 create or replace function audit.write_entries(p_entries jsonb) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- What steps, requests, webhooks and operators did is told by the functions that did it: nobody can claim it here.
+-- Entries of the other kinds are written by the functions whose actions they record; a worker cannot forge them.
 declare
     v_now timestamptz := surety.time_now();
     v_kind text := (
@@ -59,7 +62,7 @@ declare
     );
 begin
     if v_kind is not null then
-        raise exception 'an entry of kind % is not written by hand', v_kind using errcode = 'SU008';
+        raise exception 'entries of kind % are not written by workers', v_kind using errcode = 'SU008';
     end if;
     insert into audit.entries (
         id, at, kind, actor, address, request_id, payment_id, merchant_id, outcome, reason, duration_ms, snapshot
@@ -76,4 +79,5 @@ end;
 $$;
 
 comment on function audit.write_entries(jsonb) is
-'Writes what was asked of providers and what they answered, from an array of objects named as the columns.';
+'Writes entries about provider calls and answers from an array of objects with the columns as keys. The merchant
+defaults to that of the payment. Raises SU008 for a kind other than call, answer and system.';

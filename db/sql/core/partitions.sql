@@ -1,4 +1,4 @@
--- Monthly partitions by id. What belongs to a payment goes by the payment's id, everything else by its own.
+-- Monthly partitions by id. Rows of a payment lie in the month of the payment's id, all others in that of their own.
 
 create or replace view surety.partitioned_tables as
 select
@@ -6,21 +6,25 @@ select
     listed.prefix
 from (
     values
-    ('surety.payments', 'pay'), ('surety.steps', 'pay'), ('surety.calls', 'pay'), ('surety.facts', 'pay'),
-    ('surety.expectations', 'pay'), ('surety.provider_events', 'whk'), ('ledger.transfers', 'pst'), ('outbox.events',
-        'evt'),
+    ('surety.payments', 'pay'),
+    ('surety.steps', 'pay'),
+    ('surety.calls', 'pay'),
+    ('surety.facts', 'pay'),
+    ('surety.expectations', 'pay'),
+    ('surety.provider_events', 'whk'),
+    ('ledger.transfers', 'pst'),
+    ('outbox.events', 'evt'),
     ('audit.entries', 'aud')
 ) as listed (parent, prefix);
 
 comment on view surety.partitioned_tables is
-'Tables kept in monthly partitions, and the prefix of the ids that decide the month.';
+'The tables in monthly partitions, and the prefix of the ids that decide the month.';
 
 create or replace function surety.maintain_partitions(p_months_ahead integer default 3) returns integer
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Makes this month's partitions and those of the months ahead, as tables that are then attached (which hardly locks the
--- parent), with the keys between siblings. The very first partition begins before all time. Returns how many were made.
--- Safe to repeat and to race.
+-- A partition is created as a table and then attached, because attaching hardly locks the parent. The first partition
+-- of a table has no lower bound.
 declare
     v_table record;
     v_month timestamp;
@@ -74,14 +78,15 @@ begin
 end;
 $$;
 
+comment on function surety.maintain_partitions(integer) is
+'Creates the partitions of this month and of p_months_ahead, and the foreign keys between sibling partitions. Returns
+how many partitions it created. It may be repeated and run concurrently.';
+
 select surety.maintain_partitions();
 
 create or replace function surety.detachable_partitions(p_keep interval) returns table (partition text, detach text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- Partitions of events and webhooks that may be detached, oldest first, each with the statement that does it beside
--- traffic (it can't run inside a function): older than p_keep, every handler's cursor past them, nothing of theirs in a
--- batch, due again, or a dead letter that is open. Payments, ledger and audit trail are kept.
 declare
     v_part record;
     v_is_held boolean;
@@ -99,8 +104,6 @@ begin
     loop
         continue when v_part.end_id > surety.id_at(v_part.prefix, surety.time_now() - p_keep);
         if v_part.prefix = 'evt' then
-            -- A partition's ids tell when its events were made, and so does a webhook's event: it is made with the
-            -- webhook.
             select exists (
                 select from outbox.events as e
                 join outbox.handler_events as t on t.event_type = e.type
@@ -115,7 +118,7 @@ begin
             ) or exists (
                 select from outbox.dead_letters as d where d.event_id < v_part.end_id and d.closed_at is null
             ) into v_is_held;
-            -- What is older than a partition that is still held is held with it, webhooks too.
+            -- A partition in use keeps all younger partitions, those of webhooks too.
             exit when v_is_held;
         else
             select exists (
@@ -138,3 +141,8 @@ begin
     end loop;
 end;
 $$;
+
+comment on function surety.detachable_partitions(interval) is
+'Partitions of events and of stored webhooks that may be detached, oldest first, with the statement for each; it cannot
+run inside a function. Such a partition is older than p_keep, all cursors are past it, and none of its events is in a
+batch, waits for a retry or is an open dead letter. Payments, ledger and audit trail are always kept.';

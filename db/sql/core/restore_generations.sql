@@ -1,10 +1,10 @@
--- Epochs: transaction ids are comparable only within the cluster that gave them. A dump restored into another cluster
--- accepts and claims nothing until it has a new one.
+-- Restore generations. Transaction ids are comparable only within the cluster that assigned them, and cursors compare
+-- them. A restored database accepts and claims nothing until `surety restored` opens a new restore generation.
 
 create or replace function outbox.system_identifier() returns bigint
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- The cluster's identity. A session never sees it change, so it reads the control file once and keeps it in a setting.
+-- The control file is read once per session: its value cannot change within one.
 declare
     v_known text := nullif(current_setting('surety.system_identifier', true), '');
 begin
@@ -16,11 +16,13 @@ begin
 end;
 $$;
 
+comment on function outbox.system_identifier() is
+'The identifier of the PostgreSQL cluster.';
+
 create or replace function outbox.current_restore_generation() returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- The restore generation in force. Refuses to answer in a database that was restored into another cluster: its
--- transaction ids began anew there, and what is written now would lie before the handlers' cursors.
+-- In another cluster transaction ids start anew, and new events would lie before the handlers' cursors.
 declare
     v_generation outbox.restore_generations;
 begin
@@ -33,10 +35,12 @@ begin
 end;
 $$;
 
+comment on function outbox.current_restore_generation() is
+'The current restore generation. Raises SU005 in a database that was restored into another cluster.';
+
 create or replace function outbox.has_future_transactions(p_generation integer) returns boolean
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
--- Whether an event stems from a transaction yet to come: the same cluster, restored, went back in time.
 declare
     v_last xid8 := (
         select e.xid from outbox.events as e where e.generation = p_generation order by e.generation desc,
@@ -48,12 +52,13 @@ begin
 end;
 $$;
 
+comment on function outbox.has_future_transactions(integer) is
+'Whether an event comes from a transaction id that this cluster has not assigned yet, because it was restored to an
+earlier time. Null if the restore generation has no events.';
+
 create or replace function outbox.begin_restore_generation(p_reason text) returns integer
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Opens a new restore generation after a restore into another cluster, or into one that went back in time. Events that
--- a handler had not taken become retries due at once, batches are given back, cursors start at the new generation's
--- beginning. Returns the restore generation. Without need it changes nothing.
 declare
     v_now timestamptz := surety.time_now();
     v_old outbox.restore_generations;
@@ -67,7 +72,7 @@ begin
     end if;
     for v_handler in select h.* from outbox.handlers as h order by h.handler for update loop
         insert into outbox.retries (handler, event_id, due_at)
-        select v_handler.handler, untaken.id, v_now
+        select v_handler.handler, unclaimed.id, v_now
         from (
             select e.id from outbox.events as e
             join outbox.handler_events as t on t.handler = v_handler.handler and t.event_type = e.type
@@ -79,8 +84,8 @@ begin
                 )
             union
             select unnest(b.event_ids) from outbox.batches as b where b.handler = v_handler.handler
-        ) as untaken
-        order by untaken.id
+        ) as unclaimed
+        order by unclaimed.id
         on conflict (handler, event_id) do update set due_at = excluded.due_at;
     end loop;
     delete from outbox.batches;
@@ -93,19 +98,26 @@ begin
 end;
 $$;
 
+comment on function outbox.begin_restore_generation(text) is
+'Opens a new restore generation after a restore and returns it; without a restore it changes nothing. Events that a
+handler had not claimed and events in batches become retries that are due at once. All cursors start at the beginning
+of the new generation.';
+
 create or replace function outbox.check_restore_generation() returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
--- Also refuses a restore into the same cluster that went back in time: an event from a transaction yet to come.
 declare
     v_generation integer := outbox.current_restore_generation();
 begin
     if outbox.has_future_transactions(v_generation) then
-        raise exception 'events stem from transactions that have not happened here: this database was restored'
+        raise exception 'events come from transaction ids that are not assigned yet: this database was restored'
             using errcode = 'SU005', hint = 'Run "surety restored" before anything is accepted or handled.';
     end if;
 end;
 $$;
+
+comment on function outbox.check_restore_generation() is
+'Raises SU005 in a database that was restored into another cluster, or to an earlier time of the same cluster.';
 
 insert into outbox.restore_generations (generation, system_identifier, started_at, reason)
 select 1, outbox.system_identifier(), surety.time_now(), 'first deploy'

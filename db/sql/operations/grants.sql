@@ -1,5 +1,5 @@
--- Who may do what, whole. A running role executes its functions and reads its views, nothing else; tests compare the
--- database's grants with this file's.
+-- Rights: a running role executes its functions and reads its views, nothing else. A test compares the rights in the
+-- database with tests/support/grants.txt.
 
 revoke all on all functions in schema surety, ledger, outbox, audit, api from public;
 grant usage on schema surety, api to surety_api;

@@ -1,4 +1,4 @@
--- Keys of merchants and operators.
+-- API keys of merchants and keys of operators. Every change writes an audit entry.
 
 create or replace function surety.add_api_key(
     p_merchant_id text, p_hash bytea, p_hint text, p_actor text default session_user
@@ -17,25 +17,30 @@ begin atomic
     );
 end;
 
+comment on function surety.add_api_key(text, bytea, text, text) is
+'Stores a merchant''s API key by its SHA-256 and the characters to show, and returns its id.';
+
 create or replace function surety.revoke_api_key(p_key_id text, p_actor text default session_user) returns boolean
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- False if it was revoked already, null if there is no such key.
     with revoked as (
         update surety.api_keys set revoked_at = surety.time_now()
         where api_keys.id = p_key_id and api_keys.revoked_at is null
         returning api_keys.id, api_keys.merchant_id, api_keys.hint
     ),
 
-    told as (
+    audited as (
         select revoked.id
         from revoked, surety.audit_operator_action(
             p_actor, revoked.merchant_id, 'key revoked', jsonb_build_object('key', revoked.id, 'hint', revoked.hint)
         )
     )
 
-    select (select count(*) > 0 from told) from surety.api_keys where api_keys.id = p_key_id;
+    select (select count(*) > 0 from audited) from surety.api_keys where api_keys.id = p_key_id;
 end;
+
+comment on function surety.revoke_api_key(text, text) is
+'Revokes a merchant''s API key. False if it was revoked, null for an unknown key.';
 
 create or replace function surety.add_operator_key(
     p_operator text, p_hash bytea, p_hint text, p_actor text default session_user
@@ -55,17 +60,19 @@ begin atomic
     );
 end;
 
+comment on function surety.add_operator_key(text, bytea, text, text) is
+'Stores an operator''s key by its SHA-256 and the characters to show, and returns its id.';
+
 create or replace function surety.revoke_operator_key(p_key_id text, p_actor text default session_user) returns boolean
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- False if it was revoked already, null if there is no such key.
     with revoked as (
         update surety.operator_keys set revoked_at = surety.time_now()
         where operator_keys.id = p_key_id and operator_keys.revoked_at is null
         returning operator_keys.id, operator_keys.operator, operator_keys.hint
     ),
 
-    told as (
+    audited as (
         select revoked.id
         from revoked, surety.audit_operator_action(
             p_actor, null, 'operator key revoked',
@@ -73,5 +80,8 @@ begin atomic
         )
     )
 
-    select (select count(*) > 0 from told) from surety.operator_keys where operator_keys.id = p_key_id;
+    select (select count(*) > 0 from audited) from surety.operator_keys where operator_keys.id = p_key_id;
 end;
+
+comment on function surety.revoke_operator_key(text, text) is
+'Revokes an operator''s key. False if it was revoked, null for an unknown key.';

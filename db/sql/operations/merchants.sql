@@ -1,4 +1,4 @@
--- Merchants and their keys, by operators; every change is told to the audit trail.
+-- Merchants: added, suspended and resumed by operators. Every change writes an audit entry.
 
 create or replace function surety.audit_operator_action(
     p_actor text, p_merchant_id text, p_outcome text, p_snapshot jsonb
@@ -30,12 +30,14 @@ begin atomic
     );
 end;
 
+comment on function surety.add_merchant(text, text, text) is
+'Adds a merchant and returns its id. The provider account is empty for the platform''s own.';
+
 create or replace function surety.suspend_merchant(
     p_merchant_id text, p_is_suspended boolean, p_actor text default session_user
 ) returns boolean
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- Suspends a merchant, or lets it go on; false if it stood so already, null if there is no such merchant.
     with changed as (
         update surety.merchants
         set suspended_at = case when p_is_suspended then surety.time_now() end
@@ -43,12 +45,15 @@ begin atomic
         returning merchants.id
     ),
 
-    told as (
+    audited as (
         select changed.id
         from changed, surety.audit_operator_action(
             p_actor, changed.id, case when p_is_suspended then 'merchant suspended' else 'merchant resumed' end, '{}'
         )
     )
 
-    select (select count(*) > 0 from told) from surety.merchants where merchants.id = p_merchant_id;
+    select (select count(*) > 0 from audited) from surety.merchants where merchants.id = p_merchant_id;
 end;
+
+comment on function surety.suspend_merchant(text, boolean, text) is
+'Suspends or resumes a merchant. False if the merchant was so already, null for an unknown merchant.';

@@ -1,9 +1,10 @@
 -- Claims: leased batches of events for a handler.
 
-create or replace function outbox.dead_letter_events(p_handler text, p_event_ids text[], p_reason text, p_at
-timestamptz) returns void language plpgsql volatile set search_path = pg_catalog, pg_temp
+create or replace function outbox.dead_letter_events(
+    p_handler text, p_event_ids text[], p_reason text, p_at timestamptz
+) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
--- Makes dead letters of events that stand in outbox.retries, keeping their errors, and tells the audit trail.
 begin
     insert into outbox.dead_letters (id, handler, event_id, type, payment_id, payload, attempts, reason, died_at)
     select
@@ -25,11 +26,12 @@ begin
 end;
 $$;
 
+comment on function outbox.dead_letter_events(text, text[], text, timestamptz) is
+'Turns events in outbox.retries into dead letters with all their attempts, and writes audit entries.';
+
 create or replace function outbox.expire_leases(p_handler text, p_at timestamptz) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
--- Batches whose lease ran out: each event left in them is a suspect, counted as a kill, not as a failure; from now on
--- it runs alone. One that has seen three workers die is buried.
 declare
     v_dead text[];
     v_worker_deaths_max constant integer := 3;
@@ -65,15 +67,17 @@ begin
 end;
 $$;
 
+comment on function outbox.expire_leases(text, timestamptz) is
+'Deletes the handlers batches whose lease has expired. Each of their events becomes a poison-message candidate: it
+counts a worker death instead of a failure and runs in a batch of its own. After three deaths it is a dead letter.';
+
 create or replace function outbox.claim_batch(p_handler text, p_worker text)
 returns table (
     batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, is_last boolean, leased_until timestamptz
 )
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Takes work for p_handler: no row when there is none, or when enough of its batches are being worked on.
--- is_last: nothing else was due. What comes after is told by a kick of its own.
--- Locks the handler's row until commit, which is at once. A claim that finds nothing writes nothing.
+-- Locks the handler's row until the commit, so the caller commits at once.
 declare
     v_now timestamptz := surety.time_now();
     v_handler outbox.handlers;
@@ -104,7 +108,7 @@ begin
     if v_handler.calls_provider and surety.all_accounts_unreachable() then
         return;
     end if;
-    -- What is left of a batch after a second are slow calls: they must not keep others waiting.
+    -- The last tenth of a batch after a second are slow calls; they do not keep new batches waiting.
     if (
         select count(*) from outbox.batches as b
         where b.handler = p_handler
@@ -114,7 +118,7 @@ begin
     end if;
 
     if exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now) then
-        -- A suspect that has seen two workers die runs while no other suspect does, whatever its handler.
+        -- A suspect with two worker deaths runs only while no other suspect of any handler does.
         select array[r.event_id] into v_ids
         from outbox.retries as r
         where r.handler = p_handler and r.due_at <= v_now and r.worker_deaths > 0
@@ -156,7 +160,7 @@ begin
                 limit v_handler.batch_size
             ),
             ends as (
-                -- A full batch ends the walk at its last event; else everything scanned is behind us.
+                -- The cursor moves to the last event of a full batch, else past all scanned events.
                 (
                     select m.xid, m.id from matched as m
                     where (select count(*) from matched) = v_handler.batch_size
@@ -209,3 +213,9 @@ begin
     returning b.id, b.fence, b.event_ids, b.is_suspect, v_is_last, b.leased_until;
 end;
 $$;
+
+comment on function outbox.claim_batch(text, text) is
+'Claims a batch of events for a handler and returns it; no row if nothing is due, if the handler is paused, if no
+account can be reached, or if batches_at_once batches are running. is_last: nothing else was due; later events schedule
+a worker job of their own. Raises SU004 for an unknown handler, SU005 in a restored database. An empty claim writes
+nothing.';

@@ -1,10 +1,9 @@
--- The end of a batch's events: completed, failed, given back.
+-- The end of a batch's events: completed, failed, released. All three return false and do nothing if the lease is lost,
+-- which the fence shows. The batch is the last lock of every transaction, so they are called last.
 
 create or replace function outbox.complete_events(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Takes p_event_ids out of the batch and renews its lease; false, and nothing done, when the lease is another's by now.
--- Call it last: the batch is the last lock of every transaction.
 declare
     v_batch outbox.batches;
     v_left text[];
@@ -32,6 +31,9 @@ begin
 end;
 $$;
 
+comment on function outbox.complete_events(bigint, bigint, text[]) is
+'Removes completed events from a batch and renews its lease. False, and nothing done, if the lease is lost.';
+
 create or replace function outbox.renew_lease(p_batch bigint, p_fence bigint) returns boolean
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -46,12 +48,12 @@ begin atomic
     select count(*) > 0 from renewed;
 end;
 
+comment on function outbox.renew_lease(bigint, bigint) is
+'Renews a batchs lease. False if the lease is lost.';
+
 create or replace function outbox.fail_events(p_batch bigint, p_fence bigint, p_failures jsonb) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- p_failures: [{"event_id", "error", "outage"?}]. Counts a failure for each, sets when it is due again (the handler's
--- delays, give or take 20 %), buries what has used them up. outage names the provider's account that failed it.
--- False, and nothing done, when the lease is another's by now.
 declare
     v_now timestamptz := surety.time_now();
     v_batch outbox.batches;
@@ -81,7 +83,7 @@ begin
                 * (0.8 + 0.4 * random())
         returning r.event_id, r.failures, r.attempts -> -1 ->> 'error' as error
     ),
-    told as (
+    audited as (
         insert into audit.entries (id, at, kind, actor, payment_id, merchant_id, outcome, reason, snapshot)
         select
             surety.new_id('aud', v_now), v_now, 'retry', v_batch.leased_by,
@@ -100,14 +102,17 @@ begin
 end;
 $$;
 
+comment on function outbox.fail_events(bigint, bigint, jsonb) is
+'Moves failed events of a batch to retries, from [{"event_id", "error", "outage"?}], and writes audit entries. Each is
+due again after the handlers next delay, plus or minus 20 %; after the last delay it is a dead letter. outage is the
+circuit key of the account whose outage failed it. False, and nothing done, if the lease is lost.';
+
 create or replace function outbox.release_events(
     p_batch bigint, p_fence bigint, p_event_ids text[], p_after interval, p_reason text, p_outage text default null,
     p_is_held boolean default false
 ) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Gives events back uncounted, due again after p_after: the failure was not theirs (a busy provider, a stopped worker).
--- p_outage names the provider's account that is out; what is held for it without being tried makes no attempt.
 declare
     v_now timestamptz := surety.time_now();
     v_batch outbox.batches;
@@ -120,16 +125,15 @@ begin
     select
         v_batch.handler, held.event_id,
         case when p_is_held then '[]' else jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
-            'at', surety.format_time(v_now), 'worker', v_batch.leased_by, 'error', left(p_reason, 2000), 'outage',
-                p_outage,
-            'counted', false))) end,
+            'at', surety.format_time(v_now), 'worker', v_batch.leased_by, 'error', left(p_reason, 2000),
+            'outage', p_outage, 'counted', false))) end,
         v_now + p_after, p_outage
     from unnest(v_batch.event_ids) as held (event_id)
     where held.event_id = any(p_event_ids)
     order by held.event_id
     on conflict (handler, event_id) do update
     set
-        -- Only the last twenty: a provider may be busy for long.
+        -- The last twenty, because a provider may be busy for hours.
         attempts = case when jsonb_array_length(r.attempts) >= 20 then r.attempts - 0 else r.attempts end
             || excluded.attempts,
         due_at = excluded.due_at,
@@ -137,3 +141,8 @@ begin
     return outbox.complete_events(p_batch, p_fence, p_event_ids);
 end;
 $$;
+
+comment on function outbox.release_events(bigint, bigint, text[], interval, text, text, boolean) is
+'Moves events of a batch to retries, due again after p_after, without counting a failure: the provider was busy or the
+worker stopped. p_outage is the circuit key of an account in outage. p_is_held: no call was made, so no attempt is
+listed. False, and nothing done, if the lease is lost.';

@@ -1,14 +1,15 @@
--- The outbox: an append-only log, walked by one pair of snapshots per handler, taken in leased batches.
+-- The outbox: an append-only log of events. Each handler reads it with a cursor of two snapshots, in leased batches.
 --
---   claim    takes over what a dead worker left, then what is due again, then what is new; writes one batch row
---   finish   removes finished ids from the batch and renews the lease; the batch goes with its last id
---   fail     moves ids to outbox.retries, or to outbox.dead_letters when their delays are used up
---   release  moves ids back uncounted; db/sql/provider/circuit_breaker.sql says when a failure is the provider's
---   kick     wakes a worker after commit
+--   emit      appends an event in the transaction of the change that it reports
+--   claim     writes one batch row: events of expired leases first, then due retries, then new events
+--   complete  removes events from the batch and renews the lease; the batch row goes with its last event
+--   fail      moves events to outbox.retries, or to outbox.dead_letters after their last delay
+--   release   moves events to outbox.retries without counting a failure
+--   schedule  starts a worker job after the commit
 --
--- The cursor's claim: every event whose transaction is visible in `seen` has been taken by exactly one batch; of those
--- visible in `goal` and not in `seen`, the ones up to (at_xid, at_id). A transaction that commits late is in no earlier
--- snapshot, so it is taken by a later goal; one that stays open delays nobody.
+-- The cursor's invariant: every event visible in `seen` was claimed by exactly one batch, and of the events visible in
+-- `goal` and not in `seen`, those up to (at_xid, at_id). A transaction that commits late is in no earlier snapshot, so
+-- a later goal includes its events; a transaction that stays open delays no other event.
 
 create or replace function outbox.emit_event(
     p_aggregate_type text, p_aggregate_id text, p_type text, p_payload jsonb, p_merchant_id text, p_version integer
@@ -96,9 +97,9 @@ begin atomic
 end;
 
 comment on function outbox.walk_events(boolean, text, integer, pg_snapshot, pg_snapshot, xid8, text, integer) is
-'The next events of a snapshot cursor: those of all merchants and none (p_is_for_all), or of one merchant, that are
-visible in p_goal and not in p_seen, after (p_at_xid, p_at_id), ordered by (xid, id), at most p_limit. Without settings of
-its own, so that it is expanded where it is called: with a constant p_is_for_all, each caller gets the plan of its index.';
+'The next events of a snapshot cursor: visible in p_goal and not in p_seen, after (p_at_xid, p_at_id), ordered by (xid,
+id), at most p_limit; all events (p_is_for_all) or those of one merchant. PostgreSQL expands it in its callers, because
+it has no settings: with a constant p_is_for_all each caller gets the plan of its index.';
 
 create or replace function outbox.scan_events(
     p_generation integer, p_seen pg_snapshot, p_goal pg_snapshot, p_at_xid xid8, p_at_id text, p_limit integer
@@ -141,4 +142,4 @@ begin atomic
 end;
 
 comment on function outbox.batch_events(bigint, bigint) is
-'The events left in a batch; none when the lease is another''s by now. failures counts earlier attempts that failed.';
+'The events left in a batch, with the count of their earlier failures. No row if the lease is lost.';

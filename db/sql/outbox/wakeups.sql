@@ -1,10 +1,8 @@
--- Waking workers: Procrastinate's jobs say that there is work, never what it is. Deleting them all loses nothing.
+-- Worker jobs: a job in Procrastinate's tables says that a handler has work, not which. Losing all jobs loses no event.
 
 create or replace function outbox.has_work(p_handler text) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- Whether a claim would find something, or has a hundred events to leave behind that others want: cheap enough to ask
--- every second.
 declare
     v_behind_max constant integer := 100;
     v_now timestamptz := surety.time_now();
@@ -28,6 +26,10 @@ begin
     );
 end;
 $$;
+
+comment on function outbox.has_work(text) is
+'Whether the handler has events to claim, or its cursor is a hundred events of other handlers behind. A periodic job
+asks every second.';
 
 create or replace function outbox.schedule_handlers(p_handlers text[]) returns integer
 language plpgsql volatile security definer
@@ -63,8 +65,7 @@ create or replace function outbox.delete_orphaned_jobs() returns integer
 language sql volatile security definer
 set search_path = pg_catalog, procrastinate, pg_temp
 begin atomic
-    -- A worker that died leaves its jobs as being done; whatever they were to do has been found again by then.
-    with forgotten as (
+    with deleted as (
         delete from procrastinate.procrastinate_jobs
         where
             procrastinate_jobs.status = 'doing' and not exists (
@@ -76,13 +77,16 @@ begin atomic
         returning procrastinate_jobs.id
     )
 
-    select count(*)::integer from forgotten;
+    select count(*)::integer from deleted;
 end;
+
+comment on function outbox.delete_orphaned_jobs() is
+'Deletes jobs that run in workers without a heartbeat for ten minutes, and returns how many. Their work was scheduled
+again by then.';
 
 create or replace function outbox.schedule_due_handlers() returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- The tick: wakes the handlers that have due work, and says which.
 declare
     v_due text[];
 begin
@@ -94,3 +98,6 @@ begin
     return v_due;
 end;
 $$;
+
+comment on function outbox.schedule_due_handlers() is
+'Schedules the handlers that have work, and returns their names; null if there are none.';

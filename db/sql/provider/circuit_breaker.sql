@@ -1,25 +1,25 @@
--- A provider's outage is not the event's failure: a circuit breaker per provider and account, shared by all workers.
+-- The circuit breaker: one circuit per provider account, shared by all workers. An outage is not the event's failure.
 --
---   note     workers tell what their calls came to; too many failures of the provider's open the account's breaker
---   open     what waits for the account is held, claims stop where every account is cut off; the failures of the window
---            are given back
---   probe    one worker at a time asks something harmless, at growing intervals
---   close    the probe was answered: what was held is due at once
+--   count  workers report the results of their calls; too many failures open the account's circuit
+--   open   events of the account are held, failures of the last two minutes are uncounted, and handlers that call the
+--          provider claim nothing while all circuits are open
+--   probe  one worker at a time makes a harmless call, at growing intervals
+--   close  a probe was answered: held events are due at once
 --
--- Timeouts, broken connections and 5xx are failures of the provider's. A decline, a refusal or any other 4xx is an
--- answer, and so is a 429. A failure counts against its event only while the provider is well otherwise.
--- Locks: after payments, before the batch; retries only where nobody else is at them.
+-- Timeouts, broken connections and 5xx responses are failures of the provider. A decline or another 4xx response is an
+-- answer, and so is 429. A failure counts against its event only while the account is otherwise healthy.
+--
+-- Locks: after payments and before the batch. Rows of outbox.retries that are locked are skipped.
 
 create or replace function surety.open_circuit(p_provider text, p_account text, p_reason text, p_actor text)
 returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- False, and nothing done, if it is open already.
 declare
     v_now timestamptz := surety.time_now();
     v_key text := surety.circuit_key(p_provider, p_account);
     v_window constant interval := '2 minutes';
-    v_breaker surety.circuit_breakers;
+    v_circuit surety.circuit_breakers;
 begin
     insert into surety.circuit_breakers as b (provider, account, bucket_at, opened_at, next_probe_at, reason)
     values (p_provider, p_account, v_now, v_now, v_now + surety.probe_delay(0), p_reason)
@@ -27,16 +27,16 @@ begin
     set
         opened_at = excluded.opened_at,
         reason = excluded.reason,
-        -- One that has closed just now was closed too early.
+        -- A circuit that opens again within five minutes was closed too early.
         probes = case when b.closed_at > v_now - interval '5 minutes' then b.probes else 0 end,
         next_probe_at = v_now + surety.probe_delay(
             case when b.closed_at > v_now - interval '5 minutes' then b.probes else 0 end)
     where b.opened_at is null
-    returning b.* into v_breaker;
+    returning b.* into v_circuit;
     if not found then
         return false;
     end if;
-    with given_back as (
+    with blocked as (
         select r.handler, r.event_id
         from outbox.retries as r
         where r.blocked_by = v_key
@@ -48,57 +48,56 @@ begin
         failures = greatest(0, r.failures - counted.times),
         attempts = counted.attempts,
         due_at = case when r.due_at is not null then v_now + surety.hold_duration(v_now, v_now) end
-    from given_back as g
-    join outbox.retries as held on held.handler = g.handler and held.event_id = g.event_id
+    from blocked as b
+    join outbox.retries as held on held.handler = b.handler and held.event_id = b.event_id
     cross join lateral (
         select
-            count(*) filter (where a.is_of_window) as times,
-            jsonb_agg(case when a.is_of_window then a.attempt || '{"counted": false}' else a.attempt end order by a.n)
+            count(*) filter (where a.is_recent) as times,
+            jsonb_agg(case when a.is_recent then a.attempt || '{"counted": false}' else a.attempt end order by a.n)
                 as attempts
         from (
             select
                 e.attempt, e.n,
                 e.attempt ->> 'outage' = v_key and not e.attempt ? 'counted'
-                and (e.attempt ->> 'at')::timestamptz > v_now - v_window as is_of_window
+                and (e.attempt ->> 'at')::timestamptz > v_now - v_window as is_recent
             from jsonb_array_elements(held.attempts) with ordinality as e (attempt, n)
         ) as a
     ) as counted
-    where r.handler = g.handler and r.event_id = g.event_id;
+    where r.handler = b.handler and r.event_id = b.event_id;
     perform audit.write_entry(
         'system', p_actor, 'circuit opened', p_reason,
         p_snapshot => jsonb_build_object(
             'provider', p_provider, 'account', p_account,
-            'answered', v_breaker.answered + v_breaker.prior_answered,
-            'failed', v_breaker.failed + v_breaker.prior_failed,
-            'next_probe_at', surety.format_time(v_breaker.next_probe_at)));
+            'answered', v_circuit.answered + v_circuit.prior_answered,
+            'failed', v_circuit.failed + v_circuit.prior_failed,
+            'next_probe_at', surety.format_time(v_circuit.next_probe_at)));
     return true;
 end;
 $$;
 
 comment on function surety.open_circuit(text, text, text, text) is
-'Opens an account''s breaker: its failures of the last two minutes are given back, and what failed waits.';
+'Opens an account''s circuit, uncounts its failures of the last two minutes, and holds the events that failed. False,
+and nothing done, if it is open.';
 
 create or replace function surety.read_clock() returns timestamptz
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- For workers, whose clocks are not ours.
     select surety.time_now();
 end;
+
+comment on function surety.read_clock() is
+'The current time, for workers, whose clocks may differ from the database''s.';
 
 create or replace function surety.count_call_results(p_provider text, p_calls jsonb, p_actor text)
 returns table (account text, is_open boolean, answered_seconds double precision)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- p_calls: [{"account", "answered", "failed", "consecutive_failures", "answered_at"?}]: commands answered, calls
--- failed, how many failed since the last answer, and when that came, or earlier: whoever failed after it is blamed for
--- nothing. Returns the accounts that were told of and all whose breaker is open; answered_seconds is the time since any
--- worker had an answer from there.
 declare
     v_now timestamptz := surety.time_now();
     v_bucket constant interval := '30 seconds';
     v_consecutive_failures_max constant integer := 10;
     v_failed_min constant integer := 5;
-    v_ill record;
+    v_failing record;
 begin
     insert into surety.circuit_breakers as b (provider, account, bucket_at, answered, failed, consecutive_failures,
         answered_at)
@@ -126,7 +125,7 @@ begin
         consecutive_failures = case when excluded.answered_at is null then b.consecutive_failures
             else 0 end + excluded.consecutive_failures,
         answered_at = greatest(b.answered_at, excluded.answered_at);
-    for v_ill in
+    for v_failing in
         select b.account, b.consecutive_failures, b.failed + b.prior_failed as failed,
             b.answered + b.prior_answered as answered
         from surety.circuit_breakers as b
@@ -140,9 +139,10 @@ begin
         order by b.account
     loop
         perform surety.open_circuit(
-            p_provider, v_ill.account,
-            format('%s of %s calls failed, the last %s in a row', v_ill.failed, v_ill.failed + v_ill.answered,
-                v_ill.consecutive_failures),
+            p_provider, v_failing.account,
+            format(
+                '%s of %s calls failed, the last %s in a row',
+                v_failing.failed, v_failing.failed + v_failing.answered, v_failing.consecutive_failures),
             p_actor);
     end loop;
     return query
@@ -157,10 +157,16 @@ begin
 end;
 $$;
 
+comment on function surety.count_call_results(text, jsonb, text) is
+'Counts the results of a worker''s calls, and opens circuits with too many failures. p_calls: [{"account", "answered",
+"failed", "consecutive_failures", "answered_at"?}]: commands answered, calls failed, calls failed since the last
+answer, and the time of that answer or an earlier one. Returns these accounts and all accounts whose circuit is open,
+with the seconds since any worker had an answer from them.';
+
 create or replace function surety.claim_circuit_probes(p_provider text) returns text[]
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- The next one is set before this one is made: who dies in between leaves a probe for somebody else.
+    -- The next probe is scheduled before this one is made, so a worker that dies in between leaves it to another.
     with due as (
         select circuit_breakers.account
         from surety.circuit_breakers
@@ -182,14 +188,13 @@ begin atomic
     select coalesce(array_agg(claimed.account order by claimed.account), '{}') from claimed;
 end;
 
-comment on function surety.claim_circuit_probes(text) is 'The accounts that should be asked now whether they are well
-again.';
+comment on function surety.claim_circuit_probes(text) is
+'The accounts to probe now, each for one worker.';
 
 create or replace function surety.close_circuit(p_provider text, p_account text, p_reason text, p_actor text)
 returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Closes the breaker with a clean window; what was held is due now. False if it is closed already.
 declare
     v_now timestamptz := surety.time_now();
     v_opened_at timestamptz;
@@ -204,8 +209,7 @@ begin
     update surety.circuit_breakers as b
     set
         opened_at = null, next_probe_at = null, closed_at = v_now, bucket_at = v_now, consecutive_failures = 0,
-            answered = 0,
-        failed = 0, prior_answered = 0, prior_failed = 0
+        answered = 0, failed = 0, prior_answered = 0, prior_failed = 0
     where b.provider = p_provider and b.account = p_account;
     with held as (
         select r.handler, r.event_id
@@ -228,11 +232,14 @@ begin
 end;
 $$;
 
+comment on function surety.close_circuit(text, text, text, text) is
+'Closes an account''s circuit, resets its counts, and makes its held events due. False, and nothing done, if it is
+closed.';
+
 create or replace function surety.hold_blocked_events(p_batch bigint, p_fence bigint, p_event_ids text[]) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Gives back, uncounted and before anything is sent, the events whose account can't be reached. Returns their ids.
--- The lock on the open breakers makes sure that who closes one sees what was held for it.
+-- The lock on open circuits makes a concurrent close_circuit wait, so that it sees the events that are held here.
 declare
     v_now timestamptz := surety.time_now();
     v_held text[] := '{}';
@@ -252,7 +259,7 @@ begin
     loop
         perform outbox.release_events(
             p_batch, p_fence, v_blocked.ids, surety.hold_duration(v_blocked.opened_at, v_now),
-                'held: the provider is out',
+            'held: the provider is out',
             surety.circuit_key(v_blocked.provider, v_blocked.account), true);
         v_held := v_held || v_blocked.ids;
     end loop;
@@ -260,23 +267,23 @@ begin
 end;
 $$;
 
+comment on function surety.hold_blocked_events(bigint, bigint, text[]) is
+'Releases the events of a batch whose account has an open circuit, uncounted and before any call. Returns their ids.';
+
 create or replace function surety.uncount_outage_failures(p_batch bigint, p_results jsonb) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Results as record_event_results takes them, those that failed by the provider's fault ("outage": its breaker's key)
--- with "release_seconds", unless the provider is well otherwise: then the failure is the event's own. After eighteen
--- excuses it is so as long as the breaker is closed.
 declare
     v_now timestamptz := surety.time_now();
-    v_excuses_max constant integer := 18;
+    v_uncounted_max constant integer := 18;
     v_handler text := (select b.handler from outbox.batches as b where b.id = p_batch);
 begin
     perform from surety.circuit_breakers as b where b.opened_at is not null order by b.provider, b.account for share;
     return (
         select jsonb_agg(
             case
-                when excused.seconds is null then r.result
-                else r.result || jsonb_build_object('release_seconds', excused.seconds)
+                when released.seconds is null then r.result
+                else r.result || jsonb_build_object('release_seconds', released.seconds)
             end
             order by r.n
         )
@@ -288,21 +295,26 @@ begin
             cross join lateral jsonb_array_elements(t.attempts) as a (attempt)
             where t.handler = v_handler and t.event_id = r.result ->> 'event_id' and r.result ? 'outage'
                 and a.attempt ? 'outage' and a.attempt ? 'counted'
-        ) as excuses on true
+        ) as uncounted on true
         cross join lateral (
             select case
                 when r.result ? 'release_seconds' then null
                 when b.opened_at is not null then extract(epoch from surety.hold_duration(b.opened_at, v_now))
-                when excuses.times < v_excuses_max and (
+                when uncounted.times < v_uncounted_max and (
                     b.closed_at > v_now - interval '1 minute'
                     or b.failed + b.prior_failed
                     >= greatest(5, 0.02 * (b.failed + b.prior_failed + b.answered + b.prior_answered))
-                ) then extract(epoch from surety.probe_delay(excuses.times))
+                ) then extract(epoch from surety.probe_delay(uncounted.times))
             end as seconds
-        ) as excused
+        ) as released
     );
 end;
 $$;
+
+comment on function surety.uncount_outage_failures(bigint, jsonb) is
+'The results of surety.record_event_results, with "release_seconds" for each that failed by an outage of its account
+("outage": the circuit''s key). While the account is otherwise healthy, and after eighteen uncounted failures while the
+circuit is closed, the failure is the event''s own.';
 
 create or replace function surety.circuit_status()
 returns table (
@@ -336,5 +348,5 @@ begin atomic
 end;
 
 comment on function surety.circuit_status() is
-'Each provider''s account that was called: whether its breaker is open, the share of calls that failed within the last
-minute of calls (null if there were none), when it is probed next, and how many events are held for it.';
+'The circuit of each account that was called: its state, the share of failed calls within the last minute of calls
+(null without calls), the time of the next probe, and the number of held events.';

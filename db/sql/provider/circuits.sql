@@ -1,4 +1,4 @@
--- The circuits of a provider's accounts: their keys, their times, and whether all of them are open.
+-- Circuits of provider accounts: their keys, their times, and whether all of them are open.
 
 create or replace function surety.circuit_key(p_provider text, p_account text) returns text
 language sql immutable
@@ -6,23 +6,31 @@ begin atomic
     select p_provider || ':' || p_account;
 end;
 
+comment on function surety.circuit_key(text, text) is
+'The key of an account''s circuit, as in outbox.retries.blocked_by: provider:account.';
+
 create or replace function surety.probe_delay(p_probes integer) returns interval
 language sql immutable
 begin atomic
     select least(interval '1 minute', interval '5 seconds' * 2 ^ least(p_probes, 10));
 end;
 
+comment on function surety.probe_delay(integer) is
+'The time until the next probe of an open circuit: 5 seconds, doubled by each probe, at most a minute.';
+
 create or replace function surety.hold_duration(p_opened_at timestamptz, p_now timestamptz) returns interval
 language sql immutable
 begin atomic
-    -- Closing wakes what is held; this is the net below, and lets a long outage cost little.
     select least(interval '1 hour', greatest(interval '1 minute', p_now - p_opened_at));
 end;
+
+comment on function surety.hold_duration(timestamptz, timestamptz) is
+'How long an event is held for an open circuit: as long as the circuit has been open, between a minute and an hour.
+When the circuit closes, held events are due at once.';
 
 create or replace function surety.all_accounts_unreachable() returns boolean
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- Whether no merchant's account can be reached, so that there is nothing to claim.
     select
         exists (select from surety.circuit_breakers where circuit_breakers.opened_at is not null)
         and not exists (
@@ -33,3 +41,6 @@ begin atomic
             )
         );
 end;
+
+comment on function surety.all_accounts_unreachable() is
+'Whether the circuits of all merchants'' accounts are open, so that handlers that call the provider claim nothing.';
