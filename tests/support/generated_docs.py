@@ -153,6 +153,19 @@ def merchant_events(conn: Connection) -> str:
     return table(("type", "meaning"), rows)
 
 
+def invariants(conn: Connection) -> str:
+    """Every invariant, by the view that lists its violations."""
+    rows = conn.execute(
+        """
+        select '`invariant.' || c.relname || '`', obj_description(c.oid)
+        from pg_class as c
+        where c.relnamespace = 'invariant'::regnamespace and c.relkind = 'v'
+        order by c.relname
+        """
+    ).fetchall()
+    return table(("view", "invariant"), rows)
+
+
 def problems(_: Connection) -> str:
     """The types of problem documents."""
     rows = [(f"`{name}`", kind.status, kind.title) for name, kind in PROBLEM_TYPES.items()]
@@ -170,7 +183,7 @@ PARTS: dict[str, Callable[[Connection], str]] = {
     part.__name__: part
     for part in (
         states, refund_states, dispute_statuses, fact_kinds, mandatory_steps, account_kinds, rules, events,
-        merchant_events, problems,
+        merchant_events, invariants, problems,
         decisions,
     )
 }  # fmt: skip
