@@ -24,8 +24,8 @@ SIZES = {
     ],
     "trace": ["--entries=2000", "--traces=20", "--merchants=5", "--rounds=1"],
     "lifecycle": ["--payments=20", "--merchants=3", "--workers=1", "--idle-payments=4", "--rounds=1"],
-    "overload": ["--seconds=1", "--connections=32", "--probes=4", "--merchants=3", "--rounds=1"],
-    "accept": ["--seconds=1", "--connections=8", "--single-lanes=2", "--merchants=3", "--rounds=1", "--warm-mb=1"],
+    "overload": ["--seconds=0.4", "--connections=32", "--probes=4", "--merchants=3", "--rounds=1"],
+    "accept": ["--seconds=0.3", "--connections=8", "--single-lanes=2", "--merchants=3", "--rounds=1", "--warm-mb=1"],
 }
 REQUIRED_RESULTS = {
     "drain": {"ratio_to_procrastinate", "flatness", "blocked_ratio"},

@@ -11,7 +11,7 @@ from tests.simulation.process_pool import process_pool, run_all, run_here
 from tests.simulation.schedule import RATES, Outcome, SchedulePlan
 
 # Smaller ones than by command; each heals in full.
-SCHEDULES = 300
+SCHEDULES = 110
 STEPS = 60
 PAYMENTS = 2
 PROCESSES = 2
@@ -49,6 +49,6 @@ def test_every_fault_kind_occurs(outcomes: dict[int, Outcome]) -> None:
 
 
 def test_same_seed_gives_the_same_schedule(executor: ProcessPoolExecutor, outcomes: dict[int, Outcome]) -> None:
-    again = [executor.submit(run_here, outcomes[seed].plan).result() for seed in (50, 7, 231, 7)]
+    again = [executor.submit(run_here, outcomes[seed].plan).result() for seed in (50, 7, 91, 7)]
     assert [one.digest for one in again] == [outcomes[one.plan.seed].digest for one in again]
     assert len({one.digest for one in outcomes.values()}) == len(PLANS)
