@@ -51,6 +51,12 @@ def test_the_sandbox_imports_none_of_the_rest() -> None:
     assert [(file, module) for file, module in ours if not f"{module}.".startswith("app.sandbox.")] == []
 
 
+def test_the_sandboxs_shared_modules_know_no_provider() -> None:
+    shared = ("connections", "faults", "memory", "settings", "state")
+    found = [(file, module) for file, module in imports_of("app/sandbox") if module.startswith("app.sandbox.stripe")]
+    assert [(file, module) for file, module in found if file in {f"app/sandbox/{name}.py" for name in shared}] == []
+
+
 def test_providers_are_called_from_jobs_only() -> None:
     assert crossings("app", ("stripe",)) == []
     assert crossings("db", ("stripe",)) == []

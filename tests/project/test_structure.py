@@ -25,7 +25,6 @@ LONG_FILES = {
     "tests/jobs/test_stripe_client.py": "to be divided",
     "tests/jobs/test_workers.py": "to be divided",
     "tests/mutations/mutants.py": "one entry a mutant",
-    "tests/sandbox/test_sandbox.py": "to be divided",
     "tests/support/provider_faults.py": "a table: each call, each fault, what comes of it",
 }
 LONG_FUNCTIONS = {

@@ -69,7 +69,7 @@ def received_events(receiver: WebhookReceiver, dispute: Json) -> list[str]:
     return [event["type"].removeprefix("charge.dispute.") for event in events]
 
 
-def test_a_chargeback_takes_the_money_and_a_fee_and_forbids_refunds(sandbox: SandboxProcess) -> None:
+def test_chargeback_withdraws_amount_and_fee_and_forbids_refunds(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay("pm_card_createDispute", amount=10000)["id"]
     dispute = dispute_of(sandbox, intent)
     assert (dispute["status"], dispute["reason"], dispute["amount"]) == ("needs_response", "fraudulent", 10000)
@@ -91,14 +91,14 @@ def test_card_determines_the_dispute_reason(sandbox: SandboxProcess, card: str, 
     assert disputed(sandbox, card)["reason"] == reason
 
 
-def test_an_authorization_is_not_disputed_before_it_is_captured(sandbox: SandboxProcess) -> None:
+def test_uncaptured_authorization_is_not_disputed(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay("pm_card_createDispute", capture_method="manual", amount=10000)["id"]
     assert sandbox.get("/v1/disputes", {"payment_intent": intent})["data"] == []
     sandbox.post(f"/v1/payment_intents/{intent}/capture", {"amount_to_capture": 7000})
     assert dispute_of(sandbox, intent)["amount"] == 7000
 
 
-def test_winning_evidence_brings_the_money_back_but_not_the_fee(
+def test_winning_evidence_reinstates_the_amount_but_not_the_fee(
     sandbox: SandboxProcess, receiver: WebhookReceiver
 ) -> None:
     dispute = disputed(sandbox, amount=10000)
@@ -112,14 +112,14 @@ def test_winning_evidence_brings_the_money_back_but_not_the_fee(
     assert sandbox.post("/v1/refunds", {"payment_intent": dispute["payment_intent"]})["amount"] == 10000
 
 
-def test_losing_evidence_brings_nothing_back(sandbox: SandboxProcess) -> None:
+def test_losing_evidence_reinstates_nothing(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox, amount=10000)
     answer(sandbox, dispute, "losing_evidence")
     assert nets(wait_for_status(sandbox, dispute, "lost")) == [-11500]
     assert sandbox.refusal("POST", "/v1/refunds", {"charge": dispute["charge"]})[1]["code"] == "charge_disputed"
 
 
-def test_evidence_may_be_staged_repeatedly_and_submitted_once(sandbox: SandboxProcess) -> None:
+def test_evidence_may_be_saved_repeatedly_and_submitted_once(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox)
     path = f"/v1/disputes/{dispute['id']}"
     staged = sandbox.post(path, {"evidence[customer_name]": "Ada", "submit": "false"})
@@ -133,7 +133,7 @@ def test_evidence_may_be_staged_repeatedly_and_submitted_once(sandbox: SandboxPr
     assert read(sandbox, dispute)["evidence"]["customer_name"] == "Ada"
 
 
-def test_evidence_of_an_unknown_kind_is_refused_by_name(sandbox: SandboxProcess) -> None:
+def test_unknown_evidence_is_refused_by_name(sandbox: SandboxProcess) -> None:
     form = {"evidence[colour]": "red"}
     status, error = sandbox.refusal("POST", f"/v1/disputes/{disputed(sandbox)['id']}", form, is_valid=False)
     assert (status, error["param"]) == (400, "evidence[colour]")
@@ -157,7 +157,7 @@ def test_unanswered_dispute_is_lost_at_its_deadline(tmp_path: Path) -> None:
 # Inquiries
 
 
-def test_an_inquiry_moves_no_money_and_leaves_refunds_possible(sandbox: SandboxProcess) -> None:
+def test_inquiry_moves_no_money_and_permits_refunds(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox, "pm_card_createDisputeInquiry")
     assert (dispute["status"], dispute["balance_transactions"]) == ("warning_needs_response", [])
     assert dispute["payment_method_details"]["card"]["case_type"] == "inquiry"
@@ -166,7 +166,7 @@ def test_an_inquiry_moves_no_money_and_leaves_refunds_possible(sandbox: SandboxP
     assert nets(wait_for_status(sandbox, dispute, "warning_closed")) == []
 
 
-def test_an_escalated_inquiry_takes_the_money_and_fails_pending_refunds(sandbox: SandboxProcess) -> None:
+def test_escalated_inquiry_withdraws_the_amount_and_fails_pending_refunds(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox, "pm_card_createDisputeInquiry", amount=10000)
     answer(sandbox, dispute, "escalate_inquiry_evidence")
     assert nets(wait_for_status(sandbox, dispute, "needs_response")) == [-11500]
@@ -203,7 +203,7 @@ DECISIONS: list[tuple[list[tuple[str, Json]], str, list[int]]] = [
 
 
 @pytest.mark.parametrize(("decisions", "status", "moved"), DECISIONS)
-def test_a_bank_can_decide_in_every_way(
+def test_bank_decision_moves_money_and_status(
     sandbox: SandboxProcess, decisions: list[tuple[str, Json]], status: str, moved: list[int]
 ) -> None:
     dispute = sandbox.control("disputes", {"payment_intent": sandbox.pay(amount=10000)["id"]})
@@ -213,7 +213,7 @@ def test_a_bank_can_decide_in_every_way(
     assert (ended["status"], nets(ended)) == (status, moved)
 
 
-def test_an_appeal_is_answered_as_a_dispute_is(sandbox: SandboxProcess) -> None:
+def test_appeal_accepts_evidence(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox)
     decide(sandbox, dispute, "lost")
     decide(sandbox, dispute, "appealed")
@@ -221,7 +221,7 @@ def test_an_appeal_is_answered_as_a_dispute_is(sandbox: SandboxProcess) -> None:
     assert wait_for_status(sandbox, dispute, "won")
 
 
-def test_an_inquiry_can_be_prevented_from_becoming_a_chargeback(sandbox: SandboxProcess) -> None:
+def test_inquiry_may_be_prevented(sandbox: SandboxProcess) -> None:
     dispute = disputed(sandbox, "pm_card_createDisputeInquiry", amount=10000)
     assert decide(sandbox, dispute, "prevented")["status"] == "prevented"
     assert nets(read(sandbox, dispute)) == [-10000]
@@ -233,7 +233,7 @@ def test_impossible_decision_is_refused(sandbox: SandboxProcess, outcome: str) -
     assert sandbox.client.post(path, json={"outcome": outcome}).status_code == 400
 
 
-def test_a_part_of_a_charge_can_be_disputed_and_never_more_than_all(sandbox: SandboxProcess) -> None:
+def test_dispute_amount_is_at_most_the_captured_amount(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay(amount=10000)["id"]
     sandbox.post("/v1/refunds", {"payment_intent": intent, "amount": 3000})
     assert sandbox.control("disputes", {"payment_intent": intent})["amount"] == 7000
@@ -250,7 +250,7 @@ def test_balance_transactions_of_disputes_are_not_listed_by_source(sandbox: Sand
     assert expanded["source"]["id"] == dispute["id"]
 
 
-def test_a_dispute_survives_a_kill(tmp_path: Path) -> None:
+def test_dispute_survives_a_kill(tmp_path: Path) -> None:
     with running_sandbox(tmp_path, "--decision-seconds=1") as sandbox:
         dispute = disputed(sandbox)
         answer(sandbox, dispute, "winning_evidence")
@@ -288,7 +288,7 @@ def test_events_can_be_read_for_30_days(tmp_path: Path) -> None:
         assert sandbox.get("/v1/events", {"created[gte]": 1})["data"] == []
 
 
-def test_a_payout_contains_disputes_and_what_came_back(tmp_path: Path) -> None:
+def test_payout_contains_disputes_and_their_reversals(tmp_path: Path) -> None:
     with running_sandbox(tmp_path, "--payout-seconds=0.3") as sandbox:
         for outcome in ("won", "lost"):
             dispute = sandbox.control("disputes", {"payment_intent": sandbox.pay(amount=10000)["id"]})

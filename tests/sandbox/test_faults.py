@@ -82,7 +82,7 @@ def took_effect(sandbox: SandboxProcess, fault: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("fault", "effect"), [("timeout_before", 0), ("timeout_after", 1)])
-def test_a_timeout_never_answers_and_its_retry_charges_once(sandbox: SandboxProcess, fault: str, effect: int) -> None:
+def test_retry_after_a_timeout_charges_once(sandbox: SandboxProcess, fault: str, effect: int) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", fault)
     with pytest.raises(httpx.TimeoutException):
@@ -95,14 +95,14 @@ def test_a_timeout_never_answers_and_its_retry_charges_once(sandbox: SandboxProc
     assert len(charges(sandbox, intent)) == 1
 
 
-def test_a_hang_ends_by_a_cut_connection(sandbox: SandboxProcess) -> None:
+def test_hanging_request_ends_with_a_closed_connection(sandbox: SandboxProcess) -> None:
     intent = sandbox.create()
     sandbox.order("payment_intents.confirm", "timeout_before")
     with pytest.raises((httpx.NetworkError, httpx.RemoteProtocolError)):
         sandbox.send("POST", confirmation(intent), key=next(keys))
 
 
-def test_a_reset_comes_in_the_middle_of_the_answer(sandbox: SandboxProcess) -> None:
+def test_reset_cuts_the_answer_in_the_middle(sandbox: SandboxProcess) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", "reset")
     with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError)):
@@ -112,9 +112,7 @@ def test_a_reset_comes_in_the_middle_of_the_answer(sandbox: SandboxProcess) -> N
 
 
 @pytest.mark.parametrize(("fault", "effect"), [("error_500_before", 0), ("error_500_after", 1)])
-def test_a_500_is_stored_and_replayed_whether_it_took_effect_or_not(
-    sandbox: SandboxProcess, fault: str, effect: int
-) -> None:
+def test_error_500_is_stored_and_replayed(sandbox: SandboxProcess, fault: str, effect: int) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", fault)
     first, again = (sandbox.send("POST", confirmation(intent), key=key) for _ in range(2))
@@ -129,7 +127,7 @@ def test_a_500_is_stored_and_replayed_whether_it_took_effect_or_not(
     ("fault", "status", "code"),
     [("conflict_409", 409, "idempotency_key_in_use"), ("rate_limit_429", 429, "rate_limit")],
 )
-def test_a_refusal_that_is_not_stored_may_be_retried_with_its_key(
+def test_unstored_refusal_may_be_retried_under_its_key(
     sandbox: SandboxProcess, fault: str, status: int, code: str
 ) -> None:
     intent, key = sandbox.create(), next(keys)
@@ -142,7 +140,7 @@ def test_a_refusal_that_is_not_stored_may_be_retried_with_its_key(
     assert sandbox.confirm(intent, key=key)["status"] == "succeeded"
 
 
-def test_garbage_is_answered_although_it_took_effect(sandbox: SandboxProcess) -> None:
+def test_garbled_answer_hides_a_request_that_took_effect(sandbox: SandboxProcess) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", "garbage_200")
     answered = raw_confirm(sandbox, intent, key)
@@ -153,7 +151,7 @@ def test_garbage_is_answered_although_it_took_effect(sandbox: SandboxProcess) ->
     assert len(charges(sandbox, intent)) == 1
 
 
-def test_while_a_request_is_slow_its_key_is_in_use(sandbox: SandboxProcess) -> None:
+def test_key_of_a_slow_request_is_in_use(sandbox: SandboxProcess) -> None:
     intent, key = sandbox.create(), next(keys)
     sandbox.order("payment_intents.confirm", "slow")
     with ThreadPoolExecutor(1) as threads:
@@ -170,14 +168,14 @@ def _conflict(sandbox: SandboxProcess, intent: str, key: str) -> httpx.Response 
     return answered if answered.status_code == 409 else None
 
 
-def test_the_webhook_can_come_before_the_answer(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
+def test_webhook_may_arrive_before_the_answer(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     intent = sandbox.create()
     sandbox.order("payment_intents.confirm", "webhook_first")
     sandbox.confirm(intent)
     assert {"charge.succeeded", "payment_intent.succeeded"} <= set(receiver.types(intent))
 
 
-def test_a_fault_can_be_ordered_for_one_request_and_for_several(sandbox: SandboxProcess) -> None:
+def test_fault_may_be_ordered_for_several_requests(sandbox: SandboxProcess) -> None:
     first, second = sandbox.create(), sandbox.create()
     sandbox.order("payment_intents.confirm", "rate_limit_429", match=second, times=2)
     assert sandbox.confirm(first)["status"] == "succeeded"
@@ -185,13 +183,13 @@ def test_a_fault_can_be_ordered_for_one_request_and_for_several(sandbox: Sandbox
     assert statuses == [429, 429, 200]
 
 
-def test_reads_can_fail_too(sandbox: SandboxProcess) -> None:
+def test_reads_may_fail(sandbox: SandboxProcess) -> None:
     sandbox.order("charges.list", "error_500_before")
     assert sandbox.send("GET", "/v1/charges").status_code == 500
     assert sandbox.send("GET", "/v1/charges").status_code == 200
 
 
-def test_an_unknown_fault_is_refused_with_those_there_are(sandbox: SandboxProcess) -> None:
+def test_unknown_fault_is_refused_with_the_known_ones(sandbox: SandboxProcess) -> None:
     order = {"next": [{"operation": "payment_intents.confirm", "fault": "earthquake"}]}
     refused = sandbox.client.post("/sandbox/faults", json=order)
     assert refused.status_code == 400
@@ -211,9 +209,7 @@ def test_events_arrive_signed_and_in_stripes_shape(sandbox: SandboxProcess, rece
             assert (event["api_version"], event["livemode"], "account" in event) == ("2026-10-28.endive", False, False)
 
 
-def test_an_event_of_a_connected_account_names_it_and_the_request(
-    sandbox: SandboxProcess, receiver: WebhookReceiver
-) -> None:
+def test_event_names_its_connected_account_and_request(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     key = next(keys)
     intent = sandbox.create(account="acct_one", key=key)
     eventually(lambda: receiver.types(intent))
@@ -221,7 +217,7 @@ def test_an_event_of_a_connected_account_names_it_and_the_request(
     assert (event["account"], event["request"]["idempotency_key"]) == ("acct_one", key)
 
 
-def test_a_refused_webhook_is_tried_again(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
+def test_refused_webhook_is_retried(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     # What is still told of earlier payments must not take the refusals away.
     eventually(lambda: sandbox.control("webhooks")["pending"] == 0)
     receiver.statuses = [500, 302]
@@ -240,20 +236,18 @@ def deliveries(sandbox: SandboxProcess, receiver: WebhookReceiver, fault: str) -
     return receiver.types(intent)
 
 
-def test_a_lost_webhook_never_comes(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
+def test_lost_webhook_never_arrives(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     assert "payment_intent.succeeded" not in deliveries(sandbox, receiver, "lost")
     assert sandbox.control("webhooks")["lost"] == 1
 
 
-def test_a_repeated_webhook_comes_ten_times_by_order_and_2_to_10_times_by_chance(
-    sandbox: SandboxProcess, receiver: WebhookReceiver
-) -> None:
+def test_repeated_webhook_arrives_2_to_10_times(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     assert deliveries(sandbox, receiver, "repeated").count("payment_intent.succeeded") == 10
     by_chance = {FaultInjector(1, DEMO_FAULTS).repetitions(f"evt_{number}") for number in range(200)}
     assert by_chance == set(range(2, 11))
 
 
-def test_a_webhooks_fault_can_be_ordered_for_a_payment_by_its_id_or_metadata(
+def test_webhook_fault_may_be_ordered_by_payment_id_or_metadata(
     sandbox: SandboxProcess, receiver: WebhookReceiver
 ) -> None:
     sandbox.order("webhook:payment_intent.created", "lost", match="the-second")
@@ -277,13 +271,13 @@ def test_read_with_webhook_first_delivers_held_webhooks(sandbox: SandboxProcess,
 
 
 @pytest.mark.parametrize("fault", ["reordered", "delayed"])
-def test_a_held_webhook_comes_after_later_ones(sandbox: SandboxProcess, receiver: WebhookReceiver, fault: str) -> None:
+def test_held_webhook_arrives_after_later_ones(sandbox: SandboxProcess, receiver: WebhookReceiver, fault: str) -> None:
     before = sandbox.control("webhooks")["overtaken"]
     assert deliveries(sandbox, receiver, fault)[-1] == "payment_intent.succeeded"
     assert sandbox.control("webhooks")["overtaken"] > before
 
 
-def test_a_forged_webhook_is_followed_by_the_true_one_if_it_is_refused(
+def test_refused_forged_webhook_is_followed_by_the_genuine_one(
     sandbox: SandboxProcess, receiver: WebhookReceiver
 ) -> None:
     intent = sandbox.create()
@@ -313,7 +307,7 @@ def test_simulated_payer_acts_automatically(tmp_path: Path, declines: float, sta
 # Being killed
 
 
-def test_responses_survive_a_kill_and_plans_continue(tmp_path: Path) -> None:
+def test_answers_and_scheduled_actions_survive_a_kill(tmp_path: Path) -> None:
     with running_receiver() as receiver:
         receiver.statuses = [503] * 4
         with running_sandbox(tmp_path, "--transaction-seconds=1", webhook_url=receiver.url) as sandbox:
@@ -349,7 +343,7 @@ def drawn(seed: int) -> list[str | None]:
     return [faults.of_request("payment_intents.confirm", f"pay_{n}:confirm", writes=True) for n in range(1000)]
 
 
-def test_chance_follows_from_the_seed_and_the_request_alone() -> None:
+def test_faults_follow_from_the_seed_and_the_request_alone() -> None:
     assert drawn(8311) == drawn(8311)
     assert drawn(8311) != drawn(8312)
 
@@ -374,7 +368,7 @@ def test_retry_draws_its_own_fault() -> None:
     assert any(calls)
 
 
-def test_the_same_keys_give_the_same_ids_again(tmp_path: Path) -> None:
+def test_same_seed_and_keys_give_the_same_ids(tmp_path: Path) -> None:
     made = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

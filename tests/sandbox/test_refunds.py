@@ -65,7 +65,7 @@ def received_events(receiver: WebhookReceiver, refund_id: str) -> set[str]:
 # Lives
 
 
-def test_a_refund_succeeds_at_once_and_takes_the_money_without_the_fee(
+def test_refund_succeeds_at_once_and_does_not_return_the_fee(
     sandbox: SandboxProcess, receiver: WebhookReceiver
 ) -> None:
     intent = sandbox.pay(description="shoes")["id"]
@@ -85,7 +85,7 @@ def test_a_refund_succeeds_at_once_and_takes_the_money_without_the_fee(
     assert read(sandbox, made["id"])["destination_details"]["card"]["reference_status"] == "available"
 
 
-def test_several_refunds_give_back_all_and_no_more(sandbox: SandboxProcess) -> None:
+def test_refunds_beyond_the_charge_are_refused(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay(amount=10000)["id"]
     refund(sandbox, intent, amount=3000)
     assert charge_of(sandbox, intent)["refunded"] is False
@@ -99,7 +99,7 @@ def test_several_refunds_give_back_all_and_no_more(sandbox: SandboxProcess) -> N
     assert len(sandbox.get("/v1/refunds", {"payment_intent": intent})["data"]) == 2
 
 
-def test_only_what_was_captured_can_be_given_back(sandbox: SandboxProcess) -> None:
+def test_refund_beyond_the_captured_amount_is_refused(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay(capture_method="manual", amount=10000)["id"]
     assert sandbox.refusal("POST", "/v1/refunds", {"payment_intent": intent})[0] == 400
     sandbox.post(f"/v1/payment_intents/{intent}/capture", {"amount_to_capture": 7000})
@@ -107,7 +107,7 @@ def test_only_what_was_captured_can_be_given_back(sandbox: SandboxProcess) -> No
     assert refund(sandbox, intent)["amount"] == 7000
 
 
-def test_a_pending_refund_succeeds_later(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
+def test_pending_refund_succeeds_later(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     intent = sandbox.pay("pm_card_pendingRefund")["id"]
     made = refund(sandbox, intent, amount=1000)
     assert (made["status"], made["pending_reason"]) == ("pending", "processing")
@@ -115,9 +115,7 @@ def test_a_pending_refund_succeeds_later(sandbox: SandboxProcess, receiver: Webh
     eventually(lambda: received_events(receiver, made["id"]) >= {"refund.created", "refund.updated"})
 
 
-def test_a_refund_that_succeeded_fails_late_and_the_money_comes_back(
-    sandbox: SandboxProcess, receiver: WebhookReceiver
-) -> None:
+def test_succeeded_refund_may_fail_and_its_amount_returns(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
     intent = sandbox.pay("pm_card_refundFail", amount=10000)["id"]
     made = refund(sandbox, intent, amount=3000)
     assert made["status"] == "succeeded"
@@ -132,7 +130,7 @@ def test_a_refund_that_succeeded_fails_late_and_the_money_comes_back(
     assert refund(sandbox, intent)["amount"] == 10000
 
 
-def test_a_refund_that_waits_for_its_payer_can_be_canceled_and_no_other(sandbox: SandboxProcess) -> None:
+def test_only_a_refund_that_requires_action_is_cancelable(sandbox: SandboxProcess) -> None:
     intent = sandbox.pay("pm_card_sandboxRefundRequiresAction")["id"]
     made = refund(sandbox, intent, amount=1000, instructions_email="p@example.com")
     assert made["status"] == "requires_action"
@@ -153,7 +151,7 @@ def test_refund_is_canceled_if_its_payer_never_acts(tmp_path: Path) -> None:
         assert wait_for_status(sandbox, made["id"], "failed")["failure_reason"] == "unknown"
 
 
-def test_of_a_refund_only_the_metadata_can_be_changed(sandbox: SandboxProcess) -> None:
+def test_only_the_metadata_of_a_refund_is_changeable(sandbox: SandboxProcess) -> None:
     made = refund(sandbox, sandbox.pay()["id"], **{"metadata[a]": "1"})
     changed = sandbox.post(f"/v1/refunds/{made['id']}", {"metadata[b]": "2"})
     assert changed["metadata"] == {"a": "1", "b": "2"}
@@ -198,7 +196,7 @@ def test_refunds_are_listed_by_intent_and_by_charge(sandbox: SandboxProcess) -> 
 # Money
 
 
-def test_a_payout_contains_refunds_and_their_failures(sandbox: SandboxProcess) -> None:
+def test_payout_contains_refunds_and_their_failures(sandbox: SandboxProcess) -> None:
     account = "acct_paid_out_less"
 
     def confirm(card: str) -> str:
@@ -225,7 +223,7 @@ def test_a_payout_contains_refunds_and_their_failures(sandbox: SandboxProcess) -
     assert sorted(line["amount"] for line in of_type) == [-2500, -700]
 
 
-def test_a_refund_is_exchanged_as_its_charge_was(tmp_path: Path) -> None:
+def test_refund_is_converted_at_the_rate_of_its_charge(tmp_path: Path) -> None:
     with running_sandbox(tmp_path, "--settlement-currency=usd") as sandbox:
         made = refund(sandbox, sandbox.pay(currency="eur", amount=10000)["id"], amount=5000)
         line = read(sandbox, made["id"])["balance_transaction"]
@@ -302,7 +300,7 @@ def test_refund_with_a_lost_response_can_be_found_and_is_made_once(
     )
 
 
-def test_refunds_and_their_plans_survive_a_kill(tmp_path: Path) -> None:
+def test_refunds_and_scheduled_actions_survive_a_kill(tmp_path: Path) -> None:
     with running_sandbox(tmp_path, "--refund-seconds=1") as sandbox:
         intent = sandbox.pay("pm_card_refundFail")["id"]
         form = {"payment_intent": intent}
