@@ -24,14 +24,9 @@ log = logging.getLogger("surety.breaker")
 PROVIDER = "stripe"
 
 
-def breaker_key(account: str) -> str:
-    """What an account's outage is called, as surety.circuit_key calls it."""
+def circuit_key(account: str) -> str:
+    """The key of an account's circuit, composed as in surety.circuit_key."""
     return f"{PROVIDER}:{account}"
-
-
-def account_of_breaker(key: str) -> str:
-    """The account of such a name."""
-    return key.removeprefix(f"{PROVIDER}:")
 
 
 class CallCounts(Struct):

@@ -17,7 +17,7 @@ from typing import Any, Literal, assert_never
 from msgspec import Struct, field
 from psycopg.types.json import Jsonb
 
-from jobs.breaker import account_of_breaker, breaker_key
+from jobs.breaker import circuit_key
 from jobs.database import bisect_on_error
 from jobs.stripe.client import (
     PaymentRefused,
@@ -166,7 +166,7 @@ def not_sent_result(subject: CallSubject, operation: str) -> CallResult:
         "operation": operation,
         "outcome": "not_sent",
         "error": "not sent: the provider is out",
-        "outage": breaker_key(subject.account),
+        "outage": circuit_key(subject.account),
     }
 
 
@@ -228,7 +228,7 @@ async def call_result(
         log.exception("%s of %s", operation, subject.payment_id)
         result = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
     if "outage" in result:
-        result["began"] = began
+        result["failed_call"] = (subject.account, began)
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     return {"payment_id": subject.payment_id, "operation": operation, "duration_ms": duration_ms, **result}
 
@@ -247,7 +247,7 @@ def failed_call_result(account: str, error: ProviderError) -> CallResult:
     """The result of a failed call: released if the provider is busy, counted by the circuit in an outage."""
     result = error_fields(error) | {"error": str(error)}
     if isinstance(error, ProviderOutage):
-        result["outage"] = breaker_key(account)
+        result["outage"] = circuit_key(account)
     elif isinstance(error, ProviderBusy):
         result["release_seconds"] = error.seconds
     return result
@@ -269,9 +269,9 @@ def discrepancy_result(subject: CallSubject, operation: str, error: ProviderErro
 
 async def record_call_results(worker: Worker, batch: Batch, results: list[CallResult]) -> None:
     """Record results, facts and refusals each for themselves; of one that can't be recorded, that it can't."""
-    failed = [(result["outage"], result.pop("began")) for result in results if "began" in result]
+    failed = [result.pop("failed_call") for result in results if "failed_call" in result]
     if failed:
-        await worker.breaker.check_accounts((account_of_breaker(key), began) for key, began in failed)
+        await worker.breaker.check_accounts(failed)
     refusals = [result for result in results if "refused" in result]
     others = [result for result in results if "refused" not in result]
 

@@ -17,7 +17,7 @@ from msgspec import Struct
 from psycopg.types.json import Jsonb
 
 from db.redaction import without_secrets
-from jobs.breaker import breaker_key
+from jobs.breaker import circuit_key
 from jobs.handlers.calls import (
     CallResult,
     failed_call_result,
@@ -164,7 +164,7 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     asking = [webhook for webhooks in to_fetch.values() for webhook in webhooks]
     results += [{"event_id": webhook.event_id} for webhook, _ in wanted if webhook not in asking]
     for source in [source for source in to_fetch if source.account in worker.breaker.blocked]:
-        held = {"error": "not asked: the provider is out", "outage": breaker_key(source.account)}
+        held = {"error": "not asked: the provider is out", "outage": circuit_key(source.account)}
         results += [held | {"event_id": webhook.event_id} for webhook in to_fetch.pop(source)]
     if results:
         await record_call_results(worker, batch, results)
@@ -287,7 +287,7 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
     except ProviderError as error:
         result = failed_call_result(source.account, error)
         if "outage" in result:
-            result["began"] = began
+            result["failed_call"] = (source.account, began)
     except (KeyError, TypeError, AttributeError) as error:
         result = {"outcome": "unknown", "error": f"{source.id} as it was never seen: {type(error).__name__} {error}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)

@@ -18,7 +18,7 @@ from app.receiver import RECEIVE_WEBHOOKS, WebhookRequest
 from app.web.problems import PROBLEM_BY_SQLSTATE, PROBLEM_TYPES, RULE_BY_CONSTRAINT
 from db import BEHAVIOUR_FILES
 from db.connect import ProcessKind, role_of
-from jobs.breaker import breaker_key
+from jobs.breaker import circuit_key
 from jobs.handlers.calls import Verdict
 from jobs.handlers.table import HANDLER_TABLE
 from tests.support.http_client import connect_as_owner
@@ -264,7 +264,7 @@ def test_every_constraint_is_a_rule_or_listed_as_a_bug(rights: Connection) -> No
 
 
 def test_circuit_key_is_the_same_in_sql_and_python(rights: Connection) -> None:
-    assert one(rights, "select surety.circuit_key('stripe', 'acct_1')") == breaker_key("acct_1")
+    assert one(rights, "select surety.circuit_key('stripe', 'acct_1')") == circuit_key("acct_1")
 
 
 def test_every_own_sqlstate_has_a_problem_type_with_a_page() -> None:
