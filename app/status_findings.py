@@ -52,7 +52,7 @@ def find_work_problems(state: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(2, what, "more workers, or their logs")
     for handler in state["handlers"]:
         if handler["is_paused"]:
-            resume = f"update outbox.handlers set paused_at = null where handler = '{handler['handler']}'"
+            resume = f'surety handlers resume {handler["handler"]} --reason "…"'
             yield Finding(1, f"{handler['handler']} is paused", resume)
     letters = state["dead_letters"]
     if letters["open"]:
@@ -66,10 +66,10 @@ def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
     differing = state["discrepancies"]
     if critical := differing["critical"]:
         what = f"{count_noun(critical, 'critical discrepancy', 'critical discrepancies')}: {differing['first']}"
-        yield Finding(2, what, "report.discrepancies")
+        yield Finding(2, what, f"surety discrepancies show {differing['first_id']}")
     elif opened := differing["open"]:
         what = f"{count_noun(opened, 'discrepancy', 'discrepancies')}, the first {differing['first']}"
-        yield Finding(1, what, "report.discrepancies")
+        yield Finding(1, what, f"surety discrepancies show {differing['first_id']}")
     unknown = state["unknown"]
     if unknown["count"] and unknown["oldest_seconds"] > UNKNOWN_SECONDS_MAX:
         what = (

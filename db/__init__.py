@@ -45,6 +45,8 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "operations/merchants",
     "operations/keys",
     "operations/dead_letters",
+    "operations/discrepancies",
+    "operations/handlers",
     "invariant/payments",
     "invariant/refunds",
     "invariant/disputes",

@@ -37,6 +37,10 @@ COMMANDS = {
     "dead-letters": CommandEntry(
         "app.cli.dead_letters:dead_letters", "Events that were given up on: list, show, replay, discard."
     ),
+    "discrepancies": CommandEntry(
+        "app.cli.discrepancies:discrepancies", "Differences from the provider's records: list, show, close."
+    ),
+    "handlers": CommandEntry("app.cli.handlers:handlers", "Handlers of events: list, pause, resume."),
     "restored": CommandEntry("app.cli.restored:restored", "Open a database that was restored from a dump."),
 }
 

@@ -13,6 +13,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
+from app.cli.options import reason_option
 from app.status_findings import count_noun, format_age
 from db.connect import connect
 from db.errors import SuretyError
@@ -46,7 +47,7 @@ def decision_options(command: CommandFunction) -> CommandFunction:
     """The arguments and options of a command that does something to letters."""
     for option in (
         click.option("--dry-run", is_flag=True, help="Only tell what would happen."),
-        click.option("--reason", required=True, help="Why; kept in the audit trail."),
+        reason_option,
         letter_filters,
         click.argument("letter_ids", nargs=-1, metavar="[ID]..."),
     ):
@@ -188,8 +189,6 @@ def apply_to_letters(
     dry_run: bool,
 ) -> None:
     """One letter, one transaction; tell what became of each."""
-    if not reason.strip():
-        raise DeadLetterError("--reason must say why")
     if bool(letter_ids) == bool(handler or error):
         raise DeadLetterError(f"say which to {action}: ids, or all that match --handler or --error")
     outcomes: dict[str, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -74,8 +75,11 @@ def test_a_critical_discrepancy_asks_for_action(conn: Connection, database: str)
     record(conn, [fact(payment_id, "captured", "ch", 10000, currency="eur")])
     code, state = read_status(database)
     assert code == 2
-    assert "critical" in state["findings"][0]["what"]
-    conn.execute("update surety.discrepancies set closed_at = now(), closed_because = 'explained' where is_critical")
+    [finding, *_] = state["findings"]
+    assert "critical" in finding["what"]
+    show = shlex.split(finding["next"])[1:]
+    assert surety(database, *show).returncode == 0
+    assert surety(database, "discrepancies", "close", show[-1], "--reason", "explained").returncode == 0
     assert read_status(database)[1]["discrepancies"]["critical"] == 0
 
 
@@ -180,10 +184,10 @@ def test_provider_outage_is_reported_with_the_next_probe_time(conn: Connection, 
 
 def test_paused_handler_is_reported_with_the_command_to_resume(conn: Connection, database: str) -> None:
     add_live_worker(conn)
-    conn.execute("update outbox.handlers set paused_at = now() where handler = 'settle'")
+    assert surety(database, "handlers", "pause", "settle", "--reason", "the bank is closed").returncode == 0
     code, state = read_status(database)
     assert (code, state["findings"][0]["what"]) == (1, "settle is paused")
-    conn.execute(state["findings"][0]["next"].encode())
+    assert surety(database, *shlex.split(state["findings"][0]["next"])[1:]).stdout == "settle is active\n"
     assert read_status(database)[0] == 0
 
 

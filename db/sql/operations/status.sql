@@ -1,11 +1,9 @@
--- What an operator should know, in one row: what waits, what was given up on, what holds things back.
+-- Status: everything that an operator should know, in one row.
 
 create or replace function outbox.handler_backlog(p_handler text, p_count_max integer)
 returns table (backlog bigint, oldest_at timestamptz, retries_due bigint, suspects bigint, dead bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- What waits for a handler: events not taken (counted up to p_count_max) and events in batches, with the oldest one's
--- time.
 declare
     v_now timestamptz := surety.time_now();
     v_handler outbox.handlers;
@@ -37,6 +35,10 @@ begin
 end;
 $$;
 
+comment on function outbox.handler_backlog(text, integer) is
+'The events that wait for a handler: those not taken (counted up to p_count_max) and those in batches, the time of the
+oldest, retries that are due, poison-message candidates (suspects) and open dead letters.';
+
 create or replace function surety.vacuum_blockers()
 returns table (
     kind text, name text, database text, seconds double precision, xids integer, pid integer, is_active boolean,
@@ -44,9 +46,6 @@ returns table (
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- What keeps dead rows from being vacuumed and seals from being made, in whatever database of the cluster, the one
-    -- that holds back the most transactions first: open transactions with a snapshot or an id, prepared transactions,
-    -- replication slots, standbys that report theirs.
     select
         held.kind,
         held.name,
@@ -111,13 +110,15 @@ begin atomic
     limit 20;
 end;
 
+comment on function surety.vacuum_blockers() is
+'The transactions with a snapshot or an id, prepared transactions, replication slots and standbys that prevent vacuuming
+in any database of the cluster, those that hold back most transactions first.';
+
 create or replace function surety.unfinished_payments_in_retry(p_limit integer)
 returns table (payment_id text, is_unknown boolean, sent_at timestamptz)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 begin atomic
-    -- Unfinished payments whose events wait to be tried again or were given up on, at most p_limit of each, and whether
-    -- a call for them was sent that has no answer to believe.
     with waiting as (
         (
             select events.aggregate_id as payment_id
@@ -150,10 +151,13 @@ begin atomic
     group by payments.id;
 end;
 
+comment on function surety.unfinished_payments_in_retry(integer) is
+'Unfinished payments with an event in retry or a dead letter, at most p_limit of each. is_unknown: a call was sent at
+sent_at and has no answer, or one of status 500 and above.';
+
 create or replace function surety.read_status() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
--- Everything that `surety status` shows. Ages are seconds. sees_all tells whether other logins' transactions are seen.
 declare
     v_now timestamptz := surety.time_now();
     v_count_max constant integer := 2000;
@@ -188,7 +192,8 @@ begin
         'discrepancies', (
             select jsonb_build_object(
                 'open', count(*), 'critical', count(*) filter (where x.is_critical),
-                'first', (array_agg(x.kind || ' ' || x.subject order by x.is_critical desc, x.opened_at))[1])
+                'first', (array_agg(x.kind || ' ' || x.subject order by x.is_critical desc, x.opened_at))[1],
+                'first_id', (array_agg(x.id order by x.is_critical desc, x.opened_at))[1])
             from surety.discrepancies as x where x.closed_at is null
         ),
         'unfinished', (
@@ -209,7 +214,7 @@ begin
             from surety.unfinished_payments_in_retry(v_count_max) as e where e.is_unknown
         ),
         'providers', (
-            select coalesce(jsonb_agg(to_jsonb(told) order by told.provider), '[]')
+            select coalesce(jsonb_agg(to_jsonb(circuits) order by circuits.provider), '[]')
             from (
                 select
                     b.provider, count(*) as accounts, count(b.opened_at) as open, sum(b.held) as held,
@@ -220,7 +225,7 @@ begin
                     round(extract(epoch from min(b.next_probe_at) - v_now), 3) as probe_seconds
                 from surety.circuit_status() as b
                 group by b.provider
-            ) as told
+            ) as circuits
         ),
         'holders', (
             select coalesce(jsonb_agg(to_jsonb(h) order by h.xids desc nulls last, h.seconds desc nulls last), '[]')
@@ -240,3 +245,7 @@ begin
     );
 end;
 $$;
+
+comment on function surety.read_status() is
+'Everything that `surety status` shows, as one document. Ages are seconds. sees_all: transactions of other logins are
+seen as well.';

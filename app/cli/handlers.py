@@ -1,0 +1,69 @@
+"""`surety handlers`: what processes events, and how a person pauses and resumes it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+
+import click
+from psycopg.rows import dict_row
+from rich.table import Table
+
+from app.cli.options import json_option, reason_option
+from app.cli.tables import print_table
+from db.connect import connect
+from db.errors import SuretyError
+from db.settings import load_settings
+
+
+class NoSuchHandler(SuretyError):
+    """No handler has this name."""
+
+
+@click.group()
+def handlers() -> None:
+    """List the handlers of events, pause one, resume it."""
+
+
+@handlers.command("list")
+@json_option
+def list_handlers(as_json: bool) -> None:
+    """List the handlers, what each does, and since when it is paused."""
+    with connect("deploy", load_settings()) as conn, conn.cursor(row_factory=dict_row) as cursor:
+        found = cursor.execute(
+            "select handler, meaning, surety.format_time(paused_at) as paused_at from outbox.handlers order by handler"
+        ).fetchall()
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    table = Table("handler", "meaning", "paused since", box=None)
+    print_table(table, [(each["handler"], each["meaning"], each["paused_at"]) for each in found])
+
+
+@handlers.command("pause")
+@click.argument("handler")
+@reason_option
+def pause_handler(handler: str, reason: str) -> None:
+    """Let a handler take no new events. They wait; the batch under way is finished."""
+    set_paused(handler, reason, is_paused=True)
+
+
+@handlers.command("resume")
+@click.argument("handler")
+@reason_option
+def resume_handler(handler: str, reason: str) -> None:
+    """Let a paused handler take events again."""
+    set_paused(handler, reason, is_paused=False)
+
+
+def set_paused(handler: str, reason: str, *, is_paused: bool) -> None:
+    """Pause or resume. Raises NoSuchHandler."""
+    with connect("deploy", load_settings()) as conn:
+        row = conn.execute(
+            "select outbox.pause_handler(%s, %s, %s, %s)", (handler, is_paused, reason, getpass.getuser())
+        ).fetchone()
+        if row is None or row[0] is None:
+            known = conn.execute("select string_agg(handler, ', ' order by handler) from outbox.handlers").fetchone()
+            assert known is not None
+            raise NoSuchHandler(f"HANDLER: there is no handler {handler}; the handlers are {known[0]}")
+    click.echo(f"{handler} is {'paused' if is_paused else 'active'}" + ("" if row[0] else " already"))
