@@ -13,22 +13,21 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import msgspec
 import psycopg
-from litestar import Litestar, Request, get, post
-from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta, Struct
 from psycopg.types.json import Jsonb
 
-from app.api.schemas import Health
-from app.web.asgi import BodyTooLarge, ClientDisconnected, HttpResponse, new_request_id, read_body
-from app.web.batching import BatchingConnections, RefusedByDatabase, Unavailable, WorkerScheduler
+from app.web.asgi import HttpResponse
+from app.web.batching import BatchingConnections, RefusedByDatabase, Unavailable
 from app.web.database import DatabasePool
-from app.web.frame import AsgiApplication, problem_response, set_request_id, with_head
 from app.web.problems import Problem, overloaded
+from app.web.requests import HttpRequest
+from app.web.routing import HttpApplication, Route
 from app.web.throttle import PerSecondThrottle
+from app.web.worker_scheduler import WorkerScheduler
 from db.connect import connect_async
 from db.redaction import without_secrets
 from db.settings import Settings, load_settings
@@ -98,89 +97,77 @@ def verify_signature(body: bytes, signature: bytes, secrets: Sequence[bytes], no
         raise InvalidWebhook(f"signed {int(now) - int(times[0])} s ago")
 
 
-class Receiver:
-    """Receives Stripe's webhooks. An ASGI application."""
+class ReceiverServices(NamedTuple):
+    """What the receiver's endpoints use, one of each in a process."""
 
-    def __init__(
-        self,
-        secrets: Sequence[bytes],
-        database: DatabasePool,
-        batching: BatchingConnections,
-        worker_scheduler: WorkerScheduler,
-    ) -> None:
-        self._secrets = secrets
-        self._database = database
-        self._batching = batching
-        self._worker_scheduler = worker_scheduler
-        self.rejection_throttle = PerSecondThrottle(REJECTIONS_PER_SECOND_MAX)
+    secrets: Sequence[bytes]
+    database: DatabasePool
+    batching: BatchingConnections
+    scheduler: WorkerScheduler
+    rejection_throttle: PerSecondThrottle
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = new_request_id()
-        try:
-            answer = await self._receive(scope, receive, request_id)
-        except ClientDisconnected:
-            return
-        except Problem as problem:
-            answer = problem.response(request_id)
-        except (Unavailable, RefusedByDatabase):
-            answer = overloaded().response(request_id)
-        await answer(scope, receive, send)
 
-    async def _receive(self, scope: Scope, receive: Receive, request_id: str) -> HttpResponse:
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        client = scope.get("client")
-        address = client[0] if client else ""
-        kept = {
-            name.decode(): headers[name].decode("latin-1")[:HEADER_CHARACTERS_MAX]
-            for name in RELEVANT_HEADERS & headers.keys()
-        }
-        try:
-            body = await read_body(receive, BODY_BYTES_MAX)
-        except BodyTooLarge:
-            raise Problem("too-large", f"the body has more than {BODY_BYTES_MAX} bytes", limit=BODY_BYTES_MAX) from None
-        try:
-            verify_signature(body, headers.get(b"stripe-signature", b""), self._secrets, time.time())
-            event, text = parse_event(body)
-        except InvalidWebhook as rejected:
-            await self._store_rejected(str(rejected), kept, body, address, request_id)
-            raise Problem("invalid-request", str(rejected)) from None
-        row = await self._batching.submit(
+class ReceiverRequest(HttpRequest):
+    """A request to one of the receiver's routes."""
+
+    __slots__ = ()
+
+    services: ReceiverServices
+
+
+async def receive_stripe(request: ReceiverRequest) -> HttpResponse:
+    """Verify and store a webhook of Stripe's. Raises Problem; anything but 2xx makes Stripe send it again."""
+    services = request.services
+    kept_headers = {
+        name.decode(): request.headers[name].decode("latin-1")[:HEADER_CHARACTERS_MAX]
+        for name in RELEVANT_HEADERS & request.headers.keys()
+    }
+    body = await request.read_body(BODY_BYTES_MAX)
+    try:
+        verify_signature(body, request.headers.get(b"stripe-signature", b""), services.secrets, time.time())
+        event, text = parse_event(body)
+    except InvalidWebhook as invalid:
+        await store_rejected(request, str(invalid), kept_headers, body)
+        raise Problem("invalid-request", str(invalid)) from None
+    try:
+        row = await services.batching.submit(
             WebhookRequest(
                 n=0,
-                request_id=request_id,
+                request_id=request.request_id,
                 provider="stripe",
                 account=event.account or "",
                 livemode=event.livemode,
                 event_id=event.id,
                 type=event.type,
-                headers=kept,
+                headers=kept_headers,
                 body=text,
-                address=address,
+                address=request.address,
             )
         )
-        if row[1]:
-            self._worker_scheduler.schedule()
-        return HttpResponse(200, b'{"received":true}', request_id, [JSON_CONTENT_TYPE])
+    except RefusedByDatabase:
+        raise overloaded() from None
+    if row[1]:
+        services.scheduler.schedule()
+    return HttpResponse(200, b'{"received":true}', request.request_id, [JSON_CONTENT_TYPE])
 
-    async def _store_rejected(
-        self, reason: str, headers: dict[str, str], body: bytes, address: str, request_id: str
-    ) -> None:
-        if not self.rejection_throttle.allows():
-            log.warning(
-                "%s rejected: %s; %s were not kept so far", request_id, reason, self.rejection_throttle.suppressed
-            )
-            return
-        log.warning("%s rejected: %s", request_id, reason)
-        try:
-            await self._database.fetch_row(
-                "select surety.reject_webhook('stripe', %s, %s, %s, %s)",
-                reason,
-                Jsonb(headers),
-                SECRET_PATTERN.sub(rb"\1", without_secrets(body)),
-                address,
-            )
-        except (psycopg.Error, Unavailable):
-            log.exception("%s: the evidence could not be kept", request_id)
+
+async def store_rejected(request: ReceiverRequest, reason: str, headers: dict[str, str], body: bytes) -> None:
+    """Keep a rejected webhook as evidence, up to so many in a second."""
+    throttle = request.services.rejection_throttle
+    if not throttle.allows():
+        log.warning("%s rejected: %s; %s were not kept so far", request.request_id, reason, throttle.suppressed)
+        return
+    log.warning("%s rejected: %s", request.request_id, reason)
+    try:
+        await request.services.database.fetch_row(
+            "select surety.reject_webhook('stripe', %s, %s, %s, %s)",
+            reason,
+            Jsonb(headers),
+            SECRET_PATTERN.sub(rb"\1", without_secrets(body)),
+            request.address,
+        )
+    except (psycopg.Error, Unavailable):
+        log.exception("%s: the evidence could not be kept", request.request_id)
 
 
 def parse_event(body: bytes) -> tuple[StripeEvent, str]:
@@ -191,61 +178,40 @@ def parse_event(body: bytes) -> tuple[StripeEvent, str]:
         raise InvalidWebhook("signed, but no event") from None
 
 
-def hand_over_to_receiver(app: ASGIApp) -> ASGIApp:
-    """Answers before Litestar's machinery begins."""
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        await scope["litestar_app"].state.receiver(scope, receive, send)
-
-    return answer
+async def get_receiver_health(request: ReceiverRequest) -> HttpResponse:
+    """Report whether this process can receive webhooks: it asks its database."""
+    await request.services.database.fetch_row("select 1")
+    return HttpResponse(200, b'{"status":"ok"}', request.request_id, [JSON_CONTENT_TYPE])
 
 
-@post("/stripe", middleware=[hand_over_to_receiver])
-async def receive_stripe() -> None:
-    """Receive a webhook of Stripe's."""
-    raise AssertionError("hand_over_to_receiver has answered")
+ROUTES = [
+    Route("POST", "/stripe", receive_stripe, is_fast=True),
+    Route("GET", "/health", get_receiver_health),
+]
 
 
-@get("/health")
-async def get_receiver_health(request: Request[Any, Any, Any]) -> Health:
-    """Tell whether this process can receive webhooks."""
-    await request.app.state.database.fetch_row("select 1")
-    return Health("ok")
-
-
-def create_app(settings: Settings | None = None, *, connections: int = 2) -> AsgiApplication:
+def create_app(settings: Settings | None = None, *, connections: int = 2) -> HttpApplication:
     """The receiver as an ASGI application. Raises SettingsError without STRIPE_WEBHOOK_SECRET."""
     settings = settings or load_settings()
     secrets = [secret.reveal().encode() for secret in settings.webhook_secrets]
+    return HttpApplication(ROUTES, ReceiverRequest, partial(open_services, settings, secrets, connections))
 
-    @asynccontextmanager
-    async def lifespan(app: Litestar) -> AsyncGenerator[None]:
-        database = DatabasePool("webhook", settings)
-        batching = BatchingConnections(
-            lambda: connect_async("webhook", settings), RECEIVE_WEBHOOKS, connections=connections, batch_max=BATCH_MAX
-        )
-        # What can't be closed keeps nothing else open.
-        async with AsyncExitStack() as closing:
-            closing.push_async_callback(database.close)
-            await database.open()
-            worker_scheduler = WorkerScheduler(
-                partial(database.fetch_row, "select outbox.schedule_handlers('{apply}')")
-            )
-            closing.push_async_callback(worker_scheduler.close)
-            closing.push_async_callback(batching.close)
-            await batching.open()
-            app.state.database = database
-            app.state.receiver = Receiver(secrets, database, batching, worker_scheduler)
-            yield
 
-    return with_head(
-        Litestar(
-            [receive_stripe, get_receiver_health],
-            lifespan=[lifespan],
-            openapi_config=None,
-            exception_handlers={Exception: problem_response},
-            after_request=set_request_id,
-            logging_config=None,
-        ),
-        {("POST", "/stripe"): "receiver"},
+@asynccontextmanager
+async def open_services(
+    settings: Settings, secrets: Sequence[bytes], connections: int
+) -> AsyncGenerator[ReceiverServices]:
+    """The services, open. Each is closed even if another one's closing fails."""
+    database = DatabasePool("webhook", settings)
+    batching = BatchingConnections(
+        lambda: connect_async("webhook", settings), RECEIVE_WEBHOOKS, connections=connections, batch_max=BATCH_MAX
     )
+    async with AsyncExitStack() as closing:
+        closing.push_async_callback(database.close)
+        await database.open()
+        scheduler = WorkerScheduler(partial(database.fetch_row, "select outbox.schedule_handlers('{apply}')"))
+        closing.push_async_callback(scheduler.close)
+        closing.push_async_callback(batching.close)
+        await batching.open()
+        throttle = PerSecondThrottle(REJECTIONS_PER_SECOND_MAX)
+        yield ReceiverServices(secrets, database, batching, scheduler, throttle)

@@ -1,194 +1,109 @@
-"""Commands about a payment: POST /v1/payments/{id}/capture and the like, from bytes to bytes.
+"""Commands that change a payment or a dispute: capture, cancel, refund, submit evidence.
 
-One SQL function each, one transaction each; the function keeps the answer beside its effect under the Idempotency-Key,
-as for payments. They answer before Litestar's machinery begins, which knows them for the documentation only.
+One SQL function each, one transaction each. The function keeps the answer beside its effect under the Idempotency-Key.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Callable
 from typing import Any, LiteralString
 
 import msgspec
-import psycopg
-from litestar.types import ASGIApp, Receive, Scope, Send
-from msgspec import Struct
 
-from app.api.create_payment import (
-    BODY_BYTES_MAX,
-    IDEMPOTENCY_KEY,
-    IDEMPOTENCY_REPLAYED,
-    JSON_CONTENT_TYPE,
-    amount_violation,
-    is_json,
+from app.api.create_payment import BODY_BYTES_MAX, amount_violation
+from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest
+from app.web.asgi import HttpResponse
+from app.web.auth import Caller
+from app.web.problems import Problem, invalid_request
+from app.web.requests import encode_canonically, hash_of_request, struct_of
+from app.web.validation import violation_checker
+
+SCHEDULE_COMMAND_WORKERS = "select outbox.schedule_handlers('{capture,cancel,refund,evidence}')"
+COMMAND_PROBLEMS = (
+    "invalid-request",
+    "idempotency-key-missing",
+    "unauthenticated",
+    "forbidden",
+    "not-found",
+    "wrong-state",
+    "too-large",
+    "not-json",
+    "idempotency-key-reused",
+    "overloaded",
 )
-from app.api.schemas import NewCancellation, NewCapture, NewRefund, SubmittedEvidence
-from app.web.asgi import BodyTooLarge, ClientDisconnected, HttpResponse, new_request_id, read_body
-from app.web.auth import Authenticator, Caller
-from app.web.batching import Unavailable, WorkerScheduler
-from app.web.problems import Problem, RuleViolation, invalid_request, overloaded, problem_from_database_error
-from app.web.requests import DISPUTE_ID, PAYMENT_ID
-from app.web.validation import parse, violation_checker
-
-encode = msgspec.json.Encoder(order="deterministic").encode
 
 
-class Command(Struct, frozen=True):
-    """One of them: what it is called, what it takes."""
+async def execute_command(
+    request: ApiRequest,
+    struct: type[msgspec.Struct],
+    statement: LiteralString,
+    *,
+    subject: str,
+    subject_id: str,
+    location: str = "",
+) -> HttpResponse:
+    """The answer to a command. Raises Problem.
 
-    route: str
-    """As the audit trail and the Idempotency-Key's scope name it."""
-    statement: LiteralString
-    """One call: a request as JSON in, api.outcome out."""
-    subject: str
-    """What the path's id is called in the request."""
-    ids: re.Pattern[str]
-    body: type[Struct]
-    location: str = ""
-    """Where what was made can be read, up to its id."""
-
-
-class CommandEndpoint:
-    """Takes commands, as CreatePaymentEndpoint takes payments."""
-
-    def __init__(self, authenticator: Authenticator, worker_scheduler: WorkerScheduler) -> None:
-        self._authenticator = authenticator
-        self._worker_scheduler = worker_scheduler
-
-    async def execute(self, command: Command, subject: str, scope: Scope, receive: Receive) -> HttpResponse:
-        """The answer to one command. Raises ClientDisconnected if nobody waits for it."""
-        request_id = new_request_id()
-        try:
-            return await self._execute(command, subject, scope, receive, request_id)
-        except Problem as problem:
-            return problem.response(request_id)
-        except Unavailable:
-            return overloaded().response(request_id)
-        except psycopg.Error as error:
-            return problem_from_database_error(error).response(request_id)
-
-    async def _execute(
-        self, command: Command, subject: str, scope: Any, receive: Receive, request_id: str
-    ) -> HttpResponse:
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        caller = self._authenticator.read_caller(scope, headers, request_id, command.route)
-        try:
-            body = await read_body(receive, BODY_BYTES_MAX)
-        except BodyTooLarge:
-            await caller.require_active_merchant()
-            detail = f"the body has more than {BODY_BYTES_MAX} bytes"
-            raise Problem("too-large", detail, limit=BODY_BYTES_MAX, headers=[(b"connection", b"close")]) from None
-        try:
-            asked = read_command_body(headers, body, command.body)
-        except Problem:
-            await caller.require_active_merchant()
-            raise
-        if not command.ids.fullmatch(subject):
-            await caller.require_known_key()
-            raise await caller.audit_denial("not-found")
-        instruction = subject.encode() + encode(asked)
-        request = msgspec.to_builtins(asked) | {
-            "key_hash": caller.key_hash.hex(),
-            "request_id": request_id,
-            "address": caller.address,
-            "idempotency_key": headers[b"idempotency-key"].decode(),
-            "request_hash": hashlib.sha256(instruction).hexdigest(),
-            command.subject: subject,
-        }
-        row = await self._authenticator.database.fetch_row(command.statement, encode(request).decode())
-        assert row is not None
-        return await self._answer(command, row, caller, request_id)
-
-    async def _answer(self, command: Command, row: tuple[Any, ...], caller: Caller, request_id: str) -> HttpResponse:
-        status, problem, detail, body, is_replayed = row
-        if problem is None:
-            headers = [JSON_CONTENT_TYPE]
-            if command.location:
-                headers.append((b"location", f"{command.location}{msgspec.json.decode(body)['id']}".encode()))
-            if is_replayed:
-                headers.append(IDEMPOTENCY_REPLAYED)
-            else:
-                self._worker_scheduler.schedule()
-            return HttpResponse(status, body.encode(), request_id, headers)
-        match problem:
-            case "unauthenticated" | "forbidden" | "not-found":
-                raise await caller.audit_denial(problem)
-            case "invalid-request":
-                raise invalid_request([amount_violation(detail)])
-            case "wrong-state":
-                reason = f": {detail['reason']}" if detail.get("reason") else ""
-                raise Problem(problem, f"it is {detail['state']}{reason}", state=detail["state"])
-            case "balance-too-low":
-                detail_text = f"{detail['needed']} is needed, the balance is {detail['balance']} {detail['currency']}"
-                raise Problem(problem, detail_text, **detail)
-        raise Problem(problem, "this Idempotency-Key was sent before with another body or for another object")
+    `statement` takes a request as JSON and returns status, problem, detail, body, is_replayed. `subject` is the name of
+    the path's id in that JSON; `subject_id` is empty if the path holds no id. `location` plus the new object's id is
+    the Location.
+    """
+    assert struct is request.route.body
+    caller = request.caller()
+    try:
+        body = await request.read_body(BODY_BYTES_MAX)
+        command = read_command(request, body, struct)
+    except Problem:
+        await caller.require_active_merchant()
+        raise
+    if not subject_id:
+        await caller.require_known_key()
+        raise await caller.audit_denial("not-found")
+    document = msgspec.to_builtins(command) | {
+        "key_hash": caller.key_hash.hex(),
+        "request_id": request.request_id,
+        "address": caller.address,
+        "idempotency_key": request.headers[b"idempotency-key"].decode(),
+        "request_hash": hash_of_request(encode_canonically(command), subject_id),
+        subject: subject_id,
+    }
+    row = await request.services.database.fetch_row(statement, msgspec.json.encode(document).decode())
+    assert row is not None
+    status, problem, detail, answer, is_replayed = row
+    if problem is not None:
+        raise await problem_of_command(problem, detail, caller)
+    headers = [JSON_CONTENT_TYPE]
+    if location:
+        headers.append((b"location", f"{location}{msgspec.json.decode(answer)['id']}".encode()))
+    if is_replayed:
+        headers.append(IDEMPOTENCY_REPLAYED)
+    else:
+        request.services.command_scheduler.schedule()
+    return HttpResponse(status, answer.encode(), request.request_id, headers)
 
 
-def read_command_body(headers: dict[bytes, bytes], body: bytes, struct: type[Struct]) -> Struct:
-    """The body as its struct; none at all is an empty one. Raises Problem with every rule that the request breaks."""
-    key = headers.get(b"idempotency-key")
-    if body and not is_json(headers):
+def read_command(request: ApiRequest, body: bytes, struct: type[msgspec.Struct]) -> msgspec.Struct:
+    """The body as its struct; no body is an empty object. Raises Problem with every rule that the request breaks."""
+    if body and not request.is_json():
         raise Problem("not-json", "the header Content-Type must be application/json")
-    if not key:
-        raise Problem("idempotency-key-missing", "the header Idempotency-Key is missing")
-    given = parse(body) if body else {}
-    errors = violation_checker(struct)(given)
-    if not IDEMPOTENCY_KEY.fullmatch(key):
-        message = "Idempotency-Key must have 1 to 255 printable ASCII characters"
-        errors.append(RuleViolation("Idempotency-Key", "pattern", message, place="header"))
-    if errors:
-        raise invalid_request(errors)
-    return msgspec.convert(given, struct)
+    key_violations = request.idempotency_key_violations()
+    given = request.parse_json(body) if body else {}
+    return struct_of(given, struct, violation_checker(struct)(given) + key_violations)
 
 
-CAPTURE = Command(
-    "POST /v1/payments/{id}/capture",
-    "select status, problem, detail, body, is_replayed from api.capture_payment(%s)",
-    "payment_id",
-    PAYMENT_ID,
-    NewCapture,
-)
-CANCEL = Command(
-    "POST /v1/payments/{id}/cancel",
-    "select status, problem, detail, body, is_replayed from api.cancel_payment(%s)",
-    "payment_id",
-    PAYMENT_ID,
-    NewCancellation,
-)
-
-REFUND = Command(
-    "POST /v1/payments/{id}/refunds",
-    "select status, problem, detail, body, is_replayed from api.create_refund(%s)",
-    "payment_id",
-    PAYMENT_ID,
-    NewRefund,
-    "/v1/refunds/",
-)
-
-EVIDENCE = Command(
-    "POST /v1/disputes/{id}/evidence",
-    "select status, problem, detail, body, is_replayed from api.submit_evidence(%s)",
-    "dispute_id",
-    DISPUTE_ID,
-    SubmittedEvidence,
-)
-
-
-def answered_by(command: Command) -> Callable[[ASGIApp], ASGIApp]:
-    """Middleware of the route that documents a command, answering in its place."""
-
-    def answering(app: ASGIApp) -> ASGIApp:
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            commands: CommandEndpoint = scope["litestar_app"].state.commands
-            (subject,) = scope["path_params"].values()
-            try:
-                taken = await commands.execute(command, subject, scope, receive)
-            except ClientDisconnected:
-                return
-            await taken(scope, receive, send)
-
-        return answer
-
-    return answering
+async def problem_of_command(name: str, detail: Any, caller: Caller) -> Problem:
+    """The refusal of a SQL function as a problem."""
+    match name:
+        case "unauthenticated" | "forbidden" | "not-found":
+            return await caller.audit_denial(name)
+        case "invalid-request":
+            return invalid_request([amount_violation(detail)])
+        case "wrong-state":
+            reason = f": {detail['reason']}" if detail.get("reason") else ""
+            return Problem(name, f"it is {detail['state']}{reason}", state=detail["state"])
+        case "balance-too-low":
+            text = f"{detail['needed']} is needed, the balance is {detail['balance']} {detail['currency']}"
+            return Problem(name, text, **detail)
+        case "idempotency-key-reused":
+            return Problem(name, "this Idempotency-Key was sent before with another body or for another object")
+        case _:
+            raise AssertionError(f"SQL refused a command for an unknown reason: {name}")

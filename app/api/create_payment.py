@@ -1,177 +1,146 @@
-"""POST /v1/payments, from bytes to bytes: decoded at once into its struct, answered by a lane.
+"""POST /v1/payments: the body is decoded once into its struct and answered by a batching connection.
 
-What doesn't decode, or might hold what a struct can't see (a key given twice, NUL), goes the careful way: who asks is
-looked at first, then all rules that the request breaks are told at once.
+A body that does not decode, or may hold what a struct can't show (a key given twice, NUL), is read strictly: the caller
+is looked up first, then all rules that the request breaks are listed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from app.api.schemas import NewPayment, PaymentRequest
-from app.web.asgi import BodyTooLarge, ClientDisconnected, HttpResponse, Receive, Scope, Send, new_request_id, read_body
-from app.web.auth import Authenticator, Caller
-from app.web.batching import BatchingConnections, RefusedByDatabase, Row, Unavailable, WorkerScheduler
-from app.web.problems import Problem, RuleViolation, invalid_request, overloaded, problem_from_database_error
+from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest
+from app.api.schemas.payments import NewPayment, PaymentRequest
+from app.web.asgi import HttpResponse
+from app.web.auth import Caller
+from app.web.database import DatabasePool
+from app.web.problems import Problem, RuleViolation, invalid_request
+from app.web.requests import IDEMPOTENCY_KEY, encode_canonically, hash_of_request, struct_of
 from app.web.validation import parse, violation_checker
 
 CREATE_PAYMENTS = b"""
 select n, status, problem, detail, body, is_replayed, payment_id from api.create_payments(%s)
 """
-ROUTE = "POST /v1/payments"
 BODY_BYTES_MAX = 64 * 1024
-IDEMPOTENCY_KEY = re.compile(rb"[ -~]{1,255}")
 CURRENCY = re.compile("[A-Za-z]{3}")
 JSON_KEY_PATTERN = re.compile(rb'"\s*:')
-JSON_CONTENT_TYPE = (b"content-type", b"application/json")
-IDEMPOTENCY_REPLAYED = (b"idempotency-replayed", b"true")
 AMOUNT_MAX = 2**63 - 1
 
 decode_payment = msgspec.json.Decoder(NewPayment).decode
-encode = msgspec.json.Encoder(order="deterministic").encode
 payment_violations = violation_checker(NewPayment)
 
 
-class CreatePaymentEndpoint:
-    """Takes payments. An ASGI application."""
+async def create_payment(request: ApiRequest) -> HttpResponse:
+    """Take a payment.
 
-    def __init__(
-        self, authenticator: Authenticator, batching: BatchingConnections, worker_scheduler: WorkerScheduler
-    ) -> None:
-        self._authenticator = authenticator
-        self._batching = batching
-        self._worker_scheduler = worker_scheduler
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = new_request_id()
-        try:
-            answer = await self._accept(scope, receive, request_id)
-        except ClientDisconnected:
-            return
-        except Problem as problem:
-            answer = problem.response(request_id)
-        except Unavailable:
-            answer = overloaded().response(request_id)
-        except RefusedByDatabase as refused:
-            answer = problem_from_database_error(refused.error).response(request_id)
-        await answer(scope, receive, send)
-
-    async def _accept(self, scope: Scope, receive: Receive, request_id: str) -> HttpResponse:
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        caller = self._authenticator.read_caller(scope, headers, request_id, ROUTE)
-        try:
-            body = await read_body(receive, BODY_BYTES_MAX)
-        except BodyTooLarge:
-            await caller.require_active_merchant()
-            detail = f"the body has more than {BODY_BYTES_MAX} bytes"
-            raise Problem("too-large", detail, limit=BODY_BYTES_MAX, headers=[(b"connection", b"close")]) from None
-        key = headers.get(b"idempotency-key", b"")
-        payment = None
-        if IDEMPOTENCY_KEY.fullmatch(key) and is_json(headers):
-            payment = read_fast(body)
-        if payment is None:
-            await caller.require_active_merchant()
-            payment = await self._read_strictly(headers, body)
-        instruction = encode(payment)
-        row = await self._batching.submit(
-            PaymentRequest(
-                n=0,
-                request_id=request_id,
-                key_hash=caller.key_hash.hex(),
-                address=caller.address,
-                idempotency_key=key.decode(),
-                request_hash=hashlib.sha256(instruction).hexdigest(),
-                amount=payment.amount,
-                currency=payment.currency,
-                rail=payment.payment_method.type,
-                method_token=payment.payment_method.token,
-                capture_method=payment.capture_method,
-                reference=payment.reference,
-                description=payment.description,
-                statement_descriptor_suffix=payment.statement_descriptor_suffix,
-                return_url=payment.return_url,
-                customer=payment.customer,
-                metadata=payment.metadata,
-            )
+    201 means: stored durably, and on its way to the provider. The same key with the same body gets the first answer
+    again, byte for byte, with `Idempotency-Replayed: true`.
+    """
+    caller = request.caller()
+    try:
+        body = await request.read_body(BODY_BYTES_MAX)
+    except Problem:
+        await caller.require_active_merchant()
+        raise
+    key = request.headers.get(b"idempotency-key", b"")
+    accepted = read_fast(body) if IDEMPOTENCY_KEY.fullmatch(key) and request.is_json() else None
+    if accepted is None:
+        await caller.require_active_merchant()
+        payment = await read_strictly(request, body)
+        accepted = payment, encode_canonically(payment)
+    payment, encoded = accepted
+    row = await request.services.payment_batching.submit(
+        PaymentRequest(
+            n=0,
+            request_id=request.request_id,
+            key_hash=caller.key_hash.hex(),
+            address=caller.address,
+            idempotency_key=key.decode(),
+            request_hash=hash_of_request(encoded),
+            amount=payment.amount,
+            currency=payment.currency,
+            rail=payment.payment_method.type,
+            method_token=payment.payment_method.token,
+            capture_method=payment.capture_method,
+            reference=payment.reference,
+            description=payment.description,
+            statement_descriptor_suffix=payment.statement_descriptor_suffix,
+            return_url=payment.return_url,
+            customer=payment.customer,
+            metadata=payment.metadata,
         )
-        return await self._answer(row, caller, request_id)
-
-    async def _read_strictly(self, headers: dict[bytes, bytes], body: bytes) -> NewPayment:
-        """The payment after all, or Problem with every rule that the request breaks."""
-        if not is_json(headers):
-            raise Problem("not-json", "the header Content-Type must be application/json")
-        key = headers.get(b"idempotency-key")
-        if not key:
-            raise Problem("idempotency-key-missing", "the header Idempotency-Key is missing")
-        given = parse(body)
-        errors = await self._amount_violations(given)
-        reported_fields = {error.field for error in errors}
-        errors += [error for error in payment_violations(given) if error.field not in reported_fields]
-        if not IDEMPOTENCY_KEY.fullmatch(key):
-            message = "Idempotency-Key must have 1 to 255 printable ASCII characters"
-            errors.append(RuleViolation("Idempotency-Key", "pattern", message, place="header"))
-        if errors:
-            raise invalid_request(errors)
-        return with_lowercase_currency(msgspec.convert(given, NewPayment))
-
-    async def _amount_violations(self, given: Any) -> list[RuleViolation]:
-        """What the database's table of currencies says about the amount, whatever else is wrong with the request."""
-        amount, currency = (given.get("amount"), given.get("currency")) if isinstance(given, dict) else (None, None)
-        if type(amount) is not int or not isinstance(currency, str) or not CURRENCY.fullmatch(currency):
-            return []
-        amount = max(-AMOUNT_MAX, min(amount, AMOUNT_MAX))
-        judged = await self._authenticator.database.fetch_row(
-            "select api.check_amount_bounds(%s, %s)", amount, currency.lower()
-        )
-        return [amount_violation(judged[0])] if judged and judged[0] else []
-
-    async def _answer(self, row: Row, caller: Caller, request_id: str) -> HttpResponse:
-        _, status, problem, detail, body, is_replayed, payment_id = row
-        if problem is None:
-            headers = [JSON_CONTENT_TYPE, (b"location", b"/v1/payments/" + payment_id.encode())]
-            if is_replayed:
-                headers.append(IDEMPOTENCY_REPLAYED)
-            else:
-                self._worker_scheduler.schedule()
-            return HttpResponse(status, body.encode(), request_id, headers)
-        match problem:
-            case "unauthenticated" | "forbidden":
-                raise await caller.audit_denial(problem)
-            case "invalid-request":
-                raise invalid_request([amount_violation(detail)])
-            case "reference-taken":
-                taken_by = detail["payment_id"]
-                raise Problem(problem, f"{taken_by or 'another payment'} has this reference", payment=taken_by)
-        raise Problem(problem, "this Idempotency-Key was sent before with another body")
+    )
+    _, status, problem, detail, document, is_replayed, payment_id = row
+    if problem is not None:
+        raise await problem_of_refusal(problem, detail, caller)
+    headers = [JSON_CONTENT_TYPE, (b"location", b"/v1/payments/" + payment_id.encode())]
+    if is_replayed:
+        headers.append(IDEMPOTENCY_REPLAYED)
+    else:
+        request.services.payment_scheduler.schedule()
+    return HttpResponse(status, document.encode(), request.request_id, headers)
 
 
-def is_json(headers: dict[bytes, bytes]) -> bool:
-    """Whether the body is said to be JSON, whatever its parameters."""
-    given = headers.get(b"content-type", b"")
-    return given == b"application/json" or given.partition(b";")[0].strip().lower() == b"application/json"
+async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:
+    """The payment after all. Raises Problem with every rule that the request breaks."""
+    if not request.is_json():
+        raise Problem("not-json", "the header Content-Type must be application/json")
+    key_violations = request.idempotency_key_violations()
+    given = request.parse_json(body)
+    violations = await amount_violations(request.services.database, given)
+    reported_fields = {violation.field for violation in violations}
+    violations += [violation for violation in payment_violations(given) if violation.field not in reported_fields]
+    return with_lowercase_currency(struct_of(given, NewPayment, violations + key_violations))
 
 
-def read_fast(body: bytes) -> NewPayment | None:
-    """The payment, if the body is beyond doubt. The slower look is for what decoding doesn't see: a key given twice
-    shows as more keys in the body than in its payment's own encoding, and NUL can only come escaped.
+async def amount_violations(database: DatabasePool, given: Any) -> list[RuleViolation]:
+    """The bounds of the currency that the amount breaks, whatever else is wrong with the request."""
+    amount, currency = (given.get("amount"), given.get("currency")) if isinstance(given, dict) else (None, None)
+    if type(amount) is not int or not isinstance(currency, str) or not CURRENCY.fullmatch(currency):
+        return []
+    amount = max(-AMOUNT_MAX, min(amount, AMOUNT_MAX))
+    row = await database.fetch_row("select api.check_amount_bounds(%s, %s)", amount, currency.lower())
+    return [amount_violation(row[0])] if row and row[0] else []
+
+
+async def problem_of_refusal(name: str, detail: Any, caller: Caller) -> Problem:
+    """The refusal of api.create_payments as a problem."""
+    match name:
+        case "unauthenticated" | "forbidden":
+            return await caller.audit_denial(name)
+        case "invalid-request":
+            return invalid_request([amount_violation(detail)])
+        case "reference-taken":
+            taken_by = detail["payment_id"]
+            return Problem(name, f"{taken_by or 'another payment'} has this reference", payment=taken_by)
+        case "idempotency-key-reused":
+            return Problem(name, "this Idempotency-Key was sent before with another body")
+        case _:
+            raise AssertionError(f"SQL refused a payment for an unknown reason: {name}")
+
+
+def read_fast(body: bytes) -> tuple[NewPayment, bytes] | None:
+    """The payment and its canonical encoding, if the body breaks no rule; None sends it to `read_strictly`.
+
+    Decoding does not show a key given twice, which appears as more keys in the body than in the encoding, nor NUL,
+    which can only come escaped.
     """
     try:
         payment = with_lowercase_currency(decode_payment(body))
     except (ValueError, RecursionError):
         return None
-    if b"\\u" in body or len(JSON_KEY_PATTERN.findall(body)) != len(JSON_KEY_PATTERN.findall(encode(payment))):
+    encoded = encode_canonically(payment)
+    if b"\\u" in body or len(JSON_KEY_PATTERN.findall(body)) != len(JSON_KEY_PATTERN.findall(encoded)):
         try:
             given = parse(body)
         except Problem:
             return None
         if payment_violations(given):
             return None
-    return payment
+    return payment, encoded
 
 
 def with_lowercase_currency(payment: NewPayment) -> NewPayment:

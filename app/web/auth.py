@@ -6,7 +6,6 @@ A denial of a key that exists is written into the audit trail, so many in a seco
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any, LiteralString
 
 import psycopg
@@ -34,13 +33,12 @@ class Authenticator:
         self.database = database
         self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
-    def read_caller(self, scope: Mapping[str, Any], headers: dict[bytes, bytes], request_id: str, route: str) -> Caller:
-        """Who sent this, as far as that can be told without the database. Raises Problem."""
+    def read_caller(self, headers: dict[bytes, bytes], address: str, request_id: str, route: str) -> Caller:
+        """The caller, by the Authorization header alone. Raises Problem for what can't be a key."""
         key_hash = key_hash_of(headers.get(b"authorization", b""))
         if key_hash is None:
             raise Problem("unauthenticated", DENIAL_DETAILS["unauthenticated"])
-        client = scope.get("client")
-        return Caller(self, key_hash, client[0] if client else "", request_id, route)
+        return Caller(self, key_hash, address, request_id, route)
 
 
 class Caller:

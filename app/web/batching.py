@@ -313,39 +313,3 @@ def describe_error(error: psycopg.Error) -> str:
 def request_ids_of(batch: Sequence[QueuedRequest]) -> str:
     """The request ids of a batch."""
     return " ".join(queued.request.request_id for queued in batch)
-
-
-class WorkerScheduler:
-    """Wakes workers after commits: at once when none was woken lately, else a little later, never twice at a time.
-
-    A call that fails loses nothing, for the workers' tick finds the work a second later.
-    """
-
-    def __init__(self, schedule_workers: Callable[[], Awaitable[object]], *, interval_seconds: float = 0.05) -> None:
-        self._schedule = schedule_workers
-        self._interval_seconds = interval_seconds
-        self._wanted = asyncio.Event()
-        self._task = asyncio.create_task(self._run())
-
-    def schedule(self) -> None:
-        """Request a run of the workers and return at once."""
-        self._wanted.set()
-
-    async def close(self) -> None:
-        """Stop."""
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
-
-    async def _run(self) -> None:
-        while True:
-            await self._wanted.wait()
-            self._wanted.clear()
-            try:
-                await self._schedule()
-            except (psycopg.Error, Unavailable) as error:
-                log.warning(
-                    "scheduling workers failed: %s",
-                    describe_error(error) if isinstance(error, psycopg.Error) else error,
-                )
-            await asyncio.sleep(self._interval_seconds)

@@ -7,12 +7,17 @@ lists those, so that adding one is a decision.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import msgspec
 import psycopg
+from litestar.exceptions import HTTPException
 
 from app.web.asgi import Headers, HttpResponse
+from app.web.batching import RefusedByDatabase, Unavailable
+
+log = logging.getLogger("surety.http")
 
 
 class ProblemDefinition(NamedTuple):
@@ -197,3 +202,26 @@ def problem_from_database_error(error: psycopg.Error) -> Problem:
     if name == "internal":
         return Problem("internal", "an error of ours; nothing took effect")
     return Problem(name, error.diag.message_primary or "the database refuses this")
+
+
+def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
+    """The problem that an endpoint or Litestar raised; what is not expected is logged and is `internal`."""
+    match error:
+        case Problem():
+            return error
+        case Unavailable():
+            return overloaded()
+        case RefusedByDatabase():
+            return problem_from_database_error(error.error)
+        case psycopg.Error():
+            log.error("%s failed: %s", request_id, error)
+            return problem_from_database_error(error)
+        case HTTPException(status_code=405):
+            allowed = (error.headers or {}).get("allow", "").replace("GET", "GET, HEAD")
+            return Problem("method-not-allowed", f"here are only {allowed}", headers=[(b"allow", allowed.encode())])
+        case HTTPException(status_code=404):
+            return Problem("not-found", f"nothing is at {path[:200]}")
+        case HTTPException(status_code=status) if status < 500:
+            return Problem("invalid-request", error.detail, errors=[])
+    log.error("%s failed", request_id, exc_info=error)
+    return Problem("internal", "an error of ours; nothing took effect")

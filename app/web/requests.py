@@ -1,56 +1,114 @@
-"""What routes that read have in common: who asks, for what, and the document as the database has rendered it."""
+"""A request as endpoints see it: headers, bodies within bounds, JSON, the Idempotency-Key."""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from litestar import Request, Response
-from litestar.params import Parameter
+import msgspec
 
-from app.web.auth import Authenticator, Caller
-from app.web.frame import request_id_of
-from app.web.problems import Problem
-from app.web.validation import read_query
+from app.web.asgi import ClientDisconnected, Message, Receive, Scope, new_request_id
+from app.web.problems import Problem, RuleViolation, invalid_request
+from app.web.routing import Route
+from app.web.validation import parse
 
 T = TypeVar("T")
 
-PAYMENT_ID = re.compile("pay_[0-9a-f]{32}")
-DISPUTE_ID = re.compile("dp_[0-9a-f]{32}")
-REFUND_ID = re.compile("ref_[0-9a-f]{32}")
+BODY_SECONDS_MAX = 10.0
+DISCARDED_BYTES_MAX = 1 << 20
+IDEMPOTENCY_KEY = re.compile(rb"[ -~]{1,255}")
 
-IdempotencyKeyHeader = Annotated[
-    str,
-    Parameter(
-        header="Idempotency-Key",
-        min_length=1,
-        max_length=255,
-        description="1 to 255 printable characters: new for each request, the same for each repetition.",
-    ),
-]
+encode_canonically = msgspec.json.Encoder(order="deterministic").encode
 
 
-def caller_of(request: Request[Any, Any, Any], route: str) -> Caller:
-    """Who asks; raises Problem for what can't be a key."""
-    authenticator: Authenticator = request.app.state.authenticator
-    return authenticator.read_caller(request.scope, dict(request.scope["headers"]), request_id_of(request), route)
+class HttpRequest:
+    """One request to a route, and the services that its endpoint uses. Its body is read once, by `read_body`."""
+
+    __slots__ = ("headers", "receive", "request_id", "route", "scope", "services")
+
+    def __init__(self, route: Route, services: Any, scope: Scope, receive: Receive) -> None:
+        self.route = route
+        self.services = services
+        self.scope = scope
+        self.receive = receive
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.request_id = new_request_id()
+
+    @property
+    def address(self) -> str:
+        """The client's address; empty if the server knows none."""
+        client = self.scope.get("client")
+        return client[0] if client else ""
+
+    def path_parameter(self) -> str:
+        """The only parameter of the path."""
+        (value,) = self.scope["path_params"].values()
+        return str(value)
+
+    def is_json(self) -> bool:
+        """Whether the Content-Type is JSON, whatever its parameters."""
+        given = self.headers.get(b"content-type", b"")
+        return given == b"application/json" or given.partition(b";")[0].strip().lower() == b"application/json"
+
+    async def read_body(self, bytes_max: int) -> bytes:
+        """The body. Raises Problem if it is too large, ClientDisconnected if it does not arrive."""
+        message = await self.receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body") or message["type"] != "http.request":
+            try:
+                async with asyncio.timeout(BODY_SECONDS_MAX):
+                    body = await self._read_chunks(message, bytes_max)
+            except TimeoutError:
+                raise ClientDisconnected from None
+        if len(body) > bytes_max:
+            detail = f"the body has more than {bytes_max} bytes"
+            raise Problem("too-large", detail, limit=bytes_max, headers=[(b"connection", b"close")])
+        return body
+
+    async def _read_chunks(self, message: Message, bytes_max: int) -> bytes:
+        """A body that comes in parts, or more than `bytes_max` bytes of it.
+
+        The rest of one that is too large is read for a while, so that the client gets to read the refusal.
+        """
+        parts = bytearray()
+        received = 0
+        while True:
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnected
+            part = message.get("body", b"")
+            received += len(part)
+            if len(parts) <= bytes_max:
+                parts += part
+            if not message.get("more_body") or received > bytes_max + DISCARDED_BYTES_MAX:
+                return bytes(parts)
+            message = await self.receive()
+
+    def parse_json(self, body: bytes) -> Any:
+        """The body's JSON, strictly. Raises Problem."""
+        if not self.is_json():
+            raise Problem("not-json", "the header Content-Type must be application/json")
+        return parse(body)
+
+    def idempotency_key_violations(self) -> list[RuleViolation]:
+        """The rules that the Idempotency-Key breaks. Raises Problem if the header is missing."""
+        key = self.headers.get(b"idempotency-key")
+        if not key:
+            raise Problem("idempotency-key-missing", "the header Idempotency-Key is missing")
+        if IDEMPOTENCY_KEY.fullmatch(key):
+            return []
+        message = "Idempotency-Key must have 1 to 255 printable ASCII characters"
+        return [RuleViolation("Idempotency-Key", "pattern", message, place="header")]
 
 
-async def checked_query_of(request: Request[Any, Any, Any], caller: Caller, struct: type[T]) -> T:
-    """The query as a struct. Raises Problem: for a stranger first, then for the rules that the query breaks."""
-    try:
-        return read_query(request.scope["query_string"], struct)
-    except Problem:
-        await caller.require_known_key()
-        raise
+def struct_of(given: Any, struct: type[T], violations: list[RuleViolation]) -> T:
+    """Parsed JSON as a struct. Raises Problem if any rule is broken."""
+    if violations:
+        raise invalid_request(violations)
+    return msgspec.convert(given, struct)
 
 
-def valid_id_or_empty(id: str, ids: re.Pattern[str] = PAYMENT_ID) -> str:
-    """An id, or one that nothing has."""
-    return id if ids.fullmatch(id) else ""
-
-
-def json_response(request: Request[Any, Any, Any], document: str) -> Response[Any]:
-    """A document that the database has rendered."""
-    headers = {"request-id": request_id_of(request)}
-    return Response(document.encode(), media_type="application/json", headers=headers)
+def hash_of_request(canonical_body: bytes, subject: str = "") -> str:
+    """SHA-256 (hex) of what a request asks for: the id in its path and its body, encoded by `encode_canonically`."""
+    return hashlib.sha256(subject.encode() + canonical_body).hexdigest()

@@ -15,8 +15,9 @@ import psycopg
 import pytest
 
 from app.api.create_payment import BODY_BYTES_MAX
-from app.api.schemas import EventList, PaymentList, Trace
-from app.api.schemas import Payment as PaymentDocument
+from app.api.schemas.events import EventList
+from app.api.schemas.payments import Payment as PaymentDocument
+from app.api.schemas.payments import PaymentList, Trace
 from app.web.keys import new_key
 from app.web.problems import PROBLEM_TYPES
 from db.connect import harden

@@ -13,9 +13,10 @@ import pytest
 from psycopg import AsyncConnection
 
 from app.api.create_payment import CREATE_PAYMENTS
-from app.api.schemas import PaymentRequest
-from app.web.batching import BatchingConnections, RefusedByDatabase, Row, Unavailable, WorkerScheduler
+from app.api.schemas.payments import PaymentRequest
+from app.web.batching import BatchingConnections, RefusedByDatabase, Row, Unavailable
 from app.web.keys import NewKey, new_key
+from app.web.worker_scheduler import WorkerScheduler
 from db.connect import connect_async
 from db.embedded import EmbeddedServer
 from db.settings import DatabaseAddress, Settings

@@ -9,7 +9,7 @@ import httpx
 import msgspec
 import pytest
 
-from app.api.operator_schemas import DeadLetter, DeadLetterList, DecisionResultList, StatusReport
+from app.api.schemas.operators import DeadLetter, DeadLetterList, DecisionResultList, StatusReport
 from app.web.keys import key_hash_of
 from tests.api.test_api import strictly
 from tests.cli.test_status import surety

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from msgspec import Struct, field
 
-from app.api.schemas import PaymentRequest
+from app.api.schemas.payments import PaymentRequest
 from app.web.batching import RefusedByDatabase, Unavailable
 from tests.simulation.database import Pool
 from tests.simulation.loop import Killed

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from app.api.schemas import Limit, whole
+from app.api.schemas.fields import Limit, whole
 
 LetterStatus = Literal["open", "replayed", "discarded", "resolved"]
 LetterId = Annotated[str, Meta(pattern=whole("dl_[0-9a-f]{32}"), extra={"form": "must be a dead letter's id"})]

@@ -1,0 +1,18 @@
+"""Ids in paths. One that can't be an id is replaced by the empty text, which no object has."""
+
+from __future__ import annotations
+
+import re
+
+from app.web.requests import HttpRequest
+
+PAYMENT_ID = re.compile("pay_[0-9a-f]{32}")
+REFUND_ID = re.compile("ref_[0-9a-f]{32}")
+DISPUTE_ID = re.compile("dp_[0-9a-f]{32}")
+LETTER_ID = re.compile("dl_[0-9a-f]{32}")
+
+
+def id_or_empty(request: HttpRequest, pattern: re.Pattern[str]) -> str:
+    """The id in the path, or the empty text if it can't be one."""
+    given = request.path_parameter()
+    return given if pattern.fullmatch(given) else ""

@@ -1,0 +1,232 @@
+"""The OpenAPI document, built from the table of routes, and the page that shows it without external resources."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+from importlib.metadata import version
+from inspect import cleandoc
+from pathlib import Path
+from types import FunctionType
+from typing import Any, cast
+
+import msgspec
+from litestar import Router
+from litestar.static_files import create_static_files_router
+
+from app.api.schemas.problems import ProblemDocument
+from app.web.asgi import Headers, HttpResponse
+from app.web.problems import PROBLEM_TYPES
+from app.web.requests import HttpRequest
+from app.web.routing import PATH_PARAMETER, Route, set_request_id
+
+JsonDocument = dict[str, Any]
+
+SWAGGER_UI_FILES = importlib.resources.files("openapi_ui_bundles") / "swagger_ui" / "vendor"
+DESCRIPTION = "Take payments. Amounts are integers in minor units, times RFC 3339 in UTC, errors RFC 9457."
+REFERENCE = "#/components/schemas/{name}"
+
+# A browser that obeys this fetches nothing from elsewhere, whatever the page's scripts try.
+CONTENT_SECURITY_POLICY = (
+    b"default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'"
+)
+
+PAGE = b"""<!DOCTYPE html>
+<html>
+<head>
+<title>Surety</title>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" type="image/png" href="/assets/favicon-32x32.png">
+<link rel="stylesheet" href="/assets/swagger-ui.css">
+<script src="/assets/swagger-ui-bundle.js"></script>
+<script src="/assets/swagger-ui-standalone-preset.js"></script>
+<style>body { margin: 0; padding: 0 }</style>
+</head>
+<body>
+<div id="swagger-container"></div>
+<script>
+SwaggerUIBundle({
+  url: "/docs/openapi.json",
+  dom_id: "#swagger-container",
+  deepLinking: true,
+  showExtensions: true,
+  showCommonExtensions: true,
+  presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset]
+})
+</script>
+</body>
+</html>
+"""
+
+HEADERS: dict[str, JsonDocument] = {
+    "Request-Id": {
+        "description": "Names the request, in the audit trail and in our logs.",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^req_[0-9a-f]{32}$"},
+    },
+    "Location": {
+        "description": "The address of the new object.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "Idempotency-Replayed": {
+        "description": "Present if this is the first answer, repeated.",
+        "schema": {"const": "true"},
+    },
+    "Retry-After": {
+        "description": "Seconds to wait.",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^[0-9]+$"},
+    },
+    "WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}},
+}
+HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}
+
+IDEMPOTENCY_KEY_PARAMETER: JsonDocument = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": True,
+    "description": "1 to 255 printable characters: new for each request, the same for each repetition.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+
+
+def documentation_routes(routes: Sequence[Route]) -> list[Route]:
+    """GET /docs and GET /docs/openapi.json, which describe the other routes."""
+    document = msgspec.json.encode(openapi_document(routes))
+    policy = (b"content-security-policy", CONTENT_SECURITY_POLICY)
+
+    def static(body: bytes, content_type: bytes) -> Any:
+        headers: Headers = [(b"content-type", content_type), policy]
+
+        async def endpoint(request: HttpRequest) -> HttpResponse:
+            return HttpResponse(200, body, request.request_id, headers)
+
+        return endpoint
+
+    return [
+        Route("GET", "/docs", static(PAGE, b"text/html; charset=utf-8")),
+        Route("GET", "/docs/openapi.json", static(document, b"application/vnd.oai.openapi+json")),
+    ]
+
+
+def documentation_assets() -> Router:
+    """The static files of the page."""
+    return create_static_files_router(
+        "/assets", [Path(str(SWAGGER_UI_FILES))], include_in_schema=False, after_request=set_request_id
+    )
+
+
+def openapi_document(routes: Sequence[Route]) -> JsonDocument:
+    """The description of the routes as OpenAPI 3.1."""
+    types = [ProblemDocument, *(row.body for row in routes if row.body), *(row.query for row in routes if row.query)]
+    types += [answer for row in routes for answer in row.answers.values()]
+    _, components = msgspec.json.schema_components(types, ref_template=REFERENCE)
+    paths: JsonDocument = {}
+    for row in routes:
+        paths.setdefault(row.path, {})[row.method.lower()] = describe_route(row, components)
+    for query in {row.query.__name__ for row in routes if row.query}:
+        del components[query]
+    for component in components.values():
+        if "description" in component:
+            component["description"] = cleandoc(component["description"])
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Surety",
+            "version": version("surety"),
+            "description": DESCRIPTION,
+        },
+        "servers": [{"url": "/"}],
+        "security": [{"key": []}],
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
+    """A row of the table as an operation."""
+    name = camel_case(cast(FunctionType, row.endpoint).__name__)
+    is_idempotent = "idempotency-key-missing" in row.problems
+    parameters = [
+        {"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}
+        for parameter in PATH_PARAMETER.findall(row.path)
+    ]
+    if is_idempotent:
+        parameters.append(IDEMPOTENCY_KEY_PARAMETER)
+    if row.query is not None:
+        parameters += query_parameters(components[row.query.__name__]["properties"])
+    operation: JsonDocument = {
+        "summary": name,
+        "description": cleandoc(row.endpoint.__doc__ or ""),
+        "operationId": camel_case(row.path) + name,
+        "responses": describe_answers(row, is_idempotent=is_idempotent) | describe_problems(row.problems),
+    }
+    if parameters:
+        operation["parameters"] = parameters
+    if row.body is not None:
+        reference = {"$ref": REFERENCE.format(name=row.body.__name__)}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+    if row.is_public:
+        operation["security"] = [{}]
+    if row.tag:
+        operation["tags"] = [row.tag]
+    return operation
+
+
+def query_parameters(properties: JsonDocument) -> list[JsonDocument]:
+    """The fields of a query's struct as parameters."""
+    return [
+        {"name": name, "in": "query", "required": False, "schema": schema, **described(schema)}
+        for name, schema in properties.items()
+    ]
+
+
+def described(schema: JsonDocument) -> JsonDocument:
+    """A schema's description, its own or that of its alternative to null; empty if it has none."""
+    parts = [schema, *schema.get("anyOf", [])]
+    return next(({"description": part["description"]} for part in parts if "description" in part), {})
+
+
+def describe_answers(row: Route, *, is_idempotent: bool) -> JsonDocument:
+    """The successful answers of a route, by status."""
+    schemas, _ = msgspec.json.schema_components(row.answers.values(), ref_template=REFERENCE)
+    return {
+        str(status): {
+            "description": HTTPStatus(status).description,
+            "headers": headers_of(status, "Idempotency-Replayed" if is_idempotent else None),
+            "content": {"application/json": {"schema": schema}},
+        }
+        for status, schema in zip(row.answers, schemas, strict=True)
+    }
+
+
+def describe_problems(names: Sequence[str]) -> JsonDocument:
+    """The problem documents of a route, by status."""
+    lines: dict[int, list[str]] = {}
+    for name in names:
+        definition = PROBLEM_TYPES[name]
+        lines.setdefault(definition.status, []).append(f"[{name}](/problems/{name}): {definition.title}")
+    reference = {"$ref": REFERENCE.format(name=ProblemDocument.__name__)}
+    return {
+        str(status): {
+            "description": "\n\n".join(texts),
+            "headers": headers_of(status),
+            "content": {"application/problem+json": {"schema": reference}},
+        }
+        for status, texts in lines.items()
+    }
+
+
+def headers_of(status: int, more: str | None = None) -> JsonDocument:
+    """The headers of an answer."""
+    names = ["Request-Id", *HEADERS_BY_STATUS.get(status, []), *([more] if more else [])]
+    return {name: HEADERS[name] for name in names}
+
+
+def camel_case(text: str) -> str:
+    """`ListPayments` for `list_payments`, `V1PaymentsPaymentId` for `/v1/payments/{payment_id}`."""
+    return "".join(word.capitalize() for word in re.split("[^A-Za-z0-9]+", text))

@@ -1,0 +1,39 @@
+"""Payments read: GET /v1/payments, GET /v1/payments/{payment_id}, GET /v1/payments/{payment_id}/trace."""
+
+from __future__ import annotations
+
+from app.api.ids import PAYMENT_ID, id_or_empty
+from app.api.requests import ApiRequest
+from app.api.schemas.payments import PaymentsQuery
+from app.web.asgi import HttpResponse
+
+
+async def get_payment(request: ApiRequest) -> HttpResponse:
+    """Read a payment."""
+    caller = request.caller()
+    query = "select body from api.get_payment(%s, %s)"
+    return request.respond(await caller.fetch(query, id_or_empty(request, PAYMENT_ID)))
+
+
+async def get_trace(request: ApiRequest) -> HttpResponse:
+    """Read all that happened to a payment: requests, steps, calls to the provider, webhooks, transfers."""
+    caller = request.caller()
+    query = "select body from api.get_trace(%s, %s)"
+    return request.respond(await caller.fetch(query, id_or_empty(request, PAYMENT_ID)))
+
+
+async def list_payments(request: ApiRequest) -> HttpResponse:
+    """List payments, newest first."""
+    caller = request.caller()
+    asked = await request.merchant_query(caller, PaymentsQuery)
+    document = await caller.fetch(
+        "select body from api.list_payments(%s, %s, %s, %s, %s, %s, %s, %s)",
+        asked.state,
+        asked.status,
+        asked.reference,
+        asked.created_from,
+        asked.created_before,
+        asked.limit,
+        asked.starting_after,
+    )
+    return request.respond(document)

@@ -1,0 +1,39 @@
+"""Refunds: POST /v1/payments/{payment_id}/refunds, GET /v1/refunds, GET /v1/refunds/{refund_id}."""
+
+from __future__ import annotations
+
+from app.api.commands import execute_command
+from app.api.ids import PAYMENT_ID, REFUND_ID, id_or_empty
+from app.api.requests import ApiRequest
+from app.api.schemas.refunds import NewRefund, RefundsQuery
+from app.web.asgi import HttpResponse
+
+
+async def create_refund(request: ApiRequest) -> HttpResponse:
+    """Refund what was captured: all that is left of it, or an amount.
+
+    201 means: the amount is reserved, no other refund can take it, and the provider will be asked.
+    """
+    return await execute_command(
+        request,
+        NewRefund,
+        "select status, problem, detail, body, is_replayed from api.create_refund(%s)",
+        subject="payment_id",
+        subject_id=id_or_empty(request, PAYMENT_ID),
+        location="/v1/refunds/",
+    )
+
+
+async def get_refund(request: ApiRequest) -> HttpResponse:
+    """Read a refund."""
+    caller = request.caller()
+    query = "select body from api.get_refund(%s, %s)"
+    return request.respond(await caller.fetch(query, id_or_empty(request, REFUND_ID)))
+
+
+async def list_refunds(request: ApiRequest) -> HttpResponse:
+    """List refunds, newest first."""
+    caller = request.caller()
+    asked = await request.merchant_query(caller, RefundsQuery)
+    query = "select body from api.list_refunds(%s, %s, %s, %s)"
+    return request.respond(await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))

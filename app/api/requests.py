@@ -1,0 +1,70 @@
+"""A request to the API: its route, its caller and the services that endpoints use."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from app.web.asgi import HttpResponse
+from app.web.auth import Authenticator, Caller
+from app.web.batching import BatchingConnections
+from app.web.database import DatabasePool
+from app.web.problems import Problem
+from app.web.requests import HttpRequest, struct_of
+from app.web.validation import read_query, violation_checker
+from app.web.worker_scheduler import WorkerScheduler
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+JSON_CONTENT_TYPE = (b"content-type", b"application/json")
+IDEMPOTENCY_REPLAYED = (b"idempotency-replayed", b"true")
+
+
+class ApiServices(NamedTuple):
+    """What endpoints use, one of each in a process."""
+
+    database: DatabasePool
+    authenticator: Authenticator
+    payment_batching: BatchingConnections
+    payment_scheduler: WorkerScheduler
+    command_scheduler: WorkerScheduler
+
+
+class ApiRequest(HttpRequest):
+    """A request to one of the API's routes."""
+
+    __slots__ = ()
+
+    services: ApiServices
+
+    def caller(self) -> Caller:
+        """The holder of the API key. Raises Problem for what can't be a key; the database has not been asked yet."""
+        return self.services.authenticator.read_caller(self.headers, self.address, self.request_id, self.route.name)
+
+    async def merchant_query(self, caller: Caller, struct: type[T]) -> T:
+        """The query as a struct. Raises Problem: unauthenticated first, then the rules that the query breaks."""
+        assert struct is self.route.query
+        try:
+            return read_query(self.scope["query_string"], struct)
+        except Problem:
+            await caller.require_known_key()
+            raise
+
+    async def operator_query(self, caller: Caller, struct: type[T]) -> T:
+        """The query as a struct. Raises Problem: unauthenticated or forbidden first."""
+        assert struct is self.route.query
+        await caller.require_operator()
+        return read_query(self.scope["query_string"], struct)
+
+    async def operator_body(self, caller: Caller, struct: type[T], bytes_max: int) -> T:
+        """The body as a struct. Raises Problem: unauthenticated or forbidden first, then the rules that it breaks."""
+        assert struct is self.route.body
+        await caller.require_operator()
+        given = self.parse_json(await self.read_body(bytes_max))
+        return struct_of(given, struct, violation_checker(struct)(given))
+
+    def respond(self, body: str | bytes, status: int = 200) -> HttpResponse:
+        """A JSON document, rendered already."""
+        encoded = body.encode() if isinstance(body, str) else body
+        return HttpResponse(status, encoded, self.request_id, [JSON_CONTENT_TYPE])

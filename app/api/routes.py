@@ -1,0 +1,204 @@
+"""The API's routes: the path, the endpoint that answers, and what it takes and answers.
+
+Matching (app/web/routing.py), the OpenAPI document (app/api/openapi.py) and the contract test read this table.
+"""
+
+from __future__ import annotations
+
+from app.api.balance import get_balance, list_balance_transactions
+from app.api.cancellations import cancel_payment
+from app.api.captures import capture_payment
+from app.api.commands import COMMAND_PROBLEMS
+from app.api.create_payment import create_payment
+from app.api.disputes import get_dispute, list_disputes, submit_evidence
+from app.api.events import list_events
+from app.api.operators import (
+    discard_dead_letter,
+    discard_dead_letters,
+    get_dead_letter,
+    get_status,
+    list_dead_letters,
+    replay_dead_letter,
+    replay_dead_letters,
+)
+from app.api.payments import get_payment, get_trace, list_payments
+from app.api.problems import explain_problem, get_health, list_problems
+from app.api.refunds import create_refund, get_refund, list_refunds
+from app.api.schemas.balance import Balance, BalanceTransactionList, BalanceTransactionsQuery
+from app.api.schemas.disputes import Dispute, DisputeList, DisputesQuery, SubmittedEvidence
+from app.api.schemas.events import EventList, EventsQuery
+from app.api.schemas.operators import (
+    BulkDecision,
+    DeadLetter,
+    DeadLetterList,
+    DeadLettersQuery,
+    Decision,
+    DecisionResult,
+    DecisionResultList,
+    StatusReport,
+)
+from app.api.schemas.payments import (
+    NewCancellation,
+    NewCapture,
+    NewPayment,
+    Payment,
+    PaymentList,
+    PaymentsQuery,
+    Trace,
+)
+from app.api.schemas.problems import Health, ProblemType
+from app.api.schemas.refunds import NewRefund, Refund, RefundList, RefundsQuery
+from app.web.routing import Route
+
+READ_PROBLEMS = ("unauthenticated", "not-found", "overloaded")
+LIST_PROBLEMS = ("invalid-request", "unauthenticated", "overloaded")
+CREATE_PAYMENT_PROBLEMS = (
+    "invalid-request",
+    "idempotency-key-missing",
+    "unauthenticated",
+    "forbidden",
+    "reference-taken",
+    "too-large",
+    "not-json",
+    "idempotency-key-reused",
+    "overloaded",
+)
+BULK_DECISION_PROBLEMS = ("invalid-request", "unauthenticated", "forbidden", "too-large", "not-json", "overloaded")
+DECISION_PROBLEMS = (*BULK_DECISION_PROBLEMS, "not-found", "wrong-state")
+
+PAYMENT_ROUTES = [
+    Route(
+        "POST",
+        "/v1/payments",
+        create_payment,
+        {201: Payment},
+        CREATE_PAYMENT_PROBLEMS,
+        body=NewPayment,
+        is_fast=True,
+    ),
+    Route("GET", "/v1/payments", list_payments, {200: PaymentList}, LIST_PROBLEMS, query=PaymentsQuery),
+    Route("GET", "/v1/payments/{payment_id}", get_payment, {200: Payment}, READ_PROBLEMS),
+    Route("GET", "/v1/payments/{payment_id}/trace", get_trace, {200: Trace}, READ_PROBLEMS),
+    Route(
+        "POST",
+        "/v1/payments/{payment_id}/capture",
+        capture_payment,
+        {202: Payment},
+        COMMAND_PROBLEMS,
+        body=NewCapture,
+    ),
+    Route(
+        "POST",
+        "/v1/payments/{payment_id}/cancel",
+        cancel_payment,
+        {200: Payment, 202: Payment},
+        COMMAND_PROBLEMS,
+        body=NewCancellation,
+    ),
+    Route(
+        "POST",
+        "/v1/payments/{payment_id}/refunds",
+        create_refund,
+        {201: Refund},
+        (*COMMAND_PROBLEMS, "balance-too-low"),
+        body=NewRefund,
+    ),
+]
+
+MERCHANT_ROUTES = [
+    *PAYMENT_ROUTES,
+    Route("GET", "/v1/refunds", list_refunds, {200: RefundList}, LIST_PROBLEMS, query=RefundsQuery),
+    Route("GET", "/v1/refunds/{refund_id}", get_refund, {200: Refund}, READ_PROBLEMS),
+    Route("GET", "/v1/disputes", list_disputes, {200: DisputeList}, LIST_PROBLEMS, query=DisputesQuery),
+    Route("GET", "/v1/disputes/{dispute_id}", get_dispute, {200: Dispute}, READ_PROBLEMS),
+    Route(
+        "POST",
+        "/v1/disputes/{dispute_id}/evidence",
+        submit_evidence,
+        {202: Dispute},
+        COMMAND_PROBLEMS,
+        body=SubmittedEvidence,
+    ),
+    Route("GET", "/v1/balance", get_balance, {200: Balance}, ("unauthenticated", "overloaded")),
+    Route(
+        "GET",
+        "/v1/balance/transactions",
+        list_balance_transactions,
+        {200: BalanceTransactionList},
+        LIST_PROBLEMS,
+        query=BalanceTransactionsQuery,
+    ),
+    Route("GET", "/v1/events", list_events, {200: EventList}, LIST_PROBLEMS, query=EventsQuery),
+]
+
+OPERATOR_ROUTES = [
+    Route(
+        "GET",
+        "/v1/operator/dead-letters",
+        list_dead_letters,
+        {200: DeadLetterList},
+        ("invalid-request", "unauthenticated", "forbidden", "overloaded"),
+        query=DeadLettersQuery,
+        tag="operators",
+    ),
+    Route(
+        "GET",
+        "/v1/operator/dead-letters/{letter_id}",
+        get_dead_letter,
+        {200: DeadLetter},
+        ("unauthenticated", "forbidden", "not-found", "overloaded"),
+        tag="operators",
+    ),
+    Route(
+        "POST",
+        "/v1/operator/dead-letters/{letter_id}/replay",
+        replay_dead_letter,
+        {200: DecisionResult},
+        DECISION_PROBLEMS,
+        body=Decision,
+        tag="operators",
+    ),
+    Route(
+        "POST",
+        "/v1/operator/dead-letters/{letter_id}/discard",
+        discard_dead_letter,
+        {200: DecisionResult},
+        DECISION_PROBLEMS,
+        body=Decision,
+        tag="operators",
+    ),
+    Route(
+        "POST",
+        "/v1/operator/dead-letters/replay",
+        replay_dead_letters,
+        {200: DecisionResultList},
+        BULK_DECISION_PROBLEMS,
+        body=BulkDecision,
+        tag="operators",
+    ),
+    Route(
+        "POST",
+        "/v1/operator/dead-letters/discard",
+        discard_dead_letters,
+        {200: DecisionResultList},
+        BULK_DECISION_PROBLEMS,
+        body=BulkDecision,
+        tag="operators",
+    ),
+    Route(
+        "GET",
+        "/v1/operator/status",
+        get_status,
+        {200: StatusReport},
+        ("unauthenticated", "forbidden", "overloaded"),
+        tag="operators",
+    ),
+]
+
+PUBLIC_ROUTES = [
+    Route("GET", "/problems", list_problems, {200: list[ProblemType]}, is_public=True),
+    Route("GET", "/problems/{name}", explain_problem, {200: ProblemType}, ("not-found",), is_public=True),
+    Route("GET", "/health", get_health, {200: Health}, ("overloaded",), is_public=True),
+]
+
+ROUTES = [*MERCHANT_ROUTES, *OPERATOR_ROUTES, *PUBLIC_ROUTES]

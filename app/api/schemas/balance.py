@@ -1,0 +1,59 @@
+"""The balance by currency, and the transactions that changed it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from app.api.schemas.fields import Limit, PaymentId, PostingId
+
+
+class CurrencyBalance(Struct):
+    """What you are owed in one currency, in minor units: not settled yet, settled (it may be negative), held back in
+    disputes, on its way back to payers.
+    """
+
+    currency: str
+    pending: int
+    available: int
+    held: int
+    refunding: int
+
+
+class Balance(Struct):
+    object: Literal["balance"]
+    data: list[CurrencyBalance]
+
+
+class BalanceChange(Struct):
+    account: Literal["pending", "available", "held", "refunding"]
+    amount: int
+    currency: str
+
+
+class BalanceTransaction(Struct):
+    """Something that changed what you are owed; `type` says what."""
+
+    id: str
+    object: Literal["balance_transaction"]
+    type: str
+    payment: str | None
+    changes: list[BalanceChange]
+    created_at: str
+
+
+class BalanceTransactionList(Struct):
+    """Newest first. The next page starts after the last id: `starting_after`."""
+
+    object: Literal["list"]
+    data: list[BalanceTransaction]
+    has_more: bool
+
+
+class BalanceTransactionsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which balance transactions to list."""
+
+    payment: PaymentId | None = None
+    limit: Limit = 20
+    starting_after: PostingId | None = None

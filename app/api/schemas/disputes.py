@@ -1,0 +1,80 @@
+"""Disputes: the evidence against one, the dispute, its list."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from app.api.schemas.fields import DisputeId, Limit, LongText, PaymentId, Provider, Text
+
+
+class NewEvidence(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What speaks against a dispute, as texts; up to 150,000 characters in all."""
+
+    access_activity_log: LongText | None = None
+    billing_address: Text | None = None
+    cancellation_policy_disclosure: LongText | None = None
+    cancellation_rebuttal: LongText | None = None
+    customer_email_address: Text | None = None
+    customer_name: Text | None = None
+    customer_purchase_ip: Text | None = None
+    duplicate_charge_explanation: LongText | None = None
+    duplicate_charge_id: Text | None = None
+    product_description: LongText | None = None
+    refund_policy_disclosure: LongText | None = None
+    refund_refusal_explanation: LongText | None = None
+    service_date: Text | None = None
+    shipping_address: Text | None = None
+    shipping_carrier: Text | None = None
+    shipping_date: Text | None = None
+    shipping_tracking_number: Text | None = None
+    uncategorized_text: LongText | None = None
+
+
+class SubmittedEvidence(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Evidence, kept for later, or submitted to the network: that can be done once."""
+
+    evidence: NewEvidence
+    submit: bool = False
+
+
+class EvidenceGiven(Struct):
+    """By when evidence is due, which fields were given, and when it was to be submitted."""
+
+    due_at: str | None
+    given: list[str]
+    submit_asked_at: str | None
+
+
+class Dispute(Struct):
+    """Money that the network asks back, or an inquiry before it does. `status` is the provider's."""
+
+    id: str
+    object: Literal["dispute"]
+    status: str
+    payment: str
+    amount: int
+    amount_withdrawn: int
+    currency: str
+    reason: str | None
+    evidence: EvidenceGiven
+    provider: Provider
+    created_at: str
+    updated_at: str
+
+
+class DisputeList(Struct):
+    """Newest first. The next page starts after the last id: `starting_after`."""
+
+    object: Literal["list"]
+    data: list[Dispute]
+    has_more: bool
+
+
+class DisputesQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which disputes to list."""
+
+    payment: PaymentId | None = None
+    limit: Limit = 20
+    starting_after: DisputeId | None = None

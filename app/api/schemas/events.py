@@ -1,0 +1,34 @@
+"""Events: the steps of payments, refunds and disputes, in the order of a cursor."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from app.api.schemas.fields import Limit
+
+
+class Event(Struct):
+    """A step of a payment, a refund or a dispute; `data` is what it was at that version, told apart by `object`."""
+
+    id: str
+    type: str
+    created_at: str
+    data: dict[str, Any]
+
+
+class EventList(Struct):
+    """Oldest first. Ask again with `after` set to `next`: nothing is skipped, however late it commits."""
+
+    object: Literal["list"]
+    data: list[Event]
+    has_more: bool
+    next: str
+
+
+class EventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which events to list."""
+
+    after: Annotated[str, Meta(max_length=4000, description="`next` of the last answer.")] | None = None
+    limit: Limit = 100

@@ -1,0 +1,108 @@
+"""Field types: the rules that a value obeys, as types with msgspec's Meta.
+
+The fast decoder, the list of all broken rules (app/web/validation.py) and the OpenAPI document read the same types.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+
+def whole(pattern: str) -> str:
+    """A pattern of the whole text: `$` alone would let a line's end follow."""
+    return rf"^{pattern}$(?!\n)"
+
+
+MinorUnits = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=999_999_999_999,
+        description="In minor units of the currency (cents). Each currency has a smallest and a largest amount.",
+        examples=[4999],
+    ),
+]
+Currency = Annotated[
+    str,
+    Meta(
+        pattern=whole("[A-Za-z]{3}"),
+        description="ISO 4217; either case in, lower case out.",
+        examples=["usd"],
+        extra={"form": "must be a currency's three letters"},
+    ),
+]
+Token = Annotated[
+    str,
+    Meta(
+        pattern=whole("pm_[A-Za-z0-9_]{1,250}"),
+        extra={"form": "must be the provider's token for a card, pm_…; card numbers must not be sent here"},
+        description="The provider's token for the card. Card numbers must not be sent here.",
+        examples=["pm_card_visa"],
+    ),
+]
+Reference = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=255,
+        description="Your own name for the payment, unique among yours that have neither failed nor been canceled.",
+        examples=["order-1042"],
+    ),
+]
+Suffix = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=22,
+        pattern=whole(r"(?=.*[A-Za-z])[ !#-&()+-;=?-\[\]-~]*"),
+        extra={"form": "must be printable ASCII with at least one letter and none of < > \\ ' \" *"},
+        description="Added to the text on the payer's statement: printable ASCII with at least one letter and none "
+        "of < > \\ ' \" *.",
+        examples=["ACME"],
+    ),
+]
+Url = Annotated[
+    str,
+    Meta(
+        max_length=2048,
+        pattern=whole(r"[Hh][Tt][Tt][Pp][Ss]?://[^\s/?#@]+([/?#]\S*)?"),
+        extra={"form": "must be an absolute address that starts with https:// or http://"},
+        description="Where the payer returns to after 3-D Secure: an absolute http(s) address.",
+        examples=["https://shop.example/return"],
+    ),
+]
+MetadataKey = Annotated[
+    str, Meta(min_length=1, max_length=40, pattern=whole(r"[^\[\]]*"), extra={"form": "must not hold [ or ]"})
+]
+MetadataValue = Annotated[str, Meta(max_length=500)]
+Metadata = Annotated[
+    dict[MetadataKey, MetadataValue],
+    Meta(max_length=50, description="Up to 50 texts of your own, kept and shown.", examples=[{"cart": "9"}]),
+]
+Email = Annotated[
+    str, Meta(max_length=254, pattern=whole(r"[^@\s]+@[^@\s]+"), extra={"form": "must be an e-mail address"})
+]
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Description = Annotated[str, Meta(min_length=1, max_length=1000)]
+Text = Annotated[str, Meta(min_length=1, max_length=5000)]
+LongText = Annotated[str, Meta(min_length=1, max_length=20000)]
+
+
+class Provider(Struct):
+    """Who takes the money, and the payment's id there."""
+
+    name: str
+    id: str
+
+
+Limit = Annotated[int, Meta(ge=1, le=100, description="How many at most.")]
+Instant = Annotated[datetime, Meta(tz=True, description="RFC 3339 with an offset.", examples=["2026-11-22T14:03:07Z"])]
+PaymentId = Annotated[str, Meta(pattern=whole("pay_[0-9a-f]{32}"), extra={"form": "must be a payment's id"})]
+RefundId = Annotated[str, Meta(pattern=whole("ref_[0-9a-f]{32}"), extra={"form": "must be a refund's id"})]
+DisputeId = Annotated[str, Meta(pattern=whole("dp_[0-9a-f]{32}"), extra={"form": "must be a dispute's id"})]
+PostingId = Annotated[
+    str, Meta(pattern=whole("pst_[0-9a-f]{32}"), extra={"form": "must be a balance transaction's id"})
+]

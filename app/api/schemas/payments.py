@@ -1,0 +1,200 @@
+"""Payments: what creates one, captures or cancels it; the payment, its list and its trace."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from app.api.schemas.fields import (
+    Currency,
+    Description,
+    Email,
+    Instant,
+    Limit,
+    Metadata,
+    MinorUnits,
+    Name,
+    PaymentId,
+    Provider,
+    Reference,
+    Suffix,
+    Token,
+    Url,
+)
+
+State = Literal[
+    "initiated",
+    "submitting",
+    "provider_submitted",
+    "requires_action",
+    "authorized",
+    "processing",
+    "confirmed",
+    "settled",
+    "partially_refunded",
+    "refunded",
+    "disputed",
+    "reversed",
+    "failed",
+    "canceled",
+]
+Status = Literal["pending", "action_required", "succeeded", "failed", "canceled", "refunded", "disputed"]
+CaptureMethod = Literal["automatic", "manual"]
+
+
+class NewCard(Struct, frozen=True, forbid_unknown_fields=True):
+    """A card, by the token that the provider gave for it."""
+
+    type: Literal["card"]
+    token: Token
+
+
+class Customer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Who pays, as far as you want to tell."""
+
+    email: Email | None = None
+    name: Name | None = None
+
+
+class NewPayment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A payment to be taken."""
+
+    amount: MinorUnits
+    currency: Currency
+    payment_method: NewCard
+    capture_method: CaptureMethod = "automatic"
+    reference: Reference | None = None
+    description: Description | None = None
+    statement_descriptor_suffix: Suffix | None = None
+    return_url: Url | None = None
+    customer: Customer | None = None
+    metadata: Metadata = {}
+
+
+class NewCapture(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What is held is to be taken: all of it, or `amount`; the rest is let go."""
+
+    amount: MinorUnits | None = None
+
+
+class NewCancellation(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A payment is to be called off. Nothing more needs to be said."""
+
+
+class PaymentRequest(Struct, omit_defaults=True):
+    """A request as api.create_payments takes it."""
+
+    n: int
+    request_id: str
+    key_hash: str
+    address: str
+    idempotency_key: str
+    request_hash: str
+    amount: int
+    currency: str
+    rail: str
+    method_token: str
+    capture_method: str
+    reference: str | None
+    description: str | None
+    statement_descriptor_suffix: str | None
+    return_url: str | None
+    customer: Customer | None
+    metadata: dict[str, str]
+
+
+class PaymentMethod(Struct):
+    type: Literal["card", "ach"]
+
+
+class NextAction(Struct):
+    """What the payer must do."""
+
+    type: str
+    url: str | None = None
+
+
+class Failure(Struct):
+    """Why it failed. A decline is a state of the payment, never an error of HTTP."""
+
+    code: str
+    decline_code: str | None = None
+    message: str | None = None
+
+
+class Payment(Struct):
+    """A payment. `status` is the coarse state, `state` the exact one; `version` counts its steps. Amounts are in minor
+    units.
+    """
+
+    id: str
+    object: Literal["payment"]
+    status: Status
+    state: State
+    version: int
+    amount: int
+    amount_captured: int
+    amount_refunded: int
+    currency: str
+    payment_method: PaymentMethod
+    capture_method: CaptureMethod
+    next_action: NextAction | None
+    failure: Failure | None
+    provider: Provider | None
+    reference: str | None
+    description: str | None
+    statement_descriptor_suffix: str | None
+    return_url: str | None
+    customer: Customer | None
+    metadata: dict[str, str]
+    created_at: str
+    updated_at: str
+
+
+class PaymentList(Struct):
+    """Newest first. The next page starts after the last id: `starting_after`."""
+
+    object: Literal["list"]
+    data: list[Payment]
+    has_more: bool
+
+
+class Actor(Struct):
+    type: str
+    id: str | None
+
+
+class TraceEntry(Struct, rename={"from_": "from"}):
+    """Something that happened to a payment; `duration_ms` is told for calls to a provider."""
+
+    at: str
+    kind: Literal[
+        "request", "step", "refund", "dispute", "call", "webhook", "poll", "file", "transfer", "retry", "operator"
+    ]
+    actor: Actor
+    summary: str
+    from_: str | None
+    to: str | None
+    outcome: str | None
+    duration_ms: float | None
+    data: dict[str, Any]
+
+
+class Trace(Struct):
+    """A payment's whole story, oldest first."""
+
+    payment: Payment
+    entries: list[TraceEntry]
+
+
+class PaymentsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which payments to list."""
+
+    state: State | None = None
+    status: Status | None = None
+    reference: Reference | None = None
+    created_from: Instant | None = None
+    created_before: Instant | None = None
+    limit: Limit = 20
+    starting_after: PaymentId | None = None

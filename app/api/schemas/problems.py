@@ -1,0 +1,46 @@
+"""Problem documents (RFC 9457), the explanation of a problem type, and health."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import Struct
+
+
+class BrokenRule(Struct, rename={"place": "in"}):
+    """A rule that a request breaks. `field` is a JSON pointer into the body, or a header's or parameter's name."""
+
+    field: str
+    rule: str
+    message: str
+    limit: Any = None
+    given: Any = None
+    place: Literal["body", "query", "header"] = "body"
+
+
+class ProblemDocument(Struct):
+    """Why a request was refused, as in RFC 9457. `payment` names the payment that has the reference already, `state`
+    the state that is in the way.
+    """
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: list[BrokenRule] | None = None
+    payment: str | None = None
+    state: str | None = None
+
+
+class ProblemType(Struct):
+    """A type of problem, explained."""
+
+    type: str
+    title: str
+    status: int
+    explanation: str
+
+
+class Health(Struct):
+    status: Literal["ok"]
