@@ -229,9 +229,12 @@ def test_openapi_document_describes_every_body_and_response(api: ServerProcess) 
     for path, struct in (("replay", "BulkDecision"), ("discard", "BulkDecision")):
         post = told["paths"][f"{LETTERS}/{path}"]["post"]
         assert set(post["responses"]) == {"200", "400", "401", "403", "413", "415", "503"}, struct
-        assert "dry_run" in post["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        reference = post["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        assert reference == f"#/components/schemas/{struct}"
+        assert "dry_run" in told["components"]["schemas"][struct]["properties"]
     one = told["paths"][f"{LETTERS}/{{letter_id}}/discard"]["post"]
     assert set(one["responses"]) == {"200", "400", "401", "403", "404", "409", "413", "415", "503"}
-    assert one["requestBody"]["content"]["application/json"]["schema"]["required"] == ["reason"]
+    assert one["requestBody"]["content"]["application/json"]["schema"]["$ref"] == "#/components/schemas/Decision"
+    assert told["components"]["schemas"]["Decision"]["required"] == ["reason"]
     query = {parameter["name"] for parameter in told["paths"][LETTERS]["get"]["parameters"]}
     assert query == {"status", "handler", "error", "limit", "starting_after"}

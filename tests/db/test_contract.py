@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from app.api.create_payment import CREATE_PAYMENTS
+from app.api.routes import ROUTES
 from app.api.schemas.events import Event, EventList
 from app.api.schemas.payments import (
     CaptureMethod,
@@ -298,3 +299,33 @@ def test_constraint_violation_is_reported_as_its_rule(rights: Connection, key: b
             create(rights, [request(key, **fields)])
         assert refused.value.diag.constraint_name == constraint
         assert constraint in RULE_BY_CONSTRAINT
+
+
+def test_routes_in_the_sql_sources_are_rows_of_the_table_of_routes() -> None:
+    routes = {route.name for route in ROUTES}
+    named = {name for text in SQL.values() for name in re.findall(r"'((?:GET|POST) /v1/[^']+)'", text)}
+    assert named == {row.name for row in ROUTES if "idempotency-key-missing" in row.problems}
+    assert len(routes) == len(ROUTES), "two routes have one name"
+
+
+def test_every_problem_of_a_route_has_a_page() -> None:
+    assert {name for route in ROUTES for name in route.problems} <= PROBLEM_TYPES.keys()
+
+
+def test_lists_and_balance_have_the_fields_that_the_table_of_routes_declares(rights: Connection, key: bytes) -> None:
+    documents = {
+        "/v1/payments": one(
+            rights, "select body::json from api.list_payments(%s, null, null, null, null, null, 20, null)", key
+        ),
+        "/v1/refunds": one(rights, "select body::json from api.list_refunds(%s, null, 20, null)", key),
+        "/v1/disputes": one(rights, "select body::json from api.list_disputes(%s, null, 20, null)", key),
+        "/v1/balance": one(rights, "select body::json from api.get_balance(%s)", key),
+        "/v1/balance/transactions": one(
+            rights, "select body::json from api.list_balance_transactions(%s, null, 20, null)", key
+        ),
+        "/v1/events": one(rights, "select body::json from api.list_events(%s, null, 20)", key),
+    }
+    answers = {route.path: route.answers[200] for route in ROUTES if route.method == "GET" and "{" not in route.path}
+    for path, document in documents.items():
+        assert list(document) == names(answers[path]), path
+        msgspec.convert(document, answers[path])
