@@ -1,7 +1,7 @@
 """The receiver of webhooks: the signature is verified on the raw bytes, the event stored once and queued, nothing else.
 
-Answered within one batch's time by the lanes. What is answered with anything but 2xx comes again, so a batch that fails
-is a 503. Whether API version, mode and account are ours is judged when the event is applied.
+Batching connections store webhooks, one commit for each batch. Stripe repeats a webhook unless the answer is 2xx, so a
+batch that fails is a 503. Whether API version, mode and account are ours is checked when the event is applied.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ RELEVANT_HEADERS = frozenset({b"stripe-signature", b"content-type", b"user-agent
 HEADER_CHARACTERS_MAX = 2000
 JSON_CONTENT_TYPE = (b"content-type", b"application/json")
 
-# What a secret looks like where it can't be told by its key, in what is no JSON.
+# A client secret in a body that is no JSON, where no key marks it.
 SECRET_PATTERN = re.compile(rb"(_secret_)[0-9A-Za-z]+")
 
 Visible = Annotated[str, Meta(pattern=r"^[!-~]{1,255}$(?!\n)")]
 
 
 class StripeEvent(Struct):
-    """What the receiver needs of an event; `apply` reads the rest."""
+    """The fields of an event that the receiver needs; `apply` reads the rest."""
 
     id: Visible
     type: Visible
@@ -194,11 +194,11 @@ def create_app(settings: Settings | None = None, *, connections: int = 2) -> Htt
     """The receiver as an ASGI application. Raises SettingsError without STRIPE_WEBHOOK_SECRET."""
     settings = settings or load_settings()
     secrets = [secret.reveal().encode() for secret in settings.webhook_secrets]
-    return HttpApplication(ROUTES, ReceiverRequest, partial(open_services, settings, secrets, connections))
+    return HttpApplication(ROUTES, ReceiverRequest, partial(open_receiver_services, settings, secrets, connections))
 
 
 @asynccontextmanager
-async def open_services(
+async def open_receiver_services(
     settings: Settings, secrets: Sequence[bytes], connections: int
 ) -> AsyncGenerator[ReceiverServices]:
     """The services, open. Each is closed even if another one's closing fails."""

@@ -30,13 +30,13 @@ def create_app(settings: Settings | None = None, *, connections: int = 2, batch_
     return HttpApplication(
         [*ROUTES, *documentation_routes(ROUTES)],
         ApiRequest,
-        partial(open_services, settings, connections, batch_max),
+        partial(open_api_services, settings, connections, batch_max),
         assets=[documentation_assets()],
     )
 
 
 @asynccontextmanager
-async def open_services(settings: Settings, connections: int, batch_max: int) -> AsyncGenerator[ApiServices]:
+async def open_api_services(settings: Settings, connections: int, batch_max: int) -> AsyncGenerator[ApiServices]:
     """The services, open. Each is closed even if another one's closing fails."""
     database = DatabasePool("api", settings)
     batching = BatchingConnections(

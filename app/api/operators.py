@@ -1,12 +1,12 @@
-"""The operators' part of the API, with keys of their own: dead letters, and how things stand.
+"""The operators' part of the API, with keys of their own: dead letters and the status report.
 
     GET  /v1/operator/dead-letters[/{id}]
     POST /v1/operator/dead-letters/{id}/replay | discard     one
     POST /v1/operator/dead-letters/replay | discard          all open ones that match, a hundred at a time
     GET  /v1/operator/status
 
-No Idempotency-Key is needed: what is done twice is done once, and the second answer says so. Whose key it is, the SQL
-functions find out by its hash, so no route can name an operator. A merchant's key gets 403.
+No Idempotency-Key is needed: a repeated decision has no second effect, and its answer says so. The SQL functions find
+the operator by the key's hash, so no route can name one. A merchant's key gets 403.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ async def decide_in_bulk(request: ApiRequest, action: DeadLetterAction) -> HttpR
 async def apply_decision(
     operator: Caller, letter_id: str, action: DeadLetterAction, reason: str, dry_run: bool
 ) -> DecisionResult:
-    """One letter, one transaction, which may be repeated: what is done is not done again."""
+    """One letter, one transaction, which may be repeated: it has no second effect."""
     row = await operator.row_as_operator(
         API_STATEMENTS[action], letter_id, reason, dry_run, operator.request_id, operator.address
     )

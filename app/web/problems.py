@@ -153,7 +153,7 @@ class Problem(Exception):
 
 
 def invalid_request(errors: list[RuleViolation]) -> Problem:
-    """A request that breaks rules; the detail tells the first."""
+    """A request that breaks rules; the detail is the first violation's message."""
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return Problem("invalid-request", errors[0].message + more, errors=errors)
 
@@ -205,7 +205,7 @@ def problem_from_database_error(error: psycopg.Error) -> Problem:
 
 
 def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
-    """The problem that an endpoint or Litestar raised; what is not expected is logged and is `internal`."""
+    """The problem for an error of an endpoint or of Litestar; an unexpected one is logged and becomes `internal`."""
     match error:
         case Problem():
             return error

@@ -30,7 +30,7 @@ PATH_PARAMETER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Route:
-    """A method and a path, the endpoint that answers, and the description of what it takes and answers."""
+    """A method and a path, the endpoint that answers, and the types of its query, body and answers."""
 
     method: Literal["GET", "POST"]
     path: str
@@ -110,7 +110,7 @@ class HttpApplication:
             return await row.endpoint(request)
         except ClientDisconnected:
             return no_response
-        except Exception as error:  # noqa: BLE001  problem_from_error logs what is not expected
+        except Exception as error:  # noqa: BLE001  problem_from_error logs unexpected errors
             return problem_from_error(error, request.request_id, scope["path"]).response(request.request_id)
 
     def _handler_of(self, row: Route) -> HTTPRouteHandler:

@@ -225,16 +225,16 @@ def test_operator_name_must_be_plain_text(module_database: str, name: str) -> No
 
 
 def test_openapi_document_describes_every_body_and_response(api: ServerProcess) -> None:
-    told = httpx.get(f"{api.url}/docs/openapi.json").json()
+    document = httpx.get(f"{api.url}/docs/openapi.json").json()
     for path, struct in (("replay", "BulkDecision"), ("discard", "BulkDecision")):
-        post = told["paths"][f"{LETTERS}/{path}"]["post"]
+        post = document["paths"][f"{LETTERS}/{path}"]["post"]
         assert set(post["responses"]) == {"200", "400", "401", "403", "413", "415", "503"}, struct
         reference = post["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         assert reference == f"#/components/schemas/{struct}"
-        assert "dry_run" in told["components"]["schemas"][struct]["properties"]
-    one = told["paths"][f"{LETTERS}/{{letter_id}}/discard"]["post"]
+        assert "dry_run" in document["components"]["schemas"][struct]["properties"]
+    one = document["paths"][f"{LETTERS}/{{letter_id}}/discard"]["post"]
     assert set(one["responses"]) == {"200", "400", "401", "403", "404", "409", "413", "415", "503"}
     assert one["requestBody"]["content"]["application/json"]["schema"]["$ref"] == "#/components/schemas/Decision"
-    assert told["components"]["schemas"]["Decision"]["required"] == ["reason"]
-    query = {parameter["name"] for parameter in told["paths"][LETTERS]["get"]["parameters"]}
+    assert document["components"]["schemas"]["Decision"]["required"] == ["reason"]
+    query = {parameter["name"] for parameter in document["paths"][LETTERS]["get"]["parameters"]}
     assert query == {"status", "handler", "error", "limit", "starting_after"}

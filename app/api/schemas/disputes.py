@@ -10,7 +10,7 @@ from app.api.schemas.fields import DisputeId, Limit, LongText, PaymentId, Provid
 
 
 class NewEvidence(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What speaks against a dispute, as texts; up to 150,000 characters in all."""
+    """Evidence against a dispute, as texts; up to 150,000 characters in all."""
 
     access_activity_log: LongText | None = None
     billing_address: Text | None = None
@@ -33,14 +33,14 @@ class NewEvidence(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
 
 
 class SubmittedEvidence(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Evidence, kept for later, or submitted to the network: that can be done once."""
+    """Evidence, kept for later or submitted to the network, which can be done once."""
 
     evidence: NewEvidence
     submit: bool = False
 
 
 class EvidenceGiven(Struct):
-    """By when evidence is due, which fields were given, and when it was to be submitted."""
+    """The deadline, the fields given so far, and the time of the request to submit."""
 
     due_at: str | None
     given: list[str]
@@ -48,7 +48,7 @@ class EvidenceGiven(Struct):
 
 
 class Dispute(Struct):
-    """Money that the network asks back, or an inquiry before it does. `status` is the provider's."""
+    """Money that the network claims back, or an inquiry before it does. `status` is the provider's."""
 
     id: str
     object: Literal["dispute"]

@@ -1,4 +1,4 @@
-"""What operators read and send over HTTP, as structs; a test compares them with the database's documents."""
+"""Dead letters, the decisions about them, and the status report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ErrorText = Annotated[
     str, Meta(min_length=1, max_length=500, description="Only those whose last error contains this text.")
 ]
 Reason = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\S", description="Why; kept in the audit trail.")]
-DryRun = Annotated[bool, Meta(description="Only tell what would happen.")]
+DryRun = Annotated[bool, Meta(description="Only report what would happen.")]
 
 
 class DeadLetterEvent(Struct):
@@ -44,7 +44,7 @@ class DeadLetterPayment(Struct):
 
 
 class LastKnownProviderState(Struct):
-    """What the provider holds, by the last that was heard of it, at `as_of`: nobody was asked just now."""
+    """The provider's state as last known, at `as_of`; the provider is not asked anew."""
 
     name: str
     id: str | None
@@ -53,7 +53,7 @@ class LastKnownProviderState(Struct):
 
 
 class DiscardEffect(Struct):
-    """What discarding would do, or why it is refused."""
+    """The effect of discarding, or the reason why it is refused."""
 
     verdict: Literal["fail", "call_off", "forget", "refuse"]
     detail: str

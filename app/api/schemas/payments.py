@@ -51,14 +51,14 @@ class NewCard(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Customer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Who pays, as far as you want to tell."""
+    """The payer, as far as you want to name one."""
 
     email: Email | None = None
     name: Name | None = None
 
 
 class NewPayment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A payment to be taken."""
+    """A payment to take."""
 
     amount: MinorUnits
     currency: Currency
@@ -73,13 +73,13 @@ class NewPayment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
 
 
 class NewCapture(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What is held is to be taken: all of it, or `amount`; the rest is let go."""
+    """Capture the authorized amount, or `amount` of it; the rest is released."""
 
     amount: MinorUnits | None = None
 
 
 class NewCancellation(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A payment is to be called off. Nothing more needs to be said."""
+    """Cancel a payment. The body has no fields."""
 
 
 class PaymentRequest(Struct, omit_defaults=True):
@@ -109,7 +109,7 @@ class PaymentMethod(Struct):
 
 
 class NextAction(Struct):
-    """What the payer must do."""
+    """The action that the payer must take."""
 
     type: str
     url: str | None = None
@@ -166,7 +166,7 @@ class Actor(Struct):
 
 
 class TraceEntry(Struct, rename={"from_": "from"}):
-    """Something that happened to a payment; `duration_ms` is told for calls to a provider."""
+    """Something that happened to a payment; calls to a provider have a `duration_ms`."""
 
     at: str
     kind: Literal[
@@ -182,7 +182,7 @@ class TraceEntry(Struct, rename={"from_": "from"}):
 
 
 class Trace(Struct):
-    """A payment's whole story, oldest first."""
+    """A payment's history, oldest first."""
 
     payment: Payment
     entries: list[TraceEntry]

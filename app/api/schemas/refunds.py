@@ -13,7 +13,7 @@ RefundReason = Literal["duplicate", "fraudulent", "requested_by_customer"]
 
 
 class NewRefund(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A payment is to be given back: all that is left of it, or `amount`."""
+    """Refund a payment: all that is left of it, or `amount`."""
 
     amount: MinorUnits | None = None
     reason: RefundReason | None = None
@@ -21,14 +21,14 @@ class NewRefund(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
 
 class RefundFailure(Struct):
-    """Why it was refused, or came back."""
+    """Why the refund failed."""
 
     code: str
     message: str | None = None
 
 
 class Refund(Struct):
-    """Money on its way back to the payer. The amount, in minor units, is taken up from the moment it is asked for."""
+    """Money on its way back to the payer. The amount, in minor units, is reserved from the moment of the request."""
 
     id: str
     object: Literal["refund"]
