@@ -10,7 +10,7 @@ from app.api.schemas.fields import Limit
 
 
 class Event(Struct):
-    """A step of a payment, a refund or a dispute. `data` is that object at that version; its `object` names the kind."""
+    """A step of a payment, a refund or a dispute. `data` is it at that version; its `object` names the kind."""
 
     id: str
     type: str
