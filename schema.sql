@@ -1,38 +1,41 @@
--- Surety's state: types, tables, constraints, indexes, roles. Behaviour (functions, triggers, views) is in db/*.sql.
+-- Surety's state: schemas, types, tables, constraints, indexes, rows of rules, roles. Functions, triggers and views are
+-- in db/sql/.
 --
--- Read it downward; it follows a payment's life.
+-- The sections, in their order:
 --
---   roles         who owns it, who may connect as what; the grants stand in db/sql/operations/grants.sql
---   environment   which environment this database is, and the clock that only a test database may move
---   law           currencies, states, transitions, mandatory steps, kinds of facts: rules kept as rows
---   merchants     who is paid, and the API keys with which they ask
---   requests      idempotency keys and merchants' references: unique for ever, so narrow and unpartitioned
---   payments      payments, their steps, our calls to providers
---   refunds       what goes back to payers: refunds and their steps
---   facts         what the outside told us: webhooks as they came, facts as they were read from them
---   ledger        accounts, postings (one per cause), transfers (one debit, one credit, one positive amount)
---   outbox        events, handlers with their snapshot cursors, leased batches, retries, dead letters
---   audit         what happened, append-only
---   reconciliation  expectations and discrepancies
+--   roles            who owns the schemas, which roles connect; their rights are in db/sql/operations/grants.sql
+--   environment      the identity of this database, and the clock that only a test database can move
+--   rules            currencies, states, transitions, mandatory steps, kinds of facts: rows, not code
+--   merchants        merchants, their API keys, operators' keys
+--   requests         idempotency keys and merchants' references: unique for ever, hence narrow and unpartitioned
+--   payments         payments, their steps, our calls to providers, circuits of provider accounts
+--   refunds          refunds and their steps
+--   disputes         disputes as last fetched, with the merchant's evidence
+--   facts            stored provider events, the facts read from them, and facts without a payment
+--   ledger           accounts, postings (one per cause), transfers (one debit, one credit, one positive amount)
+--   outbox           event types, events, handlers with their snapshot cursors, leased batches, retries, dead letters
+--   audit            the audit trail, append-only
+--   reconciliation   expected settlements, discrepancies, cursors of polling
 --
--- Conventions. Amounts are bigint minor units, named *_minor. Time is timestamptz, UTC, named *_at, and comes from
--- surety.time_now() only. Ids are text: a prefix, 12 hex digits of milliseconds, 20 random ones; so they sort by time.
--- Constraints are named as the claims they make: those names are the vocabulary of the API's errors.
+-- Conventions. Amounts are bigint minor units, named *_minor. Times are timestamptz in UTC, named *_at, and come from
+-- surety.time_now(). Ids are text: a prefix, 12 hex digits of milliseconds, 20 random ones. They sort by time.
+-- A constraint's name states its claim; those names are the vocabulary of the API's errors.
 --
 -- Invariants that constraints keep:
---   a step is legal            steps (from_state, to_state) -> transitions
---   a step starts where the last ended
---                              steps (payment_id, version - 1, from_state) -> steps (payment_id, version, to_state)
---   a payment's state is its last step   payments (id, version, state) -> steps; both stand in surety.sibling_keys
---   a posting can't be unbalanced        a transfer names one debit, one credit, one amount
---   a cause posts once                   postings.cause is unique
---   a fact counts once                   fact_keys
--- Lock order, everywhere, each sorted, once per transaction:
---   idempotency keys, references, provider events and facts, payments, refunds, accounts, batch.
+--
+--   a step is legal                          steps (from_state, to_state) -> transitions
+--   a step starts where the last ended       steps (payment_id, version - 1, from_state) -> steps (…, to_state)
+--   a payment's state is its last step       payments (id, version, state) -> steps, in surety.sibling_keys as above
+--   a posting is balanced                    each transfer has one debit, one credit, one amount
+--   a cause posts once                       postings.cause is unique
+--   a fact counts once                       the primary key of fact_keys
+--
+-- Every transaction locks in this order, each kind sorted and once: idempotency keys, references, provider events and
+-- facts, payments, refunds, disputes, balances, batch. db/__init__.py has the order by tables.
 
 -- ---------------------------------------------------------------------------------------------------------- roles
 
--- Roles belong to the whole cluster, and several databases of one cluster may be deployed at once.
+-- Roles belong to the cluster, and several of its databases may be deployed concurrently.
 do $$
 declare
     v_role text;
@@ -45,13 +48,13 @@ begin
         exception
             when duplicate_object or unique_violation then null;
         end;
-        -- Who deploys may act as each of them: so a login that is no superuser serves for all processes, too.
+        -- The login that deploys may act as each role, so one login that is no superuser serves all processes.
         if not pg_has_role(current_user, v_role, 'usage') then
             execute format('grant %I to %I', v_role, current_user);
         end if;
     end loop;
-    -- Whatever holds things back should be named, whoever's it is. Who may not grant this deploys all the same, and
-    -- then `surety status` says that it can't see.
+    -- `surety status` names the sessions that hold back vacuum, also those of other roles. Without the right to grant
+    -- this the deploy continues, and `surety status` says that it cannot see them.
     begin
         grant pg_read_all_stats to surety_owner;
     exception
@@ -85,8 +88,8 @@ create table surety.environment (
     constraint environment_kind_can_be_referred_to unique (kind)
 );
 comment on table surety.environment is
-'One row: this database''s identity. Its id goes into providers'' metadata, so foreign money can be told from lost
-money.';
+'One row: the identity of this database. Its id is in the metadata of our objects at providers, which distinguishes
+money that another system moved from money that we lost track of.';
 
 create table surety.clock (
     kind text not null default 'test',
@@ -96,9 +99,9 @@ create table surety.clock (
     constraint clock_moves_only_in_a_test_database foreign key (kind) references surety.environment (kind)
 );
 comment on table surety.clock is
-'How far surety.time_now() runs ahead of the server. A row can exist only where environment.kind is test.';
+'How far surety.time_now() is ahead of the server. A row can exist only where environment.kind is test.';
 
--- ------------------------------------------------------------------------------------------------------------ law
+-- ---------------------------------------------------------------------------------------------------------- rules
 
 create table surety.currencies (
     currency text collate "C" not null,
@@ -390,8 +393,8 @@ create table surety.merchants (
     constraint merchant_fee_is_not_negative check (fee_basis_points between 0 and 10000 and fee_fixed_minor >= 0)
 );
 comment on table surety.merchants is
-'The businesses that are paid. provider_account is their account at the provider, empty for the platform''s own. Our fee
-is amount * fee_basis_points / 10000, rounded half up, plus fee_fixed_minor.';
+'The businesses that are paid. provider_account is their account at the provider, empty for the platform''s own. Our
+fee is amount * fee_basis_points / 10000, rounded half up, plus fee_fixed_minor.';
 
 create table surety.api_keys (
     id text collate "C" not null,
@@ -407,7 +410,7 @@ create table surety.api_keys (
     constraint api_key_hash_is_sha256 check (length(hash) = 32)
 );
 comment on table surety.api_keys is
-'API keys by their SHA-256; the key itself is shown once, when it is made. hint holds its last characters.';
+'API keys by their SHA-256; a key itself is shown once, when it is created. hint holds its last characters.';
 
 create table surety.operator_keys (
     id text collate "C" not null,
@@ -423,7 +426,7 @@ create table surety.operator_keys (
     constraint operator_key_hash_is_sha256 check (length(hash) = 32)
 );
 comment on table surety.operator_keys is
-'Keys of people who run the service, kept like merchants'' keys; they open the operators'' routes and nothing else.';
+'Keys of operators, stored like merchants'' keys. They give access to the operators'' routes only.';
 
 -- ------------------------------------------------------------------------------------------------------- requests
 
@@ -441,9 +444,9 @@ create table surety.idempotency_keys (
 );
 create index idempotency_keys_by_age on surety.idempotency_keys (created_at);
 comment on table surety.idempotency_keys is
-'Answers that took effect, kept 30 days, so that a repeated request gets the first answer byte for byte.';
+'Responses that took effect, kept for 30 days: a repeated request gets the first response byte for byte.';
 
--- What came of a command: a document, or a problem of the API with its particulars.
+-- The result of a command: a document, or a problem of the API with its details.
 create type api.outcome as (
     status smallint,
     problem text,
@@ -452,7 +455,7 @@ create type api.outcome as (
     is_replayed boolean
 );
 
--- Who sent a command, and how it is kept from being done twice; outcome is set if it is over before it has begun.
+-- The sender and the idempotency key of a command. outcome is set if the command ends before it takes effect.
 create type api.admission as (
     merchant_id text,
     actor text,
@@ -469,7 +472,7 @@ create table surety.payment_references (
     constraint payment_references_pkey primary key (merchant_id, reference)
 );
 comment on table surety.payment_references is
-'A merchant''s references that are in use: by payments that are neither failed nor canceled.';
+'References in use, by payments that are neither failed nor canceled.';
 
 -- ------------------------------------------------------------------------------------------------------- payments
 
@@ -1109,8 +1112,8 @@ create table outbox.restore_generations (
     constraint restore_generations_pkey primary key (generation)
 );
 comment on table outbox.restore_generations is
-'Transaction ids are comparable only within one restore generation; a restored database opens a new one (surety
-restored).';
+'Transaction ids are comparable only within one restore generation. `surety restored` opens a new one after a
+restore.';
 
 create table outbox.event_types (
     type text collate "C" not null,
@@ -1121,8 +1124,8 @@ create table outbox.event_types (
 comment on table outbox.event_types is
 'The types of events, from db/sql/outbox/event_types.sql. outbox.emit_event refuses any other type. It gives an event a
 merchant only if the type is for merchants; api.list_events shows those. There is no foreign key from outbox.events,
-because every insert would lock its type''s row, the same few rows in all transactions. A test compares the types in the
-SQL sources with these rows instead.';
+because every insert would lock its type''s row, the same few rows in all transactions. A test compares the types in
+the SQL sources with these rows instead.';
 
 create table outbox.events (
     id text collate "C" not null,
@@ -1139,7 +1142,7 @@ create table outbox.events (
 create index events_in_commit_order on outbox.events (generation, xid, id);
 create index events_of_a_merchant on outbox.events (merchant_id, generation, xid, id) where merchant_id is not null;
 comment on table outbox.events is
-'The outbox, insert-only. Columns as Debezium''s outbox router reads them, with the writing transaction''s id.';
+'The outbox, append-only. Columns as Debezium''s outbox router reads them, with the id of the writing transaction.';
 
 create table outbox.handlers (
     handler text collate "C" not null,
@@ -1160,8 +1163,8 @@ create table outbox.handlers (
     constraint handler_gives_up_after_its_delays check (cardinality(retry_after) between 1 and 10)
 );
 comment on table outbox.handlers is
-'One cursor per handler: everything visible in seen has been taken, goal is being walked, (at_xid, at_id) says how far.
-A failed event is tried again after each of retry_after, then it is a dead letter.';
+'Handlers, each with its cursor. All events visible in seen were claimed; events visible in goal are being claimed, up
+to (at_xid, at_id). A failed event is retried after each delay of retry_after, then it is a dead letter.';
 
 create table outbox.handler_events (
     handler text collate "C" not null,
@@ -1194,8 +1197,8 @@ create table outbox.batches (
 );
 create index batches_by_lease on outbox.batches (handler, leased_until);
 comment on table outbox.batches is
-'Events taken and not finished, one row per claim. first_id and last_id bound event_ids, so that reading them touches
-few partitions. Who finishes must show the fence.';
+'Events that are claimed and not completed, one row per claim. first_id and last_id bound event_ids, so that reading
+them touches few partitions. Completion requires the current fence, a fencing token.';
 
 create table outbox.retries (
     handler text collate "C" not null,
@@ -1211,8 +1214,8 @@ create table outbox.retries (
 create index retries_due on outbox.retries (handler, due_at) where due_at is not null;
 create index retries_blocked on outbox.retries (blocked_by) where blocked_by is not null;
 comment on table outbox.retries is
-'Events that failed (failures) or whose worker died holding them (worker_deaths). due_at is null while one is being
-tried. blocked_by is the provider''s account whose outage failed it last or holds it.';
+'Events that failed (failures) or whose worker died (worker_deaths). due_at is null during a retry. blocked_by is the
+key of the circuit whose outage failed the event last or holds it.';
 
 create table outbox.dead_letters (
     id text collate "C" not null,
@@ -1238,8 +1241,9 @@ create table outbox.dead_letters (
 create unique index dead_letter_is_open_once on outbox.dead_letters (handler, event_id) where closed_at is null;
 create index dead_letters_that_are_open on outbox.dead_letters (id) where closed_at is null;
 create index dead_letters_of_a_payment on outbox.dead_letters (payment_id) where payment_id is not null;
-comment on table outbox.dead_letters is 'Events given up on, with payload and every error, until a person or the
-payment''s own end closes them.';
+comment on table outbox.dead_letters is
+'Events without further retries, with their payload and all attempts, open until an operator or the end of the payment
+closes them.';
 
 -- ---------------------------------------------------------------------------------------------------------- audit
 
@@ -1271,7 +1275,7 @@ create table audit.entries (
 ) partition by range (id);
 create index entries_of_a_payment on audit.entries (payment_id, id) where payment_id is not null;
 comment on table audit.entries is
-'The audit trail, append-only: requests, steps, calls outside (before and after), webhooks, operators'' doings,
+'The audit trail, append-only: requests, steps, provider calls (before and after), webhooks, operators'' actions,
 denials.';
 
 -- ------------------------------------------------------------------------------------------------- reconciliation
