@@ -37,7 +37,7 @@ MUTANTS: tuple[Mutant, ...] = (
             f"fact_keys_pkey primary key {FACT_KEY}",
             f"fact_keys_pkey primary key {FACT_KEY[:-1]}, fact_id)",
         ),
-        ("db/sql/payments/facts.sql", f"on conflict {FACT_KEY} do nothing", "on conflict do nothing"),
+        ("db/sql/payments/record_facts.sql", f"on conflict {FACT_KEY} do nothing", "on conflict do nothing"),
     ),
     mutant(
         "a key makes one payment",
@@ -181,7 +181,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "another amount is not believed",
         ("jobs/handlers/payments.py", 'if intent["amount"] == subject.amount_minor:', 'if intent["amount"]:'),
         (
-            "db/sql/payments/facts.sql",
+            "db/sql/payments/fact_checks.sql",
             "                when f.kind = 'submitted' and f.amount_minor <> p.amount_minor then 'amount'\n",
             "",
         ),
@@ -196,7 +196,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "a declined intent is called off",
-        ("db/sql/payments/facts.sql", "    if v_declined is not null then\n", "    if false then\n"),
+        ("db/sql/payments/fact_checks.sql", "    if v_declined is not null then\n", "    if false then\n"),
     ),
     mutant(
         "what is asked to be refunded is reserved at once",
@@ -246,7 +246,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "a second intent is called off",
-        ("db/sql/payments/facts.sql", "    v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);\n", ""),
+        ("db/sql/payments/record_facts.sql", "    v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);\n", ""),
     ),
     mutant(
         "the breaker gives back what failed before it opened",

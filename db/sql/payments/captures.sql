@@ -1,10 +1,9 @@
--- Captures: what a merchant asked to capture.
+-- Captures: what merchants asked to capture. A request is a fact of our own, its refusal by the provider another.
 
 create or replace function surety.pending_capture(p_payment_id text)
 returns table (amount_minor bigint, revision integer)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- The capture that is under way, if any: asked for and not refused.
     select
         facts.amount_minor,
         facts.revision
@@ -20,34 +19,28 @@ begin atomic
     limit 1;
 end;
 
+comment on function surety.pending_capture(text) is
+'The capture that is under way: requested and not refused, amount in minor units. No row if there is none.';
+
 create or replace function surety.request_capture(
     p_payment surety.payments, p_amount_minor bigint, p_actor text, p_request_id text
 ) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Our command is a fact too: so what the provider says meanwhile, in whatever order, can't undo the step to processing.
--- The payment is locked. Its object is our own; its revision counts the commands, for one that was refused may be
--- followed by another.
+-- The request is a fact, so that the provider's facts, in whatever order, can't undo the step to processing. Its object
+-- is the payment's own; the revision counts the requests, because a refused one may be followed by another.
 declare
     v_now timestamptz := surety.time_now();
     v_object constant text := p_payment.id || ':capture';
-    v_fact text := surety.new_id('fct', v_now);
-    v_revision integer := surety.next_fact_revision(
-        p_payment.provider, p_payment.provider_account, p_payment.livemode, v_object);
 begin
-    insert into surety.fact_keys (provider, account, livemode, object_id, kind, revision, fact_id)
-    values (
-        p_payment.provider, p_payment.provider_account, p_payment.livemode, v_object, 'capture_requested', v_revision,
-        v_fact
-    );
-    insert into surety.facts (
-        id, payment_id, provider, account, livemode, object_id, kind, revision, amount_minor, currency, source,
-        source_id, recorded_at
-    )
-    values (
-        v_fact, p_payment.id, p_payment.provider, p_payment.provider_account, p_payment.livemode, v_object,
-        'capture_requested', v_revision, p_amount_minor, p_payment.currency, 'request', p_request_id, v_now
-    );
+    perform surety.store_command_fact(surety.new_fact(
+        p_id => surety.new_id('fct', v_now), p_payment_id => p_payment.id, p_provider => p_payment.provider,
+        p_account => p_payment.provider_account, p_livemode => p_payment.livemode, p_object_id => v_object,
+        p_kind => 'capture_requested',
+        p_revision => surety.next_fact_revision(
+            p_payment.provider, p_payment.provider_account, p_payment.livemode, v_object),
+        p_amount_minor => p_amount_minor, p_currency => p_payment.currency, p_source => 'request',
+        p_source_id => p_request_id, p_recorded_at => v_now));
     delete from surety.calls as c where c.payment_id = p_payment.id and c.operation = 'capture';
     perform surety.advance_payments(
         array(select d from surety.derive_payments(array[p_payment.id]) as d), 'command', p_actor, p_request_id);
@@ -56,3 +49,7 @@ begin
         jsonb_build_object('payment_id', p_payment.id, 'amount', p_amount_minor), null, null);
 end;
 $$;
+
+comment on function surety.request_capture(surety.payments, bigint, text, text) is
+'Records that a merchant asked to capture an amount in minor units of an authorized payment, which is locked: a fact,
+the step to processing and payment.capture_requested, whose handler captures it.';

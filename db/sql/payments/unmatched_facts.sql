@@ -1,36 +1,37 @@
--- Facts without a payment: those whose payment is not known yet, foreign money, and what has none by nature.
+-- Unmatched facts: those whose payment is not known yet, foreign ones, and payouts and fees, which have no payment.
 
-create or replace function surety.match_fact(
-    p_payment_id text, p_provider text, p_account text, p_object_id text, p_intent text, p_source_object text,
-    p_metadata_payment text
-) returns text
-language sql stable security definer set search_path = pg_catalog, pg_temp
+create or replace function surety.fact_has_no_payment(p_fact jsonb) returns boolean
+language sql immutable parallel safe
 begin atomic
     select coalesce(
-        p_payment_id,
-        (
-            select o.payment_id
-            from surety.provider_objects as o
-            where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_object_id)
+        p_fact ->> 'kind' in ('payout', 'payout_failed')
+        or p_fact -> 'data' ->> 'category' in (
+            'payout', 'payout_reversal', 'bank_line', 'fee', 'tax', 'network_cost', 'risk_reserved_funds'
         ),
-        (
-            select o.payment_id
-            from surety.provider_objects as o
-            where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_intent)
-        ),
-        (
-            select o.payment_id
-            from surety.provider_objects as o
-            where (o.provider, o.account, o.object_id) = (p_provider, p_account, p_source_object)
-        ),
-        (select p.id from surety.payments as p where p.id = p_metadata_payment)
+        false
     );
 end;
+
+comment on function surety.fact_has_no_payment(jsonb) is
+'Whether a fact belongs to no payment by its kind or category: payouts, bank lines, the provider''s own fees.';
+
+create or replace function surety.entry_without_payment(p_fact jsonb, p_rule text) returns ledger.entry
+language sql immutable parallel safe
+begin atomic
+    select ledger.entry(
+        p_cause => p_fact ->> 'object_id', p_rule => p_rule,
+        p_provider_owner => (p_fact ->> 'provider') || '/' || (p_fact ->> 'account'),
+        p_currency => p_fact ->> 'currency', p_gross => (p_fact ->> 'amount_minor')::bigint,
+        p_fee => (p_fact -> 'data' ->> 'fee')::bigint, p_net => (p_fact -> 'data' ->> 'net')::bigint
+    );
+end;
+
+comment on function surety.entry_without_payment(jsonb, text) is
+'The ledger entry of a balance transaction that belongs to no payment, by the rule given.';
 
 create or replace function surety.store_unmatched_facts(p_facts jsonb, p_at timestamptz) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
--- Facts without a payment. Payouts and the provider's own fees have none by nature and are booked at once.
 declare
     v_entries ledger.entry [];
 begin
@@ -58,28 +59,6 @@ begin
 end;
 $$;
 
-create or replace function surety.fact_has_no_payment(p_fact jsonb) returns boolean
-language sql immutable parallel safe
-begin atomic
-    select coalesce(
-        p_fact ->> 'kind' in ('payout', 'payout_failed')
-        or p_fact -> 'data' ->> 'category' in (
-            'payout', 'payout_reversal', 'bank_line', 'fee', 'tax', 'network_cost', 'risk_reserved_funds'
-        ),
-        false
-    );
-end;
-
-create or replace function surety.entry_without_payment(p_fact jsonb, p_rule text) returns ledger.entry
-language sql immutable parallel safe
-begin atomic
-    select ledger.entry(
-        p_cause => p_fact ->> 'object_id', p_rule => p_rule,
-        p_provider_owner => (p_fact ->> 'provider') || '/' || (p_fact ->> 'account'),
-        p_currency => p_fact ->> 'currency', p_gross => (p_fact ->> 'amount_minor')::bigint,
-        p_fee => (p_fact -> 'data' ->> 'fee')::bigint, p_net => (p_fact -> 'data' ->> 'net')::bigint
-    );
-end;
-
-comment on function surety.entry_without_payment(jsonb, text) is
-'The ledger entry of a balance transaction that belongs to no payment, by the rule given.';
+comment on function surety.store_unmatched_facts(jsonb, timestamptz) is
+'Stores facts that match no payment, once each. Those that have none by nature are booked at once; the others wait for
+retry_unmatched_facts.';

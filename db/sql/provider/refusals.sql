@@ -8,11 +8,13 @@ declare
     v_now timestamptz := surety.time_now();
     v_refused surety.facts [];
 begin
-    select array_agg((
-        surety.new_id('fct', v_now), p.id, p.provider, p.provider_account, p.livemode, p.id || ':capture',
-        'capture_refused', asked.revision, asked.amount_minor, p.currency, jsonb_build_object('failure', r.refused),
-        'response', null, null, null, v_now
-    )::surety.facts order by p.id) into v_refused
+    select array_agg(surety.new_fact(
+        p_id => surety.new_id('fct', v_now), p_payment_id => p.id, p_provider => p.provider,
+        p_account => p.provider_account, p_livemode => p.livemode, p_object_id => p.id || ':capture',
+        p_kind => 'capture_refused', p_revision => asked.revision, p_amount_minor => asked.amount_minor,
+        p_currency => p.currency, p_data => jsonb_build_object('failure', r.refused), p_source => 'response',
+        p_recorded_at => v_now
+    ) order by p.id) into v_refused
     from jsonb_to_recordset(p_results) as r (payment_id text, operation text, refused jsonb)
     join surety.payments as p on p.id = r.payment_id
     cross join lateral surety.pending_capture(p.id) as asked
@@ -20,9 +22,7 @@ begin
     if v_refused is null then
         return '{}';
     end if;
-    insert into surety.fact_keys (provider, account, livemode, object_id, kind, revision, fact_id)
-    select f.provider, f.account, f.livemode, f.object_id, f.kind, f.revision, f.id from unnest(v_refused) as f;
-    insert into surety.facts select f.* from unnest(v_refused) as f;
+    perform surety.store_command_fact(f) from unnest(v_refused) as f;
     return surety.advance_payments(
         array(select d from surety.derive_payments(array(select f.payment_id from unnest(v_refused) as f)) as d),
             'response',

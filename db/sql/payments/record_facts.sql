@@ -1,0 +1,226 @@
+-- Recording facts: the one way in for everything that a provider asserts about payments.
+--
+-- From the outside inwards:
+--   surety.record_event_results   results of a batch of events: records them as below, then completes, releases or
+--                                 fails the events
+--   surety.record_call_results    results of calls: facts, refusals and discrepancies; closes the calls, audits the
+--                                 answers
+--   surety.record_facts           facts, whatever their source; here
+--
+-- In whatever order and however often facts come, the end is the same. record_facts goes these steps:
+--   match        to a payment, by match_fact; a fact without one is stored as unmatched
+--   link         the provider's objects to their payment, for later facts
+--   key          one fact per (provider, account, livemode, object, kind, revision); a known key changes nothing, and
+--                is a discrepancy if it contradicts
+--   check        facts that can't be about their payment are disregarded
+--   store        facts, and the balance transactions whose money is not available yet
+--   advance      refunds and disputes, then payments: derive state and amounts from all facts, make the missing steps
+--   follow up    cancel second and declined intents
+--   post         the ledger's transfers for each new cause
+
+create or replace function surety.link_objects(p_objects surety.provider_objects[]) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+begin
+    insert into surety.provider_objects (provider, account, object_id, payment_id)
+    select distinct on (o.provider, o.account, o.object_id) o.provider, o.account, o.object_id, o.payment_id
+    from unnest(p_objects) as o
+    where not exists (
+        select from surety.provider_objects as k
+        where k.provider = o.provider and k.account = o.account and k.object_id = o.object_id
+    )
+    order by o.provider, o.account, o.object_id
+    on conflict (provider, account, object_id) do nothing;
+end;
+$$;
+
+comment on function surety.link_objects(surety.provider_objects[]) is
+'Remembers which payment each of a provider''s objects belongs to. The first payment stays.';
+
+create or replace function surety.track_pending_money(p_facts surety.facts[]) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+begin
+    insert into surety.pending_money (provider, account, object_id, created_at, available_at)
+    select f.provider, f.account, f.object_id, f.occurred_at, (f.data ->> 'available_at')::timestamptz
+    from unnest(p_facts) as f
+    where f.kind = 'money' and f.data ? 'available_at' and not exists (
+        select from surety.fact_keys as k
+        where k.provider = f.provider and k.account = f.account and k.livemode = f.livemode
+            and k.object_id = f.object_id and k.kind = 'available' and k.revision = 0
+    )
+    order by f.provider, f.account, f.object_id
+    on conflict (provider, account, object_id) do nothing;
+    delete from surety.pending_money as m
+    using unnest(p_facts) as f
+    where f.kind = 'available' and m.provider = f.provider and m.account = f.account and m.object_id = f.object_id;
+end;
+$$;
+
+comment on function surety.track_pending_money(surety.facts[]) is
+'Notes new balance transactions whose money is not available yet, and forgets those that are available by now.';
+
+create or replace function surety.record_facts(p_facts jsonb, p_actor text, p_request_id text default null)
+returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- Locks facts, payments, refunds and accounts, each sorted.
+declare
+    v_now timestamptz := surety.time_now();
+    v_facts surety.facts [];
+    v_unmatched jsonb [];
+    v_objects surety.provider_objects [];
+    v_new surety.facts [];
+    v_ids text [];
+    v_derived surety.derived [];
+    v_types text [];
+begin
+    with given as (
+        select
+            f.*, e.fact,
+            surety.match_fact(
+                f.payment_id, f.provider, f.account, f.object_id, f.intent, f.data ->> 'source', f.metadata_payment
+            ) as matched
+        from jsonb_array_elements(p_facts) as e (fact)
+        cross join lateral jsonb_to_record(e.fact) as f (
+            payment_id text, provider text, account text, livemode boolean, object_id text, kind text, revision integer,
+            amount_minor bigint, currency text, intent text, metadata_payment text, objects jsonb, data jsonb,
+            source text, source_id text, occurred_at timestamptz
+        )
+    )
+    select
+        array_agg(surety.new_fact(
+            p_id => surety.new_id('fct', v_now), p_payment_id => g.matched, p_provider => g.provider,
+            p_account => g.account, p_livemode => g.livemode, p_object_id => g.object_id, p_kind => g.kind,
+            p_revision => coalesce(g.revision, 0), p_amount_minor => g.amount_minor, p_currency => g.currency,
+            p_data => coalesce(g.data, '{}'), p_source => g.source, p_source_id => g.source_id,
+            p_occurred_at => g.occurred_at, p_recorded_at => v_now
+        ) order by g.provider, g.account, g.livemode, g.object_id, g.kind, g.revision)
+            filter (where g.matched is not null),
+        array_agg(g.fact) filter (where g.matched is null),
+        (
+            select array_agg((n.provider, n.account, o.object_id, n.matched)::surety.provider_objects)
+            from given as n
+            cross join lateral (
+                select n.object_id
+                union
+                select jsonb_array_elements_text(coalesce(n.objects, '[]'))
+            ) as o (object_id)
+            where n.matched is not null
+        )
+    into v_facts, v_unmatched, v_objects
+    from given as g;
+
+    if v_unmatched is not null then
+        perform surety.store_unmatched_facts(to_jsonb(v_unmatched), v_now);
+    end if;
+    if v_facts is null then
+        return '{}';
+    end if;
+
+    perform surety.link_objects(v_objects);
+    with keyed as (
+        insert into surety.fact_keys (provider, account, livemode, object_id, kind, revision, fact_id)
+        select f.provider, f.account, f.livemode, f.object_id, f.kind, f.revision, f.id
+        from unnest(v_facts) as f
+        order by f.provider, f.account, f.livemode, f.object_id, f.kind, f.revision
+        on conflict (provider, account, livemode, object_id, kind, revision) do nothing
+        returning fact_id
+    )
+    select
+        array_agg(f order by f.payment_id, f.object_id, f.kind)
+            filter (where f.id in (select k.fact_id from keyed as k))
+    into v_new
+    from unnest(v_facts) as f;
+
+    if coalesce(cardinality(v_new), 0) < cardinality(v_facts) then
+        perform surety.report_contradicting_facts(v_facts, v_now);
+    end if;
+    if v_new is null then
+        return '{}';
+    end if;
+
+    select array_agg(distinct f.payment_id order by f.payment_id) into v_ids from unnest(v_new) as f;
+    perform from surety.payments as p where p.id = any(v_ids) order by p.id for update;
+
+    v_new := surety.mark_mismatched_facts(v_new, v_now);
+    insert into surety.facts select f.* from unnest(v_new) as f;
+
+    perform surety.track_pending_money(v_new);
+
+    v_types := surety.advance_refunds(v_new, p_actor, p_request_id) || surety.advance_disputes(v_new, p_actor);
+    v_derived := array(select d from surety.derive_payments(v_ids) as d);
+    v_types := v_types || surety.advance_payments(v_derived, v_new[1].source, p_actor, p_request_id);
+    v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);
+    v_types := v_types || surety.emit_declined_attempts(v_new);
+    perform surety.post_facts(v_new, v_derived, v_now);
+    return v_types;
+end;
+$$;
+
+comment on function surety.record_facts(jsonb, text, text) is
+'Records an array of facts (their form is at the head of db/sql/payments/facts.sql) and carries out what follows from
+them: states, refunds, disputes, discrepancies, transfers. Facts that are known change nothing. Returns the types of the
+events made, so that the caller can schedule their handlers.';
+
+create or replace function surety.retry_unmatched_facts(p_limit integer default 500) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Foreign money is booked to suspense: otherwise payouts would never agree with the provider's balance.
+declare
+    v_now timestamptz := surety.time_now();
+    v_found jsonb;
+    v_given_up surety.unmatched_facts [];
+    v_types text [] := '{}';
+begin
+    with due as (
+        select k.* from surety.unmatched_facts as k where k.ended_at is null order by k.recorded_at, k.id
+        limit p_limit
+        for update skip locked
+    ),
+    judged as (
+        select d.*, surety.match_fact(
+            null, d.provider, d.account, d.object_id, d.fact ->> 'intent', d.fact -> 'data' ->> 'source',
+            d.fact ->> 'metadata_payment') is not null as is_found
+        from due as d
+    ),
+    ended as (
+        update surety.unmatched_facts as k
+        set ended_at = v_now,
+            ended_as = case
+                when j.is_found then 'matched'
+                when k.fact ->> 'metadata_environment' = (select e.id from surety.environment as e) then 'missing_here'
+                else 'foreign'
+            end
+        from judged as j
+        where k.id = j.id and (j.is_found or j.recorded_at < v_now - interval '15 minutes')
+        returning k.*
+    )
+    select
+        jsonb_agg(e.fact) filter (where e.ended_as = 'matched'),
+        array_agg(e::surety.unmatched_facts) filter (where e.ended_as <> 'matched')
+    into v_found, v_given_up from ended as e;
+
+    if v_found is not null then
+        v_types := surety.record_facts(v_found, 'system:unmatched_facts');
+    end if;
+    if v_given_up is not null then
+        perform surety.open_discrepancy(
+            case when g.kind in ('returned', 'dishonored', 'contested') then 'return_without_entry' else g.ended_as end,
+            g.object_id || ':' || g.kind, null,
+            format('%s %s belongs to no payment here', g.kind, g.object_id), g.fact, g.ended_as = 'missing_here', v_now)
+        from unnest(v_given_up) as g;
+        perform ledger.post(array_agg(surety.entry_without_payment(
+            g.fact, surety.posting_rule(g.provider, 'foreign', false)) order by g.object_id), v_now)
+        from unnest(v_given_up) as g where g.kind = 'money'
+        having count(*) > 0;
+    end if;
+    return v_types;
+end;
+$$;
+
+comment on function surety.retry_unmatched_facts(integer) is
+'Matches facts again that found no payment, the oldest first, at most p_limit. After 15 minutes a fact ends as foreign,
+or as missing_here, a critical discrepancy, if it carries our environment''s metadata. Returns the types of the events
+made.';
