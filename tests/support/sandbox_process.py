@@ -41,15 +41,21 @@ SHORT_DELAYS = (
 
 
 SLOWDOWN_FACTOR = 4
-"""How many times as long as on a quiet machine something may take on a busy one."""
+"""How many times as long as on an idle machine something may take on a busy one."""
+PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.005, 0.1
 
 
 def eventually(check: Callable[[], T | None], within_seconds: float = 5.0) -> T:
-    """What `check` gives once it is true; fails when the time is over, told for a quiet machine."""
+    """The first true result of `check`. Fails after a time that is given for an idle machine.
+
+    The pauses grow: most checks ask a process, and asked too often they would be most of the load.
+    """
     deadline = time.monotonic() + SLOWDOWN_FACTOR * within_seconds
+    pause = PAUSE_SECONDS_MIN
     while not (found := check()):
         assert time.monotonic() < deadline, f"not within {SLOWDOWN_FACTOR} times {within_seconds} s"
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(1.5 * pause, PAUSE_SECONDS_MAX)
     return found
 
 
