@@ -1,12 +1,5 @@
--- What a person does about events that were given up on: look, replay, discard. Each doing needs a reason, which the
--- audit trail keeps, and is done once however often it is asked for.
---
--- What a discard does is judged by what is known, never by what is hoped:
---   fail       nothing was sent, or the provider refused to do it: the payment or refund ends as failed, a capture as
---              refused, and what was held for it lives
---   call_off   the provider holds an intent that was never confirmed: it is asked to cancel it
---   forget     the event has nothing left to do, or it touches nothing outside: only the letter is closed
---   refuse     the provider may hold a charge: only asking it can tell, which is what a replay does
+-- Dead letters, by operators: show, replay, discard. Each action needs a reason, which the audit trail keeps. Repeating
+-- an action changes nothing more.
 
 create or replace function outbox.discard_verdict(p_letter outbox.dead_letters)
 returns table (verdict text, detail text)
@@ -21,7 +14,7 @@ begin atomic
             calls.last_sent_at,
             calls.status,
             states.is_final or payments.captured_minor > 0 as has_ended,
-            -- A request that was refused for what it is made nothing, and would be refused again.
+            -- A refused request created nothing at the provider, and would be refused again.
             calls.payment_id is null or coalesce(calls.status in (400, 402, 404), false) as is_undone,
             refunds.state = 'pending' and refunds.provider_id is null as is_refund_open,
             asked.revision is not null as is_capture_open
@@ -105,10 +98,16 @@ begin atomic
     from judged;
 end;
 
+comment on function outbox.discard_verdict(outbox.dead_letters) is
+'The effect of a discard, judged by what is known.
+fail: nothing was sent, or the provider refused it; the payment or refund ends as failed, a capture as refused.
+call_off: the provider holds an intent that was never confirmed; it is canceled.
+forget: the event has nothing left to do, or affects nothing outside; only the letter is closed.
+refuse: the provider may hold a charge; a replay asks the provider.';
+
 create or replace function outbox.describe_replay(p_handler text) returns text
 language sql immutable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- What the handler does with an event that comes again, whatever became of it the first time.
     select case p_handler
         when 'submit' then 'creates the intent under the same key, or looks for it first: at most one will exist'
         when 'confirm' then 'asks about the intent first, and confirms it only if it was not'
@@ -123,10 +122,12 @@ begin atomic
     end;
 end;
 
+comment on function outbox.describe_replay(text) is
+'What a handler does with an event that it gets again, as a sentence for operators.';
+
 create or replace function outbox.show_dead_letter(p_letter outbox.dead_letters) returns table (document json)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- A letter as operators see it. provider is the last that was heard from there, never what it may have done since.
     select row_to_json(shown.*) from (
         select
             p_letter.id as id,
@@ -186,13 +187,14 @@ begin atomic
     ) as shown;
 end;
 
+comment on function outbox.show_dead_letter(outbox.dead_letters) is
+'A dead letter as the document that operators see. provider is its last known state there, as of as_of.';
+
 create or replace function outbox.find_dead_letters(
     p_status text, p_handler text, p_error text, p_after text, p_limit integer
 ) returns setof outbox.dead_letters
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- The oldest first; ids sort by time. p_status is open, replayed, discarded, resolved or null for all; p_error is a
-    -- text in the last error.
     select
         dead_letters.id,
         dead_letters.handler,
@@ -221,6 +223,10 @@ begin atomic
     limit p_limit;
 end;
 
+comment on function outbox.find_dead_letters(text, text, text, text, integer) is
+'Dead letters after the id p_after, the oldest first. p_status: open, replayed, discarded, resolved, or null for all.
+p_error: a text that the last error contains.';
+
 create or replace function outbox.audit_dead_letter_action(
     p_letter outbox.dead_letters, p_outcome text, p_actor text, p_reason text, p_request_id text, p_address text
 ) returns void
@@ -234,15 +240,15 @@ begin atomic
     );
 end;
 
+comment on function outbox.audit_dead_letter_action(outbox.dead_letters, text, text, text, text, text) is
+'Audits a replay or a discard, in the transaction of that action.';
+
 create or replace function outbox.replay_dead_letter(
     p_id text, p_actor text, p_reason text, p_dry_run boolean default false, p_request_id text default null,
     p_address text default null
 ) returns table (outcome text, detail text)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Makes the event due again at once, with a clean count; its handler asks before it sends. Outcomes:
---   replayed | would_replay    unchanged (replayed already, or its payment has ended meanwhile)
---   refused (discarded)        not_found
 declare
     v_now timestamptz := surety.time_now();
     v_letter outbox.dead_letters;
@@ -274,16 +280,17 @@ begin
 end;
 $$;
 
+comment on function outbox.replay_dead_letter(text, text, text, boolean, text, text) is
+'Makes the event of a dead letter due again at once, without its failures. Outcomes: replayed; would_replay (p_dry_run);
+unchanged (replayed already, or its payment has ended); refused (it was discarded); not_found.';
+
 create or replace function outbox.discard_dead_letter(
     p_id text, p_actor text, p_reason text, p_dry_run boolean default false, p_request_id text default null,
     p_address text default null
 ) returns table (outcome text, detail text)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Gives the event up for good, as outbox.discard_verdict says. Outcomes:
---   discarded | would_discard    unchanged (discarded already)
---   refused (the provider may hold a charge; or replayed or resolved before)    not_found
--- Locks the payment, then the letter: nothing can be sent for it between the judgement and its end.
+-- Locks the payment, then the letter: nothing can be sent for it between the verdict and its effect.
 declare
     v_now timestamptz := surety.time_now();
     v_letter outbox.dead_letters;
@@ -343,3 +350,8 @@ begin
     return query select 'discarded', v_detail;
 end;
 $$;
+
+comment on function outbox.discard_dead_letter(text, text, text, boolean, text, text) is
+'Gives up the event of a dead letter, with the effect that outbox.discard_verdict names. Outcomes: discarded;
+would_discard (p_dry_run); unchanged (discarded already); refused (the provider may hold a charge, or the letter was
+replayed or resolved); not_found.';
