@@ -1,15 +1,16 @@
-"""The outbox: no event is missed, none is effective twice; leases, failures, deaths; what a claim costs."""
+"""The outbox: each event takes effect once; leases, failures, worker deaths; the cost of a claim."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import permutations
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.errors import Diagnostic
 
 from db.connect import harden
 from db.embedded import temporary_database
@@ -24,14 +25,14 @@ Connections = Callable[[], Connection]
 
 @pytest.fixture
 def connections(database: str) -> Iterator[Connections]:
-    """More connections with all rights, each in a transaction of its own until it commits."""
+    """Further connections with all rights, each in a transaction of its own until it commits."""
     with ExitStack() as stack:
         yield lambda: stack.enter_context(psycopg.connect(harden(database, "deploy")))
 
 
 @pytest.fixture
-def patient(conn: Connection) -> Connection:
-    """A handler whose failures are due again at once, and a lease of a minute."""
+def outbox(conn: Connection) -> Connection:
+    """A connection; the handler's batches hold three events, and its retries are due at once."""
     conn.execute("update outbox.handlers set batch_size = 3, retry_after = '{0 s,0 s}' where handler = %s", (HANDLER,))
     return conn
 
@@ -62,72 +63,72 @@ def call(conn: Connection, function: str, *values: Any) -> Any:
     return row[0]
 
 
-def finish(conn: Connection, batch: Claim, event_ids: list[str] | None = None) -> bool:
+def complete(conn: Connection, batch: Claim, event_ids: list[str] | None = None) -> bool:
     return bool(call(conn, "outbox.complete_events", *batch[:2], batch[2] if event_ids is None else event_ids))
 
 
 def fail(conn: Connection, batch: Claim, *event_ids: str) -> bool:
-    told = json.dumps([{"event_id": event_id, "error": "it did not work"} for event_id in event_ids])
-    return bool(call(conn, "outbox.fail_events", *batch[:2], told))
+    failures = json.dumps([{"event_id": event_id, "error": "it did not work"} for event_id in event_ids])
+    return bool(call(conn, "outbox.fail_events", *batch[:2], failures))
 
 
-def die(conn: Connection, batch: Claim) -> None:
-    """The worker that holds the batch is never heard of again."""
+def expire_lease(conn: Connection, batch: Claim) -> None:
+    """Let a batch's lease run out, as if its worker had died."""
     conn.execute("update outbox.batches set leased_until = now() - interval '1 second' where id = %s", (batch[0],))
 
 
-def dead(conn: Connection) -> list[tuple[str, str, int]]:
-    """Dead letters: event, reason, number of attempts kept."""
+def dead_letters(conn: Connection) -> list[tuple[str, str, int]]:
+    """The dead letters: event, reason, number of attempts."""
     query = "select event_id, reason, jsonb_array_length(attempts) from outbox.dead_letters order by event_id"
     return conn.execute(query).fetchall()
 
 
 def test_every_event_is_claimed_once_in_any_commit_order(
-    patient: Connection, connections: Connections, server: str
+    outbox: Connection, connections: Connections, server: str
 ) -> None:
     writers = [connections() for _ in range(4)]
     emitted: list[str] = []
-    taken: list[str] = []
+    claimed_ids: list[str] = []
 
-    def take() -> None:
-        while batch := claim(patient):
-            taken.extend(batch[2])
-            assert finish(patient, batch)
+    def claim_all() -> None:
+        while batch := claim(outbox):
+            claimed_ids.extend(batch[2])
+            assert complete(outbox, batch)
 
     with temporary_database(server, "surety_test") as elsewhere, psycopg.connect(elsewhere) as other_database:
-        other_database.execute("create table open_for_as_long_as_we_test ()")
+        other_database.execute("create table open_during_the_test ()")
         for order in permutations(range(4)):
             for turn, writer in enumerate(writers):
                 emitted += [emit(writer) for _ in range(turn + 1)]
-                take()
+                claim_all()
             for which in order:
                 writers[which].commit()
-                take()
-        assert sorted(taken) == sorted(emitted)
+                claim_all()
+        assert sorted(claimed_ids) == sorted(emitted)
         other_database.rollback()
 
 
-def test_rolled_back_transaction_leaves_no_event(patient: Connection, connections: Connections) -> None:
+def test_rolled_back_transaction_leaves_no_event(outbox: Connection, connections: Connections) -> None:
     writer, late = connections(), connections()
     emit(late)
     emit(writer)
     writer.rollback()
-    after = emit(patient)
-    batch = claimed(patient)
+    after = emit(outbox)
+    batch = claimed(outbox)
     assert batch[2] == [after]
     late.rollback()
-    assert finish(patient, batch)
-    assert claim(patient) is None
+    assert complete(outbox, batch)
+    assert claim(outbox) is None
 
 
-def test_finished_events_leave_the_batch_and_the_rest_stays_leased(patient: Connection) -> None:
-    first, second, third = sorted(emit(patient) for _ in range(3))
-    batch = claimed(patient)
-    assert finish(patient, batch, [first, third])
-    rows = patient.execute("select event_ids, leased_until > now() from outbox.batches").fetchall()
+def test_finished_events_leave_the_batch_and_the_rest_stays_leased(outbox: Connection) -> None:
+    first, second, third = sorted(emit(outbox) for _ in range(3))
+    batch = claimed(outbox)
+    assert complete(outbox, batch, [first, third])
+    rows = outbox.execute("select event_ids, leased_until > now() from outbox.batches").fetchall()
     assert rows == [([second], True)]
-    assert finish(patient, batch, [second])
-    assert patient.execute("select count(*) from outbox.batches").fetchone() == (0,)
+    assert complete(outbox, batch, [second])
+    assert outbox.execute("select count(*) from outbox.batches").fetchone() == (0,)
 
 
 def test_lost_lease_cannot_complete_events_but_records_results(conn: Connection) -> None:
@@ -135,7 +136,7 @@ def test_lost_lease_cannot_complete_events_but_records_results(conn: Connection)
     [payment_id] = pay(conn, key_hash)
     lost = claimed(conn, handler="submit")
     conn.execute("select from surety.begin_calls(%s, %s, 'create', 'worker:slow')", lost[:2])
-    die(conn, lost)
+    expire_lease(conn, lost)
     held = claimed(conn, handler="submit", worker="quick")
     assert held[2] == lost[2]
 
@@ -158,54 +159,54 @@ def test_lost_lease_cannot_complete_events_but_records_results(conn: Connection)
     assert audited == [("worker:slow",)]
 
     assert conn.execute("select event_ids from outbox.batches").fetchone() == (held[2],)
-    assert not finish(conn, lost)
+    assert not complete(conn, lost)
     assert not fail(conn, lost, *lost[2])
     assert not call(conn, "outbox.release_events", *lost[:2], lost[2], "0 s", "stopped")
     assert not call(conn, "outbox.renew_lease", *lost[:2])
     assert conn.execute("select * from surety.begin_calls(%s, %s, 'create', 'w')", lost[:2]).fetchall() == []
-    assert finish(conn, held)
+    assert complete(conn, held)
 
 
 @pytest.mark.parametrize("effect", ["open_settlement_expectation", "close_settlement_expectation"])
 def test_effects_in_the_database_say_when_the_lease_is_lost(conn: Connection, effect: str) -> None:
     lost = claimed(emit_for(conn, "settle"), handler="settle")
-    die(conn, lost)
+    expire_lease(conn, lost)
     claimed(conn, handler="settle")
     assert not call(conn, f"surety.{effect}", *lost)
 
 
 def emit_for(conn: Connection, handler: str) -> Connection:
-    """An event of the type that a handler wants, about no payment."""
+    """Emit an event of a type that the handler processes, about no payment."""
     query = "select outbox.emit_event('payment', 'pay_test', event_type, '{}', null, 1) from outbox.handler_events"
     conn.execute(query + " where handler = %s limit 1", (handler,))
     return conn
 
 
-def test_three_failures_make_a_dead_letter_and_two_do_not(patient: Connection) -> None:
-    poison, fine = emit(patient), emit(patient)
-    batch = claimed(patient)
-    assert fail(patient, batch, poison)
-    assert finish(patient, batch, [fine])
-    again = claimed(patient)
+def test_three_failures_make_a_dead_letter_and_two_do_not(outbox: Connection) -> None:
+    poison, fine = emit(outbox), emit(outbox)
+    batch = claimed(outbox)
+    assert fail(outbox, batch, poison)
+    assert complete(outbox, batch, [fine])
+    again = claimed(outbox)
     assert again[2] == [poison]
-    assert fail(patient, again, poison)
-    assert dead(patient) == []
-    last = claimed(patient)
-    assert fail(patient, last, poison)
-    assert dead(patient) == [(poison, "it failed 3 times", 3)]
-    assert claim(patient) is None
-    assert patient.execute("select count(*) from outbox.retries").fetchone() == (0,)
-    assert patient.execute("select outcome, reason from audit.entries where kind = 'dead_letter'").fetchall() == [
+    assert fail(outbox, again, poison)
+    assert dead_letters(outbox) == []
+    last = claimed(outbox)
+    assert fail(outbox, last, poison)
+    assert dead_letters(outbox) == [(poison, "it failed 3 times", 3)]
+    assert claim(outbox) is None
+    assert outbox.execute("select count(*) from outbox.retries").fetchone() == (0,)
+    assert outbox.execute("select outcome, reason from audit.entries where kind = 'dead_letter'").fetchall() == [
         ("dead", "it failed 3 times")
     ]
 
 
-def test_successful_retry_clears_its_failures(patient: Connection) -> None:
-    event = emit(patient)
-    assert fail(patient, claimed(patient), event)
-    assert finish(patient, claimed(patient))
-    assert patient.execute("select count(*) from outbox.retries").fetchone() == (0,)
-    assert claim(patient) is None
+def test_successful_retry_clears_its_failures(outbox: Connection) -> None:
+    event = emit(outbox)
+    assert fail(outbox, claimed(outbox), event)
+    assert complete(outbox, claimed(outbox))
+    assert outbox.execute("select count(*) from outbox.retries").fetchone() == (0,)
+    assert claim(outbox) is None
 
 
 def test_retry_delays_grow_with_jitter(conn: Connection) -> None:
@@ -222,75 +223,75 @@ def test_retry_delays_grow_with_jitter(conn: Connection) -> None:
     assert 47.9 <= waits[1] <= 72.0
 
 
-def test_event_that_killed_three_workers_is_dead_lettered_alone(patient: Connection) -> None:
-    poison, one, other = (emit(patient) for _ in range(3))
-    die(patient, claimed(patient))
+def test_event_that_killed_three_workers_is_dead_lettered_alone(outbox: Connection) -> None:
+    poison, one, other = (emit(outbox) for _ in range(3))
+    expire_lease(outbox, claimed(outbox))
     finished = set()
     for _ in range(10):
-        batch = claim(patient)
+        batch = claim(outbox)
         if batch is None:
             break
-        assert len(batch[2]) == 1, "a suspect runs alone"
+        assert len(batch[2]) == 1, "a suspect runs in a batch of its own"
         if batch[2] == [poison]:
-            die(patient, batch)
+            expire_lease(outbox, batch)
         else:
             finished.update(batch[2])
-            assert finish(patient, batch)
+            assert complete(outbox, batch)
     assert finished == {one, other}
-    assert dead(patient) == [(poison, "its worker died 3 times", 3)]
+    assert dead_letters(outbox) == [(poison, "its worker died 3 times", 3)]
 
 
-def test_suspects_run_one_at_a_time(patient: Connection) -> None:
-    events = {emit(patient), emit(patient)}
-    die(patient, claimed(patient))
-    first, second = claimed(patient), claimed(patient)
+def test_suspects_run_one_at_a_time(outbox: Connection) -> None:
+    events = {emit(outbox), emit(outbox)}
+    expire_lease(outbox, claimed(outbox))
+    first, second = claimed(outbox), claimed(outbox)
     assert {*first[2], *second[2]} == events
-    die(patient, first)
-    die(patient, second)
-    alone = claimed(patient)
+    expire_lease(outbox, first)
+    expire_lease(outbox, second)
+    alone = claimed(outbox)
     assert len(alone[2]) == 1
-    assert claim(patient) is None
-    assert finish(patient, alone)
-    assert {*claimed(patient)[2], *alone[2]} == events
+    assert claim(outbox) is None
+    assert complete(outbox, alone)
+    assert {*claimed(outbox)[2], *alone[2]} == events
 
 
-def test_returned_event_is_not_counted_as_failed(patient: Connection) -> None:
-    event = emit(patient)
+def test_returned_event_is_not_counted_as_failed(outbox: Connection) -> None:
+    event = emit(outbox)
     for _ in range(25):
-        batch = claimed(patient)
-        assert call(patient, "outbox.release_events", *batch[:2], [event], "0 s", "the provider is busy")
-    row = patient.execute("select failures, worker_deaths, jsonb_array_length(attempts) from outbox.retries").fetchone()
+        batch = claimed(outbox)
+        assert call(outbox, "outbox.release_events", *batch[:2], [event], "0 s", "the provider is busy")
+    row = outbox.execute("select failures, worker_deaths, jsonb_array_length(attempts) from outbox.retries").fetchone()
     assert row == (0, 0, 20)
-    assert finish(patient, claimed(patient))
+    assert complete(outbox, claimed(outbox))
 
 
-def test_concurrent_batches_per_handler_are_limited(patient: Connection) -> None:
+def test_concurrent_batches_per_handler_are_limited(outbox: Connection) -> None:
     for _ in range(9):
-        emit(patient)
-    assert claim(patient) is not None
-    assert claim(patient) is not None
-    assert claim(patient) is None
+        emit(outbox)
+    assert claim(outbox) is not None
+    assert claim(outbox) is not None
+    assert claim(outbox) is None
 
 
-def test_slow_remainders_of_batches_block_no_new_batches(patient: Connection) -> None:
-    patient.execute("update outbox.handlers set batch_size = 10 where handler = %s", (HANDLER,))
+def test_slow_remainders_of_batches_block_no_new_batches(outbox: Connection) -> None:
+    outbox.execute("update outbox.handlers set batch_size = 10 where handler = %s", (HANDLER,))
     for _ in range(30):
-        emit(patient)
+        emit(outbox)
     for _ in range(2):
-        batch = claimed(patient)
-        assert finish(patient, batch, batch[2][1:])
-    assert claim(patient) is None
-    patient.execute("update outbox.batches set claimed_at = claimed_at - interval '2 seconds'")
-    assert len(claimed(patient)[2]) == 10
+        batch = claimed(outbox)
+        assert complete(outbox, batch, batch[2][1:])
+    assert claim(outbox) is None
+    outbox.execute("update outbox.batches set claimed_at = claimed_at - interval '2 seconds'")
+    assert len(claimed(outbox)[2]) == 10
 
 
-def test_paused_handler_claims_nothing_and_misses_nothing(patient: Connection) -> None:
-    patient.execute("update outbox.handlers set paused_at = now() where handler = %s", (HANDLER,))
-    event = emit(patient)
-    assert claim(patient) is None
-    assert not call(patient, "outbox.has_work", HANDLER)
-    patient.execute("update outbox.handlers set paused_at = null")
-    assert claimed(patient)[2] == [event]
+def test_paused_handler_claims_nothing_and_misses_nothing(outbox: Connection) -> None:
+    outbox.execute("update outbox.handlers set paused_at = now() where handler = %s", (HANDLER,))
+    event = emit(outbox)
+    assert claim(outbox) is None
+    assert not call(outbox, "outbox.has_work", HANDLER)
+    outbox.execute("update outbox.handlers set paused_at = null")
+    assert claimed(outbox)[2] == [event]
 
 
 def test_wakeup_schedules_each_handler_once_until_it_starts(conn: Connection) -> None:
@@ -301,72 +302,100 @@ def test_wakeup_schedules_each_handler_once_until_it_starts(conn: Connection) ->
     assert call(conn, "outbox.schedule_handlers", ["submit", "apply"]) == 1
 
 
-def test_periodic_check_schedules_handlers_with_due_work(patient: Connection) -> None:
-    assert call(patient, "outbox.schedule_due_handlers") is None
-    event = emit(patient)
-    assert call(patient, "outbox.schedule_due_handlers") == [HANDLER]
-    batch = claimed(patient)
-    assert call(patient, "outbox.schedule_due_handlers") is None
-    die(patient, batch)
-    assert call(patient, "outbox.schedule_due_handlers") == [HANDLER]
-    assert finish(patient, claimed(patient), [event])
+def test_periodic_check_schedules_handlers_with_due_work(outbox: Connection) -> None:
+    assert call(outbox, "outbox.schedule_due_handlers") is None
+    event = emit(outbox)
+    assert call(outbox, "outbox.schedule_due_handlers") == [HANDLER]
+    batch = claimed(outbox)
+    assert call(outbox, "outbox.schedule_due_handlers") is None
+    expire_lease(outbox, batch)
+    assert call(outbox, "outbox.schedule_due_handlers") == [HANDLER]
+    assert complete(outbox, claimed(outbox), [event])
 
 
-def test_periodic_check_skips_idle_handlers_until_many_events_passed(patient: Connection) -> None:
+def test_periodic_check_skips_idle_handlers_until_many_events_passed(outbox: Connection) -> None:
     for _ in range(99):
-        emit(patient)
-    assert call(patient, "outbox.schedule_due_handlers") == [HANDLER]
-    emit(patient)
-    others = [name for name in call(patient, "outbox.schedule_due_handlers") if name != HANDLER]
+        emit(outbox)
+    assert call(outbox, "outbox.schedule_due_handlers") == [HANDLER]
+    emit(outbox)
+    others = [name for name in call(outbox, "outbox.schedule_due_handlers") if name != HANDLER]
     assert others
     for name in others:
-        assert claim(patient, handler=name) is None
-    assert call(patient, "outbox.schedule_due_handlers") == [HANDLER]
+        assert claim(outbox, handler=name) is None
+    assert call(outbox, "outbox.schedule_due_handlers") == [HANDLER]
 
 
 def is_last(conn: Connection) -> bool:
-    """Claim, finish, and tell whether it was told that nothing else was due."""
+    """Claim and complete a batch; whether the claim reported that nothing else was due."""
     [(batch, fence, event_ids, is_last)] = conn.execute(
         "select batch_id, fence, event_ids, is_last from outbox.claim_batch(%s, 'w')", (HANDLER,)
     ).fetchall()
-    assert finish(conn, (batch, fence, event_ids))
+    assert complete(conn, (batch, fence, event_ids))
     return bool(is_last)
 
 
-def test_claim_reports_whether_more_events_are_due(patient: Connection) -> None:
-    emit(patient)
-    assert is_last(patient)
+def test_claim_reports_whether_more_events_are_due(outbox: Connection) -> None:
+    emit(outbox)
+    assert is_last(outbox)
     for _ in range(4):
-        emit(patient)
-    assert not is_last(patient), "a full batch"
-    emit(patient)
-    assert not is_last(patient), "the rest of what was there when the full batch was claimed; one came after that"
-    assert is_last(patient)
-    emit(patient)
-    batch = claimed(patient)
-    assert fail(patient, batch, *batch[2])
-    emit(patient)
-    assert not is_last(patient), "what is tried again comes first"
-    assert is_last(patient)
-    assert claim(patient) is None
+        emit(outbox)
+    assert not is_last(outbox), "a full batch"
+    emit(outbox)
+    assert not is_last(outbox), "the rest of the events at the time of the full batch; a newer one is due"
+    assert is_last(outbox)
+    emit(outbox)
+    batch = claimed(outbox)
+    assert fail(outbox, batch, *batch[2])
+    emit(outbox)
+    assert not is_last(outbox), "a retry comes before new events"
+    assert is_last(outbox)
+    assert claim(outbox) is None
 
 
-def test_a_claim_reads_a_few_pages_beside_a_hundred_thousand_past_events(patient: Connection) -> None:
-    patient.execute(
-        "insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, generation)"
-        " select surety.new_id('evt', now()), 'webhook', 'whk_past', %s, '{}', outbox.current_restore_generation()"
-        " from generate_series(1, 100000)",
-        (TYPE,),
-    )
-    patient.execute(
+def test_a_claim_reads_a_few_pages_beside_a_hundred_thousand_past_events(outbox: Connection) -> None:
+    emit_many(outbox, 100_000)
+    outbox.execute(
         "update outbox.handlers set seen = pg_current_snapshot(), goal = null where handler = %s", (HANDLER,)
     )
-    patient.execute("vacuum analyze outbox.events")
-    wanted = [emit(patient) for _ in range(3)]
+    new = [emit(outbox) for _ in range(3)]
+    with explained_plans(outbox) as plans:
+        assert claimed(outbox)[2] == sorted(new)
+    assert_reads_few_pages_of(outbox, "events_in_commit_order", plans, pages_max=60)
 
-    plans: list[str] = []
-    patient.add_notice_handler(lambda notice: plans.append(notice.message_primary or ""))
-    patient.execute("load 'auto_explain'")
+
+def test_a_list_of_events_reads_a_few_pages_beside_events_of_other_merchants(outbox: Connection) -> None:
+    merchant, key_hash = add_merchant(outbox)
+    other, _ = add_merchant(outbox)
+    emit_many(outbox, 20_000, other)
+    emit_many(outbox, 100, merchant)
+    with explained_plans(outbox) as plans:
+        outbox.execute("select body from api.list_events(%s, null, 20)", (key_hash,))
+    assert_reads_few_pages_of(outbox, "events_of_a_merchant", plans, pages_max=150)
+
+
+def emit_many(conn: Connection, count: int, merchant: str | None = None) -> None:
+    """Emit events in one transaction, about no object."""
+    conn.execute(
+        "insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, generation)"
+        " select surety.new_id('evt', now()), 'webhook', 'whk_past', %s, '{}', %s, outbox.current_restore_generation()"
+        " from generate_series(1, %s)",
+        (TYPE, merchant, count),
+    )
+    conn.execute("vacuum analyze outbox.events")
+
+
+@contextmanager
+def explained_plans(conn: Connection) -> Iterator[list[dict[str, Any]]]:
+    """Collect the plans of statements that walk through events by snapshots."""
+    plans: list[dict[str, Any]] = []
+
+    def collect(notice: Diagnostic) -> None:
+        message = notice.message_primary or ""
+        if "pg_visible_in_snapshot" in message:
+            plans.append(json.loads(message[message.index("{") :])["Plan"])
+
+    conn.add_notice_handler(collect)
+    conn.execute("load 'auto_explain'")
     for name, value in {
         "auto_explain.log_min_duration": "0",
         "auto_explain.log_analyze": "on",
@@ -375,21 +404,24 @@ def test_a_claim_reads_a_few_pages_beside_a_hundred_thousand_past_events(patient
         "auto_explain.log_format": "json",
         "client_min_messages": "log",
     }.items():
-        patient.execute("select set_config(%s, %s, false)", (name, value))
-    assert claimed(patient)[2] == sorted(wanted)
-    patient.execute("reset client_min_messages")
+        conn.execute("select set_config(%s, %s, false)", (name, value))
+    yield plans
+    conn.execute("reset client_min_messages")
+    conn.remove_notice_handler(collect)
 
-    scans = [
-        plan for text in plans if "pg_visible_in_snapshot" in text for plan in [json.loads(text[text.index("{") :])]
-    ]
-    assert scans, "the scan's plan was not shown"
-    for scan in scans:
-        nodes = list(nodes_of(scan["Plan"]))
-        read = {node["Index Name"] for node in nodes if node.get("Relation Name", "").startswith("events")}
-        assert read, scan
-        assert all(is_in_commit_order(patient, index) for index in read), read
+
+def assert_reads_few_pages_of(conn: Connection, index: str, plans: list[dict[str, Any]], pages_max: int) -> None:
+    """Each plan walks through partitions of the index, nothing else of the log but rows by id, and few pages in all."""
+    assert plans
+    for plan in plans:
+        nodes = list(nodes_of(plan))
+        scans = [node for node in nodes if node.get("Relation Name", "").startswith("events")]
+        walked = [node for node in scans if "pg_visible_in_snapshot" in node.get("Filter", "")]
+        assert walked, plan
+        assert all(is_partition_of(conn, node["Index Name"], index) for node in walked), walked
+        assert all(node in walked or "xid" in node["Index Cond"] or "id = " in node["Index Cond"] for node in scans)
         assert not any(node["Node Type"] == "Seq Scan" and "Relation Name" in node for node in nodes)
-        assert scan["Plan"]["Shared Hit Blocks"] + scan["Plan"]["Shared Read Blocks"] < 60
+        assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < pages_max
 
 
 def nodes_of(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -398,8 +430,8 @@ def nodes_of(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes_of(inner)
 
 
-def is_in_commit_order(conn: Connection, index: str) -> bool:
-    """Whether an index is events_in_commit_order's, or one of its partitions'."""
+def is_partition_of(conn: Connection, index: str, parent: str) -> bool:
+    """Whether an index is that of a partition, or the parent itself."""
     query = "select count(*) from pg_inherits where inhrelid = to_regclass('outbox.' || %s)"
-    query += " and inhparent = 'outbox.events_in_commit_order'::regclass"
-    return conn.execute(query, (index,)).fetchone() == (1,)
+    query += " and inhparent = to_regclass('outbox.' || %s)"
+    return conn.execute(query, (index, parent)).fetchone() == (1,)
