@@ -298,3 +298,19 @@ def test_a_reader_of_events_goes_on_into_a_new_restore_generation(conn: Connecti
         seen += [event["data"]["id"] for event in page["data"]]
     assert sorted(seen) == sorted(before + after)
     assert len(seen) == 8
+
+
+def test_concurrent_use_of_a_key_with_different_bodies_is_a_reuse(conn: Connection, key: bytes) -> None:
+    pay(conn, key, reference="order-1")
+    both = [
+        request(key, idempotency_key="one", reference="order-1"),
+        request(key, idempotency_key="one", reference="order-1"),
+        request(key, idempotency_key="one", reference="order-2", request_hash="01"),
+    ]
+    answers = [(answer["status"], answer["problem"], answer["detail"] is None) for answer in create(conn, both)]
+    assert answers == [
+        (409, "reference-taken", False),
+        (409, "reference-taken", False),
+        (422, "idempotency-key-reused", True),
+    ]
+    assert create(conn, both[2:])[0]["status"] == 201, "nothing took effect, so the key is free"

@@ -1,7 +1,10 @@
-"""Running roles execute their functions and read their views, nothing else."""
+"""Rights: running roles execute their functions and read their views, nothing else."""
 
 from __future__ import annotations
 
+import json
+
+import psycopg
 import pytest
 from psycopg import errors
 
@@ -67,3 +70,11 @@ def test_every_security_definer_function_pins_its_search_path(conn: Connection) 
 
 def test_no_role_of_ours_can_log_in(conn: Connection) -> None:
     assert conn.execute("select rolname from pg_roles where rolname ~ '^surety_' and rolcanlogin").fetchall() == []
+
+
+@pytest.mark.parametrize("kind", ["operator", "request", "denied", "webhook", "dead_letter", "step"])
+def test_worker_cannot_write_audit_entries_of_other_actors(connect: Connect, kind: str) -> None:
+    entry = {"kind": kind, "actor": "operator:boss", "outcome": "allowed", "version": 1, "to_state": "settled"}
+    with pytest.raises(psycopg.DatabaseError) as refusal:
+        connect("worker").execute("select audit.write_entries(%s)", (json.dumps([entry]),))
+    assert refusal.value.sqlstate == "SU008"

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg import errors
 
+from db.connect import harden
 from tests.support.payments import (
     Connection,
     Fact,
@@ -514,3 +518,24 @@ def test_money_of_an_unknown_category_is_posted(conn: Connection) -> None:
 @pytest.mark.parametrize(("amount", "fee"), [(10000, 375), (7000, 273), (50, 37), (1, 1), (99999999, 3400035)])
 def test_our_fee_is_rounded_half_up_and_never_above_the_amount(conn: Connection, amount: int, fee: int) -> None:
     assert conn.execute("select ledger.fee(%s, 340, 35)", (amount,)).fetchone() == (fee,)
+
+
+def test_concurrently_opened_accounts_are_opened_once(conn: Connection, database: str) -> None:
+    currencies = [row[0] for row in conn.execute("select currency from surety.currencies order by currency")]
+    start = threading.Barrier(6)
+
+    def post(number: int) -> None:
+        with psycopg.connect(harden(database, "deploy"), autocommit=True) as connection:
+            for currency in currencies:
+                cause = f"txn_{number}_{currency}"
+                start.wait(timeout=30)
+                connection.execute(
+                    "select ledger.post(array[row(%s, 'foreign', null, null, 'stripe/', %s, 5, 0, 5, null, null, null,"
+                    " null, null)::ledger.entry], now())",
+                    (cause, currency),
+                )
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(post, number) for number in range(6)]:
+            done.result(timeout=60)
+    assert conn.execute("select count(*) from ledger.accounts").fetchone() == (2 * len(currencies),)

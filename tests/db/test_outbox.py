@@ -13,6 +13,7 @@ import pytest
 from psycopg.errors import Diagnostic
 
 from db.connect import harden
+from db.deploy.deploy import deploy
 from db.embedded import temporary_database
 from tests.support.payments import Connection, add_merchant, fact, pay
 
@@ -255,6 +256,25 @@ def test_suspects_run_one_at_a_time(outbox: Connection) -> None:
     assert {*claimed(outbox)[2], *alone[2]} == events
 
 
+def test_failure_recorded_again_after_a_lost_commit_is_no_error(conn: Connection) -> None:
+    pay(conn, add_merchant(conn)[1], 2)
+    batch = claimed(conn, handler="submit")
+    for _ in range(2):
+        assert fail(conn, batch, batch[2][0])
+    assert conn.execute("select failures from outbox.retries").fetchall() == [(1,)]
+
+
+def test_suspect_of_a_paused_handler_blocks_no_other_suspect(conn: Connection) -> None:
+    pay(conn, add_merchant(conn)[1])
+    claimed(conn, handler="submit")
+    conn.execute("update outbox.batches set is_suspect = true, leased_until = now() - interval '1 second'")
+    conn.execute("update outbox.handlers set paused_at = now() where handler = 'submit'")
+    conn.execute(
+        "insert into outbox.retries (handler, event_id, worker_deaths, due_at) values ('settle', 'evt_1', 2, now())"
+    )
+    assert claimed(conn, handler="settle")[2] == ["evt_1"]
+
+
 def test_returned_event_is_not_counted_as_failed(outbox: Connection) -> None:
     event = emit(outbox)
     for _ in range(25):
@@ -292,6 +312,18 @@ def test_paused_handler_claims_nothing_and_misses_nothing(outbox: Connection) ->
     assert not call(outbox, "outbox.has_work", HANDLER)
     outbox.execute("update outbox.handlers set paused_at = null")
     assert claimed(outbox)[2] == [event]
+
+
+def test_handler_receives_the_events_of_its_deployed_code(conn: Connection, database: str) -> None:
+    query = "select event_types, batch_size from outbox.list_handlers() where handler = 'cancel'"
+    [(wanted, _)] = conn.execute(query).fetchall()
+    conn.execute("update outbox.handlers set batch_size = 50")
+    conn.execute(
+        "update outbox.handler_events set event_type = 'payment.failed' where event_type = 'payment.action_overdue'"
+    )
+    deploy(database, force=True)
+    assert len(wanted) > 1
+    assert conn.execute(query).fetchone() == (wanted, 50)
 
 
 def test_wakeup_schedules_each_handler_once_until_it_starts(conn: Connection) -> None:

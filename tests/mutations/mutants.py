@@ -246,7 +246,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "a second intent is called off",
-        ("db/sql/payments/record_facts.sql", "    v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);\n", ""),
+        (
+            "db/sql/payments/record_facts.sql",
+            "    v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);\n",
+            "",
+        ),
     ),
     mutant(
         "the breaker gives back what failed before it opened",
