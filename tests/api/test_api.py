@@ -386,9 +386,9 @@ def test_all_validation_errors_are_reported_at_once(merchant: Merchant) -> None:
         ("/colour", "known"),
         ("/customer/email", "pattern"),
     }
-    told = problem(answer, 400, "invalid-request")
-    assert told["detail"] == "amount must be at least 50 for usd (and 3 more)"
-    [amount] = [error for error in told["errors"] if error["field"] == "/amount"]
+    shown = problem(answer, 400, "invalid-request")
+    assert shown["detail"] == "amount must be at least 50 for usd (and 3 more)"
+    [amount] = [error for error in shown["errors"] if error["field"] == "/amount"]
     assert (amount["limit"], amount["given"]) == (50, 0)
 
 
@@ -660,9 +660,9 @@ def test_unknown_cursor_is_refused(merchant: Merchant, cursor: str) -> None:
 
 
 def test_each_problem_type_has_a_page(api: ServerProcess) -> None:
-    told = httpx.get(f"{api.url}/problems").json()
-    assert [page["type"] for page in told] == [f"/problems/{name}" for name in PROBLEM_TYPES]
-    for page in told:
+    shown = httpx.get(f"{api.url}/problems").json()
+    assert [page["type"] for page in shown] == [f"/problems/{name}" for name in PROBLEM_TYPES]
+    for page in shown:
         assert httpx.get(api.url + page["type"]).json() == page
     problem(httpx.get(f"{api.url}/problems/none"), 404, "not-found")
 
@@ -682,8 +682,8 @@ def test_documentation_loads_no_external_resources(api: ServerProcess) -> None:
 
 
 def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
-    told = httpx.get(f"{api.url}/docs/openapi.json").json()
-    assert set(told["paths"]) == {
+    shown = httpx.get(f"{api.url}/docs/openapi.json").json()
+    assert set(shown["paths"]) == {
         "/v1/payments",
         "/v1/payments/{payment_id}",
         "/v1/payments/{payment_id}/cancel",
@@ -709,12 +709,12 @@ def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
         "/problems/{name}",
         "/health",
     }
-    post = told["paths"]["/v1/payments"]["post"]
+    post = shown["paths"]["/v1/payments"]["post"]
     assert set(post["responses"]) == {"201", "400", "401", "403", "409", "413", "415", "422", "503"}
-    body = told["components"]["schemas"]["NewPayment"]
+    body = shown["components"]["schemas"]["NewPayment"]
     assert body["required"] == ["amount", "currency", "payment_method"]
     assert body["properties"]["amount"]["minimum"] == 1
-    query = {parameter["name"] for parameter in told["paths"]["/v1/payments"]["get"]["parameters"]}
+    query = {parameter["name"] for parameter in shown["paths"]["/v1/payments"]["get"]["parameters"]}
     assert query == {"state", "status", "reference", "created_from", "created_before", "limit", "starting_after"}
 
 

@@ -167,10 +167,10 @@ def test_every_posted_body_is_accepted_or_refused_by_a_rule(merchant: Merchant, 
     if answer.status_code == 201:
         assert merchant.get(f"/v1/payments/{answer.json()['id']}")["id"] == answer.json()["id"]
     else:
-        told = answer.json()
+        document = answer.json()
         assert answer.headers["content-type"] == "application/problem+json"
-        assert told["status"] == answer.status_code
-        assert told["detail"]
+        assert document["status"] == answer.status_code
+        assert document["detail"]
 
 
 @QUICKLY
@@ -202,7 +202,7 @@ def test_no_header_causes_a_server_error(merchant: Merchant, name: str, value: b
 def events(draw: st.DrawFn, secret: str) -> bytes:
     """What could pass for an event of Stripe's, with a client secret in it wherever that may be."""
     about: dict[str, Any] = {"object": "payment_intent", "id": "pi_1"}
-    told: dict[str, Any] = {
+    document: dict[str, Any] = {
         "id": f"evt_{next(_numbers)}", "type": "payment_intent.succeeded", "livemode": False,
         "api_version": "2026-10-28.endive", "data": {"object": about},
     }  # fmt: skip
@@ -215,24 +215,26 @@ def events(draw: st.DrawFn, secret: str) -> bytes:
         case "list":
             about["all"] = [{"client_secret": secret}, {"client_secret": None}]
         case "top":
-            told["client_secret"] = secret
-    told |= draw(st.dictionaries(st.sampled_from(["id", "type", "livemode", "account", "more"]), VALUES, max_size=2))
+            document["client_secret"] = secret
+    document |= draw(
+        st.dictionaries(st.sampled_from(["id", "type", "livemode", "account", "more"]), VALUES, max_size=2)
+    )
     about["text"] = draw(TEXTS)
     kind = draw(st.sampled_from(["plain", "plain", "plain", "spaced", "escaped key", "broken", "bytes", "deep"]))
     match kind:
         case "spaced":
-            return json.dumps(told, indent=3, ensure_ascii=False).encode(errors="surrogatepass")
+            return json.dumps(document, indent=3, ensure_ascii=False).encode(errors="surrogatepass")
         case "escaped key":
-            return json.dumps(told).replace('"client_secret"', '"client\\u005fsecret"').encode()
+            return json.dumps(document).replace('"client_secret"', '"client\\u005fsecret"').encode()
         case "broken":
-            text = json.dumps(told).encode()
+            text = json.dumps(document).encode()
             at = draw(st.integers(0, len(text)))
             return text[:at] + draw(st.binary(max_size=4)) + text[at + 1 :]
         case "bytes":
             return draw(st.binary(max_size=400))
         case "deep":
             return draw(st.sampled_from(DEEP))
-    return json.dumps(told, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
+    return json.dumps(document, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
 
 
 @settings(QUICKLY, max_examples=80)
@@ -250,8 +252,8 @@ def test_a_signed_webhook_is_stored_or_refused_and_its_secret_is_not(
         assert rights.execute(count).fetchone() == before, "refused, and stored all the same"
     stored = "select body from surety.provider_events where body like %(secret)s or headers::text like %(secret)s"
     kept = "select body from surety.rejected_webhooks where position(%(bytes)s in body) > 0"
-    told = {"secret": f"%{secret}%", "bytes": secret.encode()}
-    assert rights.execute(stored, told).fetchall() + rights.execute(kept, told).fetchall() == []
+    document = {"secret": f"%{secret}%", "bytes": secret.encode()}
+    assert rights.execute(stored, document).fetchall() + rights.execute(kept, document).fetchall() == []
 
 
 @QUICKLY
@@ -260,12 +262,12 @@ def test_no_webhook_is_lost_because_of_its_content(
     receiver: httpx.Client, rights: Connection, text: str, escaped: bool
 ) -> None:
     event_id = f"evt_of_a_text_{next(_numbers)}"
-    told = {"id": event_id, "type": "charge.updated", "livemode": False, "data": {"object": {text: text}}}
-    body = json.dumps(told, ensure_ascii=escaped).encode()
+    document = {"id": event_id, "type": "charge.updated", "livemode": False, "data": {"object": {text: text}}}
+    body = json.dumps(document, ensure_ascii=escaped).encode()
     answer = receiver.post("/stripe", content=body, headers={"Stripe-Signature": signed(body)})
     assert answer.status_code == 200, answer.text
     [(stored,)] = rights.execute("select body from surety.provider_events where event_id = %s", (event_id,)).fetchall()
-    assert json.loads(stored) == told
+    assert json.loads(stored) == document
 
 
 @settings(QUICKLY, max_examples=40)

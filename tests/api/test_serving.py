@@ -45,8 +45,8 @@ def test_processes_that_do_not_stop_are_killed_by_their_parent() -> None:
         assert wait_until(lambda: len(children_of(serving.pid)) == 2, 30)
         family = children_of(serving.pid)
         assert serving.stdout is not None
-        told = [serving.stdout.readline() for _ in range(3)]
-        assert told[0].startswith("listening on") and told[1:] == ["open\n"] * 2
+        answer = [serving.stdout.readline() for _ in range(3)]
+        assert answer[0].startswith("listening on") and answer[1:] == ["open\n"] * 2
         serving.terminate()
         _, log = serving.communicate(timeout=60)
         assert serving.returncode == 0

@@ -48,10 +48,10 @@ def create_settled_payment(conn: Connection, key_hash: bytes) -> str:
     conn.execute("select n, is_new from surety.receive_webhooks(%s)", (json.dumps([webhook]),))
     row = conn.execute("select max(id) from surety.provider_events").fetchone()
     assert row is not None
-    told = fact(payment_id, "processing", "pi", source="webhook", source_id=row[0])
+    output = fact(payment_id, "processing", "pi", source="webhook", source_id=row[0])
     paid = money(payment_id, "txn", "charge", AMOUNT_MINOR, 320)
     available = fact(payment_id, "available", "txn", AMOUNT_MINOR, data=paid["data"])
-    for facts in ([told], [paid], [available]):
+    for facts in ([output], [paid], [available]):
         conn.execute("select surety.record_facts(%s, 'system:poll')", (json.dumps(facts),))
     conn.execute("select surety.open_settlement_expectation(%s, %s, %s)", claim_next(conn, "settle"))
     conn.execute("select surety.close_settlement_expectation(%s, %s, %s)", claim_next(conn, "close"))

@@ -114,10 +114,10 @@ async def main(url: str, connections: int, seconds: float, run: str, kept: str, 
     took = time.monotonic() - began
     if kept == "ids":
         print(*client.ids, sep="\n")
-    told = LoadResults(
+    output = LoadResults(
         len(client.times), took, client.errors, percentile(client.times, 0.5), percentile(client.times, 0.99)
     )
-    print(msgspec.json.encode(told).decode())
+    print(msgspec.json.encode(output).decode())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def run(*, entries: int, traces: int, merchants: int, rounds: int, seed: int) ->
         url = stack.enter_context(deployed_database(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
         payment_id = history.create_settled_payment(conn, history.prepare(conn, merchants))
-        told = len(conn.execute("select at from surety.trace_payment(%s)", (payment_id,)).fetchall())
+        output = len(conn.execute("select at from surety.trace_payment(%s)", (payment_id,)).fetchall())
         audited = count_audit_entries(conn, payment_id)
         history.copy_payments(url, payment_id, -(-entries // audited), days_ago=20)
         history.finish_copies(url)
@@ -39,14 +39,14 @@ def run(*, entries: int, traces: int, merchants: int, rounds: int, seed: int) ->
             "select p.id, k.hash from surety.payments as p join surety.api_keys as k on k.merchant_id = p.merchant_id"
         ).fetchall()
         held = count_audit_entries(conn)
-        log_progress(f"{held:,} audit entries, {len(payments):,} payments, {told} lines about each")
+        log_progress(f"{held:,} audit entries, {len(payments):,} payments, {output} lines about each")
         lot = random.Random(seed)
         by_sql: list[list[float]] = []
         by_api: list[list[float]] = []
         for turn in range(rounds + 1):
             asked = lot.choices(payments, k=traces)
-            by_sql.append([time_sql_trace(conn, payment[0], told) for payment in asked])
-            by_api.append([time_api_trace(conn, payment[1], payment[0], told) for payment in asked])
+            by_sql.append([time_sql_trace(conn, payment[0], output) for payment in asked])
+            by_api.append([time_api_trace(conn, payment[1], payment[0], output) for payment in asked])
             log_progress(
                 f"round {turn}: p99 {percentile(by_sql[-1], 0.99):.2f} ms, {percentile(by_api[-1], 0.99):.2f} ms"
             )
@@ -61,7 +61,7 @@ def run(*, entries: int, traces: int, merchants: int, rounds: int, seed: int) ->
         **results,
         "audit_entries": held,
         "payments": len(payments),
-        "lines_per_trace": told,
+        "lines_per_trace": output,
     }
 
 

@@ -54,10 +54,10 @@ def test_discarding_a_never_sent_payment_fails_it_and_keeps_the_record(conn: Con
     outcome, detail = discard(conn, letter)
     assert outcome == "discarded" and "nothing was sent" in detail
     assert path_of(conn, payment_id) == ["initiated", "failed"]
-    told = conn.execute(
+    output = conn.execute(
         "select payload -> 'failure' ->> 'code' from outbox.events where type = 'payment.failed'"
     ).fetchone()
-    assert told == ("processing_error",)
+    assert output == ("processing_error",)
     kept = conn.execute(
         "select closed_as, closed_by, closed_because, jsonb_array_length(attempts) from outbox.dead_letters"
     )
@@ -160,11 +160,11 @@ def test_dead_letter_is_closed_once(conn: Connection, database: str) -> None:
 
     for letter, _ in pairs:
         with ThreadPoolExecutor(3) as pool:
-            told = sorted(pool.map(lambda doing, it=letter: end(doing, it), ("replay", "discard", "replay")))
+            output = sorted(pool.map(lambda doing, it=letter: end(doing, it), ("replay", "discard", "replay")))
         if letters.closed_as(conn, letter) == "replayed":
-            assert told == ["refused", "replayed", "unchanged"]
+            assert output == ["refused", "replayed", "unchanged"]
         else:
-            assert told == ["discarded", "refused", "refused"]
+            assert output == ["discarded", "refused", "refused"]
     assert len(letters.operator_actions(conn)) == len(pairs)
     assert violations(conn) == {}
 

@@ -79,8 +79,8 @@ def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: C
         (("trace", "pay_none"), "there is no payment pay_none"),
     ],
 )
-def test_unknown_object_is_reported_in_one_sentence(run: Run, words: tuple[str, ...], told: str) -> None:
-    assert refused(run(*words)) == told
+def test_unknown_object_is_reported_in_one_sentence(run: Run, words: tuple[str, ...], report: str) -> None:
+    assert refused(run(*words)) == report
 
 
 def test_every_command_reports_a_missing_database(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +122,9 @@ def test_trace_prints_the_whole_history(run: Run, conn: Connection) -> None:
     assert "Acme Books · order-1042 · pi_1" in story[0]
     assert "accepted" in story[1]
     assert "key sty_…test, Idempotency-Key key-" in story[1]
-    told = "\n".join(story)
-    assert told.index("submitting") < told.index("provider_submitted") < told.index("confirmed", len(story[0]))
-    assert "49.99 USD debit provider_receivable, credit pending (captured)" in told
+    report = "\n".join(story)
+    assert report.index("submitting") < report.index("provider_submitted") < report.index("confirmed", len(story[0]))
+    assert "49.99 USD debit provider_receivable, credit pending (captured)" in report
     assert story[-1].startswith("1 charge · 4 steps · ")
     document = json.loads(said(run("trace", payment, "--json")))
     assert (document["payment_id"], document["state"], document["charges"]) == (payment, "confirmed", 1)

@@ -212,5 +212,5 @@ def test_status_reports_when_it_cannot_read_the_database(blank: str) -> None:
         assert done.returncode == 2
         assert done.stdout.startswith("ACT    ") and what in done.stdout and what_next in done.stdout
         assert done.stderr == ""
-        told = json.loads(surety(address, "status", "--json").stdout)
-        assert (told["verdict"], len(told["findings"])) == ("act", 1)
+        output = json.loads(surety(address, "status", "--json").stdout)
+        assert (output["verdict"], len(output["findings"])) == ("act", 1)

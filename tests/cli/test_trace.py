@@ -17,7 +17,7 @@ def paid(conn: Connection) -> tuple[str, bytes]:
     """A settled payment of 100.00 USD, and the hash of its merchant's key."""
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
-    record(conn, [money(payment_id, "txn", "charge", 10000, 320), *(fact(payment_id, *told) for told in PAID)])
+    record(conn, [money(payment_id, "txn", "charge", 10000, 320), *(fact(payment_id, *output) for output in PAID)])
     return payment_id, key_hash
 
 
@@ -30,7 +30,7 @@ def receive_webhook(conn: Connection, payment_id: str, event: str, *facts: Fact)
         (f"evt_{event}", event),
     ).fetchone()
     assert row is not None
-    record(conn, [{**told, "source": "webhook", "source_id": row[0]} for told in facts])
+    record(conn, [{**output, "source": "webhook", "source_id": row[0]} for output in facts])
 
 
 def printed_trace(conn: Connection, payment_id: str) -> str:
@@ -51,13 +51,13 @@ def test_trace_shows_a_refund_with_its_amount_and_transfers(conn: Connection) ->
         conn, payment_id, "refund.created",
         fact(payment_id, "refund_succeeded", "re", 2500), money(payment_id, "txn_r", "refund", -2500),
     )  # fmt: skip
-    told = printed_trace(conn, payment_id)
-    assert "refund.created (evt_refund.created), signature valid: refund succeeded 25.00 USD (re_" in told
-    assert "refund -25.00 USD, fee 0.00 USD (txn_r_" in told
-    assert "partially_refunded" in told
+    output = printed_trace(conn, payment_id)
+    assert "refund.created (evt_refund.created), signature valid: refund succeeded 25.00 USD (re_" in output
+    assert "refund -25.00 USD, fee 0.00 USD (txn_r_" in output
+    assert "partially_refunded" in output
     assert (
-        "25.00 USD debit available, credit reserved_for_refunds" in told
-        and "25.00 USD debit reserved_for_refunds, credit provider_balance" in told
+        "25.00 USD debit available, credit reserved_for_refunds" in output
+        and "25.00 USD debit reserved_for_refunds, credit provider_balance" in output
     )
     assert last(conn, payment_id).startswith("1 charge · 1 refund · ")
     assert last(conn, payment_id).endswith("nothing open")
@@ -77,8 +77,8 @@ def test_trace_shows_a_read_call_without_an_idempotency_key(conn: Connection) ->
     asked = {"kind": "call", "actor": "worker:w", "payment_id": payment_id, "outcome": "asked"}
     conn.execute("select audit.write_entries(%s)", (json.dumps([asked | {"snapshot": {"operation": "fetch"}}]),))
     assert "→ " in printed_trace(conn, payment_id)
-    told = conn.execute("select summary from surety.trace_payment(%s) where kind = 'call'", (payment_id,)).fetchall()
-    assert told == [("→ fetch",)]
+    output = conn.execute("select summary from surety.trace_payment(%s) where kind = 'call'", (payment_id,)).fetchall()
+    assert output == [("→ fetch",)]
 
 
 def test_a_refund_under_way_is_open(conn: Connection) -> None:
@@ -90,10 +90,10 @@ def test_a_refund_under_way_is_open(conn: Connection) -> None:
 def test_a_dispute_is_open_until_it_is_decided(conn: Connection) -> None:
     payment_id, _ = paid(conn)
     withdrawn = money(payment_id, "txn_d", "dispute", -10000, 1500)
-    told = {"status": "needs_response", "reason": "fraudulent", "evidence_due_at": "2026-12-01T00:00:00Z"}
+    output = {"status": "needs_response", "reason": "fraudulent", "evidence_due_at": "2026-12-01T00:00:00Z"}
     receive_webhook(
         conn, payment_id, "charge.dispute.created",
-        fact(payment_id, "dispute_opened", "du", 10000, revision=1, data=told), withdrawn,
+        fact(payment_id, "dispute_opened", "du", 10000, revision=1, data=output), withdrawn,
     )  # fmt: skip
     assert "evidence due by 2026-12-01T00:00:00.000Z" in last(conn, payment_id)
     printed = printed_trace(conn, payment_id)
@@ -118,8 +118,8 @@ def entries(conn: Connection, key_hash: bytes, payment_id: str) -> list[dict[str
     """What the merchant is told."""
     row = conn.execute("select body::json from api.get_trace(%s, %s)", (key_hash, payment_id)).fetchone()
     assert row is not None
-    told: list[dict[str, Any]] = row[0]["entries"]
-    return told
+    output: list[dict[str, Any]] = row[0]["entries"]
+    return output
 
 
 def test_errors_of_retries_and_dead_letters_are_hidden_from_merchants(conn: Connection) -> None:
@@ -128,10 +128,10 @@ def test_errors_of_retries_and_dead_letters_are_hidden_from_merchants(conn: Conn
     conn.execute("update outbox.handlers set retry_after = '{0 s,0 s}'")
     for _ in range(3):
         fail(conn, "submit", 'Stripe 400 parameter_invalid: currency "usx"')
-    told = printed_trace(conn, payment_id)
+    output = printed_trace(conn, payment_id)
     for time in (1, 2, 3):
-        assert f'submit failed, time {time}: Stripe 400 parameter_invalid: currency "usx"' in told
-    assert "dead letter of submit: it failed 3 times" in told
+        assert f'submit failed, time {time}: Stripe 400 parameter_invalid: currency "usx"' in output
+    assert "dead letter of submit: it failed 3 times" in output
     assert last(conn, payment_id).endswith("dead letter of submit")
     merchants = [entry["summary"] for entry in entries(conn, key_hash, payment_id) if entry["kind"] == "retry"]
     assert merchants == [*(f"submit failed, time {time}" for time in (1, 2, 3)), "dead letter of submit"]

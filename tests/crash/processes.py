@@ -49,7 +49,7 @@ class SystemUnderTest:
         lot = random.Random(os.getpid())
         self.ports = {name: free_port(lot.choice(PORTS)) for name in ("api", "webhooks", "sandbox")}
         secret = f"whsec_{secrets.token_hex(16)}"
-        told = {
+        result = {
             "DATABASE_URL": self.proxy.url,
             "STRIPE_WEBHOOK_SECRET": secret,
             "SURETY_SANDBOX_URL": self.http("sandbox"),
@@ -57,7 +57,7 @@ class SystemUnderTest:
             "SURETY_POLL_SECONDS": POLL_SECONDS,
             "PYTHONUNBUFFERED": "1",
         }
-        self.process_group = ProcessGroup(inherited_environment() | told, LogFiles(scene))
+        self.process_group = ProcessGroup(inherited_environment() | result, LogFiles(scene))
         cli = ("-m", "app.cli")
         self.commands: dict[str, tuple[str, ...]] = {
             "api": (*cli, "api", "--port", str(self.ports["api"]), "--processes", "2"),

@@ -110,8 +110,8 @@ def test_server_sets_keepalives_for_lost_clients() -> None:
         where = f"postgresql://postgres@127.0.0.1:{port}/postgres"
         with psycopg.connect(harden(where, "worker")) as conn:
             asked = ("idle", "interval", "count")
-            told = [conn.execute(f"show tcp_keepalives_{name}".encode()).fetchone() for name in asked]
-            assert told == [("10",), ("5",), ("3",)]
+            output = [conn.execute(f"show tcp_keepalives_{name}".encode()).fetchone() for name in asked]
+            assert output == [("10",), ("5",), ("3",)]
             assert conn.execute("show tcp_user_timeout").fetchone() == ("10000",)
 
 

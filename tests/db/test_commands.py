@@ -108,7 +108,7 @@ def test_payment_of_another_merchant_does_not_exist(conn: Connection, function: 
 def test_provider_facts_during_a_capture_do_not_undo_it(conn: Connection) -> None:
     """Every order of what may be told: the end is the same, and nobody steps back from processing to authorized."""
     _, key = add_merchant(conn)
-    told: list[Callable[[str], dict[str, Any]]] = [
+    result: list[Callable[[str], dict[str, Any]]] = [
         lambda p: fact(p, "submitted", "pi", 10000),
         lambda p: fact(p, "action", "pi"),
         lambda p: fact(p, "authorized", "ch", 10000, revision=0),
@@ -118,7 +118,7 @@ def test_provider_facts_during_a_capture_do_not_undo_it(conn: Connection) -> Non
         payment_id = held(conn, key)
         command(conn, "capture_payment", key, payment_id=payment_id, amount=7000)
         for place in order:
-            record(conn, [told[place](payment_id)])
+            record(conn, [result[place](payment_id)])
         path = path_of(conn, payment_id)
         assert path[-2:] == ["processing", "confirmed"], path
     assert not violations(conn)

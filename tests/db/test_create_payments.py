@@ -136,9 +136,9 @@ def test_accepted_payment_writes_outbox_and_audit_entries_in_its_transaction(
 ) -> None:
     merchant_id, key = merchant
     [payment_id] = pay(conn, key)
-    told = conn.execute("select kind, xid from audit.entries where payment_id = %s order by kind", (payment_id,))
+    found = conn.execute("select kind, xid from audit.entries where payment_id = %s order by kind", (payment_id,))
     queued = conn.execute("select type, xid from outbox.events where merchant_id = %s", (merchant_id,))
-    [(kind, xid)] = told.fetchall()
+    [(kind, xid)] = found.fetchall()
     [(event_type, event_xid)] = queued.fetchall()
     assert (kind, event_type) == ("step", "payment.initiated")
     assert xid == event_xid

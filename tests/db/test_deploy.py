@@ -528,14 +528,14 @@ def test_no_call_fails_during_repeated_deploys(blank: str, shop: SourceTree) -> 
 def test_deploy_without_its_lock_yields_and_succeeds_later(blank: str, shop: SourceTree) -> None:
     shop.deploy(blank)
     shop.change("for each statement execute", "for each statement  execute")
-    told: list[str] = []
+    result: list[str] = []
     with psycopg.connect(blank) as holder, psycopg.connect(blank, autocommit=True) as other:
         holder.execute("insert into shop.orders values (1, 5)")
         other.execute("set lock_timeout = '2s'")
 
         def say(text: str) -> None:
-            told.append(text)
-            if len(told) == 2:
+            result.append(text)
+            if len(result) == 2:
                 holder.commit()
 
         deploying = threading.Thread(target=shop.deploy, args=(blank,), kwargs={"say": say})
@@ -545,8 +545,8 @@ def test_deploy_without_its_lock_yields_and_succeeds_later(blank: str, shop: Sou
             if not deploying.is_alive():
                 break
         deploying.join()
-    assert all("lock timeout" in text for text in told)
-    assert len(told) >= 2
+    assert all("lock timeout" in text for text in result)
+    assert len(result) >= 2
     assert fetch(blank, "select attempt from (select count(*) as attempt from deploy.deploys) as d") == [(2,)]
 
 

@@ -251,8 +251,8 @@ def test_latest_started_of_two_concurrent_dispute_fetches_wins(conn: Connection,
     query = "select surety.next_fetch_number('stripe', '', false, %s) from generate_series(1, 2)"
     (earlier,), (later,) = conn.execute(query, (dispute["object_id"],)).fetchall()
     assert earlier < later
-    told = [dispute | {"revision": earlier}, dispute | {"revision": later, "kind": "dispute_lost"}]
-    for one in told if first == "opened" else reversed(told):
+    result = [dispute | {"revision": earlier}, dispute | {"revision": later, "kind": "dispute_lost"}]
+    for one in result if first == "opened" else reversed(result):
         record(conn, [one])
     assert state_of(conn, payment_id) == "reversed"
     assert not violations(conn)

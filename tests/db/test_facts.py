@@ -230,11 +230,11 @@ def test_every_order_of_six_facts_ends_in_the_same_state(
     _, key_hash = add_merchant(conn)
     orders = list(itertools.permutations(range(6)))
     payments = pay(conn, key_hash, len(orders), **METHODS[method])
-    told = [history(payment_id) for payment_id in payments]
+    result = [history(payment_id) for payment_id in payments]
     duplicates = random.Random(7)
     for place in range(6):
-        now = [facts[order[place]] for facts, order in zip(told, orders, strict=True)]
-        before = [facts[order[duplicates.randint(0, place)]] for facts, order in zip(told, orders, strict=True)]
+        now = [facts[order[place]] for facts, order in zip(result, orders, strict=True)]
+        before = [facts[order[duplicates.randint(0, place)]] for facts, order in zip(result, orders, strict=True)]
         record(conn, now)
         record(conn, before)
 
@@ -326,8 +326,8 @@ def test_fact_of_another_currency_account_or_mode_makes_no_step_but_a_discrepanc
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "captured", "ch", 10000, **stranger)])
     assert path_of(conn, payment_id) == ["initiated"]
-    told = conn.execute("select kind, is_critical from surety.discrepancies where payment_id = %s", (payment_id,))
-    assert told.fetchall() == [(kind, True)]
+    result = conn.execute("select kind, is_critical from surety.discrepancies where payment_id = %s", (payment_id,))
+    assert result.fetchall() == [(kind, True)]
 
 
 def test_object_with_another_amount_is_a_discrepancy_and_never_confirmed(conn: Connection) -> None:
@@ -335,8 +335,8 @@ def test_object_with_another_amount_is_a_discrepancy_and_never_confirmed(conn: C
     [payment_id] = pay(conn, key_hash)
     assert record(conn, [fact(payment_id, "submitted", "pi", 10001)]) == []
     assert path_of(conn, payment_id) == ["initiated"]
-    told = conn.execute("select kind, is_critical from surety.discrepancies where payment_id = %s", (payment_id,))
-    assert told.fetchall() == [("amount", True)]
+    result = conn.execute("select kind, is_critical from surety.discrepancies where payment_id = %s", (payment_id,))
+    assert result.fetchall() == [("amount", True)]
     record(conn, [fact(payment_id, "submitted", "pi_2", 10000)])
     assert state_of(conn, payment_id) == "provider_submitted"
 
@@ -347,8 +347,8 @@ def test_another_amount_for_the_same_object_is_a_contradiction(conn: Connection)
     record(conn, [fact(payment_id, "captured", "ch", 10000)])
     record(conn, [fact(payment_id, "captured", "ch", 9000)])
     assert ledger_of(conn, payment_id)["provider_receivable"] == 10000
-    told = conn.execute("select kind from surety.discrepancies").fetchall()
-    assert told == [("amount",)]
+    result = conn.execute("select kind from surety.discrepancies").fetchall()
+    assert result == [("amount",)]
 
 
 def test_excess_amount_is_posted_to_suspense(conn: Connection) -> None:

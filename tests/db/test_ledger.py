@@ -439,9 +439,9 @@ def test_balances_are_independent_of_fact_order(conn: Connection, history: str) 
     orders_max = ORDERS_MAX if history.split(maxsplit=1)[0] in THIRTEEN else VARIANTS_ORDERS_MAX
     if len(orders) > orders_max:
         orders = random.Random(13).sample(orders, orders_max)
-    told = [tell(payment_id) for payment_id in begin(conn, key_hash, history, len(orders))]
+    result = [tell(payment_id) for payment_id in begin(conn, key_hash, history, len(orders))]
     for place in range(count):
-        record(conn, [facts[order[place]] for facts, order in zip(told, orders, strict=True)])
+        record(conn, [facts[order[place]] for facts, order in zip(result, orders, strict=True)])
     assert ledger_of(conn) == {account: total * len(orders) for account, total in balances.items()}
     assert not violations(conn)
 
@@ -450,8 +450,8 @@ def test_every_ledger_rule_is_covered_by_a_history(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     for history, (tell, _) in HISTORIES.items():
         [payment_id] = begin(conn, key_hash, history)
-        for told in tell(payment_id):
-            record(conn, [told])
+        for result in tell(payment_id):
+            record(conn, [result])
     ruled = {row[0] for row in conn.execute("select cause from ledger.rules")}
     assert {row[0] for row in conn.execute("select rule from ledger.postings")} == ruled
 

@@ -56,10 +56,10 @@ def part(amount: int, share: str | None) -> int | None:
 class Refund:
     """A refund, asked for here or made at the provider."""
 
-    def __init__(self, id: str | None, amount: int, *told: str) -> None:
+    def __init__(self, id: str | None, amount: int, *result: str) -> None:
         self.id = id
         self.amount = amount
-        self.facts = {"pending", *told}
+        self.facts = {"pending", *result}
 
     @property
     def state(self) -> str:
@@ -259,18 +259,18 @@ class Merchant(RuleBasedStateMachine):
     def create(self, key: str, amount: int, reference: str | None, *, is_manual: bool) -> Any:
         hashed = f"{amount:08x}{is_manual:02x}" + (reference or "").encode().hex()
         asked = {"amount": amount, "reference": reference, "capture_method": "manual" if is_manual else "automatic"}
-        [told] = create(self.conn, [request(self.key_hash, idempotency_key=key, request_hash=hashed, **asked)])
+        [result] = create(self.conn, [request(self.key_hash, idempotency_key=key, request_hash=hashed, **asked)])
         expected = self.model.expect_creation(key, amount, reference, is_manual)
         if expected is None:
-            assert (told["status"], told["is_replayed"]) == (201, False)
-            payment = Payment(told["payment_id"], amount, reference, is_manual=is_manual)
+            assert (result["status"], result["is_replayed"]) == (201, False)
+            payment = Payment(result["payment_id"], amount, reference, is_manual=is_manual)
             self.model.created(key, payment)
             return payment
-        about = (told["detail"] or {}).get("payment_id") if told["status"] == 409 else None
-        if told["status"] == 201:
-            assert told["is_replayed"]
-            about = json.loads(told["body"])["id"]
-        assert (told["status"], told["problem"], about) == expected
+        about = (result["detail"] or {}).get("payment_id") if result["status"] == 409 else None
+        if result["status"] == 201:
+            assert result["is_replayed"]
+            about = json.loads(result["body"])["id"]
+        assert (result["status"], result["problem"], about) == expected
         return multiple()
 
     @rule(payment=payments, kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=5))
@@ -283,14 +283,14 @@ class Merchant(RuleBasedStateMachine):
 
     @rule(payment=payments)
     def cancel(self, payment: Payment) -> None:
-        told = command(self.conn, "cancel_payment", self.key_hash, payment_id=payment.id)
-        assert told["status"] == self.model.expect_cancellation(payment)
+        result = command(self.conn, "cancel_payment", self.key_hash, payment_id=payment.id)
+        assert result["status"] == self.model.expect_cancellation(payment)
 
     @rule(payment=held | payments, share=SHARES)
     def capture(self, payment: Payment, share: str | None) -> None:
         amount = part(payment.amount, share)
-        told = command(self.conn, "capture_payment", self.key_hash, payment_id=payment.id, amount=amount)
-        assert told["status"] == self.model.expect_capture(payment, amount)
+        result = command(self.conn, "capture_payment", self.key_hash, payment_id=payment.id, amount=amount)
+        assert result["status"] == self.model.expect_capture(payment, amount)
 
     @rule(target=charged, payment=held | payments, is_taken=st.booleans())
     def answer_capture(self, payment: Payment, is_taken: bool) -> Any:
@@ -309,11 +309,11 @@ class Merchant(RuleBasedStateMachine):
     def refund(self, payment: Payment, share: str | None) -> Any:
         amount = part(payment.captured or payment.amount, share)
         expected = self.model.expect_refund(payment, amount)
-        told = command(self.conn, "create_refund", self.key_hash, payment_id=payment.id, amount=amount)
-        assert (told["status"], told["problem"]) == expected
-        if told["status"] != 201:
+        result = command(self.conn, "create_refund", self.key_hash, payment_id=payment.id, amount=amount)
+        assert (result["status"], result["problem"]) == expected
+        if result["status"] != 201:
             return multiple()
-        refund = Refund(told["body"]["id"], amount or payment.left)
+        refund = Refund(result["body"]["id"], amount or payment.left)
         payment.refunds.append(refund)
         return payment, refund
 
@@ -358,10 +358,10 @@ class Merchant(RuleBasedStateMachine):
         shown = self.ask("api.list_events(%s, %s, 1000)", self.cursor)
         self.cursor = shown["next"]
         for event in shown["data"]:
-            told = event["data"]
-            steps = self.heard.setdefault(told["id"], {})
-            assert told["version"] not in steps
-            steps[told["version"]] = told["state"]
+            result = event["data"]
+            steps = self.heard.setdefault(result["id"], {})
+            assert result["version"] not in steps
+            steps[result["version"]] = result["state"]
         states = {payment.id: payment.state for payment in self.model.payments.values()}
         for payment in self.model.payments.values():
             states |= {refund.id: refund.state for refund in payment.refunds if refund.id is not None}

@@ -42,8 +42,8 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess
 def captured(conn: Connection, key: bytes, **fields: Any) -> str:
     [payment_id] = pay(conn, key, **fields)
     currency = fields.get("currency", "usd")
-    told = [fact(payment_id, *what, 10000, currency=currency) for what in (("submitted", "pi"), ("captured", "ch"))]
-    record(conn, told)
+    result = [fact(payment_id, *what, 10000, currency=currency) for what in (("submitted", "pi"), ("captured", "ch"))]
+    record(conn, result)
     return payment_id
 
 
@@ -550,8 +550,8 @@ def test_api_creates_shows_and_lists_refunds(conn: Connection, merchant: Merchan
     assert (page["data"], page["has_more"]) == ([other], True)
     assert merchant.get("/v1/refunds", starting_after=other["id"])["data"] == [shown]
     assert merchant.get("/v1/refunds", payment=f"pay_{32 * '0'}")["data"] == []
-    told = [event for event in merchant.get("/v1/events")["data"] if event["type"] == "refund.pending"]
-    assert [event["data"] for event in told] == [shown, other]
+    result = [event for event in merchant.get("/v1/events")["data"] if event["type"] == "refund.pending"]
+    assert [event["data"] for event in result] == [shown, other]
     problem(merchant.client.get(f"/v1/refunds/ref_{32 * '0'}"), 404, "not-found")
     problem(merchant.client.post(path, json={}, headers={"Idempotency-Key": "c"}), 409, "wrong-state")
     answer = merchant.client.post(path, json={"reason": "boredom", "amount": 1.5}, headers={"Idempotency-Key": "d"})

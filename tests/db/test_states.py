@@ -178,7 +178,7 @@ def test_a_reference_is_free_again_after_failure_and_taken_back_by_success(conn:
     put_into(conn, first, ["initiated", "submitting", "failed"])
     [second] = pay(conn, key_hash, reference="order-1")
     step(conn, first, 4, "failed", "confirmed")
-    told = conn.execute("select kind, payment_id from surety.discrepancies").fetchall()
-    assert told == [("duplicate", first)], "the second payment keeps it, and somebody is told"
+    result = conn.execute("select kind, payment_id from surety.discrepancies").fetchall()
+    assert result == [("duplicate", first)], "the second payment keeps it, and somebody is told"
     put_into(conn, second, ["initiated", "canceled"])
     assert conn.execute("select count(*) from surety.payment_references").fetchone() == (0,)

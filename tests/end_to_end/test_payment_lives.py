@@ -37,8 +37,8 @@ class PaymentScenario:
         """The answer to a POST that is accepted, under a key of its own."""
         answer = self.send(path, **body)
         assert answer.is_success, answer.text
-        told: Json = answer.json()
-        return told
+        result: Json = answer.json()
+        return result
 
     def send(self, path: str, **body: Any) -> httpx.Response:
         return self.merchant.client.post(path, json=body, headers={"Idempotency-Key": unique_name("key")})
@@ -51,8 +51,8 @@ class PaymentScenario:
         """What the path names, once it is in one of the states."""
 
         def look() -> Json | None:
-            told = self.merchant.get(path)
-            return told if told["state"] in states else None
+            result = self.merchant.get(path)
+            return result if result["state"] in states else None
 
         return eventually(look, WITHIN_SECONDS)
 
@@ -81,8 +81,8 @@ def scenario(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         shorten_delays(conn)
         api = stack.enter_context(running_server("api", database))
         webhooks = stack.enter_context(running_server("webhooks", database))
-        told = (f"--webhook-url={webhooks.url}/stripe", f"--webhook-secret={SECRETS[0]}", "--hang-seconds=1")
-        sandbox = stack.enter_context(running_sandbox(tmp_path_factory.mktemp("afterwards"), *told))
+        result = (f"--webhook-url={webhooks.url}/stripe", f"--webhook-secret={SECRETS[0]}", "--hang-seconds=1")
+        sandbox = stack.enter_context(running_sandbox(tmp_path_factory.mktemp("afterwards"), *result))
         stack.enter_context(worker_process(database, sandbox.url, SURETY_PROVIDER_TIMEOUT="1"))
         wait_for_worker(conn)
         running = PaymentScenario(conn, sandbox, api.url)
@@ -219,8 +219,8 @@ def test_a_dispute_that_is_won_takes_the_fee_only(scenario: PaymentScenario) -> 
 def test_an_inquiry_changes_nothing(scenario: PaymentScenario) -> None:
     payment = scenario.pay()
     scenario.wait_for_payment(payment, "settled")
-    told = {"payment_intent": scenario.intent(payment), "inquiry": True}
-    dispute = scenario.sandbox.control("disputes", told)
+    result = {"payment_intent": scenario.intent(payment), "inquiry": True}
+    dispute = scenario.sandbox.control("disputes", result)
     scenario.sandbox.control(f"disputes/{dispute['id']}", {"outcome": "closed"})
     heard = "select count(*) from surety.provider_events where type like 'charge.dispute.%%' and body like %s"
     eventually(lambda: (scenario.conn.execute(heard, (f"%{dispute['id']}%",)).fetchone() or (0,))[0] == 2)
@@ -240,8 +240,8 @@ def answered(scenario: PaymentScenario, evidence: str, fault: str | None = None)
     assert (dispute["status"], dispute["amount"], dispute["payment"]) == ("needs_response", 10000, payment)
     if fault:
         scenario.sandbox.order("disputes.update", fault)
-    told = {"uncategorized_text": evidence, "customer_name": "Ada"}
-    scenario.ask(f"/v1/disputes/{dispute['id']}/evidence", evidence=told, submit=True)
+    result = {"uncategorized_text": evidence, "customer_name": "Ada"}
+    scenario.ask(f"/v1/disputes/{dispute['id']}/evidence", evidence=result, submit=True)
     return payment
 
 

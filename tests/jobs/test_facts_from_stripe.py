@@ -102,12 +102,12 @@ def test_declined_intent_stays_open_and_fails_once_canceled(sandbox: SandboxProc
         "decline_code": "insufficient_funds",
         "message": "Your card has insufficient funds.",
     }
-    told = decline_fact(error, ORIGIN, id, "usd")
-    assert (told["kind"], told["object_id"], told["data"]) == ("attempt_failed", id, {"failure": failure})
+    result = decline_fact(error, ORIGIN, id, "usd")
+    assert (result["kind"], result["object_id"], result["data"]) == ("attempt_failed", id, {"failure": failure})
     declined = intent_facts(sandbox.read(id), ORIGIN)
     assert kinds(declined) == {"submitted": id, "attempt_failed": id}
     assert {key: declined[1].get(key) for key in ("currency", "amount_minor", "data")} == {
-        key: told.get(key) for key in ("currency", "amount_minor", "data")
+        key: result.get(key) for key in ("currency", "amount_minor", "data")
     }, "whoever tells of it tells the same"
     canceled = intent_facts(sandbox.post(f"/v1/payment_intents/{id}/cancel"), ORIGIN)
     assert kinds(canceled) == {"submitted": id, "failed": id}
@@ -182,8 +182,8 @@ def line(category: str, amount: int, rate: float | None = 1.085, currency: str =
         (line("charge", 10000, None, "eur"), 10000),
     ],
 )
-def test_exchanged_amount_has_the_sign_of_its_balance_transaction(told: Json, of_source: int) -> None:
-    assert amount_of_source(told, HELD) == of_source
+def test_exchanged_amount_has_the_sign_of_its_balance_transaction(result: Json, of_source: int) -> None:
+    assert amount_of_source(result, HELD) == of_source
 
 
 def test_rounded_exchange_rate_yields_the_exact_amount() -> None:
@@ -259,21 +259,21 @@ def dispute(status: str, *amounts: int) -> Json:
         (dispute("lost", -5000), "dispute_lost"),
     ],
 )
-def test_dispute_status_and_money_determine_the_fact(told: Json, kind: str) -> None:
-    facts = dispute_facts(told, ORIGIN, 7)
+def test_dispute_status_and_money_determine_the_fact(result: Json, kind: str) -> None:
+    facts = dispute_facts(result, ORIGIN, 7)
     assert [fact["kind"] for fact in facts if fact["object_id"] == "dp_1"] == [kind]
     assert facts[0]["revision"] == 7
-    assert sum(fact["kind"] == "money" for fact in facts) == len(told["balance_transactions"])
+    assert sum(fact["kind"] == "money" for fact in facts) == len(result["balance_transactions"])
 
 
 def test_withdrawn_amount_is_in_the_currency_of_the_dispute() -> None:
     exchanged = {"currency": "usd", "exchange_rate": 1.085}
-    told = dispute("lost", -5425, 2170)
-    told |= {
+    result = dispute("lost", -5425, 2170)
+    result |= {
         "currency": "eur",
-        "balance_transactions": [transaction | exchanged for transaction in told["balance_transactions"]],
+        "balance_transactions": [transaction | exchanged for transaction in result["balance_transactions"]],
     }
-    lost, *moved = dispute_facts(told, ORIGIN, 1)
+    lost, *moved = dispute_facts(result, ORIGIN, 1)
     assert (lost["kind"], lost["amount_minor"], lost["currency"]) == ("dispute_lost", 3000, "eur")
     assert [fact["data"]["other_gross"] for fact in moved if fact["kind"] == "money"] == [-5000, 2000]
 
@@ -304,8 +304,8 @@ def test_audit_snapshots_contain_no_secrets(sandbox: SandboxProcess) -> None:
     assert not {"client_secret", "payment_method", "metadata", "description", "receipt_email"} & kept.keys()
 
 
-def webhook(type: str, told: Json, version: str | None = "2026-10-28.endive") -> StoredWebhook:
-    body = json.dumps({"api_version": version, "data": {"object": told}})
+def webhook(type: str, result: Json, version: str | None = "2026-10-28.endive") -> StoredWebhook:
+    body = json.dumps({"api_version": version, "data": {"object": result}})
     return StoredWebhook("evt_1", "whk_1", "webhook", "acct_1", livemode=False, type=type, body=body)
 
 
@@ -328,24 +328,24 @@ CHARGE = {"id": "ch_1", "object": "charge", "payment_intent": "pi_1", "balance_t
         ("refund.failed", {"id": "re_1", "object": "refund"}, "re_1", ""),
     ],
 )
-def test_failures_disputes_and_thin_events_are_fetched(type: str, told: Json, fetched: str, unless: str) -> None:
-    wanted = interpret_webhook(webhook(type, told))
+def test_failures_disputes_and_thin_events_are_fetched(type: str, result: Json, fetched: str, unless: str) -> None:
+    wanted = interpret_webhook(webhook(type, result))
     assert isinstance(wanted, ObjectToFetch)
     assert (wanted.source.id, wanted.unless_object) == (fetched, unless)
 
 
 @pytest.mark.parametrize("type", SNAPSHOT_EVENTS)
 def test_snapshot_event_is_trusted_only_in_our_api_version(type: str) -> None:
-    told = {
+    result = {
         **INTENT,
         "status": "succeeded",
         "amount_received": 1,
         "object": type.partition(".")[0],
         "created": 1,
     }
-    assert isinstance(interpret_webhook(webhook(type, told)), list)
+    assert isinstance(interpret_webhook(webhook(type, result)), list)
     for other in ("2024-06-20", None):
-        assert isinstance(interpret_webhook(webhook(type, told, other)), ObjectToFetch)
+        assert isinstance(interpret_webhook(webhook(type, result, other)), ObjectToFetch)
 
 
 @pytest.mark.parametrize(
@@ -358,5 +358,5 @@ def test_snapshot_event_is_trusted_only_in_our_api_version(type: str) -> None:
         ("charge.succeeded", CHARGE | {"payment_intent": None}),
     ],
 )
-def test_irrelevant_event_is_ignored(type: str, told: Json) -> None:
-    assert interpret_webhook(webhook(type, told)) == []
+def test_irrelevant_event_is_ignored(type: str, result: Json) -> None:
+    assert interpret_webhook(webhook(type, result)) == []

@@ -67,9 +67,9 @@ async def test_refund_and_dispute_without_webhooks_are_polled(
         assert heard == events, "what was read is not read again"
         await poll_balance_transactions(worker)
     assert ledger_of(conn)["disputed"] == 10000
-    told = [row[0] for row in conn.execute("select summary from surety.trace_payment(%s)", (refunded,))]
-    assert any("from the list of events" in line for line in told)
-    assert not any("signature" in line for line in told), "nobody has signed what was read"
+    result = [row[0] for row in conn.execute("select summary from surety.trace_payment(%s)", (refunded,))]
+    assert any("from the list of events" in line for line in result)
+    assert not any("signature" in line for line in result), "nobody has signed what was read"
     assert one(conn, "select count(*) from audit.entries where kind = 'webhook' and outcome = 'listed'") == heard
     assert not violations(conn)
 
@@ -104,8 +104,8 @@ async def test_polled_event_and_its_webhook_are_stored_once(
             }
             for number, (event, type, body) in enumerate(heard)
         ]  # fmt: skip
-        told = conn.execute("select is_new from surety.receive_webhooks(%s)", (json.dumps(webhooks),)).fetchall()
-    assert {is_new for (is_new,) in told} == {False}
+        result = conn.execute("select is_new from surety.receive_webhooks(%s)", (json.dumps(webhooks),)).fetchall()
+    assert {is_new for (is_new,) in result} == {False}
 
 
 async def test_polled_events_are_stored_without_client_secrets(

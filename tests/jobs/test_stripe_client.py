@@ -63,8 +63,8 @@ async def test_a_payment_is_created_unconfirmed_then_confirmed_by_id(
     assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "confirmed"]
     assert charges(sandbox, payment_id) == 1
     query = "select kind, outcome, snapshot ->> 'operation', duration_ms > 0 from audit.entries"
-    told = conn.execute(query + " where kind in ('call', 'answer') order by id").fetchall()
-    assert told == [
+    result = conn.execute(query + " where kind in ('call', 'answer') order by id").fetchall()
+    assert result == [
         ("call", "sent", "create", None),
         ("answer", "answered", "create", True),
         ("call", "sent", "confirm", None),
@@ -294,14 +294,14 @@ async def test_second_intent_is_a_discrepancy_never_confirmed_and_canceled(
         second = sandbox.read(sandbox.create(amount=10000, **{"metadata[surety_payment]": payment_id}))
         origin = FactOrigin("", livemode=False, source="webhook")
         conn.execute("select surety.record_facts(%s, 'test')", (json.dumps(intent_facts(second, origin)),))
-        told = "select kind, subject, closed_because from surety.discrepancies"
-        assert conn.execute(told).fetchall() == [("duplicate", second["id"], None)]
+        result = "select kind, subject, closed_because from surety.discrepancies"
+        assert conn.execute(result).fetchall() == [("duplicate", second["id"], None)]
         sandbox.order("payment_intents.cancel", "timeout_after", match=payment_id)
         await run_until_idle(worker, "confirm", "cancel")
         due(conn)
         await run_until_idle(worker, "cancel")
     assert conn.execute("select provider_id, state from surety.payments").fetchone() == (first, "confirmed")
-    assert conn.execute(told).fetchall() == [("duplicate", second["id"], "it is canceled")]
+    assert conn.execute(result).fetchall() == [("duplicate", second["id"], "it is canceled")]
     assert sandbox.read(second["id"])["status"] == "canceled"
     assert sandbox.read(second["id"])["cancellation_reason"] == "duplicate"
     assert charges(sandbox, payment_id) == 1
@@ -323,12 +323,12 @@ class AlteringProxy:
 
             def forward(self, content: bytes) -> None:
                 headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
-                told = httpx.request(self.command, url + self.path, content=content, headers=headers)
-                body = told.json()
-                if self.command == "POST" and told.status_code == 200:
+                result = httpx.request(self.command, url + self.path, content=content, headers=headers)
+                body = result.json()
+                if self.command == "POST" and result.status_code == 200:
                     alter(body)
                 text = json.dumps(body).encode()
-                self.send_response(told.status_code)
+                self.send_response(result.status_code)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()

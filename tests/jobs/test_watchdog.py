@@ -29,9 +29,9 @@ def test_worker_with_a_blocked_event_loop_exits_with_a_message(
             conn.execute("set local search_path = procrastinate")
             conn.execute("insert into procrastinate_jobs (queue_name, task_name) values ('outbox', 'block')")
         assert worker.wait(30) == EXIT_STALLED
-    told = capfd.readouterr().err
-    assert "its event loop has not turned for 1 s" in told
-    assert "in block" in told, "its stack"
+    result = capfd.readouterr().err
+    assert "its event loop has not turned for 1 s" in result
+    assert "in block" in result, "its stack"
 
 
 def test_worker_continues_after_system_sleep(conn: Connection, database: str) -> None:

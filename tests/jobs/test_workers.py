@@ -81,7 +81,7 @@ def double(sandbox: SandboxProcess) -> list[str]:
 def test_without_a_provider_or_a_database_a_worker_refuses_to_start(database: str) -> None:
     command = [sys.executable, "-m", "procrastinate", "--app", "jobs.app", "worker"]
     bare = {"PATH": os.environ["PATH"]}
-    for given, told in {
+    for given, result in {
         "DATABASE_URL": "set STRIPE_API_KEY, or SURETY_SANDBOX_URL to play with the sandbox",
         "SURETY_SANDBOX_URL": "DATABASE_URL is not set",
     }.items():
@@ -90,7 +90,7 @@ def test_without_a_provider_or_a_database_a_worker_refuses_to_start(database: st
             command, cwd=ROOT, env=bare | {given: known[given]}, capture_output=True, text=True, timeout=20, check=False
         )
         assert ended.returncode == 1
-        assert told in ended.stderr
+        assert result in ended.stderr
 
 
 def test_importing_the_app_needs_no_settings() -> None:
@@ -410,8 +410,10 @@ async def test_polling_finds_changes_whose_webhooks_were_lost(
         conn.execute("update surety.payments set poll_at = now()")
         await poll_unfinished(worker)
         assert state_of(conn, payment_id) in {"confirmed", "settled"}
-    told = conn.execute("select kind, outcome from audit.entries where snapshot ->> 'operation' = 'fetch' order by id")
-    assert told.fetchall() == [("call", "asked"), ("answer", "answered")]
+    result = conn.execute(
+        "select kind, outcome from audit.entries where snapshot ->> 'operation' = 'fetch' order by id"
+    )
+    assert result.fetchall() == [("call", "asked"), ("answer", "answered")]
 
 
 async def test_failed_poll_is_repeated_later(

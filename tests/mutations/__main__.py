@@ -38,8 +38,8 @@ def main() -> int:
     for verdict in verdicts:
         if verdict.broken and verdict.guard in survivors:
             print(f"not caught: {verdict.guard}: these seeds break the code as it is: {[*verdict.broken]}")
-    told = {"mutants": len(verdicts), "caught": len(verdicts) - len(survivors), "survivors": survivors}
-    print(json.dumps(told) if asked.json else f"{told['caught']} of {told['mutants']} caught")
+    output = {"mutants": len(verdicts), "caught": len(verdicts) - len(survivors), "survivors": survivors}
+    print(json.dumps(output) if asked.json else f"{output['caught']} of {output['mutants']} caught")
     return 1 if survivors else 0
 
 

@@ -48,11 +48,11 @@ def judge(mutant: Mutant, *, seconds: float = SECONDS_MAX, seed: int = 1, proces
         ran = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, check=False, preexec_fn=die_with_parent()
         )
-    told = re.findall(r"^seed (\d+) broke: (.*)$", ran.stdout, re.MULTILINE)
-    if ran.returncode not in (0, 1) or (ran.returncode == 1 and not told):
+    output = re.findall(r"^seed (\d+) broke: (.*)$", ran.stdout, re.MULTILINE)
+    if ran.returncode not in (0, 1) or (ran.returncode == 1 and not output):
         raise RuntimeError(f"{mutant.guard}: the simulation did not run:\n{ran.stderr[-4000:]}")
     broken: dict[int, list[str]] = {}
-    for number, invariant in told:
+    for number, invariant in output:
         broken.setdefault(int(number), []).append(invariant)
     return Verdict(mutant.guard, broken, round(time.monotonic() - began, 1))
 

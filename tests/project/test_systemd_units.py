@@ -31,8 +31,8 @@ def setting(unit: Path, name: str) -> str:
 
 
 def compose() -> dict[str, Any]:
-    told: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-    return told
+    output: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    return output
 
 
 def commands() -> list[list[str]]:
@@ -51,7 +51,7 @@ def test_every_command_and_option_exists(command: list[str]) -> None:
     else:
         assert program == "procrastinate"
         asked = ["--app", "jobs.app", "worker"]
-    told = subprocess.run(
+    output = subprocess.run(
         [str(BIN / program), *asked, "--help"],
         cwd=DEPLOY.parent,
         capture_output=True,
@@ -60,7 +60,7 @@ def test_every_command_and_option_exists(command: list[str]) -> None:
         timeout=60,
     ).stdout
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
-    assert [option for option in options if option not in told and option != "--app"] == []
+    assert [option for option in options if option not in output and option != "--app"] == []
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
@@ -96,9 +96,9 @@ def test_stop_timeouts_exceed_graceful_shutdown() -> None:
 
 
 def test_the_compose_file_names_variables_and_services_that_exist() -> None:
-    told = compose()
-    assert set(told["x-surety"]["environment"]) <= VARIABLES
-    services = told["services"]
+    output = compose()
+    assert set(output["x-surety"]["environment"]) <= VARIABLES
+    services = output["services"]
     for service in services.values():
         assert set(service.get("depends_on", {})) <= services.keys()
     assert {"deploy", "api", "webhooks", "worker", "postgresql"} <= services.keys()

@@ -139,12 +139,12 @@ class SimulatedConnection(AsyncConnection[Any]):
         """Let the server know what time it is, before it does something."""
         if self.pgconn.transaction_status == TransactionStatus.INERROR:
             return
-        told = f"set simulation.ahead = '{seconds:.6f} s'"
-        commands = [*self.before, *([told] if told != self.last_time_sent else []), *(["begin"] if opens else [])]
+        output = f"set simulation.ahead = '{seconds:.6f} s'"
+        commands = [*self.before, *([output] if output != self.last_time_sent else []), *(["begin"] if opens else [])]
         self.before = ()
         if commands:
             self.run("; ".join(commands))
-        self.last_time_sent = told
+        self.last_time_sent = output
 
     def run(self, command: str) -> None:
         """Something quick that waits for nobody."""

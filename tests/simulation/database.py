@@ -191,12 +191,12 @@ class SimulatedDatabase:
         for name, handler in self.handlers.items():
             self.handlers[name] = msgspec.structs.replace(handler, batch_size=events)
         # Where a claim is open, it stays as it is for now: the observer waits for nobody.
-        told = self.rows(
+        result = self.rows(
             "update outbox.handlers set batch_size = %s where handler in"
             " (select handler from outbox.handlers for update skip locked) returning handler",
             events,
         )
-        self.batch_size = events if len(told) == len(self.handlers) else None
+        self.batch_size = events if len(result) == len(self.handlers) else None
 
     def redeploy(self, chance: random.Random) -> bool:
         """Replace functions by the same ones, beside whatever is open: who has called one calls another now.

@@ -207,8 +207,8 @@ def check_refunds(schedule: Schedule) -> None:
         if made is None and state != "failed":
             schedule.report_violation("a refund stands as the provider has it", f"{refund_id}: {state}, never made")
         if made is not None and (made["status"], made["amount"]) != (state, amount):
-            told = f"{refund_id}: {state} {amount}, there {made['status']} {made['amount']}"
-            schedule.report_violation("a refund stands as the provider has it", told)
+            result = f"{refund_id}: {state} {amount}, there {made['status']} {made['amount']}"
+            schedule.report_violation("a refund stands as the provider has it", result)
     if there:
         schedule.report_violation("every refund at the provider is known", ", ".join(there))
 

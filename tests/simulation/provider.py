@@ -244,7 +244,9 @@ class SimulatedProvider:
     def execute(self, request: StripeRequest, fault: RequestFault | None) -> SandboxResponse:
         """Do what is asked, or what was understood; or break down before or after it."""
         if request.operation.name == "payment_intents.create" and self.schedule.draw_fault("misread_amount"):
-            request.pairs = [(name, str(int(told) + 1) if name == "amount" else told) for name, told in request.pairs]
+            request.pairs = [
+                (name, str(int(result) + 1) if name == "amount" else result) for name, result in request.pairs
+            ]
         match fault:
             case "error_500_before":
                 answered = request.replay or error_response(server_error())

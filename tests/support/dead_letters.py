@@ -118,8 +118,8 @@ def exhaust_command(
         result = {"event_id": event_id, "error": REFUSAL}
         if sent == "sent":
             conn.execute("select from surety.begin_calls(%s, %s, %s, 'worker:w')", (batch, fence, handler))
-            told = {"payment_id": payment_id, "operation": operation, "outcome": "rejected", "status": status}
-            result |= {name: value for name, value in told.items() if value is not None}
+            output = {"payment_id": payment_id, "operation": operation, "outcome": "rejected", "status": status}
+            result |= {name: value for name, value in output.items() if value is not None}
         conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (batch, fence, json.dumps([result])))
     return open_dead_letter(conn, payment_id)
 

@@ -80,10 +80,10 @@ def money(payment_id: str | None, object_id: str, category: str, amount: int, fe
     return fact(payment_id, "money", object_id, amount, data=data, occurred_at="2026-11-20T00:00:00Z", **fields)
 
 
-def as_bank_fact(told: Fact) -> Fact:
+def as_bank_fact(output: Fact) -> Fact:
     """The same as a bank tells it, with which no money has yet to become available."""
-    data = {name: value for name, value in told.get("data", {}).items() if name != "available_at"}
-    return told | {"provider": "bank", "data": data}
+    data = {name: value for name, value in output.get("data", {}).items() if name != "available_at"}
+    return output | {"provider": "bank", "data": data}
 
 
 def record(conn: Connection, facts: Iterable[Fact]) -> list[str]:

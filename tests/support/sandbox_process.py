@@ -185,7 +185,7 @@ class SandboxProcess:
         """Types of the events of one payment and its charges, oldest first."""
         page = self.get("/v1/events", {"limit": 100})["data"]
         objects = [(event["type"], event["data"]["object"]) for event in reversed(page)]
-        return [type for type, told in objects if intent in (told.get("id"), told.get("payment_intent"))]
+        return [type for type, output in objects if intent in (output.get("id"), output.get("payment_intent"))]
 
 
 class WebhookReceiver:
@@ -223,8 +223,8 @@ class WebhookReceiver:
 
     def types(self, intent: str) -> list[str]:
         """Types of what was received about one payment, in order of arrival."""
-        told = [(event["type"], event["data"]["object"]) for _, event in self.received]
-        return [type for type, object in told if intent in (object.get("id"), object.get("payment_intent"))]
+        output = [(event["type"], event["data"]["object"]) for _, event in self.received]
+        return [type for type, object in output if intent in (object.get("id"), object.get("payment_intent"))]
 
 
 @contextmanager

@@ -55,8 +55,8 @@ def check_answer(method: str, path: str, status: int, json_body: Any) -> None:
 def check_event(event: Json) -> None:
     """Whether an event, as listed or as delivered, tells of an object in that object's own shape."""
     _validate({"$ref": f"{HERE}#/components/schemas/event"}, event, event["type"])
-    told = event["data"]["object"]
-    _validate({"$ref": f"{HERE}#/components/schemas/{told['object']}"}, told, f"{event['type']}: data.object")
+    output = event["data"]["object"]
+    _validate({"$ref": f"{HERE}#/components/schemas/{output['object']}"}, output, f"{event['type']}: data.object")
 
 
 @cache

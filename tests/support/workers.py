@@ -69,8 +69,8 @@ async def in_process_worker(
     async def remember(response: httpx.Response) -> None:
         exchanged.append(response)
 
-    told = {"SURETY_PROVIDER_TIMEOUT": str(timeout_seconds), "SURETY_PROVIDER_RATE": str(per_second)}
-    async with open_worker(load_settings(environment(database, sandbox_url, **told)), "here") as worker:
+    output = {"SURETY_PROVIDER_TIMEOUT": str(timeout_seconds), "SURETY_PROVIDER_RATE": str(per_second)}
+    async with open_worker(load_settings(environment(database, sandbox_url, **output)), "here") as worker:
         worker.stripe.http.event_hooks["response"].append(remember)
         yield worker
     for response in exchanged if judged else ():
