@@ -70,7 +70,7 @@ def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: C
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "report"),
     [
         (("merchants", "suspend", "mer_none"), "there is no merchant mer_none"),
         (("merchants", "add", ""), "a merchant's name has 1 to 200 characters"),

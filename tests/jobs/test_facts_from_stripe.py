@@ -171,7 +171,7 @@ def line(category: str, amount: int, rate: float | None = 1.085, currency: str =
 
 
 @pytest.mark.parametrize(
-    ("told", "of_source"),
+    ("result", "of_source"),
     [
         (line("charge", 7595), 7000),
         (line("charge", 10850), 10000),
@@ -246,7 +246,7 @@ def dispute(status: str, *amounts: int) -> Json:
 
 
 @pytest.mark.parametrize(
-    ("told", "kind"),
+    ("result", "kind"),
     [
         (dispute("warning_needs_response"), "dispute_flagged"),
         (dispute("warning_closed"), "dispute_flagged"),
@@ -314,7 +314,7 @@ CHARGE = {"id": "ch_1", "object": "charge", "payment_intent": "pi_1", "balance_t
 
 
 @pytest.mark.parametrize(
-    ("type", "told", "fetched", "unless"),
+    ("type", "result", "fetched", "unless"),
     [
         ("payment_intent.payment_failed", INTENT, "pi_1", "pi_1"),
         ("charge.succeeded", CHARGE, "pi_1", "ch_1"),
@@ -349,7 +349,7 @@ def test_snapshot_event_is_trusted_only_in_our_api_version(type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("type", "told"),
+    ("type", "result"),
     [
         ("customer.created", {"id": "cus_1", "object": "customer"}),
         ("charge.refunded", CHARGE),
