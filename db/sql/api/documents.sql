@@ -88,3 +88,53 @@ begin atomic
             surety.format_time(d.updated_at) as updated_at
     ) as shown;
 end;
+
+create or replace function api.payment_at_event(p_payment surety.payments, p_payload jsonb) returns surety.payments
+language sql stable
+begin atomic
+    select jsonb_populate_record(
+        p_payment,
+        jsonb_build_object(
+            'version', p_payload -> 'version', 'state', p_payload -> 'state',
+            'captured_minor', coalesce(p_payload -> 'amount_captured', '0'),
+            'refunded_minor', coalesce(p_payload -> 'amount_refunded', '0'),
+            'provider_id', p_payload -> 'provider_id', 'next_action', p_payload -> 'next_action',
+            'failure', p_payload -> 'failure', 'updated_at', p_payload -> 'at'
+        )
+    );
+end;
+
+comment on function api.payment_at_event(surety.payments, jsonb) is
+'The payment as it was when one of its events was made, for api.show_payment: the columns that the event''s payload
+carries, the others as they are.';
+
+create or replace function api.refund_at_event(p_refund surety.refunds, p_payload jsonb) returns surety.refunds
+language sql stable
+begin atomic
+    select jsonb_populate_record(
+        p_refund,
+        jsonb_build_object(
+            'version', p_payload -> 'version', 'state', p_payload -> 'state', 'amount_minor', p_payload -> 'amount',
+            'provider_id', p_payload -> 'provider_id', 'failure', p_payload -> 'failure',
+            'updated_at', p_payload -> 'at'
+        )
+    );
+end;
+
+comment on function api.refund_at_event(surety.refunds, jsonb) is
+'The refund as it was when one of its events was made, for api.show_refund.';
+
+create or replace function api.dispute_at_event(p_dispute surety.disputes, p_payload jsonb) returns surety.disputes
+language sql stable
+begin atomic
+    select jsonb_populate_record(
+        p_dispute,
+        jsonb_build_object(
+            'status', p_payload -> 'status', 'withdrawn_minor', p_payload -> 'amount_withdrawn',
+            'updated_at', p_payload -> 'at'
+        )
+    );
+end;
+
+comment on function api.dispute_at_event(surety.disputes, jsonb) is
+'The dispute as it was when one of its events was made, for api.show_dispute.';

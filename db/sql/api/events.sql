@@ -63,28 +63,21 @@ begin
     into v_data, v_count, v_last_xid, v_last_id
     from page as g
     left join surety.payments as p on p.id = g.aggregate_id
-    left join lateral api.show_payment((
-        p.id, p.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state', p.amount_minor, p.currency,
-        coalesce((g.payload ->> 'amount_captured')::bigint, 0), coalesce((g.payload ->> 'amount_refunded')::bigint, 0),
-        0, 0, 0, p.rail, p.capture_method, p.method_token, p.reference, p.description, p.statement_descriptor_suffix,
-        p.return_url, p.customer, p.metadata, p.provider, p.provider_account, p.livemode, g.payload ->> 'provider_id',
-        g.payload -> 'next_action', g.payload -> 'failure', p.flags, p.created_at, (g.payload ->> 'at')::timestamptz,
-        null, 0
-    )::surety.payments) as shown on p.id is not null
     left join surety.refunds as r on r.id = g.aggregate_id
-    left join lateral api.show_refund((
-        r.id, r.payment_id, r.merchant_id, (g.payload ->> 'version')::integer, g.payload ->> 'state',
-        (g.payload ->> 'amount')::bigint, r.currency, r.reason, r.metadata, r.provider, r.provider_account,
-        g.payload ->> 'provider_id', r.is_ours, g.payload -> 'failure', r.created_at,
-        (g.payload ->> 'at')::timestamptz, null, 0
-    )::surety.refunds) as refund on r.id is not null
     left join surety.disputes as d on d.id = g.aggregate_id
-    left join lateral api.show_dispute((
-        d.id, d.payment_id, d.merchant_id, g.payload ->> 'status', d.amount_minor,
-        (g.payload ->> 'amount_withdrawn')::bigint, d.currency, d.reason, d.provider, d.provider_account, d.provider_id,
-        d.revision, d.evidence, d.evidence_revision, d.evidence_due_at, d.submit_asked_at, d.reminded_at, d.created_at,
-        (g.payload ->> 'at')::timestamptz, d.poll_at
-    )::surety.disputes) as dispute on d.id is not null;
+    -- offset 0: each object is put together once, not once for each field of its document.
+    left join lateral (
+        select api.payment_at_event(p, g.payload) as payment where p.id is not null offset 0
+    ) as past_payment on true
+    left join lateral (
+        select api.refund_at_event(r, g.payload) as refund where r.id is not null offset 0
+    ) as past_refund on true
+    left join lateral (
+        select api.dispute_at_event(d, g.payload) as dispute where d.id is not null offset 0
+    ) as past_dispute on true
+    left join lateral api.show_payment(past_payment.payment) as shown on p.id is not null
+    left join lateral api.show_refund(past_refund.refund) as refund on r.id is not null
+    left join lateral api.show_dispute(past_dispute.dispute) as dispute on d.id is not null;
     v_next := case
         when v_count = p_limit then concat_ws(' ', v_generation, v_seen, v_goal, v_last_xid, v_last_id)
         when v_goal::text = v_all::text then concat_ws(' ', v_generation + 1, '1:1:', '-', '0', '-')

@@ -24,6 +24,44 @@ begin atomic
     left join surety.currencies on asked.currency = currencies.currency;
 end;
 
+create or replace function api.new_payment(
+    p_id text, p_merchant_id text, p_amount_minor bigint, p_currency text, p_rail text, p_capture_method text,
+    p_method_token text, p_reference text, p_description text, p_statement_descriptor_suffix text, p_return_url text,
+    p_customer jsonb, p_metadata jsonb, p_provider text, p_provider_account text, p_livemode boolean,
+    p_created_at timestamptz
+) returns surety.payments
+language sql immutable parallel safe
+begin atomic
+    -- Columns in the table's order. PostgreSQL puts the expression in the place of the call.
+    select (
+        p_id, p_merchant_id, 1, 'initiated', p_amount_minor, p_currency, 0, 0, 0, 0, 0, p_rail, p_capture_method,
+        p_method_token, p_reference, p_description, p_statement_descriptor_suffix, p_return_url, p_customer,
+        p_metadata, p_provider, p_provider_account, p_livemode, null, null, null, '{}', p_created_at, p_created_at,
+        null, 0
+    )::surety.payments;
+end;
+
+comment on function api.new_payment(
+    text, text, bigint, text, text, text, text, text, text, text, text, jsonb, jsonb, text, text, boolean, timestamptz
+) is
+'A payment at its first step, initiated, by named arguments; not stored. p_amount_minor is in minor units of
+p_currency.';
+
+create or replace function api.new_step_entry(
+    p_id text, p_at timestamptz, p_actor text, p_address text, p_request_id text, p_payment_id text,
+    p_merchant_id text, p_snapshot jsonb
+) returns audit.entries
+language sql immutable parallel safe
+begin atomic
+    select (
+        p_id, p_at, null, 'step', p_actor, p_address, p_request_id, p_payment_id, p_merchant_id, 1, null, 'initiated',
+        'accepted', 'request', null, p_snapshot
+    )::audit.entries;
+end;
+
+comment on function api.new_step_entry(text, timestamptz, text, text, text, text, text, jsonb) is
+'The audit entry of a request that creates a payment and of its first step, by named arguments; not stored.';
+
 create or replace function api.create_payments(p_requests json)
 returns table (
     n integer, status smallint, problem text, detail jsonb, body text, is_replayed boolean, payment_id text
@@ -85,12 +123,15 @@ begin
             -- Two requests of one batch with one key are one: the first that may is asked, the others replay it.
             g.problem is null and 1 = row_number() over (
                 partition by g.merchant_id, g.idempotency_key, g.problem is null order by g.n) as is_first,
-            (
-                g.new_id, g.merchant_id, 1, 'initiated', g.amount, g.currency, 0, 0, 0, 0, 0, g.rail, g.capture_method,
-                g.method_token, g.reference, g.description, g.statement_descriptor_suffix, g.return_url, g.customer,
-                coalesce(g.metadata, '{}'), 'stripe', g.provider_account, v_livemode, null, null, null, '{}', v_now,
-                v_now, null, 0
-            )::surety.payments as payment
+            api.new_payment(
+                p_id => g.new_id, p_merchant_id => g.merchant_id, p_amount_minor => g.amount, p_currency => g.currency,
+                p_rail => g.rail, p_capture_method => g.capture_method, p_method_token => g.method_token,
+                p_reference => g.reference, p_description => g.description,
+                p_statement_descriptor_suffix => g.statement_descriptor_suffix, p_return_url => g.return_url,
+                p_customer => g.customer, p_metadata => coalesce(g.metadata, '{}'),
+                p_provider => 'stripe', p_provider_account => g.provider_account, p_livemode => v_livemode,
+                p_created_at => v_now
+            ) as payment
         from given as g
         order by g.merchant_id, g.idempotency_key, g.n
     )
@@ -104,12 +145,13 @@ begin
             a.merchant_id, v_route, a.idempotency_key, decode(a.request_hash, 'hex'), a.new_id, 201,
             shown.document::text, v_now
         )::surety.idempotency_keys) filter (where a.is_first),
-        array_agg((
-            surety.new_id('aud', v_now), v_now, null, 'step', 'key:' || a.key_id, a.address, a.request_id, a.new_id,
-            a.merchant_id, 1, null, 'initiated', 'accepted', 'request', null,
-            jsonb_build_object(
+        array_agg(api.new_step_entry(
+            p_id => surety.new_id('aud', v_now), p_at => v_now, p_actor => 'key:' || a.key_id,
+            p_address => a.address, p_request_id => a.request_id, p_payment_id => a.new_id,
+            p_merchant_id => a.merchant_id,
+            p_snapshot => jsonb_build_object(
                 'route', v_route, 'idempotency_key', a.idempotency_key, 'amount', a.amount, 'currency', a.currency)
-        )::audit.entries) filter (where a.is_first)
+        )) filter (where a.is_first)
     into
         v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids,
         v_payments, v_keys, v_entries
