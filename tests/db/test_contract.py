@@ -1,4 +1,4 @@
-"""What is told twice is the same: structs and the database's documents, literals and rows, calls and functions."""
+"""Definitions in SQL and in Python agree: documents and structs, rows and literals, functions and calls."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ CALL = re.compile(r"\b((?:surety|api|outbox|audit|ledger)\.[a-z_]+)\(")
 
 
 @pytest.fixture(scope="module")
-def rights(module_database: str) -> Iterator[Connection]:
+def owner(module_database: str) -> Iterator[Connection]:
     with connect_as_owner(module_database) as conn:
         yield conn
 
 
 @pytest.fixture(scope="module")
-def key(rights: Connection) -> bytes:
-    return add_merchant(rights)[1]
+def key(owner: Connection) -> bytes:
+    return add_merchant(owner)[1]
 
 
 @pytest.fixture(scope="module")
-def document(rights: Connection, key: bytes) -> dict[str, Any]:
-    """A payment as the database shows it."""
-    [row] = create(rights, [request(key, customer={"email": "a@b.c"}, metadata={"cart": "9"})])
+def document(owner: Connection, key: bytes) -> dict[str, Any]:
+    """A payment's document, as the database renders it."""
+    [row] = create(owner, [request(key, customer={"email": "a@b.c"}, metadata={"cart": "9"})])
     shown: dict[str, Any] = msgspec.json.decode(row["body"])
     return shown
 
@@ -88,10 +88,10 @@ def test_payment_schema_matches_the_database(document: dict[str, Any]) -> None:
     assert msgspec.convert(document, Payment).metadata == {"cart": "9"}
 
 
-def test_list_and_trace_schemas_match_the_database(rights: Connection, key: bytes, document: dict[str, Any]) -> None:
-    listed = one(rights, "select body::json from api.list_payments(%s, null, null, null, null, null, 20, null)", key)
-    happened = one(rights, "select body::json from api.list_events(%s, null, 20)", key)
-    traced = one(rights, "select body::json from api.get_trace(%s, %s)", key, document["id"])
+def test_list_and_trace_schemas_match_the_database(owner: Connection, key: bytes, document: dict[str, Any]) -> None:
+    listed = one(owner, "select body::json from api.list_payments(%s, null, null, null, null, null, 20, null)", key)
+    happened = one(owner, "select body::json from api.list_events(%s, null, 20)", key)
+    traced = one(owner, "select body::json from api.get_trace(%s, %s)", key, document["id"])
     for shown, struct in ((listed, PaymentList), (happened, EventList), (traced, Trace)):
         assert list(shown) == names(struct)
         msgspec.convert(shown, struct)
@@ -100,39 +100,39 @@ def test_list_and_trace_schemas_match_the_database(rights: Connection, key: byte
     assert listed["data"] == [happened["data"][0]["data"]] == [traced["payment"]] == [document]
 
 
-def test_states_and_statuses_match_the_database(rights: Connection) -> None:
-    assert list(get_args(State)) == column(rights, "select state from surety.states order by position")
-    assert set(get_args(Status)) == set(column(rights, "select status from surety.states"))
+def test_states_and_statuses_match_the_database(owner: Connection) -> None:
+    assert list(get_args(State)) == column(owner, "select state from surety.states order by position")
+    assert set(get_args(Status)) == set(column(owner, "select status from surety.states"))
 
 
-def test_refund_states_match_the_database(rights: Connection) -> None:
-    states = column(rights, "select state from surety.refund_states order by position")
+def test_refund_states_match_the_database(owner: Connection) -> None:
+    states = column(owner, "select state from surety.refund_states order by position")
     assert list(get_args(RefundState)) == states
 
 
-def test_capture_methods_match_the_database(rights: Connection) -> None:
-    methods = column(rights, "select distinct capture_method from surety.mandatory_steps where rail = 'card'")
+def test_capture_methods_match_the_database(owner: Connection) -> None:
+    methods = column(owner, "select distinct capture_method from surety.mandatory_steps where rail = 'card'")
     assert set(get_args(CaptureMethod)) == set(methods)
 
 
-def test_event_types_in_the_sql_sources_are_the_rows_of_event_types(rights: Connection) -> None:
+def test_event_types_in_the_sql_sources_are_the_rows_of_event_types(owner: Connection) -> None:
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "db" / "sql").rglob("*.sql")]
     prefixes = {prefix for text in sources for prefix in re.findall(r"'(\w+\.)' \|\| \w+\.(?:to_)?stat", text)}
     assert prefixes == {"payment.", "refund.", "dispute."}, "types that are composed come from tables"
-    composed = {f"payment.{state}" for state in column(rights, "select state from surety.states")}
-    composed |= {f"refund.{state}" for state in column(rights, "select state from surety.refund_states")}
-    composed |= {f"dispute.{status}" for status in column(rights, "select status from surety.dispute_statuses")}
+    composed = {f"payment.{state}" for state in column(owner, "select state from surety.states")}
+    composed |= {f"refund.{state}" for state in column(owner, "select state from surety.refund_states")}
+    composed |= {f"dispute.{status}" for status in column(owner, "select status from surety.dispute_statuses")}
     written = {type for text in sources for type in re.findall(r"'((?:payment|refund|dispute|webhook)\.\w+)'", text)}
-    assert written | composed == set(column(rights, "select type from outbox.event_types"))
+    assert written | composed == set(column(owner, "select type from outbox.event_types"))
 
 
-def test_emitted_events_have_a_merchant_if_their_type_is_for_merchants(rights: Connection, key: bytes) -> None:
-    with rights.transaction(force_rollback=True):
-        rights.execute(
+def test_emitted_events_have_a_merchant_if_their_type_is_for_merchants(owner: Connection, key: bytes) -> None:
+    with owner.transaction(force_rollback=True):
+        owner.execute(
             "select outbox.emit_event('payment', 'pay_test', type, '{}', merchants.id, 1)"
             " from outbox.event_types, surety.merchants"
         )
-        emitted = rights.execute(
+        emitted = owner.execute(
             "select type, is_for_merchants, merchant_id is not null"
             " from outbox.events join outbox.event_types using (type) where aggregate_id = 'pay_test'"
         ).fetchall()
@@ -149,13 +149,13 @@ def test_emitted_events_have_a_merchant_if_their_type_is_for_merchants(rights: C
         ("insert into outbox.handler_events values ('submit', 'payment.initated')", "23503"),
     ],
 )
-def test_misspelt_event_type_or_handler_is_an_error(rights: Connection, statement: str, refusal: str) -> None:
+def test_misspelt_event_type_or_handler_is_an_error(owner: Connection, statement: str, refusal: str) -> None:
     with pytest.raises(psycopg.Error) as refused:
-        rights.execute(statement.encode())
+        owner.execute(statement.encode())
     assert refused.value.sqlstate == refusal
 
 
-def test_handlers_in_sql_and_python_sources_exist(rights: Connection) -> None:
+def test_handlers_in_sql_and_python_sources_exist(owner: Connection) -> None:
     sources = [
         path.read_text(encoding="utf-8")
         for folder in ("app", "jobs", "db")
@@ -165,32 +165,32 @@ def test_handlers_in_sql_and_python_sources_exist(rights: Connection) -> None:
     calls = [found for text in sources for found in re.findall(r"schedule_handlers\('\{([\w,]+)\}'\)", text)]
     scheduled = {handler for call in calls for handler in call.split(",")}
     assert scheduled
-    assert scheduled <= set(column(rights, "select handler from outbox.handlers"))
+    assert scheduled <= set(column(owner, "select handler from outbox.handlers"))
 
 
-def test_handler_table_matches_the_database(rights: Connection) -> None:
-    rows = rights.execute("select handler, event_types from outbox.list_handlers()").fetchall()
+def test_handler_table_matches_the_database(owner: Connection) -> None:
+    rows = owner.execute("select handler, event_types from outbox.list_handlers()").fetchall()
     assert {row.name: sorted(row.events) for row in HANDLER_TABLE} == {name: sorted(types) for name, types in rows}
-    assert [row.function for row in HANDLER_TABLE if one(rights, "select to_regproc(%s)", row.function) is None] == []
-    calling = column(rights, "select handler from outbox.handlers where calls_provider")
+    assert [row.function for row in HANDLER_TABLE if one(owner, "select to_regproc(%s)", row.function) is None] == []
+    calling = column(owner, "select handler from outbox.handlers where calls_provider")
     assert {row.name for row in HANDLER_TABLE if row.function == "surety.begin_calls"} == set(calling)
 
 
-def test_verdicts_match_the_database(rights: Connection) -> None:
-    verdicts = column(rights, "select verdict from surety.call_verdicts")
+def test_verdicts_match_the_database(owner: Connection) -> None:
+    verdicts = column(owner, "select verdict from surety.call_verdicts")
     assert sorted(get_args(Verdict)) == sorted(verdicts)
     planned = SQL["provider/calls"].partition("create or replace function surety.begin_calls")[0]
     given = set(re.findall(r"(?:then|else) '(\w+)'", planned))
     assert given == set(verdicts)
 
 
-def test_trace_entry_kinds_cover_all_audit_kinds(rights: Connection) -> None:
+def test_trace_entry_kinds_cover_all_audit_kinds(owner: Connection) -> None:
     written = one(
-        rights, "select pg_get_constraintdef(oid) from pg_constraint where conname = 'entry_kind_is_known' limit 1"
+        owner, "select pg_get_constraintdef(oid) from pg_constraint where conname = 'entry_kind_is_known' limit 1"
     )
     kinds = set(re.findall(r"'(\w+)'", written)) - {"answer", "dead_letter"}
     sources = one(
-        rights, "select pg_get_constraintdef(oid) from pg_constraint where conname = 'fact_source_is_known' limit 1"
+        owner, "select pg_get_constraintdef(oid) from pg_constraint where conname = 'fact_source_is_known' limit 1"
     )
     kinds |= set(re.findall(r"'(\w+)'", sources)) - {"response"} | {"transfer"}
     of_no_payment = {"denied", "system"}
@@ -201,9 +201,9 @@ def test_trace_entry_kinds_cover_all_audit_kinds(rights: Connection) -> None:
     ("struct", "function"), [(PaymentRequest, "api.create_payments"), (WebhookRequest, "surety.receive_webhooks")]
 )
 def test_request_has_the_fields_that_its_sql_function_reads(
-    rights: Connection, struct: type[msgspec.Struct], function: str
+    owner: Connection, struct: type[msgspec.Struct], function: str
 ) -> None:
-    source = one(rights, "select prosrc from pg_proc where oid = %s::regproc", function)
+    source = one(owner, "select prosrc from pg_proc where oid = %s::regproc", function)
     recordset = re.search(r"jsonb?_to_recordset\(p_\w+\) as \w+ \(([^)]+)\)", source)
     assert recordset
     read = [column.split()[0] for column in recordset[1].split(",")]
@@ -213,9 +213,11 @@ def test_request_has_the_fields_that_its_sql_function_reads(
 @pytest.mark.parametrize(
     ("statement", "function"), [(CREATE_PAYMENTS, "api.create_payments"), (RECEIVE_WEBHOOKS, "surety.receive_webhooks")]
 )
-def test_lane_reads_every_column_of_its_sql_function(rights: Connection, statement: bytes, function: str) -> None:
+def test_batched_statement_reads_every_column_of_its_sql_function(
+    owner: Connection, statement: bytes, function: str
+) -> None:
     returned = one(
-        rights,
+        owner,
         "select proargnames[array_position(proargmodes, 't') :] from pg_proc where oid = %s::regproc",
         function,
     )
@@ -228,29 +230,29 @@ def test_lane_reads_every_column_of_its_sql_function(rights: Connection, stateme
     ("kind", "files"),
     [("api", "app/(api|web)/[a-z_/]+.py"), ("webhook", "app/receiver.py")],
 )
-def test_process_role_may_execute_every_function_it_calls(rights: Connection, kind: ProcessKind, files: str) -> None:
+def test_process_role_may_execute_every_function_it_calls(owner: Connection, kind: ProcessKind, files: str) -> None:
     functions = {name for name, places in called("app").items() if any(re.fullmatch(files, place) for place in places)}
     assert functions
     denied = [
         name
         for name in sorted(functions)
-        if not one(rights, "select has_function_privilege(%s, %s::regproc, 'execute')", role_of(kind), name)
+        if not one(owner, "select has_function_privilege(%s, %s::regproc, 'execute')", role_of(kind), name)
     ]
     assert denied == []
 
 
-def test_every_function_that_is_called_exists(rights: Connection) -> None:
+def test_every_function_that_is_called_exists(owner: Connection) -> None:
     missing = {
         name: sorted(places)
         for name, places in called("app", "jobs", "db").items()
-        if one(rights, "select to_regproc(%s)", name) is None
+        if one(owner, "select to_regproc(%s)", name) is None
     }
     assert missing == {}
 
 
-def test_every_function_has_its_contract_as_a_comment(rights: Connection) -> None:
+def test_every_function_has_its_contract_as_a_comment(owner: Connection) -> None:
     missing = column(
-        rights,
+        owner,
         "select p.proname from pg_proc as p join pg_namespace as n on n.oid = p.pronamespace"
         " where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'api', 'report')"
         " and coalesce(obj_description(p.oid, 'pg_proc'), '') = '' order by 1",
@@ -259,10 +261,10 @@ def test_every_function_has_its_contract_as_a_comment(rights: Connection) -> Non
     assert sorted(set(missing) - set(listed)) == []
 
 
-def test_every_constraint_is_a_rule_or_listed_as_a_bug(rights: Connection) -> None:
+def test_every_constraint_is_a_rule_or_listed_as_a_bug(owner: Connection) -> None:
     claims = set(
         column(
-            rights,
+            owner,
             "select k.conname from pg_constraint as k join pg_namespace as n on n.oid = k.connamespace"
             " where n.nspname in ('surety', 'ledger', 'outbox', 'audit', 'api', 'report', 'invariant')"
             " and k.contype not in ('n', 't', 'p') and k.conparentid = 0 and k.conislocal",
@@ -274,8 +276,8 @@ def test_every_constraint_is_a_rule_or_listed_as_a_bug(rights: Connection) -> No
     assert claims == RULE_BY_CONSTRAINT.keys() | set(bugs)
 
 
-def test_circuit_key_is_the_same_in_sql_and_python(rights: Connection) -> None:
-    assert one(rights, "select surety.circuit_key('stripe', 'acct_1')") == circuit_key("acct_1")
+def test_circuit_key_is_the_same_in_sql_and_python(owner: Connection) -> None:
+    assert one(owner, "select surety.circuit_key('stripe', 'acct_1')") == circuit_key("acct_1")
 
 
 def test_every_own_sqlstate_has_a_problem_type_with_a_page() -> None:
@@ -285,7 +287,7 @@ def test_every_own_sqlstate_has_a_problem_type_with_a_page() -> None:
     assert set(PROBLEM_BY_SQLSTATE.values()) <= PROBLEM_TYPES.keys()
 
 
-def test_constraint_violation_is_reported_as_its_rule(rights: Connection, key: bytes) -> None:
+def test_constraint_violation_is_reported_as_its_rule(owner: Connection, key: bytes) -> None:
     for fields, constraint in (
         ({"reference": "r" * 256}, "payment_reference_is_short"),
         ({"description": "d" * 1001}, "payment_description_is_short"),
@@ -296,7 +298,7 @@ def test_constraint_violation_is_reported_as_its_rule(rights: Connection, key: b
         ({"idempotency_key": "é"}, "idempotency_key_is_printable"),
     ):
         with pytest.raises(psycopg.errors.CheckViolation) as refused:
-            create(rights, [request(key, **fields)])
+            create(owner, [request(key, **fields)])
         assert refused.value.diag.constraint_name == constraint
         assert constraint in RULE_BY_CONSTRAINT
 
@@ -312,18 +314,18 @@ def test_every_problem_of_a_route_has_a_page() -> None:
     assert {name for route in ROUTES for name in route.problems} <= PROBLEM_TYPES.keys()
 
 
-def test_lists_and_balance_have_the_fields_that_the_table_of_routes_declares(rights: Connection, key: bytes) -> None:
+def test_lists_and_balance_have_the_fields_that_the_table_of_routes_declares(owner: Connection, key: bytes) -> None:
     documents = {
         "/v1/payments": one(
-            rights, "select body::json from api.list_payments(%s, null, null, null, null, null, 20, null)", key
+            owner, "select body::json from api.list_payments(%s, null, null, null, null, null, 20, null)", key
         ),
-        "/v1/refunds": one(rights, "select body::json from api.list_refunds(%s, null, 20, null)", key),
-        "/v1/disputes": one(rights, "select body::json from api.list_disputes(%s, null, 20, null)", key),
-        "/v1/balance": one(rights, "select body::json from api.get_balance(%s)", key),
+        "/v1/refunds": one(owner, "select body::json from api.list_refunds(%s, null, 20, null)", key),
+        "/v1/disputes": one(owner, "select body::json from api.list_disputes(%s, null, 20, null)", key),
+        "/v1/balance": one(owner, "select body::json from api.get_balance(%s)", key),
         "/v1/balance/transactions": one(
-            rights, "select body::json from api.list_balance_transactions(%s, null, 20, null)", key
+            owner, "select body::json from api.list_balance_transactions(%s, null, 20, null)", key
         ),
-        "/v1/events": one(rights, "select body::json from api.list_events(%s, null, 20)", key),
+        "/v1/events": one(owner, "select body::json from api.list_events(%s, null, 20)", key),
     }
     answers = {route.path: route.answers[200] for route in ROUTES if route.method == "GET" and "{" not in route.path}
     for path, document in documents.items():

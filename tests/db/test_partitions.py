@@ -1,4 +1,4 @@
-"""Monthly partitions: made ahead beside traffic, detached when nothing needs them any more."""
+"""Monthly partitions: created ahead during traffic, detached when nothing needs them any more."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_partition_is_removable_only_when_its_events_are_not_needed(conn: Connec
     conn.execute(statement[0].encode())
     assert month not in partitions(conn, "outbox.events")
     pay(conn, key_hash)
-    # Steps whose events are gone by rule are sound; but nobody did what the events were for.
+    # The steps are sound without their detached events, but no handler did the events' work.
     assert violations(conn) == {"no payment is forgotten": 3}
     conn.execute("alter table outbox.events disable trigger user")
     conn.execute("delete from outbox.events")
