@@ -35,22 +35,10 @@ from tests.support.http_client import (
 
 
 @pytest.fixture(scope="module")
-def api(module_database: str) -> Iterator[ServerProcess]:
-    with running_server("api", module_database) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def other(module_database: str) -> Iterator[ServerProcess]:
     """A second API process beside the first."""
     with running_server("api", module_database) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def rights(module_database: str) -> Iterator[Connection]:
-    with connect_as_owner(module_database) as conn:
-        yield conn
 
 
 @pytest.fixture

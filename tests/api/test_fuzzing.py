@@ -28,7 +28,6 @@ from tests.support.http_client import (
     Connection,
     Merchant,
     ServerProcess,
-    connect_as_owner,
     payment,
     running_server,
     unique_name,
@@ -41,18 +40,6 @@ SEED = "2026"
 LEFT_OUT = "positive_data_acceptance"
 
 _numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def rights(module_database: str) -> Iterator[Connection]:
-    with connect_as_owner(module_database) as conn:
-        yield conn
-
-
-@pytest.fixture(scope="module")
-def api(module_database: str) -> Iterator[ServerProcess]:
-    with running_server("api", module_database) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

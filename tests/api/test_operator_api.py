@@ -20,26 +20,12 @@ from tests.support.http_client import (
     Merchant,
     ServerProcess,
     broken_rules,
-    connect_as_owner,
     problem,
-    running_server,
 )
 from tests.support.payments import state_of
 
 Client = httpx.Client
 LETTERS = "/v1/operator/dead-letters"
-
-
-@pytest.fixture(scope="module")
-def api(module_database: str) -> Iterator[ServerProcess]:
-    with running_server("api", module_database) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def rights(module_database: str) -> Iterator[Connection]:
-    with connect_as_owner(module_database) as conn:
-        yield conn
 
 
 def client_of(api: ServerProcess, key: str) -> Client:

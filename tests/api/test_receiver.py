@@ -33,12 +33,6 @@ def receiver(module_database: str) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="module")
-def rights(module_database: str) -> Iterator[Connection]:
-    with connect_as_owner(module_database) as conn:
-        yield conn
-
-
-@pytest.fixture(scope="module")
 def client(receiver: ServerProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=receiver.url, verify=CONTEXT, timeout=30) as made:
         yield made

@@ -11,16 +11,9 @@ from tests.support.sandbox_process import (
     SandboxProcess,
     WebhookReceiver,
     eventually,
-    running_receiver,
     running_sandbox,
 )
 from tests.support.stripe_description import check_event
-
-
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[WebhookReceiver]:
-    with running_receiver() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,6 @@ keys = (f"key-{number}" for number in count())
 
 
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[WebhookReceiver]:
-    with running_receiver() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, receiver: WebhookReceiver) -> Iterator[SandboxProcess]:
     folder = tmp_path_factory.mktemp("sandbox")
     # Payouts come by themselves and would be told in between.

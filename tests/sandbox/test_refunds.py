@@ -14,18 +14,11 @@ from tests.support.sandbox_process import (
     SandboxProcess,
     WebhookReceiver,
     eventually,
-    running_receiver,
     running_sandbox,
 )
 from tests.support.stripe_description import check_event
 
 keys = (f"key-{number}" for number in count())
-
-
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[WebhookReceiver]:
-    with running_receiver() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
