@@ -1,150 +1,38 @@
-"""What works: drains of the outbox, the rails to providers, what happens regularly.
+"""Workers: they take events from the outbox, call the provider and run periodic jobs.
 
-Run by `procrastinate --app jobs.app worker`, as often as you like. A payment's way through these files:
+Run by `procrastinate --app jobs.app worker`, in any number of processes. A payment's way through these files:
 
-    drain          an event's way: claimed, handled, finished; or failed, given back, taken over
-    handlers       one function per handler, each calling the domain
-    calls          a batch's calls to a provider: what to send, all at once, results recorded as they come
-    refunds        money back, as calls are made
-    disputes       evidence, likewise
-    webhooks       what the provider's news say, and what is fetched because of them
-    stripe_rail    the one place that calls Stripe, and what its answers mean
-    stripe_facts   what Stripe's objects say, as facts
-    breaker        whether the provider is to blame, and when it is well again
-    periodic       what nobody has to ask for: sweep, lists of events and money, deadlines, upkeep
-    watchdog       ends a worker that has stopped working
-    worker         what all of them work with
-    database       the workers' way to PostgreSQL
+    drain          claims a batch of events, has it handled, finishes it or gives it back
+    handlers/      table.py lists the handlers; calls.py makes a batch's calls; one file for each subject
+    stripe/        the client, its errors, what Stripe's objects and webhooks say
+    breaker        reports calls to the circuit breaker, and probes
+    periodic       the periodic jobs and when they run
+    polling        unfinished objects and lists that are read from the provider
+    supervision    restarts Procrastinate's worker, stops it by signals
+    watchdog       ends a worker process that hangs
+    worker         what all tasks share: name, database, Stripe client, handlers
+    database       the workers' connections to PostgreSQL
 
-Procrastinate runs the processes and wakes them; nothing of ours is kept in its tables, so deleting all their rows loses
-nothing. Importing this package needs no settings; starting a worker does.
+Procrastinate's tables hold nothing that would be missed: deleting all their rows loses nothing. Importing this package
+needs no settings; starting a worker does.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
-import os
-import signal
-import socket
-from collections.abc import Generator
-from typing import Any, Unpack
+from procrastinate import PsycopgConnector
 
-from procrastinate import App, PsycopgConnector
-from procrastinate.app import WorkerOptions
-from psycopg_pool import AsyncConnectionPool
-
-from db.connect import bounded_connection, conninfo
-from db.errors import is_unreachable
-from db.settings import load_settings
-from jobs.database import POOL_SECONDS
-
-log = logging.getLogger("surety.worker")
-
-RESTART_SECONDS = 1.0
-
-
-class WorkerApp(App):
-    """Procrastinate's app, with what our tasks work with, and with a supervisor of its own.
-
-    Procrastinate's worker ends, even with status 0, when one of its side tasks fails, as by a restart of the database;
-    then it is started again here until we are told to stop.
-    """
-
-    async def run_worker_async(self, **options: Unpack[WorkerOptions]) -> None:
-        """Work until told to stop. Raises SettingsError if no provider or no database is named."""
-        from jobs.polling import schedule_periodic_tasks
-        from jobs.worker import open_worker
-
-        settings = load_settings()
-        quiet_library_logs()
-        schedule_periodic_tasks(self, settings)
-        name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
-        by_signals = options.get("install_signal_handlers", True)
-        async with open_worker(settings, name) as worker:
-            worker.watchdog.start()
-            work: WorkerOptions = {
-                **options,
-                "name": name,
-                "install_signal_handlers": False,
-                "additional_context": {"worker": worker},
-            }
-            while not worker.stopping.is_set():
-                running = asyncio.create_task(super().run_worker_async(**work))
-                with stop_on_signals(worker.stopping, running) if by_signals else contextlib.nullcontext():
-                    await wait_until_worker_ends(worker.stopping, running)
-
-
-async def wait_until_worker_ends(stopping: asyncio.Event, running: asyncio.Task[None]) -> None:
-    """Wait for Procrastinate's worker to end; unless we are stopping, tell why it did and pause."""
-    try:
-        await running
-    except asyncio.CancelledError:
-        if not stopping.is_set():
-            raise
-    except Exception as error:
-        if is_unreachable(error) or is_unreachable(error.__cause__):
-            log.warning("the database is away: %s", str(error.__cause__ or error).strip())
-        else:
-            log.exception("the worker broke down")
-    if not stopping.is_set():
-        log.error("the worker ended by itself; it is started again in %s s", RESTART_SECONDS)
-        await asyncio.sleep(RESTART_SECONDS)
-
-
-@contextlib.contextmanager
-def stop_on_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> Generator[None]:
-    """The first SIGINT or SIGTERM lets the worker finish what it holds; a second one ends it at once."""
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def stop() -> None:
-        for number in signals:
-            loop.remove_signal_handler(number)
-        stopping.set()
-        # Procrastinate takes the cancellation of its runner for a graceful stop.
-        running.cancel()
-
-    for number in signals:
-        loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
-
-
-def quiet_library_logs() -> None:
-    """Libraries tell of every job and request; at debug level Stripe's would tell client secrets."""
-    for name in ("procrastinate", "httpx", "httpcore", "stripe"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It tells of each try to connect; jobs/database.py tells once.
-    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
-
-
-def open_pool(**options: Any) -> AsyncConnectionPool:
-    """Procrastinate's own connections; raises SettingsError when a worker starts without settings."""
-    where = conninfo("worker", load_settings(), search_path="procrastinate")
-    return AsyncConnectionPool(
-        where,
-        connection_class=bounded_connection("worker"),
-        min_size=1,
-        max_size=4,
-        timeout=POOL_SECONDS,
-        reconnect_timeout=POOL_SECONDS,
-        **options,
-    )
-
+from jobs import drain, periodic
+from jobs.supervision import WorkerApp, open_pool
 
 app = WorkerApp(
     connector=PsycopgConnector(pool_factory=open_pool),
-    import_paths=["jobs.drain", "jobs.polling"],
     worker_defaults={
-        # More than one drain of each handler and every periodic task at once: a looping drain must starve nobody.
+        # Room for two drains of each handler and for every periodic job at once.
         "concurrency": 24,
         "delete_jobs": "always",
         "fetch_job_polling_interval": 1.0,
         "shutdown_graceful_timeout": 30.0,
     },
 )
+app.task(name="drain", queue="outbox", pass_context=True)(drain.drain)
+periodic.add_periodic_tasks(app)

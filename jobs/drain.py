@@ -22,7 +22,6 @@ from procrastinate import JobContext
 from psycopg.types.json import Jsonb
 
 from db.errors import is_retryable
-from jobs import app
 from jobs.database import bisect_on_error
 from jobs.handlers.table import HANDLERS, HandleEvents
 from jobs.worker import Batch, Worker, worker_of
@@ -33,7 +32,6 @@ DRAIN_SECONDS = 5.0
 PAUSE_SECONDS = 1.0
 
 
-@app.task(name="drain", queue="outbox", pass_context=True)
 async def drain(context: JobContext, handler: str) -> None:
     """Handle what is due, until nothing is or others must have their turn."""
     worker = worker_of(context)

@@ -1,17 +1,10 @@
-"""What nobody has to ask for.
+"""Polling: unfinished objects, and lists that the provider keeps. What no webhook brought is found here.
 
-Each of these rounds is a job that runs in one worker at a time, whichever takes it; one that finds another under way
-leaves it alone. How often the provider is asked is SURETY_POLL_SECONDS.
-
-    schedule_due_handlers              wakes handlers that have due work             every second
-    poll_unfinished            asks about unfinished payments, refunds and disputes
-    poll_events                reads the provider's list of events, for what no webhook has result
-    poll_balance_transactions  reads what moved in the provider's balance
-    recheck_pending_balance    looks again at what should be available by now
-    poll_payouts               reads what was sent to the bank
-    retry_unmatched_facts      facts that found no payment, once more
-    check_deadlines            what should have followed, payers who don't act, evidence that is due
-    maintain                   partitions ahead, what may be forgotten       every hour
+poll_unfinished            fetches unfinished payments, refunds and disputes
+poll_events                reads the list of events, for those that no webhook brought
+poll_balance_transactions  reads the list of balance transactions
+recheck_pending_balance    reads balance transactions again that should be available by now
+poll_payouts               reads the list of payouts
 """
 
 from __future__ import annotations
@@ -21,22 +14,31 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, LiteralString, TypeVar
+from typing import Literal, assert_never
 
 from msgspec import Struct, field
-from procrastinate import JobContext
-from procrastinate.tasks import Task
 from psycopg.types.json import Jsonb
 
-from db.settings import Settings
-from jobs import WorkerApp, app
 from jobs.database import bisect_on_error
-from jobs.handlers.calls import CallResult, CallSubject, call_result, completed_groups, not_sent_result
+from jobs.handlers.calls import (
+    CallResult,
+    CallSubject,
+    call_result,
+    completed_groups,
+    failed_call_result,
+    not_sent_result,
+)
 from jobs.handlers.payments import intent_error_result, intent_result
-from jobs.handlers.webhooks import POLLED_EVENTS, ProviderObject, fetch_dispute, store_polled_events
-from jobs.stripe.client import ObjectAbsent, ProviderError, ProviderResponse
-from jobs.stripe.facts import Fact, FactOrigin, Json, balance_transaction_facts, payout_facts, redacted, refund_facts
-from jobs.worker import Worker, worker_of
+from jobs.handlers.webhooks import (
+    POLLED_EVENTS,
+    ProviderObject,
+    fetch_dispute,
+    fetch_result,
+    store_polled_events,
+)
+from jobs.stripe.client import ObjectAbsent, ObjectUnreadable, ProviderError, ProviderResponse
+from jobs.stripe.facts import Fact, FactOrigin, Json, balance_transaction_facts, payout_facts, refund_facts
+from jobs.worker import Worker
 
 log = logging.getLogger("surety.polling")
 
@@ -45,42 +47,22 @@ PENDING_TRANSACTIONS_MAX = 1000
 # Every reading of a list overlaps the last by so many polls: a list may show a row late, a clock may be behind.
 OVERLAP_POLLS = 3
 RANGE_GAP_MAX = timedelta(hours=1)
-MINUTE = 60
-# How long before its deadline a dispute's missing evidence is reported.
-EVIDENCE_REMINDER_LEAD = timedelta(days=3)
-
-PeriodicJob = Callable[[Worker], Awaitable[None]]
 
 
-class PaymentToPoll(CallSubject, kw_only=True):
-    """A row of surety.claim_payments_to_poll."""
+class ObjectToPoll(CallSubject, kw_only=True):
+    """A row of surety.claim_objects_to_poll."""
 
+    kind: Literal["payment", "refund", "dispute"]
+    subject_id: str
+    intent_id: str | None
     first_sent_at: datetime | None
     last_sent_at: datetime | None
     begun_at: float = field(default_factory=time.monotonic)
 
-
-class RefundToPoll(Struct):
-    """A row of surety.claim_refunds_to_poll."""
-
-    refund_id: str
-    payment_id: str
-    provider_id: str | None
-    intent_id: str
-    account: str
-    livemode: bool
-
-
-class DisputeToPoll(Struct):
-    """A row of surety.claim_disputes_to_poll."""
-
-    payment_id: str
-    provider_id: str
-    account: str
-    livemode: bool
-
-
-ToPoll = TypeVar("ToPoll", PaymentToPoll, RefundToPoll, DisputeToPoll)
+    @property
+    def operation(self) -> str:
+        """As the audit trail names it."""
+        return "fetch" if self.kind == "payment" else f"fetch {self.kind}"
 
 
 class PollWindow(Struct):
@@ -98,96 +80,81 @@ class PendingTransaction(Struct):
     created_at: datetime
 
 
-async def schedule_due_handlers(worker: Worker) -> None:
-    """Wake the handlers that have due work: what a kick missed, what is due again, what a dead worker left."""
-    await worker.database.value("select outbox.schedule_due_handlers()")
-
-
 async def poll_unfinished(worker: Worker) -> None:
-    """Ask about what is unfinished: all would end even if every webhook were lost."""
-    await poll_objects(
-        worker, PaymentToPoll, "fetch", poll_payment,
-        "select payment_id, provider_id, account, amount_minor, currency, livemode, first_sent_at, last_sent_at"
-        " from surety.claim_payments_to_poll(%s)",
-    )  # fmt: skip
-    await poll_objects(
-        worker, RefundToPoll, "fetch refund", poll_refund,
-        "select refund_id, payment_id, provider_id, intent_id, account, livemode"
-        " from surety.claim_refunds_to_poll(%s)",
-    )  # fmt: skip
-    await poll_objects(
-        worker, DisputeToPoll, "fetch dispute", poll_dispute,
-        "select payment_id, provider_id, account, livemode from surety.claim_disputes_to_poll(%s)",
-    )  # fmt: skip
-
-
-async def poll_objects(
-    worker: Worker,
-    kind: type[ToPoll],
-    operation: str,
-    poll_one: Callable[[Worker, ToPoll], Awaitable[list[CallResult]]],
-    claim: LiteralString,
-) -> None:
-    """Ask whatever is due, a bounded number of questions at once, and record what is answered."""
-    while not worker.stopping.is_set() and (targets := await worker.database.rows(kind, claim, POLL_BATCH_MAX)):
-        await write_audit_entries(worker, [audit_entry_of_call(operation, target.payment_id) for target in targets])
-        async for results in completed_groups([partial(poll_one, worker, target) for target in targets]):
+    """Fetch unfinished payments, refunds and disputes that are due; all end even if every webhook is lost."""
+    while not worker.stopping.is_set() and (
+        targets := await worker.database.rows(
+            ObjectToPoll,
+            "select kind, subject_id, payment_id, provider_id, intent_id, account, amount_minor, currency, livemode,"
+            " first_sent_at, last_sent_at from surety.claim_objects_to_poll(%s)",
+            POLL_BATCH_MAX,
+        )
+    ):
+        asked = [audit_entry_of_call(target.operation, target.payment_id) for target in targets]
+        await write_audit_entries(worker, asked)
+        async for results in completed_groups([partial(poll_object, worker, target) for target in targets]):
             await record_poll_results(worker, results)
 
 
-async def poll_dispute(worker: Worker, target: DisputeToPoll) -> list[CallResult]:
-    """What the provider says about one dispute."""
-    source = ProviderObject(target.account, target.livemode, "dispute", target.provider_id)
-    began = time.monotonic()
-    try:
-        result = await fetch_dispute(worker, source, FactOrigin(target.account, target.livemode, "poll"))
-    except ProviderError as error:
-        result = {"outcome": error.outcome, "status": error.status, "error": str(error)}
-    except (KeyError, TypeError, AttributeError) as error:
-        result = {"outcome": "unknown"} | unreadable_object(target.provider_id, error)
-    duration_ms = round((time.monotonic() - began) * 1000, 3)
-    return [{"payment_id": target.payment_id, "operation": "fetch dispute", "duration_ms": duration_ms, **result}]
+async def poll_object(worker: Worker, target: ObjectToPoll) -> list[CallResult]:
+    """The result of fetching one object."""
+    if target.account in worker.breaker.blocked:
+        return [not_sent_result(target, target.operation)]
+    read: Callable[[ProviderResponse], CallResult]
+    match target.kind:
+        case "payment":
+            response = locate_intent(worker, target)
+            read = partial(intent_result, target, source="poll")
+        case "refund":
+            response = locate_refund(worker, target)
+            read = partial(polled_refund_result, target)
+        case "dispute":
+            response = fetch_polled_dispute(worker, target)
+            read = fetch_result
+        case _:
+            assert_never(target.kind)
+    explain = partial(poll_error_result, target)
+    return [await call_result(target, target.operation, response, read=read, explain=explain)]
 
 
-async def poll_refund(worker: Worker, target: RefundToPoll) -> list[CallResult]:
-    """What the provider says about one refund."""
-    origin = FactOrigin(target.account, target.livemode, "poll")
-    began = time.monotonic()
-    result: CallResult
-    try:
-        answer = await locate_refund(worker, target)
-        result = {"outcome": "answered", "status": answer.status, "snapshot": redacted(answer.body)}
-        if target.provider_id in {None, answer.body.get("id")}:
-            result |= facts_of_row(answer.body, origin, refund_facts)
-    except ProviderError as error:
-        result = {"outcome": error.outcome, "status": error.status, "error": str(error)}
-    duration_ms = round((time.monotonic() - began) * 1000, 3)
-    return [{"payment_id": target.payment_id, "operation": "fetch refund", "duration_ms": duration_ms, **result}]
+def poll_error_result(target: ObjectToPoll, error: ProviderError) -> CallResult:
+    """A poll without a usable response. Only a payment that its provider does not have is a discrepancy."""
+    if target.kind == "payment":
+        return intent_error_result(target, error, target.operation)
+    result = failed_call_result(target.account, error)
+    if isinstance(error, ObjectUnreadable) and target.provider_id is not None:
+        result |= unreadable_object(target.provider_id, error)
+    return result
 
 
-async def locate_refund(worker: Worker, target: RefundToPoll) -> ProviderResponse:
-    """The refund as it is at the provider. Raises ObjectAbsent if it never came there."""
+async def fetch_polled_dispute(worker: Worker, target: ObjectToPoll) -> ProviderResponse:
+    """The dispute as it is at the provider; its facts are recorded by the fetch."""
+    assert target.provider_id is not None
+    dispute = ProviderObject(target.account, target.livemode, "dispute", target.provider_id)
+    return await fetch_dispute(worker, dispute, FactOrigin(target.account, target.livemode, "poll"))
+
+
+def polled_refund_result(target: ObjectToPoll, answer: ProviderResponse) -> CallResult:
+    """The refund's facts; none if another refund was answered."""
+    result = fetch_result(answer)
+    if target.provider_id not in {None, answer.body.get("id")}:
+        return result
+    return result | facts_of_row(answer.body, FactOrigin(target.account, target.livemode, "poll"), refund_facts)
+
+
+async def locate_refund(worker: Worker, target: ObjectToPoll) -> ProviderResponse:
+    """The refund as it is at the provider. Raises ObjectAbsent if it never arrived there."""
     if target.provider_id is not None:
         return await worker.stripe.fetch(target.account, "refunds", target.provider_id)
-    found = await worker.stripe.find_refund(target.account, target.intent_id, target.refund_id)
+    assert target.intent_id is not None
+    found = await worker.stripe.find_refund(target.account, target.intent_id, target.subject_id)
     if found is None:
-        raise ObjectAbsent(f"{target.intent_id} has no refund {target.refund_id}")
+        raise ObjectAbsent(f"{target.intent_id} has no refund {target.subject_id}")
     return found
 
 
-async def poll_payment(worker: Worker, target: PaymentToPoll) -> list[CallResult]:
-    """What the provider says about one payment."""
-    if target.account in worker.breaker.blocked:
-        return [not_sent_result(target, "fetch")]
-    read, explain = (
-        partial(intent_result, target, source="poll"),
-        partial(intent_error_result, target, operation="fetch"),
-    )
-    return [await call_result(target, "fetch", locate_intent(worker, target), read=read, explain=explain)]
-
-
-async def locate_intent(worker: Worker, target: PaymentToPoll) -> ProviderResponse:
-    """The payment's intent as it is at the provider. Raises ObjectAbsent if it never came there."""
+async def locate_intent(worker: Worker, target: ObjectToPoll) -> ProviderResponse:
+    """The payment's intent as it is at the provider. Raises ObjectAbsent if it never arrived there."""
     if target.provider_id is not None:
         return await worker.stripe.fetch_intent(target.account, target.provider_id)
     assert target.first_sent_at is not None
@@ -235,28 +202,6 @@ async def poll_payouts(worker: Worker) -> None:
         take = partial(record_page, worker, window.account, payout_facts)
         if await read_pages(worker, "list payouts", window.account, window.read_from, pages, take):
             await advance_poll_cursor(worker, window, "payouts")
-
-
-async def retry_unmatched_facts(worker: Worker) -> None:
-    """Facts that found no payment, once more."""
-    await worker.schedule_handlers_for(await worker.database.value("select surety.retry_unmatched_facts()"))
-
-
-async def check_deadlines(worker: Worker) -> None:
-    """What should have followed by now and didn't; payers who were asked to act and don't."""
-    await worker.database.value("select surety.open_overdue_discrepancies()")
-    query = "select surety.cancel_expired_actions(make_interval(secs => %s))"
-    await worker.schedule_handlers_for(await worker.database.value(query, worker.settings.surety_action_seconds))
-    await worker.schedule_handlers_for(
-        await worker.database.value("select surety.emit_evidence_reminders(%s)", EVIDENCE_REMINDER_LEAD)
-    )
-
-
-async def maintain(worker: Worker) -> None:
-    """Partitions for the months ahead; what need not be remembered any longer."""
-    await worker.database.value("select surety.maintain_partitions()")
-    await worker.database.value("select surety.delete_expired_idempotency_keys()")
-    await worker.database.value("select outbox.delete_orphaned_jobs()")
 
 
 async def read_balance_transactions(
@@ -363,45 +308,3 @@ async def record_poll_results(worker: Worker, results: list[CallResult]) -> None
 
     if results:
         await bisect_on_error(results, write, give_up)
-
-
-PERIODIC_JOBS: tuple[PeriodicJob, ...] = (
-    schedule_due_handlers,
-    poll_unfinished,
-    poll_events,
-    poll_balance_transactions,
-    recheck_pending_balance,
-    poll_payouts,
-    retry_unmatched_facts,
-    check_deadlines,
-    maintain,
-)
-
-
-def as_periodic_task(work: PeriodicJob, name: str) -> Task[Any, Any, Any]:
-    """A round as a task of Procrastinate's: at most one waits, at most one runs."""
-
-    async def run(context: JobContext, /, timestamp: int) -> None:
-        worker = worker_of(context)
-        async with worker.database.try_lock(name) as is_locked:
-            if is_locked:
-                await work(worker)
-
-    return app.task(name=name, queue="periodic", queueing_lock=name, pass_context=True)(run)
-
-
-PERIODIC_TASKS = {work.__name__: as_periodic_task(work, work.__name__) for work in PERIODIC_JOBS}
-
-
-def schedule_periodic_tasks(workers: WorkerApp, settings: Settings) -> None:
-    """Say when each round begins; a later start of a worker in the same process says it anew."""
-    poll = cron(settings.surety_poll_seconds)
-    workers.periodic_registry.periodic_tasks.clear()
-    for name, task in PERIODIC_TASKS.items():
-        when = {"schedule_due_handlers": cron(1), "maintain": "0 * * * *"}.get(name, poll)
-        workers.periodic(cron=when)(task)
-
-
-def cron(seconds: int) -> str:
-    """Every so many seconds, below a minute; whole minutes above. Procrastinate's crontab has the seconds last."""
-    return f"* * * * * */{seconds}" if seconds < MINUTE else f"*/{min(59, seconds // MINUTE)} * * * *"

@@ -27,6 +27,7 @@ from jobs.handlers.calls import (
 )
 from jobs.stripe.client import (
     API_VERSION,
+    ObjectUnreadable,
     OutcomeUnknown,
     ProviderBusy,
     ProviderError,
@@ -280,7 +281,7 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
             raise OutcomeUnknown(f"{source.id} is of the other mode than our key")
         origin = FactOrigin(source.account, source.livemode, webhooks[0].source, webhooks[0].provider_event_id)
         if source.kind == "dispute":
-            result = await fetch_dispute(worker, source, origin)
+            result = fetch_result(await fetch_dispute(worker, source, origin))
         else:
             answer = await fetch_object(worker, source)
             result = fetch_result(answer) | {"facts": FACT_READERS[source.kind](answer.body, origin)}
@@ -289,7 +290,7 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
         if "outage" in result:
             result["failed_call"] = (source.account, began)
     except (KeyError, TypeError, AttributeError) as error:
-        result = {"outcome": "unknown", "error": f"{source.id} as it was never seen: {type(error).__name__} {error}"}
+        result = {"outcome": "unknown", "error": f"{source.id} can't be read: {type(error).__name__} {error}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     results: list[CallResult] = [
         {name: result[name] for name in ("error", "release_seconds", "outage") if name in result}
@@ -311,20 +312,27 @@ async def fetch_object(worker: Worker, source: ProviderObject) -> ProviderRespon
     return answer
 
 
-async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrigin) -> CallResult:
-    """A dispute is fetched by one at a time, and numbered: it goes back and forth, and the last fetch wins."""
+async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrigin) -> ProviderResponse:
+    """Fetch a dispute and record its facts, numbered, under a lock. Raises ObjectUnreadable if it can't be read.
+
+    A dispute's status goes back and forth, so the facts of the last fetch win. Under the lock, fetches are numbered,
+    made and recorded in one order; results of calls, which are recorded in groups, would be in another.
+    """
     async with worker.database.try_lock(f"dispute:{source.id}") as is_locked:
         if not is_locked:
-            raise ProviderBusy("somebody else is fetching it", seconds=DISPUTE_PAUSE_SECONDS)
+            raise ProviderBusy("another worker is fetching it", seconds=DISPUTE_PAUSE_SECONDS)
         revision = await worker.database.value(
             "select surety.next_fetch_number('stripe', %s, %s, %s)", source.account, source.livemode, source.id
         )
         answer = await fetch_object(worker, source)
-        facts = dispute_facts(answer.body, origin, revision)
+        try:
+            facts = dispute_facts(answer.body, origin, revision)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ObjectUnreadable(f"{source.id} can't be read: {type(error).__name__} {error}") from error
         if facts:
             made = await worker.database.value("select surety.record_facts(%s, %s)", Jsonb(facts), worker.actor)
             await worker.schedule_handlers_for(made)
-    return fetch_result(answer)
+    return answer
 
 
 def fetch_result(answer: ProviderResponse) -> CallResult:

@@ -6,6 +6,7 @@ Every call ends in one of these; whoever gets an exception knows what to do by i
     ProviderError
     ├── ProviderBusy       409 and 429: the same again a little later. 401 and 403 too: no payment's failure, but ours
     ├── OutcomeUnknown    it may have happened or not, so ask before sending again
+    │   ├── ObjectUnreadable an object that isn't as Stripe describes it
     │   └── ProviderOutage no answer, half of one, 5xx or nonsense: the provider's failure, never the payment's
     ├── ObjectAbsent     it was looked for where it would be, and isn't there
     ├── PaymentRefused    the payment itself can't be made: an unknown card, a forbidden amount
@@ -97,6 +98,10 @@ class OutcomeUnknown(ProviderError):
     """Nobody knows whether it happened."""
 
     outcome = "unknown"
+
+
+class ObjectUnreadable(OutcomeUnknown):
+    """The object was answered, and isn't as Stripe describes such objects."""
 
 
 class ProviderOutage(OutcomeUnknown):

@@ -18,9 +18,8 @@ import pytest
 
 from jobs.database import WORKER_CONNECTIONS_MAX
 from jobs.handlers.webhooks import ProviderObject, fetch_dispute
+from jobs.periodic import PERIODIC_JOBS, cron
 from jobs.polling import (
-    PERIODIC_TASKS,
-    cron,
     merge_time_ranges,
     poll_balance_transactions,
     poll_payouts,
@@ -95,7 +94,7 @@ def test_without_a_provider_or_a_database_a_worker_refuses_to_start(database: st
 
 def test_importing_the_app_needs_no_settings() -> None:
     subprocess.run(
-        [sys.executable, "-c", "from jobs import app; app.perform_import_paths()"],
+        [sys.executable, "-c", "import jobs"],
         cwd=ROOT,
         env={"PATH": os.environ["PATH"]},
         check=True,
@@ -105,8 +104,7 @@ def test_importing_the_app_needs_no_settings() -> None:
 def test_procrastinate_settings_are_effective() -> None:
     from jobs import app
 
-    app.perform_import_paths()  # type: ignore[no-untyped-call]
-    assert app.worker_defaults["concurrency"] > 2 * 6 + len(PERIODIC_TASKS)
+    assert app.worker_defaults["concurrency"] > 2 * 6 + len(PERIODIC_JOBS)
     assert app.worker_defaults["delete_jobs"] == "always"
     assert app.worker_defaults["fetch_job_polling_interval"] == 1.0
     assert {"drain", "schedule_due_handlers", "poll_unfinished", "poll_balance_transactions"} <= set(app.tasks)

@@ -12,10 +12,11 @@ from app.api.create_payment import CREATE_PAYMENTS
 from app.web.batching import BatchingConnections, RefusedByDatabase, Unavailable
 from db.errors import is_retryable
 from db.settings import load_settings
-from jobs import app, polling
+from jobs import app
 from jobs.database import WorkerDatabase
 from jobs.drain import drain
 from jobs.handlers.table import HANDLERS
+from jobs.periodic import PERIODIC_JOBS
 from jobs.stripe.client import API_VERSION, StripeGateway
 from jobs.worker import Batch, Worker, keep_heartbeat
 from tests.simulation.clients import PATIENCE_SECONDS, RETRY_AFTER_SECONDS
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 SETTINGS = load_settings({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
 CLIENT = make_client(API_VERSION)
-ROUNDS = tuple(name for name in polling.PERIODIC_TASKS if name != "schedule_due_handlers")
+ROUNDS = tuple(name for name in PERIODIC_JOBS if name != "schedule_due_handlers")
 
 
 async def probe(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
@@ -74,7 +75,7 @@ class WorkerProcess(Process):
 
     def round(self, name: str) -> asyncio.Task[Any]:
         """Start what happens periodically."""
-        return self.start(self._run(name, polling.PERIODIC_TASKS[name](self.context, timestamp=0)))
+        return self.start(self._run(name, app.tasks[name](self.context, timestamp=0)))
 
     def stop(self) -> None:
         """As by SIGTERM: what has begun is finished, and then the process ends."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from db.embedded import wait_until
+from jobs.periodic import PeriodicJob
 from jobs.polling import (
-    PeriodicJob,
     poll_balance_transactions,
     poll_events,
     poll_payouts,

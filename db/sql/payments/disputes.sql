@@ -5,7 +5,7 @@
 --   advance   surety.advance_disputes: the fetch with the highest number wins; a changed status is an event
 --   evidence  api.submit_evidence, merged here; surety.begin_calls: what will be sent is committed first
 --   deadline  surety.emit_evidence_reminders: an event before evidence is due
---   ask about  the sweep: surety.claim_disputes_to_poll
+--   poll      surety.claim_objects_to_poll
 --   read      api.get_dispute, api.list_disputes
 
 create or replace function surety.emit_dispute_event(d surety.disputes, p_type text, p_at timestamptz) returns void

@@ -7,7 +7,7 @@
 --   taken
 --   advance   surety.advance_refunds: what facts say of refunds, as rows and steps
 --   project   a trigger: the refund's row, its event, its audit entry
---   ask about  the sweep: surety.claim_refunds_to_poll
+--   poll      surety.claim_objects_to_poll
 --   read      api.get_refund, api.list_refunds
 
 create or replace function surety.project_refund_steps() returns trigger

@@ -1,5 +1,15 @@
 -- Circuits of provider accounts: their keys, their times, and whether all of them are open.
 
+create or replace view surety.open_circuits as
+select
+    circuit_breakers.provider,
+    circuit_breakers.account
+from surety.circuit_breakers
+where circuit_breakers.opened_at is not null;
+
+comment on view surety.open_circuits is
+'The accounts that are called by probes only. A view, so that the planner inlines it where due objects are claimed.';
+
 create or replace function surety.circuit_key(p_provider text, p_account text) returns text
 language sql immutable
 begin atomic
@@ -32,12 +42,11 @@ create or replace function surety.all_accounts_unreachable() returns boolean
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
     select
-        exists (select from surety.circuit_breakers where circuit_breakers.opened_at is not null)
+        exists (select from surety.open_circuits)
         and not exists (
             select from surety.merchants
             where not exists (
-                select from surety.circuit_breakers
-                where circuit_breakers.account = merchants.provider_account and circuit_breakers.opened_at is not null
+                select from surety.open_circuits where open_circuits.account = merchants.provider_account
             )
         );
 end;

@@ -1,153 +1,145 @@
 -- Polling: unfinished objects and lists to read from the provider.
 
-create or replace function surety.claim_payments_to_poll(p_limit integer)
+create or replace function surety.claim_objects_to_poll(p_limit integer)
 returns table (
-    payment_id text, provider_id text, account text, amount_minor bigint, currency text, livemode boolean,
-    first_sent_at timestamptz, last_sent_at timestamptz
+    kind text, subject_id text, payment_id text, provider_id text, intent_id text, account text, amount_minor bigint,
+    currency text, livemode boolean, first_sent_at timestamptz, last_sent_at timestamptz
 )
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    with due as (
+    with
+    due_payments as (
         select payments.id
         from surety.payments
         where
             payments.poll_at <= surety.time_now()
             and not exists (
-                select from surety.circuit_breakers
-                where
-                    circuit_breakers.provider = payments.provider
-                        and circuit_breakers.account = payments.provider_account
-                    and circuit_breakers.opened_at is not null
+                select from surety.open_circuits
+                where open_circuits.provider = payments.provider and open_circuits.account = payments.provider_account
             )
         order by payments.poll_at
         limit p_limit
         for update skip locked
     ),
 
-    claimed as (
+    claimed_payments as (
         update surety.payments
         set
             poll_count = payments.poll_count + 1,
             poll_at = surety.time_now() + states.poll_after * least(64, 2 ^ (payments.poll_count + 1))
-        from due, surety.states
-        where payments.id = due.id and payments.state = states.state
+        from due_payments, surety.states
+        where payments.id = due_payments.id and payments.state = states.state
         returning
             payments.id, payments.provider_id, payments.provider_account, payments.amount_minor, payments.currency,
             payments.livemode
-    )
+    ),
 
-    select
-        claimed.id,
-        claimed.provider_id,
-        claimed.provider_account,
-        claimed.amount_minor,
-        claimed.currency,
-        claimed.livemode,
-        calls.first_sent_at,
-        calls.last_sent_at
-    from claimed
-    left join surety.calls on claimed.id = calls.payment_id and calls.operation = 'create'
-    -- Nothing was sent for it, so there is nothing to ask.
-    where claimed.provider_id is not null or calls.payment_id is not null;
-end;
-
-comment on function surety.claim_payments_to_poll(integer) is
-'Unfinished payments that the sweep should ask their provider about now; each is asked again at growing intervals, up to
-64 times the state''s poll_after,
-    for as long as it is unfinished. One without provider_id was sent between first_sent_at
-and last_sent_at, and nobody knows whether it came there.';
-
-create or replace function surety.claim_refunds_to_poll(p_limit integer)
-returns table (
-    refund_id text, payment_id text, provider_id text, intent_id text, account text, livemode boolean
-)
-language sql volatile security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    with due as (
+    due_refunds as (
         select refunds.id
         from surety.refunds
         where
             refunds.poll_at <= surety.time_now()
             and not exists (
-                select from surety.circuit_breakers
-                where
-                    circuit_breakers.provider = refunds.provider and circuit_breakers.account = refunds.provider_account
-                    and circuit_breakers.opened_at is not null
+                select from surety.open_circuits
+                where open_circuits.provider = refunds.provider and open_circuits.account = refunds.provider_account
             )
         order by refunds.poll_at
         limit p_limit
         for update skip locked
     ),
 
-    claimed as (
+    claimed_refunds as (
         update surety.refunds
         set
             poll_count = refunds.poll_count + 1,
             poll_at = surety.time_now() + refund_states.poll_after * least(64, 2 ^ (refunds.poll_count + 1))
-        from due, surety.refund_states
-        where refunds.id = due.id and refunds.state = refund_states.state
-        returning refunds.id, refunds.payment_id, refunds.provider_id, refunds.provider_account
-    )
+        from due_refunds, surety.refund_states
+        where refunds.id = due_refunds.id and refunds.state = refund_states.state
+        returning
+            refunds.id, refunds.payment_id, refunds.provider_id, refunds.provider_account, refunds.amount_minor,
+            refunds.currency
+    ),
 
-    select
-        claimed.id,
-        claimed.payment_id,
-        claimed.provider_id,
-        payments.provider_id,
-        claimed.provider_account,
-        payments.livemode
-    from claimed
-    inner join surety.payments on claimed.payment_id = payments.id
-    left join surety.calls
-        on claimed.payment_id = calls.payment_id and calls.operation = 'refund:' || claimed.id
-    -- Nothing was sent for it, so there is nothing to ask.
-    where claimed.provider_id is not null or calls.payment_id is not null;
-end;
-
-comment on function surety.claim_refunds_to_poll(integer) is
-'Refunds under way that the sweep should ask their provider about now, at growing intervals. One without provider_id was
-sent, and nobody knows whether it came there: it is among those of the intent, or is not.';
-
-create or replace function surety.claim_disputes_to_poll(p_limit integer)
-returns table (payment_id text, provider_id text, account text, livemode boolean)
-language sql volatile security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    with due as (
+    due_disputes as (
         select disputes.id
         from surety.disputes
         where
             disputes.poll_at <= surety.time_now()
             and not exists (
-                select from surety.circuit_breakers
-                where
-                    circuit_breakers.provider = disputes.provider
-                        and circuit_breakers.account = disputes.provider_account
-                    and circuit_breakers.opened_at is not null
+                select from surety.open_circuits
+                where open_circuits.provider = disputes.provider and open_circuits.account = disputes.provider_account
             )
         order by disputes.poll_at
         limit p_limit
         for update skip locked
     ),
 
-    claimed as (
+    claimed_disputes as (
         update surety.disputes
         set poll_at = surety.time_now() + dispute_statuses.poll_after
-        from due, surety.dispute_statuses
-        where disputes.id = due.id and disputes.status = dispute_statuses.status
-        returning disputes.payment_id, disputes.provider_id, disputes.provider_account
+        from due_disputes, surety.dispute_statuses
+        where disputes.id = due_disputes.id and disputes.status = dispute_statuses.status
+        returning
+            disputes.id, disputes.payment_id, disputes.provider_id, disputes.provider_account, disputes.amount_minor,
+            disputes.currency
     )
 
     select
-        claimed.payment_id,
-        claimed.provider_id,
-        claimed.provider_account,
-        environment.livemode
-    from claimed
+        'payment' as kind,
+        claimed_payments.id as subject_id,
+        claimed_payments.id as payment_id,
+        claimed_payments.provider_id,
+        claimed_payments.provider_id as intent_id,
+        claimed_payments.provider_account as account,
+        claimed_payments.amount_minor,
+        claimed_payments.currency,
+        claimed_payments.livemode,
+        calls.first_sent_at,
+        calls.last_sent_at
+    from claimed_payments
+    left join surety.calls on claimed_payments.id = calls.payment_id and calls.operation = 'create'
+    -- A payment that was never sent has nothing to poll.
+    where claimed_payments.provider_id is not null or calls.payment_id is not null
+    union all
+    select
+        'refund',
+        claimed_refunds.id,
+        claimed_refunds.payment_id,
+        claimed_refunds.provider_id,
+        payments.provider_id,
+        claimed_refunds.provider_account,
+        claimed_refunds.amount_minor,
+        claimed_refunds.currency,
+        payments.livemode,
+        calls.first_sent_at,
+        calls.last_sent_at
+    from claimed_refunds
+    inner join surety.payments on claimed_refunds.payment_id = payments.id
+    left join surety.calls
+        on claimed_refunds.payment_id = calls.payment_id and calls.operation = 'refund:' || claimed_refunds.id
+    where claimed_refunds.provider_id is not null or calls.payment_id is not null
+    union all
+    select
+        'dispute',
+        claimed_disputes.id,
+        claimed_disputes.payment_id,
+        claimed_disputes.provider_id,
+        null,
+        claimed_disputes.provider_account,
+        claimed_disputes.amount_minor,
+        claimed_disputes.currency,
+        environment.livemode,
+        null,
+        null
+    from claimed_disputes
     cross join surety.environment;
 end;
 
-comment on function surety.claim_disputes_to_poll(integer) is
-'Open disputes and inquiries that the sweep should fetch now, every few hours.';
+comment on function surety.claim_objects_to_poll(integer) is
+'Unfinished payments, refunds and disputes that are due to be fetched from their provider, at most p_limit of each kind.
+Intervals double with each poll of a payment or refund, up to 64 times the state''s poll_after; those of disputes stay
+the same. provider_id is null for an object that was sent between first_sent_at and last_sent_at with an unknown
+outcome. Objects behind an open circuit are left out.';
 
 create or replace function surety.poll_windows(p_list text, p_overlap interval)
 returns table (provider text, account text, read_from timestamptz, read_to timestamptz)
@@ -169,17 +161,15 @@ begin atomic
         on poll_cursors.provider = 'stripe' and accounts.account = poll_cursors.account and poll_cursors.list = p_list
     where
         not exists (
-            select from surety.circuit_breakers
-            where
-                circuit_breakers.provider = 'stripe' and circuit_breakers.account = accounts.account
-                and circuit_breakers.opened_at is not null
+            select from surety.open_circuits
+            where open_circuits.provider = 'stripe' and open_circuits.account = accounts.account
         )
     order by accounts.account;
 end;
 
 comment on function surety.poll_windows(text, interval) is
-'From when each account''s list must be read again, overlapping, because a list may show a row late; and what to tell
-surety.advance_poll_cursor afterwards.';
+'The accounts whose list is to be read, without those behind an open circuit. read_from overlaps the last reading,
+because a list may show a row late; surety.advance_poll_cursor takes read_to afterwards.';
 
 create or replace function surety.advance_poll_cursor(p_provider text, p_account text, p_list text, p_to timestamptz)
 returns void language sql volatile security definer set search_path = pg_catalog, pg_temp
@@ -203,11 +193,8 @@ begin atomic
         where
             pending_money.available_at <= surety.time_now()
             and not exists (
-                select from surety.circuit_breakers
-                where
-                    circuit_breakers.provider = pending_money.provider
-                        and circuit_breakers.account = pending_money.account
-                    and circuit_breakers.opened_at is not null
+                select from surety.open_circuits
+                where open_circuits.provider = pending_money.provider and open_circuits.account = pending_money.account
             )
         order by pending_money.available_at, pending_money.object_id
         limit p_limit
@@ -224,5 +211,5 @@ begin atomic
 end;
 
 comment on function surety.claim_pending_money(integer, interval) is
-'Balance transactions that should have become available by now; what is asked for and still isn''t comes again later, so
-that it keeps no other from being asked for.';
+'Balance transactions that should be available by now, at most p_limit, without those behind an open circuit. Each is
+claimed again after p_again_after until it is available.';

@@ -1,0 +1,108 @@
+"""Periodic jobs: when each runs, and the upkeep among them.
+
+A job runs in one worker at a time; a second start finds its lock taken and ends. Those without a time below run every
+SURETY_POLL_SECONDS.
+
+    schedule_due_handlers      schedules handlers that have due work             every second
+    poll_…, recheck_…          reads from the provider (jobs/polling.py)
+    retry_unmatched_facts      matches facts again that found no payment
+    check_deadlines            expected settlements, payers' actions, evidence
+    maintain                   makes partitions ahead, deletes expired rows       every hour
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+
+from procrastinate import App, JobContext
+
+from db.settings import Settings
+from jobs.polling import (
+    poll_balance_transactions,
+    poll_events,
+    poll_payouts,
+    poll_unfinished,
+    recheck_pending_balance,
+)
+from jobs.worker import Worker, worker_of
+
+MINUTE_SECONDS = 60
+# How long before its deadline a dispute's missing evidence is reported.
+EVIDENCE_REMINDER_LEAD = timedelta(days=3)
+
+PeriodicJob = Callable[[Worker], Awaitable[None]]
+
+
+async def schedule_due_handlers(worker: Worker) -> None:
+    """Schedule the handlers that have due work: missed notifications, retries, batches of dead workers."""
+    await worker.database.value("select outbox.schedule_due_handlers()")
+
+
+async def retry_unmatched_facts(worker: Worker) -> None:
+    """Match facts again that found no payment."""
+    await worker.schedule_handlers_for(await worker.database.value("select surety.retry_unmatched_facts()"))
+
+
+async def check_deadlines(worker: Worker) -> None:
+    """Report overdue settlements, cancel payments whose payer did not act, remind merchants of missing evidence."""
+    await worker.database.value("select surety.open_overdue_discrepancies()")
+    query = "select surety.cancel_expired_actions(make_interval(secs => %s))"
+    await worker.schedule_handlers_for(await worker.database.value(query, worker.settings.surety_action_seconds))
+    await worker.schedule_handlers_for(
+        await worker.database.value("select surety.emit_evidence_reminders(%s)", EVIDENCE_REMINDER_LEAD)
+    )
+
+
+async def maintain(worker: Worker) -> None:
+    """Make partitions for the months ahead; delete expired idempotency keys and orphaned jobs."""
+    await worker.database.value("select surety.maintain_partitions()")
+    await worker.database.value("select surety.delete_expired_idempotency_keys()")
+    await worker.database.value("select outbox.delete_orphaned_jobs()")
+
+
+PERIODIC_JOBS: dict[str, PeriodicJob] = {
+    "schedule_due_handlers": schedule_due_handlers,
+    "poll_unfinished": poll_unfinished,
+    "poll_events": poll_events,
+    "poll_balance_transactions": poll_balance_transactions,
+    "recheck_pending_balance": recheck_pending_balance,
+    "poll_payouts": poll_payouts,
+    "retry_unmatched_facts": retry_unmatched_facts,
+    "check_deadlines": check_deadlines,
+    "maintain": maintain,
+}
+
+
+def add_periodic_tasks(workers: App) -> None:
+    """Make each periodic job a task of Procrastinate's: at most one waits, at most one runs."""
+    for name, job in PERIODIC_JOBS.items():
+        workers.task(name=name, queue="periodic", queueing_lock=name, pass_context=True)(run_alone(job, name))
+
+
+def run_alone(job: PeriodicJob, lock: str) -> Callable[..., Awaitable[None]]:
+    """A job that does nothing while another worker runs it."""
+
+    async def run(context: JobContext, /, timestamp: int) -> None:
+        worker = worker_of(context)
+        async with worker.database.try_lock(lock) as is_locked:
+            if is_locked:
+                await job(worker)
+
+    return run
+
+
+def schedule_periodic_tasks(workers: App, settings: Settings) -> None:
+    """Set when each periodic job starts; a second call in the same process replaces the first."""
+    poll = cron(settings.surety_poll_seconds)
+    workers.periodic_registry.periodic_tasks.clear()
+    for name in PERIODIC_JOBS:
+        when = {"schedule_due_handlers": cron(1), "maintain": "0 * * * *"}.get(name, poll)
+        workers.periodic(cron=when)(workers.tasks[name])
+
+
+def cron(seconds: int) -> str:
+    """Every so many seconds, below a minute; whole minutes above. Procrastinate's crontab has the seconds last."""
+    if seconds < MINUTE_SECONDS:
+        return f"* * * * * */{seconds}"
+    return f"*/{min(59, seconds // MINUTE_SECONDS)} * * * *"

@@ -1,0 +1,116 @@
+"""Supervision of Procrastinate's worker: it is restarted when it ends by itself, and stopped by signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Generator
+from typing import Any, Unpack
+
+from procrastinate import App
+from procrastinate.app import WorkerOptions
+from psycopg_pool import AsyncConnectionPool
+
+from db.connect import bounded_connection, conninfo
+from db.errors import is_unreachable
+from db.settings import load_settings
+from jobs.database import POOL_SECONDS
+from jobs.periodic import schedule_periodic_tasks
+from jobs.worker import open_worker
+
+log = logging.getLogger("surety.worker")
+
+RESTART_SECONDS = 1.0
+
+
+class WorkerApp(App):
+    """Procrastinate's app, with what our tasks work with, and with a supervisor of its own.
+
+    Procrastinate's worker ends, even with status 0, when one of its side tasks fails, as by a restart of the database;
+    then it is started again here until we are told to stop.
+    """
+
+    async def run_worker_async(self, **options: Unpack[WorkerOptions]) -> None:
+        """Work until told to stop. Raises SettingsError if no provider or no database is named."""
+        settings = load_settings()
+        quiet_library_logs()
+        schedule_periodic_tasks(self, settings)
+        name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
+        by_signals = options.get("install_signal_handlers", True)
+        async with open_worker(settings, name) as worker:
+            worker.watchdog.start()
+            work: WorkerOptions = {
+                **options,
+                "name": name,
+                "install_signal_handlers": False,
+                "additional_context": {"worker": worker},
+            }
+            while not worker.stopping.is_set():
+                running = asyncio.create_task(super().run_worker_async(**work))
+                with stop_on_signals(worker.stopping, running) if by_signals else contextlib.nullcontext():
+                    await wait_until_worker_ends(worker.stopping, running)
+
+
+async def wait_until_worker_ends(stopping: asyncio.Event, running: asyncio.Task[None]) -> None:
+    """Wait for Procrastinate's worker to end; unless we are stopping, tell why it did and pause."""
+    try:
+        await running
+    except asyncio.CancelledError:
+        if not stopping.is_set():
+            raise
+    except Exception as error:
+        if is_unreachable(error) or is_unreachable(error.__cause__):
+            log.warning("the database is away: %s", str(error.__cause__ or error).strip())
+        else:
+            log.exception("the worker broke down")
+    if not stopping.is_set():
+        log.error("the worker ended by itself; it is started again in %s s", RESTART_SECONDS)
+        await asyncio.sleep(RESTART_SECONDS)
+
+
+@contextlib.contextmanager
+def stop_on_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> Generator[None]:
+    """The first SIGINT or SIGTERM lets the worker finish what it holds; a second one ends it at once."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        stopping.set()
+        # Procrastinate takes the cancellation of its runner for a graceful stop.
+        running.cancel()
+
+    for number in signals:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def quiet_library_logs() -> None:
+    """Libraries tell of every job and request; at debug level Stripe's would tell client secrets."""
+    for name in ("procrastinate", "httpx", "httpcore", "stripe"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # It tells of each try to connect; jobs/database.py tells once.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+
+
+def open_pool(**options: Any) -> AsyncConnectionPool:
+    """Procrastinate's own connections; raises SettingsError when a worker starts without settings."""
+    where = conninfo("worker", load_settings(), search_path="procrastinate")
+    return AsyncConnectionPool(
+        where,
+        connection_class=bounded_connection("worker"),
+        min_size=1,
+        max_size=4,
+        timeout=POOL_SECONDS,
+        reconnect_timeout=POOL_SECONDS,
+        **options,
+    )
