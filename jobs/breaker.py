@@ -17,7 +17,8 @@ from msgspec import Struct
 from psycopg.types.json import Jsonb
 
 from jobs.database import WorkerDatabase
-from jobs.stripe.client import ProviderError, ProviderOutage, StripeGateway
+from jobs.stripe.client import StripeGateway
+from jobs.stripe.errors import ProviderError, ProviderOutage
 
 log = logging.getLogger("surety.breaker")
 

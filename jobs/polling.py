@@ -29,15 +29,11 @@ from jobs.handlers.calls import (
     not_sent_result,
 )
 from jobs.handlers.payments import intent_error_result, intent_result
-from jobs.handlers.webhooks import (
-    POLLED_EVENTS,
-    ProviderObject,
-    fetch_dispute,
-    fetch_result,
-    store_polled_events,
-)
-from jobs.stripe.client import ObjectAbsent, ObjectUnreadable, ProviderError, ProviderResponse
+from jobs.handlers.webhooks import fetch_dispute, fetch_result, store_polled_events
+from jobs.stripe.client import ProviderResponse
+from jobs.stripe.errors import ObjectAbsent, ObjectUnreadable, ProviderError
 from jobs.stripe.facts import Fact, FactOrigin, Json, balance_transaction_facts, payout_facts, refund_facts
+from jobs.stripe.webhook_events import POLLED_EVENTS, ProviderObject
 from jobs.worker import Worker
 
 log = logging.getLogger("surety.polling")

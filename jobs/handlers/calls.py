@@ -19,12 +19,12 @@ from psycopg.types.json import Jsonb
 
 from jobs.breaker import circuit_key
 from jobs.database import bisect_on_error
-from jobs.stripe.client import (
+from jobs.stripe.client import ProviderResponse
+from jobs.stripe.errors import (
     PaymentRefused,
     ProviderBusy,
     ProviderError,
     ProviderOutage,
-    ProviderResponse,
     RequestRejected,
     ResponseMismatch,
 )

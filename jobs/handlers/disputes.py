@@ -9,9 +9,11 @@ from __future__ import annotations
 from contextlib import suppress
 
 from jobs.handlers.calls import CallOperation, CallResult, ProviderCall, answered_result, failed_call_result
-from jobs.handlers.webhooks import ProviderObject, fetch_dispute
-from jobs.stripe.client import ProviderError, ProviderResponse, RequestRejected
+from jobs.handlers.webhooks import fetch_dispute
+from jobs.stripe.client import ProviderResponse
+from jobs.stripe.errors import ProviderError, RequestRejected
 from jobs.stripe.facts import FactOrigin, Json
+from jobs.stripe.webhook_events import ProviderObject
 from jobs.worker import Worker
 
 

@@ -14,12 +14,12 @@ from jobs.handlers.calls import (
     discrepancy_result,
     error_fields,
 )
-from jobs.stripe.client import (
+from jobs.stripe.client import ProviderResponse
+from jobs.stripe.errors import (
     OutcomeUnknown,
     PaymentDeclined,
     PaymentRefused,
     ProviderError,
-    ProviderResponse,
     RequestRejected,
     ResponseMismatch,
 )

@@ -14,14 +14,8 @@ from jobs.handlers.calls import (
     discrepancy_result,
     error_fields,
 )
-from jobs.stripe.client import (
-    OutcomeUnknown,
-    PaymentDeclined,
-    PaymentRefused,
-    ProviderError,
-    ProviderResponse,
-    ResponseMismatch,
-)
+from jobs.stripe.client import ProviderResponse
+from jobs.stripe.errors import OutcomeUnknown, PaymentDeclined, PaymentRefused, ProviderError, ResponseMismatch
 from jobs.stripe.facts import FactOrigin, Json, failure, id_of, refund_facts
 from jobs.worker import Worker
 

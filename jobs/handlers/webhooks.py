@@ -1,19 +1,15 @@
-"""What a webhook says, or what is fetched because of it (MONEY.md, "Facts").
+"""webhook.received: what Stripe's events prove, recorded as facts; what they don't prove, fetched.
 
-A signed snapshot is believed where it tells of something that only grows and was made for our API version. Failures,
-disputes and what only announces something are fetched, unless it is known by then. Events of other types mean nothing
-to us and end here.
+jobs/stripe/webhook_events.py says what each type of event proves.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 
 import msgspec
-from msgspec import Struct
 from psycopg.types.json import Jsonb
 
 from db.redaction import without_secrets
@@ -25,118 +21,23 @@ from jobs.handlers.calls import (
     record_as_completed,
     record_call_results,
 )
-from jobs.stripe.client import (
-    API_VERSION,
-    ObjectUnreadable,
-    OutcomeUnknown,
-    ProviderBusy,
-    ProviderError,
-    ProviderResponse,
-)
+from jobs.stripe.client import ProviderResponse
+from jobs.stripe.errors import ObjectUnreadable, OutcomeUnknown, ProviderBusy, ProviderError
 from jobs.stripe.facts import (
-    Fact,
     FactOrigin,
     Json,
     dispute_facts,
-    id_of,
     intent_facts,
     payout_facts,
     redacted,
     refund_facts,
 )
+from jobs.stripe.webhook_events import FactReader, ObjectToFetch, ProviderObject, StoredWebhook, interpret_webhook
 from jobs.worker import Batch, Worker
 
 DISPUTE_PAUSE_SECONDS = 1.0
 
-FactReader = Callable[[Json, FactOrigin], list[Fact]]
-
-SNAPSHOT_EVENTS: dict[str, FactReader] = {
-    "payment_intent.created": intent_facts,
-    "payment_intent.requires_action": intent_facts,
-    "payment_intent.processing": intent_facts,
-    "payment_intent.amount_capturable_updated": intent_facts,
-    "payment_intent.succeeded": intent_facts,
-    "payment_intent.canceled": intent_facts,
-    "refund.created": refund_facts,
-    "refund.updated": refund_facts,
-    "payout.created": payout_facts,
-    "payout.updated": payout_facts,
-    "payout.paid": payout_facts,
-    "payout.failed": payout_facts,
-    "payout.canceled": payout_facts,
-}
-
-# What announces something about an intent, and the facts by any of which it is known already.
-FETCH_UNLESS_KNOWN: dict[str, tuple[str, ...]] = {
-    "payment_intent.payment_failed": ("attempt_failed", "failed", "canceled"),
-    "charge.failed": ("attempt_failed", "failed", "canceled"),
-    "charge.expired": ("failed", "canceled"),
-    "charge.pending": ("processing",),
-    "charge.succeeded": ("authorized", "captured"),
-    "charge.captured": ("captured",),
-    "charge.updated": ("money",),
-}
-CHARGE_EVENTS = frozenset({"charge.succeeded", "charge.captured"})
-
-FETCH_ALWAYS = frozenset(
-    {
-        "refund.failed",
-        "charge.dispute.created",
-        "charge.dispute.updated",
-        "charge.dispute.closed",
-        "charge.dispute.funds_withdrawn",
-        "charge.dispute.funds_reinstated",
-    }
-)
-
-# What nothing else would tell, should its webhook be lost: what happens to a payment that has ended here, what was done
-# in the dashboard, what the network does.
-POLLED_EVENTS = FETCH_ALWAYS | {
-    "payment_intent.created",
-    "payment_intent.succeeded",
-    "payment_intent.canceled",
-    "charge.expired",
-    "refund.created",
-    "refund.updated",
-}
-
 FACT_READERS: dict[str, FactReader] = {"payment_intent": intent_facts, "refund": refund_facts, "payout": payout_facts}
-
-
-class StoredWebhook(Struct):
-    """A row of surety.read_provider_events."""
-
-    event_id: str
-    provider_event_id: str
-    source: str
-    account: str
-    livemode: bool
-    type: str
-    body: str
-
-
-class EventEnvelope(Struct):
-    """What every event of Stripe's says of itself."""
-
-    api_version: str | None
-    data: dict[str, Json]
-
-
-class ProviderObject(Struct, frozen=True):
-    """An object at Stripe; `kind` as it calls itself, `payment_intent`."""
-
-    account: str
-    livemode: bool
-    kind: str
-    id: str
-
-
-class ObjectToFetch(Struct):
-    """What must be fetched because of a webhook, unless one of these facts is known by then."""
-
-    source: ProviderObject
-    unless_object: str = ""
-    unless_kinds: tuple[str, ...] = ()
 
 
 async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
@@ -171,37 +72,6 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
         await record_call_results(worker, batch, results)
     await audit_fetches(worker, to_fetch)
     await record_as_completed(worker, batch, [partial(fetch_for_webhooks, worker, *one) for one in to_fetch.items()])
-
-
-def interpret_webhook(webhook: StoredWebhook) -> list[Fact] | ObjectToFetch:
-    """What a webhook says, or what must be fetched for it; no facts if it means nothing to us.
-
-    Raises what reading the body raises if it isn't as Stripe sends it.
-    """
-    envelope = msgspec.json.decode(webhook.body, type=EventEnvelope)
-    result = envelope.data["object"]
-    if webhook.type in SNAPSHOT_EVENTS and envelope.api_version == API_VERSION:
-        origin = FactOrigin(webhook.account, webhook.livemode, webhook.source, webhook.provider_event_id)
-        return SNAPSHOT_EVENTS[webhook.type](result, origin)
-    if webhook.type in SNAPSHOT_EVENTS or webhook.type in FETCH_ALWAYS:
-        return ObjectToFetch(ProviderObject(webhook.account, webhook.livemode, result["object"], result["id"]))
-    if webhook.type in FETCH_UNLESS_KNOWN:
-        return referenced_intent(webhook, result)
-    return []
-
-
-def referenced_intent(webhook: StoredWebhook, result: Json) -> list[Fact] | ObjectToFetch:
-    """The intent that an event is about; nothing for a charge that has none, as another system's may."""
-    intent = result["id"] if result["object"] == "payment_intent" else id_of(result["payment_intent"])
-    about = intent
-    if webhook.type in CHARGE_EVENTS:
-        about = result["id"]
-    elif webhook.type == "charge.updated":
-        about = id_of(result["balance_transaction"])
-    if intent is None or about is None:
-        return []
-    source = ProviderObject(webhook.account, webhook.livemode, "payment_intent", intent)
-    return ObjectToFetch(source, about, FETCH_UNLESS_KNOWN[webhook.type])
 
 
 async def store_polled_events(worker: Worker, account: str, events: list[Json]) -> None:

@@ -1,21 +1,4 @@
-"""The one place that calls Stripe, and what its answers mean.
-
-Every call ends in one of these; whoever gets an exception knows what to do by its class alone:
-
-    an answer      the object, checked against the payment it should be about
-    ProviderError
-    ├── ProviderBusy       409 and 429: the same again a little later. 401 and 403 too: no payment's failure, but ours
-    ├── OutcomeUnknown    it may have happened or not, so ask before sending again
-    │   ├── ObjectUnreadable an object that isn't as Stripe describes it
-    │   └── ProviderOutage no answer, half of one, 5xx or nonsense: the provider's failure, never the payment's
-    ├── ObjectAbsent     it was looked for where it would be, and isn't there
-    ├── PaymentRefused    the payment itself can't be made: an unknown card, a forbidden amount
-    ├── PaymentDeclined   402: the issuer said no; the intent lives on
-    ├── ResponseMismatch     an answer about something else than what was asked: nothing of it is believed
-    └── RequestRejected   every other 4xx: our mistake, and a person's business
-
-Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
-"""
+"""Calls to Stripe, paced and bounded. No other module calls it. jobs/stripe/errors.py lists how a call can fail."""
 
 from __future__ import annotations
 
@@ -25,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 import httpx
 import stripe
@@ -33,16 +16,13 @@ from msgspec import Struct
 
 from db.settings import Settings
 from jobs.database import WorkerDatabase
-
-Json = dict[str, Any]
+from jobs.stripe.errors import Json, OutcomeUnknown, ProviderError, ProviderOutage, provider_error
 
 API_VERSION = "2026-10-28.endive"
 PROVIDER_CONNECTIONS_MAX = 32
 PAGE_SIZE = 100
 LIVE_REQUESTS_PER_SECOND = 80.0
 TEST_REQUESTS_PER_SECOND = 20.0
-BUSY_SECONDS = 1.0
-BUSY_SECONDS_MAX = 60.0
 YIELD_SECONDS = 0.25
 PROBE_SECONDS = 5.0
 # Windows of lists begin and end at multiples of so many seconds, so that many questions have the same.
@@ -50,97 +30,6 @@ LIST_WINDOW_SECONDS = 300
 LISTING_SHARED_SECONDS = 60.0
 # How much the provider's clock and ours may differ when an intent is looked for by the time of its creation.
 CLOCK_SKEW_SECONDS = 300
-
-# Parameters that a merchant's request decides: a refusal that names one is about the payment, not about us.
-PAYMENT_PARAMETERS = frozenset(
-    {"amount", "amount_to_capture", "payment_method", "return_url", "statement_descriptor_suffix", "description"}
-)
-# Codes that tell why a refund can't be made: likewise.
-REFUND_ERROR_CODES = frozenset(
-    {
-        "charge_already_refunded",
-        "charge_disputed",
-        "charge_not_refundable",
-        "insufficient_funds",
-        "refund_disputed_payment",
-    }
-)
-
-
-class ProviderError(Exception):
-    """A call to a provider that has no answer to believe."""
-
-    outcome = "error"
-
-    def __init__(self, message: str, *, status: int | None = None, body: Json | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body: Json = body or {}
-
-    @property
-    def error(self) -> Json:
-        """What the answer tells under `error`."""
-        told = self.body.get("error")
-        return told if isinstance(told, dict) else {"message": str(self)}
-
-
-class ProviderBusy(ProviderError):
-    """The provider asks us to come again later."""
-
-    outcome = "busy"
-
-    def __init__(self, message: str, *, seconds: float, **more: Any) -> None:
-        super().__init__(message, **more)
-        self.seconds = seconds
-
-
-class OutcomeUnknown(ProviderError):
-    """Nobody knows whether it happened."""
-
-    outcome = "unknown"
-
-
-class ObjectUnreadable(OutcomeUnknown):
-    """The object was answered, and isn't as Stripe describes such objects."""
-
-
-class ProviderOutage(OutcomeUnknown):
-    """The provider gave no answer that could be one."""
-
-
-class ObjectAbsent(ProviderError):
-    """The provider has no such object."""
-
-    outcome = "absent"
-
-
-class PaymentRefused(ProviderError):
-    """The payment can't be made as it is."""
-
-    outcome = "refused"
-
-
-class PaymentDeclined(ProviderError):
-    """The issuer said no."""
-
-    outcome = "declined"
-
-
-class ResponseMismatch(ProviderError):
-    """The answer is about something else; `kind` is the discrepancy's."""
-
-    outcome = "misfit"
-
-    def __init__(self, message: str, *, kind: str, **more: Any) -> None:
-        super().__init__(message, **more)
-        self.kind = kind
-
-
-class RequestRejected(ProviderError):
-    """The request was wrong."""
-
-    outcome = "rejected"
-
 
 OnCall = Callable[[str, float, ProviderError | None, bool], None]
 """Told of every call: its account, when it began on the monotonic clock, what failed it, whether it was a command."""
@@ -372,41 +261,6 @@ def requests_per_second(settings: Settings) -> float:
     if provider.url is not None:
         return 0.0
     return LIVE_REQUESTS_PER_SECOND if "_live_" in provider.key.reveal() else TEST_REQUESTS_PER_SECOND
-
-
-def provider_error(error: stripe.StripeError) -> ProviderError:
-    """What an error of the SDK means for the payment."""
-    status, headers = error.http_status, {name.lower(): value for name, value in (error.headers or {}).items()}
-    body: Json = error.json_body if isinstance(error.json_body, dict) else {}
-    told = body.get("error")
-    if status is None:
-        return ProviderOutage(f"no answer: {error.user_message or type(error).__name__}")
-    if not isinstance(told, dict):
-        return ProviderOutage(
-            f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None
-        )
-    code, param = told.get("code"), told.get("param")
-    message = f"Stripe {status}{f' {code}' if code else ''}: {told.get('message')}"
-    if status >= 500:
-        # A failure of long ago, told again, says nothing about now.
-        meant = OutcomeUnknown if headers.get("idempotent-replayed") == "true" else ProviderOutage
-        return meant(message, status=status, body=body)
-    retry = headers.get("stripe-should-retry")
-    if (status in (409, 429) and retry != "false") or retry == "true":
-        return ProviderBusy(message, seconds=retry_after_seconds(headers), status=status, body=body)
-    if status in (401, 403):
-        return ProviderBusy(message, seconds=BUSY_SECONDS_MAX, status=status, body=body)
-    if status == 402:
-        return PaymentDeclined(message, status=status, body=body)
-    if status in (400, 404) and (param in PAYMENT_PARAMETERS or code in REFUND_ERROR_CODES):
-        return PaymentRefused(message, status=status, body=body)
-    return RequestRejected(message, status=status, body=body)
-
-
-def retry_after_seconds(headers: Mapping[str, str]) -> float:
-    """How long to leave the provider alone: what it asks for, within reason."""
-    asked = headers.get("retry-after", "")
-    return min(float(asked), BUSY_SECONDS_MAX) if asked.isdecimal() else BUSY_SECONDS
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ import pytest
 
 from jobs.database import WORKER_CONNECTIONS_MAX
 from jobs.polling import poll_unfinished
-from jobs.stripe.client import ProviderOutage
+from jobs.stripe.errors import ProviderOutage
 from jobs.worker import Worker
 from tests.support.payments import Connection, add_merchant, pay, state_of, violations
 from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from jobs.handlers.webhooks import SNAPSHOT_EVENTS, ObjectToFetch, StoredWebhook, interpret_webhook
 from jobs.stripe.facts import (
     FactOrigin,
     amount_of_source,
@@ -22,6 +21,7 @@ from jobs.stripe.facts import (
     redacted,
     refund_facts,
 )
+from jobs.stripe.webhook_events import SNAPSHOT_EVENTS, ObjectToFetch, StoredWebhook, interpret_webhook
 from tests.support.payments import Connection
 from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
 

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from jobs.database import WORKER_CONNECTIONS_MAX
-from jobs.handlers.webhooks import ProviderObject, fetch_dispute
+from jobs.handlers.webhooks import fetch_dispute
 from jobs.periodic import PERIODIC_JOBS, cron
 from jobs.polling import (
     merge_time_ranges,
@@ -26,6 +26,7 @@ from jobs.polling import (
     poll_unfinished,
 )
 from jobs.stripe.facts import FactOrigin
+from jobs.stripe.webhook_events import ProviderObject
 from tests.support.payments import Connection, add_merchant, command, ledger_of, path_of, pay, state_of, violations
 from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
 from tests.support.workers import (

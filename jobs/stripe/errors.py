@@ -1,0 +1,152 @@
+"""Errors of calls to Stripe: each class says what to do next.
+
+    ProviderError
+    ├── ProviderBusy        409 and 429: repeat a little later; also 401 and 403, which are our configuration's failure
+    ├── OutcomeUnknown      it may have happened: ask before sending again
+    │   ├── ObjectUnreadable  an object that isn't as Stripe describes it
+    │   └── ProviderOutage  no response, half of one, 5xx or nonsense: the provider's failure, never the payment's
+    ├── ObjectAbsent        it isn't where it would be
+    ├── PaymentRefused      the payment itself is impossible: an unknown card, a forbidden amount
+    ├── PaymentDeclined     402: the issuer declined; the intent lives on
+    ├── ResponseMismatch    a response about something else: nothing of it is believed
+    └── RequestRejected     every other 4xx: our mistake, for an operator
+
+Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import stripe
+
+Json = dict[str, Any]
+
+BUSY_SECONDS = 1.0
+BUSY_SECONDS_MAX = 60.0
+
+# Parameters that a merchant's request decides: a refusal that names one is the payment's failure, not ours.
+PAYMENT_PARAMETERS = frozenset(
+    {"amount", "amount_to_capture", "payment_method", "return_url", "statement_descriptor_suffix", "description"}
+)
+# Codes of refunds that are impossible: likewise.
+REFUND_ERROR_CODES = frozenset(
+    {
+        "charge_already_refunded",
+        "charge_disputed",
+        "charge_not_refundable",
+        "insufficient_funds",
+        "refund_disputed_payment",
+    }
+)
+
+
+class ProviderError(Exception):
+    """A call to a provider without a usable response."""
+
+    outcome = "error"
+
+    def __init__(self, message: str, *, status: int | None = None, body: Json | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body: Json = body or {}
+
+    @property
+    def error(self) -> Json:
+        """The object under `error` in the response."""
+        error = self.body.get("error")
+        return error if isinstance(error, dict) else {"message": str(self)}
+
+
+class ProviderBusy(ProviderError):
+    """The provider asks for a later repetition."""
+
+    outcome = "busy"
+
+    def __init__(self, message: str, *, seconds: float, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.seconds = seconds
+
+
+class OutcomeUnknown(ProviderError):
+    """Whether the call took effect is unknown."""
+
+    outcome = "unknown"
+
+
+class ObjectUnreadable(OutcomeUnknown):
+    """The object isn't as Stripe describes such objects."""
+
+
+class ProviderOutage(OutcomeUnknown):
+    """The provider gave no response that makes sense."""
+
+
+class ObjectAbsent(ProviderError):
+    """The provider has no such object."""
+
+    outcome = "absent"
+
+
+class PaymentRefused(ProviderError):
+    """The payment can't be made as it is."""
+
+    outcome = "refused"
+
+
+class PaymentDeclined(ProviderError):
+    """The issuer declined."""
+
+    outcome = "declined"
+
+
+class ResponseMismatch(ProviderError):
+    """The response is about something else; `kind` is the discrepancy's."""
+
+    outcome = "misfit"
+
+    def __init__(self, message: str, *, kind: str, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.kind = kind
+
+
+class RequestRejected(ProviderError):
+    """The request was wrong."""
+
+    outcome = "rejected"
+
+
+def provider_error(error: stripe.StripeError) -> ProviderError:
+    """What an error of the SDK means for the payment."""
+    status, headers = error.http_status, {name.lower(): value for name, value in (error.headers or {}).items()}
+    body: Json = error.json_body if isinstance(error.json_body, dict) else {}
+    reported = body.get("error")
+    if status is None:
+        return ProviderOutage(f"no answer: {error.user_message or type(error).__name__}")
+    if not isinstance(reported, dict):
+        return ProviderOutage(
+            f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None
+        )
+    code, param = reported.get("code"), reported.get("param")
+    message = f"Stripe {status}{f' {code}' if code else ''}: {reported.get('message')}"
+    if status >= 500:
+        # A replayed failure says nothing about the provider now.
+        meant = OutcomeUnknown if headers.get("idempotent-replayed") == "true" else ProviderOutage
+        return meant(message, status=status, body=body)
+    retry = headers.get("stripe-should-retry")
+    if (status in (409, 429) and retry != "false") or retry == "true":
+        return ProviderBusy(message, seconds=retry_after_seconds(headers), status=status, body=body)
+    if status in (401, 403):
+        return ProviderBusy(message, seconds=BUSY_SECONDS_MAX, status=status, body=body)
+    if status == 402:
+        return PaymentDeclined(message, status=status, body=body)
+    if status in (400, 404) and (param in PAYMENT_PARAMETERS or code in REFUND_ERROR_CODES):
+        return PaymentRefused(message, status=status, body=body)
+    return RequestRejected(message, status=status, body=body)
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float:
+    """How long to leave the provider alone: what it asks for, within reason."""
+    asked = headers.get("retry-after", "")
+    return min(float(asked), BUSY_SECONDS_MAX) if asked.isdecimal() else BUSY_SECONDS

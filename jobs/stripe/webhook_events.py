@@ -1,0 +1,135 @@
+"""Stripe's events: what each type proves, and what has to be fetched because of it. Pure functions.
+
+A signed snapshot is believed if it is about something that only grows, and was made for our API version. Failures and
+disputes are fetched, and so are objects that an event only refers to, unless their facts are known. Events of other
+types have no meaning here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from msgspec import Struct
+
+from jobs.stripe.client import API_VERSION
+from jobs.stripe.facts import Fact, FactOrigin, Json, id_of, intent_facts, payout_facts, refund_facts
+
+FactReader = Callable[[Json, FactOrigin], list[Fact]]
+
+SNAPSHOT_EVENTS: dict[str, FactReader] = {
+    "payment_intent.created": intent_facts,
+    "payment_intent.requires_action": intent_facts,
+    "payment_intent.processing": intent_facts,
+    "payment_intent.amount_capturable_updated": intent_facts,
+    "payment_intent.succeeded": intent_facts,
+    "payment_intent.canceled": intent_facts,
+    "refund.created": refund_facts,
+    "refund.updated": refund_facts,
+    "payout.created": payout_facts,
+    "payout.updated": payout_facts,
+    "payout.paid": payout_facts,
+    "payout.failed": payout_facts,
+    "payout.canceled": payout_facts,
+}
+
+# Events that refer to an intent, each with the kinds of facts any of which makes fetching unnecessary.
+FETCH_UNLESS_KNOWN: dict[str, tuple[str, ...]] = {
+    "payment_intent.payment_failed": ("attempt_failed", "failed", "canceled"),
+    "charge.failed": ("attempt_failed", "failed", "canceled"),
+    "charge.expired": ("failed", "canceled"),
+    "charge.pending": ("processing",),
+    "charge.succeeded": ("authorized", "captured"),
+    "charge.captured": ("captured",),
+    "charge.updated": ("money",),
+}
+CHARGE_EVENTS = frozenset({"charge.succeeded", "charge.captured"})
+
+FETCH_ALWAYS = frozenset(
+    {
+        "refund.failed",
+        "charge.dispute.created",
+        "charge.dispute.updated",
+        "charge.dispute.closed",
+        "charge.dispute.funds_withdrawn",
+        "charge.dispute.funds_reinstated",
+    }
+)
+
+# Events that nothing else would show if their webhook were lost: what happens to a payment that has ended here, what
+# was done in the dashboard, what the network does.
+POLLED_EVENTS = FETCH_ALWAYS | {
+    "payment_intent.created",
+    "payment_intent.succeeded",
+    "payment_intent.canceled",
+    "charge.expired",
+    "refund.created",
+    "refund.updated",
+}
+
+
+class StoredWebhook(Struct):
+    """A row of surety.read_provider_events."""
+
+    event_id: str
+    provider_event_id: str
+    source: str
+    account: str
+    livemode: bool
+    type: str
+    body: str
+
+
+class EventEnvelope(Struct):
+    """The fields of every event that are read."""
+
+    api_version: str | None
+    data: dict[str, Json]
+
+
+class ProviderObject(Struct, frozen=True):
+    """An object at Stripe; `kind` as it calls itself, `payment_intent`."""
+
+    account: str
+    livemode: bool
+    kind: str
+    id: str
+
+
+class ObjectToFetch(Struct):
+    """An object to fetch because of a webhook, unless one of these facts is known by then."""
+
+    source: ProviderObject
+    unless_object: str = ""
+    unless_kinds: tuple[str, ...] = ()
+
+
+def interpret_webhook(webhook: StoredWebhook) -> list[Fact] | ObjectToFetch:
+    """The facts that a webhook proves, or the object to fetch for it; no facts for a type without meaning here.
+
+    Raises MsgspecError, KeyError, TypeError or AttributeError if the body isn't as Stripe sends it.
+    """
+    envelope = msgspec.json.decode(webhook.body, type=EventEnvelope)
+    subject = envelope.data["object"]
+    if webhook.type in SNAPSHOT_EVENTS and envelope.api_version == API_VERSION:
+        origin = FactOrigin(webhook.account, webhook.livemode, webhook.source, webhook.provider_event_id)
+        return SNAPSHOT_EVENTS[webhook.type](subject, origin)
+    if webhook.type in SNAPSHOT_EVENTS or webhook.type in FETCH_ALWAYS:
+        return ObjectToFetch(ProviderObject(webhook.account, webhook.livemode, subject["object"], subject["id"]))
+    if webhook.type in FETCH_UNLESS_KNOWN:
+        return referenced_intent(webhook, subject)
+    return []
+
+
+def referenced_intent(webhook: StoredWebhook, subject: Json) -> list[Fact] | ObjectToFetch:
+    """The intent that an event refers to; no facts for a charge without one, which another system may have made."""
+    intent = subject["id"] if subject["object"] == "payment_intent" else id_of(subject["payment_intent"])
+    about = intent
+    if webhook.type in CHARGE_EVENTS:
+        about = subject["id"]
+    elif webhook.type == "charge.updated":
+        about = id_of(subject["balance_transaction"])
+    if intent is None or about is None:
+        return []
+    source = ProviderObject(webhook.account, webhook.livemode, "payment_intent", intent)
+    return ObjectToFetch(source, about, FETCH_UNLESS_KNOWN[webhook.type])
