@@ -1,7 +1,8 @@
 """A worker's part in the circuit breakers (db/sql/provider/circuit_breaker.sql): it reports its calls, and probes.
 
-What failed is told before it is recorded, so that the database can judge whose failure it was. Whether nobody has had
-an answer since the failed call began, a probe finds out: only where that is answered may the event be to blame.
+Failed calls are reported before their results are recorded, so that the database can judge whose failure it was. If no
+worker has had a response since the failed call began, a probe is sent. An event is charged with a failure only if the
+account answers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def circuit_key(account: str) -> str:
 
 
 class CallCounts(Struct):
-    """What an account's calls came to since it was told last."""
+    """An account's calls since the last report. Times are on the monotonic clock."""
 
     answered: int = 0
     failed: int = 0
@@ -48,7 +49,7 @@ class AccountState(Struct):
 
 
 class CircuitBreaker:
-    """What this worker knows about the provider's accounts. `blocked` are those whose breaker is open."""
+    """This worker's view of the provider's accounts; `blocked` are those whose circuit is open."""
 
     def __init__(self, database: WorkerDatabase, stripe: StripeGateway, actor: str, report_seconds: float) -> None:
         self.blocked: frozenset[str] = frozenset()
@@ -64,7 +65,7 @@ class CircuitBreaker:
         stripe.on_call = self.count_call
 
     def count_call(self, account: str, began: float, error: ProviderError | None, is_command: bool) -> None:
-        """A call that began at a time of the monotonic clock has ended."""
+        """Count a call that has ended; `began` is on the monotonic clock."""
         tally = self._tallies[account]
         if not isinstance(error, ProviderOutage):
             tally.answered += is_command
@@ -75,7 +76,7 @@ class CircuitBreaker:
             tally.consecutive_failures += 1
 
     async def report_and_probe(self) -> bool:
-        """Tell what there is to tell, and probe what is due, every second; whether the database was told anything."""
+        """Report calls and send the probes that are due, every second; whether a periodic report was due."""
         is_time = time.monotonic() - self._reported_at > self._report_seconds
         if is_time or any(tally.failed for tally in self._tallies.values()):
             await self._report_calls()
@@ -85,7 +86,7 @@ class CircuitBreaker:
         return is_time
 
     async def check_accounts(self, failed: Iterable[tuple[str, float]]) -> None:
-        """Find out about accounts where calls failed, each with when the call began, on the monotonic clock."""
+        """Probe accounts where calls failed, unless one answered since; each with the call's begin (monotonic)."""
         began: dict[str, float] = {}
         for account, at in failed:
             began[account] = max(at, began.get(account, at))
@@ -94,13 +95,13 @@ class CircuitBreaker:
         await asyncio.gather(*(self._probe(account) for account in unsure if account not in self.blocked))
 
     async def _report_calls(self) -> dict[str, float]:
-        """When each account answered anybody last, on the monotonic clock, of those that were told of."""
+        """Report; the time of the last answer to any worker, by account, on the monotonic clock."""
         tallies, self._tallies = self._tallies, defaultdict(CallCounts)
         clock: datetime | None = None
         if any(tally.answered_at is not None for tally in tallies.values()):
             clock = await self._database.value("select surety.read_clock()")
-        # The database's clock was read before ours: an answer seems older by what lay between, and never younger, for
-        # whoever failed before an answer may be to blame. No age is told, for the statement may have to wait.
+        # The database's clock is read before ours, so an answer may seem older than it is, never younger: a call that
+        # failed before an answer may be its event's failure. Ages are not reported, because the statement may wait.
         reported_at = self._reported_at = time.monotonic()
         calls = [
             {

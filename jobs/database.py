@@ -1,4 +1,4 @@
-"""The workers' way to PostgreSQL: a small pool, statements as transactions, another try where that is harmless."""
+"""The workers' connections to PostgreSQL: a small pool, statements as transactions, repeated where that is harmless."""
 
 from __future__ import annotations
 

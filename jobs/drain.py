@@ -1,12 +1,12 @@
-"""An event's way through a handler: claimed in a batch, handled, finished.
+"""The worker loop over a handler's events: they are claimed in batches, handled and finished.
 
-    claim_batch      a batch of events is leased to us
-    handle_batch     the handler's effects and the completion of its events are one transaction, in any number of parts
-    fail_event       an event whose handling fails unforeseen is found by halving the batch; the others go uncounted
-    release_batch    a stopping worker gives back what it has not begun
+    claim_batch      leases a batch of events
+    handle_batch     commits the handler's effects together with the completion of the events, in one part or more
+    fail_event       counts an unforeseen failure of one event, which is found by halving the batch
+    release_batch    gives a batch back uncounted
 
-A lease is renewed in thirds of its time. Once it is lost, another worker has the batch: nothing more is begun, what has
-been begun is still recorded.
+A lease is renewed in thirds of its time. Once it is lost, another worker has the batch: no further call is begun, and
+the results of calls under way are still recorded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAUSE_SECONDS = 1.0
 
 
 async def drain(context: JobContext, handler: str) -> None:
-    """Handle what is due, until nothing is or others must have their turn."""
+    """Handle due events until there are none, or for DRAIN_SECONDS: then another job goes on."""
     worker = worker_of(context)
     end = time.monotonic() + DRAIN_SECONDS
     full = worker.handlers[handler].batch_size
@@ -43,7 +43,7 @@ async def drain(context: JobContext, handler: str) -> None:
             await worker.schedule_handlers([handler])
         async with keep_lease(worker, batch, worker.handlers[handler].lease_seconds):
             await handle_batch(worker, batch, HANDLERS[handler])
-        # After few, a claim that finds nothing would cost as much as they did; after many it finds what has come since.
+        # After a small batch, another claim would cost as much as the batch did; after a large one it finds new events.
         if batch.is_last and claimed <= full / 10:
             return
         if worker.stopping.is_set() or time.monotonic() > end:
@@ -52,7 +52,7 @@ async def drain(context: JobContext, handler: str) -> None:
 
 
 async def claim_batch(worker: Worker, handler: str) -> Batch | None:
-    """The next batch, if anything is due and nobody else is at it."""
+    """The next batch, if there are due events that no other worker has claimed."""
     claimed = await worker.database.rows(
         Batch, "select batch_id, fence, event_ids, is_last from outbox.claim_batch(%s, %s)", handler, worker.name
     )
@@ -61,7 +61,7 @@ async def claim_batch(worker: Worker, handler: str) -> Batch | None:
 
 @asynccontextmanager
 async def keep_lease(worker: Worker, batch: Batch, lease_seconds: float) -> AsyncGenerator[None]:
-    """Renew the batch's lease for as long as it is worked on, and notice when it is lost."""
+    """Renew the batch's lease while it is handled; is_lost is set when another worker has it."""
 
     async def renew() -> None:
         held = True
@@ -81,7 +81,7 @@ async def keep_lease(worker: Worker, batch: Batch, lease_seconds: float) -> Asyn
 
 
 async def handle_batch(worker: Worker, batch: Batch, handler: HandleEvents) -> None:
-    """Handle the events of a batch; the one that can't be handled is found by halving."""
+    """Handle the events of a batch; an event that can't be handled is found by halving."""
 
     async def give_up(event_id: str, error: Exception) -> None:
         await fail_event(worker, batch, event_id, error)
@@ -95,15 +95,15 @@ async def handle_batch(worker: Worker, batch: Batch, handler: HandleEvents) -> N
 
 
 async def fail_event(worker: Worker, batch: Batch, event_id: str, error: Exception) -> None:
-    """Count a failure of one event; the third makes a dead letter."""
+    """Count a failure of one event; after the last of its handler's delays it becomes a dead letter."""
     log.error("event %s failed", event_id, exc_info=error)
     failures = Jsonb([{"event_id": event_id, "error": f"{type(error).__name__}: {error}"}])
     await worker.database.value("select outbox.fail_events(%s, %s, %s)", batch.batch_id, batch.fence, failures)
 
 
 async def release_batch(worker: Worker, batch: Batch, error: Exception) -> None:
-    """Give back uncounted what is left of a batch: the database was in the way, not its events."""
-    log.warning("what is left of batch %s is given back: %s", batch.batch_id, error)
+    """Give back the rest of a batch uncounted: the database failed, not the events."""
+    log.warning("the rest of batch %s is given back: %s", batch.batch_id, error)
     await worker.database.value(
         "select outbox.release_events(%s, %s, %s, make_interval(secs => %s), %s)",
         batch.batch_id, batch.fence, batch.event_ids, PAUSE_SECONDS, str(error),

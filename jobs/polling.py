@@ -40,7 +40,7 @@ log = logging.getLogger("surety.polling")
 
 POLL_BATCH_MAX = 200
 PENDING_TRANSACTIONS_MAX = 1000
-# Every reading of a list overlaps the last by so many polls: a list may show a row late, a clock may be behind.
+# Each reading of a list overlaps the last by so many polls, because a list may show a row late.
 OVERLAP_POLLS = 3
 RANGE_GAP_MAX = timedelta(hours=1)
 
@@ -163,7 +163,7 @@ async def locate_intent(worker: Worker, target: ObjectToPoll) -> ProviderRespons
 
 
 async def poll_events(worker: Worker) -> None:
-    """What the provider reported and no webhook brought: all would be known even if every webhook were lost."""
+    """Events of the provider that no webhook has brought."""
     for window in await poll_windows(worker, "events"):
         pages = worker.stripe.events(window.account, window.read_from, sorted(POLLED_EVENTS))
         take = partial(store_polled_events, worker, window.account)
@@ -172,14 +172,14 @@ async def poll_events(worker: Worker) -> None:
 
 
 async def poll_balance_transactions(worker: Worker) -> None:
-    """Balance transactions, which no webhook tells of, by the time of their creation."""
+    """Balance transactions, which no webhook reports, by the time of their creation."""
     for window in await poll_windows(worker, "balance_transactions"):
         if await read_balance_transactions(worker, window.account, window.read_from):
             await advance_poll_cursor(worker, window, "balance_transactions")
 
 
 async def recheck_pending_balance(worker: Worker) -> None:
-    """Balance transactions that should have become available. They lie close together, so lists find them."""
+    """Balance transactions that should be available by now, read by ranges of their creation times."""
     due = await worker.database.rows(
         PendingTransaction,
         "select account, created_at from surety.claim_pending_money(%s, make_interval(secs => %s))",
@@ -192,7 +192,7 @@ async def recheck_pending_balance(worker: Worker) -> None:
 
 
 async def poll_payouts(worker: Worker) -> None:
-    """What the provider sent to the bank."""
+    """Payouts, by the time of their creation."""
     for window in await poll_windows(worker, "payouts"):
         pages = worker.stripe.payouts(window.account, window.read_from)
         take = partial(record_page, worker, window.account, payout_facts)
@@ -203,7 +203,7 @@ async def poll_payouts(worker: Worker) -> None:
 async def read_balance_transactions(
     worker: Worker, account: str, since: datetime, until: datetime | None = None
 ) -> bool:
-    """Record what moved in an account's balance; whether the provider returned all of it."""
+    """Record an account's balance transactions of that time; whether the list was read to its end."""
     pages = worker.stripe.balance_transactions(account, since, until)
     take = partial(record_page, worker, account, balance_transaction_facts)
     return await read_pages(worker, "list balance transactions", account, since, pages, take)
@@ -212,7 +212,7 @@ async def read_balance_transactions(
 async def record_page(
     worker: Worker, account: str, read: Callable[[Json, FactOrigin], list[Fact]], page: list[Json]
 ) -> None:
-    """Record what the objects of a list say."""
+    """Record the facts of a list's objects."""
     origin = FactOrigin(account, worker.stripe.livemode, "poll")
     await record_poll_results(worker, [facts_of_row(line, origin, read) for line in page])
 
@@ -225,7 +225,7 @@ async def read_pages(
     pages: AsyncGenerator[list[Json]],
     take: Callable[[list[Json]], Awaitable[None]],
 ) -> bool:
-    """Take a list of the provider's page by page; whether it could be read to its end."""
+    """Take a list of the provider's page by page; whether it was read to its end."""
     await write_audit_entries(worker, [audit_entry_of_call(operation, None, account=account, since=since.isoformat())])
     began, rows = time.monotonic(), 0
     try:
@@ -241,7 +241,7 @@ async def read_pages(
 
 
 def facts_of_row(line: Json, origin: FactOrigin, read: Callable[[Json, FactOrigin], list[Fact]]) -> CallResult:
-    """The facts of one object of a list; one that can't be read is a discrepancy, and stands in nobody's way."""
+    """The facts of one object of a list; an object that can't be read becomes a discrepancy."""
     try:
         return {"facts": read(line, origin)}
     except (KeyError, TypeError, AttributeError) as error:
@@ -249,7 +249,7 @@ def facts_of_row(line: Json, origin: FactOrigin, read: Callable[[Json, FactOrigi
 
 
 def unreadable_object(object_id: str, error: Exception) -> CallResult:
-    """Something of the provider's that we can't make sense of, so it isn't booked."""
+    """The discrepancy of an object that can't be read, and so isn't booked."""
     detail = f"{object_id} can't be recorded: {type(error).__name__} {error}"
     return {"discrepancy": {"kind": "unmatched_cash", "subject": object_id, "detail": detail[:500]}}
 
@@ -269,7 +269,7 @@ async def advance_poll_cursor(worker: Worker, window: PollWindow, name: str) -> 
 
 
 def merge_time_ranges(moments: list[datetime]) -> list[tuple[datetime, datetime]]:
-    """The stretches of time in which moments lie, without a gap of more than an hour."""
+    """The shortest time ranges that hold all moments, split where a gap exceeds one hour."""
     found: list[tuple[datetime, datetime]] = []
     for moment in sorted(moments):
         if found and moment - found[-1][1] <= RANGE_GAP_MAX:
@@ -280,19 +280,19 @@ def merge_time_ranges(moments: list[datetime]) -> list[tuple[datetime, datetime]
 
 
 def audit_entry_of_call(operation: str, payment_id: str | None, **more: Json | str) -> Json:
-    """What the audit trail keeps of a target."""
+    """The audit entry of a call that is about to be made."""
     return {"kind": "call", "payment_id": payment_id, "outcome": "asked", "snapshot": {"operation": operation, **more}}
 
 
 async def write_audit_entries(worker: Worker, entries: list[Json]) -> None:
-    """Tell the audit trail."""
+    """Write audit entries."""
     if entries:
-        result = [entry | {"actor": worker.actor} for entry in entries]
-        await worker.database.value("select audit.write_entries(%s)", Jsonb(result))
+        signed = [entry | {"actor": worker.actor} for entry in entries]
+        await worker.database.value("select audit.write_entries(%s)", Jsonb(signed))
 
 
 async def record_poll_results(worker: Worker, results: list[CallResult]) -> None:
-    """Record what came of questions that belong to no event, and wake who is concerned."""
+    """Record results that belong to no event, and schedule the handlers of the events they make."""
 
     async def write(results: list[CallResult]) -> None:
         query = "select surety.record_call_results(%s, %s)"

@@ -28,14 +28,13 @@ RESTART_SECONDS = 1.0
 
 
 class WorkerApp(App):
-    """Procrastinate's app, with what our tasks work with, and with a supervisor of its own.
+    """Procrastinate's app with a supervisor: the worker is restarted until the process is asked to stop.
 
-    Procrastinate's worker ends, even with status 0, when one of its side tasks fails, as by a restart of the database;
-    then it is started again here until we are told to stop.
+    Procrastinate's worker ends, even with status 0, when one of its side tasks fails, as by a restart of the database.
     """
 
     async def run_worker_async(self, **options: Unpack[WorkerOptions]) -> None:
-        """Work until told to stop. Raises SettingsError if no provider or no database is named."""
+        """Work until asked to stop. Raises SettingsError if no provider or no database is named."""
         settings = load_settings()
         quiet_library_logs()
         schedule_periodic_tasks(self, settings)
@@ -56,7 +55,7 @@ class WorkerApp(App):
 
 
 async def wait_until_worker_ends(stopping: asyncio.Event, running: asyncio.Task[None]) -> None:
-    """Wait for Procrastinate's worker to end; unless we are stopping, tell why it did and pause."""
+    """Wait for Procrastinate's worker to end; unless the process is stopping, log the reason and pause."""
     try:
         await running
     except asyncio.CancelledError:
@@ -95,10 +94,10 @@ def stop_on_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> Gen
 
 
 def quiet_library_logs() -> None:
-    """Libraries tell of every job and request; at debug level Stripe's would tell client secrets."""
+    """Raise libraries' log levels: they log every job and request; Stripe's logs client secrets at debug level."""
     for name in ("procrastinate", "httpx", "httpcore", "stripe"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It tells of each try to connect; jobs/database.py tells once.
+    # The pool logs each attempt to connect; jobs/database.py logs once.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 
 

@@ -1,7 +1,7 @@
-"""A worker that has stopped working ends, so that whoever supervises it starts another.
+"""The watchdog ends a hanging worker process, so that its supervisor starts another.
 
-A thread of its own sees whether the event loop still turns and whether the database still hears of this process. A
-database that nobody reaches is no reason to end; one that answers everybody else is.
+Its thread checks that the event loop turns and that the database answers this process. A database that answers no
+process is no reason to end; a database that answers a new connection is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXIT_STALLED = 70
 
 
 class Watchdog:
-    """Ends the process when `loop_turned` or `database_answered` stays away while others are served."""
+    """Ends the process when `loop_turned` or `database_answered` is not called, although the database is up."""
 
     def __init__(self, conninfo: str, patience_seconds: float) -> None:
         self.loop_turns = 0
@@ -36,7 +36,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """The process ends in good order: watch no more."""
+        """Stop watching: the process is shutting down."""
         self._ended.set()
 
     def loop_turned(self) -> None:
@@ -44,27 +44,27 @@ class Watchdog:
         self.loop_turns += 1
 
     def database_answered(self) -> None:
-        """The database has heard of us."""
+        """The database has answered this process."""
         self.database_answers += 1
 
     def _watch(self) -> None:
-        # Checks are counted, not time: a machine that slept finds everything late, and nothing wrong.
-        turns, still, hearings, unheard = -1, 0, -1, 0
+        # Checks are counted instead of time, because a machine that slept would find every deadline missed.
+        turns, still, answers, unanswered = -1, 0, -1, 0
         while not self._ended.wait(self._patience_seconds / CHECKS_PER_STALL):
             turns, still = (turns, still + 1) if turns == self.loop_turns else (self.loop_turns, 0)
             if still >= CHECKS_PER_STALL:
                 self._end("its event loop has not turned", 1)
-            if hearings != self.database_answers:
-                hearings, unheard = self.database_answers, 0
+            if answers != self.database_answers:
+                answers, unanswered = self.database_answers, 0
             else:
-                unheard += 1
-                # Whoever has waited for long looks whether it is alone with that; if not, it begins anew.
-                if unheard > CHECKS_PER_STALL and not self._others_are_served():
-                    unheard = 0
-            if unheard >= 3 * CHECKS_PER_STALL:
+                unanswered += 1
+                # If a new connection is not answered either, the count starts again.
+                if unanswered > CHECKS_PER_STALL and not self._database_is_up():
+                    unanswered = 0
+            if unanswered >= 3 * CHECKS_PER_STALL:
                 self._end("the database serves others, and has not heard of it", 3)
 
-    def _others_are_served(self) -> bool:
+    def _database_is_up(self) -> bool:
         try:
             with psycopg.connect(self._conninfo, autocommit=True) as connection:
                 connection.execute("select 1")

@@ -1,4 +1,4 @@
-"""What a worker's tasks work with: its name, the database, the rail to Stripe, who handles which events."""
+"""What a worker's tasks share: its name, the database, the Stripe client, the handlers and their events."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HandlerSettings(Struct, frozen=True):
 
 
 class Batch(Struct):
-    """A row of outbox.claim_batch: events leased to us, until somebody notices that they aren't any more."""
+    """A row of outbox.claim_batch: events leased to this worker; is_lost is set once another worker has them."""
 
     batch_id: int
     fence: int
@@ -61,18 +61,18 @@ class Worker:
 
     @property
     def actor(self) -> str:
-        """Who did it, in the audit trail."""
+        """The worker's name in the audit trail."""
         return f"worker:{self.name}"
 
     async def schedule_handlers_for(self, event_types: Iterable[str]) -> None:
-        """Start the handlers of events that were just committed."""
+        """Schedule the handlers of events that were just committed."""
         made = set(event_types)
         await self.schedule_handlers(
             [row.handler for row in self.handlers.values() if made.intersection(row.event_types)]
         )
 
     async def schedule_handlers(self, handlers: list[str]) -> None:
-        """Start handlers, in whichever worker is free."""
+        """Schedule handlers; a free worker runs them."""
         if handlers:
             await self.database.value("select outbox.schedule_handlers(%s)", handlers)
 
@@ -85,7 +85,7 @@ def worker_of(context: JobContext) -> Worker:
 
 @asynccontextmanager
 async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
-    """Connections, open for as long as the worker works. Raises SettingsError if no provider is named."""
+    """A worker with its connections and its heartbeat. Raises SettingsError if no provider is named."""
     async with open_database(settings) as database, open_stripe(settings, database) as stripe:
         worker = Worker(name, settings, database, stripe)
         found = await database.rows(
@@ -103,7 +103,7 @@ async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
 
 
 async def keep_heartbeat(worker: Worker) -> None:
-    """What every worker does for itself each second; if it never ends, the watchdog ends the worker."""
+    """Report and probe each second; if a report hangs, the watchdog ends the worker."""
     while True:
         try:
             if await worker.breaker.report_and_probe():

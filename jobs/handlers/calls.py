@@ -1,7 +1,7 @@
-"""A batch's calls to a provider: what to send, all of them at once, their results recorded as they come.
+"""The loop for all calls to a provider: a batch's calls are committed, made concurrently, and their results recorded.
 
-begin_calls commits what will be sent before it is sent; record_event_results takes the result, also after
-the lease was lost. A slow call delays no other result: results that arrive while a group is recorded form the next.
+surety.begin_calls commits each call before it is sent. surety.record_event_results takes the results, also after the
+lease was lost. A slow call delays no other result: results that arrive while a group is recorded form the next group.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from jobs.worker import Batch, Worker
 log = logging.getLogger("surety.calls")
 
 CONCURRENT_CALLS_MAX = 32
-# A group of results costs a commit; so the first of many waits this long for others.
+# A group of results costs one commit, so the first result waits this long for others.
 GATHER_SECONDS = 0.025
-# How long a command waits for the outcome of what was sent before it.
+# How long a command waits for the outcome of an earlier call.
 WAIT_SECONDS = 1.0
 
 CANCELED_BEFORE_CREATION = {"code": "canceled", "message": "canceled before the provider held it"}
@@ -151,7 +151,7 @@ async def provider_response(operation: CallOperation, worker: Worker, call: Prov
 
 
 async def unblocked_events(worker: Worker, batch: Batch, event_ids: list[str]) -> list[str]:
-    """The events that may be handled now; those whose account is cut off are given back."""
+    """The events that may be handled now; those whose account's circuit is open are given back."""
     if not worker.breaker.blocked:
         return event_ids
     query = "select surety.hold_blocked_events(%s, %s, %s)"
@@ -160,7 +160,7 @@ async def unblocked_events(worker: Worker, batch: Batch, event_ids: list[str]) -
 
 
 def not_sent_result(subject: CallSubject, operation: str) -> CallResult:
-    """A call that was written down, and not made because its account was cut off meanwhile."""
+    """A call that was committed, and not sent because its account's circuit has opened."""
     return {
         "payment_id": subject.payment_id,
         "operation": operation,
@@ -173,7 +173,7 @@ def not_sent_result(subject: CallSubject, operation: str) -> CallResult:
 async def missing_subject_results(
     worker: Worker, batch: Batch, event_ids: list[str], found: set[str]
 ) -> list[CallResult]:
-    """The failures of events whose payment or webhook isn't there, unless nothing is because the lease is lost."""
+    """Failures of events whose payment, refund, dispute or webhook is missing; none if the lease is lost."""
     missing = [event_id for event_id in event_ids if event_id not in found]
     if missing and not found:
         held = await worker.database.value("select outbox.renew_lease(%s, %s)", batch.batch_id, batch.fence)
@@ -184,13 +184,13 @@ async def missing_subject_results(
 
 
 async def record_as_completed(worker: Worker, batch: Batch, works: Iterable[CallWork]) -> None:
-    """Do the works and record their results in groups as they come."""
+    """Do the works and record their results in groups, as they arrive."""
     async for results in completed_groups(works):
         await record_call_results(worker, batch, results)
 
 
 async def completed_groups(works: Iterable[CallWork]) -> AsyncGenerator[list[CallResult]]:
-    """The results of works, a bounded number of which is done at once; each group is what has come since the last."""
+    """The results of works, CONCURRENT_CALLS_MAX at once; each group holds those that arrived since the last."""
     places = asyncio.Semaphore(CONCURRENT_CALLS_MAX)
 
     async def do(work: CallWork) -> list[CallResult]:
@@ -268,7 +268,7 @@ def discrepancy_result(subject: CallSubject, operation: str, error: ProviderErro
 
 
 async def record_call_results(worker: Worker, batch: Batch, results: list[CallResult]) -> None:
-    """Record results, facts and refusals each for themselves; of one that can't be recorded, that it can't."""
+    """Record results, refusals apart from facts; a result that can't be recorded fails its event."""
     failed = [result.pop("failed_call") for result in results if "failed_call" in result]
     if failed:
         await worker.breaker.check_accounts(failed)
@@ -293,6 +293,6 @@ async def record_call_results(worker: Worker, batch: Batch, results: list[CallRe
 
 
 def unrecordable_result(result: CallResult, error: Exception) -> CallResult:
-    """A result that the database won't take, as the failure of its event."""
+    """A result that the database refuses, as the failure of its event."""
     kept = {name: result.get(name) for name in ("event_id", "payment_id", "operation", "status", "duration_ms")}
     return kept | {"outcome": "unusable", "error": f"{type(error).__name__}: {error}"}

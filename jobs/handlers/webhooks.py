@@ -41,7 +41,7 @@ FACT_READERS: dict[str, FactReader] = {"payment_intent": intent_facts, "refund":
 
 
 async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """webhook.received: the provider's news, as facts. What is believed makes one group; what is fetched follows."""
+    """Handle webhook.received: first the facts that are proven, in one group; then the objects to fetch."""
     webhooks = await worker.database.rows(
         StoredWebhook,
         "select event_id, provider_event_id, source, account, livemode, type, body"
@@ -102,7 +102,7 @@ async def store_polled_events(worker: Worker, account: str, events: list[Json]) 
 async def objects_to_fetch(
     worker: Worker, wanted: list[tuple[StoredWebhook, ObjectToFetch]]
 ) -> dict[ProviderObject, list[StoredWebhook]]:
-    """What has still to be fetched, each object once, with the webhooks that ask for it."""
+    """The objects still to be fetched, each once, with the webhooks that refer to it."""
     questions = [
         {
             "provider": "stripe",
@@ -124,7 +124,7 @@ async def objects_to_fetch(
 
 
 async def audit_fetches(worker: Worker, to_fetch: dict[ProviderObject, list[StoredWebhook]]) -> None:
-    """Tell the audit trail what is going to be asked."""
+    """Write an audit entry for each object that is going to be fetched."""
     entries = [
         {
             "kind": "call",
@@ -143,7 +143,7 @@ async def audit_fetches(worker: Worker, to_fetch: dict[ProviderObject, list[Stor
 
 
 async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: list[StoredWebhook]) -> list[CallResult]:
-    """What an object says now, for all webhooks that asked for it; the first of them carries it."""
+    """Fetch an object for all webhooks that refer to it; the first one's result holds its facts."""
     began = time.monotonic()
     result: CallResult = {}
     try:
@@ -206,5 +206,5 @@ async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrig
 
 
 def fetch_result(answer: ProviderResponse) -> CallResult:
-    """What the audit trail keeps of an answer."""
+    """The result of a fetch, without facts."""
     return {"outcome": "answered", "status": answer.status, "snapshot": redacted(answer.body)}

@@ -25,18 +25,18 @@ LIVE_REQUESTS_PER_SECOND = 80.0
 TEST_REQUESTS_PER_SECOND = 20.0
 YIELD_SECONDS = 0.25
 PROBE_SECONDS = 5.0
-# Windows of lists begin and end at multiples of so many seconds, so that many questions have the same.
+# Time ranges of lists begin and end at multiples of so many seconds, so that many calls share a reading.
 LIST_WINDOW_SECONDS = 300
 LISTING_SHARED_SECONDS = 60.0
 # How much the provider's clock and ours may differ when an intent is looked for by the time of its creation.
 CLOCK_SKEW_SECONDS = 300
 
 OnCall = Callable[[str, float, ProviderError | None, bool], None]
-"""Told of every call: its account, when it began on the monotonic clock, what failed it, whether it was a command."""
+"""Called after every call: its account, its begin (monotonic), its error, whether it was a command."""
 
 
 class ProviderResponse(Struct, frozen=True):
-    """What Stripe said."""
+    """A response of Stripe's."""
 
     body: Json
     status: int
@@ -44,14 +44,14 @@ class ProviderResponse(Struct, frozen=True):
 
 
 class IntentListing(Struct, frozen=True):
-    """A reading of a list, under way or done, since a time of the monotonic clock."""
+    """A reading of a list, under way or done; `begun` is on the monotonic clock."""
 
     begun: float
     reading: asyncio.Task[dict[str, str]]
 
 
 class StripeHttpClient(stripe.HTTPClient):
-    """What the SDK sends its requests with: httpx, its connections bounded and kept."""
+    """The SDK's HTTP client: httpx with bounded, kept connections."""
 
     name = "httpx"
 
@@ -110,7 +110,7 @@ class StripeGateway:
         return await self._send("post", f"/v1/payment_intents/{intent_id}/{action}", account, request, key=key)
 
     async def create_refund(self, account: str, key: str, request: Json) -> ProviderResponse:
-        """Money back to the payer."""
+        """A new refund."""
         return await self._send("post", "/v1/refunds", account, request, key=key)
 
     async def find_refund(self, account: str, intent_id: str, refund_id: str) -> ProviderResponse | None:
@@ -139,7 +139,7 @@ class StripeGateway:
     ) -> ProviderResponse | None:
         """The intent whose metadata name a payment, among all created while it was sent. Lists don't lag; search does.
 
-        Whoever asks about the same time shares one reading, if that began after `asked_at` (monotonic).
+        Calls of one time range share one reading of the list, if it began after `asked_at` (monotonic).
         """
         first = int(first_sent_at.timestamp() - CLOCK_SKEW_SECONDS) // LIST_WINDOW_SECONDS
         last = int(last_sent_at.timestamp() + CLOCK_SKEW_SECONDS) // LIST_WINDOW_SECONDS + 1
@@ -189,11 +189,11 @@ class StripeGateway:
         return self._pages("/v1/events", account, asked, urgent=False)
 
     async def probe(self, account: str) -> None:
-        """Ask something harmless. Raises ProviderOutage if the provider is out."""
+        """Send a harmless request. Raises ProviderOutage if the provider is out."""
         options = {"stripe_version": API_VERSION, "max_network_retries": 0}
         if account:
             options["stripe_account"] = account
-        # Not by the calls' places, which may all hang; nor by their turns, which none takes now.
+        # Without a call slot, because all of them may hang; without a request slot, because no call takes one now.
         await self._exchange("get", "/v1/balance", {}, options, min(PROBE_SECONDS, self._timeout_seconds))
 
     async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[list[Json]]:
@@ -242,7 +242,7 @@ class StripeGateway:
         return ProviderResponse(reply.data, reply.code, reply.request_id)
 
     async def _wait_for_slot(self, account: str, *, urgent: bool) -> None:
-        """Wait for the turn that all workers share; what isn't urgent lets the rest go first."""
+        """Wait for a request slot, which all workers share; urgent requests go first."""
         if not self._per_second:
             return
         query = "select surety.reserve_request_slot('stripe', %s, %s, %s)"
@@ -265,7 +265,7 @@ def requests_per_second(settings: Settings) -> float:
 
 @asynccontextmanager
 async def open_stripe(settings: Settings, database: WorkerDatabase) -> AsyncGenerator[StripeGateway]:
-    """The rail of this event loop. Raises SettingsError if neither a key nor a sandbox is named."""
+    """The gateway of this event loop. Raises SettingsError if neither a key nor a sandbox is named."""
     provider = settings.provider
     stripe.enable_telemetry = False
     http = StripeHttpClient(settings.surety_provider_timeout)
