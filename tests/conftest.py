@@ -21,7 +21,8 @@ from pytest_postgresql.janitor import DatabaseJanitor
 
 from db.connect import ProcessKind, harden, role_of
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer, drop_stale_databases, own_database, temporary_database, with_database
+from db.embedded.databases import drop_stale_databases, own_database, temporary_database, with_database
+from db.embedded.server import EmbeddedServer
 from db.settings import Settings, load_settings
 from tests.support.linters import Linters
 from tests.support.reusable_database import ReusableDatabase

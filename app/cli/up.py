@@ -19,7 +19,7 @@ from app.local.up import STOP_SECONDS_MAX, exclusive_folder, load_or_create_secr
 from app.web.keys import new_key
 from db.connect import harden
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer
+from db.embedded.server import EmbeddedServer
 from db.errors import SettingsError
 from db.settings import Settings, load_settings
 

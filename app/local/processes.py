@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO, Any
 
 from app.local.output import ProcessOutput
-from db.embedded import die_with_parent
+from db.embedded.processes import die_with_parent
 from db.errors import SuretyError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from app.local.output import PrintLine
 from app.local.processes import ProcessError, ProcessGroup
-from db.embedded import EmbeddedServer, lock_folder
+from db.embedded.folders import lock_folder
+from db.embedded.server import EmbeddedServer
 from db.errors import EmbeddedServerError, SuretyError
 
 STOP_SECONDS_MAX = 35.0

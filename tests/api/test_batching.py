@@ -18,7 +18,7 @@ from app.web.batching import BatchingConnections, RefusedByDatabase, Row, Unavai
 from app.web.keys import NewKey, new_key
 from app.web.worker_scheduler import WorkerScheduler
 from db.connect import connect_async
-from db.embedded import EmbeddedServer
+from db.embedded.server import EmbeddedServer
 from db.settings import DatabaseAddress, Settings
 from tests.conftest import Connection
 from tests.support.http_client import unique_name

@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio
 from litestar import Litestar
 
-from db.embedded import wait_until
+from db.embedded.processes import wait_until
 from tests.crash.kills import children_of
 
 ROOT = Path(__file__).parent.parent.parent

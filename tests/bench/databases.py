@@ -17,7 +17,8 @@ from psycopg.conninfo import conninfo_to_dict
 
 from db.connect import harden
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer, temporary_database
+from db.embedded.databases import temporary_database
+from db.embedded.server import EmbeddedServer
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Results = dict[str, Any]

@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Generator
 from contextlib import ExitStack, nullcontext
 
-from db.embedded import temporary_database
+from db.embedded.databases import temporary_database
 from tests.bench import history
 from tests.bench.databases import (
     PREFIX,

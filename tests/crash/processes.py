@@ -15,7 +15,8 @@ from app.local.output import LogFiles
 from app.local.processes import ProcessGroup, free_port
 from db.connect import harden
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer, create_database, with_database
+from db.embedded.databases import create_database, with_database
+from db.embedded.server import EmbeddedServer
 from db.errors import EmbeddedServerError
 from tests.support.postgres_proxy import KEEPALIVE_SECONDS, PostgresProxy
 

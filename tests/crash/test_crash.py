@@ -15,7 +15,8 @@ import psycopg
 
 from app.local.processes import free_port
 from db.connect import harden
-from db.embedded import EmbeddedServer, wait_until
+from db.embedded.processes import wait_until
+from db.embedded.server import EmbeddedServer
 from tests.crash.checks import find_differences
 from tests.crash.kills import KIND_WEIGHTS, KINDS, children_of
 from tests.crash.retrying_client import expected_refusal

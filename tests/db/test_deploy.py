@@ -21,7 +21,10 @@ from psycopg.conninfo import make_conninfo
 from db import LOCK_ORDER
 from db.deploy.deploy import DeployResult, deploy
 from db.deploy.source import VersionFiles, state_folder
-from db.embedded import EmbeddedServer, find_binaries, temporary_database, wait_until, with_database
+from db.embedded.binaries import find_binaries
+from db.embedded.databases import temporary_database, with_database
+from db.embedded.processes import wait_until
+from db.embedded.server import EmbeddedServer
 from db.errors import DeployError
 from tests.conftest import PREFIX, Connection
 from tests.support.payments import add_merchant, fact, pay, record, violations

@@ -16,15 +16,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from db import embedded as module
-from db.embedded import (
-    EmbeddedServer,
-    find_binaries,
-    remove_abandoned_folders,
-    server_pid,
-    temporary_database,
-    wait_until,
-)
+from db.embedded.binaries import find_binaries
+from db.embedded.databases import create_database, drop_database, drop_stale_databases, temporary_database
+from db.embedded.folders import remove_abandoned_folders, temporary_base_folder
+from db.embedded.processes import process_start_time, server_pid, wait_until
+from db.embedded.server import EmbeddedServer
 from db.errors import EmbeddedServerError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,7 +28,7 @@ IS_ROOT = os.geteuid() == 0
 DROP_ROOT = "os.setgroups([]); os.setgid(65534); os.setuid(65534)"
 START_AND_WAIT = """
 import os, sys
-from db.embedded import EmbeddedServer
+from db.embedded.server import EmbeddedServer
 {before}
 with EmbeddedServer() as server:
     print(server.process.pid, server.folder, flush=True)
@@ -110,7 +106,7 @@ def test_cleanup_keeps_folders_of_running_servers() -> None:
 
 
 def test_cleanup_keeps_foreign_folders() -> None:
-    foreign = Path(tempfile.mkdtemp(prefix="surety-", dir=module.temporary_base_folder()))
+    foreign = Path(tempfile.mkdtemp(prefix="surety-", dir=temporary_base_folder()))
     remove_abandoned_folders()
     assert foreign.is_dir()
     foreign.rmdir()
@@ -144,7 +140,7 @@ def test_a_folder_with_a_long_name_gets_its_socket_elsewhere(folder: Path) -> No
     assert not elsewhere.exists()
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="an ordinary user runs the server itself, so it can enter what is its own")
+@pytest.mark.skipif(not IS_ROOT, reason="an ordinary user runs the server itself, so it can enter its own folders")
 def test_binaries_that_the_servers_user_cant_reach_are_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = find_binaries()
     if installed.installation.name != "pginstall":
@@ -161,7 +157,7 @@ def test_binaries_that_the_servers_user_cant_reach_are_copied(folder: Path, monk
     assert not any(copy.exists() for copy in copies)
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="an ordinary user can enter what is its own")
+@pytest.mark.skipif(not IS_ROOT, reason="an ordinary user can enter its own folders")
 def test_a_folder_that_the_servers_user_cant_enter_is_refused(folder: Path) -> None:
     folder.mkdir(0o700)
     with pytest.raises(EmbeddedServerError, match="can't enter"):
@@ -183,8 +179,8 @@ def test_a_folder_without_postgresql_is_refused(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_folders_go_to_disk_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MEMORY_FREE_BYTES_MIN", 1 << 62)
-    assert module.temporary_base_folder() == Path(tempfile.gettempdir())
+    monkeypatch.setattr("db.embedded.folders.MEMORY_FREE_BYTES_MIN", 1 << 62)
+    assert temporary_base_folder() == Path(tempfile.gettempdir())
 
 
 def test_temporary_database_is_dropped_and_the_named_one_is_untouched(server: str) -> None:
@@ -206,25 +202,25 @@ def test_databases_of_killed_runs_are_dropped_and_those_of_others_are_not(server
     owners = {
         f"{ours}_a": f"{host} {gone.pid} 1",
         f"{ours}_b": f"elsewhere {gone.pid} 1",
-        f"{ours}_c": f"{host} {os.getpid()} {module.start_ticks(os.getpid())}",
+        f"{ours}_c": f"{host} {os.getpid()} {process_start_time(os.getpid())}",
         f"{ours}_d": "made by hand",
     }
     with psycopg.connect(server, autocommit=True) as conn:
         for name, owner in owners.items():
-            module.create_database(conn, name)
+            create_database(conn, name)
             conn.execute(sql.SQL("comment on database {} is {}").format(sql.Identifier(name), sql.Literal(owner)))
-        module.drop_stale_databases(conn, ours)
+        drop_stale_databases(conn, ours)
         left = conn.execute("select datname from pg_database where starts_with(datname, %s) order by 1", (ours,))
         assert left.fetchall() == [(f"{ours}_b",), (f"{ours}_c",), (f"{ours}_d",)]
         for name in owners:
-            module.drop_database(conn, name)
+            drop_database(conn, name)
 
 
 def test_an_interrupt_during_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "wait_until", interrupted)
+    monkeypatch.setattr("db.embedded.server.wait_until", interrupted)
     server = EmbeddedServer()
     with pytest.raises(KeyboardInterrupt):
         server.start()

@@ -13,7 +13,7 @@ import pytest
 
 from db.connect import harden
 from db.deploy.deploy import deploy
-from db.embedded import temporary_database
+from db.embedded.databases import temporary_database
 from tests.support.payments import Connection, add_merchant, fact, pay
 
 HANDLER = "apply"

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from db.connect import harden
-from db.embedded import with_database
+from db.embedded.databases import with_database
 from tests.support.payments import Connection, add_merchant, fact, pay, record, state_of, violations
 
 

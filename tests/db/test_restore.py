@@ -11,7 +11,9 @@ import pytest
 
 from db.connect import harden
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer, find_binaries, temporary_database
+from db.embedded.binaries import find_binaries
+from db.embedded.databases import temporary_database
+from db.embedded.server import EmbeddedServer
 from tests.support.payments import Connection, add_merchant, create, pay, request, violations
 
 

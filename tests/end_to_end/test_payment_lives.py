@@ -12,7 +12,7 @@ import pytest
 
 from db.connect import harden
 from db.deploy.deploy import deploy
-from db.embedded import temporary_database
+from db.embedded.databases import temporary_database
 from tests.support.http_client import SECRETS, Merchant, running_server, unique_name
 from tests.support.payments import Connection, ledger_of, path_of, violations
 from tests.support.sandbox_process import Json, SandboxProcess, eventually, running_sandbox

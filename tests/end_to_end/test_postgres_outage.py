@@ -19,7 +19,7 @@ import pytest
 from db import connect
 from db.connect import bounded_connection
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer
+from db.embedded.server import EmbeddedServer
 from jobs.worker import Worker
 from tests.crash.kills import children_of
 from tests.support.http_client import Merchant, connect_as_owner, payment, problem, running_server, unique_name

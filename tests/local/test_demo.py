@@ -16,7 +16,8 @@ import msgspec
 import pytest
 
 from app.local.demo.report import Report
-from db.embedded import MEMORY_FOLDER, wait_until
+from db.embedded.folders import MEMORY_FOLDER
+from db.embedded.processes import wait_until
 from tests.support.sandbox_process import eventually
 
 

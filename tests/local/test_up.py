@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from app.local.processes import free_port
-from db.embedded import temporary_base_folder
+from db.embedded.folders import temporary_base_folder
 from tests.support.http_client import CONTEXT, ServerProcess, payment
 from tests.support.sandbox_process import eventually
 

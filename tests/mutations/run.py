@@ -14,7 +14,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from db.embedded import die_with_parent
+from db.embedded.processes import die_with_parent
 from tests.mutations.mutants import Mutant, apply
 from tests.simulation.process_pool import process_pool, run_here
 from tests.simulation.schedule import SchedulePlan

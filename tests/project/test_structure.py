@@ -16,7 +16,6 @@ FOLDER_FILES_MAX = 12
 LONG_FILES = {
     "schema.sql": "the whole state of the database, read from top to bottom",
     "db/deploy/deploy.py": "to be divided",
-    "db/embedded.py": "to be divided",
     "tests/api/test_api.py": "to be divided",
     "tests/db/test_deploy.py": "to be divided",
     "tests/db/test_ledger.py": "to be divided",

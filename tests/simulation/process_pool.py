@@ -14,7 +14,8 @@ from multiprocessing.queues import SimpleQueue
 
 from psycopg.conninfo import conninfo_to_dict
 
-from db.embedded import EmbeddedServer, temporary_database
+from db.embedded.databases import temporary_database
+from db.embedded.server import EmbeddedServer
 from tests.simulation.database import PREFIX, SERVER, SimulatedDatabase, prepare_template
 from tests.simulation.schedule import Outcome, Schedule, SchedulePlan
 

@@ -15,7 +15,8 @@ import psycopg
 
 from app.web.problems import PROBLEM_TYPES
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer, temporary_database
+from db.embedded.databases import temporary_database
+from db.embedded.server import EmbeddedServer
 from jobs.handlers.table import HANDLER_TABLE
 
 ROOT = Path(__file__).parent.parent.parent

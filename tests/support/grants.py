@@ -10,7 +10,8 @@ from pathlib import Path
 import psycopg
 
 from db.deploy.deploy import deploy
-from db.embedded import EmbeddedServer, temporary_database
+from db.embedded.databases import temporary_database
+from db.embedded.server import EmbeddedServer
 
 WRITTEN = Path(__file__).with_suffix(".txt")
 

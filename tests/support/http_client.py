@@ -17,7 +17,7 @@ import psycopg
 
 from app.web.keys import new_key
 from db.connect import harden
-from db.embedded import die_with_parent
+from db.embedded.processes import die_with_parent
 
 Json = dict[str, Any]
 Connection = psycopg.Connection[tuple[Any, ...]]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from db.embedded import wait_until
+from db.embedded.processes import wait_until
 from jobs.periodic import PeriodicJob
 from jobs.polling import (
     poll_balance_transactions,

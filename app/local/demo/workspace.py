@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from db.embedded import EmbeddedServer, lock_folder, remove_abandoned_folders, temporary_base_folder, temporary_database
+from db.embedded.databases import temporary_database
+from db.embedded.folders import lock_folder, remove_abandoned_folders, temporary_base_folder
+from db.embedded.server import EmbeddedServer
 
 FOLDER_PREFIX = "surety-"
 
