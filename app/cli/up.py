@@ -1,4 +1,4 @@
-"""`surety up`."""
+"""`surety up`: every service on this machine, for everyday work."""
 
 from __future__ import annotations
 
@@ -34,16 +34,15 @@ EXAMPLE_REQUEST_OPTIONS = (
 @click.command()
 @click.option(
     "--folder", type=click.Path(path_type=Path, file_okay=False), default=Path(".surety"), show_default=True,
-    help="What is kept: the data of a PostgreSQL of its own, the sandbox's memory.",
+    help="Holds the data of the embedded PostgreSQL and the sandbox's memory.",
 )  # fmt: skip
-@click.option("--sandbox", is_flag=True, help="Play with a sandbox of Stripe, started along; no real money moves.")
+@click.option("--sandbox", is_flag=True, help="Start a sandbox of Stripe as well; no real money moves.")
 @click.option("--workers", type=click.IntRange(1, 16), default=1, show_default=True, help="How many workers.")
 def up(folder: Path, sandbox: bool, workers: int) -> None:
-    """Run everything on this machine, for everyday work, until Ctrl-C: API, webhook receiver, workers.
+    """Run the API, the webhook receiver and the workers on this machine until Ctrl-C.
 
-    Uses the database of DATABASE_URL, else a PostgreSQL of its own that keeps its data in the folder. Brings it to this
-    version first. What dies is started again. With Stripe it needs STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET; --sandbox
-    needs nothing.
+    Uses the database of DATABASE_URL, else an embedded PostgreSQL that keeps its data in the folder. Deploys first.
+    Restarts processes that end. Stripe needs STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET; --sandbox needs nothing.
     """
     settings = load_settings()
     require_provider_settings(settings, sandbox=sandbox)
@@ -57,7 +56,7 @@ def up(folder: Path, sandbox: bool, workers: int) -> None:
 
 
 def require_provider_settings(settings: Settings, *, sandbox: bool) -> None:
-    """Raises SettingsError unless it is said whom to ask for money."""
+    """Raises SettingsError without a provider, or with a live key for the sandbox."""
     if sandbox:
         if settings.stripe_api_key and "_live_" in settings.stripe_api_key.reveal():
             raise SettingsError("STRIPE_API_KEY is a live key, which must not go to a sandbox")
@@ -70,7 +69,7 @@ def require_provider_settings(settings: Settings, *, sandbox: bool) -> None:
 def run_everything(
     stack: ExitStack, settings: Settings, folder: Path, console: Console, *, sandbox: bool, workers: int
 ) -> None:
-    """Everything, until somebody interrupts."""
+    """Start every service and supervise them until an interrupt."""
     kept = stack.enter_context(exclusive_folder(folder))
     print_line = line_printer(console)
     server = None
@@ -118,19 +117,19 @@ def run_everything(
 
 
 def is_database_variable(name: str) -> bool:
-    """Whether a variable says where a database is; a server of our own needs none, and none may lead elsewhere."""
+    """Whether a variable addresses a database; with an embedded server, none may lead elsewhere."""
     return name.startswith("PG") or name.endswith("_DATABASE_URL")
 
 
 def refuse_live_database(url: str) -> None:
-    """Raises SettingsError for a sandbox and a database that moves real money."""
+    """Raises SettingsError if the database moves real money."""
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         if conn.execute("select 1 from surety.environment where livemode").fetchone():
             raise SettingsError("this database moves real money (environment.livemode): no sandbox may touch it")
 
 
 def create_first_key(url: str) -> str | None:
-    """A key of a first merchant's, in a database that has none and moves no real money."""
+    """Create a first merchant and its key in a test database without merchants; returns the key."""
     key = new_key(livemode=False)
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         made = conn.execute(
@@ -142,7 +141,7 @@ def create_first_key(url: str) -> str | None:
 
 
 def line_printer(console: Console) -> Callable[[str, str], None]:
-    """Shows lines, each with its process's name before it."""
+    """Returns a function that prints a line after the name of its process."""
     colors: dict[str, str] = {}
 
     def print_line(name: str, line: str) -> None:
@@ -153,7 +152,7 @@ def line_printer(console: Console) -> Callable[[str, str], None]:
 
 
 def print_welcome(console: Console, url: str, ports: dict[str, int], key: str | None) -> None:
-    """Where everything is, and the first request to try."""
+    """Print the addresses, the key and an example request."""
     console.print("  ".join(f"{name} http://127.0.0.1:{port}" for name, port in ports.items()), markup=False)
     console.print(f"export DATABASE_URL='{url}'", markup=False)
     if key is None:

@@ -29,11 +29,11 @@ def setting_options(command: Any) -> Any:
 @click.option("--memory", type=click.Path(path_type=Path, dir_okay=False), default=Path("sandbox.sqlite"))
 @click.option("--seed", default=1)
 @click.option("--faults/--no-faults", default=False, help="Misbehave as in the demo.")
-@click.option("--auto-payer", is_flag=True, help="The payer completes 3-D Secure by himself; implied by --faults.")
+@click.option("--auto-payer", is_flag=True, help="Complete 3-D Secure automatically; implied by --faults.")
 @click.option("--webhook-url")
 @click.option("--webhook-secret", default=WEBHOOK_SECRET)
-@click.option("--webhook-event", "webhook_events", multiple=True, help="Deliver these types only; repeatable.")
-@click.option("--settlement-currency", help="Convert every charge to it; else each currency settles in itself.")
+@click.option("--webhook-event", "webhook_events", multiple=True, help="Deliver only these event types; repeatable.")
+@click.option("--settlement-currency", help="Convert all charges to this currency; by default each settles in its own.")
 @setting_options
 def main(
     *,

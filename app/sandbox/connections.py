@@ -1,4 +1,4 @@
-"""The socket's side: reading a request, sending an answer, and the ways a connection can go wrong."""
+"""HTTP connections: requests are read, answers sent, connections broken."""
 
 import asyncio
 import socket
@@ -19,22 +19,22 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class SandboxResponse(Struct):
-    """What is sent back."""
+    """An HTTP answer."""
 
     status: int
     body: bytes
     headers: Headers = []
     took_effect: bool = False
-    """Whether this very request changed something; a replay did not."""
+    """Whether this request changed something; a replayed answer did not."""
 
 
-def json_response(told: object) -> SandboxResponse:
-    """200 with the told as JSON."""
-    return SandboxResponse(200, encode(told), [])
+def json_response(document: object) -> SandboxResponse:
+    """200 with a document as JSON."""
+    return SandboxResponse(200, encode(document), [])
 
 
 class ProtocolWithTransport(HttpToolsProtocol):
-    """Hands the connection to the application, so that it can break it: ASGI has no message for that."""
+    """Passes the transport to the application, which breaks connections: ASGI has no message for that."""
 
     def on_message_begin(self) -> None:
         """Begin a request's scope."""
@@ -43,7 +43,7 @@ class ProtocolWithTransport(HttpToolsProtocol):
 
 
 class ClientConnection:
-    """One request's connection."""
+    """The connection of one request."""
 
     def __init__(self, scope: Message, receive: Receive, send: Send) -> None:
         self._transport: asyncio.Transport = scope["extensions"]["sandbox.transport"]
@@ -51,7 +51,7 @@ class ClientConnection:
         self._send = send
 
     async def read(self) -> str:
-        """The request's whole body."""
+        """The whole body of the request."""
         body = bytearray()
         while True:
             message = await self._receive()
@@ -60,12 +60,12 @@ class ClientConnection:
                 return body.decode(errors="replace")
 
     async def send(self, answer: SandboxResponse) -> None:
-        """Answer, as JSON unless the answer says otherwise."""
+        """Send an answer, as JSON unless it names another content type."""
         await self._start(answer)
         await self._send({"type": "http.response.body", "body": answer.body})
 
     async def send_chunks(self, chunks: Iterable[bytes]) -> None:
-        """Answer 200 with JSON that is made while it is sent."""
+        """Send 200 with JSON that is produced while it is sent."""
         headers = [(b"content-type", b"application/json")]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         for chunk in chunks:
@@ -73,7 +73,7 @@ class ClientConnection:
         await self._send({"type": "http.response.body", "body": b""})
 
     async def hang(self, seconds: float) -> None:
-        """Say nothing until the client leaves or the time is over, then cut the connection."""
+        """Send nothing until the client disconnects or the time is over, then reset the connection."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._client_left()
@@ -84,7 +84,7 @@ class ClientConnection:
         await self._start(answer)
         half = answer.body[: len(answer.body) // 2]
         await self._send({"type": "http.response.body", "body": half, "more_body": True})
-        # What is still in the transport's buffer when it is aborted would not be sent at all.
+        # An aborted transport discards its buffer.
         await asyncio.sleep(0.02)
         await self._cut()
 

@@ -23,7 +23,7 @@ class Advance(Struct, forbid_unknown_fields=True):
     """The body of `POST /sandbox/clock`."""
 
     advance: float
-    """Seconds to move the sandbox's clock on by."""
+    """Seconds."""
 
 
 async def handle_request(
@@ -49,7 +49,7 @@ async def handle_request(
 
 
 def webhook_counts(sandbox: Sandbox) -> dict[str, int]:
-    """How deliveries went. `sent` counts events that were to be delivered, `delivered` those answers that were 2xx."""
+    """Counts of deliveries. `sent` counts events to be delivered, `delivered` counts answers with 2xx."""
     counted = dict.fromkeys(DELIVERY_TALLIES, 0)
     counted.update(sandbox.memory.tallies("webhooks:"))
     counted["pending"] = sum(action.what.startswith("deliver") for action in sandbox.memory.scheduled_actions())
@@ -57,7 +57,7 @@ def webhook_counts(sandbox: Sandbox) -> dict[str, int]:
 
 
 def injected_faults(sandbox: Sandbox) -> dict[str, Any]:
-    """What went wrong on purpose, by operation and fault, and how often the request had its effect all the same."""
+    """Injected faults by operation and fault, with the number of requests that took effect all the same."""
     effects = sandbox.memory.tallies("effects:")
     rows: list[dict[str, Any]] = []
     for name, count in sandbox.memory.tallies("faults:").items():
@@ -90,12 +90,12 @@ def set_faults(sandbox: Sandbox, given: FaultSettings) -> dict[str, Any]:
 
 
 def health(sandbox: Sandbox) -> dict[str, Any]:
-    """That it lives, and its time in Unix seconds."""
+    """A constant status, and the sandbox's time in Unix seconds."""
     return {"status": "ok", "now": sandbox.memory.now()}
 
 
 def advance_clock(sandbox: Sandbox, given: Advance) -> dict[str, Any]:
-    """Move the clock on; what became due happens at once."""
+    """Advance the clock; actions that became due run at once."""
     sandbox.memory.advance(given.advance)
     sandbox.schedule_changed.set()
     return {"now": sandbox.memory.now()}

@@ -1,8 +1,8 @@
-"""How the sandbox misbehaves: chosen by chance, but the same chance each time.
+"""Faults of requests and webhooks, drawn from a seed or ordered by name.
 
-A request's fate is a hash of the seed, the operation, what identifies the request (its idempotency key, else its
-path) and how often it was made, so a run is repeated exactly whatever the interleaving. A webhook's fate is a hash of
-its event's id. Besides, the next calls of an operation can be given a fault by name.
+A request's fault follows from a hash of the seed, the operation, the idempotency key (else the path) and the number of
+the attempt. So a run repeats exactly, whatever the interleaving. A webhook's fault follows from its event's id. An
+order gives the next calls of an operation a fault by name.
 """
 
 from hashlib import blake2b
@@ -51,11 +51,11 @@ class FaultProfile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     garbage_200: float = 0.0
     """It happened; the answer is 200 with a body that is no JSON."""
     slow: float = 0.0
-    """It happens late, the key being in use meanwhile."""
+    """It happens late; the key is in use until then."""
     webhook_first: float = 0.0
-    """It happened; its webhooks are delivered before the answer. For a GET, those that are still held."""
+    """It happened; its webhooks are delivered before the answer. A GET delivers those that are held back."""
     reads: float = 0.0
-    """Share of these probabilities that holds for GETs too."""
+    """Factor on these probabilities for GETs."""
     lost: float = 0.0
     """Never delivered, never retried."""
     repeated: float = 0.0
@@ -64,7 +64,7 @@ class FaultProfile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     """Held until later webhooks of its payment have overtaken it."""
     delayed: float = 0.0
     forged: float = 0.0
-    """First delivered with a signature that is wrong, then again with the right one."""
+    """Delivered with a wrong signature first, then with the right one."""
     payer_declines: float = 0.0
     """The payer fails 3-D Secure."""
 
@@ -118,7 +118,7 @@ class FaultInjector:
         self._attempts: dict[tuple[str, str], int] = {}
 
     def of_request(self, operation: str, identity: str, *, writes: bool) -> RequestFault | None:
-        """What goes wrong with this call, if anything; each call counts as an attempt."""
+        """The fault of this call, if any; each call counts as an attempt."""
         ordered = self._ordered(operation, identity)
         if ordered is not None:
             return cast(RequestFault, ordered)
@@ -130,7 +130,7 @@ class FaultInjector:
         return self._draw(REQUEST_FAULTS, share, operation, identity, attempt)
 
     def of_webhook(self, type: str, event_id: str, about: tuple[str, ...] = ()) -> WebhookFault | None:
-        """What goes wrong with the delivery of this event, if anything; `about` matches, too."""
+        """The fault of this event's delivery, if any; an order may match a text of `about`."""
         ordered = self._ordered(f"webhook:{type}", " ".join((event_id, *about)))
         if ordered is not None:
             return cast(WebhookFault, ordered)
@@ -139,14 +139,14 @@ class FaultInjector:
         return self._draw(WEBHOOK_FAULTS, 1.0, "webhook", event_id)
 
     def repetitions(self, event_id: str) -> int:
-        """How often a repeated webhook is delivered: 2 to 10 times by chance, ten times by order alone."""
+        """Deliveries of a repeated webhook: 2 to 10 when drawn, 10 when only ordered."""
         return 10 if self.profile is NO_FAULTS else 2 + int(self.chance("repetitions", event_id) * 9)
 
     def payer_declines(self, intent_id: str) -> bool:
         return self.chance("payer", intent_id) < self.profile.payer_declines
 
     def chance(self, *identity: object) -> float:
-        """A number in [0, 1) that follows from the seed and the identity alone."""
+        """A number in [0, 1) derived from the seed and the identity."""
         text = ":".join(map(str, (self.seed, *identity)))
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
@@ -169,7 +169,7 @@ class FaultInjector:
 
 
 class FaultSettings(Struct, forbid_unknown_fields=True):
-    """The body of `POST /sandbox/faults`; what is left out stays as it is."""
+    """The body of `POST /sandbox/faults`; an absent field changes nothing."""
 
     profile: Literal["none", "demo"] | FaultProfile | msgspec.UnsetType = msgspec.UNSET
     next: list[OrderedFault] | msgspec.UnsetType = msgspec.UNSET

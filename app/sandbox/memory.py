@@ -66,7 +66,7 @@ create table if not exists numbers (name text primary key, value real not null) 
 
 @dataclass(slots=True)
 class StoredObject:
-    """One Stripe object with the columns it is found by."""
+    """One Stripe object with its searchable columns."""
 
     id: str
     kind: str
@@ -84,7 +84,7 @@ class StoredObject:
 
 @dataclass(slots=True, frozen=True, order=True)
 class ScheduledAction:
-    """Something that will happen at a time: `what` to `subject`, for the `attempt`-th time."""
+    """The action `what` on the object `subject` at a time, Unix seconds."""
 
     due: float
     seq: int
@@ -159,7 +159,7 @@ class Memory:
     # Time
 
     def now(self) -> float:
-        """The sandbox's time, Unix seconds: the real one, moved on by what it was told to advance."""
+        """The sandbox's time, Unix seconds: the real time plus the advances of its clock."""
         return time.time() + self._clock_offset
 
     def advance(self, seconds: float) -> None:
@@ -169,7 +169,7 @@ class Memory:
     # Objects
 
     def unused_id(self, prefix: str, *identity: object) -> str:
-        """An id that follows from the seed and the identity, so that the same run gives the same ids."""
+        """An id derived from the seed and the identity, so that the same run gives the same ids."""
         for turn in range(1_000_000):
             text = ":".join(map(str, (self.seed, prefix, *identity, turn)))
             digest = b64encode(blake2b(text.encode(), digest_size=18).digest(), b"xy").decode()
@@ -183,7 +183,7 @@ class Memory:
         return self._object_seq
 
     def save(self, record: StoredObject) -> StoredObject:
-        """Remember the record's present content at the next commit."""
+        """Write the record's content at the next commit."""
         if not record.seq:
             record.seq = self.next_seq()
         self._cache[record.id] = record
@@ -191,7 +191,7 @@ class Memory:
         return record
 
     def save_event(self, record: StoredObject, text: str) -> None:
-        """Remember an event; its snapshot is text already and isn't kept decoded."""
+        """Write an event at the next commit; its JSON is not kept decoded."""
         record.seq = self.next_seq()
         self._changes.events.append((record, text))
         self._changes.event_ids.add(record.id)
@@ -213,7 +213,7 @@ class Memory:
         return record
 
     def event(self, id: str) -> tuple[int, str, bytes]:
-        """An event's place in the order of all, the payment (or other object) it tells of, and its text."""
+        """An event's sequence number, its payment (or other object), and its JSON."""
         seq, parent, text = self._file.execute("select seq, parent, body from objects where id = ?", (id,)).fetchone()
         return seq, parent, text.encode()
 
@@ -255,7 +255,7 @@ class Memory:
         return page, len(rows) > limit
 
     def children(self, parent: str, kind: str) -> list[StoredObject]:
-        """What belongs to an object, oldest first, uncommitted changes included."""
+        """Objects of a kind with this parent, oldest first, uncommitted changes included."""
         rows = self._file.execute(
             f"select {COLUMNS} from objects where parent = ? and kind = ? order by seq", (parent, kind)
         ).fetchall()
@@ -271,7 +271,7 @@ class Memory:
             yield self._current(row)
 
     def balance(self, account: str, now: float) -> Iterable[tuple[str, int, int]]:
-        """For each currency what is available and what is pending, minor units."""
+        """Currency, available and pending amount, minor units."""
         return self._file.execute(
             "select currency, coalesce(sum(net) filter (where available_on <= :now), 0),"
             " coalesce(sum(net) filter (where available_on > :now), 0) from objects"
@@ -280,7 +280,7 @@ class Memory:
         ).fetchall()
 
     def payable(self, now: float) -> list[tuple[str, str, int]]:
-        """Account, currency and sum of the available money that no payout has taken yet."""
+        """Account, currency and sum of the available lines without a payout, minor units."""
         return self._file.execute(
             "select account, currency, sum(net) from objects where kind = 'balance_transaction' and payout = ''"
             " and available_on <= ? and label <> 'payout' group by account, currency having sum(net) > 0",
@@ -288,7 +288,7 @@ class Memory:
         ).fetchall()
 
     def assign_to_payout(self, account: str, currency: str, payout: str, now: float) -> None:
-        """Let a payout take what `payable` told of it. Part of the commit under way."""
+        """Assign the lines that `payable` summed to a payout, as part of the next commit."""
         self._begin()
         self._file.execute(
             "update objects set payout = ? where kind = 'balance_transaction' and payout = '' and account = ?"
@@ -344,7 +344,7 @@ class Memory:
     # Transactions
 
     def commit(self) -> None:
-        """Write all changes since the last commit, at once."""
+        """Write all changes since the last commit in one transaction."""
         changes = self._changes
         if not changes and not self._file.in_transaction:
             return

@@ -1,4 +1,4 @@
-"""What happens by itself: the sandbox waits for the earliest action and carries it out, one after another."""
+"""Scheduled actions: the sandbox waits for the earliest one and runs them one after another."""
 
 import asyncio
 import heapq
@@ -14,7 +14,7 @@ log = logging.getLogger("sandbox")
 
 
 def act_as_payer(sandbox: Sandbox, intent: StoredObject) -> None:
-    """The sandbox's payer completes 3-D Secure, or fails it."""
+    """The simulated payer completes 3-D Secure, or fails it."""
     intents.complete_authentication(sandbox, intent, approved=not sandbox.faults.payer_declines(intent.id))
 
 
@@ -37,7 +37,7 @@ SCHEDULED_ACTIONS: dict[str, Callable[[Sandbox, StoredObject], object]] = {
 
 
 async def run_scheduled_actions(sandbox: Sandbox, sender: WebhookSender) -> None:
-    """Carry out every action when it is due, for ever."""
+    """Run every action when it is due; never returns."""
     while True:
         sandbox.schedule_changed.clear()
         wait_seconds = _run_due_actions(sandbox, sender)
@@ -49,7 +49,7 @@ async def run_scheduled_actions(sandbox: Sandbox, sender: WebhookSender) -> None
 
 
 def _run_due_actions(sandbox: Sandbox, sender: WebhookSender) -> float | None:
-    """Carry out what is due; returns the seconds until the next action, None if there is none."""
+    """Run due actions; returns the seconds until the next one, None if there is none."""
     scheduled = sandbox.scheduled
     while scheduled and scheduled[0].due <= sandbox.memory.now():
         action = heapq.heappop(scheduled)
@@ -67,7 +67,7 @@ def _run_due_actions(sandbox: Sandbox, sender: WebhookSender) -> float | None:
 
 
 async def pay_out_periodically(sandbox: Sandbox) -> None:
-    """Automatic payouts, on the sandbox's short schedule."""
+    """Automatic payouts at fixed intervals; never returns."""
     while True:
         await asyncio.sleep(sandbox.settings.payout_seconds)
         balance.create_payouts(sandbox)

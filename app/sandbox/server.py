@@ -1,4 +1,4 @@
-"""The sandbox as a process: routing, and its life from the open socket to the closed memory.
+"""The sandbox's process: routing, and the steps from the open socket to the closed memory.
 
 Nothing is awaited between the start of a request's execution and its commit, so requests change the memory one after
 another.
@@ -105,7 +105,7 @@ def serve_sandbox(
     """Serve until SIGINT or SIGTERM; prints `listening on HOST:PORT` once connections are accepted.
 
     Port 0 takes a free one; `fd` is an open socket to use instead. `faults=True` is the demo's profile, and the payer
-    then completes 3-D Secure by himself. `settings` gives everything else.
+    then completes 3-D Secure automatically. `settings` holds everything else.
     """
     settings = settings or SandboxSettings()
     settings.seed, settings.webhook_url, settings.webhook_secret = seed, webhook_url, webhook_secret
@@ -137,9 +137,9 @@ async def _run(listening: socket.socket, path: Path, settings: SandboxSettings, 
         timeout_graceful_shutdown=1,
     )
     for ending in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises the signal that ended it once more; that must not end us before the memory is closed.
+        # uvicorn raises the signal that ended it again, which must not end the process before the memory is closed.
         signal.signal(ending, lambda *_: None)
-    print(f"listening on {host}:{port}", flush=True)  # noqa: T201  # whoever started us waits for this line
+    print(f"listening on {host}:{port}", flush=True)  # noqa: T201  # the parent process waits for this line
     tasks = [
         asyncio.create_task(scheduled_actions.run_scheduled_actions(sandbox, sender)),
         asyncio.create_task(sender.run()),
@@ -158,6 +158,6 @@ async def _run(listening: socket.socket, path: Path, settings: SandboxSettings, 
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:
-    """The sandbox's own life only ends with it; anything else is a bug to be seen at once."""
+    """Log the exception of a background task: these tasks never end by themselves."""
     if not task.cancelled() and (failure := task.exception()) is not None:
-        log.critical("the sandbox stopped living by itself", exc_info=failure)
+        log.critical("a background task of the sandbox failed", exc_info=failure)

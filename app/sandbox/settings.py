@@ -1,4 +1,4 @@
-"""What can be set about the sandbox. Times are seconds; Stripe's days are shortened to them."""
+"""The sandbox's settings. Times are seconds; by default most are far shorter than Stripe's."""
 
 from msgspec import Struct
 
@@ -6,17 +6,17 @@ API_VERSION = "2026-10-28.endive"
 PLATFORM_ACCOUNT = "acct_1SuretyPlatform"
 """The account that a request without `Stripe-Account` belongs to."""
 
-WEBHOOK_SECRET = "whsec_sandbox"  # it is no secret here: it signs nothing but play
-"""Signs webhooks where no other secret is given."""
+WEBHOOK_SECRET = "whsec_sandbox"  # not a secret: it signs only the sandbox's webhooks
+"""The default secret for webhooks."""
 
 
 class SandboxSettings(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Of one sandbox."""
+    """The settings of one sandbox."""
 
     seed: int = 1
-    """Everything that happens by chance follows from it and from the request's own identity."""
+    """Ids and drawn faults follow from it and from the identity of a request."""
     webhook_url: str | None = None
-    """Where events are delivered, `http://host:port/path`; None: nowhere, they can only be listed."""
+    """Where events are delivered, `http://host:port/path`; None: they can only be listed."""
     webhook_secret: str = WEBHOOK_SECRET
     webhook_events: tuple[str, ...] = ()
     """Event types to deliver; empty: all."""
@@ -30,22 +30,22 @@ class SandboxSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     delay_seconds: float = 1.5
     """How long a delayed webhook is held."""
     hang_seconds: float = 25.0
-    """How long a timed-out request's connection is held before it is cut without an answer."""
+    """How long a request without an answer hangs before its connection is reset."""
     slow_seconds: float = 0.5
     transaction_seconds: float = 0.2
     """From a charge under `automatic_async` to its balance transaction."""
     available_seconds: float = 1.0
-    """From a balance transaction to its money's being available."""
+    """From a balance transaction to the time when its amount is available."""
     processing_seconds: float = 0.0
     """How long a confirmed intent stays `processing`; 0: it succeeds in the answer, as cards do at Stripe."""
     payout_seconds: float = 5.0
     """Between two automatic payouts of an account; 0: none."""
     payout_arrival_seconds: float = 1.0
     auto_payer: bool = False
-    """Whether the sandbox's payer completes 3-D Secure by himself."""
+    """Whether 3-D Secure is completed automatically."""
     payer_seconds: float = 0.3
     settlement_currency: str | None = None
-    """What every charge is converted to; None: each currency settles in itself."""
+    """The currency that every charge is converted to; None: each settles in its own."""
     key_seconds: float = 24 * 3600.0
     """How long an idempotency key is remembered."""
     hold_seconds: float = 7 * 86400.0
@@ -53,7 +53,7 @@ class SandboxSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     event_seconds: float = 30 * 86400.0
     """How long events can be read."""
     refund_seconds: float = 1.0
-    """From a refund's creation to what becomes of it later: its reference, its success, its late failure."""
+    """From a refund's creation to its reference, its success or its late failure."""
     dispute_seconds: float = 0.5
     """From a charge with a disputing card to its dispute."""
     decision_seconds: float = 0.5
@@ -63,4 +63,4 @@ class SandboxSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     inquiry_seconds: float = 120 * 86400.0
     """How long an inquiry stays open."""
     public_url: str = ""
-    """Where payers reach the sandbox's 3-D Secure pages; set by itself once the port is known."""
+    """The address of the 3-D Secure pages; by default that of the listening socket."""

@@ -1,4 +1,4 @@
-"""`surety demo`, small, as the user runs it."""
+"""`surety demo` with few payments, as a user runs it."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def test_ctrl_c_leaves_no_process_and_no_folder(moment: str, tmp_path: Path) -> 
             if "workers" in line:
                 break
     else:
-        # Its first child is PostgreSQL, or who prepares it; others' folders come and go meanwhile.
+        # The first child is PostgreSQL or its initdb. The folders of other demos come and go meanwhile.
         assert wait_until(lambda: bool(children_of(process.pid)), 20)
     family = children_of(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
     assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 10)
-    # Others' demos have folders, too; theirs go with them, ours would stay.
+    # Folders of other demos go with them; a folder left behind by this one would stay.
     left = {path for path in set(MEMORY_FOLDER.glob("surety-*")) - before if (path / "sandbox.sqlite").exists()}
     assert wait_until(lambda: not any(path.exists() for path in left), 90)
 

@@ -1,4 +1,4 @@
-"""`surety up`: all on this machine, started again when it dies, and gone when it ends, however that is."""
+"""`surety up` restarts processes that die, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Up:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        assert eventually(lambda: self.process.poll() is not None or "export DATABASE_URL" in self.said(), 90), (
-            self.said()
+        assert eventually(lambda: self.process.poll() is not None or "export DATABASE_URL" in self.output(), 90), (
+            self.output()
         )
-        assert self.process.poll() is None, self.said()
-        [self.database] = re.findall("export DATABASE_URL='([^']+)'", self.said())
-        [self.api] = re.findall(r"api (http://127\.0\.0\.1:\d+)", self.said())
+        assert self.process.poll() is None, self.output()
+        [self.database] = re.findall("export DATABASE_URL='([^']+)'", self.output())
+        [self.api] = re.findall(r"api (http://127\.0\.0\.1:\d+)", self.output())
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def children(self) -> dict[int, str]:
@@ -76,7 +76,7 @@ class Up:
 
 
 def parent_of(pid: int) -> int | None:
-    """Who started a process; None if it is gone, whether or not somebody has taken note of that."""
+    """The parent of a process; None if the process has ended, reaped or not."""
     try:
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
@@ -86,7 +86,7 @@ def parent_of(pid: int) -> int | None:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that the server's own user may enter, too."""
+    """A folder that the server's user may enter."""
     path = Path(tempfile.mkdtemp(prefix="up-", dir=temporary_base_folder()))
     path.chmod(0o755)
     yield path
@@ -113,14 +113,14 @@ def is_settled(database: str, payment_id: str) -> bool:
     return row == ("settled",)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="parents are read from /proc")
 def test_up_restarts_dead_processes_leaves_nothing_and_keeps_its_data(folder: Path) -> None:
     up = Up(folder)
     try:
-        assert eventually(lambda: KEY.search(up.said()), 20), up.said()
-        [key] = set(KEY.findall(up.said()))
+        assert eventually(lambda: KEY.search(up.output()), 20), up.output()
+        [key] = set(KEY.findall(up.output()))
         first = pay(up, key)
-        assert eventually(lambda: is_settled(up.database, first), 60), up.said()
+        assert eventually(lambda: is_settled(up.database, first), 60), up.output()
 
         second = subprocess.run(
             [sys.executable, "-m", "app.cli", "up", "--sandbox", "--folder", str(folder / ".surety")],
@@ -132,11 +132,11 @@ def test_up_restarts_dead_processes_leaves_nothing_and_keeps_its_data(folder: Pa
         os.kill(up.child("procrastinate"), signal.SIGKILL)
         os.kill(up.child("app.cli api"), signal.SIGKILL)
         os.kill(up.child("postgres"), signal.SIGKILL)
-        assert eventually(lambda: "worker-1 was killed by SIGKILL; it is started again" in up.said(), 20)
-        assert eventually(lambda: "postgresql ended; it is started again" in up.said(), 20)
+        assert eventually(lambda: "worker-1 was killed by SIGKILL; it is started again" in up.output(), 20)
+        assert eventually(lambda: "postgresql ended; it is started again" in up.output(), 20)
         second_payment = eventually(lambda: try_to_pay(up, key), 60)
-        assert eventually(lambda: is_settled(up.database, second_payment), 90), up.said()
-        assert re.search(r"^worker-1 +Launching a worker", up.said(), re.MULTILINE)
+        assert eventually(lambda: is_settled(up.database, second_payment), 90), up.output()
+        assert re.search(r"^worker-1 +Launching a worker", up.output(), re.MULTILINE)
 
         left = up.children()
         assert len(left) == 5
@@ -144,14 +144,14 @@ def test_up_restarts_dead_processes_leaves_nothing_and_keeps_its_data(folder: Pa
         assert eventually(lambda: not any(map(parent_of, left)), 20), left
 
         up = Up(folder)
-        assert KEY.findall(up.said()) == []
+        assert KEY.findall(up.output()) == []
         assert is_settled(up.database, first)
         last = pay(up, key)
-        assert eventually(lambda: is_settled(up.database, last), 60), up.said()
+        assert eventually(lambda: is_settled(up.database, last), 60), up.output()
         left = up.children()
         assert up.end(signal.SIGINT) == 130
-        assert not any(map(parent_of, left)), up.said()
-        assert "SIGINT: all has ended; the data are kept" in up.said()
+        assert not any(map(parent_of, left)), up.output()
+        assert "SIGINT: all has ended; the data are kept" in up.output()
         assert (folder / ".surety" / "postgresql" / "data").is_dir()
     finally:
         up.process.kill()
@@ -205,7 +205,7 @@ def test_sandbox_is_refused_on_a_live_database(database: str, conn: psycopg.Conn
     assert (done.returncode, "moves real money" in done.stderr) == (1, True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="parents are read from /proc")
 def test_killed_api_leaves_none_of_its_processes(database: str) -> None:
     api = ServerProcess("api", database, "--processes", "2")
     try:

@@ -38,7 +38,7 @@ def read(sandbox: SandboxProcess, dispute: Json) -> Json:
 
 def wait_for_status(sandbox: SandboxProcess, dispute: Json, status: str) -> Json:
     """The dispute, once it has that status."""
-    return eventually(lambda: (told := read(sandbox, dispute))["status"] == status and told)
+    return eventually(lambda: (current := read(sandbox, dispute))["status"] == status and current)
 
 
 def answer(sandbox: SandboxProcess, dispute: Json, text: str, **more: Any) -> Json:

@@ -32,7 +32,7 @@ keys = (f"key-{number}" for number in count())
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, receiver: WebhookReceiver) -> Iterator[SandboxProcess]:
     folder = tmp_path_factory.mktemp("sandbox")
-    # Payouts come by themselves and would be told in between.
+    # Automatic payouts would emit events in between.
     options = (
         *("--hang-seconds=0.15", "--slow-seconds=0.2", "--reorder-seconds=0.3", "--delay-seconds=0.2"),
         "--payout-seconds=0",
@@ -212,7 +212,7 @@ def test_event_names_its_connected_account_and_request(sandbox: SandboxProcess, 
 
 
 def test_refused_webhook_is_retried(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
-    # What is still told of earlier payments must not take the refusals away.
+    # Events of earlier payments must not use up the refusals.
     eventually(lambda: sandbox.control("webhooks")["pending"] == 0)
     receiver.statuses = [500, 302]
     intent = sandbox.create()

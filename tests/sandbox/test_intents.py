@@ -22,7 +22,7 @@ def booked_charge(sandbox: SandboxProcess, intent: str) -> Json:
 
 
 def form(**change: Any) -> Json:
-    """What creates a card payment."""
+    """Parameters of a card payment."""
     return {**CARD_PAYMENT, **change}
 
 
@@ -187,7 +187,7 @@ def test_every_test_card_can_be_used(sandbox: SandboxProcess) -> None:
 
 
 def challenged(sandbox: SandboxProcess, card: str = "pm_card_threeDSecure2Required") -> tuple[str, str]:
-    """A payment that waits for its payer, and the page he is sent to."""
+    """A payment that waits for its payer, and the page of its challenge."""
     intent = sandbox.create(card)
     asked = sandbox.confirm(intent, {"return_url": "https://shop.example/back?order=7"})
     assert (asked["status"], asked["next_action"]["type"]) == ("requires_action", "redirect_to_url")
@@ -196,18 +196,18 @@ def challenged(sandbox: SandboxProcess, card: str = "pm_card_threeDSecure2Requir
 
 
 @pytest.mark.parametrize(
-    ("outcome", "status", "told"),
+    ("outcome", "status", "redirect_status"),
     [("approve", "succeeded", "succeeded"), ("decline", "requires_payment_method", "failed")],
 )
 def test_payer_answers_on_the_page_and_is_redirected(
-    sandbox: SandboxProcess, outcome: str, status: str, told: str
+    sandbox: SandboxProcess, outcome: str, status: str, redirect_status: str
 ) -> None:
     intent, url = challenged(sandbox)
     page = httpx.get(url)
     assert f'value="{outcome}"' in page.text
     back = httpx.post(url, data={"outcome": outcome})
     assert (back.status_code, back.headers["location"].partition("?")[0]) == (303, "https://shop.example/back")
-    assert f"redirect_status={told}" in back.headers["location"]
+    assert f"redirect_status={redirect_status}" in back.headers["location"]
     after = sandbox.read(intent)
     assert (after["status"], after["next_action"]) == (status, None)
     if outcome == "decline":

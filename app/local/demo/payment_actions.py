@@ -1,7 +1,7 @@
-"""What merchants do after the charge: capture, cancel, refund, answer disputes.
+"""Merchants' requests after the charge: captures, cancellations, refunds, evidence.
 
-Each merchant's agent follows its feed of events, `GET /v1/events`, as a merchant's system would, and acts on what it
-reads: so the feed is tried out, too, for whoever skips an event never acts.
+Each merchant's agent reads its feed, `GET /v1/events`, and acts on the events. A missing event would leave an action
+undone, so the run also exercises the feed.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class PlannedAction:
-    """What a merchant does about a payment, and when."""
+    """A request of a merchant about a payment, and the events that trigger it."""
 
     share: float
-    """Of the payments of a shop; of few payments one, at least."""
+    """Of all payments; at least one payment."""
     on: tuple[str, ...]
-    """Types of the events that it waits for."""
+    """Types of the events that trigger it."""
     path: str
-    """Where it is asked for; `{id}` is the payment's, `{dispute}` its dispute's."""
+    """The path of the request, with the payment's `{id}` and the dispute's `{dispute}`."""
     evidence: str | None = None
-    """What is said against a dispute; the sandbox's banks go by it."""
+    """The text of the evidence; the sandbox decides disputes by it."""
     tenths: int | None = None
-    """Of the payment's amount; None: all, by not naming any."""
+    """The amount in tenths of the payment's; None: the request names none, which means all."""
     until: str | None = None
-    """Type of an event of what was asked for, without which the story isn't over."""
+    """Type of the event that completes it, if the answer does not."""
     special: Json = field(default_factory=dict)
-    """What such a payment is made with."""
+    """Parameters that such a payment is created with."""
 
     def body(self, amount_minor: int) -> Json:
-        """What is sent about a payment of so many minor units."""
+        """The body of the request about a payment of so many minor units."""
         if self.evidence is not None:
             return {"evidence": {"uncategorized_text": self.evidence}, "submit": True}
         return {} if self.tenths is None else {"amount": amount_minor * self.tenths // 10}
@@ -56,7 +56,7 @@ MANUAL: Json = {"capture_method": "manual"}
 
 
 def paid_by(token: str) -> Json:
-    """What is special about a payment by a certain card."""
+    """The parameters of a payment by this test card."""
     return {"payment_method": {"type": "card", "token": token}}
 
 
@@ -79,22 +79,22 @@ PLANNED_ACTIONS = (
     ),
 )
 AMOUNT_MINOR_MAX = 5_000
-"""Of a planned payment, in the currency in which every shop earns: what is given back must have been earned."""
+"""Of a payment with a planned action: its merchant must earn enough to refund it."""
 
 
 def plan_actions(orders: list[Order], seed: int) -> tuple[list[Order], list[MerchantAgent]]:
-    """The orders, some of them changed so that a merchant does something about them later, and who does it."""
-    lot = random.Random(f"{seed} plans")
+    """The orders, some of them with a planned action, and the agents that carry the actions out."""
+    chance = random.Random(f"{seed} plans")
     wanted = [plan for plan in PLANNED_ACTIONS for _ in range(max(1, round(plan.share * len(orders))))]
-    numbers = lot.sample(range(len(orders)), min(len(orders) // 2, len(wanted)))
+    numbers = chance.sample(range(len(orders)), min(len(orders) // 2, len(wanted)))
     orders, agents = list(orders), dict[str, MerchantAgent]()
     for number, plan in zip(numbers, wanted, strict=False):
         order = orders[number]
         body: Json = {
             **order.body,
-            "amount": lot.randint(100, AMOUNT_MINOR_MAX),
+            "amount": chance.randint(100, AMOUNT_MINOR_MAX),
             "currency": "usd",
-            "payment_method": {"type": "card", "token": lot.choice(USUAL_TOKENS)},
+            "payment_method": {"type": "card", "token": chance.choice(USUAL_TOKENS)},
             **plan.special,
         }
         orders[number] = replace(order, body=body)
@@ -104,29 +104,29 @@ def plan_actions(orders: list[Order], seed: int) -> tuple[list[Order], list[Merc
 
 @dataclass(slots=True)
 class MerchantAgent:
-    """Of one merchant."""
+    """The agent of one merchant."""
 
     api_key: str
     plans: dict[str, PlannedAction] = field(default_factory=dict)
-    """By the payment's reference; what is left to be done."""
+    """By the payment's reference, the actions that are not accepted yet."""
     refusals: list[str] = field(default_factory=list)
     waits_for: dict[str, str] = field(default_factory=dict)
-    """By the id of what was asked for, the type of an event that is still to come."""
-    _asked: dict[str, tuple[str, Json]] = field(default_factory=dict)
-    """By reference, what to send, until it is accepted."""
+    """By the id of a created object, the type of the event that completes its action."""
+    _triggered: dict[str, tuple[str, Json]] = field(default_factory=dict)
+    """By the payment's reference, payment id and body of a request until it is accepted."""
 
     def read(self, event: Json) -> None:
-        """Note what an event asks for."""
+        """Note the action that an event triggers."""
         subject = event["data"]
         if self.waits_for.get(subject["id"]) == event["type"]:
             del self.waits_for[subject["id"]]
         plan = self.plans.get(subject.get("reference") or "")
         if plan is not None and event["type"] in plan.on:
-            self._asked[subject["reference"]] = (subject["id"], plan.body(subject["amount"]))
+            self._triggered[subject["reference"]] = (subject["id"], plan.body(subject["amount"]))
 
     async def act(self, client: httpx.AsyncClient) -> None:
-        """Send what is asked for; what can't be done yet is tried again later, under the same key."""
-        for reference, (payment, body) in list(self._asked.items()):
+        """Send the triggered requests; one refused with 409 or 503 is repeated later under its key."""
+        for reference, (payment, body) in list(self._triggered.items()):
             path = self.plans[reference].path
             headers = {"Authorization": f"Bearer {self.api_key}"}
             keyed = headers | {"Idempotency-Key": f"{reference}-{path.rpartition('/')[2]}"}
@@ -139,15 +139,15 @@ class MerchantAgent:
                 continue
             if answer.is_success:
                 plan = self.plans.pop(reference)
-                del self._asked[reference]
+                del self._triggered[reference]
                 if plan.until:
                     self.waits_for[answer.json()["id"]] = plan.until
             elif answer.status_code not in (409, 503):
                 self.refusals.append(f"{path}: {answer.status_code} {answer.text}")
-                del self.plans[reference], self._asked[reference]
+                del self.plans[reference], self._triggered[reference]
 
     async def work(self, client: httpx.AsyncClient) -> None:
-        """Follow the feed and act until nothing is left to do."""
+        """Read the feed and act until every action is complete."""
         after: str | None = None
         headers = {"Authorization": f"Bearer {self.api_key}"}
         while self.plans or self.waits_for:

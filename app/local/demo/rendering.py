@@ -10,7 +10,7 @@ from app.local.demo.report import Report
 
 
 def format_milliseconds(ms: float) -> str:
-    """Milliseconds for people: 38 ms, 1.9 s."""
+    """Milliseconds as text: 38 ms, 1.9 s."""
     return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
 
 
@@ -44,7 +44,7 @@ def render_report(report: Report) -> RenderableType:
 
 
 def make_table(first: str, *numbers: str) -> Table:
-    """A table without lines: a text, and numbers at the right."""
+    """A table without lines: a text column, and right-aligned numbers."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for heading in numbers:

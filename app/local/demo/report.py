@@ -25,7 +25,7 @@ ACTIONS_ACCEPTED = "every later request of a merchant is accepted"
 
 
 class StateDuration(NamedTuple):
-    """How long payments took from one state to the next, in milliseconds."""
+    """Percentiles of the time from one state to the next, in milliseconds."""
 
     name: str
     p50_ms: float
@@ -114,7 +114,7 @@ def count_states(conn: Connection) -> dict[str, int]:
 
 
 def count_payment_actions(conn: Connection) -> dict[str, int]:
-    """How many payments had which story after they were accepted."""
+    """Payments by what happened to them after they were accepted."""
     cursor = conn.execute(
         """
         select
@@ -138,7 +138,7 @@ def count_payment_actions(conn: Connection) -> dict[str, int]:
 
 
 def measure_state_durations(conn: Connection) -> list[StateDuration]:
-    """From accepted to submitted to confirmed to settled, over all payments that got there."""
+    """From accepted to submitted to confirmed to settled, over all payments that reached the later state."""
     stages = (
         ("accepted → submitted", "initiated", "provider_submitted"),
         ("submitted → confirmed", "provider_submitted", "confirmed"),
@@ -163,7 +163,7 @@ def measure_state_durations(conn: Connection) -> list[StateDuration]:
 
 
 def find_example(conn: Connection) -> str | None:
-    """A payment with a story: refunded in part, and confirmed by its webhook before our answer, if there are such."""
+    """The id of a settled payment; preferably refunded in part, and confirmed by its webhook before the answer."""
     row = conn.execute(
         """
         select p.id from surety.payments as p

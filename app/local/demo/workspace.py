@@ -1,6 +1,4 @@
-"""Where the demo plays: a folder and a database of its own. If the demo itself is killed, its folder is swept by the
-next run.
-"""
+"""The demo's folder and its database. The next run removes the folder of a killed one."""
 
 from __future__ import annotations
 
@@ -20,20 +18,20 @@ FOLDER_PREFIX = "surety-"
 
 @contextlib.contextmanager
 def demo_folder() -> Generator[Path]:
-    """A folder for logs and the sandbox's memory, removed last."""
+    """A folder for logs and the sandbox's memory, removed at the end."""
     remove_abandoned_folders()
     path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=temporary_base_folder()))
-    mark = lock_folder(path)
+    lock = lock_folder(path)
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        os.close(mark)
+        os.close(lock)
 
 
 @contextlib.contextmanager
 def demo_database(given: str | None) -> Generator[str]:
-    """An empty database: on the server of a given address, where nothing else is touched, or on one of our own."""
+    """A new database on a given server, where nothing else is touched, or on an embedded one."""
     with contextlib.ExitStack() as stack:
         if given is None:
             given = stack.enter_context(EmbeddedServer(durable=True)).url

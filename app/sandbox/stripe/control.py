@@ -25,7 +25,7 @@ class ChargeReference(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class DashboardRefund(ChargeReference, kw_only=True):
-    """The body of `POST /sandbox/refunds`: somebody refunds in the dashboard."""
+    """The body of `POST /sandbox/refunds`: a refund made in the dashboard."""
 
     amount: int | None = None
     reason: Literal["duplicate", "fraudulent", "requested_by_customer"] | None = None
@@ -60,7 +60,7 @@ class BankDecision(Struct, forbid_unknown_fields=True):
 
     outcome: Literal["won", "lost", "partly_lost", "reinstated", "appealed", "escalated", "prevented", "closed"]
     returned: int = 0
-    """Minor units that come back of a partly lost dispute."""
+    """Minor units reinstated of a partly lost dispute."""
 
 
 DecideDispute = Callable[[Sandbox, StoredObject], None]
@@ -75,7 +75,7 @@ DECISIONS: dict[str, tuple[tuple[str, ...], DecideDispute]] = {
     "prevented": (INQUIRY, disputes.prevent),
     "closed": (INQUIRY, disputes.end_inquiry),
 }
-"""Outcomes by name: in which statuses a bank can decide so, and what comes of it."""
+"""By outcome, the statuses in which a bank can decide so, and the function that applies it."""
 
 
 def create_foreign_charge(sandbox: Sandbox, given: ForeignCharge) -> dict[str, Any]:
@@ -96,14 +96,14 @@ def create_foreign_charge(sandbox: Sandbox, given: ForeignCharge) -> dict[str, A
 
 
 def refund_charge(sandbox: Sandbox, given: DashboardRefund) -> dict[str, Any]:
-    """A refund that we did not ask for: it carries no metadata, and its events name no request."""
+    """A refund that Surety did not request: it has no metadata, and its events name no request."""
     charge = _charge(sandbox, given)
     asked = CreateRefund(charge=charge.id, amount=given.amount, reason=given.reason)
     return render_object(sandbox, refunds.create(sandbox, charge.account, asked))
 
 
 def decide_refund(sandbox: Sandbox, id: str, given: RefundOutcome) -> dict[str, Any]:
-    """A refund succeeds, or fails although it had succeeded."""
+    """A refund succeeds, or fails even after it succeeded."""
     found = _found(sandbox, "refund", id)
     if given.outcome == "succeeded":
         refunds.succeed(sandbox, found)
@@ -113,7 +113,7 @@ def decide_refund(sandbox: Sandbox, id: str, given: RefundOutcome) -> dict[str, 
 
 
 def dispute_charge(sandbox: Sandbox, given: CardholderDispute) -> dict[str, Any]:
-    """A holder disputes a charge."""
+    """A cardholder disputes a charge."""
     charge = _charge(sandbox, given)
     return render_object(
         sandbox, disputes.open_dispute(sandbox, charge, given.reason, inquiry=given.inquiry, amount=given.amount)
@@ -121,7 +121,7 @@ def dispute_charge(sandbox: Sandbox, given: CardholderDispute) -> dict[str, Any]
 
 
 def decide_dispute(sandbox: Sandbox, id: str, given: BankDecision) -> dict[str, Any]:
-    """A bank decides about a dispute, whatever its evidence."""
+    """A bank decides a dispute, whatever the evidence."""
     found = _found(sandbox, "dispute", id)
     status = found.body["status"]
     statuses, decide = (OPEN, None) if given.outcome == "partly_lost" else DECISIONS[given.outcome]
@@ -132,7 +132,7 @@ def decide_dispute(sandbox: Sandbox, id: str, given: BankDecision) -> dict[str, 
     elif 0 < given.returned < -found.net:
         disputes.lose_partly(sandbox, found, given.returned)
     else:
-        raise invalid_request(f"Of {-found.net} a part comes back.", param="returned")
+        raise invalid_request(f"`returned` must be between 1 and {-found.net - 1}.", param="returned")
     return render_object(sandbox, found)
 
 
@@ -147,9 +147,9 @@ def took_money(record: StoredObject) -> bool:
 
 
 def charges_summary(sandbox: Sandbox, metadata_key: str) -> dict[str, Any]:
-    """How many charges succeeded, for how many payments, and which payments were charged more than once.
+    """The number of charges that took money, of their payments, and the payments charged more than once.
 
-    A payment is what the metadata key names on the charge; charges without it count as charges only.
+    The value under the metadata key identifies a payment; charges without it are only counted.
     """
     payments: Counter[str] = Counter()
     charges = 0
@@ -196,26 +196,26 @@ def list_with_metadata(sandbox: Sandbox, kind: str) -> list[dict[str, Any]]:
 
 
 def refunds_summary(sandbox: Sandbox, metadata_key: str) -> dict[str, Any]:
-    """How many refunds stand, their sums in minor units, of how many payments, and what was refunded more than once.
+    """The number of effective refunds, their sums in minor units, their payments, and the doubles.
 
-    A demand is what the metadata key names on the refund; refunds without it, as those made in the dashboard, count as
-    refunds only. One that failed or was canceled gave nothing back and may be made again.
+    The value under the metadata key identifies a refund; the same value on two effective refunds is a double. Refunds
+    without it, such as those of the dashboard, are only counted. A failed or canceled refund may be made again.
     """
-    demands: Counter[str] = Counter()
-    standing = [
+    identities: Counter[str] = Counter()
+    effective = [
         record for record in sandbox.memory.all_of_kind("refund") if record.body["status"] in refunds.EFFECTIVE_STATUSES
     ]
-    for record in standing:
-        if demand := record.body["metadata"].get(metadata_key):
-            demands[demand] += 1
+    for record in effective:
+        if identity := record.body["metadata"].get(metadata_key):
+            identities[identity] += 1
     amounts: Counter[str] = Counter()
-    for record in standing:
+    for record in effective:
         amounts[record.body["currency"]] += record.body["amount"]
     return {
-        "refunds": len(standing),
+        "refunds": len(effective),
         "amounts": dict(amounts),
-        "payments": len({record.body["charge"] for record in standing}),
-        "double": sorted(demand for demand, times in demands.items() if times > 1),
+        "payments": len({record.body["charge"] for record in effective}),
+        "double": sorted(identity for identity, times in identities.items() if times > 1),
     }
 
 

@@ -1,4 +1,4 @@
-"""Stripe's errors: raised where a rule is broken, rendered where the answer is made."""
+"""Stripe's errors."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ DOCUMENTATION = "https://stripe.com/docs/error-codes/"
 
 
 class StripeError(Exception):
-    """An answer that refuses a request, in Stripe's shape."""
+    """A refusal in Stripe's shape."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class StripeError(Exception):
 
 
 def invalid_request(message: str, *, param: str | None = None, code: str | None = None) -> StripeError:
-    """400: the parameters can't be accepted; nothing was executed."""
+    """400: a parameter is invalid; nothing was executed."""
     return StripeError(400, message, param=param, code=code)
 
 
@@ -42,7 +42,7 @@ def missing(param: str) -> StripeError:
 
 
 def unsupported(param: str, why: str) -> StripeError:
-    """400 of the sandbox's own: Stripe accepts this, the sandbox would have to pretend."""
+    """400 of the sandbox's own: Stripe accepts this parameter, the sandbox does not implement it."""
     return invalid_request(f"The sandbox does not support this: {why}", param=param)
 
 

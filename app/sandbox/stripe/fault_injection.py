@@ -1,4 +1,4 @@
-"""What each fault does to a request. It is counted, together with whether the request had its effect all the same."""
+"""The effect of each fault on a request. Faults are counted, and so are those whose request took effect."""
 
 import asyncio
 from contextlib import suppress
@@ -29,7 +29,7 @@ async def inject_fault(
     connection: ClientConnection,
     echoed: Headers,
 ) -> None:
-    """Execute the request, or don't, and answer it in the fault's way."""
+    """Execute the request if the fault permits, and answer as the fault prescribes."""
     response = await _execute(fault, sandbox, sender, request)
     _count(sandbox, fault, request, response)
     match fault:

@@ -1,4 +1,4 @@
-"""The API's operations: name, path, parameters and what is done, one row each."""
+"""The API's operations: one row each with path, name, parameters and function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -105,7 +105,7 @@ def _list_balance_transactions(
     sandbox: Sandbox, account: str, id: str, given: ListBalanceTransactions
 ) -> dict[str, Any]:
     if given.source and given.source.startswith("du_"):
-        # Seen in Stripe's test mode: disputes' lines name their source and are still not found by it.
+        # Seen in test mode: a dispute's balance transactions name their source, and the filter does not find them.
         given.source = "none"
     return list_page(
         sandbox, "balance_transaction", account, given, "/v1/balance_transactions",

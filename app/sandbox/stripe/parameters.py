@@ -1,7 +1,7 @@
 """Request parameters: Stripe's form encoding, decoded into one struct per operation.
 
-A parameter that Stripe doesn't know is refused as Stripe does it. One that Stripe knows and the sandbox doesn't is
-refused too: pretending would hide a mistake until production.
+A parameter that Stripe does not know is refused as Stripe refuses it. One that only Stripe knows is refused too: to
+ignore it would hide a mistake until production.
 """
 
 import re
@@ -73,7 +73,7 @@ class ListPayouts(Page):
 
 
 class ListOfCharge(Page):
-    """Of refunds, disputes and fraud warnings."""
+    """Lists of refunds, disputes and fraud warnings."""
 
     charge: str | None = None
     payment_intent: str | None = None
@@ -86,7 +86,7 @@ class ListEvents(Page):
 
 CaptureMethod = Literal["automatic", "automatic_async", "manual"]
 Metadata = dict[str, str] | str | None
-"""Merged into what is stored; an empty value removes its key, an empty string all of them."""
+"""Merged into the stored metadata; an empty value removes its key, an empty string all keys."""
 
 
 class AutomaticMethods(Struct, forbid_unknown_fields=True):
@@ -176,7 +176,7 @@ class UpdateRefund(Parameters, kw_only=True):
 class UpdateDispute(Parameters, kw_only=True):
     evidence: dict[str, str] = {}
     submit: bool | None = None
-    """True where evidence is given, unless it says otherwise."""
+    """Defaults to true where evidence is given."""
     metadata: Metadata = None
 
 
@@ -222,7 +222,7 @@ AT = re.compile(r" - at `\$\.?(.*)`$")
 
 
 def read_parameters(kind: type[P], pairs: Pairs) -> P:
-    """The operation's parameters, or the error that Stripe gives for them."""
+    """The operation's parameters. Raises StripeError."""
     given = nest(pairs)
     try:
         return msgspec.convert(given, kind, strict=False)
@@ -231,7 +231,7 @@ def read_parameters(kind: type[P], pairs: Pairs) -> P:
 
 
 def _refused(kind: type[Parameters], given: dict[str, Any], refusal: str) -> Exception:
-    """Stripe's words for what msgspec found."""
+    """Stripe's error for an error of msgspec."""
     found = AT.search(refusal)
     path = found[1].replace("[...]", "").split(".") if found else []
     param = path[0] + "".join(f"[{part}]" for part in path[1:]) if path else ""

@@ -17,7 +17,7 @@ FORM = """<form method="post"><button name="outcome" value="approve">Approve</bu
 
 
 def render_page(sandbox: Sandbox, intent_id: str, secret: str) -> str:
-    """What the payer sees: the question, or that it has been answered."""
+    """The question to the payer, or a note that it was answered."""
     body = _find_intent(sandbox, intent_id, secret).body
     amount = f"{body['amount']} minor units of {body['currency']}"
     if body["status"] == "requires_action":
@@ -26,7 +26,7 @@ def render_page(sandbox: Sandbox, intent_id: str, secret: str) -> str:
 
 
 def submit_answer(sandbox: Sandbox, intent_id: str, secret: str, outcome: str) -> str | None:
-    """Take the payer's answer; returns where to send him now, if the merchant said so."""
+    """Apply the payer's answer; returns the merchant's return URL, if there is one."""
     intent = _find_intent(sandbox, intent_id, secret)
     action = intent.body["next_action"] or {}
     intents.complete_authentication(sandbox, intent, approved=outcome == "approve")

@@ -1,4 +1,4 @@
-"""What is read: single objects, lists, and what `expand` puts in place of ids."""
+"""Reads: single objects, lists, and `expand`, which puts objects in place of ids."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def card_of(sandbox: Sandbox, method_id: str) -> Card:
 def find_owned(
     sandbox: Sandbox, kind: str, account: str, id: str, *, param: str = "id", status: int = 404
 ) -> StoredObject:
-    """An object of this account; another account's does not exist for it."""
+    """An object of this account. Raises StripeError, also for objects of other accounts."""
     record = sandbox.memory.find(id)
     if record is None or record.kind != kind or record.account != account:
         raise not_found(kind, id, param=param, status=status)
@@ -74,7 +74,7 @@ def list_page(
     oldest: int = 0,
     **equal: str | list[str] | None,
 ) -> dict[str, Any]:
-    """A page of a list, newest first; of nothing that was created before `oldest`, Unix seconds."""
+    """A page of a list, newest first, without objects created before `oldest`, Unix seconds."""
     if not 1 <= given.limit <= 100:
         raise invalid_request("Limit must be between 1 and 100.", param="limit", code="parameter_invalid_integer")
     if any(not path.startswith("data.") for path in given.expand):

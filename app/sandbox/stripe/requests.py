@@ -1,4 +1,4 @@
-"""One request's answer: who asks, what is asked, whether it was answered before, and its execution.
+"""A request: authentication, its operation, the stored answer of its idempotency key, its execution.
 
 Stripe's rules for idempotency keys, https://docs.stripe.com/api/idempotent_requests: a key belongs to its account; the
 first answer is stored once execution has begun, 500s included, and replayed for 24 hours; other parameters under the
@@ -32,19 +32,19 @@ class StripeRequest(Struct):
     operation: Operation
     call: RequestContext
     id: str
-    """Of the object that the path names; "" where it names none."""
+    """Of the object in the path; "" without one."""
     pairs: Pairs
     writes: bool
     fingerprint: bytes
-    """Of everything that must be equal for a key to be the same request's."""
+    """A hash of method, path and parameters, which a repetition of the key must match."""
     identity: str
-    """What chance goes by: the key, else the path."""
+    """The idempotency key, else the path; drawn faults follow from it."""
     replay: SandboxResponse | None = None
-    """The answer that its key already has."""
+    """The stored answer of its key."""
 
 
 def echoed_headers(headers: dict[bytes, str], request_id: str) -> Headers:
-    """What every answer tells of its request."""
+    """Headers that repeat those of the request."""
     echoed = [(b"request-id", request_id.encode()), (b"stripe-version", API_VERSION.encode())]
     given = [name for name in (b"idempotency-key", b"stripe-account") if name in headers]
     return echoed + [(name, headers[name].encode("latin-1")) for name in given]
@@ -53,7 +53,7 @@ def echoed_headers(headers: dict[bytes, str], request_id: str) -> Headers:
 def parse_request(
     sandbox: Sandbox, method: str, path: str, headers: dict[bytes, str], form: str, request_id: str
 ) -> StripeRequest:
-    """Authenticate, find the operation, and the answer that the key may already have."""
+    """Authenticate, find the operation and the stored answer of its key. Raises StripeError."""
     _authenticate(headers)
     version = headers.get(b"stripe-version", API_VERSION)
     if version != API_VERSION:
@@ -103,14 +103,14 @@ def _stored_response(sandbox: Sandbox, request: StripeRequest) -> SandboxRespons
             f" Try using a key other than '{key}' if you meant to execute a different request.",
             type="idempotency_error",
         )
-    told = [(b"idempotent-replayed", b"true"), (b"original-request", stored.request_id.encode())]
-    return SandboxResponse(stored.status, stored.body, told)
+    replayed = [(b"idempotent-replayed", b"true"), (b"original-request", stored.request_id.encode())]
+    return SandboxResponse(stored.status, stored.body, replayed)
 
 
 def execute_request(sandbox: Sandbox, request: StripeRequest, instead: StripeError | None = None) -> SandboxResponse:
-    """Replay the stored answer, or execute, store the answer under the key and commit both at once.
+    """Replay the stored answer; or execute, store the answer under the key, and commit both in one transaction.
 
-    With `instead`, that error is answered and stored, whatever was executed.
+    With `instead`, that error is answered and stored in place of the result.
     """
     if request.replay is not None:
         return request.replay
@@ -177,5 +177,5 @@ def rate_limited() -> StripeError:
 
 
 def server_error() -> StripeError:
-    """500: nobody knows whether it was executed."""
+    """500: it is unknown whether the request was executed."""
     return StripeError(500, "An unknown error occurred.", type="api_error")

@@ -21,27 +21,27 @@ def signature(payload: bytes, secret: str, timestamp: int) -> str:
 
 
 class WebhookSender:
-    """Delivers what is planned, over a few connections at once."""
+    """Delivers scheduled webhooks over several connections."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
         self._queue: asyncio.Queue[ScheduledAction] = asyncio.Queue()
         self._delivered: dict[str, asyncio.Future[None]] = {}
         self._latest: dict[str, int] = {}
-        """By payment, the newest of its events that was delivered: what comes after it and is older was overtaken."""
+        """By payment, the newest delivered event; an older one delivered later was overtaken."""
 
     def post(self, action: ScheduledAction) -> None:
         """Take a delivery that is due."""
         self._queue.put_nowait(action)
 
     async def delivery(self, event_ids: list[str]) -> None:
-        """Wait until each of these events, just committed, was answered once."""
+        """Wait until each of these committed events was answered with 2xx once."""
         for event_id in event_ids:
             self._delivered[event_id] = asyncio.get_running_loop().create_future()
         await asyncio.gather(*(self._delivered[event_id] for event_id in event_ids))
 
     async def run(self) -> None:
-        """Deliver for ever."""
+        """Deliver; never returns."""
         async with asyncio.TaskGroup() as connections:
             for _ in range(self.sandbox.settings.webhook_connections):
                 connections.create_task(self._deliver_all())
@@ -111,7 +111,7 @@ class ReceiverConnection:
             self.close()
             if not kept_alive:
                 raise
-            # The receiver may close an idle connection at any time: that says nothing about this request.
+            # The receiver may close an idle connection at any time; the request is sent again.
             return await self._exchange(request + payload)
 
     async def _exchange(self, request: bytes) -> int:
@@ -137,7 +137,7 @@ class ReceiverConnection:
 
 
 class DeliveryResponse:
-    """Of an answer, what matters: its status, that it is complete, and whether another request may follow."""
+    """The status of an answer, whether it is complete, and whether the connection stays open."""
 
     def __init__(self) -> None:
         self.parser = httptools.HttpResponseParser(self)

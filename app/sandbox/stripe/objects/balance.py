@@ -1,4 +1,4 @@
-"""Where charged money goes: balance transactions, the balance, automatic payouts."""
+"""Balance transactions, the balance, automatic payouts."""
 
 from math import ceil
 from typing import Any
@@ -11,7 +11,7 @@ from app.sandbox.stripe.queries import card_of
 
 
 def book_charge(sandbox: Sandbox, charge: StoredObject) -> None:
-    """Give a captured charge its balance transaction, of the captured amount."""
+    """Create the balance transaction of a captured charge, of the captured amount."""
     amount, currency, rate = in_settlement_currency(sandbox, charge.body["amount_captured"], charge.body["currency"])
     card = card_of(sandbox, charge.body["payment_method"])
     charge.body["balance_transaction"] = create_balance_transaction(
@@ -29,7 +29,7 @@ def book_charge(sandbox: Sandbox, charge: StoredObject) -> None:
 
 
 def in_settlement_currency(sandbox: Sandbox, amount: int, currency: str) -> tuple[int, str, float | None]:
-    """An amount as the balance holds it: minor units, currency, and the rate if it was exchanged."""
+    """An amount converted to the settlement currency: minor units, currency, and the rate if it was converted."""
     into = sandbox.settings.settlement_currency or currency
     if into == currency:
         return amount, currency, None
@@ -66,7 +66,7 @@ def book_movement(
 
 
 def book_charge_late(sandbox: Sandbox, charge: StoredObject) -> None:
-    """The balance transaction that came after its charge."""
+    """Create the balance transaction of an `automatic_async` charge, and emit its event."""
     if charge.body["balance_transaction"] is None:
         book_charge(sandbox, charge)
         emit(sandbox, "charge.updated", charge, {"balance_transaction": None})
@@ -87,7 +87,7 @@ def create_balance_transaction(
     delay_seconds: float = 0,
     payout: str = "",
 ) -> StoredObject:
-    """One line of the account's balance, minor units of the currency it is settled in."""
+    """A balance transaction, in minor units of the settlement currency."""
     created = sandbox.unix_seconds()
     available_on = ceil(sandbox.memory.now() + delay_seconds) if delay_seconds else created
     id = sandbox.memory.unused_id("txn", reporting_category or type, source.id)
@@ -117,7 +117,7 @@ def create_balance_transaction(
         "net": amount - fee,
         "reporting_category": reporting_category or type,
         "source": source.id,
-        # Follows from `available_on` whenever it is shown.
+        # Rendered from `available_on`.
         "status": "pending",
         "type": type,
     }
@@ -207,7 +207,7 @@ def create_payouts(sandbox: Sandbox) -> None:
 
 
 def complete_payout(sandbox: Sandbox, payout: StoredObject) -> None:
-    """The bank has the money, and Stripe has listed what it consists of."""
+    """The payout has arrived, and its balance transactions are reconciled."""
     if payout.body["status"] != "in_transit":
         return
     trace = sandbox.memory.unused_id("tr", payout.id)[3:18]

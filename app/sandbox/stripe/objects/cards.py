@@ -1,7 +1,7 @@
-"""Stripe's test cards: the tokens that its users know, and what each card does.
+"""Stripe's test cards: their tokens and their behaviour.
 
-Names follow https://docs.stripe.com/testing; the short forms without a brand are accepted there too. An unknown token
-is refused, never taken for another.
+Names follow https://docs.stripe.com/testing; the short forms without a brand are accepted there too. Unknown tokens are
+refused.
 """
 
 from hashlib import sha256
@@ -11,7 +11,7 @@ from msgspec import Struct
 
 
 class Decline(Struct, frozen=True):
-    """Why a card isn't charged."""
+    """The reason why a card is not charged."""
 
     code: str
     """The error's code; `decline_code` is the issuer's reason, where there is one."""
@@ -20,7 +20,7 @@ class Decline(Struct, frozen=True):
 
 
 class Card(Struct, frozen=True):
-    """A test card, and what comes of using it."""
+    """A test card and its behaviour."""
 
     token: str
     brand: str = "visa"
@@ -29,22 +29,22 @@ class Card(Struct, frozen=True):
     country: str = "US"
     decline: Decline | None = None
     challenge: Literal["required", "optional", "unsupported"] = "unsupported"
-    """Whether 3-D Secure is asked for by the issuer, possible on request, or impossible."""
+    """Whether 3-D Secure is required by the issuer, possible on request, or impossible."""
     challenge_fails: bool = False
-    """3-D Secure can't be completed, whatever the payer does."""
+    """3-D Secure fails, whatever the payer does."""
     available_at_once: bool = False
-    """The money skips the pending balance."""
+    """The amount is available at once, without being pending."""
     risk: Literal["normal", "elevated", "highest"] = "normal"
     refunds: Literal["succeed", "pend", "fail_late", "need_action"] = "succeed"
-    """What becomes of a refund: at once; a little later; never, after it had succeeded; when its payer acts."""
+    """A refund succeeds at once; succeeds later; succeeds and then fails; waits for an action of the payer."""
     dispute: Literal["fraudulent", "product_not_received", "inquiry"] | None = None
-    """What the holder says a little later."""
+    """The dispute that the cardholder opens a little later."""
     fraud_warning: bool = False
     """The issuer warns that the charge may be fraudulent."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells cards apart, as Stripe's does; the way back from a stored payment method to its card."""
+        """Identifies the card behind a stored payment method."""
         return sha256(self.token.encode()).hexdigest()[:16]
 
 
@@ -127,7 +127,7 @@ CARDS = {
         Card("pm_card_bypassPending", last4="0077", available_at_once=True),
         Card("pm_card_pendingRefund", last4="7726", refunds="pend"),
         Card("pm_card_refundFail", last4="5126", refunds="fail_late"),
-        # The sandbox's own: at Stripe only payment methods without refunds of their own ask the payer to act.
+        # The sandbox's own card: at Stripe only payment methods without native refunds require an action of the payer.
         Card("pm_card_sandboxRefundRequiresAction", refunds="need_action"),
         Card("pm_card_createDispute", last4="0259", dispute="fraudulent"),
         Card("pm_card_createDisputeProductNotReceived", last4="2685", dispute="product_not_received"),

@@ -1,4 +1,4 @@
-"""Currencies as Stripe's price lists know them: minimum charges, and fixed rates for settlement in another one."""
+"""Stripe's minimum amounts by currency, fixed exchange rates, and the processing fee."""
 
 from fractions import Fraction
 
@@ -25,7 +25,7 @@ US_CENTS_PER_MINOR_UNIT = {
 
 
 def check_amount(amount: int, currency: str) -> None:
-    """Refuse what Stripe refuses: an unknown currency, an amount below its minimum or above eight digits."""
+    """Raises StripeError for an unknown currency or an amount outside its limits."""
     if currency not in MINIMUM_MINOR:
         known = ", ".join(sorted(MINIMUM_MINOR))
         raise invalid_request(f"Invalid currency: {currency}. The sandbox knows these: {known}", param="currency")
@@ -50,7 +50,7 @@ SYMBOLS = {"usd": "$", "eur": "€", "gbp": "£"}
 
 
 def format_amount(amount: int, currency: str) -> str:
-    """Minor units as a person reads them: $40.00."""
+    """Minor units as text: $40.00."""
     decimals = 0 if currency in NO_DECIMALS else 3 if currency in THREE_DECIMALS else 2
     number = f"{amount / 10**decimals:.{decimals}f}"
     return SYMBOLS[currency] + number if currency in SYMBOLS else f"{number} {currency.upper()}"

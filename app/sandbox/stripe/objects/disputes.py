@@ -1,8 +1,8 @@
-"""A dispute's life: an inquiry or a chargeback, evidence, the bank's decision, and what may come after it.
+"""A dispute's life: an inquiry or a chargeback, evidence, the bank's decision, an appeal.
 
-Follows https://docs.stripe.com/disputes; amounts, fee, refusals and the order of events were seen in Stripe's test
-mode. Not verified: that evidence is refused after it was submitted, what a partial loss, a reinstatement, an appeal
-and a prevented dispute look like, and that no evidence for an inquiry keeps it open for 120 days.
+Follows https://docs.stripe.com/disputes. Amounts, fee, refusals and the order of events were seen in test mode.
+Not verified: that submitted evidence can't be replaced; the form of a partial loss, a reinstatement, an appeal and a
+prevented dispute; that an inquiry without evidence stays open for 120 days.
 """
 
 from typing import Any
@@ -22,15 +22,15 @@ SUBMITTED = {
     "warning_needs_response": "warning_under_review",
     "appeal_needs_response": "appeal_under_review",
 }
-"""What becomes of a status when evidence is submitted."""
+"""The status after evidence is submitted, by the status before."""
 
 EVIDENCE_LENGTH_MAX = 150_000
 WINNING, LOSING, ESCALATING = "winning_evidence", "losing_evidence", "escalate_inquiry_evidence"
-"""What Stripe's test mode takes for a decision, as `uncategorized_text`."""
+"""The texts that decide a dispute in Stripe's test mode, as `uncategorized_text`."""
 
 
 def schedule_dispute(sandbox: Sandbox, charge: StoredObject) -> None:
-    """Let the holder of a captured charge's card dispute it later, if the card is one of those."""
+    """Schedule the dispute or the fraud warning of a captured charge, if its test card has one."""
     card = card_of(sandbox, charge.body["payment_method"])
     if card.dispute:
         sandbox.schedule(sandbox.settings.dispute_seconds, "holder_disputes", charge.id)
@@ -39,7 +39,7 @@ def schedule_dispute(sandbox: Sandbox, charge: StoredObject) -> None:
 
 
 def open_after_charge(sandbox: Sandbox, charge: StoredObject) -> None:
-    """The holder of a test card disputes the charge, in the card's way."""
+    """Open the dispute that the charge's test card asks for."""
     what = card_of(sandbox, charge.body["payment_method"]).dispute
     if what == "inquiry":
         open_dispute(sandbox, charge, "fraudulent", inquiry=True)
@@ -50,7 +50,7 @@ def open_after_charge(sandbox: Sandbox, charge: StoredObject) -> None:
 def open_dispute(
     sandbox: Sandbox, charge: StoredObject, reason: str, *, inquiry: bool = False, amount: int | None = None
 ) -> StoredObject:
-    """A holder disputes a charge: what is left of it after refunds, else all of it, or an amount of minor units."""
+    """Open a dispute over an amount in minor units; the default is the charge less its refunds, or all of it."""
     captured = charge.body["amount_captured"]
     amount = amount or captured - charge.body["amount_refunded"] or captured
     if not captured or amount > captured:
@@ -75,7 +75,7 @@ def open_dispute(
 
 
 def update(sandbox: Sandbox, dispute: StoredObject, given: UpdateDispute) -> StoredObject:
-    """Keep evidence; unless it says otherwise it goes to the bank at once, and that only once."""
+    """Save evidence and submit it, unless `submit` is false. It is submitted once."""
     body = dispute.body
     _check_evidence(given.evidence)
     if body["status"] in ENDED:
@@ -97,7 +97,7 @@ def update(sandbox: Sandbox, dispute: StoredObject, given: UpdateDispute) -> Sto
 
 
 def close(sandbox: Sandbox, dispute: StoredObject, given: Parameters) -> StoredObject:
-    """The merchant gives in."""
+    """The merchant accepts the dispute."""
     if dispute.body["status"] in ENDED:
         raise _already_closed()
     lose(sandbox, dispute)
@@ -105,7 +105,7 @@ def close(sandbox: Sandbox, dispute: StoredObject, given: Parameters) -> StoredO
 
 
 def decide_by_evidence(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """The bank has read the evidence; it knows what to make of three texts only."""
+    """Decide by the text of the evidence; other texts decide nothing."""
     said, status = dispute.body["evidence"]["uncategorized_text"], dispute.body["status"]
     if status == "warning_under_review":
         if said == ESCALATING:
@@ -120,7 +120,7 @@ def decide_by_evidence(sandbox: Sandbox, dispute: StoredObject) -> None:
 
 
 def miss_deadline(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """No evidence was submitted in time, unless it is due later by now."""
+    """The deadline for evidence, unless an appeal or an escalation has moved it."""
     if dispute.body["status"] in SUBMITTED and dispute.body["evidence_details"]["due_by"] <= sandbox.memory.now():
         dispute.body["evidence_details"] = {**dispute.body["evidence_details"], "past_due": True}
         if dispute.body["status"] == "warning_needs_response":
@@ -131,24 +131,24 @@ def miss_deadline(sandbox: Sandbox, dispute: StoredObject) -> None:
 
 
 def win(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """The bank decides for the merchant: the money comes back, the fee doesn't. Also what a reinstatement is."""
+    """The bank decides for the merchant, or reinstates: the amount comes back, the fee does not."""
     _reinstate(sandbox, dispute, -dispute.net)
     _end(sandbox, dispute, "won")
 
 
 def lose(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """The bank decides for the holder: the money stays where it is."""
+    """The bank decides for the cardholder: no money moves."""
     _end(sandbox, dispute, "lost")
 
 
 def lose_partly(sandbox: Sandbox, dispute: StoredObject, returned: int) -> None:
-    """The bank decides for both: so many minor units come back."""
+    """A part comes back, minor units."""
     _reinstate(sandbox, dispute, returned)
     _end(sandbox, dispute, "lost")
 
 
 def appeal(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """A lost dispute is opened once more."""
+    """Reopen a lost dispute."""
     if dispute.body["status"] != "lost":
         raise invalid_request("Only a lost dispute can be appealed.", param="outcome")
     _ask_again(sandbox, dispute)
@@ -156,7 +156,7 @@ def appeal(sandbox: Sandbox, dispute: StoredObject) -> None:
 
 
 def escalate(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """An inquiry becomes a chargeback."""
+    """Turn an inquiry into a chargeback."""
     body = dispute.body
     if not body["status"].startswith("warning_"):
         raise invalid_request("Only an inquiry can be escalated.", param="outcome")
@@ -175,7 +175,7 @@ def escalate(sandbox: Sandbox, dispute: StoredObject) -> None:
 
 
 def prevent(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """An inquiry is resolved before it becomes a chargeback: the holder has his money, there is no fee."""
+    """Resolve an inquiry before it becomes a chargeback: the cardholder is repaid, without a fee."""
     _withdraw(sandbox, dispute, 0)
     dispute.body["is_charge_refundable"] = False
     sandbox.memory.save(dispute)
@@ -184,13 +184,13 @@ def prevent(sandbox: Sandbox, dispute: StoredObject) -> None:
 
 
 def end_inquiry(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """Nobody escalated it."""
+    """Close an inquiry that was not escalated."""
     if dispute.body["status"].startswith("warning_") and dispute.body["status"] not in ENDED:
         _end(sandbox, dispute, "warning_closed")
 
 
 def _ask_again(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """Evidence is due anew."""
+    """Set a new deadline for evidence."""
     due_by = int(sandbox.unix_seconds() + sandbox.settings.response_seconds)
     details = dispute.body["evidence_details"]
     dispute.body["evidence_details"] = {**details, "due_by": due_by, "past_due": False}

@@ -1,4 +1,4 @@
-"""Early fraud warnings: what an issuer suspects before anybody disputes. They move no money."""
+"""Early fraud warnings of an issuer, before a dispute. They move no money."""
 
 from app.sandbox.memory import StoredObject
 from app.sandbox.state import Sandbox
@@ -8,7 +8,7 @@ KIND = "radar.early_fraud_warning"
 
 
 def warn(sandbox: Sandbox, charge: StoredObject) -> StoredObject:
-    """The issuer believes that the charge was fraudulent."""
+    """Create a warning about a charge."""
     id, created = sandbox.memory.unused_id("issfr", charge.id), sandbox.unix_seconds()
     body = {
         "id": id,
@@ -26,7 +26,7 @@ def warn(sandbox: Sandbox, charge: StoredObject) -> StoredObject:
 
 
 def close_warnings(sandbox: Sandbox, charge: StoredObject) -> None:
-    """Nothing can be done about a warning once the charge is refunded or disputed."""
+    """A refunded or disputed charge has no actionable warning."""
     for warning in sandbox.memory.children(charge.id, KIND):
         if warning.body["actionable"]:
             warning.body["actionable"] = False

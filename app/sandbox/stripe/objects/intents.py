@@ -1,7 +1,7 @@
-"""A payment intent's life, in its order: created, confirmed, authenticated, charged, captured or canceled.
+"""A PaymentIntent's life, in its order: created, confirmed, authenticated, charged, captured or canceled.
 
-Every function changes records and emits events; the caller commits. Refusals before anything has changed are raised
-as they are; a decline is raised after the failed charge was recorded, so it is committed too.
+Every function changes records and emits events; the caller commits. A refusal is raised before any change. A decline is
+raised after the failed charge was recorded, so that the charge is committed with it.
 """
 
 from typing import Any
@@ -95,7 +95,7 @@ def update(sandbox: Sandbox, intent: StoredObject, given: UpdateIntent) -> Store
 
 
 def confirm(sandbox: Sandbox, intent: StoredObject, given: ConfirmIntent) -> StoredObject:
-    """Try to charge the intent's payment method."""
+    """Charge the intent's payment method, or ask for 3-D Secure first."""
     body = intent.body
     card = _card(given.payment_method)
     _check_method_types(given)
@@ -127,7 +127,7 @@ def confirm(sandbox: Sandbox, intent: StoredObject, given: ConfirmIntent) -> Sto
 
 
 def complete_authentication(sandbox: Sandbox, intent: StoredObject, approved: bool) -> StoredObject:
-    """The payer has answered the 3-D Secure challenge; declines are recorded, not raised."""
+    """Record the payer's answer to the 3-D Secure challenge; a decline is recorded, not raised."""
     body = intent.body
     if body["status"] != "requires_action":
         return intent
@@ -145,13 +145,13 @@ def complete_authentication(sandbox: Sandbox, intent: StoredObject, approved: bo
 
 
 def finish_processing(sandbox: Sandbox, intent: StoredObject) -> None:
-    """What was processing has succeeded at the network."""
+    """A processing intent succeeds."""
     if intent.body["status"] == "processing":
         _succeed(sandbox, intent, sandbox.memory.get(intent.body["latest_charge"]))
 
 
 def capture(sandbox: Sandbox, intent: StoredObject, given: CaptureIntent) -> StoredObject:
-    """Take what was authorized, or a part of it; the rest is released."""
+    """Capture the authorized amount or a part of it; the rest is released."""
     body = intent.body
     if not given.final_capture:
         raise unsupported("final_capture", "capturing one authorization several times")
@@ -187,7 +187,7 @@ def capture(sandbox: Sandbox, intent: StoredObject, given: CaptureIntent) -> Sto
 
 
 def cancel(sandbox: Sandbox, intent: StoredObject, reason: CancelIntent | str) -> StoredObject:
-    """End an intent for good; an authorization is released, and since 2025-03-31.basil that is no refund.
+    """Cancel an intent; an authorization is released, which is not a refund since 2025-03-31.basil.
 
     https://docs.stripe.com/changelog/basil/2025-03-31/remove-refund-from-partial-capture-and-payment-cancellation-flow
     """
@@ -209,7 +209,7 @@ def cancel(sandbox: Sandbox, intent: StoredObject, reason: CancelIntent | str) -
 
 
 def expire_authorization(sandbox: Sandbox, intent: StoredObject) -> None:
-    """An authorization that nobody captured in time is released."""
+    """Release an authorization that was not captured in time."""
     if intent.body["status"] == "requires_capture":
         cancel(sandbox, intent, EXPIRED)
 
@@ -229,7 +229,7 @@ def _pay(sandbox: Sandbox, intent: StoredObject, card: Card, *, off_session: boo
 
 
 def _challenge(sandbox: Sandbox, intent: StoredObject, return_url: str | None) -> None:
-    """Send the payer to the sandbox's page; without a return URL Stripe leaves that to its script."""
+    """Send the payer to the sandbox's page; without a return URL, Stripe's script does that."""
     body = intent.body
     page = f"{sandbox.settings.public_url}/3ds/{intent.id}?client_secret={body['client_secret']}"
     if return_url:
@@ -250,7 +250,7 @@ def _challenge(sandbox: Sandbox, intent: StoredObject, return_url: str | None) -
 
 
 def _charge(sandbox: Sandbox, intent: StoredObject, card: Card, *, authenticated: bool) -> None:
-    """Ask the card's issuer."""
+    """Create the charge, which the card's issuer approves or declines."""
     body = intent.body
     if card.decline:
         _fail(
@@ -296,7 +296,7 @@ def _succeed(sandbox: Sandbox, intent: StoredObject, charge: StoredObject) -> No
 
 
 def _fail(sandbox: Sandbox, intent: StoredObject, card: Card, decline: Decline, charge: StoredObject | None) -> None:
-    """Record a failed attempt and raise the 402 that tells of it."""
+    """Record a failed attempt and raise its 402."""
     body = intent.body
     method = sandbox.memory.get(body["payment_method"]).body
     error: dict[str, Any] = {
@@ -372,7 +372,7 @@ def _check_common(given: UpdateIntent) -> None:
 
 
 def _check_method_types(given: UpdateIntent | ConfirmIntent) -> None:
-    """Since 2026-09-30.endive the types follow from the account's settings and can only be narrowed."""
+    """Since 2026-09-30.endive, requests can only narrow the types of the account's settings."""
     if given.payment_method_types is not None:
         raise invalid_request(
             "payment_method_types can no longer be set. Use automatic_payment_methods, allowed_payment_method_types or"
@@ -385,7 +385,7 @@ def _check_method_types(given: UpdateIntent | ConfirmIntent) -> None:
 
 
 def _check_return_url(body: dict[str, Any], given: CreateIntent | ConfirmIntent) -> None:
-    """Stripe's rule for intents that take whatever the Dashboard enables: some of it redirects the payer."""
+    """Intents that accept redirecting payment methods require a return URL."""
     redirects = body["automatic_payment_methods"]["allow_redirects"] != "never"
     if redirects and not given.return_url and not given.off_session:
         raise invalid_request(

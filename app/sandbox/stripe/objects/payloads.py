@@ -1,4 +1,4 @@
-"""What new objects look like: every property that Stripe's have, with the values they begin with."""
+"""New objects: every property of Stripe's objects, with its initial value."""
 
 from typing import Any
 
@@ -84,7 +84,7 @@ def method(id: str, card: Card, created: int) -> dict[str, Any]:
 
 
 def charge(id: str, intent: dict[str, Any], card: Card, created: int, *, authenticated: bool) -> dict[str, Any]:
-    """A charge of an intent's payment method that the issuer has not answered yet."""
+    """A charge that the issuer has not answered yet."""
     three_d_secure = None
     if authenticated:
         three_d_secure = {
@@ -169,7 +169,7 @@ def charge(id: str, intent: dict[str, Any], card: Card, created: int, *, authent
 
 
 def outcome(card: Card, decline: Decline | None) -> dict[str, Any]:
-    """What the network and the risk rules said of an attempt."""
+    """The answer of the network and of the risk rules."""
     if decline is None:
         return {
             "advice_code": None,
@@ -235,7 +235,7 @@ EVIDENCE = (
     *("shipping_date", "shipping_documentation", "shipping_tracking_number", "uncategorized_file"),
     "uncategorized_text",
 )
-"""What a merchant can say for himself: texts, and ids of files."""
+"""A merchant's evidence: texts, and ids of files."""
 
 NETWORK_REASONS = {"fraudulent": "10.4", "product_not_received": "13.1"}
 """Visa's codes."""
@@ -244,7 +244,7 @@ NETWORK_REASONS = {"fraudulent": "10.4", "product_not_received": "13.1"}
 def dispute(
     id: str, charge: dict[str, Any], amount: int, reason: str, created: int, due_by: int, *, inquiry: bool
 ) -> dict[str, Any]:
-    """A dispute that waits for its merchant's answer; no money has moved yet."""
+    """A dispute that needs a response; no money has moved yet."""
     card = charge["payment_method_details"]["card"]
     return {
         "id": id,
@@ -283,6 +283,6 @@ def dispute(
 
 
 def empty_billing_details() -> dict[str, Any]:
-    """Billing details of which none are known."""
+    """Empty billing details."""
     address = dict.fromkeys(("city", "country", "line1", "line2", "postal_code", "state"))
     return {"address": address, "email": None, "name": None, "phone": None, "tax_id": None}

@@ -1,7 +1,7 @@
-"""A refund's life: asked for, pending or waiting for its payer, succeeded; it can fail after it succeeded.
+"""A refund's life: requested, pending or waiting for its payer, succeeded; it can fail after it succeeded.
 
-Follows https://docs.stripe.com/refunds; the refusals' words were seen in Stripe's test mode. Not verified: that the
-money of a refund leaves the balance when it is asked for, whatever its status.
+Follows https://docs.stripe.com/refunds. The wording of refusals was seen in Stripe's test mode. Not verified: that the
+amount of a refund leaves the balance at the request, whatever its status.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ from app.sandbox.stripe.parameters import CreateRefund, Parameters, UpdateRefund
 from app.sandbox.stripe.queries import card_of, find_owned
 
 EFFECTIVE_STATUSES = frozenset({"pending", "requires_action", "succeeded"})
-"""Statuses in which the money has gone, or is on its way, to the payer."""
+"""Statuses in which the payer has the money or will get it."""
 
 PAYER_ACTION_SECONDS = 45 * 86400
 
 
 def create(sandbox: Sandbox, account: str, given: CreateRefund) -> StoredObject:
-    """Give a captured charge back, all that is left of it or an amount of minor units."""
+    """Refund a captured charge: the rest of it, or an amount in minor units."""
     charge = _charge(sandbox, account, given)
     if given.amount is not None and given.amount < 1:
         raise invalid_request(
@@ -50,7 +50,7 @@ def create(sandbox: Sandbox, account: str, given: CreateRefund) -> StoredObject:
 
 
 def _charge(sandbox: Sandbox, account: str, given: CreateRefund) -> StoredObject:
-    """The captured charge that is to be refunded."""
+    """The captured charge to refund."""
     if given.charge:
         charge = find_owned(sandbox, "charge", account, given.charge)
         if given.payment_intent not in (None, charge.body["payment_intent"]):
@@ -99,7 +99,7 @@ def _check_refundable(sandbox: Sandbox, charge: StoredObject, left: int, amount:
 
 
 def _begin(sandbox: Sandbox, refund: StoredObject, charge: StoredObject, email: str | None) -> None:
-    """The status that it begins with, and what is to become of it."""
+    """Set the initial status and schedule the later one, by the test card."""
     delay_seconds = sandbox.settings.refund_seconds
     match card_of(sandbox, charge.body["payment_method"]).refunds:
         case "succeed":
@@ -128,14 +128,14 @@ def _description(charge: StoredObject) -> str:
 
 
 def update(sandbox: Sandbox, refund: StoredObject, given: UpdateRefund) -> StoredObject:
-    """Change a refund's metadata: nothing else of it can be changed."""
+    """Change a refund's metadata, the only thing that can be changed."""
     before = refund.body["metadata"]
     _change(sandbox, refund, {"metadata": before}, metadata=merge_metadata(before, given.metadata))
     return refund
 
 
 def cancel(sandbox: Sandbox, refund: StoredObject, given: Parameters) -> StoredObject:
-    """Call a refund back that waits for its payer; no other can be."""
+    """Cancel a refund that waits for its payer; no other can be canceled."""
     if refund.body["status"] != "requires_action":
         raise StripeError(400, "Canceling this refund is unsupported.", stored=True)
     _give_back(sandbox, refund, "canceled", "merchant_request")
@@ -143,7 +143,7 @@ def cancel(sandbox: Sandbox, refund: StoredObject, given: Parameters) -> StoredO
 
 
 def add_reference(sandbox: Sandbox, refund: StoredObject) -> None:
-    """The payer's bank can now find it by a reference."""
+    """The reference for the payer's bank becomes available."""
     details = {**refund.body["destination_details"]["card"], "reference": refund.id[-23:].upper()}
     before = {"destination_details": refund.body["destination_details"]}
     details["reference_status"] = "available"
@@ -151,7 +151,7 @@ def add_reference(sandbox: Sandbox, refund: StoredObject) -> None:
 
 
 def succeed(sandbox: Sandbox, refund: StoredObject) -> None:
-    """What was pending, or waited for the payer, has arrived."""
+    """A pending refund, or one that waited for its payer, succeeds."""
     status = refund.body["status"]
     if status in ("pending", "requires_action"):
         refund.body.pop("pending_reason", None)
@@ -160,20 +160,20 @@ def succeed(sandbox: Sandbox, refund: StoredObject) -> None:
 
 
 def fail_refund(sandbox: Sandbox, refund: StoredObject, reason: str = "expired_or_canceled_card") -> None:
-    """It can't reach the payer, even if it was thought to have: the money comes back."""
+    """A refund fails, possibly after it succeeded: the money comes back."""
     if refund.body["status"] in EFFECTIVE_STATUSES:
         _give_back(sandbox, refund, "failed", reason)
         emit(sandbox, "refund.failed", refund)
 
 
 def expire_action(sandbox: Sandbox, refund: StoredObject) -> None:
-    """The payer was asked what to do with the money and has not answered."""
+    """Fail a refund whose payer did not act in time."""
     if refund.body["status"] == "requires_action":
         fail_refund(sandbox, refund, "unknown")
 
 
 def fail_unfinished(sandbox: Sandbox, charge: StoredObject) -> None:
-    """A chargeback takes the money; refunds of the charge that are still under way must not give it a second time."""
+    """Fail the unfinished refunds of a charge whose chargeback withdrew the money."""
     for refund in sandbox.memory.children(charge.id, "refund"):
         if refund.body["status"] in ("pending", "requires_action"):
             fail_refund(sandbox, refund, "charge_for_pending_refund_disputed")
