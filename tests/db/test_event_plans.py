@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ def emit_many(conn: Connection, count: int, merchant: str | None = None) -> None
 
 
 @contextmanager
-def explained_plans(conn: Connection) -> Iterator[list[dict[str, Any]]]:
+def explained_plans(conn: Connection) -> Generator[list[dict[str, Any]]]:
     """Collect the plans of statements that walk through events by snapshots."""
     plans: list[dict[str, Any]] = []
 
