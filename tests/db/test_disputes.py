@@ -163,12 +163,12 @@ def test_evidence_is_merged_and_submitted_once(conn: Connection) -> None:
     _, key = add_merchant(conn)
     _, stranger = add_merchant(conn)
     record(conn, [dispute_fact(captured(conn, key), "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
-    assert submit_evidence(conn, stranger)["status"] == 404
+    assert submit_evidence(conn, stranger)["problem"] == "not-found"
     assert submit_evidence(conn, key)["body"]["evidence"]["given"] == ["uncategorized_text"]
     given = submit_evidence(conn, key, evidence={"customer_name": "Ann"}, submit=True)
     assert (given["status"], given["body"]["evidence"]["given"]) == (202, ["customer_name", "uncategorized_text"])
     refused = submit_evidence(conn, key)
-    assert (refused["status"], refused["problem"], refused["detail"]["state"]) == (409, "wrong-state", "needs_response")
+    assert (refused["problem"], refused["detail"]["state"]) == ("wrong-state", "needs_response")
 
 
 @pytest.mark.parametrize(
@@ -289,12 +289,18 @@ def test_api_shows_disputes_accepts_evidence_and_shows_the_balance(conn: Connect
     event = next(e for e in merchant.get("/v1/events")["data"] if e["type"].startswith("dispute."))
     assert (event["type"], event["data"]["id"]) == ("dispute.needs_response", shown["id"])
     [usd] = merchant.get("/v1/balance")["data"]
-    assert usd == {"currency": "usd", "pending": 9625, "available": -10000, "held": 10000, "refunding": 0}
+    assert usd == {
+        "currency": "usd",
+        "pending": 9625,
+        "available": -10000,
+        "disputed": 10000,
+        "reserved_for_refunds": 0,
+    }
     listed = merchant.get("/v1/balance/transactions")["data"]
     assert [row["type"] for row in listed] == ["dispute_opened", "captured"]
     assert listed[0]["changes"] == [
         {"account": "available", "amount": -10000, "currency": "usd"},
-        {"account": "held", "amount": 10000, "currency": "usd"},
+        {"account": "disputed", "amount": 10000, "currency": "usd"},
     ]
     page = merchant.get("/v1/balance/transactions", limit=1)
     assert (page["data"], page["has_more"]) == (listed[:1], True)

@@ -43,8 +43,8 @@ REFUND_KINDS = ("pending", "succeeded", "canceled", "failed")
 """In the order of their ranks."""
 AMOUNTS = st.sampled_from([999, 5000])
 SHARES = st.sampled_from([None, "a third", "the rest", "too much"])
-Answer = tuple[int, str | None, str | None]
-"""Status, problem, and the payment it is about."""
+Answer = tuple[int | None, str | None, str | None]
+"""Status (of a success only), problem, and the payment it is about."""
 
 
 def part(amount: int, share: str | None) -> int | None:
@@ -138,12 +138,12 @@ class Model:
     @property
     def balance(self) -> dict[str, int]:
         """What is owed to the merchant, and what is on its way back to payers."""
-        owed = {"pending": 0, "available": 0, "held": 0, "refunding": 0}
+        owed = {"pending": 0, "available": 0, "disputed": 0, "reserved_for_refunds": 0}
         for payment in self.payments.values():
             owed["available" if payment.is_settled else "pending"] += payment.captured - payment.fee
             given = sum(refund.amount for refund in payment.refunds if refund.stands)
             owed["available"] -= given
-            owed["refunding"] += given
+            owed["reserved_for_refunds"] += given
         return owed
 
     def expect_creation(self, key: str, amount: int, reference: str | None, is_manual: bool) -> Answer | None:
@@ -152,9 +152,9 @@ class Model:
             *asked, payment_id = self.requests[key]
             if asked == [amount, reference, is_manual]:
                 return 201, None, payment_id
-            return 422, "idempotency-key-reused", None
+            return None, "idempotency-key-reused", None
         if reference in self.references:
-            return 409, "reference-taken", self.references[reference]
+            return None, "reference-taken", self.references[reference]
         return None
 
     def created(self, key: str, payment: Payment) -> None:
@@ -179,31 +179,31 @@ class Model:
         if state is not None and self.references.get(payment.reference or "") == payment.id:
             del self.references[payment.reference or ""]
 
-    def expect_cancellation(self, payment: Payment) -> int:
+    def expect_cancellation(self, payment: Payment) -> int | None:
         if payment.state == "initiated":
             self.end(payment, "canceled")
             return 200
         if payment.state not in {"provider_submitted", "requires_action", "authorized"}:
-            return 409
+            return None
         payment.is_cancel_requested = True
         return 202
 
-    def expect_capture(self, payment: Payment, amount: int | None) -> int:
+    def expect_capture(self, payment: Payment, amount: int | None) -> int | None:
         if payment.state != "authorized" or payment.is_cancel_requested:
-            return 409
+            return None
         if amount is not None and amount > payment.amount:
-            return 400
+            return None
         payment.capturing = amount or payment.amount
         return 202
 
-    def expect_refund(self, payment: Payment, amount: int | None) -> tuple[int, str | None]:
+    def expect_refund(self, payment: Payment, amount: int | None) -> tuple[int | None, str | None]:
         if payment.state not in {"confirmed", "settled", "partially_refunded"} or not payment.left:
-            return 409, "wrong-state"
+            return None, "wrong-state"
         if amount is not None and amount > payment.left:
-            return 400, "invalid-request"
+            return None, "invalid-request"
         # The fee of this very payment may be overdrawn.
         if self.balance["pending"] + self.balance["available"] + payment.fee < (amount or payment.left):
-            return 409, "balance-too-low"
+            return None, "balance-too-low"
         return 201, None
 
 
@@ -266,7 +266,7 @@ class Merchant(RuleBasedStateMachine):
             payment = Payment(result["payment_id"], amount, reference, is_manual=is_manual)
             self.model.created(key, payment)
             return payment
-        about = (result["detail"] or {}).get("payment_id") if result["status"] == 409 else None
+        about = (result["detail"] or {}).get("payment_id") if result["problem"] == "reference-taken" else None
         if result["status"] == 201:
             assert result["is_replayed"]
             about = json.loads(result["body"])["id"]

@@ -10,15 +10,15 @@ from app.api.schemas.fields import Limit, PaymentId, PostingId
 
 
 class CurrencyBalance(Struct):
-    """What you are owed in one currency, in minor units: not settled yet, settled (it may be negative), held back in
-    disputes, on its way back to payers.
+    """What you are owed in one currency, in minor units: not settled yet, settled (it may be negative), withheld for
+    disputes, reserved for refunds that have not arrived yet.
     """
 
     currency: str
     pending: int
     available: int
-    held: int
-    refunding: int
+    disputed: int
+    reserved_for_refunds: int
 
 
 class Balance(Struct):
@@ -27,7 +27,7 @@ class Balance(Struct):
 
 
 class BalanceChange(Struct):
-    account: Literal["pending", "available", "held", "refunding"]
+    account: Literal["pending", "available", "disputed", "reserved_for_refunds"]
     amount: int
     currency: str
 

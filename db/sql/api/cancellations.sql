@@ -11,14 +11,14 @@ declare
     v_payment surety.payments;
     v_status integer := 202;
 begin
-    if (v_admitted.outcome).status is not null then
+    if not v_admitted.outcome is null then
         return v_admitted.outcome;
     end if;
     select p.* into v_payment from surety.payments as p
     where p.id = p_request ->> 'payment_id' and p.merchant_id = v_admitted.merchant_id
     for update;
     if not found then
-        return api.refuse_command(v_admitted, 404, 'not-found', null);
+        return api.refuse_command(v_admitted, 'not-found', null);
     end if;
     if v_payment.state = 'initiated' then
         v_status := 200;
@@ -28,7 +28,7 @@ begin
             v_admitted.actor, p_request ->> 'request_id'
         );
     elsif v_payment.state not in ('submitting', 'provider_submitted', 'requires_action', 'authorized') then
-        return api.refuse_command(v_admitted, 409, 'wrong-state', jsonb_build_object(
+        return api.refuse_command(v_admitted, 'wrong-state', jsonb_build_object(
             'state', v_payment.state,
             'reason', case when v_payment.state = 'processing' then 'it is being processed' end));
     elsif not v_payment.flags ? 'cancel_requested_at' then

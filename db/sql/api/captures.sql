@@ -11,17 +11,17 @@ declare
     v_held bigint;
     v_amount bigint;
 begin
-    if (v_admitted.outcome).status is not null then
+    if not v_admitted.outcome is null then
         return v_admitted.outcome;
     end if;
     select p.* into v_payment from surety.payments as p
     where p.id = p_request ->> 'payment_id' and p.merchant_id = v_admitted.merchant_id
     for update;
     if not found then
-        return api.refuse_command(v_admitted, 404, 'not-found', null);
+        return api.refuse_command(v_admitted, 'not-found', null);
     end if;
     if v_payment.state <> 'authorized' or v_payment.flags ? 'cancel_requested_at' then
-        return api.refuse_command(v_admitted, 409, 'wrong-state', jsonb_build_object(
+        return api.refuse_command(v_admitted, 'wrong-state', jsonb_build_object(
             'state', v_payment.state,
             'reason', case when v_payment.flags ? 'cancel_requested_at' then 'its cancellation was asked for' end));
     end if;
@@ -30,7 +30,7 @@ begin
     where f.payment_id = v_payment.id and f.kind = 'authorized' and f.disregarded is null;
     v_amount := coalesce((p_request ->> 'amount')::bigint, v_held);
     if v_amount not between 1 and v_held then
-        return api.refuse_command(v_admitted, 400, 'invalid-request', jsonb_build_object(
+        return api.refuse_command(v_admitted, 'invalid-request', jsonb_build_object(
             'field', '/amount', 'rule', case when v_amount < 1 then 'minimum' else 'maximum' end,
             'limit', case when v_amount < 1 then 1 else v_held end, 'given', v_amount, 'currency', v_payment.currency));
     end if;

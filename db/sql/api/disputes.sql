@@ -10,18 +10,18 @@ declare
     v_dispute surety.disputes;
     v_takes boolean;
 begin
-    if (v_admitted.outcome).status is not null then
+    if not v_admitted.outcome is null then
         return v_admitted.outcome;
     end if;
     select d.* into v_dispute from surety.disputes as d
     where d.id = p_request ->> 'dispute_id' and d.merchant_id = v_admitted.merchant_id
     for update;
     if not found then
-        return api.refuse_command(v_admitted, 404, 'not-found', null);
+        return api.refuse_command(v_admitted, 'not-found', null);
     end if;
     v_takes := exists (select from surety.dispute_statuses as s where s.status = v_dispute.status and s.takes_evidence);
     if not v_takes or v_dispute.submit_asked_at is not null or v_dispute.evidence_due_at < v_admitted.admitted_at then
-        return api.refuse_command(v_admitted, 409, 'wrong-state', jsonb_build_object(
+        return api.refuse_command(v_admitted, 'wrong-state', jsonb_build_object(
             'state', v_dispute.status,
             'reason', case
                 when v_dispute.submit_asked_at is not null then 'its evidence was submitted'
@@ -61,7 +61,6 @@ create or replace function api.list_disputes(
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- Newest first, all of a merchant's or those of one payment. No row: no such key.
 declare
     v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
     v_ids text [];
@@ -85,19 +84,17 @@ begin
         );
     end if;
     return query
-    select
-        v_merchant,
-        json_build_object(
-            'object', 'list',
-            'data', coalesce(
-                (
-                    select json_agg(shown.document order by d.id desc)
-                    from surety.disputes as d cross join lateral api.show_dispute(d) as shown
-                    where d.id = any(v_ids[1:p_limit])
-                ),
-                '[]'::json
-            ),
-            'has_more', cardinality(v_ids) > p_limit
-        )::text;
+    select v_merchant, api.render_page(
+        array(
+            select shown.document
+            from surety.disputes as d cross join lateral api.show_dispute(d) as shown
+            where d.id = any(v_ids)
+            order by d.id desc
+        ),
+        p_limit);
 end;
 $$;
+
+comment on function api.list_disputes(bytea, text, integer, text) is
+'A page of the merchant''s disputes, newest first. p_payment: of one payment only; p_starting_after: the last id of the
+page before. No row: unknown key.';

@@ -138,3 +138,16 @@ end;
 
 comment on function api.dispute_at_event(surety.disputes, jsonb) is
 'The dispute as it was when one of its events was made, for api.show_dispute.';
+
+create or replace function api.render_page(p_documents json[], p_limit integer) returns text
+language sql immutable parallel safe
+begin atomic
+    select json_build_object(
+        'object', 'list',
+        'data', array_to_json(p_documents[1:p_limit]),
+        'has_more', cardinality(p_documents) > p_limit
+    )::text;
+end;
+
+comment on function api.render_page(json[], integer) is
+'A page of a list: the first p_limit documents, and whether there are more. p_documents holds up to p_limit + 1.';

@@ -23,9 +23,9 @@ begin
     select k.key_id, k.merchant_id, k.is_suspended into v_who
     from api.identify_merchant(decode(p_request ->> 'key_hash', 'hex')) as k;
     if not found then
-        v_outcome := (401, 'unauthenticated', null, null, false);
+        v_outcome := (null, 'unauthenticated', null, null, false);
     elsif v_who.is_suspended then
-        v_outcome := (403, 'forbidden', null, null, false);
+        v_outcome := (null, 'forbidden', null, null, false);
     else
         -- Waits for another request with this key; if that one was refused, the key is free again.
         loop
@@ -42,7 +42,7 @@ begin
             if v_first.request_hash = v_hash then
                 v_outcome := (v_first.status, null, null, v_first.response, true);
             else
-                v_outcome := (422, 'idempotency-key-reused', null, null, false);
+                v_outcome := (null, 'idempotency-key-reused', null, null, false);
             end if;
             exit;
         end loop;
@@ -53,14 +53,14 @@ begin
 end;
 $$;
 
-create or replace function api.refuse_command(p_admitted api.admission, p_status integer, p_problem text, p_detail
-jsonb) returns api.outcome
+create or replace function api.refuse_command(p_admitted api.admission, p_problem text, p_detail jsonb)
+returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
     delete from surety.idempotency_keys as i
     where i.merchant_id = p_admitted.merchant_id and i.route = p_admitted.route and i.key = p_admitted.key;
-    return (p_status::smallint, p_problem, p_detail, null, false)::api.outcome;
+    return (null, p_problem, p_detail, null, false)::api.outcome;
 end;
 $$;
 

@@ -67,28 +67,18 @@ begin atomic
         select letters.id, letters as letter
         from who
         cross join outbox.find_dead_letters(p_status, p_handler, p_error, p_starting_after, p_limit + 1) as letters
-    ),
-
-    page as (
-        select found.id, found.letter
-        from found
-        order by found.id
-        limit p_limit
     )
 
     select
         who.operator,
-        json_build_object(
-            'object', 'list',
-            'data', coalesce(
-                (
-                    select json_agg(shown.document order by page.id)
-                    from page cross join lateral outbox.show_dead_letter(page.letter) as shown
-                ),
-                '[]'::json
+        api.render_page(
+            array(
+                select shown.document
+                from found cross join lateral outbox.show_dead_letter(found.letter) as shown
+                order by found.id
             ),
-            'has_more', (select count(*) > p_limit from found)
-        )::text
+            p_limit
+        )
     from who;
 end;
 

@@ -235,14 +235,7 @@ begin
     return query
     select
         a.n,
-        case
-            when a.problem = 'unauthenticated' then 401
-            when a.problem = 'forbidden' then 403
-            when a.problem is not null then 400
-            when coalesce(i.request_hash, first_value(a.request_hash) over same_key) <> a.request_hash then 422
-            when i.key is null then 409
-            else i.status
-        end::smallint,
+        case when i.request_hash = a.request_hash then i.status end,
         case
             when a.problem is not null then a.problem
             -- One that was refused keeps no key, and yet it was asked first.
@@ -338,19 +331,13 @@ begin
         );
     end if;
     return query
-    select
-        v_merchant,
-        json_build_object(
-            'object', 'list',
-            'data', coalesce(
-                (
-                    select json_agg(shown.document order by p.id desc)
-                    from surety.payments as p cross join lateral api.show_payment(p) as shown
-                    where p.id = any(v_ids[1:p_limit])
-                ),
-                '[]'::json
-            ),
-            'has_more', cardinality(v_ids) > p_limit
-        )::text;
+    select v_merchant, api.render_page(
+        array(
+            select shown.document
+            from surety.payments as p cross join lateral api.show_payment(p) as shown
+            where p.id = any(v_ids)
+            order by p.id desc
+        ),
+        p_limit);
 end;
 $$;

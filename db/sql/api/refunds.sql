@@ -22,26 +22,26 @@ declare
     v_other bigint;
     v_fee bigint;
 begin
-    if (v_admitted.outcome).status is not null then
+    if not v_admitted.outcome is null then
         return v_admitted.outcome;
     end if;
     select p.* into v_payment from surety.payments as p
     where p.id = p_request ->> 'payment_id' and p.merchant_id = v_admitted.merchant_id
     for update;
     if not found then
-        return api.refuse_command(v_admitted, 404, 'not-found', null);
+        return api.refuse_command(v_admitted, 'not-found', null);
     end if;
     v_left := v_payment.captured_minor - v_payment.refunded_minor - v_payment.refund_pending_minor
         - v_payment.at_risk_minor - v_payment.reversed_minor;
     if v_payment.state not in ('confirmed', 'settled', 'partially_refunded') or v_left <= 0 then
-        return api.refuse_command(v_admitted, 409, 'wrong-state', jsonb_build_object(
+        return api.refuse_command(v_admitted, 'wrong-state', jsonb_build_object(
             'state', v_payment.state,
             'reason', case when v_payment.state in ('confirmed', 'settled', 'partially_refunded')
                 then 'all of it is refunded or being refunded' end));
     end if;
     v_amount := coalesce((p_request ->> 'amount')::bigint, v_left);
     if v_amount not between 1 and v_left then
-        return api.refuse_command(v_admitted, 400, 'invalid-request', jsonb_build_object(
+        return api.refuse_command(v_admitted, 'invalid-request', jsonb_build_object(
             'field', '/amount', 'rule', case when v_amount < 1 then 'minimum' else 'maximum' end,
             'limit', case when v_amount < 1 then 1 else v_left end, 'given', v_amount, 'currency', v_payment.currency));
     end if;
@@ -66,7 +66,7 @@ begin
         and t.credit_account like 'fee\_revenue:%';
     -- Rounded as it was when it settled, else who has nothing else could lack a cent.
     if round((v_amount - v_fee - v_balance) * coalesce(v_exchange.rate, 1)) > v_other then
-        return api.refuse_command(v_admitted, 409, 'balance-too-low', jsonb_build_object(
+        return api.refuse_command(v_admitted, 'balance-too-low', jsonb_build_object(
             'needed', v_amount, 'balance', v_balance + floor(v_other / coalesce(v_exchange.rate, 1))::bigint,
             'currency', v_payment.currency));
     end if;
@@ -119,7 +119,6 @@ create or replace function api.list_refunds(
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- Newest first, all of a merchant's or those of one payment. No row: no such key.
 declare
     v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
     v_ids text [];
@@ -143,19 +142,17 @@ begin
         );
     end if;
     return query
-    select
-        v_merchant,
-        json_build_object(
-            'object', 'list',
-            'data', coalesce(
-                (
-                    select json_agg(shown.document order by r.id desc)
-                    from surety.refunds as r cross join lateral api.show_refund(r) as shown
-                    where r.id = any(v_ids[1:p_limit])
-                ),
-                '[]'::json
-            ),
-            'has_more', cardinality(v_ids) > p_limit
-        )::text;
+    select v_merchant, api.render_page(
+        array(
+            select shown.document
+            from surety.refunds as r cross join lateral api.show_refund(r) as shown
+            where r.id = any(v_ids)
+            order by r.id desc
+        ),
+        p_limit);
 end;
 $$;
+
+comment on function api.list_refunds(bytea, text, integer, text) is
+'A page of the merchant''s refunds, newest first. p_payment: of one payment only; p_starting_after: the last id of the
+page before. No row: unknown key.';
