@@ -180,6 +180,9 @@ begin atomic
     set polled_to = greatest(poll_cursors.polled_to, excluded.polled_to);
 end;
 
+comment on function surety.advance_poll_cursor(text, text, text, timestamptz) is
+'Notes how far an account''s list was read. The cursor never goes back.';
+
 create or replace function surety.claim_pending_money(p_limit integer, p_again_after interval)
 returns table (provider text, account text, object_id text, created_at timestamptz)
 language sql volatile security definer set search_path = pg_catalog, pg_temp

@@ -1,9 +1,8 @@
--- Refusals by the provider: the end of what was asked for.
+-- Refusals by the provider: captures, refunds and payments that have failed.
 
 create or replace function surety.fail_refused_captures(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Captures that the provider would not make, of payments that are locked: the hold lives, another may be asked for.
 declare
     v_now timestamptz := surety.time_now();
     v_refused surety.facts [];
@@ -25,15 +24,17 @@ begin
     perform surety.store_command_fact(f) from unnest(v_refused) as f;
     return surety.advance_payments(
         array(select d from surety.derive_payments(array(select f.payment_id from unnest(v_refused) as f)) as d),
-            'response',
-        p_actor, null);
+        'response', p_actor, null);
 end;
 $$;
+
+comment on function surety.fail_refused_captures(jsonb, text) is
+'Records refused captures as facts. The authorization stays, so another capture may be requested. The payments are
+locked by the caller. Returns the types of the events made.';
 
 create or replace function surety.fail_refused_refunds(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Refunds that the provider would not make, of payments that are locked: they have failed, and nothing exists there.
 declare
     v_now timestamptz := surety.time_now();
     v_refused surety.refunds [];
@@ -41,9 +42,9 @@ declare
 begin
     with refused as (
         update surety.refunds as r
-        set failure = told.refused
-        from jsonb_to_recordset(p_results) as told (refund_id text, refused jsonb)
-        where r.id = told.refund_id and told.refused is not null and r.state = 'pending' and r.provider_id is null
+        set failure = result.refused
+        from jsonb_to_recordset(p_results) as result (refund_id text, refused jsonb)
+        where r.id = result.refund_id and result.refused is not null and r.state = 'pending' and r.provider_id is null
         returning r
     )
     select array_agg(f.r order by (f.r).payment_id, (f.r).id) into v_refused from refused as f;
@@ -65,10 +66,13 @@ begin
 end;
 $$;
 
+comment on function surety.fail_refused_refunds(jsonb, text) is
+'Ends refused refunds as failed and releases what they reserved. The payments are locked by the caller. Returns the
+types of the events made.';
+
 create or replace function surety.fail_refused_payments(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Payments whose creation the provider refused for what they are: nothing exists there, so they have failed.
 declare
     v_now timestamptz := surety.time_now();
     v_types text[] := '{}';
@@ -96,3 +100,7 @@ begin
     return v_types;
 end;
 $$;
+
+comment on function surety.fail_refused_payments(jsonb, text) is
+'Records the refusals among results (as surety.record_call_results takes them): payments whose creation was refused have
+failed, as have refused captures and refunds. Locks their payments. Returns the types of the events made.';

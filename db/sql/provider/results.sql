@@ -3,10 +3,7 @@
 create or replace function surety.record_call_results(p_actor text, p_results jsonb) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- What came of calls: [{"payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?, "facts"?: [],
--- "refused"?: {code, decline_code, message}, "discrepancy"?: {kind, subject, detail}, "error"?}].
--- Facts and refusals each lock their payments, so one array holds either: else two of them could wait for each other.
--- Returns the types of the events made.
+-- Facts and refusals each lock their payments, so one array holds either: two transactions could deadlock otherwise.
 declare
     v_now timestamptz := surety.time_now();
     v_facts jsonb;
@@ -55,14 +52,15 @@ begin
 end;
 $$;
 
+comment on function surety.record_call_results(text, jsonb) is
+'Records results of calls: [{"payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?,
+"facts"?: [], "refused"?: {code, decline_code, message}, "refund_id"?, "discrepancy"?: {kind, subject, detail},
+"error"?}]. Facts and refusals in one array are an error (SU004). Returns the types of the events made.';
+
 create or replace function surety.record_event_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
 returns table (is_held boolean, event_types text[])
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- What came of events: results as record_call_results takes them, each with its "event_id" and perhaps
--- "release_seconds" or "outage". They are recorded whoever holds the lease; only the events' completion needs it. An
--- event with release_seconds is given back uncounted, one with error has failed (unless
--- db/sql/provider/circuit_breaker.sql finds that its provider has), every other is finished.
 declare
     v_types text[] := surety.record_call_results(p_actor, p_results);
     v_results jsonb := p_results;
@@ -99,3 +97,9 @@ begin
     return query select v_held, v_types;
 end;
 $$;
+
+comment on function surety.record_event_results(bigint, bigint, text, jsonb) is
+'Records results as surety.record_call_results does, each with its "event_id" and perhaps "release_seconds" or "outage".
+They are recorded even if the lease is lost; finishing the events needs it. An event with release_seconds is given back
+uncounted. One with an error has failed, unless surety.uncount_outage_failures finds that its provider has. Every other
+is finished. is_held is false when another worker holds the lease.';

@@ -1,11 +1,8 @@
--- The provider's events, by webhook or read from its list: stored as they came, each once, with an event for `apply`;
--- nothing else happens here.
+-- The provider's events, from webhooks or from its list: each is stored once, unchanged, with an event for `apply`.
 
 create or replace function surety.receive_webhooks(p_webhooks jsonb) returns table (n integer, is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- p_webhooks: [{"n", "provider", "account", "livemode", "event_id", "type", "headers", "body", "address"}], their
--- signatures verified. One commit for all; is_new is false for an event that was received before.
 declare
     v_now timestamptz := surety.time_now();
     v_generation integer := outbox.current_restore_generation();
@@ -39,7 +36,7 @@ begin
         from given as g join keyed as k on k.provider_event_id = g.id
         order by g.id
     ),
-    told as (
+    audited as (
         insert into audit.entries (id, at, kind, actor, address, outcome, snapshot)
         select
             surety.new_id('aud', v_now), v_now, 'webhook', g.provider, g.address,
@@ -53,12 +50,15 @@ begin
 end;
 $$;
 
+comment on function surety.receive_webhooks(jsonb) is
+'Stores webhooks whose signatures are verified: [{"n", "provider", "account", "livemode", "event_id", "type", "headers",
+"body", "address"}]. is_new is false for an event that was received before.';
+
 create or replace function surety.reject_webhook(
     p_provider text, p_reason text, p_headers jsonb, p_body bytea, p_address text
 ) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Keeps what may be evidence: 4096 bytes of each, the newest thousand.
 declare
     v_now timestamptz := surety.time_now();
     v_kept_max constant integer := 1000;
@@ -76,6 +76,9 @@ begin
 end;
 $$;
 
+comment on function surety.reject_webhook(text, text, jsonb, bytea, text) is
+'Keeps a webhook whose signature did not hold, as evidence: 4096 bytes of its body, the newest thousand.';
+
 create or replace function surety.events_not_received(p_provider text, p_account text, p_event_ids text[]) returns
 text[] language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -90,12 +93,12 @@ begin atomic
 end;
 
 comment on function surety.events_not_received(text, text, text[]) is
-'Those events of a provider''s list that no webhook has told of yet.';
+'The events of a provider''s list that no webhook has brought yet.';
 
 create or replace function surety.store_polled_events(p_events jsonb) returns bigint
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- Whoever reads the list can't say that it was a webhook, signed: what he brings has no headers.
+    -- Without headers, so that listed events can't pass for signed webhooks.
     select count(*) filter (where taken.is_new)
     from surety.receive_webhooks((
         select jsonb_agg(listed.event || '{"headers": {}}')
@@ -117,7 +120,7 @@ begin atomic
     select
         e.event_id,
         provider_events.id,
-        -- What was read from the list was signed by nobody.
+        -- Listed events have no headers: they bear no signature.
         case provider_events.headers when '{}' then 'poll' else 'webhook' end,
         provider_events.provider,
         provider_events.account,
@@ -131,5 +134,5 @@ begin atomic
     order by e.event_id;
 end;
 
-comment on function surety.read_provider_events(bigint, bigint) is 'The webhooks of a batch of webhook.received
-events.';
+comment on function surety.read_provider_events(bigint, bigint) is
+'The provider''s events of a batch of webhook.received events; source is webhook or poll.';
