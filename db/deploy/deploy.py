@@ -27,98 +27,22 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, LiteralString
+from typing import Literal, LiteralString
 
 import psycopg
 from psycopg import errors, sql
 
 from db.connect import harden
+from db.deploy.inventory import Connection, DatabaseObject, DeployRecord, read_objects
 from db.deploy.source import BOOKKEEPING, Migration, VersionFiles, location_of, lock_rank
 from db.deploy.statements import Statement, read_statements
 from db.errors import DeployError, kind_of
 
-Connection = psycopg.Connection[tuple[Any, ...]]
 ShowProgress = Callable[[str], None]
 
 ADVISORY_LOCK = 0x5375_7265_7479
 LOCK_TIMEOUT = "300ms"  # below deadlock_timeout, so that in a deadlock it is always the deploy that gives way
 OTHER_DEPLOY_SECONDS_MAX = 600.0
-
-OBJECTS = """
-select 'function', concat_ws('.', nspname, proname), p.oid::regprocedure::text, '', p.oid
-from pg_proc p
-join pg_namespace n on n.oid = pronamespace
-where nspname = any(%(schemas)s) and not exists (select from pg_depend d where d.objid = p.oid and d.deptype = 'e')
-union all
-select 'view', concat_ws('.', nspname, relname), c.oid::regclass::text, pg_get_viewdef(c.oid), c.oid
-from pg_class c
-join pg_namespace n on n.oid = relnamespace
-where nspname = any(%(schemas)s) and relkind = 'v'
-union all
-select
-    'trigger',
-    concat_ws('.', nspname, relname, tgname),
-    format('%%I on %%I.%%I', tgname, nspname, relname),
-    concat_ws(' ', tgenabled, pg_get_triggerdef(t.oid)),
-    t.oid
-from pg_trigger t
-join pg_class c on c.oid = tgrelid
-join pg_namespace n on n.oid = relnamespace
-where nspname = any(%(schemas)s) and not tgisinternal and not relispartition
-order by 5 desc
-"""
-
-
-# --- what is there ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DatabaseObject:
-    """A function, view or trigger in our schemas.
-
-    `identity` is a Statement's, `name` is as `drop` wants it, `definition` as PostgreSQL tells it (none of functions).
-    """
-
-    kind: Literal["function", "view", "trigger"]
-    identity: str
-    name: str
-    definition: str
-    oid: int
-
-
-@dataclass(frozen=True)
-class DeployRecord:
-    """What earlier deploys have noted in the database."""
-
-    applied: frozenset[tuple[str, str]]
-    digest: str
-    procrastinate_version: str
-
-    @classmethod
-    def read(cls, conn: Connection) -> DeployRecord | None:
-        """None: nothing was ever deployed here."""
-        if conn.execute("select to_regclass('deploy.deploys')").fetchone() == (None,):
-            return None
-        applied = conn.execute("select origin, name from deploy.migrations").fetchall()
-        latest = conn.execute("select digest, procrastinate_version from deploy.deploys order by id desc limit 1")
-        digest, version = latest.fetchone() or ("", "")
-        return cls(frozenset((origin, name) for origin, name in applied), digest, version)
-
-    def pending_migrations(self, source: VersionFiles) -> list[Migration]:
-        """The migrations to run now. Raises DeployError if the database has some that this version doesn't know."""
-        known = [*source.procrastinate_migrations, *source.migrations]
-        if unknown := self.applied - {migration.key for migration in known}:
-            names = ", ".join(sorted(name for _, name in unknown))
-            raise DeployError(f"the database is ahead of this version: it has {names}")
-        old_workers = self.procrastinate_version != source.procrastinate_version
-        return [
-            migration
-            for migration in known
-            if migration.key not in self.applied and not (old_workers and migration.waits_for_new_code)
-        ]
-
-
-# --- deploying -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -421,7 +345,7 @@ class DeployRun:
 
     def objects(self) -> list[DatabaseObject]:
         """The functions, views and triggers in our schemas, the youngest first."""
-        return [DatabaseObject(*row) for row in self.conn.execute(OBJECTS, {"schemas": self.source.schemas})]
+        return read_objects(self.conn, self.source.schemas)
 
     def owner(self) -> str:
         """The role that owns our schemas."""

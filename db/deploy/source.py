@@ -111,11 +111,6 @@ class Migration:
     origin: Literal["surety", "procrastinate"]
     path: Path
 
-    @staticmethod
-    def lock_rank(table: str) -> tuple[int, str]:
-        """Sorts tables into the order in which to lock them."""
-        return (LOCK_ORDER.index(table) if table in LOCK_ORDER else len(LOCK_ORDER)), table
-
     @cached_property
     def statements(self) -> list[Statement]:
         """Its statements."""
