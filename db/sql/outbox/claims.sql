@@ -68,8 +68,122 @@ end;
 $$;
 
 comment on function outbox.expire_leases(text, timestamptz) is
-'Deletes the handlers batches whose lease has expired. Each of their events becomes a poison-message candidate: it
+'Deletes the handler''s batches whose lease has expired. Each of their events becomes a poison-message candidate: it
 counts a worker death instead of a failure and runs in a batch of its own. After three deaths it is a dead letter.';
+
+create or replace function outbox.claim_due_retries(
+    p_handler outbox.handlers, out event_ids text[], out is_suspect boolean
+)
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+begin
+    -- A suspect with two worker deaths runs only while no other suspect of any handler does.
+    select array[r.event_id] into event_ids
+    from outbox.retries as r
+    where r.handler = p_handler.handler and r.due_at <= v_now and r.worker_deaths > 0
+        and (
+            r.worker_deaths = 1
+            or not exists (select from outbox.batches as b where b.is_suspect and b.leased_until >= v_now)
+        )
+    order by r.worker_deaths, random()
+    limit 1;
+    is_suspect := found;
+    if not is_suspect then
+        select array_agg(due.event_id order by due.event_id) into event_ids
+        from (
+            select r.event_id from outbox.retries as r
+            where r.handler = p_handler.handler and r.due_at <= v_now and r.worker_deaths = 0
+            order by r.due_at
+            limit p_handler.batch_size
+        ) as due;
+    end if;
+    if event_ids is not null then
+        update outbox.retries as r set due_at = null
+        where r.handler = p_handler.handler and r.event_id = any(event_ids);
+    end if;
+end;
+$$;
+
+comment on function outbox.claim_due_retries(outbox.handlers) is
+'Claims due retries of a handler: one suspect alone, else up to a batch of others. event_ids is null if none is due.';
+
+create or replace function outbox.claim_new_events(p_handler outbox.handlers, out event_ids text[], out is_last boolean)
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_handler outbox.handlers := p_handler;
+    v_event_types text[] := array(
+        select t.event_type from outbox.handler_events as t where t.handler = p_handler.handler);
+    v_scan_limit integer := greatest(1000, 4 * p_handler.batch_size);
+    v_goal pg_snapshot;
+    v_scanned bigint;
+    v_last_xid xid8;
+    v_last_id text;
+    v_is_new boolean;
+    v_moved boolean := false;
+begin
+    is_last := false;
+    for v_turn in 1..8 loop
+        v_is_new := v_handler.goal is null;
+        v_goal := coalesce(v_handler.goal, pg_current_snapshot());
+        with scanned as materialized (
+            select s.xid, s.id, s.type
+            from outbox.scan_events(
+                v_handler.generation, v_handler.seen, v_goal, v_handler.at_xid, v_handler.at_id, v_scan_limit) as s
+        ),
+        matched as materialized (
+            select s.xid, s.id from scanned as s
+            where s.type = any(v_event_types)
+            order by s.xid, s.id
+            limit v_handler.batch_size
+        ),
+        ends as (
+            -- The cursor moves to the last event of a full batch, else past all scanned events.
+            (
+                select m.xid, m.id from matched as m
+                where (select count(*) from matched) = v_handler.batch_size
+                order by m.xid desc, m.id desc limit 1
+            )
+            union all
+            (
+                select s.xid, s.id from scanned as s
+                where (select count(*) from matched) < v_handler.batch_size
+                order by s.xid desc, s.id desc limit 1
+            )
+        )
+        select
+            (select count(*) from scanned), (select array_agg(m.id order by m.id) from matched as m),
+            (select e.xid from ends as e), (select e.id from ends as e)
+        into v_scanned, event_ids, v_last_xid, v_last_id;
+        exit when v_scanned = 0 and v_is_new;
+        v_moved := true;
+        if v_scanned = v_scan_limit or cardinality(event_ids) = v_handler.batch_size then
+            v_handler.goal := v_goal;
+            v_handler.at_xid := v_last_xid;
+            v_handler.at_id := v_last_id;
+        else
+            v_handler.seen := v_goal;
+            v_handler.goal := null;
+            v_handler.at_xid := '0';
+            v_handler.at_id := '';
+        end if;
+        is_last := v_is_new and v_handler.goal is null;
+        exit when event_ids is not null or is_last;
+    end loop;
+    if v_moved then
+        update outbox.handlers as h
+        set seen = v_handler.seen, goal = v_handler.goal, at_xid = v_handler.at_xid, at_id = v_handler.at_id
+        where h.handler = p_handler.handler;
+    end if;
+end;
+$$;
+
+comment on function outbox.claim_new_events(outbox.handlers) is
+'Moves a handler''s cursor to its next batch of new events of its types. event_ids is null if it reached the end
+without any; is_last: nothing else is new. A call walks at most eight scans. A cursor that does not move is not
+written.';
 
 create or replace function outbox.claim_batch(p_handler text, p_worker text)
 returns table (
@@ -81,18 +195,10 @@ as $$
 declare
     v_now timestamptz := surety.time_now();
     v_handler outbox.handlers;
-    v_event_types text[];
     v_ids text[];
-    v_suspect boolean := false;
-    v_retry boolean := true;
-    v_goal pg_snapshot;
-    v_scanned bigint;
-    v_last_xid xid8;
-    v_last_id text;
-    v_scan_limit integer;
-    v_is_new boolean;
+    v_is_retry boolean;
+    v_is_suspect boolean;
     v_is_last boolean := false;
-    v_moved boolean := false;
 begin
     perform outbox.check_restore_generation();
     select h.* into v_handler from outbox.handlers as h where h.handler = p_handler for update;
@@ -117,86 +223,10 @@ begin
         return;
     end if;
 
-    if exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now) then
-        -- A suspect with two worker deaths runs only while no other suspect of any handler does.
-        select array[r.event_id] into v_ids
-        from outbox.retries as r
-        where r.handler = p_handler and r.due_at <= v_now and r.worker_deaths > 0
-            and (
-                r.worker_deaths = 1
-                or not exists (select from outbox.batches as b where b.is_suspect and b.leased_until >= v_now)
-            )
-        order by r.worker_deaths, random()
-        limit 1;
-        v_suspect := found;
-        if not v_suspect then
-            select array_agg(due.event_id order by due.event_id) into v_ids
-            from (
-                select r.event_id from outbox.retries as r
-                where r.handler = p_handler and r.due_at <= v_now and r.worker_deaths = 0
-                order by r.due_at
-                limit v_handler.batch_size
-            ) as due;
-        end if;
-    end if;
-    if v_ids is not null then
-        update outbox.retries as r set due_at = null where r.handler = p_handler and r.event_id = any(v_ids);
-    else
-        v_retry := false;
-        v_event_types := array(select t.event_type from outbox.handler_events as t where t.handler = p_handler);
-        v_scan_limit := greatest(1000, 4 * v_handler.batch_size);
-        for v_turn in 1..8 loop
-            v_is_new := v_handler.goal is null;
-            v_goal := coalesce(v_handler.goal, pg_current_snapshot());
-            with scanned as materialized (
-                select s.xid, s.id, s.type
-                from outbox.scan_events(
-                    v_handler.generation, v_handler.seen, v_goal, v_handler.at_xid, v_handler.at_id, v_scan_limit) as s
-            ),
-            matched as materialized (
-                select s.xid, s.id from scanned as s
-                where s.type = any(v_event_types)
-                order by s.xid, s.id
-                limit v_handler.batch_size
-            ),
-            ends as (
-                -- The cursor moves to the last event of a full batch, else past all scanned events.
-                (
-                    select m.xid, m.id from matched as m
-                    where (select count(*) from matched) = v_handler.batch_size
-                    order by m.xid desc, m.id desc limit 1
-                )
-                union all
-                (
-                    select s.xid, s.id from scanned as s
-                    where (select count(*) from matched) < v_handler.batch_size
-                    order by s.xid desc, s.id desc limit 1
-                )
-            )
-            select
-                (select count(*) from scanned), (select array_agg(m.id order by m.id) from matched as m),
-                (select e.xid from ends as e), (select e.id from ends as e)
-            into v_scanned, v_ids, v_last_xid, v_last_id;
-            exit when v_scanned = 0 and v_is_new;
-            v_moved := true;
-            if v_scanned = v_scan_limit or cardinality(v_ids) = v_handler.batch_size then
-                v_handler.goal := v_goal;
-                v_handler.at_xid := v_last_xid;
-                v_handler.at_id := v_last_id;
-            else
-                v_handler.seen := v_goal;
-                v_handler.goal := null;
-                v_handler.at_xid := '0';
-                v_handler.at_id := '';
-            end if;
-            v_is_last := v_is_new and v_handler.goal is null;
-            exit when v_ids is not null or v_is_last;
-        end loop;
-        if v_moved then
-            update outbox.handlers as h
-            set seen = v_handler.seen, goal = v_handler.goal, at_xid = v_handler.at_xid, at_id = v_handler.at_id
-            where h.handler = p_handler;
-        end if;
+    select c.event_ids, c.is_suspect into v_ids, v_is_suspect from outbox.claim_due_retries(v_handler) as c;
+    v_is_retry := v_ids is not null;
+    if not v_is_retry then
+        select c.event_ids, c.is_last into v_ids, v_is_last from outbox.claim_new_events(v_handler) as c;
     end if;
     if v_ids is null then
         return;
@@ -206,9 +236,8 @@ begin
         handler, event_ids, first_id, last_id, is_retry, is_suspect, fence, leased_by, leased_until, claimed_at
     )
     select
-        p_handler, v_ids, min(i.id collate "C"), max(i.id collate "C"), v_retry, v_suspect, nextval('outbox.fences'),
-        p_worker,
-        v_now + v_handler.lease, v_now
+        p_handler, v_ids, min(i.id collate "C"), max(i.id collate "C"), v_is_retry, v_is_suspect,
+        nextval('outbox.fences'), p_worker, v_now + v_handler.lease, v_now
     from unnest(v_ids) as i (id)
     returning b.id, b.fence, b.event_ids, b.is_suspect, v_is_last, b.leased_until;
 end;

@@ -49,7 +49,7 @@ begin atomic
 end;
 
 comment on function outbox.renew_lease(bigint, bigint) is
-'Renews a batchs lease. False if the lease is lost.';
+'Renews a batch''s lease. False if the lease is lost.';
 
 create or replace function outbox.fail_events(p_batch bigint, p_fence bigint, p_failures jsonb) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -104,7 +104,7 @@ $$;
 
 comment on function outbox.fail_events(bigint, bigint, jsonb) is
 'Moves failed events of a batch to retries, from [{"event_id", "error", "outage"?}], and writes audit entries. Each is
-due again after the handlers next delay, plus or minus 20 %; after the last delay it is a dead letter. outage is the
+due again after the handler''s next delay, plus or minus 20 %; after the last delay it is a dead letter. outage is the
 circuit key of the account whose outage failed it. False, and nothing done, if the lease is lost.';
 
 create or replace function outbox.release_events(
