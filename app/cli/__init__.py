@@ -26,7 +26,7 @@ COMMANDS = {
         "app.cli.demo:demo", "Payments against a misbehaving sandbox on this machine; every invariant checked."
     ),
     "up": CommandEntry("app.cli.up:up", "Run everything on this machine, for everyday work."),
-    "sandbox": CommandEntry("app.sandbox.__main__:main", "A look-alike of Stripe, for playing and for tests."),
+    "sandbox": CommandEntry("app.sandbox.__main__:main", "A sandbox of Stripe, for development and tests."),
     "deploy": CommandEntry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
     "api": CommandEntry("app.cli.api:api", "Serve the HTTP API."),
     "webhooks": CommandEntry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),

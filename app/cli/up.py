@@ -62,7 +62,7 @@ def require_provider_settings(settings: Settings, *, sandbox: bool) -> None:
             raise SettingsError("STRIPE_API_KEY is a live key, which must not go to a sandbox")
         return
     if settings.surety_sandbox_url is None and settings.stripe_api_key is None:
-        raise SettingsError("set STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET, or play: surety up --sandbox")
+        raise SettingsError("set STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET, or use a sandbox: surety up --sandbox")
     assert settings.webhook_secrets
 
 

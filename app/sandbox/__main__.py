@@ -50,7 +50,7 @@ def main(
     settlement_currency: str | None,
     **numbers: Any,
 ) -> None:
-    """Serve a Stripe look-alike until SIGINT or SIGTERM."""
+    """Serve a sandbox of Stripe until SIGINT or SIGTERM."""
     settings = SandboxSettings(
         auto_payer=auto_payer, webhook_events=webhook_events, settlement_currency=settlement_currency, **numbers
     )

@@ -169,7 +169,7 @@ def try_to_pay(up: Up, key: str) -> str:
 @pytest.mark.parametrize(
     ("options", "variables", "message"),
     [
-        ((), {}, "set STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET, or play: surety up --sandbox"),
+        ((), {}, "set STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET, or use a sandbox: surety up --sandbox"),
         ((), {"STRIPE_API_KEY": "sk_test_1"}, "STRIPE_WEBHOOK_SECRET is not set"),
         (("--sandbox",), {"STRIPE_API_KEY": "sk_live_1"}, "must not go to a sandbox"),
         (

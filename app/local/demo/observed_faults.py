@@ -100,7 +100,7 @@ def describe_polling(conn: Connection) -> str:
     ).fetchone()
     assert row is not None
     polled, seconds = row
-    found = f"{polled} payments learned their outcome by polling"
+    found = f"{polled} payment outcomes found by polling"
     return found if seconds is None else f"{found}, {seconds:.1f} s after submission at most"
 
 
