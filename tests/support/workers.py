@@ -19,7 +19,7 @@ from jobs.handlers.table import HANDLERS
 from jobs.worker import Worker, open_worker
 from tests.support.payments import Connection
 from tests.support.sandbox_process import eventually
-from tests.support.stripe_description import check_answer, check_request
+from tests.support.stripe_description import check_answer, check_request, shape
 
 ROOT = Path(__file__).parent.parent.parent
 NO_AUTOMATIC_RETRY = "{1 hour,1 hour}"
@@ -101,18 +101,6 @@ def check_exchange(response: httpx.Response) -> None:
 
 
 _checked: set[tuple[Any, ...]] = set()
-
-
-def shape(value: Any) -> Any:
-    """A value without what makes it one of many: numbers, and texts that are no words."""
-    match value:
-        case dict():
-            return tuple((name, shape(part)) for name, part in value.items())
-        case list() | tuple():
-            return tuple(dict.fromkeys(map(shape, value)))
-        case str() if value.replace("_", "").replace(".", "").isalpha():
-            return value
-    return value if value is None or isinstance(value, bool) else type(value)
 
 
 async def run_until_idle(worker: Worker, *handlers: str) -> int:
