@@ -1,12 +1,11 @@
--- Disputes: what facts make of them, and the reminder of missing evidence.
+-- Disputes: what the network takes back. A row holds what the last fetch said; merchants read it and give evidence.
 --
--- Disputes: what the network asks back. A row holds what the last fetch told; merchants read it and give evidence.
---
---   advance   surety.advance_disputes: the fetch with the highest number wins; a changed status is an event
---   evidence  api.submit_evidence, merged here; surety.begin_calls: what will be sent is committed first
---   deadline  surety.emit_evidence_reminders: an event before evidence is due
---   poll      surety.claim_objects_to_poll
---   read      api.get_dispute, api.list_disputes
+--   surety.advance_disputes           the fetch with the highest number wins; a changed status is an event; here
+--   api.submit_evidence               merges evidence into the row
+--   surety.begin_calls                commits what will be sent before it is sent
+--   surety.emit_evidence_reminders    emits an event before evidence is due
+--   surety.claim_objects_to_poll      polls unfinished disputes
+--   api.get_dispute, api.list_disputes
 
 create or replace function surety.emit_dispute_event(d surety.disputes, p_type text, p_at timestamptz) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
@@ -21,6 +20,9 @@ begin atomic
     );
 end;
 
+comment on function surety.emit_dispute_event(surety.disputes, text, timestamptz) is
+'Emits an event of a type about a dispute as it is: status, amount withdrawn in minor units, revision of the evidence.';
+
 create or replace function surety.dispute_status(p_kind text, p_data jsonb) returns text
 language sql immutable parallel safe
 begin atomic
@@ -34,16 +36,21 @@ begin atomic
     );
 end;
 
+comment on function surety.dispute_status(text, jsonb) is
+'The status of a dispute by a fact about it: the provider''s own in data.status, else the one that the kind implies.';
+
 create or replace function surety.dispute_withdrawn(p_kind text, p_amount_minor bigint) returns bigint
 language sql immutable parallel safe
 begin atomic
     select case when p_kind in ('dispute_opened', 'dispute_lost') then greatest(0, p_amount_minor) else 0 end;
 end;
 
+comment on function surety.dispute_withdrawn(text, bigint) is
+'How much of a dispute''s amount, in minor units, the network holds or keeps by a fact of this kind.';
+
 create or replace function surety.advance_disputes(p_facts surety.facts[], p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Brings disputes to what the fetch with the highest number told; payments are locked. Returns the events' types.
 declare
     v_now timestamptz := surety.time_now();
     v_known jsonb;
@@ -56,7 +63,7 @@ begin
     from unnest(p_facts) as f
     join surety.disputes as d on d.provider = f.provider and d.provider_account = f.account
         and d.provider_id = f.object_id;
-    with told as (
+    with last_fetches as (
         select distinct on (f.provider, f.account, f.object_id) f.*
         from unnest(p_facts) as f
         where f.kind like 'dispute\_%' and f.disregarded is null
@@ -73,7 +80,7 @@ begin
             surety.dispute_withdrawn(t.kind, t.amount_minor),
             t.currency, t.data ->> 'reason', t.provider, t.account, t.object_id, t.revision,
             (t.data ->> 'evidence_due_at')::timestamptz, v_now, v_now, v_now + k.poll_after
-        from told as t
+        from last_fetches as t
         join surety.payments as p on p.id = t.payment_id
         cross join lateral (select surety.dispute_status(t.kind, t.data) as status) as s
         left join surety.dispute_statuses as k on k.status = s.status
@@ -82,7 +89,7 @@ begin
         set status = excluded.status, withdrawn_minor = excluded.withdrawn_minor, reason = excluded.reason,
             revision = excluded.revision, evidence_due_at = excluded.evidence_due_at, updated_at = excluded.updated_at,
             poll_at = excluded.poll_at,
-            -- Evidence may be asked for again, as in an appeal.
+            -- Evidence may be due again, as in an appeal.
             submit_asked_at = case when d.status = excluded.status or excluded.status not like '%needs\_response'
                 then d.submit_asked_at end,
             reminded_at = case when d.status = excluded.status then d.reminded_at end
@@ -110,3 +117,7 @@ begin
     return array(select distinct 'dispute.' || d.status from unnest(v_changed) as d);
 end;
 $$;
+
+comment on function surety.advance_disputes(surety.facts[], text) is
+'Brings disputes to what the fetch with the highest revision says, and emits dispute.<status> for each changed status.
+The payments are locked. Returns the types of the events made.';

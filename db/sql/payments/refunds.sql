@@ -1,14 +1,13 @@
--- Refunds: their steps, projected, and what facts make of them.
+-- Refunds: their steps, projected, and what facts make of them. Merchants ask for refunds here; others are made at the
+-- provider.
 --
--- Refunds: a merchant asks for one and the amount is taken up at once; the provider makes it. Or it was made there.
---
---   ask       api.create_refund: money out is reserved in the transaction that asks for it
---   send      surety.begin_calls: what will be sent is committed first; surety.fail_refused_refunds if it is not
---   taken
---   advance   surety.advance_refunds: what facts say of refunds, as rows and steps
---   project   a trigger: the refund's row, its event, its audit entry
---   poll      surety.claim_objects_to_poll
---   read      api.get_refund, api.list_refunds
+--   api.create_refund              reserves the amount in the transaction that asks for it
+--   surety.begin_calls             commits the request before it is sent
+--   surety.fail_refused_refunds    ends a refund that the provider refused
+--   surety.advance_refunds         brings refunds to what their facts say; here
+--   project_refund_steps           a trigger: the refund's row, its event, its audit entry; here
+--   surety.claim_objects_to_poll   polls unfinished refunds
+--   api.get_refund, api.list_refunds
 
 create or replace function surety.project_refund_steps() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -61,6 +60,10 @@ begin
 end;
 $$;
 
+comment on function surety.project_refund_steps() is
+'Trigger: sets refunds'' state and version to their last new step, emits refund.<state> for each step and writes its
+audit entry. Closes dead letters of refunds that have ended.';
+
 create or replace trigger refund_steps_are_projected after insert on surety.refund_steps
 referencing new table as new_steps for each statement execute function surety.project_refund_steps();
 
@@ -69,9 +72,9 @@ for each statement execute function audit.refuse_change();
 
 create or replace function surety.current_refund_fact(p_refund surety.refunds)
 returns table (state text, amount_minor bigint, failure jsonb, source text)
-language sql stable set search_path = pg_catalog, pg_temp
+language sql stable
 begin atomic
-    -- What the provider says of its refund: the fact of the highest rank.
+    -- Without settings of its own, so that it becomes a part of the query that calls it.
     select
         case facts.kind when 'refund_action' then 'requires_action' else substr(facts.kind, 8) end,
         facts.amount_minor,
@@ -87,34 +90,17 @@ begin atomic
     limit 1;
 end;
 
-create or replace function surety.advance_refunds(
-    p_facts surety.facts[], p_actor text, p_request_id text
-) returns text[]
+comment on function surety.current_refund_fact(surety.refunds) is
+'What the provider says about a refund: the fact of the highest rank, amount in minor units. No row before the first.';
+
+create or replace function surety.link_refunds(p_facts surety.facts[]) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Brings the refunds that new facts tell of to what all their facts say; payments are locked, the facts stored. One
--- that nobody asked for here was made at the provider, and gets its row. Returns the types of the events made.
-declare
-    v_now timestamptz := surety.time_now();
-    v_told surety.facts [];
-    v_made text [];
-    v_types text [];
 begin
-    select array_agg(f::surety.facts order by f.payment_id, f.object_id) into v_told
-    from (
-        select distinct on (g.provider, g.account, g.object_id) g.*
-        from unnest(p_facts) as g
-        where g.kind like 'refund\_%' and g.disregarded is null and g.amount_minor > 0
-        order by g.provider, g.account, g.object_id, g.data ? 'refund' desc
-    ) as f;
-    if v_told is null then
-        return '{}';
-    end if;
-
     update surety.refunds as r
     set provider_id = t.object_id
     from (
-        select distinct on (f.data ->> 'refund') f.* from unnest(v_told) as f
+        select distinct on (f.data ->> 'refund') f.* from unnest(p_facts) as f
         where not exists (
             select from surety.refunds as k
             where k.provider = f.provider and k.provider_account = f.account and k.provider_id = f.object_id
@@ -122,65 +108,103 @@ begin
         order by f.data ->> 'refund', f.object_id
     ) as t
     where r.id = t.data ->> 'refund' and r.payment_id = t.payment_id and r.provider_id is null and r.state = 'pending';
+end;
+$$;
 
+comment on function surety.link_refunds(surety.facts[]) is
+'Gives refunds that were asked for here the provider''s id, from facts that carry our id in their metadata.';
+
+create or replace function surety.add_provider_refunds(
+    p_facts surety.facts[], p_actor text, p_request_id text, p_at timestamptz
+) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_added text [];
+begin
     with unknown as (
-        select f.* from unnest(v_told) as f
+        select f.* from unnest(p_facts) as f
         where not exists (
             select from surety.refunds as k
             where k.provider = f.provider and k.provider_account = f.account and k.provider_id = f.object_id
         )
     ),
-    told as (
+    added as (
         insert into surety.refunds (
             id, payment_id, merchant_id, amount_minor, currency, reason, provider, provider_account, provider_id,
             is_ours, created_at, updated_at
         )
         select
-            surety.new_id('ref', v_now), p.id, p.merchant_id, u.amount_minor, p.currency, u.data ->> 'reason',
-            u.provider, u.account, u.object_id, false, v_now, v_now
+            surety.new_id('ref', p_at), p.id, p.merchant_id, u.amount_minor, p.currency, u.data ->> 'reason',
+            u.provider, u.account, u.object_id, false, p_at, p_at
         from unknown as u join surety.payments as p on p.id = u.payment_id
         order by u.payment_id, u.object_id
         returning id
     )
-    select array_agg(t.id) into v_made from told as t;
+    select array_agg(a.id) into v_added from added as a;
     insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor, request_id)
-    select made.id, 1, null, 'pending', v_told[1].source, v_now, p_actor, p_request_id
-    from unnest(v_made) as made (id) order by made.id;
+    select a.id, 1, null, 'pending', p_facts[1].source, p_at, p_actor, p_request_id
+    from unnest(v_added) as a (id) order by a.id;
     perform surety.open_discrepancy(
         'duplicate', f.object_id, f.payment_id,
         format('%s was made for %s, which was made or refused already', f.object_id, f.data ->> 'refund'),
-        to_jsonb(f), true, v_now)
-    from unnest(v_told) as f
+        to_jsonb(f), true, p_at)
+    from unnest(p_facts) as f
     join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
         and r.provider_id = f.object_id
-    where r.id = any(v_made) and f.data ? 'refund';
+    where r.id = any(v_added) and f.data ? 'refund';
+end;
+$$;
+
+comment on function surety.add_provider_refunds(surety.facts[], text, text, timestamptz) is
+'Adds refunds that were made at the provider, at their first step. One that carries the id of a refund of ours is a
+second refund for it: a critical discrepancy.';
+
+create or replace function surety.advance_refunds(
+    p_facts surety.facts[], p_actor text, p_request_id text
+) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_refunds surety.facts [];
+    v_types text [];
+begin
+    select array_agg(f::surety.facts order by f.payment_id, f.object_id) into v_refunds
+    from (
+        select distinct on (g.provider, g.account, g.object_id) g.*
+        from unnest(p_facts) as g
+        where g.kind like 'refund\_%' and g.disregarded is null and g.amount_minor > 0
+        order by g.provider, g.account, g.object_id, g.data ? 'refund' desc
+    ) as f;
+    if v_refunds is null then
+        return '{}';
+    end if;
+
+    perform surety.link_refunds(v_refunds);
+    perform surety.add_provider_refunds(v_refunds, p_actor, p_request_id, v_now);
 
     -- The amount that was really refunded is booked, whatever was asked for.
-    with standing as materialized (
-        select r.id, r.payment_id, r.amount_minor as asked_minor, best.amount_minor, best.failure
-        from unnest(v_told) as t
-        join surety.refunds as r on r.provider = t.provider and r.provider_account = t.account
-            and r.provider_id = t.object_id
-        cross join lateral surety.current_refund_fact(r) as best
-        where r.amount_minor <> best.amount_minor or r.failure is distinct from best.failure
-    ),
-    contradicted as (
-        insert into surety.discrepancies (id, kind, subject, payment_id, detail, is_critical, opened_at)
-        select
-            surety.new_id('dis', v_now), 'amount', s.id, s.payment_id,
-            format('%s was refunded instead of %s', s.amount_minor, s.asked_minor), true, v_now
-        from standing as s where s.amount_minor <> s.asked_minor
-        on conflict (kind, subject) do nothing
-    )
+    perform surety.open_discrepancy(
+        'amount', r.id, r.payment_id, format('%s was refunded instead of %s', best.amount_minor, r.amount_minor), '{}',
+        true, v_now)
+    from unnest(v_refunds) as t
+    join surety.refunds as r on r.provider = t.provider and r.provider_account = t.account
+        and r.provider_id = t.object_id
+    cross join lateral surety.current_refund_fact(r) as best
+    where r.amount_minor <> best.amount_minor;
     update surety.refunds as r
-    set amount_minor = s.amount_minor, failure = s.failure
-    from standing as s
-    where r.id = s.id;
+    set amount_minor = best.amount_minor, failure = best.failure
+    from unnest(v_refunds) as t
+    join surety.refunds as k on k.provider = t.provider and k.provider_account = t.account
+        and k.provider_id = t.object_id
+    cross join lateral surety.current_refund_fact(k) as best
+    where r.id = k.id and (k.amount_minor <> best.amount_minor or k.failure is distinct from best.failure);
 
     with walked as (
         insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor, request_id)
         select r.id, r.version + 1, r.state, best.state, best.source, v_now, p_actor, p_request_id
-        from unnest(v_told) as t
+        from unnest(v_refunds) as t
         join surety.refunds as r on r.provider = t.provider and r.provider_account = t.account
             and r.provider_id = t.object_id
         cross join lateral surety.current_refund_fact(r) as best
@@ -192,3 +216,7 @@ begin
     return coalesce(v_types, '{}');
 end;
 $$;
+
+comment on function surety.advance_refunds(surety.facts[], text, text) is
+'Brings the refunds that new facts mention to what all their facts say: provider''s id, amount, failure, state. The
+facts are stored, the payments locked. Returns the types of the events made.';
