@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 BACKLOG_SECONDS_MAX = 300
 TRANSACTION_SECONDS_MAX = 600
@@ -18,9 +18,38 @@ PARTITIONS_DAYS_MIN = 21
 VERDICTS = ("GOOD", "LOOK", "ACT")
 
 
-class Finding(NamedTuple):
-    """Something that a person should see: how urgent (1 look, 2 act), what, and the next command or place to look."""
+RUNBOOK = "docs/operations.md"
 
+FindingId = Literal[
+    "no-worker",
+    "handler-behind",
+    "handler-paused",
+    "dead-letters",
+    "critical-discrepancies",
+    "discrepancies",
+    "unknown-outcomes",
+    "circuit-open",
+    "old-transaction",
+    "prepared-transaction",
+    "replication-slot",
+    "standby-behind",
+    "restored-elsewhere",
+    "partitions-run-out",
+    "database-unreachable",
+    "not-deployed",
+    "status-unreadable",
+    "settings-invalid",
+    "invariant-violated",
+]
+"""What can be found; each is a heading of the runbook, which a test compares."""
+
+
+class Finding(NamedTuple):
+    """Something that a person should see: its heading in the runbook, how urgent it is (1 look, 2 act), a sentence, and
+    the next command or place to look.
+    """
+
+    id: FindingId
     urgency: int
     what: str
     next: str
@@ -35,9 +64,13 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         *(finding for provider in state["providers"] if (finding := find_provider_problem(provider))),
     ]
     if state["is_restored_elsewhere"]:
-        found.append(Finding(2, "restored from a dump: nothing is accepted", 'surety restored --reason "…"'))
+        found.append(
+            Finding(
+                "restored-elsewhere", 2, "restored from a dump: nothing is accepted", 'surety restored --reason "…"'
+            )
+        )
     if days_ahead(state) < PARTITIONS_DAYS_MIN:
-        found.append(Finding(2, "partitions run out", "select surety.maintain_partitions()"))
+        found.append(Finding("partitions-run-out", 2, "partitions run out", "select surety.maintain_partitions()"))
     return sorted(found, key=lambda finding: -finding.urgency)
 
 
@@ -45,20 +78,20 @@ def find_work_problems(state: dict[str, Any]) -> Iterator[Finding]:
     """Workers, what waits for them, what they gave up on."""
     waiting = [handler for handler in state["handlers"] if handler["backlog"]]
     if not state["workers"]["alive"]:
-        yield Finding(2 if waiting else 1, "no worker is alive", "procrastinate --app jobs.app worker")
+        yield Finding("no-worker", 2 if waiting else 1, "no worker is alive", "procrastinate --app jobs.app worker")
     for handler in waiting:
         if (handler["oldest_seconds"] or 0) > BACKLOG_SECONDS_MAX:
             what = f"{handler['handler']} is {format_age(handler['oldest_seconds'])} behind"
-            yield Finding(2, what, "more workers, or their logs")
+            yield Finding("handler-behind", 2, what, "more workers, or their logs")
     for handler in state["handlers"]:
         if handler["is_paused"]:
             resume = f'surety handlers resume {handler["handler"]} --reason "…"'
-            yield Finding(1, f"{handler['handler']} is paused", resume)
+            yield Finding("handler-paused", 1, f"{handler['handler']} is paused", resume)
     letters = state["dead_letters"]
     if letters["open"]:
         oldest = format_age(letters["oldest_seconds"])
         what = f"{count_noun(letters['open'], 'dead letter')}; the oldest has waited {oldest}"
-        yield Finding(1, what, f"surety dead-letters show {letters['first']}")
+        yield Finding("dead-letters", 1, what, f"surety dead-letters show {letters['first']}")
 
 
 def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
@@ -66,16 +99,16 @@ def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
     differing = state["discrepancies"]
     if critical := differing["critical"]:
         what = f"{count_noun(critical, 'critical discrepancy', 'critical discrepancies')}: {differing['first']}"
-        yield Finding(2, what, f"surety discrepancies show {differing['first_id']}")
+        yield Finding("critical-discrepancies", 2, what, f"surety discrepancies show {differing['first_id']}")
     elif opened := differing["open"]:
         what = f"{count_noun(opened, 'discrepancy', 'discrepancies')}, the first {differing['first']}"
-        yield Finding(1, what, f"surety discrepancies show {differing['first_id']}")
+        yield Finding("discrepancies", 1, what, f"surety discrepancies show {differing['first_id']}")
     unknown = state["unknown"]
     if unknown["count"] and unknown["oldest_seconds"] > UNKNOWN_SECONDS_MAX:
         what = (
             f"{count_noun(unknown['count'], 'unknown outcome')}, the oldest for {format_age(unknown['oldest_seconds'])}"
         )
-        yield Finding(1, what, f"surety trace {unknown['first']}")
+        yield Finding("unknown-outcomes", 1, what, f"surety trace {unknown['first']}")
 
 
 def find_provider_problem(provider: dict[str, Any]) -> Finding | None:
@@ -85,7 +118,7 @@ def find_provider_problem(provider: dict[str, Any]) -> Finding | None:
     what = f"{provider['provider']} is out for {format_age(provider['open_seconds'])}: {provider['reason']}"
     if provider["accounts"] > 1:
         what += f" ({provider['open']} of {provider['accounts']} accounts)"
-    return Finding(1, what, f"{provider['provider']}'s status page; what waits goes on by itself")
+    return Finding("circuit-open", 1, what, f"{provider['provider']}'s status page; what waits goes on by itself")
 
 
 def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
@@ -98,20 +131,25 @@ def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
     if not (is_grave or seconds > TRANSACTION_SECONDS_MAX or is_idle_slot):
         return None
     where = f" in {holder['database']}" if holder["database"] else ""
+    finding_id: FindingId
     match kind:
         case "transaction":
+            finding_id = "old-transaction"
             what = f"a transaction of {name} is open for {format_age(seconds)}{where}"
             mend = f"select pg_terminate_backend({holder['pid']})"
         case "prepared transaction":
+            finding_id = "prepared-transaction"
             what = f"the prepared transaction {name} has waited {format_age(seconds)}{where}"
             mend = f"rollback prepared '{name}', or commit it{where}"
         case "replication slot":
+            finding_id = "replication-slot"
             what = f"nobody reads the replication slot {name}" if is_idle_slot else f"the slot {name} is far behind"
             what += f": it keeps {(holder['wal_bytes'] or 0) / 1e9:.1f} GB"
             mend = f"its reader; or select pg_drop_replication_slot('{name}')"
         case _:
+            finding_id = "standby-behind"
             what, mend = f"the standby {name} holds back {holder['xids']} transactions", f"long queries on {name}"
-    return Finding(2 if is_grave else 1, what, mend)
+    return Finding(finding_id, 2 if is_grave else 1, what, mend)
 
 
 def days_ahead(state: dict[str, Any]) -> float:

@@ -11,7 +11,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from app.status_findings import VERDICTS, Finding, count_noun, find_problems, format_age, verdict_of
+from app.status_findings import RUNBOOK, VERDICTS, Finding, count_noun, find_problems, format_age, verdict_of
 from db.connect import harden
 from db.errors import SettingsError, kind_of, message_of
 from db.settings import load_settings
@@ -56,21 +56,26 @@ def read_state(*, check: bool) -> dict[str, Any]:
 def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
     """Why nothing could be told, and what to do about it."""
     if isinstance(error, SettingsError):
-        return Finding(2, str(error).splitlines()[0], "DATABASE_URL names the database to report on")
+        return Finding(
+            "settings-invalid", 2, str(error).splitlines()[0], "DATABASE_URL names the database to report on"
+        )
     match kind_of(error):
         case "not_deployed":
-            return Finding(2, "this database has no Surety, or one of another version", "surety deploy")
+            return Finding("not-deployed", 2, "this database has no Surety, or one of another version", "surety deploy")
         case "unreachable":
             what = f"PostgreSQL can't be reached: {message_of(error)}"
-            return Finding(2, what, "the server, its log, and DATABASE_URL")
-    return Finding(2, f"PostgreSQL can't tell: {message_of(error)}", "the server and its log")
+            return Finding("database-unreachable", 2, what, "the server, its log, and DATABASE_URL")
+    return Finding("status-unreadable", 2, f"PostgreSQL can't tell: {message_of(error)}", "the server and its log")
 
 
 def find_broken_invariants(state: dict[str, Any]) -> list[Finding]:
     """The invariants that do not hold, if they were checked."""
     return [
         Finding(
-            2, f"{count_noun(found['violations'], 'violation')} of: {found['name']}", f"select * from {found['view']}"
+            "invariant-violated",
+            2,
+            f"{count_noun(found['violations'], 'violation')} of: {found['name']}",
+            f"select * from {found['view']}",
         )
         for found in state.get("invariants", [])
         if found["violations"]
@@ -87,7 +92,7 @@ def print_status(console: Console, state: dict[str, Any], findings: list[Finding
     if state:
         print_state(console, state)
     if findings:
-        console.print(f"next: {findings[0].next}", markup=False)
+        console.print(f"next: {findings[0].next}  {RUNBOOK}#{findings[0].id}", markup=False)
 
 
 def print_state(console: Console, state: dict[str, Any]) -> None:

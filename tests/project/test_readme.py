@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 import msgspec
@@ -16,6 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from app.cli import cli
 from app.local.processes import free_port
+from app.status_findings import RUNBOOK, FindingId
 from db.settings import Settings
 from tests.db.test_ledger import HISTORIES
 from tests.mutations.mutants import MUTANTS
@@ -127,6 +129,18 @@ def test_first_screen_shows_a_trace_and_the_two_commands() -> None:
 
 def test_readme_is_a_first_visit() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 170
+
+
+def test_runbook_has_a_heading_for_every_finding() -> None:
+    runbook = TEXTS[DOCS / "operations.md"].partition("## Runbook")[2].partition("\n## ")[0]
+    assert re.findall(r"^### (\S+)$", runbook, re.MULTILINE) == list(get_args(FindingId))
+    assert RUNBOOK == "docs/operations.md"
+
+
+def test_every_finding_is_reported_by_the_code() -> None:
+    code = (ROOT / "app" / "status_findings.py").read_text().partition("class Finding(")[2]
+    code += (ROOT / "app" / "cli" / "status.py").read_text()
+    assert [finding for finding in get_args(FindingId) if f'"{finding}"' not in code] == []
 
 
 def test_table_of_settings_is_complete() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from app.api.schemas.fields import Limit, whole
+from app.status_findings import FindingId
 
 LetterStatus = Literal["open", "replayed", "discarded", "resolved"]
 LetterId = Annotated[str, Meta(pattern=whole("dl_[0-9a-f]{32}"), extra={"form": "must be a dead letter's id"})]
@@ -135,8 +136,11 @@ class DecisionResultList(Struct):
 
 
 class FindingDocument(Struct):
-    """Something that a person should see: `urgency` 1 look, 2 act; what, and the next command or place to look."""
+    """Something that a person should see: its heading in docs/operations.md, `urgency` (1 look, 2 act), what it is, and
+    the next command or place to look.
+    """
 
+    id: FindingId
     urgency: Literal[1, 2]
     what: str
     next: str
