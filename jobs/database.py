@@ -23,15 +23,15 @@ T = TypeVar("T")
 Row = TypeVar("Row")
 
 WORKER_CONNECTIONS_MAX = 12
-# The pool's own pauses double up to minutes; so it gives up early, and is asked again.
+# The pool's own pauses double up to minutes, so it gives up early and is asked again.
 POOL_SECONDS = 5.0
 START_SECONDS_MAX = 30.0
 ATTEMPTS_MAX = 5
 PAUSE_SECONDS = 0.05
 PAUSE_SECONDS_MAX = 1.0
 
-# A line can die without a word to either end; then its session would keep what it locked. The server ends a session
-# with locks that is silent for so long, which is longer than we wait to be answered ourselves.
+# A connection can break unnoticed at both ends, and its session would keep its locks. So the server ends a session with
+# locks that is idle for so long, which exceeds our own timeouts.
 LOCK_IDLE_SECONDS = 60.0
 TRY_LOCK = """
     select case when pg_try_advisory_lock(hashtext(%s)) then set_config('idle_session_timeout', %s, false) is not null
@@ -43,9 +43,9 @@ UNLOCK = "select pg_advisory_unlock(hashtext(%s)), set_config('idle_session_time
 async def bisect_on_error(
     items: list[T], do: Callable[[list[T]], Awaitable[None]], give_up: Callable[[T, Exception], Awaitable[None]]
 ) -> None:
-    """Do something with all items; if that fails for a reason that lasts, with each half of them.
+    """Do something with all items; after an error that is not retryable, with each half of them.
 
-    So the one that is to blame is found, and given up, and takes no other along. An error that passes is raised.
+    The item that fails alone is given up; the others are done. Raises retryable errors.
     """
     try:
         await do(items)
@@ -115,10 +115,9 @@ class WorkerDatabase:
                     await locks.release(name)
 
     async def _try(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
-        """Do it on a connection of the pool, again if it was hindered by something that passes.
+        """Do it on a connection of the pool, again after a retryable error.
 
-        While the server is away there is nothing better to do than to wait for it, for what is held here (what a
-        provider answered) is worth keeping.
+        While the server is unreachable it is tried without end, because a provider's response must not be lost.
         """
         turn = 0
         while True:
@@ -143,10 +142,10 @@ class WorkerDatabase:
 
 
 class AdvisoryLocks:
-    """What this process has locked, all of it on one connection, which is the pool's again when nothing is locked.
+    """This process's advisory locks, all on one connection, which goes back to the pool with the last of them.
 
-    Who has a lock needs connections for what he does meanwhile. If each lock took one of its own, as many locks as
-    there are connections would wait for each other for ever.
+    The holder of a lock needs further connections. If each lock took one, as many locks as there are connections would
+    block each other for ever.
     """
 
     def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:
@@ -158,7 +157,7 @@ class AdvisoryLocks:
         self._names: set[str] = set()
 
     async def acquire(self, name: str) -> bool:
-        """Whether it was free: a session can take its own lock twice, so we look ourselves first."""
+        """Whether it was free. A session can take its own lock twice, so our names are checked first."""
         if name in self._names:
             return False
         try:
@@ -169,7 +168,7 @@ class AdvisoryLocks:
         return name in self._names
 
     async def release(self, name: str) -> None:
-        """Unlock; a connection that was lost has done so by itself."""
+        """Unlock; a lost connection has released its locks already."""
         self._names.remove(name)
         try:
             if not self.is_lost:
@@ -189,20 +188,20 @@ class AdvisoryLocks:
             cursor = connection.cursor(row_factory=scalar_row)
             return bool(await (await cursor.execute(query, values)).fetchone())
         except BaseException:
-            # Whatever it still holds must end; also if nobody waits for the answer any more.
+            # Its locks must end, also when this call was canceled.
             if not self.is_lost:
                 self.is_lost = True
                 await connection.close()
             raise
 
     async def _keep_alive(self) -> None:
-        """Be heard while others work with what is locked."""
+        """Keep the session from idling while its locks are held."""
         try:
             while not self.is_lost:
                 await asyncio.sleep(LOCK_IDLE_SECONDS / 3)
                 await self._ask("select true")
         except psycopg.Error as error:
-            log.info("what is locked ends with its connection: %s", error)
+            log.info("the locks end with their connection: %s", error)
 
     async def _return_connection_if_idle(self) -> None:
         if self.is_lost or not self._names:
@@ -211,14 +210,14 @@ class AdvisoryLocks:
 
 
 async def cancel_and_wait(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait for its end, so that nothing of it happens to what others use next."""
+    """Cancel a task and wait for its end, so that it no longer uses the connection."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager
 async def open_database(settings: Settings) -> AsyncGenerator[WorkerDatabase]:
-    """The pool, open for as long as the worker works; raises if there is no server within 30 s."""
+    """The worker's pool of connections. Raises PoolTimeout if there is no server within 30 s."""
     pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
         conninfo("worker", settings),
         connection_class=bounded_connection("worker"),

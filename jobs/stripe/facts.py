@@ -1,7 +1,7 @@
 """What Stripe's objects say, as facts in the form that surety.record_facts takes. Pure functions.
 
-An object is read for what it is now: an intent by its status, a charge by its captured amount. What it went through is
-told by other facts, or never mattered. Client secrets are not read at all.
+An object is read in its present state: an intent by its status, a charge by its captured amount. Its past is in other
+facts or has no effect. Client secrets are not read at all.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def fact(origin: FactOrigin, object_id: str, kind: str, *, metadata_of: Json | N
 
 
 def id_of(reference: str | Json | None) -> str | None:
-    """The id of something that is there as an id or, expanded, as an object."""
+    """The id of a reference, which is an id or, expanded, an object."""
     return reference["id"] if isinstance(reference, dict) else reference
 
 
@@ -69,12 +69,12 @@ def failure(error: Json | None) -> Json | None:
     """Why an attempt failed, as merchants see it."""
     if error is None:
         return None
-    told = {name: error.get(name) for name in ("code", "decline_code", "message")}
-    return {name: value for name, value in told.items() if value is not None}
+    shown = {name: error.get(name) for name in ("code", "decline_code", "message")}
+    return {name: value for name, value in shown.items() if value is not None}
 
 
 def next_action(action: Json | None) -> Json | None:
-    """What the payer must do, as merchants see it: where to send him, or that Stripe's script must take over."""
+    """What the payer must do, as merchants see it: a redirect's URL, or that Stripe's script must take over."""
     if action is None:
         return None
     if action["type"] == "redirect_to_url":
@@ -83,7 +83,7 @@ def next_action(action: Json | None) -> Json | None:
 
 
 def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
-    """What a payment intent says, and its charge and balance transaction where they are expanded in it."""
+    """A payment intent's facts, and those of its charge and balance transaction where they are expanded."""
     pi, status, currency = intent["id"], intent["status"], intent["currency"]
     charge, ch = intent.get("latest_charge"), id_of(intent.get("latest_charge"))
     objects = [pi, ch] if ch else [pi]
@@ -114,13 +114,13 @@ def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
 
 
 def decline_fact(error: Json, origin: FactOrigin, intent_id: str, currency: str) -> Fact:
-    """A confirmation that was answered with an error about the payment: the attempt failed, the intent lives."""
+    """The fact of a declined confirmation: the attempt failed, the intent lives."""
     data = {"failure": failure(error)}
     return fact(origin, intent_id, "attempt_failed", intent=intent_id, currency=currency, data=data)
 
 
 def balance_transaction_facts(line: Json, origin: FactOrigin, source: Json | None = None) -> list[Fact]:
-    """What a balance transaction says; `source` is what it stems from, where that is known.
+    """A balance transaction's facts; `source` is the object that it stems from, where that is known.
 
     A line in another currency than its source was exchanged: other_gross is what was exchanged. One that takes back
     what had been charged means that the charge was returned.
@@ -157,8 +157,8 @@ def balance_transaction_facts(line: Json, origin: FactOrigin, source: Json | Non
 def amount_of_source(line: Json, source: Json) -> int:
     """A line's amount, in minor units of its source's currency.
 
-    If it was exchanged, it is the amount of the source's that the rate leads to, for rates are told in few digits: all
-    of it, or of a charge that was captured in part that part or the rest. A part of a dispute is what the rate says.
+    Of an exchanged line it is the amount of the source that fits the rate best, because rates have few digits: the
+    whole amount, or of a charge captured in part either part. A part of a dispute is computed by the rate.
     """
     if line["currency"] == source["currency"]:
         return int(line["amount"])
@@ -174,8 +174,8 @@ def amount_of_source(line: Json, source: Json) -> int:
 
 
 def refund_facts(refund: Json, origin: FactOrigin) -> list[Fact]:
-    """What a refund says; `refund` in its data is ours, if it was asked for here."""
-    told = {
+    """A refund's fact; `refund` in its data is our id, if it was requested here."""
+    data = {
         "refund": (refund.get("metadata") or {}).get("surety_refund"),
         "reason": refund.get("reason"),
         "failure": {"code": refund["failure_reason"]} if refund.get("failure_reason") else None,
@@ -190,15 +190,15 @@ def refund_facts(refund: Json, origin: FactOrigin) -> list[Fact]:
             amount_minor=refund["amount"],
             currency=refund["currency"],
             objects=[refund["id"]],
-            data={name: value for name, value in told.items() if value is not None},
+            data={name: value for name, value in data.items() if value is not None},
         )
     ]
 
 
 def dispute_facts(dispute: Json, origin: FactOrigin, revision: int) -> list[Fact]:
-    """What a dispute says at its n-th fetch. The fact's amount is what is gone, or what was asked for if nothing is.
+    """A dispute's facts at its n-th fetch. The amount is the one withdrawn, or the one disputed if none is withdrawn.
 
-    What the network withdrew and gave back, not the status alone, tells whether the amount is gone.
+    Whether an amount is withdrawn follows from the dispute's balance transactions, not from its status alone.
     """
     lines = dispute["balance_transactions"]
     withdrawn = -sum(amount_of_source(line, dispute) for line in lines)
@@ -239,7 +239,7 @@ def dispute_facts(dispute: Json, origin: FactOrigin, revision: int) -> list[Fact
 
 
 def payout_facts(payout: Json, origin: FactOrigin) -> list[Fact]:
-    """What a payout says; it belongs to no payment."""
+    """A payout's fact, which belongs to no payment."""
     failed = payout["status"] in {"failed", "canceled"}
     data = {name: payout.get(name) for name in ("status", "arrival_date", "automatic", "failure_code")}
     return [
@@ -256,15 +256,15 @@ def payout_facts(payout: Json, origin: FactOrigin) -> list[Fact]:
 
 
 def redacted(body: Json) -> Json:
-    """What the audit trail keeps of an answer: named fields only, never a secret."""
+    """The fields of a response that the audit trail keeps, never a secret."""
     kept = (
         "id", "object", "status", "amount", "amount_received", "amount_capturable", "currency", "latest_charge",
         "cancellation_reason", "capture_method", "created", "livemode", "has_more",
     )  # fmt: skip
-    told = {name: body[name] for name in kept if body.get(name) is not None}
-    if isinstance(told.get("latest_charge"), dict):
-        told["latest_charge"] = told["latest_charge"]["id"]
+    snapshot = {name: body[name] for name in kept if body.get(name) is not None}
+    if isinstance(snapshot.get("latest_charge"), dict):
+        snapshot["latest_charge"] = snapshot["latest_charge"]["id"]
     error = failure(body.get("error") or body.get("last_payment_error"))
     if error:
-        told["failure"] = error
-    return told
+        snapshot["failure"] = error
+    return snapshot

@@ -1,4 +1,4 @@
-"""A provider's outage is not the event's failure: breakers open, hold, probe and close, and nobody is needed."""
+"""A provider's outage is not the event's failure: circuits open, hold, probe and close without an operator."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def opened(conn: Connection) -> set[str]:
 
 
 def transitions(conn: Connection) -> list[tuple[str, str]]:
-    """What the audit trail tells of breakers: the account and what became of it."""
+    """The audit entries of circuits: the account and the change."""
     return conn.execute(
         "select snapshot ->> 'account', outcome from audit.entries where kind = 'system' and outcome like 'circuit %'"
         " order by id"
@@ -165,7 +165,7 @@ async def test_breaker_stops_only_its_account(
         [(held,)] = conn.execute("select held from surety.circuit_status() where account = 'acct_out'").fetchall()
         assert held == 10
         before = count(conn, "select count(*) from audit.entries")
-        assert await run_until_idle(worker) == 0, "what is held is not claimed again"
+        assert await run_until_idle(worker) == 0, "held events are not claimed again"
         assert count(conn, "select count(*) from audit.entries") == before
         sandbox.control("faults", WELL)
         await later(conn, worker, "10 seconds")
@@ -297,11 +297,11 @@ async def test_probe_does_not_close_a_breaker_opened_after_it_started(
     sandbox.control("faults", {"slow_seconds": 2, "next": [probed]})
     async with in_process_worker(database, sandbox.url) as worker:
         breaker, began = worker.breaker, time.monotonic()
-        breaker.count_call("", began, ProviderOutage("nobody is there"), is_command=True)
+        breaker.count_call("", began, ProviderOutage("no answer"), is_command=True)
         considering = asyncio.create_task(breaker.check_accounts([("", began)]))
         await asyncio.to_thread(eventually, lambda: sandbox.control("faults")["next"] == [])
         for _ in range(10):
-            breaker.count_call("", began, ProviderOutage("nobody is there"), is_command=True)
+            breaker.count_call("", began, ProviderOutage("no answer"), is_command=True)
         await breaker.report_and_probe()
         assert opened(conn) == {""}
         await considering
@@ -407,7 +407,7 @@ def test_event_that_kills_its_worker_three_times_is_dead_lettered_alone(
     payments = shop(20)
     poison = payments[3]
     for _ in range(3):
-        # Had it taken effect, the provider's list of events would tell, and nothing would be left to do.
+        # If it took effect, the provider's list of events shows it, and no call is left to make.
         hang = {"operation": "payment_intents.create", "fault": "timeout_before", "match": poison}
         sandbox.control("faults", {"next": [hang]})
         with worker_process(database, sandbox.url, SURETY_PROVIDER_TIMEOUT="60") as worker:

@@ -108,7 +108,7 @@ def test_declined_intent_stays_open_and_fails_once_canceled(sandbox: SandboxProc
     assert kinds(declined) == {"submitted": id, "attempt_failed": id}
     assert {key: declined[1].get(key) for key in ("currency", "amount_minor", "data")} == {
         key: result.get(key) for key in ("currency", "amount_minor", "data")
-    }, "whoever tells of it tells the same"
+    }, "each source gives the same fact"
     canceled = intent_facts(sandbox.post(f"/v1/payment_intents/{id}/cancel"), ORIGIN)
     assert kinds(canceled) == {"submitted": id, "failed": id}
     assert canceled[1]["data"] == {"failure": failure}

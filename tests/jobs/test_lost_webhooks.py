@@ -1,4 +1,4 @@
-"""What no webhook tells and no handler will ask again: found all the same, by whoever asks regularly."""
+"""Changes that no webhook brings and no handler asks for are found by the periodic jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.workers import NO_AUTOMATIC_RETRY, in_process_worker, run_unt
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
-    with running_sandbox(tmp_path_factory.mktemp("unheard"), "--hang-seconds=1", "--payout-seconds=0") as sandbox:
+    with running_sandbox(tmp_path_factory.mktemp("lost_webhooks"), "--hang-seconds=1", "--payout-seconds=0") as sandbox:
         yield sandbox
 
 
@@ -69,7 +69,7 @@ async def test_refund_and_dispute_without_webhooks_are_polled(
     assert ledger_of(conn)["disputed"] == 10000
     result = [row[0] for row in conn.execute("select summary from surety.trace_payment(%s)", (refunded,))]
     assert any("from the list of events" in line for line in result)
-    assert not any("signature" in line for line in result), "nobody has signed what was read"
+    assert not any("signature" in line for line in result), "listed events bear no signature"
     assert one(conn, "select count(*) from audit.entries where kind = 'webhook' and outcome = 'listed'") == heard
     assert not violations(conn)
 

@@ -208,12 +208,12 @@ async def test_a_decline_cancels_the_intent_before_the_payment_has_failed(
 async def test_a_refusal_of_the_card_itself_fails_the_payment_at_once(
     conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
 ) -> None:
-    payment_id = payment("pm_of_somebody_else")
+    payment_id = payment("pm_of_another_account")
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker, *PIPELINE)
     assert path_of(conn, payment_id) == ["initiated", "submitting", "failed"]
     [(failure,)] = conn.execute("select failure from surety.payments").fetchall()
-    assert failure == {"code": "resource_missing", "message": "No such PaymentMethod: 'pm_of_somebody_else'"}
+    assert failure == {"code": "resource_missing", "message": "No such PaymentMethod: 'pm_of_another_account'"}
     assert attempts(conn) == []
 
 
@@ -433,7 +433,7 @@ def test_request_slots_are_shared_and_commands_take_precedence(conn: Connection)
     query = "select surety.reserve_request_slot('stripe', '', 50, %s)"
     waits = [conn.execute(query, (True,)).fetchall()[0][0] for _ in range(60)]
     assert waits[:20] == [0] * 20
-    # Half a second's worth goes at once; the last of 60 waits for what is over it.
+    # A burst of half a second's requests goes at once; the last of 60 waits for the rest.
     assert 0.5 < waits[-1] <= 0.7
     assert conn.execute(query, (False,)).fetchone() == (None,)
     assert conn.execute("select surety.reserve_request_slot('stripe', 'acct_other', 50, false)").fetchone() == (0,)

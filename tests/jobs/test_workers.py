@@ -109,7 +109,7 @@ def test_procrastinate_settings_are_effective() -> None:
     assert app.worker_defaults["delete_jobs"] == "always"
     assert app.worker_defaults["fetch_job_polling_interval"] == 1.0
     assert {"drain", "schedule_due_handlers", "poll_unfinished", "poll_balance_transactions"} <= set(app.tasks)
-    # Nobody misspelt an option: the worker takes them all.
+    # The worker accepts every option.
     app._worker(**app.worker_defaults)
 
 
@@ -132,7 +132,7 @@ def test_payments_settle_without_webhooks_and_after_a_worker_was_killed(
     with worker_process(database, sandbox.url, "second"), worker_process(database, sandbox.url, "third"):
         eventually(lambda: {state_of(conn, payment_id) for payment_id in held + others} == {"settled"}, 20)
         eventually(lambda: count(conn, "select count(*) from surety.expectations where met_at is not null") == 8)
-        # The list of events may tell of what was held before it is taken over, which then has nothing left to do.
+        # The list of events may show the held payments before their batch is taken over, which then has no work left.
         eventually(lambda: count(conn, "select count(*) from outbox.retries") == 0, 20)
         eventually(lambda: count(conn, "select count(*) from outbox.batches") == 0)
     first = count(conn, "select extract(epoch from min(at) - %s) from audit.entries where kind = 'call'", leased_until)
@@ -200,7 +200,7 @@ def test_idle_worker_is_notified_of_a_payment_without_polling(
     delays = []
     with worker_process(database, sandbox.url), psycopg.connect(database) as other:
         wait_for_worker(conn)
-        # Nobody ticks now; Procrastinate looks each five seconds.
+        # No periodic job runs now; Procrastinate polls every five seconds.
         eventually(
             lambda: (
                 other.execute("select pg_try_advisory_lock(hashtext('surety:schedule_due_handlers'))").fetchone()
@@ -263,7 +263,7 @@ def received(conn: Connection, events: list[dict[str, Any]]) -> None:
     conn.execute("select from surety.receive_webhooks(%s)", (json.dumps(stored),))
 
 
-def told_about(sandbox: SandboxProcess, payment_id: str) -> list[dict[str, Any]]:
+def events_about(sandbox: SandboxProcess, payment_id: str) -> list[dict[str, Any]]:
     """The events of one payment, newest first, as webhooks bring them."""
     page = sandbox.get("/v1/events", {"limit": 100})["data"]
     return [
@@ -282,8 +282,8 @@ async def test_reordered_and_repeated_webhooks_end_in_the_same_state(
         secret = sandbox.read(pi)["client_secret"]
         sandbox.client.post(f"/3ds/{pi}?client_secret={secret}", content="outcome=approve")
         eventually(lambda: sandbox.read(pi)["status"] == "succeeded")
-        eventually(lambda: "charge.updated" in [event["type"] for event in told_about(sandbox, payment_id)])
-        events = told_about(sandbox, payment_id)
+        eventually(lambda: "charge.updated" in [event["type"] for event in events_about(sandbox, payment_id)])
+        events = events_about(sandbox, payment_id)
         assert {"payment_intent.requires_action", "payment_intent.succeeded", "charge.succeeded"} <= {
             event["type"] for event in events
         }
@@ -305,7 +305,7 @@ async def test_decline_known_from_a_webhook_only_is_fetched_and_canceled(
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         secret = sandbox.read(pi)["client_secret"]
         sandbox.client.post(f"/3ds/{pi}?client_secret={secret}", content="outcome=decline")
-        [failed] = [e for e in told_about(sandbox, payment_id) if e["type"] == "payment_intent.payment_failed"]
+        [failed] = [e for e in events_about(sandbox, payment_id) if e["type"] == "payment_intent.payment_failed"]
         received(conn, [failed])
         await run_until_idle(worker)
     assert state_of(conn, payment_id) == "failed"
@@ -328,7 +328,7 @@ async def test_invalid_event_fails_three_times_without_its_batch(
     }
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker, "submit")
-        [created] = [e for e in told_about(sandbox, payment_id) if e["type"] == "payment_intent.created"]
+        [created] = [e for e in events_about(sandbox, payment_id) if e["type"] == "payment_intent.created"]
         received(conn, [*garbage, created, unknown])
         for _ in range(3):
             await run_until_idle(worker, "apply")
@@ -365,7 +365,7 @@ async def test_webhook_that_cannot_be_recorded_does_not_fail_its_batch(
         for payment_id in payments:
             [(pi,)] = conn.execute("select provider_id from surety.payments where id = %s", (payment_id,)).fetchall()
             sandbox.confirm(pi)
-            events += [e for e in told_about(sandbox, payment_id) if e["type"] == "payment_intent.succeeded"]
+            events += [e for e in events_about(sandbox, payment_id) if e["type"] == "payment_intent.succeeded"]
         received(conn, events)
         await run_until_idle(worker, "apply")
     states = [state_of(conn, payment_id) for payment_id in payments]
@@ -468,8 +468,8 @@ async def test_unmatched_money_is_posted_to_suspense_and_a_discrepancy(
     txn = sandbox.get(f"/v1/charges/{made['charge']}")["balance_transaction"]
     async with in_process_worker(database, sandbox.url) as worker:
         await poll_balance_transactions(worker)
-        parked = "select count(*) from surety.unmatched_facts where object_id = %s and ended_at is null"
-        assert count(conn, parked, txn) >= 1
+        unmatched = "select count(*) from surety.unmatched_facts where object_id = %s and ended_at is null"
+        assert count(conn, unmatched, txn) >= 1
         conn.execute("insert into surety.clock (ahead) values ('16 minutes')")
         conn.execute("select surety.retry_unmatched_facts()")
     found = "select count(*) from surety.discrepancies where kind = 'foreign' and subject = %s"
@@ -584,7 +584,7 @@ async def test_exclusive_job_runs_once_and_a_lost_lock_is_released(
             conn.execute(f"select pg_terminate_backend(pid) from {locks}".encode(), (name,))
             with pytest.raises(psycopg.OperationalError):
                 async with one.try_lock("c"):
-                    raise AssertionError("nobody can know whether it is")
+                    raise AssertionError("whether it was committed is unknown")
             async with other.try_lock("a") as taken_over, one.try_lock("b") as anew:
                 assert taken_over
                 assert anew

@@ -4,8 +4,8 @@ Payments by the hundred go through the worker's real code and the real sandbox a
 goes wrong for it in one way. A pair of call and fault counts when the sandbox has really done it.
 
 The calls are those of the outbox's phases: what `submit`, `confirm`, `cancel`, `capture`, `refund` and `evidence` send,
-what they ask when an outcome is unknown or has to be known, what `apply` fetches because of a webhook, what the sweep
-asks, and what the periodic rounds read.
+what they ask when an outcome is unknown or has to be known, what `apply` fetches because of a webhook, what
+polling fetches, and what the periodic jobs read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ REORDER_SECONDS = HOUR
 SOON = 80.0
 """Longer than any delay before a retry."""
 LATER = 7 * HOUR
-"""Longer than the sweep's patience, and than money is pending."""
+"""Longer than any delay before a poll, and than money is pending."""
 PENDING_SECONDS = HOUR
 UNDECIDED_SECONDS = 8 * DAY
 """How long refunds and disputes stay as they are, unless the test decides them."""
@@ -145,7 +145,7 @@ CALLS = {
 }
 
 
-# What is due is looked at before all is read, or nothing would be left to look at.
+# Due balance transactions are read first: reading all would leave none that are due.
 POLLS: dict[str, PeriodicJob] = {
     "recheck_pending_balance: list": recheck_pending_balance,
     "poll_balance_transactions: list": poll_balance_transactions,
@@ -201,7 +201,7 @@ class FaultMatrix:
         self.conn, self.sandbox, self.worker = conn, sandbox, worker
         self.counts: Counter[tuple[str, str]] = Counter()
         self.cases: list[FaultCase] = []
-        self._standing: list[OrderedFault] = []
+        self._orders: list[OrderedFault] = []
         self._ahead_seconds = 0.0
         self._keys = {fault: add_merchant(conn, account=account)[1] for fault, account in ACCOUNTS.items()}
         conn.execute("update surety.environment set kind = 'test'")
@@ -222,7 +222,7 @@ class FaultMatrix:
         self.cases = self._open(pairs)
         for lead in (
             self._submit, self._confirm, self._cancel, self._capture, self._refund, self._dispute, self._give_evidence,
-            self._sweep,
+            self._poll,
         ):  # fmt: skip
             await lead(pause_seconds)
             self._clear_faults()
@@ -316,14 +316,14 @@ class FaultMatrix:
         await self._act_while_applying(orders, "capture")
         self.move(pause_seconds)
         await self._act([], "capture")
-        # Before what is held expires.
+        # Before authorizations expire.
         taken = {case.intent for case in sent + asked}
         await self._until(lambda: not taken & (self._in_state("authorized") | self._in_state("processing")), "capture")
 
     async def _refund(self, pause_seconds: float) -> None:
         sent, asked = self._of("refund: refund"), self._of("refund: look for it")
-        swept = self._of("poll_unfinished: fetch refund")
-        cases = sent + asked + swept
+        polled = self._of("poll_unfinished: fetch refund")
+        cases = sent + asked + polled
         await self._until_charged(cases)
         refunds = {case.payment_id: self._command("create_refund", case, payment_id=case.payment_id) for case in cases}
         orders = [order for case in sent for order in self._of_call(case, refunds[case.payment_id])]
@@ -335,7 +335,7 @@ class FaultMatrix:
         self.move(pause_seconds)
         await self._act([], "refund")
         made: dict[str, str] = dict(self.conn.execute("select id, provider_id from surety.refunds").fetchall())
-        for case in swept:
+        for case in polled:
             case.refund = made[refunds[case.payment_id]]
 
     async def _dispute(self, pause_seconds: float) -> None:
@@ -359,25 +359,25 @@ class FaultMatrix:
             said = {"uncategorized_text": ("winning_evidence", "losing_evidence")[case.turn % 2]}
             self._command("submit_evidence", case, dispute_id=known[case.dispute], evidence=said, submit=True)
             orders += self._of_call(case, known[case.dispute] if case in sent else case.dispute)
-            # What comes of it is not told meanwhile, unless it is told first.
+            # Its webhooks stay away meanwhile, unless they came first.
             orders += self._held(case, case.intent) if case.fault != FIRST or case in asked else []
         await self._act_while_applying(orders, "evidence")
         self.move(pause_seconds)
         await self._act([], "evidence")
 
     def _command(self, function: str, case: FaultCase, **asked: Any) -> str:
-        """Ask for something about a payment; the id of what is answered."""
+        """Send a command about a payment; the id of the object in the answer."""
         outcome = command(self.conn, function, self._keys[case.fault], **asked)
         assert outcome["problem"] is None, outcome
         return str(outcome["body"]["id"])
 
     def _order_lost_answer(self, case: FaultCase, operation: str, match: str) -> list[OrderedFault]:
-        """Nobody knows whether a call has happened, and no webhook tells."""
+        """Whether a call took effect is unknown, and no webhook shows it."""
         has_happened = case.turn % 2 == 1 or case.fault == FIRST
         return [OrderedFault(None, operation, timeout(has_happened), match), *self._held(case, case.intent)]
 
-    async def _sweep(self, pause_seconds: float) -> None:
-        """Payers, banks and the network act, and nothing tells: what became of it, the sweep has to ask."""
+    async def _poll(self, pause_seconds: float) -> None:
+        """Payers, banks and the network act without webhooks: polling has to find it."""
         paid, refunded, disputed = (self._of(f"poll_unfinished: fetch{what}") for what in ("", " refund", " dispute"))
         await self._until(lambda: {case.intent for case in paid} <= self._in_state("requires_action"), "confirm")
         self._order([order for case in refunded + disputed for order in self._held(case, case.intent)])
@@ -408,7 +408,7 @@ class FaultMatrix:
 
     async def heal(self) -> None:
         """Time goes by, and nothing goes wrong any more, until every payment has ended."""
-        self._standing = [order for order in self._standing if order.pair is not None]
+        self._orders = [order for order in self._orders if order.pair is not None]
         self._clear_faults()
         for _ in range(ROUNDS_MAX):
             self.move(LATER)
@@ -463,7 +463,7 @@ class FaultMatrix:
         return [case for case in self.cases if case.call == call]
 
     def _of_call(self, case: FaultCase, match: str) -> list[OrderedFault]:
-        """The fault of the call itself, if the case is about one. No webhook saves what is asked again after a day."""
+        """The fault of the call itself, if the case is about one. No webhook replaces a poll after a day."""
         fault = CALL_FAULTS.get(case.fault)
         if fault is None:
             return []
@@ -488,26 +488,26 @@ class FaultMatrix:
 
     def _clear_faults(self) -> None:
         """What was ordered for a call that didn't come must not count for another's; webhooks are still to come."""
-        self._standing = [order for order in self._standing if order.operation.startswith("webhook")]
+        self._orders = [order for order in self._orders if order.operation.startswith("webhook")]
         self._order([])
 
     def _order(self, orders: list[OrderedFault]) -> None:
         self._count()
-        self._standing += orders
-        self.sandbox.control("faults", {"next": [order.as_json() for order in self._standing]})
+        self._orders += orders
+        self.sandbox.control("faults", {"next": [order.as_json() for order in self._orders]})
 
     def _count(self) -> None:
         """What the sandbox has done of what was ordered."""
         left: Counter[tuple[str, str, str]] = Counter()
         for order in self.sandbox.control("faults")["next"]:
             left[order["operation"], order["fault"], order.get("match", "")] += order.get("times", 1)
-        for order in reversed(self._standing):
+        for order in reversed(self._orders):
             stays = min(order.times, left[order.key])
             left[order.key] -= stays
             if order.pair is not None:
                 self.counts[order.pair] += order.times - stays
             order.times = stays
-        self._standing = [order for order in self._standing if order.times]
+        self._orders = [order for order in self._orders if order.times]
 
     # --- acts
 

@@ -55,7 +55,7 @@ $$;
 comment on function surety.record_call_results(text, jsonb) is
 'Records results of calls: [{"payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?,
 "facts"?: [], "refused"?: {code, decline_code, message}, "refund_id"?, "discrepancy"?: {kind, subject, detail},
-"error"?}]. Facts and refusals in one array are an error (SU004). Returns the types of the events made.';
+"error"?}]. Facts and refusals in one array are an error (SU009). Returns the types of the events made.';
 
 create or replace function surety.record_event_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
 returns table (is_held boolean, event_types text[])
