@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -275,13 +276,14 @@ async def test_slow_call_does_not_delay_results_of_concurrent_calls(
     others = [payment() for _ in range(40)]
     sandbox.order("payment_intents.create", "timeout_before", match=slow)
     query = "select count(*) from surety.payments where state = 'provider_submitted'"
-    async with in_process_worker(database, sandbox.url, judged=False, timeout_seconds=0.5) as worker:
+    async with in_process_worker(database, sandbox.url, judged=False, timeout_seconds=30) as worker:
         working = asyncio.create_task(run_until_idle(worker, "submit"))
         while conn.execute(query).fetchone() != (len(others),):
-            assert not working.done(), "the slow one was waited for"
+            assert not working.done(), "the slow call was waited for"
             await asyncio.sleep(0.005)
-        await working
-    assert [row[:2] for row in attempts(conn)] == [("submit", 1)]
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+    assert state_of(conn, slow) == "submitting"
 
 
 async def test_second_intent_is_a_discrepancy_never_confirmed_and_canceled(
@@ -430,12 +432,13 @@ async def test_a_captured_amount_that_differs_is_booked_as_it_is(
 
 
 def test_request_slots_are_shared_and_commands_take_precedence(conn: Connection) -> None:
-    query = "select surety.reserve_request_slot('stripe', '', 50, %s)"
-    waits = [conn.execute(query, (True,)).fetchall()[0][0] for _ in range(60)]
-    assert waits[:20] == [0] * 20
+    # One statement, so that its time stands still: 60 commands, then a request that isn't urgent.
+    query = "select surety.reserve_request_slot('stripe', '', 50, n <= 60) from generate_series(1, 61) as n"
+    *waits, last = [wait for (wait,) in conn.execute(query).fetchall()]
     # A burst of half a second's requests goes at once; the last of 60 waits for the rest.
-    assert 0.5 < waits[-1] <= 0.7
-    assert conn.execute(query, (False,)).fetchone() == (None,)
+    assert waits[:25] == [0] * 25
+    assert waits[-1] == pytest.approx(0.7)
+    assert last is None
     assert conn.execute("select surety.reserve_request_slot('stripe', 'acct_other', 50, false)").fetchone() == (0,)
 
 
@@ -445,7 +448,7 @@ async def test_a_bounded_rate_holds_for_real_calls(
     for _ in range(12):
         payment()
     async with in_process_worker(database, sandbox.url, per_second=10) as worker:
+        began = time.monotonic()
         await run_until_idle(worker, "submit")
-    query = "select extract(epoch from max(at) - min(at))::float from audit.entries where kind = 'answer'"
-    [(seconds,)] = conn.execute(query).fetchall()
-    assert 0.5 < seconds < 2.5
+        # Five go at once, the last of the other seven 0.7 s after the first.
+        assert time.monotonic() - began > 0.69
