@@ -127,9 +127,9 @@ class CircuitBreaker:
         self.blocked = blocked
 
     async def _probe(self, account: str) -> None:
-        """Ask the provider something harmless. No answer opens its breaker; an answer closes one that was open before.
+        """Probe an account. No answer opens its circuit; an answer closes a circuit that was open before the probe.
 
-        What opened it meanwhile are calls that failed beside an answer: for these it stays open until the next probe.
+        A circuit that opened during the probe, by calls that failed beside it, stays open until the next one.
         """
         wanted_at = time.monotonic()
         async with self._probing[account]:
@@ -150,11 +150,11 @@ class CircuitBreaker:
     async def _open(self, account: str, reason: str) -> None:
         query = "select surety.open_circuit(%s, %s, %s, %s)"
         if await self._database.value(query, PROVIDER, account, reason, self._actor):
-            log.warning("account %r at %s is cut off: %s", account, PROVIDER, reason)
+            log.warning("circuit of account %r at %s opened: %s", account, PROVIDER, reason)
         self._set_blocked(self.blocked | {account})
 
     async def _close(self, account: str, reason: str) -> None:
         query = "select surety.close_circuit(%s, %s, %s, %s)"
         if await self._database.value(query, PROVIDER, account, reason, self._actor):
-            log.warning("account %r at %s is served again: %s", account, PROVIDER, reason)
+            log.warning("circuit of account %r at %s closed: %s", account, PROVIDER, reason)
         self._set_blocked(self.blocked - {account})

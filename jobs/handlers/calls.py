@@ -81,14 +81,14 @@ class RecordedResults(Struct):
 
 
 class CallOperation(Struct, frozen=True, kw_only=True):
-    """One kind of call: how it is sent and looked for, and what its response and its failure mean."""
+    """One kind of call. `read` turns its response into a result, `explain` its failure."""
 
     name: str
     """As surety.begin_calls takes it."""
     send: Callable[[Worker, ProviderCall, str, Json], Awaitable[ProviderResponse]]
     """Send the request (last) under the key (third)."""
     find: Callable[[Worker, ProviderCall], Awaitable[ProviderResponse | None]]
-    """The effect of an earlier send; None if there is none, or if a repeated call does no harm."""
+    """Return the effect of an earlier send; None if there is none, or if repeating the call does no harm."""
     read: Callable[[ProviderCall, ProviderResponse], CallResult]
     explain: Callable[[ProviderCall, ProviderError], CallResult]
 
@@ -134,7 +134,7 @@ async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call
 
 
 async def provider_response(operation: CallOperation, worker: Worker, call: ProviderCall) -> ProviderResponse:
-    """The response to a call, or the effect of an earlier send where the verdict is to look for it first."""
+    """The response to a call, or the effect of an earlier send. surety.call_verdicts describes the verdicts."""
     assert call.request is not None
     assert call.idempotency_key is not None
     key = call.idempotency_key
@@ -224,7 +224,7 @@ async def call_result(
         result = read(await response)
     except ProviderError as error:
         result = explain(error)
-    except Exception as error:  # an unforeseen failure of one call must not touch the others
+    except Exception as error:  # An unforeseen failure of one call must not touch the others.
         log.exception("%s of %s", operation, subject.payment_id)
         result = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
     if "outage" in result:

@@ -18,7 +18,7 @@ from jobs.worker import Worker
 
 
 async def send_evidence(worker: Worker, call: ProviderCall, key: str, request: Json) -> ProviderResponse:
-    """The dispute with its evidence; it is fetched once more and recorded, because its answer has no number."""
+    """Submit the evidence, then fetch the dispute: only numbered fetches are recorded."""
     assert call.provider_id is not None
     dispute = (
         ProviderObject(call.account, call.livemode, "dispute", call.provider_id),
@@ -45,7 +45,7 @@ def evidence_result(_call: ProviderCall, answer: ProviderResponse) -> CallResult
 
 
 def explain_evidence_error(call: ProviderCall, error: ProviderError) -> CallResult:
-    """A call that failed: it is never a refusal of the payment."""
+    """The result of a failed call. It says nothing about the payment."""
     return failed_call_result(call.account, error)
 
 

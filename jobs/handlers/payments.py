@@ -1,4 +1,4 @@
-"""Operations on a payment's intent: create, confirm, capture, cancel. The handlers of settlements stand below them."""
+"""The operations create, confirm, capture and cancel on a payment's intent, and the handlers of settlements."""
 
 from __future__ import annotations
 
