@@ -150,7 +150,7 @@ def with_lowercase_currency(payment: NewPayment) -> NewPayment:
 
 
 def amount_violation(detail: dict[str, Any]) -> RuleViolation:
-    """What api.check_amount_bounds says, in words too."""
+    """The result of api.check_amount_bounds as a violation."""
     if detail["rule"] == "known":
         message = f"currency {detail['given']} is not accepted"
     else:

@@ -1,6 +1,6 @@
-"""Who asks. The database decides by the key's SHA-256; what can't be a key never gets that far.
+"""Authentication. The database finds the caller by the SHA-256 of the key; a text that can't be a key is not looked up.
 
-A denial of a key that exists is written into the audit trail, so many in a second and process.
+The denial of a key that exists is audited, up to DENIALS_PER_SECOND_MAX in a second and process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DENIAL_DETAILS = {
 
 
 class Authenticator:
-    """Tells callers from strangers."""
+    """Finds the caller of a request, and limits the audit entries about denials."""
 
     def __init__(self, database: DatabasePool) -> None:
         self.database = database
@@ -42,7 +42,7 @@ class Authenticator:
 
 
 class Caller:
-    """Whoever holds a key that might be one."""
+    """The holder of a text with the form of an API key."""
 
     __slots__ = ("_authenticator", "address", "key_hash", "request_id", "route")
 
@@ -110,7 +110,7 @@ class Caller:
         raise Problem(name, "this key is no operator's" if name == "forbidden" else DENIAL_DETAILS[name])
 
     async def audit_denial(self, name: str) -> Problem:
-        """The refusal, written down if the key exists. It stands whether or not that can be done."""
+        """The refusal. It is audited if the key exists; a failure to audit it changes nothing."""
         if self._authenticator.denial_throttle.allows():
             try:
                 await self._authenticator.database.fetch_row(
@@ -122,7 +122,7 @@ class Caller:
                     name,
                 )
             except (psycopg.Error, Unavailable):
-                log.exception("%s: the denial could not be written down", self.request_id)
+                log.exception("%s: the denial could not be audited", self.request_id)
         else:
-            log.warning("%s: denied, and too many are written down already", self.request_id)
+            log.warning("%s: denied, and not audited: too many in this second", self.request_id)
         return Problem(name, DENIAL_DETAILS[name])

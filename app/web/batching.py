@@ -1,16 +1,17 @@
-"""Natural batching: requests that wait together share one call of one SQL function, and so one commit.
+"""Request batching (group commit): requests that wait together share one call of one SQL function, and one commit.
 
-A lane is a task with a connection of its own. It takes all that waits, up to a bound, and calls the function; what
-comes meanwhile forms the next batch. Alone, a request waits for nobody. While a lane works another one joins in only
-when as many wait as are being worked on and a batch of them is large enough to be cheap, or when one has waited for
-long: lanes that took whatever there is would share it out in small batches, and sixteen cost little more than one.
+A batching connection is a task with a connection of its own. It takes all queued requests, up to a bound, and calls the
+function; requests that arrive meanwhile form the next batch. A request that comes alone does not wait.
 
-    in the batch's rows                    a request's own answer
-    an error that one request caused       the batch is bisected until that request stands alone: RefusedByDatabase
-    a connection lost, a server that       the same batch again on a new connection while patience lasts, then
-    restarts, a function replaced          Unavailable: the functions called here may be repeated
-    more waiting than the line holds,      Unavailable at once, and nothing was accepted
-    or more than we serve for a while
+A second connection starts while one works in two cases only. Either as many requests wait as are in progress, and
+enough of them to make a batch cheap; or the first has waited for QUEUED_SECONDS_MAX. Connections that started at once
+would divide the queue into small batches, and a batch of sixteen costs little more than a batch of one.
+
+    the function returns rows              each request gets its row
+    an error that one request caused       the batch is bisected until that request is alone: RefusedByDatabase
+    a lost connection, a server that       the same batch again on a new connection until retry_seconds_max, then
+    restarts, a replaced function          Unavailable; repeating is safe, because requests are idempotent
+    a full queue, sustained overload       Unavailable at once; nothing was accepted
 """
 
 from __future__ import annotations
@@ -35,28 +36,29 @@ Row = tuple[Any, ...]
 Connect = Callable[[], Awaitable[AsyncConnection[Row]]]
 
 QUEUED_SECONDS_MAX = 0.025
-# From here on a batch's fixed cost is small beside its rows', and lanes side by side win more than sharing out loses.
+# From this size on, a batch's fixed cost is small beside its rows' cost, and parallel connections gain more than
+# smaller batches lose.
 PARALLEL_BATCH_MIN = 32
-# How long more requests may be under way than are served without waiting.
+# A burst may exceed `sustained_max` for so long.
 BURST_SECONDS = 0.05
-# After so long without that, the next burst is a new one.
+# After so long below `sustained_max`, the next burst is a new one.
 OVERLOAD_RESET_SECONDS = 1.0
 BACKOFF_SECONDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 class BatchedRequest(Protocol):
-    """A request as its SQL function takes it; `n` is its place in the batch, by which the answer is found."""
+    """A request as its SQL function takes it; `n` is its place in the batch and in the row that answers it."""
 
     n: int
     request_id: str
 
 
 class Unavailable(Exception):
-    """The request can't be answered now. Whether it took effect is unknown if it was sent; repeating it is safe."""
+    """The request can't be answered now. It may have taken effect if it was sent; repeating it is safe."""
 
 
 class RefusedByDatabase(Exception):
-    """The database refuses this very request, and nothing foresaw it; `error` says why."""
+    """The database refuses this request with an error that the SQL function does not expect."""
 
     def __init__(self, error: psycopg.Error) -> None:
         super().__init__(str(error))
@@ -64,7 +66,7 @@ class RefusedByDatabase(Exception):
 
 
 class QueuedRequest:
-    """A request in the line."""
+    """A request in the queue."""
 
     __slots__ = ("answer", "queued_at", "request")
 
@@ -75,7 +77,10 @@ class QueuedRequest:
 
 
 class BatchingConnections:
-    """The lanes of one SQL function in one process. `statement` takes a batch as JSON and returns rows led by `n`."""
+    """The batching connections of one SQL function in one process.
+
+    `statement` takes a batch as JSON and returns rows whose first column is `n`.
+    """
 
     def __init__(
         self,
@@ -105,11 +110,11 @@ class BatchingConnections:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
-        """Connect all lanes and let them work.
+        """Connect and start all connections.
 
-        While the database is away they connect with their first batches: whoever begins then is of use once it is back.
-        Raises psycopg.Error where a code tells that no waiting cures it. Of a login that is refused libpq tells none:
-        that is found before, by app.web.database.require_deployed.
+        While the database is away they connect with their first batches, so that this process serves once it is back.
+        Raises psycopg.Error for an error that waiting does not cure. A refused login has no SQLSTATE and looks like an
+        unreachable server; app.web.database.require_deployed reports it before.
         """
         self._loop = asyncio.get_running_loop()
         for failure in await asyncio.gather(
@@ -122,7 +127,7 @@ class BatchingConnections:
         self._tasks = [asyncio.create_task(connection.run()) for connection in self._connections]
 
     async def close(self) -> None:
-        """Refuse what comes, finish what waits, hang up."""
+        """Refuse new requests, finish the queued ones, close the connections."""
         self._closing = True
         while self._idle:
             self._idle.pop().set_result(None)
@@ -145,10 +150,10 @@ class BatchingConnections:
         return answer
 
     def is_full(self) -> bool:
-        """Whether one more would have to wait too long.
+        """Whether one more request would wait too long.
 
-        A burst may fill the whole line, for it will be served soon. What stands for longer than BURST_SECONDS is more
-        than we can serve: a long line would only make everybody wait, so then few may be under way.
+        A burst may fill the whole queue, because it is served soon. A load that lasts longer than BURST_SECONDS is more
+        than this process serves. Then `sustained_max` requests may be under way: a long queue would delay all of them.
         """
         under_way = len(self._queue) + self._in_progress
         if under_way >= self.sustained_max:
@@ -161,7 +166,7 @@ class BatchingConnections:
         return len(self._queue) >= self.queue_max
 
     async def next_batch(self) -> list[QueuedRequest]:
-        """All that waits, up to the bound, once that is worth a batch; empty when the line is closed and done."""
+        """All queued requests, up to batch_max, once they are worth a batch; empty once the queue is closed."""
         while not self._is_worth_a_batch():
             if self._closing:
                 return []
@@ -195,7 +200,7 @@ class BatchingConnections:
         return len(self._queue) >= enough or self._loop.time() >= self._queue[0].queued_at + QUEUED_SECONDS_MAX
 
     def _start_idle_connection(self) -> None:
-        """Let an idle lane begin, if that is worth it; else look again when the first in line has waited for long."""
+        """Start an idle connection if the queue is worth a batch; else check when the first request is overdue."""
         if not self._queue or not self._idle or self._is_starting:
             return
         if self._is_worth_a_batch():
@@ -229,7 +234,7 @@ class BatchingConnection:
         self._connection: AsyncConnection[Row] | None = None
 
     async def connect(self) -> None:
-        """Connect, if need be."""
+        """Connect, unless connected."""
         if self._connection is None:
             self._connection = await self._batching.new_connection()
 
@@ -241,7 +246,7 @@ class BatchingConnection:
                 await connection.close()
 
     async def run(self) -> None:
-        """Serve until the line is closed."""
+        """Serve until the queue is closed."""
         while batch := await self._batching.next_batch():
             deadline = batch[0].queued_at + self._batching.retry_seconds_max
             try:
@@ -265,7 +270,7 @@ class BatchingConnection:
                 answer.set_result(row)
 
     async def _call(self, batch: Sequence[QueuedRequest], deadline: float) -> list[Row]:
-        """The batch's rows; raises what no repetition cured."""
+        """The rows of the batch. Raises psycopg.Error when repeating did not help."""
         attempt = 0
         while True:
             try:

@@ -1,4 +1,4 @@
-"""What listens reaches PostgreSQL by a small pool for single calls, beside the lanes' own connections."""
+"""A small pool for single calls of the API and the receiver, beside the batching connections."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""API keys: `sty_test_…`, `sty_live_…` or an operator's `sty_operator_…`, 32 random characters and a checksum of 6, so
-that a misspelt key, or a text that a secret scanner found, is told from a real one without asking the database, which
-knows only the SHA-256.
+"""API keys: `sty_test_…`, `sty_live_…` or an operator's `sty_operator_…`, 32 random characters and a checksum of 6.
+
+The checksum recognizes a misspelt key without the database, which stores only the SHA-256.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class NewKey(NamedTuple):
 
 
 def new_key(*, livemode: bool) -> NewKey:
-    """A merchant's key that nobody has had before."""
+    """A new key for a merchant."""
     return new_key_for("live" if livemode else "test")
 
 
 def new_operator_key() -> NewKey:
-    """An operator's key that nobody has had before."""
+    """A new key for an operator."""
     return new_key_for("operator")
 
 
 def new_key_for(kind: str) -> NewKey:
-    """A key that tells its kind."""
+    """A new key of a kind: `test`, `live` or `operator`."""
     body = f"sty_{kind}_{''.join(secrets.choice(ALPHABET) for _ in range(32))}"
     text = body + checksum(body)
     return NewKey(text, hashlib.sha256(text.encode()).digest(), text[-HINT_CHARACTERS:])
@@ -54,7 +54,7 @@ def checksum(body: str) -> str:
 
 @lru_cache(maxsize=4096)
 def key_hash_of(authorization: bytes) -> bytes | None:
-    """The SHA-256 of the key in an Authorization header; None if what is there can't be a key."""
+    """The SHA-256 of the key in an Authorization header; None if its text can't be a key."""
     scheme, _, given = authorization.partition(b" ")
     text = given.strip().decode("latin-1")
     shaped = KEY_PATTERN.fullmatch(text)

@@ -1,9 +1,8 @@
-"""Refusing costs next to nothing: what would only be told to come again later is told so before its request is decoded.
+"""Load shedding: under sustained overload, requests get 503 before they are decoded.
 
-A refusal by way of the application costs a tenth of a millisecond; ten times what a process serves would keep it busy
-with refusing. Here it is written as soon as the request has been read, and no task is started for it. A client that
-comes again at once all the same, though it was told when to, is not read for a while: else those who don't wait would
-take the time in which others are served.
+A refusal by the application costs 0.1 ms, so ten times the load that a process serves would fill its time with
+refusals. Here the refusal is written as soon as the request has been read, without a task for it. The connection is
+then not read for READ_PAUSE_SECONDS, so that a client that ignores Retry-After takes no time from others.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from app.web.problems import overloaded
 
 IsOverloaded = Callable[[], bool]
 
-# Well within what Retry-After asks for.
+# Below the second that Retry-After asks for.
 READ_PAUSE_SECONDS = 0.25
 
 OVERLOAD_CHECKS: dict[tuple[bytes, bytes], IsOverloaded] = {}
-"""By method and path, what says whether a request would be refused now. An application adds its own, and removes it."""
+"""The check by method and path. An application adds its own when it opens and removes it when it closes."""
 
 
 def overload_response(request_id: str) -> bytes:
@@ -38,12 +37,12 @@ HEAD_END, BODY_BEGIN = RESPONSE_MIDDLE.split(b"\r\n\r\n")
 
 
 class LoadSheddingProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with gates before it. Whatever is out of the ordinary goes the ordinary way."""
+    """uvicorn's protocol with a check before each request. Unusual requests (pipelined, HTTP/1.0) are not checked."""
 
     _is_refused = False
 
     def on_headers_complete(self) -> None:
-        """The head is there: refuse it, or let it in."""
+        """The headers are complete: refuse the request or admit it."""
         parser = self.parser
         assert parser is not None
         is_overloaded = OVERLOAD_CHECKS.get((parser.get_method(), self.url))
@@ -61,18 +60,18 @@ class LoadSheddingProtocol(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """What is refused is not kept."""
+        """The body of a refused request is dropped."""
         if not self._is_refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The whole request is there: who refuses answers now."""
+        """The request is complete: write the refusal."""
         if not self._is_refused:
             super().on_message_complete()
             return
         self._is_refused = False
         if self.flow.write_paused:
-            self.transport.close()  # it sends on and on and reads nothing
+            self.transport.close()  # the client sends without reading the answers
             return
         request_id = new_request_id().encode()
         date = b"".join(name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers)

@@ -1,8 +1,8 @@
-"""Problem documents (RFC 9457): the types, what each means, and which of PostgreSQL's errors are whose fault.
+"""Problem documents (RFC 9457): the types, what each means, and which problem an error of PostgreSQL is.
 
-One table maps constraints to the rule that a request broke, one our SQLSTATEs to a type. What breaks any other
-constraint is our mistake, and the answer is 500; tests/db/internal_constraints.txt
-lists those, so that adding one is a decision.
+One table maps constraints to the rule that a request broke, another maps SQLSTATEs to a problem type. A violation of
+any other constraint is an error of Surety and gets 500. tests/db/internal_constraints.txt lists those constraints, so
+that adding one is a decision.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "wrong-state": ProblemDefinition(
         409,
         "Its state does not allow this",
-        "`state` says where the object is, `detail` what is in the way. Nothing changed, and the Idempotency-Key is "
-        "free.",
+        "`state` is the state of the object, `detail` the reason. Nothing changed, and the Idempotency-Key is free.",
     ),
     "balance-too-low": ProblemDefinition(
         409,
@@ -159,7 +158,7 @@ def invalid_request(errors: list[RuleViolation]) -> Problem:
 
 
 def overloaded() -> Problem:
-    """Try again."""
+    """The service is busy; the request may be repeated."""
     return Problem("overloaded", "the line is full or the database is away; repeat with the same Idempotency-Key")
 
 
@@ -190,7 +189,7 @@ PROBLEM_BY_SQLSTATE = {
 
 
 def problem_from_database_error(error: psycopg.Error) -> Problem:
-    """Whose fault an error of PostgreSQL is."""
+    """The problem for an error of PostgreSQL: the request's or, by default, ours."""
     broken = RULE_BY_CONSTRAINT.get(error.diag.constraint_name or "")
     if broken is not None:
         field, rule, limit = broken

@@ -1,4 +1,4 @@
-"""Serving an application by uvicorn: one process or several on one socket, ended in good order."""
+"""Serving an application by uvicorn: one process or several on one socket, ended after a signal."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class AddressUnavailable(SuretyError):
 
 
 def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
-    """Serve `module:factory` until SIGINT or SIGTERM, then finish what waits.
+    """Serve `module:factory` until SIGINT or SIGTERM, then finish the requests under way.
 
-    Prints `listening on HOST:PORT` once connections are accepted; port 0 takes a free one. A process that dies is
-    replaced where there are several; they end with the one that started them, however that dies.
+    Prints `listening on HOST:PORT` once connections are accepted; port 0 takes a free one. With several processes, one
+    that dies is replaced, and all of them end with their parent, even if it is killed.
     """
     config = uvicorn.Config(
         partial(load_application, factory),
@@ -72,7 +72,7 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
 
 
 class ServingProcesses(Multiprocess):
-    """Several processes; one that does not end when it should keeps nobody from starting them all anew."""
+    """Several processes. One that does not end in time is killed, so that a restart is not blocked."""
 
     def join_all(self) -> None:
         deadline = time.monotonic() + SHUTDOWN_SECONDS_MAX + GRACE_SECONDS
@@ -92,7 +92,7 @@ def load_application(factory: str) -> Any:
 
 
 def terminate_with_parent(parent: BaseProcess) -> None:
-    """Finish what waits once the parent is gone: whoever is started in its place finds the port free."""
+    """End once the parent is gone, so that its successor finds the port free."""
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 

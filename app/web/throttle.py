@@ -1,4 +1,4 @@
-"""A bound in time, so that a flood of what must be written down can do no harm."""
+"""A limit by second, so that a flood of requests can't fill a table or a log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class PerSecondThrottle:
-    """Lets so many through in a second, and counts the rest."""
+    """Allows so many in a second, and counts the others."""
 
     def __init__(self, most: int) -> None:
         self._most = most

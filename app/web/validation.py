@@ -1,7 +1,7 @@
-"""All the rules that a request breaks, told at once.
+"""All rules that a request breaks, in one answer.
 
-The fast way decodes a body straight into its struct and stops at the first rule broken. This is the slow, careful way,
-walked only then: it reads the same types and collects every rule, each with a JSON pointer.
+msgspec decodes a body directly into its struct and stops at the first broken rule. Only then this module reads the same
+types and collects every violation, each with a JSON pointer.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def malformed_json(why: str) -> Problem:
 def rule_violations(  # noqa: C901  a case for each kind of type
     value: Any, kind: Any, at: str = "", form: str = ""
 ) -> Iterator[RuleViolation]:
-    """Every rule of `kind`, as msgspec.inspect tells it, that a parsed value breaks. `form` says a pattern in words."""
+    """Every rule of `kind`, a type of msgspec.inspect, that a parsed value breaks. `form` states a pattern in words."""
     match kind:
         case inspect.UnionType():
             if value is not None:
@@ -191,7 +191,7 @@ def literal_violations(value: Any, kind: inspect.LiteralType, at: str) -> Iterat
 
 
 def duplicate_key_violations(value: dict[str, Any], at: str) -> Iterator[RuleViolation]:
-    """Keys given twice: which of the two is meant, nobody can know."""
+    """Keys given twice: either of the values may be meant."""
     for name in getattr(value, "duplicate_keys", ()):
         yield violation(f"{at}/{escape_pointer(name)}", "once", "is given twice")
 
@@ -213,7 +213,7 @@ def type_violation(at: str, wanted: str, value: Any) -> RuleViolation:
 
 
 def violation(at: str, rule: str, text: str, limit: Any = msgspec.UNSET, given: Any = msgspec.UNSET) -> RuleViolation:
-    """A rule broken at a place. What was given is told if it is short, well-formed and no secret."""
+    """A rule broken at a place. The given value is repeated if it is short, well-formed and no secret."""
     is_long = isinstance(given, str) and (len(given) > ECHOED_CHARACTERS_MAX or has_lone_surrogate(given))
     is_big = isinstance(given, int) and not -(2**63) <= given < 2**63
     if isinstance(given, dict | list) or is_long or is_big or at.rpartition("/")[2] in SECRET_FIELDS:
@@ -233,7 +233,7 @@ def count_characters(characters: int) -> str:
 
 
 def violation_checker(struct: type) -> Callable[[Any], list[RuleViolation]]:
-    """What tells the rules of a struct that a parsed value breaks, the first fifty of them."""
+    """A function from a parsed value to the rules of a struct that it breaks, the first fifty of them."""
     kind = inspect.type_info(struct)
     return lambda value: list(islice(rule_violations(value, kind), ERRORS_MAX))
 

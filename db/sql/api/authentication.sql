@@ -15,13 +15,13 @@ begin atomic
 end;
 
 comment on function api.identify_merchant(bytea) is
-'Whose key this SHA-256 is; no row for an unknown or revoked one.';
+'The key with this SHA-256 and its merchant. No row: unknown or revoked.';
 
 create or replace function api.audit_denial(p_key_hash bytea, p_request_id text, p_address text, p_route text, p_reason
 text) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- Only keys that exist leave an entry: strangers must not be able to fill the trail.
+    -- Only keys that exist leave an entry: a caller without a key must not be able to fill the audit trail.
     select audit.write_entry(
         'denied', known.actor, 'denied', p_reason, p_merchant_id => known.merchant_id, p_address => p_address,
         p_request_id => p_request_id, p_snapshot => jsonb_build_object('route', p_route)
@@ -36,3 +36,6 @@ begin atomic
         where operator_keys.hash = p_key_hash
     ) as known;
 end;
+
+comment on function api.audit_denial(bytea, text, text, text, text) is
+'Audits the denial of a request with an existing key, a merchant''s or an operator''s; other keys leave no entry.';

@@ -1,4 +1,4 @@
--- What a merchant is owed, and every posting that changed it.
+-- The merchant's balance, and the postings that changed it.
 
 create or replace function api.get_balance(p_key_hash bytea) returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp

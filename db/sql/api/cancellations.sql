@@ -3,9 +3,6 @@
 create or replace function api.cancel_payment(p_request jsonb) returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- {…, "payment_id"}: 200 and the payment, canceled, if nothing was sent yet; else 202 and the payment as it is, and the
--- provider will be asked to call it off: the payment may turn out to have succeeded before.
--- 404 not-found   409 wrong-state, detail {state}
 declare
     v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/cancel', p_request);
     v_payment surety.payments;
@@ -49,3 +46,9 @@ begin
         '{}');
 end;
 $$;
+
+comment on function api.cancel_payment(jsonb) is
+'Cancels a payment; p_request as for api.admit_command, with payment_id.
+200 and the canceled payment if nothing was sent to the provider yet. Otherwise 202 and the payment as it is: the
+provider is asked to cancel it, and it may have succeeded before.
+Problems: not-found; wrong-state, detail {state, reason}.';

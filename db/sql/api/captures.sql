@@ -3,12 +3,10 @@
 create or replace function api.capture_payment(p_request jsonb) returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- {…, "payment_id", "amount"?}: captures what is held, or a part of it, once. 202 and the payment, in processing.
--- 404 not-found   409 wrong-state, detail {state}   400 invalid-request: more than is held
 declare
     v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/capture', p_request);
     v_payment surety.payments;
-    v_held bigint;
+    v_authorized bigint;
     v_amount bigint;
 begin
     if not v_admitted.outcome is null then
@@ -25,14 +23,15 @@ begin
             'state', v_payment.state,
             'reason', case when v_payment.flags ? 'cancel_requested_at' then 'its cancellation was asked for' end));
     end if;
-    select least(v_payment.amount_minor, max(f.amount_minor)) into v_held
+    select least(v_payment.amount_minor, max(f.amount_minor)) into v_authorized
     from surety.facts as f
     where f.payment_id = v_payment.id and f.kind = 'authorized' and f.disregarded is null;
-    v_amount := coalesce((p_request ->> 'amount')::bigint, v_held);
-    if v_amount not between 1 and v_held then
+    v_amount := coalesce((p_request ->> 'amount')::bigint, v_authorized);
+    if v_amount not between 1 and v_authorized then
         return api.refuse_command(v_admitted, 'invalid-request', jsonb_build_object(
             'field', '/amount', 'rule', case when v_amount < 1 then 'minimum' else 'maximum' end,
-            'limit', case when v_amount < 1 then 1 else v_held end, 'given', v_amount, 'currency', v_payment.currency));
+            'limit', case when v_amount < 1 then 1 else v_authorized end, 'given', v_amount,
+            'currency', v_payment.currency));
     end if;
     perform surety.request_capture(v_payment, v_amount, v_admitted.actor, p_request ->> 'request_id');
     return api.complete_command(
@@ -45,3 +44,8 @@ begin
         jsonb_build_object('amount', v_amount, 'currency', v_payment.currency));
 end;
 $$;
+
+comment on function api.capture_payment(jsonb) is
+'Captures the authorized amount or a part of it, once; p_request as for api.admit_command, with payment_id and
+optionally amount in minor units. 202 and the payment, processing.
+Problems: not-found; wrong-state, detail {state, reason}; invalid-request if the amount exceeds the authorized one.';

@@ -3,12 +3,10 @@
 create or replace function api.submit_evidence(p_request jsonb) returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- {…, "dispute_id", "evidence": {field: text}, "submit"}: 202 and the dispute; what was given before is kept unless the
--- same field comes again. 404 not-found   409 wrong-state, detail {state}: submitted, over, or past its deadline
 declare
     v_admitted api.admission := api.admit_command('POST /v1/disputes/{id}/evidence', p_request);
     v_dispute surety.disputes;
-    v_takes boolean;
+    v_takes_evidence boolean;
 begin
     if not v_admitted.outcome is null then
         return v_admitted.outcome;
@@ -19,13 +17,16 @@ begin
     if not found then
         return api.refuse_command(v_admitted, 'not-found', null);
     end if;
-    v_takes := exists (select from surety.dispute_statuses as s where s.status = v_dispute.status and s.takes_evidence);
-    if not v_takes or v_dispute.submit_asked_at is not null or v_dispute.evidence_due_at < v_admitted.admitted_at then
+    v_takes_evidence := exists (
+        select from surety.dispute_statuses as s where s.status = v_dispute.status and s.takes_evidence
+    );
+    if not v_takes_evidence or v_dispute.submit_asked_at is not null
+        or v_dispute.evidence_due_at < v_admitted.admitted_at then
         return api.refuse_command(v_admitted, 'wrong-state', jsonb_build_object(
             'state', v_dispute.status,
             'reason', case
                 when v_dispute.submit_asked_at is not null then 'its evidence was submitted'
-                when v_takes then 'its evidence was due by ' || surety.format_time(v_dispute.evidence_due_at)
+                when v_takes_evidence then 'its evidence was due by ' || surety.format_time(v_dispute.evidence_due_at)
             end));
     end if;
     update surety.disputes as d
@@ -42,6 +43,11 @@ begin
 end;
 $$;
 
+comment on function api.submit_evidence(jsonb) is
+'Adds evidence to a dispute; p_request as for api.admit_command, with dispute_id, evidence {field: text} and submit.
+A field given before is kept unless it is given again. With submit, the evidence goes to the network, once. 202 and the
+dispute. Problems: not-found; wrong-state, detail {state, reason}: submitted, closed, or past its deadline.';
+
 create or replace function api.get_dispute(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -54,6 +60,9 @@ begin atomic
         )
     from api.identify_merchant(p_key_hash) as who;
 end;
+
+comment on function api.get_dispute(bytea, text) is
+'A dispute of the merchant; body is null if the merchant has none of that id. No row: unknown key.';
 
 create or replace function api.list_disputes(
     p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text

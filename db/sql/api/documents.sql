@@ -3,8 +3,7 @@
 create or replace function api.show_payment(p surety.payments) returns table (document json)
 language sql stable parallel safe
 begin atomic
-    -- The payment as merchants see it; columns in the order of the document. Without settings of its own, so that it
-    -- becomes a part of the query that calls it.
+    -- Without settings of its own, so that PostgreSQL inlines it into the calling query.
     select row_to_json(shown.*) from (
         select
             p.id as id,
@@ -35,10 +34,12 @@ begin atomic
     ) as shown;
 end;
 
+comment on function api.show_payment(surety.payments) is
+'The payment as a document of the API; columns in the order of the document.';
+
 create or replace function api.show_refund(r surety.refunds) returns table (document json)
 language sql stable parallel safe
 begin atomic
-    -- The refund as merchants see it; columns in the order of the document.
     select row_to_json(shown.*) from (
         select
             r.id as id,
@@ -58,10 +59,12 @@ begin atomic
     ) as shown;
 end;
 
+comment on function api.show_refund(surety.refunds) is
+'The refund as a document of the API; columns in the order of the document.';
+
 create or replace function api.show_dispute(d surety.disputes) returns table (document json)
 language sql stable parallel safe
 begin atomic
-    -- The dispute as merchants see it; columns in the order of the document.
     select row_to_json(shown.*) from (
         select
             d.id as id,
@@ -88,6 +91,9 @@ begin atomic
             surety.format_time(d.updated_at) as updated_at
     ) as shown;
 end;
+
+comment on function api.show_dispute(surety.disputes) is
+'The dispute as a document of the API; columns in the order of the document.';
 
 create or replace function api.payment_at_event(p_payment surety.payments, p_payload jsonb) returns surety.payments
 language sql stable

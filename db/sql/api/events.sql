@@ -5,9 +5,6 @@ returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- A merchant's events, oldest first, by restore generation. The cursor holds a handler's pair of snapshots, so a reader
--- that keeps asking with the last one skips nothing, however late a transaction commits. Raises SU006 for a cursor that
--- we did not make.
 declare
     v_merchant text;
     v_seen pg_snapshot := '1:1:';
@@ -91,3 +88,8 @@ begin
             'next', translate(encode(convert_to(v_next, 'UTF8'), 'base64'), E'+/\n', '-_'))::text;
 end;
 $$;
+
+comment on function api.list_events(bytea, text, integer) is
+'A page of the merchant''s events, oldest first, by restore generation. p_after: the cursor next of the last page. It
+holds two snapshots, as a handler''s position does, so that a reader misses no event, however late its transaction
+commits. No row: unknown key. Raises SU006 for a text that is no cursor.';

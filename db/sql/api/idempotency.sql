@@ -1,14 +1,11 @@
--- Idempotent commands: admitted, refused, concluded; keys forgotten.
+-- Idempotent commands: capture, cancel, refund, submit evidence. Each is a transaction of its own.
 --
--- What merchants ask for once a payment is under way: capture it, cancel it. A transaction per request, for these are
--- rarer than payments.
+--   admit_command      finds the merchant and takes the Idempotency-Key, or returns its first answer
+--   the command        checks the locked payment; writes a fact or a flag, and the event for a worker
+--   complete_command   stores the answer with its effect and audits the request
+--   refuse_command     gives the key back, because nothing took effect
 --
---   admit      whose key it is; the Idempotency-Key is ours now, or its first answer is given again
---   command    looks at the locked payment, writes what was asked for as a fact or a flag, and the event for a worker
---   conclude   keeps the answer beside its effect; refuse gives the key back, for nothing took effect
---
--- p_request: {"key_hash" (hex), "request_id", "address", "idempotency_key", "request_hash" (hex, of the id and the
--- body), and the id of what it is about}. Locks: idempotency key, payment, refund, accounts.
+-- Locks: idempotency key, payment, refund, accounts.
 
 create or replace function api.admit_command(p_route text, p_request jsonb) returns api.admission
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -53,6 +50,11 @@ begin
 end;
 $$;
 
+comment on function api.admit_command(text, jsonb) is
+'Admits a command. p_request: key_hash (hex), request_id, address, idempotency_key, request_hash (hex, of the id and the
+body), and the id of the object. The outcome is set if the command ends here: an answer repeated, or one of the problems
+unauthenticated, forbidden, idempotency-key-reused.';
+
 create or replace function api.refuse_command(p_admitted api.admission, p_problem text, p_detail jsonb)
 returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -63,6 +65,9 @@ begin
     return (null, p_problem, p_detail, null, false)::api.outcome;
 end;
 $$;
+
+comment on function api.refuse_command(api.admission, text, jsonb) is
+'Refuses an admitted command: its Idempotency-Key is free again. p_detail: details of the problem.';
 
 create or replace function api.complete_command(
     p_admitted api.admission, p_request jsonb, p_payment_id text, p_status integer, p_body text, p_snapshot jsonb
@@ -82,10 +87,13 @@ begin
 end;
 $$;
 
+comment on function api.complete_command(api.admission, jsonb, text, integer, text, jsonb) is
+'Completes an admitted command: stores status and body under its Idempotency-Key, and audits it with p_snapshot.';
+
 create or replace function surety.delete_expired_idempotency_keys(p_limit integer default 10000) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    with forgotten as (
+    with deleted as (
         delete from surety.idempotency_keys
         where ctid = any(array(
             select old.ctid from surety.idempotency_keys as old
@@ -96,5 +104,8 @@ begin atomic
         returning idempotency_keys.key
     )
 
-    select count(*)::integer from forgotten;
+    select count(*)::integer from deleted;
 end;
+
+comment on function surety.delete_expired_idempotency_keys(integer) is
+'Deletes up to p_limit Idempotency-Keys that are older than 30 days; returns how many.';

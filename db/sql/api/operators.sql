@@ -1,5 +1,5 @@
--- Operators over HTTP: keys of their own, which open nothing but this, and what they open. Every function takes the
--- key's SHA-256 and finds the operator itself, so that the API can name nobody; no row means that the key is none.
+-- The operators' part of the API, with keys of their own. Every function takes the SHA-256 of the key and finds the
+-- operator itself, so that no caller can name one. No row: the key is not an operator's.
 
 create or replace function api.identify_operator(p_key_hash bytea) returns table (key_id text, operator text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -11,13 +11,14 @@ begin atomic
     where operator_keys.hash = p_key_hash and operator_keys.revoked_at is null;
 end;
 
+comment on function api.identify_operator(bytea) is
+'The operator with this key. No row: unknown or revoked.';
+
 create or replace function api.explain_operator_denial(
     p_key_hash bytea, p_request_id text, p_address text, p_route text, p_is_audited boolean
 ) returns text
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- Why a key may not do what operators do: forbidden for a merchant's, unauthenticated for one that is revoked or
-    -- that nobody has. With p_is_audited keys that exist leave an entry in the audit trail.
     with denied as (
         select
             'key:' || api_keys.id as actor,
@@ -34,7 +35,7 @@ begin atomic
         where operator_keys.hash = p_key_hash
     ),
 
-    told as (
+    audited as (
         insert into audit.entries (id, at, kind, actor, address, request_id, merchant_id, outcome, reason, snapshot)
         select
             surety.new_id('aud', surety.time_now()),
@@ -53,6 +54,10 @@ begin atomic
 
     select coalesce((select denied.reason from denied limit 1), 'unauthenticated');
 end;
+
+comment on function api.explain_operator_denial(bytea, text, text, text, boolean) is
+'Why a key is no operator''s: forbidden for a merchant''s key, unauthenticated for an unknown or revoked one. With
+p_is_audited, the denial of an existing key is audited.';
 
 create or replace function api.list_dead_letters(
     p_key_hash bytea, p_status text, p_handler text, p_error text, p_limit integer, p_starting_after text
@@ -82,10 +87,13 @@ begin atomic
     from who;
 end;
 
+comment on function api.list_dead_letters(bytea, text, text, text, integer, text) is
+'A page of dead letters, oldest first, by status, handler and a part of the last error.
+No row: not an operator''s key.';
+
 create or replace function api.get_dead_letter(p_key_hash bytea, p_id text) returns table (operator text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- body is null where there is no such letter.
     select
         who.operator,
         (
@@ -95,6 +103,9 @@ begin atomic
         )
     from api.identify_operator(p_key_hash) as who;
 end;
+
+comment on function api.get_dead_letter(bytea, text) is
+'A dead letter; body is null if there is none of that id. No row: not an operator''s key.';
 
 create or replace function api.replay_dead_letter(
     p_key_hash bytea, p_id text, p_reason text, p_dry_run boolean, p_request_id text, p_address text
@@ -111,6 +122,9 @@ begin atomic
     ) as done;
 end;
 
+comment on function api.replay_dead_letter(bytea, text, text, boolean, text, text) is
+'outbox.replay_dead_letter on behalf of the operator with this key. No row: not an operator''s key.';
+
 create or replace function api.discard_dead_letter(
     p_key_hash bytea, p_id text, p_reason text, p_dry_run boolean, p_request_id text, p_address text
 ) returns table (operator text, outcome text, detail text)
@@ -126,6 +140,9 @@ begin atomic
     ) as done;
 end;
 
+comment on function api.discard_dead_letter(bytea, text, text, boolean, text, text) is
+'outbox.discard_dead_letter on behalf of the operator with this key. No row: not an operator''s key.';
+
 create or replace function api.get_status(p_key_hash bytea) returns table (operator text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -134,3 +151,6 @@ begin atomic
         surety.read_status()::text
     from api.identify_operator(p_key_hash) as who;
 end;
+
+comment on function api.get_status(bytea) is
+'The state of the service, as surety.read_status() reads it. No row: not an operator''s key.';

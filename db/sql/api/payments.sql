@@ -1,12 +1,11 @@
 -- Payments: created, read, listed.
 --
--- What the API asks for. Every function takes the request's key hash and finds the merchant itself, so that no caller
--- can name one. Foreseeable refusals are rows, not exceptions.
+-- Every function takes the SHA-256 of the API key and finds the merchant itself, so that no caller can name one.
+-- Expected refusals are rows, not exceptions.
 
 create or replace function api.check_amount_bounds(p_amount bigint, p_currency text) returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- The rule that an amount in minor units breaks in its currency; null if it breaks none.
     select
         case
             when currencies.currency is null
@@ -23,6 +22,9 @@ begin atomic
     from (values (p_currency)) as asked (currency)
     left join surety.currencies on asked.currency = currencies.currency;
 end;
+
+comment on function api.check_amount_bounds(bigint, text) is
+'The rule of its currency that an amount in minor units breaks: {field, rule, limit, given, currency}; null if none.';
 
 create or replace function api.new_payment(
     p_id text, p_merchant_id text, p_amount_minor bigint, p_currency text, p_rail text, p_capture_method text,
@@ -70,14 +72,8 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 set plan_cache_mode = force_generic_plan
 as $$
--- All requests of a batch in one transaction, an outcome for each:
---   201 a new payment, body its document            201 is_replayed: the first answer, byte for byte
---   401 unauthenticated   403 forbidden (suspended)  400 invalid-request, detail {field, rule, limit, given}
---   409 reference-taken, detail {payment_id}         422 idempotency-key-reused
--- p_requests: [{"n", "key_hash" (hex), "request_id", "address", "idempotency_key", "request_hash" (hex), "amount",
--- "currency", "rail", "method_token", "capture_method", "reference", "description", "statement_descriptor_suffix",
--- "return_url", "customer", "metadata"}]. Locks: idempotency keys, references, each sorted; payments are new.
--- Rows travel in arrays, side by side, for joining them again would cost more than all else.
+-- Locks: idempotency keys, references, each sorted; the payments are new. Rows travel in parallel arrays, because
+-- joining them again would cost more than the rest.
 declare
     v_route constant text := 'POST /v1/payments';
     v_now timestamptz := surety.time_now();
@@ -98,7 +94,7 @@ declare
     v_won text [];
     v_taken text [];
 begin
-    -- Who asks, as api.identify_merchant would tell, and which rule is broken, if any.
+    -- The merchant, as api.identify_merchant finds it, and the problem of the request, if any.
     with given as (
         select
             r.*, k.id as key_id, m.id as merchant_id, m.provider_account, surety.new_id('pay', v_now) as new_id,
@@ -272,10 +268,17 @@ begin
 end;
 $$;
 
+comment on function api.create_payments(json) is
+'Creates the payments of a batch of requests in one transaction; one row for each request, found by n.
+201 and the new payment''s document, or with is_replayed the first answer, byte for byte. Problems: unauthenticated;
+forbidden (suspended); invalid-request, detail {field, rule, limit, given}; reference-taken, detail {payment_id};
+idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
+amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
+return_url, customer, metadata}].';
+
 create or replace function api.get_payment(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- No row: no such key. body is null where the merchant has no such payment.
     select
         who.merchant_id,
         (
@@ -286,6 +289,9 @@ begin atomic
     from api.identify_merchant(p_key_hash) as who;
 end;
 
+comment on function api.get_payment(bytea, text) is
+'A payment of the merchant; body is null if the merchant has none of that id. No row: unknown key.';
+
 create or replace function api.list_payments(
     p_key_hash bytea, p_state text, p_status text, p_reference text, p_created_from timestamptz,
     p_created_before timestamptz, p_limit integer, p_starting_after text
@@ -293,8 +299,8 @@ create or replace function api.list_payments(
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- Newest first; ids sort by time, so the id is the cursor. No row: no such key. The merchant and both bounds are known
--- before payments are looked at, so that a page costs the same whatever others have and however far back it lies.
+-- The merchant and both bounds are known before payments are read, so that a page costs the same whatever other
+-- merchants have and however far back it lies.
 declare
     v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
     v_from text := surety.id_at('pay', greatest(p_created_from, 'epoch'));
@@ -341,3 +347,7 @@ begin
         p_limit);
 end;
 $$;
+
+comment on function api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text) is
+'A page of the merchant''s payments, newest first, by state, status, reference and time of creation (from, before). Ids
+sort by time, so p_starting_after is the last id of the page before. No row: unknown key.';

@@ -3,12 +3,6 @@
 create or replace function api.create_refund(p_request jsonb) returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- {…, "payment_id", "amount"?, "reason"?, "metadata"?}: 201 and the refund, pending; without an amount, all
--- that is left.
--- 404 not-found   409 wrong-state, detail {state}   400 invalid-request: more than is left
--- 409 balance-too-low, detail {needed, balance, currency}: the merchant's money, settled or not, must cover it; our fee
--- for this very payment may be overdrawn, so that who has nothing else can still give all of it back. What arrived in
--- another currency is worth, here and in balance, what it was at the payment's own rate.
 declare
     v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/refunds', p_request);
     v_now timestamptz := v_admitted.admitted_at;
@@ -64,7 +58,7 @@ begin
     from ledger.postings as g join ledger.transfers as t on t.posting_id = g.id
     where g.payment_id = v_payment.id and g.rule in ('captured', 'captured_ach')
         and t.credit_account like 'fee\_revenue:%';
-    -- Rounded as it was when it settled, else who has nothing else could lack a cent.
+    -- Rounded as at settlement; otherwise a merchant with no other money could lack a cent.
     if round((v_amount - v_fee - v_balance) * coalesce(v_exchange.rate, 1)) > v_other then
         return api.refuse_command(v_admitted, 'balance-too-low', jsonb_build_object(
             'needed', v_amount, 'balance', v_balance + floor(v_other / coalesce(v_exchange.rate, 1))::bigint,
@@ -100,6 +94,14 @@ begin
 end;
 $$;
 
+comment on function api.create_refund(jsonb) is
+'Creates a refund; p_request as for api.admit_command, with payment_id and optionally amount (minor units), reason and
+metadata. Without an amount, all that is left is refunded. 201 and the refund, pending; its amount is reserved.
+Problems: not-found; wrong-state, detail {state, reason}; invalid-request if the amount exceeds the rest;
+balance-too-low, detail {needed, balance, currency}. The merchant''s pending and available balance must cover the
+refund, except for our fee of this payment, so that a merchant with no other money can refund it in full. A balance in
+the currency of an exchange counts at the payment''s own rate.';
+
 create or replace function api.get_refund(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -112,6 +114,9 @@ begin atomic
         )
     from api.identify_merchant(p_key_hash) as who;
 end;
+
+comment on function api.get_refund(bytea, text) is
+'A refund of the merchant; body is null if the merchant has none of that id. No row: unknown key.';
 
 create or replace function api.list_refunds(
     p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text

@@ -10,21 +10,21 @@ begin atomic
                 'payment', shown.document,
                 'entries', (
                     select coalesce(json_agg(json_build_object(
-                        'at', surety.format_time(told.at),
-                        'kind', told.kind,
+                        'at', surety.format_time(entry.at),
+                        'kind', entry.kind,
                         'actor', json_build_object(
-                            'type', split_part(told.actor, ':', 1), 'id', nullif(split_part(told.actor, ':', 2), '')
+                            'type', split_part(entry.actor, ':', 1), 'id', nullif(split_part(entry.actor, ':', 2), '')
                         ),
-                        -- What an error says about us is not the merchants'.
+                        -- The rest of an error's text is not for merchants.
                         'summary',
-                        case told.kind when 'retry' then split_part(told.summary, ':', 1) else told.summary end,
-                        'from', told.from_state,
-                        'to', told.to_state,
-                        'outcome', told.outcome,
-                        'duration_ms', told.duration_ms,
-                        'data', told.data
-                    ) order by told.place), '[]'::json)
-                    from surety.trace_payment(p_id) with ordinality as told (
+                        case entry.kind when 'retry' then split_part(entry.summary, ':', 1) else entry.summary end,
+                        'from', entry.from_state,
+                        'to', entry.to_state,
+                        'outcome', entry.outcome,
+                        'duration_ms', entry.duration_ms,
+                        'data', entry.data
+                    ) order by entry.place), '[]'::json)
+                    from surety.trace_payment(p_id) with ordinality as entry (
                         at, kind, actor, summary, from_state, to_state, outcome, duration_ms, data, place
                     )
                 )
@@ -34,3 +34,6 @@ begin atomic
         )
     from api.identify_merchant(p_key_hash) as who;
 end;
+
+comment on function api.get_trace(bytea, text) is
+'The history of a payment, oldest first; body is null if the merchant has none of that id. No row: unknown key.';
