@@ -1,6 +1,6 @@
 """What Surety is fast at, measured: `python -m tests.bench accept | drain | lifecycle | trace [--json]`.
 
-Every figure that matters is a ratio of two things measured in one run, in rounds that take turns, and told as the
+Every figure that matters is a ratio of two things measured in one run, in rounds that take turns, and reported as the
 median of the rounds: machines differ and have neighbours. Progress goes to stderr; with --json the last line of stdout
 is one object.
 

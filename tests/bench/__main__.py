@@ -11,7 +11,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="The result as on
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def bench() -> None:
-    """Measure Surety. The sizes are those of the promises; smaller ones are for trying."""
+    """Measure Surety. The default sizes are those of docs/performance.md."""
 
 
 @bench.command()
@@ -39,7 +39,7 @@ def drain(*, as_json: bool, **sizes: int) -> None:
 @click.option("--seed", default=1, help="Which payments are asked for.")
 @as_json
 def trace(*, as_json: bool, **sizes: int) -> None:
-    """Milliseconds until a payment's whole trace is told."""
+    """Milliseconds until a payment's whole trace is read."""
     from tests.bench.trace import run
 
     results = run(**sizes)
@@ -49,9 +49,7 @@ def trace(*, as_json: bool, **sizes: int) -> None:
 @bench.command()
 @click.option("--seconds", default=4.0, help="How long each measurement takes.")
 @click.option("--connections", default=32)
-@click.option(
-    "--single-lanes", default=0, help="Lanes that take one request at a time; 0: try which number is fastest."
-)
+@click.option("--single-lanes", default=0, help="Connections that take one request at a time; 0: the fastest number.")
 @click.option("--merchants", default=20)
 @click.option("--rounds", default=5)
 @click.option("--warm-mb", default=512, help="How much of the server's memory and log is used once before.")

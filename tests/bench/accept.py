@@ -5,7 +5,7 @@
               POST /v1/payments is served, too; no target, but what an answer costs at the very least
     accepted  POST /v1/payments as the product serves it: what waits together is committed together
     single    POST /v1/payments of a process that differs in one number: a batch is one request, so each has a
-              transaction of its own; with as many lanes as make it fastest here
+              transaction of its own; with the number of connections that is fastest here
 
 All get the same requests, by turns. The load comes from wrk where it is installed, from one thread; server,
 database and generator share the machine. Every payment that was acknowledged must be in the database afterwards: by
@@ -39,21 +39,21 @@ from tests.bench.databases import (
 from tests.bench.load import LoadResults, generator, load
 from tests.support.payments import violations
 
-LANES = 2
+BATCHING_CONNECTIONS = 2
 BATCH_MAX = 200
-LANES_OF_SINGLES = (2, 8)
+SINGLE_CONNECTIONS = (2, 8)
 
 
 def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, rounds: int, warm_mb: int) -> Results:
-    """Each of them for so many seconds in each round. `single_lanes` 0: as many as are fastest here."""
+    """Each of them for so many seconds in each round. `single_lanes` 0: the number that is fastest here."""
     with ExitStack() as stack:
         url = stack.enter_context(deployed_database(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
         keys = create_merchants(conn, merchants, seed=1)
         touch_memory_and_log(conn, warm_mb)
-        choices = (single_lanes,) if single_lanes else LANES_OF_SINGLES
+        choices = (single_lanes,) if single_lanes else SINGLE_CONNECTIONS
         batched, *rest = stack.enter_context(
-            running_apis(url, [(LANES, BATCH_MAX), *((lanes, 1) for lanes in choices)])
+            running_apis(url, [(BATCHING_CONNECTIONS, BATCH_MAX), *((number, 1) for number in choices)])
         )
         singles = dict(zip(choices, rest, strict=True))
 
@@ -66,8 +66,8 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
                 assert count_payments(conn) - before >= loaded.answers, f"{name}: fewer payments than were acknowledged"
             return loaded
 
-        lanes = single_lanes or max(choices, key=lambda n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second)
-        log_progress(f"load by {generator()}; a transaction for each request is fastest with {lanes} lanes")
+        single = single_lanes or max(choices, key=lambda n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second)
+        log_progress(f"load by {generator()}; a transaction for each request is fastest with {single} connections")
         rates: dict[str, list[float]] = {"noop": [], "bare": [], "accepted": [], "single": []}
         p50: list[float] = []
         p99: list[float] = []
@@ -80,7 +80,7 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
             rates["accepted"].append(accepted.per_second)
             p50.append(accepted.p50_ms)
             p99.append(accepted.p99_ms)
-            rates["single"].append(measure(f"single-{turn}", singles[lanes], "/v1/payments").per_second)
+            rates["single"].append(measure(f"single-{turn}", singles[single], "/v1/payments").per_second)
             log_progress(
                 f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items())
             )
@@ -104,7 +104,7 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
         "acknowledged_and_checked_by_id": len(last.ids),
         "lost": lost,
         "connections": connections,
-        "single_lanes": lanes,
+        "single_lanes": single,
         "generator": generator(),
         "rounds": round_all(rates),
     }
@@ -112,14 +112,14 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
 
 @contextmanager
 def running_apis(url: str, shapes: list[tuple[int, int]]) -> Generator[list[str]]:
-    """The addresses of APIs in processes of their own, each with so many lanes and such batches at most, warm."""
+    """The addresses of warm APIs in processes of their own, each of a shape: batching connections, largest batch."""
     with demo_folder() as scene:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "PG"))}
         process_group = ProcessGroup(environment | {"DATABASE_URL": url}, LogFiles(scene))
-        ports = {f"api-{lanes}-{batch_max}": free_port(0) for lanes, batch_max in shapes}
+        ports = {f"api-{number}-{batch_max}": free_port(0) for number, batch_max in shapes}
         try:
-            for (name, port), (lanes, batch_max) in zip(ports.items(), shapes, strict=True):
-                process_group.start(name, "-m", "tests.bench.api_server", str(port), str(lanes), str(batch_max))
+            for (name, port), (number, batch_max) in zip(ports.items(), shapes, strict=True):
+                process_group.start(name, "-m", "tests.bench.api_server", str(port), str(number), str(batch_max))
             for name, port in ports.items():
                 process_group.wait_for_port(name, port)
                 for path in ("noop", "bare", "v1/payments"):
@@ -139,8 +139,8 @@ def count_payments(conn: Connection) -> int:
 def count_missing(conn: Connection, ids: list[str]) -> int:
     """How many of these payments are not there."""
     row = conn.execute(
-        "select count(*) from unnest(%s::text[]) as told (id)"
-        " where not exists (select from surety.payments as p where p.id = told.id)",
+        "select count(*) from unnest(%s::text[]) as acknowledged (id)"
+        " where not exists (select from surety.payments as p where p.id = acknowledged.id)",
         (ids,),
     ).fetchone()
     assert row is not None

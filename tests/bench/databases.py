@@ -1,4 +1,4 @@
-"""Where benchmarks run: a server, databases of their own on it, and how results are told."""
+"""Where benchmarks run: a server, databases of their own on it, and how results are reported."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def deployed_database(server_url: str) -> Generator[str]:
 
 @contextlib.contextmanager
 def copied_database(server_url: str, url: str) -> Generator[str]:
-    """The address of a copy of a database to which nobody is connected."""
+    """The address of a copy of a database without connections."""
     name = conninfo_to_dict(url)["dbname"]
     with temporary_database(server_url, PREFIX, template=str(name)) as copy:
         yield copy
@@ -72,7 +72,7 @@ def connection(url: str) -> Generator[Connection]:
 
 def touch_memory_and_log(conn: Connection, megabytes: int) -> None:
     """Use so much of the server's memory and log once, as one that has run for a while has: a virtual machine's first
-    touch of each page costs more than what is written there.
+    touch of each page costs more than the write itself.
     """
     conn.execute("create table public.filler (t text)")
     conn.execute("insert into public.filler select repeat('x', 1900) from generate_series(1, %s)", (megabytes * 520,))

@@ -65,7 +65,7 @@ def run(*, events: int, past: int, backlog: int, jobs: int, concurrency: int, me
                 check_effects(copy, done, thoroughly=thoroughly)
                 return rate
 
-        # A server's first measurement pays for memory and log that nobody has touched before.
+        # A server's first measurement pays for untouched memory and log.
         measure("fresh", thoroughly=True)
         rates: dict[str, list[float]] = {name: [] for name in KINDS}
         for turn in range(rounds):

@@ -60,7 +60,7 @@ class SharedProgress:
         return time.monotonic()
 
     def end(self, began: float) -> None:
-        """Tell how long it took."""
+        """Report start and end."""
         self.ended.put((began, time.monotonic()))
 
 
@@ -80,7 +80,7 @@ def measure_rate(run: Callable[..., None], url: str, wanted: int, *arguments: in
 
 
 def settings_of(url: str) -> Settings:
-    """A worker's settings; there is a provider in them whom nobody ever calls."""
+    """A worker's settings; its provider is never called."""
     return load_settings({"DATABASE_URL": url, "SURETY_SANDBOX_URL": "http://127.0.0.1:9"})
 
 

@@ -1,7 +1,7 @@
 """`lifecycle`: whole payments, with API, webhook receiver, workers and sandbox as processes of their own.
 
     payments_per_second   from the first POST to the last settlement: each payment is created at the provider and
-                          confirmed, told of by signed webhooks, and settled by the balance record that workers fetch
+                          confirmed, reported by signed webhooks, and settled by the balance record that workers fetch
     idle_p50_ms           from the POST of one payment, while nothing else happens, until the request to create its
                           intent arrives at the provider
 

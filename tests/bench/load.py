@@ -1,6 +1,6 @@
 """Load over HTTP: wrk where it is installed, else connections of our own in a process of its own.
 
-Both send the same requests: payments whose Idempotency-Key and reference nobody has used before. Run by itself, this
+Both send the same requests: payments whose Idempotency-Key and reference are new. Run by itself, this
 file is that process: `python -m tests.bench.load URL CONNECTIONS SECONDS RUN ids|none KEY…`; it prints what the script
 for wrk prints.
 """

@@ -27,7 +27,7 @@ import msgspec
 import uvloop
 
 from app.local.demo.merchants import create_merchants
-from tests.bench.accept import BATCH_MAX, LANES, count_missing, running_apis
+from tests.bench.accept import BATCH_MAX, BATCHING_CONNECTIONS, count_missing, running_apis
 from tests.bench.databases import (
     ROOT,
     Connection,
@@ -49,7 +49,7 @@ PAUSE_SECONDS = 0.02
 
 
 class ProbeResults(msgspec.Struct):
-    """What probes saw, in milliseconds; `odd` counts answers that are neither a 201 nor a refusal as promised."""
+    """What probes saw, in milliseconds; `odd` counts answers that are neither a 201 nor a documented refusal."""
 
     accepted_ms: list[float] = []
     refused_ms: list[float] = []
@@ -59,7 +59,7 @@ class ProbeResults(msgspec.Struct):
 
 @dataclass
 class TimedClient(LoadClient):
-    """A connection that times its requests, and waits a little after each; longer where it is told to."""
+    """A connection that times its requests, and waits a little after each; longer where `Retry-After` asks for it."""
 
     seen: ProbeResults = field(default_factory=ProbeResults)
 
@@ -99,7 +99,7 @@ def run(*, seconds: float, connections: int, probes: int, merchants: int, rounds
         url = stack.enter_context(deployed_database(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
         keys = create_merchants(conn, merchants, seed=1)
-        [address] = stack.enter_context(running_apis(url, [(LANES, BATCH_MAX)]))
+        [address] = stack.enter_context(running_apis(url, [(BATCHING_CONNECTIONS, BATCH_MAX)]))
         measure(conn, address, "warm", keys, seconds=min(2.0, seconds), connections=connections, probes=probes)
         normals: list[LoadMeasurement] = []
         overloads: list[LoadMeasurement] = []

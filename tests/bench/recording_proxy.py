@@ -1,4 +1,4 @@
-"""A wire to the sandbox that notes when the provider hears of a payment: what is sent passes through unchanged."""
+"""A proxy before the sandbox that records when each payment arrives; all bytes pass unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks at a tiny size: that they run, check what they did and tell it. How fast is not a test's business."""
+"""The benchmarks at a tiny size: they run, check their own work and report it. Speed is not tested."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def test_benchmark_reports_the_required_results(name: str) -> None:
     assert results["benchmark"] == name
     assert results.keys() >= REQUIRED_RESULTS[name]
     # Of so small a load nothing need be refused, and none of the few probes let in.
-    assert all(results[promised] > 0 for promised in REQUIRED_RESULTS[name] - {"refused_share", "p99_ratio"})
+    assert all(results[figure] > 0 for figure in REQUIRED_RESULTS[name] - {"refused_share", "p99_ratio"})
     assert results.get("lost", 0) == 0

@@ -1,4 +1,4 @@
-"""`trace`: how long it takes to tell a payment's whole story, in a database that holds many.
+"""`trace`: the time to read a payment's whole trace, in a database that holds many.
 
 Random payments, each asked for by surety.trace_payment, which the command line and auditors use, and by api.get_trace,
 whose

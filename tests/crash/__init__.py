@@ -6,7 +6,7 @@ through, every invariant is asked of the database, and the sandbox is asked for 
 At the end all must have ended, and every charge, refund and dispute stand here as the sandbox remembers it.
 
     processes          the processes, and the server they share
-    kills              what is killed, and how
+    kills              the victims, and the ways to kill them
     retrying_client    merchants' requests, repeated until answered, logged once acknowledged
     scenarios          what merchants do after the charge, driven by their events
     background_load    payments without end, some of which continue with a scenario

@@ -17,7 +17,7 @@ from tests.crash.scenarios import Scenario, ScenarioRunner, draw_scenario
 
 PAYERS = 24
 CONNECTIONS_MAX = 32
-# At most, for a shopper orders nothing more while his payment is under way: so the load is what the machine can bear.
+# At most: a shopper orders nothing more while a payment is under way, so the load fits the machine.
 ORDERS_PER_SECOND = 6.0
 STOP_SECONDS_MAX = 60.0
 ORDERS_PER_BATCH = 500
@@ -88,7 +88,7 @@ class BackgroundLoad:
                 await asyncio.gather(*(self._run_payer(client) for _ in range(PAYERS)))
                 no_more_orders.set()
                 await runners
-        except BaseException as error:  # noqa: BLE001  # told to the main thread, which raises it
+        except BaseException as error:  # noqa: BLE001  # the main thread raises it
             self._failure = error
 
     async def _run_payer(self, client: httpx.AsyncClient) -> None:
@@ -102,7 +102,7 @@ class BackgroundLoad:
             await asyncio.sleep(self._lot.uniform(0, 2 * PAYERS / ORDERS_PER_SECOND))
 
     async def _is_served(self, runner: ScenarioRunner, reference: str) -> bool:
-        """Whether the provider has answered about a payment, as the feed tells; False if the shop closes first."""
+        """Whether the provider has answered about a payment, by the feed; False if the shop closes first."""
         while not self._closing.is_set():
             if reference not in runner.under_way:
                 return True

@@ -1,4 +1,4 @@
-"""What is asked of database and provider: after each kill, and when all is at its end."""
+"""Queries to database and provider: after each kill, and at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def find_violations(system: SystemUnderTest, client: RetryingClient) -> tuple[di
     sandbox = system.http("sandbox")
     charges = read_sandbox(sandbox, CHARGES_SUMMARY)
     refunds = read_sandbox(sandbox, REFUNDS_SUMMARY)
-    # What is acknowledged after this instant may be missing in it.
+    # Payments acknowledged after this instant may be missing in the snapshot.
     acknowledged, refunded = list(client.payments), list(client.refunds.items())
     with system.connect() as conn, conn.transaction():
         conn.execute("set transaction isolation level repeatable read, read only")

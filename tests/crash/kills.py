@@ -43,7 +43,7 @@ def draw(seed: int) -> Generator[str]:
 
 
 def kill_and_restart(kind: str, system: SystemUnderTest, lot: random.Random) -> str:
-    """Kill one thing of a kind and, if it is PostgreSQL, start it again; tells what it was."""
+    """Kill one thing of a kind and, if it is PostgreSQL, start it again; returns its name."""
     target = KINDS[kind](system, lot)
     system.process_group.revive()
     return target
@@ -124,7 +124,7 @@ def terminate_backend(system: SystemUnderTest, lot: random.Random) -> str:
 
 
 def make_half_open(system: SystemUnderTest, lot: random.Random) -> str:
-    """One connection falls silent, and nobody is told."""
+    """One connection falls silent, without a reset."""
     assert system.proxy.silence(lot.random()), "there is no connection to cut"
     return "a connection"
 

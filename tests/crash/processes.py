@@ -23,14 +23,14 @@ from tests.support.postgres_proxy import KEEPALIVE_SECONDS, PostgresProxy
 Connection = psycopg.Connection[tuple[object, ...]]
 
 DATABASE = "surety_crash"
-# Below those that the system gives to clients: while nobody listens, a client that tries again and again would get the
-# port itself and talk to itself, and nobody could listen there any more.
+# Below the ports that the system gives to clients. While no process listens, a client that keeps trying could get the
+# port itself, connect to itself, and block it.
 PORTS = range(20_000, 30_000)
 WORKERS = ("worker-1", "worker-2")
 START_SECONDS_MAX = 30.0
 # Processes that begin and end all the time make everything slow, which must not look like the provider's outage.
 PROVIDER_TIMEOUT_SECONDS = "5"
-# Days in earnest. What is in time is answered within a few seconds, what nobody answers is lost soon.
+# Days in production. Timely evidence comes within a few seconds; a dispute without evidence is lost soon.
 EVIDENCE_SECONDS = "5"
 
 

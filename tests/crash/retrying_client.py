@@ -1,5 +1,5 @@
-"""What merchants' systems ask and are told: each request is repeated under its key until it is answered, and what was
-acknowledged is on disk before anything else is done.
+"""Merchants' requests: each is repeated under its key until it is answered. An acknowledgement is on disk before
+anything else is done.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Json = dict[str, Any]
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What is asked for; its key makes every repetition the same request."""
+    """One request; its key makes every repetition the same request."""
 
     api_key: str
     idempotency_key: str
@@ -38,7 +38,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class LoggedAnswer(msgspec.Struct):
-    """A line of the log: what a merchant was told. The answer is kept, for every repetition must bring the same."""
+    """A line of the log: the answer that a merchant got. Every repetition must bring the same answer."""
 
     id: str
     request: Request
@@ -82,7 +82,7 @@ class RetryingClient:
         return True
 
     async def _answer(self, client: httpx.AsyncClient, request: Request) -> httpx.Response:
-        """The first answer that tells how it ended."""
+        """The first answer that is final."""
         while True:
             try:
                 answer = await client.post(request.path, json=request.body, headers=request.headers)

@@ -25,7 +25,7 @@ INITIATED = ("payment.initiated",)
 UNFINISHED = ("payment.initiated", "payment.submitting")
 DISPUTE_LOST = ("dispute.lost",)
 FINAL_EVENTS = ("payment.failed", "payment.canceled", "dispute.won", "dispute.lost", "dispute.warning_closed")
-"""What ends a story, whatever was still planned: a deadline may have passed while nobody answered."""
+"""Events that end a story, even with actions left: a deadline may have passed without an answer."""
 REFUND_FAILED = ("refund.failed",)
 INQUIRY_OPENED = ("dispute.warning_needs_response",)
 CHARGEBACK_OPENED = ("dispute.needs_response",)
@@ -37,7 +37,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     (PlannedAction(0.04, HELD, CAPTURE, special=MANUAL),),
     (PlannedAction(0.03, HELD, CAPTURE, tenths=7, special=MANUAL), PlannedAction(0, PAID, REFUNDS)),
     (PlannedAction(0.03, HELD, CANCEL, special=MANUAL),),
-    # One of the two is told that it came second.
+    # One of the two is refused, because it came second.
     (PlannedAction(0.02, HELD, CAPTURE, special=MANUAL), PlannedAction(0, HELD, CANCEL)),
     # Whatever has been sent by then.
     (PlannedAction(0.03, INITIATED, CANCEL),),
@@ -65,13 +65,13 @@ SCENARIOS: tuple[Scenario, ...] = (
         PlannedAction(0.01, INQUIRY_OPENED, EVIDENCE, evidence="escalate_inquiry_evidence", special=INQUIRY),
         PlannedAction(0, CHARGEBACK_OPENED, EVIDENCE, evidence="winning_evidence"),
     ),
-    # Nobody answers, so it is lost, and nothing is left to be refunded.
+    # Without evidence it is lost, and nothing is left to be refunded.
     (PlannedAction(0.02, DISPUTE_LOST, REFUNDS, special=CHARGEBACK),),
 )
 
 
 def draw_scenario(lot: random.Random) -> tuple[Scenario, Json]:
-    """A story, or none, and what is special about its payment."""
+    """A story, or none, and the special fields of its payment."""
     left = lot.random()
     for story in SCENARIOS:
         if (left := left - story[0].share) < 0:
@@ -87,11 +87,11 @@ class ScenarioRunner:
         self._api_key = api_key
         self._retrying_client = retrying_client
         self._plans: dict[str, dict[int, PlannedAction]] = {}
-        """By the payment's reference, what is left to be done; the numbers are for the keys."""
+        """The remaining actions by the payment's reference; the numbers are for the keys."""
         self._payments: dict[str, Json] = {}
-        """By id, those with a story, for what is told of their refunds and disputes."""
+        """Payments with a story, by id, for the events of their refunds and disputes."""
         self.under_way: set[str] = set()
-        """References of payments that the provider has not answered, as far as the feed tells."""
+        """References of payments without an answer of the provider in the feed."""
 
     def expect(self, reference: str, story: Scenario) -> None:
         """A payment that will be made is to have this story, which may have nothing in it."""
@@ -121,7 +121,7 @@ class ScenarioRunner:
                     await asyncio.sleep(POLL_SECONDS)
 
     async def _act(self, client: httpx.AsyncClient, request: Request) -> None:
-        """Ask for something; of what is refused, as for want of money, nothing will ever come back."""
+        """Send a request. A refused one, such as for lack of money, has no later event."""
         if not await self._retrying_client.ask(client, request, may_be_refused=True):
             plans = self._plans.get(request.reference, {})
             for number in [number for number, plan in plans.items() if plan.on == REFUND_FAILED]:
@@ -130,7 +130,7 @@ class ScenarioRunner:
                 self._plans.pop(request.reference, None)
 
     async def _read(self, client: httpx.AsyncClient, after: str | None) -> Json | None:
-        """A page of the feed; None if nobody answers."""
+        """A page of the feed; None without an answer."""
         asked: dict[str, Any] = {"limit": PAGE_LIMIT} | ({"after": after} if after else {})
         try:
             answer = await client.get("/v1/events", params=asked, headers={"Authorization": f"Bearer {self._api_key}"})

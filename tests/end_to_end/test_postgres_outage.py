@@ -163,7 +163,7 @@ def test_provider_response_received_during_an_outage_is_recorded_afterwards(
         with connect_as_owner(killable_server.url) as conn:
             eventually(lambda: settled(conn) == {paid}, 30)
             sent = "select sends from surety.calls where operation = 'create'"
-            assert conn.execute(sent).fetchall() == [(1,)], "nobody had to ask again"
+            assert conn.execute(sent).fetchall() == [(1,)], "the call was sent once"
         assert worker.poll() is None
 
 

@@ -1,8 +1,8 @@
-"""What crosses the provider's answer: a command or the network's news, before and after it, and when it was lost.
+"""A command or an event of the network crosses the provider's answer: before it, after it, and when it was lost.
 
-The worker makes its call and records what came of it by its own code; the other comes on a connection of its own.
-Whoever is first holds his transaction open until the other waits for him. A lost answer took effect: its recording is
-that of the worker who asks.
+The worker makes its call and records the result by its own code. The other side has a connection of its own. The first
+of the two holds its transaction open until the other waits for it. A lost answer took effect: the worker that polls
+records it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RaceScenario:
         return str((outcome["body"] or {}).get("id", ""))
 
     def expire(self) -> None:
-        """What is held expires at the provider."""
+        """The hold expires at the provider."""
         self.sandbox.control("clock", {"advance": WEEK})
         eventually(lambda: self.sandbox.read(self.intent)["status"] == "canceled")
 
@@ -157,14 +157,14 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess
 async def until(check: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not check():
-        assert time.monotonic() < deadline, "nobody waits, nobody ends"
+        assert time.monotonic() < deadline, "neither side waits or ends"
         await asyncio.sleep(0.002)
 
 
 async def cross(
     conn: Connection, two: Two, worker: Worker, handler: str, other: Callable[[Connection], object], *, is_first: bool
 ) -> None:
-    """Let a worker handle what it has to, and the other do what he does, each in a transaction that meets the other's.
+    """Run the worker's handler and the other side, each in a transaction that meets the other's.
 
     The batch is the last lock of the worker's: held up there, it has recorded everything and not committed.
     """

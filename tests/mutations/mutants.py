@@ -18,7 +18,7 @@ class Patch(Struct, frozen=True):
 
 
 class Mutant(Struct, frozen=True):
-    """What is missing, and how it is taken away."""
+    """A guard, and the patches that take it away."""
 
     guard: str
     patches: tuple[Patch, ...]
@@ -101,7 +101,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "a step is told to the trail",
+        "a step is audited",
         (
             "db/sql/payments/steps.sql",
             "    where m.version > 1 or m.cause <> 'request';\n",
@@ -158,7 +158,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/sql/outbox/claims.sql", "and r.due_at <= v_now and r.worker_deaths = 0", "and r.due_at <= v_now"),
     ),
     mutant(
-        "what is due again is found by the tick",
+        "a due retry is found by the scheduling run",
         (
             "db/sql/outbox/wakeups.sql",
             "or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)",
@@ -187,7 +187,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "what is confirmed is expected to settle",
+        "a confirmed payment expects its settlement",
         (
             "db/sql/payments/settlement.sql",
             "v_now + interval '7 days'\n    from outbox.batch_events(p_batch, p_fence) as e\n    where ",
@@ -195,11 +195,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "a declined intent is called off",
+        "a declined intent is canceled",
         ("db/sql/payments/fact_checks.sql", "    if v_declined is not null then\n", "    if false then\n"),
     ),
     mutant(
-        "what is asked to be refunded is reserved at once",
+        "a requested refund is reserved at once",
         (
             "db/sql/payments/derive.sql",
             "coalesce(outcomes.refunding, 0) + reserved.minor as refunding",
@@ -233,7 +233,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("schema.sql", "('dispute', 3, 'available', 'fee_revenue', 'fee'),\n", ""),
     ),
     mutant(
-        "what is disputed is held back",
+        "a disputed amount is held back",
         (
             "db/sql/ledger/fact_postings.sql",
             "(1, 'dispute_opened', steps.opened),",
@@ -241,11 +241,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "what no webhook tells is read from the list",
+        "a lost webhook is read from the event list",
         ("jobs/polling.py", '    for window in await poll_windows(worker, "events"):\n', "    for window in ():\n"),
     ),
     mutant(
-        "a second intent is called off",
+        "a second intent is canceled",
         (
             "db/sql/payments/record_facts.sql",
             "    v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);\n",

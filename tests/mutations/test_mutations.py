@@ -1,4 +1,4 @@
-"""The simulation notices what is missing; all mutants by command: python -m tests.mutations."""
+"""The simulation notices a missing guard; all mutants by command: python -m tests.mutations."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ REFUSAL = 'Stripe 400 parameter_invalid: currency "usx"'
 def exhaust_retries(
     conn: Connection, handler: str, error: str = REFUSAL, *, operation: str | None = None, status: int | None = None
 ) -> list[str]:
-    """Handle what is due for a handler in vain, as often as it takes: the letters' ids.
+    """Fail a handler's due events until they are dead letters. Returns the letters' ids.
 
     With an `operation` each attempt begins a call, answered with `status`; None leaves its outcome unknown.
     """
@@ -58,7 +58,7 @@ def refused(conn: Connection) -> tuple[str, str]:
 
 
 def unanswered(conn: Connection) -> tuple[str, str]:
-    """A letter of a payment of which nobody knows whether the provider has it."""
+    """A letter of a payment that the provider may or may not have."""
     [payment_id] = pay(conn, add_merchant(conn)[1])
     exhaust_retries(conn, "submit", "no answer within 20 s", operation="create")
     return open_dead_letter(conn, payment_id), payment_id

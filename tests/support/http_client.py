@@ -129,7 +129,7 @@ class Merchant:
 
 
 def unique_name(what: str) -> str:
-    """A name that nobody has used in this run."""
+    """A name that is new in this run."""
     return f"{what}-{next(_numbers)}"
 
 

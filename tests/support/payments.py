@@ -81,7 +81,7 @@ def money(payment_id: str | None, object_id: str, category: str, amount: int, fe
 
 
 def as_bank_fact(output: Fact) -> Fact:
-    """The same as a bank tells it, with which no money has yet to become available."""
+    """The same fact from a bank, whose money is available at once."""
     data = {name: value for name, value in output.get("data", {}).items() if name != "available_at"}
     return output | {"provider": "bank", "data": data}
 

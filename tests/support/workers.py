@@ -28,12 +28,12 @@ QUICK = {"SURETY_PROVIDER_TIMEOUT": "5", "SURETY_POLL_SECONDS": "1"}
 
 
 def environment(database: str, sandbox_url: str, **more: str) -> dict[str, str]:
-    """What a worker is told."""
+    """The environment of a worker."""
     return {"DATABASE_URL": database, "SURETY_SANDBOX_URL": sandbox_url, **QUICK, **more}
 
 
 def shorten_delays(conn: Connection, retry_after: str = "{0.05 s,0.1 s}") -> None:
-    """Shorten what is otherwise seconds and minutes; before workers start."""
+    """Shorten leases and delays from minutes to seconds; call it before workers start."""
     conn.execute("update outbox.handlers set lease = '2 seconds', retry_after = %s::interval[]", (retry_after,))
     conn.execute("update surety.states set poll_after = '1 second' where poll_after = '60 seconds'")
 
@@ -104,7 +104,7 @@ _checked: set[tuple[Any, ...]] = set()
 
 
 async def run_until_idle(worker: Worker, *handlers: str) -> int:
-    """Handle what is due now, handler after handler, until nothing is; how many batches there were."""
+    """Handle all due events, handler after handler. Returns the number of batches."""
     batches = 0
     while True:
         before = batches
