@@ -1,1 +1,1 @@
-"""What runs everything on one machine: processes, `surety up`, the demo."""
+"""Surety on one machine: process groups, `surety up`, the demo."""

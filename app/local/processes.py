@@ -1,4 +1,4 @@
-"""Groups of child processes that leave nothing behind, whatever ends their parent.
+"""Groups of child processes. None is left behind, however the parent ends.
 
 Ctrl-C, a closed terminal and `kill` end the parent in the same way: the first signal raises Interrupted, later ones are
 ignored. A killed parent takes its children with it.

@@ -55,7 +55,7 @@ def load_or_create_secret(path: Path) -> str:
 
 
 def supervise(process_group: ProcessGroup, server: EmbeddedServer | None, print_line: PrintLine) -> None:
-    """Print output and restart what ends, until an interrupt."""
+    """Print output and restart ended processes until an interrupt."""
     while True:
         process_group.output.read(OUTPUT_WAIT_SECONDS)
         if server is not None and server.process is not None and server.process.poll() is not None:

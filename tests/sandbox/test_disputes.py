@@ -180,7 +180,7 @@ def test_unescalated_inquiry_closes_after_120_days(tmp_path: Path) -> None:
         assert wait_for_status(sandbox, dispute, "warning_closed")
 
 
-# What banks decide
+# Decisions of banks
 
 
 DECISIONS: list[tuple[list[tuple[str, Json]], str, list[int]]] = [
@@ -264,7 +264,7 @@ def test_early_fraud_warning_is_actionable_until_refunded_or_disputed(
     assert warning["actionable"] is True
     sandbox.post("/v1/refunds", {"payment_intent": intent})
     assert sandbox.get(f"{path}/{warning['id']}")["actionable"] is False
-    # Like Stripe's they may overtake each other.
+    # Webhooks may overtake each other, as Stripe's may.
     types = ["radar.early_fraud_warning.created", "radar.early_fraud_warning.updated"]
     eventually(lambda: sorted(type for type in receiver.types(intent) if type.startswith("radar")) == types)
     assert sandbox.refusal("GET", f"{path}/issfr_none")[1]["message"] == "No such early fraud warning: 'issfr_none'"

@@ -1,4 +1,4 @@
-"""The sandbox misbehaving: each fault on demand, chance repeated from its seed, webhooks, and being killed."""
+"""The sandbox's faults: ordered and drawn ones, webhooks, kills of the process."""
 
 import json
 import time
@@ -43,7 +43,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, receiver: WebhookReceiver) 
 
 @pytest.fixture
 def sandbox(shared: SandboxProcess) -> Iterator[SandboxProcess]:
-    """The shared one, behaving well before and after."""
+    """The shared sandbox, without faults before and after."""
     yield shared
     shared.control("faults", {"profile": "none", "next": []})
 
@@ -53,7 +53,7 @@ def confirmation(intent: str) -> str:
 
 
 def raw_confirm(sandbox: SandboxProcess, intent: str, key: str) -> httpx.Response:
-    """A confirmation whose answer is not judged."""
+    """A confirmation whose answer is not validated."""
     headers = {"Authorization": f"Bearer {KEY}", "Idempotency-Key": key}
     return sandbox.client.post(confirmation(intent), headers=headers)
 
@@ -64,7 +64,7 @@ def charges(sandbox: SandboxProcess, intent: str) -> list[Json]:
 
 
 def took_effect(sandbox: SandboxProcess, fault: str) -> tuple[int, int]:
-    """How often a fault was injected into confirmations, and how often they had their effect."""
+    """The number of confirmations with a fault, and of those that took effect."""
     rows = sandbox.control("faults")["injected"]
     for row in rows:
         if (row["operation"], row["fault"]) == ("payment_intents.confirm", fault):
@@ -222,7 +222,7 @@ def test_refused_webhook_is_retried(sandbox: SandboxProcess, receiver: WebhookRe
 
 
 def deliveries(sandbox: SandboxProcess, receiver: WebhookReceiver, fault: str) -> list[str]:
-    """Types of what arrives of a payment whose success goes wrong in this way, once nothing is pending any more."""
+    """Types of the webhooks of a payment whose success gets this fault, once none is pending."""
     sandbox.order("webhook:payment_intent.succeeded", fault)
     intent = sandbox.pay()["id"]
     eventually(lambda: "charge.updated" in receiver.types(intent))
@@ -298,7 +298,7 @@ def test_simulated_payer_acts_automatically(tmp_path: Path, declines: float, sta
         assert eventually(lambda: sandbox.read(intent["id"])["status"] == status)
 
 
-# Being killed
+# Kills
 
 
 def test_answers_and_scheduled_actions_survive_a_kill(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_sandbox_stops_cleanly_while_a_request_hangs(tmp_path: Path) -> None:
         assert sandbox.stop() == 0
 
 
-# Chance
+# Drawn faults
 
 
 def drawn(seed: int) -> list[str | None]:
@@ -348,7 +348,7 @@ def test_demo_profile_produces_the_faults_that_the_demo_reports() -> None:
         faults.of_request(f"payment_intents.{verb}", f"{n}", writes=True) for n in range(5000) for verb in ("a", "b")
     ]
     webhooks: list[Any] = [faults.of_webhook("charge.updated", f"evt_{n}") for n in range(15000)]
-    # Ten times 500 payments with two writes and three tellings webhooks each.
+    # Ten times 500 payments with two writes and three webhooks each.
     assert 250 < calls.count("timeout_before") + calls.count("timeout_after") < 350
     assert 340 < webhooks.count("repeated") < 470
     assert 200 < webhooks.count("reordered") < 310

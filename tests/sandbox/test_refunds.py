@@ -55,7 +55,7 @@ def received_events(receiver: WebhookReceiver, refund_id: str) -> set[str]:
     return {event["type"] for event in events}
 
 
-# Lives
+# Statuses
 
 
 def test_refund_succeeds_at_once_and_does_not_return_the_fee(
@@ -223,7 +223,7 @@ def test_refund_is_converted_at_the_rate_of_its_charge(tmp_path: Path) -> None:
         assert (line["currency"], line["amount"], line["exchange_rate"]) == ("usd", -5425, 1.085)
 
 
-# Others
+# Dashboard and control API
 
 
 def test_dashboard_refund_has_no_request_id_and_no_metadata(sandbox: SandboxProcess, receiver: WebhookReceiver) -> None:
