@@ -98,15 +98,15 @@ def test_same_key_gets_the_same_response_and_another_request_is_refused(conn: Co
 @pytest.mark.parametrize("function", ["capture_payment", "cancel_payment"])
 def test_payment_of_another_merchant_does_not_exist(conn: Connection, function: str) -> None:
     _, key = add_merchant(conn)
-    _, stranger = add_merchant(conn)
+    _, other_key = add_merchant(conn)
     payment_id = held(conn, key)
-    assert command(conn, function, stranger, payment_id=payment_id)["problem"] == "not-found"
-    assert command(conn, function, b"nobody", payment_id=payment_id)["problem"] == "unauthenticated"
+    assert command(conn, function, other_key, payment_id=payment_id)["problem"] == "not-found"
+    assert command(conn, function, b"unknown", payment_id=payment_id)["problem"] == "unauthenticated"
     assert state_of(conn, payment_id) == "authorized"
 
 
 def test_provider_facts_during_a_capture_do_not_undo_it(conn: Connection) -> None:
-    """Every order of what may be told: the end is the same, and nobody steps back from processing to authorized."""
+    """In every order of facts the end is the same, and no payment steps back from processing to authorized."""
     _, key = add_merchant(conn)
     result: list[Callable[[str], dict[str, Any]]] = [
         lambda p: fact(p, "submitted", "pi", 10000),

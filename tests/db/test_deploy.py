@@ -416,12 +416,12 @@ def test_interrupted_concurrent_migration_is_resumed(blank: str, shop: SourceTre
     shop.migrate(
         "0002_notes.concurrent.sql",
         "create index concurrently if not exists log_by_note on shop.log (note);\n"
-        "create unique index concurrently if not exists log_tells_once on shop.log (order_id, note);",
+        "create unique index concurrently if not exists log_note_is_unique on shop.log (order_id, note);",
     )
     with pytest.raises(DeployError, match=r"0002_notes\.concurrent\.sql:2: could not create unique index"):
         shop.deploy(blank)
     unusable = "select indexrelid::regclass::text from pg_index where not indisvalid"
-    assert fetch(blank, unusable) == [("shop.log_tells_once",)]
+    assert fetch(blank, unusable) == [("shop.log_note_is_unique",)]
     execute(blank, "delete from shop.log")
     assert shop.deploy(blank).migrations == ["0002_notes.concurrent.sql"]
     assert fetch(blank, unusable) == []

@@ -84,8 +84,8 @@ def test_dispute_statuses_match_the_stripe_specification(conn: Connection) -> No
     assert rows == set(published)
 
 
-# What a dispute goes through, and what is left of 10000 captured by then: available, disputed, and withheld_by_network
-# without money told.
+# The statuses of a dispute, and the balances of 10000 captured by then: available, disputed, and withheld_by_network
+# without the balance transactions.
 STATUS_SEQUENCES: dict[str, tuple[list[tuple[str, int]], dict[str, int]]] = {
     "an inquiry, then a dispute": (
         [("warning_needs_response", 10000), ("needs_response", 10000)],
@@ -161,9 +161,9 @@ def submit_evidence(conn: Connection, key: bytes, **fields: Any) -> dict[str, An
 
 def test_evidence_is_merged_and_submitted_once(conn: Connection) -> None:
     _, key = add_merchant(conn)
-    _, stranger = add_merchant(conn)
+    _, other_key = add_merchant(conn)
     record(conn, [dispute_fact(captured(conn, key), "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
-    assert submit_evidence(conn, stranger)["problem"] == "not-found"
+    assert submit_evidence(conn, other_key)["problem"] == "not-found"
     assert submit_evidence(conn, key)["body"]["evidence"]["given"] == ["uncategorized_text"]
     given = submit_evidence(conn, key, evidence={"customer_name": "Ann"}, submit=True)
     assert (given["status"], given["body"]["evidence"]["given"]) == (202, ["customer_name", "uncategorized_text"])
@@ -195,7 +195,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess
 
 
 async def disputed(conn: Connection, worker: Worker, sandbox: SandboxProcess, key: bytes) -> str:
-    """The provider's id of a dispute that waits for evidence. No webhook tells of what becomes of it."""
+    """The provider's id of a dispute that waits for evidence. No webhook announces its later changes."""
     [payment_id] = pay(conn, key)
     await run_until_idle(worker, "submit", "confirm")
     [(intent,)] = conn.execute("select provider_id from surety.payments where id = %s", (payment_id,)).fetchall()
@@ -224,7 +224,7 @@ async def test_evidence_reaches_the_provider_and_wins(conn: Connection, database
 async def test_evidence_with_a_lost_response_is_submitted_once(
     conn: Connection, database: str, sandbox: SandboxProcess, fault: str
 ) -> None:
-    """A second submission is refused; then the dispute tells that there was a first."""
+    """A second submission is refused; then the dispute shows the first."""
     shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     async with in_process_worker(database, sandbox.url) as worker:

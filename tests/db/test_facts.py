@@ -316,15 +316,15 @@ def test_two_partial_refunds_are_two_steps(conn: Connection) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stranger", "kind"),
+    ("difference", "kind"),
     [({"currency": "eur"}, "currency"), ({"account": "acct_other"}, "account"), ({"livemode": True}, "livemode")],
 )
 def test_fact_of_another_currency_account_or_mode_makes_no_step_but_a_discrepancy(
-    conn: Connection, stranger: dict[str, object], kind: str
+    conn: Connection, difference: dict[str, object], kind: str
 ) -> None:
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
-    record(conn, [fact(payment_id, "captured", "ch", 10000, **stranger)])
+    record(conn, [fact(payment_id, "captured", "ch", 10000, **difference)])
     assert path_of(conn, payment_id) == ["initiated"]
     result = conn.execute("select kind, is_critical from surety.discrepancies where payment_id = %s", (payment_id,))
     assert result.fetchall() == [(kind, True)]

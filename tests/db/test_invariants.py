@@ -33,7 +33,7 @@ VIOLATIONS: dict[str, str] = {
     "every step has one audit entry": "delete from audit.entries where payment_id = %(p)s and version = 2",
     "every step has one event": "delete from outbox.events where aggregate_id = %(p)s and version = 2",
     "debits equal credits, per currency": (
-        "update ledger.transfers set debit_account = 'provider_receivable:nobody:usd'"
+        "update ledger.transfers set debit_account = 'provider_receivable:unknown:usd'"
         " where debit_account like 'provider_receivable:%%'"
     ),
     "every balance is the sum of its transfers": "delete from ledger.balances where account_id like 'available:%%'",

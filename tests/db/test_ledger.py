@@ -118,7 +118,7 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
         lambda p: [fact(p, "authorized", "ch", 10000), *settled(p, 7000, 233)],
         {"available": 6727, "provider_balance": 6767, "fee_revenue": 273, "provider_cost": 233},
     ),
-    "4 a hold is captured in part, told by two balance transactions": (
+    "4 a hold is captured in part, in two balance transactions": (
         lambda p: [
             fact(p, "captured", "ch", 7000),
             money(p, "txn", "charge", 10000, 320),
@@ -269,7 +269,7 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
         ],
         {"available": 29500, "bank": 29975, "fee_revenue": 500, "provider_cost": 25},
     ),
-    "ACH, and the bank books what nobody explains": (
+    "ACH, and the bank books an unexplained amount": (
         lambda p: [*by_bank(p), as_bank_fact(money(p, "odd", "a_category_of_tomorrow", 700))],
         {"available": 49500, "bank": 50700, "fee_revenue": 500, "suspense": 700},
     ),
@@ -310,7 +310,7 @@ HISTORIES: dict[str, tuple[Callable[[str], list[Fact]], dict[str, int]]] = {
             "currency_exchange": 407,
         },
     ),
-    "13 euros of a hold are captured in part and arrive as dollars, told by two balance transactions": (
+    "13 euros of a hold are captured in part and arrive as dollars, in two balance transactions": (
         lambda p: [
             fact(p, "captured", "ch", 7000, currency="eur"),
             exchanged(p, "txn", "charge", 10850, 345, other=10000),
@@ -430,16 +430,16 @@ def begin(conn: Connection, key_hash: bytes, history: str, count: int = 1) -> li
 
 @pytest.mark.parametrize("history", HISTORIES)
 def test_balances_are_independent_of_fact_order(conn: Connection, history: str) -> None:
-    tell, balances = HISTORIES[history]
+    make_facts, balances = HISTORIES[history]
     _, key_hash = add_merchant(conn)
     if "ACH" in history:
         conn.execute("update surety.merchants set fee_basis_points = 100, fee_fixed_minor = 0")
-    count = len(tell("pay_" + 32 * "0"))
+    count = len(make_facts("pay_" + 32 * "0"))
     orders = list(itertools.permutations(range(count)))
     orders_max = ORDERS_MAX if history.split(maxsplit=1)[0] in THIRTEEN else VARIANTS_ORDERS_MAX
     if len(orders) > orders_max:
         orders = random.Random(13).sample(orders, orders_max)
-    result = [tell(payment_id) for payment_id in begin(conn, key_hash, history, len(orders))]
+    result = [make_facts(payment_id) for payment_id in begin(conn, key_hash, history, len(orders))]
     for place in range(count):
         record(conn, [facts[order[place]] for facts, order in zip(result, orders, strict=True)])
     assert ledger_of(conn) == {account: total * len(orders) for account, total in balances.items()}
@@ -448,9 +448,9 @@ def test_balances_are_independent_of_fact_order(conn: Connection, history: str) 
 
 def test_every_ledger_rule_is_covered_by_a_history(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
-    for history, (tell, _) in HISTORIES.items():
+    for history, (make_facts, _) in HISTORIES.items():
         [payment_id] = begin(conn, key_hash, history)
-        for result in tell(payment_id):
+        for result in make_facts(payment_id):
             record(conn, [result])
     ruled = {row[0] for row in conn.execute("select cause from ledger.rules")}
     assert {row[0] for row in conn.execute("select rule from ledger.postings")} == ruled

@@ -1,8 +1,8 @@
 """What the API's functions do, as a model in plain Python that Hypothesis drives beside them.
 
 `Model` is the specification: keys make one payment each, references are one living payment's, a payment and its refunds
-are where their facts say they are, in whatever order and however often they were told, nobody takes more than is held
-or gives back more than is left, and the balance follows from that.
+follow from their facts, in any order and with any repetition. No capture exceeds the hold, no refund exceeds the rest,
+and the balance follows from that.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Answer = tuple[int | None, str | None, str | None]
 
 
 def part(amount: int, share: str | None) -> int | None:
-    """What is asked for; None is all there is."""
+    """A request; an amount of None means all."""
     third = amount // 3
     return {None: None, "a third": third, "the rest": amount - third, "too much": amount + 1}[share]
 
@@ -79,7 +79,7 @@ class Payment:
         self.reference = reference
         self.is_manual = is_manual
         self.facts: dict[str, int] = {}
-        """Amounts, as they were told first."""
+        """The first amount of each kind of fact."""
         self.ended_as: str | None = None
         self.capturing: int | None = None
         self.is_cancel_requested = False
@@ -137,7 +137,7 @@ class Model:
 
     @property
     def balance(self) -> dict[str, int]:
-        """What is owed to the merchant, and what is on its way back to payers."""
+        """The merchant's balance, with the refunds that are under way."""
         owed = {"pending": 0, "available": 0, "disputed": 0, "reserved_for_refunds": 0}
         for payment in self.payments.values():
             owed["available" if payment.is_settled else "pending"] += payment.captured - payment.fee
@@ -147,7 +147,7 @@ class Model:
         return owed
 
     def expect_creation(self, key: str, amount: int, reference: str | None, is_manual: bool) -> Answer | None:
-        """What is answered without making a payment; None if one is made."""
+        """The answer that makes no payment; None if one is made."""
         if key in self.requests:
             *asked, payment_id = self.requests[key]
             if asked == [amount, reference, is_manual]:
@@ -207,7 +207,7 @@ class Model:
         return 201, None
 
 
-def tell(payment: Payment, kind: str, amount: int) -> Fact:
+def model_fact(payment: Payment, kind: str, amount: int) -> Fact:
     """A fact of that kind."""
     match kind:
         case "captured" | "authorized":
@@ -278,7 +278,7 @@ class Merchant(RuleBasedStateMachine):
         taken = payment.captured or payment.capturing or payment.amount
         whole = {"authorized": payment.amount, "refund": payment.amount // 3}
         amounts = {kind: whole.get(kind, taken) for kind in kinds}
-        record(self.conn, [tell(payment, kind, amounts[kind]) for kind in kinds])
+        record(self.conn, [model_fact(payment, kind, amounts[kind]) for kind in kinds])
         self.model.apply_facts(payment, amounts)
 
     @rule(payment=payments)
@@ -354,7 +354,7 @@ class Merchant(RuleBasedStateMachine):
 
     @rule()
     def follow_events(self) -> None:
-        """Whoever reads on with the cursor hears of each step once; of several made at once in any order."""
+        """A reader that continues with the cursor reads each step once; several of one moment in any order."""
         shown = self.ask("api.list_events(%s, %s, 1000)", self.cursor)
         self.cursor = shown["next"]
         for event in shown["data"]:

@@ -125,20 +125,20 @@ RACES: dict[str, tuple[Callable[[str], Fact], Callable[[str], Fact], str]] = {
 def test_concurrent_changes_end_the_same_in_both_orders(
     conn: Connection, two: Two, crossing: str, is_swapped: bool
 ) -> None:
-    tell_one, tell_other, end = RACES[crossing]
+    first_fact, second_fact, end = RACES[crossing]
     _, key_hash = add_merchant(conn)
     [payment_id] = pay(conn, key_hash)
     record(conn, [submitted(payment_id)])
     if "capture" not in crossing:
         record(conn, [captured(payment_id)])
     if is_swapped:
-        tell_one, tell_other = tell_other, tell_one
+        first_fact, second_fact = second_fact, first_fact
     one, other = two
     at_once(
         conn,
         two,
-        lambda: record(one, [tell_one(payment_id)]),
-        lambda: record(other, [tell_other(payment_id)]),
+        lambda: record(one, [first_fact(payment_id)]),
+        lambda: record(other, [second_fact(payment_id)]),
     )
     assert state_of(conn, payment_id) == end
     assert not violations(conn)
@@ -189,7 +189,7 @@ def test_facts_of_the_same_payments_in_opposite_order_do_not_deadlock(conn: Conn
     payments = [payment_id for key_hash in keys for payment_id in pay(conn, key_hash, 20)]
     start = threading.Barrier(2)
 
-    def tell(is_backward: bool) -> None:
+    def record_all(is_backward: bool) -> None:
         ordered = payments[::-1] if is_backward else payments
         batches = [
             [submitted(p) for p in ordered],
@@ -204,7 +204,7 @@ def test_facts_of_the_same_payments_in_opposite_order_do_not_deadlock(conn: Conn
                 record(connection, batch)
 
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(tell, False), pool.submit(tell, True)]:
+        for done in [pool.submit(record_all, False), pool.submit(record_all, True)]:
             done.result(timeout=60)
     assert {state_of(conn, payment_id) for payment_id in payments} == {"partially_refunded"}
     assert not violations(conn)

@@ -1,5 +1,5 @@
-"""Refunds: what is asked for is reserved at once, what the provider says in whatever order ends alike, and what the
-outside does all the same is booked and told.
+"""Refunds: a request reserves its amount at once, facts end alike in any order, and refunds made at the provider are
+booked and reported.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_refund_beyond_capture_is_refused(conn: Connection) -> None:
     assert ask(conn, key, payment_id, 6000)["status"] == 201
     refused = ask(conn, key, payment_id, 4001)
     assert (refused["detail"]["rule"], refused["detail"]["limit"]) == ("maximum", 4000)
-    assert ask(conn, key, payment_id)["body"]["amount"] == 4000, "without an amount, what is left"
+    assert ask(conn, key, payment_id)["body"]["amount"] == 4000, "without an amount, the rest"
     assert ask(conn, key, payment_id, 1)["problem"] == "wrong-state"
     assert states(conn, payment_id) == [("pending", 4000), ("pending", 6000)]
     assert not violations(conn)
@@ -364,8 +364,8 @@ def test_refund_races_with_network_events(conn: Connection, two: Two, name: str,
     for _ in range(2):
         captured(conn, key)
     [payment_id] = pay(conn, key, capture_method="manual")
-    for tell in before:
-        record(conn, [tell(payment_id)])
+    for make_fact in before:
+        record(conn, [make_fact(payment_id)])
     outcomes: list[Any] = []
 
     def refund(connection: Connection) -> None:
@@ -496,7 +496,7 @@ async def test_refund_with_a_lost_response_is_made_once(
         refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
         sandbox.order("refunds.create", fault, match=refund_id)
         await run_until_idle(worker, *PIPELINE)
-        assert amounts(conn, payment_id)[1:] == (0, 2500), "it is reserved while nobody knows"
+        assert amounts(conn, payment_id)[1:] == (0, 2500), "it is reserved while the outcome is unknown"
         due(conn)
         await run_until_idle(worker, *PIPELINE)
     assert len(made(sandbox, payment_id)) == 1
@@ -507,7 +507,7 @@ async def test_refund_with_a_lost_response_is_made_once(
 async def test_a_refund_that_the_provider_refuses_has_failed_and_reserves_nothing(
     conn: Connection, database: str, sandbox: SandboxProcess
 ) -> None:
-    """Somebody has refunded it in the provider's dashboard, and that news is still on its way."""
+    """It was refunded in the provider's dashboard, and the event is still on its way."""
     shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     [payment_id] = pay(conn, key)

@@ -1,4 +1,4 @@
-"""Fourteen states, 56 legal steps, 196 pairs: what is not a row of surety.transitions can not be written."""
+"""Fourteen states, 56 legal steps, 196 pairs: a step without a row in surety.transitions can't be written."""
 
 from __future__ import annotations
 
@@ -179,6 +179,6 @@ def test_a_reference_is_free_again_after_failure_and_taken_back_by_success(conn:
     [second] = pay(conn, key_hash, reference="order-1")
     step(conn, first, 4, "failed", "confirmed")
     result = conn.execute("select kind, payment_id from surety.discrepancies").fetchall()
-    assert result == [("duplicate", first)], "the second payment keeps it, and somebody is told"
+    assert result == [("duplicate", first)], "the second payment keeps it, and a discrepancy is open"
     put_into(conn, second, ["initiated", "canceled"])
     assert conn.execute("select count(*) from surety.payment_references").fetchone() == (0,)

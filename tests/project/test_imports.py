@@ -1,4 +1,4 @@
-"""The shape of the code: who imports whom, and what is told twice is told alike."""
+"""The shape of the code: imports in one direction, and equal lists of dependencies."""
 
 from __future__ import annotations
 

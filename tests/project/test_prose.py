@@ -17,9 +17,9 @@ SENTENCE_WORDS_MAX = 25
 
 # Words with a plain one in their place; docs/glossary.md has those.
 RETIRED = (
-    "told|untold|tell|tells|telling|whoever|nobody|somebody|what is|those who|lanes?|kick(?:s|ed|ing)?|"
+    "told|untold|tell|tells|telling|whoever|nobody(?![`\"'])|somebody|what is|those who|lanes?|kick(?:s|ed|ing)?|"
     "sweep(?:s|ing)?|swept|parked|bury|buri(?:ed|es)|ticks?|wakes?|waking|woken|woke|call(?:s|ed|ing)?[ _]off|"
-    "epochs?(?! from)|promise[sd]?|standing|unheard|doorkeeper|troupe|clerk|strangers?|himself|him|his|he|"
+    "epochs?(?! from|')|promise[sd]?|standing|unheard|doorkeeper|troupe|clerk|strangers?|himself|him|his|he|"
     "poisonous|tasted"
 )
 RETIRED_WORD = re.compile(rf"(?<![a-z])(?:{RETIRED})(?![a-z])")
