@@ -114,7 +114,8 @@ create table surety.currencies (
     constraint currency_bounds_are_ordered check (minimum_minor between 1 and maximum_minor)
 );
 comment on table surety.currencies is
-'Currencies accepted, with the number of minor digits and the smallest and largest amount of one payment.';
+'Currencies accepted: exponent is the number of minor digits, minimum_minor and maximum_minor bound one payment''s
+amount in minor units.';
 
 create table surety.states (
     state text collate "C" not null,
@@ -130,8 +131,8 @@ create table surety.states (
     )
 );
 comment on table surety.states is
-'The fourteen states. status is the coarse one that merchants see; poll_after is how long the sweep lets a payment wait
-there before it asks the provider (null: nothing to ask).';
+'The fourteen states. status is the coarse one that merchants see; poll_after is how long a payment may stay there
+before the provider is polled (null: there is nothing to ask).';
 
 create table surety.transitions (
     from_state text collate "C" not null,
@@ -140,7 +141,8 @@ create table surety.transitions (
     constraint transition_starts_in_a_state foreign key (from_state) references surety.states (state),
     constraint transition_ends_in_a_state foreign key (to_state) references surety.states (state)
 );
-comment on table surety.transitions is 'The legal steps. A step that is not a row here can not be written.';
+comment on table surety.transitions is
+'The legal steps. A step that is not a row here can''t be written.';
 
 create table surety.mandatory_steps (
     rail text not null,
@@ -168,8 +170,8 @@ create table surety.fact_kinds (
     constraint fact_evidences_a_state foreign key (evidences) references surety.states (state)
 );
 comment on table surety.fact_kinds is
-'What a provider can tell us. Within a family the highest rank about one object wins; evidences names the state that the
-fact alone proves.';
+'The kinds of facts: what a provider can assert. Within a family the highest rank about one object wins; evidences names
+the state that the fact alone proves.';
 
 insert into surety.currencies (currency, exponent, minimum_minor, maximum_minor) values
 ('usd', 2, 50, 99999999),
@@ -322,8 +324,8 @@ create table surety.refund_states (
     constraint refund_state_position_is_unique unique (position)
 );
 comment on table surety.refund_states is
-'The states of a refund. A live one takes up a part of what was captured; poll_after is how long the sweep lets it wait
-there before it asks the provider (null: nothing to ask).';
+'The states of a refund. A live one takes up a part of what was captured; poll_after is how long a refund may stay there
+before the provider is polled (null: there is nothing to ask).';
 
 create table surety.refund_transitions (
     from_state text collate "C" not null,
@@ -332,7 +334,8 @@ create table surety.refund_transitions (
     constraint refund_transition_starts_in_a_state foreign key (from_state) references surety.refund_states (state),
     constraint refund_transition_ends_in_a_state foreign key (to_state) references surety.refund_states (state)
 );
-comment on table surety.refund_transitions is 'The legal steps of a refund. Any other can not be written.';
+comment on table surety.refund_transitions is
+'The legal steps of a refund. Any other can''t be written.';
 
 create table surety.dispute_statuses (
     status text collate "C" not null,
@@ -344,7 +347,7 @@ create table surety.dispute_statuses (
     constraint dispute_status_position_is_unique unique (position)
 );
 comment on table surety.dispute_statuses is
-'The statuses of disputes as Stripe publishes them. Whether money is gone, their balance transactions tell, not these.';
+'The statuses of disputes as Stripe publishes them. Balance transactions, not these, show whether money was withdrawn.';
 
 insert into surety.dispute_statuses (status, position, takes_evidence, poll_after, meaning) values
 ('warning_needs_response', 1, true, '6 hours', 'an inquiry: no money has moved, an answer may prevent a dispute'),
@@ -532,8 +535,14 @@ create index payments_of_a_merchant on surety.payments (merchant_id, id);
 create index payments_by_reference on surety.payments (merchant_id, reference, id) where reference is not null;
 create index payments_to_poll on surety.payments (poll_at) where poll_at is not null;
 comment on table surety.payments is
-'Payments. state and version project the last step; amounts beside them come from facts. poll_at is when the sweep asks
-the provider next. Changed only by inserting steps and recording facts.';
+'Payments. state and version project the last step; the amounts beside them, in minor units of currency, come from
+facts. poll_at is when the provider is polled next. Changed only by inserting steps and recording facts.';
+comment on column surety.payments.captured_minor is 'Captured, at most amount_minor; any more is a discrepancy.';
+comment on column surety.payments.refunded_minor is 'Refunds that succeeded.';
+comment on column surety.payments.refund_pending_minor is
+'Refunds asked for and not ended; reserved from captured_minor.';
+comment on column surety.payments.at_risk_minor is 'Withdrawn in disputes that are not decided.';
+comment on column surety.payments.reversed_minor is 'Lost in disputes or returned.';
 
 create table surety.steps (
     payment_id text collate "C" not null,
@@ -555,8 +564,7 @@ create table surety.steps (
     constraint first_step_is_initiated check (version > 1 or to_state = 'initiated')
 ) partition by range (payment_id);
 comment on table surety.steps is
-'The truth about states: a chain of steps per payment. implied marks a step that was walked because it must have
-happened.';
+'The source of truth about states: a chain of steps per payment. implied marks a mandatory step that no fact proves.';
 
 -- Keys between tables that are partitioned alike. A row and what it refers to lie in the partitions of one month, so
 -- each pair of partitions gets the key when it is made (surety.maintain_partitions). The claim is the same as that of a
@@ -700,8 +708,8 @@ create index refunds_of_a_payment on surety.refunds (payment_id, id);
 create index refunds_of_a_merchant on surety.refunds (merchant_id, id);
 create index refunds_to_poll on surety.refunds (poll_at) where poll_at is not null;
 comment on table surety.refunds is
-'Refunds: those that merchants asked for (is_ours), and those that were made at the provider. The amount is taken up
-from the moment it is asked for. state and version project the last step.';
+'Refunds: those that merchants asked for (is_ours), and those that were made at the provider. amount_minor, in minor
+units of currency, is taken up from the moment it is asked for. state and version project the last step.';
 
 create table surety.refund_steps (
     refund_id text collate "C" not null,
@@ -726,7 +734,8 @@ create table surety.refund_steps (
 );
 alter table surety.refunds add constraint refund_state_is_its_last_step foreign key (id, version, state)
 references surety.refund_steps (refund_id, version, to_state) deferrable initially deferred;
-comment on table surety.refund_steps is 'The truth about refunds'' states: a chain of steps per refund.';
+comment on table surety.refund_steps is
+'The source of truth about refunds'' states: a chain of steps per refund.';
 
 -- ------------------------------------------------------------------------------------------------------- disputes
 
@@ -765,8 +774,11 @@ create index disputes_of_a_merchant on surety.disputes (merchant_id, id);
 create index disputes_to_poll on surety.disputes (poll_at) where poll_at is not null;
 create index disputes_to_remind_of on surety.disputes (evidence_due_at) where reminded_at is null;
 comment on table surety.disputes is
-'Disputes and inquiries as their last fetch (revision) told them. Any status that the provider may publish has a place;
-what it means for money is in the facts. evidence is what the merchant gave us, merged.';
+'Disputes and inquiries as of their last fetch (revision). Any status that the provider may publish has a place; facts
+say what it means for money. evidence is what the merchant gave, merged.';
+comment on column surety.disputes.amount_minor is 'The amount disputed, in minor units of currency.';
+comment on column surety.disputes.withdrawn_minor is
+'What the network holds or keeps of it, in minor units of currency.';
 
 -- ---------------------------------------------------------------------------------------------------------- facts
 
@@ -783,8 +795,8 @@ create table surety.provider_events (
     constraint provider_events_pkey primary key (id)
 ) partition by range (id);
 comment on table surety.provider_events is
-'What the provider told of, once per event of its: webhooks with a valid signature, and events that were read from its
-list (without headers). body is its text without client secrets.';
+'The provider''s events, each once: webhooks with a valid signature, and events read from its list (without headers).
+body is the event''s text without client secrets.';
 
 create table surety.provider_event_keys (
     provider text not null,
@@ -793,8 +805,8 @@ create table surety.provider_event_keys (
     provider_event_id text collate "C" not null,
     constraint provider_event_keys_pkey primary key (provider, account, event_id)
 );
-comment on table surety.provider_event_keys is 'Provider event ids ever received: what makes a repeated webhook a
-repeat.';
+comment on table surety.provider_event_keys is
+'Ids of all provider events ever received, by which a repeated webhook is recognized.';
 
 create table surety.rejected_webhooks (
     id text collate "C" not null,
@@ -808,7 +820,7 @@ create table surety.rejected_webhooks (
     constraint rejected_body_is_bounded check (length(body) <= 4096)
 );
 comment on table surety.rejected_webhooks is
-'Webhooks whose signature did not hold, cut to 4096 bytes; the newest thousand are kept.';
+'Webhooks with an invalid signature, cut to 4096 bytes; the newest thousand are kept.';
 
 create table surety.provider_objects (
     provider text not null,
@@ -831,12 +843,12 @@ create table surety.fact_keys (
     constraint fact_kind_is_known foreign key (kind) references surety.fact_kinds (kind)
 );
 comment on table surety.fact_keys is
-'Facts ever recorded: neither amount, time nor source is part of the key, so a webhook and a poll about one object are
-one fact. revision numbers the fetches of what is not monotone (disputes); elsewhere it is 0.';
+'Keys of all facts ever recorded. Neither amount, time nor source is part of the key, so a webhook and a poll about one
+object are one fact. revision numbers the fetches of disputes, which can go back and forth; elsewhere it is 0.';
 
 create sequence surety.fetch_numbers as integer;
 comment on sequence surety.fetch_numbers is
-'Numbers the fetches of what is not monotone: no two have the same, so that of any two one was the last.';
+'Numbers the fetches of disputes. No two have the same number, so that one of any two is the last.';
 
 create table surety.facts (
     id text collate "C" not null,
@@ -858,7 +870,7 @@ create table surety.facts (
     constraint facts_pkey primary key (payment_id, id),
     constraint fact_source_is_known check (source in ('response', 'webhook', 'poll', 'file', 'operator', 'request'))
 ) partition by range (payment_id);
--- What a payment's facts amount to: surety.derive_payments returns it.
+-- The state and amounts that follow from a payment's facts, in minor units: surety.derive_payments returns it.
 create type surety.derived as (
     payment_id text,
     target_state text,
@@ -877,8 +889,9 @@ create type surety.derived as (
     failure jsonb
 );
 comment on table surety.facts is
-'What providers told us about payments. The state is a function of these rows. disregarded says why one counts for
-nothing (another currency, account or mode): such facts have opened a discrepancy.';
+'What providers asserted about payments; a payment''s state is a function of these rows. amount_minor is in minor units
+of currency. disregarded says why a fact doesn''t count (another account, mode, currency or amount): it opened a
+discrepancy.';
 
 create table surety.unmatched_facts (
     id text collate "C" not null,
@@ -900,9 +913,9 @@ create table surety.unmatched_facts (
 );
 create index unmatched_facts_waiting on surety.unmatched_facts (recorded_at) where ended_at is null;
 comment on table surety.unmatched_facts is
-'Facts without a payment. One whose payment is not known yet is tried again for 15 minutes, then it is foreign, or a
-critical discrepancy when it carries our environment''s metadata; payouts and the provider''s own fees end as
-without_payment.';
+'Facts without a payment. A fact whose payment is not known yet is matched again for 15 minutes. Then it ends as
+foreign, or as missing_here, a critical discrepancy, if it carries our environment''s metadata. Payouts and the
+provider''s own fees end as without_payment.';
 
 create table surety.pending_money (
     provider text not null,
@@ -914,7 +927,7 @@ create table surety.pending_money (
 );
 create index pending_money_by_time on surety.pending_money (available_at);
 comment on table surety.pending_money is
-'Balance transactions that are known and not yet available: looked at again from available_at on.';
+'Balance transactions whose money is not available yet: polled from available_at on.';
 
 -- --------------------------------------------------------------------------------------------------------- ledger
 
@@ -929,7 +942,8 @@ create table ledger.account_kinds (
     constraint account_side_is_known check (normal_side in ('debit', 'credit')),
     constraint only_merchants_balances_are_kept check (keeps_balance = (owner = 'merchant'))
 );
-comment on table ledger.account_kinds is 'The chart of accounts.';
+comment on table ledger.account_kinds is
+'The chart of accounts.';
 
 insert into ledger.account_kinds (kind, owner, normal_side, keeps_balance, meaning) values
 ('provider_receivable', 'provider', 'debit', false, 'the provider owes us: captured, not yet in its balance'),
@@ -963,9 +977,9 @@ create table ledger.rules (
     )
 );
 comment on table ledger.rules is
-'Which transfers each cause makes. gross, fee and net are the record''s (a negative one moves the other way);
-platform_fee is our fee; other_* are in the payment''s currency where the record is in another. *_ach are for payments
-that a bank carries, not Stripe.';
+'Which transfers each cause makes: per leg a debit, a credit and an amount of the ledger.entry. gross, fee and net are
+those of the provider''s record, and a negative one moves the other way. platform_fee is our fee. other_* are in the
+payment''s currency where the record is in another one. *_ach are for payments that a bank carries, not Stripe.';
 
 insert into ledger.rules (cause, leg, debit, credit, amount) values
 ('captured', 1, 'provider_receivable', 'pending', 'gross'),
@@ -1025,7 +1039,8 @@ insert into ledger.rules (cause, leg, debit, credit, amount) values
 ('foreign', 1, 'provider_balance', 'suspense', 'net'),
 ('foreign_bank', 1, 'bank', 'suspense', 'net');
 
--- One cause that moves money, as ledger.post takes it. platform_fee, excess and other_* default to nothing.
+-- One cause that moves money, as ledger.post takes it; made by the function ledger.entry. Amounts are minor units of
+-- currency, other_* of other_currency.
 create type ledger.entry as (
     cause text,
     rule text,
@@ -1054,8 +1069,8 @@ create table ledger.accounts (
     constraint account_currency_can_be_referred_to unique (id, currency)
 );
 comment on table ledger.accounts is
-'Accounts, made when first used. The id is kind:owner:currency, the owner a merchant''s id, a provider''s account or
-platform.';
+'Accounts, created when first used. The id is kind:owner:currency; the owner is a merchant''s id, a provider''s account
+or platform.';
 
 create table ledger.postings (
     id text collate "C" not null,
@@ -1291,7 +1306,7 @@ create table surety.expectations (
 ) partition by range (payment_id);
 create index expectations_open on surety.expectations (due_at) where met_at is null;
 comment on table surety.expectations is
-'What should follow and by when; one that is not met in time opens a discrepancy.';
+'What should follow and by when. One that is not met in time opens a discrepancy.';
 
 create table surety.discrepancies (
     id text collate "C" not null,
@@ -1323,8 +1338,9 @@ create table surety.discrepancies (
     constraint discrepancy_is_recorded_once unique (kind, subject)
 );
 create index discrepancies_of_a_payment on surety.discrepancies (payment_id) where payment_id is not null;
-comment on table surety.discrepancies is 'Where our records and the outside''s differ, until somebody or something
-explains it.';
+comment on table surety.discrepancies is
+'Reconciliation breaks: where our records and the provider''s or the bank''s differ, until an operator or a later fact
+closes them.';
 
 create table surety.poll_cursors (
     provider text not null,
@@ -1333,5 +1349,5 @@ create table surety.poll_cursors (
     polled_to timestamptz not null,
     constraint poll_cursors_pkey primary key (provider, account, list)
 );
-comment on table surety.poll_cursors is 'How far each list of a provider has been read; every reading overlaps the
-last.';
+comment on table surety.poll_cursors is
+'How far each list of a provider has been read. Every reading overlaps the last.';

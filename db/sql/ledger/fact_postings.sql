@@ -192,7 +192,7 @@ begin
         join surety.merchants as m on m.id = p.merchant_id
         where f.disregarded is null
     ),
-    -- The merchant is owed what is captured in all, up to the amount asked for. Any more goes to suspense.
+    -- The merchant is owed the sum of all captures, up to the amount asked for. Any more goes to suspense.
     captures as (
         select ledger.entry(
             p_cause => f.object_id || ':captured',

@@ -1,11 +1,10 @@
--- One id leads to the whole story.
+-- Traces: everything known about one payment, from its id.
 
 create or replace function surety.describe_fact(
     p_kind text, p_object_id text, p_amount_minor bigint, p_currency text, p_data jsonb
 ) returns text
 language sql stable parallel safe set search_path = pg_catalog, pg_temp
 begin atomic
-    -- What a provider told, in words: refund failed 25.00 USD (re_1).
     select concat_ws(
         ' ',
         case
@@ -21,6 +20,9 @@ begin atomic
     );
 end;
 
+comment on function surety.describe_fact(text, text, bigint, text, jsonb) is
+'A fact in words: refund failed 25.00 USD (re_1). The amount is in minor units.';
+
 create or replace function surety.trace_payment(p_payment_id text)
 returns table (
     at timestamptz, kind text, actor text, summary text, from_state text, to_state text, outcome text,
@@ -30,10 +32,10 @@ language sql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 begin atomic
     with
-    told as (
+    audited as (
         select
             entries.at,
-            -- What happened in one statement has one time; this is the order in which people tell it.
+            -- All that one statement did has one time; this order puts causes before effects.
             case entry.kind
                 when 'request' then 0
                 when 'answer' then 1
@@ -89,7 +91,7 @@ begin atomic
                 'request_id', entries.request_id, 'address', entries.address, 'version', entries.version
             )) as data
         from audit.entries
-        -- The entry of a payment's first step is its request's.
+        -- The audit entry of a payment's first step is that of its request.
         cross join lateral (
             select case when entries.kind = 'step' and entries.snapshot ? 'route' then 'request' else entries.kind end
                 as kind
@@ -99,7 +101,7 @@ begin atomic
         where entries.payment_id = p_payment_id and entries.id >= 'aud_' || substr(p_payment_id, 5, 12)
     ),
 
-    heard as (
+    asserted as (
         select
             coalesce(provider_events.received_at, facts.recorded_at) as at,
             2 as turn,
@@ -107,11 +109,11 @@ begin atomic
             facts.source as kind,
             facts.provider as actor,
             case
-                when provider_events.id is null then said.fact
+                when provider_events.id is null then described.fact
                 when facts.kind in ('money', 'available') or fact_kinds.family in ('refund', 'dispute')
                     then provider_events.type || ' (' || provider_events.event_id || '), '
-                        || told.how || ': ' || said.fact
-                else provider_events.type || ' (' || provider_events.event_id || '), ' || told.how
+                        || source.how || ': ' || described.fact
+                else provider_events.type || ' (' || provider_events.event_id || '), ' || source.how
             end as summary,
             null::text as from_state,
             null::text as to_state,
@@ -125,15 +127,15 @@ begin atomic
         inner join surety.fact_kinds on facts.kind = fact_kinds.kind
         cross join lateral
             surety.describe_fact(facts.kind, facts.object_id, facts.amount_minor, facts.currency,
-                facts.data) as said (fact)
+                facts.data) as described (fact)
         cross join lateral (
             select case facts.source when 'webhook' then 'signature valid' else 'from the list of events' end as how
-        ) as told
+        ) as source
         left join surety.provider_events on facts.source in ('webhook', 'poll') and facts.source_id = provider_events.id
         where facts.payment_id = p_payment_id and facts.source not in ('response', 'request')
     ),
 
-    moved as (
+    transferred as (
         select
             postings.at,
             4 as turn,
@@ -157,23 +159,23 @@ begin atomic
     )
 
     select
-        story.at,
-        story.kind,
-        story.actor,
-        story.summary,
-        story.from_state,
-        story.to_state,
-        story.outcome,
-        story.duration_ms,
-        story.data
+        entry.at,
+        entry.kind,
+        entry.actor,
+        entry.summary,
+        entry.from_state,
+        entry.to_state,
+        entry.outcome,
+        entry.duration_ms,
+        entry.data
     from (
-        select * from told
+        select * from audited
         union all
-        select * from heard
+        select * from asserted
         union all
-        select * from moved
-    ) as story
-    order by story.at, story.turn, story.place;
+        select * from transferred
+    ) as entry
+    order by entry.at, entry.turn, entry.place;
 end;
 
 comment on function surety.trace_payment(text) is
@@ -193,9 +195,9 @@ begin atomic
         merchants.name,
         payments.reference,
         payments.provider_id,
-        told.charges,
-        told.refunds - told.refunds_come_to_nothing,
-        told.disputes,
+        counts.charges,
+        counts.refunds - counts.refunds_undone,
+        counts.disputes,
         payments.version,
         (
             select count(*)
@@ -236,14 +238,14 @@ begin atomic
             count(*) filter (where facts.kind = 'captured') as charges,
             count(distinct facts.object_id) filter (where fact_kinds.family = 'refund') as refunds,
             count(distinct facts.object_id) filter (where facts.kind in ('refund_failed', 'refund_canceled'))
-                as refunds_come_to_nothing,
+                as refunds_undone,
             count(distinct facts.object_id) filter (where fact_kinds.family = 'dispute') as disputes
         from surety.facts
         inner join surety.fact_kinds on facts.kind = fact_kinds.kind
         where facts.payment_id = payments.id
-    ) as told
+    ) as counts
     where payments.id = p_payment_id;
 end;
 
 comment on function surety.payment_summary(text) is
-'A payment in one line, with what is still open about it; no row for an id that no payment has.';
+'A payment in one line, with everything that is still open about it. No row for an unknown id.';

@@ -27,7 +27,7 @@ from surety.payments
 inner join surety.merchants on payments.merchant_id = merchants.id
 inner join surety.states on payments.state = states.state;
 
-comment on view report.payments is 'One row per payment, as it stands now.';
+comment on view report.payments is 'One row per payment, as it is now.';
 
 create or replace view report.steps as
 select
@@ -86,7 +86,7 @@ select
     discrepancies.closed_because
 from surety.discrepancies;
 
-comment on view report.discrepancies is 'Where our records and the outside''s differ, open while closed_at is null.';
+comment on view report.discrepancies is 'Reconciliation breaks, open while closed_at is null.';
 
 create or replace view report.dead_letters as
 select
@@ -125,7 +125,7 @@ select
 from surety.refunds;
 
 comment on view report.refunds is
-'One row per refund, as it stands now; is_ours is false for one that was made at the provider.';
+'One row per refund, as it is now; is_ours is false for one that was made at the provider.';
 
 create or replace view report.disputes as
 select
@@ -147,4 +147,4 @@ select
 from surety.disputes;
 
 comment on view report.disputes is
-'One row per dispute or inquiry, as its last fetch told it; withdrawn_minor is what the network holds or keeps.';
+'One row per dispute or inquiry, as of its last fetch. withdrawn_minor is the part that the network holds or keeps.';
