@@ -1,6 +1,6 @@
-"""How things stand: what a person should see in what surety.read_status tells, and what to do about it.
+"""Findings: the problems in a status report of surety.read_status(), and the next step for each.
 
-`surety status` and GET /v1/operator/status tell the same.
+`surety status` and GET /v1/operator/status report the same findings.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
+from app.wording import count_noun, format_age
+
 BACKLOG_SECONDS_MAX = 300
 TRANSACTION_SECONDS_MAX = 600
 UNKNOWN_SECONDS_MAX = 300
@@ -16,8 +18,6 @@ VACUUM_BLOCKER_XIDS_MAX = 100_000_000
 SLOT_BYTES_MAX = 1_000_000_000
 PARTITIONS_DAYS_MIN = 21
 VERDICTS = ("GOOD", "LOOK", "ACT")
-
-
 RUNBOOK = "docs/operations.md"
 
 FindingId = Literal[
@@ -41,13 +41,11 @@ FindingId = Literal[
     "settings-invalid",
     "invariant-violated",
 ]
-"""What can be found; each is a heading of the runbook, which a test compares."""
+"""Each is a heading of the runbook, which a test compares."""
 
 
 class Finding(NamedTuple):
-    """Something that a person should see: its heading in the runbook, how urgent it is (1 look, 2 act), a sentence, and
-    the next command or place to look.
-    """
+    """A problem: its heading in the runbook, its urgency (1 look, 2 act), a description, and the next step."""
 
     id: FindingId
     urgency: int
@@ -56,7 +54,7 @@ class Finding(NamedTuple):
 
 
 def find_problems(state: dict[str, Any]) -> list[Finding]:
-    """What is not as it should be, the most urgent first."""
+    """The problems of a status report, the most urgent first."""
     found = [
         *find_work_problems(state),
         *find_money_problems(state),
@@ -75,7 +73,7 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
 
 
 def find_work_problems(state: dict[str, Any]) -> Iterator[Finding]:
-    """Workers, what waits for them, what they gave up on."""
+    """Missing workers, backlogs, paused handlers, dead letters."""
     waiting = [handler for handler in state["handlers"] if handler["backlog"]]
     if not state["workers"]["alive"]:
         yield Finding("no-worker", 2 if waiting else 1, "no worker is alive", "procrastinate --app jobs.app worker")
@@ -95,7 +93,7 @@ def find_work_problems(state: dict[str, Any]) -> Iterator[Finding]:
 
 
 def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
-    """Where our records and the provider's differ, and what nobody knows yet."""
+    """Open discrepancies, and calls with an unknown outcome."""
     differing = state["discrepancies"]
     if critical := differing["critical"]:
         what = f"{count_noun(critical, 'critical discrepancy', 'critical discrepancies')}: {differing['first']}"
@@ -112,7 +110,7 @@ def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
 
 
 def find_provider_problem(provider: dict[str, Any]) -> Finding | None:
-    """An outage is waited out; one that lasts is looked at."""
+    """An open circuit of a provider."""
     if not provider["open"]:
         return None
     what = f"{provider['provider']} is out for {format_age(provider['open_seconds'])}: {provider['reason']}"
@@ -122,7 +120,7 @@ def find_provider_problem(provider: dict[str, Any]) -> Finding | None:
 
 
 def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
-    """What keeps rows from being vacuumed: for long, or for so many transactions that the server may stop."""
+    """A transaction, slot or standby that has prevented vacuuming for long, or for very many transactions."""
     kind, name, seconds = holder["kind"], holder["name"], holder["seconds"] or 0
     is_grave = (holder["xids"] or 0) > VACUUM_BLOCKER_XIDS_MAX
     is_idle_slot = (
@@ -143,7 +141,7 @@ def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
             mend = f"rollback prepared '{name}', or commit it{where}"
         case "replication slot":
             finding_id = "replication-slot"
-            what = f"nobody reads the replication slot {name}" if is_idle_slot else f"the slot {name} is far behind"
+            what = f"the replication slot {name} has no reader" if is_idle_slot else f"the slot {name} is far behind"
             what += f": it keeps {(holder['wal_bytes'] or 0) / 1e9:.1f} GB"
             mend = f"its reader; or select pg_drop_replication_slot('{name}')"
         case _:
@@ -153,25 +151,12 @@ def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
 
 
 def days_ahead(state: dict[str, Any]) -> float:
-    """For how long there are partitions; their bounds are ids, which begin with hexadecimal milliseconds."""
+    """For how many days partitions exist. Their bounds are ids, which begin with hexadecimal milliseconds."""
     until = int(state["partitions_until"], 16) / 1000
     now = datetime.fromisoformat(state["at"]).astimezone(UTC).timestamp()
     return (until - now) / 86_400
 
 
 def verdict_of(findings: Sequence[Finding]) -> int:
-    """0 good, 1 look, 2 act: as the exit status."""
+    """The greatest urgency, which is the exit status: 0 good, 1 look, 2 act."""
     return max((finding.urgency for finding in findings), default=0)
-
-
-def format_age(seconds: float) -> str:
-    """A time for people: 40 ms, 12 s, 3 min, 5 h, 2 d."""
-    for limit, unit, name in ((1, 0.001, "ms"), (120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 86_400:.0f} d"
-
-
-def count_noun(number: int, noun: str, plural: str | None = None) -> str:
-    """1 dead letter, 2 dead letters."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"

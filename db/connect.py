@@ -1,10 +1,10 @@
-"""How each kind of process reaches the database.
+"""Connections to the database, for each kind of process.
 
 `SURETY_<KIND>_DATABASE_URL` names a login of its own, a member of the kind's group role. Without it DATABASE_URL
 serves, with `role` set: that guards against mistakes, not against an intruder, who could reset it. Timeouts are
-settings of the connection, for a group role's own settings don't reach the logins that are its members. A dead server
-is noticed within seconds, one that acknowledges and never answers a little after its statement's timeout, and of
-several hosts in an address those that write take the primary.
+settings of the connection, because the settings of a group role don't apply to its members. A dead server is noticed
+within seconds, and one that acknowledges but never answers a little after the statement's timeout. Kinds that write
+connect to the primary if an address names several hosts.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ NETWORK_DEFAULTS = {
     "keepalives_count": 3,
 }
 
-# The server's own end: what a client that is gone without a word has locked is free again within half a minute, not two
-# hours. Over a Unix socket it means nothing.
+# The server ends the session of a vanished client within half a minute instead of two hours, which frees its locks.
+# Unix sockets ignore these settings.
 SERVER_KEEPALIVES = {
     "tcp_keepalives_idle": str(NETWORK_DEFAULTS["keepalives_idle"]),
     "tcp_keepalives_interval": str(NETWORK_DEFAULTS["keepalives_interval"]),
@@ -52,7 +52,7 @@ TIMEOUTS: dict[ProcessKind, tuple[str, str, str]] = {
     "analyst": ("15min", "5s", "5min"),
     "auditor": ("60s", "5s", "60s"),
 }
-# How long asyncio's connections wait for the answer to a statement: longer than the server would.
+# How long asyncio's connections wait for an answer: longer than statement_timeout.
 ANSWER_SECONDS_MAX: dict[ProcessKind, float] = {
     "deploy": 86_400.0,
     "api": 15.0,
@@ -65,7 +65,7 @@ READ_ONLY_KINDS: frozenset[ProcessKind] = frozenset({"analyst", "auditor"})
 
 
 def role_of(kind: ProcessKind) -> str | None:
-    """The group role whose rights a kind of process has; who deploys is a login without one."""
+    """The group role with the rights of a kind of process; deploys run as a login without one."""
     return None if kind == "deploy" else f"surety_{kind}"
 
 
@@ -81,7 +81,7 @@ def conninfo(kind: ProcessKind, settings: Settings, *, search_path: str | None =
 
 
 def harden(url: str, kind: ProcessKind, *, role: str | None = None, search_path: str | None = None) -> str:
-    """An address with the timeouts of a kind of process, its name and, if wanted, a role; what it says itself wins."""
+    """An address with the timeouts of a kind of process, its name and optionally a role; its own parameters win."""
     given = conninfo_to_dict(url)
     statement, lock, idle = TIMEOUTS[kind]
     options = {
@@ -105,15 +105,15 @@ def harden(url: str, kind: ProcessKind, *, role: str | None = None, search_path:
 
 
 def connect(kind: ProcessKind, settings: Settings) -> Connection[tuple[Any, ...]]:
-    """A connection in autocommit mode, so that a transaction is always a block in the code."""
+    """A connection in autocommit mode: each transaction is a block in the code."""
     return psycopg.connect(conninfo(kind, settings), autocommit=True)
 
 
 class BoundedWaitConnection(AsyncConnection[tuple[Any, ...]]):
-    """Hangs up where a statement is not answered in time, which fails it like any lost connection.
+    """Closes the socket if a statement gets no answer in time; the statement fails as on a lost connection.
 
-    A peer that acknowledges what it gets and never answers is noticed by neither tcp_user_timeout nor keepalives.
-    Waiting for notifications has no end.
+    Neither tcp_user_timeout nor keepalives notice a peer that acknowledges but never answers. Waiting for notifications
+    is not bounded.
     """
 
     answer_seconds_max = 35.0
@@ -124,7 +124,7 @@ class BoundedWaitConnection(AsyncConnection[tuple[Any, ...]]):
         interval: float = 0.1,
         timeout: float | None = None,  # noqa: ASYNC109  psycopg's signature
     ) -> Result:
-        """As psycopg's, with an end."""
+        """As psycopg's, but bounded."""
         timer = asyncio.get_running_loop().call_later(self.answer_seconds_max, self._shut_down_socket)
         try:
             return await super().wait(gen, interval, timeout)
@@ -138,7 +138,7 @@ class BoundedWaitConnection(AsyncConnection[tuple[Any, ...]]):
 
 
 def bounded_connection(kind: ProcessKind) -> type[BoundedWaitConnection]:
-    """The connections of a kind of process."""
+    """The connection class of a kind of process."""
     return type(
         f"BoundedWaitConnection{kind.title()}",
         (BoundedWaitConnection,),
@@ -147,5 +147,5 @@ def bounded_connection(kind: ProcessKind) -> type[BoundedWaitConnection]:
 
 
 async def connect_async(kind: ProcessKind, settings: Settings) -> AsyncConnection[tuple[Any, ...]]:
-    """The same for asyncio, and with an end to waiting."""
+    """A connection for asyncio in autocommit mode, whose waiting is bounded."""
     return await bounded_connection(kind).connect(conninfo(kind, settings), autocommit=True)

@@ -1,7 +1,6 @@
-"""Client secrets are kept nowhere: who knows an intent's can act as its payer.
+"""Removal of client secrets, which are never stored: the client secret of an intent gives the rights of its payer.
 
-They are taken out of the text of what a provider tells, which therefore no longer verifies against its signature; that
-was done before.
+A redacted body no longer verifies against its signature, so the signature is verified before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the environment tells Surety, typed; a variable that is wrong, missing or misspelt is an error that names it."""
+"""Typed settings from the environment. A wrong, missing or misspelt variable is an error that names it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PollSeconds = Annotated[int, msgspec.Meta(ge=1, le=3600)]
 
 
 class Secret:
-    """A text that shows itself only to who asks: `secret.reveal()`."""
+    """A text that only `secret.reveal()` returns."""
 
     __slots__ = ("_value",)
 
@@ -57,7 +57,7 @@ class DatabaseAddress(Secret):
 
 
 class ProviderEndpoint(msgspec.Struct, frozen=True):
-    """Where Stripe's API is and who we are there; `url` is None for Stripe itself, the sandbox's address otherwise."""
+    """The address of Stripe's API and our key; `url` is None for Stripe itself, else the address of the sandbox."""
 
     url: str | None
     key: Secret
@@ -70,11 +70,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     its role. STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while
     both are active.
 
-    For the workers, in seconds: SURETY_PROVIDER_TIMEOUT bounds a call to the provider, SURETY_POLL_SECONDS is how often
-    it is asked for what no webhook told, SURETY_ACTION_SECONDS is how long a payer may take to act,
-    SURETY_STALL_SECONDS is how long a worker may seem dead before it ends itself, for its supervisor to replace it.
-    SURETY_PROVIDER_RATE bounds the requests per second and account, 0 is no bound; without it Stripe's own limits are
-    kept, and the sandbox has none.
+    For the workers, in seconds: SURETY_PROVIDER_TIMEOUT bounds a call to the provider. SURETY_POLL_SECONDS is the
+    interval of polling. SURETY_ACTION_SECONDS is the time a payer has to act. SURETY_STALL_SECONDS is the time after
+    which a stalled worker ends itself, so that its supervisor replaces it. SURETY_PROVIDER_RATE bounds the requests per
+    second and account; 0 means no bound. Without it Stripe's own limits apply, and the sandbox has none.
     """
 
     database_url: DatabaseAddress | None = None
@@ -112,10 +111,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
 
     @property
     def provider(self) -> ProviderEndpoint:
-        """Whom the workers ask for money: the sandbox if named, else Stripe. Raises SettingsError if neither is."""
+        """The provider of the workers: the sandbox if named, else Stripe. Raises SettingsError if neither is."""
         if self.surety_sandbox_url is None:
             if self.stripe_api_key is None:
-                raise SettingsError("set STRIPE_API_KEY, or SURETY_SANDBOX_URL to play with the sandbox")
+                raise SettingsError("set STRIPE_API_KEY, or SURETY_SANDBOX_URL for the sandbox")
             return ProviderEndpoint(None, self.stripe_api_key)
         key = self.stripe_api_key or Secret("sk_test_sandbox")
         if "_live_" in key.reveal():
@@ -149,5 +148,5 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 
 
 def make_secret(kind: type, value: Any) -> Any:
-    """Make a secret of a text."""
+    """Convert a text to a Secret."""
     return kind(value)

@@ -11,7 +11,7 @@ the operator by the key's hash, so no route can name one. A merchant's key gets 
 
 from __future__ import annotations
 
-from typing import Literal, LiteralString
+from typing import LiteralString
 
 import msgspec
 
@@ -19,6 +19,7 @@ from app.api.ids import LETTER_ID, id_or_empty
 from app.api.requests import ApiRequest
 from app.api.schemas.operators import (
     BulkDecision,
+    DeadLetterAction,
     DeadLetterList,
     DeadLettersQuery,
     Decision,
@@ -33,7 +34,6 @@ from app.web.problems import Problem, RuleViolation, invalid_request
 BODY_BYTES_MAX = 16 * 1024
 BULK_LETTERS_MAX = 100
 
-DeadLetterAction = Literal["replay", "discard"]
 API_STATEMENTS: dict[DeadLetterAction, LiteralString] = {
     "replay": "select outcome, detail from api.replay_dead_letter(%s, %s, %s, %s, %s, %s)",
     "discard": "select outcome, detail from api.discard_dead_letter(%s, %s, %s, %s, %s, %s)",

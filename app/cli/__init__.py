@@ -15,7 +15,7 @@ from db.errors import SuretyError, kind_of, message_of
 
 
 class CommandEntry(NamedTuple):
-    """Where a command is (`module:name`) and its line in the list of commands."""
+    """A command's place (`module:name`) and its line in the list of commands."""
 
     target: str
     help: str
@@ -32,10 +32,10 @@ COMMANDS = {
     "webhooks": CommandEntry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
     "merchants": CommandEntry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
     "keys": CommandEntry("app.cli.keys:keys", "Create, list and revoke keys of merchants and operators."),
-    "trace": CommandEntry("app.cli.trace:trace", "Tell all that happened to a payment."),
-    "status": CommandEntry("app.cli.status:status", "Tell how things stand, and what to do next."),
+    "trace": CommandEntry("app.cli.trace:trace", "Show everything that happened to a payment."),
+    "status": CommandEntry("app.cli.status:status", "Report problems and the next step for each."),
     "dead-letters": CommandEntry(
-        "app.cli.dead_letters:dead_letters", "Events that were given up on: list, show, replay, discard."
+        "app.cli.dead_letters:dead_letters", "Events whose handler gave up: list, show, replay, discard."
     ),
     "discrepancies": CommandEntry(
         "app.cli.discrepancies:discrepancies", "Differences from the provider's records: list, show, close."
@@ -53,7 +53,7 @@ class LazyCommandGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command itself, none of that name: None."""
+        """The command of that name, or None."""
         if cmd_name not in COMMANDS:
             return None
         module, _, name = COMMANDS[cmd_name].target.partition(":")
@@ -74,7 +74,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run `surety`. An error that the user can do something about is one line and status 1, not a traceback."""
+    """Run `surety`. An error that the user can correct is one line and status 1, not a traceback."""
     try:
         cli(prog_name="surety")
     except Exception as error:
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def user_message(error: Exception) -> str | None:
-    """What a user can do something about, in a line; None for our own mistakes."""
+    """The line for an error that the user can correct; None for a mistake of ours."""
     if isinstance(error, SuretyError):
         return str(error)
     psycopg = sys.modules.get("psycopg")

@@ -1,4 +1,4 @@
-"""`surety dead-letters`: events that were given up on, and what a person does about them."""
+"""`surety dead-letters`: events whose handler gave up. A person replays or discards them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import getpass
 import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any, Literal, LiteralString
+from typing import Any, LiteralString
 
 import click
 import psycopg
 from rich.console import Console
 from rich.table import Table
 
+from app.api.schemas.operators import DeadLetterAction
 from app.cli.options import reason_option
-from app.status_findings import count_noun, format_age
+from app.wording import count_noun, format_age
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load_settings
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Letter = dict[str, Any]
-DeadLetterAction = Literal["replay", "discard"]
 CommandFunction = Callable[..., None]
 
 PAGE = 100
@@ -29,12 +29,12 @@ EXIT_REFUSED = 1
 
 
 class DeadLetterError(SuretyError):
-    """There is no such dead letter, or it was not said which ones; the message says which."""
+    """No dead letter has this id, or the command names none."""
 
 
 @click.group()
 def dead_letters() -> None:
-    """List events that were given up on, show one with all its errors, replay or discard them."""
+    """List events whose handler gave up, show one with all its errors, replay or discard them."""
 
 
 def letter_filters(command: CommandFunction) -> CommandFunction:
@@ -44,9 +44,9 @@ def letter_filters(command: CommandFunction) -> CommandFunction:
 
 
 def decision_options(command: CommandFunction) -> CommandFunction:
-    """The arguments and options of a command that does something to letters."""
+    """The arguments and options of a command that changes letters."""
     for option in (
-        click.option("--dry-run", is_flag=True, help="Only tell what would happen."),
+        click.option("--dry-run", is_flag=True, help="Only report what would happen."),
         reason_option,
         letter_filters,
         click.argument("letter_ids", nargs=-1, metavar="[ID]..."),
@@ -80,7 +80,7 @@ def list_letters(handler: str | None, error: str | None, closed: bool) -> None:
 @dead_letters.command("show")
 @click.argument("letter_id", metavar="ID")
 def show_letter(letter_id: str) -> None:
-    """Show a dead letter: what was tried, where its payment stands, what a replay and a discard would do."""
+    """Show a dead letter: its attempts, the state of its payment, the effects of a replay and of a discard."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
             "select shown.document,"
@@ -94,7 +94,7 @@ def show_letter(letter_id: str) -> None:
 
 
 def render_letter(letter: Letter, seconds: float) -> Iterator[str]:
-    """A letter on one screen."""
+    """The lines of a letter."""
     payment, at_provider, closed = letter["payment"], letter["provider"], letter["closed"]
     about = [letter["handler"], letter["event"]["type"], payment["id"] if payment else letter["event"]["id"]]
     yield f"{letter['id']}   {' · '.join(about)}   dead since {time_of_day(letter['died_at'])} ({format_age(seconds)})"
@@ -115,7 +115,7 @@ def render_letter(letter: Letter, seconds: float) -> Iterator[str]:
 
 
 def render_attempts(attempts: list[dict[str, Any]]) -> Iterator[str]:
-    """Each error in full once; those that say the same behind it on one line."""
+    """Each error once; further attempts with the same error follow on one line."""
     numbered = list(enumerate(attempts, start=1))
     for error, group in groupby(numbered, key=lambda one: one[1]["error"]):
         (number, first), *others = list(group)
@@ -125,18 +125,18 @@ def render_attempts(attempts: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def describe_provider_object(at_provider: dict[str, Any]) -> str:
-    """What the provider was last heard to hold."""
+    """The last known object at the provider."""
     as_of = f" (heard at {time_of_day(at_provider['as_of'])})" if at_provider["as_of"] else ""
     match at_provider["holds"]:
         case "object":
             return f"{at_provider['id']}{as_of}"
         case "nothing":
             return f"no object{as_of or ', nothing was sent'}"
-    return f"unknown: what was sent has no answer{as_of}"
+    return f"unknown: the last call has no answer{as_of}"
 
 
 def time_of_day(at: str) -> str:
-    """A time of day of a document's instant; the date stands in `list` and in the id."""
+    """The time of day of a timestamp."""
     return at[11:19]
 
 
@@ -145,9 +145,9 @@ def time_of_day(at: str) -> str:
 def replay_letters(
     letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, dry_run: bool
 ) -> None:
-    """Make events due again at once, with a clean count: those of the ids, or all that match.
+    """Make events due again at once, without their failures: those of the ids, or all that match.
 
-    What was replayed already, or whose payment has ended meanwhile, is left alone. Exit status 1 if one was refused.
+    Letters that were replayed already, or whose payment has ended, stay as they are. Exit status 1 if one was refused.
     """
     apply_to_letters("replay", letter_ids, handler, error, reason, dry_run=dry_run)
 
@@ -157,10 +157,10 @@ def replay_letters(
 def discard_letters(
     letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, dry_run: bool
 ) -> None:
-    """Give events up for good: those of the ids, or all that match.
+    """Give events up finally: those of the ids, or all that match.
 
-    A payment, refund or capture that nothing was sent for ends as failed. Refused where the provider may have done it:
-    exit status 1.
+    A payment, refund or capture for which nothing was sent ends as failed. Refused, with exit status 1, where the
+    provider may have carried it out.
     """
     apply_to_letters("discard", letter_ids, handler, error, reason, dry_run=dry_run)
 
@@ -188,9 +188,9 @@ def apply_to_letters(
     *,
     dry_run: bool,
 ) -> None:
-    """One letter, one transaction; tell what became of each."""
+    """Apply the action to each letter in a transaction of its own, and print each outcome."""
     if bool(letter_ids) == bool(handler or error):
-        raise DeadLetterError(f"say which to {action}: ids, or all that match --handler or --error")
+        raise DeadLetterError(f"name the letters to {action}: by id, or by --handler or --error")
     outcomes: dict[str, int] = {}
     with connect("deploy", load_settings()) as conn:
         for letter_id in letter_ids or [letter["id"] for letter in find_letters(conn, handler, error, status="open")]:

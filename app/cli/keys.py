@@ -51,7 +51,7 @@ def create(merchant_id: str | None, operator: str | None) -> None:
 
 
 def create_for_operator(conn: psycopg.Connection[tuple[Any, ...]], operator: str) -> str:
-    """A new key of an operator's. Raises SuretyError for a name that can't be one."""
+    """A new key for an operator. Raises SuretyError for an invalid name."""
     key = new_operator_key()
     try:
         conn.execute(
@@ -65,7 +65,7 @@ def create_for_operator(conn: psycopg.Connection[tuple[Any, ...]], operator: str
 @keys.command(name="list")
 @click.option("--merchant", "merchant_id", help="Only this merchant's.")
 def list_keys(merchant_id: str | None) -> None:
-    """List keys, the oldest first; of each key its last characters are known."""
+    """List keys, the oldest first, each by its last characters."""
     table = Table("id", "ends in", "of", "name", "since", "revoked", box=None)
     with connect("deploy", load_settings()) as conn:
         rows = conn.execute(
@@ -85,7 +85,7 @@ def list_keys(merchant_id: str | None) -> None:
 @keys.command()
 @click.argument("key_id")
 def revoke(key_id: str) -> None:
-    """Revoke a key at once and for ever."""
+    """Revoke a key at once and permanently."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
             "select coalesce(surety.revoke_api_key(%(key)s, %(by)s), surety.revoke_operator_key(%(key)s, %(by)s))",

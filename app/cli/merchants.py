@@ -1,4 +1,4 @@
-"""`surety merchants`: the businesses that are paid. What changes them is in the audit trail, with the user's name."""
+"""`surety merchants`: the businesses that are paid. Each change is audited with the user's name."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def list_merchants() -> None:
 @merchants.command()
 @click.argument("merchant_id")
 def suspend(merchant_id: str) -> None:
-    """Let a merchant take no more payments; its requests are answered 403, what is under way goes on."""
+    """Suspend a merchant: its requests get 403; its payments in progress continue."""
     set_suspended(merchant_id, is_suspended=True)
 
 
 @merchants.command()
 @click.argument("merchant_id")
 def resume(merchant_id: str) -> None:
-    """Let a suspended merchant take payments again."""
+    """Let a suspended merchant create payments again."""
     set_suspended(merchant_id, is_suspended=False)
 
 

@@ -1,4 +1,4 @@
-"""`surety status`: what waits, what was given up on, what holds things back, and what to do next."""
+"""`surety status`: problems, figures, and the next step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from app.status_findings import RUNBOOK, VERDICTS, Finding, count_noun, find_problems, format_age, verdict_of
+from app.status_findings import RUNBOOK, VERDICTS, Finding, find_problems, verdict_of
+from app.wording import count_noun, format_age
 from db.connect import harden
 from db.errors import SettingsError, kind_of, message_of
 from db.settings import load_settings
@@ -23,7 +24,7 @@ STATEMENT_TIMEOUT = "30s"
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--check", is_flag=True, help="Count violations of every invariant, too: that reads every row.")
 def status(as_json: bool, check: bool) -> None:
-    """Tell how things stand. Exit status 0: good, 1: look, 2: act; 2 also if that can't be told."""
+    """Report problems and the next step for each. Exit status: 0 good, 1 look, 2 act or not readable."""
     state: dict[str, Any] = {}
     try:
         state = read_state(check=check)
@@ -40,7 +41,7 @@ def status(as_json: bool, check: bool) -> None:
 
 
 def read_state(*, check: bool) -> dict[str, Any]:
-    """What the database of DATABASE_URL tells. Raises psycopg.Error, SettingsError."""
+    """The status report of the database of DATABASE_URL. Raises psycopg.Error, SettingsError."""
     url = load_settings().require("database_url").reveal()
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         if not check:
@@ -54,7 +55,7 @@ def read_state(*, check: bool) -> dict[str, Any]:
 
 
 def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
-    """Why nothing could be told, and what to do about it."""
+    """The reason why the status could not be read, and the next step."""
     if isinstance(error, SettingsError):
         return Finding(
             "settings-invalid", 2, str(error).splitlines()[0], "DATABASE_URL names the database to report on"
@@ -65,7 +66,9 @@ def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
         case "unreachable":
             what = f"PostgreSQL can't be reached: {message_of(error)}"
             return Finding("database-unreachable", 2, what, "the server, its log, and DATABASE_URL")
-    return Finding("status-unreadable", 2, f"PostgreSQL can't tell: {message_of(error)}", "the server and its log")
+    return Finding(
+        "status-unreadable", 2, f"PostgreSQL refused the query: {message_of(error)}", "the server and its log"
+    )
 
 
 def find_broken_invariants(state: dict[str, Any]) -> list[Finding]:
@@ -83,7 +86,7 @@ def find_broken_invariants(state: dict[str, Any]) -> list[Finding]:
 
 
 def print_status(console: Console, state: dict[str, Any], findings: list[Finding], urgency: int) -> None:
-    """For people."""
+    """Print the verdict, the findings, the figures and the next step."""
     console.print(
         f"{VERDICTS[urgency]:<6} {findings[0].what if findings else 'all is well'}", style="bold", markup=False
     )

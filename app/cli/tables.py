@@ -1,4 +1,4 @@
-"""Tables for people, and whole for programs that read them."""
+"""Tables for terminals, and unwrapped for programs that read them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PIPE_WIDTH = 500
 
 
 def wide_console() -> Console:
-    """stdout; nothing is cut off or wrapped where nobody looks."""
+    """stdout; outside a terminal, lines are neither cut nor wrapped."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH

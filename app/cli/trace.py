@@ -1,4 +1,4 @@
-"""`surety trace`: one id leads to the whole story."""
+"""`surety trace`: everything that happened to one payment."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.cli.tables import wide_console
+from app.wording import count_noun
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load_settings
@@ -28,7 +29,7 @@ class NoSuchPayment(SuretyError):
 @click.argument("payment_id")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: the summary and all entries.")
 def trace(payment_id: str, as_json: bool) -> None:
-    """Tell all that happened to a payment, from its request to the money on the account."""
+    """Show everything that happened to a payment, from its request to its settlement."""
     with connect("auditor", load_settings()) as conn:
         if as_json:
             click.echo(json.dumps(read_trace(conn, payment_id), ensure_ascii=False))
@@ -72,7 +73,7 @@ def read_trace(conn: Connection, payment_id: str) -> dict[str, Any]:
 
 
 def render_trace(conn: Connection, payment_id: str) -> Group:
-    """A payment's story for people: what, when, how long after the line before. Raises NoSuchPayment."""
+    """The trace as lines: time, gap to the line before, kind, description. Raises NoSuchPayment."""
     summary = read_summary(conn, payment_id)
     entries = read_entries(conn, payment_id)
     about = " · ".join(part for part in (summary["merchant"], summary["reference"], summary["provider_id"]) if part)
@@ -107,7 +108,7 @@ def render_trace(conn: Connection, payment_id: str) -> Group:
 
 
 def entry_label(entry: dict[str, Any]) -> Text:
-    """The column that says what kind of thing it was; a step's state stands out."""
+    """The kind of an entry; a step's state is bold."""
     match entry["kind"]:
         case "request":
             return Text("accepted", "bold")
@@ -124,7 +125,7 @@ def entry_label(entry: dict[str, Any]) -> Text:
 
 
 def describe_entry(entry: dict[str, Any]) -> Text:
-    """The column that says what happened."""
+    """The description of an entry."""
     text: str = entry["summary"]
     match entry["kind"]:
         case "call":
@@ -155,8 +156,3 @@ def format_gap(between: timedelta) -> str:
     if seconds < 3600:
         return f"+{seconds / 60:.0f} min"
     return f"+{seconds / 3600:.0f} h"
-
-
-def count_noun(number: int, noun: str) -> str:
-    """A number of things."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,4 +1,4 @@
--- What deploy remembers about a database. Deploy runs this file itself, before all others.
+-- The record of deploys. Deploy runs this file itself, before all others.
 
 create table if not exists deploy.migrations (
     origin text not null,
@@ -34,4 +34,4 @@ create table if not exists deploy.objects (
     constraint kind_is_known check (kind in ('view', 'trigger'))
 );
 comment on table deploy.objects is
-'Views and triggers as they were written and as PostgreSQL tells them: only those that differ are written again.';
+'Views and triggers as they were written and as PostgreSQL prints them: only those that differ are written again.';

@@ -1,4 +1,4 @@
-"""Bring a database to what this version of Surety needs: safe to repeat, to race and to run beside traffic.
+"""Bring a database to a version of Surety: safe to repeat, to race and to run beside traffic.
 
     a fresh database    schema.sql and Procrastinate's schema, then db/*.sql, in one transaction
     any other           the migrations that it lacks, then db/*.sql if they changed
@@ -6,13 +6,13 @@
 One deploy runs at a time, by an advisory lock. Migrations run in the order of their names. Those named
 `*.concurrent.sql` run outside a transaction, statement by statement, and from the start again after an interruption, so
 each statement must bear being repeated; number them before the others of their release. The others share one short
-transaction with db/*.sql. It never waits for a lock longer than LOCK_TIMEOUT, so that those who queue behind it don't
-either: it gives everything back and tries again.
+transaction with db/*.sql. It waits for a lock no longer than LOCK_TIMEOUT, so that other sessions don't queue behind it
+for longer; then it rolls back and tries again.
 
-Functions are replaced in place, which takes no lock that a call could meet. Replacing views and triggers does, so they
-are written only where they changed. Tables that a migration alters or that get a trigger are locked first of all, in
-LOCK_ORDER: a deploy in another order, or one that took a view first, would meet writers coming the other way. What
-stands in our schemas and in no file any more is dropped, unless others have built on it: that is an error.
+Functions are replaced in place, which locks out no caller. Replacing views and triggers does, so only changed ones are
+written. Tables that a migration alters or that get a trigger are locked first of all, in
+LOCK_ORDER: another order, or a view first, would deadlock with writers. Objects in our schemas that no file contains
+any more are dropped. It is an error if other objects depend on them.
 
 The login that deploys owns the database, may create roles, and is a member of the role that owns our schemas. It need
 not be a superuser.
@@ -47,7 +47,7 @@ OTHER_DEPLOY_SECONDS_MAX = 600.0
 
 @dataclass(frozen=True)
 class DeployResult:
-    """What a deploy did; `attempts` counts its transactions, those given up for a lock included."""
+    """The result of a deploy; `attempts` counts its transactions, including those given up for a lock."""
 
     outcome: Literal["created", "changed", "unchanged"]
     migrations: list[str]
@@ -65,7 +65,7 @@ def deploy(
     lock_seconds_max: float = 60.0,
     say: ShowProgress = lambda _: None,
 ) -> DeployResult:
-    """Bring the database at `url` to a version, by default the installed one; `force` repeats what is there already.
+    """Bring the database at `url` to a version, by default the installed one; `force` writes everything again.
 
     Tries for `lock_seconds_max` to get its locks. Raises DeployError, with file and line where a statement failed.
     """
@@ -135,7 +135,7 @@ class DeployRun:
         self.in_short_transaction(self.create_everything)
 
     def create_everything(self) -> None:
-        """The state, Procrastinate's state, the behaviour."""
+        """Create our state, Procrastinate's state, the behaviour."""
         self.execute_all(self.source.schema)
         owner = self.owner()
         self.conn.execute("reset role")
@@ -162,7 +162,7 @@ class DeployRun:
         self.in_short_transaction(partial(self.migrate, together, then=self.write_behaviour))
 
     def in_short_transaction(self, work: Callable[[], None]) -> None:
-        """Do the work in one transaction that gives up rather than let others queue behind it, until it succeeds."""
+        """Do the work in one transaction with a short lock timeout; repeat it until it succeeds or the time is over."""
         deadline = time.monotonic() + self.lock_seconds_max
         migrated = list(self.migrated)
         while True:
@@ -215,7 +215,7 @@ class DeployRun:
         self.conn.execute("reset role")
 
     def drop_unfinished_index(self, statement: Statement) -> None:
-        """Drop what an interrupted `create index concurrently` left: in use by nobody, in the way of the next try."""
+        """Drop the unusable index that an interrupted `create index concurrently` left."""
         schema = statement.table.rpartition(".")[0] or "procrastinate"
         unfinished = self.conn.execute(
             "select from pg_index join pg_class c on c.oid = indexrelid join pg_namespace n on n.oid = relnamespace"
@@ -227,7 +227,7 @@ class DeployRun:
             self.conn.execute(sql.SQL("drop index concurrently if exists {}").format(name))
 
     def lock_tables(self, migrations: Iterable[Migration]) -> None:
-        """Lock the tables to be altered or to get a trigger, in the order in which everybody locks them."""
+        """Lock the tables to be altered or to get a trigger, in LOCK_ORDER."""
         modes: dict[str, LiteralString] = {
             trigger.table: "share row exclusive"
             for trigger in self.changed_views_and_triggers()
@@ -253,7 +253,7 @@ class DeployRun:
     # --- behaviour
 
     def write_behaviour(self) -> None:
-        """Write db/*.sql and drop what is in none of them."""
+        """Write db/*.sql and drop objects that no file contains."""
         self.execute_all(read_statements(BOOKKEEPING))
         stale = self.changed_views_and_triggers()
         for statement in self.source.statements:
@@ -290,7 +290,7 @@ class DeployRun:
         self.written.append(statement.identity)
 
     def drop_removed_objects(self) -> None:
-        """Drop what an earlier deploy wrote and this one doesn't know, each after what depends on it."""
+        """Drop the objects that no file contains, each after those that depend on it."""
         wanted = {(each.kind, each.identity) for each in (*self.source.schema, *self.source.statements)}
         left = [each for each in self.objects() if (each.kind, each.identity) not in wanted]
         while left:
@@ -304,7 +304,7 @@ class DeployRun:
                     needed.append(each)
                     reason = f"{error.diag.message_primary}: {error.diag.message_detail}"
             if len(needed) == len(left):
-                raise DeployError(f"{reason}. No file of db/ has it any more, but somebody has built on it")
+                raise DeployError(f"{reason}. No file of db/ has it any more, but other objects depend on it")
             left = needed
 
     def drop(self, leftover: DatabaseObject) -> None:
@@ -313,7 +313,7 @@ class DeployRun:
         self.conn.execute(f"drop {kind} {leftover.name}".encode())
 
     def refuse_overloads(self) -> None:
-        """A changed signature makes a second function beside the first, which would live on unseen."""
+        """A changed signature would create a second function beside the old one."""
         files = (*self.source.schema, *self.source.statements)
         wanted = Counter(each.identity for each in files if each.kind == "function")
         there = [each for each in self.objects() if each.kind == "function"]
@@ -322,7 +322,7 @@ class DeployRun:
             raise DeployError(f"a changed signature is a new name; there would be {signatures}")
 
     def record_deploy(self) -> None:
-        """Leave a record to the next deploy and to whoever asks what happened."""
+        """Record the deploy."""
         there: dict[tuple[str, str], str] = {(each.kind, each.identity): each.definition for each in self.objects()}
         self.conn.execute("delete from deploy.objects")
         with self.conn.cursor() as cursor:
@@ -374,7 +374,7 @@ class DeployRun:
             self.execute(statement)
 
     def execute(self, statement: Statement) -> None:
-        """Execute a statement; an error that won't pass tells its place."""
+        """Execute a statement; an error that no repetition cures names its place."""
         self.current_step = location_of(statement)
         try:
             self.conn.execute(statement.text.encode())

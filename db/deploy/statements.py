@@ -1,7 +1,7 @@
-"""Split SQL files into statements and tell what each one creates or alters.
+"""Split SQL files into statements, and find the object that each creates or alters.
 
-A statement keeps its file and line, so that an error can say where it stands. Known are line and block comments, plain,
-quoted and dollar-quoted text and the bodies of `begin atomic … end`; psql's backslash commands are not.
+A statement keeps its file and line for error messages. The splitter knows line and block comments, plain, quoted and
+dollar-quoted text, and bodies of `begin atomic … end`. It doesn't know psql's backslash commands.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def test_discarding_a_refund_is_refused_while_the_provider_may_have_made_it(conn
 def test_discarding_a_capture_never_made_keeps_the_authorization(conn: Connection, status: int | None) -> None:
     letter, payment_id = letters.capture(conn, "sent" if status else "unsent", status)
     outcome, detail = discard(conn, letter)
-    assert outcome == "discarded" and "stays held" in detail
+    assert outcome == "discarded" and "keeps the authorization" in detail
     assert state_of(conn, payment_id) == "authorized"
     assert violations(conn) == {}
 
@@ -208,7 +208,7 @@ def test_dead_letter_is_shown_on_one_screen_with_everything_needed_to_decide(con
     text = "\n".join(shown)
     assert "payment     submitting, 100.00 USD; at Stripe: no object (heard at " in text
     assert "replay      creates the intent under the same key, or looks for it first" in text
-    assert "discard     ends the payment as failed, tells the merchant" in text
+    assert "discard     ends the payment as failed, notifies the merchant" in text
     assert f'surety dead-letters replay {letter} --reason "…"' in text
     assert f'surety dead-letters discard {letter} --reason "…"' in text
 
@@ -216,7 +216,7 @@ def test_dead_letter_is_shown_on_one_screen_with_everything_needed_to_decide(con
 def test_dead_letter_that_cannot_be_discarded_is_shown_with_the_reason(conn: Connection, database: str) -> None:
     letter, _ = letters.unanswered(conn)
     shown = surety(database, "dead-letters", "show", letter).stdout
-    assert "at Stripe: unknown: what was sent has no answer" in shown
+    assert "at Stripe: unknown: the last call has no answer" in shown
     assert "discard     is refused: the provider may hold a charge" in shown
     assert "dead-letters discard" not in shown
 
@@ -257,8 +257,8 @@ def test_refusal_is_printed_and_sets_the_exit_status(conn: Connection, database:
         (("discard", "dl_17", "--reason", "x"), "there is no dead letter dl_17"),
         (("replay", "dl_17"), "--reason"),
         (("replay", "dl_17", "--reason", " "), "--reason must say why"),
-        (("discard", "--reason", "x"), "say which to discard"),
-        (("discard", "dl_17", "--error", "x", "--reason", "x"), "say which to discard"),
+        (("discard", "--reason", "x"), "name the letters to discard"),
+        (("discard", "dl_17", "--error", "x", "--reason", "x"), "name the letters to discard"),
     ],
 )
 def test_invalid_argument_is_reported_in_one_line(database: str, arguments: tuple[str, ...], message: str) -> None:

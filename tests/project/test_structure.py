@@ -38,7 +38,6 @@ LARGE_FOLDERS = {
 }
 # The sandbox is a program of its own with the provider's words, so its functions are not compared.
 REPEATED_FUNCTIONS = {
-    "count_noun": "to be one",
     "create_app": "the application of each of the two HTTP processes",
     "deploy": "the function, and the command that calls it",
 }

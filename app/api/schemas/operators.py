@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 from app.api.schemas.fields import Limit, whole
 from app.status_findings import FindingId
 
+DeadLetterAction = Literal["replay", "discard"]
 LetterStatus = Literal["open", "replayed", "discarded", "resolved"]
 LetterId = Annotated[str, Meta(pattern=whole("dl_[0-9a-f]{32}"), extra={"form": "must be a dead letter's id"})]
 HandlerName = Annotated[str, Meta(min_length=1, max_length=63, description="Only those of one handler.")]
@@ -56,7 +57,7 @@ class LastKnownProviderState(Struct):
 class DiscardEffect(Struct):
     """The effect of discarding, or the reason why it is refused."""
 
-    verdict: Literal["fail", "call_off", "forget", "refuse"]
+    verdict: Literal["fail", "cancel", "forget", "refuse"]
     detail: str
 
 

@@ -48,7 +48,7 @@ begin atomic
                 when p_letter.handler = 'submit' and subject.state = 'submitting' and subject.is_undone then 'fail'
                 when p_letter.handler = 'submit' and subject.state <> 'submitting' then 'forget'
                 when p_letter.handler = 'confirm' and subject.state <> 'provider_submitted' then 'forget'
-                when p_letter.handler = 'confirm' and subject.is_undone then 'call_off'
+                when p_letter.handler = 'confirm' and subject.is_undone then 'cancel'
                 else 'refuse'
             end as verdict
         from (values (p_letter.id)) as asked (letter_id)
@@ -61,23 +61,23 @@ begin atomic
             when 'fail' then
                 case p_letter.handler
                     when 'refund' then 'ends the refund as failed, gives its amount back to the merchant'
-                    when 'capture' then 'ends the capture as refused: what is held stays held'
+                    when 'capture' then 'ends the capture as refused, keeps the authorization'
                     else 'ends the payment as failed'
                 end
-                || ', tells the merchant, keeps the record: '
+                || ', notifies the merchant, keeps the record: '
                 || case
                     when judged.first_sent_at is null then 'nothing was sent'
                     else 'the provider refused to do it (' || judged.status || ')'
                 end
-            when 'call_off' then
+            when 'cancel' then
                 'asks the provider to cancel ' || judged.provider_id
                 || ', which was never confirmed; the payment ends when it has answered'
             when 'forget' then
                 'closes the letter, keeps the record'
                 || coalesce('; the payment stays ' || judged.state, '')
                 || case
-                    when p_letter.handler = 'settle' then ', and nobody is told if its money stays away'
-                    when p_letter.handler = 'evidence' then ', and the network is not told, unless more is given'
+                    when p_letter.handler = 'settle' then ', and a missing settlement opens no discrepancy'
+                    when p_letter.handler = 'evidence' then ', and the evidence is not sent, unless more is given'
                     when p_letter.type = 'payment.orphan_found'
                         then ', and ' || (p_letter.payload ->> 'object_id') || ', which was never confirmed, stays'
                     else ''
@@ -89,7 +89,7 @@ begin atomic
                     else 'the provider may hold a charge'
                 end
                 || coalesce(
-                    ', for what became of the ' || p_letter.handler
+                    ', because the outcome of the ' || p_letter.handler
                     || ' sent at ' || surety.format_time(judged.last_sent_at)
                     || ' is unknown',
                     ''
@@ -99,9 +99,9 @@ begin atomic
 end;
 
 comment on function outbox.discard_verdict(outbox.dead_letters) is
-'The effect of a discard, judged by what is known.
+'The effect of a discard, judged by the known facts.
 fail: nothing was sent, or the provider refused it; the payment or refund ends as failed, a capture as refused.
-call_off: the provider holds an intent that was never confirmed; it is canceled.
+cancel: the provider holds an intent that was never confirmed; it is canceled.
 forget: the event has nothing left to do, or affects nothing outside; only the letter is closed.
 refuse: the provider may hold a charge; a replay asks the provider.';
 
@@ -114,11 +114,11 @@ begin atomic
         when 'cancel' then 'asks about the intent first, and cancels it only if it still lives'
         when 'capture' then 'asks about the intent first, and captures it only if it is still held'
         when 'refund' then 'looks for the refund among those of the payment first: at most one will exist'
-        when 'evidence' then 'sends all that was given, as it is sent once more and told once'
+        when 'evidence' then 'sends all evidence again, which the provider accepts as an update'
         when 'apply' then 'reads the webhook again; facts that are known change nothing'
-        when 'settle' then 'opens the expectation of money, unless it is open'
-        when 'close' then 'closes the expectation of money, unless it is closed'
-        else 'hands the event to its handler again, which asks before it sends'
+        when 'settle' then 'opens the expected settlement, unless it is open'
+        when 'close' then 'closes the expected settlement, unless it is closed'
+        else 'gives the event to its handler again, which asks before it sends'
     end;
 end;
 
@@ -258,7 +258,7 @@ begin
         return query select 'not_found', 'there is no dead letter ' || p_id;
         return;
     elsif v_letter.closed_as = 'discarded' then
-        return query select 'refused', 'it was discarded by ' || coalesce(v_letter.closed_by, 'somebody') || ': '
+        return query select 'refused', 'it was discarded by ' || coalesce(v_letter.closed_by, 'an operator') || ': '
             || v_letter.closed_because;
         return;
     elsif v_letter.closed_at is not null then
@@ -337,14 +337,14 @@ begin
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor, request_id)
         select p.id, p.version + 1, p.state, 'failed', 'discarded', v_now, p_actor, p_request_id
         from surety.payments as p where p.id = v_letter.payment_id;
-    elsif v_verdict = 'call_off' then
+    elsif v_verdict = 'cancel' then
         perform outbox.emit_event(
             'payment', p.id, 'payment.action_overdue',
             jsonb_build_object('payment_id', p.id, 'reason', 'discarded'), null, p.version)
         from surety.payments as p where p.id = v_letter.payment_id;
     end if;
     perform outbox.audit_dead_letter_action(v_letter, 'discarded', p_actor, p_reason, p_request_id, p_address);
-    if v_verdict = 'call_off' then
+    if v_verdict = 'cancel' then
         perform outbox.schedule_handlers(array['cancel']);
     end if;
     return query select 'discarded', v_detail;

@@ -202,7 +202,7 @@ begin
                 'asked', p.poll_count)
             from surety.payments as p
             where p.id = least(
-                -- By time, not by id: the index of what is asked about is small, that of ids is not.
+                -- By time, not by id: the index of polled payments is small, that of ids is not.
                 (select a.id from surety.payments as a where a.poll_at is not null order by a.created_at limit 1),
                 (select min(e.payment_id) from surety.unfinished_payments_in_retry(v_count_max) as e)
             )
