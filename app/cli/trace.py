@@ -38,7 +38,7 @@ def trace(payment_id: str, as_json: bool) -> None:
 
 
 def read_summary(conn: Connection, payment_id: str) -> dict[str, Any]:
-    """A payment in one line. Raises NoSuchPayment."""
+    """The summary of a payment. Raises NoSuchPayment."""
     cursor = conn.execute(
         "select amount, state, merchant, reference, provider_id, charges, refunds, disputes, steps, transfers,"
         " still_open from surety.payment_summary(%s)",
@@ -51,7 +51,7 @@ def read_summary(conn: Connection, payment_id: str) -> dict[str, Any]:
 
 
 def read_entries(conn: Connection, payment_id: str) -> list[dict[str, Any]]:
-    """What happened to a payment, oldest first."""
+    """The entries of a payment's trace, the oldest first."""
     cursor = conn.execute(
         "select at, kind, actor, summary, from_state, to_state, outcome, duration_ms, data"
         " from surety.trace_payment(%s)",
@@ -142,12 +142,12 @@ def describe_entry(entry: dict[str, Any]) -> Text:
 
 
 def provider_name(entry: dict[str, Any]) -> str:
-    """Who was called."""
+    """The provider of a call."""
     return str(entry["data"].get("provider", "stripe")).capitalize()
 
 
 def format_gap(between: timedelta) -> str:
-    """How long after the line before, in the unit that people would use."""
+    """The time since the line before."""
     seconds = between.total_seconds()
     if seconds < 1:
         return f"+{seconds * 1000:.0f} ms"

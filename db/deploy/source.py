@@ -23,7 +23,7 @@ BOOKKEEPING = Path(__file__).parent / "bookkeeping.sql"
 
 
 def state_folder() -> Path:
-    """The folder of schema.sql and migrations/: in the package if that came as a wheel, else the checkout's root."""
+    """The folder of schema.sql and migrations/: in the package of a wheel, else the root of the checkout."""
     for folder in (PACKAGE / "_state", PACKAGE.parent):
         if (folder / "schema.sql").is_file():
             return folder
@@ -62,12 +62,12 @@ class VersionFiles:
 
     @cached_property
     def schemas(self) -> list[str]:
-        """The schemas that are ours: those that schema.sql creates."""
+        """Our schemas: those that schema.sql creates."""
         return [statement.name for statement in self.schema if statement.kind == "schema"]
 
     @cached_property
     def statements(self) -> list[Statement]:
-        """The statements of db/*.sql. Raises DeployError if one couldn't be deployed twice."""
+        """The statements of db/*.sql. Raises DeployError for one that can't be repeated."""
         found = [statement for path in self.behaviour for statement in read_statements(path)]
         for statement in found:
             if statement.kind in ("function", "view") and not statement.replaces:
@@ -80,7 +80,7 @@ class VersionFiles:
 
     @cached_property
     def migrations(self) -> list[Migration]:
-        """Our deltas, in the order of their names; a release's baseline is none. Raises DeployError for behaviour."""
+        """Our migrations in the order of their names, without baselines. Raises DeployError for behaviour in one."""
         paths = sorted((self.state / "migrations").glob("*.sql"))
         found = [Migration("surety", path) for path in paths if not path.name.endswith("baseline.sql")]
         for statement in (statement for migration in found for statement in migration.statements):
@@ -92,7 +92,7 @@ class VersionFiles:
 
     @cached_property
     def procrastinate_migrations(self) -> list[Migration]:
-        """The deltas of Procrastinate's package."""
+        """The migrations of Procrastinate's package."""
         return [Migration("procrastinate", path) for path in sorted((self.procrastinate / "migrations").glob("*.sql"))]
 
     @cached_property
@@ -106,7 +106,7 @@ class VersionFiles:
 
 @dataclass(frozen=True)
 class Migration:
-    """A delta to the state, of ours or of Procrastinate's."""
+    """A migration of the state, ours or Procrastinate's."""
 
     origin: Literal["surety", "procrastinate"]
     path: Path
@@ -118,12 +118,12 @@ class Migration:
 
     @property
     def key(self) -> tuple[str, str]:
-        """How it is recorded."""
+        """Its key in deploy.migrations."""
         return self.origin, self.path.name
 
     @property
     def search_path(self) -> str:
-        """Where its names are looked up: Procrastinate's files name no schema, ours name all."""
+        """Its search_path: Procrastinate's files name no schema, ours name all."""
         return "procrastinate" if self.origin == "procrastinate" else "pg_catalog"
 
     @property
@@ -135,7 +135,7 @@ class Migration:
 
     @property
     def waits_for_new_code(self) -> bool:
-        """Procrastinate's rule: such a one runs only when no worker of the version before is left."""
+        """Whether it may run only after all workers of the version before have ended, by Procrastinate's rule."""
         return self.origin == "procrastinate" and "_post_" in self.path.name
 
 

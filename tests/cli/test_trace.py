@@ -1,4 +1,4 @@
-"""What a payment's trace tells of what came after the charge, and of what went wrong on the way."""
+"""Traces of refunds, disputes, settlements and failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def paid(conn: Connection) -> tuple[str, bytes]:
 
 
 def receive_webhook(conn: Connection, payment_id: str, event: str, *facts: Fact) -> None:
-    """Facts that a webhook tells."""
+    """Record facts of a webhook."""
     row = conn.execute(
         "insert into surety.provider_events (id, provider, account, livemode, event_id, type, headers, body,"
         " received_at)"
@@ -115,7 +115,7 @@ def fail(conn: Connection, handler: str, error: str) -> None:
 
 
 def entries(conn: Connection, key_hash: bytes, payment_id: str) -> list[dict[str, Any]]:
-    """What the merchant is told."""
+    """The entries of the merchant's trace."""
     row = conn.execute("select body::json from api.get_trace(%s, %s)", (key_hash, payment_id)).fetchone()
     assert row is not None
     output: list[dict[str, Any]] = row[0]["entries"]

@@ -34,7 +34,7 @@ where steps.version > 1 and transitions.from_state is null;
 comment on view invariant.steps_are_legal is 'every step is legal';
 
 create or replace view invariant.payments_match_facts as
--- State and amounts are one invariant, because deriving them from the facts is what costs here.
+-- State and amounts are one invariant, because both need the expensive derivation from the facts.
 select payments.id as subject
 from surety.payments
 left join

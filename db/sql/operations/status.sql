@@ -24,7 +24,7 @@ begin
     )
     select
         (select count(*) from waiting),
-        -- The time is in the id.
+        -- An id begins with its time.
         (
             select to_timestamp(('x' || lpad(substr(min(w.id collate "C"), 5, 12), 16, '0'))::bit(64)::bigint / 1000.0)
             from waiting as w
