@@ -1,4 +1,4 @@
--- Checks of facts: what can't be right becomes a discrepancy, never an error.
+-- Checks of facts: a contradiction becomes a discrepancy, never an error.
 
 create or replace function surety.mark_mismatched_facts(p_facts surety.facts[], p_at timestamptz) returns surety.facts[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp
