@@ -1,4 +1,4 @@
-"""The HTTP API over real sockets: what merchants' systems may rely on, and what is refused and how."""
+"""The HTTP API over real sockets: guarantees to merchants' systems, and refusals."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"return_url": "javascript:alert(1)"}, "/return_url", "pattern"),
     ({"return_url": "/return"}, "/return_url", "pattern"),
     ({"return_url": "https://shop.example/" + "x" * 2048}, "/return_url", "max_length"),
-    ({"customer": {"email": "nobody"}}, "/customer/email", "pattern"),
+    ({"customer": {"email": "no-address"}}, "/customer/email", "pattern"),
     ({"customer": {"phone": "1"}}, "/customer/phone", "known"),
     ({"metadata": {"n": 9}}, "/metadata/n", "type"),
     ({"metadata": {"k" * 41: "v"}}, "/metadata/" + "k" * 41, "key_max_length"),
@@ -439,8 +439,8 @@ def test_idempotency_key_of_maximum_length_and_unusual_characters_is_accepted(me
 # ------------------------------------------------------------------------------------------------------- who may ask
 
 
-def strangers() -> dict[str, str]:
-    """Headers that let nobody in."""
+def invalid_credentials() -> dict[str, str]:
+    """Authorization headers that are refused."""
     known = new_key(livemode=False).text
     misspelt = known[:20] + ("a" if known[20] != "a" else "b") + known[21:]
     return {
@@ -453,7 +453,7 @@ def strangers() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("authorization", strangers().values(), ids=strangers())
+@pytest.mark.parametrize("authorization", invalid_credentials().values(), ids=invalid_credentials())
 def test_authentication_precedes_every_other_check(merchant: Merchant, authorization: str) -> None:
     for body in (payment(), b"no json", payment(amount=0)):
         problem(merchant.post(body, Authorization=authorization), 401, "unauthenticated")

@@ -49,7 +49,7 @@ class EchoRequest(msgspec.Struct):
 
 @pytest.fixture
 def echo(conn: Connection) -> Connection:
-    """A function that keeps what it hears and tells the batch's size; unless told to hurry, it waits for the lock."""
+    """A function that stores its batch and returns its size; it waits for a lock unless the first text is `hurry`."""
     conn.execute(MAKE_ECHO.encode())
     return conn
 
@@ -99,13 +99,13 @@ def waiting(conn: Connection) -> list[int]:
 async def until(condition: Callable[[], Any]) -> Any:
     """What a condition gives once it is true."""
     async with asyncio.timeout(20):
-        while not (found := condition()):  # noqa: ASYNC110  what is waited for happens in PostgreSQL
+        while not (found := condition()):  # noqa: ASYNC110  the condition is a state of PostgreSQL
             await asyncio.sleep(0.001)
     return found
 
 
 @asynccontextmanager
-async def opened_lanes(
+async def opened_batching(
     settings: Settings, statement: bytes = ECHO, **options: Any
 ) -> AsyncGenerator[BatchingConnections]:
     async def connect() -> AsyncConnection[Row]:
@@ -125,12 +125,12 @@ async def send_words(batching: BatchingConnections, *words: str) -> Sequence[Any
 
 
 async def test_single_request_is_sent_at_once(echo: Connection, settings: Settings) -> None:
-    async with opened_lanes(settings, connections=1) as batching:
+    async with opened_batching(settings, connections=1) as batching:
         assert (await batching.submit(EchoRequest("alone")))[1] == 1
 
 
 async def test_requests_that_wait_during_a_batch_form_the_next_batch(echo: Connection, settings: Settings) -> None:
-    async with opened_lanes(settings, connections=1) as batching:
+    async with opened_batching(settings, connections=1) as batching:
         acquire_lock(echo)
         first = batching.submit(EchoRequest("first"))
         await until(lambda: waiting(echo))
@@ -141,19 +141,19 @@ async def test_requests_that_wait_during_a_batch_form_the_next_batch(echo: Conne
 
 
 async def test_batch_size_is_bounded(echo: Connection, settings: Settings) -> None:
-    async with opened_lanes(settings, connections=1, batch_max=4) as batching:
+    async with opened_batching(settings, connections=1, batch_max=4) as batching:
         rows = await send_words(batching, *(f"w{n}" for n in range(10)))
         assert [row[1] for row in rows] == [4] * 8 + [2] * 2
 
 
 @pytest.mark.parametrize("parallel_batch_min", [2, 5])
-async def test_second_lane_starts_when_enough_requests_wait_to_share_its_cost(
+async def test_second_connection_starts_when_enough_requests_wait_to_share_its_cost(
     echo: Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch, parallel_batch_min: int
 ) -> None:
     monkeypatch.setattr("app.web.batching.QUEUED_SECONDS_MAX", 60.0)
     monkeypatch.setattr("app.web.batching.PARALLEL_BATCH_MIN", parallel_batch_min)
     enough = max(3, parallel_batch_min)
-    async with opened_lanes(settings, connections=3) as batching:
+    async with opened_batching(settings, connections=3) as batching:
         acquire_lock(echo)
         stuck = [batching.submit(EchoRequest(f"stuck{n}")) for n in range(3)]
         await until(lambda: waiting(echo))
@@ -166,8 +166,8 @@ async def test_second_lane_starts_when_enough_requests_wait_to_share_its_cost(
         assert [row[1] for row in await asyncio.gather(*stuck)] == [3] * 3
 
 
-async def test_blocked_lane_does_not_block_other_lanes(echo: Connection, settings: Settings) -> None:
-    async with opened_lanes(settings, connections=2) as batching:
+async def test_blocked_connection_does_not_block_the_others(echo: Connection, settings: Settings) -> None:
+    async with opened_batching(settings, connections=2) as batching:
         acquire_lock(echo)
         stuck = batching.submit(EchoRequest("stuck"))
         [session] = await until(lambda: waiting(echo))
@@ -181,7 +181,7 @@ async def test_one_bad_request_does_not_fail_its_batch(
     echo: Connection, settings: Settings, bad: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = [f"w{n:02}" if n != bad else "bad" for n in range(20)]
-    async with opened_lanes(settings, connections=1) as batching:
+    async with opened_batching(settings, connections=1) as batching:
         rows = await send_words(batching, *words)
         assert (await batching.submit(EchoRequest("x")))[1] == 1
     refused = rows[bad]
@@ -196,7 +196,7 @@ async def test_text_that_postgresql_cannot_store_does_not_fail_its_batch(conn: C
     key = new_key(livemode=False)
     conn.execute("select surety.add_api_key(surety.add_merchant('Acme Books'), %s, %s)", (key.hash, key.hint))
     asked = [create_request(key, description="a\0b" if n == 5 else None) for n in range(12)]
-    async with opened_lanes(settings, CREATE_PAYMENTS, connections=1) as batching:
+    async with opened_batching(settings, CREATE_PAYMENTS, connections=1) as batching:
         rows = await asyncio.gather(*map(batching.submit, asked), return_exceptions=True)
     assert isinstance(rows[5], RefusedByDatabase)
     assert [row[1] for row in rows if isinstance(row, tuple)] == [201] * 11
@@ -204,7 +204,7 @@ async def test_text_that_postgresql_cannot_store_does_not_fail_its_batch(conn: C
 
 
 async def test_request_beyond_the_bounded_queue_is_refused_at_once(echo: Connection, settings: Settings) -> None:
-    async with opened_lanes(settings, connections=1, queue_max=3) as batching:
+    async with opened_batching(settings, connections=1, queue_max=3) as batching:
         acquire_lock(echo)
         first = batching.submit(EchoRequest("a"))
         await until(lambda: waiting(echo))
@@ -218,7 +218,7 @@ async def test_request_beyond_the_bounded_queue_is_refused_at_once(echo: Connect
 
 
 async def test_burst_is_queued_and_sustained_overload_is_refused(echo: Connection, settings: Settings) -> None:
-    async with opened_lanes(settings, connections=1, sustained_max=8) as batching:
+    async with opened_batching(settings, connections=1, sustained_max=8) as batching:
         await batching.submit(EchoRequest("calm"))
         acquire_lock(echo)
         burst = [batching.submit(EchoRequest(f"w{n}")) for n in range(100)]
@@ -232,7 +232,7 @@ async def test_burst_is_queued_and_sustained_overload_is_refused(echo: Connectio
 
 
 async def test_batch_is_retried_after_its_connection_was_lost(echo: Connection, settings: Settings) -> None:
-    async with opened_lanes(settings, connections=1) as batching:
+    async with opened_batching(settings, connections=1) as batching:
         acquire_lock(echo)
         answers = [batching.submit(EchoRequest(word)) for word in "abc"]
         [session] = await until(lambda: waiting(echo))
@@ -249,7 +249,7 @@ async def test_outage_is_noticed_only_if_longer_than_the_retry_limit(settings: S
         with psycopg.connect(server.url, autocommit=True) as conn:
             conn.execute(MAKE_ECHO.encode())
         there = msgspec.structs.replace(settings, database_url=DatabaseAddress(server.url))
-        async with opened_lanes(there, connections=2, retry_seconds_max=0.5) as batching:
+        async with opened_batching(there, connections=2, retry_seconds_max=0.5) as batching:
             await batching.submit(EchoRequest("before"))
             server.halt("immediate")
             with pytest.raises(Unavailable):
@@ -262,7 +262,7 @@ async def test_outage_is_noticed_only_if_longer_than_the_retry_limit(settings: S
                 assert echoed_texts(conn) == ["before", "meanwhile"]
 
 
-async def test_lanes_open_during_an_outage_but_not_on_permanent_errors(settings: Settings) -> None:
+async def test_connections_open_during_an_outage_but_not_on_permanent_errors(settings: Settings) -> None:
     failures: list[psycopg.Error] = [psycopg.OperationalError("away"), psycopg.ProgrammingError("no such database")]
 
     async def connect() -> AsyncConnection[Any]:
@@ -277,7 +277,7 @@ async def test_lanes_open_during_an_outage_but_not_on_permanent_errors(settings:
 
 
 async def test_a_function_replaced_by_a_deploy_fails_no_request(echo: Connection, settings: Settings) -> None:
-    async with opened_lanes(settings, b"select * from public.echo(%s)", connections=1) as batching:
+    async with opened_batching(settings, b"select * from public.echo(%s)", connections=1) as batching:
         assert len(await batching.submit(EchoRequest("a"))) == 3
         definition = echo.execute("select pg_get_functiondef('public.echo'::regproc)").fetchone()
         assert definition is not None
@@ -293,7 +293,7 @@ async def test_a_function_replaced_by_a_deploy_fails_no_request(echo: Connection
 async def test_batch_is_not_split_for_errors_that_no_request_caused(
     echo: Connection, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with opened_lanes(settings, connections=1) as batching:
+    async with opened_batching(settings, connections=1) as batching:
         echo.execute("alter function public.echo(jsonb) rename to other")
         rows = await send_words(batching, *(f"w{n}" for n in range(10)))
         assert {type(row) for row in rows} == {Unavailable}
@@ -306,13 +306,13 @@ async def test_restored_database_accepts_nothing(conn: Connection, settings: Set
     key = new_key(livemode=False)
     conn.execute("select surety.add_api_key(surety.add_merchant('Acme Books'), %s, %s)", (key.hash, key.hint))
     conn.execute("update outbox.restore_generations set system_identifier = 1")
-    async with opened_lanes(settings, CREATE_PAYMENTS, connections=1) as batching:
+    async with opened_batching(settings, CREATE_PAYMENTS, connections=1) as batching:
         with pytest.raises(Unavailable):
             await batching.submit(create_request(key))
 
 
 async def test_closing_finishes_waiting_requests_and_refuses_new_ones(echo: Connection, settings: Settings) -> None:
-    async with opened_lanes(settings, connections=1, batch_max=2) as batching:
+    async with opened_batching(settings, connections=1, batch_max=2) as batching:
         acquire_lock(echo)
         answers = [batching.submit(EchoRequest(f"w{n}")) for n in range(7)]
         await until(lambda: waiting(echo))
@@ -332,14 +332,14 @@ async def test_wakeups_are_sent_one_at_a_time_and_coalesced(
     gates = [asyncio.Event() for _ in range(3)]
     begun: list[asyncio.Event] = []
 
-    async def kick() -> None:
+    async def schedule() -> None:
         gate = gates[len(begun)]
         begun.append(gate)
         await gate.wait()
         if len(begun) == 1:
             raise failure
 
-    scheduler = WorkerScheduler(kick, interval_seconds=0)
+    scheduler = WorkerScheduler(schedule, interval_seconds=0)
     scheduler.schedule()
     await until(lambda: len(begun) == 1)
     for _ in range(100):

@@ -1,6 +1,6 @@
-"""What nobody would send, sent: by a fuzzer that reads our own description of the API, and text by text by Hypothesis.
+"""Unlikely requests: from a fuzzer that reads the OpenAPI document, and from Hypothesis, text by text.
 
-Nothing of it is a 5xx, no answer differs from its description, no secret is stored, no webhook lost.
+No answer is a 5xx or differs from its description, no secret is stored, no webhook is lost.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tests.support.http_client import (
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 SEED = "2026"
-# What is valid by its description may still be refused: a currency has its own smallest amount, a key names one
-# request, a cursor has to be one of ours.
+# A request that is valid by its description may still be refused: a currency has its own smallest amount, an
+# Idempotency-Key belongs to one request, a cursor must come from an answer.
 LEFT_OUT = "positive_data_acceptance"
 
 _numbers = itertools.count(1)

@@ -1,4 +1,4 @@
-"""More than can be served, over real sockets: what is under way is finished, what comes is refused at once."""
+"""Load shedding over real sockets: under overload, requests under way are finished and new ones refused at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.http_client import (
 )
 from tests.support.sandbox_process import eventually
 
-STANDING_MAX = 64
+SUSTAINED_MAX = 64
 
 
 @contextmanager
@@ -53,12 +53,12 @@ def test_overload_is_refused_at_once_and_no_accepted_payment_is_lost(database: s
         api = stack.enter_context(running_server("api", database))
         merchant = Merchant(conn, api.url)
         stack.callback(merchant.client.close)
-        pool = stack.enter_context(ThreadPoolExecutor(STANDING_MAX))
+        pool = stack.enter_context(ThreadPoolExecutor(SUSTAINED_MAX))
         merchant.pay()
         where = urlsplit(api.url)
         assert where.hostname and where.port
         with stalled(database):
-            waiting: list[Future[httpx.Response]] = [pool.submit(merchant.post) for _ in range(STANDING_MAX)]
+            waiting: list[Future[httpx.Response]] = [pool.submit(merchant.post) for _ in range(SUSTAINED_MAX)]
             refused = eventually(lambda: post_briefly(merchant), 10)
             document = problem(refused, 503, "overloaded")
             assert refused.headers["retry-after"] == "1" and "date" in refused.headers

@@ -111,15 +111,15 @@ def test_discard_ends_the_payment_unless_the_provider_may_hold_a_charge(ada: Cli
 def test_bulk_action_decides_each_matching_dead_letter_separately(ada: Client, rights: Connection) -> None:
     refused, unknown = letters.refused(rights)[0], letters.unanswered(rights)[0]
     path = f"{LETTERS}/discard"
-    told = ada.post(path, json={"reason": "a bad day", "handler": "submit", "error": "usx", "dry_run": True}).json()
-    strictly(told, DecisionResultList)
-    assert (refused, "would_discard") in [(done["id"], done["outcome"]) for done in told["data"]]
+    answer = ada.post(path, json={"reason": "a bad day", "handler": "submit", "error": "usx", "dry_run": True}).json()
+    strictly(answer, DecisionResultList)
+    assert (refused, "would_discard") in [(done["id"], done["outcome"]) for done in answer["data"]]
     assert letters.closed_as(rights, refused) is None
-    told = ada.post(path, json={"reason": "a bad day", "handler": "submit"}).json()
-    outcomes = {done["id"]: done["outcome"] for done in told["data"]}
+    answer = ada.post(path, json={"reason": "a bad day", "handler": "submit"}).json()
+    outcomes = {done["id"]: done["outcome"] for done in answer["data"]}
     assert (outcomes[refused], outcomes[unknown]) == ("discarded", "refused")
-    told = ada.post(f"{LETTERS}/replay", json={"reason": "ask", "error": "no answer"}).json()
-    assert {done["id"]: done["outcome"] for done in told["data"]}[unknown] == "replayed"
+    answer = ada.post(f"{LETTERS}/replay", json={"reason": "ask", "error": "no answer"}).json()
+    assert {done["id"]: done["outcome"] for done in answer["data"]}[unknown] == "replayed"
     assert broken_rules(ada.post(path, json={"reason": "all"})) == {("/handler", "required")}
 
 
@@ -189,19 +189,21 @@ def test_a_revoked_key_opens_nothing(api: ServerProcess, module_database: str, r
     problem(refused, 401, "unauthenticated")
     assert entries(rights, refused.headers["request-id"]) == [("denied", "operator:bob", "unauthenticated")]
     problem(httpx.get(f"{api.url}{LETTERS}"), 401, "unauthenticated")
-    told = rights.execute(
+    answer = rights.execute(
         "select outcome from audit.entries where snapshot ->> 'operator' = 'bob' order by id"
     ).fetchall()
-    assert told == [("operator key created",), ("operator key revoked",)]
+    assert answer == [("operator key created",), ("operator key revoked",)]
 
 
 def test_status_equals_the_output_of_the_status_command(ada: Client, module_database: str) -> None:
-    told = ada.get("/v1/operator/status").json()
-    strictly(told, StatusReport)
+    answer = ada.get("/v1/operator/status").json()
+    strictly(answer, StatusReport)
     by_command = msgspec.json.decode(surety(module_database, "status", "--json").stdout)
-    assert told["verdict"] == by_command["verdict"]
-    assert [finding["next"] for finding in told["findings"]] == [finding["next"] for finding in by_command["findings"]]
-    assert told["state"].keys() <= by_command.keys()
+    assert answer["verdict"] == by_command["verdict"]
+    assert [finding["next"] for finding in answer["findings"]] == [
+        finding["next"] for finding in by_command["findings"]
+    ]
+    assert answer["state"].keys() <= by_command.keys()
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 101])

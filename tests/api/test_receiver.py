@@ -1,4 +1,4 @@
-"""The receiver of webhooks over real sockets: what is stored, what is refused, and that a flood does no harm."""
+"""The receiver of webhooks over real sockets: stored and rejected webhooks, and the limits under a flood."""
 
 from __future__ import annotations
 

@@ -147,14 +147,14 @@ def test_accepted_payment_writes_outbox_and_audit_entries_in_its_transaction(
 # -------------------------------------------------------------------------------------------------------------- races
 
 
-def test_two_lanes_with_keys_and_references_in_opposite_order_never_deadlock(
+def test_two_connections_with_keys_and_references_in_opposite_order_never_deadlock(
     connect: Connect, key: bytes, conn: Connection, pool: ThreadPoolExecutor
 ) -> None:
-    lanes = [connect("api") for _ in range(4)]
+    connections = [connect("api") for _ in range(4)]
     for turn in range(10):
         asked = [request(key, idempotency_key=f"{turn}-{n:02}", reference=f"{turn}-{40 - n:02}") for n in range(40)]
         batches = [asked, asked[::-1], asked[::2] + asked[1::2], asked[::-3]]
-        answers = list(pool.map(create, lanes, batches))
+        answers = list(pool.map(create, connections, batches))
         assert {row["status"] for rows in answers for row in rows} == {201}
     assert one(conn, "select count(*) from surety.payments") == 400
 
