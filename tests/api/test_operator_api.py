@@ -11,7 +11,6 @@ import pytest
 
 from app.api.schemas.operators import DeadLetter, DeadLetterList, DecisionResultList, StatusReport
 from app.web.keys import key_hash_of
-from tests.api.test_api import strictly
 from tests.cli.test_status import surety
 from tests.support import dead_letters as letters
 from tests.support.http_client import (
@@ -19,6 +18,7 @@ from tests.support.http_client import (
     Connection,
     Merchant,
     ServerProcess,
+    assert_matches,
     broken_rules,
     problem,
 )
@@ -58,13 +58,13 @@ def entries(rights: Connection, request_id: str) -> list[tuple[str, str, str | N
 def test_dead_letter_is_listed_and_shown_as_documented(ada: Client, rights: Connection) -> None:
     made = [letters.never_sent_letter(rights)[0], letters.refused(rights)[0], letters.unanswered(rights)[0]]
     listed = ada.get(LETTERS).json()
-    strictly(listed, DeadLetterList)
+    assert_matches(listed, DeadLetterList)
     assert [letter["id"] for letter in listed["data"]][-3:] == made
     verdicts = [letter["on_discard"]["verdict"] for letter in listed["data"]]
     assert verdicts[-3:] == ["fail", "fail", "refuse"]
     assert [letter["provider"]["holds"] for letter in listed["data"]][-3:] == ["nothing", "nothing", "unknown"]
     one = ada.get(f"{LETTERS}/{made[1]}").json()
-    strictly(one, DeadLetter)
+    assert_matches(one, DeadLetter)
     assert one in listed["data"]
     assert len(one["attempts"]) == 3 and one["attempts"][0]["error"] == letters.REFUSAL
 
@@ -112,7 +112,7 @@ def test_bulk_action_decides_each_matching_dead_letter_separately(ada: Client, r
     refused, unknown = letters.refused(rights)[0], letters.unanswered(rights)[0]
     path = f"{LETTERS}/discard"
     answer = ada.post(path, json={"reason": "a bad day", "handler": "submit", "error": "usx", "dry_run": True}).json()
-    strictly(answer, DecisionResultList)
+    assert_matches(answer, DecisionResultList)
     assert (refused, "would_discard") in [(done["id"], done["outcome"]) for done in answer["data"]]
     assert letters.closed_as(rights, refused) is None
     answer = ada.post(path, json={"reason": "a bad day", "handler": "submit"}).json()
@@ -197,7 +197,7 @@ def test_a_revoked_key_opens_nothing(api: ServerProcess, module_database: str, r
 
 def test_status_equals_the_output_of_the_status_command(ada: Client, module_database: str) -> None:
     answer = ada.get("/v1/operator/status").json()
-    strictly(answer, StatusReport)
+    assert_matches(answer, StatusReport)
     by_command = msgspec.json.decode(surety(module_database, "status", "--json").stdout)
     assert answer["verdict"] == by_command["verdict"]
     assert [finding["next"] for finding in answer["findings"]] == [

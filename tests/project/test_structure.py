@@ -15,7 +15,6 @@ FOLDER_FILES_MAX = 12
 # Each exception has its reason.
 LONG_FILES = {
     "schema.sql": "the whole state of the database, read from top to bottom",
-    "tests/api/test_api.py": "to be divided",
     "tests/db/test_deploy.py": "to be divided",
     "tests/db/test_ledger.py": "to be divided",
     "tests/db/test_refunds.py": "to be divided",

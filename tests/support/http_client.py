@@ -160,3 +160,10 @@ def broken_rules(answer: httpx.Response) -> set[tuple[str, str]]:
 def connect_as_owner(database: str) -> Connection:
     """A connection with all rights, in autocommit mode."""
     return psycopg.connect(harden(database, "deploy"), autocommit=True)
+
+
+def assert_matches(document: Any, struct: Any) -> None:
+    """A document has the fields of its struct, of the right types, and no others."""
+    decoded = msgspec.convert(document, struct)
+    assert set(document) == {field.encode_name for field in msgspec.structs.fields(struct)}
+    assert decoded

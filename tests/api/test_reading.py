@@ -1,0 +1,262 @@
+"""Lists, traces, events, problem pages and the documentation over real sockets."""
+
+from __future__ import annotations
+
+import re
+from itertools import permutations
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+
+from app.api.schemas.events import EventList
+from app.api.schemas.payments import PaymentList, Trace
+from app.web.problems import PROBLEM_TYPES
+from db.connect import harden
+from tests.support.http_client import (
+    Merchant,
+    ServerProcess,
+    assert_matches,
+    broken_rules,
+    problem,
+)
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def test_payments_are_listed_newest_first_in_pages(merchant: Merchant) -> None:
+    made = [merchant.pay(reference=f"order-{n}") for n in range(5)]
+    expected = sorted((document["id"] for document in made), reverse=True)
+    seen: list[str] = []
+    query: dict[str, Any] = {"limit": 2}
+    while True:
+        page = merchant.get("/v1/payments", **query)
+        assert_matches(page, PaymentList)
+        seen += [document["id"] for document in page["data"]]
+        if not page["has_more"]:
+            break
+        assert len(page["data"]) == 2
+        query["starting_after"] = seen[-1]
+    assert seen == expected
+
+
+def test_payments_are_filtered_by_state_status_reference_and_time(merchant: Merchant) -> None:
+    first, second = merchant.pay(reference="order-1"), merchant.pay(reference="order-2")
+    merchant.conn.execute(
+        "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
+        " values (%s, 2, 'initiated', 'canceled', 'test', now(), 'test')",
+        (first["id"],),
+    )
+
+    def found(**query: str) -> set[str]:
+        return {document["id"] for document in merchant.get("/v1/payments", **query)["data"]}
+
+    both = {first["id"], second["id"]}
+    assert found(state="initiated") == found(status="pending") == found(reference="order-2") == {second["id"]}
+    assert found(state="canceled") == found(status="canceled") == {first["id"]}
+    assert found(status="succeeded") == set()
+    assert found(created_from="2020-01-01T00:00:00Z") == found(created_before="2100-01-01T00:00:00+01:00") == both
+    assert found(created_from="1960-01-01T00:00:00Z") == both
+    assert found(created_before="2020-01-01T00:00:00Z") == set()
+    assert found(created_before=first["created_at"], created_from=first["created_at"]) == set()
+
+
+@pytest.mark.parametrize(
+    ("query", "field", "rule"),
+    [
+        ("limit=0", "limit", "minimum"),
+        ("limit=101", "limit", "maximum"),
+        ("limit=ten", "limit", "type"),
+        ("limit=1&limit=2", "limit", "once"),
+        ("state=lost", "state", "one_of"),
+        ("status=open", "status", "one_of"),
+        ("starting_after=pay_1", "starting_after", "pattern"),
+        ("created_from=yesterday", "created_from", "format"),
+        ("created_before=2026-01-01T00:00:00", "created_before", "format"),
+        ("reference=", "reference", "min_length"),
+        ("reference=%00", "reference", "no_nul"),
+        ("colour=red", "colour", "known"),
+    ],
+)
+def test_invalid_query_is_refused(merchant: Merchant, query: str, field: str, rule: str) -> None:
+    answer = merchant.client.get(f"/v1/payments?{query}")
+    assert broken_rules(answer) == {(field, rule)}
+    assert {error["in"] for error in answer.json()["errors"]} == {"query"}
+
+
+def test_trace_contains_the_whole_history_of_a_payment(merchant: Merchant) -> None:
+    made = merchant.pay()
+    story = merchant.get(f"/v1/payments/{made['id']}/trace")
+    assert_matches(story, Trace)
+    assert story["payment"] == made
+    assert [(entry["kind"], entry["to"]) for entry in story["entries"]] == [("request", "initiated")]
+    assert story["entries"][0]["actor"] == {"type": "key", "id": merchant.key_id}
+    assert story["entries"][0]["data"]["address"] == "127.0.0.1"
+    assert re.fullmatch("req_[0-9a-f]{32}", story["entries"][0]["data"]["request_id"])
+
+
+# ------------------------------------------------------------------------------------------------------------ events
+
+
+def events(merchant: Merchant, after: str | None = None, limit: int = 100) -> tuple[list[str], str]:
+    """Read on until nothing is left: ids of the events' payments, and the cursor."""
+    seen: list[str] = []
+    while True:
+        query: dict[str, Any] = {"limit": limit} | ({"after": after} if after else {})
+        page = merchant.get("/v1/events", **query)
+        assert_matches(page, EventList)
+        seen += [event["data"]["id"] for event in page["data"]]
+        after = page["next"]
+        if not page["has_more"]:
+            return seen, after
+
+
+def test_events_are_listed_oldest_first_with_the_payment_at_that_version(merchant: Merchant) -> None:
+    made = merchant.pay()
+    merchant.conn.execute(
+        "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
+        " values (%s, 2, 'initiated', 'canceled', 'test', now(), 'test')",
+        (made["id"],),
+    )
+    first, second = merchant.get("/v1/events")["data"]
+    assert (first["type"], first["data"]) == ("payment.initiated", made)
+    assert (second["type"], second["data"]["state"], second["data"]["version"]) == ("payment.canceled", "canceled", 2)
+
+
+def test_each_event_is_listed_once_across_pages(merchant: Merchant) -> None:
+    made = [merchant.pay()["id"] for _ in range(7)]
+    seen, cursor = events(merchant, limit=2)
+    assert seen == made
+    assert events(merchant, cursor) == ([], events(merchant, cursor)[1])
+    later = merchant.pay()["id"]
+    assert events(merchant, cursor)[0] == [later]
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+def test_event_feed_skips_nothing_in_any_commit_order(
+    merchant: Merchant, module_database: str, order: tuple[int, ...]
+) -> None:
+    payments = [merchant.pay()["id"] for _ in range(3)]
+    _, cursor = events(merchant)
+    writers: list[psycopg.Connection[Any]] = [psycopg.connect(harden(module_database, "deploy")) for _ in payments]
+    for writer, payment_id in zip(writers, payments, strict=True):
+        writer.execute(
+            "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
+            " values (%s, 2, 'initiated', 'canceled', 'test', now(), 'test')",
+            (payment_id,),
+        )
+    seen: list[str] = []
+    for turn in order:
+        writers[turn].commit()
+        writers[turn].close()
+        more, cursor = events(merchant, cursor, limit=1)
+        assert more == [payments[turn]]
+        seen += more
+    assert sorted(seen) == sorted(payments)
+
+
+@pytest.mark.parametrize("cursor", ["x", "MSAx", "1", "%00", "M" * 5000])
+def test_unknown_cursor_is_refused(merchant: Merchant, cursor: str) -> None:
+    problem(merchant.client.get(f"/v1/events?after={cursor}"), 400, "invalid-request")
+
+
+# ----------------------------------------------------------------------------------------------------- pages and paths
+
+
+def test_each_problem_type_has_a_page(api: ServerProcess) -> None:
+    shown = httpx.get(f"{api.url}/problems").json()
+    assert [page["type"] for page in shown] == [f"/problems/{name}" for name in PROBLEM_TYPES]
+    for page in shown:
+        assert httpx.get(api.url + page["type"]).json() == page
+    problem(httpx.get(f"{api.url}/problems/none"), 404, "not-found")
+
+
+def test_documentation_loads_no_external_resources(api: ServerProcess) -> None:
+    page = httpx.get(f"{api.url}/docs")
+    assert page.status_code == 200
+    head = page.text.partition("<body>")[0]
+    fetched = re.findall(r"(?:src|href)=['\"]([^'\"]+)", page.text)
+    assert len(fetched) == 4
+    for address in fetched:
+        assert address.startswith("/assets/"), address
+        assert httpx.get(api.url + address).status_code == 200
+    assert "//" not in head
+    assert not [url for url in re.findall(r"https?://[^\s\"'<>\\]+", page.text) if "shop.example" not in url]
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
+    shown = httpx.get(f"{api.url}/docs/openapi.json").json()
+    assert set(shown["paths"]) == {
+        "/v1/payments",
+        "/v1/payments/{payment_id}",
+        "/v1/payments/{payment_id}/cancel",
+        "/v1/payments/{payment_id}/capture",
+        "/v1/payments/{payment_id}/refunds",
+        "/v1/payments/{payment_id}/trace",
+        "/v1/refunds",
+        "/v1/refunds/{refund_id}",
+        "/v1/disputes",
+        "/v1/disputes/{dispute_id}",
+        "/v1/disputes/{dispute_id}/evidence",
+        "/v1/balance",
+        "/v1/balance/transactions",
+        "/v1/events",
+        "/v1/operator/dead-letters",
+        "/v1/operator/dead-letters/{letter_id}",
+        "/v1/operator/dead-letters/{letter_id}/replay",
+        "/v1/operator/dead-letters/{letter_id}/discard",
+        "/v1/operator/dead-letters/replay",
+        "/v1/operator/dead-letters/discard",
+        "/v1/operator/status",
+        "/problems",
+        "/problems/{name}",
+        "/health",
+    }
+    post = shown["paths"]["/v1/payments"]["post"]
+    assert set(post["responses"]) == {"201", "400", "401", "403", "409", "413", "415", "422", "503"}
+    body = shown["components"]["schemas"]["NewPayment"]
+    assert body["required"] == ["amount", "currency", "payment_method"]
+    assert body["properties"]["amount"]["minimum"] == 1
+    query = {parameter["name"] for parameter in shown["paths"]["/v1/payments"]["get"]["parameters"]}
+    assert query == {"state", "status", "reference", "created_from", "created_before", "limit", "starting_after"}
+
+
+def test_unknown_paths_and_methods_get_problem_documents(merchant: Merchant) -> None:
+    problem(merchant.client.get("/v2/payments"), 404, "not-found")
+    problem(merchant.client.get("/"), 404, "not-found")
+    for method, path, allowed in (
+        ("DELETE", "/v1/payments", {"GET", "HEAD", "OPTIONS", "POST"}),
+        ("POST", "/v1/events", {"GET", "HEAD", "OPTIONS"}),
+    ):
+        answer = merchant.client.request(method, path)
+        problem(answer, 405, "method-not-allowed")
+        assert set(answer.headers["allow"].split(", ")) == allowed
+
+
+def test_head_answers_as_get_without_a_body_and_options_lists_the_methods(merchant: Merchant) -> None:
+    made = merchant.pay()
+    for path in (f"/v1/payments/{made['id']}", "/health", "/docs"):
+        got, head = merchant.client.get(path), merchant.client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(got.content))
+    options = merchant.client.options("/v1/payments")
+    assert (options.status_code, options.headers["allow"]) == (204, "GET, HEAD, OPTIONS, POST")
+
+
+def test_every_response_has_a_request_id(merchant: Merchant) -> None:
+    for path in (
+        "/health",
+        "/docs",
+        "/docs/openapi.json",
+        "/problems",
+        "/none",
+        "/v1/payments",
+        "/assets/swagger-ui.css",
+    ):
+        assert re.fullmatch("req_[0-9a-f]{32}", merchant.client.get(path).headers["request-id"]), path
+
+
+def test_health_checks_the_database(api: ServerProcess) -> None:
+    assert httpx.get(f"{api.url}/health").json() == {"status": "ok"}
