@@ -1,13 +1,14 @@
-"""What Surety is fast at, measured: `python -m tests.bench accept | drain | lifecycle | trace [--json]`.
+"""Benchmarks: `python -m tests.bench accept | drain | lifecycle | overload | trace [--json]`.
 
-Every figure that matters is a ratio of two things measured in one run, in rounds that take turns, and reported as the
-median of the rounds: machines differ and have neighbours. Progress goes to stderr; with --json the last line of stdout
-is one object.
+Every important figure is a ratio of two measurements of one run, taken in alternating rounds and reported as the median
+of the rounds, because machines differ and share their hardware. Progress goes to stderr; with --json the last line of
+stdout is one object.
 
-    ground      a server, databases of our own, the load's arithmetic
-    history     payments by the hundred thousand: one is made by the product, the others are copies of it
-    bench.sql   the copying, and the handler that `drain` measures
-    drainers    the processes that drain, Surety's and Procrastinate's
-    load        HTTP requests, by wrk (accept.lua) or by ourselves; servers: the API that gets them
-    provider    a wire to the sandbox that notes when it hears of a payment
+    databases         a server, databases, and the arithmetic of results
+    history           payments by the hundred thousand: one is made by the product, the others are copies of it
+    bench.sql         the copying, and the handler that `drain` measures
+    drain_processes   the processes that drain events: Surety's and Procrastinate's
+    load              HTTP requests, by wrk (accept.lua) or by a Python client
+    api_server        the API that receives them
+    recording_proxy   records when the sandbox receives a payment
 """

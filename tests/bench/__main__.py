@@ -16,10 +16,10 @@ def bench() -> None:
 
 @bench.command()
 @click.option("--events", default=20_000, help="Events drained in each measurement.")
-@click.option("--past", default=1_000_000, help="Events that have passed in the aged database.")
-@click.option("--backlog", default=100_000, help="Events that wait in it.")
+@click.option("--past", default=1_000_000, help="Past events in the aged database.")
+@click.option("--backlog", default=100_000, help="Waiting events in it.")
 @click.option("--jobs", default=1_500, help="Procrastinate's jobs in each measurement.")
-@click.option("--concurrency", default=0, help="Its jobs at once in each process; 0: try which is fastest.")
+@click.option("--concurrency", default=0, help="Its concurrent jobs in each process; 0: the fastest number.")
 @click.option("--merchants", default=300)
 @click.option("--rounds", default=5)
 @as_json
@@ -36,10 +36,10 @@ def drain(*, as_json: bool, **sizes: int) -> None:
 @click.option("--traces", default=1_000, help="Traces of each kind in a round.")
 @click.option("--merchants", default=300)
 @click.option("--rounds", default=5)
-@click.option("--seed", default=1, help="Which payments are asked for.")
+@click.option("--seed", default=1, help="Selects the payments.")
 @as_json
 def trace(*, as_json: bool, **sizes: int) -> None:
-    """Milliseconds until a payment's whole trace is read."""
+    """Milliseconds until a payment's whole trace is returned."""
     from tests.bench.trace import run
 
     results = run(**sizes)
@@ -49,7 +49,9 @@ def trace(*, as_json: bool, **sizes: int) -> None:
 @bench.command()
 @click.option("--seconds", default=4.0, help="How long each measurement takes.")
 @click.option("--connections", default=32)
-@click.option("--single-lanes", default=0, help="Connections that take one request at a time; 0: the fastest number.")
+@click.option(
+    "--single-lanes", default=0, help="Batching connections with batches of one request; 0: the fastest number."
+)
 @click.option("--merchants", default=20)
 @click.option("--rounds", default=5)
 @click.option("--warm-mb", default=512, help="How much of the server's memory and log is used once before.")
@@ -70,7 +72,7 @@ def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
 @click.option("--rounds", default=3)
 @as_json
 def lifecycle(*, as_json: bool, **sizes: int) -> None:
-    """Payments per second from POST to settled, and how soon the provider hears of one on an idle system."""
+    """Payments per second from POST to settled, and the delay until the provider receives one on an idle system."""
     from tests.bench.lifecycle import run
 
     results = run(**sizes)
@@ -79,13 +81,13 @@ def lifecycle(*, as_json: bool, **sizes: int) -> None:
 
 @bench.command()
 @click.option("--seconds", default=6.0, help="How long each measurement takes.")
-@click.option("--connections", default=32, help="As many as keep it busy; ten times as many overload it.")
+@click.option("--connections", default=32, help="Enough for full load; ten times as many overload the API.")
 @click.option("--probes", default=8, help="Connections that time their requests.")
 @click.option("--merchants", default=20)
 @click.option("--rounds", default=3)
 @as_json
 def overload(*, as_json: bool, seconds: float, **sizes: int) -> None:
-    """What becomes of payments when ten times as many are sent as are served."""
+    """Results of payments under ten times the load that the API can serve."""
     from tests.bench.overload import run
 
     results = run(seconds=seconds, **sizes)

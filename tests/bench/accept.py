@@ -1,13 +1,13 @@
 """`accept`: payments accepted per second over HTTP, at 32 connections.
 
     noop      POST /noop of the same process: an ordinary route of the framework that does nothing
-    bare      POST /bare of the same process: HTTP read and written before the framework begins, which is where
-              POST /v1/payments is served, too; no target, but what an answer costs at the very least
-    accepted  POST /v1/payments as the product serves it: what waits together is committed together
+    bare      POST /bare of the same process: HTTP read and written before the framework begins, where
+              POST /v1/payments is served as well: the least that an answer can cost
+    accepted  POST /v1/payments as the product serves it: waiting requests are committed together
     single    POST /v1/payments of a process that differs in one number: a batch is one request, so each has a
-              transaction of its own; with the number of connections that is fastest here
+              transaction of its own; with the number of batching connections that is fastest here
 
-All get the same requests, by turns. The load comes from wrk where it is installed, from one thread; server,
+All get the same requests in alternating rounds. The load comes from wrk where it is installed, from one thread. Server,
 database and generator share the machine. Every payment that was acknowledged must be in the database afterwards: by
 number after each round, and by id after a last round in which the generator keeps the ids.
 """
@@ -45,7 +45,7 @@ SINGLE_CONNECTIONS = (2, 8)
 
 
 def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, rounds: int, warm_mb: int) -> Results:
-    """Each of them for so many seconds in each round. `single_lanes` 0: the number that is fastest here."""
+    """Measure each for `seconds` in each round. `single_lanes` 0: the fastest number of batching connections."""
     with ExitStack() as stack:
         url = stack.enter_context(deployed_database(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
@@ -53,7 +53,7 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
         touch_memory_and_log(conn, warm_mb)
         choices = (single_lanes,) if single_lanes else SINGLE_CONNECTIONS
         batched, *rest = stack.enter_context(
-            running_apis(url, [(BATCHING_CONNECTIONS, BATCH_MAX), *((number, 1) for number in choices)])
+            running_apis(url, [(BATCHING_CONNECTIONS, BATCH_MAX), *((count, 1) for count in choices)])
         )
         singles = dict(zip(choices, rest, strict=True))
 
@@ -66,13 +66,15 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
                 assert count_payments(conn) - before >= loaded.answers, f"{name}: fewer payments than were acknowledged"
             return loaded
 
-        single = single_lanes or max(choices, key=lambda n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second)
-        log_progress(f"load by {generator()}; a transaction for each request is fastest with {single} connections")
+        count = single_lanes or max(choices, key=lambda n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second)
+        log_progress(
+            f"load by {generator()}; a transaction for each request is fastest with {count} batching connections"
+        )
         rates: dict[str, list[float]] = {"noop": [], "bare": [], "accepted": [], "single": []}
         p50: list[float] = []
         p99: list[float] = []
         for turn in range(rounds):
-            # The log's segments are used again, as they are by a server that has run for a while.
+            # Log segments are recycled, as by a server that has run for a while.
             conn.execute("checkpoint")
             for name in ("noop", "bare"):
                 rates[name].append(measure(f"{name}-{turn}", batched, f"/{name}").per_second)
@@ -80,7 +82,7 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
             rates["accepted"].append(accepted.per_second)
             p50.append(accepted.p50_ms)
             p99.append(accepted.p99_ms)
-            rates["single"].append(measure(f"single-{turn}", singles[single], "/v1/payments").per_second)
+            rates["single"].append(measure(f"single-{turn}", singles[count], "/v1/payments").per_second)
             log_progress(
                 f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items())
             )
@@ -104,7 +106,7 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
         "acknowledged_and_checked_by_id": len(last.ids),
         "lost": lost,
         "connections": connections,
-        "single_lanes": single,
+        "single_lanes": count,
         "generator": generator(),
         "rounds": round_all(rates),
     }
@@ -112,14 +114,14 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
 
 @contextmanager
 def running_apis(url: str, shapes: list[tuple[int, int]]) -> Generator[list[str]]:
-    """The addresses of warm APIs in processes of their own, each of a shape: batching connections, largest batch."""
+    """The addresses of API processes, each with (batching connections, largest batch), after a warm-up."""
     with demo_folder() as scene:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "PG"))}
         process_group = ProcessGroup(environment | {"DATABASE_URL": url}, LogFiles(scene))
-        ports = {f"api-{number}-{batch_max}": free_port(0) for number, batch_max in shapes}
+        ports = {f"api-{count}-{batch_max}": free_port(0) for count, batch_max in shapes}
         try:
-            for (name, port), (number, batch_max) in zip(ports.items(), shapes, strict=True):
-                process_group.start(name, "-m", "tests.bench.api_server", str(port), str(number), str(batch_max))
+            for (name, port), (count, batch_max) in zip(ports.items(), shapes, strict=True):
+                process_group.start(name, "-m", "tests.bench.api_server", str(port), str(count), str(batch_max))
             for name, port in ports.items():
                 process_group.wait_for_port(name, port)
                 for path in ("noop", "bare", "v1/payments"):
@@ -130,14 +132,14 @@ def running_apis(url: str, shapes: list[tuple[int, int]]) -> Generator[list[str]
 
 
 def count_payments(conn: Connection) -> int:
-    """How many payments there are."""
+    """The number of payments."""
     row = conn.execute("select count(*) from surety.payments").fetchone()
     assert row is not None
     return int(row[0])
 
 
 def count_missing(conn: Connection, ids: list[str]) -> int:
-    """How many of these payments are not there."""
+    """The number of these payments that are missing."""
     row = conn.execute(
         "select count(*) from unnest(%s::text[]) as acknowledged (id)"
         " where not exists (select from surety.payments as p where p.id = acknowledged.id)",

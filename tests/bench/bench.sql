@@ -191,7 +191,7 @@ begin atomic
     on conflict (account_id) do update set balance_minor = excluded.balance_minor;
 end;
 
--- The fact about a submitted payment: its charge was captured.
+-- The fact of a submitted payment: its charge was captured.
 create function bench.captured(p_payment_ids text[]) returns jsonb
 language sql stable security definer
 begin atomic

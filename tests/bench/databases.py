@@ -1,4 +1,4 @@
-"""Where benchmarks run: a server, databases of their own on it, and how results are reported."""
+"""The benchmarks' server and databases, and the arithmetic and output of their results."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Results = dict[str, Any]
 PREFIX = "surety_bench"
 ROOT = Path(__file__).parent.parent.parent
 
-# Commits wait for the log as in production. Vacuum and checkpoints come between measurements, so that none of them pays
-# for what another has left behind.
+# Commits wait for the log as in production. Vacuum and checkpoints run between measurements, so that none of them pays
+# for another's leftovers.
 SERVER_SETTINGS = {
     "shared_buffers": "512MB",
     "min_wal_size": "1GB",
@@ -49,7 +49,7 @@ def server() -> Generator[str]:
 
 @contextlib.contextmanager
 def deployed_database(server_url: str) -> Generator[str]:
-    """The address of a database of our own with everything deployed."""
+    """The address of a temporary database with everything deployed."""
     with temporary_database(server_url, PREFIX) as url:
         deploy(url, say=log_progress)
         yield url
@@ -71,8 +71,9 @@ def connection(url: str) -> Generator[Connection]:
 
 
 def touch_memory_and_log(conn: Connection, megabytes: int) -> None:
-    """Use so much of the server's memory and log once, as one that has run for a while has: a virtual machine's first
-    touch of each page costs more than the write itself.
+    """Use this much of the server's memory and log once, as a server has that ran for a while.
+
+    On a virtual machine the first use of a page costs more than the write.
     """
     conn.execute("create table public.filler (t text)")
     conn.execute("insert into public.filler select repeat('x', 1900) from generate_series(1, %s)", (megabytes * 520,))
@@ -81,12 +82,12 @@ def touch_memory_and_log(conn: Connection, megabytes: int) -> None:
 
 
 def log_progress(message: str) -> None:
-    """Progress, for who waits."""
+    """Print progress to stderr."""
     print(f"{time.strftime('%H:%M:%S')}  {message}", file=sys.stderr, flush=True)
 
 
 def print_results(results: Results, *, as_json: bool) -> None:
-    """The results: as one line of JSON, last, or for people."""
+    """Print the results, as one line of JSON or as a table."""
     if as_json:
         print(json.dumps(results), flush=True)
         return
@@ -95,12 +96,12 @@ def print_results(results: Results, *, as_json: bool) -> None:
 
 
 def median(values: Sequence[float], digits: int = 3) -> float:
-    """The middle of several rounds, rounded."""
+    """The median of several rounds, rounded."""
     return round(statistics.median(values), digits)
 
 
 def median_ratio(these: Sequence[float], those: Sequence[float]) -> float:
-    """The median of what each round's two measurements make of each other: neighbours disturb both alike."""
+    """The median of the rounds' ratios: other load on the machine disturbs both measurements of a round alike."""
     return median([this / that for this, that in zip(these, those, strict=True)])
 
 
@@ -111,5 +112,5 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def round_all(rounds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Every round's measurement, so that a reader sees how much they scatter."""
+    """Every round's measurement, which shows the variance."""
     return {name: [round(value, 1) for value in values] for name, values in rounds.items()}

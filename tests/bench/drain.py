@@ -3,10 +3,10 @@
 The handler records the fact that a submitted payment was captured, by surety.record_facts, as an answer of the provider
 or a webhook would: for each event a fact, a step to `confirmed` with its audit entry and event, a posting and two
 transfers, merchants' balances, all in one transaction with the completion of the events. It is drained by the
-product's own loop (jobs.drain), two processes at once. Every other round goes backwards.
+product's own loop (jobs.drain), two processes at once. Every other round is in reverse order.
 
-    fresh        a database that holds nothing but the events to drain
-    aged         1,000,000 events have passed, with all that belongs to their payments, and 100,000 wait
+    fresh        a database with only the events to drain
+    aged         1,000,000 past events, with all rows of their payments, and 100,000 wait
     blocked      as fresh, while another database of the cluster holds a writing transaction open
     procrastinate  as fresh, but a job of Procrastinate's for each event makes the same effects, two processes at once
 """
@@ -65,7 +65,7 @@ def run(*, events: int, past: int, backlog: int, jobs: int, concurrency: int, me
                 check_effects(copy, done, thoroughly=thoroughly)
                 return rate
 
-        # A server's first measurement pays for untouched memory and log.
+        # A server's first measurement pays for the first use of memory and log.
         measure("fresh", thoroughly=True)
         rates: dict[str, list[float]] = {name: [] for name in KINDS}
         for turn in range(rounds):

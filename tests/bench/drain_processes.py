@@ -60,7 +60,7 @@ class SharedProgress:
         return time.monotonic()
 
     def end(self, began: float) -> None:
-        """Report start and end."""
+        """Report the duration."""
         self.ended.put((began, time.monotonic()))
 
 

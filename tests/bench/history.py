@@ -29,7 +29,7 @@ def prepare(conn: Connection, merchants: int) -> bytes:
 
 
 def create_submitted_payment(conn: Connection, key_hash: bytes) -> str:
-    """The id of a payment that the provider holds and that is not confirmed."""
+    """The id of a payment that was submitted to the provider and not confirmed."""
     (payment_id,) = pay(conn, key_hash, reference="submitted", amount=AMOUNT_MINOR, metadata={"cart": "9"})
     record_call(conn, "submit", "create", [fact(payment_id, "submitted", "pi", source="response")])
     return payment_id

@@ -3,10 +3,10 @@
     payments_per_second   from the first POST to the last settlement: each payment is created at the provider and
                           confirmed, reported by signed webhooks, and settled by the balance record that workers fetch
     idle_p50_ms           from the POST of one payment, while nothing else happens, until the request to create its
-                          intent arrives at the provider
+                          PaymentIntent arrives at the provider
 
 The sandbox takes 1.2 s from a charge until its money is available, and workers ask for it once a second, so one payment
-alone takes about three seconds; many overlap.
+takes about three seconds. Many overlap.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def post_until_settled(conn: Connection, port: int, orders: list[Order]) -> floa
 
 def measure_idle_latency(proxy: RecordingProxy, port: int, orders: list[Order]) -> list[float]:
     """Milliseconds from each POST until the provider hears of it, one at a time; the first ones only warm up."""
-    lot = random.Random(1)
+    chance = random.Random(1)
     times = []
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         for number, order in enumerate(orders):
@@ -170,5 +170,5 @@ def measure_idle_latency(proxy: RecordingProxy, port: int, orders: list[Order]) 
             began = time.perf_counter()
             client.post("/v1/payments", json=order.body, headers=headers).raise_for_status()
             times.append((proxy.wait_for(number, REQUEST_SECONDS_MAX) - began) * 1000)
-            time.sleep(lot.uniform(0.3, 0.7))
+            time.sleep(chance.uniform(0.3, 0.7))
     return times[min(3, len(times) - 1) :]

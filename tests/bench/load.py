@@ -1,6 +1,6 @@
-"""Load over HTTP: wrk where it is installed, else connections of our own in a process of its own.
+"""Load over HTTP: wrk where it is installed, else Python connections in a process of their own.
 
-Both send the same requests: payments whose Idempotency-Key and reference are new. Run by itself, this
+Both send the same requests: payments with unused idempotency keys and references. Run by itself, this
 file is that process: `python -m tests.bench.load URL CONNECTIONS SECONDS RUN ids|none KEY…`; it prints what the script
 for wrk prints.
 """

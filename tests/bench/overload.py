@@ -1,4 +1,4 @@
-"""`overload`: what becomes of payments when ten times as many are sent as the machine serves.
+"""`overload`: payments under ten times the load that the machine serves.
 
     normal      as many connections as keep the API busy, each sending the next payment when the last was answered:
                 the most that it serves, and how long an accepted payment takes then
@@ -49,7 +49,7 @@ PAUSE_SECONDS = 0.02
 
 
 class ProbeResults(msgspec.Struct):
-    """What probes saw, in milliseconds; `odd` counts answers that are neither a 201 nor a documented refusal."""
+    """The probes' measurements, in milliseconds; `odd` counts answers that are neither 201 nor a documented 503."""
 
     accepted_ms: list[float] = []
     refused_ms: list[float] = []
@@ -59,7 +59,7 @@ class ProbeResults(msgspec.Struct):
 
 @dataclass
 class TimedClient(LoadClient):
-    """A connection that times its requests, and waits a little after each; longer where `Retry-After` asks for it."""
+    """A connection that times its requests and pauses after each, after a refusal as long as Retry-After says."""
 
     seen: ProbeResults = field(default_factory=ProbeResults)
 
@@ -147,7 +147,7 @@ class LoadMeasurement:
     lost: int
 
     def summary(self) -> str:
-        """For who waits."""
+        """One line of progress."""
         return (
             f"{self.accepted:,.0f} of {self.offered:,.0f}/s accepted, p99 {self.p99_ms:.1f} ms, "
             f"refused within {self.refused_p99_ms:.1f} ms"

@@ -1,4 +1,4 @@
-"""A proxy before the sandbox that records when each payment arrives; all bytes pass unchanged."""
+"""A proxy before the sandbox that records when each payment's creation arrives. It forwards all bytes unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CREATE = b"POST /v1/payment_intents HTTP/1.1\r\n"
 
 
 class RecordingProxy:
-    """Listens on a port of its own and passes everything on; `heard` holds the times of requests to create an intent.
+    """Listens on a port of its own and forwards everything. `heard` holds the times of requests to create an intent.
 
     It has a thread to itself, and its clock is this process's time.perf_counter().
     """
@@ -38,7 +38,7 @@ class RecordingProxy:
         self._thread.join()
 
     def wait_for(self, number: int, seconds_max: float) -> float:
-        """The time at which the intent of that number was asked for. Raises TimeoutError."""
+        """The time of the request to create the intent of that number. Raises TimeoutError."""
         deadline = time.monotonic() + seconds_max
         while len(self.heard) <= number:
             if time.monotonic() > deadline:

@@ -1,8 +1,7 @@
-"""`trace`: the time to read a payment's whole trace, in a database that holds many.
+"""`trace`: the duration of a payment's whole trace in a database of many.
 
-Random payments, each asked for by surety.trace_payment, which the command line and auditors use, and by api.get_trace,
-whose
-answer is the HTTP endpoint's finished document. The first round only warms up.
+Random payments are traced by surety.trace_payment, which the command line and auditors use, and by api.get_trace, whose
+answer is the HTTP endpoint's document. The first round only warms up.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ def run(*, entries: int, traces: int, merchants: int, rounds: int, seed: int) ->
         ).fetchall()
         held = count_audit_entries(conn)
         log_progress(f"{held:,} audit entries, {len(payments):,} payments, {output} lines about each")
-        lot = random.Random(seed)
+        chance = random.Random(seed)
         by_sql: list[list[float]] = []
         by_api: list[list[float]] = []
         for turn in range(rounds + 1):
-            asked = lot.choices(payments, k=traces)
+            asked = chance.choices(payments, k=traces)
             by_sql.append([time_sql_trace(conn, payment[0], output) for payment in asked])
             by_api.append([time_api_trace(conn, payment[1], payment[0], output) for payment in asked])
             log_progress(

@@ -1,9 +1,9 @@
 """Processes killed under load: `python -m tests.crash --cycles N --seed S [--json]`.
 
 Everything is real: API (two processes), receiver, two workers, the sandbox with the demo's faults, and a PostgreSQL of
-the run's own. Each cycle kills one thing, drawn by lot; a supervisor starts it again; then a new payment must get
-through, every invariant is asked of the database, and the sandbox is asked for second charges and refunds.
-At the end all must have ended, and every charge, refund and dispute stand here as the sandbox remembers it.
+the run's own. Each cycle kills one process or connection, drawn at random, and a supervisor restarts it. Then a new
+payment must succeed, every invariant is checked, and the sandbox is searched for second charges and refunds.
+At the end everything must have ended, and every charge, refund and dispute must agree with the sandbox's record.
 
     processes          the processes, and the server they share
     kills              the victims, and the ways to kill them
@@ -15,5 +15,5 @@ At the end all must have ended, and every charge, refund and dispute stand here 
 
 A silent connection between processes and database comes from tests/support/postgres_proxy.py.
 
-What takes minutes in earnest is shortened as in the demo: leases of 4 s, delays of half a second and more.
+Delays of minutes in production are shortened as in the demo: leases of 4 s, delays of half a second and more.
 """

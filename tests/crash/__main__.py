@@ -20,14 +20,14 @@ from tests.crash.run import run
 
 @click.command(context_settings={"show_default": True})
 @click.option("--cycles", default=20, type=click.IntRange(1), help="Kills.")
-@click.option("--seed", type=int, help="What dies, in which order, and when; the same seed, the same lots.")
-@click.option("--kinds", help=f"Instead of the lots, in this order: {','.join(KINDS)}.")
+@click.option("--seed", type=int, help="Decides what is killed, in which order, and when.")
+@click.option("--kinds", help=f"Kinds in this order, instead of random ones: {','.join(KINDS)}.")
 @click.option(
     "--logs", type=click.Path(path_type=Path), help="Keep the logs there; else only if an invariant is broken."
 )
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on the last line.")
 def main(cycles: int, seed: int | None, kinds: str | None, logs: Path | None, as_json: bool) -> None:
-    """Kill processes under load, heal, and ask whether every invariant was kept. Exit status 1 if one was not."""
+    """Kill processes under load, and check every invariant after recovery. Exit status 1 if one was violated."""
     seed = secrets.randbelow(10_000) if seed is None else seed
     chosen = kinds.split(",") if kinds else None
     click.echo(f"seed {seed}", err=True)
@@ -37,7 +37,7 @@ def main(cycles: int, seed: int | None, kinds: str | None, logs: Path | None, as
             if logs or not result.is_sound:
                 kept = logs or Path(tempfile.mkdtemp(prefix="crash-"))
                 shutil.copytree(scene, kept, dirs_exist_ok=True)
-                click.echo(f"logs in {kept}; once more: --cycles {cycles} --seed {seed}", err=True)
+                click.echo(f"logs in {kept}; repeat with: --cycles {cycles} --seed {seed}", err=True)
     except Interrupted:
         sys.exit(130)
     result_fields = msgspec.to_builtins(result)

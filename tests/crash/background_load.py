@@ -1,4 +1,4 @@
-"""Merchants' systems while things die: orders without end, and for some of the payments a story that goes on."""
+"""Merchants' requests during the kills: payments without end, some of which continue with a scenario."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tests.crash.scenarios import Scenario, ScenarioRunner, draw_scenario
 
 PAYERS = 24
 CONNECTIONS_MAX = 32
-# At most: a shopper orders nothing more while a payment is under way, so the load fits the machine.
+# At most: a payer starts no further payment before the last was answered, so the load adapts to the machine.
 ORDERS_PER_SECOND = 6.0
 STOP_SECONDS_MAX = 60.0
 ORDERS_PER_BATCH = 500
 
 
 class BackgroundLoad:
-    """From a thread of its own, until `stop`."""
+    """Sends payments from a thread of its own until `stop`."""
 
     def __init__(self, url: str, api_keys: list[str], seed: int, log: Path) -> None:
-        self.client = RetryingClient(log, random.Random(f"{seed} correspondence"))
+        self.client = RetryingClient(log, random.Random(f"{seed} client"))
         self._url = url
-        self._orders = draw_orders(api_keys, seed)
+        self._payments = draw_payments(api_keys, seed)
         self._runners = {api_key: ScenarioRunner(api_key, self.client) for api_key in api_keys}
-        self._lot = random.Random(f"{seed} traffic")
+        self._chance = random.Random(f"{seed} load")
         self._probes = 0
         self._api_key = api_keys[0]
         self._seed = seed
@@ -40,37 +40,37 @@ class BackgroundLoad:
         self._failure: BaseException | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Take no further order; what was begun goes on."""
+        """Start no further payment. Scenarios that have begun continue."""
         self._closing.set()
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is unanswered, or a story not at its end."""
+        """Whether a request is unanswered or a scenario unfinished."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Returns when all that was begun is at its end."""
+        """Return when all requests and scenarios have ended."""
         self.close()
         self._thread.join(STOP_SECONDS_MAX)
         if self._thread.is_alive():
             left = [line for runner in self._runners.values() for line in runner.left()]
-            self.client.wrong_answers.append(f"after {STOP_SECONDS_MAX:.0f} s something is unanswered or waits: {left}")
+            self.client.wrong_answers.append(f"after {STOP_SECONDS_MAX:.0f} s unanswered or unfinished: {left}")
         if self._failure is not None:
             raise self._failure
 
     def create_probe(self) -> Request:
-        """An order beside the others."""
+        """A payment beside the load."""
         self._probes += 1
         card = {"type": "card", "token": USUAL_TOKENS[0]}
         body: Json = {"amount": 5000, "currency": "usd", "payment_method": card}
         return Request(self._api_key, f"probe-{self._seed}-{self._probes}", "/v1/payments", body)
 
     def probe(self, request: Request) -> str | None:
-        """Ask once, from this thread; the payment's id, or None if it was not taken."""
+        """Send the request once from this thread; returns the payment's id, or None if it was not accepted."""
         try:
             answer = httpx.post(
                 f"{self._url}{request.path}", json=request.body, headers=request.headers, timeout=ANSWER_SECONDS_MAX
@@ -83,26 +83,26 @@ class BackgroundLoad:
         try:
             limits = httpx.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=CONNECTIONS_MAX)
             async with httpx.AsyncClient(base_url=self._url, timeout=ANSWER_SECONDS_MAX, limits=limits) as client:
-                no_more_orders = asyncio.Event()
-                runners = asyncio.gather(*(runner.work(client, no_more_orders) for runner in self._runners.values()))
+                no_more_payments = asyncio.Event()
+                runners = asyncio.gather(*(runner.work(client, no_more_payments) for runner in self._runners.values()))
                 await asyncio.gather(*(self._run_payer(client) for _ in range(PAYERS)))
-                no_more_orders.set()
+                no_more_payments.set()
                 await runners
-        except BaseException as error:  # noqa: BLE001  # the main thread raises it
+        except BaseException as error:  # noqa: BLE001  # raised in the main thread
             self._failure = error
 
     async def _run_payer(self, client: httpx.AsyncClient) -> None:
-        for order, story in self._orders:
+        for order, scenario in self._payments:
             runner, reference = self._runners[order.api_key], str(order.body["reference"])
-            # Before it is asked for: its first event may be read before its answer is.
-            runner.expect(reference, story)
+            # Before the request: the payment's first event may be read before its answer.
+            runner.expect(reference, scenario)
             await self.client.ask(client, order)
             if not await self._is_served(runner, reference):
                 return
-            await asyncio.sleep(self._lot.uniform(0, 2 * PAYERS / ORDERS_PER_SECOND))
+            await asyncio.sleep(self._chance.uniform(0, 2 * PAYERS / ORDERS_PER_SECOND))
 
     async def _is_served(self, runner: ScenarioRunner, reference: str) -> bool:
-        """Whether the provider has answered about a payment, by the feed; False if the shop closes first."""
+        """Whether the event feed shows the provider's answer to a payment. False if the load is closed first."""
         while not self._closing.is_set():
             if reference not in runner.under_way:
                 return True
@@ -110,13 +110,13 @@ class BackgroundLoad:
         return False
 
 
-def draw_orders(api_keys: list[str], seed: int) -> Iterator[tuple[Request, Scenario]]:
-    """Orders as in the demo, portion by portion, without end, each with what its merchant will do about it."""
-    lot = random.Random(f"{seed} stories")
-    portion = 0
+def draw_payments(api_keys: list[str], seed: int) -> Iterator[tuple[Request, Scenario]]:
+    """Payments as in the demo, in batches without end, each with its scenario."""
+    chance = random.Random(f"{seed} scenarios")
+    batch = 0
     while True:
-        for order in create_orders(api_keys, ORDERS_PER_BATCH, seed * 100_000 + portion):
-            story, special = draw_scenario(lot)
+        for order in create_orders(api_keys, ORDERS_PER_BATCH, seed * 100_000 + batch):
+            scenario, special = draw_scenario(chance)
             body = {**order.body, "reference": order.idempotency_key, **special}
-            yield Request(order.api_key, order.idempotency_key, "/v1/payments", body), story
-        portion += 1
+            yield Request(order.api_key, order.idempotency_key, "/v1/payments", body), scenario
+        batch += 1

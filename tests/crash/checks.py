@@ -1,4 +1,4 @@
-"""Queries to database and provider: after each kill, and at the end."""
+"""Checks of database and provider, after each kill and at the end."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tests.crash.retrying_client import RetryingClient
 
 
 def find_violations(system: SystemUnderTest, client: RetryingClient) -> tuple[dict[str, int], list[str]]:
-    """The broken invariants, and lines that explain those of the database, read at the same instant."""
+    """The violated invariants, and lines that explain those of the database, from one snapshot."""
     sandbox = system.http("sandbox")
     charges = read_sandbox(sandbox, CHARGES_SUMMARY)
     refunds = read_sandbox(sandbox, REFUNDS_SUMMARY)
-    # Payments acknowledged after this instant may be missing in the snapshot.
+    # Payments acknowledged after this moment may be missing in the snapshot.
     acknowledged, refunded = list(client.payments), list(client.refunds.items())
     with system.connect() as conn, conn.transaction():
         conn.execute("set transaction isolation level repeatable read, read only")
@@ -28,12 +28,12 @@ def find_violations(system: SystemUnderTest, client: RetryingClient) -> tuple[di
         )
         explained = explain_violations(conn) if any(invariants.values()) else []
     invariants[REFUNDED_TWICE] = len(refunds["double"])
-    invariants["what was answered is answered again, and nothing else"] = len(client.wrong_answers)
+    invariants["a repeated request gets the same answer"] = len(client.wrong_answers)
     return {name: times for name, times in invariants.items() if times}, explained
 
 
 def explain_violations(conn: Connection) -> list[str]:
-    """Of each invariant that the database sees broken an example, with all that is known of its payment."""
+    """An example of each violated invariant of the database, with all rows of its payment."""
     query = "select name, violations, example from surety.check_invariants() where violations > 0"
     lines = []
     for name, violations, example in conn.execute(query).fetchall():
@@ -58,7 +58,7 @@ def explain_violations(conn: Connection) -> list[str]:
 
 
 def count_unfinished(conn: Connection) -> int:
-    """Payments, refunds and disputes that are not at their end."""
+    """The number of payments, refunds and disputes that have not ended."""
     return query_count(
         conn,
         """

@@ -1,4 +1,4 @@
-"""What dies, and how: twenty cards with the kinds' shares, shuffled anew every twenty cycles."""
+"""Kinds of kills. Twenty are drawn in proportion to their weights and shuffled, then twenty more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KIND_WEIGHTS = {
     "terminate_backend": 2,
     "half_open": 1,
 }
-"""Of twenty. `api` is what listens: one of the API's processes, their parent, or the receiver."""
+"""The share of each kind in twenty. `api`: one of the API's processes, their parent, or the receiver."""
 
 DOWN_SECONDS_MAX = 0.5
 TARGET_SECONDS_MAX = 0.5
@@ -34,25 +34,25 @@ order by pid
 
 
 def draw(seed: int) -> Generator[str]:
-    """Kinds, for ever."""
-    lot = random.Random(f"{seed} kinds")
+    """Kinds without end."""
+    chance = random.Random(f"{seed} kinds")
     while True:
-        deck = [kind for kind, cards in KIND_WEIGHTS.items() for _ in range(cards)]
-        lot.shuffle(deck)
-        yield from deck
+        kinds = [kind for kind, weight in KIND_WEIGHTS.items() for _ in range(weight)]
+        chance.shuffle(kinds)
+        yield from kinds
 
 
-def kill_and_restart(kind: str, system: SystemUnderTest, lot: random.Random) -> str:
-    """Kill one thing of a kind and, if it is PostgreSQL, start it again; returns its name."""
-    target = KINDS[kind](system, lot)
+def kill_and_restart(kind: str, system: SystemUnderTest, chance: random.Random) -> str:
+    """Kill one target of a kind, and restart it if it is PostgreSQL. Returns its name."""
+    target = KINDS[kind](system, chance)
     system.process_group.revive()
     return target
 
 
-def kill_worker(system: SystemUnderTest, lot: random.Random) -> str:
-    """A worker; more often than not one that holds a batch at that moment."""
-    name = lot.choice(WORKERS)
-    if lot.random() < 0.7:
+def kill_worker(system: SystemUnderTest, chance: random.Random) -> str:
+    """Kill a worker, usually one that holds a batch."""
+    name = chance.choice(WORKERS)
+    if chance.random() < 0.7:
         name = wait_for_leased_batch(system) or name
     if name in system.process_group.processes:
         system.process_group.kill(name)
@@ -60,7 +60,7 @@ def kill_worker(system: SystemUnderTest, lot: random.Random) -> str:
 
 
 def wait_for_leased_batch(system: SystemUnderTest) -> str | None:
-    """The worker that holds a batch first, if one does soon."""
+    """The first worker that holds a batch within TARGET_SECONDS_MAX, or None."""
     deadline = time.monotonic() + TARGET_SECONDS_MAX
     with system.connect() as conn:
         while time.monotonic() < deadline:
@@ -74,9 +74,9 @@ def wait_for_leased_batch(system: SystemUnderTest) -> str | None:
     return None
 
 
-def kill_api(system: SystemUnderTest, lot: random.Random) -> str:
-    """The API's parent, one of its processes, or the receiver."""
-    what = lot.choice(("webhooks", "api", "api's process", "api's process"))
+def kill_api(system: SystemUnderTest, chance: random.Random) -> str:
+    """Kill the API's parent, one of its processes, or the receiver."""
+    what = chance.choice(("webhooks", "api", "api's process", "api's process"))
     if what in system.process_group.processes:
         system.process_group.kill(what)
         return what
@@ -84,7 +84,7 @@ def kill_api(system: SystemUnderTest, lot: random.Random) -> str:
     children = children_of(parent.pid) if parent else []
     if children:
         with suppress(ProcessLookupError):
-            os.kill(lot.choice(children), signal.SIGKILL)
+            os.kill(chance.choice(children), signal.SIGKILL)
     return what
 
 
@@ -94,51 +94,51 @@ def children_of(pid: int) -> list[int]:
     return sorted(int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
-def kill_postmaster(system: SystemUnderTest, lot: random.Random) -> str:
-    """PostgreSQL's first process."""
+def kill_postmaster(system: SystemUnderTest, chance: random.Random) -> str:
+    """Kill PostgreSQL's first process."""
     system.kill_server()
-    time.sleep(lot.uniform(0, DOWN_SECONDS_MAX))
+    time.sleep(chance.uniform(0, DOWN_SECONDS_MAX))
     system.start_server()
     return "postmaster"
 
 
-def stop_immediately(system: SystemUnderTest, lot: random.Random) -> str:
-    """PostgreSQL as a whole: no shutdown, so it starts by recovering."""
+def stop_immediately(system: SystemUnderTest, chance: random.Random) -> str:
+    """Stop PostgreSQL without a shutdown, so that it starts with recovery."""
     system.server.restart("immediate")
     return "all of PostgreSQL"
 
 
-def kill_backend(system: SystemUnderTest, lot: random.Random) -> str:
-    """One backend, after which PostgreSQL ends all others and recovers."""
-    pid = choose_backend(system, lot)
+def kill_backend(system: SystemUnderTest, chance: random.Random) -> str:
+    """Kill one backend. PostgreSQL then ends all others and recovers."""
+    pid = choose_backend(system, chance)
     os.kill(pid, signal.SIGKILL)
     return f"backend {pid}"
 
 
-def terminate_backend(system: SystemUnderTest, lot: random.Random) -> str:
-    """One session, as an administrator would."""
-    pid = choose_backend(system, lot)
+def terminate_backend(system: SystemUnderTest, chance: random.Random) -> str:
+    """Terminate one session, as an administrator would."""
+    pid = choose_backend(system, chance)
     with system.connect() as conn:
         conn.execute("select pg_terminate_backend(%s)", (pid,))
     return f"session {pid}"
 
 
-def make_half_open(system: SystemUnderTest, lot: random.Random) -> str:
-    """One connection falls silent, without a reset."""
-    assert system.proxy.silence(lot.random()), "there is no connection to cut"
+def make_half_open(system: SystemUnderTest, chance: random.Random) -> str:
+    """Silence one connection without notice to its ends."""
+    assert system.proxy.silence(chance.random()), "there is no connection to cut"
     return "a connection"
 
 
-def choose_backend(system: SystemUnderTest, lot: random.Random) -> int:
-    """A backend of our processes'; one that is at work, if one is soon."""
+def choose_backend(system: SystemUnderTest, chance: random.Random) -> int:
+    """A backend of Surety's processes: an active one, if there is one within TARGET_SECONDS_MAX."""
     deadline = time.monotonic() + TARGET_SECONDS_MAX
     with system.connect() as conn:
         while time.monotonic() < deadline:
             if busy := conn.execute(OUR_BACKENDS, (True,)).fetchall():
-                return int(str(lot.choice(busy)[0]))
+                return int(str(chance.choice(busy)[0]))
         while not (found := conn.execute(OUR_BACKENDS, (False,)).fetchall()):
             time.sleep(0.05)
-        return int(str(lot.choice(found)[0]))
+        return int(str(chance.choice(found)[0]))
 
 
 Kill = Callable[[SystemUnderTest, random.Random], str]

@@ -1,4 +1,4 @@
-"""The processes that are killed, and the supervisor that starts them again."""
+"""The processes that are killed, and the supervisor that restarts them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tests.support.postgres_proxy import KEEPALIVE_SECONDS, PostgresProxy
 Connection = psycopg.Connection[tuple[object, ...]]
 
 DATABASE = "surety_crash"
-# Below the ports that the system gives to clients. While no process listens, a client that keeps trying could get the
-# port itself, connect to itself, and block it.
+# Below the ephemeral ports: a client that retries a port without a listener could be given the port itself, connect to
+# itself, and so keep the server from listening.
 PORTS = range(20_000, 30_000)
 WORKERS = ("worker-1", "worker-2")
 START_SECONDS_MAX = 30.0
-# Processes that begin and end all the time make everything slow, which must not look like the provider's outage.
+# Restarts make everything slow. A short timeout would look like an outage of the provider.
 PROVIDER_TIMEOUT_SECONDS = "5"
-# Days in production. Timely evidence comes within a few seconds; a dispute without evidence is lost soon.
+# Days in production. Timely evidence takes a few seconds, and disputes without evidence are lost soon.
 EVIDENCE_SECONDS = "5"
 
 
 class SystemUnderTest:
-    """PostgreSQL, the proxy before it, and all of our processes behind that."""
+    """PostgreSQL, the proxy in front of it, and Surety's processes."""
 
     def __init__(self, scene: Path, seed: int) -> None:
         self.server = EmbeddedServer(durable=True)
@@ -47,10 +47,10 @@ class SystemUnderTest:
         with self.connect() as conn:
             shorten_delays(conn)
         self.proxy = PostgresProxy(self.url, reset_seconds=KEEPALIVE_SECONDS)
-        lot = random.Random(os.getpid())
-        self.ports = {name: free_port(lot.choice(PORTS)) for name in ("api", "webhooks", "sandbox")}
+        chance = random.Random(os.getpid())
+        self.ports = {name: free_port(chance.choice(PORTS)) for name in ("api", "webhooks", "sandbox")}
         secret = f"whsec_{secrets.token_hex(16)}"
-        result = {
+        variables = {
             "DATABASE_URL": self.proxy.url,
             "STRIPE_WEBHOOK_SECRET": secret,
             "SURETY_SANDBOX_URL": self.http("sandbox"),
@@ -58,7 +58,7 @@ class SystemUnderTest:
             "SURETY_POLL_SECONDS": POLL_SECONDS,
             "PYTHONUNBUFFERED": "1",
         }
-        self.process_group = ProcessGroup(inherited_environment() | result, LogFiles(scene))
+        self.process_group = ProcessGroup(inherited_environment() | variables, LogFiles(scene))
         cli = ("-m", "app.cli")
         self.commands: dict[str, tuple[str, ...]] = {
             "api": (*cli, "api", "--port", str(self.ports["api"]), "--processes", "2"),
@@ -73,11 +73,11 @@ class SystemUnderTest:
         }
 
     def http(self, name: str) -> str:
-        """Where a process listens."""
+        """The address on which a process listens."""
         return f"http://127.0.0.1:{self.ports[name]}"
 
     def open(self) -> None:
-        """Start everything; returns once all listen and the workers are at work."""
+        """Start everything. Returns once all listen and the workers are registered."""
         for name, command in self.commands.items():
             self.process_group.start(name, *command)
         for name, port in self.ports.items():
@@ -86,17 +86,17 @@ class SystemUnderTest:
             self.process_group.wait_for(WORKERS[0], lambda: count_workers(conn) >= len(WORKERS))
 
     def connect(self) -> Connection:
-        """A connection of the run's own, beside the proxy."""
+        """A connection that bypasses the proxy."""
         return psycopg.connect(harden(self.url, "deploy"), autocommit=True)
 
     def kill_server(self) -> None:
-        """SIGKILL for PostgreSQL's first process; its backends end by themselves, some of them late."""
+        """Kill PostgreSQL's first process. Its backends end by themselves, some of them late."""
         assert self.server.process is not None
         self.server.process.kill()
         self.server.process.wait()
 
     def start_server(self) -> None:
-        """Start it on the same data, as soon as nothing of the one before it is left."""
+        """Start it on the same data, as soon as the last server's processes are gone."""
         deadline = time.monotonic() + START_SECONDS_MAX
         while True:
             try:

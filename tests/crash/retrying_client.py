@@ -1,5 +1,6 @@
-"""Merchants' requests: each is repeated under its key until it is answered. An acknowledgement is on disk before
-anything else is done.
+"""A merchant's client. It repeats each request under its key until it is answered.
+
+Acknowledged answers are on disk before the client continues.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ Json = dict[str, Any]
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One request; its key makes every repetition the same request."""
+    """A request. Its key makes every repetition the same request."""
 
     api_key: str
     idempotency_key: str
     path: str
     body: Json
     reference: str = ""
-    """Of the payment that it is about, where there is one."""
+    """The reference of the request's payment, if there is one."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """Who asks, under which key."""
+        """Authorization and idempotency key."""
         return {"Authorization": f"Bearer {self.api_key}", "Idempotency-Key": self.idempotency_key}
 
 
 class LoggedAnswer(msgspec.Struct):
-    """A line of the log: the answer that a merchant got. Every repetition must bring the same answer."""
+    """A line of the log. The answer is kept because every repetition must return the same."""
 
     id: str
     request: Request
@@ -47,24 +48,24 @@ class LoggedAnswer(msgspec.Struct):
 
 
 class RetryingClient:
-    """Everybody's, with one log."""
+    """One client for all merchants, with one log."""
 
-    def __init__(self, log: Path, lot: random.Random) -> None:
+    def __init__(self, log: Path, chance: random.Random) -> None:
         self.payments: list[str] = []
         """Acknowledged."""
         self.refunds: dict[str, int] = {}
         """Acknowledged, with their amounts."""
         self.refused: Counter[str] = Counter()
-        """What may be refused and was, by the problem's name."""
+        """Expected refusals, by the problem's name."""
         self.wrong_answers: list[str] = []
-        """Answers that should never be: other refusals, and repetitions that differ from the first answer."""
+        """Unexpected refusals, and repetitions that differ from the first answer."""
         self.repeated = 0
         self.asked_again = 0
-        self._lot = lot
+        self._chance = chance
         self._log = log.open("wb")
 
     async def ask(self, client: httpx.AsyncClient, request: Request, *, may_be_refused: bool = False) -> bool:
-        """Ask until it is answered, write the answer down and now and then ask once more; False if it was refused."""
+        """Send a request until it is answered, log the answer, and sometimes send it again. False if it was refused."""
         answer = await self._answer(client, request)
         if not answer.is_success:
             refusal = expected_refusal(answer) if may_be_refused else None
@@ -74,7 +75,7 @@ class RetryingClient:
                 self.wrong_answers.append(format_answer(request, answer))
             return False
         logged = self.log_answer(request, answer)
-        if self._lot.random() < REPEAT_SHARE:
+        if self._chance.random() < REPEAT_SHARE:
             again = await self._answer(client, request)
             self.asked_again += 1
             if (again.status_code, again.content) != (logged.status, logged.body):
@@ -97,7 +98,7 @@ class RetryingClient:
             await asyncio.sleep(PAUSE_SECONDS)
 
     def log_answer(self, request: Request, answer: httpx.Response) -> LoggedAnswer:
-        """To disk, and only then to memory."""
+        """Write an answer to disk, then to memory."""
         document = answer.json()
         logged = LoggedAnswer(document["id"], request, answer.status_code, answer.content)
         self._log.write(msgspec.json.encode(logged) + b"\n")
@@ -111,7 +112,7 @@ class RetryingClient:
 
 
 def expected_refusal(answer: httpx.Response) -> str | None:
-    """The problem's name if it is one that a sound request can meet: too late, too much, not covered."""
+    """The problem's name if a valid request can get it: too late, too much, or not covered. Else None."""
     problem = answer.json()
     name = str(problem["type"]).removeprefix("/problems/")
     is_too_much = name == "invalid-request" and [(e["field"], e["rule"]) for e in problem["errors"]] == [
@@ -121,5 +122,5 @@ def expected_refusal(answer: httpx.Response) -> str | None:
 
 
 def format_answer(request: Request, answer: httpx.Response) -> str:
-    """An answer as a line."""
+    """An answer in one line."""
     return f"{request.path} {request.idempotency_key}: {answer.status_code} {answer.text}"

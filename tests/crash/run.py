@@ -1,4 +1,4 @@
-"""A run: kill, mend, heal, ask; and at the end, has everything ended?"""
+"""A run: kill, restart, wait for recovery, check; and at the end, whether everything has ended."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """`--json` prints it."""
+    """The fields that `--json` prints."""
 
     cycles: int
     kills: dict[str, int]
@@ -42,7 +42,7 @@ class Result(msgspec.Struct, kw_only=True):
     double_refunds: int
     violations: int
     violated: dict[str, int]
-    """The invariants that were broken, with how often."""
+    """The number of violations of each violated invariant."""
     not_ended: int
     """Payments, refunds and disputes."""
     states: dict[str, int]
@@ -51,13 +51,13 @@ class Result(msgspec.Struct, kw_only=True):
     disputes: dict[str, int]
     """At the provider, by status."""
     afterwards: dict[str, int]
-    """How many payments had which story after they were accepted."""
+    """The number of payments with each later action."""
     refused: dict[str, int]
-    """What could be refused and was, such as a refund of more than is left, by the problem's name."""
+    """Expected refusals, such as a refund of more than is left, by the problem's name."""
     repeated: int
-    """Requests that had to be sent again."""
+    """Requests that were sent again because there was no answer."""
     asked_again: int
-    """Answered requests that were sent again all the same: each brought the same bytes."""
+    """Answered requests that were sent again: each returned the same bytes."""
     dead_letters: int
     heal_seconds: dict[str, float]
     seconds: float
@@ -70,7 +70,7 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 class KillPhase(msgspec.Struct, kw_only=True):
-    """What the kills of a run did."""
+    """The results of a run's kills."""
 
     kills: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     heal_seconds: list[float] = msgspec.field(default_factory=list)
@@ -181,7 +181,7 @@ def wait_for_end(system: SystemUnderTest, background_load: BackgroundLoad) -> di
 
 
 def heal(system: SystemUnderTest, background_load: BackgroundLoad) -> float | None:
-    """Seconds until a payment made after the kill has got through; None if it hasn't in time."""
+    """Seconds until a payment made after the kill was confirmed. None if that takes longer than HEAL_SECONDS_MAX."""
     began = time.monotonic()
     request, payment_id = background_load.create_probe(), None
     while time.monotonic() < began + HEAL_SECONDS_MAX:

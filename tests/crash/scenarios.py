@@ -1,7 +1,7 @@
-"""What merchants do after the charge while things die: capture, cancel, refund, defend themselves; and what holders do.
+"""Actions after the charge during the kills: capture, cancel, refund, submit evidence; and cardholders' disputes.
 
-Each merchant's runner follows its feed of events and acts on what it reads, so a skipped event would be a
-story without an end. Requests of one story are asked beside each other, each under a key of its own.
+Each merchant's runner follows its event feed and acts on the events, so a skipped event would leave a scenario
+unfinished. Requests of one scenario are sent concurrently, each under a key of its own.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ INITIATED = ("payment.initiated",)
 UNFINISHED = ("payment.initiated", "payment.submitting")
 DISPUTE_LOST = ("dispute.lost",)
 FINAL_EVENTS = ("payment.failed", "payment.canceled", "dispute.won", "dispute.lost", "dispute.warning_closed")
-"""Events that end a story, even with actions left: a deadline may have passed without an answer."""
+"""Events that end a scenario even if actions are left: a deadline may have passed."""
 REFUND_FAILED = ("refund.failed",)
 INQUIRY_OPENED = ("dispute.warning_needs_response",)
 CHARGEBACK_OPENED = ("dispute.needs_response",)
 CAPTURE, CANCEL, REFUNDS = "/v1/payments/{id}/capture", "/v1/payments/{id}/cancel", "/v1/payments/{id}/refunds"
 CHARGEBACK, INQUIRY = paid_by("pm_card_createDispute"), paid_by("pm_card_createDisputeInquiry")
 
-# The first plan of a story has its share of all payments and says what its payment is made with.
+# The first action of a scenario has the scenario's share of all payments, and the payment's special parameters.
 SCENARIOS: tuple[Scenario, ...] = (
     (PlannedAction(0.04, HELD, CAPTURE, special=MANUAL),),
     (PlannedAction(0.03, HELD, CAPTURE, tenths=7, special=MANUAL), PlannedAction(0, PAID, REFUNDS)),
     (PlannedAction(0.03, HELD, CANCEL, special=MANUAL),),
-    # One of the two is refused, because it came second.
+    # The second of the two is refused.
     (PlannedAction(0.02, HELD, CAPTURE, special=MANUAL), PlannedAction(0, HELD, CANCEL)),
-    # Whatever has been sent by then.
+    # At any progress of the submission.
     (PlannedAction(0.03, INITIATED, CANCEL),),
     (PlannedAction(0.04, PAID, REFUNDS),),
     (PlannedAction(0.04, PAID, REFUNDS, tenths=3),),
-    # More than there is: one of the three is refused.
+    # More than the captured amount: one of the three is refused.
     (
         PlannedAction(0.04, PAID, REFUNDS, tenths=3),
         PlannedAction(0, PAID, REFUNDS, tenths=3),
@@ -56,7 +56,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     (PlannedAction(0.02, CHARGEBACK_OPENED, EVIDENCE, evidence="winning_evidence", special=CHARGEBACK),),
     (PlannedAction(0.02, CHARGEBACK_OPENED, EVIDENCE, evidence="losing_evidence", special=CHARGEBACK),),
-    # The holder may be quicker, also when the refund is on its way.
+    # The dispute may come before the refund, also while the refund is pending.
     (
         PlannedAction(0.02, PAID, REFUNDS, tenths=3, special=CHARGEBACK),
         PlannedAction(0, CHARGEBACK_OPENED, EVIDENCE, evidence="winning_evidence"),
@@ -65,63 +65,68 @@ SCENARIOS: tuple[Scenario, ...] = (
         PlannedAction(0.01, INQUIRY_OPENED, EVIDENCE, evidence="escalate_inquiry_evidence", special=INQUIRY),
         PlannedAction(0, CHARGEBACK_OPENED, EVIDENCE, evidence="winning_evidence"),
     ),
-    # Without evidence it is lost, and nothing is left to be refunded.
+    # Without evidence the dispute is lost, and nothing is left to refund.
     (PlannedAction(0.02, DISPUTE_LOST, REFUNDS, special=CHARGEBACK),),
 )
 
 
-def draw_scenario(lot: random.Random) -> tuple[Scenario, Json]:
-    """A story, or none, and the special fields of its payment."""
-    left = lot.random()
-    for story in SCENARIOS:
-        if (left := left - story[0].share) < 0:
-            card = paid_by(lot.choice(USUAL_TOKENS))
-            return story, {"amount": lot.randint(100, AMOUNT_MINOR_MAX), "currency": "usd", **card, **story[0].special}
+def draw_scenario(chance: random.Random) -> tuple[Scenario, Json]:
+    """A scenario, or an empty one, and the special parameters of its payment."""
+    left = chance.random()
+    for scenario in SCENARIOS:
+        if (left := left - scenario[0].share) < 0:
+            card = paid_by(chance.choice(USUAL_TOKENS))
+            return scenario, {
+                "amount": chance.randint(100, AMOUNT_MINOR_MAX),
+                "currency": "usd",
+                **card,
+                **scenario[0].special,
+            }
     return (), {}
 
 
 class ScenarioRunner:
-    """Of one merchant."""
+    """Runs the scenarios of one merchant."""
 
     def __init__(self, api_key: str, retrying_client: RetryingClient) -> None:
         self._api_key = api_key
         self._retrying_client = retrying_client
         self._plans: dict[str, dict[int, PlannedAction]] = {}
-        """The remaining actions by the payment's reference; the numbers are for the keys."""
+        """The actions left, by the payment's reference. Their numbers are parts of their keys."""
         self._payments: dict[str, Json] = {}
-        """Payments with a story, by id, for the events of their refunds and disputes."""
+        """Payments with a scenario by id, to which events of refunds and disputes refer."""
         self.under_way: set[str] = set()
         """References of payments without an answer of the provider in the feed."""
 
-    def expect(self, reference: str, story: Scenario) -> None:
-        """A payment that will be made is to have this story, which may have nothing in it."""
+    def expect(self, reference: str, scenario: Scenario) -> None:
+        """Register a payment before it is requested, with its scenario, which may be empty."""
         self.under_way.add(reference)
-        if story:
-            self._plans[reference] = dict(enumerate(story))
+        if scenario:
+            self._plans[reference] = dict(enumerate(scenario))
 
     def left(self) -> list[str]:
-        """What has not been done."""
+        """The actions that are left."""
         plans = [(reference, plan) for reference, plans in self._plans.items() for plan in plans.values()]
         return [f"{reference}: {plan.path} on {' or '.join(plan.on)}" for reference, plan in plans]
 
-    async def work(self, client: httpx.AsyncClient, no_more_orders: asyncio.Event) -> None:
-        """Follow the feed and act until nothing is left to do."""
+    async def work(self, client: httpx.AsyncClient, no_more_payments: asyncio.Event) -> None:
+        """Follow the feed and act until no action is left."""
         after: str | None = None
         async with asyncio.TaskGroup() as acts:
-            while self._plans or not no_more_orders.is_set():
+            while self._plans or not no_more_payments.is_set():
                 page = await self._read(client, after)
                 if page is None:
                     await asyncio.sleep(PAUSE_SECONDS)
                     continue
                 after = page["next"]
                 for event in page["data"]:
-                    for request in self._hear(event["type"], event["data"]):
+                    for request in self._requests_after(event["type"], event["data"]):
                         acts.create_task(self._act(client, request))
                 if not page["has_more"]:
                     await asyncio.sleep(POLL_SECONDS)
 
     async def _act(self, client: httpx.AsyncClient, request: Request) -> None:
-        """Send a request. A refused one, such as for lack of money, has no later event."""
+        """Send a request. A refused refund never fails later, so actions on its failure are dropped."""
         if not await self._retrying_client.ask(client, request, may_be_refused=True):
             plans = self._plans.get(request.reference, {})
             for number in [number for number, plan in plans.items() if plan.on == REFUND_FAILED]:
@@ -130,7 +135,7 @@ class ScenarioRunner:
                 self._plans.pop(request.reference, None)
 
     async def _read(self, client: httpx.AsyncClient, after: str | None) -> Json | None:
-        """A page of the feed; None without an answer."""
+        """A page of the feed. None if there was no answer."""
         asked: dict[str, Any] = {"limit": PAGE_LIMIT} | ({"after": after} if after else {})
         try:
             answer = await client.get("/v1/events", params=asked, headers={"Authorization": f"Bearer {self._api_key}"})
@@ -143,20 +148,20 @@ class ScenarioRunner:
             self._retrying_client.wrong_answers.append(f"/v1/events: {answer.status_code} {answer.text}")
         return None
 
-    def _hear(self, what: str, about: Json) -> list[Request]:
-        """What an event makes its merchant ask for."""
-        if about["object"] == "payment" and what not in UNFINISHED:
-            self.under_way.discard(about["reference"])
-        if about["object"] == "payment" and about["reference"] in self._plans:
-            self._payments[about["id"]] = about
-        payment = self._payments.get(str(about.get("payment", about["id"])))
+    def _requests_after(self, event_type: str, subject: Json) -> list[Request]:
+        """The requests that follow an event."""
+        if subject["object"] == "payment" and event_type not in UNFINISHED:
+            self.under_way.discard(subject["reference"])
+        if subject["object"] == "payment" and subject["reference"] in self._plans:
+            self._payments[subject["id"]] = subject
+        payment = self._payments.get(str(subject.get("payment", subject["id"])))
         if payment is None:
             return []
         reference = payment["reference"]
         plans = self._plans.get(reference, {})
-        due = [number for number, plan in plans.items() if what in plan.on]
-        asked = [self._request(plans.pop(number), number, payment, about["id"]) for number in due]
-        if not plans or what in FINAL_EVENTS:
+        due = [number for number, plan in plans.items() if event_type in plan.on]
+        asked = [self._request(plans.pop(number), number, payment, subject["id"]) for number in due]
+        if not plans or event_type in FINAL_EVENTS:
             self._plans.pop(reference, None)
         return asked
 

@@ -31,8 +31,8 @@ def main() -> int:
         if asked.only in one.guard:
             verdict = judge(one, seconds=asked.seconds, seed=asked.seed, processes=asked.processes)
             verdicts.append(verdict)
-            broken = "; ".join(dict.fromkeys(chain.from_iterable(verdict.broken.values())))
-            print(f"{verdict.seconds:6.1f} s  {one.guard}: {broken or 'SURVIVED'}", flush=True)
+            violated = "; ".join(dict.fromkeys(chain.from_iterable(verdict.broken.values())))
+            print(f"{verdict.seconds:6.1f} s  {one.guard}: {violated or 'SURVIVED'}", flush=True)
     catching = seeds_that_pass_unmutated({seed for verdict in verdicts for seed in verdict.broken})
     survivors = [verdict.guard for verdict in verdicts if not catching & verdict.broken.keys()]
     for verdict in verdicts:

@@ -1,4 +1,4 @@
-"""The guards that the simulation must miss: each mutant is the code with one of them taken away."""
+"""The mutants: each is the code with one guard removed, which the simulation must notice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FACT_KEY = "(provider, account, livemode, object_id, kind, revision)"
 
 
 class Patch(Struct, frozen=True):
-    """One text of a file instead of another; its first occurrence."""
+    """Replaces the first occurrence of a text in a file."""
 
     path: str
     before: str
@@ -18,7 +18,7 @@ class Patch(Struct, frozen=True):
 
 
 class Mutant(Struct, frozen=True):
-    """A guard, and the patches that take it away."""
+    """A guard, and the patches that remove it."""
 
     guard: str
     patches: tuple[Patch, ...]
@@ -45,13 +45,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/sql/api/payments.sql", "on conflict (merchant_id, route, key) do nothing", "on conflict do nothing"),
     ),
     mutant(
-        "a reference is one payment's",
+        "a reference belongs to one payment",
         ("schema.sql", "primary key (merchant_id, reference)", "primary key (merchant_id, reference, payment_id)"),
         ("db/sql/api/payments.sql", "on conflict (merchant_id, reference) do nothing", "on conflict do nothing"),
         ("db/sql/payments/steps.sql", "on conflict (merchant_id, reference) do nothing", "on conflict do nothing"),
     ),
     mutant(
-        "a repeated webhook is a repeat",
+        "a repeated webhook is recognized",
         (
             "schema.sql",
             "primary key (provider, account, event_id)",
@@ -109,11 +109,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "our fee is posted",
+        "the platform's fee is posted",
         ("schema.sql", "('captured', 2, 'pending', 'fee_revenue', 'platform_fee'),\n", ""),
     ),
     mutant(
-        "balances are kept",
+        "balances are updated",
         (
             "db/sql/ledger/postings.sql",
             "balance_minor = kept.balance_minor + excluded.balance_minor",
@@ -121,11 +121,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "who commits late is not missed",
+        "a late commit is not missed",
         ("db/sql/outbox/events.sql", "where pg_visible_in_snapshot(open.xid, p_goal)", "where false"),
     ),
     mutant(
-        "a goal is walked to its end",
+        "all events up to the goal are scanned",
         (
             "db/sql/outbox/claims.sql",
             "if v_scanned = v_scan_limit or cardinality(event_ids) = v_handler.batch_size then",
@@ -133,7 +133,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "the fence: who lost the lease can't finish",
+        "a worker that lost its lease can't complete events",
         (
             "db/sql/outbox/completion.sql",
             "    if not found then\n        return false;\n    end if;\n    if v_batch.event_ids <@ p_event_ids then\n",
@@ -145,11 +145,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ("jobs/database.py", "                    raise psycopg.Rollback(transaction)\n", "                    pass\n"),
     ),
     mutant(
-        "what a dead worker held is taken over",
+        "a dead worker's batch is taken over",
         ("db/sql/outbox/claims.sql", "    perform outbox.expire_leases(p_handler, v_now);\n", ""),
     ),
     mutant(
-        "suspects run alone",
+        "poison-message candidates run alone",
         (
             "db/sql/outbox/claims.sql",
             "and r.due_at <= v_now and r.worker_deaths > 0",
@@ -158,7 +158,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/sql/outbox/claims.sql", "and r.due_at <= v_now and r.worker_deaths = 0", "and r.due_at <= v_now"),
     ),
     mutant(
-        "a due retry is found by the scheduling run",
+        "due retries are scheduled",
         (
             "db/sql/outbox/wakeups.sql",
             "or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)",
@@ -170,7 +170,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/sql/api/payments.sql", "order by g.merchant_id, g.idempotency_key, g.n\n", "order by g.n\n"),
     ),
     mutant(
-        "what has ended precedes what was asked of the payer",
+        "a final state precedes a payer action",
         (
             "db/sql/payments/derive.sql",
             "        when p_has_failed then 'failed'\n",
@@ -178,7 +178,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "another amount is not believed",
+        "a wrong amount is not accepted",
         ("jobs/handlers/payments.py", 'if intent["amount"] == subject.amount_minor:', 'if intent["amount"]:'),
         (
             "db/sql/payments/fact_checks.sql",
@@ -187,7 +187,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "a confirmed payment expects its settlement",
+        "a confirmed payment is expected to settle",
         (
             "db/sql/payments/settlement.sql",
             "v_now + interval '7 days'\n    from outbox.batch_events(p_batch, p_fence) as e\n    where ",
@@ -221,7 +221,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "a refund that has failed is given back",
+        "a failed refund is credited back",
         ("schema.sql", "('refund_failed', 1, 'reserved_for_refunds', 'available', 'gross'),\n", ""),
     ),
     mutant(
@@ -233,7 +233,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("schema.sql", "('dispute', 3, 'available', 'fee_revenue', 'fee'),\n", ""),
     ),
     mutant(
-        "a disputed amount is held back",
+        "a disputed amount is withheld",
         (
             "db/sql/ledger/fact_postings.sql",
             "(1, 'dispute_opened', steps.opened),",
@@ -241,7 +241,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "a lost webhook is read from the event list",
+        "lost webhooks are read from the event list",
         ("jobs/polling.py", '    for window in await poll_windows(worker, "events"):\n', "    for window in ():\n"),
     ),
     mutant(
@@ -253,7 +253,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "the breaker gives back what failed before it opened",
+        "failures before a circuit opened are not counted",
         (
             "db/sql/provider/circuit_breaker.sql",
             "        failures = greatest(0, r.failures - counted.times),\n        attempts = counted.attempts,\n",
@@ -261,7 +261,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "only money meets an expectation",
+        "only money meets an expected settlement",
         (
             "db/sql/payments/settlement.sql",
             "    order by e.aggregate_id\n    on conflict (payment_id, kind) do nothing;\n",
@@ -273,7 +273,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "a failure counts only while the provider is well",
+        "failures during an outage are not counted",
         ("db/sql/provider/circuit_breaker.sql", "when r.result ? 'release_seconds' then null", "when true then null"),
     ),
     mutant(
@@ -293,7 +293,7 @@ MUTANTS: tuple[Mutant, ...] = (
 
 
 def apply(mutant: Mutant, folder: Path) -> None:
-    """Take the guard away in a copy of the code. Raises ValueError if it isn't there as it was."""
+    """Remove the guard in a copy of the code. Raises ValueError if a patch doesn't apply."""
     for patch in mutant.patches:
         file = folder / patch.path
         text = file.read_text()

@@ -1,4 +1,4 @@
-"""The simulation notices a missing guard; all mutants by command: python -m tests.mutations."""
+"""Each mutant applies, and the simulation catches a quick one. All mutants: python -m tests.mutations."""
 
 from __future__ import annotations
 

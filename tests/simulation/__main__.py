@@ -1,8 +1,8 @@
 """Run schedules: `python -m tests.simulation --schedules 300 --seed 1 --json`.
 
-Seeds follow each other from --seed on, spread over as many processes as there are cores. A seed that fails tells which
-invariant was broken, the one command that repeats it exactly, and, shrunk, another one that fails with less in it. The
-last line is JSON if asked for: schedules, steps, faults, violations, seconds. Exit 1: an invariant broke.
+Seeds follow each other from --seed on, in as many processes as there are cores. For a seed that fails, the output names
+the violated invariant, the command that repeats the schedule exactly, and the command of a smaller schedule that fails
+as well. With --json the last line is JSON: schedules, steps, faults, violations, seconds. Exit 1: a violation.
 """
 
 from __future__ import annotations
@@ -24,36 +24,38 @@ SHRUNK_MAX = 3
 
 
 def print_failure(outcome: Outcome) -> None:
-    """What went wrong, and how to see it again."""
+    """Print the violated invariants and the command that repeats the schedule."""
     for invariant, example in outcome.violations.items():
         print(f"seed {outcome.plan.seed} broke: {invariant}\n    {example}")
     print(f"    {outcome.plan.command()} --tell", flush=True)
 
 
 def read_arguments() -> argparse.Namespace:
-    """What is asked for."""
+    """The command line's options."""
     usual = SchedulePlan(seed=1)
-    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Whole lives of payments, by lot.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.simulation", description="Whole lives of payments at random."
+    )
     parser.add_argument("--schedules", type=int, default=300, help="how many, one per seed")
     parser.add_argument("--seed", type=int, default=1, help="the first seed")
-    parser.add_argument("--steps", type=int, default=usual.steps, help="decisions until everything heals")
+    parser.add_argument("--steps", type=int, default=usual.steps, help="decisions until recovery begins")
     parser.add_argument("--payments", type=int, default=usual.payments)
     parser.add_argument("--workers", type=int, default=usual.workers)
     parser.add_argument("--lanes", type=int, default=usual.lanes)
     parser.add_argument("--without", default="", help=f"kinds of faults to leave out: {', '.join(RATES)}")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more schedules after this time")
     parser.add_argument("--until-broken", action="store_true", help="stop at the first broken invariant, don't shrink")
-    # A schedule and its server take turns: where they can't be kept on one processor, two share one.
+    # A schedule and its server process take turns, so two schedules share a processor unless affinity can be set.
     takes_turns = "DATABASE_URL" not in os.environ and hasattr(os, "sched_setaffinity")
     usual_processes = (1 if takes_turns else 2) * (os.cpu_count() or 1)
     parser.add_argument("--processes", type=int, default=usual_processes)
     parser.add_argument("--tell", action="store_true", help="print every decision")
-    parser.add_argument("--json", action="store_true", help="print the sum as JSON in the last line")
+    parser.add_argument("--json", action="store_true", help="print the totals as JSON in the last line")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run what is asked for."""
+    """Run the schedules."""
     asked = read_arguments()
     without = frozenset(filter(None, asked.without.split(",")))
     sizes = {"steps": asked.steps, "payments": asked.payments, "workers": asked.workers, "lanes": asked.lanes}

@@ -1,4 +1,4 @@
-"""The merchants: what they want, asked for until it is answered, and what they were told."""
+"""Merchants: their requests, each repeated until it is answered, and the answers they got."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 30.0
 RETRY_AFTER_SECONDS = 1.0
 REFUNDS_MAX = 3
-# What a merchant who looks first wants, by the payment's state; others want anything at any time.
+# Commands of merchants that look at the payment's state first. Others send any command at any time.
 COMMANDS_BY_STATE: dict[str, tuple[str, ...]] = {
     "authorized": ("capture_payment", "capture_payment", "cancel_payment"),
     "disputed": ("submit_evidence",),
     **dict.fromkeys(("submitting", "provider_submitted", "requires_action"), ("cancel_payment",)),
     **dict.fromkeys(("confirmed", "settled", "partially_refunded"), ("create_refund",)),
 }
-# Who does what a command asks for.
+# The handler of each command.
 HANDLER = {
     "capture_payment": "capture",
     "cancel_payment": "cancel",
@@ -40,7 +40,7 @@ EVIDENCE_TEXTS = ("winning_evidence", "losing_evidence", "escalate_inquiry_evide
 
 
 class WantedPayment(Struct):
-    """A payment that a merchant wants, under one key, however often it is asked for."""
+    """A payment that a merchant requests under one key, any number of times."""
 
     number: int
     merchant: int
@@ -51,17 +51,17 @@ class WantedPayment(Struct):
     capture_method: str
     reference: str | None
     answers: list[tuple[Any, ...]] = []
-    """What was acknowledged: rows of api.create_payments."""
+    """Rows of api.create_payments that were acknowledged."""
 
     command_answers: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    """By key, what was told of commands that took effect: status and document."""
+    """Status and document of each answered command that took effect, by key."""
 
     @property
     def payment_id(self) -> str | None:
-        """The payment that was acknowledged."""
+        """The id of the acknowledged payment."""
         return next((row[6] for row in self.answers if row[1] == 201), None)
 
-    def asked(self, key_hash: bytes) -> PaymentRequest:
+    def request(self, key_hash: bytes) -> PaymentRequest:
         """The request."""
         body = f"{self.amount} {self.currency} {self.token} {self.capture_method} {self.reference}"
         return PaymentRequest(
@@ -86,26 +86,26 @@ class WantedPayment(Struct):
 
 
 async def request_until_answered(schedule: Schedule, wanted: WantedPayment, *, at_once: bool = False) -> None:
-    """A client: asks until it is answered, wherever somebody listens; for the first time at once, or in its turn."""
+    """Send a request until it is answered. `at_once` skips the first turn."""
     while True:
         if not at_once:
-            await schedule.turn(schedule.clients, "client asks")
+            await schedule.turn(schedule.clients, "client request")
         at_once = False
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                row = await schedule.api.payments.submit(wanted.asked(schedule.keys[wanted.merchant]))
+                row = await schedule.api.payments.submit(wanted.request(schedule.keys[wanted.merchant]))
         except (Unavailable, RefusedByDatabase, TimeoutError) as error:
             if isinstance(error, RefusedByDatabase):
                 schedule.report_violation("no statement fails", repr(error))
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
         wanted.answers.append(tuple(row))
-        schedule.wake("submit")
+        schedule.schedule_handlers("submit")
         return
 
 
 def send_command(schedule: Schedule) -> None:
-    """A merchant wants something done about a payment of his: taken, called off, given back, defended."""
+    """A merchant sends a command about one of its payments: capture, cancel, refund or submit evidence."""
     known = [wanted for wanted in schedule.wanted if wanted.payment_id is not None]
     if not known:
         return
@@ -126,7 +126,7 @@ def send_command(schedule: Schedule) -> None:
         case "create_refund":
             number = chance.randrange(REFUNDS_MAX)
             key = f"{function} {number}"
-            # The last one wants all that is left.
+            # The last refund takes the whole rest.
             asked["amount"] = None if number == REFUNDS_MAX - 1 else wanted.amount // 3
         case "submit_evidence":
             disputes = schedule.database.rows(
@@ -141,18 +141,18 @@ def send_command(schedule: Schedule) -> None:
     schedule.asking.append(schedule.clients.start(command(schedule, wanted, function, f"{key} {wanted.number}", asked)))
 
 
-async def command(schedule: Schedule, wanted: WantedPayment, function: str, key: str, about: dict[str, Any]) -> None:
-    """A client wants something done about a payment, until it is told what becomes of that."""
+async def command(schedule: Schedule, wanted: WantedPayment, function: str, key: str, fields: dict[str, Any]) -> None:
+    """Send a command about a payment until it is answered."""
     asked = {
         "key_hash": schedule.keys[wanted.merchant].hex(),
         "request_id": f"req_{wanted.number}",
         "address": "127.0.0.1",
         "idempotency_key": key,
-        "request_hash": hashlib.sha256(json.dumps(about).encode()).hexdigest(),
-        **about,
+        "request_hash": hashlib.sha256(json.dumps(fields).encode()).hexdigest(),
+        **fields,
     }
     while True:
-        await schedule.turn(schedule.clients, "client asks")
+        await schedule.turn(schedule.clients, "client request")
         try:
             async with Pool(schedule, schedule.api).connection() as connection:
                 query = f"select status, body from api.{function}(%s)"
@@ -163,5 +163,5 @@ async def command(schedule: Schedule, wanted: WantedPayment, function: str, key:
         assert row is not None
         if row[1] is not None:
             wanted.command_answers.setdefault(key, []).append((row[0], row[1]))
-        schedule.wake(HANDLER[function])
+        schedule.schedule_handlers(HANDLER[function])
         return

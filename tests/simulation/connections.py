@@ -1,4 +1,4 @@
-"""A connection under a schedule: it takes turns, can be cut, and waits for locks where everybody sees it."""
+"""A connection under a schedule: it takes turns, can be cut, and its waits for locks are visible to the schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, waiting
 from psycopg.pq import ExecStatus, TransactionStatus
 
 from tests.simulation.loop import PROCESS, Process
-from tests.simulation.outages import BREAKER_STATEMENTS, check_failures_uncounted, find_open_breakers
+from tests.simulation.outages import CIRCUIT_STATEMENTS, check_failures_uncounted, find_open_circuits
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -23,7 +23,7 @@ QUIET_MS = 1
 
 
 class Cursor(AsyncCursor[Any]):
-    """Tells its connection what it is going to do."""
+    """Reports each statement to its connection."""
 
     async def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
         connection = self._conn
@@ -54,7 +54,7 @@ class SimulatedConnection(AsyncConnection[Any]):
     before: tuple[str, ...] = ()
 
     def note_statement(self, query: Any, params: Any) -> None:
-        """Note what is coming."""
+        """Note the next statement."""
         text = query.decode() if isinstance(query, bytes) else str(query)
         self.doing = text.split("(", 1)[0].split()[-1] if "(" in text else text.split()[0]
         self.has_locked |= self.doing == "pg_try_advisory_lock"
@@ -69,7 +69,7 @@ class SimulatedConnection(AsyncConnection[Any]):
                 yield transaction
                 self.doing = "commit"
         finally:
-            # A rollback takes back what was told in it.
+            # A rollback undoes the notes of its transaction.
             if self.doing != "commit":
                 self.last_time_sent = ""
 
@@ -98,7 +98,7 @@ class SimulatedConnection(AsyncConnection[Any]):
                     self.run("rollback")
             raise
         finally:
-            # Within a transaction nothing is let go that others wait for.
+            # Within a transaction no lock is released that others wait for.
             if self.pgconn.transaction_status != TransactionStatus.INTRANS:
                 schedule.locks.resume_granted()
         if schedule.draw_fault("cut_after"):
@@ -106,16 +106,16 @@ class SimulatedConnection(AsyncConnection[Any]):
         return result
 
     def draw_open_transaction(self, schedule: Schedule) -> bool:
-        """Whether others see a statement that stands alone before its commit, or its connection is lost by then."""
+        """Whether an autocommit statement gets a transaction that stays open meanwhile, or is cut before its commit."""
         self.stays_open, self.is_cut_before_commit = schedule.keeps_transaction_open(), schedule.draw_fault("cut_open")
         return self.stays_open or self.is_cut_before_commit
 
     async def do(self, gen: Any, opens: bool) -> Any:
-        """Run a statement, with its commit if that is an event of its own."""
+        """Run a statement, and its commit where that is a turn of its own."""
         schedule, process = self.schedule, self.process
         assert schedule is not None and process is not None
         found = (
-            find_open_breakers(schedule.database) if self.doing in BREAKER_STATEMENTS and not schedule.is_calm else None
+            find_open_circuits(schedule.database) if self.doing in CIRCUIT_STATEMENTS and not schedule.is_calm else None
         )
         self.has_waited = False
         result = await self.drive(gen)
@@ -126,7 +126,7 @@ class SimulatedConnection(AsyncConnection[Any]):
         return result
 
     async def commit_in_turn(self, schedule: Schedule, process: Process) -> None:
-        """Commit, perhaps after others have gone on, unless the connection is lost before."""
+        """Commit, possibly after other turns, unless the connection is cut first."""
         if self.stays_open:
             await schedule.turn(process, f"{self.doing}: commit")
             if self.is_cut:
@@ -136,7 +136,7 @@ class SimulatedConnection(AsyncConnection[Any]):
         self.run("commit")
 
     def send_time(self, seconds: float, opens: bool) -> None:
-        """Let the server know what time it is, before it does something."""
+        """Set the server's simulated time before the next statement."""
         if self.pgconn.transaction_status == TransactionStatus.INERROR:
             return
         output = f"set simulation.ahead = '{seconds:.6f} s'"
@@ -147,19 +147,19 @@ class SimulatedConnection(AsyncConnection[Any]):
         self.last_time_sent = output
 
     def run(self, command: str) -> None:
-        """Something quick that waits for nobody."""
+        """Run a short statement that waits for no lock."""
         result = self.pgconn.exec_(command.encode())
         if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
             raise psycopg.errors.error_from_result(result)
 
     def cut(self) -> psycopg.OperationalError:
-        """Lose the connection: the server rolls back what is open."""
+        """Cut the connection: the server rolls back the open transaction."""
         self.is_cut = True
         self.reset_session()
         return psycopg.OperationalError("server closed the connection unexpectedly")
 
     async def drive(self, gen: Any) -> Any:
-        """Run psycopg's own protocol; a lock that another transaction holds is waited for beside the others."""
+        """Run psycopg's own protocol. A wait for another transaction's lock is left to the schedule."""
         assert self.schedule is not None
         try:
             state = next(gen)
@@ -172,7 +172,7 @@ class SimulatedConnection(AsyncConnection[Any]):
             return end.value
 
     def has_answered(self) -> bool:
-        """Whether the server has answered, False if it waits for somebody's lock; one of both comes true soon."""
+        """True once the server has answered, False once it waits for a lock. One of both happens soon."""
         assert self.schedule is not None
         poll = select.poll()
         poll.register(self.pgconn.socket, select.POLLIN)
@@ -180,19 +180,19 @@ class SimulatedConnection(AsyncConnection[Any]):
         while not poll.poll(quiet_ms):
             if self.schedule.database.waits_for_a_lock(self):
                 return bool(poll.poll(0))
-            # Who has worked for long is asked less often.
+            # A long-running backend is polled less often.
             quiet_ms *= 2
         return True
 
     def suspend_backend(self, still: bool) -> None:
-        """Stop the server's process that waits, or let it go on: of several that one commit frees, one goes first."""
+        """Suspend or resume the waiting backend, so that of several freed by one commit exactly one goes first."""
         assert self.schedule is not None
         if still != self.is_suspended and self.schedule.database.is_own_server:
             self.is_suspended = still
             os.kill(self.pgconn.backend_pid, signal.SIGSTOP if still else signal.SIGCONT)
 
     def reset_session(self) -> None:
-        """As after a client's death: nothing open, nothing locked."""
+        """Reset the session as after a client's death: no transaction, no lock."""
         if self.is_suspended:
             self.suspend_backend(False)
         if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
@@ -208,7 +208,7 @@ class SimulatedConnection(AsyncConnection[Any]):
             self.run("select pg_advisory_unlock_all(); reset idle_session_timeout")
 
     async def close(self) -> None:
-        """Hang up. Whoever still waits for his turn on it is told so: it is nobody else's in this schedule."""
+        """Close the connection. A task that still waits for its turn on it fails; no other process uses it again."""
         if self.schedule is None:
             await super().close()
         elif self.process is PROCESS.get() and not self.is_cut:

@@ -1,8 +1,8 @@
-"""The database under a schedule: one for thousands of them, emptied in between.
+"""The database under a schedule, emptied between thousands of schedules.
 
-Two things differ from production. surety.time_now() reads a setting of the session, which follows the schedule's clock:
-so time stands still while nobody moves it, and a replay reads the very same instants. And there is a handler more,
-`probe`, whose effect can't be repeated unseen: it counts.
+Two things differ from production. surety.time_now() reads a setting of the session that follows the schedule's clock,
+so a replay reads the very same instants. And there is one more handler, `probe`: it counts its effects, so a repeated
+effect is visible.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 SERVER = {
     "autovacuum": "off",
-    # The schedule sees a circle itself, and a process that looks for one now and then could not be held still.
+    # The schedule detects deadlocks itself. A periodic deadlock check would wake suspended backends.
     "deadlock_timeout": "1h",
     "plan_cache_mode": "force_generic_plan",
-    # Each process has some thirty at most; one refused would be a fault that no seed has drawn.
+    # Each process has about thirty at most. A refused connection would be a fault outside of the seed.
     "max_connections": "400",
 }
 PREFIX = "surety_simulation"
@@ -46,20 +46,20 @@ WHOLE_DEPLOYS = 0.2
 FEW_FUNCTIONS = 5
 
 TIME = "select statement_timestamp() + coalesce((select clock.ahead from surety.clock), interval '0');"
-# A constant month, for what looks into a table would not be expanded where it is called.
+# A constant month: a function that reads a table would not be inlined.
 CLOCK = """
     select timestamptz '{month}' + coalesce(nullif(current_setting('simulation.ahead', true), ''), '0')::interval;
 """
 SETUP = (
     "update surety.environment set kind = 'test', created_at = date_trunc('month', now())",
     "create schema simulation",
-    # What can't be done twice unseen, nor left out.
+    # Effects of the probe, one row each.
     "create table simulation.effects (event_id text not null)",
     """
     create function simulation.count_effects(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
     language plpgsql as $$
     begin
-        -- Nothing but the fence keeps back who has lost the batch.
+        -- Only the fencing token stops a worker that has lost the batch.
         insert into simulation.effects (event_id) select unnest(p_event_ids);
         return outbox.complete_events(p_batch, p_fence, p_event_ids);
     end;
@@ -76,11 +76,11 @@ SETUP = (
     select 'probe', 'webhook.received'
     """,
     """
-    create function simulation.tell(p_lie text, p_payment text) returns text
+    create function simulation.attempt_write(p_statement text, p_payment text) returns text
     language plpgsql as $$
-    -- The code with which a lie is refused, null if it is believed; it is taken back in any case.
+    -- The SQLSTATE with which an illegal write is refused, null if it is accepted. It is rolled back in any case.
     begin
-        execute p_lie using p_payment;
+        execute p_statement using p_payment;
         set constraints all immediate;
         raise exception using errcode = 'SIM00';
     exception when others then
@@ -98,7 +98,7 @@ from pg_class as c join pg_namespace as n on n.oid = c.relnamespace
 where n.nspname in {SCHEMAS} and c.relkind = 'r'
 """
 SEQUENCES = f"select format('%I.%I', schemaname, sequencename) from pg_sequences where schemaname in {SCHEMAS}"
-# Statement by statement, so that their plans last.
+# Static statements, so that their plans are cached.
 EMPTY = """
 create function simulation.empty() returns void
 language plpgsql as $$
@@ -111,11 +111,11 @@ $$
 
 
 def simulated_source() -> VersionFiles:
-    """What is deployed here."""
+    """The source that is deployed in the simulation."""
     source = VersionFiles.installed()
     month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     replace_function_text(source, "surety.time_now", TIME, CLOCK.format(month=month))
-    # Each month ahead costs every plan a little.
+    # Each partition ahead makes every plan slower.
     replace_function_text(source, "surety.maintain_partitions", "default 3", "default 1")
     return source
 
@@ -130,12 +130,12 @@ def replace_function_text(source: VersionFiles, function: str, before: str, afte
 
 
 def prepare_template(url: str) -> None:
-    """Deploy all that a database needs; it can be copied then."""
+    """Deploy the template database."""
     deploy(url, simulated_source())
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         for statement in SETUP:
             conn.execute(statement.encode())
-        # What holds rows by now is law; the rest goes after each schedule.
+        # Tables with rows belong to the schema. All others are emptied after each schedule.
         rest = [
             name for name in names(conn, TABLES) if not conn.execute(f"select from {name} limit 1".encode()).rowcount
         ]
@@ -145,15 +145,14 @@ def prepare_template(url: str) -> None:
 
 
 def names(conn: psycopg.Connection[Any], query: str) -> list[str]:
-    """What a query finds, one name a row."""
+    """The names that a query finds, one in each row."""
     return [name for (name,) in conn.execute(query.encode())]
 
 
 class SimulatedDatabase:
-    """One database, laid, and connections to it; `is_own_server` if nobody else has a process on its server.
+    """One database and connections to it. `is_own_server`: the server was started for these simulations.
 
-    A schedule and the server's processes take turns, so on one and the same processor nobody has to be woken up on
-    another.
+    A schedule and the server's processes take turns, so keeping them on one processor avoids wake-ups on another.
     """
 
     def __init__(self, url: str, *, is_own_server: bool, processor: int | None = None) -> None:
@@ -163,7 +162,7 @@ class SimulatedDatabase:
         self._source = simulated_source()
         self.observer = psycopg.connect(self.url, autocommit=True, prepare_threshold=0)
         self.observer.prepared_max = None
-        # Its triggers are set aside for good: whoever changes that forgets all his plans.
+        # Triggers stay disabled here: changing the setting would discard all plans.
         self.resetter = psycopg.connect(self.url, autocommit=True)
         self.resetter.execute("set session_replication_role = replica")
         for pid in (os.getpid(), self.observer.pgconn.backend_pid, self.resetter.pgconn.backend_pid):
@@ -181,16 +180,16 @@ class SimulatedDatabase:
             os.sched_setaffinity(pid, {self.processor})
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """What the observer sees, who is no part of the schedule."""
+        """Rows of a query by the observer, a connection outside of the schedule."""
         return self.observer.execute(query.encode(), values or None).fetchall()
 
     def set_batch_size(self, events: int) -> None:
-        """How many events a batch holds: few, so that it is seldom the whole of what waits, or as many as there are."""
+        """Set the batch size of all handlers: small, so that a batch seldom holds all waiting events, or unlimited."""
         if self.batch_size == events:
             return
         for name, handler in self.handlers.items():
             self.handlers[name] = msgspec.structs.replace(handler, batch_size=events)
-        # Where a claim is open, it stays as it is for now: the observer waits for nobody.
+        # A handler with an open claim keeps its size for now: the observer waits for no lock.
         result = self.rows(
             "update outbox.handlers set batch_size = %s where handler in"
             " (select handler from outbox.handlers for update skip locked) returning handler",
@@ -199,10 +198,10 @@ class SimulatedDatabase:
         self.batch_size = events if len(result) == len(self.handlers) else None
 
     def redeploy(self, chance: random.Random) -> bool:
-        """Replace functions by the same ones, beside whatever is open: who has called one calls another now.
+        """Replace functions by identical ones beside open transactions.
 
-        Seldom all of them, by a whole deploy, for after one every connection plans all anew; else a few, as it would.
-        False if it gave way to who holds a lock, for he can't go on before it has; time stands still meanwhile.
+        Seldom all of them by a whole deploy, because every connection plans everything again after one; else a few.
+        False if the deploy gave up waiting for a lock: the lock's holder can't continue while the deploy waits.
         """
         if chance.random() < WHOLE_DEPLOYS:
             try:
@@ -218,17 +217,17 @@ class SimulatedDatabase:
         return True
 
     def move_clock(self, seconds: float) -> None:
-        """Let the observer see the schedule's time."""
+        """Set the schedule's time for the observer."""
         self.observer.execute(f"set simulation.ahead = '{seconds:.6f} s'".encode())
 
     def empty(self, seed: int) -> None:
-        """Begin anew; chance inside the database follows from the seed too."""
+        """Empty the database for a new schedule. Random values inside of the database follow from the seed as well."""
         if self.used % VACUUM_EVERY == 0:
             self.resetter.execute("vacuum (analyze)")
         self.used += 1
         self.resetter.execute("select simulation.empty()")
         self.move_clock(0)
-        # Merchants' ids are the observer's, and locks are taken in their order.
+        # The observer creates the merchants' ids, and locks are taken in the order of ids.
         self.observer.execute(f"set seed = {fraction(seed, -1)}".encode(), prepare=False)
         for connection in self.connections:
             if connection.schedule is not None:
@@ -243,7 +242,7 @@ class SimulatedDatabase:
             connection = waiting.wait_conn(SimulatedConnection._connect_gen(self.url), interval=0.1)
             connection._autocommit = True
             self.bind(connection.pgconn.backend_pid)
-            # As if it had worked for long.
+            # All statements are prepared, as on a connection that has been used for long.
             connection.prepare_threshold, connection.prepared_max = 0, None
             connection.cursor_factory = Cursor
             self.connections.append(connection)
@@ -255,12 +254,12 @@ class SimulatedDatabase:
             connection.before = (f"set seed = {fraction(schedule.plan.seed, self.connections.index(connection))}",)
         connection.schedule, connection.process, connection.is_cut = schedule, process, False
         connection.lease += 1
-        # Who held it before may have died in the middle of a statement.
+        # Its last process may have died in the middle of a statement.
         connection.lock = asyncio.Lock()
         return connection
 
     def release(self, connection: SimulatedConnection) -> None:
-        """A connection that its process has no use for any more."""
+        """Take back a connection from its process."""
         if connection not in self.free:
             if (
                 connection.is_cut
@@ -275,13 +274,13 @@ class SimulatedDatabase:
                 schedule.locks.resume_granted()
 
     def release_all(self, process: Process) -> None:
-        """All that a dead process has held."""
+        """Take back all connections of a dead process."""
         for connection in self.connections:
             if connection.process is process and connection.schedule is not None:
                 self.release(connection)
 
     def waits_for_a_lock(self, connection: SimulatedConnection) -> bool:
-        """Whether the server's process of a connection stands in line for a lock."""
+        """Whether a connection's backend waits for a lock."""
         pid = connection.pgconn.backend_pid
         return not (self.is_own_server and is_running(pid)) and bool(
             self.rows("select cardinality(pg_blocking_pids(%s)) > 0", pid)[0][0]
@@ -289,7 +288,7 @@ class SimulatedDatabase:
 
 
 class Pool:
-    """A process's connections, as jobs.database asks for them."""
+    """A process's connections, with the interface that jobs.database uses."""
 
     def __init__(self, schedule: Schedule, process: Process) -> None:
         self._schedule = schedule
@@ -297,19 +296,19 @@ class Pool:
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[SimulatedConnection]:
-        """One of them."""
+        """Lease a connection."""
         connection = self._schedule.database.lease(self._schedule, self._process)
         lease = connection.lease
         try:
             yield connection
         finally:
-            # Of a process that has died the server has noticed it, and somebody else may have the connection by now.
+            # The connection of a process that died is released already, and may be leased to another process.
             if connection.lease == lease:
                 self._schedule.database.release(connection)
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process works, or would if there were a processor; False where that is not to be seen."""
+    """Whether a process is running or runnable. False where the system doesn't show it."""
     try:
         stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:

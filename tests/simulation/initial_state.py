@@ -1,4 +1,4 @@
-"""How a schedule begins: who is there, what is wanted, and where the payments are when trouble finds them."""
+"""How a schedule begins: merchants, requested payments, and how far the payments are when faults begin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from tests.simulation.clients import WantedPayment
 from tests.simulation.database import SimulatedDatabase
-from tests.simulation.recovery import ALL, FEW, RECOVERY_ROUNDS, run_rounds
+from tests.simulation.recovery import ALL, FEW, RECOVERY_JOBS, run_periodic_jobs
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -43,7 +43,7 @@ def add_merchants(database: SimulatedDatabase) -> tuple[list[str], list[bytes]]:
 
 
 def draw_wanted_payments(chance: random.Random, payments: int) -> list[WantedPayment]:
-    """What clients will ask for."""
+    """The payments that clients will request."""
     wanted = [
         WantedPayment(
             number=number,
@@ -58,33 +58,33 @@ def draw_wanted_payments(chance: random.Random, payments: int) -> list[WantedPay
         for number in range(payments)
     ]
     if chance.random() < 0.3:
-        # Somebody's program uses a key again for something else.
+        # A merchant reuses a key for another payment.
         again = chance.choice(wanted)
         wanted.append(replace(again, number=len(wanted), amount=again.amount + 1, answers=[], command_answers={}))
     return wanted
 
 
 async def advance_some_payments(schedule: Schedule) -> None:
-    """Bring some payments to where the rest of their lives begins: trouble should find them there, too."""
+    """Advance some payments without faults, so that faults also occur late in a payment's life."""
     chance, payments = schedule.chance, schedule.plan.payments
     stage = chance.choice(("new", "new", "held", "held", "charged", "settled", "settled"))
     if stage == "new":
         if chance.random() < 0.75:
-            # All come at once, and again, before anybody has been answered.
+            # All requests arrive at once, and again, before any was answered.
             schedule.unasked.clear()
             schedule.request_again()
         return
     schedule.database.set_batch_size(ALL)
     for _ in range(chance.randint(1, len(schedule.unasked))):
-        schedule.ask()
+        schedule.send_request()
     await asyncio.wait(schedule.asking)
     if stage == "held":
         await schedule.workers[-1].drain("submit")
     else:
-        await run_rounds(schedule, ())
+        await run_periodic_jobs(schedule, ())
     if stage == "settled":
         schedule.move_to(schedule.loop.seconds + 3)
-        await run_rounds(schedule, RECOVERY_ROUNDS)
+        await run_periodic_jobs(schedule, RECOVERY_JOBS)
     if chance.random() < 0.5:
         await schedule.deliver_all()
     for _ in range(chance.randint(payments, 3 * payments)):

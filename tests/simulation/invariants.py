@@ -1,4 +1,4 @@
-"""What must hold when a schedule has healed, beside what the database checks about itself."""
+"""Invariants that hold after recovery, in addition to those that the database checks itself."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from tests.simulation.clients import WantedPayment
     from tests.simulation.schedule import Schedule
 
-# Of a refund at the provider: it took the money, or will.
+# Statuses of refunds at the provider that took the money or will take it.
 ACTIVE_REFUND_STATUSES = frozenset({"pending", "requires_action", "succeeded"})
-# What somebody will have seen to, once time has passed.
+# Invariants that hold only after the periodic jobs have run.
 ONLY_AT_THE_END = frozenset({"every lease is renewed or taken over", "every overdue settlement is a discrepancy"})
 OPEN_DISPUTE_STATUSES = frozenset({"needs_response", "under_review", "appeal_needs_response", "appeal_under_review"})
 
 
 def check(schedule: Schedule) -> None:
-    """Say which invariants are broken."""
+    """Report the violated invariants."""
     check_database_invariants(schedule)
     check_acknowledgements(schedule)
     check_uniqueness(schedule)
@@ -43,7 +43,7 @@ def check_database_invariants(schedule: Schedule, besides: Collection[str] = ())
 
 
 def check_acknowledgements(schedule: Schedule) -> None:
-    """What was answered stays true: one payment per key, one answer per payment, and it is there."""
+    """Acknowledged payments are present: one payment per key, one answer per payment."""
     present = dict(schedule.database.rows("select id, amount_minor from surety.payments"))
     made: dict[str, str] = {}
     keys = Counter((wanted.merchant, wanted.key) for wanted in schedule.wanted)
@@ -72,7 +72,7 @@ def check_acknowledgements(schedule: Schedule) -> None:
 
 
 def check_commands(schedule: Schedule, wanted: WantedPayment) -> None:
-    """What was answered to a merchant's commands stays true, too."""
+    """Answered commands keep their answers and their effects."""
     for key, answers in wanted.command_answers.items():
         if len(set(answers)) > 1:
             schedule.report_violation("a repeated request gets the first answer", f"{key}: {answers}")
@@ -81,7 +81,7 @@ def check_commands(schedule: Schedule, wanted: WantedPayment) -> None:
             [(state,)] = schedule.database.rows("select state from surety.payments where id = %s", document["id"])
             if state != "canceled":
                 schedule.report_violation(
-                    "what was canceled before anything was sent stays so", f"{document['id']}: {state}"
+                    "a payment canceled before it was sent stays canceled", f"{document['id']}: {state}"
                 )
         if key.startswith("create_refund"):
             query = "select amount_minor from surety.refunds where id = %s and payment_id = %s"
@@ -97,7 +97,7 @@ UNIQUENESS_QUERIES = {
     "a repeated webhook is stored once": (
         "select event_id from surety.provider_events group by event_id having count(*) > 1"
     ),
-    "what kills no worker is not buried for it": (
+    "only the event that kills workers is dead-lettered for it": (
         "select event_id from outbox.dead_letters where reason like 'its worker died%%'"
         " and (%(poison)s::text is not null and event_id <> %(poison)s)"
     ),
@@ -105,7 +105,7 @@ UNIQUENESS_QUERIES = {
 
 
 def check_uniqueness(schedule: Schedule) -> None:
-    """What must not be there twice, nor at all."""
+    """Rows that must be unique or absent."""
     for invariant, query in UNIQUENESS_QUERIES.items():
         found = schedule.database.observer.execute(query.encode(), {"poison": schedule.poison}).fetchone()
         if found is not None:
@@ -113,20 +113,20 @@ def check_uniqueness(schedule: Schedule) -> None:
 
 
 def check_effects(schedule: Schedule) -> None:
-    """Each event was effective once."""
+    """Each event took effect once."""
     rows = schedule.database.rows(
         "select e.id, e.type, count(x.event_id) from outbox.events as e left join simulation.effects as x"
         " on x.event_id = e.id where e.type = any(select event_type from outbox.handler_events"
         " where handler = 'probe') group by e.id, e.type having count(x.event_id) <> 1"
     )
-    # What kills each worker that touches it has no effect, and is given up.
+    # The event that kills each worker has no effect and is dead-lettered.
     rows = [row for row in rows if row[0] != schedule.poison or row[2]]
     if rows:
         schedule.report_violation("every event is effective once per handler", str(rows[0]))
 
 
 def check_charges(schedule: Schedule) -> None:
-    """What the provider did and what we believe are the same."""
+    """Charges at the provider and here are the same."""
     memory = schedule.provider.memory
     charged: dict[str, int] = {}
     intents = {intent.id: intent for intent in memory.all_of_kind("payment_intent")}
@@ -137,11 +137,11 @@ def check_charges(schedule: Schedule) -> None:
                 schedule.report_violation("no payment is charged twice", payment_id)
             charged[payment_id] = charge.body["amount_captured"]
     made = Counter(intent.body["metadata"].get("surety_payment") for intent in intents.values())
-    # What comes a day late leaves an orphan, which can't charge; without that there is none.
+    # Only a request executed a day late makes a second intent, which is never confirmed.
     if not any(fault.startswith(("slow", "stalled")) for fault in schedule.faults) and made.total() > len(made):
         schedule.report_violation("a payment has one intent", str(made.most_common(1)))
     for intent in intents.values():
-        # One that nobody wants any more was called off when it was seen.
+        # A second intent is canceled when it is seen.
         if intent.body["status"] not in {"succeeded", "canceled"}:
             schedule.report_violation(
                 "no payer can succeed with what has ended", f"{intent.id}: {intent.body['status']}"
@@ -150,7 +150,7 @@ def check_charges(schedule: Schedule) -> None:
 
 
 def check_states(schedule: Schedule, charged: dict[str, int]) -> None:
-    """Where each payment ended is what the provider remembers of it."""
+    """Each payment's final state agrees with the provider's record."""
     memory = schedule.provider.memory
     refunded: Counter[str] = Counter()
     for refund in memory.all_of_kind("refund"):
@@ -194,10 +194,10 @@ def paid_by(schedule: Schedule, record: StoredObject) -> str:
 
 
 def check_refunds(schedule: Schedule) -> None:
-    """Each refund of the provider's is one of ours, as it stands there; and none was made twice."""
+    """Each refund at the provider is known here with the same state and amount, and none was made twice."""
     there = {refund.id: refund.body for refund in schedule.provider.memory.all_of_kind("refund")}
-    standing = [body for body in there.values() if body["status"] in ACTIVE_REFUND_STATUSES]
-    demands = Counter(body["metadata"].get("surety_refund") for body in standing)
+    active = [body for body in there.values() if body["status"] in ACTIVE_REFUND_STATUSES]
+    demands = Counter(body["metadata"].get("surety_refund") for body in active)
     for demand, times in demands.items():
         if demand is not None and times > 1:
             schedule.report_violation("no refund is made twice", demand)
@@ -214,7 +214,7 @@ def check_refunds(schedule: Schedule) -> None:
 
 
 def check_disputes(schedule: Schedule) -> None:
-    """Each dispute of the provider's is one of ours, as it stands there."""
+    """Each dispute at the provider is known here with the same status and amount."""
     rows = schedule.database.rows("select provider_id, status, withdrawn_minor from surety.disputes order by id")
     found = {row[0]: row[1:] for row in rows}
     expected = {
@@ -231,7 +231,7 @@ def check_disputes(schedule: Schedule) -> None:
 
 
 def check_ledger(schedule: Schedule) -> None:
-    """The ledger as an accountant would have kept it, from what the provider did and what was agreed."""
+    """The ledger equals books kept independently from the provider's records and the agreed fees."""
     expected: dict[str, int] = {}
 
     def book(account: str, amount: int) -> None:
@@ -265,7 +265,7 @@ def check_ledger(schedule: Schedule) -> None:
 
 
 def book_provider_records(schedule: Schedule, book: Callable[[str, int], None]) -> None:
-    """Its balance transactions, and what it holds that is a merchant's."""
+    """Book the provider's balance transactions, and the merchants' amounts in refunds and disputes."""
     memory = schedule.provider.memory
     merchants = dict(schedule.database.rows("select id, merchant_id from surety.payments"))
     for line in memory.all_of_kind("balance_transaction"):
@@ -296,19 +296,19 @@ def book_provider_records(schedule: Schedule, book: Callable[[str, int], None]) 
 
 
 def check_expectations(schedule: Schedule) -> None:
-    """Nobody waits without somebody's looking, and a lie is told to a person."""
+    """Every confirmed payment is expected to settle, and every wrong amount is a discrepancy."""
     rows = schedule.database.rows(
         "select s.payment_id from surety.steps as s left join surety.expectations as x on x.payment_id = s.payment_id"
         " where s.to_state = 'confirmed' and x.payment_id is null"
     )
     if rows:
-        schedule.report_violation("what is confirmed is expected to settle", rows[0][0])
+        schedule.report_violation("every confirmed payment is expected to settle", rows[0][0])
     rows = schedule.database.rows(
         "select x.payment_id from surety.expectations as x where not exists (select from surety.steps as s"
         " where s.payment_id = x.payment_id and s.to_state = 'settled' and s.at <= x.met_at)"
     )
     if rows:
-        schedule.report_violation("what is expected to settle is so until it does", rows[0][0])
+        schedule.report_violation("a settlement is expected until it happens", rows[0][0])
     rows = schedule.database.rows(
         "select p.id from audit.entries as e join surety.payments as p on p.id = e.payment_id where e.kind = 'answer'"
         " and (e.snapshot ->> 'amount')::bigint <> p.amount_minor and e.snapshot ->> 'object' = 'payment_intent'"
@@ -318,16 +318,16 @@ def check_expectations(schedule: Schedule) -> None:
         schedule.report_violation("another amount than asked for is a discrepancy", rows[0][0])
 
 
-# What nobody may write, whatever rights he has. $1 is a payment.
+# Statements that the database refuses even to its owner. $1 is a payment.
 ILLEGAL_WRITES: dict[str, str] = {
     "an illegal step": (
         "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
-        " select id, version + 1, state, 'initiated', 'lie', now(), 'liar' from surety.payments where id = $1"
+        " select id, version + 1, state, 'initiated', 'illegal', now(), 'test' from surety.payments where id = $1"
     ),
     "a step that starts where the last did not end": (
         "insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)"
-        " select id, version + 1, case state when 'refunded' then 'disputed' else 'refunded' end, 'settled', 'lie',"
-        " now(), 'liar' from surety.payments where id = $1"
+        " select id, version + 1, case state when 'refunded' then 'disputed' else 'refunded' end, 'settled', 'illegal',"
+        " now(), 'test' from surety.payments where id = $1"
     ),
     "a state without its step": (
         "update surety.payments set state = case state when 'reversed' then 'refunded' else 'reversed' end"
@@ -343,20 +343,20 @@ ILLEGAL_WRITES: dict[str, str] = {
 
 
 def check_illegal_writes(schedule: Schedule) -> None:
-    """What the database refuses to whoever tries."""
+    """The database refuses every illegal write."""
     [(payment_id,)] = schedule.database.rows("select max(id) from surety.payments")
     if payment_id is None:
         return
-    query = "select told.lie, simulation.tell(told.text, %s) from unnest(%s::text[], %s::text[]) as told (lie, text)"
-    for lie, code in schedule.database.rows(query, payment_id, list(ILLEGAL_WRITES), list(ILLEGAL_WRITES.values())):
+    query = "select w.name, simulation.attempt_write(w.text, %s) from unnest(%s::text[], %s::text[]) as w (name, text)"
+    for name, code in schedule.database.rows(query, payment_id, list(ILLEGAL_WRITES), list(ILLEGAL_WRITES.values())):
         if code is None:
-            schedule.report_violation("nobody can write a lie", lie)
+            schedule.report_violation("no illegal write is accepted", name)
         elif not code.startswith(("23", "SU003")):
-            raise ValueError(f"{lie} is refused for another reason: {code}")
+            raise ValueError(f"{name} is refused for another reason: {code}")
 
 
 def record_final_states(schedule: Schedule) -> None:
-    """Where it all ended belongs to the digest, too."""
+    """Add the final states to the digest."""
     rows = schedule.database.rows(
         "select p.amount_minor, p.state, p.version, (select string_agg(s.to_state, ' ' order by s.version)"
         " from surety.steps as s where s.payment_id = p.id) from surety.payments as p order by p.id"

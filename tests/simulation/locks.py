@@ -1,4 +1,4 @@
-"""Who waits for whose lock: who waits is held still, and one at a time is let go on, in the order of their coming."""
+"""Waits for locks: waiting backends are suspended, and resumed one at a time in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class Locks:
-    """The connections of a schedule that stand in line for a lock, each with what wakes it."""
+    """The connections of a schedule that wait for a lock, each with the future that ends its wait."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.waiting: dict[SimulatedConnection, asyncio.Future[None]] = {}
         self._schedule = schedule
 
     async def blocked(self, connection: SimulatedConnection) -> None:
-        """Wait, beside the others, until the lock that a connection stands in line for is granted."""
+        """Wait until the lock that a connection waits for is granted."""
         self._schedule.note("blocked", connection.process.name if connection.process else "", connection.doing)
         freed = self.waiting[connection] = self._schedule.loop.create_future()
         if len(self.waiting) > 1 and not self._break_deadlock(connection):
@@ -32,13 +32,13 @@ class Locks:
                 del self.waiting[connection]
 
     def fail_waiter(self, connection: SimulatedConnection) -> None:
-        """Nobody waits for a lock any more on this connection: whoever did is dead, and what he did is rolled back."""
+        """End a connection's wait: its process is dead and its transaction rolled back."""
         freed = self.waiting.pop(connection, None)
         if freed is not None and not freed.done():
             freed.set_exception(Killed())
 
     def resume_granted(self) -> None:
-        """Let go on who has got his lock by now."""
+        """Resume the connections whose lock was granted."""
         if not self.waiting:
             return
         for connection, future in list(self.waiting.items()):
@@ -54,17 +54,17 @@ class Locks:
             self._break_deadlock(waiting[-1])
 
     def _break_deadlock(self, connection: SimulatedConnection) -> bool:
-        """Whether those who wait wait for each other; then this one gives up."""
+        """Whether there is a deadlock. If so, this connection's statement is canceled."""
         if not self._is_deadlocked():
             return False
-        self._schedule.report_violation("nobody waits in a circle", ", ".join(other.doing for other in self.waiting))
+        self._schedule.report_violation("there is no deadlock", ", ".join(other.doing for other in self.waiting))
         connection.suspend_backend(False)
         connection.cancel()
         self.waiting[connection].set_result(None)
         return True
 
     def _is_deadlocked(self) -> bool:
-        """Whether those who wait wait for each other."""
+        """Whether the waiting connections wait for each other."""
         pids = [connection.pgconn.backend_pid for connection in self.waiting]
         waits = dict(
             self._schedule.database.rows(

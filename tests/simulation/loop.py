@@ -1,4 +1,4 @@
-"""An event loop without surroundings: time stands still until it is moved, and what is next is decided, never raced."""
+"""An event loop without I/O: its time moves only when it is set, and the schedule decides what runs next."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 
 class Killed(BaseException):
-    """The process that ran this code is dead: it does nothing more, not even tidying up."""
+    """The process that ran this code is dead: it does nothing more, not even cleanup."""
 
 
 class Process:
-    """What dies at once: tasks, with all that they hold."""
+    """Tasks that are killed together, with all that they hold."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -23,7 +23,7 @@ class Process:
         self.tasks: dict[asyncio.Task[Any], None] = {}
 
     def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something in this process; what it starts belongs to the process too."""
+        """Run a coroutine in this process. Tasks that it starts belong to the process as well."""
         context = contextvars.copy_context()
         context.run(PROCESS.set, self)
         return asyncio.get_running_loop().create_task(work, context=context)
@@ -39,7 +39,7 @@ PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("proces
 
 
 class Task(asyncio.Task[Any]):
-    """A task whose place in a set doesn't depend on its address."""
+    """A task whose hash doesn't depend on its address."""
 
     numbers = itertools.count()
 
@@ -52,7 +52,7 @@ class Task(asyncio.Task[Any]):
 
 
 class DecidingSelector(selectors.SelectSelector):
-    """Where a loop waits for the world; here nothing comes from outside, so to wait is to decide."""
+    """A selector without I/O: when the loop would wait, the schedule decides instead."""
 
     def __init__(self, decide: Callable[[], None]) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class DecidingSelector(selectors.SelectSelector):
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """The loop of one schedule. `seconds` is its time; `decide` is called whenever nothing is ready."""
+    """The loop of one schedule. `seconds` is its time. `decide` is called whenever no task is ready."""
 
     def __init__(self, decide: Callable[[], None]) -> None:
         super().__init__(DecidingSelector(decide))
@@ -79,13 +79,13 @@ class Loop(asyncio.SelectorEventLoop):
         return self.seconds
 
     def next_timer(self) -> float | None:
-        """When the next timer goes off."""
+        """The time of the next timer."""
         timers: list[asyncio.TimerHandle] = vars(self)["_scheduled"]
         return min((timer.when() for timer in timers if not timer.cancelled()), default=None)
 
 
 def make_task(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> Task:
-    """A task that belongs to the process of whoever starts it."""
+    """A task that belongs to the process of the task that starts it."""
     assert isinstance(loop, Loop)
     task = Task(work, loop=loop, **options)
     context: contextvars.Context = options.get("context") or contextvars.copy_context()
@@ -97,7 +97,7 @@ def make_task(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> Tas
 
 
 def note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Remember what nobody was there to catch, unless it was somebody's death."""
+    """Record an uncaught exception, unless its process was killed."""
     error = context.get("exception")
     if isinstance(loop, Loop) and not isinstance(error, Killed):
         loop.broken.append(f"{context.get('message')}: {error!r}")

@@ -1,4 +1,4 @@
-"""The provider is out for a while, wholly or for whoever commands: whose failure it was must be told in the end."""
+"""Provider outages of all calls or of writes only. Failures during an outage must not count against events."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ FORMS: tuple[RequestFault, ...] = (
     "error_500_after",
     "garbage_200",
 )
-# Whoever runs one of these may open a breaker.
-BREAKER_STATEMENTS = frozenset({"surety.count_call_results", "surety.open_circuit"})
+# Statements that may open a circuit.
+CIRCUIT_STATEMENTS = frozenset({"surety.count_call_results", "surety.open_circuit"})
 
 
 class Outage(Struct):
-    """How every call fails until the provider is well again; times in the schedule's seconds."""
+    """How every call fails until the provider recovers. Times are in the schedule's seconds."""
 
     form: RequestFault
     is_whole: bool
-    """Whether reading fails, too."""
+    """Whether reads fail as well."""
     silent_since: float
-    """When the last answer of before arrived."""
+    """When the last answer before the outage arrived."""
     until: float
     first: StripeRequest
-    """The call with which it began."""
+    """The first call that failed."""
 
 
-class BreakerState(Struct, frozen=True):
-    """What is there for one who may open a breaker: those that are open, and the retries that nobody else is at."""
+class CircuitState(Struct, frozen=True):
+    """The open circuits, and the retries that no other transaction has locked, before a circuit may open."""
 
     opened: frozenset[str]
     free: frozenset[tuple[str, str]]
 
 
 def start_outage(schedule: Schedule, first: StripeRequest, answered_at: float) -> Outage:
-    """The provider is out from now on."""
+    """An outage that begins now."""
     chance, now = schedule.chance, schedule.loop.seconds
     return Outage(chance.choice(FORMS), chance.random() < 0.7, answered_at, now + chance.choice(SECONDS), first)
 
 
-def find_open_breakers(database: SimulatedDatabase) -> BreakerState:
-    """What is there now."""
+def find_open_circuits(database: SimulatedDatabase) -> CircuitState:
+    """The present state."""
     rows = database.rows(
         "with free as"
         " (select handler, event_id from outbox.retries where blocked_by is not null for update skip locked)"
@@ -61,11 +61,11 @@ def find_open_breakers(database: SimulatedDatabase) -> BreakerState:
         " union all select handler, event_id from free"
     )
     opened = frozenset(key for key, event_id in rows if event_id is None)
-    return BreakerState(opened, frozenset((handler, event_id) for handler, event_id in rows if event_id is not None))
+    return CircuitState(opened, frozenset((handler, event_id) for handler, event_id in rows if event_id is not None))
 
 
-def check_failures_uncounted(schedule: Schedule, found: BreakerState) -> None:
-    """What failed just before a breaker opened counts against nobody."""
+def check_failures_uncounted(schedule: Schedule, found: CircuitState) -> None:
+    """Failures just before a circuit opened are not counted."""
     if not found.free:
         return
     rows = schedule.database.rows(
@@ -76,18 +76,18 @@ def check_failures_uncounted(schedule: Schedule, found: BreakerState) -> None:
         list(found.opened),
     )
     if blamed := found.free.intersection(rows):
-        schedule.report_violation("what failed before a breaker opened is given back", str(min(blamed)))
+        schedule.report_violation("failures before a circuit opened are not counted", str(min(blamed)))
 
 
 def check_outage_failures_uncounted(schedule: Schedule, outage: Outage) -> None:
-    """Nobody is blamed for a call that was begun and has failed while nothing was answered."""
+    """A call that began and failed while the provider answered nothing is not counted."""
     if not outage.is_whole:
         return
     rows = schedule.database.rows(
         "select t.handler, t.event_id from (select handler, event_id, attempts from outbox.retries union all"
         " select handler, event_id, attempts from outbox.dead_letters) as t"
         " join outbox.events as e on e.id = t.event_id cross join jsonb_array_elements(t.attempts) as a"
-        # Attempts are told in whole milliseconds.
+        # Attempts are recorded in whole milliseconds.
         " cross join lateral (select (a ->> 'at')::timestamptz + interval '1 ms' as at) as failed"
         " cross join lateral (select max(c.at) as at from audit.entries as c"
         " where c.payment_id = e.aggregate_id and c.kind = 'call' and c.at <= failed.at"
@@ -97,4 +97,4 @@ def check_outage_failures_uncounted(schedule: Schedule, outage: Outage) -> None:
         schedule.epoch_seconds + outage.silent_since,
     )
     if rows:
-        schedule.report_violation("nobody is blamed for an outage", str(min(rows)))
+        schedule.report_violation("failures during an outage are not counted", str(min(rows)))

@@ -1,4 +1,4 @@
-"""Schedules side by side, in processes with a database each."""
+"""Runs schedules in parallel, in processes with a database each."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _databases: list[SimulatedDatabase] = []
 
 
 def initialize_process(assignments: SimpleQueue[tuple[str, int | None]], is_own_server: bool) -> None:
-    """Prepare this process for schedules: a database of its own, and a processor where one can be chosen."""
+    """Give this process a database of its own, and a processor where affinity can be set."""
     logging.disable(logging.CRITICAL)
     url, processor = assignments.get()
     _databases.append(SimulatedDatabase(url, is_own_server=is_own_server, processor=processor))
-    # What is there by now stays; of what a schedule leaves, most goes without the collector.
+    # Present objects stay. Most garbage of a schedule is freed by reference counts.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 
 
 def run_here(plan: SchedulePlan, *, tell: bool = False) -> Outcome:
-    """One schedule, in this process's database."""
+    """Run one schedule in this process's database."""
     return Schedule(plan, _databases[0], tell=tell).run()
 
 
@@ -44,9 +44,9 @@ def process_pool(count: int) -> Generator[ProcessPoolExecutor]:
     with ExitStack() as stack:
         given = os.environ.get("DATABASE_URL")
         server = given or stack.enter_context(EmbeddedServer(settings=SERVER)).url
-        laid = stack.enter_context(temporary_database(server, PREFIX))
-        prepare_template(laid)
-        template = str(conninfo_to_dict(laid)["dbname"])
+        prepared = stack.enter_context(temporary_database(server, PREFIX))
+        prepare_template(prepared)
+        template = str(conninfo_to_dict(prepared)["dbname"])
         assignments: SimpleQueue[tuple[str, int | None]] = context.SimpleQueue()
         for _, processor in zip(range(count), cycle(list_processors()), strict=False):
             url = stack.enter_context(temporary_database(server, PREFIX, template=template))
@@ -55,19 +55,19 @@ def process_pool(count: int) -> Generator[ProcessPoolExecutor]:
 
 
 def list_processors() -> list[int] | list[None]:
-    """Those that this process may use, where it is told."""
+    """The processors that this process may use, where the system shows them."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
 
 
 def run_all(
     executor: ProcessPoolExecutor, plans: Iterable[SchedulePlan], at_once: int, goes_on: Callable[[Outcome], bool]
 ) -> None:
-    """Run plans, a few ahead of those that run, until there are no more or `goes_on` says so."""
+    """Run plans, submitted a few ahead, until there are no more or `goes_on` returns False."""
     coming = iter(plans)
     running: set[Future[Outcome]] = {executor.submit(run_here, plan) for plan in islice(coming, 2 * at_once)}
     while running:
         done, running = wait(running, return_when=FIRST_COMPLETED)
-        # All that are done are told, and in the order of their seeds.
+        # Outcomes are reported in the order of their seeds.
         answers = [goes_on(outcome) for outcome in sorted((one.result() for one in done), key=lambda o: o.plan.seed)]
         if not all(answers):
             for one in running:

@@ -1,4 +1,4 @@
-"""The processes of a schedule, with the product's own code in them, and the provider's webhooks from outside."""
+"""The processes of a schedule, which run the product's own code, and the provider's webhook deliveries."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 SETTINGS = load_settings({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
 CLIENT = make_client(API_VERSION)
-ROUNDS = tuple(name for name in PERIODIC_JOBS if name != "schedule_due_handlers")
+PERIODIC_JOB_NAMES = tuple(name for name in PERIODIC_JOBS if name != "schedule_due_handlers")
 
 
 async def probe(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """Count what is handled, in the transaction that finishes it; poison kills who handles it."""
+    """Count the handled events in the transaction that completes them. The poison event kills its worker."""
     process = PROCESS.get()
     assert isinstance(process, WorkerProcess)
     process.schedule.note_handled(process, event_ids)
@@ -50,7 +50,7 @@ HANDLERS["probe"] = probe
 
 
 class WorkerProcess(Process):
-    """A worker, whose jobs are started by lot, not by Procrastinate."""
+    """A worker whose jobs are started at random instead of by Procrastinate."""
 
     def __init__(self, schedule: Schedule, name: str) -> None:
         super().__init__(name)
@@ -70,15 +70,15 @@ class WorkerProcess(Process):
         self.start(keep_heartbeat(self.worker))
 
     def drain(self, handler: str) -> asyncio.Task[Any]:
-        """Start draining."""
+        """Start draining a handler's events."""
         return self.start(self._run(handler, drain(self.context, handler)))
 
-    def round(self, name: str) -> asyncio.Task[Any]:
-        """Start what happens periodically."""
+    def run_periodic_job(self, name: str) -> asyncio.Task[Any]:
+        """Start a periodic job."""
         return self.start(self._run(name, app.tasks[name](self.context, timestamp=0)))
 
     def stop(self) -> None:
-        """As by SIGTERM: what has begun is finished, and then the process ends."""
+        """Stop as by SIGTERM: running jobs finish, then the process ends."""
         self.worker.stopping.set()
         if not any(self.running.values()):
             self.kill()
@@ -88,9 +88,9 @@ class WorkerProcess(Process):
         try:
             await job
         except Exception as error:  # noqa: BLE001
-            # Procrastinate forgets a job that failed; what it was to do is found again.
+            # Procrastinate drops a failed job. The scheduler finds its work again.
             if not is_retryable(error):
-                self.schedule.report_violation("no job breaks down", f"{name}: {error!r}")
+                self.schedule.report_violation("no job fails", f"{name}: {error!r}")
         finally:
             self.running[name] -= 1
             if self.worker.stopping.is_set():
@@ -98,7 +98,7 @@ class WorkerProcess(Process):
 
 
 class ListeningProcess(Process):
-    """The API and the receiver, with the product's lanes."""
+    """The API and the receiver, with the product's batching connections."""
 
     def __init__(self, schedule: Schedule, name: str) -> None:
         super().__init__(name)
@@ -115,7 +115,7 @@ class ListeningProcess(Process):
         )
 
     async def open(self) -> None:
-        """Begin to serve."""
+        """Open the connections."""
         await self.start(self._open())
 
     async def _open(self) -> None:
@@ -124,7 +124,7 @@ class ListeningProcess(Process):
 
 
 async def deliver(schedule: Schedule, event_id: str) -> None:
-    """The provider tells of an event until somebody takes it."""
+    """Deliver a webhook, repeatedly until it is accepted."""
     _, _, payload = schedule.provider.memory.event(event_id)
     event, text = receiver.parse_event(payload)
     while True:
@@ -150,5 +150,5 @@ async def deliver(schedule: Schedule, event_id: str) -> None:
                 schedule.report_violation("no statement fails", repr(error))
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
-        schedule.wake("apply")
+        schedule.schedule_handlers("apply")
         return

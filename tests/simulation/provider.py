@@ -1,7 +1,7 @@
-"""Stripe, as the sandbox understands it, without its sockets: deterministic, in memory, at the schedule's time.
+"""The sandbox's Stripe without sockets: deterministic, in memory, at the schedule's time.
 
-Requests arrive in the form in which Stripe's SDK makes them, and what it answers is understood by the real rail. What
-goes wrong on the way is named as the sandbox names it; webhooks wait in a mailbox until it is decided to deliver one.
+Requests have the form in which Stripe's SDK makes them, and the product's own client reads the answers. Faults have the
+sandbox's names. Webhooks wait in a mailbox until the schedule delivers one.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 MEMORY = Path(":memory:")
-# No key is in use for reading.
+# Reads have no idempotency key.
 READ_FAULTS = tuple(fault for fault in REQUEST_FAULTS if fault != "conflict_409")
-# A day late comes only what can be done once: nobody could tell that a refund was not made from one that still will be.
+# Only calls that can take effect once are executed a day late: a refund still to be made looks like one never made.
 LATE_SECONDS = (0.5, 30.0)
 A_DAY_LATE_SECONDS = 25 * 3600.0
 
@@ -86,19 +86,19 @@ class SimulatedProvider:
         self.mailbox: list[str] = []
         self.late: list[str] = []
         self.has_lost = False
-        """Whether a webhook got lost."""
+        """Whether a webhook was lost."""
         self.outage: Outage | None = None
         self.answered_at = 0.0
-        """When anybody had an answer last, in the schedule's seconds."""
+        """The time of the last answer, in the schedule's seconds."""
         self._requests = 0
 
     @property
     def memory(self) -> Memory:
-        """What really happened."""
+        """The sandbox's record."""
         return self.sandbox.memory
 
     def run_due(self) -> None:
-        """Carry out what is due by now."""
+        """Execute the scheduled actions that are due."""
         if self.outage is not None and self.outage.until <= self.schedule.loop.seconds:
             self.recover()
         memory = self.sandbox.memory
@@ -109,19 +109,19 @@ class SimulatedProvider:
             self.commit()
 
     def recover(self) -> None:
-        """Be well again."""
+        """End the outage."""
         outage, self.outage = self.outage, None
         if outage is not None:
-            self.schedule.note("the provider is well again")
+            self.schedule.note("the outage ends")
             check_outage_failures_uncounted(self.schedule, outage)
 
     def next_due(self) -> float | None:
-        """When it does something by itself, in the schedule's seconds."""
+        """The time of the next scheduled action, in the schedule's seconds."""
         scheduled = self.sandbox.scheduled
         return scheduled[0].due - self.schedule.epoch_seconds if scheduled else None
 
     def commit(self) -> None:
-        """Make what happened durable, and put its webhooks into the mailbox, or wherever they get lost."""
+        """Commit the sandbox's state, and put its webhooks into the mailbox unless they are lost or late."""
         self.sandbox.commit()
         schedule = self.schedule
         deliveries = [plan for plan in self.sandbox.scheduled if plan.what == "deliver"]
@@ -139,7 +139,7 @@ class SimulatedProvider:
             self.mailbox += [plan.subject] * times
 
     def payer_acts(self) -> bool:
-        """One payer who was asked to act does so; whether there was one."""
+        """One payer completes or fails its authentication. False if no payer has to."""
         waiting = [one for one in self.memory.all_of_kind("payment_intent") if one.body["status"] == "requires_action"]
         if not waiting:
             return False
@@ -150,7 +150,7 @@ class SimulatedProvider:
         return True
 
     def third_party_acts(self) -> str | None:
-        """A holder disputes, a bank decides or returns a refund, somebody refunds in the dashboard; which of these."""
+        """A dispute, a bank's decision, a returned refund or a refund in the dashboard; returns which."""
         chance = self.schedule.chance
         charges = [charge for charge in self.memory.all_of_kind("charge") if charge.body["captured"]]
         disputes, refunds = list(self.memory.all_of_kind("dispute")), list(self.memory.all_of_kind("refund"))
@@ -184,7 +184,7 @@ class SimulatedProvider:
         return doing
 
     def cancel_wrong_amounts(self) -> None:
-        """Somebody looks at what was made for another amount than asked for, and cancels it in the dashboard."""
+        """Cancel the intents of a wrong amount in the dashboard."""
         asked = dict(self.schedule.database.rows("select id, amount_minor from surety.payments"))
         for intent in list(self.memory.all_of_kind("payment_intent")):
             is_wrong = intent.body["amount"] != asked.get(intent.body["metadata"]["surety_payment"])
@@ -193,7 +193,7 @@ class SimulatedProvider:
                 self.commit()
 
     def decide_disputes(self) -> None:
-        """The banks decide whatever they still have before them."""
+        """The banks decide all open disputes."""
         for dispute in list(self.memory.all_of_kind("dispute")):
             outcome: Any = "closed" if dispute.body["status"].startswith("warning_") else "lost"
             if dispute.body["status"] in control.DECISIONS[outcome][0]:
@@ -201,7 +201,7 @@ class SimulatedProvider:
                 self.commit()
 
     def receive(self, method: str, url: str, headers: Mapping[str, str], form: str) -> StripeRequest | SandboxResponse:
-        """A request, or the refusal to understand it."""
+        """The parsed request, or the error response to an invalid one."""
         self._requests += 1
         address = urlsplit(url)
         named = {name.lower().encode(): value for name, value in headers.items()}
@@ -212,7 +212,7 @@ class SimulatedProvider:
             return error_response(refusal)
 
     async def respond(self, request: StripeRequest) -> SandboxResponse | None:
-        """The answer after whatever goes wrong; None if none ever comes."""
+        """The response after faults. None if no response ever comes."""
         name = request.operation.name
         if self.outage is None and request.writes and self.schedule.draw_fault("outage", name):
             self.outage = start_outage(self.schedule, request, self.answered_at)
@@ -225,7 +225,7 @@ class SimulatedProvider:
         return await self.apply_fault(request, self.schedule.chance.choice(drawn) if drawn else None)
 
     async def apply_fault(self, request: StripeRequest, fault: RequestFault | None) -> SandboxResponse | None:
-        """What this fault leaves of the answer."""
+        """The response under a fault."""
         match fault:
             case "timeout_before":
                 return None
@@ -242,7 +242,7 @@ class SimulatedProvider:
         return await self.send_back(request, answered, fault)
 
     def execute(self, request: StripeRequest, fault: RequestFault | None) -> SandboxResponse:
-        """Do what is asked, or what was understood; or break down before or after it."""
+        """Execute the request, possibly with a misread amount, or fail before or after it."""
         if request.operation.name == "payment_intents.create" and self.schedule.draw_fault("misread_amount"):
             request.pairs = [
                 (name, str(int(result) + 1) if name == "amount" else result) for name, result in request.pairs
@@ -259,7 +259,7 @@ class SimulatedProvider:
     async def send_back(
         self, request: StripeRequest, answered: SandboxResponse, fault: RequestFault | None
     ) -> SandboxResponse | None:
-        """The answer on its way."""
+        """The response as it arrives."""
         match fault:
             case "timeout_after":
                 return None
@@ -269,10 +269,10 @@ class SimulatedProvider:
                 return SandboxResponse(200, b"<html>upstream connect error\x00", [])
             case "webhook_first":
                 await self.schedule.deliver_all()
-        return self.lie(request, answered) if answered.status == 200 else answered
+        return self.alter_amount(request, answered) if answered.status == 200 else answered
 
     async def execute_late(self, request: StripeRequest) -> SandboxResponse:
-        """Execute late; the key is in use meanwhile, whoever asked may have given up or died."""
+        """Execute late. The key is in use meanwhile, even if the caller has given up or died."""
         in_use = (request.call.account, request.call.key or request.call.request_id)
         self.sandbox.keys_in_use.add(in_use)
         is_once = request.operation.name.startswith("payment_intents.")
@@ -283,8 +283,8 @@ class SimulatedProvider:
         self.commit()
         return answered
 
-    def lie(self, request: StripeRequest, answered: SandboxResponse) -> SandboxResponse:
-        """An answer with another amount, once in a while: whoever believes it books what nobody paid."""
+    def alter_amount(self, request: StripeRequest, answered: SandboxResponse) -> SandboxResponse:
+        """The response, sometimes with a wrong amount. Booking it would record money that was never paid."""
         if not request.operation.name.startswith("payment_intents.") or request.operation.name.endswith("list"):
             return answered
         if not self.schedule.draw_fault("other_amount", request.operation.name):
@@ -295,7 +295,7 @@ class SimulatedProvider:
 
 
 class SimulatedHttpClient(stripe.HTTPClient):
-    """The SDK's way to the provider of whichever schedule the calling process belongs to."""
+    """The SDK's HTTP client, connected to the provider of the running schedule."""
 
     name = "httpx"
 
@@ -306,7 +306,7 @@ class SimulatedHttpClient(stripe.HTTPClient):
     async def request_async(
         self, method: str, url: str, headers: Mapping[str, str], post_data: str | None = None
     ) -> tuple[bytes, int, Mapping[str, str]]:
-        """One request: it arrives or not, is answered or not."""
+        """Send one request, which may be lost or never answered."""
         provider = self.provider
         assert provider is not None
         schedule, process = provider.schedule, PROCESS.get()
@@ -334,7 +334,7 @@ HTTP_CLIENT = SimulatedHttpClient()
 
 
 def make_client(version: str) -> stripe.StripeClient:
-    """Stripe's own client, connected to the simulation."""
+    """Stripe's SDK client, connected to the simulation."""
     stripe.enable_telemetry = False
     return stripe.StripeClient(
         "sk_test_simulation",

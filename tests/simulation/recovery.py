@@ -1,4 +1,4 @@
-"""How a schedule heals: what a healthy day does, until nothing is to be expected any more."""
+"""Recovery: normal operation without faults until nothing is left to do."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING
 
 from jobs.handlers.table import HANDLERS
 from tests.simulation.loop import Killed
-from tests.simulation.processes import ROUNDS, WorkerProcess
+from tests.simulation.processes import PERIODIC_JOB_NAMES, WorkerProcess
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
 ROUNDS_MAX = 60
-# In which of these the banks decide what nobody has answered, and somebody does what was told to need a person.
+# The turn in which banks decide unanswered disputes and operators cancel intents of a wrong amount.
 BANKS_DECIDE_TURN = 2
-RECOVERY_ROUNDS = tuple(name for name in ROUNDS if name not in {"poll_payouts", "maintain"})
-# In this order what one handler brings about is found by the next, and the counting one comes last.
+RECOVERY_JOBS = tuple(name for name in PERIODIC_JOB_NAMES if name not in {"poll_payouts", "maintain"})
+# In this order each handler finds the events of those before it, and the counting `probe` comes last.
 HANDLER_ORDER = tuple(HANDLERS)
-# How many events a batch holds, in trouble and where there is none.
+# Events in a batch, with faults and without.
 FEW, ALL = 3, 100
 
 
-async def heal(schedule: Schedule) -> None:
-    """What a healthy day does: lost workers are replaced, clients insist, time passes, operators replay."""
+async def recover(schedule: Schedule) -> None:
+    """Operate without faults: workers are replaced, clients repeat requests, time passes, dead letters are replayed."""
     schedule.is_calm = True
     schedule.provider.recover()
     is_crash = schedule.poison_position is None and schedule.chance.random() < 0.5
@@ -36,8 +36,8 @@ async def heal(schedule: Schedule) -> None:
             worker.stop()
     await asyncio.sleep(1)
     while schedule.unasked:
-        schedule.ask()
-    schedule.workers.append(WorkerProcess(schedule, "healer"))
+        schedule.send_request()
+    schedule.workers.append(WorkerProcess(schedule, "recovery"))
     for turn in range(ROUNDS_MAX):
         if turn == BANKS_DECIDE_TURN:
             schedule.provider.decide_disputes()
@@ -46,15 +46,15 @@ async def heal(schedule: Schedule) -> None:
         schedule.provider.late = []
         await schedule.deliver_all()
         schedule.database.set_batch_size(ALL)
-        # The tick comes each second, the rounds each minute: what was to be tried again soon is, before they ask.
+        # The scheduler runs each second, the other periodic jobs each minute: due retries run before those jobs.
         if turn <= 1:
-            await run_rounds(schedule, ())
+            await run_periodic_jobs(schedule, ())
         if turn:
-            await run_rounds(schedule, rounds_with_work(schedule, turn))
+            await run_periodic_jobs(schedule, periodic_jobs_with_work(schedule, turn))
         if turn and await is_finished(schedule):
             break
         schedule.database.rows(
-            "select outbox.replay_dead_letter(d.id, 'operator', 'healed') from outbox.dead_letters as d"
+            "select outbox.replay_dead_letter(d.id, 'operator', 'recovered') from outbox.dead_letters as d"
             " where d.closed_at is null and d.event_id is distinct from %s order by d.id",
             schedule.poison,
         )
@@ -62,14 +62,14 @@ async def heal(schedule: Schedule) -> None:
         schedule.database.move_clock(schedule.loop.seconds)
         await asyncio.sleep(0)
     else:
-        schedule.report_violation("what is unfinished is finished", describe_unfinished(schedule))
+        schedule.report_violation("everything unfinished is finished", describe_unfinished(schedule))
     for process in (*schedule.workers, schedule.api, schedule.clients, schedule.provider.process):
         process.kill()
     await asyncio.sleep(0)
 
 
-def rounds_with_work(schedule: Schedule, turn: int) -> list[str]:
-    """Those that have something to do, and those that ask to find out."""
+def periodic_jobs_with_work(schedule: Schedule, turn: int) -> list[str]:
+    """The jobs that have work, and those that poll for it."""
     [found] = schedule.database.rows(
         "select exists (select from surety.pending_money), exists (select from surety.unmatched_facts where ended_at"
         " is null), exists (select from surety.payments where state in ('confirmed', 'requires_action')),"
@@ -84,29 +84,29 @@ def rounds_with_work(schedule: Schedule, turn: int) -> list[str]:
             strict=True,
         )
     )
-    # Where no webhook was lost, a second reading of the list tells nothing new.
+    # If no webhook was lost, a second reading of the event list has nothing new.
     busy["poll_events"] = turn == 1 or schedule.provider.has_lost
-    return [name for name in RECOVERY_ROUNDS if busy.get(name, True)]
+    return [name for name in RECOVERY_JOBS if busy.get(name, True)]
 
 
-async def run_rounds(schedule: Schedule, rounds: Iterable[str]) -> None:
-    """What rounds bring about and the tick finds, and whatever is woken by that."""
-    healer = schedule.workers[-1]
-    await healer.start(healer.worker.breaker.report_and_probe())
-    for name in rounds:
-        await healer.round(name)
+async def run_periodic_jobs(schedule: Schedule, names: Iterable[str]) -> None:
+    """Run periodic jobs, then drain all handlers that have work by then."""
+    worker = schedule.workers[-1]
+    await worker.start(worker.worker.breaker.report_and_probe())
+    for name in names:
+        await worker.run_periodic_job(name)
     schedule.database.move_clock(schedule.loop.seconds)
     [(due,)] = schedule.database.rows("select outbox.schedule_due_handlers()")
-    schedule.kicked = dict.fromkeys(due or ())
-    while schedule.kicked:
-        handler = min(schedule.kicked, key=HANDLER_ORDER.index)
-        del schedule.kicked[handler]
+    schedule.scheduled = dict.fromkeys(due or ())
+    while schedule.scheduled:
+        handler = min(schedule.scheduled, key=HANDLER_ORDER.index)
+        del schedule.scheduled[handler]
         with suppress(asyncio.CancelledError, Killed):
             await schedule.workers[-1].drain(handler)
 
 
 async def is_finished(schedule: Schedule) -> bool:
-    """Whether nothing is to be expected any more."""
+    """Whether nothing is left to do."""
     provider = schedule.provider
     if provider.mailbox or provider.next_due() is not None or not all(one.done() for one in schedule.asking):
         return False
@@ -126,7 +126,7 @@ async def is_finished(schedule: Schedule) -> bool:
 
 
 def next_due(schedule: Schedule, at_least: float) -> float:
-    """When something is due, in the schedule's seconds; so many seconds later at least, a day at most."""
+    """The next due time in the schedule's seconds, between so many seconds and a day from now."""
     schedule.database.move_clock(schedule.loop.seconds)
     [(seconds,)] = schedule.database.rows(
         "select extract(epoch from least("
@@ -145,7 +145,7 @@ def next_due(schedule: Schedule, at_least: float) -> float:
 
 
 def describe_unfinished(schedule: Schedule) -> str:
-    """What did not come to rest."""
+    """What is unfinished."""
     return str(
         schedule.database.rows(
             "select (select array_agg(p.id || ' ' || p.state) from surety.payments as p join surety.states as s"

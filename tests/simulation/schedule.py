@@ -1,8 +1,7 @@
-"""One schedule: what it is made of, who is next, and what goes wrong. How it begins is in beginning.py, how it
-heals in healing.py.
+"""One schedule: its parts, its decisions and its faults. It begins in initial_state.py and ends in recovery.py.
 
-Each decision is drawn from one stream of chance, each kind of fault from a stream of its own: so the same seed gives
-the same schedule, and leaving a kind of fault out, or stopping earlier, leaves the rest as like it as can be.
+Decisions are drawn from one random stream, each kind of fault from a stream of its own. So the same seed gives the same
+schedule, and leaving out a kind of fault, or stopping earlier, changes the rest as little as possible.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from tests.simulation.initial_state import add_merchants, advance_some_payments,
 from tests.simulation.invariants import ONLY_AT_THE_END, check, check_database_invariants
 from tests.simulation.locks import Locks
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
-from tests.simulation.processes import ROUNDS, ListeningProcess, WorkerProcess, deliver
+from tests.simulation.processes import PERIODIC_JOB_NAMES, ListeningProcess, WorkerProcess, deliver
 from tests.simulation.provider import HTTP_CLIENT, SimulatedProvider
-from tests.simulation.recovery import FEW, heal
+from tests.simulation.recovery import FEW, recover
 
-# How often each fault may come where it can, when a schedule has drawn it: seldom or often.
+# The probability of each fault where it can occur, in schedules that have it seldom or often.
 RATES: dict[str, tuple[float, float]] = {
     "cut_before": (0.01, 0.05),
     "cut_open": (0.01, 0.05),
@@ -53,7 +52,7 @@ BOOTED_SECONDS = 1000.0
 
 
 class SchedulePlan(Struct, frozen=True, kw_only=True):
-    """What a schedule is drawn from. Fewer of anything makes it smaller."""
+    """The parameters of a schedule. Smaller numbers make a smaller schedule."""
 
     seed: int
     steps: int = 80
@@ -63,7 +62,7 @@ class SchedulePlan(Struct, frozen=True, kw_only=True):
     without: frozenset[str] = frozenset()
 
     def command(self) -> str:
-        """What repeats it."""
+        """The command that repeats the schedule."""
         words = ["python -m tests.simulation --schedules 1", f"--seed {self.seed}"]
         usual = SchedulePlan(seed=self.seed)
         sizes = ("steps", "payments", "workers", "lanes")
@@ -74,19 +73,19 @@ class SchedulePlan(Struct, frozen=True, kw_only=True):
 
 
 class Outcome(Struct):
-    """What came of a schedule."""
+    """The result of a schedule."""
 
     plan: SchedulePlan
     steps: int
     faults: dict[str, int]
     violations: dict[str, str]
-    """By invariant, an example."""
+    """An example for each violated invariant."""
     digest: str
-    """Of everything that was decided, and of where it all ended."""
+    """A hash of all decisions and of the final states."""
 
 
 class Turn:
-    """Somebody who would go on."""
+    """A process that waits to continue."""
 
     __slots__ = ("doing", "future", "process")
 
@@ -97,7 +96,7 @@ class Turn:
 
 
 class Schedule:
-    """One schedule under way."""
+    """A running schedule."""
 
     def __init__(self, plan: SchedulePlan, database: SimulatedDatabase, *, tell: bool = False) -> None:
         self.plan = plan
@@ -119,15 +118,15 @@ class Schedule:
         self.api: ListeningProcess
         self.locks = Locks(self)
         self.is_calm = False
-        self.kicked: dict[str, None] = {}
+        self.scheduled: dict[str, None] = {}
         self._tell = tell
         self._digest = hashlib.sha256()
         self.epoch_seconds = 0.0
 
-    # What goes on, and what goes wrong
+    # Turns and faults
 
     async def turn(self, process: Process, doing: str) -> None:
-        """Wait until it is decided that this process goes on."""
+        """Wait until the schedule lets this process continue."""
         if process.is_dead:
             raise Killed
         if self.is_calm:
@@ -139,12 +138,12 @@ class Schedule:
         finally:
             if turn in self.turns:
                 self.turns.remove(turn)
-        # Somebody else's task, for whom it did something, goes on without it.
+        # A task of another process that waited for this one continues without it.
         if process.is_dead:
             raise Killed
 
     def draw_fault(self, kind: str, where: str = "") -> bool:
-        """Whether this goes wrong here."""
+        """Whether a fault occurs here."""
         drawn = self._fault_streams[kind].random() < self.rates[kind]
         if not drawn or self.is_calm or kind in self.plan.without:
             return False
@@ -153,67 +152,67 @@ class Schedule:
         return True
 
     def keeps_transaction_open(self) -> bool:
-        """Whether a transaction stays open while others go on."""
+        """Whether a transaction stays open during others' turns."""
         return not self.is_calm and self.chance.random() < self.openness
 
     def note(self, *what: str) -> None:
-        """Remember a decision."""
+        """Add a decision to the digest."""
         line = " ".join(what)
         self._digest.update(line.encode() + b"\n")
         if self._tell:
             print(f"{self.steps:4} {self.loop.seconds:12.3f}  {line}", flush=True)
 
     def report_violation(self, invariant: str, example: str) -> None:
-        """A invariant was broken."""
+        """Record a violated invariant, with its first example."""
         self.note("violated", invariant, example if self._tell else "")
         self.violations.setdefault(invariant, example)
 
-    def wake(self, *handlers: str) -> None:
-        """Somebody says that there is work."""
-        self.kicked.update(dict.fromkeys(handlers))
+    def schedule_handlers(self, *handlers: str) -> None:
+        """Note that handlers have work."""
+        self.scheduled.update(dict.fromkeys(handlers))
 
     def on_statement(self, doing: str, params: Any) -> None:
-        """Who was woken is drained soon."""
+        """Scheduled handlers are drained soon."""
         if doing == "outbox.schedule_handlers" and params:
-            self.wake(*params[0])
+            self.schedule_handlers(*params[0])
 
     def note_handled(self, process: Process, event_ids: list[str]) -> None:
-        """One event in some schedules is poison: it kills each worker that handles it."""
+        """Some schedules have a poison event, which kills each worker that handles it."""
         self.handled_events.update(dict.fromkeys(event_ids))
         if self.poison is None and self.poison_position is not None and len(self.handled_events) > self.poison_position:
             self.poison = list(self.handled_events)[self.poison_position]
         if self.poison in event_ids:
-            self.note(process.name, "dies of poison")
+            self.note(process.name, "is killed by the poison event")
             self.replace_worker(process)
             self.end(process)
             raise Killed
 
     def end(self, process: Process) -> None:
-        """A process dies; the server notices that its connections are gone."""
+        """Kill a process. The server notices that its connections are gone."""
         process.kill()
         self.provider.process.start(self.roll_back_dead(process))
 
     async def roll_back_dead(self, process: Process) -> None:
-        """Roll back what a dead process has left open."""
+        """Roll back the open transactions of a dead process."""
         if left := [task for task in process.tasks if task is not asyncio.current_task()]:
             await asyncio.wait(left)
         self.database.release_all(process)
 
     def replace_worker(self, process: Process) -> None:
-        """Whoever looks after the processes starts another one."""
+        """Start another worker in the place of a dead one, as a supervisor would."""
         for number, worker in enumerate(self.workers):
             if worker is process:
                 self.workers[number] = WorkerProcess(self, f"{worker.name}'")
 
     def on_error(self, doing: str, error: psycopg.Error) -> None:
-        """The product's statements are never refused."""
+        """A refused statement of the product is a violation."""
         if error.sqlstate is not None:
             self.report_violation("no statement fails", f"{doing}: {error.sqlstate} {str(error)[:300]}")
 
     # Decisions
 
     def decide(self) -> None:
-        """What happens next. Called when everybody waits for something."""
+        """Draw the next action. Called when all tasks wait."""
         if self.is_calm:
             self.advance_until_quiet()
             return
@@ -229,13 +228,13 @@ class Schedule:
         soon = timer is not None and timer - self.loop.seconds < 1
         going = [worker for worker in self.workers if sum(worker.running.values()) < JOBS_MAX]
         ways: list[tuple[float, Any]] = [
-            (12.0 if self.turns else 0.0, self.go_on),
-            (3.0 if soon else 0.3 if timer is not None else 0.0, self.tick),
+            (12.0 if self.turns else 0.0, self.resume_one),
+            (3.0 if soon else 0.3 if timer is not None else 0.0, self.advance_to_timer),
             (1.0 if not soon else 0.2, self.jump_in_time),
             (3.0 if going else 0.0, self.start_job),
-            (2.0 if self.unasked else 0.0, self.ask),
+            (2.0 if self.unasked else 0.0, self.send_request),
             (0.5 if len(self.unasked) < len(self.wanted) else 0.0, self.request_again),
-            (2.0 if self.provider.mailbox else 0.0, self.post),
+            (2.0 if self.provider.mailbox else 0.0, self.deliver_webhook),
             (0.5, self.let_payer_act),
             (1.2, self.send_command),
             (0.6, self.let_third_party_act),
@@ -245,89 +244,93 @@ class Schedule:
         [way] = self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])
         way()
 
-    def go_on(self) -> None:
-        """One of those who wait for their turn."""
+    def resume_one(self) -> None:
+        """Let one of the waiting processes continue."""
         turn = self.turns.pop(self.chance.randrange(len(self.turns)))
         self.note(turn.process.name, turn.doing)
         turn.future.set_result(None)
 
-    def tick(self) -> None:
-        """Time goes on until something is due."""
+    def advance_to_timer(self) -> None:
+        """Advance time to the next timer."""
         timer = self.loop.next_timer()
         assert timer is not None
         self.move_to(max(timer, self.loop.seconds + 0.001))
 
     def jump_in_time(self) -> None:
-        """Time goes on, and the tick finds what is due by then."""
+        """Advance time, and schedule the handlers that have due work by then."""
         far = len(LEAPS) if self.poison_position is None and self.draw_fault("stalled") else 3
         self.move_to(self.loop.seconds + self.chance.choice(LEAPS[:far]))
         self.database.move_clock(self.loop.seconds)
         query = "select handler from outbox.handlers where outbox.has_work(handler) order by handler"
-        self.wake(*(handler for (handler,) in self.database.rows(query)))
+        self.schedule_handlers(*(handler for (handler,) in self.database.rows(query)))
 
     def move_to(self, seconds: float) -> None:
-        """Set the time, for everybody."""
+        """Set the simulated time."""
         self.loop.seconds = seconds
         self.note("time")
         self.provider.run_due()
 
     def start_job(self) -> None:
-        """A worker takes a job: one that somebody was woken for, or any."""
-        names = list(self.kicked) if self.kicked and self.chance.random() < 0.85 else [*self.database.handlers, *ROUNDS]
+        """A worker starts a job: a scheduled one, or any."""
+        names = (
+            list(self.scheduled)
+            if self.scheduled and self.chance.random() < 0.85
+            else [*self.database.handlers, *PERIODIC_JOB_NAMES]
+        )
         self.begin(self.chance.choice(names))
 
     def begin(self, name: str) -> None:
-        """A worker takes a job of that name."""
+        """A worker starts a job of that name."""
         worker = self.chance.choice([one for one in self.workers if sum(one.running.values()) < JOBS_MAX])
-        self.kicked.pop(name, None)
+        self.scheduled.pop(name, None)
         self.note(worker.name, "begins", name)
         if name in self.database.handlers:
             worker.drain(name)
         else:
-            worker.round(name)
+            worker.run_periodic_job(name)
 
-    def ask(self) -> None:
-        """A client asks, perhaps several at once with one key."""
+    def send_request(self) -> None:
+        """A client sends a request, possibly several at once with one key."""
         wanted = self.unasked.pop()
         for _ in range(self.chance.choice((1, 1, 2, 3))):
             self.asking.append(self.clients.start(request_until_answered(self, wanted)))
 
     def request_again(self) -> None:
-        """All clients have lost patience and ask at once."""
+        """All clients repeat their requests at once."""
         asked = [wanted for wanted in self.wanted if wanted not in self.unasked]
         self.asking.append(self.clients.start(self.request_all_at_once(asked)))
 
     async def request_all_at_once(self, asked: list[WantedPayment]) -> None:
-        """One comes before the others and is served alone; then all come at once, each time in another order."""
+        """One request is served alone, then all arrive at once, each time in another order."""
         self.asking.append(self.clients.start(request_until_answered(self, self.chance.choice(asked), at_once=True)))
-        await self.turn(self.clients, "the crowd comes")
+        await self.turn(self.clients, "all requests arrive")
         for _ in range(self.plan.lanes):
             for wanted in self.chance.sample(asked, len(asked)):
                 self.asking.append(self.clients.start(request_until_answered(self, wanted, at_once=True)))
 
-    def post(self) -> None:
-        """The provider delivers a webhook, any that waits."""
+    def deliver_webhook(self) -> None:
+        """The provider delivers one of the waiting webhooks."""
         mailbox = self.provider.mailbox
         self.asking.append(self.provider.process.start(deliver(self, mailbox.pop(self.chance.randrange(len(mailbox))))))
 
     def let_payer_act(self) -> None:
-        """A payer who was asked to act does so, or fails."""
+        """A payer completes or fails the requested authentication."""
         if self.provider.payer_acts():
             self.note("payer")
 
     def send_command(self) -> None:
-        """A merchant wants something done about a payment of his."""
+        """A merchant sends a command about one of its payments."""
         send_command(self)
 
     def let_third_party_act(self) -> None:
-        """Somebody else does something about a payment, at the provider."""
+        """A cardholder, a bank or a dashboard user acts at the provider."""
         if done := self.provider.third_party_acts():
             self.note(done)
 
     def inject_process_faults(self) -> None:
-        """Processes die, or are replaced; what they call is replaced beside them by a deploy."""
+        """Kill or stop processes and replace them, and deploy beside running ones."""
         for worker in list(self.workers):
-            # Where one event kills, its neighbours must not owe their deaths to chance.
+            # With a poison event no worker is killed at random: only the poison event may be dead-lettered for deaths.
             if self.poison_position is None and self.draw_fault("worker_killed"):
                 self.end(worker)
             elif self.draw_fault("worker_stopped"):
@@ -340,23 +343,23 @@ class Schedule:
             self.api = ListeningProcess(self, f"{self.api.name}'")
             self.asking.append(self.clients.start(self.api.open()))
         if self.draw_fault("deploy") and not self.database.redeploy(self._fault_streams["deploy"]):
-            self.note("the deploy gave way")
+            self.note("the deploy gave up")
 
     def inspect(self) -> None:
-        """Somebody looks into the middle of it: what is committed keeps its invariants at any time."""
+        """Check the invariants of committed data in the middle of the schedule."""
         self.note("inspection")
         check_database_invariants(self, besides=ONLY_AT_THE_END)
 
     async def deliver_all(self) -> None:
-        """What waits in the mailbox is delivered now."""
+        """Deliver all waiting webhooks now."""
         events, self.provider.mailbox = self.provider.mailbox, []
         if delivering := [self.provider.process.start(deliver(self, event_id)) for event_id in events]:
             await asyncio.wait(delivering)
 
-    # A life
+    # Running
 
     def run(self) -> Outcome:
-        """Everything."""
+        """Run the schedule; returns its outcome."""
         HTTP_CLIENT.provider = None
         random.seed(self.plan.seed)
         self.database.empty(self.plan.seed)
@@ -374,25 +377,25 @@ class Schedule:
             asyncio.set_event_loop(None)
             HTTP_CLIENT.provider = None
         for broken in self.loop.broken:
-            self.report_violation("no task breaks down", broken)
+            self.report_violation("no task fails", broken)
         return Outcome(self.plan, self.steps, dict(self.faults), self.violations, self._digest.hexdigest()[:16])
 
     async def live(self) -> None:
-        """Trouble, healing, and the reckoning."""
+        """Faults, recovery, and the checks."""
         await self.prepare()
         await self.enough
-        await heal(self)
+        await recover(self)
         check(self)
 
     async def prepare(self) -> None:
-        """Everybody in place."""
+        """Create merchants, payments and processes."""
         self.enough: asyncio.Future[None] = self.loop.create_future()
         self.clients = Process("client")
         self.provider = SimulatedProvider(self)
         HTTP_CLIENT.provider = self.provider
         self.asking: list[asyncio.Task[Any]] = []
         self.merchants, self.keys = add_merchants(self.database)
-        # What chance has made of their ids; the rest is the time.
+        # The random part of their ids; the rest is the time.
         self.note("shops", *(merchant[-20:] for merchant in self.merchants))
         self.unasked = draw_wanted_payments(self.chance, self.plan.payments)
         self.wanted = list(self.unasked)
@@ -402,16 +405,16 @@ class Schedule:
         await self.api.open()
         await advance_some_payments(self)
         self.is_calm = False
-        # Trouble comes when all is on its way.
-        for name in list(self.kicked)[: JOBS_MAX * self.plan.workers]:
+        # Faults begin when jobs are running.
+        for name in list(self.scheduled)[: JOBS_MAX * self.plan.workers]:
             self.begin(name)
 
     def advance_until_quiet(self) -> None:
-        """Nothing goes wrong any more; only time may have to go on."""
+        """Without faults only time may have to advance."""
         if self.locks.waiting:
             self.locks.resume_granted()
             return
         timer = self.loop.next_timer()
-        assert timer is not None, "everybody waits for nothing"
+        assert timer is not None, "all tasks wait, and no timer is set"
         self.loop.seconds = max(timer, self.loop.seconds)
         self.provider.run_due()

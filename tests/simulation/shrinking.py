@@ -1,4 +1,4 @@
-"""A failing schedule with less in it: fewer steps, kinds of faults, payments, processes, as long as it still fails."""
+"""Reduces a failing schedule: fewer steps, fault kinds, payments and processes while it still fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Run = Callable[[SchedulePlan], Outcome]
 
 
 def shrink(failed: Outcome, run: Run) -> Outcome:
-    """The smallest schedule found that breaks one of the same invariants."""
+    """The smallest schedule found that violates one of the same invariants."""
     invariants = failed.violations.keys()
 
     def still(plan: SchedulePlan) -> Outcome | None:
@@ -33,7 +33,7 @@ def shrink(failed: Outcome, run: Run) -> Outcome:
 
 
 def fewer_steps(failed: Outcome, still: Callable[[SchedulePlan], Outcome | None]) -> Outcome:
-    """The shortest beginning that fails, found by halving."""
+    """The fewest steps that fail, found by bisection."""
     smallest, low = failed, 0
     while low < smallest.plan.steps:
         middle = (low + smallest.plan.steps) // 2

@@ -1,4 +1,4 @@
-"""Whole lives of payments by lot, with everything going wrong that can; see tests/simulation."""
+"""Whole lives of payments at random with every kind of fault; see tests/simulation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.simulation.process_pool import process_pool, run_all, run_here
 from tests.simulation.schedule import RATES, Outcome, SchedulePlan
 
-# Smaller ones than by command; each heals in full.
+# Smaller schedules than the command's; each recovers in full.
 SCHEDULES = 110
 STEPS = 60
 PAYMENTS = 2
@@ -27,7 +27,7 @@ def executor() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture(scope="module")
 def outcomes(executor: ProcessPoolExecutor) -> dict[int, Outcome]:
-    """What came of each seed."""
+    """The outcome of each seed."""
     found: dict[int, Outcome] = {}
 
     def collect(outcome: Outcome) -> bool:

@@ -576,6 +576,7 @@ def timeout(has_happened: bool) -> str:
 def table(counts: Counter[tuple[str, str]]) -> list[str]:
     """The counts, calls downwards and faults across, the faults' names above in numbers."""
     lines = [f"{number:>2} {fault}" for number, fault in enumerate(FAULTS, 1)]
-    head = " " * 22 + "".join(f"{number:>4}" for number in range(1, len(FAULTS) + 1))
-    rows = [f"{call:<22}" + "".join(f"{counts[call, fault]:>4}" for fault in FAULTS) for call in CALLS]
+    width = max(map(len, CALLS)) + 2
+    head = " " * width + "".join(f"{number:>4}" for number in range(1, len(FAULTS) + 1))
+    rows = [f"{call:<{width}}" + "".join(f"{counts[call, fault]:>4}" for fault in FAULTS) for call in CALLS]
     return [*lines, "", head, *rows]
