@@ -20,7 +20,7 @@ from tests.crash.run import run
 
 @click.command(context_settings={"show_default": True})
 @click.option("--cycles", default=20, type=click.IntRange(1), help="Kills.")
-@click.option("--seed", type=int, help="Decides what is killed, in which order, and when.")
+@click.option("--seed", type=int, help="Seed of the kills: their targets, order and times.")
 @click.option("--kinds", help=f"Kinds in this order, instead of random ones: {','.join(KINDS)}.")
 @click.option(
     "--logs", type=click.Path(path_type=Path), help="Keep the logs there; else only if an invariant is broken."

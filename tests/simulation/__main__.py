@@ -83,7 +83,7 @@ def main() -> int:
         began = time.monotonic()
         if asked.tell:
             for plan in plans:
-                count(executor.submit(run_here, plan, tell=True).result())
+                count(executor.submit(run_here, plan, verbose=True).result())
         else:
             run_all(executor, plans, processes, count)
         seconds = time.monotonic() - began

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SERVER = {
     "autovacuum": "off",
-    # The schedule detects deadlocks itself. A periodic deadlock check would wake suspended backends.
+    # The schedule detects deadlocks itself. A periodic deadlock check would resume suspended backends.
     "deadlock_timeout": "1h",
     "plan_cache_mode": "force_generic_plan",
     # Each process has about thirty at most. A refused connection would be a fault outside of the seed.
@@ -152,7 +152,7 @@ def names(conn: psycopg.Connection[Any], query: str) -> list[str]:
 class SimulatedDatabase:
     """One database and connections to it. `is_own_server`: the server was started for these simulations.
 
-    A schedule and the server's processes take turns, so keeping them on one processor avoids wake-ups on another.
+    A schedule and the server's processes take turns, so keeping them on one processor avoids switching.
     """
 
     def __init__(self, url: str, *, is_own_server: bool, processor: int | None = None) -> None:

@@ -32,9 +32,9 @@ def initialize_process(assignments: SimpleQueue[tuple[str, int | None]], is_own_
     gc.set_threshold(100_000, 20, 20)
 
 
-def run_here(plan: SchedulePlan, *, tell: bool = False) -> Outcome:
+def run_here(plan: SchedulePlan, *, verbose: bool = False) -> Outcome:
     """Run one schedule in this process's database."""
-    return Schedule(plan, _databases[0], tell=tell).run()
+    return Schedule(plan, _databases[0], verbose=verbose).run()
 
 
 @contextmanager

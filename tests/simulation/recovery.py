@@ -145,7 +145,7 @@ def next_due(schedule: Schedule, at_least: float) -> float:
 
 
 def describe_unfinished(schedule: Schedule) -> str:
-    """What is unfinished."""
+    """The unfinished payments, refunds and events."""
     return str(
         schedule.database.rows(
             "select (select array_agg(p.id || ' ' || p.state) from surety.payments as p join surety.states as s"

@@ -98,7 +98,7 @@ class Turn:
 class Schedule:
     """A running schedule."""
 
-    def __init__(self, plan: SchedulePlan, database: SimulatedDatabase, *, tell: bool = False) -> None:
+    def __init__(self, plan: SchedulePlan, database: SimulatedDatabase, *, verbose: bool = False) -> None:
         self.plan = plan
         self.database = database
         self.loop = Loop(self.decide)
@@ -119,7 +119,7 @@ class Schedule:
         self.locks = Locks(self)
         self.is_calm = False
         self.scheduled: dict[str, None] = {}
-        self._tell = tell
+        self._verbose = verbose
         self._digest = hashlib.sha256()
         self.epoch_seconds = 0.0
 
@@ -159,12 +159,12 @@ class Schedule:
         """Add a decision to the digest."""
         line = " ".join(what)
         self._digest.update(line.encode() + b"\n")
-        if self._tell:
+        if self._verbose:
             print(f"{self.steps:4} {self.loop.seconds:12.3f}  {line}", flush=True)
 
     def report_violation(self, invariant: str, example: str) -> None:
         """Record a violated invariant, with its first example."""
-        self.note("violated", invariant, example if self._tell else "")
+        self.note("violated", invariant, example if self._verbose else "")
         self.violations.setdefault(invariant, example)
 
     def schedule_handlers(self, *handlers: str) -> None:
