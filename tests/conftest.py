@@ -1,7 +1,7 @@
-"""What every test can ask for: a real PostgreSQL, and in it a database with everything deployed, empty for each test.
+"""Fixtures of all tests: a real PostgreSQL, and in it a database with everything deployed, empty for each test.
 
-The server is embedded and in memory; with DATABASE_URL it is that one, where databases named `surety_test_…` come and
-go and the one named is never touched. Several runs at once don't meet.
+The server is embedded and in memory. With DATABASE_URL it is that server: databases named `surety_test_…` are created
+and dropped there, and the named database is never touched. Concurrent runs don't affect each other.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LONGEST_FILES = (
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show the tables that tests have recorded as properties of theirs: titles and lines."""
+    """Print the tables that tests have recorded as user properties: title and lines."""
     for report in [one for reports in terminalreporter.stats.values() for one in reports]:
         for title, lines in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
             terminalreporter.section(title)
@@ -54,19 +54,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Three processes for everything: two cores are never idle then. One for a few tests, which begin at once."""
+    """Three processes for the whole suite, so that two cores are never idle. None for a few tests, to start at once."""
     return 3 if config.args == config.getini("testpaths") else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no process is left alone with one in the end."""
+    """Run the longest files first, so that no process ends much later than the others."""
     places = {name: place for place, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST_FILES)))
 
 
 @pytest.fixture(scope="session")
 def linters() -> Iterator[Linters]:
-    """The linters of style and types, all at work together."""
+    """The linters of style and types, started together."""
     at_work = Linters()
     yield at_work
     at_work.stop()

@@ -1,4 +1,4 @@
-"""The linters of style and types; they work beside each other and beside the other processes' tests."""
+"""The linters of style and types find nothing. They run in parallel to other tests."""
 
 from __future__ import annotations
 

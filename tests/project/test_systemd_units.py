@@ -1,4 +1,4 @@
-"""What deploy/ ships names commands, options and variables that exist, and stops processes later than they stop."""
+"""Units, compose file and image in deploy/ use existing commands, options and variables, and sufficient timeouts."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ LINTERS: dict[str, tuple[str, ...]] = {
 
 
 class Linters:
-    """All linters at work."""
+    """All linters, started together."""
 
     def __init__(self) -> None:
         self.running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
@@ -31,14 +31,14 @@ class Linters:
             self.running[name] = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output), output
 
     def result(self, name: str) -> tuple[int, str]:
-        """A judge's exit status and what it said, once it is done."""
+        """A linter's exit status and output, once it has ended."""
         process, output = self.running[name]
         status = process.wait(400)
         output.seek(0)
         return status, output.read().decode(errors="replace")
 
     def stop(self) -> None:
-        """Stop those that still work."""
+        """Stop the linters that still run."""
         for process, output in self.running.values():
             process.terminate()
             process.wait()
