@@ -159,7 +159,7 @@ def invalid_request(errors: list[RuleViolation]) -> Problem:
 
 def overloaded() -> Problem:
     """The service is busy; the request may be repeated."""
-    return Problem("overloaded", "the line is full or the database is away; repeat with the same Idempotency-Key")
+    return Problem("overloaded", "the queue is full or the database is away; repeat with the same Idempotency-Key")
 
 
 RULE_BY_CONSTRAINT: dict[str, tuple[str, str, int | None]] = {
