@@ -227,7 +227,7 @@ begin
         where f.kind = 'money'
     ),
     -- Any fact of a refund means that it was asked for. Causes carry our id, because a refund is reserved here before
-    -- the provider knows of it. If another amount was refunded than was asked for, the difference is a cause of its own.
+    -- the provider knows of it. If another amount was refunded than was asked for, the difference is another cause.
     refunds_asked as (
         select ledger.entry(
             p_cause => r.id || ':asked' || case when asked.minor is null then '' else ':' || r.amount_minor end,
