@@ -82,7 +82,7 @@ def test_without_a_provider_or_a_database_a_worker_refuses_to_start(database: st
     command = [sys.executable, "-m", "procrastinate", "--app", "jobs.app", "worker"]
     bare = {"PATH": os.environ["PATH"]}
     for given, result in {
-        "DATABASE_URL": "set STRIPE_API_KEY, or SURETY_SANDBOX_URL to play with the sandbox",
+        "DATABASE_URL": "set STRIPE_API_KEY, or SURETY_SANDBOX_URL for the sandbox",
         "SURETY_SANDBOX_URL": "DATABASE_URL is not set",
     }.items():
         known = environment(database, "http://127.0.0.1:9")
