@@ -109,7 +109,7 @@ async def make_calls(operation: CallOperation, worker: Worker, batch: Batch, eve
     )  # fmt: skip
     missing = await missing_subject_results(worker, batch, event_ids, {call.event_id for call in calls})
     if missing:
-        await record_call_results(worker, batch, missing)
+        await record_event_results(worker, batch, missing)
     await record_as_completed(worker, batch, [partial(make_call, operation, worker, batch, call) for call in calls])
 
 
@@ -186,7 +186,7 @@ async def missing_subject_results(
 async def record_as_completed(worker: Worker, batch: Batch, works: Iterable[CallWork]) -> None:
     """Do the works and record their results in groups, as they arrive."""
     async for results in completed_groups(works):
-        await record_call_results(worker, batch, results)
+        await record_event_results(worker, batch, results)
 
 
 async def completed_groups(works: Iterable[CallWork]) -> AsyncGenerator[list[CallResult]]:
@@ -267,7 +267,7 @@ def discrepancy_result(subject: CallSubject, operation: str, error: ProviderErro
     return result
 
 
-async def record_call_results(worker: Worker, batch: Batch, results: list[CallResult]) -> None:
+async def record_event_results(worker: Worker, batch: Batch, results: list[CallResult]) -> None:
     """Record results, refusals apart from facts; a result that can't be recorded fails its event."""
     failed = [result.pop("failed_call") for result in results if "failed_call" in result]
     if failed:

@@ -73,7 +73,7 @@ HANDLER_TABLE: tuple[Handler, ...] = (
     ),
     Handler(
         "apply", ("webhook.received",),
-        "surety.record_call_results", "fetch, where an event is no proof", "facts",
+        "surety.record_event_results", "fetch, where an event is no proof", "facts",
         apply,
     ),
     Handler(

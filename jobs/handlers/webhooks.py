@@ -19,7 +19,7 @@ from jobs.handlers.calls import (
     failed_call_result,
     missing_subject_results,
     record_as_completed,
-    record_call_results,
+    record_event_results,
 )
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import ObjectUnreadable, OutcomeUnknown, ProviderBusy, ProviderError
@@ -69,7 +69,7 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
         held = {"error": "not asked: the provider is out", "outage": circuit_key(source.account)}
         results += [held | {"event_id": webhook.event_id} for webhook in to_fetch.pop(source)]
     if results:
-        await record_call_results(worker, batch, results)
+        await record_event_results(worker, batch, results)
     await audit_fetches(worker, to_fetch)
     await record_as_completed(worker, batch, [partial(fetch_for_webhooks, worker, *one) for one in to_fetch.items()])
 
