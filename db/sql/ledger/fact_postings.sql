@@ -71,7 +71,7 @@ begin atomic
                         postings.payment_id = p_payment.id and postings.rule in ('captured', 'captured_ach')
                     group by postings.payment_id
                 ),
-                ledger.fee(p_payment.captured_minor, p_merchant.fee_basis_points, p_merchant.fee_fixed_minor)
+                ledger.platform_fee(p_payment.captured_minor, p_merchant.fee_basis_points, p_merchant.fee_fixed_minor)
             )::bigint as net
     )
 
@@ -200,8 +200,8 @@ begin
             p_payment_id => f.payment_id, p_merchant_id => f.merchant_id, p_provider_owner => f.provider_owner,
             p_currency => f.currency,
             p_gross => owed.after - owed.before,
-            p_platform_fee => ledger.fee(owed.after, f.fee_basis_points, f.fee_fixed_minor)
-                - ledger.fee(owed.before, f.fee_basis_points, f.fee_fixed_minor),
+            p_platform_fee => ledger.platform_fee(owed.after, f.fee_basis_points, f.fee_fixed_minor)
+                - ledger.platform_fee(owed.before, f.fee_basis_points, f.fee_fixed_minor),
             p_excess => f.amount_minor - owed.after + owed.before) as entry
         from facts as f
         cross join lateral (

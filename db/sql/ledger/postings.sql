@@ -23,9 +23,9 @@ comment on function ledger.entry(
 ) is
 'An entry for ledger.post, by named arguments. p_cause is unique for ever; p_rule is a ledger.rules.cause;
 p_provider_owner is provider/account. Amounts in minor units: of p_currency, p_other_* of p_other_currency. An amount
-that is left out moves nothing.';
+that is left out moves nothing. p_fee is the provider''s fee, p_platform_fee ours.';
 
-create or replace function ledger.fee(
+create or replace function ledger.platform_fee(
     p_amount_minor bigint, p_basis_points integer, p_fixed_minor bigint
 ) returns bigint
 language sql immutable parallel safe
@@ -33,7 +33,7 @@ begin atomic
     select least(p_amount_minor, (p_amount_minor * p_basis_points + 5000) / 10000 + p_fixed_minor);
 end;
 
-comment on function ledger.fee(bigint, integer, bigint) is
+comment on function ledger.platform_fee(bigint, integer, bigint) is
 'Our fee in minor units: basis points rounded half up, plus the fixed part, never more than the amount.';
 
 create or replace function ledger.account_id(p_kind text, p_owner_id text, p_currency text) returns text
