@@ -1,6 +1,6 @@
--- The ledger's consequences of facts: each cause with its rule and amounts, for ledger.post.
+-- Postings of facts: each cause with its rule and amounts, for ledger.post.
 --
--- A payment's status moves what merchants are owed; only balance transactions move what the provider holds.
+-- A payment's state changes the merchant's accounts; only balance transactions change the provider's accounts.
 -- An ACH payment is carried by a bank or by Stripe. The fact's provider decides which accounts its money goes through:
 -- bank and ach_clearing, or provider_balance and provider_receivable.
 
@@ -58,7 +58,7 @@ create or replace function surety.settled_amounts(p_payment surety.payments, p_m
 returns table (exchanged boolean, currency text, net bigint, other_currency text, other_net bigint)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- The fee is the one that was taken, if the capture has posted: the merchant's fee may have changed meanwhile.
+    -- If the capture has posted, its fee counts: the merchant's present fee may differ.
     with owed as (
         select
             p_payment.captured_minor - coalesce(
@@ -86,7 +86,7 @@ begin atomic
 end;
 
 comment on function surety.settled_amounts(surety.payments, surety.merchants) is
-'What the merchant is owed for a settled payment after our fee, in minor units: net in the currency that arrived,
+'The amount owed to the merchant for a settled payment after our fee, in minor units: net in the currency that arrived,
 other_net in the payment''s. exchanged says whether they differ. One row.';
 
 create or replace function surety.dispute_transfers(p_payment_id text, p_object_id text)
@@ -169,8 +169,8 @@ begin atomic
 end;
 
 comment on function surety.dispute_transfers(text, text) is
-'What must be posted so that the merchant''s balances agree with a dispute''s last fetch: rules with amounts in minor
-units, numbered on from those already posted. No row if they agree.';
+'The postings that bring the merchant''s balances in line with a dispute''s last fetch: rules with amounts in minor
+units, numbered after those already posted. No row if the balances agree.';
 
 create or replace function surety.post_facts(p_facts surety.facts[], p_derived surety.derived[], p_at timestamptz)
 returns void
@@ -192,7 +192,7 @@ begin
         join surety.merchants as m on m.id = p.merchant_id
         where f.disregarded is null
     ),
-    -- The merchant is owed the sum of all captures, up to the amount asked for. Any more goes to suspense.
+    -- The merchant is owed the sum of all captures, up to the amount asked for. An excess goes to suspense.
     captures as (
         select ledger.entry(
             p_cause => f.object_id || ':captured',
@@ -266,8 +266,8 @@ begin
         ) as f
         cross join lateral surety.dispute_transfers(f.payment_id, f.object_id) as moved
     ),
-    -- The merchant gives back what they were owed. The capture may be known later than the return, so a new fact about
-    -- either yields all returns of the payment; those that have posted don't post again.
+    -- A return takes the amount back from the merchant. The capture's fact may come after the return's, so a new fact
+    -- about either selects all returns of the payment. A return that has posted does not post again.
     returns as (
         select ledger.entry(
             p_cause => k.object_id || ':' || k.kind,
@@ -295,7 +295,7 @@ begin
         cross join lateral surety.settled_amounts(p, m) as s
         where d.is_settled
     ),
-    -- Money that can't be this payment's arrived all the same; a fact of the other mode moves none.
+    -- A money fact with the wrong currency or account is real money, so it is posted. A fact of the other mode is not.
     mismatched_money as (
         select ledger.entry(
             p_cause => f.object_id, p_rule => surety.posting_rule(f.provider, 'foreign', false),
@@ -329,6 +329,6 @@ end;
 $$;
 
 comment on function surety.post_facts(surety.facts[], surety.derived[], timestamptz) is
-'Posts what new facts and the states derived from them mean for the ledger. The facts are stored, their payments locked
+'Posts the entries of new facts and of the states derived from them. The facts are stored, their payments locked
 and advanced. A balance transaction of an unknown category goes to suspense and opens a discrepancy. Call it last in a
 transaction.';

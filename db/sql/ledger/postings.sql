@@ -11,7 +11,7 @@ create or replace function ledger.entry(
 ) returns ledger.entry
 language sql immutable parallel safe
 begin atomic
-    -- One expression without settings of its own, so that PostgreSQL puts it in the place of the call.
+    -- One expression and no set clause, so that PostgreSQL inlines it.
     select (
         p_cause, p_rule, p_payment_id, p_merchant_id, p_provider_owner, p_currency, p_gross, p_fee, p_net,
         p_platform_fee, p_excess, p_other_currency, p_other_gross, p_other_net
@@ -93,7 +93,7 @@ begin atomic
             end as amount_minor
         from entries
         inner join ledger.rules on entries.rule = rules.cause
-        -- `is true` keeps this a look-up in a hash; the planner expects few rows and would compare each with each.
+        -- `is true` makes the planner use a hashed subplan; it expects few rows and would choose a nested loop.
         where (entries.id in (select posted.id from posted)) is true
     ),
 

@@ -1,6 +1,6 @@
 -- Advancing: the steps that lead from a payment's state to the derived one.
 --
---   report_contradictions   what can't become a step: a discrepancy, and an event where something must be canceled
+--   report_contradictions   opens discrepancies for facts that no step can follow; emits an event to cancel an intent
 --   missing_steps           the steps between a payment and its target: mandatory ones not yet made, then a direct one
 --   advance_payments        writes those steps, the amounts and the polling time
 
@@ -12,7 +12,7 @@ declare
     v_opened text;
     v_types text [] := '{}';
 begin
-    -- The payment has ended here, and the provider holds something live or ended it otherwise. No step leads there.
+    -- The payment has ended here, but at the provider it is live or ended with another outcome. No step leads there.
     for v_ended in
         select p.id, p.version, p.state, d.target_state, p.provider_id is distinct from d.provider_id as is_another
         from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
@@ -54,9 +54,10 @@ end;
 $$;
 
 comment on function surety.report_contradictions(surety.derived[], timestamptz) is
-'Opens discrepancies for payments, locked and not advanced yet, whose facts contradict them: an ended payment that lives
-on or ended otherwise at the provider, and amounts beyond what was asked for or captured. Emits payment.authorized_late
-where something must be canceled there. Returns the types of the events made.';
+'Opens discrepancies for payments whose facts contradict their state. Two cases: the payment has ended, but not at the
+provider, or with another outcome there; an amount exceeds the requested or captured one. Emits payment.authorized_late
+if the provider''s intent must be canceled. The payments are locked and not advanced yet. Returns the types of the
+events that it emitted.';
 
 create or replace function surety.missing_steps(
     p_rail text, p_capture_method text, p_state text, p_target_state text, p_visited text[], p_evidenced text[],
@@ -65,7 +66,7 @@ create or replace function surety.missing_steps(
 ) returns table (ordinal integer, state text)
 language sql stable
 begin atomic
-    -- Without settings of its own, so that it becomes a part of the query that calls it.
+    -- No set clause, so that PostgreSQL can inline the function.
     select
         mandatory.position,
         mandatory.state
@@ -74,7 +75,7 @@ begin atomic
         mandatory.rail = p_rail and mandatory.capture_method = p_capture_method
         and mandatory.state <> all(p_visited)
         and case
-            -- A payment that ended and succeeded after all goes on from confirmed, whatever it had left out before.
+            -- A payment that ended here and then succeeded continues from confirmed, without the earlier steps.
             when p_is_captured and p_visited && array['failed', 'canceled']
                 then mandatory.position = 5 or (mandatory.position = 6 and p_is_settled)
             when p_is_captured then mandatory.position <= 5 or p_is_settled
@@ -82,7 +83,7 @@ begin atomic
                 not p_has_ended
                 and (
                     mandatory.position <= 3 or mandatory.state = p_target_state
-                    -- On the way to an end, the fourth step is made only if a fact proves it.
+                    -- On the way to a final state, the fourth step is made only if a fact proves it.
                     or (
                         mandatory.position = 4 and mandatory.state = any(p_evidenced)
                         and p_target_state <> p_state
@@ -90,7 +91,7 @@ begin atomic
                 )
         end
     union all
-    -- A lost dispute was a dispute.
+    -- A payment lost to a dispute passes through disputed first.
     select
         90,
         'disputed'
@@ -178,7 +179,7 @@ begin
             refund_pending_minor = t.refund_pending_minor, at_risk_minor = t.at_risk_minor,
             reversed_minor = t.reversed_minor, provider_id = coalesce(t.provider_id, p.provider_id),
             next_action = case when coalesce(t.state, p.state) = 'requires_action' then t.next_action end,
-            -- The provider's refusal of a request is no fact. It stays the failure of a payment that has failed.
+            -- A refused creation leaves no fact, so the derived failure is null: keep the stored one.
             failure = case
                 when p.state = 'failed' and t.captured_minor = 0 then coalesce(t.failure, p.failure) else t.failure
             end,

@@ -1,4 +1,4 @@
--- Captures: what merchants asked to capture. A request is a fact of our own, its refusal by the provider another.
+-- Captures. A merchant's request is a fact of our own; so is its refusal by the provider.
 
 create or replace function surety.pending_capture(p_payment_id text)
 returns table (amount_minor bigint, revision integer)
@@ -27,8 +27,8 @@ create or replace function surety.request_capture(
 ) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- The request is a fact, so that the provider's facts, in whatever order, can't undo the step to processing. Its object
--- is the payment's own; the revision counts the requests, because a refused one may be followed by another.
+-- The request is a fact, so that facts of the provider, in any order, can't undo the step to processing. Its object is
+-- the payment. Its revision counts the requests: a new request may follow a refused one.
 declare
     v_now timestamptz := surety.time_now();
     v_object constant text := p_payment.id || ':capture';

@@ -7,7 +7,7 @@
 --     transactions    per balance transaction its gross amount and whether it is available
 --     money           per payment the money that arrived
 --     known           per payment what its facts prove about the intent
---     amounts         all of it side by side, with refunds that were asked for and that no fact mentions yet
+--     amounts         all of it in one row, with requested refunds that no fact mentions yet
 --   state_of_amounts  the state that follows from the amounts
 
 create or replace function surety.counted_facts(p_payment_ids text[])
@@ -17,8 +17,8 @@ returns table (
 )
 language sql stable
 begin atomic
-    -- Without settings of its own, so that it becomes a part of the query that calls it. offset 0 keeps the look-ups of
-    -- facts and payments what they are, whatever the planner believes of their number.
+    -- No set clause, so that PostgreSQL can inline the function. offset 0 keeps facts and payments as index look-ups,
+    -- however many rows the planner estimates.
     with subjects as (
         select
             asked.payment_id,
@@ -111,7 +111,7 @@ decides before anything else.';
 create or replace function surety.derive_payments(p_payment_ids text[])
 returns setof surety.derived
 language sql stable security definer set search_path = pg_catalog, pg_temp
--- Callers switch hash joins off for their own look-ups; here the parts of a batch are joined by them.
+-- Callers disable hash joins for their look-ups; this function enables them to join the parts of a batch.
 set enable_hashjoin = on
 begin atomic
     with counted as (
@@ -225,7 +225,7 @@ begin atomic
             where known.payment_id = one.id
             offset 0
         ) as payments
-        -- A refund that has no object at the provider yet is under way, too.
+        -- A refund that has no object at the provider yet counts as pending.
         cross join lateral (
             select coalesce(sum(refunds.amount_minor), 0)::bigint as minor
             from surety.refunds
@@ -261,6 +261,6 @@ begin atomic
 end;
 
 comment on function surety.derive_payments(text[]) is
-'The state and amounts, in minor units, that payments should have. A pure function of surety.facts, and of refunds that
-were asked for and that no fact mentions yet: neither the order of facts nor the present state matters. A payment
-without counted facts has no row.';
+'The state and amounts, in minor units, that payments should have. They depend only on surety.facts and on requested
+refunds that no fact mentions yet, not on the order of facts or the present state. A payment without counted facts has
+no row.';

@@ -1,4 +1,4 @@
--- Disputes: what the network takes back. A row holds what the last fetch said; merchants read it and give evidence.
+-- Disputes. A row holds the dispute as of its last fetch; merchants read it and submit evidence.
 --
 --   surety.advance_disputes           the fetch with the highest number wins; a changed status is an event; here
 --   api.submit_evidence               merges evidence into the row
@@ -89,7 +89,7 @@ begin
         set status = excluded.status, withdrawn_minor = excluded.withdrawn_minor, reason = excluded.reason,
             revision = excluded.revision, evidence_due_at = excluded.evidence_due_at, updated_at = excluded.updated_at,
             poll_at = excluded.poll_at,
-            -- Evidence may be due again, as in an appeal.
+            -- When evidence is due again, as in an appeal, its submission and reminder start anew.
             submit_asked_at = case when d.status = excluded.status or excluded.status not like '%needs\_response'
                 then d.submit_asked_at end,
             reminded_at = case when d.status = excluded.status then d.reminded_at end
@@ -99,7 +99,7 @@ begin
     select array_agg(w.d order by (w.d).id) into v_changed
     from written as w where (w.d).status is distinct from v_known ->> (w.d).provider_id;
 
-    -- A status that Stripe has added is an event type from its first occurrence on.
+    -- A status that is new at Stripe becomes an event type at its first occurrence.
     insert into outbox.event_types (type, is_for_merchants, meaning)
     select distinct 'dispute.' || d.status, true, 'The dispute has the status ' || d.status || '.'
     from unnest(v_changed) as d
@@ -119,5 +119,5 @@ end;
 $$;
 
 comment on function surety.advance_disputes(surety.facts[], text) is
-'Brings disputes to what the fetch with the highest revision says, and emits dispute.<status> for each changed status.
+'Updates disputes to the fetch with the highest revision, and emits dispute.<status> for each changed status.
 The payments are locked. Returns the types of the events made.';

@@ -19,7 +19,7 @@ create or replace function surety.new_fact(
 ) returns surety.facts
 language sql immutable parallel safe
 begin atomic
-    -- One expression without settings of its own, so that PostgreSQL puts it in the place of the call.
+    -- One expression and no set clause, so that PostgreSQL inlines it.
     select (
         p_id, p_payment_id, p_provider, p_account, p_livemode, p_object_id, p_kind, p_revision, p_amount_minor,
         p_currency, p_data, p_source, p_source_id, null, p_occurred_at, p_recorded_at
@@ -80,8 +80,8 @@ begin atomic
 end;
 
 comment on function surety.objects_without_facts(jsonb) is
-'Of [{"provider", "account", "livemode", "object_id", "kinds": []}] the ids of the objects that have no fact of these
-kinds yet. The others need not be fetched when a webhook announces them again.';
+'The ids of the objects that have no fact of these kinds yet, from [{"provider", "account", "livemode", "object_id",
+"kinds": []}]. The others need not be fetched when a webhook announces them again.';
 
 create or replace function surety.next_fact_revision(p_provider text, p_account text, p_livemode boolean, p_object_id
 text) returns integer
@@ -101,8 +101,8 @@ create or replace function surety.next_fetch_number(p_provider text, p_account t
 text) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    -- Two workers may fetch the same dispute: an advisory lock is lost with its connection. With one number for both,
-    -- the last fetch would be unknown. The sequence may have gone back with a restored dump, hence the revision.
+    -- Two workers may fetch the same dispute at once: an advisory lock ends with its connection. With equal numbers the
+    -- last fetch would be unknown. A restored dump may have reset the sequence, so known revisions count too.
     select greatest(
         nextval('surety.fetch_numbers')::integer,
         surety.next_fact_revision(p_provider, p_account, p_livemode, p_object_id)

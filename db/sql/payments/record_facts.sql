@@ -7,7 +7,7 @@
 --                                 answers
 --   surety.record_facts           facts, whatever their source; here
 --
--- In whatever order and however often facts come, the end is the same. record_facts goes these steps:
+-- The result does not depend on the order of facts or on repetitions. record_facts does, in this order:
 --   match        to a payment, by match_fact; a fact without one is stored as unmatched
 --   link         the provider's objects to their payment, for later facts
 --   key          one fact per (provider, account, livemode, object, kind, revision); a known key changes nothing, and
@@ -160,14 +160,14 @@ end;
 $$;
 
 comment on function surety.record_facts(jsonb, text, text) is
-'Records an array of facts (their form is at the head of db/sql/payments/facts.sql) and carries out what follows from
-them: states, refunds, disputes, discrepancies, transfers. Facts that are known change nothing. Returns the types of the
-events made, so that the caller can schedule their handlers.';
+'Records an array of facts (their form is at the head of db/sql/payments/facts.sql) and their consequences: states,
+refunds, disputes, discrepancies, transfers. Known facts change nothing. Returns the types of the emitted events, so
+that the caller can schedule their handlers.';
 
 create or replace function surety.retry_unmatched_facts(p_limit integer default 500) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
--- Foreign money is booked to suspense: otherwise payouts would never agree with the provider's balance.
+-- Money without a payment here is posted to suspense: otherwise the ledger and the provider's balance would differ.
 declare
     v_now timestamptz := surety.time_now();
     v_found jsonb;

@@ -1,10 +1,9 @@
--- Refunds: their steps, projected, and what facts make of them. Merchants ask for refunds here; others are made at the
--- provider.
+-- Refunds: their steps, and how facts advance them. Merchants request refunds here; others are made at the provider.
 --
 --   api.create_refund              reserves the amount in the transaction that asks for it
 --   surety.begin_calls             commits the request before it is sent
 --   surety.fail_refused_refunds    ends a refund that the provider refused
---   surety.advance_refunds         brings refunds to what their facts say; here
+--   surety.advance_refunds         updates refunds from their facts; here
 --   project_refund_steps           a trigger: the refund's row, its event, its audit entry; here
 --   surety.claim_objects_to_poll   polls unfinished refunds
 --   api.get_refund, api.list_refunds
@@ -74,7 +73,7 @@ create or replace function surety.current_refund_fact(p_refund surety.refunds)
 returns table (state text, amount_minor bigint, failure jsonb, source text)
 language sql stable
 begin atomic
-    -- Without settings of its own, so that it becomes a part of the query that calls it.
+    -- No set clause, so that PostgreSQL can inline the function.
     select
         case facts.kind when 'refund_action' then 'requires_action' else substr(facts.kind, 8) end,
         facts.amount_minor,
@@ -91,7 +90,7 @@ begin atomic
 end;
 
 comment on function surety.current_refund_fact(surety.refunds) is
-'What the provider says about a refund: the fact of the highest rank, amount in minor units. No row before the first.';
+'The deciding fact about a refund: the one of the highest rank, amount in minor units. No row without facts.';
 
 create or replace function surety.link_refunds(p_facts surety.facts[]) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -112,7 +111,7 @@ end;
 $$;
 
 comment on function surety.link_refunds(surety.facts[]) is
-'Gives refunds that were asked for here the provider''s id, from facts that carry our id in their metadata.';
+'Stores the provider''s id in refunds that were requested here, from facts whose metadata carry our id.';
 
 create or replace function surety.add_provider_refunds(
     p_facts surety.facts[], p_actor text, p_request_id text, p_at timestamptz
@@ -184,7 +183,7 @@ begin
     perform surety.link_refunds(v_refunds);
     perform surety.add_provider_refunds(v_refunds, p_actor, p_request_id, v_now);
 
-    -- The amount that was really refunded is booked, whatever was asked for.
+    -- The refunded amount is posted, even if it differs from the requested one.
     perform surety.open_discrepancy(
         'amount', r.id, r.payment_id, format('%s was refunded instead of %s', best.amount_minor, r.amount_minor), '{}',
         true, v_now)
@@ -218,5 +217,5 @@ end;
 $$;
 
 comment on function surety.advance_refunds(surety.facts[], text, text) is
-'Brings the refunds that new facts mention to what all their facts say: provider''s id, amount, failure, state. The
-facts are stored, the payments locked. Returns the types of the events made.';
+'Updates the refunds that new facts mention from all their facts: provider''s id, amount, failure, state. The facts are
+stored, the payments locked. Returns the types of the emitted events.';

@@ -57,7 +57,7 @@ begin atomic
         from surety.expectations
         where
             expectations.met_at is null and expectations.due_at < surety.time_now()
-            -- Those that were reported already must not use up the limit.
+            -- Expectations reported before must not count towards the limit.
             and not exists (
                 select from surety.discrepancies
                 where discrepancies.kind = 'overdue' and discrepancies.subject = expectations.payment_id

@@ -55,7 +55,7 @@ declare
     v_ended text [];
     v_revived text [];
 begin
-    -- A statement that creates payments or changes their amounts has written the projection itself. These are the rest.
+    -- Statements that create payments or change their amounts set state and version themselves. Update the others.
     if v_is_later then
         update surety.payments as p
         set version = last.version, state = last.to_state, updated_at = last.at,
