@@ -116,7 +116,7 @@ begin
     asked as (
         select
             g.*,
-            -- Two requests of one batch with one key are one: the first that may is asked, the others replay it.
+            -- Requests of one batch can share an Idempotency-Key: the first admissible one runs, the others replay it.
             g.problem is null and 1 = row_number() over (
                 partition by g.merchant_id, g.idempotency_key, g.problem is null order by g.n) as is_first,
             api.new_payment(
@@ -227,14 +227,14 @@ begin
         return;
     end if;
 
-    -- In a statement of its own: one statement can't see what it waited for.
+    -- A new statement: only its snapshot includes the rows of transactions that the insert waited for.
     return query
     select
         a.n,
         case when i.request_hash = a.request_hash then i.status end,
         case
             when a.problem is not null then a.problem
-            -- One that was refused keeps no key, and yet it was asked first.
+            -- A refused request stores no key, but its hash still binds later requests of the batch.
             when coalesce(i.request_hash, first_value(a.request_hash) over same_key) <> a.request_hash
                 then 'idempotency-key-reused'
             when i.key is null then 'reference-taken'
@@ -250,7 +250,7 @@ begin
     from unnest(
         v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids
     ) as a (n, merchant_id, idempotency_key, request_hash, problem, detail, reference, new_id)
-    -- offset 0 keeps these look-ups: a plan made while the tables were small would read all of them for ever after.
+    -- offset 0 forces index look-ups: a plan cached while the tables were small would scan them completely.
     left join lateral (
         select k.key, k.request_hash, k.status, k.response, k.payment_id
         from surety.idempotency_keys as k

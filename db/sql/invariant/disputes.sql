@@ -1,4 +1,4 @@
--- Invariants of disputes: each stands, and has posted, as its last fetch from the provider says.
+-- Invariants of disputes: each dispute's row and postings match its last fetch from the provider.
 
 create or replace view surety.last_dispute_fetches as
 select distinct on (facts.provider, facts.account, facts.object_id)

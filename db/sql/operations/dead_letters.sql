@@ -319,7 +319,7 @@ begin
         return query select 'would_discard', v_detail;
         return;
     end if;
-    -- The letter is closed before its payment ends: else that would close it as resolved.
+    -- Close the letter first: the end of its payment would otherwise close it as resolved.
     update outbox.dead_letters as d
     set closed_at = v_now, closed_as = 'discarded', closed_by = p_actor, closed_because = p_reason
     where d.id = p_id;

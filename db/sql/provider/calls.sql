@@ -281,4 +281,5 @@ begin atomic
 end;
 
 comment on function surety.renew_call_key(text, text) is
-'Gives a call a new idempotency key and returns it. The old key would replay an answer that says nothing.';
+'Gives a call a new idempotency key and returns it. With the old key, the provider
+would replay an answer without an outcome.';

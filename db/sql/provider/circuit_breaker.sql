@@ -76,8 +76,8 @@ end;
 $$;
 
 comment on function surety.open_circuit(text, text, text, text) is
-'Opens an account''s circuit, uncounts its failures of the last two minutes, and holds the events that failed. False,
-and nothing done, if it is open.';
+'Opens an account''s circuit. Failed attempts of the last two minutes no longer count, and their events wait until it
+closes. Returns false and changes nothing if it is open already.';
 
 create or replace function surety.read_clock() returns timestamptz
 language sql stable security definer set search_path = pg_catalog, pg_temp

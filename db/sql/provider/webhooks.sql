@@ -77,7 +77,7 @@ end;
 $$;
 
 comment on function surety.reject_webhook(text, text, jsonb, bytea, text) is
-'Keeps a webhook whose signature did not hold, as evidence: 4096 bytes of its body, the newest thousand.';
+'Stores a webhook whose signature is invalid, as evidence: the first 4096 bytes of its body. The newest 1000 are kept.';
 
 create or replace function surety.events_not_received(p_provider text, p_account text, p_event_ids text[]) returns
 text[] language sql stable security definer set search_path = pg_catalog, pg_temp
