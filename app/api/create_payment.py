@@ -85,7 +85,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
 
 
 async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:
-    """The payment after all. Raises Problem with every rule that the request breaks."""
+    """Validate the request with all rules, and return the payment. Raises Problem with every broken rule."""
     if not request.is_json():
         raise Problem("not-json", "the header Content-Type must be application/json")
     key_violations = request.idempotency_key_violations()
@@ -97,7 +97,7 @@ async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:
 
 
 async def amount_violations(database: DatabasePool, given: Any) -> list[RuleViolation]:
-    """The bounds of the currency that the amount breaks, whatever else is wrong with the request."""
+    """The currency's limits that the amount breaks. The check runs even if other fields are invalid."""
     amount, currency = (given.get("amount"), given.get("currency")) if isinstance(given, dict) else (None, None)
     if type(amount) is not int or not isinstance(currency, str) or not CURRENCY.fullmatch(currency):
         return []

@@ -48,29 +48,29 @@ async def list_dead_letters(request: ApiRequest) -> HttpResponse:
 
 
 async def get_dead_letter(request: ApiRequest) -> HttpResponse:
-    """Read one: every error, its payment, what the provider was last known to hold, what can be done."""
+    """Read a dead letter: its errors, its payment, the last known state at the provider, the possible actions."""
     operator = request.caller()
     query = "select body from api.get_dead_letter(%s, %s)"
     return request.respond(await operator.fetch_as_operator(query, id_or_empty(request, LETTER_ID)))
 
 
 async def replay_dead_letter(request: ApiRequest) -> HttpResponse:
-    """Make the event due again at once. One that was replayed, or whose payment has ended meanwhile, is unchanged."""
+    """Make the event due at once. It stays unchanged if it was replayed before or its payment has ended."""
     return await decide(request, "replay")
 
 
 async def discard_dead_letter(request: ApiRequest) -> HttpResponse:
-    """Give the event up. What it was to do has failed, where that is sure; 409 where the provider may have done it."""
+    """Discard the event. Its operation is recorded as failed; 409 if the provider may have carried it out."""
     return await decide(request, "discard")
 
 
 async def replay_dead_letters(request: ApiRequest) -> HttpResponse:
-    """Replay all open letters that match, a hundred at a time; each is a transaction of its own."""
+    """Replay all open dead letters that match, a hundred at a time, each in its own transaction."""
     return await decide_in_bulk(request, "replay")
 
 
 async def discard_dead_letters(request: ApiRequest) -> HttpResponse:
-    """Discard all open letters that match, a hundred at a time; one that may not be discarded is reported unchanged."""
+    """Discard all open dead letters that match, a hundred at a time. Letters that must stay are reported unchanged."""
     return await decide_in_bulk(request, "discard")
 
 

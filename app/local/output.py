@@ -47,7 +47,7 @@ class LogFiles:
         return (self.folder / f"{name}.log").open("ab")
 
     def follow(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        """Nothing: the process writes the file itself."""
+        """Do nothing: the process writes to the log file itself."""
 
     def read(self, seconds: float) -> None:
         """Wait."""

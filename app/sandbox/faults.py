@@ -130,7 +130,7 @@ class FaultInjector:
         return self._draw(REQUEST_FAULTS, share, operation, identity, attempt)
 
     def of_webhook(self, type: str, event_id: str, about: tuple[str, ...] = ()) -> WebhookFault | None:
-        """The fault of this event's delivery, if any; an order may match a text of `about`."""
+        """The fault of this event's delivery, if any. An ordered fault matches the event's id or `about`."""
         ordered = self._ordered(f"webhook:{type}", " ".join((event_id, *about)))
         if ordered is not None:
             return cast(WebhookFault, ordered)

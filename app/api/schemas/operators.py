@@ -137,8 +137,8 @@ class DecisionResultList(Struct):
 
 
 class FindingDocument(Struct):
-    """Something that a person should see: its heading in docs/operations.md, `urgency` (1 look, 2 act), what it is, and
-    the next command or place to look.
+    """A finding for an operator: `id`, its heading in docs/operations.md; `urgency` (1 look, 2 act); `what`, the
+    problem; `next`, the next command or place to look.
     """
 
     id: FindingId
@@ -148,7 +148,7 @@ class FindingDocument(Struct):
 
 
 class StatusReport(Struct):
-    """How things stand: the verdict, what a person should see, and `state`, everything it was judged by."""
+    """The status of the service: the verdict, its findings, and `state`, the figures they are based on."""
 
     object: Literal["status"]
     verdict: Literal["good", "look", "act"]
