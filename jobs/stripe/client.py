@@ -193,7 +193,7 @@ class StripeGateway:
         options = {"stripe_version": API_VERSION, "max_network_retries": 0}
         if account:
             options["stripe_account"] = account
-        # Without a call slot, because all of them may hang; without a request slot, because no call takes one now.
+        # Needs no call slot: calls that hang may hold all of them. Needs no request slot: no calls are sent at present.
         await self._exchange("get", "/v1/balance", {}, options, min(PROBE_SECONDS, self._timeout_seconds))
 
     async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[list[Json]]:

@@ -2,13 +2,13 @@
 
     ProviderError
     ├── ProviderBusy        409 and 429: repeat a little later; also 401 and 403, which are our configuration's failure
-    ├── OutcomeUnknown      it may have happened: ask before sending again
+    ├── OutcomeUnknown      the call may have taken effect: read the object before sending again
     │   ├── ObjectUnreadable  an object that isn't as Stripe describes it
     │   └── ProviderOutage  no response, half of one, 5xx or nonsense: the provider's failure, never the payment's
-    ├── ObjectAbsent        it isn't where it would be
+    ├── ObjectAbsent        404: the account has no such object
     ├── PaymentRefused      the payment itself is impossible: an unknown card, a forbidden amount
     ├── PaymentDeclined     402: the issuer declined; the intent lives on
-    ├── ResponseMismatch    a response about something else: nothing of it is believed
+    ├── ResponseMismatch    a response about another object or amount: it is discarded
     └── RequestRejected     every other 4xx: our mistake, for an operator
 
 Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
