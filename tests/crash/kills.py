@@ -34,7 +34,7 @@ order by pid
 
 
 def draw(seed: int) -> Generator[str]:
-    """Kinds without end."""
+    """Endless kinds of kills, shuffled, each as often as its weight."""
     chance = random.Random(f"{seed} kinds")
     while True:
         kinds = [kind for kind, weight in KIND_WEIGHTS.items() for _ in range(weight)]

@@ -247,7 +247,7 @@ async def test_command_with_a_lost_response_is_looked_up_and_done_once(
         await run_until_idle(worker, *PIPELINE)
         due(conn)
         await run_until_idle(worker, *PIPELINE)
-    # Who asked may have seen its balance transaction as well.
+    # The poll may also have read the balance transaction.
     assert state_of(conn, payment_id) in {"capture": {"confirmed", "settled"}, "cancel": {"canceled"}}[asked]
     assert not violations(conn)
 

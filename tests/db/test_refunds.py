@@ -121,7 +121,7 @@ def test_uncaptured_or_disputed_payment_is_not_refunded(conn: Connection, state:
 
 
 def test_refund_must_be_covered_by_the_merchant_balance(conn: Connection) -> None:
-    """But who has one payment only can give all of it back, our fee notwithstanding."""
+    """A merchant whose only payment this is can refund all of it, although our fee lowered the balance."""
     _, key = add_merchant(conn)
     first, second = captured(conn, key), captured(conn, key)
     record(conn, [fact(first, "dispute_opened", "dp", 10000)])

@@ -320,11 +320,11 @@ async def test_occasional_failures_open_no_breaker_and_are_not_counted(
             payments += shop(30)
             await later(conn, worker, "20 seconds")
             assert opened(conn) == set()
-            assert sum(failures for _, failures, _ in attempts(conn)) < 5, "those that came before it was known"
+            assert sum(failures for _, failures, _ in attempts(conn)) < 5, "failures during the outage do not count"
         sandbox.control("faults", WELL)
         for _ in range(3):
             await later(conn, worker, "61 seconds")
-        # Those that did count, before it was known, have their hour to wait.
+        # Failures that counted delay their events by up to an hour.
         await later(conn, worker, "80 minutes")
     assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
     assert count(conn, "select count(*) from outbox.dead_letters") == 0

@@ -1,4 +1,4 @@
-"""The front door's processes, a merchant at the counter, and requests as a merchant's system makes them."""
+"""Start API processes, add a merchant with a key, and send HTTP requests as a merchant's system does."""
 
 from __future__ import annotations
 

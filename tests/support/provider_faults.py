@@ -396,7 +396,7 @@ class FaultMatrix:
         self.move(pause_seconds)
 
     async def _read(self, read: PeriodicJob, pairs: list[tuple[str, str]], pause_seconds: float) -> None:
-        """A periodic reading of lists, which belong to all payments: each fault meets another account's."""
+        """Run a periodic job that reads lists. Lists cover all payments, so each fault has an account of its own."""
         asked = [pair for pair in pairs if pair[1] in CALL_FAULTS]
         self._order([OrderedFault((call, fault), CALLS[call].operation, CALL_FAULTS[fault]) for call, fault in asked])
         await read(self.worker)
@@ -407,7 +407,7 @@ class FaultMatrix:
     # --- ends
 
     async def heal(self) -> None:
-        """Time goes by, and nothing goes wrong any more, until every payment has ended."""
+        """Advance the clock without faults until every payment has ended."""
         self._orders = [order for order in self._orders if order.pair is not None]
         self._clear_faults()
         for _ in range(ROUNDS_MAX):

@@ -1,4 +1,4 @@
-"""The workers' app as tests need it to see it ail: short of patience, with a task that stops the event loop."""
+"""The workers' app for watchdog tests: a short database timeout, and a task that blocks the event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from db import connect
 
 connect.ANSWER_SECONDS_MAX["worker"] = 1.5
 
-from jobs import app  # noqa: E402  its pool is made with that patience
+from jobs import app  # noqa: E402  its pool is created with that timeout
 
 __all__ = ["app"]
 
