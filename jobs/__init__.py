@@ -2,16 +2,16 @@
 
 Run by `procrastinate --app jobs.app worker`, in any number of processes. A payment's way through these files:
 
-    drain          claims a batch of events, has it handled, finishes it or gives it back
-    handlers/      table.py lists the handlers; calls.py makes a batch's calls; one file for each subject
-    stripe/        the client, its errors, what Stripe's objects and webhooks say
-    breaker        reports calls to the circuit breaker, and probes
-    periodic       the periodic jobs and when they run
-    polling        unfinished objects and lists that are read from the provider
-    supervision    restarts Procrastinate's worker, stops it by signals
-    watchdog       ends a worker process that hangs
-    worker         what all tasks share: name, database, Stripe client, handlers
-    database       the workers' connections to PostgreSQL
+    drain            claims a batch of events, has it handled, finishes it or gives it back
+    handlers/        table.py lists the handlers; calls.py makes a batch's calls; one file for each subject
+    stripe/          the client, its errors, what Stripe's objects and webhooks say
+    circuit_breaker  reports calls to the database's circuits, and probes
+    periodic         the periodic jobs and when they run
+    polling          unfinished objects and lists that are read from the provider
+    supervision      restarts Procrastinate's worker, stops it by signals
+    watchdog         ends a worker process that hangs
+    worker           what all tasks share: name, database, Stripe client, handlers
+    database         the workers' connections to PostgreSQL
 
 Procrastinate's tables hold nothing that would be missed: deleting all their rows loses nothing. Importing this package
 needs no settings; starting a worker does.

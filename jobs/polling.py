@@ -94,7 +94,7 @@ async def poll_unfinished(worker: Worker) -> None:
 
 async def poll_object(worker: Worker, target: ObjectToPoll) -> list[CallResult]:
     """The result of fetching one object."""
-    if target.account in worker.breaker.blocked:
+    if target.account in worker.circuit_breaker.blocked:
         return [not_sent_result(target, target.operation)]
     read: Callable[[ProviderResponse], CallResult]
     match target.kind:

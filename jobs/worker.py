@@ -13,7 +13,7 @@ from procrastinate import JobContext
 
 from db.connect import conninfo
 from db.settings import Settings
-from jobs.breaker import CircuitBreaker
+from jobs.circuit_breaker import CircuitBreaker
 from jobs.database import WorkerDatabase, open_database
 from jobs.stripe.client import StripeGateway, open_stripe
 from jobs.watchdog import Watchdog
@@ -53,7 +53,7 @@ class Worker:
         self.database = database
         self.stripe = stripe
         self.watchdog = Watchdog(conninfo("worker", settings), settings.surety_stall_seconds)
-        self.breaker = CircuitBreaker(
+        self.circuit_breaker = CircuitBreaker(
             database, stripe, self.actor, min(CALL_REPORT_SECONDS_MAX, settings.surety_stall_seconds / 5)
         )
         self.handlers: dict[str, HandlerSettings] = {}
@@ -106,7 +106,7 @@ async def keep_heartbeat(worker: Worker) -> None:
     """Report and probe each second; if a report hangs, the watchdog ends the worker."""
     while True:
         try:
-            if await worker.breaker.report_and_probe():
+            if await worker.circuit_breaker.report_and_probe():
                 worker.watchdog.database_answered()
         except psycopg.Error as error:
             log.warning("the heartbeat found no database: %s", error)

@@ -138,15 +138,16 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
 
 
 def describe_provider(provider: dict[str, Any]) -> str:
-    """Stripe closed (0.4 % errors); stripe open for 3 min, 41 held, asked again in 12 s."""
+    """Stripe reachable (0.4 % errors); stripe unreachable for 3 min, 41 held, next probe in 12 s."""
     share = f" ({provider['error_share'] * 100:.1f} % errors)" if provider["error_share"] is not None else ""
     if not provider["open"]:
-        return f"{provider['provider']} closed{share}"
-    accounts = f" for {provider['open']} of {provider['accounts']} accounts" if provider["accounts"] > 1 else ""
+        return f"{provider['provider']} reachable{share}"
+    accounts = f" ({provider['open']} of {provider['accounts']} accounts)" if provider["accounts"] > 1 else ""
     probe = max(0.0, provider["probe_seconds"] or 0.0)
+    duration = format_age(provider["open_seconds"])
     return (
-        f"{provider['provider']} open{accounts} for {format_age(provider['open_seconds'])}, {provider['held']} held, "
-        f"asked again in {format_age(probe)}"
+        f"{provider['provider']} unreachable for {duration}{accounts}, {provider['held']} held, "
+        f"next probe in {format_age(probe)}"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, assert_never
 from msgspec import Struct, field
 from psycopg.types.json import Jsonb
 
-from jobs.breaker import circuit_key
+from jobs.circuit_breaker import circuit_key
 from jobs.database import bisect_on_error
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import (
@@ -124,7 +124,7 @@ async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call
         case "send" | "ask" | "renew" | "find":
             if batch.is_lost or worker.stopping.is_set():
                 return [event | {"release_seconds": 0, "error": "its worker stopped"}]
-            if call.account in worker.breaker.blocked:
+            if call.account in worker.circuit_breaker.blocked:
                 return [event | not_sent_result(call, call.operation)]
             response = provider_response(operation, worker, call)
             read, explain = partial(operation.read, call), partial(operation.explain, call)
@@ -152,7 +152,7 @@ async def provider_response(operation: CallOperation, worker: Worker, call: Prov
 
 async def unblocked_events(worker: Worker, batch: Batch, event_ids: list[str]) -> list[str]:
     """The events that may be handled now; those whose account's circuit is open are given back."""
-    if not worker.breaker.blocked:
+    if not worker.circuit_breaker.blocked:
         return event_ids
     query = "select surety.hold_blocked_events(%s, %s, %s)"
     held = set(await worker.database.value(query, batch.batch_id, batch.fence, event_ids))
@@ -271,7 +271,7 @@ async def record_event_results(worker: Worker, batch: Batch, results: list[CallR
     """Record results, refusals apart from facts; a result that can't be recorded fails its event."""
     failed = [result.pop("failed_call") for result in results if "failed_call" in result]
     if failed:
-        await worker.breaker.check_accounts(failed)
+        await worker.circuit_breaker.check_accounts(failed)
     refusals = [result for result in results if "refused" in result]
     others = [result for result in results if "refused" not in result]
 

@@ -13,7 +13,7 @@ import msgspec
 from psycopg.types.json import Jsonb
 
 from db.redaction import without_secrets
-from jobs.breaker import circuit_key
+from jobs.circuit_breaker import circuit_key
 from jobs.handlers.calls import (
     CallResult,
     failed_call_result,
@@ -65,7 +65,7 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     to_fetch = await objects_to_fetch(worker, wanted)
     asking = [webhook for webhooks in to_fetch.values() for webhook in webhooks]
     results += [{"event_id": webhook.event_id} for webhook, _ in wanted if webhook not in asking]
-    for source in [source for source in to_fetch if source.account in worker.breaker.blocked]:
+    for source in [source for source in to_fetch if source.account in worker.circuit_breaker.blocked]:
         held = {"error": "not asked: the provider is out", "outage": circuit_key(source.account)}
         results += [held | {"event_id": webhook.event_id} for webhook in to_fetch.pop(source)]
     if results:

@@ -179,7 +179,7 @@ def test_provider_outage_is_reported_with_the_next_probe_time(conn: Connection, 
     code, state = read_status(database)
     assert code == 1
     assert state["findings"][0]["what"].startswith("stripe is out for ")
-    assert "providers  stripe open for " in surety(database, "status").stdout
+    assert "providers  stripe unreachable for " in surety(database, "status").stdout
 
 
 def test_paused_handler_is_reported_with_the_command_to_resume(conn: Connection, database: str) -> None:

@@ -30,7 +30,7 @@ from app.web.problems import PROBLEM_BY_SQLSTATE, PROBLEM_TYPES, RULE_BY_CONSTRA
 from db import BEHAVIOUR_FILES
 from db.connect import ProcessKind, role_of
 from db.deploy.source import VersionFiles
-from jobs.breaker import circuit_key
+from jobs.circuit_breaker import circuit_key
 from jobs.handlers.calls import Verdict
 from jobs.handlers.table import HANDLER_TABLE
 from tests.support.http_client import connect_as_owner

@@ -35,7 +35,7 @@ ENDED = ("confirmed", "settled")
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
-    with running_sandbox(tmp_path_factory.mktemp("breaker"), "--hang-seconds=60") as sandbox:
+    with running_sandbox(tmp_path_factory.mktemp("circuit"), "--hang-seconds=60") as sandbox:
         yield sandbox
 
 
@@ -65,7 +65,7 @@ def pass_time(conn: Connection, interval: str) -> None:
 
 
 def opened(conn: Connection) -> set[str]:
-    """Accounts whose breaker is open."""
+    """Accounts whose circuit is open."""
     return {row[0] for row in conn.execute("select account from surety.circuit_status() where state = 'open'")}
 
 
@@ -91,7 +91,7 @@ def calls_made(sandbox: SandboxProcess) -> int:
 async def later(conn: Connection, worker: Worker, interval: str) -> None:
     """Time passes, and the worker does what it does every second."""
     pass_time(conn, interval)
-    await worker.breaker.report_and_probe()
+    await worker.circuit_breaker.report_and_probe()
     await run_until_idle(worker)
 
 
@@ -289,20 +289,20 @@ async def test_breaker_reopens_with_a_longer_delay_if_only_reads_succeed(
     assert count(conn, "select count(*) from outbox.dead_letters") == 0
 
 
-async def test_probe_does_not_close_a_breaker_opened_after_it_started(
+async def test_probe_does_not_close_a_circuit_opened_after_it_started(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     shop(0)
     probed = {"operation": "balance.retrieve", "fault": "slow"}
     sandbox.control("faults", {"slow_seconds": 2, "next": [probed]})
     async with in_process_worker(database, sandbox.url) as worker:
-        breaker, began = worker.breaker, time.monotonic()
-        breaker.count_call("", began, ProviderOutage("no answer"), is_command=True)
-        considering = asyncio.create_task(breaker.check_accounts([("", began)]))
+        circuit_breaker, began = worker.circuit_breaker, time.monotonic()
+        circuit_breaker.count_call("", began, ProviderOutage("no answer"), is_command=True)
+        considering = asyncio.create_task(circuit_breaker.check_accounts([("", began)]))
         await asyncio.to_thread(eventually, lambda: sandbox.control("faults")["next"] == [])
         for _ in range(10):
-            breaker.count_call("", began, ProviderOutage("no answer"), is_command=True)
-        await breaker.report_and_probe()
+            circuit_breaker.count_call("", began, ProviderOutage("no answer"), is_command=True)
+        await circuit_breaker.report_and_probe()
         assert opened(conn) == {""}
         await considering
         assert opened(conn) == {""}
@@ -345,7 +345,7 @@ async def test_polling_stops_while_the_circuit_is_open(
         assert calls_made(sandbox) == tried
 
 
-async def test_blocked_events_become_due_even_if_the_breaker_is_never_closed(
+async def test_blocked_events_become_due_even_if_the_circuit_is_never_closed(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     [payment_id] = shop()
@@ -354,7 +354,7 @@ async def test_blocked_events_become_due_even_if_the_breaker_is_never_closed(
         await run_until_idle(worker)
         sandbox.control("faults", WELL)
         conn.execute("delete from surety.circuit_breakers")
-        await worker.breaker._report_calls()
+        await worker.circuit_breaker._report_calls()
         await later(conn, worker, "61 seconds")
     assert state_of(conn, payment_id) in ENDED
 
@@ -371,7 +371,7 @@ async def test_delayed_report_of_a_response_keeps_its_age(
             for _ in range(WORKER_CONNECTIONS_MAX)
         ]
         await asyncio.sleep(0)
-        await worker.breaker._report_calls()
+        await worker.circuit_breaker._report_calls()
         await asyncio.gather(*busy)
     [(answered_at,)] = conn.execute("select answered_at from surety.circuit_breakers").fetchall()
     assert answered_at <= now

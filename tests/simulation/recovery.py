@@ -92,7 +92,7 @@ def periodic_jobs_with_work(schedule: Schedule, turn: int) -> list[str]:
 async def run_periodic_jobs(schedule: Schedule, names: Iterable[str]) -> None:
     """Run periodic jobs, then drain all handlers that have work by then."""
     worker = schedule.workers[-1]
-    await worker.start(worker.worker.breaker.report_and_probe())
+    await worker.start(worker.worker.circuit_breaker.report_and_probe())
     for name in names:
         await worker.run_periodic_job(name)
     schedule.database.move_clock(schedule.loop.seconds)

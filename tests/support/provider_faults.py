@@ -412,7 +412,7 @@ class FaultMatrix:
         self._clear_faults()
         for _ in range(ROUNDS_MAX):
             self.move(LATER)
-            await self.worker.breaker.report_and_probe()
+            await self.worker.circuit_breaker.report_and_probe()
             await run_until_idle(self.worker)
             for round_ in (poll_unfinished, poll_balance_transactions, recheck_pending_balance, poll_payouts):
                 await round_(self.worker)
@@ -540,7 +540,7 @@ class FaultMatrix:
             if is_so():
                 return
             self.move(SOON)
-            await self.worker.breaker.report_and_probe()
+            await self.worker.circuit_breaker.report_and_probe()
             await self._act([], handler)
 
     async def _until_charged(self, cases: list[FaultCase]) -> None:

@@ -21,7 +21,7 @@ from jobs.database import WorkerDatabase
 from jobs.stripe.client import StripeGateway
 from jobs.stripe.errors import ProviderError, ProviderOutage
 
-log = logging.getLogger("surety.breaker")
+log = logging.getLogger("surety.circuit_breaker")
 
 PROVIDER = "stripe"
 
@@ -58,7 +58,7 @@ class CircuitBreaker:
         self._actor = actor
         self._report_seconds = report_seconds
         self._tallies: defaultdict[str, CallCounts] = defaultdict(CallCounts)
-        self._reopened: dict[str, float] = {}
+        self._closed_at: dict[str, float] = {}
         self._probing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._probed_at: dict[str, float] = {}
         self._reported_at = 0.0
@@ -71,7 +71,7 @@ class CircuitBreaker:
             tally.answered += is_command
             tally.consecutive_failures = 0
             tally.answered_at = time.monotonic()
-        elif account not in self.blocked and began > self._reopened.get(account, 0.0):
+        elif account not in self.blocked and began > self._closed_at.get(account, 0.0):
             tally.failed += 1
             tally.consecutive_failures += 1
 
@@ -123,7 +123,7 @@ class CircuitBreaker:
     def _set_blocked(self, blocked: frozenset[str]) -> None:
         now = time.monotonic()
         for account in self.blocked - blocked:
-            self._reopened[account] = now
+            self._closed_at[account] = now
         self.blocked = blocked
 
     async def _probe(self, account: str) -> None:
