@@ -34,7 +34,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "payments/fact_checks",
     "payments/record_facts",
     "payments/captures",
-    "payments/settlement",
+    "payments/expected_settlements",
     "payments/deadlines",
     "provider/requests",
     "provider/calls",

@@ -119,13 +119,13 @@ CAPTURE = intent_operation("capture", lambda status: status != "requires_capture
 CANCEL = intent_operation("cancel", lambda status: status in {"succeeded", "canceled", "processing"})
 
 
-async def settle(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
+async def expect_settlement(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """payment.confirmed: a settlement is expected."""
-    query = "select surety.open_settlement_expectation(%s, %s, %s)"
+    query = "select surety.expect_settlement(%s, %s, %s)"
     batch.is_lost = not await worker.database.commit_if_true(query, batch.batch_id, batch.fence, event_ids)
 
 
-async def close(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
+async def meet_expected_settlement(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """payment.settled: the expected settlement has arrived."""
-    query = "select surety.close_settlement_expectation(%s, %s, %s)"
+    query = "select surety.meet_expected_settlement(%s, %s, %s)"
     batch.is_lost = not await worker.database.commit_if_true(query, batch.batch_id, batch.fence, event_ids)

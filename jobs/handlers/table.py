@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from jobs.handlers.calls import make_calls
 from jobs.handlers.disputes import EVIDENCE
-from jobs.handlers.payments import CANCEL, CAPTURE, CONFIRM, CREATE, close, settle
+from jobs.handlers.payments import CANCEL, CAPTURE, CONFIRM, CREATE, expect_settlement, meet_expected_settlement
 from jobs.handlers.refunds import REFUND
 from jobs.handlers.webhooks import apply
 from jobs.worker import Batch, Worker
@@ -78,13 +78,13 @@ HANDLER_TABLE: tuple[Handler, ...] = (
     ),
     Handler(
         "settle", ("payment.confirmed",),
-        "surety.open_settlement_expectation", None, "an expected settlement",
-        settle,
+        "surety.expect_settlement", None, "an expected settlement",
+        expect_settlement,
     ),
     Handler(
         "close", ("payment.settled",),
-        "surety.close_settlement_expectation", None, "a settlement met",
-        close,
+        "surety.meet_expected_settlement", None, "a settlement met",
+        meet_expected_settlement,
     ),
 )  # fmt: skip
 

@@ -143,7 +143,7 @@ def test_settlement_is_expected_for_a_payment_disputed_early(conn: Connection) -
     record(conn, [dispute_fact(payment_id, "needs_response", 0)])
     batch = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('settle', 'w')").fetchone()
     assert batch is not None
-    assert conn.execute("select surety.open_settlement_expectation(%s, %s, %s)", batch).fetchone() == (True,)
+    assert conn.execute("select surety.expect_settlement(%s, %s, %s)", batch).fetchone() == (True,)
     record(conn, [dispute_fact(payment_id, "won", 1)])
     assert state_of(conn, payment_id) == "confirmed"
     expected = "select met_at is not null from surety.expectations"

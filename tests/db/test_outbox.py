@@ -167,7 +167,7 @@ def test_lost_lease_cannot_complete_events_but_records_results(conn: Connection)
     assert complete(conn, held)
 
 
-@pytest.mark.parametrize("effect", ["open_settlement_expectation", "close_settlement_expectation"])
+@pytest.mark.parametrize("effect", ["expect_settlement", "meet_expected_settlement"])
 def test_effects_in_the_database_say_when_the_lease_is_lost(conn: Connection, effect: str) -> None:
     lost = claimed(emit_for(conn, "settle"), handler="settle")
     expire_lease(conn, lost)

@@ -189,7 +189,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "a confirmed payment is expected to settle",
         (
-            "db/sql/payments/settlement.sql",
+            "db/sql/payments/expected_settlements.sql",
             "v_now + interval '7 days'\n    from outbox.batch_events(p_batch, p_fence) as e\n    where ",
             "v_now + interval '7 days'\n    from outbox.batch_events(p_batch, p_fence) as e\n    where false and ",
         ),
@@ -263,7 +263,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "only money meets an expected settlement",
         (
-            "db/sql/payments/settlement.sql",
+            "db/sql/payments/expected_settlements.sql",
             "    order by e.aggregate_id\n    on conflict (payment_id, kind) do nothing;\n",
             """
     on conflict (payment_id, kind) do nothing;

@@ -1,6 +1,6 @@
--- Expected settlements: opened when a payment is confirmed, closed when it settles, overdue after seven days.
+-- Expected settlements: expected from a payment's confirmation on, met when it settles, overdue after seven days.
 
-create or replace function surety.open_settlement_expectation(p_batch bigint, p_fence bigint, p_event_ids text[])
+create or replace function surety.expect_settlement(p_batch bigint, p_fence bigint, p_event_ids text[])
 returns boolean language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -16,12 +16,12 @@ begin
 end;
 $$;
 
-comment on function surety.open_settlement_expectation(bigint, bigint, text[]) is
+comment on function surety.expect_settlement(bigint, bigint, text[]) is
 'Handles payment.confirmed: money should arrive within seven days, also for a payment that was disputed or refunded
-meanwhile. Only payment.settled closes the expectation, whichever is handled first. Completes the events in the same
+meanwhile. Only payment.settled meets the expectation, whichever is handled first. Completes the events in the same
 transaction; false if the lease is lost.';
 
-create or replace function surety.close_settlement_expectation(p_batch bigint, p_fence bigint, p_event_ids text[])
+create or replace function surety.meet_expected_settlement(p_batch bigint, p_fence bigint, p_event_ids text[])
 returns boolean language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -41,9 +41,9 @@ begin
 end;
 $$;
 
-comment on function surety.close_settlement_expectation(bigint, bigint, text[]) is
+comment on function surety.meet_expected_settlement(bigint, bigint, text[]) is
 'Handles payment.settled: the expected money has arrived, and an overdue discrepancy is closed. A payment may settle
-before its expectation is opened, and may settle twice: after a refund that has come back. Completes the events in the
+before its settlement is expected, and may settle twice: after a refund that has come back. Completes the events in the
 same transaction; false if the lease is lost.';
 
 create or replace function surety.open_overdue_discrepancies(p_limit integer default 500) returns integer
