@@ -820,7 +820,8 @@ create table surety.rejected_webhooks (
     constraint rejected_body_is_bounded check (length(body) <= 4096)
 );
 comment on table surety.rejected_webhooks is
-'Webhooks with an invalid signature, cut to 4096 bytes; the newest thousand are kept.';
+'Webhooks whose signature is invalid, and signed ones that are no events. Bodies are cut to 4096 bytes; the newest
+thousand are kept.';
 
 create table surety.provider_objects (
     provider text not null,

@@ -160,7 +160,7 @@ async def store_rejected(request: ReceiverRequest, reason: str, headers: dict[st
     log.warning("%s rejected: %s", request.request_id, reason)
     try:
         await request.services.database.fetch_row(
-            "select surety.reject_webhook('stripe', %s, %s, %s, %s)",
+            "select surety.store_rejected_webhook('stripe', %s, %s, %s, %s)",
             reason,
             Jsonb(headers),
             SECRET_PATTERN.sub(rb"\1", without_secrets(body)),

@@ -47,7 +47,7 @@ async def retry_unmatched_facts(worker: Worker) -> None:
 async def check_deadlines(worker: Worker) -> None:
     """Report overdue settlements, cancel payments whose payer did not act, remind merchants of missing evidence."""
     await worker.database.value("select surety.open_overdue_discrepancies()")
-    query = "select surety.cancel_expired_actions(make_interval(secs => %s))"
+    query = "select surety.emit_expired_actions(make_interval(secs => %s))"
     await worker.schedule_handlers_for(await worker.database.value(query, worker.settings.surety_action_seconds))
     await worker.schedule_handlers_for(
         await worker.database.value("select surety.emit_evidence_reminders(%s)", EVIDENCE_REMINDER_LEAD)

@@ -251,7 +251,7 @@ def test_only_the_newest_thousand_rejected_webhooks_are_kept(conn: Connection) -
         " select surety.new_id('rej', now() - n * interval '1 s'), 'stripe', 'old', '{}', '', 0, now()"
         " from generate_series(1, 1500) as n"
     )
-    conn.execute("select surety.reject_webhook('stripe', 'new', '{}', ''::bytea, '')")
+    conn.execute("select surety.store_rejected_webhook('stripe', 'new', '{}', ''::bytea, '')")
     assert one(conn, "select count(*) from surety.rejected_webhooks") == 1000
     assert one(conn, "select count(*) from surety.rejected_webhooks where reason = 'new'") == 1
 

@@ -227,7 +227,7 @@ def test_a_fee_that_changes_between_capture_and_settlement_changes_nothing(conn:
 def test_decline_and_expired_action_request_one_cancellation(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "action", "pi")])
-    conn.execute("select surety.cancel_expired_actions(interval '-1 second')")
+    conn.execute("select surety.emit_expired_actions(interval '-1 second')")
     record(conn, [fact(payment_id, "attempt_failed", "pi")])
     batch, fence, _ = claimed(conn, "cancel")
     calls = conn.execute("select verdict from surety.begin_calls(%s, %s, 'cancel', 'w')", (batch, fence)).fetchall()

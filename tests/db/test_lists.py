@@ -78,7 +78,7 @@ def test_every_filter_of_the_list_holds_alone_and_together(conn: Connection, key
 def test_internal_events_are_hidden_from_merchants(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "action", "pi"), fact(payment_id, "attempt_failed", "pi")])
-    conn.execute("select surety.cancel_expired_actions(interval '-1 second')")
+    conn.execute("select surety.emit_expired_actions(interval '-1 second')")
     body = json.loads(one(conn, "select body from api.list_events(%s, null, 20)", key_hash))
     assert {event["type"] for event in body["data"]} == {
         f"payment.{state}" for state in ("initiated", "submitting", "provider_submitted", "requires_action")

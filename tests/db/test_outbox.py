@@ -325,7 +325,7 @@ def test_handler_receives_the_events_of_its_deployed_code(conn: Connection, data
     assert conn.execute(query).fetchone() == (wanted, 50)
 
 
-def test_wakeup_schedules_each_handler_once_until_it_starts(conn: Connection) -> None:
+def test_scheduling_adds_one_job_per_handler_until_it_starts(conn: Connection) -> None:
     assert call(conn, "outbox.schedule_handlers", ["submit", "apply"]) == 2
     assert call(conn, "outbox.schedule_handlers", ["submit", "apply"]) == 0
     conn.execute("set search_path = procrastinate")

@@ -434,7 +434,7 @@ async def test_failed_poll_is_repeated_later(
 
 async def test_expired_action_is_canceled(conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay) -> None:
     [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
-    query = "select surety.cancel_expired_actions(%s)"
+    query = "select surety.emit_expired_actions(%s)"
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker)
         assert conn.execute(query, (timedelta(minutes=1),)).fetchone() == ([],)
@@ -454,7 +454,7 @@ async def test_payment_that_succeeds_during_its_cancellation_is_confirmed(
         await run_until_idle(worker)
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         sandbox.client.post(f"/3ds/{pi}?client_secret={sandbox.read(pi)['client_secret']}", content="outcome=approve")
-        conn.execute("select surety.cancel_expired_actions('0 s')")
+        conn.execute("select surety.emit_expired_actions('0 s')")
         await run_until_idle(worker)
     assert state_of(conn, payment_id) in {"confirmed", "settled"}
 

@@ -160,7 +160,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "due retries are scheduled",
         (
-            "db/sql/outbox/wakeups.sql",
+            "db/sql/outbox/scheduling.sql",
             "or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)",
             "or false",
         ),

@@ -1,7 +1,7 @@
 -- Dead letters, by operators: show, replay, discard. Each action needs a reason, which the audit trail keeps. Repeating
 -- an action changes nothing more.
 
-create or replace function outbox.discard_verdict(p_letter outbox.dead_letters)
+create or replace function outbox.discard_effect(p_letter outbox.dead_letters)
 returns table (verdict text, detail text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -98,7 +98,7 @@ begin atomic
     from judged;
 end;
 
-comment on function outbox.discard_verdict(outbox.dead_letters) is
+comment on function outbox.discard_effect(outbox.dead_letters) is
 'The effect of a discard, judged by the known facts.
 fail: nothing was sent, or the provider refused it; the payment or refund ends as failed, a capture as refused.
 cancel: the provider holds an intent that was never confirmed; it is canceled.
@@ -174,7 +174,7 @@ begin atomic
             case when p_letter.closed_at is null then outbox.describe_replay(p_letter.handler) end as on_replay,
             (
                 select json_build_object('verdict', judged.verdict, 'detail', judged.detail)
-                from outbox.discard_verdict(p_letter) as judged
+                from outbox.discard_effect(p_letter) as judged
                 where p_letter.closed_at is null
             ) as on_discard,
             case
@@ -311,7 +311,7 @@ begin
         return query select 'refused', 'it is closed already (' || v_letter.closed_as || ')';
         return;
     end if;
-    select j.verdict, j.detail into v_verdict, v_detail from outbox.discard_verdict(v_letter) as j;
+    select j.verdict, j.detail into v_verdict, v_detail from outbox.discard_effect(v_letter) as j;
     if v_verdict = 'refuse' then
         return query select 'refused', v_detail;
         return;
@@ -352,6 +352,6 @@ end;
 $$;
 
 comment on function outbox.discard_dead_letter(text, text, text, boolean, text, text) is
-'Gives up the event of a dead letter, with the effect that outbox.discard_verdict names. Outcomes: discarded;
+'Gives up the event of a dead letter, with the effect that outbox.discard_effect names. Outcomes: discarded;
 would_discard (p_dry_run); unchanged (discarded already); refused (the provider may hold a charge, or the letter was
 replayed or resolved); not_found.';

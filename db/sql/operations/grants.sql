@@ -40,7 +40,7 @@ grant execute on function outbox.schedule_handlers(text[]) to surety_api, surety
 
 grant execute on function
 surety.receive_webhooks(jsonb),
-surety.reject_webhook(text, text, jsonb, bytea, text)
+surety.store_rejected_webhook(text, text, jsonb, bytea, text)
 to surety_webhook;
 
 grant execute on function
@@ -51,7 +51,7 @@ surety.record_call_results(text, jsonb),
 surety.next_fetch_number(text, text, boolean, text),
 surety.begin_calls(bigint, bigint, text, text, text[]),
 surety.reserve_request_slot(text, text, double precision, boolean),
-surety.cancel_expired_actions(interval, integer),
+surety.emit_expired_actions(interval, integer),
 surety.objects_without_facts(jsonb),
 surety.events_not_received(text, text, text[]),
 surety.store_polled_events(jsonb),

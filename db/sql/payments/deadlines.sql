@@ -1,6 +1,6 @@
 -- Deadlines: payers who don't act, and evidence that merchants have not submitted yet.
 
-create or replace function surety.cancel_expired_actions(p_after interval, p_limit integer default 500) returns text[]
+create or replace function surety.emit_expired_actions(p_after interval, p_limit integer default 500) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -33,7 +33,7 @@ begin
 end;
 $$;
 
-comment on function surety.cancel_expired_actions(interval, integer) is
+comment on function surety.emit_expired_actions(interval, integer) is
 'Emits payment.action_overdue, once each, for payments whose payer was asked to act more than p_after ago; its handler
 cancels them at the provider. At most p_limit payments. Returns the types of the events made.';
 

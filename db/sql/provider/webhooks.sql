@@ -54,7 +54,7 @@ comment on function surety.receive_webhooks(jsonb) is
 'Stores webhooks whose signatures are verified: [{"n", "provider", "account", "livemode", "event_id", "type", "headers",
 "body", "address"}]. is_new is false for an event that was received before.';
 
-create or replace function surety.reject_webhook(
+create or replace function surety.store_rejected_webhook(
     p_provider text, p_reason text, p_headers jsonb, p_body bytea, p_address text
 ) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -76,8 +76,9 @@ begin
 end;
 $$;
 
-comment on function surety.reject_webhook(text, text, jsonb, bytea, text) is
-'Stores a webhook whose signature is invalid, as evidence: the first 4096 bytes of its body. The newest 1000 are kept.';
+comment on function surety.store_rejected_webhook(text, text, jsonb, bytea, text) is
+'Stores a webhook that is refused, with the first 4096 bytes of its body: its signature is invalid, or it is signed but
+is no event. The newest 1000 are kept.';
 
 create or replace function surety.events_not_received(p_provider text, p_account text, p_event_ids text[]) returns
 text[] language sql stable security definer set search_path = pg_catalog, pg_temp
