@@ -347,7 +347,8 @@ create table surety.dispute_statuses (
     constraint dispute_status_position_is_unique unique (position)
 );
 comment on table surety.dispute_statuses is
-'The statuses of disputes as Stripe publishes them. Balance transactions, not these, show whether money was withdrawn.';
+'The statuses of disputes as Stripe publishes them. Balance transactions show which amount was withdrawn; a final status
+says whether the merchant gets it back (won, prevented) or the network keeps it (lost).';
 
 insert into surety.dispute_statuses (status, position, takes_evidence, poll_after, meaning) values
 ('warning_needs_response', 1, true, '6 hours', 'an inquiry: no money has moved, an answer may prevent a dispute'),

@@ -95,7 +95,8 @@ def print_status(console: Console, state: dict[str, Any], findings: list[Finding
     if state:
         print_state(console, state)
     if findings:
-        console.print(f"next: {findings[0].next}  {RUNBOOK}#{findings[0].id}", markup=False)
+        console.print(f"next: {findings[0].next}", markup=False)
+        console.print(f"more: heading {findings[0].id} of {RUNBOOK}, in Surety's source", markup=False)
 
 
 def print_state(console: Console, state: dict[str, Any]) -> None:

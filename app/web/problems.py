@@ -39,7 +39,7 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "idempotency-key-missing": ProblemDefinition(
         400,
         "The Idempotency-Key is missing",
-        "Every POST that moves money needs the header Idempotency-Key with 1 to 255 printable ASCII characters, chosen "
+        "Every POST of a merchant needs the header Idempotency-Key with 1 to 255 printable ASCII characters, chosen "
         "by you, new for each payment and the same for each repetition: that is what makes repeating safe.",
     ),
     "unauthenticated": ProblemDefinition(

@@ -68,7 +68,8 @@ HANDLER_TABLE: tuple[Handler, ...] = (
     ),
     Handler(
         "evidence", ("dispute.evidence_given",),
-        "surety.begin_calls", "update dispute", "dispute.under_review",
+        "surety.begin_calls", "update dispute",
+        "dispute.under_review, dispute.warning_under_review, dispute.appeal_under_review",
         partial(make_calls, EVIDENCE),
     ),
     Handler(

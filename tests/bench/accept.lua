@@ -1,6 +1,6 @@
--- wrk's part of `accept`: POSTs whose Idempotency-Key and reference nobody has used before.
--- Arguments after `--`: a word that makes this run's keys its own, whether to keep the ids of answers ("ids"), API keys.
--- The last line of stdout is one JSON object; ids go to stderr's place in the report, one per line before it.
+-- The wrk script of `accept`: POSTs of new payments, each with a new Idempotency-Key and reference.
+-- Arguments after `--`: a prefix of this run's keys; "ids" to print the ids of accepted payments; API keys.
+-- Output: the ids, one per line, then one JSON object on the last line.
 
 local threads = {}
 

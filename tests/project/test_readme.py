@@ -22,6 +22,7 @@ from db.settings import Settings
 from tests.db.test_ledger import HISTORIES
 from tests.mutations.mutants import MUTANTS
 from tests.project.test_prose import DOCUMENTS, ROOT, name_of
+from tests.simulation.test_simulation import SCHEDULES
 from tests.support.generated_docs import regenerated
 from tests.support.payments import Connection, state_of
 
@@ -159,6 +160,7 @@ def test_counts_in_documents_are_current(conn: Connection) -> None:
     assert row
     assert f"in {row[0]} currencies" in " ".join(TEXTS[README].split())
     assert f"{len(MUTANTS)} guards" in TEXTS[DOCS / "testing.md"]
+    assert f"`pytest` runs {SCHEDULES} smaller schedules" in " ".join(TEXTS[DOCS / "testing.md"].split())
 
 
 def test_worked_balances_are_those_of_tested_histories() -> None:
