@@ -624,7 +624,7 @@ comment on table surety.call_verdicts is
 insert into surety.call_verdicts (verdict, meaning) values
 ('send', 'send the request under its key'),
 ('ask', 'look for the effect of an earlier send; if it is absent, send the request again under the same key'),
-('renew', 'look for the effect of an earlier send, unless a repeated call does no harm; send it under a new key'),
+('replace_key', 'look for an earlier send''s effect, unless a repeated call does no harm; send under a new key'),
 ('find', 'look for the effect of an earlier send; if it is absent, the payment ends: it was canceled meanwhile'),
 ('wait', 'an earlier call decides whether the provider holds the payment: try again later'),
 ('skip', 'nothing is left to do');

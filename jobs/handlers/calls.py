@@ -44,7 +44,7 @@ CANCELED_BEFORE_CREATION = {"code": "canceled", "message": "canceled before the 
 CallResult = dict[str, Any]
 """As surety.record_event_results takes it."""
 
-Verdict = Literal["send", "ask", "renew", "find", "wait", "skip"]
+Verdict = Literal["send", "ask", "replace_key", "find", "wait", "skip"]
 """The rows of surety.call_verdicts, which say what each means."""
 
 
@@ -121,7 +121,7 @@ async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call
             return [event]
         case "wait":
             return [event | {"release_seconds": WAIT_SECONDS, "error": "an earlier call's outcome is unknown yet"}]
-        case "send" | "ask" | "renew" | "find":
+        case "send" | "ask" | "replace_key" | "find":
             if batch.is_lost or worker.stopping.is_set():
                 return [event | {"release_seconds": 0, "error": "its worker stopped"}]
             if call.account in worker.circuit_breaker.blocked:
@@ -144,8 +144,8 @@ async def provider_response(operation: CallOperation, worker: Worker, call: Prov
             return found
         if call.verdict == "find":
             raise PaymentRefused("canceled before the provider held it", body={"error": CANCELED_BEFORE_CREATION})
-        if call.verdict == "renew":
-            query = "select surety.renew_call_key(%s, %s)"
+        if call.verdict == "replace_key":
+            query = "select surety.replace_call_key(%s, %s)"
             key = await worker.database.value(query, call.payment_id, call.operation)
     return await operation.send(worker, call, key, call.request)
 

@@ -22,6 +22,16 @@ end;
 comment on function surety.plan_call(text, text, text, text, text, jsonb, text, timestamptz, surety.payments) is
 'A surety.planned_call by the names of its fields.';
 
+create or replace function surety.call_key_lifetime() returns interval
+language sql immutable parallel safe
+begin atomic
+    select interval '23 hours';
+end;
+
+comment on function surety.call_key_lifetime() is
+'How long after the first send a call''s Idempotency-Key may be sent again. Stripe keeps a key for 24 hours at least;
+the last hour is a margin for requests under way and for clocks that differ.';
+
 create or replace function surety.plan_payment_calls(
     p_batch bigint, p_fence bigint, p_operation text, p_event_ids text[]
 ) returns surety.planned_call[]
@@ -73,13 +83,13 @@ begin
                         or e.state not in ('provider_submitted', 'requires_action', 'authorized', 'processing')
                     ) then 'skip'
                     when not e.was_sent then 'send'
-                    -- A key's first answer is replayed for 24 hours at least, server errors included.
-                    when p_operation = 'create' and e.first_sent_at > v_now - interval '23 hours'
+                    -- A key's first answer is replayed, server errors included.
+                    when p_operation = 'create' and e.first_sent_at > v_now - surety.call_key_lifetime()
                         and coalesce(e.status, 0) < 500
                         then 'send'
                     when p_operation <> 'create' and e.answered_at is not null and e.status between 400 and 499
                         then 'send'
-                    else 'renew'
+                    else 'replace_key'
                 end as verdict
             from events as e
         )
@@ -120,7 +130,7 @@ begin
             p_verdict => case
                 when r.state <> 'pending' or r.provider_id is not null then 'skip'
                 when c.payment_id is null or c.status between 400 and 499 then 'send'
-                when c.status >= 500 or c.first_sent_at < v_now - interval '23 hours' then 'renew'
+                when c.status >= 500 or c.first_sent_at < v_now - surety.call_key_lifetime() then 'replace_key'
                 else 'ask'
             end,
             p_operation => 'refund:' || r.id,
@@ -157,7 +167,7 @@ begin
             p_subject_id => d.id,
             p_verdict => case
                 when (e.payload ->> 'evidence_revision')::integer <> d.evidence_revision or s.status is null then 'skip'
-                when c.status >= 500 or c.first_sent_at < v_now - interval '23 hours' then 'renew'
+                when c.status >= 500 or c.first_sent_at < v_now - surety.call_key_lifetime() then 'replace_key'
                 else 'send'
             end,
             p_operation => named.operation,
@@ -226,10 +236,10 @@ begin
         set
             sends = c.sends + 1,
             last_sent_at = excluded.last_sent_at,
-            -- Until the key is renewed, the last answer still decides whether the key can be used again.
+            -- Until the key is replaced, the last answer still decides whether the key can be used again.
             (answered_at, status) = (
                 select c.answered_at, c.status from planned as j
-                where j.payment_id = c.payment_id and j.operation = c.operation and j.verdict in ('find', 'renew')
+                where j.payment_id = c.payment_id and j.operation = c.operation and j.verdict in ('find', 'replace_key')
             )
         returning c.payment_id, c.operation, c.idempotency_key, c.request, c.sends, c.first_sent_at, c.last_sent_at
     ),
@@ -266,7 +276,7 @@ the request and key exactly as they were first written. subject_id is the paymen
 intent or dispute at the provider; last_sent_at the time of the send before this one, if there was one. No rows when
 another worker holds the lease.';
 
-create or replace function surety.renew_call_key(p_payment_id text, p_operation text) returns text
+create or replace function surety.replace_call_key(p_payment_id text, p_operation text) returns text
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     update surety.calls
@@ -280,6 +290,6 @@ begin atomic
     returning calls.idempotency_key;
 end;
 
-comment on function surety.renew_call_key(text, text) is
+comment on function surety.replace_call_key(text, text) is
 'Gives a call a new idempotency key and returns it. With the old key, the provider
 would replay an answer without an outcome.';
