@@ -32,7 +32,7 @@ COMMANDS = {
     "webhooks": CommandEntry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
     "merchants": CommandEntry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
     "keys": CommandEntry("app.cli.keys:keys", "Create, list and revoke keys of merchants and operators."),
-    "trace": CommandEntry("app.cli.trace:trace", "Show everything that happened to a payment."),
+    "trace": CommandEntry("app.cli.trace:trace", "Show the history of a payment."),
     "status": CommandEntry("app.cli.status:status", "Report problems and the next step for each."),
     "dead-letters": CommandEntry(
         "app.cli.dead_letters:dead_letters", "Events whose handler gave up: list, show, replay, discard."

@@ -1,4 +1,4 @@
-"""`python -m app.cli`, for where the program `surety` is not on the path."""
+"""`python -m app.cli`, if the program `surety` is not on the path."""
 
 from app.cli import main
 

@@ -39,7 +39,7 @@ def dead_letters() -> None:
 
 def letter_filters(command: CommandFunction) -> CommandFunction:
     """The options that choose letters."""
-    error = click.option("--error", help="Only those whose last error contains this text.")
+    error = click.option("--error", help="Only dead letters whose last error contains this text.")
     return click.option("--handler", help="Only those of one handler.")(error(command))
 
 
@@ -145,9 +145,9 @@ def time_of_day(at: str) -> str:
 def replay_letters(
     letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, dry_run: bool
 ) -> None:
-    """Make events due again at once, without their failures: those of the ids, or all that match.
+    """Make events due again at once: those of the ids, or all that match. Their failures no longer count.
 
-    Letters that were replayed already, or whose payment has ended, stay as they are. Exit status 1 if one was refused.
+    Letters that were replayed already, or whose payment has ended, stay unchanged. Exit status 1 if one was refused.
     """
     apply_to_letters("replay", letter_ids, handler, error, reason, dry_run=dry_run)
 
@@ -157,10 +157,10 @@ def replay_letters(
 def discard_letters(
     letter_ids: tuple[str, ...], handler: str | None, error: str | None, reason: str, dry_run: bool
 ) -> None:
-    """Give events up finally: those of the ids, or all that match.
+    """Discard events: those of the ids, or all that match. They are not processed again.
 
-    A payment, refund or capture for which nothing was sent ends as failed. Refused, with exit status 1, where the
-    provider may have carried it out.
+    A payment, refund or capture that was never sent ends as failed. A discard is refused, with exit status 1, if the
+    provider may have carried the operation out.
     """
     apply_to_letters("discard", letter_ids, handler, error, reason, dry_run=dry_run)
 
@@ -190,7 +190,7 @@ def apply_to_letters(
 ) -> None:
     """Apply the action to each letter in a transaction of its own, and print each outcome."""
     if bool(letter_ids) == bool(handler or error):
-        raise DeadLetterError(f"name the letters to {action}: by id, or by --handler or --error")
+        raise DeadLetterError(f"select the letters to {action}: by ID, or by --handler or --error")
     outcomes: dict[str, int] = {}
     with connect("deploy", load_settings()) as conn:
         for letter_id in letter_ids or [letter["id"] for letter in find_letters(conn, handler, error, status="open")]:

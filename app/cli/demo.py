@@ -23,10 +23,14 @@ PIPE_WIDTH = 110
 
 
 @click.command()
-@click.option("--payments", default=500, show_default=True, type=click.IntRange(1, 100_000), help="How many.")
-@click.option("--merchants", default=20, show_default=True, type=click.IntRange(1, 500), help="Of how many.")
-@click.option("--seed", type=int, help="Faults and their times follow from it; the same seed gives the same faults.")
-@click.option("--no-faults", is_flag=True, help="A provider that never misbehaves, and no worker killed.")
+@click.option(
+    "--payments", default=500, show_default=True, type=click.IntRange(1, 100_000), help="The number of payments."
+)
+@click.option(
+    "--merchants", default=20, show_default=True, type=click.IntRange(1, 500), help="The number of merchants."
+)
+@click.option("--seed", type=int, help="The seed of the faults and their times; the same seed gives the same faults.")
+@click.option("--no-faults", is_flag=True, help="No faults: the provider never misbehaves, and no worker is killed.")
 @click.option("--keep", is_flag=True, help="Keep everything running afterwards, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, last.")
 def demo(payments: int, merchants: int, seed: int | None, no_faults: bool, keep: bool, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from db.settings import load_settings
 
 
 @click.command()
-@click.option("--force", is_flag=True, help="Write functions, views and triggers again although nothing changed.")
+@click.option("--force", is_flag=True, help="Write functions, views and triggers again, even if nothing changed.")
 def deploy(force: bool) -> None:
     """Bring the database of DATABASE_URL to this version: safe to repeat, to race and to run beside traffic."""
     progress = Console(stderr=True, highlight=False)

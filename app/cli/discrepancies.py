@@ -1,4 +1,4 @@
-"""`surety discrepancies`: where our records and the provider's differ, and how a person closes one."""
+"""`surety discrepancies`: differences between our records and the provider's; operators close them with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`surety handlers`: what processes events, and how a person pauses and resumes it."""
+"""`surety handlers`: the handlers of events; operators pause and resume them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def handlers() -> None:
 @handlers.command("list")
 @json_option
 def list_handlers(as_json: bool) -> None:
-    """List the handlers, what each does, and since when it is paused."""
+    """List the handlers: the work of each, and the time since which it is paused."""
     with connect("deploy", load_settings()) as conn, conn.cursor(row_factory=dict_row) as cursor:
         found = cursor.execute(
             "select handler, meaning, surety.format_time(paused_at) as paused_at from outbox.handlers order by handler"
@@ -44,7 +44,7 @@ def list_handlers(as_json: bool) -> None:
 @click.argument("handler")
 @reason_option
 def pause_handler(handler: str, reason: str) -> None:
-    """Let a handler take no new events. They wait; the batch under way is finished."""
+    """Pause a handler: new events wait; the batch in progress is finished."""
     set_paused(handler, reason, is_paused=True)
 
 
@@ -52,7 +52,7 @@ def pause_handler(handler: str, reason: str) -> None:
 @click.argument("handler")
 @reason_option
 def resume_handler(handler: str, reason: str) -> None:
-    """Let a paused handler take events again."""
+    """Resume a paused handler."""
     set_paused(handler, reason, is_paused=False)
 
 

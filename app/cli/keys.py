@@ -27,14 +27,14 @@ def keys() -> None:
 
 @keys.command()
 @click.argument("merchant_id", required=False)
-@click.option("--operator", metavar="NAME", help="For a person who runs the service, instead of a merchant.")
+@click.option("--operator", metavar="NAME", help="Create an operator's key instead of a merchant's.")
 def create(merchant_id: str | None, operator: str | None) -> None:
     """Create a key for a merchant, or for an operator, and print it: it can't be shown again.
 
-    A merchant's key opens its payments, an operator's /v1/operator, and neither the other.
+    A merchant's key gives access to the merchant's payments only, an operator's key to /v1/operator only.
     """
     if (merchant_id is None) == (operator is None):
-        raise SuretyError("name a merchant's id, or --operator NAME")
+        raise SuretyError("give a MERCHANT_ID, or --operator NAME")
     with connect("deploy", load_settings()) as conn:
         if operator is not None:
             click.echo(create_for_operator(conn, operator))

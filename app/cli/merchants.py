@@ -1,4 +1,4 @@
-"""`surety merchants`: the businesses that are paid. Each change is audited with the user's name."""
+"""`surety merchants`: the businesses that receive payments. Each change is audited with the user's name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def merchants() -> None:
 
 @merchants.command()
 @click.argument("name")
-@click.option("--account", default="", help="Their account at the provider (acct_…), if they have one of their own.")
+@click.option("--account", default="", help="Its own account at the provider (acct_…). Default: the platform's.")
 def add(name: str, account: str) -> None:
     """Add a merchant; prints its id."""
     with connect("deploy", load_settings()) as conn:

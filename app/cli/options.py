@@ -14,5 +14,5 @@ def require_text(_context: click.Context, _parameter: click.Parameter, reason: s
     return reason
 
 
-reason_option = click.option("--reason", required=True, callback=require_text, help="Why; kept in the audit trail.")
+reason_option = click.option("--reason", required=True, callback=require_text, help="The reason, for the audit trail.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -10,11 +10,12 @@ from db.settings import load_settings
 
 
 @click.command()
-@click.option("--reason", required=True, help="Why a dump was restored; kept with the restore generation.")
+@click.option("--reason", required=True, help="The reason for the restore; it is stored with the restore generation.")
 def restored(reason: str) -> None:
-    """Open the database of DATABASE_URL for business after a dump was restored into another cluster.
+    """Open the database of DATABASE_URL after a dump was restored into it from another cluster.
 
-    Until then nothing is accepted or handled there. What had not been handled is due again; run twice, it does nothing.
+    Until then, the database accepts and handles nothing. Events that were not handled are due again. Repeating the
+    command has no further effect.
     """
     url = load_settings().require("database_url").reveal()
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
@@ -24,5 +25,5 @@ def restored(reason: str) -> None:
     click.echo(
         f"restore generation {after[0]} is open"
         if after != before
-        else f"nothing to do: restore generation {after[0]} is of this cluster"
+        else f"nothing to do: restore generation {after[0]} belongs to this cluster"
     )

@@ -22,7 +22,7 @@ STATEMENT_TIMEOUT = "30s"
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-@click.option("--check", is_flag=True, help="Count violations of every invariant, too: that reads every row.")
+@click.option("--check", is_flag=True, help="Also count the violations of every invariant, which reads every row.")
 def status(as_json: bool, check: bool) -> None:
     """Report problems and the next step for each. Exit status: 0 good, 1 look, 2 act or not readable."""
     state: dict[str, Any] = {}
@@ -131,7 +131,9 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
             seen.add(holder["kind"])
             lines.append((f"oldest {holder['kind']}", describe_vacuum_blocker(holder)))
     if not state["sees_all"]:
-        lines.append(("oldest transaction", "others' are not seen: grant pg_read_all_stats to surety_owner"))
+        lines.append(
+            ("oldest transaction", "those of other logins are hidden: grant pg_read_all_stats to surety_owner")
+        )
     if "invariants" in state:
         lines.append(("invariants", f"{len(state['invariants'])} checked"))
     for name, text in lines:

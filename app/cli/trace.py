@@ -1,4 +1,4 @@
-"""`surety trace`: everything that happened to one payment."""
+"""`surety trace`: the history of one payment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NoSuchPayment(SuretyError):
 @click.argument("payment_id")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: the summary and all entries.")
 def trace(payment_id: str, as_json: bool) -> None:
-    """Show everything that happened to a payment, from its request to its settlement."""
+    """Show a payment's history, from its request to its settlement."""
     with connect("auditor", load_settings()) as conn:
         if as_json:
             click.echo(json.dumps(read_trace(conn, payment_id), ensure_ascii=False))

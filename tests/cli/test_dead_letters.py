@@ -257,8 +257,8 @@ def test_refusal_is_printed_and_sets_the_exit_status(conn: Connection, database:
         (("discard", "dl_17", "--reason", "x"), "there is no dead letter dl_17"),
         (("replay", "dl_17"), "--reason"),
         (("replay", "dl_17", "--reason", " "), "--reason must say why"),
-        (("discard", "--reason", "x"), "name the letters to discard"),
-        (("discard", "dl_17", "--error", "x", "--reason", "x"), "name the letters to discard"),
+        (("discard", "--reason", "x"), "select the letters to discard"),
+        (("discard", "dl_17", "--error", "x", "--reason", "x"), "select the letters to discard"),
     ],
 )
 def test_invalid_argument_is_reported_in_one_line(database: str, arguments: tuple[str, ...], message: str) -> None:
