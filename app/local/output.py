@@ -30,7 +30,7 @@ class ProcessOutput(Protocol):
         """Wait at most so many seconds for output and handle it."""
 
     def tail(self, name: str) -> str:
-        """The last lines of a process, where they are kept."""
+        """The last lines of a process, if they are stored."""
 
     def close(self) -> None:
         """Handle the rest after all processes have ended."""
@@ -43,7 +43,7 @@ class LogFiles:
         self.folder = folder
 
     def open(self, name: str) -> IO[Any] | int:
-        """The log file, at its end."""
+        """The log file, opened for appending."""
         return (self.folder / f"{name}.log").open("ab")
 
     def follow(self, name: str, process: subprocess.Popen[bytes]) -> None:
@@ -59,7 +59,7 @@ class LogFiles:
         return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]) if log.exists() else "(no log)"
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing: the files belong to the processes."""
 
 
 class PrintedLines:

@@ -27,7 +27,7 @@ STOP_SECONDS_MAX = 10.0
 POLL_SECONDS = 0.02
 RESTART_PAUSE_SECONDS_MAX = 30.0
 STABLE_SECONDS = 60.0
-"""A process that ran for so long is restarted after the shortest pause again."""
+"""After a run of this length, a process is restarted with the shortest pause again."""
 
 Process = subprocess.Popen[bytes]
 

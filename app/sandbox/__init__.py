@@ -6,7 +6,7 @@ server             the process, and the routing of requests
 connections        HTTP connections, and the ways to break them
 state              the state that all operations share
 memory             objects, keys and scheduled actions in one SQLite file
-scheduled_actions  what happens later without a request
+scheduled_actions  later changes without a request
 faults             which request or webhook gets which fault, derived from a seed
 control            the control API, `/sandbox/…`
 settings           delays, accounts, webhooks

@@ -29,7 +29,7 @@ END_TIMEOUT_SECONDS = 50.0
 SECONDS_PER_PAYMENT = 0.1
 CHECK_SECONDS = 0.05
 HELD_EVENTS_MIN = 5
-"""Events that a worker must hold to be killed, as long as there is time to wait for such a worker."""
+"""The kill waits for a worker that holds so many events, as long as there is time."""
 
 ShowReport = Callable[[Report, Connection], None]
 

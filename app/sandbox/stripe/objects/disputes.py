@@ -120,7 +120,7 @@ def decide_by_evidence(sandbox: Sandbox, dispute: StoredObject) -> None:
 
 
 def miss_deadline(sandbox: Sandbox, dispute: StoredObject) -> None:
-    """The deadline for evidence, unless an appeal or an escalation has moved it."""
+    """Lose the dispute at the deadline for evidence, unless the deadline has moved. An inquiry stays open."""
     if dispute.body["status"] in SUBMITTED and dispute.body["evidence_details"]["due_by"] <= sandbox.memory.now():
         dispute.body["evidence_details"] = {**dispute.body["evidence_details"], "past_due": True}
         if dispute.body["status"] == "warning_needs_response":
@@ -142,7 +142,7 @@ def lose(sandbox: Sandbox, dispute: StoredObject) -> None:
 
 
 def lose_partly(sandbox: Sandbox, dispute: StoredObject, returned: int) -> None:
-    """A part comes back, minor units."""
+    """The bank decides for the cardholder in part: an amount in minor units comes back."""
     _reinstate(sandbox, dispute, returned)
     _end(sandbox, dispute, "lost")
 
