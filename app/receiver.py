@@ -1,4 +1,4 @@
-"""The receiver of webhooks: the signature is verified on the raw bytes, the event stored once and queued, nothing else.
+"""The receiver of webhooks: the signature is verified on the raw bytes, the event is stored once and queued.
 
 Batching connections store webhooks, one commit for each batch. Stripe repeats a webhook unless the answer is 2xx, so a
 batch that fails is a 503. Whether API version, mode and account are ours is checked when the event is applied.
@@ -43,7 +43,7 @@ RELEVANT_HEADERS = frozenset({b"stripe-signature", b"content-type", b"user-agent
 HEADER_CHARACTERS_MAX = 2000
 JSON_CONTENT_TYPE = (b"content-type", b"application/json")
 
-# A client secret in a body that is no JSON, where no key marks it.
+# A client secret in a body that isn't JSON, so that its key can't be found.
 SECRET_PATTERN = re.compile(rb"(_secret_)[0-9A-Za-z]+")
 
 Visible = Annotated[str, Meta(pattern=r"^[!-~]{1,255}$(?!\n)")]
@@ -74,14 +74,14 @@ class WebhookRequest(Struct):
 
 
 class InvalidWebhook(Exception):
-    """The webhook is not what it claims to be, and the text says why."""
+    """The webhook is not authentic or not readable; the text says why."""
 
 
 decode_event = msgspec.json.Decoder(StripeEvent).decode
 
 
 def verify_signature(body: bytes, signature: bytes, secrets: Sequence[bytes], now: float) -> None:
-    """Raises InvalidWebhook unless one of the active secrets has signed these very bytes not long ago.
+    """Raises InvalidWebhook unless one of the active secrets signed exactly these bytes recently.
 
     The header is `t=SECONDS,v1=HEX[,v1=HEX…]`, the signed text SECONDS.BODY (Stripe, "Verify webhook signatures").
     """
@@ -98,7 +98,7 @@ def verify_signature(body: bytes, signature: bytes, secrets: Sequence[bytes], no
 
 
 class ReceiverServices(NamedTuple):
-    """What the receiver's endpoints use, one of each in a process."""
+    """The services that the receiver's endpoints use, one of each per process."""
 
     secrets: Sequence[bytes]
     database: DatabasePool
@@ -179,7 +179,7 @@ def parse_event(body: bytes) -> tuple[StripeEvent, str]:
 
 
 async def get_receiver_health(request: ReceiverRequest) -> HttpResponse:
-    """Report whether this process can receive webhooks: it asks its database."""
+    """Report whether this process can receive webhooks, by a query to its database."""
     await request.services.database.fetch_row("select 1")
     return HttpResponse(200, b'{"status":"ok"}', request.request_id, [JSON_CONTENT_TYPE])
 

@@ -8,12 +8,12 @@ from app.web.asgi import HttpResponse
 
 
 async def get_balance(request: ApiRequest) -> HttpResponse:
-    """Read what you are owed, by currency."""
+    """Read your balance, by currency."""
     return request.respond(await request.caller().fetch("select body from api.get_balance(%s)"))
 
 
 async def list_balance_transactions(request: ApiRequest) -> HttpResponse:
-    """List what changed your balance, newest first."""
+    """List the changes of your balance, newest first."""
     caller = request.caller()
     asked = await request.merchant_query(caller, BalanceTransactionsQuery)
     query = "select body from api.list_balance_transactions(%s, %s, %s, %s)"

@@ -12,8 +12,8 @@ from app.web.asgi import HttpResponse
 async def cancel_payment(request: ApiRequest) -> HttpResponse:
     """Cancel a payment that has not succeeded yet.
 
-    200: it is canceled, nothing had been sent. 202: the provider is asked to cancel it; the payment's state shows
-    whether the request came in time.
+    200: the payment is canceled; it had not been sent to the provider. 202: the provider is asked to cancel it, and the
+    payment's state shows whether the request came in time.
     """
     return await execute_command(
         request,

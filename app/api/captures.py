@@ -10,9 +10,9 @@ from app.web.asgi import HttpResponse
 
 
 async def capture_payment(request: ApiRequest) -> HttpResponse:
-    """Capture what an authorized payment holds, or a part of it, once.
+    """Capture the authorized amount of a payment, or a part of it, once.
 
-    202 means: stored durably, and on its way to the provider. The rest of the authorized amount is released.
+    202: the request is stored durably, and a worker sends it to the provider. The rest of the amount is released.
     """
     return await execute_command(
         request,

@@ -1,6 +1,6 @@
 """Commands that change a payment or a dispute: capture, cancel, refund, submit evidence.
 
-One SQL function each, one transaction each. The function keeps the answer beside its effect under the Idempotency-Key.
+Each is one SQL function and one transaction, which stores the answer under the Idempotency-Key with its effect.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """POST /v1/payments: the body is decoded once into its struct and answered by a batching connection.
 
-A body that does not decode, or may hold what a struct can't show (a key given twice, NUL), is read strictly: the caller
-is looked up first, then all rules that the request breaks are listed.
+A body that does not decode, or that may hold a duplicate key or NUL, which a struct can't show, is read strictly: the
+caller is looked up first, then all broken rules are listed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ payment_violations = violation_checker(NewPayment)
 
 
 async def create_payment(request: ApiRequest) -> HttpResponse:
-    """Take a payment.
+    """Create a payment.
 
-    201 means: stored durably, and on its way to the provider. The same key with the same body gets the first answer
-    again, byte for byte, with `Idempotency-Replayed: true`.
+    201: the payment is stored durably, and a worker sends it to the provider. A repetition with the same key and body
+    gets the first answer again, byte for byte, with `Idempotency-Replayed: true`.
     """
     caller = request.caller()
     try:
@@ -125,8 +125,8 @@ async def problem_of_refusal(name: str, detail: Any, caller: Caller) -> Problem:
 def read_fast(body: bytes) -> tuple[NewPayment, bytes] | None:
     """The payment and its canonical encoding, if the body breaks no rule; None sends it to `read_strictly`.
 
-    Decoding does not show a key given twice, which appears as more keys in the body than in the encoding, nor NUL,
-    which can only come escaped.
+    Decoding hides duplicate keys and NUL. With a duplicate key the body has more keys than the encoding; NUL appears
+    only as an escape sequence.
     """
     try:
         payment = with_lowercase_currency(decode_payment(body))

@@ -25,7 +25,7 @@ async def list_disputes(request: ApiRequest) -> HttpResponse:
 
 
 async def submit_evidence(request: ApiRequest) -> HttpResponse:
-    """Give evidence against a dispute. With `submit` it goes to the network, which can be done once."""
+    """Add evidence against a dispute. `submit` sends it to the network, which can be done once."""
     return await execute_command(
         request,
         SubmittedEvidence,

@@ -1,4 +1,4 @@
-"""Ids in paths. One that can't be an id is replaced by the empty text, which no object has."""
+"""Ids in paths. A text that can't be an id is replaced by the empty text, which is no object's id."""
 
 from __future__ import annotations
 

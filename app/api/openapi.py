@@ -28,7 +28,7 @@ SWAGGER_UI_FILES = importlib.resources.files("openapi_ui_bundles") / "swagger_ui
 DESCRIPTION = "Take payments. Amounts are integers in minor units, times RFC 3339 in UTC, errors RFC 9457."
 REFERENCE = "#/components/schemas/{name}"
 
-# A browser that obeys this fetches nothing from elsewhere, whatever the page's scripts try.
+# The page's scripts can't load anything from other hosts.
 CONTENT_SECURITY_POLICY = (
     b"default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'"
 )
@@ -63,7 +63,7 @@ SwaggerUIBundle({
 
 HEADERS: dict[str, JsonDocument] = {
     "Request-Id": {
-        "description": "Names the request, in the audit trail and in our logs.",
+        "description": "The request's id in the audit trail and in our logs.",
         "required": True,
         "schema": {"type": "string", "pattern": "^req_[0-9a-f]{32}$"},
     },
@@ -73,7 +73,7 @@ HEADERS: dict[str, JsonDocument] = {
         "schema": {"type": "string"},
     },
     "Idempotency-Replayed": {
-        "description": "Present if this is the first answer, repeated.",
+        "description": "Present if this is a repetition of the first answer.",
         "schema": {"const": "true"},
     },
     "Retry-After": {

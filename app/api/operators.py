@@ -41,7 +41,7 @@ API_STATEMENTS: dict[DeadLetterAction, LiteralString] = {
 
 
 async def list_dead_letters(request: ApiRequest) -> HttpResponse:
-    """List events that were given up on, the oldest first."""
+    """List dead letters (events whose handler gave up), the oldest first."""
     operator = request.caller()
     asked = await request.operator_query(operator, DeadLettersQuery)
     return request.respond(await fetch_letters_page(operator, asked))
@@ -60,7 +60,7 @@ async def replay_dead_letter(request: ApiRequest) -> HttpResponse:
 
 
 async def discard_dead_letter(request: ApiRequest) -> HttpResponse:
-    """Discard the event. Its operation is recorded as failed; 409 if the provider may have carried it out."""
+    """Discard the event: an operation that was not carried out ends as failed. 409 if the provider may have done it."""
     return await decide(request, "discard")
 
 
@@ -107,7 +107,7 @@ async def decide_in_bulk(request: ApiRequest, action: DeadLetterAction) -> HttpR
     decision = await request.operator_body(operator, BulkDecision, BODY_BYTES_MAX)
     if decision.handler is None and decision.error is None:
         raise invalid_request(
-            [RuleViolation("/handler", "required", "handler or error is required: all letters at once is too many")]
+            [RuleViolation("/handler", "required", "handler or error is required: a request can't act on all letters")]
         )
     page = await fetch_letters_page(
         operator,
@@ -128,7 +128,7 @@ async def decide_in_bulk(request: ApiRequest, action: DeadLetterAction) -> HttpR
 async def apply_decision(
     operator: Caller, letter_id: str, action: DeadLetterAction, reason: str, dry_run: bool
 ) -> DecisionResult:
-    """One letter, one transaction, which may be repeated: it has no second effect."""
+    """Apply the decision to one letter in one transaction. Repeating it has no further effect."""
     row = await operator.row_as_operator(
         API_STATEMENTS[action], letter_id, reason, dry_run, operator.request_id, operator.address
     )

@@ -16,7 +16,7 @@ async def get_payment(request: ApiRequest) -> HttpResponse:
 
 
 async def get_trace(request: ApiRequest) -> HttpResponse:
-    """Read all that happened to a payment: requests, steps, calls to the provider, webhooks, transfers."""
+    """Read a payment's history: requests, steps, calls to the provider, webhooks, transfers."""
     caller = request.caller()
     query = "select body from api.get_trace(%s, %s)"
     return request.respond(await caller.fetch(query, id_or_empty(request, PAYMENT_ID)))

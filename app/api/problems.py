@@ -24,7 +24,7 @@ async def explain_problem(request: ApiRequest) -> HttpResponse:
 
 
 async def get_health(request: ApiRequest) -> HttpResponse:
-    """Report whether this process can take payments: it asks its database."""
+    """Report whether this process can take payments, by a query to its database."""
     await request.services.database.fetch_row("select from api.identify_merchant('')")
     return request.respond(msgspec.json.encode(Health("ok")))
 

@@ -10,9 +10,9 @@ from app.web.asgi import HttpResponse
 
 
 async def create_refund(request: ApiRequest) -> HttpResponse:
-    """Refund what was captured: all that is left of it, or an amount.
+    """Refund a captured payment: the amount that is left, or a part of it.
 
-    201 means: the amount is reserved, no other refund can take it, and the provider will be asked.
+    201: the amount is reserved, so no other refund can use it, and a worker sends the refund to the provider.
     """
     return await execute_command(
         request,

@@ -22,7 +22,7 @@ IDEMPOTENCY_REPLAYED = (b"idempotency-replayed", b"true")
 
 
 class ApiServices(NamedTuple):
-    """What endpoints use, one of each in a process."""
+    """The services that endpoints use, one of each per process."""
 
     database: DatabasePool
     authenticator: Authenticator
@@ -39,7 +39,7 @@ class ApiRequest(HttpRequest):
     services: ApiServices
 
     def caller(self) -> Caller:
-        """The holder of the API key. Raises Problem for what can't be a key; the database has not been asked yet."""
+        """The holder of the API key. Raises Problem for a malformed key; the database looks the key up later."""
         return self.services.authenticator.read_caller(self.headers, self.address, self.request_id, self.route.name)
 
     async def merchant_query(self, caller: Caller, struct: type[T]) -> T:

@@ -1,4 +1,4 @@
-"""The API's routes: the path, the endpoint that answers, and what it takes and answers.
+"""The API's routes: path, endpoint, and the types of query, body and answers.
 
 Matching (app/web/routing.py), the OpenAPI document (app/api/openapi.py) and the contract test read this table.
 """

@@ -22,7 +22,7 @@ DENIALS_PER_SECOND_MAX = 20
 DENIAL_DETAILS = {
     "unauthenticated": "the API key is missing, misspelt, unknown, revoked or an operator's",
     "forbidden": "this merchant is suspended",
-    "not-found": "this merchant has nothing of that id",
+    "not-found": "this merchant has no object with that id",
 }
 
 
@@ -34,7 +34,7 @@ class Authenticator:
         self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
     def read_caller(self, headers: dict[bytes, bytes], address: str, request_id: str, route: str) -> Caller:
-        """The caller, by the Authorization header alone. Raises Problem for what can't be a key."""
+        """The caller, by the Authorization header alone. Raises Problem for a malformed key."""
         key_hash = key_hash_of(headers.get(b"authorization", b""))
         if key_hash is None:
             raise Problem("unauthenticated", DENIAL_DETAILS["unauthenticated"])
@@ -42,7 +42,7 @@ class Authenticator:
 
 
 class Caller:
-    """The holder of a text with the form of an API key."""
+    """The sender of a well-formed API key, which the database has not checked yet."""
 
     __slots__ = ("_authenticator", "address", "key_hash", "request_id", "route")
 
@@ -88,11 +88,11 @@ class Caller:
         """The document that a function renders for this operator's key. Raises Problem."""
         document: str | None = (await self.row_as_operator(query, *values))[0]
         if document is None:
-            raise Problem("not-found", "there is no such thing")
+            raise Problem("not-found", "there is no such object")
         return document
 
     async def row_as_operator(self, query: LiteralString, *values: Any) -> Row:
-        """The row that a function gives for this operator's key. Raises Problem for a key that is none."""
+        """The row that a function gives for this operator's key. Raises Problem if the key is not an operator's."""
         row = await self._authenticator.database.fetch_row(query, self.key_hash, *values)
         if row is not None:
             return row

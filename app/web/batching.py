@@ -186,7 +186,7 @@ class BatchingConnections:
         return batch
 
     def finish_batch(self, batch: Sequence[QueuedRequest]) -> None:
-        """Every request of the batch has its answer."""
+        """Mark the batch as finished: each of its requests has its answer."""
         self._in_progress -= len(batch)
 
     def _is_worth_a_batch(self) -> bool:

@@ -24,7 +24,7 @@ class DatabaseNotReady(SuretyError):
 
 
 class DatabasePool:
-    """Single calls, each a transaction of its own; repeated where a lost connection failed it."""
+    """Single calls, each a transaction of its own; a call that fails by a lost connection is repeated."""
 
     def __init__(self, kind: ProcessKind, settings: Settings) -> None:
         self._pool: AsyncConnectionPool[AsyncConnection[Row]] = AsyncConnectionPool(
@@ -34,7 +34,7 @@ class DatabasePool:
             min_size=1,
             max_size=CONNECTIONS_MAX,
             timeout=POOL_TIMEOUT_SECONDS,
-            # The pool's own pauses double; so it gives up early, and the next request makes it try again.
+            # The pool doubles its pauses between attempts, so it gives up early; the next request makes it try again.
             reconnect_timeout=POOL_TIMEOUT_SECONDS,
             open=False,
         )
@@ -44,11 +44,11 @@ class DatabasePool:
         await self._pool.open()
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         await self._pool.close()
 
     async def fetch_row(self, query: LiteralString, *values: Any) -> Row | None:
-        """The first row of a query that may be repeated. Raises Unavailable, or psycopg.Error for its own fault."""
+        """The first row of a query that may be repeated. Raises Unavailable, or psycopg.Error if the query is wrong."""
         for _ in range(CONNECTIONS_MAX + 1):
             try:
                 async with self._pool.connection() as connection:

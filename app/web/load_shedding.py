@@ -16,7 +16,7 @@ from app.web.problems import overloaded
 
 IsOverloaded = Callable[[], bool]
 
-# Below the second that Retry-After asks for.
+# Below one second, the value of Retry-After.
 READ_PAUSE_SECONDS = 0.25
 
 OVERLOAD_CHECKS: dict[tuple[bytes, bytes], IsOverloaded] = {}

@@ -50,13 +50,13 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "forbidden": ProblemDefinition(
         403,
         "This key may not do that",
-        "The key is valid, but not for this: its merchant is suspended and may not take payments at present, or the "
-        "route is the operators' and needs a key of theirs (`sty_operator_…`). Ask who gave you the key.",
+        "The key is valid but has no right to this: its merchant is suspended and may not take payments at present, or "
+        "the route is for operators and needs an operator's key (`sty_operator_…`). Ask the operator who issued it.",
     ),
     "not-found": ProblemDefinition(
         404,
-        "There is no such thing",
-        "The path leads nowhere, or this merchant has no object of that id. Another merchant's objects do not exist.",
+        "No such path or object",
+        "No route has this path, or this merchant has no object with that id. Other merchants' objects are not shown.",
     ),
     "method-not-allowed": ProblemDefinition(
         405, "The path exists, the method does not", "The header Allow lists the methods that the path knows."
@@ -107,7 +107,7 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
 
 
 class RuleViolation(msgspec.Struct, omit_defaults=True, rename={"place": "in"}):
-    """A rule that a request breaks: where, which, its bound, and what was given unless that must not be repeated."""
+    """A broken rule: its place, name and bound, and the given value unless it must not be repeated."""
 
     field: str
     rule: str
@@ -178,7 +178,7 @@ RULE_BY_CONSTRAINT: dict[str, tuple[str, str, int | None]] = {
 PROBLEM_BY_SQLSTATE = {
     "SU003": "internal",  # a change to an append-only table
     "SU004": "internal",  # an unknown handler
-    "SU005": "overloaded",  # a restored database that waits for its new restore generation
+    "SU005": "overloaded",  # a restored database whose new restore generation is not open yet
     "SU006": "invalid-request",  # a cursor that this API did not issue
     "SU007": "internal",  # an unknown event type
     "SU008": "internal",  # an audit entry of a kind that its caller may not write

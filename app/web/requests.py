@@ -68,9 +68,9 @@ class HttpRequest:
         return body
 
     async def _read_chunks(self, message: Message, bytes_max: int) -> bytes:
-        """A body that comes in parts, or more than `bytes_max` bytes of it.
+        """A body that arrives in parts, or its first bytes, more than `bytes_max`.
 
-        The rest of one that is too large is read for a while, so that the client gets to read the refusal.
+        The rest of a body that is too large is read for a while, so that the client can read the refusal.
         """
         parts = bytearray()
         received = 0
@@ -110,5 +110,5 @@ def struct_of(given: Any, struct: type[T], violations: list[RuleViolation]) -> T
 
 
 def hash_of_request(canonical_body: bytes, subject: str = "") -> str:
-    """SHA-256 (hex) of what a request asks for: the id in its path and its body, encoded by `encode_canonically`."""
+    """SHA-256 (hex) of the id in a request's path and of its body, encoded by `encode_canonically`."""
     return hashlib.sha256(subject.encode() + canonical_body).hexdigest()

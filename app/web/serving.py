@@ -31,7 +31,7 @@ GRACE_SECONDS = 5
 
 
 class AddressUnavailable(SuretyError):
-    """The address is taken, or not ours."""
+    """The address is in use, or is not one of this machine's."""
 
 
 def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
@@ -61,7 +61,7 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
     except OSError as error:
         raise AddressUnavailable(f"can't listen on {host}:{port}: {error.strerror}") from None
     listening.set_inheritable(True)
-    # uvicorn raises the signal that ended it once more when all is done.
+    # At its end, uvicorn raises the signal that stopped it again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     click.echo("listening on {}:{}".format(*listening.getsockname()[:2]))
     with suppress(KeyboardInterrupt), listening:

@@ -6,7 +6,7 @@ import time
 
 
 class PerSecondThrottle:
-    """Allows so many in a second, and counts the others."""
+    """Allows a number of actions per second, and counts the refused ones."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -15,7 +15,7 @@ class PerSecondThrottle:
         self.suppressed = 0
 
     def allows(self) -> bool:
-        """Whether one more may pass."""
+        """Whether one more action is allowed now."""
         now = int(time.monotonic())
         if now != self._second:
             self._second, self._allowed = now, 0

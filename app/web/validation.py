@@ -68,7 +68,7 @@ def json_object(pairs: list[tuple[str, Any]]) -> JsonObject:
 
 
 def refuse_constant(name: str) -> Any:
-    """NaN and Infinity are no JSON."""
+    """Refuse NaN and Infinity, which JSON does not have."""
     raise ValueError(name)
 
 
@@ -120,7 +120,7 @@ def struct_violations(value: Any, kind: inspect.StructType, at: str) -> Iterator
             yield from rule_violations(given, fields[name].type, here)
         elif name.lower() in CARD_FIELDS:
             yield violation(
-                here, "no_card_data", "must not be sent: card data never enters here; send the provider's token, pm_…"
+                here, "no_card_data", "must not be sent: card data is not accepted; send the provider's token, pm_…"
             )
         else:
             yield violation(here, "known", "is not a field that we know")
@@ -147,7 +147,7 @@ def dict_violations(value: Any, kind: inspect.DictType, at: str) -> Iterator[Rul
 
 
 def integer_violations(value: Any, kind: inspect.IntType, at: str) -> Iterator[RuleViolation]:
-    """An integer within its bounds; true is none, and 1.0 is none either."""
+    """Check an integer and its bounds; `true` and `1.0` are not integers."""
     if not isinstance(value, int) or isinstance(value, bool):
         yield type_violation(at, "integer", value)
     elif kind.ge is not None and value < kind.ge:
@@ -177,7 +177,7 @@ def text_violations(value: Any, kind: inspect.StrType, at: str, form: str) -> It
 
 
 def time_violations(value: Any, at: str) -> Iterator[RuleViolation]:
-    """An instant: one without an offset is none."""
+    """Check a time: it must have an offset from UTC."""
     try:
         msgspec.convert(value, Annotated[datetime, msgspec.Meta(tz=True)])
     except msgspec.ValidationError:
@@ -185,13 +185,13 @@ def time_violations(value: Any, at: str) -> Iterator[RuleViolation]:
 
 
 def literal_violations(value: Any, kind: inspect.LiteralType, at: str) -> Iterator[RuleViolation]:
-    """One of a few texts."""
+    """Check that a value is one of the allowed texts."""
     if value not in kind.values:
         yield violation(at, "one_of", f"must be one of {', '.join(map(str, kind.values))}", list(kind.values), value)
 
 
 def duplicate_key_violations(value: dict[str, Any], at: str) -> Iterator[RuleViolation]:
-    """Keys given twice: either of the values may be meant."""
+    """Report duplicate keys: it is unclear which of the values is meant."""
     for name in getattr(value, "duplicate_keys", ()):
         yield violation(f"{at}/{escape_pointer(name)}", "once", "is given twice")
 
@@ -206,7 +206,7 @@ def has_lone_surrogate(value: str) -> bool:
 
 
 def type_violation(at: str, wanted: str, value: Any) -> RuleViolation:
-    """A value of another type than wanted."""
+    """A value of another type than the expected one."""
     is_one = TYPE_NAMES.get(type(value), "object")
     article = "an" if wanted[0] in "aeiou" else "a"
     return violation(at, "type", f"must be {article} {wanted}, not {is_one}", wanted, value)
@@ -228,7 +228,7 @@ def escape_pointer(name: str) -> str:
 
 
 def count_characters(characters: int) -> str:
-    """Characters, counted."""
+    """1 character, 2 characters."""
     return f"{characters} character{'s' if characters != 1 else ''}"
 
 

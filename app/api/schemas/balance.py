@@ -10,7 +10,7 @@ from app.api.schemas.fields import Limit, PaymentId, PostingId
 
 
 class CurrencyBalance(Struct):
-    """What you are owed in one currency, in minor units: not settled yet, settled (it may be negative), withheld for
+    """Your balance in one currency, in minor units: not settled yet, settled (it may be negative), withheld for
     disputes, reserved for refunds that have not arrived yet.
     """
 
@@ -33,7 +33,7 @@ class BalanceChange(Struct):
 
 
 class BalanceTransaction(Struct):
-    """Something that changed what you are owed; `type` says what."""
+    """A change of your balance; `type` names its cause."""
 
     id: str
     object: Literal["balance_transaction"]

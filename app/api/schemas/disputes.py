@@ -48,7 +48,7 @@ class EvidenceGiven(Struct):
 
 
 class Dispute(Struct):
-    """Money that the network claims back, or an inquiry before it does. `status` is the provider's."""
+    """A dispute, by which the network claims money back, or an inquiry before one. `status` is the provider's."""
 
     id: str
     object: Literal["dispute"]

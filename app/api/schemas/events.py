@@ -10,7 +10,7 @@ from app.api.schemas.fields import Limit
 
 
 class Event(Struct):
-    """A step of a payment, a refund or a dispute. `data` is it at that version; its `object` names the kind."""
+    """A step of a payment, a refund or a dispute. `data` is the object at that version; its `object` names the kind."""
 
     id: str
     type: str
@@ -19,7 +19,7 @@ class Event(Struct):
 
 
 class EventList(Struct):
-    """Oldest first. Ask again with `after` set to `next`: nothing is skipped, however late it commits."""
+    """Oldest first. Read on with `after` set to `next`: no event is skipped, however late its transaction commits."""
 
     object: Literal["list"]
     data: list[Event]

@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 
 def whole(pattern: str) -> str:
-    """A pattern of the whole text: `$` alone would let a line's end follow."""
+    """A pattern for the whole text: `$` alone would match before a trailing line break."""
     return rf"^{pattern}$(?!\n)"
 
 
@@ -29,7 +29,7 @@ Currency = Annotated[
     str,
     Meta(
         pattern=whole("[A-Za-z]{3}"),
-        description="ISO 4217; either case in, lower case out.",
+        description="ISO 4217. Requests may use upper or lower case; answers use lower case.",
         examples=["usd"],
         extra={"form": "must be a currency's three letters"},
     ),
@@ -80,7 +80,7 @@ MetadataKey = Annotated[
 MetadataValue = Annotated[str, Meta(max_length=500)]
 Metadata = Annotated[
     dict[MetadataKey, MetadataValue],
-    Meta(max_length=50, description="Up to 50 texts of your own, kept and shown.", examples=[{"cart": "9"}]),
+    Meta(max_length=50, description="Up to 50 texts of your own, stored and returned.", examples=[{"cart": "9"}]),
 ]
 Email = Annotated[
     str, Meta(max_length=254, pattern=whole(r"[^@\s]+@[^@\s]+"), extra={"form": "must be an e-mail address"})
@@ -92,7 +92,7 @@ LongText = Annotated[str, Meta(min_length=1, max_length=20000)]
 
 
 class Provider(Struct):
-    """Who takes the money, and the payment's id there."""
+    """The provider that carries the payment, and the payment's id there."""
 
     name: str
     id: str

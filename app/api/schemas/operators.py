@@ -14,9 +14,11 @@ LetterStatus = Literal["open", "replayed", "discarded", "resolved"]
 LetterId = Annotated[str, Meta(pattern=whole("dl_[0-9a-f]{32}"), extra={"form": "must be a dead letter's id"})]
 HandlerName = Annotated[str, Meta(min_length=1, max_length=63, description="Only those of one handler.")]
 ErrorText = Annotated[
-    str, Meta(min_length=1, max_length=500, description="Only those whose last error contains this text.")
+    str, Meta(min_length=1, max_length=500, description="Only dead letters whose last error contains this text.")
 ]
-Reason = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\S", description="Why; kept in the audit trail.")]
+Reason = Annotated[
+    str, Meta(min_length=1, max_length=1000, pattern=r"\S", description="The reason, for the audit trail.")
+]
 DryRun = Annotated[bool, Meta(description="Only report what would happen.")]
 
 
@@ -26,7 +28,7 @@ class DeadLetterEvent(Struct):
 
 
 class Attempt(Struct):
-    """One try. `counted` is false where the failure was not the event's: a busy provider, a stopped worker."""
+    """One attempt. `counted` is false if the event did not cause the failure: a busy provider, a stopped worker."""
 
     at: str
     worker: str
@@ -35,7 +37,7 @@ class Attempt(Struct):
 
 
 class DeadLetterPayment(Struct):
-    """The payment that the event is about, as it stands now; `amount` is in minor units, `text` the same for people."""
+    """The event's payment in its present state; `amount` is in minor units, `text` is the amount for people."""
 
     id: str
     merchant: str
@@ -46,7 +48,7 @@ class DeadLetterPayment(Struct):
 
 
 class LastKnownProviderState(Struct):
-    """The provider's state as last known, at `as_of`; the provider is not asked anew."""
+    """The provider's state as last known, at `as_of`; no new call is made."""
 
     name: str
     id: str | None
@@ -68,7 +70,7 @@ class DeadLetterClosure(Struct):
 
 
 class DeadLetter(Struct):
-    """An event that was given up on, with all its errors and what can be done about it."""
+    """An event whose handler gave up, with all its errors and the effects of a replay and a discard."""
 
     id: str
     object: Literal["dead_letter"]
@@ -86,7 +88,7 @@ class DeadLetter(Struct):
 
 
 class DeadLetterList(Struct):
-    """The oldest first. `starting_after` the last one's id brings the next page."""
+    """Oldest first. The next page starts after the last id: `starting_after`."""
 
     object: Literal["list"]
     data: list[DeadLetter]
@@ -104,14 +106,14 @@ class DeadLettersQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Decision(Struct, frozen=True, forbid_unknown_fields=True):
-    """What an operator decided about one letter."""
+    """An operator's decision about one letter."""
 
     reason: Reason
     dry_run: DryRun = False
 
 
 class BulkDecision(Struct, frozen=True, forbid_unknown_fields=True):
-    """What an operator decided about all open letters that match; at least one of `handler` and `error` is needed."""
+    """An operator's decision about all open letters that match; at least one of `handler` and `error` is required."""
 
     reason: Reason
     handler: HandlerName | None = None
@@ -121,7 +123,7 @@ class BulkDecision(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DecisionResult(Struct):
-    """What became of one letter, and why."""
+    """The outcome for one letter, and its reason."""
 
     id: str
     outcome: Literal["replayed", "discarded", "unchanged", "would_replay", "would_discard", "refused", "not_found"]
@@ -129,7 +131,7 @@ class DecisionResult(Struct):
 
 
 class DecisionResultList(Struct):
-    """What became of up to 100 letters. Ask on with `starting_after` set to the last one's id."""
+    """The outcomes for up to 100 letters. Continue with `starting_after` set to the last id."""
 
     object: Literal["list"]
     data: list[DecisionResult]

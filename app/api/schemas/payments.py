@@ -1,4 +1,4 @@
-"""Payments: what creates one, captures or cancels it; the payment, its list and its trace."""
+"""Payments: the bodies that create, capture or cancel one; the payment, its list and its trace."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class NewCard(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Customer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The payer, as far as you want to name one."""
+    """The payer; all fields are optional."""
 
     email: Email | None = None
     name: Name | None = None
@@ -116,7 +116,7 @@ class NextAction(Struct):
 
 
 class Failure(Struct):
-    """Why it failed. A decline is a state of the payment, never an error of HTTP."""
+    """The reason why the payment failed. A decline is a state of the payment, not an HTTP error."""
 
     code: str
     decline_code: str | None = None
@@ -166,7 +166,7 @@ class Actor(Struct):
 
 
 class TraceEntry(Struct, rename={"from_": "from"}):
-    """Something that happened to a payment; calls to a provider have a `duration_ms`."""
+    """An entry of a payment's history; calls to a provider have a `duration_ms`."""
 
     at: str
     kind: Literal[

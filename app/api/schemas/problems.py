@@ -19,8 +19,8 @@ class BrokenRule(Struct, rename={"place": "in"}):
 
 
 class ProblemDocument(Struct):
-    """Why a request was refused, as in RFC 9457. `payment` names the payment that has the reference already, `state`
-    the state that is in the way.
+    """The reason why a request was refused, as in RFC 9457. `payment` is the payment that has the reference already;
+    `state` is the state that does not allow the request.
     """
 
     type: str

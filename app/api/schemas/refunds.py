@@ -1,4 +1,4 @@
-"""Refunds: what creates one, the refund, its list."""
+"""Refunds: the body that creates one, the refund, its list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RefundReason = Literal["duplicate", "fraudulent", "requested_by_customer"]
 
 
 class NewRefund(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Refund a payment: all that is left of it, or `amount`."""
+    """Refund a payment: the amount that is left, or `amount`."""
 
     amount: MinorUnits | None = None
     reason: RefundReason | None = None
@@ -21,7 +21,7 @@ class NewRefund(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
 
 class RefundFailure(Struct):
-    """Why the refund failed."""
+    """The reason why the refund failed."""
 
     code: str
     message: str | None = None
