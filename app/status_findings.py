@@ -122,11 +122,11 @@ def find_provider_problem(provider: dict[str, Any]) -> Finding | None:
 def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
     """A transaction, slot or standby that has prevented vacuuming for long, or for very many transactions."""
     kind, name, seconds = holder["kind"], holder["name"], holder["seconds"] or 0
-    is_grave = (holder["xids"] or 0) > VACUUM_BLOCKER_XIDS_MAX
+    is_urgent = (holder["xids"] or 0) > VACUUM_BLOCKER_XIDS_MAX
     is_idle_slot = (
         kind == "replication slot" and not holder["is_active"] and ((holder["wal_bytes"] or 0) > SLOT_BYTES_MAX)
     )
-    if not (is_grave or seconds > TRANSACTION_SECONDS_MAX or is_idle_slot):
+    if not (is_urgent or seconds > TRANSACTION_SECONDS_MAX or is_idle_slot):
         return None
     where = f" in {holder['database']}" if holder["database"] else ""
     finding_id: FindingId
@@ -134,20 +134,21 @@ def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
         case "transaction":
             finding_id = "old-transaction"
             what = f"a transaction of {name} is open for {format_age(seconds)}{where}"
-            mend = f"select pg_terminate_backend({holder['pid']})"
+            next_step = f"select pg_terminate_backend({holder['pid']})"
         case "prepared transaction":
             finding_id = "prepared-transaction"
             what = f"the prepared transaction {name} has waited {format_age(seconds)}{where}"
-            mend = f"rollback prepared '{name}', or commit it{where}"
+            next_step = f"rollback prepared '{name}', or commit it{where}"
         case "replication slot":
             finding_id = "replication-slot"
             what = f"the replication slot {name} has no reader" if is_idle_slot else f"the slot {name} is far behind"
             what += f": it keeps {(holder['wal_bytes'] or 0) / 1e9:.1f} GB"
-            mend = f"its reader; or select pg_drop_replication_slot('{name}')"
+            next_step = f"its reader; or select pg_drop_replication_slot('{name}')"
         case _:
             finding_id = "standby-behind"
-            what, mend = f"the standby {name} holds back {holder['xids']} transactions", f"long queries on {name}"
-    return Finding(finding_id, 2 if is_grave else 1, what, mend)
+            what = f"the standby {name} holds back {holder['xids']} transactions"
+            next_step = f"long queries on {name}"
+    return Finding(finding_id, 2 if is_urgent else 1, what, next_step)
 
 
 def days_ahead(state: dict[str, Any]) -> float:

@@ -90,8 +90,9 @@ begin
             revision = excluded.revision, evidence_due_at = excluded.evidence_due_at, updated_at = excluded.updated_at,
             poll_at = excluded.poll_at,
             -- When evidence is due again, as in an appeal, its submission and reminder start anew.
-            submit_asked_at = case when d.status = excluded.status or excluded.status not like '%needs\_response'
-                then d.submit_asked_at end,
+            submit_asked_at = case when d.status = excluded.status or not exists (
+                select from surety.dispute_statuses as s where s.status = excluded.status and s.takes_evidence
+            ) then d.submit_asked_at end,
             reminded_at = case when d.status = excluded.status then d.reminded_at end
         where d.revision < excluded.revision
         returning d
