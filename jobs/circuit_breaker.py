@@ -1,8 +1,8 @@
 """A worker's part in the circuit breakers (db/sql/provider/circuit_breaker.sql): it reports its calls, and probes.
 
-Failed calls are reported before their results are recorded, so that the database can judge whose failure it was. If no
-worker has had a response since the failed call began, a probe is sent. An event is charged with a failure only if the
-account answers.
+Failed calls are reported before their results are recorded, so that the database can decide whether the provider or the
+event failed. If no worker has had a response since the failed call began, a probe is sent. A failure counts against its
+event only if the account answers.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class CircuitBreaker:
         return is_time
 
     async def check_accounts(self, failed: Iterable[tuple[str, float]]) -> None:
-        """Probe accounts where calls failed, unless one answered since; each with the call's begin (monotonic)."""
+        """Probe accounts whose calls failed and that have not answered since. Pairs of account and call's begin (monotonic)."""
         began: dict[str, float] = {}
         for account, at in failed:
             began[account] = max(at, began.get(account, at))
@@ -95,13 +95,13 @@ class CircuitBreaker:
         await asyncio.gather(*(self._probe(account) for account in unsure if account not in self.blocked))
 
     async def _report_calls(self) -> dict[str, float]:
-        """Report; the time of the last answer to any worker, by account, on the monotonic clock."""
+        """Report calls. Returns by account the time of the last answer to any worker, on the monotonic clock."""
         tallies, self._tallies = self._tallies, defaultdict(CallCounts)
         clock: datetime | None = None
         if any(tally.answered_at is not None for tally in tallies.values()):
             clock = await self._database.value("select surety.read_clock()")
-        # The database's clock is read before ours, so an answer may seem older than it is, never younger: a call that
-        # failed before an answer may be its event's failure. Ages are not reported, because the statement may wait.
+        # The database's clock is read before ours, so an answer may seem older than it is, never younger. A failure
+        # before an answer may be the event's own. Times are sent, not ages, because the statement may wait.
         reported_at = self._reported_at = time.monotonic()
         calls = [
             {

@@ -1,4 +1,4 @@
-"""The workers' connections to PostgreSQL: a small pool, statements as transactions, repeated where that is harmless."""
+"""The workers' connections to PostgreSQL: a small pool; statements are transactions, repeated if that is harmless."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 Row = TypeVar("Row")
 
 WORKER_CONNECTIONS_MAX = 12
-# The pool's own pauses double up to minutes, so it gives up early and is asked again.
+# The pool doubles its pauses up to minutes, so it gives up early and is started again.
 POOL_SECONDS = 5.0
 START_SECONDS_MAX = 30.0
 ATTEMPTS_MAX = 5
@@ -43,9 +43,9 @@ UNLOCK = "select pg_advisory_unlock(hashtext(%s)), set_config('idle_session_time
 async def bisect_on_error(
     items: list[T], do: Callable[[list[T]], Awaitable[None]], give_up: Callable[[T, Exception], Awaitable[None]]
 ) -> None:
-    """Do something with all items; after an error that is not retryable, with each half of them.
+    """Process all items together; after an error that is not retryable, each half of them.
 
-    The item that fails alone is given up; the others are done. Raises retryable errors.
+    An item that fails alone is given up; the others are processed. Raises retryable errors.
     """
     try:
         await do(items)
@@ -87,7 +87,7 @@ class WorkerDatabase:
         return await self._try(fetch)
 
     async def commit_if_true(self, query: LiteralString, *values: Any) -> bool:
-        """Whether a query that answers true did so; when it answers false, what it did is rolled back."""
+        """Commit the query if it returns true, roll it back if it returns false; returns that value."""
 
         async def attempt(connection: AsyncConnection[Any]) -> bool:
             async with connection.transaction() as transaction:
@@ -115,9 +115,9 @@ class WorkerDatabase:
                     await locks.release(name)
 
     async def _try(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
-        """Do it on a connection of the pool, again after a retryable error.
+        """Run the work on a connection of the pool, and again after a retryable error.
 
-        While the server is unreachable it is tried without end, because a provider's response must not be lost.
+        While the server is unreachable, the attempts never end, because a provider's response must not be lost.
         """
         turn = 0
         while True:
@@ -144,8 +144,8 @@ class WorkerDatabase:
 class AdvisoryLocks:
     """This process's advisory locks, all on one connection, which goes back to the pool with the last of them.
 
-    The holder of a lock needs further connections. If each lock took one, as many locks as there are connections would
-    block each other for ever.
+    The holder of a lock needs further connections. If each lock took one, locks could use up the pool and block each
+    other for ever.
     """
 
     def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:
@@ -157,7 +157,7 @@ class AdvisoryLocks:
         self._names: set[str] = set()
 
     async def acquire(self, name: str) -> bool:
-        """Whether it was free. A session can take its own lock twice, so our names are checked first."""
+        """Take a lock; False if it is taken. A session can take its own lock twice, so our names are checked first."""
         if name in self._names:
             return False
         try:

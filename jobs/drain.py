@@ -33,7 +33,7 @@ PAUSE_SECONDS = 1.0
 
 
 async def drain(context: JobContext, handler: str) -> None:
-    """Handle due events until there are none, or for DRAIN_SECONDS: then another job goes on."""
+    """Handle due events until none is left, or for DRAIN_SECONDS; then another job continues."""
     worker = worker_of(context)
     end = time.monotonic() + DRAIN_SECONDS
     full = worker.handlers[handler].batch_size

@@ -1,4 +1,4 @@
-"""Polling: unfinished objects, and lists that the provider keeps. What no webhook brought is found here.
+"""Polling of unfinished objects and of the provider's lists. It finds every change whose webhook was lost.
 
 poll_unfinished            fetches unfinished payments, refunds and disputes
 poll_events                reads the list of events, for those that no webhook brought
@@ -40,7 +40,7 @@ log = logging.getLogger("surety.polling")
 
 POLL_BATCH_MAX = 200
 PENDING_TRANSACTIONS_MAX = 1000
-# Each reading of a list overlaps the last by so many polls, because a list may show a row late.
+# Each reading of a list overlaps the last one by this many poll intervals, because a list may show a row late.
 OVERLAP_POLLS = 3
 RANGE_GAP_MAX = timedelta(hours=1)
 
@@ -57,7 +57,7 @@ class ObjectToPoll(CallSubject, kw_only=True):
 
     @property
     def operation(self) -> str:
-        """As the audit trail names it."""
+        """The name of the poll in the audit trail."""
         return "fetch" if self.kind == "payment" else f"fetch {self.kind}"
 
 
@@ -131,7 +131,7 @@ async def fetch_polled_dispute(worker: Worker, target: ObjectToPoll) -> Provider
 
 
 def polled_refund_result(target: ObjectToPoll, answer: ProviderResponse) -> CallResult:
-    """The refund's facts; none if another refund was answered."""
+    """The refund's facts; none if the answer is another refund."""
     result = fetch_result(answer)
     if target.provider_id not in {None, answer.body.get("id")}:
         return result
@@ -203,7 +203,7 @@ async def poll_payouts(worker: Worker) -> None:
 async def read_balance_transactions(
     worker: Worker, account: str, since: datetime, until: datetime | None = None
 ) -> bool:
-    """Record an account's balance transactions of that time; whether the list was read to its end."""
+    """Record an account's balance transactions of a time range; returns whether the list was read to its end."""
     pages = worker.stripe.balance_transactions(account, since, until)
     take = partial(record_page, worker, account, balance_transaction_facts)
     return await read_pages(worker, "list balance transactions", account, since, pages, take)
@@ -225,7 +225,7 @@ async def read_pages(
     pages: AsyncGenerator[list[Json]],
     take: Callable[[list[Json]], Awaitable[None]],
 ) -> bool:
-    """Take a list of the provider's page by page; whether it was read to its end."""
+    """Read a list of the provider page by page; returns whether it was read to its end."""
     await write_audit_entries(worker, [audit_entry_of_call(operation, None, account=account, since=since.isoformat())])
     began, rows = time.monotonic(), 0
     try:
@@ -262,7 +262,7 @@ async def poll_windows(worker: Worker, name: str) -> list[PollWindow]:
 
 
 async def advance_poll_cursor(worker: Worker, window: PollWindow, name: str) -> None:
-    """An account's list was read up to now."""
+    """Note that an account's list was read up to now."""
     await worker.database.value(
         "select surety.advance_poll_cursor('stripe', %s, %s, %s)", window.account, name, window.read_to
     )

@@ -1,7 +1,7 @@
 """The watchdog ends a hanging worker process, so that its supervisor starts another.
 
-Its thread checks that the event loop turns and that the database answers this process. A database that answers no
-process is no reason to end; a database that answers a new connection is.
+Its thread checks that the event loop turns and that the database answers this process. If the database does not answer,
+the process ends only if a new connection gets an answer: then the fault is in the process, not in the database.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Watchdog:
                 if unanswered > CHECKS_PER_STALL and not self._database_is_up():
                     unanswered = 0
             if unanswered >= 3 * CHECKS_PER_STALL:
-                self._end("the database serves others, and has not heard of it", 3)
+                self._end("the database answers new connections, but not this process", 3)
 
     def _database_is_up(self) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""What a worker's tasks share: its name, the database, the Stripe client, the handlers and their events."""
+"""The parts that a worker's tasks share: its name, the database, the Stripe client, the handlers and their events."""
 
 from __future__ import annotations
 

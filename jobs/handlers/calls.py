@@ -45,7 +45,7 @@ CallResult = dict[str, Any]
 """As surety.record_event_results takes it."""
 
 Verdict = Literal["send", "ask", "replace_key", "find", "wait", "skip"]
-"""The rows of surety.call_verdicts, which say what each means."""
+"""The rows of surety.call_verdicts, which explain each verdict."""
 
 
 class CallSubject(Struct, kw_only=True):
@@ -81,7 +81,7 @@ class RecordedResults(Struct):
 
 
 class CallOperation(Struct, frozen=True, kw_only=True):
-    """One kind of call. `read` turns its response into a result, `explain` its failure."""
+    """One kind of call. `read` turns its response into a result; `explain` turns its failure into one."""
 
     name: str
     """As surety.begin_calls takes it."""
@@ -160,7 +160,7 @@ async def unblocked_events(worker: Worker, batch: Batch, event_ids: list[str]) -
 
 
 def not_sent_result(subject: CallSubject, operation: str) -> CallResult:
-    """A call that was committed, and not sent because its account's circuit has opened."""
+    """The result of a committed call that was not sent, because its account's circuit has opened."""
     return {
         "payment_id": subject.payment_id,
         "operation": operation,
@@ -184,13 +184,13 @@ async def missing_subject_results(
 
 
 async def record_as_completed(worker: Worker, batch: Batch, works: Iterable[CallWork]) -> None:
-    """Do the works and record their results in groups, as they arrive."""
+    """Run the calls and record their results in groups, as they arrive."""
     async for results in completed_groups(works):
         await record_event_results(worker, batch, results)
 
 
 async def completed_groups(works: Iterable[CallWork]) -> AsyncGenerator[list[CallResult]]:
-    """The results of works, CONCURRENT_CALLS_MAX at once; each group holds those that arrived since the last."""
+    """The results of calls, CONCURRENT_CALLS_MAX at once; each group holds the results since the last one."""
     places = asyncio.Semaphore(CONCURRENT_CALLS_MAX)
 
     async def do(work: CallWork) -> list[CallResult]:
@@ -239,7 +239,7 @@ def answered_result(answer: ProviderResponse, facts: list[Fact]) -> CallResult:
 
 
 def error_fields(error: ProviderError) -> CallResult:
-    """What every result of a failed call holds."""
+    """The fields of every failed call's result."""
     return {"outcome": error.outcome, "status": error.status, "snapshot": redacted(error.body)}
 
 
@@ -268,7 +268,7 @@ def discrepancy_result(subject: CallSubject, operation: str, error: ProviderErro
 
 
 async def record_event_results(worker: Worker, batch: Batch, results: list[CallResult]) -> None:
-    """Record results, refusals apart from facts; a result that can't be recorded fails its event."""
+    """Record results: refusals and facts in separate calls. A result that can't be recorded fails its event."""
     failed = [result.pop("failed_call") for result in results if "failed_call" in result]
     if failed:
         await worker.circuit_breaker.check_accounts(failed)

@@ -1,4 +1,4 @@
-"""The operation evidence: what a merchant submits against a dispute is sent to the provider.
+"""The operation evidence: sends a merchant's evidence against a dispute to the provider.
 
 Each request holds all evidence that was given so far, so repeating it does no harm. Whatever the outcome, the dispute
 is fetched afterwards.
@@ -27,7 +27,7 @@ async def send_evidence(worker: Worker, call: ProviderCall, key: str, request: J
     try:
         answer = await worker.stripe.update_dispute(call.account, key, call.provider_id, request)
     except RequestRejected:
-        # A call whose response was lost may have submitted it, or the dispute is over: its status says which.
+        # A call whose response was lost may have submitted it, or the dispute has ended. Its status shows which.
         with suppress(ProviderError):
             await fetch_dispute(worker, *dispute)
         raise
@@ -36,11 +36,11 @@ async def send_evidence(worker: Worker, call: ProviderCall, key: str, request: J
 
 
 async def find_nothing(_worker: Worker, _call: ProviderCall) -> None:
-    """Evidence is not looked for: repeating it does no harm."""
+    """Return None: evidence is never searched for, because sending it again does no harm."""
 
 
 def evidence_result(_call: ProviderCall, answer: ProviderResponse) -> CallResult:
-    """The response; its facts were recorded when the dispute was fetched."""
+    """A result without facts: they were recorded when the dispute was fetched."""
     return answered_result(answer, [])
 
 

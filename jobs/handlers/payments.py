@@ -51,7 +51,7 @@ def intent_result(subject: CallSubject, answer: ProviderResponse, source: str = 
     detail = f"{intent['id']} is about {intent['amount']} instead of {subject.amount_minor}"
     if subject.provider_id is None:
         raise ResponseMismatch(detail, kind="amount")
-    # It may have been charged already, and what was charged is booked, whatever was requested.
+    # The intent may be charged already: the charged amount is recorded, even if another was requested.
     return result | {"discrepancy": {"kind": "amount", "subject": intent["id"], "detail": detail}}
 
 
@@ -90,7 +90,7 @@ def explain_intent_error(call: ProviderCall, error: ProviderError) -> CallResult
 
 
 def intent_operation(action: Literal["confirm", "capture", "cancel"], is_over: Callable[[Any], bool]) -> CallOperation:
-    """An operation on an intent that exists. `is_over`: by its status nothing is left to do."""
+    """An operation on an existing intent. `is_over` tests whether its status leaves nothing to do."""
 
     async def find(worker: Worker, call: ProviderCall) -> ProviderResponse | None:
         assert call.provider_id is not None
@@ -104,7 +104,7 @@ def intent_operation(action: Literal["confirm", "capture", "cancel"], is_over: C
         except RequestRejected as error:
             if error.error.get("code") != "payment_intent_unexpected_state":
                 raise
-            # Its state was in the way, so its state is the response.
+            # The intent's state prevented the operation, so the fetched intent is the response.
             return await worker.stripe.fetch_intent(call.account, call.provider_id, urgent=True)
 
     return CallOperation(name=action, send=send, find=find, read=intent_result, explain=explain_intent_error)

@@ -1,7 +1,7 @@
 """The operation refund: money back to the payer, once.
 
-After an unknown outcome the intent's refunds are listed and matched by their metadata. Only if ours isn't among them is
-it sent again.
+After an unknown outcome the intent's refunds are listed and matched by their metadata. The refund is sent again only if
+it isn't among them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The handlers of the outbox: their events, what they write in the database, what they call at the provider.
 
-A handler takes a batch and those of its event ids that it is to handle. It finishes them, or raises; then each half of
+A handler takes a batch and the ids of the events to handle. It finishes them or raises; after an error, each half of
 them is tried again. outbox.handler_events holds the events for the database; a test compares the two.
 """
 

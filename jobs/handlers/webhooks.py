@@ -1,4 +1,4 @@
-"""webhook.received: what Stripe's events prove, recorded as facts; what they don't prove, fetched.
+"""webhook.received: records the facts that Stripe's events prove, and fetches the objects of all other events.
 
 jobs/stripe/webhook_events.py says what each type of event proves.
 """
@@ -41,7 +41,7 @@ FACT_READERS: dict[str, FactReader] = {"payment_intent": intent_facts, "refund":
 
 
 async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """Handle webhook.received: first the facts that are proven, in one group; then the objects to fetch."""
+    """Handle webhook.received: first record the proven facts, in one group; then fetch the other objects."""
     webhooks = await worker.database.rows(
         StoredWebhook,
         "select event_id, provider_event_id, source, account, livemode, type, body"

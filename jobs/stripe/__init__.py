@@ -1,1 +1,1 @@
-"""Stripe: the client, its errors, and what its objects say, as facts."""
+"""Stripe: the client, its errors, and its objects as facts."""

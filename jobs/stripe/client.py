@@ -28,7 +28,7 @@ PROBE_SECONDS = 5.0
 # Time ranges of lists begin and end at multiples of so many seconds, so that many calls share a reading.
 LIST_WINDOW_SECONDS = 300
 LISTING_SHARED_SECONDS = 60.0
-# How much the provider's clock and ours may differ when an intent is looked for by the time of its creation.
+# The provider's clock and ours may differ by this much when an intent is searched by its creation time.
 CLOCK_SKEW_SECONDS = 300
 
 OnCall = Callable[[str, float, ProviderError | None, bool], None]
@@ -137,7 +137,7 @@ class StripeGateway:
     async def find_intent(
         self, account: str, payment_id: str, first_sent_at: datetime, last_sent_at: datetime, asked_at: float
     ) -> ProviderResponse | None:
-        """The intent whose metadata name a payment, among all created while it was sent. Lists don't lag; search does.
+        """The intent whose metadata name a payment, among all created while it was sent. Lists are used, because search lags.
 
         Calls of one time range share one reading of the list, if it began after `asked_at` (monotonic).
         """
@@ -211,7 +211,7 @@ class StripeGateway:
     async def _send(
         self, method: str, path: str, account: str, request: Json, *, key: str | None = None, urgent: bool = True
     ) -> ProviderResponse:
-        """One request and its answer, or what its failure means."""
+        """Send one request; return its answer or raise the error that describes its failure."""
         await self._wait_for_slot(account, urgent=urgent)
         options: Json = {"stripe_version": API_VERSION, "max_network_retries": 0}
         if key is not None:
@@ -254,7 +254,7 @@ class StripeGateway:
 
 
 def requests_per_second(settings: Settings) -> float:
-    """Requests per second and account; 0 is no bound. Stripe allows 100 live and 25 in its sandbox."""
+    """Requests per second and account; 0 means no limit. Stripe allows 100 live and 25 in its sandbox."""
     if settings.surety_provider_rate is not None:
         return settings.surety_provider_rate
     provider = settings.provider

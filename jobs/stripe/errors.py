@@ -1,15 +1,15 @@
 """Errors of calls to Stripe: each class says what to do next.
 
     ProviderError
-    ├── ProviderBusy        409 and 429: repeat a little later; also 401 and 403, which are our configuration's failure
+    ├── ProviderBusy        409 and 429: repeat a little later; also 401 and 403, where our configuration is wrong
     ├── OutcomeUnknown      the call may have taken effect: read the object before sending again
-    │   ├── ObjectUnreadable  an object that isn't as Stripe describes it
-    │   └── ProviderOutage  no response, half of one, 5xx or nonsense: the provider's failure, never the payment's
+    │   ├── ObjectUnreadable  an object that does not follow Stripe's description
+    │   └── ProviderOutage  no response, an incomplete or unreadable one, 5xx: the provider's failure
     ├── ObjectAbsent        404: the account has no such object
     ├── PaymentRefused      the payment itself is impossible: an unknown card, a forbidden amount
-    ├── PaymentDeclined     402: the issuer declined; the intent lives on
+    ├── PaymentDeclined     402: the issuer declined; the intent stays open
     ├── ResponseMismatch    a response about another object or amount: it is discarded
-    └── RequestRejected     every other 4xx: our mistake, for an operator
+    └── RequestRejected     every other 4xx: a mistake of ours, which an operator must see
 
 Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
 """
@@ -30,7 +30,7 @@ BUSY_SECONDS_MAX = 60.0
 PAYMENT_PARAMETERS = frozenset(
     {"amount", "amount_to_capture", "payment_method", "return_url", "statement_descriptor_suffix", "description"}
 )
-# Codes of refunds that are impossible: likewise.
+# Codes of impossible refunds: the refund's failure, not ours.
 REFUND_ERROR_CODES = frozenset(
     {
         "charge_already_refunded",
@@ -80,7 +80,7 @@ class ObjectUnreadable(OutcomeUnknown):
 
 
 class ProviderOutage(OutcomeUnknown):
-    """The provider gave no response that makes sense."""
+    """The provider gave no response, or an unreadable one."""
 
 
 class ObjectAbsent(ProviderError):
@@ -118,7 +118,7 @@ class RequestRejected(ProviderError):
 
 
 def provider_error(error: stripe.StripeError) -> ProviderError:
-    """What an error of the SDK means for the payment."""
+    """The ProviderError for an error of the SDK."""
     status, headers = error.http_status, {name.lower(): value for name, value in (error.headers or {}).items()}
     body: Json = error.json_body if isinstance(error.json_body, dict) else {}
     reported = body.get("error")
@@ -131,7 +131,7 @@ def provider_error(error: stripe.StripeError) -> ProviderError:
     code, param = reported.get("code"), reported.get("param")
     message = f"Stripe {status}{f' {code}' if code else ''}: {reported.get('message')}"
     if status >= 500:
-        # A replayed failure says nothing about the provider now.
+        # A replayed failure does not show the provider's present state.
         meant = OutcomeUnknown if headers.get("idempotent-replayed") == "true" else ProviderOutage
         return meant(message, status=status, body=body)
     retry = headers.get("stripe-should-retry")
@@ -147,6 +147,6 @@ def provider_error(error: stripe.StripeError) -> ProviderError:
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float:
-    """How long to leave the provider alone: what it asks for, within reason."""
+    """The pause before the next attempt: the provider's Retry-After, within limits."""
     asked = headers.get("retry-after", "")
     return min(float(asked), BUSY_SECONDS_MAX) if asked.isdecimal() else BUSY_SECONDS

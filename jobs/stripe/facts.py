@@ -1,4 +1,4 @@
-"""What Stripe's objects say, as facts in the form that surety.record_facts takes. Pure functions.
+"""Stripe's objects as facts, in the form that surety.record_facts takes. Pure functions.
 
 An object is read in its present state: an intent by its status, a charge by its captured amount. Its past is in other
 facts or has no effect. Client secrets are not read at all.
@@ -25,11 +25,11 @@ REFUND_KINDS = {
 }
 
 RATE_TOLERANCE = 1e-5
-"""How far an exchange rate may be off, as a part of it."""
+"""The relative error that an exchange rate may have."""
 
 
 class FactOrigin(Struct, frozen=True):
-    """Where an object was read: whose account, which mode, by what."""
+    """The origin of an object: account, mode, and the source that it was read from."""
 
     account: str
     livemode: bool
@@ -122,8 +122,8 @@ def decline_fact(error: Json, origin: FactOrigin, intent_id: str, currency: str)
 def balance_transaction_facts(line: Json, origin: FactOrigin, source: Json | None = None) -> list[Fact]:
     """A balance transaction's facts; `source` is the object that it stems from, where that is known.
 
-    A line in another currency than its source was exchanged: other_gross is what was exchanged. One that takes back
-    what had been charged means that the charge was returned.
+    A line in another currency than its source was exchanged: other_gross is the amount before the exchange. A line that
+    takes a charge back means that the charge was returned.
     """
     source = source or (line["source"] if isinstance(line["source"], dict) else None)
     data: Json = {

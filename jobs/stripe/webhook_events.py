@@ -1,8 +1,8 @@
-"""Stripe's events: what each type proves, and what has to be fetched because of it. Pure functions.
+"""Stripe's events: the facts that each type proves, and the objects to fetch because of it. Pure functions.
 
-A signed snapshot is believed if it is about something that only grows, and was made for our API version. Failures and
+A signed snapshot counts as proof if its object can only advance and the snapshot has our API version. Failures and
 disputes are fetched, and so are objects that an event only refers to, unless their facts are known. Events of other
-types have no meaning here.
+types are ignored.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ FETCH_ALWAYS = frozenset(
     }
 )
 
-# Events that nothing else would show if their webhook were lost: what happens to a payment that has ended here, what
-# was done in the dashboard, what the network does.
+# Events that only the list of events shows if their webhook is lost: changes of payments that have ended here, actions
+# in the dashboard, actions of the network.
 POLLED_EVENTS = FETCH_ALWAYS | {
     "payment_intent.created",
     "payment_intent.succeeded",
@@ -88,7 +88,7 @@ class EventEnvelope(Struct):
 
 
 class ProviderObject(Struct, frozen=True):
-    """An object at Stripe; `kind` as it calls itself, `payment_intent`."""
+    """An object at Stripe; `kind` is its own name for itself, such as `payment_intent`."""
 
     account: str
     livemode: bool
