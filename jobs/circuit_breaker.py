@@ -86,7 +86,7 @@ class CircuitBreaker:
         return is_time
 
     async def check_accounts(self, failed: Iterable[tuple[str, float]]) -> None:
-        """Probe accounts whose calls failed and that have not answered since. Pairs of account and call's begin (monotonic)."""
+        """Probe accounts of failed calls, given as account and call's begin (monotonic), unless they have answered since."""
         began: dict[str, float] = {}
         for account, at in failed:
             began[account] = max(at, began.get(account, at))

@@ -137,7 +137,7 @@ class StripeGateway:
     async def find_intent(
         self, account: str, payment_id: str, first_sent_at: datetime, last_sent_at: datetime, asked_at: float
     ) -> ProviderResponse | None:
-        """The intent whose metadata name a payment, among all created while it was sent. Lists are used, because search lags.
+        """The intent whose metadata name a payment, among all created while it was sent. Stripe's search would lag.
 
         Calls of one time range share one reading of the list, if it began after `asked_at` (monotonic).
         """
