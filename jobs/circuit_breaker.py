@@ -86,7 +86,7 @@ class CircuitBreaker:
         return is_time
 
     async def check_accounts(self, failed: Iterable[tuple[str, float]]) -> None:
-        """Probe accounts of failed calls, given as account and call's begin (monotonic), unless they have answered since."""
+        """Probe accounts of failed calls, given as (account, call's begin, monotonic), unless they answered since."""
         began: dict[str, float] = {}
         for account, at in failed:
             began[account] = max(at, began.get(account, at))

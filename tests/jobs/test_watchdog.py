@@ -63,7 +63,7 @@ def test_worker_cut_from_a_serving_database_exits(settings: Settings) -> None:
     command = [sys.executable, "-c", WATCHED, conninfo("worker", settings)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == EXIT_STALLED
-    assert "the database serves others" in ended.stderr
+    assert "the database answers new connections, but not this process" in ended.stderr
 
 
 def test_worker_does_not_exit_when_the_database_is_down() -> None:
