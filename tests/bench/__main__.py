@@ -50,7 +50,10 @@ def trace(*, as_json: bool, **sizes: int) -> None:
 @click.option("--seconds", default=4.0, help="How long each measurement takes.")
 @click.option("--connections", default=32)
 @click.option(
-    "--single-lanes", default=0, help="Batching connections with batches of one request; 0: the fastest number."
+    "--single-lanes",
+    "single_connections",
+    default=0,
+    help="Batching connections with batches of one request; 0: the fastest number.",
 )
 @click.option("--merchants", default=20)
 @click.option("--rounds", default=5)

@@ -44,14 +44,16 @@ BATCH_MAX = 200
 SINGLE_CONNECTIONS = (2, 8)
 
 
-def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, rounds: int, warm_mb: int) -> Results:
-    """Measure each for `seconds` in each round. `single_lanes` 0: the fastest number of batching connections."""
+def run(
+    *, seconds: float, connections: int, merchants: int, single_connections: int, rounds: int, warm_mb: int
+) -> Results:
+    """Measure each for `seconds` in each round. `single_connections` 0: the fastest number."""
     with ExitStack() as stack:
         url = stack.enter_context(deployed_database(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
         keys = create_merchants(conn, merchants, seed=1)
         touch_memory_and_log(conn, warm_mb)
-        choices = (single_lanes,) if single_lanes else SINGLE_CONNECTIONS
+        choices = (single_connections,) if single_connections else SINGLE_CONNECTIONS
         batched, *rest = stack.enter_context(
             running_apis(url, [(BATCHING_CONNECTIONS, BATCH_MAX), *((count, 1) for count in choices)])
         )
@@ -66,7 +68,9 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
                 assert count_payments(conn) - before >= loaded.answers, f"{name}: fewer payments than were acknowledged"
             return loaded
 
-        count = single_lanes or max(choices, key=lambda n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second)
+        count = single_connections or max(
+            choices, key=lambda n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second
+        )
         log_progress(
             f"load by {generator()}; a transaction for each request is fastest with {count} batching connections"
         )
@@ -115,9 +119,9 @@ def run(*, seconds: float, connections: int, merchants: int, single_lanes: int, 
 @contextmanager
 def running_apis(url: str, shapes: list[tuple[int, int]]) -> Generator[list[str]]:
     """The addresses of API processes, each with (batching connections, largest batch), after a warm-up."""
-    with demo_folder() as scene:
+    with demo_folder() as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "PG"))}
-        process_group = ProcessGroup(environment | {"DATABASE_URL": url}, LogFiles(scene))
+        process_group = ProcessGroup(environment | {"DATABASE_URL": url}, LogFiles(folder))
         ports = {f"api-{count}-{batch_max}": free_port(0) for count, batch_max in shapes}
         try:
             for (name, port), (count, batch_max) in zip(ports.items(), shapes, strict=True):

@@ -87,7 +87,7 @@ def run(*, payments: int, merchants: int, workers: int, idle_payments: int, roun
 @contextmanager
 def running_services(url: str) -> Generator[tuple[ProcessGroup, dict[str, int]]]:
     """API, webhook receiver and sandbox, and where they listen."""
-    with demo_folder() as scene:
+    with demo_folder() as folder:
         names = ("api", "webhooks", "sandbox")
         ports = {name: free_port(0) for name in names}
         inherited = {
@@ -99,13 +99,13 @@ def running_services(url: str) -> Generator[tuple[ProcessGroup, dict[str, int]]]
             "SURETY_POLL_SECONDS": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        process_group = ProcessGroup(inherited | settings, LogFiles(scene))
+        process_group = ProcessGroup(inherited | settings, LogFiles(folder))
         try:
             process_group.start("api", "-m", "app.cli", "api", "--port", str(ports["api"]))
             process_group.start("webhooks", "-m", "app.cli", "webhooks", "--port", str(ports["webhooks"]))
             process_group.start(
                 "sandbox",
-                *("-m", "app.sandbox", "--port", str(ports["sandbox"]), "--memory", str(scene / "sandbox.sqlite")),
+                *("-m", "app.sandbox", "--port", str(ports["sandbox"]), "--memory", str(folder / "sandbox.sqlite")),
                 *("--webhook-url", f"http://127.0.0.1:{ports['webhooks']}/stripe"),
                 *("--webhook-secret", WEBHOOK_SECRET),
             )

@@ -32,11 +32,11 @@ def main(cycles: int, seed: int | None, kinds: str | None, logs: Path | None, as
     chosen = kinds.split(",") if kinds else None
     click.echo(f"seed {seed}", err=True)
     try:
-        with interruptible(), demo_folder() as scene:
-            result = run(scene, cycles, seed, chosen, lambda line: click.echo(line, err=True))
+        with interruptible(), demo_folder() as folder:
+            result = run(folder, cycles, seed, chosen, lambda line: click.echo(line, err=True))
             if logs or not result.is_sound:
                 kept = logs or Path(tempfile.mkdtemp(prefix="crash-"))
-                shutil.copytree(scene, kept, dirs_exist_ok=True)
+                shutil.copytree(folder, kept, dirs_exist_ok=True)
                 click.echo(f"logs in {kept}; repeat with: --cycles {cycles} --seed {seed}", err=True)
     except Interrupted:
         sys.exit(130)

@@ -17,7 +17,7 @@ from itertools import takewhile
 
 from app.local.processes import Interrupted, interruptible
 from tests.simulation.process_pool import process_pool, run_all, run_here
-from tests.simulation.schedule import RATES, Outcome, SchedulePlan
+from tests.simulation.schedule import RATES, SIZE_OPTIONS, Outcome, SchedulePlan
 from tests.simulation.shrinking import shrink
 
 SHRUNK_MAX = 3
@@ -41,7 +41,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=usual.steps, help="decisions until recovery begins")
     parser.add_argument("--payments", type=int, default=usual.payments)
     parser.add_argument("--workers", type=int, default=usual.workers)
-    parser.add_argument("--lanes", type=int, default=usual.lanes)
+    parser.add_argument("--lanes", dest="batching_connections", type=int, default=usual.batching_connections)
     parser.add_argument("--without", default="", help=f"kinds of faults to leave out: {', '.join(RATES)}")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more schedules after this time")
     parser.add_argument("--until-broken", action="store_true", help="stop at the first broken invariant, don't shrink")
@@ -49,7 +49,7 @@ def read_arguments() -> argparse.Namespace:
     takes_turns = "DATABASE_URL" not in os.environ and hasattr(os, "sched_setaffinity")
     usual_processes = (1 if takes_turns else 2) * (os.cpu_count() or 1)
     parser.add_argument("--processes", type=int, default=usual_processes)
-    parser.add_argument("--tell", action="store_true", help="print every decision")
+    parser.add_argument("--tell", dest="verbose", action="store_true", help="print every decision")
     parser.add_argument("--json", action="store_true", help="print the totals as JSON in the last line")
     return parser.parse_args()
 
@@ -58,7 +58,7 @@ def main() -> int:
     """Run the schedules."""
     asked = read_arguments()
     without = frozenset(filter(None, asked.without.split(",")))
-    sizes = {"steps": asked.steps, "payments": asked.payments, "workers": asked.workers, "lanes": asked.lanes}
+    sizes = {name: getattr(asked, name) for name in SIZE_OPTIONS}
     began = time.monotonic()
     seeds = range(asked.seed, asked.seed + asked.schedules)
     in_time = takewhile(lambda _: time.monotonic() - began < asked.seconds, seeds)
@@ -75,19 +75,19 @@ def main() -> int:
         if outcome.violations:
             failed.append(outcome)
             print_failure(outcome)
-        elif asked.tell or asked.schedules == 1:
+        elif asked.verbose or asked.schedules == 1:
             print(f"seed {outcome.plan.seed} kept every invariant, digest {outcome.digest}")
         return not (failed and asked.until_broken)
 
     with interruptible(), process_pool(processes) as executor:
         began = time.monotonic()
-        if asked.tell:
+        if asked.verbose:
             for plan in plans:
                 count(executor.submit(run_here, plan, verbose=True).result())
         else:
             run_all(executor, plans, processes, count)
         seconds = time.monotonic() - began
-        if not asked.until_broken and not asked.tell:
+        if not asked.until_broken and not asked.verbose:
             for outcome in failed[:SHRUNK_MAX]:
                 shrunk = shrink(outcome, lambda plan: executor.submit(run_here, plan).result())
                 print("    shrunk: ", end="")

@@ -93,8 +93,8 @@ def check_outage_failures_uncounted(schedule: Schedule, outage: Outage) -> None:
         " where c.payment_id = e.aggregate_id and c.kind = 'call' and c.at <= failed.at"
         " and c.snapshot ->> 'operation' = case t.handler when 'submit' then 'create' else t.handler end) as begun"
         " where a ? 'outage' and not a ? 'counted' and failed.at < to_timestamp(%s) and begun.at > to_timestamp(%s)",
-        schedule.epoch_seconds + outage.until,
-        schedule.epoch_seconds + outage.silent_since,
+        schedule.started_at + outage.until,
+        schedule.started_at + outage.silent_since,
     )
     if rows:
         schedule.report_violation("failures during an outage are not counted", str(min(rows)))

@@ -106,7 +106,7 @@ class ListeningProcess(Process):
         async def connect() -> Any:
             return schedule.database.lease(schedule, self)
 
-        count = schedule.plan.lanes
+        count = schedule.plan.batching_connections
         self.payments = BatchingConnections(
             connect, CREATE_PAYMENTS, connections=count, batch_max=3, retry_seconds_max=2
         )

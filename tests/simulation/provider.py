@@ -59,7 +59,7 @@ class SimulatedMemory(Memory):
         self._schedule = schedule
 
     def now(self) -> float:
-        seconds: float = self._schedule.epoch_seconds + self._schedule.loop.seconds
+        seconds: float = self._schedule.started_at + self._schedule.loop.seconds
         return seconds
 
 
@@ -118,7 +118,7 @@ class SimulatedProvider:
     def next_due(self) -> float | None:
         """The time of the next scheduled action, in the schedule's seconds."""
         scheduled = self.sandbox.scheduled
-        return scheduled[0].due - self.schedule.epoch_seconds if scheduled else None
+        return scheduled[0].due - self.schedule.started_at if scheduled else None
 
     def commit(self) -> None:
         """Commit the sandbox's state, and put its webhooks into the mailbox unless they are lost or late."""

@@ -49,6 +49,13 @@ RATES: dict[str, tuple[float, float]] = {
 LEAPS = (0.05, 1.5, 6.0, 21.0, 61.0, 200.0, 3700.0, 90_000.0)
 JOBS_MAX = 4
 BOOTED_SECONDS = 1000.0
+SIZE_OPTIONS = {
+    "steps": "--steps",
+    "payments": "--payments",
+    "workers": "--workers",
+    "batching_connections": "--lanes",
+}
+"""Fields of SchedulePlan and the command line's options for them."""
 
 
 class SchedulePlan(Struct, frozen=True, kw_only=True):
@@ -58,15 +65,18 @@ class SchedulePlan(Struct, frozen=True, kw_only=True):
     steps: int = 80
     payments: int = 3
     workers: int = 2
-    lanes: int = 3
+    batching_connections: int = 3
     without: frozenset[str] = frozenset()
 
     def command(self) -> str:
         """The command that repeats the schedule."""
         words = ["python -m tests.simulation --schedules 1", f"--seed {self.seed}"]
         usual = SchedulePlan(seed=self.seed)
-        sizes = ("steps", "payments", "workers", "lanes")
-        words += [f"--{name} {getattr(self, name)}" for name in sizes if getattr(self, name) != getattr(usual, name)]
+        words += [
+            f"{option} {getattr(self, name)}"
+            for name, option in SIZE_OPTIONS.items()
+            if getattr(self, name) != getattr(usual, name)
+        ]
         if self.without:
             words.append(f"--without {','.join(sorted(self.without))}")
         return " ".join(words)
@@ -121,7 +131,8 @@ class Schedule:
         self.scheduled: dict[str, None] = {}
         self._verbose = verbose
         self._digest = hashlib.sha256()
-        self.epoch_seconds = 0.0
+        # The database's time at the beginning, in Unix seconds; the loop counts from there.
+        self.started_at = 0.0
 
     # Turns and faults
 
@@ -304,7 +315,7 @@ class Schedule:
         """One request is served alone, then all arrive at once, each time in another order."""
         self.asking.append(self.clients.start(request_until_answered(self, self.chance.choice(asked), at_once=True)))
         await self.turn(self.clients, "all requests arrive")
-        for _ in range(self.plan.lanes):
+        for _ in range(self.plan.batching_connections):
             for wanted in self.chance.sample(asked, len(asked)):
                 self.asking.append(self.clients.start(request_until_answered(self, wanted, at_once=True)))
 
@@ -364,7 +375,7 @@ class Schedule:
         random.seed(self.plan.seed)
         self.database.empty(self.plan.seed)
         self.database.set_batch_size(FEW)
-        [(self.epoch_seconds,)] = self.database.rows("select extract(epoch from surety.time_now())::float8")
+        [(self.started_at,)] = self.database.rows("select extract(epoch from surety.time_now())::float8")
         PROCESS.set(None)
         asyncio.set_event_loop(self.loop)
         monotonic = time.monotonic

@@ -24,7 +24,7 @@ def shrink(failed: Outcome, run: Run) -> Outcome:
         if any(fault.split()[0] == kind for fault in smallest.faults):
             without = replace(smallest.plan, without=smallest.plan.without | {kind})
             smallest = still(without) or smallest
-    for name in ("workers", "lanes", "payments"):
+    for name in ("workers", "batching_connections", "payments"):
         while (count := getattr(smallest.plan, name)) > 1 and (
             less := still(replace(smallest.plan, **{name: count - 1}))
         ):
