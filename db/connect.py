@@ -1,9 +1,9 @@
 """Connections to the database, for each kind of process.
 
 `SURETY_<KIND>_DATABASE_URL` names a login of its own, a member of the kind's group role. Without it DATABASE_URL
-serves, with `role` set: that guards against mistakes, not against an intruder, who could reset it. Timeouts are
-settings of the connection, because the settings of a group role don't apply to its members. A dead server is noticed
-within seconds, and one that acknowledges but never answers a little after the statement's timeout. Kinds that write
+is used with `role` set, which prevents mistakes only: an intruder could reset the role. Timeouts are
+settings of the connection, because the settings of a group role don't apply to its members. A dead server is detected
+within seconds; a server that acknowledges but never answers, shortly after the statement's timeout. Kinds that write
 connect to the primary if an address names several hosts.
 """
 
@@ -124,7 +124,7 @@ class BoundedWaitConnection(AsyncConnection[tuple[Any, ...]]):
         interval: float = 0.1,
         timeout: float | None = None,  # noqa: ASYNC109  psycopg's signature
     ) -> Result:
-        """As psycopg's, but bounded."""
+        """Wait as psycopg does, up to a limit."""
         timer = asyncio.get_running_loop().call_later(self.answer_seconds_max, self._shut_down_socket)
         try:
             return await super().wait(gen, interval, timeout)

@@ -1,11 +1,11 @@
-"""The errors of Surety itself, and the one judgement of what an error of the database means.
+"""The errors of Surety, and the only table that classifies errors of the database.
 
 The command line shows the text of a SuretyError without a traceback.
 
 SuretyError
-├── SettingsError        the environment
-├── EmbeddedServerError  the embedded PostgreSQL
-└── DeployError          a deploy
+├── SettingsError        an environment variable is wrong
+├── EmbeddedServerError  the embedded PostgreSQL did not start
+└── DeployError          a deploy failed
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class EmbeddedServerError(SuretyError):
 
 
 class DeployError(SuretyError):
-    """The database could not be brought to a version; what was applied before stays, the rest is unchanged."""
+    """The database could not be brought to a version. Earlier steps stay applied; the rest is unchanged."""
 
 
 def kind_of(error: psycopg.Error) -> ErrorKind:
-    """What an error of the database means."""
+    """Classify an error of the database."""
     import psycopg
 
     if error.sqlstate is None:
@@ -96,7 +96,7 @@ def is_retryable(error: BaseException | None) -> bool:
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Whether there is no primary that answers: nothing but waiting helps."""
+    """Whether no primary answers, so that only waiting helps."""
     import psycopg
 
     return isinstance(error, psycopg.Error) and kind_of(error) == "unreachable"

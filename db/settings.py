@@ -119,7 +119,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
         key = self.stripe_api_key or Secret("sk_test_sandbox")
         if "_live_" in key.reveal():
             raise SettingsError(
-                "SURETY_SANDBOX_URL is set and STRIPE_API_KEY is a live key, which must not go to a sandbox"
+                "SURETY_SANDBOX_URL is set, but STRIPE_API_KEY is a live key, which must not be sent to a sandbox"
             )
         return ProviderEndpoint(self.surety_sandbox_url, key)
 
@@ -139,7 +139,7 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     }
     for name in sorted(given.keys() - known):
         likely = difflib.get_close_matches(name, known, n=1)
-        raise SettingsError(f"{name} is no variable of Surety's" + (f"; did you mean {likely[0]}?" if likely else ""))
+        raise SettingsError(f"{name} is not a variable of Surety" + (f"; did you mean {likely[0]}?" if likely else ""))
     try:
         return msgspec.convert(given, Settings, strict=False, dec_hook=make_secret)
     except msgspec.ValidationError as error:

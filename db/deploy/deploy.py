@@ -9,8 +9,8 @@ each statement must bear being repeated; number them before the others of their 
 transaction with db/*.sql. It waits for a lock no longer than LOCK_TIMEOUT, so that other sessions don't queue behind it
 for longer; then it rolls back and tries again.
 
-Functions are replaced in place, which locks out no caller. Replacing views and triggers does, so only changed ones are
-written. Tables that a migration alters or that get a trigger are locked first of all, in
+Functions are replaced in place, which blocks no caller. Replacing a view or a trigger blocks callers, so only changed
+ones are written. Tables that a migration alters or that get a trigger are locked first of all, in
 LOCK_ORDER: another order, or a view first, would deadlock with writers. Objects in our schemas that no file contains
 any more are dropped. It is an error if other objects depend on them.
 
@@ -41,7 +41,7 @@ from db.errors import DeployError, kind_of
 ShowProgress = Callable[[str], None]
 
 ADVISORY_LOCK = 0x5375_7265_7479
-LOCK_TIMEOUT = "300ms"  # below deadlock_timeout, so that in a deadlock it is always the deploy that gives way
+LOCK_TIMEOUT = "300ms"  # below deadlock_timeout, so that in a deadlock the deploy gives way, not the traffic
 OTHER_DEPLOY_SECONDS_MAX = 600.0
 
 
@@ -92,8 +92,8 @@ def deploy(
 def one_deploy_at_a_time(conn: Connection, say: ShowProgress) -> Generator[None]:
     """Let one deploy run at a time.
 
-    It asks again and again instead of waiting in the server: there it would hold a snapshot, for whose end the other
-    deploy's `create index concurrently` would wait.
+    It polls for the lock instead of waiting in the server. A waiting statement holds a snapshot, and the other deploy's
+    `create index concurrently` would wait for that snapshot's end.
     """
     deadline = time.monotonic() + OTHER_DEPLOY_SECONDS_MAX
     is_announced = False
@@ -101,7 +101,7 @@ def one_deploy_at_a_time(conn: Connection, say: ShowProgress) -> Generator[None]
         if time.monotonic() > deadline:
             raise DeployError(f"another deploy has been running for {OTHER_DEPLOY_SECONDS_MAX:.0f} s")
         if not is_announced:
-            say("another deploy is running; waiting for its end")
+            say("another deploy is running; waiting until it ends")
             is_announced = True
         time.sleep(random.uniform(0.05, 0.15))
     try:
@@ -131,7 +131,7 @@ class DeployRun:
             raise DeployError("schema.sql creates no schema")
         there = self.conn.execute("select nspname from pg_namespace where nspname = any(%s)", (self.source.schemas,))
         if names := ", ".join(name for (name,) in there.fetchall()):
-            raise DeployError(f"the database has the schemas {names}, but not by a deploy: give Surety one of its own")
+            raise DeployError(f"no deploy created the schemas {names} of this database: give Surety an empty one")
         self.in_short_transaction(self.create_everything)
 
     def create_everything(self) -> None:
@@ -266,7 +266,7 @@ class DeployRun:
         self.record_deploy()
 
     def changed_views_and_triggers(self) -> list[Statement]:
-        """The views and triggers to write: those whose text changed, or that are not as the last deploy left them."""
+        """The views and triggers to write: their text has changed, or the database differs from the last deploy."""
         remembered = {
             (kind, identity): (text, definition)
             for kind, identity, text, definition in self.conn.execute(
@@ -290,7 +290,7 @@ class DeployRun:
         self.written.append(statement.identity)
 
     def drop_removed_objects(self) -> None:
-        """Drop the objects that no file contains, each after those that depend on it."""
+        """Drop the objects that no file contains, each after its dependents."""
         wanted = {(each.kind, each.identity) for each in (*self.source.schema, *self.source.statements)}
         left = [each for each in self.objects() if (each.kind, each.identity) not in wanted]
         while left:
@@ -313,7 +313,7 @@ class DeployRun:
         self.conn.execute(f"drop {kind} {leftover.name}".encode())
 
     def refuse_overloads(self) -> None:
-        """A changed signature would create a second function beside the old one."""
+        """Refuse a changed signature: it would create a second function beside the old one."""
         files = (*self.source.schema, *self.source.statements)
         wanted = Counter(each.identity for each in files if each.kind == "function")
         there = [each for each in self.objects() if each.kind == "function"]
@@ -363,7 +363,7 @@ class DeployRun:
 
     @contextlib.contextmanager
     def search_path(self, path: str) -> Generator[None]:
-        """Look names up elsewhere for a while."""
+        """Set search_path for a block."""
         self.conn.execute(sql.SQL("set local search_path = {}").format(sql.Identifier(path)))
         yield
         self.conn.execute("set local search_path = pg_catalog")
@@ -374,7 +374,7 @@ class DeployRun:
             self.execute(statement)
 
     def execute(self, statement: Statement) -> None:
-        """Execute a statement; an error that no repetition cures names its place."""
+        """Execute a statement. An error that is not retryable names the file and line."""
         self.current_step = location_of(statement)
         try:
             self.conn.execute(statement.text.encode())

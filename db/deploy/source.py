@@ -135,7 +135,7 @@ class Migration:
 
     @property
     def waits_for_new_code(self) -> bool:
-        """Whether it may run only after all workers of the version before have ended, by Procrastinate's rule."""
+        """Whether all workers of the previous version must have ended before it runs, by Procrastinate's rule."""
         return self.origin == "procrastinate" and "_post_" in self.path.name
 
 

@@ -76,7 +76,7 @@ def read_statements(path: Path) -> list[Statement]:
 
 
 def split(text: str, file: str = "") -> Iterator[Statement]:
-    """The statements of a text, without the comments before them: to change those is no change of the statement."""
+    """The statements of a text, without the comments before them: a changed comment does not change its statement."""
     start, depth = 0, 0
     for token in TOKEN.finditer(text):
         word = (token["word"] or "").lower()

@@ -10,6 +10,6 @@ although it asks for no password. It ends with the thread that started it, even 
 next run removes the folders that a killed run left. PostgreSQL refuses to run as root: then the server runs as
 `postgres`, else as `nobody`.
 
-server.py     the server      binaries.py   its programs     accounts.py   the user as whom it runs
+server.py     the server      binaries.py   its programs     accounts.py   the user that runs it
 folders.py    its folders     processes.py  its processes    databases.py  temporary databases on any server
 """

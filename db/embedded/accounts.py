@@ -1,4 +1,4 @@
-"""The system account as which an embedded server runs."""
+"""The system account that runs an embedded server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from db.errors import EmbeddedServerError
 
 @dataclass(frozen=True, slots=True)
 class SystemAccount:
-    """The user as whom a server runs; without ids, the calling user."""
+    """The user that runs a server; without ids, the calling user."""
 
     name: str = ""
     uid: int | None = None
@@ -45,7 +45,7 @@ class SystemAccount:
         return True
 
     def own_folder(self, folder: Path) -> None:
-        """Give it a folder, to it alone."""
+        """Make the account the only owner of a folder."""
         folder.chmod(0o700)
         if self.uid is not None and self.gid is not None:
             os.chown(folder, self.uid, self.gid)

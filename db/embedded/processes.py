@@ -46,7 +46,7 @@ def process_start_time(pid: int) -> str:
 
 
 def server_pid(data: Path) -> int | None:
-    """The process that serves a data folder: the one its lock file names, if that is really running on it."""
+    """The process that serves a data folder: the one in its lock file, if that process runs on this folder."""
     try:
         pid = int((data / "postmaster.pid").read_text().splitlines()[0])
     except (OSError, IndexError, ValueError):

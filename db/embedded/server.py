@@ -59,7 +59,7 @@ class EmbeddedServer:
     """An embedded PostgreSQL.
 
     `folder` keeps the data there for the next time; without it they are removed at the end. `durable` makes commits
-    survive a crash of the machine (they survive a kill of the server anyway); the default is: only where data are kept.
+    survive a crash of the machine (they survive a kill of the server anyway); by default only if `folder` is given.
     `settings` are further server settings. `url` reaches the database `postgres` as superuser.
 
     `start` raises EmbeddedServerError with the end of the server's log.
@@ -223,7 +223,7 @@ class EmbeddedServer:
             self.process.send_signal(number)
 
     def _is_ready(self) -> bool:
-        """The last line of its lock file says so, which is what pg_ctl waits for too."""
+        """Whether the last line of the lock file says ready, as pg_ctl checks."""
         try:
             lines = (self.data / "postmaster.pid").read_text().splitlines()
         except OSError:

@@ -201,7 +201,7 @@ def test_a_failed_first_deploy_leaves_nothing_and_names_the_line(blank: str, sho
 
 def test_foreign_database_is_refused(blank: str, shop: SourceTree) -> None:
     execute(blank, "create schema shop")
-    with pytest.raises(DeployError, match="not by a deploy"):
+    with pytest.raises(DeployError, match="no deploy created"):
         shop.deploy(blank)
 
 

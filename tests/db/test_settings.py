@@ -20,7 +20,7 @@ KINDS: tuple[ProcessKind, ...] = ("api", "webhook", "worker", "analyst", "audito
 @pytest.mark.parametrize(
     ("environment", "complaint"),
     [
-        ({"SURETY_API_PROT": "1"}, "SURETY_API_PROT is no variable of Surety's; did you mean SURETY_API_PORT?"),
+        ({"SURETY_API_PROT": "1"}, "SURETY_API_PROT is not a variable of Surety; did you mean SURETY_API_PORT?"),
         ({"SURETY_API_PORT": "many"}, "SURETY_API_PORT: Expected `int`"),
         ({"SURETY_API_PORT": "65536"}, "SURETY_API_PORT: Expected `int` <= 65535"),
         ({"DATABASE_URL": "no address"}, "DATABASE_URL: Expected a database's address"),
