@@ -64,7 +64,7 @@ begin
             select
                 e.*,
                 case
-                    -- Two events may ask for one cancellation.
+                    -- Two events may request the same cancellation.
                     when e.turn > 1 then 'skip'
                     when p_operation = 'create' and e.state not in ('initiated', 'submitting') then 'skip'
                     when p_operation = 'create' and e.is_cancel_requested and e.was_sent then 'find'
@@ -156,8 +156,8 @@ create or replace function surety.plan_evidence_calls(p_batch bigint, p_fence bi
 returns surety.planned_call[]
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
--- Each request holds all evidence that was given so far. So only the last event of a dispute has a call, and a repeated
--- call does no harm.
+-- Each request holds all evidence given so far. Therefore only the last event of a dispute has a call, and repeating it
+-- does no harm.
 declare
     v_now timestamptz := surety.time_now();
 begin
@@ -253,7 +253,7 @@ begin
         insert into audit.entries (id, at, kind, actor, payment_id, merchant_id, outcome, snapshot)
         select
             surety.new_id('aud', v_now), v_now, 'call', p_actor, j.payment_id, (j.payment).merchant_id,
-            -- Evidence is sent again without asking.
+            -- Evidence is sent again without a read before.
             case when j.verdict = 'send' or p_operation = 'evidence' then 'sent' else 'asked' end,
             jsonb_build_object('operation', j.operation, 'key', w.idempotency_key, 'sends', w.sends)
         from planned as j

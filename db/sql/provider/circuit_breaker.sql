@@ -1,7 +1,7 @@
--- The circuit breaker: one circuit per provider account, shared by all workers. An outage is not the event's failure.
+-- The circuit breaker: one circuit per provider account, shared by all workers. Outages don't count against events.
 --
 --   count  workers report the results of their calls; too many failures open the account's circuit
---   open   events of the account are held, failures of the last two minutes are uncounted, and handlers that call the
+--   open   events of the account are held, failures of the last two minutes no longer count, and handlers that call the
 --          provider claim nothing while all circuits are open
 --   probe  one worker at a time makes a harmless call, at growing intervals
 --   close  a probe was answered: held events are due at once
@@ -233,8 +233,8 @@ end;
 $$;
 
 comment on function surety.close_circuit(text, text, text, text) is
-'Closes an account''s circuit, resets its counts, and makes its held events due. False, and nothing done, if it is
-closed.';
+'Closes an account''s circuit, resets its counts, and makes its held events due. Returns false and changes nothing if it
+is closed already.';
 
 create or replace function surety.hold_blocked_events(p_batch bigint, p_fence bigint, p_event_ids text[]) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp

@@ -8,7 +8,7 @@ from surety.circuit_breakers
 where circuit_breakers.opened_at is not null;
 
 comment on view surety.open_circuits is
-'The accounts that are called by probes only. A view, so that the planner inlines it where due objects are claimed.';
+'The accounts that only probes may call. A view, so that the planner inlines it in queries that claim due objects.';
 
 create or replace function surety.circuit_key(p_provider text, p_account text) returns text
 language sql immutable

@@ -102,5 +102,5 @@ end;
 $$;
 
 comment on function surety.fail_refused_payments(jsonb, text) is
-'Records the refusals among results (as surety.record_call_results takes them): payments whose creation was refused have
-failed, as have refused captures and refunds. Locks their payments. Returns the types of the events made.';
+'Records the refusals among results (as surety.record_call_results takes them): refused captures and refunds, and
+payments whose creation was refused, have failed. Locks their payments. Returns the types of the events made.';

@@ -101,5 +101,5 @@ $$;
 comment on function surety.record_event_results(bigint, bigint, text, jsonb) is
 'Records results as surety.record_call_results does, each with its "event_id" and perhaps "release_seconds" or "outage".
 They are recorded even if the lease is lost; finishing the events needs it. An event with release_seconds is given back
-uncounted. One with an error has failed, unless surety.uncount_outage_failures finds that its provider has. Every other
-is finished. is_held is false when another worker holds the lease.';
+uncounted. An event with an error has failed, unless surety.uncount_outage_failures finds an outage of its provider. All
+other events are finished. is_held is false when another worker holds the lease.';
