@@ -3,7 +3,7 @@
 create or replace function api.show_payment(p surety.payments) returns table (document json)
 language sql stable parallel safe
 begin atomic
-    -- Without settings of its own, so that PostgreSQL inlines it into the calling query.
+    -- No set clause, so that PostgreSQL can inline the function.
     select row_to_json(shown.*) from (
         select
             p.id as id,

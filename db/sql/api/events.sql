@@ -62,7 +62,7 @@ begin
     left join surety.payments as p on p.id = g.aggregate_id
     left join surety.refunds as r on r.id = g.aggregate_id
     left join surety.disputes as d on d.id = g.aggregate_id
-    -- offset 0: each object is put together once, not once for each field of its document.
+    -- offset 0: each object is built once, not once per field of its document.
     left join lateral (
         select api.payment_at_event(p, g.payload) as payment where p.id is not null offset 0
     ) as past_payment on true

@@ -34,7 +34,7 @@ create or replace function api.new_payment(
 ) returns surety.payments
 language sql immutable parallel safe
 begin atomic
-    -- Columns in the table's order. PostgreSQL puts the expression in the place of the call.
+    -- Columns in the table's order. PostgreSQL inlines the expression.
     select (
         p_id, p_merchant_id, 1, 'initiated', p_amount_minor, p_currency, 0, 0, 0, 0, 0, p_rail, p_capture_method,
         p_method_token, p_reference, p_description, p_statement_descriptor_suffix, p_return_url, p_customer,
@@ -72,8 +72,8 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 set plan_cache_mode = force_generic_plan
 as $$
--- Locks: idempotency keys, references, each sorted; the payments are new. Rows travel in parallel arrays, because
--- joining them again would cost more than the rest.
+-- Locks: idempotency keys, references, each sorted; the payments are new. Rows are kept in parallel arrays, because
+-- joins would cost more than all other work.
 declare
     v_route constant text := 'POST /v1/payments';
     v_now timestamptz := surety.time_now();
@@ -205,7 +205,7 @@ begin
             select e.payment_id, 1, null, 'initiated', 'request', v_now, e.actor, e.request_id
             from unnest(v_entries) as e
         )
-        -- The request's entry is the first step's, too.
+        -- The request and the first step share one audit entry.
         insert into audit.entries (
             id, at, kind, actor, address, request_id, payment_id, merchant_id, version, to_state, outcome, reason,
             snapshot
@@ -217,7 +217,7 @@ begin
     end if;
 
     if cardinality(v_won) = cardinality(v_n) then
-        -- All are new: the arrays hold the same requests, each at its place.
+        -- All payments are new: the arrays hold the same requests in the same order.
         return query
         select a.n, a.status, null::text, null::jsonb, a.response, false, a.payment_id
         from rows from (unnest(v_n), unnest(v_keys)) as a (
@@ -299,8 +299,8 @@ create or replace function api.list_payments(
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
--- The merchant and both bounds are known before payments are read, so that a page costs the same whatever other
--- merchants have and however far back it lies.
+-- The merchant and both bounds are found before payments are read. So the cost of a page does not depend on other
+-- merchants or on its age.
 declare
     v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
     v_from text := surety.id_at('pay', greatest(p_created_from, 'epoch'));

@@ -58,7 +58,7 @@ begin
     from ledger.postings as g join ledger.transfers as t on t.posting_id = g.id
     where g.payment_id = v_payment.id and g.rule in ('captured', 'captured_ach')
         and t.credit_account like 'fee\_revenue:%';
-    -- Rounded as at settlement; otherwise a merchant with no other money could lack a cent.
+    -- Rounded as at settlement; otherwise the balance of a merchant without other money could be short by a cent.
     if round((v_amount - v_fee - v_balance) * coalesce(v_exchange.rate, 1)) > v_other then
         return api.refuse_command(v_admitted, 'balance-too-low', jsonb_build_object(
             'needed', v_amount, 'balance', v_balance + floor(v_other / coalesce(v_exchange.rate, 1))::bigint,
@@ -96,7 +96,7 @@ $$;
 
 comment on function api.create_refund(jsonb) is
 'Creates a refund; p_request as for api.admit_command, with payment_id and optionally amount (minor units), reason and
-metadata. Without an amount, all that is left is refunded. 201 and the refund, pending; its amount is reserved.
+metadata. Without an amount, the rest is refunded. 201 and the refund, pending; its amount is reserved.
 Problems: not-found; wrong-state, detail {state, reason}; invalid-request if the amount exceeds the rest;
 balance-too-low, detail {needed, balance, currency}. The merchant''s pending and available balance must cover the
 refund, except for our fee of this payment, so that a merchant with no other money can refund it in full. A balance in
