@@ -123,7 +123,7 @@ begin atomic
 end;
 
 comment on function outbox.describe_replay(text) is
-'What a handler does with an event that it gets again, as a sentence for operators.';
+'The effect of a replay by this handler, as a sentence for operators.';
 
 create or replace function outbox.show_dead_letter(p_letter outbox.dead_letters) returns table (document json)
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -352,6 +352,6 @@ end;
 $$;
 
 comment on function outbox.discard_dead_letter(text, text, text, boolean, text, text) is
-'Gives up the event of a dead letter, with the effect that outbox.discard_effect names. Outcomes: discarded;
+'Discards the event of a dead letter, with the effect that outbox.discard_effect names. Outcomes: discarded;
 would_discard (p_dry_run); unchanged (discarded already); refused (the provider may hold a charge, or the letter was
 replayed or resolved); not_found.';

@@ -1,4 +1,4 @@
--- Discrepancies, by operators: a person closes one with its explanation.
+-- Discrepancies: operators close one with its explanation.
 
 create or replace function surety.close_discrepancy(
     p_id text, p_reason text, p_actor text default session_user

@@ -1,4 +1,4 @@
--- Invariants: what must hold in every database, at any time. Each is a view in the schema `invariant`.
+-- Invariants: rules that hold in every database, at any time. Each is a view in the schema `invariant`.
 --
 -- Such a view has a column `subject`, the ids that violate the invariant; its comment is the invariant's sentence. To
 -- add or drop one, add or drop its view.

@@ -56,4 +56,4 @@ begin atomic
 end;
 
 comment on function surety.suspend_merchant(text, boolean, text) is
-'Suspends or resumes a merchant. False if the merchant was so already, null for an unknown merchant.';
+'Suspends or resumes a merchant. False if nothing changed, null for an unknown merchant.';

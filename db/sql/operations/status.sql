@@ -1,4 +1,4 @@
--- Status: everything that an operator should know, in one row.
+-- Status: the figures that operators need, as one document.
 
 create or replace function outbox.handler_backlog(p_handler text, p_count_max integer)
 returns table (backlog bigint, oldest_at timestamptz, retries_due bigint, suspects bigint, dead bigint)

@@ -214,7 +214,7 @@ begin
     if v_handler.calls_provider and surety.all_accounts_unreachable() then
         return;
     end if;
-    -- The last tenth of a batch after a second are slow calls; they do not keep new batches waiting.
+    -- After a second, the last tenth of a batch counts as slow calls, which must not delay new batches.
     if (
         select count(*) from outbox.batches as b
         where b.handler = p_handler

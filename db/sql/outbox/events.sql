@@ -49,7 +49,7 @@ begin atomic
         found.type
     from (
         (
-            -- One look-up per transaction that was open: a join would read the whole log.
+            -- One index look-up per transaction that was open: a join would read the whole log.
             select late.*
             from pg_snapshot_xip(p_seen) as open (xid)
             cross join lateral (

@@ -1,4 +1,4 @@
--- Traces: everything known about one payment, from its id.
+-- Traces: the history of one payment, from its id.
 
 create or replace function surety.describe_fact(
     p_kind text, p_object_id text, p_amount_minor bigint, p_currency text, p_data jsonb
@@ -35,7 +35,7 @@ begin atomic
     audited as (
         select
             entries.at,
-            -- All that one statement did has one time; this order puts causes before effects.
+            -- Entries of one statement have the same time; this order puts causes before effects.
             case entry.kind
                 when 'request' then 0
                 when 'answer' then 1
@@ -97,7 +97,7 @@ begin atomic
                 as kind
         ) as entry
         left join surety.api_keys on entry.kind = 'request' and substr(entries.actor, 5) = api_keys.id
-        -- Nothing can have happened to a payment before its id was made: older partitions are not looked at.
+        -- No entry is older than the payment's id, so older partitions are not read.
         where entries.payment_id = p_payment_id and entries.id >= 'aud_' || substr(p_payment_id, 5, 12)
     ),
 
@@ -179,8 +179,7 @@ begin atomic
 end;
 
 comment on function surety.trace_payment(text) is
-'Everything known about a payment, in the order in which it happened: requests, steps, calls, webhooks, transfers,
-retries.';
+'The history of a payment, oldest first: requests, steps, calls, webhooks, transfers, retries.';
 
 create or replace function surety.payment_summary(p_payment_id text)
 returns table (
@@ -248,4 +247,4 @@ begin atomic
 end;
 
 comment on function surety.payment_summary(text) is
-'A payment in one line, with everything that is still open about it. No row for an unknown id.';
+'A payment as one row, with its pending work and open problems. No row for an unknown id.';

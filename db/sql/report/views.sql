@@ -1,4 +1,4 @@
--- What analysts read: stable views that only gain columns at the end. Amounts are minor units, time is UTC.
+-- Views for analysts. They are stable: new columns are added at the end only. Amounts are minor units, time is UTC.
 
 create or replace view report.payments as
 select
@@ -70,7 +70,7 @@ from ledger.balances
 inner join ledger.accounts on balances.account_id = accounts.id;
 
 comment on view report.merchant_balances is
-'What merchants are owed, by account: pending (not settled), available, disputed, reserved_for_refunds. Credits minus
+'Merchants'' balances by account: pending (not settled), available, disputed, reserved_for_refunds. Credits minus
 debits.';
 
 create or replace view report.discrepancies as
@@ -103,7 +103,7 @@ select
     dead_letters.closed_because
 from outbox.dead_letters;
 
-comment on view report.dead_letters is 'Events that were given up on, open while closed_at is null.';
+comment on view report.dead_letters is 'Events whose handler gave up, open while closed_at is null.';
 
 create or replace view report.refunds as
 select
