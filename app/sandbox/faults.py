@@ -35,25 +35,25 @@ class FaultProfile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     """Probabilities. Request faults are per POST, webhook faults per event other than `….created`."""
 
     timeout_before: float = 0.0
-    """No answer, and nothing happened."""
+    """No answer, and the request has no effect."""
     timeout_after: float = 0.0
-    """No answer, but it happened."""
+    """No answer, but the request takes effect."""
     reset: float = 0.0
-    """It happened; the connection breaks in the middle of the answer."""
+    """The request takes effect; the connection breaks in the middle of the answer."""
     error_500_before: float = 0.0
-    """500, stored under the key; nothing happened."""
+    """500, stored under the key, without an effect."""
     error_500_after: float = 0.0
-    """500, stored under the key; it happened."""
+    """500, stored under the key, although the request takes effect."""
     conflict_409: float = 0.0
-    """409 as if the same key were in use; nothing happened, nothing stored."""
+    """409 as if the same key were in use. The request has no effect; no answer is stored."""
     rate_limit_429: float = 0.0
-    """429 with Retry-After; nothing happened, nothing stored."""
+    """429 with Retry-After. The request has no effect; no answer is stored."""
     garbage_200: float = 0.0
-    """It happened; the answer is 200 with a body that is no JSON."""
+    """The request takes effect; the answer is 200 with a body that isn't JSON."""
     slow: float = 0.0
-    """It happens late; the key is in use until then."""
+    """The request takes effect late; its key is in use until then."""
     webhook_first: float = 0.0
-    """It happened; its webhooks are delivered before the answer. A GET delivers those that are held back."""
+    """The request takes effect; its webhooks are delivered before the answer. A GET delivers held ones."""
     reads: float = 0.0
     """Factor on these probabilities for GETs."""
     lost: float = 0.0
