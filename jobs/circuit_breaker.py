@@ -142,7 +142,7 @@ class CircuitBreaker:
             except ProviderError as failure:
                 error = failure
             if isinstance(error, ProviderOutage):
-                await self._open(account, f"nothing is answered: {error}")
+                await self._open(account, f"no answer: {error}")
             elif was_open:
                 await self._close(account, f"it answers: {error}" if error else "it answers")
             self._probed_at[account] = time.monotonic()

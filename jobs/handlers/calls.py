@@ -49,7 +49,7 @@ Verdict = Literal["send", "ask", "replace_key", "find", "wait", "skip"]
 
 
 class CallSubject(Struct, kw_only=True):
-    """The payment that a call is about, and what a response must agree with. Amounts are in minor units."""
+    """The payment of a call, with the values that a response must agree with. Amounts are in minor units."""
 
     payment_id: str
     account: str

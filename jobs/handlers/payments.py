@@ -85,7 +85,7 @@ def intent_error_result(subject: CallSubject, error: ProviderError, operation: s
 
 
 def explain_intent_error(call: ProviderCall, error: ProviderError) -> CallResult:
-    """As intent_error_result, for a call of a handler."""
+    """Adapt intent_error_result to the calls of handlers."""
     return intent_error_result(call, error, call.operation)
 
 

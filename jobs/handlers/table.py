@@ -1,4 +1,4 @@
-"""The handlers of the outbox: their events, what they write in the database, what they call at the provider.
+"""The handlers of the outbox: their events, their writes to the database, their calls to the provider.
 
 A handler takes a batch and the ids of the events to handle. It finishes them or raises; after an error, each half of
 them is tried again. outbox.handler_events holds the events for the database; a test compares the two.

@@ -70,7 +70,7 @@ class StripeHttpClient(stripe.HTTPClient):
     async def request_async(
         self, method: str, url: str, headers: Mapping[str, str], post_data: str | None = None
     ) -> tuple[bytes, int, Mapping[str, str]]:
-        """One request. Raises APIConnectionError if no whole answer comes."""
+        """Send a request. Raises APIConnectionError if there is no complete answer."""
         try:
             answer = await self.pool.request(method, url, headers=headers, content=post_data)
         except httpx.HTTPError as error:

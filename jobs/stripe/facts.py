@@ -74,7 +74,7 @@ def failure(error: Json | None) -> Json | None:
 
 
 def next_action(action: Json | None) -> Json | None:
-    """What the payer must do, as merchants see it: a redirect's URL, or that Stripe's script must take over."""
+    """The payer's next action, as merchants see it: the URL of a redirect, or the use of Stripe's script."""
     if action is None:
         return None
     if action["type"] == "redirect_to_url":
