@@ -103,22 +103,22 @@ comment on function outbox.discard_effect(outbox.dead_letters) is
 fail: nothing was sent, or the provider refused it; the payment or refund ends as failed, a capture as refused.
 cancel: the provider holds an intent that was never confirmed; it is canceled.
 forget: the event has nothing left to do, or affects nothing outside; only the letter is closed.
-refuse: the provider may hold a charge; a replay asks the provider.';
+refuse: the provider may hold a charge; a replay reads it first.';
 
 create or replace function outbox.describe_replay(p_handler text) returns text
 language sql immutable set search_path = pg_catalog, pg_temp
 begin atomic
     select case p_handler
         when 'submit' then 'creates the intent under the same key, or looks for it first: at most one will exist'
-        when 'confirm' then 'asks about the intent first, and confirms it only if it was not'
-        when 'cancel' then 'asks about the intent first, and cancels it only if it still lives'
-        when 'capture' then 'asks about the intent first, and captures it only if it is still held'
+        when 'confirm' then 'reads the intent first, and confirms it only if it is not confirmed'
+        when 'cancel' then 'reads the intent first, and cancels it only if it has not ended'
+        when 'capture' then 'reads the intent first, and captures it only if its amount is still authorized'
         when 'refund' then 'looks for the refund among those of the payment first: at most one will exist'
         when 'evidence' then 'sends all evidence again, which the provider accepts as an update'
         when 'apply' then 'reads the webhook again; facts that are known change nothing'
         when 'settle' then 'opens the expected settlement, unless it is open'
         when 'close' then 'closes the expected settlement, unless it is closed'
-        else 'gives the event to its handler again, which asks before it sends'
+        else 'gives the event to its handler again, which reads the object before it sends'
     end;
 end;
 
