@@ -1,1 +1,1 @@
-"""What listens (API, webhook receiver, sandbox, console) and the command line."""
+"""The servers (API, webhook receiver, sandbox) and the command line."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import psycopg
 
 ErrorKind = Literal["conflict", "transient", "unreachable", "not_deployed", "ours", "request"]
-"""What an error of the database means.
+"""The kinds of database errors, each with the response to it.
 
 conflict      another transaction was in the way: repeat the transaction
 transient     the session ended, resources ran out, or a deploy changed a prepared statement's result: repeat it on a

@@ -76,7 +76,7 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         409,
         "The balance does not cover this",
         "What goes back to payers must be covered by what you are owed, settled or not: `balance`, in minor units of "
-        "`currency`; `needed` is what was asked for. Nothing changed, and the Idempotency-Key is free.",
+        "`currency`; `needed` is the requested amount. Nothing changed, and the Idempotency-Key is free.",
     ),
     "too-large": ProblemDefinition(
         413, "The body is too large", "`limit` is the largest body in bytes. Nothing was stored."

@@ -23,7 +23,7 @@ create table if not exists deploy.deploys (
     constraint deploys_pkey primary key (id)
 );
 comment on table deploy.deploys is
-'Every deploy that changed something: what it migrated, which views and triggers it wrote, what it dropped.';
+'Every deploy with changes: its migrations, the views and triggers that it wrote, the objects that it dropped.';
 
 create table if not exists deploy.objects (
     kind text not null,

@@ -210,7 +210,7 @@ class EmbeddedServer:
         self._spawn(*self._launched_with)
 
     def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server and remove what was only for this run."""
+        """Stop the server and remove its temporary folders."""
         self.halt(mode)
         for folder in reversed(self._scratch):
             shutil.rmtree(folder, ignore_errors=True)

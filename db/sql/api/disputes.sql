@@ -1,4 +1,4 @@
--- Disputes: evidence submitted; read, listed.
+-- Disputes: submit evidence, read, list.
 
 create or replace function api.submit_evidence(p_request jsonb) returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp

@@ -1,4 +1,4 @@
--- Payments: created, read, listed.
+-- Payments: create, read, list.
 --
 -- Every function takes the SHA-256 of the API key and finds the merchant itself, so that no caller can name one.
 -- Expected refusals are rows, not exceptions.
@@ -78,7 +78,7 @@ declare
     v_route constant text := 'POST /v1/payments';
     v_now timestamptz := surety.time_now();
     v_livemode boolean := (select e.livemode from surety.environment as e);
-    -- An element per request.
+    -- One element per request.
     v_n integer [];
     v_merchants text [];
     v_idempotency_keys text [];
@@ -87,7 +87,7 @@ declare
     v_details jsonb [];
     v_references text [];
     v_ids text [];
-    -- An element per request that may become a payment, in the order of its key.
+    -- One element per request that may become a payment, ordered by key.
     v_payments surety.payments [];
     v_keys surety.idempotency_keys [];
     v_entries audit.entries [];

@@ -1,4 +1,4 @@
--- Refunds: created, read, listed.
+-- Refunds: create, read, list.
 
 create or replace function api.create_refund(p_request jsonb) returns api.outcome
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp

@@ -226,8 +226,8 @@ begin
         from facts as f
         where f.kind = 'money'
     ),
-    -- Any fact of a refund means that it was asked for. Causes carry our id, because a refund is reserved here before
-    -- the provider knows of it. If another amount was refunded than was asked for, the difference is another cause.
+    -- Any fact about a refund proves its request. Causes carry our id, because a refund is reserved here before the
+    -- provider has it. If the refunded amount differs from the requested one, the difference is another cause.
     refunds_asked as (
         select ledger.entry(
             p_cause => r.id || ':asked' || case when asked.minor is null then '' else ':' || r.amount_minor end,

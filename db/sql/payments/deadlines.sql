@@ -34,7 +34,7 @@ end;
 $$;
 
 comment on function surety.emit_expired_actions(interval, integer) is
-'Emits payment.action_overdue, once each, for payments whose payer was asked to act more than p_after ago; its handler
+'Emits payment.action_overdue, once each, for payments whose payer has had to act for more than p_after; its handler
 cancels them at the provider. At most p_limit payments. Returns the types of the events made.';
 
 create or replace function surety.emit_evidence_reminders(p_before interval, p_limit integer default 500) returns text[]

@@ -5,7 +5,7 @@
 --   record  surety.record_event_results (db/sql/provider/results.sql) takes the results
 --
 -- A worker that dies in between leaves a call that was sent and not answered. The next worker sends the same request
--- under the same key, or asks the provider first. surety.call_verdicts lists the verdicts and what they mean.
+-- under the same key, or reads the object first. surety.call_verdicts lists the verdicts with their meanings.
 
 create or replace function surety.plan_call(
     p_event_id text, p_subject_id text, p_verdict text, p_operation text, p_idempotency_key text, p_request jsonb,
