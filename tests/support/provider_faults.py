@@ -47,7 +47,7 @@ ROUNDS_MAX = 12
 VISA, DECLINED, ACTION_REQUIRED = "pm_card_visa", "pm_card_visa_chargeDeclined", "pm_card_authenticationRequired"
 PENDING = "pm_card_pendingRefund"
 
-# What the table calls a fault, and what the sandbox does for it.
+# The table's name of each fault, and the sandbox's fault for it.
 CALL_FAULTS = {
     "timeout before": "timeout_before",
     "timeout after": "timeout_after",
@@ -68,7 +68,7 @@ WEBHOOK_FAULTS = {
     "wrongly signed": "forged",
 }
 FAULTS = CALL_FAULTS | WEBHOOK_FAULTS
-# An account each: what goes wrong at once must not look like the provider's outage, which is another story.
+# One account per case: simultaneous faults of one account would look like an outage of the provider.
 ACCOUNTS = {fault: f"acct_1SuretyFault{number}" for number, fault in enumerate(FAULTS)}
 LATE = "after 25 hours"
 FIRST = "webhook first"
@@ -218,7 +218,7 @@ class FaultMatrix:
         """
         pause_seconds = 25 * HOUR if late else SOON
         pairs = [(call, fault) for call in CALLS for fault in FAULTS if is_late(call, fault) == late]
-        # By turns what went wrong before had its effect, or not.
+        # Case by case in turn, the earlier faulty request takes effect or does not.
         self.cases = self._open(pairs)
         for lead in (
             self._submit, self._confirm, self._cancel, self._capture, self._refund, self._dispute, self._give_evidence,
@@ -275,7 +275,7 @@ class FaultMatrix:
         await self._act([], "confirm", "apply")
 
     def _before_confirming(self) -> list[OrderedFault]:
-        """What must have gone wrong, and which webhooks must be late, for the calls that come after."""
+        """Order the faults and late webhooks that later calls of the table depend on."""
         orders = []
         for case in self.cases:
             if not case.call.startswith("submit"):
@@ -339,7 +339,7 @@ class FaultMatrix:
             case.refund = made[refunds[case.payment_id]]
 
     async def _dispute(self, pause_seconds: float) -> None:
-        """Holders dispute; `apply` fetches what they say."""
+        """Cardholders dispute; `apply` fetches the disputes."""
         calls = ("apply: fetch dispute", "evidence: submit", "evidence: fetch", "poll_unfinished: fetch dispute")
         cases = [case for call in calls for case in self._of(call)]
         await self._until_charged(cases)
@@ -420,14 +420,14 @@ class FaultMatrix:
                 return
 
     async def deliver_late_webhooks(self) -> None:
-        """Days go by: what was delayed or overtaken is delivered, and applied."""
+        """Advance the clock by days: delayed and overtaken webhooks are delivered and applied."""
         self.move(DELAY_SECONDS + DAY)
         eventually(lambda: self.sandbox.control("webhooks")["pending"] == 0, 30)
         await self.heal()
         self._count()
 
     def unfinished(self) -> list[tuple[Any, ...]]:
-        """What has not come to its end."""
+        """The objects that have not ended."""
         return self.conn.execute(
             """
             select p.id, p.state from surety.payments as p where p.state not in (
@@ -487,7 +487,7 @@ class FaultMatrix:
         return [] if is_about_webhooks else [OrderedFault(None, "webhook", "delayed", match, 20)]
 
     def _clear_faults(self) -> None:
-        """What was ordered for a call that didn't come must not count for another's; webhooks are still to come."""
+        """Remove unused faults of calls, so that no later call gets them. Faults of webhooks stay."""
         self._orders = [order for order in self._orders if order.operation.startswith("webhook")]
         self._order([])
 
@@ -497,7 +497,7 @@ class FaultMatrix:
         self.sandbox.control("faults", {"next": [order.as_json() for order in self._orders]})
 
     def _count(self) -> None:
-        """What the sandbox has done of what was ordered."""
+        """Count the ordered faults that the sandbox has injected."""
         left: Counter[tuple[str, str, str]] = Counter()
         for order in self.sandbox.control("faults")["next"]:
             left[order["operation"], order["fault"], order.get("match", "")] += order.get("times", 1)
@@ -535,7 +535,7 @@ class FaultMatrix:
         self._count()
 
     async def _until(self, is_so: Callable[[], bool], handler: str) -> None:
-        """Let time go by, for what a machine that is busy with something else has made late."""
+        """Advance the clock and run a handler until the condition holds."""
         for _ in range(ROUNDS_MAX):
             if is_so():
                 return
@@ -554,7 +554,7 @@ class FaultMatrix:
         }
 
     def _wait_for_webhooks(self, type_: str, cases: list[FaultCase]) -> None:
-        """Until the webhooks that announce what these cases fetch have come, unless a confirmation has been slow."""
+        """Wait for the webhooks that announce the objects of these cases, unless a confirmation was slow."""
         query = "select count(*) from surety.provider_events where type = %s and body like any(%s)"
         wanted = [f"%{case.intent}%" for case in cases]
         wait_until(lambda: self.conn.execute(query, (type_, wanted)).fetchone() == (len(cases),), 5)
@@ -569,7 +569,7 @@ class FaultMatrix:
 
 
 def timeout(has_happened: bool) -> str:
-    """What leaves an outcome unknown."""
+    """The name of a fault that leaves the outcome unknown."""
     return "timeout_after" if has_happened else "timeout_before"
 
 

@@ -63,7 +63,7 @@ def wait_for_worker(conn: Connection, count: int = 1) -> None:
 async def in_process_worker(
     database: str, sandbox_url: str, *, judged: bool = True, timeout_seconds: float = 5, per_second: float = 0
 ) -> AsyncGenerator[Worker]:
-    """A worker whose handlers are worked off by hand; what it sent and got is judged by Stripe's description after."""
+    """A worker whose handlers the test runs. At the end, Stripe's description checks its requests and responses."""
     exchanged: list[httpx.Response] = []
 
     async def remember(response: httpx.Response) -> None:
@@ -118,11 +118,11 @@ async def run_until_idle(worker: Worker, *handlers: str) -> int:
 
 
 def due(conn: Connection) -> None:
-    """What waits to be tried again is due now."""
+    """Make waiting retries due now."""
     conn.execute("update outbox.retries set due_at = now() where due_at is not null")
 
 
 def attempts(conn: Connection) -> list[tuple[Any, ...]]:
-    """Handler, counted failures and errors of what waits to be tried again."""
+    """Handler, counted failures and errors of each waiting retry."""
     query = "select handler, failures, jsonb_path_query_array(attempts, '$[*].error') from outbox.retries order by 1, 2"
     return conn.execute(query).fetchall()
