@@ -9,6 +9,7 @@ from msgspec import Struct
 from app.sandbox.faults import RequestFault
 
 if TYPE_CHECKING:
+    from app.sandbox.connections import SandboxResponse
     from app.sandbox.stripe.requests import StripeRequest
     from tests.simulation.database import SimulatedDatabase
     from tests.simulation.schedule import Schedule
@@ -37,6 +38,10 @@ class Outage(Struct):
     until: float
     first: StripeRequest
     """The first call that failed."""
+
+    def answers(self, response: SandboxResponse) -> bool:
+        """Whether a response is an answer: an outage of 500s still refuses requests and replays answers."""
+        return self.form.startswith("error_500") and response.status < 500
 
 
 class CircuitState(Struct, frozen=True):

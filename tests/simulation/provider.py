@@ -323,7 +323,9 @@ class SimulatedHttpClient(stripe.HTTPClient):
             await asyncio.get_running_loop().create_future()
             raise AssertionError
         await schedule.turn(process, f"{doing}: answer")
-        if is_well and (provider.outage is None or provider.outage.first is not received):
+        if (is_well and (provider.outage is None or provider.outage.first is not received)) or (
+            provider.outage is not None and provider.outage.answers(answered)
+        ):
             provider.answered_at = schedule.loop.seconds
             if provider.outage is not None:
                 provider.outage.silent_since = provider.answered_at

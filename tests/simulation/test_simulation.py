@@ -52,3 +52,8 @@ def test_same_seed_gives_the_same_schedule(executor: ProcessPoolExecutor, outcom
     again = [executor.submit(run_here, outcomes[seed].plan).result() for seed in (50, 7, 91, 7)]
     assert [one.digest for one in again] == [outcomes[one.plan.seed].digest for one in again]
     assert len({one.digest for one in outcomes.values()}) == len(PLANS)
+
+
+def test_refusal_during_an_outage_of_500s_is_an_answer(executor: ProcessPoolExecutor) -> None:
+    plan = SchedulePlan(seed=4775, steps=54, batching_connections=1)
+    assert not executor.submit(run_here, plan).result().violations
