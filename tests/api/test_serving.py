@@ -29,7 +29,7 @@ def create_stubborn() -> Litestar:
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncGenerator[None]:
-        print("open", flush=True)
+        os.write(1, b"open\n")  # one write, as both processes share the pipe; print makes two with PYTHONUNBUFFERED
         yield
         with anyio.CancelScope(shield=True):
             await anyio.sleep_forever()
