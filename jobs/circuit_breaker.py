@@ -58,20 +58,19 @@ class CircuitBreaker:
         self._actor = actor
         self._report_seconds = report_seconds
         self._tallies: defaultdict[str, CallCounts] = defaultdict(CallCounts)
-        self._closed_at: dict[str, float] = {}
         self._probing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._probed_at: dict[str, float] = {}
         self._reported_at = 0.0
         stripe.on_call = self.count_call
 
-    def count_call(self, account: str, began: float, error: ProviderError | None, is_command: bool) -> None:
-        """Count a call that has ended; `began` is on the monotonic clock."""
+    def count_call(self, account: str, error: ProviderError | None, is_command: bool) -> None:
+        """Count a call that has ended."""
         tally = self._tallies[account]
         if not isinstance(error, ProviderOutage):
             tally.answered += is_command
             tally.consecutive_failures = 0
             tally.answered_at = time.monotonic()
-        elif account not in self.blocked and began > self._closed_at.get(account, 0.0):
+        else:
             tally.failed += 1
             tally.consecutive_failures += 1
 
@@ -117,14 +116,8 @@ class CircuitBreaker:
         ]
         query = "select account, is_open, answered_seconds from surety.count_call_results(%s, %s, %s)"
         states = await self._database.rows(AccountState, query, PROVIDER, Jsonb(calls), self._actor)
-        self._set_blocked(frozenset(row.account for row in states if row.is_open))
+        self.blocked = frozenset(row.account for row in states if row.is_open)
         return {row.account: reported_at - row.answered_seconds for row in states if row.answered_seconds is not None}
-
-    def _set_blocked(self, blocked: frozenset[str]) -> None:
-        now = time.monotonic()
-        for account in self.blocked - blocked:
-            self._closed_at[account] = now
-        self.blocked = blocked
 
     async def _probe(self, account: str) -> None:
         """Probe an account. No answer opens its circuit; an answer closes a circuit that was open before the probe.
@@ -151,10 +144,10 @@ class CircuitBreaker:
         query = "select surety.open_circuit(%s, %s, %s, %s)"
         if await self._database.value(query, PROVIDER, account, reason, self._actor):
             log.warning("circuit of account %r at %s opened: %s", account, PROVIDER, reason)
-        self._set_blocked(self.blocked | {account})
+        self.blocked |= {account}
 
     async def _close(self, account: str, reason: str) -> None:
         query = "select surety.close_circuit(%s, %s, %s, %s)"
         if await self._database.value(query, PROVIDER, account, reason, self._actor):
             log.warning("circuit of account %r at %s closed: %s", account, PROVIDER, reason)
-        self._set_blocked(self.blocked - {account})
+        self.blocked -= {account}

@@ -36,7 +36,7 @@ log = logging.getLogger("surety.calls")
 CONCURRENT_CALLS_MAX = 32
 # A group of results costs one commit, so the first result waits this long for others.
 GATHER_SECONDS = 0.025
-# How long a command waits for the outcome of an earlier call.
+# How long an event waits for the outcome of an earlier call, or after a call was not sent.
 WAIT_SECONDS = 1.0
 
 CANCELED_BEFORE_CREATION = {"code": "canceled", "message": "canceled before the provider held it"}
@@ -125,7 +125,7 @@ async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call
             if batch.is_lost or worker.stopping.is_set():
                 return [event | {"release_seconds": 0, "error": "its worker stopped"}]
             if call.account in worker.circuit_breaker.blocked:
-                return [event | not_sent_result(call, call.operation)]
+                return [event | not_sent_result(call, call.operation) | {"release_seconds": WAIT_SECONDS}]
             response = provider_response(operation, worker, call)
             read, explain = partial(operation.read, call), partial(operation.explain, call)
             return [event | await call_result(call, call.operation, response, read=read, explain=explain)]

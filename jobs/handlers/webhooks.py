@@ -15,6 +15,7 @@ from psycopg.types.json import Jsonb
 from db.redaction import without_secrets
 from jobs.circuit_breaker import circuit_key
 from jobs.handlers.calls import (
+    WAIT_SECONDS,
     CallResult,
     failed_call_result,
     missing_subject_results,
@@ -66,7 +67,11 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     asking = [webhook for webhooks in to_fetch.values() for webhook in webhooks]
     results += [{"event_id": webhook.event_id} for webhook, _ in wanted if webhook not in asking]
     for source in [source for source in to_fetch if source.account in worker.circuit_breaker.blocked]:
-        held = {"error": "not asked: the provider is out", "outage": circuit_key(source.account)}
+        held = {
+            "error": "not asked: the provider is out",
+            "outage": circuit_key(source.account),
+            "release_seconds": WAIT_SECONDS,
+        }
         results += [held | {"event_id": webhook.event_id} for webhook in to_fetch.pop(source)]
     if results:
         await record_event_results(worker, batch, results)

@@ -31,8 +31,8 @@ LISTING_SHARED_SECONDS = 60.0
 # The provider's clock and ours may differ by this much when an intent is searched by its creation time.
 CLOCK_SKEW_SECONDS = 300
 
-OnCall = Callable[[str, float, ProviderError | None, bool], None]
-"""Called after every call: its account, its begin (monotonic), its error, whether it was a command."""
+OnCall = Callable[[str, ProviderError | None, bool], None]
+"""Called after every call: its account, its error, whether it was a command."""
 
 
 class ProviderResponse(Struct, frozen=True):
@@ -219,13 +219,12 @@ class StripeGateway:
         if account:
             options["stripe_account"] = account
         async with self._call_slots:
-            began = time.monotonic()
             try:
                 answer = await self._exchange(method, path, request, options, self._timeout_seconds)
             except ProviderError as error:
-                self.on_call(account, began, error, key is not None)
+                self.on_call(account, error, key is not None)
                 raise
-        self.on_call(account, began, None, key is not None)
+        self.on_call(account, None, key is not None)
         return answer
 
     async def _exchange(self, method: str, path: str, request: Json, options: Json, seconds: float) -> ProviderResponse:

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.payments import Connection, add_merchant, create, request
+from jobs.drain import claim_batch
+from jobs.handlers.calls import ProviderCall, make_call, record_event_results
+from jobs.handlers.payments import CREATE
+from tests.support.payments import Connection, add_merchant, create, pay, request
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
 from tests.support.workers import attempts, in_process_worker, run_until_idle
 
@@ -28,3 +31,23 @@ async def test_unknown_verdict_sends_nothing(conn: Connection, database: str, sa
     [(handler, failures, [error])] = attempts(conn)
     assert (handler, failures) == ("submit", 1)
     assert "guess" in error
+
+
+async def test_call_behind_a_circuit_that_opened_is_not_sent_and_not_counted(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    [payment_id] = pay(conn, add_merchant(conn)[1])
+    async with in_process_worker(database, sandbox.url) as worker:
+        batch = await claim_batch(worker, "submit")
+        assert batch is not None
+        call = ProviderCall(
+            event_id=batch.event_ids[0], subject_id=payment_id, payment_id=payment_id, account="", provider_id=None,
+            amount_minor=10000, currency="usd", livemode=False, verdict="send", operation="create",
+            idempotency_key="key", request={}, first_sent_at=None, last_sent_at=None,
+        )  # fmt: skip
+        # The circuit is closed again; the worker learns that by its next report.
+        worker.circuit_breaker.blocked = frozenset({""})
+        results = await make_call(CREATE, worker, batch, call)
+        await record_event_results(worker, batch, results)
+    assert sandbox.get("/v1/payment_intents")["data"] == []
+    assert attempts(conn) == [("submit", 0, ["not sent: the provider is out"])]

@@ -297,17 +297,41 @@ async def test_probe_does_not_close_a_circuit_opened_after_it_started(
     sandbox.control("faults", {"slow_seconds": 2, "next": [probed]})
     async with in_process_worker(database, sandbox.url) as worker:
         circuit_breaker, began = worker.circuit_breaker, time.monotonic()
-        circuit_breaker.count_call("", began, ProviderOutage("no answer"), is_command=True)
+        circuit_breaker.count_call("", ProviderOutage("no answer"), is_command=True)
         considering = asyncio.create_task(circuit_breaker.check_accounts([("", began)]))
         await asyncio.to_thread(eventually, lambda: sandbox.control("faults")["next"] == [])
         for _ in range(10):
-            circuit_breaker.count_call("", began, ProviderOutage("no answer"), is_command=True)
+            circuit_breaker.count_call("", ProviderOutage("no answer"), is_command=True)
         await circuit_breaker.report_and_probe()
         assert opened(conn) == {""}
         await considering
         assert opened(conn) == {""}
         await later(conn, worker, "6 seconds")
         assert opened(conn) == set(), "the next one was begun after it"
+
+
+async def test_calls_that_fail_together_share_one_probe_and_an_answer_since_spares_it(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
+) -> None:
+    shop(0)
+    probes: list[httpx.Request] = []
+
+    async def remember(request: httpx.Request) -> None:
+        probes.append(request)
+
+    async with in_process_worker(database, sandbox.url) as worker:
+        worker.stripe.http.event_hooks["request"].append(remember)
+        breaker, a_minute_ago = worker.circuit_breaker, time.monotonic() - 60
+        # Both want a probe before the first probe can be answered.
+        await asyncio.gather(breaker._probe(""), breaker._probe(""))
+        assert len(probes) == 1
+        breaker.count_call("", None, is_command=False)
+        breaker.count_call("", ProviderOutage("no answer"), is_command=True)
+        await breaker.check_accounts([("", a_minute_ago)])
+        assert len(probes) == 1, "another call was answered after that one began"
+        breaker.count_call("", ProviderOutage("no answer"), is_command=True)
+        await breaker.check_accounts([("", time.monotonic())])
+        assert len(probes) == 2
 
 
 async def test_occasional_failures_open_no_breaker_and_are_not_counted(
@@ -355,7 +379,7 @@ async def test_blocked_events_become_due_even_if_the_circuit_is_never_closed(
         sandbox.control("faults", WELL)
         conn.execute("delete from surety.circuit_breakers")
         await worker.circuit_breaker._report_calls()
-        await later(conn, worker, "61 seconds")
+        await later(conn, worker, "10 minutes")
     assert state_of(conn, payment_id) in ENDED
 
 

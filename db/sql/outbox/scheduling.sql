@@ -10,9 +10,6 @@ declare
     v_event_types text[] := array(select t.event_type from outbox.handler_events as t where t.handler = p_handler);
 begin
     select h.* into v_handler from outbox.handlers as h where h.handler = p_handler;
-    if v_handler.calls_provider and surety.all_accounts_unreachable() then
-        return false;
-    end if;
     return v_handler.paused_at is null and (
         v_handler.goal is not null
         or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)

@@ -47,7 +47,7 @@ begin
     set
         failures = greatest(0, r.failures - counted.times),
         attempts = counted.attempts,
-        due_at = case when r.due_at is not null then v_now + surety.hold_duration(v_now, v_now) end
+        due_at = case when r.due_at is not null then v_now + surety.hold_duration() end
     from blocked as b
     join outbox.retries as held on held.handler = b.handler and held.event_id = b.event_id
     cross join lateral (
@@ -241,24 +241,23 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 -- The lock on open circuits makes a concurrent close_circuit wait, so that it sees the events that are held here.
 declare
-    v_now timestamptz := surety.time_now();
     v_held text[] := '{}';
     v_blocked record;
 begin
     perform from surety.circuit_breakers as b where b.opened_at is not null order by b.provider, b.account for share;
     for v_blocked in
-        select b.provider, b.account, b.opened_at, array_agg(e.event_id) as ids
+        select b.provider, b.account, array_agg(e.event_id) as ids
         from outbox.batch_events(p_batch, p_fence) as e
         left join surety.payments as p on p.id = e.aggregate_id
         left join surety.merchants as m on m.id = e.merchant_id
         join surety.circuit_breakers as b
             on b.account = coalesce(p.provider_account, m.provider_account) and b.opened_at is not null
         where e.event_id = any(p_event_ids)
-        group by b.provider, b.account, b.opened_at
+        group by b.provider, b.account
         order by b.provider, b.account
     loop
         perform outbox.release_events(
-            p_batch, p_fence, v_blocked.ids, surety.hold_duration(v_blocked.opened_at, v_now),
+            p_batch, p_fence, v_blocked.ids, surety.hold_duration(),
             'held: the provider is out',
             surety.circuit_key(v_blocked.provider, v_blocked.account), true);
         v_held := v_held || v_blocked.ids;
@@ -274,7 +273,7 @@ create or replace function surety.uncount_outage_failures(p_batch bigint, p_resu
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_now timestamptz := surety.time_now();
+    v_failing_min constant integer := 5;
     v_uncounted_max constant integer := 18;
     v_handler text := (select b.handler from outbox.batches as b where b.id = p_batch);
 begin
@@ -299,12 +298,9 @@ begin
         cross join lateral (
             select case
                 when r.result ? 'release_seconds' then null
-                when b.opened_at is not null then extract(epoch from surety.hold_duration(b.opened_at, v_now))
-                when uncounted.times < v_uncounted_max and (
-                    b.closed_at > v_now - interval '1 minute'
-                    or b.failed + b.prior_failed
-                    >= greatest(5, 0.02 * (b.failed + b.prior_failed + b.answered + b.prior_answered))
-                ) then extract(epoch from surety.probe_delay(uncounted.times))
+                when b.opened_at is not null then extract(epoch from surety.hold_duration())
+                when uncounted.times < v_uncounted_max and b.failed + b.prior_failed >= v_failing_min
+                    then extract(epoch from surety.probe_delay(uncounted.times))
             end as seconds
         ) as released
     );
@@ -313,8 +309,8 @@ $$;
 
 comment on function surety.uncount_outage_failures(bigint, jsonb) is
 'The results of surety.record_event_results, with "release_seconds" for each that failed by an outage of its account
-("outage": the circuit''s key). While the account is otherwise healthy, and after eighteen uncounted failures while the
-circuit is closed, the failure is the event''s own.';
+("outage": the circuit''s key). If fewer than five of the account''s calls failed lately, or after eighteen uncounted
+failures, a failure while the circuit is closed is the event''s own.';
 
 create or replace function surety.circuit_status()
 returns table (

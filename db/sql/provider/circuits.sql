@@ -28,15 +28,14 @@ end;
 comment on function surety.probe_delay(integer) is
 'The time until the next probe of an open circuit: 5 seconds, doubled by each probe, at most a minute.';
 
-create or replace function surety.hold_duration(p_opened_at timestamptz, p_now timestamptz) returns interval
+create or replace function surety.hold_duration() returns interval
 language sql immutable
 begin atomic
-    select least(interval '1 hour', greatest(interval '1 minute', p_now - p_opened_at));
+    select interval '10 minutes';
 end;
 
-comment on function surety.hold_duration(timestamptz, timestamptz) is
-'How long an event is held for an open circuit: as long as the circuit has been open, between a minute and an hour.
-When the circuit closes, held events are due at once.';
+comment on function surety.hold_duration() is
+'How long an event is held for an open circuit, and then again. When the circuit closes, held events are due at once.';
 
 create or replace function surety.all_accounts_unreachable() returns boolean
 language sql stable set search_path = pg_catalog, pg_temp

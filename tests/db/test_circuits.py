@@ -1,0 +1,109 @@
+"""The rules of the circuit breaker: what opens a circuit, which failures count, and holding while a circuit closes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.db.test_races import Two, at_once
+from tests.support.payments import Connection, add_merchant, pay
+
+OPEN = "select surety.open_circuit('stripe', '', 'no answer', 'test')"
+CLOSE = "select surety.close_circuit('stripe', '', 'it answers', 'test')"
+Batch = tuple[int, int, list[str]]
+
+
+def pass_time(conn: Connection, seconds: float) -> None:
+    """Advance the database's clock."""
+    conn.execute("update surety.environment set kind = 'test'")
+    conn.execute(
+        "insert into surety.clock (ahead) values (%s) on conflict (kind) do update"
+        " set ahead = clock.ahead + excluded.ahead",
+        (timedelta(seconds=seconds),),
+    )
+
+
+def report(conn: Connection, *, answered: int = 0, failed: int = 0, in_a_row: int = 1) -> bool:
+    """Report a worker's calls; whether the circuit is open then."""
+    calls: dict[str, Any] = {"account": "", "answered": answered, "failed": failed}
+    calls["consecutive_failures"] = min(failed, in_a_row)
+    if answered:
+        [(now,)] = conn.execute("select surety.read_clock()").fetchall()
+        calls["answered_at"] = now.isoformat()
+    query = "select is_open from surety.count_call_results('stripe', %s, 'test')"
+    [(is_open,)] = conn.execute(query, (json.dumps([calls]),)).fetchall()
+    return bool(is_open)
+
+
+def claim(conn: Connection) -> Batch:
+    """Claim a batch of submissions."""
+    query = "select batch_id, fence, event_ids from outbox.claim_batch('submit', 'test')"
+    [batch] = conn.execute(query).fetchall()
+    return batch
+
+
+def fail(conn: Connection, batch: Batch) -> None:
+    """Record that all calls of a batch failed by an outage of the account."""
+    batch_id, fence, event_ids = batch
+    results = [{"event_id": event_id, "error": "500", "outage": "stripe:"} for event_id in event_ids]
+    query = "select surety.record_event_results(%s, %s, 'test', %s)"
+    conn.execute(query, (batch_id, fence, json.dumps(results)))
+
+
+def hold(conn: Connection, batch: Batch) -> None:
+    """Hold all events of a batch."""
+    conn.execute("select surety.hold_blocked_events(%s, %s, %s)", batch)
+
+
+def test_five_failures_open_a_circuit_if_no_more_commands_were_answered(conn: Connection) -> None:
+    assert not report(conn, answered=5, failed=4)
+    assert report(conn, failed=1)
+
+
+def test_five_failures_among_more_answers_open_no_circuit(conn: Connection) -> None:
+    assert not report(conn, answered=6, failed=5)
+    assert report(conn, failed=1)
+
+
+def test_failures_are_compared_with_the_answers_of_the_bucket_before(conn: Connection) -> None:
+    assert not report(conn, answered=20)
+    pass_time(conn, 31)
+    assert not report(conn, failed=6), "twenty were answered half a minute ago"
+    pass_time(conn, 31)
+    assert report(conn, failed=1), "those are forgotten, the six failures are not"
+
+
+def test_one_failure_does_not_reopen_a_circuit_that_was_closed(conn: Connection) -> None:
+    assert report(conn, failed=10, in_a_row=10)
+    conn.execute(CLOSE)
+    assert not report(conn, failed=1)
+
+
+def test_failure_is_excused_at_most_eighteen_times_while_the_circuit_is_closed(conn: Connection) -> None:
+    _, key_hash = add_merchant(conn)
+    pay(conn, key_hash)
+    counted = []
+    for _ in range(19):
+        assert not report(conn, answered=10, failed=5)
+        fail(conn, claim(conn))
+        counted += [failures for (failures,) in conn.execute("select failures from outbox.retries").fetchall()]
+        pass_time(conn, 61)
+    assert counted == [0] * 18 + [1]
+
+
+@pytest.mark.parametrize("release", [hold, fail])
+def test_circuit_that_closes_during_a_hold_makes_the_held_events_due(
+    conn: Connection, two: Two, release: Callable[[Connection, Batch], None]
+) -> None:
+    _, key_hash = add_merchant(conn)
+    pay(conn, key_hash)
+    batch = claim(conn)
+    conn.execute(OPEN)
+    one, other = two
+    at_once(conn, two, lambda: release(one, batch), lambda: other.execute(CLOSE))
+    [(is_due,)] = conn.execute("select due_at <= surety.read_clock() from outbox.retries").fetchall()
+    assert is_due
