@@ -123,6 +123,7 @@ create table surety.states (
     status text not null,
     is_final boolean not null,
     poll_after interval,
+    overdue_after interval,
     meaning text not null,
     constraint states_pkey primary key (state),
     constraint state_position_is_unique unique (position),
@@ -132,7 +133,8 @@ create table surety.states (
 );
 comment on table surety.states is
 'The fourteen states. status is the coarse one that merchants see; poll_after is how long a payment may stay there
-before the provider is polled (null: there is nothing to ask).';
+before the provider is polled (null: there is nothing to ask), overdue_after how long before `surety status` reports
+it.';
 
 create table surety.transitions (
     from_state text collate "C" not null,
@@ -193,21 +195,21 @@ insert into surety.currencies (currency, exponent, minimum_minor, maximum_minor)
 ('sek', 2, 300, 99999999),
 ('sgd', 2, 50, 99999999);
 
-insert into surety.states (state, position, status, is_final, poll_after, meaning) values
-('initiated', 1, 'pending', false, null, 'accepted and stored; nothing sent'),
-('submitting', 2, 'pending', false, '5 minutes', 'a provider call is in flight, or its outcome is unknown'),
-('provider_submitted', 3, 'pending', false, '60 seconds', 'the provider''s id is held'),
-('requires_action', 4, 'action_required', false, '60 seconds', 'the payer must act'),
-('authorized', 5, 'pending', false, '1 hour', 'funds held, not captured'),
-('processing', 6, 'pending', false, '60 seconds', 'capture or the ACH network under way'),
-('confirmed', 7, 'succeeded', false, null, 'the provider says that it succeeded'),
-('settled', 8, 'succeeded', true, null, 'matched to money that arrived'),
-('partially_refunded', 9, 'refunded', true, null, 'a part of it was given back'),
-('refunded', 10, 'refunded', true, null, 'all of it was given back'),
-('disputed', 11, 'disputed', false, null, 'funds held back by the network'),
-('reversed', 12, 'failed', true, null, 'returned, or a dispute lost'),
-('failed', 13, 'failed', true, null, 'it did not succeed'),
-('canceled', 14, 'canceled', true, null, 'canceled before it succeeded');
+insert into surety.states (state, position, status, is_final, poll_after, overdue_after, meaning) values
+('initiated', 1, 'pending', false, null, null, 'accepted and stored; nothing sent'),
+('submitting', 2, 'pending', false, '5 minutes', '1 hour', 'a provider call is in flight, or its outcome is unknown'),
+('provider_submitted', 3, 'pending', false, '60 seconds', '1 hour', 'the provider''s id is held'),
+('requires_action', 4, 'action_required', false, '60 seconds', '8 days', 'the payer must act'),
+('authorized', 5, 'pending', false, '1 hour', '32 days', 'funds held, not captured'),
+('processing', 6, 'pending', false, '60 seconds', '1 hour', 'capture or the ACH network under way'),
+('confirmed', 7, 'succeeded', false, null, null, 'the provider says that it succeeded'),
+('settled', 8, 'succeeded', true, null, null, 'matched to money that arrived'),
+('partially_refunded', 9, 'refunded', true, null, null, 'a part of it was given back'),
+('refunded', 10, 'refunded', true, null, null, 'all of it was given back'),
+('disputed', 11, 'disputed', false, null, null, 'funds held back by the network'),
+('reversed', 12, 'failed', true, null, null, 'returned, or a dispute lost'),
+('failed', 13, 'failed', true, null, null, 'it did not succeed'),
+('canceled', 14, 'canceled', true, null, null, 'canceled before it succeeded');
 
 insert into surety.transitions (from_state, to_state) values
 ('initiated', 'submitting'),
@@ -319,13 +321,15 @@ create table surety.refund_states (
     position smallint not null,
     is_live boolean not null,
     poll_after interval,
+    overdue_after interval,
     meaning text not null,
     constraint refund_states_pkey primary key (state),
     constraint refund_state_position_is_unique unique (position)
 );
 comment on table surety.refund_states is
 'The states of a refund. A live one takes up a part of what was captured; poll_after is how long a refund may stay there
-before the provider is polled (null: there is nothing to ask).';
+before the provider is polled (null: there is nothing to ask), overdue_after how long before `surety status` reports
+it.';
 
 create table surety.refund_transitions (
     from_state text collate "C" not null,
@@ -342,32 +346,34 @@ create table surety.dispute_statuses (
     position smallint not null,
     takes_evidence boolean not null,
     poll_after interval,
+    overdue_after interval,
     meaning text not null,
     constraint dispute_statuses_pkey primary key (status),
     constraint dispute_status_position_is_unique unique (position)
 );
 comment on table surety.dispute_statuses is
 'The statuses of disputes as Stripe publishes them. Balance transactions show which amount was withdrawn; a final status
-says whether the merchant gets it back (won, prevented) or the network keeps it (lost).';
+says whether the merchant gets it back (won, prevented) or the network keeps it (lost). overdue_after is how long after
+its creation `surety status` reports a dispute that is still there.';
 
-insert into surety.dispute_statuses (status, position, takes_evidence, poll_after, meaning) values
-('warning_needs_response', 1, true, '6 hours', 'an inquiry: no money has moved, an answer may prevent a dispute'),
-('warning_under_review', 2, false, '6 hours', 'an inquiry that was answered'),
-('warning_closed', 3, false, null, 'an inquiry that ended'),
-('needs_response', 4, true, '6 hours', 'the amount was withdrawn; evidence is due'),
-('under_review', 5, false, '6 hours', 'evidence was submitted'),
-('won', 6, false, null, 'the amount was given back'),
-('lost', 7, false, null, 'the network keeps it; an appeal may still win it'),
-('prevented', 8, false, null, 'resolved before it became a dispute'),
-('appeal_needs_response', 9, true, '6 hours', 'lost, and the network lets it be appealed: evidence is due again'),
-('appeal_under_review', 10, false, '6 hours', 'an appeal was submitted');
+insert into surety.dispute_statuses (status, position, takes_evidence, poll_after, overdue_after, meaning) values
+('warning_needs_response', 1, true, '6 hours', '150 days', 'an inquiry: nothing was withdrawn, an answer may end it'),
+('warning_under_review', 2, false, '6 hours', '150 days', 'an inquiry that was answered'),
+('warning_closed', 3, false, null, null, 'an inquiry that ended'),
+('needs_response', 4, true, '6 hours', '150 days', 'the amount was withdrawn; evidence is due'),
+('under_review', 5, false, '6 hours', '150 days', 'evidence was submitted'),
+('won', 6, false, null, null, 'the amount was given back'),
+('lost', 7, false, null, null, 'the network keeps it; an appeal may still win it'),
+('prevented', 8, false, null, null, 'resolved before it became a dispute'),
+('appeal_needs_response', 9, true, '6 hours', '150 days', 'lost, but open to appeal: evidence is due again'),
+('appeal_under_review', 10, false, '6 hours', '150 days', 'an appeal was submitted');
 
-insert into surety.refund_states (state, position, is_live, poll_after, meaning) values
-('pending', 1, true, '60 seconds', 'asked for; on its way to the provider or with it'),
-('requires_action', 2, true, '10 minutes', 'the payer must say where it is to go'),
-('succeeded', 3, true, null, 'on its way to the payer; it may still come back'),
-('failed', 4, false, null, 'refused, or it came back'),
-('canceled', 5, false, null, 'canceled before it reached the payer');
+insert into surety.refund_states (state, position, is_live, poll_after, overdue_after, meaning) values
+('pending', 1, true, '60 seconds', '14 days', 'asked for; on its way to the provider or with it'),
+('requires_action', 2, true, '10 minutes', '45 days', 'the payer must say where it is to go'),
+('succeeded', 3, true, null, null, 'on its way to the payer; it may still come back'),
+('failed', 4, false, null, null, 'refused, or it came back'),
+('canceled', 5, false, null, null, 'canceled before it reached the payer');
 
 insert into surety.refund_transitions (from_state, to_state) values
 ('pending', 'requires_action'),
@@ -1348,8 +1354,31 @@ create table surety.poll_cursors (
     provider text not null,
     account text not null,
     list text not null,
-    polled_to timestamptz not null,
-    constraint poll_cursors_pkey primary key (provider, account, list)
+    polled_to timestamptz,
+    failures integer not null default 0,
+    failing_since timestamptz,
+    error text,
+    constraint poll_cursors_pkey primary key (provider, account, list),
+    constraint unreadable_list_has_an_error check (
+        (failures = 0) = (failing_since is null) and (failures = 0) = (error is null)
+    )
 );
 comment on table surety.poll_cursors is
-'How far each list of a provider has been read. Every reading overlaps the last.';
+'How far each list of a provider has been read (null: never to its end). Every reading overlaps the last. failures
+counts the readings since failing_since that did not reach the end.';
+
+create table surety.periodic_jobs (
+    job text collate "C" not null,
+    every interval not null,
+    first_run_at timestamptz not null,
+    succeeded_at timestamptz,
+    failures integer not null default 0,
+    failing_since timestamptz,
+    error text,
+    constraint periodic_jobs_pkey primary key (job),
+    constraint failing_job_has_an_error check (
+        (failures = 0) = (failing_since is null) and (failures = 0) = (error is null)
+    )
+);
+comment on table surety.periodic_jobs is
+'The last results of the workers'' periodic jobs. failures counts the runs that failed since failing_since.';

@@ -17,6 +17,10 @@ UNKNOWN_SECONDS_MAX = 300
 VACUUM_BLOCKER_XIDS_MAX = 100_000_000
 SLOT_BYTES_MAX = 1_000_000_000
 PARTITIONS_DAYS_MIN = 21
+JOB_FAILING_SECONDS_MAX = 600
+LIST_UNREADABLE_SECONDS_MAX = 900
+LIST_URGENT_SECONDS_MAX = 3600
+OVERDUE_URGENT_SECONDS_MAX = 86_400
 VERDICTS = ("GOOD", "LOOK", "ACT")
 RUNBOOK = "docs/operations.md"
 
@@ -28,6 +32,10 @@ FindingId = Literal[
     "critical-discrepancies",
     "discrepancies",
     "unknown-outcomes",
+    "unfinished-objects",
+    "periodic-job-failing",
+    "periodic-job-late",
+    "list-unreadable",
     "circuit-open",
     "old-transaction",
     "prepared-transaction",
@@ -58,6 +66,9 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
     found = [
         *find_work_problems(state),
         *find_money_problems(state),
+        *find_overdue_jobs(state),
+        *find_unreadable_lists(state),
+        *find_overdue_objects(state),
         *(finding for holder in state["holders"] if (finding := find_vacuum_blocker(holder))),
         *(finding for provider in state["providers"] if (finding := find_provider_problem(provider))),
     ]
@@ -107,6 +118,47 @@ def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
             f"{count_noun(unknown['count'], 'unknown outcome')}, the oldest for {format_age(unknown['oldest_seconds'])}"
         )
         yield Finding("unknown-outcomes", 1, what, f"surety trace {unknown['first']}")
+
+
+def find_overdue_jobs(state: dict[str, Any]) -> Iterator[Finding]:
+    """Periodic jobs that fail, or that have not run although a worker is alive."""
+    for job in state["overdue_jobs"]:
+        age = format_age(job["seconds"])
+        if job["failures"] > 1:
+            what = f"{job['job']} has failed {job['failures']} times since {age} ago: {job['error']}"
+            urgency = 2 if job["seconds"] > JOB_FAILING_SECONDS_MAX else 1
+            yield Finding("periodic-job-failing", urgency, what, f"the workers' logs, for {job['job']}")
+        elif state["workers"]["alive"]:
+            what = f"{job['job']} has not succeeded for {age}, although a worker is alive"
+            yield Finding("periodic-job-late", 2, what, f"the workers' logs, for {job['job']}")
+
+
+def find_unreadable_lists(state: dict[str, Any]) -> Iterator[Finding]:
+    """Lists of the provider that can't be read, one finding for each list."""
+    by_list: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for failing in state["unreadable_lists"]:
+        if failing["seconds"] > LIST_UNREADABLE_SECONDS_MAX:
+            by_list.setdefault((failing["provider"], failing["list"]), []).append(failing)
+    for (provider, name), failing_lists in by_list.items():
+        first = failing_lists[0]
+        what = f"{provider}'s list {name} can't be read for {format_age(first['seconds'])}"
+        what += f" (account {first['account'] or 'of the platform'}): {first['error']}"
+        if len(failing_lists) > 1:
+            what += f"; and {count_noun(len(failing_lists) - 1, 'other account')}"
+        urgency = 2 if first["seconds"] > LIST_URGENT_SECONDS_MAX else 1
+        yield Finding("list-unreadable", urgency, what, "select * from surety.list_unreadable_lists()")
+
+
+def find_overdue_objects(state: dict[str, Any]) -> Iterator[Finding]:
+    """Payments, refunds and disputes that stay unfinished for too long."""
+    for overdue in state["overdue_objects"]:
+        what = f"{count_noun(overdue['count'], overdue['kind'])} in {overdue['state']} for longer than "
+        what += (
+            f"{format_age(overdue['limit_seconds'])}; the oldest, {overdue['first']}, {format_age(overdue['seconds'])}"
+        )
+        is_urgent = overdue["seconds"] - overdue["limit_seconds"] > OVERDUE_URGENT_SECONDS_MAX
+        urgency = 2 if is_urgent and overdue["kind"] == "payment" else 1
+        yield Finding("unfinished-objects", urgency, what, f"surety trace {overdue['payment_id']}")
 
 
 def find_provider_problem(provider: dict[str, Any]) -> Finding | None:

@@ -55,6 +55,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "invariant/ledger",
     "invariant/outbox",
     "operations/invariants",
+    "operations/overdue_work",
     "operations/status",
     "api/documents",
     "api/authentication",

@@ -12,11 +12,13 @@ SURETY_POLL_SECONDS.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 from procrastinate import App, JobContext
 
+from db.errors import is_retryable
 from db.settings import Settings
 from jobs.polling import (
     poll_balance_transactions,
@@ -27,7 +29,10 @@ from jobs.polling import (
 )
 from jobs.worker import Worker, worker_of
 
+log = logging.getLogger("surety.periodic")
+
 MINUTE_SECONDS = 60
+HOUR_SECONDS = 3600
 # How long before its deadline a dispute's missing evidence is reported.
 EVIDENCE_REMINDER_LEAD = timedelta(days=3)
 
@@ -80,29 +85,55 @@ def add_periodic_tasks(workers: App) -> None:
         workers.task(name=name, queue="periodic", queueing_lock=name, pass_context=True)(run_alone(job, name))
 
 
-def run_alone(job: PeriodicJob, lock: str) -> Callable[..., Awaitable[None]]:
+def run_alone(job: PeriodicJob, name: str) -> Callable[..., Awaitable[None]]:
     """A job that does nothing while another worker runs it."""
 
     async def run(context: JobContext, /, timestamp: int) -> None:
         worker = worker_of(context)
-        async with worker.database.try_lock(lock) as is_locked:
+        async with worker.database.try_lock(name) as is_locked:
             if is_locked:
-                await job(worker)
+                await run_and_record(worker, name, job)
 
     return run
 
 
+async def run_and_record(worker: Worker, name: str, job: PeriodicJob) -> None:
+    """Run a periodic job and record its end for `surety status`. Procrastinate logs errors that it raises."""
+    try:
+        await job(worker)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+        await record_end(worker, name, failure)
+        if not is_retryable(error):
+            raise
+        log.warning("%s failed: %s", name, failure.strip())
+    else:
+        await record_end(worker, name, None)
+
+
+async def record_end(worker: Worker, name: str, failure: str | None) -> None:
+    """Record the end of a periodic job."""
+    every = interval_seconds(name, worker.settings)
+    query = "select surety.record_periodic_job(%s, make_interval(secs => %s), %s)"
+    await worker.database.value(query, name, every, failure)
+
+
 def schedule_periodic_tasks(workers: App, settings: Settings) -> None:
     """Set when each periodic job starts; a second call in the same process replaces the first."""
-    poll = cron(settings.surety_poll_seconds)
     workers.periodic_registry.periodic_tasks.clear()
     for name in PERIODIC_JOBS:
-        when = {"schedule_due_handlers": cron(1), "maintain": "0 * * * *"}.get(name, poll)
-        workers.periodic(cron=when)(workers.tasks[name])
+        workers.periodic(cron=cron(interval_seconds(name, settings)))(workers.tasks[name])
+
+
+def interval_seconds(name: str, settings: Settings) -> int:
+    """The seconds between two starts of a periodic job."""
+    return {"schedule_due_handlers": 1, "maintain": HOUR_SECONDS}.get(name, settings.surety_poll_seconds)
 
 
 def cron(seconds: int) -> str:
     """Every so many seconds, below a minute; whole minutes above. Procrastinate's crontab has the seconds last."""
     if seconds < MINUTE_SECONDS:
         return f"* * * * * */{seconds}"
+    if seconds >= HOUR_SECONDS:
+        return "0 * * * *"
     return f"*/{min(59, seconds // MINUTE_SECONDS)} * * * *"

@@ -19,6 +19,7 @@ from typing import Literal, assert_never
 from msgspec import Struct, field
 from psycopg.types.json import Jsonb
 
+from db.errors import is_retryable
 from jobs.database import bisect_on_error
 from jobs.handlers.calls import (
     CallResult,
@@ -167,15 +168,15 @@ async def poll_events(worker: Worker) -> None:
     for window in await poll_windows(worker, "events"):
         pages = worker.stripe.events(window.account, window.read_from, sorted(POLLED_EVENTS))
         take = partial(store_polled_events, worker, window.account)
-        if await read_pages(worker, "list events", window.account, window.read_from, pages, take):
-            await advance_poll_cursor(worker, window, "events")
+        await read_window(worker, "events", window, pages, take)
 
 
 async def poll_balance_transactions(worker: Worker) -> None:
     """Balance transactions, which no webhook reports, by the time of their creation."""
     for window in await poll_windows(worker, "balance_transactions"):
-        if await read_balance_transactions(worker, window.account, window.read_from):
-            await advance_poll_cursor(worker, window, "balance_transactions")
+        pages = worker.stripe.balance_transactions(window.account, window.read_from)
+        take = partial(record_page, worker, window.account, balance_transaction_facts)
+        await read_window(worker, "balance_transactions", window, pages, take)
 
 
 async def recheck_pending_balance(worker: Worker) -> None:
@@ -188,7 +189,13 @@ async def recheck_pending_balance(worker: Worker) -> None:
     )
     for account in sorted({line.account for line in due}):
         for since, until in merge_time_ranges([line.created_at for line in due if line.account == account]):
-            await read_balance_transactions(worker, account, since, until)
+            pages = worker.stripe.balance_transactions(account, since, until)
+            take = partial(record_page, worker, account, balance_transaction_facts)
+            name = "pending_balance_transactions"
+            if not await read_pages(worker, name, account, since, pages, take):
+                break
+        else:
+            await advance_poll_cursor(worker, PollWindow(account, since, until), name)
 
 
 async def poll_payouts(worker: Worker) -> None:
@@ -196,17 +203,7 @@ async def poll_payouts(worker: Worker) -> None:
     for window in await poll_windows(worker, "payouts"):
         pages = worker.stripe.payouts(window.account, window.read_from)
         take = partial(record_page, worker, window.account, payout_facts)
-        if await read_pages(worker, "list payouts", window.account, window.read_from, pages, take):
-            await advance_poll_cursor(worker, window, "payouts")
-
-
-async def read_balance_transactions(
-    worker: Worker, account: str, since: datetime, until: datetime | None = None
-) -> bool:
-    """Record an account's balance transactions of a time range; returns whether the list was read to its end."""
-    pages = worker.stripe.balance_transactions(account, since, until)
-    take = partial(record_page, worker, account, balance_transaction_facts)
-    return await read_pages(worker, "list balance transactions", account, since, pages, take)
+        await read_window(worker, "payouts", window, pages, take)
 
 
 async def record_page(
@@ -217,15 +214,31 @@ async def record_page(
     await record_poll_results(worker, [facts_of_row(line, origin, read) for line in page])
 
 
+async def read_window(
+    worker: Worker,
+    name: str,
+    window: PollWindow,
+    pages: AsyncGenerator[list[Json]],
+    take: Callable[[list[Json]], Awaitable[None]],
+) -> None:
+    """Read an account's list from the window's begin; move its cursor if the end was reached."""
+    if await read_pages(worker, name, window.account, window.read_from, pages, take):
+        await advance_poll_cursor(worker, window, name)
+
+
 async def read_pages(
     worker: Worker,
-    operation: str,
+    name: str,
     account: str,
     since: datetime,
     pages: AsyncGenerator[list[Json]],
     take: Callable[[list[Json]], Awaitable[None]],
 ) -> bool:
-    """Read a list of the provider page by page; returns whether it was read to its end."""
+    """Read a list of the provider page by page; returns whether it was read to its end. If not, the reason is noted.
+
+    An error that a repetition may mend ends the periodic job; any other ends only the reading of this account's list.
+    """
+    operation = f"list {name.replace('_', ' ')}"
     await write_audit_entries(worker, [audit_entry_of_call(operation, None, account=account, since=since.isoformat())])
     began, rows = time.monotonic(), 0
     try:
@@ -235,9 +248,17 @@ async def read_pages(
         result: CallResult = {"outcome": "answered", "snapshot": {"account": account, "rows": rows}}
     except ProviderError as error:
         result = {"outcome": error.outcome, "status": error.status, "error": str(error)}
+    except Exception as error:
+        if is_retryable(error):
+            raise
+        log.exception("%s of account %r", operation, account)
+        result = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     await record_poll_results(worker, [{"operation": operation, "duration_ms": duration_ms, **result}])
-    return bool(result["outcome"] == "answered")
+    if "error" in result:
+        query = "select surety.note_unreadable_list('stripe', %s, %s, %s)"
+        await worker.database.value(query, account, name, result["error"])
+    return "error" not in result
 
 
 def facts_of_row(line: Json, origin: FactOrigin, read: Callable[[Json, FactOrigin], list[Fact]]) -> CallResult:

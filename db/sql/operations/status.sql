@@ -227,6 +227,15 @@ begin
                 group by b.provider
             ) as circuits
         ),
+        'overdue_jobs', (
+            select coalesce(jsonb_agg(to_jsonb(j)), '[]') from surety.list_overdue_jobs() as j
+        ),
+        'unreadable_lists', (
+            select coalesce(jsonb_agg(to_jsonb(l)), '[]') from surety.list_unreadable_lists() as l
+        ),
+        'overdue_objects', (
+            select coalesce(jsonb_agg(to_jsonb(o)), '[]') from surety.list_overdue_objects() as o
+        ),
         'holders', (
             select coalesce(jsonb_agg(to_jsonb(h) order by h.xids desc nulls last, h.seconds desc nulls last), '[]')
             from surety.vacuum_blockers() as h

@@ -1,5 +1,15 @@
 -- Polling: unfinished objects and lists to read from the provider.
 
+create or replace function surety.poll_delay(p_poll_after interval, p_poll_count integer) returns interval
+language sql immutable
+begin atomic
+    select p_poll_after * 2 ^ (least(greatest(p_poll_count, 0), 5) + 1);
+end;
+
+comment on function surety.poll_delay(interval, integer) is
+'The time until an object is polled again that was polled p_poll_count times: p_poll_after, doubled each time, at most
+64 times as long. Any count is accepted, so that one row can''t stop a claim of many.';
+
 create or replace function surety.claim_objects_to_poll(p_limit integer)
 returns table (
     kind text, subject_id text, payment_id text, provider_id text, intent_id text, account text, amount_minor bigint,
@@ -25,8 +35,8 @@ begin atomic
     claimed_payments as (
         update surety.payments
         set
-            poll_count = payments.poll_count + 1,
-            poll_at = surety.time_now() + states.poll_after * least(64, 2 ^ (payments.poll_count + 1))
+            poll_count = least(payments.poll_count, 1000000) + 1,
+            poll_at = surety.time_now() + surety.poll_delay(states.poll_after, payments.poll_count)
         from due_payments, surety.states
         where payments.id = due_payments.id and payments.state = states.state
         returning
@@ -51,8 +61,8 @@ begin atomic
     claimed_refunds as (
         update surety.refunds
         set
-            poll_count = refunds.poll_count + 1,
-            poll_at = surety.time_now() + refund_states.poll_after * least(64, 2 ^ (refunds.poll_count + 1))
+            poll_count = least(refunds.poll_count, 1000000) + 1,
+            poll_at = surety.time_now() + surety.poll_delay(refund_states.poll_after, refunds.poll_count)
         from due_refunds, surety.refund_states
         where refunds.id = due_refunds.id and refunds.state = refund_states.state
         returning
@@ -177,11 +187,30 @@ begin atomic
     insert into surety.poll_cursors (provider, account, list, polled_to)
     values (p_provider, p_account, p_list, p_to)
     on conflict (provider, account, list) do update
-    set polled_to = greatest(poll_cursors.polled_to, excluded.polled_to);
+    set
+        polled_to = greatest(poll_cursors.polled_to, excluded.polled_to),
+        failures = 0,
+        failing_since = null,
+        error = null;
 end;
 
 comment on function surety.advance_poll_cursor(text, text, text, timestamptz) is
-'Notes how far an account''s list was read. The cursor never goes back.';
+'Notes how far an account''s list was read, and that it is readable. The cursor never goes back.';
+
+create or replace function surety.note_unreadable_list(p_provider text, p_account text, p_list text, p_error text)
+returns void language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into surety.poll_cursors (provider, account, list, failures, failing_since, error)
+    values (p_provider, p_account, p_list, 1, surety.time_now(), left(p_error, 500))
+    on conflict (provider, account, list) do update
+    set
+        failures = least(poll_cursors.failures, 1000000) + 1,
+        failing_since = coalesce(poll_cursors.failing_since, excluded.failing_since),
+        error = excluded.error;
+end;
+
+comment on function surety.note_unreadable_list(text, text, text, text) is
+'Notes that an account''s list could not be read to its end. Its cursor stays.';
 
 create or replace function surety.claim_pending_money(p_limit integer, p_again_after interval)
 returns table (provider text, account text, object_id text, created_at timestamptz)

@@ -1,0 +1,141 @@
+-- Overdue work: failing periodic jobs, unreadable lists, and objects that stay unfinished for too long.
+
+create or replace function surety.record_periodic_job(p_job text, p_every interval, p_error text) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into surety.periodic_jobs (job, every, first_run_at, succeeded_at, failures, failing_since, error)
+    values (
+        p_job, p_every, surety.time_now(),
+        case when p_error is null then surety.time_now() end,
+        case when p_error is null then 0 else 1 end,
+        case when p_error is not null then surety.time_now() end,
+        left(p_error, 500)
+    )
+    on conflict (job) do update
+    set
+        every = excluded.every,
+        succeeded_at = coalesce(excluded.succeeded_at, periodic_jobs.succeeded_at),
+        failures = case when p_error is null then 0 else least(periodic_jobs.failures, 1000000) + 1 end,
+        failing_since = case when p_error is not null then coalesce(periodic_jobs.failing_since, surety.time_now()) end,
+        error = excluded.error
+    where
+        p_error is not null or periodic_jobs.failures > 0 or periodic_jobs.every <> excluded.every
+        or periodic_jobs.succeeded_at < surety.time_now() - interval '10 seconds'
+        -- A test database's clock can be set back.
+        or periodic_jobs.succeeded_at > surety.time_now();
+end;
+
+comment on function surety.record_periodic_job(text, interval, text) is
+'Records the end of a periodic job that runs every p_every; p_error is null if it succeeded. A further success within
+ten seconds writes nothing.';
+
+create or replace function surety.list_overdue_jobs()
+returns table (job text, failures integer, error text, seconds double precision)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        periodic_jobs.job,
+        periodic_jobs.failures,
+        periodic_jobs.error,
+        extract(
+            epoch from surety.time_now() - coalesce(
+                periodic_jobs.failing_since, periodic_jobs.succeeded_at, periodic_jobs.first_run_at
+            )
+        )::double precision
+    from surety.periodic_jobs
+    where
+        periodic_jobs.failures > 1
+        or coalesce(periodic_jobs.succeeded_at, periodic_jobs.first_run_at)
+        < surety.time_now() - 3 * periodic_jobs.every - interval '5 minutes'
+    order by periodic_jobs.job;
+end;
+
+comment on function surety.list_overdue_jobs() is
+'The periodic jobs that failed more than once in a row, with the seconds since the first failure, and those that have
+not succeeded for three of their intervals and five minutes, with the seconds since their last success.';
+
+create or replace function surety.list_unreadable_lists()
+returns table (provider text, account text, list text, failures integer, error text, seconds double precision)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        poll_cursors.provider,
+        poll_cursors.account,
+        poll_cursors.list,
+        poll_cursors.failures,
+        poll_cursors.error,
+        extract(epoch from surety.time_now() - poll_cursors.failing_since)::double precision
+    from surety.poll_cursors
+    where poll_cursors.failures > 0
+    order by poll_cursors.failing_since, poll_cursors.provider, poll_cursors.account, poll_cursors.list
+    limit 100;
+end;
+
+comment on function surety.list_unreadable_lists() is
+'The lists of the provider whose last reading did not reach the end, with the seconds since the first such reading. The
+100 that have failed longest.';
+
+create or replace function surety.list_overdue_objects()
+returns table (
+    kind text, state text, count bigint, first text, payment_id text, limit_seconds double precision,
+    seconds double precision
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+begin atomic
+    -- The partial indexes on poll_at hold exactly the unfinished objects.
+    with unfinished as (
+        select
+            'payment' as kind,
+            payments.state,
+            payments.id,
+            payments.id as payment_id,
+            payments.updated_at as since,
+            -- A bank's network needs days.
+            case when payments.rail = 'ach' then greatest(states.overdue_after, '14 days') else states.overdue_after end
+            as overdue_after
+        from surety.payments
+        inner join surety.states on payments.state = states.state
+        where payments.poll_at is not null
+        union all
+        select
+            'refund',
+            refunds.state,
+            refunds.id,
+            refunds.payment_id,
+            refunds.updated_at,
+            case when refunds.provider_id is null then interval '1 hour' else refund_states.overdue_after end
+        from surety.refunds
+        inner join surety.refund_states on refunds.state = refund_states.state
+        where refunds.poll_at is not null
+        union all
+        select
+            'dispute',
+            disputes.status,
+            disputes.id,
+            disputes.payment_id,
+            disputes.created_at,
+            dispute_statuses.overdue_after
+        from surety.disputes
+        inner join surety.dispute_statuses on disputes.status = dispute_statuses.status
+        where disputes.poll_at is not null
+    )
+
+    select
+        unfinished.kind,
+        unfinished.state,
+        count(*),
+        (array_agg(unfinished.id order by unfinished.since, unfinished.id))[1],
+        (array_agg(unfinished.payment_id order by unfinished.since, unfinished.id))[1],
+        extract(epoch from min(unfinished.overdue_after))::double precision,
+        extract(epoch from surety.time_now() - min(unfinished.since))::double precision
+    from unfinished
+    where unfinished.since < surety.time_now() - unfinished.overdue_after
+    group by unfinished.kind, unfinished.state
+    order by unfinished.kind, unfinished.state;
+end;
+
+comment on function surety.list_overdue_objects() is
+'The unfinished payments, refunds and disputes that are older than their state''s overdue_after, by kind and state: how
+many, the oldest one, its payment and its age. A payment or refund is as old as its last change, a dispute as its
+creation. A refund without an id at the provider is overdue after an hour.';

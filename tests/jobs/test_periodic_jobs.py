@@ -1,0 +1,142 @@
+"""Periodic jobs: a failure is recorded and reported, and one bad row or list stops no other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from app.status_findings import FindingId, find_problems
+from jobs.periodic import PERIODIC_JOBS, run_and_record
+from jobs.polling import poll_events
+from tests.support.payments import Connection, add_merchant, fact, pay, record
+from tests.support.sandbox_process import SandboxProcess, running_sandbox
+from tests.support.workers import in_process_worker, run_until_idle
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
+    with running_sandbox(tmp_path_factory.mktemp("periodic_jobs"), "--payout-seconds=0") as sandbox:
+        yield sandbox
+
+
+def move_clock(conn: Connection, ahead: str) -> None:
+    """Move the test database's clock."""
+    conn.execute("update surety.environment set kind = 'test'")
+    conn.execute(
+        "insert into surety.clock (ahead) values (%s) on conflict (kind) do update set ahead = excluded.ahead", (ahead,)
+    )
+
+
+def status(conn: Connection) -> dict[str, Any]:
+    row = conn.execute("select surety.read_status()").fetchone()
+    assert row is not None
+    document: dict[str, Any] = row[0]
+    return document
+
+
+def findings(conn: Connection, id: FindingId) -> list[tuple[int, str]]:
+    """The urgency and the text of the findings of a kind."""
+    return [(finding.urgency, finding.what) for finding in find_problems(status(conn)) if finding.id == id]
+
+
+@pytest.mark.parametrize("count", [0, 30, 1023, 2_147_483_647])
+def test_payment_polled_any_number_of_times_stops_no_claim(conn: Connection, count: int) -> None:
+    _, key_hash = add_merchant(conn)
+    first, second = pay(conn, key_hash, 2)
+    record(conn, [fact(one, "submitted", "pi", provider_id=f"pi_{one}") for one in (first, second)])
+    conn.execute("update surety.payments set poll_at = now() - interval '1 hour'")
+    conn.execute("update surety.payments set poll_count = %s where id = %s", (count, first))
+    claimed = conn.execute("select payment_id from surety.claim_objects_to_poll(10)").fetchall()
+    assert {row[0] for row in claimed} == {first, second}
+    rows = conn.execute("select poll_at < now() + interval '65 minutes' from surety.payments").fetchall()
+    assert rows == [(True,), (True,)]
+
+
+async def test_failing_periodic_job_is_a_finding_until_it_succeeds(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    async def fail(_worker: object) -> None:
+        await asyncio.sleep(0)
+        raise ValueError("a bad row")
+
+    async with in_process_worker(database, sandbox.url) as worker:
+        with pytest.raises(ValueError, match="bad row"):
+            await run_and_record(worker, "check_deadlines", fail)
+        assert findings(conn, "periodic-job-failing") == [], "one failure may be chance"
+        with pytest.raises(ValueError, match="bad row"):
+            await run_and_record(worker, "check_deadlines", fail)
+        [(urgency, what)] = findings(conn, "periodic-job-failing")
+        assert urgency == 1 and "check_deadlines has failed 2 times" in what and "ValueError: a bad row" in what
+        move_clock(conn, "11 minutes")
+        [(urgency, _)] = findings(conn, "periodic-job-failing")
+        assert urgency == 2
+        await run_and_record(worker, "check_deadlines", PERIODIC_JOBS["check_deadlines"])
+        assert findings(conn, "periodic-job-failing") == []
+
+
+async def test_periodic_job_that_no_longer_runs_is_a_finding(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    conn.execute("insert into procrastinate.procrastinate_workers default values")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_and_record(worker, "check_deadlines", PERIODIC_JOBS["check_deadlines"])
+        assert findings(conn, "periodic-job-late") == []
+        move_clock(conn, "6 minutes")
+        [(urgency, what)] = findings(conn, "periodic-job-late")
+        assert urgency == 2 and "check_deadlines has not succeeded for 6 min" in what
+        await run_and_record(worker, "check_deadlines", PERIODIC_JOBS["check_deadlines"])
+        assert findings(conn, "periodic-job-late") == []
+
+
+async def test_unreadable_list_is_a_finding_and_stops_no_other_account(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    account = "acct_other"
+    add_merchant(conn, account=account)
+    async with in_process_worker(database, sandbox.url, judged=False) as worker:
+        sandbox.order("events.list", "error_500_before")
+        await poll_events(worker)
+        lists = conn.execute("select account, failures, polled_to is not null from surety.poll_cursors order by 1")
+        assert lists.fetchall() == [("", 1, False), (account, 0, True)]
+        assert findings(conn, "list-unreadable") == []
+        move_clock(conn, "16 minutes")
+        [(urgency, what)] = findings(conn, "list-unreadable")
+        assert urgency == 1 and "stripe's list events can't be read for 16 min" in what and "500" in what
+        move_clock(conn, "2 hours")
+        assert [urgency for urgency, _ in findings(conn, "list-unreadable")] == [2]
+        await poll_events(worker)
+        assert findings(conn, "list-unreadable") == []
+
+
+async def test_list_that_can_not_be_stored_ends_only_its_own_reading(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    """The events of one account can't be stored, as by a constraint; the account after it is still read."""
+    account = "acct_after"
+    _, key_hash = add_merchant(conn)
+    add_merchant(conn, account=account)
+    conn.execute("alter table surety.provider_event_keys add constraint no_event check (account <> '')")
+    async with in_process_worker(database, sandbox.url) as worker:
+        pay(conn, key_hash)
+        await run_until_idle(worker, "submit")
+        await poll_events(worker)
+    lists = conn.execute("select account, failures, error ~ 'no_event' from surety.poll_cursors order by 1").fetchall()
+    assert lists == [("", 1, True), (account, 0, None)]
+
+
+def test_old_unfinished_objects_are_findings(conn: Connection) -> None:
+    _, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [fact(payment_id, "submitted", "pi", provider_id="pi_1")])
+    assert findings(conn, "unfinished-objects") == []
+    move_clock(conn, "2 hours")
+    [(urgency, what)] = findings(conn, "unfinished-objects")
+    assert urgency == 1 and what.startswith("1 payment in provider_submitted for longer than 60 min")
+    assert payment_id in what
+    move_clock(conn, "2 days")
+    assert [urgency for urgency, _ in findings(conn, "unfinished-objects")] == [2]
+    record(conn, [fact(payment_id, "failed", "pi")])
+    assert findings(conn, "unfinished-objects") == []
