@@ -9,6 +9,7 @@ locks the tables that it alters in the same order. Tables that are not listed co
 
 BEHAVIOUR_FILES: tuple[str, ...] = (
     "core/time_and_ids",
+    "core/durability",
     "core/formatting",
     "core/partitions",
     "core/audit",

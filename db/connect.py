@@ -18,11 +18,15 @@ import psycopg
 from psycopg import AsyncConnection, Connection
 from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.errors import Diagnostic
 from psycopg.pq import TransactionStatus
 
 from db.settings import Settings
 
 Result = TypeVar("Result")
+
+# The function of PostgreSQL that waits for synchronous standbys, which a warning names in any language.
+SYNCHRONOUS_WAIT = "SyncRepWaitForLSN"
 ProcessKind = Literal["deploy", "api", "webhook", "worker", "analyst", "auditor"]
 
 NETWORK_DEFAULTS = {
@@ -109,14 +113,26 @@ def connect(kind: ProcessKind, settings: Settings) -> Connection[tuple[Any, ...]
     return psycopg.connect(conninfo(kind, settings), autocommit=True)
 
 
+class CommitNotReplicated(psycopg.OperationalError):
+    """A commit that a failover may lose. A repetition waits for the standby."""
+
+
 class BoundedWaitConnection(AsyncConnection[tuple[Any, ...]]):
     """Closes the socket if a statement gets no answer in time; the statement fails as on a lost connection.
+
+    Raises CommitNotReplicated for a commit whose wait for a synchronous standby was canceled: PostgreSQL reports such a
+    commit as successful, with a warning.
 
     Neither tcp_user_timeout nor keepalives notice a peer that acknowledges but never answers. Waiting for notifications
     is not bounded.
     """
 
     answer_seconds_max = 35.0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._is_commit_uncertain = False
+        self.add_notice_handler(self._note_canceled_wait)
 
     async def wait(
         self,
@@ -127,9 +143,17 @@ class BoundedWaitConnection(AsyncConnection[tuple[Any, ...]]):
         """Wait as psycopg does, up to a limit."""
         timer = asyncio.get_running_loop().call_later(self.answer_seconds_max, self._shut_down_socket)
         try:
-            return await super().wait(gen, interval, timeout)
+            answer = await super().wait(gen, interval, timeout)
         finally:
             timer.cancel()
+        if self._is_commit_uncertain:
+            self._is_commit_uncertain = False
+            raise CommitNotReplicated("the wait for a synchronous standby was canceled")
+        return answer
+
+    def _note_canceled_wait(self, notice: Diagnostic) -> None:
+        if notice.source_function == SYNCHRONOUS_WAIT:
+            self._is_commit_uncertain = True
 
     def _shut_down_socket(self) -> None:
         if self.pgconn.transaction_status == TransactionStatus.ACTIVE:

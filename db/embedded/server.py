@@ -147,13 +147,16 @@ class EmbeddedServer:
             installed = installed.copied_to(copies)
         if not (self.data / "PG_VERSION").exists():
             shutil.rmtree(self.data, ignore_errors=True)
-            self._run_as(account, [
-                installed["initdb"], "-D", str(self.data), "-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--locale=C",
-                "--no-instructions", *([] if self.durable else ["--no-sync"]),
-            ])  # fmt: skip
+            self._create_data_folder(account, installed)
         stop_abandoned_server(self.data)
         self._launched_with = account, installed
         self._spawn(account, installed)
+
+    def _create_data_folder(self, account: SystemAccount, installed: Binaries) -> None:
+        self._run_as(account, [
+            installed["initdb"], "-D", str(self.data), "-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--locale=C",
+            "--no-instructions", *([] if self.durable else ["--no-sync"]),
+        ])  # fmt: skip
 
     def _spawn(self, account: SystemAccount, installed: Binaries) -> None:
         settings = {

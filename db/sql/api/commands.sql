@@ -36,6 +36,7 @@ begin
             from surety.idempotency_keys as i
             where i.merchant_id = v_who.merchant_id and i.route = p_route and i.key = p_request ->> 'idempotency_key';
             continue when not found;
+            perform surety.await_standbys();
             if v_first.request_hash = v_hash then
                 v_outcome := (v_first.status, null, null, v_first.response, true);
             else

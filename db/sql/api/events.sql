@@ -75,6 +75,10 @@ begin
     left join lateral api.show_payment(past_payment.payment) as shown on p.id is not null
     left join lateral api.show_refund(past_refund.refund) as refund on r.id is not null
     left join lateral api.show_dispute(past_dispute.dispute) as dispute on d.id is not null;
+    -- After a failover, transaction ids that the standby has not seen are assigned again. A cursor that counts them as
+    -- seen would skip their events. This id is above all ids of the snapshot, and the answer waits until the standby
+    -- has it.
+    perform surety.await_standbys();
     v_next := case
         when v_count = p_limit then concat_ws(' ', v_generation, v_seen, v_goal, v_last_xid, v_last_id)
         when v_goal::text = v_all::text then concat_ws(' ', v_generation + 1, '1:1:', '-', '0', '-')

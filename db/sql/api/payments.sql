@@ -227,6 +227,10 @@ begin
         return;
     end if;
 
+    -- A batch of replays only reads: its commit would not wait for a standby.
+    if array_position(v_problems, null) is not null then
+        perform surety.await_standbys();
+    end if;
     -- A new statement: only its snapshot includes the rows of transactions that the insert waited for.
     return query
     select

@@ -26,7 +26,9 @@ begin atomic
         )
     )
 
-    select (select count(*) > 0 from audited) from surety.discrepancies where discrepancies.id = p_id;
+    select (select count(*) > 0 from audited)
+    from surety.discrepancies cross join surety.await_standbys()
+    where discrepancies.id = p_id;
 end;
 
 comment on function surety.close_discrepancy(text, text, text) is

@@ -22,7 +22,9 @@ begin atomic
         )
     )
 
-    select (select count(*) > 0 from audited) from outbox.handlers where handlers.handler = p_handler;
+    select (select count(*) > 0 from audited)
+    from outbox.handlers cross join surety.await_standbys()
+    where handlers.handler = p_handler;
 end;
 
 comment on function outbox.pause_handler(text, boolean, text, text) is

@@ -36,7 +36,9 @@ begin atomic
         )
     )
 
-    select (select count(*) > 0 from audited) from surety.api_keys where api_keys.id = p_key_id;
+    select (select count(*) > 0 from audited)
+    from surety.api_keys cross join surety.await_standbys()
+    where api_keys.id = p_key_id;
 end;
 
 comment on function surety.revoke_api_key(text, text) is
@@ -80,7 +82,9 @@ begin atomic
         )
     )
 
-    select (select count(*) > 0 from audited) from surety.operator_keys where operator_keys.id = p_key_id;
+    select (select count(*) > 0 from audited)
+    from surety.operator_keys cross join surety.await_standbys()
+    where operator_keys.id = p_key_id;
 end;
 
 comment on function surety.revoke_operator_key(text, text) is

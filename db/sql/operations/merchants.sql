@@ -52,7 +52,9 @@ begin atomic
         )
     )
 
-    select (select count(*) > 0 from audited) from surety.merchants where merchants.id = p_merchant_id;
+    select (select count(*) > 0 from audited)
+    from surety.merchants cross join surety.await_standbys()
+    where merchants.id = p_merchant_id;
 end;
 
 comment on function surety.suspend_merchant(text, boolean, text) is
