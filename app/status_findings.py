@@ -21,10 +21,13 @@ JOB_FAILING_SECONDS_MAX = 600
 LIST_UNREADABLE_SECONDS_MAX = 900
 LIST_URGENT_SECONDS_MAX = 3600
 OVERDUE_URGENT_SECONDS_MAX = 86_400
+STANDBY_WAIT_SECONDS_MAX = 5
+TAKEOVER_SECONDS = 60
 VERDICTS = ("GOOD", "LOOK", "ACT")
 RUNBOOK = "docs/operations.md"
 
 FindingId = Literal[
+    "commits-wait-for-standby",
     "no-worker",
     "handler-behind",
     "handler-paused",
@@ -64,12 +67,17 @@ class Finding(NamedTuple):
 def find_problems(state: dict[str, Any]) -> list[Finding]:
     """The problems of a status report, the most urgent first."""
     found = [
+        *find_replication_problems(state),
         *find_work_problems(state),
         *find_money_problems(state),
         *find_overdue_jobs(state),
         *find_unreadable_lists(state),
         *find_overdue_objects(state),
-        *(finding for holder in state["holders"] if (finding := find_vacuum_blocker(holder))),
+        *(
+            finding
+            for holder in state["holders"]
+            if (finding := find_vacuum_blocker(holder, are_commits_waiting=are_commits_waiting(state)))
+        ),
         *(finding for provider in state["providers"] if (finding := find_provider_problem(provider))),
     ]
     if state["is_restored_elsewhere"]:
@@ -83,11 +91,43 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
     return sorted(found, key=lambda finding: -finding.urgency)
 
 
+def are_commits_waiting(state: dict[str, Any]) -> bool:
+    """Whether commits wait for a synchronous standby that is missing or does not keep up."""
+    replication = state["replication"]
+    is_missing = state["sees_all"] and replication["present"] < replication["needed"]
+    return is_missing or (replication["waiting_seconds"] or 0) > STANDBY_WAIT_SECONDS_MAX
+
+
+def find_replication_problems(state: dict[str, Any]) -> Iterator[Finding]:
+    """Commits that wait for a synchronous standby. A session that is ended meanwhile leaves an unreplicated commit."""
+    if not are_commits_waiting(state):
+        return
+    replication = state["replication"]
+    what = f"commits wait for the standby: {replication['present']} of {replication['needed']} present"
+    if replication["waiting"]:
+        waiting = count_noun(replication["waiting"], "commit")
+        what += f", {waiting} for {format_age(replication['waiting_seconds'])}"
+    next_step = f"bring back the standby ({replication['names']}), or change synchronous_standby_names and reload"
+    yield Finding("commits-wait-for-standby", 2, what, next_step)
+
+
+def find_missing_worker(state: dict[str, Any], *, has_work: bool) -> Finding | None:
+    """No live worker. A server that has just taken over, or commits that wait, are no sign of that."""
+    if state["workers"]["alive"] or are_commits_waiting(state):
+        return None
+    start = "procrastinate --app jobs.app worker"
+    primary_seconds = state["replication"]["primary_seconds"]
+    if primary_seconds is not None and primary_seconds < TAKEOVER_SECONDS and state["workers"]["silent"]:
+        what = f"the database took over {format_age(primary_seconds)} ago, and no worker has reported since"
+        return Finding("no-worker", 1, what, f"wait a minute, then {start}")
+    return Finding("no-worker", 2 if has_work else 1, "no worker is alive", start)
+
+
 def find_work_problems(state: dict[str, Any]) -> Iterator[Finding]:
     """Missing workers, backlogs, paused handlers, dead letters."""
     waiting = [handler for handler in state["handlers"] if handler["backlog"]]
-    if not state["workers"]["alive"]:
-        yield Finding("no-worker", 2 if waiting else 1, "no worker is alive", "procrastinate --app jobs.app worker")
+    if finding := find_missing_worker(state, has_work=bool(waiting)):
+        yield finding
     for handler in waiting:
         if (handler["oldest_seconds"] or 0) > BACKLOG_SECONDS_MAX:
             what = f"{handler['handler']} is {format_age(handler['oldest_seconds'])} behind"
@@ -171,8 +211,13 @@ def find_provider_problem(provider: dict[str, Any]) -> Finding | None:
     return Finding("circuit-open", 1, what, f"{provider['provider']}'s status page; what waits goes on by itself")
 
 
-def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
-    """A transaction, slot or standby that has prevented vacuuming for long, or for very many transactions."""
+def find_vacuum_blocker(holder: dict[str, Any], *, are_commits_waiting: bool = False) -> Finding | None:
+    """A transaction, slot or standby that has prevented vacuuming for long, or for very many transactions.
+
+    No session that waits for a standby may be ended: a commit that the standby lacks would become visible.
+    """
+    if holder["kind"] == "commit":
+        return None
     kind, name, seconds = holder["kind"], holder["name"], holder["seconds"] or 0
     is_urgent = (holder["xids"] or 0) > VACUUM_BLOCKER_XIDS_MAX
     is_idle_slot = (
@@ -186,7 +231,12 @@ def find_vacuum_blocker(holder: dict[str, Any]) -> Finding | None:
         case "transaction":
             finding_id = "old-transaction"
             what = f"a transaction of {name} is open for {format_age(seconds)}{where}"
-            next_step = f"select pg_terminate_backend({holder['pid']})"
+            next_step = (
+                "the standby first: don't end sessions while commits wait for it"
+                if are_commits_waiting
+                else f"select pg_terminate_backend(pid) from pg_stat_activity where pid = {holder['pid']}"
+                " and wait_event is distinct from 'SyncRep'"
+            )
         case "prepared transaction":
             finding_id = "prepared-transaction"
             what = f"the prepared transaction {name} has waited {format_age(seconds)}{where}"

@@ -104,8 +104,17 @@ def is_unreachable(error: BaseException | None) -> bool:
 
 def message_of(error: psycopg.Error) -> str:
     """An error in one line, without the values that a server's detail may carry."""
+    if error.diag.message_primary:
+        return error.diag.message_primary
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return error.diag.message_primary or lines[-1].strip()
+    # psycopg lists the failure of each host after that of the last one.
+    attempts = [line for line in lines if line.startswith("- host:")]
+    return "; ".join(without_host(line).strip() for line in attempts or lines[:1])
+
+
+def without_host(line: str) -> str:
+    """A line of psycopg's list of failures without the host, which libpq's text names again."""
+    return line.rpartition("connection failed: ")[2]
 
 
 def outdates_connection(error: psycopg.Error) -> bool:

@@ -14,7 +14,7 @@ from psycopg.rows import class_row, scalar_row
 from psycopg_pool import AsyncConnectionPool
 
 from db.connect import bounded_connection, conninfo
-from db.errors import is_retryable, is_unreachable, outdates_connection
+from db.errors import is_retryable, is_unreachable, message_of, outdates_connection
 from db.settings import Settings
 
 log = logging.getLogger("surety.database")
@@ -129,7 +129,7 @@ class WorkerDatabase:
                 if not is_retryable(error) or (turn >= ATTEMPTS_MAX and not is_unreachable(error)):
                     raise
                 level = logging.WARNING if turn == ATTEMPTS_MAX else logging.INFO
-                log.log(level, "try %s: %s", turn, str(error).strip() or type(error).__name__)
+                log.log(level, "try %s: %s", turn, message_of(error))
                 await asyncio.sleep(min(PAUSE_SECONDS * 2 ** min(turn, 10), PAUSE_SECONDS_MAX))
 
     async def _on(self, connection: AsyncConnection[Any], work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:

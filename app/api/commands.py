@@ -29,6 +29,7 @@ COMMAND_PROBLEMS = (
     "not-json",
     "idempotency-key-reused",
     "overloaded",
+    "unavailable",
 )
 
 

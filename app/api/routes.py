@@ -50,8 +50,8 @@ from app.api.schemas.problems import Health, ProblemType
 from app.api.schemas.refunds import NewRefund, Refund, RefundList, RefundsQuery
 from app.web.routing import Route
 
-READ_PROBLEMS = ("unauthenticated", "not-found", "overloaded")
-LIST_PROBLEMS = ("invalid-request", "unauthenticated", "overloaded")
+READ_PROBLEMS = ("unauthenticated", "not-found", "overloaded", "unavailable")
+LIST_PROBLEMS = ("invalid-request", "unauthenticated", "overloaded", "unavailable")
 CREATE_PAYMENT_PROBLEMS = (
     "invalid-request",
     "idempotency-key-missing",
@@ -62,8 +62,17 @@ CREATE_PAYMENT_PROBLEMS = (
     "not-json",
     "idempotency-key-reused",
     "overloaded",
+    "unavailable",
 )
-BULK_DECISION_PROBLEMS = ("invalid-request", "unauthenticated", "forbidden", "too-large", "not-json", "overloaded")
+BULK_DECISION_PROBLEMS = (
+    "invalid-request",
+    "unauthenticated",
+    "forbidden",
+    "too-large",
+    "not-json",
+    "overloaded",
+    "unavailable",
+)
 DECISION_PROBLEMS = (*BULK_DECISION_PROBLEMS, "not-found", "wrong-state")
 
 PAYMENT_ROUTES = [
@@ -119,7 +128,7 @@ MERCHANT_ROUTES = [
         COMMAND_PROBLEMS,
         body=SubmittedEvidence,
     ),
-    Route("GET", "/v1/balance", get_balance, {200: Balance}, ("unauthenticated", "overloaded")),
+    Route("GET", "/v1/balance", get_balance, {200: Balance}, ("unauthenticated", "overloaded", "unavailable")),
     Route(
         "GET",
         "/v1/balance/transactions",
@@ -137,7 +146,7 @@ OPERATOR_ROUTES = [
         "/v1/operator/dead-letters",
         list_dead_letters,
         {200: DeadLetterList},
-        ("invalid-request", "unauthenticated", "forbidden", "overloaded"),
+        ("invalid-request", "unauthenticated", "forbidden", "overloaded", "unavailable"),
         query=DeadLettersQuery,
         tag="operators",
     ),
@@ -146,7 +155,7 @@ OPERATOR_ROUTES = [
         "/v1/operator/dead-letters/{letter_id}",
         get_dead_letter,
         {200: DeadLetter},
-        ("unauthenticated", "forbidden", "not-found", "overloaded"),
+        ("unauthenticated", "forbidden", "not-found", "overloaded", "unavailable"),
         tag="operators",
     ),
     Route(
@@ -190,7 +199,7 @@ OPERATOR_ROUTES = [
         "/v1/operator/status",
         get_status,
         {200: StatusReport},
-        ("unauthenticated", "forbidden", "overloaded"),
+        ("unauthenticated", "forbidden", "overloaded", "unavailable"),
         tag="operators",
     ),
 ]
@@ -198,7 +207,17 @@ OPERATOR_ROUTES = [
 PUBLIC_ROUTES = [
     Route("GET", "/problems", list_problems, {200: list[ProblemType]}, is_public=True),
     Route("GET", "/problems/{name}", explain_problem, {200: ProblemType}, ("not-found",), is_public=True),
-    Route("GET", "/health", get_health, {200: Health}, ("overloaded",), is_public=True),
+    Route(
+        "GET",
+        "/health",
+        get_health,
+        {200: Health},
+        (
+            "overloaded",
+            "unavailable",
+        ),
+        is_public=True,
+    ),
 ]
 
 ROUTES = [*MERCHANT_ROUTES, *OPERATOR_ROUTES, *PUBLIC_ROUTES]

@@ -118,6 +118,7 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
         ("workers", f"{workers['alive']} alive" + (f", {workers['silent']} silent" if workers["silent"] else "")),
         ("providers", " · ".join(map(describe_provider, state["providers"])) or "not called yet"),
     ]
+    lines.append(("synchronous standby", describe_replication(state)))
     if unknown["count"]:
         lines.append(("unknown outcomes", f"{unknown['count']}, the oldest {format_age(unknown['oldest_seconds'])}"))
     if unfinished := state["unfinished"]:
@@ -152,6 +153,17 @@ def describe_provider(provider: dict[str, Any]) -> str:
         f"{provider['provider']} unreachable for {duration}{accounts}, {provider['held']} held, "
         f"next probe in {format_age(probe)}"
     )
+
+
+def describe_replication(state: dict[str, Any]) -> str:
+    """None; standby_1, 1 of 1 present; ANY 1 (a, b), 0 of 1 present, 3 commits wait."""
+    replication = state["replication"]
+    if not replication["names"]:
+        return "none: a failover may lose the last commits"
+    if not state["sees_all"]:
+        return f"{replication['names']}, hidden: grant pg_read_all_stats to surety_owner"
+    waiting = f", {count_noun(replication['waiting'], 'commit')} under way" if replication["waiting"] else ""
+    return f"{replication['names']}, {replication['present']} of {replication['needed']} present{waiting}"
 
 
 def describe_vacuum_blocker(holder: dict[str, Any]) -> str:

@@ -28,13 +28,14 @@ import msgspec
 import psycopg
 from psycopg import AsyncConnection
 
-from db.errors import is_retryable, kind_of
+from db.errors import is_retryable, kind_of, message_of
 
 log = logging.getLogger("surety.batching")
 
 Row = tuple[Any, ...]
 Connect = Callable[[], Awaitable[AsyncConnection[Row]]]
 
+QUERY_CANCELED = "57014"
 QUEUED_SECONDS_MAX = 0.025
 # From this size on, a batch's fixed cost is small beside its rows' cost, and parallel connections gain more than
 # smaller batches lose.
@@ -55,6 +56,16 @@ class BatchedRequest(Protocol):
 
 class Unavailable(Exception):
     """The request can't be answered now. It may have taken effect if it was sent; repeating it is safe."""
+
+
+class DatabaseAway(Unavailable):
+    """No database answers, or it can't be used: it is no primary, full, not deployed or restored elsewhere."""
+
+
+def unavailable_by(error: psycopg.Error) -> Unavailable:
+    """The reason why a request can't be answered after an error of the database. Timeouts are signs of overload."""
+    is_busy = error.sqlstate == QUERY_CANCELED or kind_of(error) == "conflict"
+    return (Unavailable if is_busy else DatabaseAway)(describe_error(error))
 
 
 class RefusedByDatabase(Exception):
@@ -292,7 +303,7 @@ class BatchingConnection:
         if kind_of(error) != "request":
             log.error("%s; given up: %s", describe_error(error), request_ids_of(batch))
             for queued in batch:
-                set_failure(queued, Unavailable(describe_error(error)))
+                set_failure(queued, unavailable_by(error))
         elif len(batch) == 1:
             log.error("%s: %s", describe_error(error), request_ids_of(batch))
             set_failure(batch[0], RefusedByDatabase(error))
@@ -311,8 +322,7 @@ def set_failure(queued: QueuedRequest, error: Exception) -> None:
 
 def describe_error(error: psycopg.Error) -> str:
     """An error in one line, without the values that a server's detail may carry."""
-    message = error.diag.message_primary or str(error)
-    return f"{error.sqlstate or 'connection'} {message.strip().splitlines()[0] if message.strip() else ''}"
+    return f"{error.sqlstate or 'connection'} {message_of(error)}"
 
 
 def request_ids_of(batch: Sequence[QueuedRequest]) -> str:

@@ -8,7 +8,7 @@ import psycopg
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from app.web.batching import Unavailable
+from app.web.batching import DatabaseAway, Unavailable, unavailable_by
 from db.connect import ProcessKind, bounded_connection, connect, conninfo
 from db.errors import SuretyError, is_retryable, message_of, outdates_connection
 from db.settings import Settings
@@ -27,6 +27,7 @@ class DatabasePool:
     """Single calls, each a transaction of its own; a call that fails by a lost connection is repeated."""
 
     def __init__(self, kind: ProcessKind, settings: Settings) -> None:
+        self._in_use = 0
         self._pool: AsyncConnectionPool[AsyncConnection[Row]] = AsyncConnectionPool(
             conninfo(kind, settings),
             connection_class=bounded_connection(kind),
@@ -52,19 +53,28 @@ class DatabasePool:
         for _ in range(CONNECTIONS_MAX + 1):
             try:
                 async with self._pool.connection() as connection:
-                    try:
-                        return await (await connection.execute(query, values)).fetchone()
-                    except psycopg.Error as error:
-                        if outdates_connection(error):
-                            await connection.close()
-                        raise
+                    return await self._fetch_row(connection, query, values)
             except PoolTimeout as error:
-                raise Unavailable(str(error)) from None
+                is_busy = self._in_use >= self._pool.max_size
+                raise (Unavailable if is_busy else DatabaseAway)(str(error)) from None
             except psycopg.Error as error:
                 if not is_retryable(error):
                     raise
                 failure = error
-        raise Unavailable(str(failure))
+        raise unavailable_by(failure)
+
+    async def _fetch_row(
+        self, connection: AsyncConnection[Row], query: LiteralString, values: tuple[Any, ...]
+    ) -> Row | None:
+        self._in_use += 1
+        try:
+            return await (await connection.execute(query, values)).fetchone()
+        except psycopg.Error as error:
+            if outdates_connection(error):
+                await connection.close()
+            raise
+        finally:
+            self._in_use -= 1
 
 
 def require_deployed(kind: ProcessKind, settings: Settings, function: str) -> None:

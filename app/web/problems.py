@@ -15,7 +15,7 @@ import psycopg
 from litestar.exceptions import HTTPException
 
 from app.web.asgi import Headers, HttpResponse
-from app.web.batching import RefusedByDatabase, Unavailable
+from app.web.batching import DatabaseAway, RefusedByDatabase, Unavailable
 
 log = logging.getLogger("surety.http")
 
@@ -103,6 +103,13 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "Repeat the request with the same Idempotency-Key after as many seconds as the header Retry-After says. If it "
         "did take effect, the repetition brings its answer; it can't take effect twice.",
     ),
+    "unavailable": ProblemDefinition(
+        503,
+        "The database can't be used at present",
+        "It restarts, another server takes over, its commits wait for a standby, or it is not ready. Repeat the "
+        "request with the same Idempotency-Key until it is answered. If it did take effect, the repetition brings its "
+        "answer; it can't take effect twice.",
+    ),
 }
 
 
@@ -159,7 +166,12 @@ def invalid_request(errors: list[RuleViolation]) -> Problem:
 
 def overloaded() -> Problem:
     """The service is busy; the request may be repeated."""
-    return Problem("overloaded", "the queue is full or the database is away; repeat with the same Idempotency-Key")
+    return Problem("overloaded", "too many requests are under way; repeat with the same Idempotency-Key")
+
+
+def database_away() -> Problem:
+    """No database answers; the request may be repeated."""
+    return Problem("unavailable", "the database can't be used at present; repeat with the same Idempotency-Key")
 
 
 RULE_BY_CONSTRAINT: dict[str, tuple[str, str, int | None]] = {
@@ -178,7 +190,7 @@ RULE_BY_CONSTRAINT: dict[str, tuple[str, str, int | None]] = {
 PROBLEM_BY_SQLSTATE = {
     "SU003": "internal",  # a change to an append-only table
     "SU004": "internal",  # an unknown handler
-    "SU005": "overloaded",  # a restored database whose new restore generation is not open yet
+    "SU005": "unavailable",  # a restored database whose new restore generation is not open yet
     "SU006": "invalid-request",  # a cursor that this API did not issue
     "SU007": "internal",  # an unknown event type
     "SU008": "internal",  # an audit entry of a kind that its caller may not write
@@ -208,6 +220,8 @@ def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
     match error:
         case Problem():
             return error
+        case DatabaseAway():
+            return database_away()
         case Unavailable():
             return overloaded()
         case RefusedByDatabase():

@@ -154,7 +154,7 @@ def test_request_that_cannot_be_stored_gets_503_and_its_retry_succeeds(merchant:
     key = unique_name("key")
     merchant.conn.execute("alter function api.create_payments(json) rename to away")
     answer = merchant.post(key=key)
-    problem(answer, 503, "overloaded")
+    problem(answer, 503, "unavailable")
     assert answer.headers["retry-after"] == "1"
     merchant.conn.execute("alter function api.away(json) rename to create_payments")
     assert merchant.count() == 0

@@ -265,7 +265,7 @@ def test_webhook_that_could_not_be_stored_gets_503(client: httpx.Client, rights:
     body = event()
     rights.execute("alter function surety.receive_webhooks(jsonb) rename to away")
     answer = deliver(client, body)
-    problem(answer, 503, "overloaded")
+    problem(answer, 503, "unavailable")
     assert answer.headers["retry-after"] == "1"
     rights.execute("alter function surety.away(jsonb) rename to receive_webhooks")
     assert deliver(client, body).status_code == 200

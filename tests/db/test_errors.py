@@ -39,6 +39,16 @@ def test_each_sqlstate_has_one_meaning(conn: Connection, sqlstate: str, kind: Er
     assert outdates_connection(error) == (sqlstate in {"0A000", "25006"})
 
 
+def test_message_names_each_host_that_was_tried() -> None:
+    with pytest.raises(psycopg.OperationalError) as refused:
+        psycopg.connect("host=127.0.0.1,127.0.0.1 port=1,2 connect_timeout=1")
+    message = message_of(refused.value)
+    assert "port 1 failed: " in message and "port 2 failed: " in message and "\n" not in message
+    with pytest.raises(psycopg.OperationalError) as refused:
+        psycopg.connect("host=127.0.0.1 port=1 connect_timeout=1")
+    assert message_of(refused.value).startswith('connection to server at "127.0.0.1", port 1 failed: ')
+
+
 def test_connections_that_fail_or_are_lost_are_unreachable_and_misuse_is_not(conn: Connection, database: str) -> None:
     with pytest.raises(psycopg.OperationalError) as refused:
         psycopg.connect("host=127.0.0.1 port=1 connect_timeout=1")

@@ -102,7 +102,7 @@ def test_ten_minutes_without_postgresql_lose_nothing_and_need_no_operator(
             eventually(lambda: len(shoppers.accepted) > 10, 60)
         killable_server.halt("immediate")
         eventually(lambda: len(shoppers.unavailable) >= 2, 30)
-        refused = problem(shoppers.unavailable[-1], 503, "overloaded")
+        refused = problem(shoppers.unavailable[-1], 503, "unavailable")
         assert "same Idempotency-Key" in refused["detail"]
         assert all(answer.headers["retry-after"] for answer in shoppers.unavailable)
         assert httpx.post(f"{receiver.url}/stripe", content=b"{}", timeout=30).status_code == 400, "it is still there"
@@ -238,7 +238,7 @@ def test_api_with_dead_connections_answers_503_and_recovers(conn: Connection, da
         first = merchant.pay()
         proxy.is_dead = True
         key = unique_name("order")
-        problem(merchant.post(payment(reference=key), key=key), 503, "overloaded")
+        problem(merchant.post(payment(reference=key), key=key), 503, "unavailable")
         proxy.is_dead = False
         eventually(lambda: merchant.post(payment(reference=key), key=key).status_code == 201, 60)
         again = merchant.post(payment(reference=key), key=key)

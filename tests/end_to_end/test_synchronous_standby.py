@@ -9,8 +9,10 @@ from typing import Any, LiteralString
 
 import pytest
 
+from app.status_findings import find_problems
 from db.deploy.deploy import deploy
 from db.embedded.server import EmbeddedServer
+from tests.cli.test_status import read_status, surety
 from tests.support.dead_letters import exhaust_retries, open_dead_letter
 from tests.support.http_client import Merchant, connect_as_owner, payment, running_server
 from tests.support.payments import Connection, add_merchant, fact, pay, record, request
@@ -67,6 +69,38 @@ def test_every_answer_that_repeats_an_earlier_one_waits_for_the_standby(servers:
         repeated = {name: pool.submit(repeat, *call) for name, call in calls.items()}
         eventually(lambda: len(servers.waiting_sessions()) + len(ended(repeated)) == len(calls), 20)
         assert ended(repeated) == []
+
+
+def test_status_reports_commits_that_wait_and_ends_none_of_them(servers: ReplicatedServers) -> None:
+    _, key_hash = add_merchant(servers.conn)
+    servers.conn.execute("insert into procrastinate.procrastinate_workers values (default, now() - interval '1 hour')")
+    _, present = read_status(servers.primary.url)
+    assert present["replication"]["present"] == present["replication"]["needed"] == 1
+    assert "standby_1, 1 of 1 present" in surety(servers.primary.url, "status").stdout
+
+    def pay_later() -> list[str]:
+        with connect_as_owner(servers.primary.url) as conn:
+            return pay(conn, key_hash)
+
+    with ThreadPoolExecutor() as pool, servers.without_standby():
+        paying = pool.submit(pay_later)
+        eventually(lambda: not servers.is_synchronous() and servers.waiting_sessions())
+        code, state = read_status(servers.primary.url)
+        assert code == 2
+        first, *others = state["findings"]
+        assert first["id"] == "commits-wait-for-standby"
+        assert first["what"].startswith("commits wait for the standby: 0 of 1 present, 1 commit for ")
+        assert "no-worker" not in [finding["id"] for finding in others], "heartbeats wait as well"
+        [waiting] = [holder for holder in state["holders"] if holder["kind"] == "commit"]
+        long_open = waiting | {"seconds": 1000.0}
+        findings = find_problems(state | {"holders": [long_open, long_open | {"kind": "transaction"}]})
+        assert "old-transaction" in [finding.id for finding in findings]
+        assert not [finding for finding in findings if "terminate" in finding.next]
+    assert len(paying.result()) == 1
+    servers.fail_over()
+    _, state = read_status(servers.standby.url)
+    [finding] = [finding for finding in state["findings"] if finding["id"] == "no-worker"]
+    assert finding["what"].startswith("the database took over ") and finding["urgency"] == 1
 
 
 def test_replay_writes_nothing_without_a_synchronous_standby(conn: Connection) -> None:

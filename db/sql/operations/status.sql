@@ -57,7 +57,7 @@ begin atomic
         held.wal_bytes
     from (
         select
-            'transaction' as kind,
+            case when a.wait_event = 'SyncRep' then 'commit' else 'transaction' end as kind,
             coalesce(nullif(a.application_name, ''), a.usename::text, a.backend_type) as name,
             a.datname::text as database,
             extract(epoch from clock_timestamp() - a.xact_start)::double precision as seconds,
@@ -111,8 +111,42 @@ begin atomic
 end;
 
 comment on function surety.vacuum_blockers() is
-'The transactions with a snapshot or an id, prepared transactions, replication slots and standbys that prevent vacuuming
-in any database of the cluster, those that hold back most transactions first.';
+'The transactions with a snapshot or an id, commits that wait for a standby, prepared transactions, replication slots
+and standbys that prevent vacuuming in any database of the cluster, those that hold back most transactions first.';
+
+create or replace function surety.replication_status() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        jsonb_build_object(
+            'names', given.names,
+            'needed',
+            case
+                when given.names = '' then 0
+                else coalesce((regexp_match(given.names, '^\s*(?:first|any)?\s*(\d+)\s*\(', 'i'))[1]::integer, 1)
+            end,
+            'present', (
+                select count(*) from pg_stat_replication
+                where pg_stat_replication.sync_state in ('sync', 'quorum') and pg_stat_replication.state = 'streaming'
+            ),
+            'waiting', count(*) filter (where sessions.wait_event = 'SyncRep'),
+            'waiting_seconds', round(extract(epoch from clock_timestamp() - min(sessions.query_start) filter (
+                where sessions.wait_event = 'SyncRep'
+            )), 3),
+            -- A server in recovery has no WAL writer: it starts with the server, or when a standby is promoted.
+            'primary_seconds', round(extract(epoch from clock_timestamp() - min(sessions.backend_start) filter (
+                where sessions.backend_type = 'walwriter'
+            )), 3)
+        )
+    from (select btrim(current_setting('synchronous_standby_names')) as names) as given
+    left join pg_stat_activity as sessions on true
+    group by given.names;
+end;
+
+comment on function surety.replication_status() is
+'Synchronous replication: synchronous_standby_names (empty: none), how many standbys a commit needs and how many are
+present, the commits that wait for them and for how long, and since when this server is the primary. Without the rights
+of pg_read_all_stats everything but the names is unknown and looks like zero or null.';
 
 create or replace function surety.unfinished_payments_in_retry(p_limit integer)
 returns table (payment_id text, is_unknown boolean, sent_at timestamptz)
@@ -240,6 +274,7 @@ begin
             select coalesce(jsonb_agg(to_jsonb(h) order by h.xids desc nulls last, h.seconds desc nulls last), '[]')
             from surety.vacuum_blockers() as h
         ),
+        'replication', surety.replication_status(),
         'sees_all', pg_has_role('surety_owner', 'pg_read_all_stats', 'usage'),
         'partitions_until', (
             select min(ahead.until) from (
