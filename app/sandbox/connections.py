@@ -8,8 +8,9 @@ from contextlib import suppress
 from typing import Any, cast
 
 from msgspec import Struct
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.bounded_http import BoundedProtocol
+from app.connection_limits import Refusal, RefusalResponse
 from app.sandbox.memory import encode
 
 Message = MutableMapping[str, Any]
@@ -33,8 +34,17 @@ def json_response(document: object) -> SandboxResponse:
     return SandboxResponse(200, encode(document), [])
 
 
-class ProtocolWithTransport(HttpToolsProtocol):
+class IncompleteRequest(Exception):
+    """The client left, or was too slow, before its request was complete."""
+
+
+class ProtocolWithTransport(BoundedProtocol):
     """Passes the transport to the application, which breaks connections: ASGI has no message for that."""
+
+    def refusal_response(self, refusal: Refusal) -> RefusalResponse:
+        """A refusal as an error in the provider's shape."""
+        error = {"error": {"message": refusal.detail, "type": "invalid_request_error"}}
+        return RefusalResponse([(b"content-type", b"application/json")], encode(error))
 
     def on_message_begin(self) -> None:
         """Begin a request's scope."""
@@ -51,10 +61,12 @@ class ClientConnection:
         self._send = send
 
     async def read(self) -> str:
-        """The whole body of the request."""
+        """The whole body of the request. Raises IncompleteRequest."""
         body = bytearray()
         while True:
             message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise IncompleteRequest
             body += message.get("body", b"")
             if not message.get("more_body"):
                 return body.decode(errors="replace")

@@ -15,7 +15,15 @@ import uvicorn
 import uvloop
 
 from app.sandbox import control, scheduled_actions
-from app.sandbox.connections import ClientConnection, Message, ProtocolWithTransport, Receive, SandboxResponse, Send
+from app.sandbox.connections import (
+    ClientConnection,
+    IncompleteRequest,
+    Message,
+    ProtocolWithTransport,
+    Receive,
+    SandboxResponse,
+    Send,
+)
 from app.sandbox.faults import DEMO_FAULTS, NO_FAULTS, FaultInjector, FaultProfile
 from app.sandbox.memory import Memory
 from app.sandbox.settings import WEBHOOK_SECRET, SandboxSettings
@@ -44,7 +52,10 @@ class SandboxApplication:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         method, path, query = scope["method"], scope["path"], scope["query_string"].decode()
         connection = ClientConnection(scope, receive, send)
-        body = await connection.read()
+        try:
+            body = await connection.read()
+        except IncompleteRequest:
+            return
         if path.startswith("/v1/"):
             headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
             await self._answer_stripe(connection, method, path, headers, query if method == "GET" else body)

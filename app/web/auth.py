@@ -19,6 +19,7 @@ from app.web.throttle import PerSecondThrottle
 log = logging.getLogger("surety.auth")
 
 DENIALS_PER_SECOND_MAX = 20
+KEPT_HASHES_MAX = 4096
 DENIAL_DETAILS = {
     "unauthenticated": "the API key is missing, misspelt, unknown, revoked or an operator's",
     "forbidden": "this merchant is suspended",
@@ -31,14 +32,23 @@ class Authenticator:
 
     def __init__(self, database: DatabasePool) -> None:
         self.database = database
+        self._hashes_of_known_keys: dict[bytes, bytes] = {}
         self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
     def read_caller(self, headers: dict[bytes, bytes], address: str, request_id: str, route: str) -> Caller:
         """The caller, by the Authorization header alone. Raises Problem for a malformed key."""
-        key_hash = key_hash_of(headers.get(b"authorization", b""))
+        authorization = headers.get(b"authorization", b"")
+        key_hash = self._hashes_of_known_keys.get(authorization) or key_hash_of(authorization)
         if key_hash is None:
             raise Problem("unauthenticated", DENIAL_DETAILS["unauthenticated"])
         return Caller(self, key_hash, address, request_id, route)
+
+    def remember_key(self, authorization: bytes, key_hash: bytes) -> None:
+        """Keep the hash of a key that the database knows. Other keys are not kept."""
+        if authorization not in self._hashes_of_known_keys:
+            if len(self._hashes_of_known_keys) >= KEPT_HASHES_MAX:
+                self._hashes_of_known_keys.clear()
+            self._hashes_of_known_keys[authorization] = key_hash
 
 
 class Caller:

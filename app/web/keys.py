@@ -10,11 +10,14 @@ import re
 import secrets
 import string
 import zlib
-from functools import lru_cache
 from typing import NamedTuple
 
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 KEY_PATTERN = re.compile(r"(sty_(?:live|test|operator)_[0-9A-Za-z]{32})([0-9A-Za-z]{6})")
+AUTHORIZATION_PATTERN = re.compile(
+    rb"(?i:bearer) +((sty_(?:live|test|operator)_[0-9A-Za-z]{32})([0-9A-Za-z]{6}))[ \t]*"
+)
+DIGIT_PAIRS = [first + second for first in ALPHABET for second in ALPHABET]
 HINT_CHARACTERS = 4
 
 
@@ -45,19 +48,22 @@ def new_key_for(kind: str) -> NewKey:
 
 def checksum(body: str) -> str:
     """CRC-32 in six digits of base 62."""
-    rest, digits = zlib.crc32(body.encode()), ""
-    for _ in range(6):
-        rest, digit = divmod(rest, len(ALPHABET))
-        digits = ALPHABET[digit] + digits
-    return digits
+    return checksum_of(body.encode())
 
 
-@lru_cache(maxsize=4096)
+def checksum_of(body: bytes) -> str:
+    """CRC-32 in six digits of base 62."""
+    rest, last = divmod(zlib.crc32(body), len(DIGIT_PAIRS))
+    first, middle = divmod(rest, len(DIGIT_PAIRS))
+    return DIGIT_PAIRS[first] + DIGIT_PAIRS[middle] + DIGIT_PAIRS[last]
+
+
 def key_hash_of(authorization: bytes) -> bytes | None:
-    """The SHA-256 of the key in an Authorization header; None if its text can't be a key."""
-    scheme, _, given = authorization.partition(b" ")
-    text = given.strip().decode("latin-1")
-    shaped = KEY_PATTERN.fullmatch(text)
-    if scheme.lower() != b"bearer" or shaped is None or checksum(shaped[1]) != shaped[2]:
+    """The SHA-256 of the key in an Authorization header; None if its text can't be a key.
+
+    It is not cached here, because any client could fill the cache.
+    """
+    given = AUTHORIZATION_PATTERN.fullmatch(authorization)
+    if given is None or checksum_of(given[2]).encode() != given[3]:
         return None
-    return hashlib.sha256(text.encode()).digest()
+    return hashlib.sha256(given[1]).digest()

@@ -1,4 +1,4 @@
-"""Load shedding: under sustained overload, requests get 503 before they are decoded.
+"""HTTP of the services: refusals are problem documents, and sustained overload gets 503 before a request is decoded.
 
 A refusal by the application costs 0.1 ms, so ten times the load that a process serves would fill its time with
 refusals. Here the refusal is written as soon as the request has been read, without a task for it. The connection is
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-from app.web.asgi import new_request_id
-from app.web.problems import overloaded
+from app.bounded_http import BoundedProtocol
+from app.connection_limits import Refusal, RefusalResponse
+from app.web.asgi import HttpResponse, new_request_id
+from app.web.problems import Problem, RuleViolation, invalid_request, overloaded
 
 IsOverloaded = Callable[[], bool]
 
@@ -36,17 +36,31 @@ RESPONSE_START, RESPONSE_MIDDLE, RESPONSE_END = overload_response(PLACEHOLDER_ID
 HEAD_END, BODY_BEGIN = RESPONSE_MIDDLE.split(b"\r\n\r\n")
 
 
-class LoadSheddingProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a check before each request. Unusual requests (pipelined, HTTP/1.0) are not checked."""
+def response_to_refusal(refusal: Refusal) -> HttpResponse:
+    """The problem document for a request that exceeds a bound of the connection."""
+    if refusal.field:
+        problem = invalid_request([RuleViolation(refusal.field, "once", refusal.detail, place="header")])
+    elif refusal.limit is not None:
+        problem = Problem(refusal.name, refusal.detail, limit=refusal.limit)
+    else:
+        problem = Problem(refusal.name, refusal.detail)
+    return problem.response(new_request_id())
 
-    _is_refused = False
 
-    def on_headers_complete(self) -> None:
-        """The headers are complete: refuse the request or admit it."""
+class LoadSheddingProtocol(BoundedProtocol):
+    """The bounded protocol with a check before each request. Unusual requests (pipelined, HTTP/1.0) are not checked."""
+
+    def refusal_response(self, refusal: Refusal) -> RefusalResponse:
+        """A refusal as a problem document."""
+        answer = response_to_refusal(refusal)
+        return RefusalResponse([*answer.headers, (b"request-id", answer.request_id.encode())], answer.body)
+
+    def is_shed(self) -> bool:
+        """Whether the request must be refused because its queue is full."""
         parser = self.parser
         assert parser is not None
         is_overloaded = OVERLOAD_CHECKS.get((parser.get_method(), self.url))
-        self._is_refused = (
+        return (
             is_overloaded is not None
             and (self.cycle is None or self.cycle.response_complete)
             and not self.pipeline
@@ -56,20 +70,9 @@ class LoadSheddingProtocol(HttpToolsProtocol):
             and parser.should_keep_alive()
             and is_overloaded()
         )
-        if not self._is_refused:
-            super().on_headers_complete()
 
-    def on_body(self, body: bytes) -> None:
-        """The body of a refused request is dropped."""
-        if not self._is_refused:
-            super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """The request is complete: write the refusal."""
-        if not self._is_refused:
-            super().on_message_complete()
-            return
-        self._is_refused = False
+    def write_shed_response(self) -> None:
+        """Write 503, and read nothing for a while."""
         if self.flow.write_paused:
             self.transport.close()  # the client sends without reading the answers
             return

@@ -36,6 +36,12 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "parameter or header, as `in` says), `rule` the rule, `limit` its bound, `given` what was sent. Nothing was "
         "stored. Correct the request and send it with the same or another Idempotency-Key.",
     ),
+    "malformed-request": ProblemDefinition(
+        400,
+        "This is not an HTTP request",
+        "The bytes are no request of HTTP/1.1, or the request's target is no path. Nothing was stored, and the "
+        "connection is closed.",
+    ),
     "idempotency-key-missing": ProblemDefinition(
         400,
         "The Idempotency-Key is missing",
@@ -61,6 +67,12 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "method-not-allowed": ProblemDefinition(
         405, "The path exists, the method does not", "The header Allow lists the methods that the path knows."
     ),
+    "request-timeout": ProblemDefinition(
+        408,
+        "The request took too long to arrive",
+        "The head or the body was not complete in time. Nothing was stored, and the connection is closed. Send the "
+        "request again with the same Idempotency-Key.",
+    ),
     "reference-taken": ProblemDefinition(
         409,
         "Another payment has this reference",
@@ -81,6 +93,9 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "too-large": ProblemDefinition(
         413, "The body is too large", "`limit` is the largest body in bytes. Nothing was stored."
     ),
+    "target-too-long": ProblemDefinition(
+        414, "Path and query are too long", "`limit` is their largest length in bytes. The connection is closed."
+    ),
     "not-json": ProblemDefinition(
         415, "The body is not JSON", "Send `Content-Type: application/json`. Nothing was read, nothing stored."
     ),
@@ -91,6 +106,12 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "payment. Nothing was stored.",
     ),
     "rate-limited": ProblemDefinition(429, "Too many requests", "Wait as many seconds as the header Retry-After says."),
+    "head-too-large": ProblemDefinition(
+        431,
+        "The head of the request is too large",
+        "`limit` is the largest number of bytes of request line and headers, or of headers, as `detail` says. The "
+        "connection is closed.",
+    ),
     "internal": ProblemDefinition(
         500,
         "We made a mistake",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 from typing import Any, TypeVar
@@ -16,8 +15,6 @@ from app.web.validation import parse
 
 T = TypeVar("T")
 
-BODY_SECONDS_MAX = 10.0
-DISCARDED_BYTES_MAX = 1 << 20
 IDEMPOTENCY_KEY = re.compile(rb"[ -~]{1,255}")
 
 encode_canonically = msgspec.json.Encoder(order="deterministic").encode
@@ -53,37 +50,35 @@ class HttpRequest:
         return given == b"application/json" or given.partition(b";")[0].strip().lower() == b"application/json"
 
     async def read_body(self, bytes_max: int) -> bytes:
-        """The body. Raises Problem if it is too large, ClientDisconnected if it does not arrive."""
+        """The body. Raises Problem if it is too large, ClientDisconnected if it does not arrive.
+
+        The server bounds the time (app/bounded_http.py), and closes the connection after a body that is too large.
+        """
+        if int(self.headers.get(b"content-length", b"0")) > bytes_max:
+            raise self._body_too_large(bytes_max)
         message = await self.receive()
         body: bytes = message.get("body", b"")
         if message.get("more_body") or message["type"] != "http.request":
-            try:
-                async with asyncio.timeout(BODY_SECONDS_MAX):
-                    body = await self._read_chunks(message, bytes_max)
-            except TimeoutError:
-                raise ClientDisconnected from None
+            body = await self._read_parts(message, bytes_max)
         if len(body) > bytes_max:
-            detail = f"the body has more than {bytes_max} bytes"
-            raise Problem("too-large", detail, limit=bytes_max, headers=[(b"connection", b"close")])
+            raise self._body_too_large(bytes_max)
         return body
 
-    async def _read_chunks(self, message: Message, bytes_max: int) -> bytes:
-        """A body that arrives in parts, or its first bytes, more than `bytes_max`.
-
-        The rest of a body that is too large is read for a while, so that the client can read the refusal.
-        """
+    async def _read_parts(self, message: Message, bytes_max: int) -> bytes:
+        """A body that arrives in parts, or its first bytes, more than `bytes_max`."""
         parts = bytearray()
-        received = 0
         while True:
             if message["type"] == "http.disconnect":
                 raise ClientDisconnected
-            part = message.get("body", b"")
-            received += len(part)
-            if len(parts) <= bytes_max:
-                parts += part
-            if not message.get("more_body") or received > bytes_max + DISCARDED_BYTES_MAX:
+            parts += message.get("body", b"")
+            if not message.get("more_body") or len(parts) > bytes_max:
                 return bytes(parts)
             message = await self.receive()
+
+    @staticmethod
+    def _body_too_large(bytes_max: int) -> Problem:
+        detail = f"the body has more than {bytes_max} bytes"
+        return Problem("too-large", detail, limit=bytes_max, headers=[(b"connection", b"close")])
 
     def parse_json(self, body: bytes) -> Any:
         """The body's JSON, strictly. Raises Problem."""

@@ -7,6 +7,7 @@ path (a trailing slash) are matched by Litestar and reach the same endpoint.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -20,11 +21,13 @@ from litestar.types import ASGIApp
 from msgspec import Struct
 
 from app.web.asgi import ClientDisconnected, HttpResponse, Receive, Scope, Send, new_request_id
-from app.web.problems import problem_from_error
+from app.web.problems import Problem, overloaded, problem_from_error
 
 Endpoint = Callable[[Any], Awaitable[HttpResponse]]
 """Answers a request, or raises Problem."""
 AsgiApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
+# Litestar keeps the last 1,024 paths in each of two caches, so their length is bounded.
+PATH_CHARACTERS_MAX = 512
 PATH_PARAMETER = re.compile(r"\{(\w+)\}")
 
 
@@ -88,14 +91,36 @@ class HttpApplication:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            row = self._fast_routes.get((scope["method"], scope["path"]))
-            if row is not None:
-                answer = await self._answer(row, scope, receive)
-                await answer(scope, receive, send)
-                return
-            if scope["method"] == "HEAD":
-                scope = {**scope, "method": "GET"}
+        try:
+            await self._respond(scope, receive, send)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            # Raises if a response has begun; then the server closes the connection.
+            problem = problem_from_error(error, request_id := new_request_id(), scope["path"])
+            await problem.response(request_id)(scope, receive, send)
+        except asyncio.CancelledError:
+            # The server ends, and this request took longer than it waits.
+            if scope["type"] == "http":
+                await overloaded().response(new_request_id())(scope, receive, send)
+            raise
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._litestar(cast(Any, scope), receive, cast(Any, send))
+            return
+        row = self._fast_routes.get((scope["method"], scope["path"]))
+        if row is not None:
+            answer = await self._answer(row, scope, receive)
+            await answer(scope, receive, send)
+            return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        if len(scope["path"]) > PATH_CHARACTERS_MAX:
+            detail = f"no path has more than {PATH_CHARACTERS_MAX} characters"
+            refusal = Problem("not-found", detail).response(new_request_id())
+            await refusal(scope, receive, send)
+            return
         await self._litestar(cast(Any, scope), receive, cast(Any, send))
 
     @asynccontextmanager
@@ -140,7 +165,7 @@ async def no_response(scope: Scope, receive: Receive, send: Send) -> None:
 
 def problem_response(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """A problem document for what Litestar raises: no such path, no such method."""
-    answer = problem_from_error(error, request_id := new_request_id(), request.url.path).response(request_id)
+    answer = problem_from_error(error, request_id := new_request_id(), request.scope["path"]).response(request_id)
     headers = {name.decode(): value.decode() for name, value in answer.headers} | {"request-id": request_id}
     return Response(answer.body, status_code=answer.status, headers=headers, media_type=headers["content-type"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,12 +21,15 @@ import uvicorn
 from uvicorn.importer import import_from_string
 from uvicorn.supervisors import Multiprocess
 
+from app.connection_limits import ConnectionLimits
 from app.web.load_shedding import LoadSheddingProtocol
 from db.errors import SuretyError
 
 log = logging.getLogger("surety.serving")
 
 BACKLOG = 2048
+# Connections may exceed their bound while they are refused.
+OPEN_FILES = 3 * ConnectionLimits().connections
 SHUTDOWN_SECONDS_MAX = 20
 GRACE_SECONDS = 5
 
@@ -61,6 +65,7 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
     except OSError as error:
         raise AddressUnavailable(f"can't listen on {host}:{port}: {error.strerror}") from None
     listening.set_inheritable(True)
+    raise_open_files_limit()
     # At its end, uvicorn raises the signal that stopped it again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     click.echo("listening on {}:{}".format(*listening.getsockname()[:2]))
@@ -69,6 +74,14 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
             ServingProcesses(config, sockets=[listening]).run()
         else:
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def raise_open_files_limit() -> None:
+    """Allow this process and its children as many open files as its bound of connections needs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class ServingProcesses(Multiprocess):

@@ -48,7 +48,14 @@ def test_imports_run_from_app_and_jobs_to_db(folder: str, forbidden: tuple[str, 
 
 def test_the_sandbox_imports_none_of_the_rest() -> None:
     ours = [(file, module) for file, module in imports_of("app/sandbox") if module.split(".")[0] in PACKAGES]
-    assert [(file, module) for file, module in ours if not f"{module}.".startswith("app.sandbox.")] == []
+    found = [(file, module) for file, module in ours if not f"{module}.".startswith("app.sandbox.")]
+    assert {module for _, module in found} == {"app.bounded_http", "app.connection_limits"}
+
+
+def test_the_limits_of_connections_import_nothing_of_ours() -> None:
+    files = {"app/bounded_http.py", "app/connection_limits.py"}
+    modules = {module for file, module in imports_of("app") if file in files and module.split(".")[0] in PACKAGES}
+    assert modules == {"app.connection_limits"}
 
 
 def test_the_sandboxs_shared_modules_know_no_provider() -> None:

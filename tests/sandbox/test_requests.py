@@ -5,6 +5,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import stripe
 
@@ -113,6 +114,18 @@ def test_redirecting_payment_methods_require_a_return_url(sandbox: SandboxProces
     status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent}/confirm")
     assert (status, error["param"]) == (400, "return_url")
     assert sandbox.confirm(intent, {"return_url": "https://shop.example"})["status"] == "succeeded"
+
+
+def test_limits_of_connections_are_those_of_the_services(sandbox: SandboxProcess) -> None:
+    headers = [("Authorization", f"Bearer {KEY}"), ("Idempotency-Key", "one"), ("Idempotency-Key", "two")]
+    repeated = httpx.post(f"{sandbox.url}/v1/payment_intents", headers=headers)
+    assert repeated.status_code == 400
+    assert repeated.json()["error"] == {
+        "message": "the header Idempotency-Key is given twice",
+        "type": "invalid_request_error",
+    }
+    large = httpx.get(f"{sandbox.url}/v1/account", headers={"Authorization": "a" * 20_000})
+    assert (large.status_code, large.json()["error"]["type"]) == (431, "invalid_request_error")
 
 
 def test_unknown_paths_and_objects_are_404(sandbox: SandboxProcess) -> None:
