@@ -931,6 +931,7 @@ create table surety.pending_money (
     object_id text collate "C" not null,
     created_at timestamptz not null,
     available_at timestamptz not null,
+    poll_count integer not null default 0,
     constraint pending_money_pkey primary key (provider, account, object_id)
 );
 create index pending_money_by_time on surety.pending_money (available_at);
@@ -1223,6 +1224,29 @@ comment on table outbox.batches is
 'Events that are claimed and not completed, one row per claim. first_id and last_id bound event_ids, so that reading
 them touches few partitions. Completion requires the current fence, a fencing token.';
 
+create table outbox.release_causes (
+    cause text collate "C" not null,
+    finding text not null,
+    first_delay interval not null,
+    delay_max interval not null,
+    meaning text not null,
+    constraint release_causes_pkey primary key (cause),
+    constraint release_delays_are_ordered check (first_delay <= delay_max)
+);
+comment on table outbox.release_causes is
+'Why an event is given back without counting a failure. The delay doubles with each release of an event, from
+first_delay to delay_max. finding is the finding of `surety status` that reports events that wait for long.';
+
+insert into outbox.release_causes (cause, finding, first_delay, delay_max, meaning) values
+('circuit_open', 'circuit-open', '0', '0', 'the circuit of its account is open'),
+('outage', 'waiting-events', '0', '0', 'its call failed in an outage of the provider'),
+('provider_busy', 'waiting-events', '1 second', '5 minutes', 'the provider asks for a later repetition'),
+('access_refused', 'waiting-events', '1 minute', '5 minutes', 'the provider refuses our key or its permissions'),
+('fetched_elsewhere', 'waiting-events', '1 second', '1 minute', 'another worker fetches the same dispute'),
+('earlier_call', 'waiting-events', '1 second', '5 minutes', 'the outcome of an earlier call is unknown'),
+('worker_stopped', 'waiting-events', '0', '0', 'its worker was stopped'),
+('database_failed', 'waiting-events', '1 second', '1 minute', 'the database failed while it was handled');
+
 create table outbox.retries (
     handler text collate "C" not null,
     event_id text collate "C" not null,
@@ -1231,14 +1255,20 @@ create table outbox.retries (
     attempts jsonb not null default '[]',
     due_at timestamptz,
     blocked_by text,
+    cause text collate "C",
+    releases integer not null default 0,
+    waiting_since timestamptz,
     constraint retries_pkey primary key (handler, event_id),
-    constraint retry_belongs_to_a_handler foreign key (handler) references outbox.handlers (handler)
+    constraint retry_belongs_to_a_handler foreign key (handler) references outbox.handlers (handler),
+    constraint retry_release_has_a_known_cause foreign key (cause) references outbox.release_causes (cause),
+    constraint released_retry_waits_since_a_time check ((cause is null) = (waiting_since is null))
 );
 create index retries_due on outbox.retries (handler, due_at) where due_at is not null;
 create index retries_blocked on outbox.retries (blocked_by) where blocked_by is not null;
 comment on table outbox.retries is
 'Events that failed (failures) or whose worker died (worker_deaths). due_at is null during a retry. blocked_by is the
-key of the circuit whose outage failed the event last or holds it.';
+key of the circuit whose outage failed the event last or holds it. cause is why it was last given back uncounted, releases
+how often in a row, waiting_since the time of the first.';
 
 create table outbox.dead_letters (
     id text collate "C" not null,

@@ -17,6 +17,8 @@ UNKNOWN_SECONDS_MAX = 300
 VACUUM_BLOCKER_XIDS_MAX = 100_000_000
 SLOT_BYTES_MAX = 1_000_000_000
 PARTITIONS_DAYS_MIN = 21
+WAITING_SECONDS_MAX = 600
+WAITING_URGENT_SECONDS_MAX = 3600
 JOB_FAILING_SECONDS_MAX = 600
 LIST_UNREADABLE_SECONDS_MAX = 900
 LIST_URGENT_SECONDS_MAX = 3600
@@ -35,6 +37,7 @@ FindingId = Literal[
     "critical-discrepancies",
     "discrepancies",
     "unknown-outcomes",
+    "waiting-events",
     "unfinished-objects",
     "periodic-job-failing",
     "periodic-job-late",
@@ -70,6 +73,7 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         *find_replication_problems(state),
         *find_work_problems(state),
         *find_money_problems(state),
+        *find_waiting_events(state),
         *find_overdue_jobs(state),
         *find_unreadable_lists(state),
         *find_overdue_objects(state),
@@ -158,6 +162,18 @@ def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
             f"{count_noun(unknown['count'], 'unknown outcome')}, the oldest for {format_age(unknown['oldest_seconds'])}"
         )
         yield Finding("unknown-outcomes", 1, what, f"surety trace {unknown['first']}")
+
+
+def find_waiting_events(state: dict[str, Any]) -> Iterator[Finding]:
+    """Events that are given back uncounted for long, by cause. Those behind an open circuit are its finding's."""
+    for waiting in state["waiting_events"]:
+        if waiting["finding"] != "waiting-events" or waiting["seconds"] <= WAITING_SECONDS_MAX:
+            continue
+        what = f"{count_noun(waiting['count'], 'event')} waiting, the oldest for {format_age(waiting['seconds'])}: "
+        what += waiting["meaning"]
+        payment_id = waiting["payment_id"]
+        next_step = f"surety trace {payment_id}" if payment_id else "select * from surety.list_waiting_events()"
+        yield Finding("waiting-events", 2 if waiting["seconds"] > WAITING_URGENT_SECONDS_MAX else 1, what, next_step)
 
 
 def find_overdue_jobs(state: dict[str, Any]) -> Iterator[Finding]:

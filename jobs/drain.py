@@ -24,12 +24,14 @@ from psycopg.types.json import Jsonb
 from db.errors import is_retryable
 from jobs.database import bisect_on_error
 from jobs.handlers.table import HANDLERS, HandleEvents
+from jobs.stripe.errors import ReleaseCause
 from jobs.worker import Batch, Worker, worker_of
 
 log = logging.getLogger("surety.drain")
 
 DRAIN_SECONDS = 5.0
 PAUSE_SECONDS = 1.0
+DATABASE_FAILED: ReleaseCause = "database_failed"
 
 
 async def drain(context: JobContext, handler: str) -> None:
@@ -105,6 +107,6 @@ async def release_batch(worker: Worker, batch: Batch, error: Exception) -> None:
     """Give back the rest of a batch uncounted: the database failed, not the events."""
     log.warning("the rest of batch %s is given back: %s", batch.batch_id, error)
     await worker.database.value(
-        "select outbox.release_events(%s, %s, %s, make_interval(secs => %s), %s)",
-        batch.batch_id, batch.fence, batch.event_ids, PAUSE_SECONDS, str(error),
+        "select outbox.release_events(%s, %s, %s, make_interval(secs => %s), %s, %s)",
+        batch.batch_id, batch.fence, batch.event_ids, PAUSE_SECONDS, DATABASE_FAILED, str(error),
     )  # fmt: skip

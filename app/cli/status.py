@@ -121,6 +121,7 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
     lines.append(("synchronous standby", describe_replication(state)))
     if unknown["count"]:
         lines.append(("unknown outcomes", f"{unknown['count']}, the oldest {format_age(unknown['oldest_seconds'])}"))
+    lines += [("waiting", describe_waiting_events(waiting)) for waiting in state["waiting_events"]]
     if unfinished := state["unfinished"]:
         lines.append((
             "oldest unfinished payment",
@@ -141,11 +142,17 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
         console.print(f"{name}  {text}", markup=False)
 
 
+def describe_waiting_events(waiting: dict[str, Any]) -> str:
+    """2 events, the oldest for 3 min: the provider asks for a later repetition."""
+    count = count_noun(waiting["count"], "event")
+    return f"{count}, the oldest for {format_age(waiting['seconds'])}: {waiting['meaning']}"
+
+
 def describe_provider(provider: dict[str, Any]) -> str:
-    """Stripe reachable (0.4 % errors); stripe unreachable for 3 min, 41 held, next probe in 12 s."""
+    """Stripe healthy (0.4 % errors); stripe unreachable for 3 min, 41 held, next probe in 12 s."""
     share = f" ({provider['error_share'] * 100:.1f} % errors)" if provider["error_share"] is not None else ""
     if not provider["open"]:
-        return f"{provider['provider']} reachable{share}"
+        return f"{provider['provider']} healthy{share}"
     accounts = f" ({provider['open']} of {provider['accounts']} accounts)" if provider["accounts"] > 1 else ""
     probe = max(0.0, provider["probe_seconds"] or 0.0)
     duration = format_age(provider["open_seconds"])

@@ -25,6 +25,7 @@ from jobs.stripe.errors import (
     ProviderBusy,
     ProviderError,
     ProviderOutage,
+    ReleaseCause,
     RequestRejected,
     ResponseMismatch,
 )
@@ -120,12 +121,14 @@ async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call
         case "skip":
             return [event]
         case "wait":
-            return [event | {"release_seconds": WAIT_SECONDS, "error": "an earlier call's outcome is unknown yet"}]
+            reason = "an earlier call's outcome is unknown yet"
+            return [event | released_result("earlier_call", WAIT_SECONDS) | {"error": reason}]
         case "send" | "ask" | "replace_key" | "find":
             if batch.is_lost or worker.stopping.is_set():
-                return [event | {"release_seconds": 0, "error": "its worker stopped"}]
+                return [event | released_result("worker_stopped", 0) | {"error": "its worker stopped"}]
             if call.account in worker.circuit_breaker.blocked:
-                return [event | not_sent_result(call, call.operation) | {"release_seconds": WAIT_SECONDS}]
+                held = released_result("circuit_open", WAIT_SECONDS)
+                return [event | not_sent_result(call, call.operation) | held]
             response = provider_response(operation, worker, call)
             read, explain = partial(operation.read, call), partial(operation.explain, call)
             return [event | await call_result(call, call.operation, response, read=read, explain=explain)]
@@ -238,6 +241,11 @@ def answered_result(answer: ProviderResponse, facts: list[Fact]) -> CallResult:
     return {"outcome": "answered", "status": answer.status, "snapshot": redacted(answer.body), "facts": facts}
 
 
+def released_result(cause: ReleaseCause, seconds: float) -> CallResult:
+    """The fields of a result whose event is given back uncounted."""
+    return {"release_seconds": seconds, "release_cause": cause}
+
+
 def error_fields(error: ProviderError) -> CallResult:
     """The fields of every failed call's result."""
     return {"outcome": error.outcome, "status": error.status, "snapshot": redacted(error.body)}
@@ -249,7 +257,7 @@ def failed_call_result(account: str, error: ProviderError) -> CallResult:
     if isinstance(error, ProviderOutage):
         result["outage"] = circuit_key(account)
     elif isinstance(error, ProviderBusy):
-        result["release_seconds"] = error.seconds
+        result |= released_result(error.cause, error.seconds)
     return result
 
 

@@ -21,6 +21,7 @@ from jobs.handlers.calls import (
     missing_subject_results,
     record_as_completed,
     record_event_results,
+    released_result,
 )
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import ObjectUnreadable, OutcomeUnknown, ProviderBusy, ProviderError
@@ -70,8 +71,7 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
         held = {
             "error": "not asked: the provider is out",
             "outage": circuit_key(source.account),
-            "release_seconds": WAIT_SECONDS,
-        }
+        } | released_result("circuit_open", WAIT_SECONDS)
         results += [held | {"event_id": webhook.event_id} for webhook in to_fetch.pop(source)]
     if results:
         await record_event_results(worker, batch, results)
@@ -168,7 +168,7 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
         result = {"outcome": "unknown", "error": f"{source.id} can't be read: {type(error).__name__} {error}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     results: list[CallResult] = [
-        {name: result[name] for name in ("error", "release_seconds", "outage") if name in result}
+        {name: result[name] for name in ("error", "release_seconds", "release_cause", "outage") if name in result}
         | {"event_id": webhook.event_id}
         for webhook in webhooks
     ]
@@ -195,7 +195,8 @@ async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrig
     """
     async with worker.database.try_lock(f"dispute:{source.id}") as is_locked:
         if not is_locked:
-            raise ProviderBusy("another worker is fetching it", seconds=DISPUTE_PAUSE_SECONDS)
+            reason = "another worker is fetching it"
+            raise ProviderBusy(reason, seconds=DISPUTE_PAUSE_SECONDS, cause="fetched_elsewhere")
         revision = await worker.database.value(
             "select surety.next_fetch_number('stripe', %s, %s, %s)", source.account, source.livemode, source.id
         )

@@ -17,11 +17,23 @@ Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import stripe
 
 Json = dict[str, Any]
+
+ReleaseCause = Literal[
+    "circuit_open",
+    "outage",
+    "provider_busy",
+    "access_refused",
+    "fetched_elsewhere",
+    "earlier_call",
+    "worker_stopped",
+    "database_failed",
+]
+"""The rows of outbox.release_causes: why an event is given back uncounted."""
 
 BUSY_SECONDS = 1.0
 BUSY_SECONDS_MAX = 60.0
@@ -64,9 +76,10 @@ class ProviderBusy(ProviderError):
 
     outcome = "busy"
 
-    def __init__(self, message: str, *, seconds: float, **more: Any) -> None:
+    def __init__(self, message: str, *, seconds: float, cause: ReleaseCause = "provider_busy", **more: Any) -> None:
         super().__init__(message, **more)
         self.seconds = seconds
+        self.cause = cause
 
 
 class OutcomeUnknown(ProviderError):
@@ -138,7 +151,7 @@ def provider_error(error: stripe.StripeError) -> ProviderError:
     if (status in (409, 429) and retry != "false") or retry == "true":
         return ProviderBusy(message, seconds=retry_after_seconds(headers), status=status, body=body)
     if status in (401, 403):
-        return ProviderBusy(message, seconds=BUSY_SECONDS_MAX, status=status, body=body)
+        return ProviderBusy(message, seconds=BUSY_SECONDS_MAX, cause="access_refused", status=status, body=body)
     if status == 402:
         return PaymentDeclined(message, status=status, body=body)
     if status in (400, 404) and (param in PAYMENT_PARAMETERS or code in REFUND_ERROR_CODES):

@@ -161,7 +161,7 @@ def test_lost_lease_cannot_complete_events_but_records_results(conn: Connection)
     assert conn.execute("select event_ids from outbox.batches").fetchone() == (held[2],)
     assert not complete(conn, lost)
     assert not fail(conn, lost, *lost[2])
-    assert not call(conn, "outbox.release_events", *lost[:2], lost[2], "0 s", "stopped")
+    assert not call(conn, "outbox.release_events", *lost[:2], lost[2], "0 s", "worker_stopped", "stopped")
     assert not call(conn, "outbox.renew_lease", *lost[:2])
     assert conn.execute("select * from surety.begin_calls(%s, %s, 'create', 'w')", lost[:2]).fetchall() == []
     assert complete(conn, held)
@@ -278,7 +278,7 @@ def test_returned_event_is_not_counted_as_failed(outbox: Connection) -> None:
     event = emit(outbox)
     for _ in range(25):
         batch = claimed(outbox)
-        assert call(outbox, "outbox.release_events", *batch[:2], [event], "0 s", "the provider is busy")
+        assert call(outbox, "outbox.release_events", *batch[:2], [event], "0 s", "worker_stopped", "stopped")
     row = outbox.execute("select failures, worker_deaths, jsonb_array_length(attempts) from outbox.retries").fetchone()
     assert row == (0, 0, 20)
     assert complete(outbox, claimed(outbox))

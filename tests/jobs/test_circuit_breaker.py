@@ -66,7 +66,7 @@ def pass_time(conn: Connection, interval: str) -> None:
 
 def opened(conn: Connection) -> set[str]:
     """Accounts whose circuit is open."""
-    return {row[0] for row in conn.execute("select account from surety.circuit_status() where state = 'open'")}
+    return {row[0] for row in conn.execute("select account from surety.circuit_status() where state = 'unreachable'")}
 
 
 def transitions(conn: Connection) -> list[tuple[str, str]]:

@@ -132,11 +132,11 @@ async def test_rate_limit_response_is_not_counted_as_a_failure(
     sandbox.order(OPERATIONS[handler], fault, match=payment_id, times=5)
     query = "select failures, due_at - (attempts -> -1 ->> 'at')::timestamptz from outbox.retries"
     async with in_process_worker(database, sandbox.url) as worker:
-        for _ in range(5):
+        for turn in range(5):
             await run_until_idle(worker, *PIPELINE)
             [(failures, wait)] = conn.execute(query).fetchall()
             assert failures == 0
-            assert wait.total_seconds() == pytest.approx(1, abs=0.01)
+            assert wait.total_seconds() == pytest.approx(2**turn, abs=0.01)
             due(conn)
         await run_until_idle(worker, *PIPELINE)
     assert state_of(conn, payment_id) == "confirmed"

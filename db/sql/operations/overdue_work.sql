@@ -139,3 +139,38 @@ comment on function surety.list_overdue_objects() is
 'The unfinished payments, refunds and disputes that are older than their state''s overdue_after, by kind and state: how
 many, the oldest one, its payment and its age. A payment or refund is as old as its last change, a dispute as its
 creation. A refund without an id at the provider is overdue after an hour.';
+
+create or replace function surety.list_waiting_events()
+returns table (
+    cause text, meaning text, finding text, count bigint, first text, payment_id text, seconds double precision
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with waiting as (
+        select
+            retries.cause,
+            count(*) as count,
+            min(retries.waiting_since) as since,
+            (array_agg(retries.event_id order by retries.waiting_since, retries.event_id))[1] as first
+        from outbox.retries
+        where retries.cause is not null
+        group by retries.cause
+    )
+
+    select
+        waiting.cause,
+        release_causes.meaning,
+        release_causes.finding,
+        waiting.count,
+        waiting.first,
+        case events.aggregate_type when 'payment' then events.aggregate_id else events.payload ->> 'payment_id' end,
+        extract(epoch from surety.time_now() - waiting.since)::double precision
+    from waiting
+    inner join outbox.release_causes on waiting.cause = release_causes.cause
+    left join outbox.events on waiting.first = events.id
+    order by waiting.since, waiting.cause;
+end;
+
+comment on function surety.list_waiting_events() is
+'The events that were given back uncounted, by their last cause: how many, the one that has waited longest, its payment
+and how long. finding is the finding that reports them.';

@@ -261,6 +261,9 @@ begin
                 group by b.provider
             ) as circuits
         ),
+        'waiting_events', (
+            select coalesce(jsonb_agg(to_jsonb(w)), '[]') from surety.list_waiting_events() as w
+        ),
         'overdue_jobs', (
             select coalesce(jsonb_agg(to_jsonb(j)), '[]') from surety.list_overdue_jobs() as j
         ),

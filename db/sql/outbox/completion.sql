@@ -79,6 +79,7 @@ begin
         order by f.event_id
         on conflict (handler, event_id) do update
         set failures = r.failures + 1, attempts = r.attempts || excluded.attempts, blocked_by = excluded.blocked_by,
+            cause = null, releases = 0, waiting_since = null,
             due_at = v_now + v_handler.retry_after[least(r.failures + 1, cardinality(v_handler.retry_after))]
                 * (0.8 + 0.4 * random())
         returning r.event_id, r.failures, r.attempts -> -1 ->> 'error' as error
@@ -108,26 +109,30 @@ due again after the handler''s next delay, plus or minus 20 %; after the last de
 circuit key of the account whose outage failed it. False, and nothing done, if the lease is lost.';
 
 create or replace function outbox.release_events(
-    p_batch bigint, p_fence bigint, p_event_ids text[], p_after interval, p_reason text, p_outage text default null,
-    p_is_held boolean default false
+    p_batch bigint, p_fence bigint, p_event_ids text[], p_after interval, p_cause text, p_reason text,
+    p_outage text default null, p_is_held boolean default false
 ) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_now timestamptz := surety.time_now();
     v_batch outbox.batches;
+    v_cause outbox.release_causes;
 begin
+    select c.* into strict v_cause from outbox.release_causes as c where c.cause = p_cause;
     select b.* into v_batch from outbox.batches as b where b.id = p_batch and b.fence = p_fence for update;
     if not found then
         return false;
     end if;
-    insert into outbox.retries as r (handler, event_id, attempts, due_at, blocked_by)
+    insert into outbox.retries as r (
+        handler, event_id, attempts, due_at, blocked_by, cause, releases, waiting_since
+    )
     select
         v_batch.handler, held.event_id,
         case when p_is_held then '[]' else jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
             'at', surety.format_time(v_now), 'worker', v_batch.leased_by, 'error', left(p_reason, 2000),
             'outage', p_outage, 'counted', false))) end,
-        v_now + p_after, p_outage
+        v_now + greatest(p_after, v_cause.first_delay), p_outage, p_cause, 1, v_now
     from unnest(v_batch.event_ids) as held (event_id)
     where held.event_id = any(p_event_ids)
     order by held.event_id
@@ -136,13 +141,17 @@ begin
         -- The last twenty, because a provider may be busy for hours.
         attempts = case when jsonb_array_length(r.attempts) >= 20 then r.attempts - 0 else r.attempts end
             || excluded.attempts,
-        due_at = excluded.due_at,
-        blocked_by = excluded.blocked_by;
+        due_at = v_now
+            + greatest(p_after, least(v_cause.delay_max, v_cause.first_delay * 2 ^ least(r.releases, 12))),
+        blocked_by = excluded.blocked_by,
+        cause = excluded.cause,
+        releases = least(r.releases, 1000000) + 1,
+        waiting_since = coalesce(r.waiting_since, excluded.waiting_since);
     return outbox.complete_events(p_batch, p_fence, p_event_ids);
 end;
 $$;
 
-comment on function outbox.release_events(bigint, bigint, text[], interval, text, text, boolean) is
-'Moves events of a batch to retries, due again after p_after, without counting a failure: the provider was busy or the
-worker stopped. p_outage is the circuit key of an account in outage. p_is_held: no call was made, so no attempt is
-listed. False, and nothing done, if the lease is lost.';
+comment on function outbox.release_events(bigint, bigint, text[], interval, text, text, text, boolean) is
+'Moves events of a batch to retries without counting a failure, for a cause of outbox.release_causes. They are due again
+after p_after or the cause''s delay, whichever is longer. p_outage is the circuit key of an account in outage. p_is_held:
+no call was made, so no attempt is listed. False, and nothing done, if the lease is lost.';

@@ -258,7 +258,7 @@ begin
     loop
         perform outbox.release_events(
             p_batch, p_fence, v_blocked.ids, surety.hold_duration(),
-            'held: the provider is out',
+            'circuit_open', 'held: the provider is out',
             surety.circuit_key(v_blocked.provider, v_blocked.account), true);
         v_held := v_held || v_blocked.ids;
     end loop;
@@ -282,7 +282,9 @@ begin
         select jsonb_agg(
             case
                 when released.seconds is null then r.result
-                else r.result || jsonb_build_object('release_seconds', released.seconds)
+                else r.result || jsonb_build_object(
+                    'release_seconds', released.seconds,
+                    'release_cause', case when b.opened_at is null then 'outage' else 'circuit_open' end)
             end
             order by r.n
         )
@@ -308,8 +310,8 @@ end;
 $$;
 
 comment on function surety.uncount_outage_failures(bigint, jsonb) is
-'The results of surety.record_event_results, with "release_seconds" for each that failed by an outage of its account
-("outage": the circuit''s key). If fewer than five of the account''s calls failed lately, or after eighteen uncounted
+'The results of surety.record_event_results, with "release_seconds" and "release_cause" for each that failed by an
+outage of its account ("outage": the circuit''s key). If fewer than five of the account''s calls failed lately, or after eighteen uncounted
 failures, a failure while the circuit is closed is the event''s own.';
 
 create or replace function surety.circuit_status()
@@ -322,7 +324,7 @@ begin atomic
     select
         circuit_breakers.provider,
         circuit_breakers.account,
-        case when circuit_breakers.opened_at is null then 'closed' else 'open' end,
+        case when circuit_breakers.opened_at is null then 'healthy' else 'unreachable' end,
         (circuit_breakers.failed + circuit_breakers.prior_failed)::double precision
         / nullif(
             circuit_breakers.failed + circuit_breakers.prior_failed
@@ -344,5 +346,5 @@ begin atomic
 end;
 
 comment on function surety.circuit_status() is
-'The circuit of each account that was called: its state, the share of failed calls within the last minute of calls
+'The circuit of each account that was called: its state (healthy: closed; unreachable: open), the share of failed calls within the last minute of calls
 (null without calls), the time of the next probe, and the number of held events.';

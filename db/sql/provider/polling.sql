@@ -3,7 +3,7 @@
 create or replace function surety.poll_delay(p_poll_after interval, p_poll_count integer) returns interval
 language sql immutable
 begin atomic
-    select p_poll_after * 2 ^ (least(greatest(p_poll_count, 0), 5) + 1);
+    select p_poll_after * 2 ^ (least(greatest(p_poll_count, -1), 5) + 1);
 end;
 
 comment on function surety.poll_delay(interval, integer) is
@@ -234,7 +234,9 @@ begin atomic
     )
 
     update surety.pending_money
-    set available_at = surety.time_now() + p_again_after
+    set
+        available_at = surety.time_now() + surety.poll_delay(p_again_after, pending_money.poll_count - 1),
+        poll_count = least(pending_money.poll_count, 1000000) + 1
     from due
     where
         pending_money.provider = due.provider and pending_money.account = due.account
@@ -244,4 +246,4 @@ end;
 
 comment on function surety.claim_pending_money(integer, interval) is
 'Balance transactions that should be available by now, at most p_limit, without those behind an open circuit. Each is
-claimed again after p_again_after until it is available.';
+claimed again until it is available: after p_again_after, then at doubled intervals, at most 64 times as long.';

@@ -79,14 +79,16 @@ begin
     into v_failed, v_done
     from jsonb_to_recordset(v_results) as r (event_id text, error text, outage text, release_seconds numeric);
     for v_released in
-        select r.release_seconds, r.outage, array_agg(r.event_id) as ids, min(r.error) as reason
-        from jsonb_to_recordset(v_results) as r (event_id text, error text, outage text, release_seconds numeric)
+        select r.release_seconds, r.release_cause, r.outage, array_agg(r.event_id) as ids, min(r.error) as reason
+        from jsonb_to_recordset(v_results) as r (
+            event_id text, error text, outage text, release_seconds numeric, release_cause text
+        )
         where r.release_seconds is not null
-        group by r.release_seconds, r.outage
+        group by r.release_seconds, r.release_cause, r.outage
     loop
         v_held := outbox.release_events(
             p_batch, p_fence, v_released.ids, make_interval(secs => v_released.release_seconds::double precision),
-            coalesce(v_released.reason, 'given back'), v_released.outage) and v_held;
+            v_released.release_cause, coalesce(v_released.reason, 'given back'), v_released.outage) and v_held;
     end loop;
     if v_failed is not null then
         v_held := outbox.fail_events(p_batch, p_fence, v_failed) and v_held;
@@ -99,7 +101,8 @@ end;
 $$;
 
 comment on function surety.record_event_results(bigint, bigint, text, jsonb) is
-'Records results as surety.record_call_results does, each with its "event_id" and perhaps "release_seconds" or "outage".
+'Records results as surety.record_call_results does, each with its "event_id" and perhaps "outage", or
+"release_seconds" and "release_cause".
 They are recorded even if the lease is lost; finishing the events needs it. An event with release_seconds is given back
 uncounted. An event with an error has failed, unless surety.uncount_outage_failures finds an outage of its provider. All
 other events are finished. is_held is false when another worker holds the lease.';
