@@ -64,6 +64,52 @@ def test_every_pair_of_siblings_has_its_keys(conn: Connection) -> None:
     assert without == []
 
 
+APPEND_ONLY_TABLES = {
+    "surety.steps": "payment_id",
+    "surety.facts": "payment_id",
+    "ledger.transfers": "posting_id",
+    "outbox.events": "id",
+    "audit.entries": "id",
+}
+"""Those in partitions, each with the column of its partitions."""
+
+
+def test_partitions_of_append_only_tables_refuse_changes(conn: Connection) -> None:
+    protected = "select tgrelid::regclass::text from pg_trigger where tgfoid = 'audit.refuse_change()'::regprocedure"
+    parents = {
+        row[0]
+        for row in conn.execute(f"{protected} and tgrelid in (select partrelid from pg_partitioned_table)".encode())
+    }
+    assert parents == set(APPEND_ONLY_TABLES)
+    move_clock(conn, "5 months")
+    conn.execute("select surety.maintain_partitions()")
+    for parent, column in APPEND_ONLY_TABLES.items():
+        for partition in partitions(conn, parent):
+            assert_refuses_changes(conn, partition, column)
+
+
+def test_partition_attached_by_hand_becomes_append_only_and_can_be_removed(conn: Connection) -> None:
+    conn.execute("set role surety_owner")
+    conn.execute("create table audit.entries_209901 (like audit.entries including all)")
+    conn.execute(
+        "alter table audit.entries attach partition audit.entries_209901 for values from ('aud_3') to ('aud_4')"
+    )
+    conn.execute("select surety.maintain_partitions()")
+    assert_refuses_changes(conn, "audit.entries_209901", "id")
+    conn.execute("alter table audit.entries detach partition audit.entries_209901 concurrently")
+    assert_refuses_changes(conn, "audit.entries_209901", "id")
+    conn.execute("drop table audit.entries_209901")
+    assert conn.execute("select surety.maintain_partitions()").fetchone() == (0,)
+
+
+def assert_refuses_changes(conn: Connection, table: str, column: str) -> None:
+    """The table's owner can neither update nor delete nor truncate it."""
+    for statement in (f"update {table} set {column} = {column}", f"delete from {table}", f"truncate {table} cascade"):
+        with pytest.raises(psycopg.DatabaseError, match="append-only") as refusal:
+            conn.execute(statement.encode())
+        assert refusal.value.sqlstate == "SU003", statement
+
+
 def test_a_payment_lives_across_the_turn_of_a_month(conn: Connection) -> None:
     _, key_hash = add_merchant(conn)
     [before] = pay(conn, key_hash)

@@ -1,4 +1,4 @@
--- The audit trail, and the tables that are append-only.
+-- The audit trail, and the tables that are append-only. surety.maintain_partitions protects their partitions.
 
 create or replace function audit.refuse_change() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp

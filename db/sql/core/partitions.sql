@@ -33,6 +33,7 @@ declare
     v_from text;
     v_made integer := 0;
     v_key record;
+    v_trigger record;
 begin
     perform pg_advisory_xact_lock(hashtext('surety.maintain_partitions'));
     for v_table in
@@ -74,13 +75,29 @@ begin
             v_key.child, v_key.name, v_key.columns, v_key.parent, v_key.parent_columns,
             case when v_key.is_deferred then 'deferrable initially deferred' end);
     end loop;
+    for v_trigger in
+        select t.tgname as name, i.inhrelid::regclass as partition
+        from pg_trigger as t
+        join pg_inherits as i on i.inhparent = t.tgrelid
+        where t.tgfoid = to_regprocedure('audit.refuse_change()')
+            -- A table that another role attached is left alone: an error here would stop all upkeep of partitions.
+            and pg_has_role((select c.relowner from pg_class as c where c.oid = i.inhrelid), 'usage')
+            and not exists (select from pg_trigger as own where own.tgrelid = i.inhrelid and own.tgfoid = t.tgfoid)
+    loop
+        execute format(
+            'create trigger %I before update or delete or truncate on %s'
+            ' for each statement execute function audit.refuse_change()',
+            v_trigger.name, v_trigger.partition);
+    end loop;
     return v_made;
 end;
 $$;
 
 comment on function surety.maintain_partitions(integer) is
-'Creates the partitions of this month and of p_months_ahead, and the foreign keys between sibling partitions. Returns
-how many partitions it created. It may be repeated and run concurrently.';
+'Creates the partitions of this month and of p_months_ahead, the foreign keys between sibling partitions, and the
+triggers of append-only tables on each partition, also on one that was attached by hand: a statement that names a
+partition fires the partition''s triggers only. Returns how many partitions it created. It may be repeated and run
+concurrently.';
 
 select surety.maintain_partitions();
 
