@@ -186,6 +186,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._received += len(data)
             if self._received > self.limits.discarded_bytes:
                 self.transport.abort()
+            else:
+                # Reading as fast as the client sends would take time from others.
+                self.flow.pause_reading()
+                self.loop.call_later(self.limits.discard_pause_seconds, self._resume_reading)
             return False
         try:
             if self._is_in_head:
@@ -216,6 +220,10 @@ class BoundedProtocol(HttpToolsProtocol):
             refusal = Refusal(400, "malformed-request", f"this is not HTTP/1.1: {error}"[:200])
         self.refuse(refusal)
         return False
+
+    def _resume_reading(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _check_head(self, data: bytes) -> None:
         """Raises Refusal if a head has too many bytes or fields, before it is parsed."""

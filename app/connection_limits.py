@@ -36,6 +36,8 @@ class ConnectionLimits(NamedTuple):
     pipelined: int = 8
     """Requests sent before the response to an earlier one."""
     discarded_bytes: int = 16 * 1024 * 1024
+    discard_pause_seconds: float = 0.05
+    """Between two parts of what is discarded."""
     head_seconds: float = 10.0
     body_seconds: float = 10.0
     write_seconds: float = 30.0

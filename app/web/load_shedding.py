@@ -86,7 +86,3 @@ class LoadSheddingProtocol(BoundedProtocol):
         self.on_response_complete()
         self.flow.pause_reading()
         self.loop.call_later(READ_PAUSE_SECONDS, self._resume_reading)
-
-    def _resume_reading(self) -> None:
-        if not self.transport.is_closing():
-            self.flow.resume_reading()

@@ -97,5 +97,18 @@ def overload(*, as_json: bool, seconds: float, **sizes: int) -> None:
     databases.print_results(results, as_json=as_json)
 
 
+@bench.command()
+@click.option("--seconds", default=4.0, help="How long each measurement takes.")
+@click.option("--oversized", default=200, help="Oversized requests in each round.")
+@click.option("--rounds", default=3)
+@as_json
+def hostile(*, as_json: bool, seconds: float, **sizes: int) -> None:
+    """A well-behaved client's latency, and the process's memory, beside clients that exceed every limit."""
+    from tests.bench.hostile import run
+
+    results = run(seconds=seconds, **sizes)
+    databases.print_results(results, as_json=as_json)
+
+
 if __name__ == "__main__":
     bench()
