@@ -7,6 +7,7 @@ facts or has no effect. Client secrets are not read at all.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from fractions import Fraction
 from typing import Any
 
 from msgspec import Struct
@@ -26,6 +27,14 @@ REFUND_KINDS = {
 
 RATE_TOLERANCE = 1e-5
 """The relative error that an exchange rate may have."""
+
+RATE_MOVEMENT = Fraction(2, 100)
+"""A dispute's amount that comes back without a named rate may differ this much from the withdrawn one, and is the
+whole: rates move between the two days.
+"""
+
+COST_CATEGORIES = frozenset({"fee", "tax", "network_cost"})
+"""Categories of a dispute's balance transactions that are the provider's costs, no part of the disputed amount."""
 
 
 class FactOrigin(Struct, frozen=True):
@@ -122,21 +131,24 @@ def decline_fact(error: Json, origin: FactOrigin, intent_id: str, currency: str)
 def balance_transaction_facts(line: Json, origin: FactOrigin, source: Json | None = None) -> list[Fact]:
     """A balance transaction's facts; `source` is the object that it stems from, where that is known.
 
-    A line in another currency than its source was exchanged: other_gross is the amount before the exchange. A line that
-    takes a charge back means that the charge was returned.
+    A line in another currency than its source was exchanged: other_gross is the amount before the exchange. The
+    provider's `exchange_rate` may be null then, and is not needed. A line that takes a charge back means that the
+    charge was returned.
     """
     source = source or (line["source"] if isinstance(line["source"], dict) else None)
     data: Json = {
-        "category": line["reporting_category"],
+        "category": category_of(line, source),
         "source": id_of(line["source"]),
         "fee": line["fee"],
         "net": line["net"],
         "available_at": rfc3339(line["available_on"]),
     }
     amount, currency = line["amount"], line["currency"]
-    if line.get("exchange_rate") is not None and source is not None:
+    if source is not None and source.get("currency", currency) != currency:
         amount, currency = amount_of_source(line, source), source["currency"]
-        data |= {"other_currency": currency, "other_gross": amount, "rate": line["exchange_rate"]}
+        data |= {"other_currency": currency, "other_gross": amount}
+        if line.get("exchange_rate") is not None:
+            data["rate"] = line["exchange_rate"]
     common: Json = {
         "metadata_of": source,
         "intent": id_of((source or {}).get("payment_intent")),
@@ -154,23 +166,52 @@ def balance_transaction_facts(line: Json, origin: FactOrigin, source: Json | Non
     return facts
 
 
+def category_of(line: Json, source: Json | None) -> str:
+    """A line's category. An adjustment of a dispute withdraws or returns a part of it, like the lines before it."""
+    category: str = line["reporting_category"]
+    if category == "other_adjustment" and source is not None and source.get("object") == "dispute":
+        return "dispute" if line["amount"] < 0 else "dispute_reversal"
+    return category
+
+
 def amount_of_source(line: Json, source: Json) -> int:
     """A line's amount, in minor units of its source's currency.
 
     Of an exchanged line it is the amount of the source that fits the rate best, because rates have few digits: the
-    whole amount, or of a charge captured in part either part. A part of a dispute is computed by the rate.
+    whole amount, or of a charge captured in part either part. A part of a dispute is computed by the rate, or, where
+    the line names none, by the rate that the dispute's withdrawal implies.
     """
     if line["currency"] == source["currency"]:
         return int(line["amount"])
-    size, rate = abs(line["amount"]), line["exchange_rate"]
+    size, rate = abs(line["amount"]), line.get("exchange_rate")
     whole: int = source["amount"]
     captured: int = source.get("amount_captured", whole)
-    nearest = captured
     if rate is not None:
         nearest = min((captured, whole, whole - captured), key=lambda amount: abs(amount * rate - size))
         if abs(nearest * rate - size) > 1 + size * RATE_TOLERANCE:
             nearest = round(size / rate)
+    elif line["reporting_category"] == "partial_capture_reversal":
+        nearest = whole - captured
+    else:
+        nearest = part_of_dispute(size, line["currency"], source) if "balance_transactions" in source else captured
     return nearest if line["amount"] > 0 else -nearest
+
+
+def part_of_dispute(size: int, currency: str, dispute: Json) -> int:
+    """An exchanged part of a dispute in minor units of the dispute's currency, without a rate of its own.
+
+    The largest withdrawal is the whole disputed amount: both together imply the rate.
+    """
+    whole: int = dispute["amount"]
+    withdrawals = [
+        -line["amount"]
+        for line in dispute["balance_transactions"]
+        if line["currency"] == currency and line["amount"] < 0 and line["reporting_category"] not in COST_CATEGORIES
+    ]
+    withdrawn = max(withdrawals, default=size)
+    if abs(size - withdrawn) <= withdrawn * RATE_MOVEMENT:
+        return whole
+    return round(Fraction(size * whole, withdrawn))
 
 
 def refund_facts(refund: Json, origin: FactOrigin) -> list[Fact]:
@@ -201,7 +242,9 @@ def dispute_facts(dispute: Json, origin: FactOrigin, revision: int) -> list[Fact
     Whether an amount is withdrawn follows from the dispute's balance transactions, not from its status alone.
     """
     lines = dispute["balance_transactions"]
-    withdrawn = -sum(amount_of_source(line, dispute) for line in lines)
+    withdrawn = -sum(
+        amount_of_source(line, dispute) for line in lines if line["reporting_category"] not in COST_CATEGORIES
+    )
     match dispute["status"]:
         case status if status in INQUIRY_STATUSES:
             kind = "dispute_flagged"

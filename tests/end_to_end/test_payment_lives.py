@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -72,8 +73,9 @@ class PaymentScenario:
         eventually(lambda: ledger_of(self.conn, payment) == expected, WITHIN_SECONDS)
 
 
-@pytest.fixture(scope="module")
-def scenario(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaymentScenario]:
+@contextmanager
+def running_scenario(server: str, folder: Path, *options: str) -> Generator[PaymentScenario]:
+    """A scenario with processes and a database of its own; `options` are the sandbox's. No invariant is broken then."""
     with ExitStack() as stack:
         database = stack.enter_context(temporary_database(server, "surety_test"))
         deploy(database)
@@ -82,13 +84,19 @@ def scenario(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         api = stack.enter_context(running_server("api", database))
         webhooks = stack.enter_context(running_server("webhooks", database))
         result = (f"--webhook-url={webhooks.url}/stripe", f"--webhook-secret={SECRETS[0]}", "--hang-seconds=1")
-        sandbox = stack.enter_context(running_sandbox(tmp_path_factory.mktemp("afterwards"), *result))
+        sandbox = stack.enter_context(running_sandbox(folder, *result, *options))
         stack.enter_context(worker_process(database, sandbox.url, SURETY_PROVIDER_TIMEOUT="1"))
         wait_for_worker(conn)
         running = PaymentScenario(conn, sandbox, api.url)
         stack.enter_context(running.merchant.client)
         yield running
         assert not violations(conn)
+
+
+@pytest.fixture(scope="module")
+def scenario(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaymentScenario]:
+    with running_scenario(server, tmp_path_factory.mktemp("afterwards")) as running:
+        yield running
 
 
 def test_partial_capture_releases_the_rest(scenario: PaymentScenario) -> None:
@@ -265,3 +273,24 @@ def test_evidence_with_a_lost_response_is_submitted_once(scenario: PaymentScenar
     scenario.wait_for_payment(payment, "settled")
     [at_stripe] = scenario.sandbox.get("/v1/disputes", {"payment_intent": scenario.intent(payment)})["data"]
     assert (at_stripe["status"], at_stripe["evidence_details"]["submission_count"]) == ("won", 1)
+
+
+def test_lost_dispute_of_exchanged_money_is_borne_by_the_merchant(server: str, tmp_path: Path) -> None:
+    with running_scenario(server, tmp_path, "--settlement-currency=usd") as scenario:
+        payment = scenario.pay(currency="eur")
+        scenario.wait_for_payment(payment, "settled")
+        dispute = scenario.sandbox.control("disputes", {"payment_intent": scenario.intent(payment)})["id"]
+        for outcome in ({"outcome": "lost"}, {"outcome": "adjusted", "returned": 50}):
+            line = scenario.sandbox.control(f"disputes/{dispute}", outcome)["balance_transactions"][-1]
+            assert (line["currency"], line["exchange_rate"]) == ("usd", None)
+
+        def withdrawn() -> int | None:
+            found = scenario.merchant.get("/v1/disputes", payment=payment)["data"]
+            return found[0]["amount_withdrawn"] if found else None
+
+        eventually(lambda: withdrawn() == 9950, WITHIN_SECONDS)
+        # 104.43 USD for the payment, 108.50 and a fee of 15.00 for the dispute, 0.54 of it returned.
+        expected = {"available": 10443 - 10850 - 1500 + 54, "fee_revenue": 1500, "fee_revenue eur": 375}
+        expected |= {"currency_exchange": 407, "currency_exchange eur": -375}
+        scenario.balances(payment, expected | {"provider_balance": -1791, "provider_cost": 345 + 1500})
+        assert scenario.conn.execute("select kind from surety.discrepancies").fetchall() == []

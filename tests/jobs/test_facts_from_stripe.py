@@ -179,6 +179,7 @@ def line(category: str, amount: int, rate: float | None = 1.085, currency: str =
         (line("dispute", -10900, 1.09), -10000),
         (line("dispute_reversal", 4340), 4000),
         (line("charge", 10850, None), 7000),
+        (line("partial_capture_reversal", -3255, None), -3000),
         (line("charge", 10000, None, "eur"), 10000),
     ],
 )
@@ -234,14 +235,14 @@ def test_refund_status_determines_the_fact(status: str, kind: str) -> None:
 
 
 def dispute(status: str, *amounts: int) -> Json:
-    lines = [
+    lines: list[Json] = [
         {
             "id": f"txn_{n}", "amount": amount, "fee": 1500 if amount < 0 else 0, "net": amount, "currency": "usd",
             "created": 1, "available_on": 1, "status": "available", "reporting_category": "dispute", "source": "dp_1",
         }
         for n, amount in enumerate(amounts)
     ]  # fmt: skip
-    common = {"amount": 5000, "currency": "usd", "payment_intent": "pi_1", "reason": "fraudulent", "metadata": {}}
+    common: Json = {"amount": 5000, "currency": "usd", "payment_intent": "pi_1", "reason": "fraudulent", "metadata": {}}
     return {"id": "dp_1", "status": status, "balance_transactions": lines, **common}
 
 
@@ -276,6 +277,44 @@ def test_withdrawn_amount_is_in_the_currency_of_the_dispute() -> None:
     lost, *moved = dispute_facts(result, ORIGIN, 1)
     assert (lost["kind"], lost["amount_minor"], lost["currency"]) == ("dispute_lost", 3000, "eur")
     assert [fact["data"]["other_gross"] for fact in moved if fact["kind"] == "money"] == [-5000, 2000]
+
+
+@pytest.mark.parametrize(
+    ("amounts", "of_dispute"),
+    [
+        ((-7053,), (-6500,)),
+        ((-7053, 3527), (-6500, 3250)),
+        ((-7053, 54), (-6500, 50)),
+        ((-7053, 7053), (-6500, 6500)),
+        # The rate has moved between the withdrawal and the return.
+        ((-7053, 7001), (-6500, 6500)),
+        ((-7053, 54, 54), (-6500, 50, 50)),
+        ((54, -7053), (50, -6500)),
+    ],
+)
+def test_dispute_without_an_exchange_rate_implies_it(amounts: tuple[int, ...], of_dispute: tuple[int, ...]) -> None:
+    result: Json = dispute("lost", *amounts) | {"object": "dispute", "amount": 6500, "currency": "eur"}
+    transactions = [line | {"exchange_rate": None} for line in result["balance_transactions"]]
+    lost, *moved = dispute_facts(result | {"balance_transactions": transactions}, ORIGIN, 1)
+    assert (lost["kind"], lost["amount_minor"], lost["currency"]) == ("dispute_lost", -sum(of_dispute), "eur")
+    money = [fact for fact in moved if fact["kind"] == "money"]
+    assert tuple(fact["data"]["other_gross"] for fact in money) == of_dispute
+    assert {fact["data"]["other_currency"] for fact in money} == {"eur"}
+
+
+def test_adjustment_of_a_lost_dispute_returns_a_part_of_it() -> None:
+    result: Json = dispute("lost", -5000, 50) | {"object": "dispute"}
+    result["balance_transactions"][1]["reporting_category"] = "other_adjustment"
+    lost, *moved = dispute_facts(result, ORIGIN, 1)
+    assert lost["amount_minor"] == 4950
+    assert [fact["data"]["category"] for fact in moved if fact["kind"] == "money"] == ["dispute", "dispute_reversal"]
+
+
+def test_fee_of_a_dispute_is_no_part_of_the_disputed_amount() -> None:
+    result = dispute("lost", -5000, -1500)
+    result["balance_transactions"][1]["reporting_category"] = "fee"
+    lost, *_ = dispute_facts(result, ORIGIN, 1)
+    assert lost["amount_minor"] == 5000
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,8 @@ DECISIONS: list[tuple[list[tuple[str, Json]], str, list[int]]] = [
     ([("partly_lost", {"returned": 4000})], "lost", [-11500, 4000]),
     ([("partly_lost", {"returned": 4000}), ("reinstated", {})], "won", [-11500, 4000, 6000]),
     ([("lost", {}), ("reinstated", {})], "won", [-11500, 10000]),
+    ([("lost", {}), ("adjusted", {"returned": 50})], "lost", [-11500, 50]),
+    ([("lost", {}), ("adjusted", {"returned": 50}), ("adjusted", {"returned": 60})], "lost", [-11500, 50, 60]),
     ([("lost", {}), ("appealed", {})], "appeal_needs_response", [-11500]),
     ([("lost", {}), ("appealed", {}), ("won", {})], "won", [-11500, 10000]),
     ([("lost", {}), ("appealed", {}), ("lost", {})], "lost", [-11500]),
@@ -220,7 +222,7 @@ def test_inquiry_may_be_prevented(sandbox: SandboxProcess) -> None:
     assert nets(read(sandbox, dispute)) == [-10000]
 
 
-@pytest.mark.parametrize("outcome", ["reinstated", "appealed", "escalated", "closed", "partly_lost"])
+@pytest.mark.parametrize("outcome", ["reinstated", "appealed", "escalated", "closed", "partly_lost", "adjusted"])
 def test_impossible_decision_is_refused(sandbox: SandboxProcess, outcome: str) -> None:
     path = f"/sandbox/disputes/{disputed(sandbox)['id']}"
     assert sandbox.client.post(path, json={"outcome": outcome}).status_code == 400

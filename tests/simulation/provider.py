@@ -169,7 +169,7 @@ class SimulatedProvider:
                         control.CardholderDispute(charge=subject.id, amount=part, inquiry=chance.random() < 0.2),
                     )
                 case "decide":
-                    outcome: Any = chance.choice((*control.DECISIONS, "partly_lost"))
+                    outcome: Any = chance.choice((*control.DECISIONS, *control.PARTS))
                     control.decide_dispute(self.sandbox, subject.id, control.BankDecision(outcome=outcome, returned=1))
                 case "return":
                     control.decide_refund(self.sandbox, subject.id, control.RefundOutcome(outcome="failed"))

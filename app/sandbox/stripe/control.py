@@ -58,9 +58,11 @@ class CardholderDispute(ChargeReference, kw_only=True):
 class BankDecision(Struct, forbid_unknown_fields=True):
     """The body of `POST /sandbox/disputes/{id}`."""
 
-    outcome: Literal["won", "lost", "partly_lost", "reinstated", "appealed", "escalated", "prevented", "closed"]
+    outcome: Literal[
+        "won", "lost", "partly_lost", "adjusted", "reinstated", "appealed", "escalated", "prevented", "closed"
+    ]
     returned: int = 0
-    """Minor units reinstated of a partly lost dispute."""
+    """Minor units that come back: of a partly lost dispute, or by an adjustment of a lost one."""
 
 
 DecideDispute = Callable[[Sandbox, StoredObject], None]
@@ -76,6 +78,12 @@ DECISIONS: dict[str, tuple[tuple[str, ...], DecideDispute]] = {
     "closed": (INQUIRY, disputes.end_inquiry),
 }
 """By outcome, the statuses in which a bank can decide so, and the function that applies it."""
+
+PARTS: dict[str, tuple[tuple[str, ...], Callable[[Sandbox, StoredObject, int], None]]] = {
+    "partly_lost": (OPEN, disputes.lose_partly),
+    "adjusted": (("lost",), disputes.adjust),
+}
+"""The same for outcomes that return a part."""
 
 
 def create_foreign_charge(sandbox: Sandbox, given: ForeignCharge) -> dict[str, Any]:
@@ -124,13 +132,13 @@ def decide_dispute(sandbox: Sandbox, id: str, given: BankDecision) -> dict[str, 
     """A bank decides a dispute, whatever the evidence."""
     found = _found(sandbox, "dispute", id)
     status = found.body["status"]
-    statuses, decide = (OPEN, None) if given.outcome == "partly_lost" else DECISIONS[given.outcome]
+    statuses = (PARTS if given.outcome in PARTS else DECISIONS)[given.outcome][0]
     if status not in statuses:
         raise invalid_request(f"A dispute that is {status} can't be {given.outcome}.", param="outcome")
-    if decide:
-        decide(sandbox, found)
+    if given.outcome in DECISIONS:
+        DECISIONS[given.outcome][1](sandbox, found)
     elif 0 < given.returned < -found.net:
-        disputes.lose_partly(sandbox, found, given.returned)
+        PARTS[given.outcome][1](sandbox, found, given.returned)
     else:
         raise invalid_request(f"`returned` must be between 1 and {-found.net - 1}.", param="returned")
     return render_object(sandbox, found)

@@ -47,7 +47,10 @@ def book_movement(
     reporting_category: str | None = None,
     fee: int = 0,
 ) -> StoredObject:
-    """A refund's or a dispute's line: a signed amount in the source's currency, a fee in the balance's."""
+    """A refund's or a dispute's line: a signed amount in the source's currency, a fee in the balance's.
+
+    A dispute's line has no exchange rate, even if its amount was exchanged.
+    """
     sign = 1 if amount > 0 else -1
     size, currency, rate = in_settlement_currency(sandbox, abs(amount), source.body["currency"])
     return create_balance_transaction(
@@ -59,7 +62,7 @@ def book_movement(
         fee_description="Dispute fee",
         currency=currency,
         reporting_category=reporting_category,
-        exchange_rate=rate,
+        exchange_rate=None if source.kind == "dispute" else rate,
         description=description,
         delay_seconds=sandbox.settings.available_seconds,
     )

@@ -2,7 +2,8 @@
 
 Follows https://docs.stripe.com/disputes. Amounts, fee, refusals and the order of events were seen in test mode.
 Not verified: that submitted evidence can't be replaced; the form of a partial loss, a reinstatement, an appeal and a
-prevented dispute; that an inquiry without evidence stays open for 120 days.
+prevented dispute; the category of an adjustment and that it has an event; that an inquiry without evidence stays open
+for 120 days.
 """
 
 from typing import Any
@@ -145,6 +146,12 @@ def lose_partly(sandbox: Sandbox, dispute: StoredObject, returned: int) -> None:
     """The bank decides for the cardholder in part: an amount in minor units comes back."""
     _reinstate(sandbox, dispute, returned)
     _end(sandbox, dispute, "lost")
+
+
+def adjust(sandbox: Sandbox, dispute: StoredObject, returned: int) -> None:
+    """A part of a lost dispute comes back later, as an adjustment; the dispute stays lost. An amount in minor units."""
+    _move(sandbox, dispute, returned, "other_adjustment", f"Adjustment of lost dispute {dispute.id}", 0)
+    emit(sandbox, "charge.dispute.updated", dispute)
 
 
 def appeal(sandbox: Sandbox, dispute: StoredObject) -> None:
