@@ -22,12 +22,16 @@ RequestFault = Literal[
     "garbage_200",
     "slow",
     "webhook_first",
+    "refused_400",
+    "reused_key_400",
 ]
 WebhookFault = Literal["lost", "repeated", "reordered", "delayed", "forged"]
 
 F = TypeVar("F", bound=str)
 
 REQUEST_FAULTS: tuple[RequestFault, ...] = get_args(RequestFault)
+PASSING_FAULTS = REQUEST_FAULTS[:-2]
+"""Faults after which the same request may succeed. The others end what the request was about."""
 WEBHOOK_FAULTS: tuple[WebhookFault, ...] = get_args(WebhookFault)
 
 
@@ -54,6 +58,10 @@ class FaultProfile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     """The request takes effect late; its key is in use until then."""
     webhook_first: float = 0.0
     """The request takes effect; its webhooks are delivered before the answer. A GET delivers held ones."""
+    refused_400: float = 0.0
+    """400 with a message only: no code, no parameter. The request has no effect; no answer is stored."""
+    reused_key_400: float = 0.0
+    """400 as if the key had been used with other parameters. The request has no effect; no answer is stored."""
     reads: float = 0.0
     """Factor on these probabilities for GETs."""
     lost: float = 0.0

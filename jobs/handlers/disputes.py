@@ -11,7 +11,7 @@ from contextlib import suppress
 from jobs.handlers.calls import CallOperation, CallResult, ProviderCall, answered_result, failed_call_result
 from jobs.handlers.webhooks import fetch_dispute
 from jobs.stripe.client import ProviderResponse
-from jobs.stripe.errors import ProviderError, RequestRejected
+from jobs.stripe.errors import PaymentRefused, ProviderError, RequestRejected
 from jobs.stripe.facts import FactOrigin, Json
 from jobs.stripe.webhook_events import ProviderObject
 from jobs.worker import Worker
@@ -26,7 +26,7 @@ async def send_evidence(worker: Worker, call: ProviderCall, key: str, request: J
     )
     try:
         answer = await worker.stripe.update_dispute(call.account, key, call.provider_id, request)
-    except RequestRejected:
+    except (RequestRejected, PaymentRefused):
         # A call whose response was lost may have submitted it, or the dispute has ended. Its status shows which.
         with suppress(ProviderError):
             await fetch_dispute(worker, *dispute)

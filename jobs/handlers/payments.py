@@ -76,7 +76,8 @@ def check_intent(subject: CallSubject, intent: Json) -> None:
 
 def intent_error_result(subject: CallSubject, error: ProviderError, operation: str) -> CallResult:
     """A call without a usable response: a refusal, a declined attempt, a discrepancy or an error."""
-    if not isinstance(error, PaymentRefused | PaymentDeclined):
+    is_cancel = operation.partition(":")[0] == "cancel"
+    if is_cancel or not isinstance(error, PaymentRefused | PaymentDeclined):
         return discrepancy_result(subject, operation, error)
     if subject.provider_id is None or operation == "capture":
         return error_fields(error) | {"refused": failure(error.error)}

@@ -235,7 +235,7 @@ class StripeGateway:
             raise ProviderOutage(f"no answer within {seconds:g} s") from None
         except stripe.StripeError as error:
             # The SDK's own text may hold the whole answer, with its client secret.
-            raise provider_error(error) from None
+            raise provider_error(error, writes=method == "post") from None
         if not isinstance(reply.data, dict):
             raise ProviderOutage("an answer that is no object", status=reply.code)
         return ProviderResponse(reply.data, reply.code, reply.request_id)

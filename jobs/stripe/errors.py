@@ -6,10 +6,10 @@
     │   ├── ObjectUnreadable  an object that does not follow Stripe's description
     │   └── ProviderOutage  no response, an incomplete or unreadable one, 5xx: the provider's failure
     ├── ObjectAbsent        404: the account has no such object
-    ├── PaymentRefused      the payment itself is impossible: an unknown card, a forbidden amount
+    ├── PaymentRefused      400: Stripe did not execute the POST; its words are the payment's (refund's) failure
     ├── PaymentDeclined     402: the issuer declined; the intent stays open
     ├── ResponseMismatch    a response about another object or amount: it is discarded
-    └── RequestRejected     every other 4xx: a mistake of ours, which an operator must see
+    └── RequestRejected     every other 4xx: it proves nothing about the outcome, so an operator must see it
 
 Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
 """
@@ -38,20 +38,15 @@ ReleaseCause = Literal[
 BUSY_SECONDS = 1.0
 BUSY_SECONDS_MAX = 60.0
 
-# Parameters that a merchant's request decides: a refusal that names one is the payment's failure, not ours.
+# Parameters that a merchant's request decides: an absent object that one of them names is the payment's failure.
 PAYMENT_PARAMETERS = frozenset(
     {"amount", "amount_to_capture", "payment_method", "return_url", "statement_descriptor_suffix", "description"}
 )
-# Codes of impossible refunds: the refund's failure, not ours.
-REFUND_ERROR_CODES = frozenset(
-    {
-        "charge_already_refunded",
-        "charge_disputed",
-        "charge_not_refundable",
-        "insufficient_funds",
-        "refund_disputed_payment",
-    }
-)
+# Types of a 400 that prove that nothing was executed. An `idempotency_error` does not: the first request with the key
+# may have taken effect.
+REFUSAL_TYPES = frozenset({"invalid_request_error", "card_error"})
+# Codes of a 400 about the object at Stripe: it is absent, or in another state than we assumed. The object decides.
+OBJECT_CODES = frozenset({"resource_missing", "payment_intent_unexpected_state"})
 
 
 class ProviderError(Exception):
@@ -130,8 +125,8 @@ class RequestRejected(ProviderError):
     outcome = "rejected"
 
 
-def provider_error(error: stripe.StripeError) -> ProviderError:
-    """The ProviderError for an error of the SDK."""
+def provider_error(error: stripe.StripeError, *, writes: bool) -> ProviderError:
+    """The ProviderError for an error of the SDK. `writes` is false for a GET, whose refusal is no payment's failure."""
     status, headers = error.http_status, {name.lower(): value for name, value in (error.headers or {}).items()}
     body: Json = error.json_body if isinstance(error.json_body, dict) else {}
     reported = body.get("error")
@@ -141,7 +136,7 @@ def provider_error(error: stripe.StripeError) -> ProviderError:
         return ProviderOutage(
             f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None
         )
-    code, param = reported.get("code"), reported.get("param")
+    code = reported.get("code")
     message = f"Stripe {status}{f' {code}' if code else ''}: {reported.get('message')}"
     if status >= 500:
         # A replayed failure does not show the provider's present state.
@@ -154,9 +149,18 @@ def provider_error(error: stripe.StripeError) -> ProviderError:
         return ProviderBusy(message, seconds=BUSY_SECONDS_MAX, cause="access_refused", status=status, body=body)
     if status == 402:
         return PaymentDeclined(message, status=status, body=body)
-    if status in (400, 404) and (param in PAYMENT_PARAMETERS or code in REFUND_ERROR_CODES):
+    if writes and is_refusal(status, reported):
         return PaymentRefused(message, status=status, body=body)
     return RequestRejected(message, status=status, body=body)
+
+
+def is_refusal(status: int, reported: Json) -> bool:
+    """Whether an error proves that a POST was not executed. Many refusals have neither `code` nor `param`."""
+    if reported.get("type") not in REFUSAL_TYPES:
+        return False
+    if status in (400, 404) and reported.get("param") in PAYMENT_PARAMETERS:
+        return True
+    return status == 400 and reported.get("code") not in OBJECT_CODES
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float:

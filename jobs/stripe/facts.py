@@ -75,10 +75,11 @@ def id_of(reference: str | Json | None) -> str | None:
 
 
 def failure(error: Json | None) -> Json | None:
-    """Why an attempt failed, as merchants see it."""
+    """Why an attempt failed, as merchants see it. An error without a code is named by its type."""
     if error is None:
         return None
     shown = {name: error.get(name) for name in ("code", "decline_code", "message")}
+    shown["code"] = shown["code"] or error.get("type") or "processing_error"
     return {name: value for name, value in shown.items() if value is not None}
 
 
@@ -225,7 +226,8 @@ def refund_facts(refund: Json, origin: FactOrigin) -> list[Fact]:
         fact(
             origin,
             refund["id"],
-            REFUND_KINDS[refund["status"]],
+            # A refund's status is an open set: an unknown one is undecided, so the refund is polled.
+            REFUND_KINDS.get(refund.get("status"), "refund_pending"),
             metadata_of=refund,
             intent=id_of(refund.get("payment_intent")),
             amount_minor=refund["amount"],

@@ -333,6 +333,12 @@ def test_every_fact_kind_exists_in_the_database(conn: Connection, sandbox: Sandb
     assert made <= known
 
 
+@pytest.mark.parametrize("status", ["under_review", None])
+def test_refund_with_an_unknown_status_is_pending(status: str | None) -> None:
+    [fact] = refund_facts({"id": "re_1", "status": status, "amount": 1, "currency": "usd"}, ORIGIN)
+    assert fact["kind"] == "refund_pending"
+
+
 def test_audit_snapshots_contain_no_secrets(sandbox: SandboxProcess) -> None:
     intent = settled(sandbox)
     assert intent["client_secret"]

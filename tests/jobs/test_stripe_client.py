@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from jobs.stripe.facts import FactOrigin, intent_facts
-from tests.support.payments import Connection, add_merchant, ledger_of, path_of, pay, state_of, violations
+from tests.support.payments import Connection, add_merchant, command, ledger_of, path_of, pay, state_of, violations
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
 from tests.support.workers import NO_AUTOMATIC_RETRY, attempts, due, in_process_worker, run_until_idle, shorten_delays
 
@@ -218,22 +218,69 @@ async def test_a_refusal_of_the_card_itself_fails_the_payment_at_once(
     assert attempts(conn) == []
 
 
-async def test_rejected_request_is_dead_lettered_and_the_payment_waits(
-    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
+@pytest.mark.parametrize(
+    ("operation", "path"),
+    [
+        ("create", ["initiated", "submitting", "failed"]),
+        ("confirm", ["initiated", "submitting", "provider_submitted", "canceled"]),
+    ],
+)
+async def test_refusal_without_code_or_parameter_ends_the_payment_with_the_provider_s_words(
+    conn: Connection, database: str, sandbox: SandboxProcess, operation: str, path: list[str]
+) -> None:
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
+    _, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash, reference="order 1")
+    sandbox.order(f"payment_intents.{operation}", "refused_400")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, *PIPELINE)
+    assert path_of(conn, payment_id) == path
+    [(failure,)] = conn.execute("select failure from surety.payments").fetchall()
+    assert failure == {"code": "invalid_request_error", "message": "This request cannot be processed."}
+    assert attempts(conn) == []
+    assert charges(sandbox, payment_id) == 0
+    [again] = pay(conn, key_hash, reference="order 1")
+    assert state_of(conn, again) == "initiated", "the reference can be used again"
+
+
+async def test_refusal_of_a_refund_without_code_or_parameter_releases_its_reserve(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
+    _, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash, method_token="pm_card_visa")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, *PIPELINE)
+        refund = command(conn, "create_refund", key_hash, payment_id=payment_id, amount=1000)
+        assert refund["problem"] is None, refund
+        sandbox.order("refunds.create", "refused_400")
+        await run_until_idle(worker, "refund")
+    refunds = conn.execute("select state, failure from surety.refunds").fetchall()
+    assert refunds == [("failed", {"code": "invalid_request_error", "message": "This request cannot be processed."})]
+    assert conn.execute("select refund_pending_minor from surety.payments").fetchall() == [(0,)]
+    assert attempts(conn) == []
+    assert violations(conn) == {}
+
+
+@pytest.mark.parametrize("operation", ["create", "list"])
+async def test_an_error_that_proves_nothing_is_dead_lettered_and_the_payment_waits(
+    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str], operation: str
 ) -> None:
     payment_id = payment()
-    conn.execute(
-        "insert into surety.calls (payment_id, operation, idempotency_key, request, first_sent_at, last_sent_at)"
-        ' values (%s, \'create\', %s, \'{"amount": 10000, "currency": "usx"}\', now(), now())',
-        (payment_id, payment_id),
-    )
+    if operation == "list":
+        faults = [
+            {"operation": "payment_intents.create", "fault": "error_500_after"},
+            {"operation": "payment_intents.list", "fault": "refused_400", "times": 10},
+        ]
+        sandbox.control("faults", {"next": faults})
+    else:
+        sandbox.order("payment_intents.create", "reused_key_400", times=10)
     async with in_process_worker(database, sandbox.url, judged=False) as worker:
-        for _ in range(3):
+        for _ in range(4):
             await run_until_idle(worker, *PIPELINE)
             due(conn)
-    [(attempts_made, reason)] = conn.execute("select attempts, reason from outbox.dead_letters").fetchall()
+    [(reason,)] = conn.execute("select reason from outbox.dead_letters").fetchall()
     assert reason == "it failed 3 times"
-    assert "usx" in attempts_made[0]["error"]
     assert state_of(conn, payment_id) == "submitting"
 
 

@@ -17,7 +17,7 @@ import msgspec
 import stripe
 
 from app.sandbox.connections import SandboxResponse
-from app.sandbox.faults import REQUEST_FAULTS, FaultInjector, RequestFault
+from app.sandbox.faults import PASSING_FAULTS, FaultInjector, RequestFault
 from app.sandbox.memory import Memory
 from app.sandbox.scheduled_actions import SCHEDULED_ACTIONS
 from app.sandbox.settings import SandboxSettings
@@ -45,7 +45,7 @@ Json = dict[str, Any]
 
 MEMORY = Path(":memory:")
 # Reads have no idempotency key.
-READ_FAULTS = tuple(fault for fault in REQUEST_FAULTS if fault != "conflict_409")
+READ_FAULTS = tuple(fault for fault in PASSING_FAULTS if fault != "conflict_409")
 # Only calls that can take effect once are executed a day late: a refund still to be made looks like one never made.
 LATE_SECONDS = (0.5, 30.0)
 A_DAY_LATE_SECONDS = 25 * 3600.0
@@ -219,7 +219,7 @@ class SimulatedProvider:
         if self.outage is not None and (request.writes or self.outage.is_whole):
             return await self.apply_fault(request, self.outage.form)
         if request.writes:
-            drawn = [fault for fault in REQUEST_FAULTS if self.schedule.draw_fault(fault, name)]
+            drawn = [fault for fault in PASSING_FAULTS if self.schedule.draw_fault(fault, name)]
         else:
             drawn = [self.schedule.chance.choice(READ_FAULTS)] if self.schedule.draw_fault("reads", name) else []
         return await self.apply_fault(request, self.schedule.chance.choice(drawn) if drawn else None)

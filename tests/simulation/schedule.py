@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 from msgspec import Struct
 
-from app.sandbox.faults import REQUEST_FAULTS
+from app.sandbox.faults import PASSING_FAULTS
 from tests.simulation.clients import WantedPayment, request_until_answered, send_command
 from tests.simulation.database import SimulatedDatabase
 from tests.simulation.initial_state import add_merchants, advance_some_payments, draw_wanted_payments
@@ -32,7 +32,7 @@ RATES: dict[str, tuple[float, float]] = {
     "cut_before": (0.01, 0.05),
     "cut_open": (0.01, 0.05),
     "cut_after": (0.01, 0.05),
-    **dict.fromkeys(REQUEST_FAULTS, (0.05, 0.3)),
+    **dict.fromkeys(PASSING_FAULTS, (0.05, 0.3)),
     "reads": (0.1, 0.5),
     "other_amount": (0.1, 0.5),
     "misread_amount": (0.1, 0.3),

@@ -6,6 +6,7 @@ from contextlib import suppress
 from app.sandbox.connections import ClientConnection, Headers, SandboxResponse
 from app.sandbox.faults import RequestFault
 from app.sandbox.state import Sandbox
+from app.sandbox.stripe.errors import invalid_request
 from app.sandbox.stripe.events import take_pending_deliveries
 from app.sandbox.stripe.requests import (
     StripeRequest,
@@ -13,6 +14,7 @@ from app.sandbox.stripe.requests import (
     execute_request,
     keep_response,
     key_in_use,
+    key_reused,
     rate_limited,
     server_error,
 )
@@ -38,6 +40,10 @@ async def inject_fault(
             return
         case "conflict_409":
             response = error_response(key_in_use(request.call.key or ""))
+        case "refused_400":
+            response = error_response(invalid_request("This request cannot be processed."))
+        case "reused_key_400":
+            response = error_response(key_reused(request.call.key or ""))
         case "rate_limit_429":
             response = error_response(rate_limited())
             response.headers.append((b"retry-after", b"1"))
@@ -51,7 +57,7 @@ async def _execute(
     fault: RequestFault, sandbox: Sandbox, sender: WebhookSender, request: StripeRequest
 ) -> SandboxResponse:
     match fault:
-        case "timeout_before" | "conflict_409" | "rate_limit_429":
+        case "timeout_before" | "conflict_409" | "rate_limit_429" | "refused_400" | "reused_key_400":
             return SandboxResponse(0, b"", [])
         case "error_500_before":
             response = request.replay or error_response(server_error())

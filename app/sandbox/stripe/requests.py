@@ -97,12 +97,7 @@ def _stored_response(sandbox: Sandbox, request: StripeRequest) -> SandboxRespons
     if stored is None or stored.created + sandbox.settings.key_seconds < sandbox.memory.now():
         return None
     if stored.fingerprint != request.fingerprint:
-        raise StripeError(
-            400,
-            "Keys for idempotent requests can only be used with the same parameters they were first used with."
-            f" Try using a key other than '{key}' if you meant to execute a different request.",
-            type="idempotency_error",
-        )
+        raise key_reused(key)
     replayed = [(b"idempotent-replayed", b"true"), (b"original-request", stored.request_id.encode())]
     return SandboxResponse(stored.status, stored.body, replayed)
 
@@ -166,6 +161,16 @@ def key_in_use(key: str) -> StripeError:
         type="idempotency_error",
         code="idempotency_key_in_use",
         should_retry=True,
+    )
+
+
+def key_reused(key: str) -> StripeError:
+    """400: the first request with this key had other parameters. It may have taken effect."""
+    return StripeError(
+        400,
+        "Keys for idempotent requests can only be used with the same parameters they were first used with."
+        f" Try using a key other than '{key}' if you meant to execute a different request.",
+        type="idempotency_error",
     )
 
 

@@ -256,7 +256,8 @@ begin atomic
         amounts.evidenced,
         amounts.provider_id,
         amounts.next_action,
-        case when amounts.captured = 0 and amounts.failed then amounts.failure end
+        -- An intent that is canceled after a refused confirmation keeps no error of its own.
+        case when amounts.captured = 0 and (amounts.failed or amounts.canceled) then amounts.failure end
     from amounts;
 end;
 
