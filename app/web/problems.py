@@ -208,11 +208,12 @@ RULE_BY_CONSTRAINT: dict[str, tuple[str, str, int | None]] = {
     "idempotency_key_is_printable": ("Idempotency-Key", "pattern", None),
 }
 
+CURSOR_REFUSED = "SU006"
 PROBLEM_BY_SQLSTATE = {
+    CURSOR_REFUSED: "invalid-request",
     "SU003": "internal",  # a change to an append-only table
     "SU004": "internal",  # an unknown handler
     "SU005": "unavailable",  # a restored database whose new restore generation is not open yet
-    "SU006": "invalid-request",  # a cursor that this API did not issue
     "SU007": "internal",  # an unknown event type
     "SU008": "internal",  # an audit entry of a kind that its caller may not write
     "SU009": "internal",  # facts and refusals in one call of record_call_results
@@ -230,6 +231,9 @@ def problem_from_database_error(error: psycopg.Error) -> Problem:
         if limit is not None:
             what.limit = limit
         return invalid_request([what])
+    if error.sqlstate == CURSOR_REFUSED:
+        text = "after is not a cursor of this API: send `next` of an earlier answer, or leave it out"
+        return invalid_request([RuleViolation("after", "cursor", text, place="query")])
     name = PROBLEM_BY_SQLSTATE.get(error.sqlstate or "", "internal")
     if name == "internal":
         return Problem("internal", "an error of ours; nothing took effect")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
+from contextlib import ExitStack
 from itertools import permutations
-from typing import Any
+from typing import Any, LiteralString
 
 import httpx
 import psycopg
@@ -15,6 +17,7 @@ from app.api.schemas.payments import PaymentList, Trace
 from app.web.problems import PROBLEM_TYPES
 from db.connect import harden
 from tests.support.http_client import (
+    Connection,
     Merchant,
     ServerProcess,
     assert_matches,
@@ -158,7 +161,79 @@ def test_event_feed_skips_nothing_in_any_commit_order(
 
 @pytest.mark.parametrize("cursor", ["x", "MSAx", "1", "%00", "M" * 5000])
 def test_unknown_cursor_is_refused(merchant: Merchant, cursor: str) -> None:
-    problem(merchant.client.get(f"/v1/events?after={cursor}"), 400, "invalid-request")
+    [error] = problem(merchant.client.get(f"/v1/events?after={cursor}"), 400, "invalid-request")["errors"]
+    assert (error["field"], error["in"]) == ("after", "query")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1 1:0: - 0",
+        "2 1:0: - 0 -",
+        "0 1:0: - 0 -",
+        "-1 1:0: - 0 -",
+        "1 1:0 - 0 -",
+        "1 0:0: - 0 -",
+        "1 1:-1: - 0 -",
+        "1 1:1:5 - 0 -",
+        "1 5:9:-2 - 0 -",
+        "1 9223372036854775807:9: - 0 -",
+        "1 1:9:9223372036854775807,9223372036854775807 - 0 -",
+        "1 99999999999999999999999:0: - 0 -",
+        "1 1:0: 1:x: 0 -",
+        "1 1:0: - -1 -",
+        "1 1:0: - 18446744073709551616 -",
+        "1 1:0: - 0 evt_x",
+        "1 1:0: - x -",
+        "NaN 1:0: - 0 -",
+        "1 1:0:, - 0 -",
+    ],
+)
+def test_forged_cursor_is_refused(merchant: Merchant, text: str) -> None:
+    forged = b64encode(text.encode()).decode()
+    [error] = problem(merchant.client.get("/v1/events", params={"after": forged}), 400, "invalid-request")["errors"]
+    assert (error["field"], error["rule"], error["in"]) == ("after", "cursor", "query")
+
+
+def test_damaged_cursor_is_read_or_refused_but_no_error_of_ours(merchant: Merchant) -> None:
+    merchant.pay()
+    _, cursor = events(merchant, limit=1)
+    for place in range(len(cursor)):
+        for damaged in (cursor[:place], cursor[:place] + "9" + cursor[place + 1 :]):
+            answer = merchant.client.get("/v1/events", params={"after": damaged})
+            assert answer.status_code in {200, 400}, (damaged, answer.text)
+
+
+@pytest.mark.parametrize("apart", [1, 1000, 10**15])
+def test_cursor_stays_within_its_limit_however_many_transactions_are_open(rights: Connection, apart: int) -> None:
+    opened = [10**6 + number * apart for number in range(2000)]
+    given = f"{opened[0]}:{opened[-1] + 5}:{','.join(map(str, opened))}"
+    bounded, encoded = one_row(rights, "select s, api.encode_snapshot(s) from api.bound_snapshot(%s, 1400) as s", given)
+    assert one_row(rights, "select api.decode_snapshot(%s)", encoded) == (bounded,)
+    # Both snapshots of a cursor, its other three fields, and base64.
+    assert (2 * len(encoded) + 80) * 4 / 3 < 4000
+    low, high, kept = bounded.split(":")
+    taken = kept.count(",") + 1
+    assert (int(low), int(high)) == (opened[0], opened[taken]), "it ends before the first that is left out"
+    assert taken > 50
+
+
+def test_reader_continues_beside_many_open_transactions(merchant: Merchant, module_database: str) -> None:
+    with ExitStack() as stack:
+        for _ in range(120):
+            other = stack.enter_context(psycopg.connect(harden(module_database, "deploy")))
+            other.execute("select pg_current_xact_id()")
+        made = [merchant.pay()["id"] for _ in range(3)]
+        seen, cursor = events(merchant, limit=1)
+        assert seen == made
+        assert events(merchant, cursor)[0] == []
+
+
+def one_row(conn: Connection, query: LiteralString, *values: Any) -> tuple[Any, ...]:
+    row = conn.execute(query, values).fetchone()
+    assert row is not None
+    return row
 
 
 # ----------------------------------------------------------------------------------------------------- pages and paths

@@ -1,4 +1,88 @@
 -- A merchant's events.
+--
+-- A cursor is the base64 of: restore generation, snapshot seen, snapshot goal or -, last xid, last id or -.
+-- A snapshot in it is XMIN:XMAX-XMIN:DIFFERENCES, each open transaction as the difference to the one before it. Its
+-- length is bounded, so that every cursor fits into a request.
+
+create or replace function api.encode_snapshot(p_snapshot pg_snapshot) returns text
+language sql stable
+begin atomic
+    select
+        concat(
+            low.xmin, ':', pg_snapshot_xmax(p_snapshot)::text::bigint - low.xmin, ':',
+            (
+                select string_agg((apart.xid - apart.previous)::text, ',' order by apart.xid)
+                from (
+                    select
+                        open.xid::text::bigint as xid,
+                        lag(open.xid::text::bigint, 1, low.xmin) over (order by open.xid) as previous
+                    from pg_snapshot_xip(p_snapshot) as open (xid)
+                ) as apart
+            )
+        )
+    from (select pg_snapshot_xmin(p_snapshot)::text::bigint as xmin) as low;
+end;
+
+comment on function api.encode_snapshot(pg_snapshot) is 'A snapshot as it stands in a cursor.';
+
+create or replace function api.decode_snapshot(p_text text) returns pg_snapshot
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_parts text [] := string_to_array(p_text, ':');
+    v_min bigint := v_parts[1]::bigint;
+    v_open text;
+begin
+    if cardinality(v_parts) <> 3 or v_min < 1 then
+        raise exception 'not a snapshot' using errcode = 'invalid_text_representation';
+    end if;
+    select string_agg(open.xid::text, ',' order by open.n) into v_open
+    from (
+        select (v_min + sum(apart.xids::bigint) over (order by apart.n))::bigint as xid, apart.n
+        from string_to_table(nullif(v_parts[3], ''), ',') with ordinality as apart (xids, n)
+    ) as open;
+    return format('%s:%s:%s', v_min, v_min + v_parts[2]::bigint, v_open)::pg_snapshot;
+end;
+$$;
+
+comment on function api.decode_snapshot(text) is
+'The snapshot of a cursor. Raises an error of class 22 for any other text.';
+
+create or replace function api.bound_snapshot(p_snapshot pg_snapshot, p_length_max integer) returns pg_snapshot
+language sql stable
+begin atomic
+    select
+        case
+            when length(p_snapshot::text) <= p_length_max then p_snapshot
+            else (
+                select
+                    concat(
+                        pg_snapshot_xmin(p_snapshot), ':',
+                        coalesce(min(kept.xid) filter (where kept.length > p_length_max), pg_snapshot_xmax(p_snapshot)),
+                        ':',
+                        string_agg(kept.xid::text, ',' order by kept.xid) filter (where kept.length <= p_length_max)
+                    )::pg_snapshot
+                from (
+                    select
+                        apart.xid,
+                        -- Two numbers of 19 digits come before the list; each difference has a comma.
+                        40 + sum(length((apart.xid::text::bigint - apart.previous)::text) + 1)
+                            over (order by apart.xid) as length
+                    from (
+                        select
+                            open.xid,
+                            lag(open.xid::text::bigint, 1, pg_snapshot_xmin(p_snapshot)::text::bigint)
+                                over (order by open.xid) as previous
+                        from pg_snapshot_xip(p_snapshot) as open (xid)
+                    ) as apart
+                ) as kept
+            )
+        end;
+end;
+
+comment on function api.bound_snapshot(pg_snapshot, integer) is
+'A snapshot whose text in a cursor has at most p_length_max characters. With more open transactions than fit, it ends
+before the first that does not: later transactions are visible to the next reading.';
 
 create or replace function api.list_events(p_key_hash bytea, p_after text, p_limit integer)
 returns table (merchant_id text, body text)
@@ -9,7 +93,8 @@ declare
     v_merchant text;
     v_seen pg_snapshot := '1:1:';
     v_goal pg_snapshot;
-    v_now_seen pg_snapshot := pg_current_snapshot();
+    -- Two snapshots of 1400 characters, base64, are less than the limit of the parameter after.
+    v_now_seen pg_snapshot := api.bound_snapshot(pg_current_snapshot(), 1400);
     v_all constant pg_snapshot := '9223372036854775807:9223372036854775807:';
     v_last_generation integer := outbox.current_restore_generation();
     v_generation integer := 1;
@@ -33,10 +118,14 @@ begin
                 raise exception 'parts' using errcode = 'invalid_text_representation';
             end if;
             v_generation := v_parts[1]::integer;
-            v_seen := v_parts[2]::pg_snapshot;
-            v_goal := nullif(v_parts[3], '-')::pg_snapshot;
-            v_at_xid := v_parts[4]::xid8;
+            v_seen := api.decode_snapshot(v_parts[2]);
+            v_goal := case when v_parts[3] <> '-' then api.decode_snapshot(v_parts[3]) end;
+            v_at_xid := v_parts[4]::bigint::text::xid8;
             v_at_id := nullif(v_parts[5], '-');
+            if v_generation not between 1 and v_last_generation or v_parts[4]::bigint < 0
+                or v_at_id !~ '^evt_[0-9a-f]{32}$' then
+                raise exception 'range' using errcode = 'invalid_text_representation';
+            end if;
         exception
             when data_exception then
                 raise exception 'after is not a cursor of this API' using errcode = 'SU006';
@@ -80,9 +169,10 @@ begin
     -- has it.
     perform surety.await_standbys();
     v_next := case
-        when v_count = p_limit then concat_ws(' ', v_generation, v_seen, v_goal, v_last_xid, v_last_id)
-        when v_goal::text = v_all::text then concat_ws(' ', v_generation + 1, '1:1:', '-', '0', '-')
-        else concat_ws(' ', v_generation, v_goal, '-', '0', '-')
+        when v_count = p_limit then concat_ws(
+            ' ', v_generation, api.encode_snapshot(v_seen), api.encode_snapshot(v_goal), v_last_xid, v_last_id)
+        when v_goal::text = v_all::text then concat_ws(' ', v_generation + 1, '1:0:', '-', '0', '-')
+        else concat_ws(' ', v_generation, api.encode_snapshot(v_goal), '-', '0', '-')
     end;
     return query select
         v_merchant,
