@@ -56,6 +56,14 @@ class StripeEvent(Struct):
     type: Visible
     livemode: bool
     account: Visible | None = None
+    context: Visible | None = None
+    """The account of a thin event (`v2.core.event`), as the last part of a path: `acct_…`."""
+
+    @property
+    def stripe_account(self) -> str:
+        """The connected account; empty for the platform's own."""
+        last = (self.context or "").rpartition("/")[2]
+        return self.account or (last if last.startswith("acct_") else "")
 
 
 class WebhookRequest(Struct):
@@ -135,7 +143,7 @@ async def receive_stripe(request: ReceiverRequest) -> HttpResponse:
                 n=0,
                 request_id=request.request_id,
                 provider="stripe",
-                account=event.account or "",
+                account=event.stripe_account,
                 livemode=event.livemode,
                 event_id=event.id,
                 type=event.type,

@@ -5,6 +5,7 @@ jobs/stripe/webhook_events.py says what each type of event proves.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from functools import partial
@@ -29,6 +30,7 @@ from jobs.stripe.facts import (
     FactOrigin,
     Json,
     dispute_facts,
+    id_of,
     intent_facts,
     payout_facts,
     redacted,
@@ -36,6 +38,8 @@ from jobs.stripe.facts import (
 )
 from jobs.stripe.webhook_events import FactReader, ObjectToFetch, ProviderObject, StoredWebhook, interpret_webhook
 from jobs.worker import Batch, Worker
+
+log = logging.getLogger("surety.webhooks")
 
 DISPUTE_PAUSE_SECONDS = 1.0
 
@@ -53,7 +57,12 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     )  # fmt: skip
     results = await missing_subject_results(worker, batch, event_ids, {webhook.event_id for webhook in webhooks})
     wanted: list[tuple[StoredWebhook, ObjectToFetch]] = []
+    ignored = [webhook for webhook in webhooks if webhook.livemode != worker.stripe.livemode]
+    await audit_ignored(worker, ignored)
+    results += [{"event_id": webhook.event_id} for webhook in ignored]
     for webhook in webhooks:
+        if webhook in ignored:
+            continue
         try:
             meant = interpret_webhook(webhook)
         except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
@@ -128,6 +137,24 @@ async def objects_to_fetch(
     return groups
 
 
+async def audit_ignored(worker: Worker, ignored: list[StoredWebhook]) -> None:
+    """Write an audit entry for each event of the other mode than our key's."""
+    ours, other = ("live", "test") if worker.stripe.livemode else ("test", "live")
+    entries = [
+        {
+            "kind": "answer",
+            "actor": worker.actor,
+            "outcome": "ignored",
+            "reason": f"an event of {other} mode, and our key is of {ours} mode",
+            "snapshot": {"operation": "apply", "event": webhook.provider_event_id, "type": webhook.type},
+        }
+        for webhook in ignored
+    ]
+    if entries:
+        log.warning("%s events ignored: of %s mode, and our key is of %s mode", len(entries), other, ours)
+        await worker.database.value("select audit.write_entries(%s)", Jsonb(entries))
+
+
 async def audit_fetches(worker: Worker, to_fetch: dict[ProviderObject, list[StoredWebhook]]) -> None:
     """Write an audit entry for each object that is going to be fetched."""
     entries = [
@@ -157,6 +184,8 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
         origin = FactOrigin(source.account, source.livemode, webhooks[0].source, webhooks[0].provider_event_id)
         if source.kind == "dispute":
             result = fetch_result(await fetch_dispute(worker, source, origin))
+        elif source.kind == "charge":
+            result = await fetch_intent_of_charge(worker, source, origin)
         else:
             answer = await fetch_object(worker, source)
             result = fetch_result(answer) | {"facts": FACT_READERS[source.kind](answer.body, origin)}
@@ -185,6 +214,17 @@ async def fetch_object(worker: Worker, source: ProviderObject) -> ProviderRespon
     if (answer.body.get("object"), answer.body.get("id")) != (source.kind, source.id):
         raise OutcomeUnknown(f"another object was answered for {source.id}")
     return answer
+
+
+async def fetch_intent_of_charge(worker: Worker, source: ProviderObject, origin: FactOrigin) -> CallResult:
+    """The result of fetching a charge and its intent; without facts if another system made the charge alone."""
+    charge = await fetch_object(worker, source)
+    intent_id = id_of(charge.body.get("payment_intent"))
+    if intent_id is None:
+        return fetch_result(charge)
+    intent = ProviderObject(source.account, source.livemode, "payment_intent", intent_id)
+    answer = await fetch_object(worker, intent)
+    return fetch_result(answer) | {"facts": intent_facts(answer.body, origin)}
 
 
 async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrigin) -> ProviderResponse:

@@ -1,8 +1,8 @@
 """Stripe's events: the facts that each type proves, and the objects to fetch because of it. Pure functions.
 
 A signed snapshot counts as proof if its object can only advance and the snapshot has our API version. Failures and
-disputes are fetched, and so are objects that an event only refers to, unless their facts are known. Events of other
-types are ignored.
+disputes are fetched, and so are objects that an event only refers to, unless their facts are known. A thin event
+(`v2.core.event`) has no snapshot, so the object that it names is fetched. Events of other types are ignored unread.
 """
 
 from __future__ import annotations
@@ -80,11 +80,33 @@ class StoredWebhook(Struct):
     body: str
 
 
-class EventEnvelope(Struct):
-    """The fields of every event that are read."""
+RELEVANT_EVENTS = frozenset(SNAPSHOT_EVENTS) | frozenset(FETCH_UNLESS_KNOWN) | FETCH_ALWAYS
 
-    api_version: str | None
-    data: dict[str, Json]
+THIN_EVENT_PREFIX = "v1."
+"""Before the type of a thin event about an object of the API's first version: `v1.payment_intent.succeeded`."""
+THIN_EVENT_OBJECTS = {"payment_intent": "payment_intent", "charge": "charge", "refund": "refund", "payout": "payout"}
+"""What a thin event's type begins with, and the kind of object that is fetched for it; disputes begin with `charge`."""
+
+
+class EventData(Struct):
+    """The snapshot in an event."""
+
+    object: Json
+
+
+class RelatedObject(Struct):
+    """The object that a thin event names."""
+
+    id: str
+
+
+class EventEnvelope(Struct):
+    """The fields of an event that are read. A thin event has a related object in place of version and data."""
+
+    object: str = "event"
+    api_version: str | None = None
+    data: EventData | None = None
+    related_object: RelatedObject | None = None
 
 
 class ProviderObject(Struct, frozen=True):
@@ -109,26 +131,32 @@ def interpret_webhook(webhook: StoredWebhook) -> list[Fact] | ObjectToFetch:
 
     Raises MsgspecError, KeyError, TypeError or AttributeError if the body isn't as Stripe sends it.
     """
+    type = webhook.type.removeprefix(THIN_EVENT_PREFIX)
+    if type not in RELEVANT_EVENTS:
+        return []
     envelope = msgspec.json.decode(webhook.body, type=EventEnvelope)
-    subject = envelope.data["object"]
+    if envelope.related_object is not None:
+        kind = "dispute" if type.startswith("charge.dispute.") else THIN_EVENT_OBJECTS[type.partition(".")[0]]
+        return ObjectToFetch(ProviderObject(webhook.account, webhook.livemode, kind, envelope.related_object.id))
+    if envelope.data is None:
+        raise KeyError("data")
+    subject = envelope.data.object
     if webhook.type in SNAPSHOT_EVENTS and envelope.api_version == API_VERSION:
         origin = FactOrigin(webhook.account, webhook.livemode, webhook.source, webhook.provider_event_id)
         return SNAPSHOT_EVENTS[webhook.type](subject, origin)
     if webhook.type in SNAPSHOT_EVENTS or webhook.type in FETCH_ALWAYS:
         return ObjectToFetch(ProviderObject(webhook.account, webhook.livemode, subject["object"], subject["id"]))
-    if webhook.type in FETCH_UNLESS_KNOWN:
-        return referenced_intent(webhook, subject)
-    return []
+    return referenced_intent(webhook, subject)
 
 
 def referenced_intent(webhook: StoredWebhook, subject: Json) -> list[Fact] | ObjectToFetch:
     """The intent that an event refers to; no facts for a charge without one, which another system may have made."""
-    intent = subject["id"] if subject["object"] == "payment_intent" else id_of(subject["payment_intent"])
+    intent = subject["id"] if subject["object"] == "payment_intent" else id_of(subject.get("payment_intent"))
     about = intent
     if webhook.type in CHARGE_EVENTS:
         about = subject["id"]
     elif webhook.type == "charge.updated":
-        about = id_of(subject["balance_transaction"])
+        about = id_of(subject.get("balance_transaction"))
     if intent is None or about is None:
         return []
     source = ProviderObject(webhook.account, webhook.livemode, "payment_intent", intent)

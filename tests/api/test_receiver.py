@@ -148,6 +148,19 @@ def test_webhook_of_another_mode_or_api_version_is_stored(client: httpx.Client, 
         assert stored(rights, body) == 1
 
 
+@pytest.mark.parametrize(
+    ("context", "account"), [("acct_1", "acct_1"), ("org_1/acct_2", "acct_2"), ("org_1", ""), (None, "")]
+)
+def test_thin_event_is_stored_for_the_account_of_its_context(
+    client: httpx.Client, rights: Connection, context: str | None, account: str
+) -> None:
+    known = unique_name("evt_")
+    thin = {"id": known, "object": "v2.core.event", "type": "v2.core.event_destination.ping", "livemode": False}
+    assert deliver(client, msgspec.json.encode(thin | {"context": context})).status_code == 200
+    query = "select account from surety.provider_events where event_id = %s"
+    assert one(rights, query, known) == account
+
+
 @pytest.mark.parametrize("secret", SECRETS)
 def test_both_secrets_are_valid_during_rotation(client: httpx.Client, secret: str) -> None:
     assert deliver(client, event(), secret=secret).status_code == 200

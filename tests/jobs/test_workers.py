@@ -338,6 +338,76 @@ async def test_invalid_event_fails_three_times_without_its_batch(
     assert attempts(conn) == []
 
 
+async def test_event_without_meaning_here_ends_well_whatever_its_form(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    shop()
+    thin = {"object": "v2.core.event", "created": "2026-11-30T06:00:00Z"}
+    events: list[dict[str, Any]] = [
+        thin | {"id": "evt_ping", "type": "v2.core.event_destination.ping", "related_object": None},
+        thin | {"id": "evt_account", "type": "v2.core.account.updated", "related_object": {"id": "acct_1"}},
+        {"id": "evt_no_version", "type": "customer.created", "data": {"object": {}}},
+        {"id": "evt_no_data", "type": "customer.created"},
+    ]
+    async with in_process_worker(database, sandbox.url) as worker:
+        received(conn, events)
+        await run_until_idle(worker, "apply")
+    assert attempts(conn) == []
+
+
+async def test_thin_event_brings_its_object(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    by_intent, by_charge = shop(2)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        intents: dict[str, str] = dict(conn.execute("select id, provider_id from surety.payments").fetchall())
+        charge = {payment_id: sandbox.confirm(pi)["latest_charge"] for payment_id, pi in intents.items()}
+        about = {
+            "v1.payment_intent.succeeded": intents[by_intent],
+            "v1.charge.succeeded": charge[by_charge],
+        }
+        events = [
+            {"id": f"evt_{n}", "object": "v2.core.event", "type": type, "related_object": {"id": named}}
+            for n, (type, named) in enumerate(about.items())
+        ]
+        received(conn, events)
+        await run_until_idle(worker, "apply")
+    assert [state_of(conn, payment_id) for payment_id in (by_intent, by_charge)] == ["confirmed"] * 2
+    assert attempts(conn) == []
+
+
+async def test_event_without_version_or_previous_attributes_is_fetched(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        data = {"object": sandbox.confirm(pi), "previous_attributes": None}
+        received(conn, [{"id": "evt_1", "type": "payment_intent.succeeded", "data": data}])
+        await run_until_idle(worker, "apply")
+    assert state_of(conn, payment_id) == "confirmed"
+
+
+async def test_event_of_the_other_mode_is_ignored_with_a_reason(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        types = ("payment_intent.succeeded", "payment_intent.payment_failed", "charge.dispute.created")
+        data = {"object": sandbox.read(pi)}
+        received(conn, [{"id": f"evt_{type}", "type": type, "livemode": True, "data": data} for type in types])
+        await run_until_idle(worker, "apply")
+    assert state_of(conn, payment_id) == "provider_submitted"
+    assert attempts(conn) == []
+    query = "select snapshot ->> 'type', reason from audit.entries where kind = 'answer' and outcome = 'ignored'"
+    reason = "an event of live mode, and our key is of test mode"
+    assert sorted(conn.execute(query).fetchall()) == sorted((type, reason) for type in types)
+
+
 @pytest.mark.parametrize(("type", "handler"), [("payment.initiated", "submit"), ("webhook.received", "apply")])
 async def test_event_about_an_unknown_object_is_dead_lettered(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay, type: str, handler: str
