@@ -128,7 +128,10 @@ create table surety.states (
     constraint states_pkey primary key (state),
     constraint state_position_is_unique unique (position),
     constraint state_status_is_known check (
-        status in ('pending', 'action_required', 'succeeded', 'failed', 'canceled', 'refunded', 'disputed')
+        status in (
+            'pending', 'action_required', 'succeeded', 'failed', 'canceled', 'partially_refunded', 'refunded',
+            'disputed', 'reversed'
+        )
     )
 );
 comment on table surety.states is
@@ -204,10 +207,10 @@ insert into surety.states (state, position, status, is_final, poll_after, overdu
 ('processing', 6, 'pending', false, '60 seconds', '1 hour', 'capture or the ACH network under way'),
 ('confirmed', 7, 'succeeded', false, null, null, 'the provider says that it succeeded'),
 ('settled', 8, 'succeeded', true, null, null, 'matched to money that arrived'),
-('partially_refunded', 9, 'refunded', true, null, null, 'a part of it was given back'),
+('partially_refunded', 9, 'partially_refunded', true, null, null, 'a part of it was given back'),
 ('refunded', 10, 'refunded', true, null, null, 'all of it was given back'),
 ('disputed', 11, 'disputed', false, null, null, 'funds held back by the network'),
-('reversed', 12, 'failed', true, null, null, 'returned, or a dispute lost'),
+('reversed', 12, 'reversed', true, null, null, 'all or a part was returned, or lost in a dispute'),
 ('failed', 13, 'failed', true, null, null, 'it did not succeed'),
 ('canceled', 14, 'canceled', true, null, null, 'canceled before it succeeded');
 

@@ -306,3 +306,33 @@ def test_api_shows_disputes_accepts_evidence_and_shows_the_balance(conn: Connect
     assert (page["data"], page["has_more"]) == (listed[:1], True)
     assert merchant.get("/v1/balance/transactions", starting_after=listed[0]["id"])["data"] == listed[1:]
     problem(merchant.client.get(f"/v1/disputes/dp_{32 * '0'}"), 404, "not-found")
+
+
+def shown_payment(conn: Connection, payment_id: str) -> dict[str, Any]:
+    """The payment, as merchants see it."""
+    row = conn.execute(
+        "select s.document from surety.payments as p cross join api.show_payment(p) as s where p.id = %s", (payment_id,)
+    ).fetchone()
+    assert row is not None
+    shown: dict[str, Any] = row[0]
+    return shown
+
+
+@pytest.mark.parametrize("kept", [1, 9950, 10000])
+def test_payment_with_a_loss_is_reversed_however_small_the_part(conn: Connection, kept: int) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    record(conn, [dispute_fact(payment_id, "needs_response", 0)])
+    record(conn, [dispute_fact(payment_id, "lost", 1)])
+    record(conn, [dispute_fact(payment_id, "lost", 2, kept)])
+    shown = shown_payment(conn, payment_id)
+    assert (shown["state"], shown["status"], shown["amount_reversed"]) == ("reversed", "reversed", kept)
+    assert not violations(conn)
+
+
+def test_partial_refund_has_a_status_of_its_own(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key)
+    record(conn, [fact(payment_id, "refund_succeeded", "re", 1)])
+    shown = shown_payment(conn, payment_id)
+    assert (shown["status"], shown["amount_refunded"]) == ("partially_refunded", 1)

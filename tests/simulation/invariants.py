@@ -176,7 +176,7 @@ def check_states(schedule: Schedule, charged: dict[str, int]) -> None:
             is_back = given + gone >= captured
             expected = {
                 "disputed" if at_risk[payment_id]
-                else "reversed" if gone and is_back
+                else "reversed" if gone
                 else "refunded" if is_back
                 else "partially_refunded" if given
                 else "settled"

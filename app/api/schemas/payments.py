@@ -39,7 +39,17 @@ State = Literal[
     "failed",
     "canceled",
 ]
-Status = Literal["pending", "action_required", "succeeded", "failed", "canceled", "refunded", "disputed"]
+Status = Literal[
+    "pending",
+    "action_required",
+    "succeeded",
+    "failed",
+    "canceled",
+    "partially_refunded",
+    "refunded",
+    "disputed",
+    "reversed",
+]
 CaptureMethod = Literal["automatic", "manual"]
 
 
@@ -136,6 +146,7 @@ class Payment(Struct):
     amount: int
     amount_captured: int
     amount_refunded: int
+    amount_reversed: int
     currency: str
     payment_method: PaymentMethod
     capture_method: CaptureMethod

@@ -14,6 +14,7 @@ begin atomic
             p.amount_minor as amount,
             p.captured_minor as amount_captured,
             p.refunded_minor as amount_refunded,
+            p.reversed_minor as amount_reversed,
             p.currency as currency,
             json_build_object('type', p.rail) as payment_method,
             p.capture_method as capture_method,
@@ -104,6 +105,7 @@ begin atomic
             'version', p_payload -> 'version', 'state', p_payload -> 'state',
             'captured_minor', coalesce(p_payload -> 'amount_captured', '0'),
             'refunded_minor', coalesce(p_payload -> 'amount_refunded', '0'),
+            'reversed_minor', coalesce(p_payload -> 'amount_reversed', '0'),
             'provider_id', p_payload -> 'provider_id', 'next_action', p_payload -> 'next_action',
             'failure', p_payload -> 'failure', 'updated_at', p_payload -> 'at'
         )

@@ -86,9 +86,8 @@ begin atomic
     -- The first condition that holds decides.
     select case
         when p_captured_minor > 0 and p_at_risk_minor > 0 then 'disputed'
-        when
-            p_captured_minor > 0 and p_reversed_minor > 0
-            and p_reversed_minor + p_refunded_minor >= p_captured_minor then 'reversed'
+        -- A part that was lost is not paid, however small; the amounts say how much it is.
+        when p_captured_minor > 0 and p_reversed_minor > 0 then 'reversed'
         when p_captured_minor > 0 and p_refunded_minor >= p_captured_minor then 'refunded'
         when p_captured_minor > 0 and p_refunded_minor > 0 then 'partially_refunded'
         when p_captured_minor > 0 and p_is_settled then 'settled'

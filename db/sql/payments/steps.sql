@@ -73,7 +73,7 @@ begin
     with made_steps as materialized (
         select
             n.payment_id, n.version, n.from_state, n.to_state, n.cause, n.implied, n.at, n.actor, n.request_id,
-            p.merchant_id, p.captured_minor, p.refunded_minor, p.provider_id, p.failure, p.next_action
+            p.merchant_id, p.captured_minor, p.refunded_minor, p.reversed_minor, p.provider_id, p.failure, p.next_action
         from new_steps as n
         join surety.payments as p on p.id = n.payment_id
         order by n.payment_id, n.version
@@ -85,7 +85,7 @@ begin
             jsonb_strip_nulls(jsonb_build_object(
                 'payment_id', m.payment_id, 'state', m.to_state, 'version', m.version, 'at', surety.format_time(m.at),
                 'amount_captured', nullif(m.captured_minor, 0), 'amount_refunded', nullif(m.refunded_minor, 0),
-                'provider_id', m.provider_id, 'failure', m.failure,
+                'amount_reversed', nullif(m.reversed_minor, 0), 'provider_id', m.provider_id, 'failure', m.failure,
                 'next_action', case when m.to_state = 'requires_action' then m.next_action end)),
             m.merchant_id, m.version, v_generation
         from made_steps as m
