@@ -1397,8 +1397,8 @@ create table surety.poll_cursors (
     )
 );
 comment on table surety.poll_cursors is
-'How far each list of a provider has been read (null: never to its end). Every reading overlaps the last. failures
-counts the readings since failing_since that did not reach the end.';
+'How far each list of a provider has been read, by the provider''s clock (null: never to its end). Every reading
+overlaps the last. failures counts the readings since failing_since that did not reach the end.';
 
 create table surety.periodic_jobs (
     job text collate "C" not null,

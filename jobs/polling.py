@@ -31,7 +31,7 @@ from jobs.handlers.calls import (
 )
 from jobs.handlers.payments import intent_error_result, intent_result
 from jobs.handlers.webhooks import fetch_dispute, fetch_result, store_polled_events
-from jobs.stripe.client import ProviderResponse
+from jobs.stripe.client import CLOCK_SKEW_SECONDS, ListPage, ProviderResponse
 from jobs.stripe.errors import ObjectAbsent, ObjectUnreadable, ProviderError
 from jobs.stripe.facts import Fact, FactOrigin, Json, balance_transaction_facts, payout_facts, refund_facts
 from jobs.stripe.webhook_events import POLLED_EVENTS, ProviderObject
@@ -44,6 +44,8 @@ PENDING_TRANSACTIONS_MAX = 1000
 # Each reading of a list overlaps the last one by this many poll intervals, because a list may show a row late.
 OVERLAP_POLLS = 3
 RANGE_GAP_MAX = timedelta(hours=1)
+# A greater difference is a moved clock of a test, or an unusable Date header.
+CLOCK_AHEAD_MAX = timedelta(days=1)
 
 
 class ObjectToPoll(CallSubject, kw_only=True):
@@ -218,12 +220,28 @@ async def read_window(
     worker: Worker,
     name: str,
     window: PollWindow,
-    pages: AsyncGenerator[list[Json]],
+    pages: AsyncGenerator[ListPage],
     take: Callable[[list[Json]], Awaitable[None]],
 ) -> None:
-    """Read an account's list from the window's begin; move its cursor if the end was reached."""
-    if await read_pages(worker, name, window.account, window.read_from, pages, take):
-        await advance_poll_cursor(worker, window, name)
+    """Read an account's list from the window's begin; move its cursor if the end was reached.
+
+    The cursor is a time of the provider's clock, since the list has the provider's times: that of the first answer.
+    """
+    began: list[datetime] = []
+
+    async def noting_begin() -> AsyncGenerator[ListPage]:
+        async for page in pages:
+            if not began and page.answered_at is not None:
+                began.append(page.answered_at)
+            yield page
+
+    if await read_pages(worker, name, window.account, window.read_from, noting_begin(), take):
+        read_to = window.read_to - timedelta(seconds=CLOCK_SKEW_SECONDS)
+        if began:
+            read_to = began[0]
+            ahead = read_to - window.read_to
+            worker.stripe.clock_ahead_seconds = ahead.total_seconds() if abs(ahead) < CLOCK_AHEAD_MAX else 0.0
+        await advance_poll_cursor(worker, PollWindow(window.account, window.read_from, read_to), name)
 
 
 async def read_pages(
@@ -231,7 +249,7 @@ async def read_pages(
     name: str,
     account: str,
     since: datetime,
-    pages: AsyncGenerator[list[Json]],
+    pages: AsyncGenerator[ListPage],
     take: Callable[[list[Json]], Awaitable[None]],
 ) -> bool:
     """Read a list of the provider page by page; returns whether it was read to its end. If not, the reason is noted.
@@ -243,8 +261,8 @@ async def read_pages(
     began, rows = time.monotonic(), 0
     try:
         async for page in pages:
-            rows += len(page)
-            await take(page)
+            rows += len(page.rows)
+            await take(page.rows)
         result: CallResult = {"outcome": "answered", "snapshot": {"account": account, "rows": rows}}
     except ProviderError as error:
         result = {"outcome": error.outcome, "status": error.status, "error": str(error)}
@@ -283,7 +301,7 @@ async def poll_windows(worker: Worker, name: str) -> list[PollWindow]:
 
 
 async def advance_poll_cursor(worker: Worker, window: PollWindow, name: str) -> None:
-    """Note that an account's list was read up to now."""
+    """Note that an account's list was read up to the window's end."""
     await worker.database.value(
         "select surety.advance_poll_cursor('stripe', %s, %s, %s)", window.account, name, window.read_to
     )

@@ -75,7 +75,7 @@ class SandboxApplication:
         sandbox = self.sandbox
         self._requests += 1
         request_id = f"req_{self._boot}{self._requests:08d}"
-        echoed = echoed_headers(headers, request_id)
+        echoed = echoed_headers(headers, request_id, sandbox.memory.now())
         try:
             request = parse_request(sandbox, method, path, headers, form, request_id)
         except StripeError as refusal:

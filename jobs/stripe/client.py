@@ -7,7 +7,8 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Literal
 
 import httpx
@@ -41,6 +42,15 @@ class ProviderResponse(Struct, frozen=True):
     body: Json
     status: int
     request_id: str | None
+    answered_at: datetime | None = None
+    """The time by the provider's clock, if the response has a Date header."""
+
+
+class ListPage(Struct, frozen=True):
+    """A page of a list; answered_at is by the provider's clock."""
+
+    rows: list[Json]
+    answered_at: datetime | None
 
 
 class IntentListing(Struct, frozen=True):
@@ -92,6 +102,8 @@ class StripeGateway:
         self._call_slots = asyncio.Semaphore(PROVIDER_CONNECTIONS_MAX)
         self.livemode = "_live_" in settings.provider.key.reveal()
         self._listings: dict[tuple[str, int, int], IntentListing] = {}
+        self.clock_ahead_seconds = 0.0
+        """How far the provider's clock is ahead of the database's, as last measured by a poll; at most a day."""
         self.on_call: OnCall = lambda *_: None
 
     async def create_intent(self, account: str, key: str, request: Json) -> ProviderResponse:
@@ -116,7 +128,7 @@ class StripeGateway:
     async def find_refund(self, account: str, intent_id: str, refund_id: str) -> ProviderResponse | None:
         """The refund of an intent whose metadata name one of ours."""
         async for page in self._pages("/v1/refunds", account, {"payment_intent": intent_id}, urgent=True):
-            for refund in page:
+            for refund in page.rows:
                 if (refund.get("metadata") or {}).get("surety_refund") == refund_id:
                     return ProviderResponse(refund, 200, None)
         return None
@@ -141,8 +153,10 @@ class StripeGateway:
 
         Calls of one time range share one reading of the list, if it began after `asked_at` (monotonic).
         """
-        first = int(first_sent_at.timestamp() - CLOCK_SKEW_SECONDS) // LIST_WINDOW_SECONDS
-        last = int(last_sent_at.timestamp() + CLOCK_SKEW_SECONDS) // LIST_WINDOW_SECONDS + 1
+        early = min(0.0, self.clock_ahead_seconds) - CLOCK_SKEW_SECONDS
+        late = max(0.0, self.clock_ahead_seconds) + CLOCK_SKEW_SECONDS
+        first = int(first_sent_at.timestamp() + early) // LIST_WINDOW_SECONDS
+        last = int(last_sent_at.timestamp() + late) // LIST_WINDOW_SECONDS + 1
         key = (account, first, last)
         listing = self._listings.get(key)
         if listing is None or listing.begun < asked_at:
@@ -163,7 +177,7 @@ class StripeGateway:
         found: dict[str, str] = {}
         asked = {"created": {"gte": first, "lte": last}}
         async for page in self._pages("/v1/payment_intents", account, asked, urgent=True):
-            for intent in page:
+            for intent in page.rows:
                 payment_id = (intent.get("metadata") or {}).get("surety_payment")
                 if payment_id is not None:
                     found.setdefault(payment_id, intent["id"])
@@ -171,7 +185,7 @@ class StripeGateway:
 
     def balance_transactions(
         self, account: str, since: datetime, until: datetime | None = None
-    ) -> AsyncGenerator[list[Json]]:
+    ) -> AsyncGenerator[ListPage]:
         """The lines of an account's balance created in that time, in pages, each line with its source."""
         created = {"gte": int(since.timestamp())}
         if until is not None:
@@ -179,11 +193,11 @@ class StripeGateway:
         asked = {"created": created, "expand": ["data.source"]}
         return self._pages("/v1/balance_transactions", account, asked, urgent=False)
 
-    def payouts(self, account: str, since: datetime) -> AsyncGenerator[list[Json]]:
+    def payouts(self, account: str, since: datetime) -> AsyncGenerator[ListPage]:
         """An account's payouts created since then, in pages."""
         return self._pages("/v1/payouts", account, {"created": {"gte": int(since.timestamp())}}, urgent=False)
 
-    def events(self, account: str, since: datetime, types: Collection[str]) -> AsyncGenerator[list[Json]]:
+    def events(self, account: str, since: datetime, types: Collection[str]) -> AsyncGenerator[ListPage]:
         """An account's events of these types, at most twenty, created since then and not more than 30 days ago."""
         asked = {"created": {"gte": int(since.timestamp())}, "types": list(types)}
         return self._pages("/v1/events", account, asked, urgent=False)
@@ -196,14 +210,14 @@ class StripeGateway:
         # Needs no call slot: calls that hang may hold all of them. Needs no request slot: no calls are sent at present.
         await self._exchange("get", "/v1/balance", {}, options, min(PROBE_SECONDS, self._timeout_seconds))
 
-    async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[list[Json]]:
+    async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[ListPage]:
         after: Json = {}
         while True:
             answer = await self._send("get", path, account, {**asked, "limit": PAGE_SIZE, **after}, urgent=urgent)
             page = answer.body.get("data")
             if not isinstance(page, list) or not all(isinstance(one, dict) and "id" in one for one in page):
                 raise OutcomeUnknown(f"no list of objects from {path}", status=answer.status)
-            yield page
+            yield ListPage(page, answer.answered_at)
             if not page or not answer.body.get("has_more"):
                 return
             after = {"starting_after": page[-1]["id"]}
@@ -238,7 +252,7 @@ class StripeGateway:
             raise provider_error(error, writes=method == "post") from None
         if not isinstance(reply.data, dict):
             raise ProviderOutage("an answer that is no object", status=reply.code)
-        return ProviderResponse(reply.data, reply.code, reply.request_id)
+        return ProviderResponse(reply.data, reply.code, reply.request_id, date_of(reply.headers))
 
     async def _wait_for_slot(self, account: str, *, urgent: bool) -> None:
         """Wait for a request slot, which all workers share; urgent requests go first."""
@@ -250,6 +264,15 @@ class StripeGateway:
             await asyncio.sleep(YIELD_SECONDS if seconds is None else seconds)
             if seconds is not None:
                 return
+
+
+def date_of(headers: Mapping[str, str] | None) -> datetime | None:
+    """The time in a Date header; None without a readable one."""
+    try:
+        at = parsedate_to_datetime({name.lower(): value for name, value in (headers or {}).items()}["date"])
+    except (KeyError, ValueError):
+        return None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def requests_per_second(settings: Settings) -> float:

@@ -9,6 +9,7 @@ import binascii
 import logging
 from base64 import b64decode
 from contextlib import suppress
+from email.utils import formatdate
 from hashlib import blake2b
 
 from msgspec import Struct
@@ -43,9 +44,13 @@ class StripeRequest(Struct):
     """The stored answer of its key."""
 
 
-def echoed_headers(headers: dict[bytes, str], request_id: str) -> Headers:
-    """Headers that repeat those of the request."""
-    echoed = [(b"request-id", request_id.encode()), (b"stripe-version", API_VERSION.encode())]
+def echoed_headers(headers: dict[bytes, str], request_id: str, now: float) -> Headers:
+    """The time of the answer, and headers that repeat those of the request."""
+    echoed = [
+        (b"date", formatdate(now, usegmt=True).encode()),
+        (b"request-id", request_id.encode()),
+        (b"stripe-version", API_VERSION.encode()),
+    ]
     given = [name for name in (b"idempotency-key", b"stripe-account") if name in headers]
     return echoed + [(name, headers[name].encode("latin-1")) for name in given]
 

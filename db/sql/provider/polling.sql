@@ -158,8 +158,10 @@ begin atomic
     select
         'stripe',
         accounts.account,
+        -- The cursor is a time of the provider's clock. Ours, at the first reading, may be ahead.
         coalesce(
-            poll_cursors.polled_to, (select min(environment.created_at) from surety.environment)
+            poll_cursors.polled_to,
+            (select min(environment.created_at) - interval '1 hour' from surety.environment)
         ) - p_overlap,
         surety.time_now()
     from (
@@ -179,7 +181,7 @@ end;
 
 comment on function surety.poll_windows(text, interval) is
 'The accounts whose list is to be read, without those behind an open circuit. read_from overlaps the last reading,
-because a list may show a row late; surety.advance_poll_cursor takes read_to afterwards.';
+because a list may show a row late. read_to is the database''s time; surety.advance_poll_cursor takes the provider''s.';
 
 create or replace function surety.advance_poll_cursor(p_provider text, p_account text, p_list text, p_to timestamptz)
 returns void language sql volatile security definer set search_path = pg_catalog, pg_temp
@@ -188,14 +190,15 @@ begin atomic
     values (p_provider, p_account, p_list, p_to)
     on conflict (provider, account, list) do update
     set
-        polled_to = greatest(poll_cursors.polled_to, excluded.polled_to),
+        polled_to = excluded.polled_to,
         failures = 0,
         failing_since = null,
         error = null;
 end;
 
 comment on function surety.advance_poll_cursor(text, text, text, timestamptz) is
-'Notes how far an account''s list was read, and that it is readable. The cursor never goes back.';
+'Notes how far an account''s list was read, and that it is readable. The cursor follows
+the provider''s clock, also back: then more is read again.';
 
 create or replace function surety.note_unreadable_list(p_provider text, p_account text, p_list text, p_error text)
 returns void language sql volatile security definer set search_path = pg_catalog, pg_temp
