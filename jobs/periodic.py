@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from typing import LiteralString
 
 from procrastinate import App, JobContext
 
@@ -51,19 +52,26 @@ async def retry_unmatched_facts(worker: Worker) -> None:
 
 async def check_deadlines(worker: Worker) -> None:
     """Report overdue settlements, cancel payments whose payer did not act, remind merchants of missing evidence."""
-    await worker.database.value("select surety.open_overdue_discrepancies()")
+    await repeat_until_done(worker, "select surety.open_overdue_discrepancies()")
+    # Each call takes a bounded number of payments or disputes, and returns no event types once none is left.
     query = "select surety.emit_expired_actions(make_interval(secs => %s))"
-    await worker.schedule_handlers_for(await worker.database.value(query, worker.settings.surety_action_seconds))
-    await worker.schedule_handlers_for(
-        await worker.database.value("select surety.emit_evidence_reminders(%s)", EVIDENCE_REMINDER_LEAD)
-    )
+    while made := await worker.database.value(query, worker.settings.surety_action_seconds):
+        await worker.schedule_handlers_for(made)
+    while made := await worker.database.value("select surety.emit_evidence_reminders(%s)", EVIDENCE_REMINDER_LEAD):
+        await worker.schedule_handlers_for(made)
 
 
 async def maintain(worker: Worker) -> None:
     """Make partitions for the months ahead; delete expired idempotency keys and orphaned jobs."""
     await worker.database.value("select surety.maintain_partitions()")
-    await worker.database.value("select surety.delete_expired_idempotency_keys()")
+    await repeat_until_done(worker, "select surety.delete_expired_idempotency_keys()")
     await worker.database.value("select outbox.delete_orphaned_jobs()")
+
+
+async def repeat_until_done(worker: Worker, query: LiteralString) -> None:
+    """Repeat a query, each time a transaction over a bounded number of rows, until it finds none."""
+    while not worker.stopping.is_set() and await worker.database.value(query):
+        pass
 
 
 PERIODIC_JOBS: dict[str, PeriodicJob] = {

@@ -140,3 +140,31 @@ def test_old_unfinished_objects_are_findings(conn: Connection) -> None:
     assert [urgency for urgency, _ in findings(conn, "unfinished-objects")] == [2]
     record(conn, [fact(payment_id, "failed", "pi")])
     assert findings(conn, "unfinished-objects") == []
+
+
+async def test_upkeep_deletes_all_expired_idempotency_keys_in_one_run(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    conn.execute(
+        "insert into surety.idempotency_keys"
+        " (merchant_id, route, key, request_hash, payment_id, status, response, created_at)"
+        " select 'mer', 'POST /', 'key-' || n, '', '', 201, '', now() - interval '31 days'"
+        " from generate_series(1, 25000) as n"
+    )
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_and_record(worker, "maintain", PERIODIC_JOBS["maintain"])
+    assert conn.execute("select count(*) from surety.idempotency_keys").fetchone() == (0,)
+
+
+async def test_all_overdue_settlements_are_reported_in_one_run(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    _, key_hash = add_merchant(conn)
+    pay(conn, key_hash, 1100)
+    conn.execute(
+        "insert into surety.expectations (payment_id, kind, opened_at, due_at)"
+        " select id, 'settlement', now() - interval '9 days', now() - interval '2 days' from surety.payments"
+    )
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_and_record(worker, "check_deadlines", PERIODIC_JOBS["check_deadlines"])
+    assert conn.execute("select count(*) from surety.discrepancies where kind = 'overdue'").fetchone() == (1100,)
