@@ -37,7 +37,7 @@ class ConnectionLimits(NamedTuple):
     """Requests sent before the response to an earlier one."""
     discarded_bytes: int = 16 * 1024 * 1024
     discard_pause_seconds: float = 0.05
-    """Between two parts of what is discarded."""
+    """Between two parts of a discarded request."""
     head_seconds: float = 10.0
     body_seconds: float = 10.0
     write_seconds: float = 30.0
