@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.api.schemas.operators import DeadLetterAction
+from app.cli.identity import operator_identity
 from app.cli.options import reason_option
 from app.wording import count_noun, format_age
 from db.connect import connect
@@ -195,7 +195,7 @@ def apply_to_letters(
     with connect("deploy", load_settings()) as conn:
         for letter_id in letter_ids or [letter["id"] for letter in find_letters(conn, handler, error, status="open")]:
             row = conn.execute(
-                DEAD_LETTER_STATEMENTS[action], (letter_id, f"operator:{getpass.getuser()}", reason, dry_run)
+                DEAD_LETTER_STATEMENTS[action], (letter_id, f"operator:{operator_identity()}", reason, dry_run)
             ).fetchone()
             assert row is not None
             outcome, detail = row

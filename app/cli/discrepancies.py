@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 from psycopg.rows import dict_row
 from rich.table import Table
 
+from app.cli.identity import operator_identity
 from app.cli.options import json_option, reason_option
 from app.cli.tables import print_table
 from db.connect import connect
@@ -83,7 +83,7 @@ def close_discrepancy(discrepancy_id: str, reason: str) -> None:
     """Close a discrepancy with its explanation. One that is closed already keeps its first explanation."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
-            "select surety.close_discrepancy(%s, %s, %s)", (discrepancy_id, reason, getpass.getuser())
+            "select surety.close_discrepancy(%s, %s, %s)", (discrepancy_id, reason, operator_identity())
         ).fetchone()
     if row is None or row[0] is None:
         raise NoSuchDiscrepancy(discrepancy_id)

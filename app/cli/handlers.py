@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 
 import click
 from psycopg.rows import dict_row
 from rich.table import Table
 
+from app.cli.identity import operator_identity
 from app.cli.options import json_option, reason_option
 from app.cli.tables import print_table
 from db.connect import connect
@@ -60,7 +60,7 @@ def set_paused(handler: str, reason: str, *, is_paused: bool) -> None:
     """Pause or resume. Raises NoSuchHandler."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
-            "select outbox.pause_handler(%s, %s, %s, %s)", (handler, is_paused, reason, getpass.getuser())
+            "select outbox.pause_handler(%s, %s, %s, %s)", (handler, is_paused, reason, operator_identity())
         ).fetchone()
         if row is None or row[0] is None:
             known = conn.execute("select string_agg(handler, ', ' order by handler) from outbox.handlers").fetchone()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import getpass
 from typing import Any
 
 import click
 import psycopg
 from rich.table import Table
 
+from app.cli.identity import operator_identity
 from app.cli.tables import print_table
 from app.web.keys import new_key, new_operator_key
 from db.connect import connect
@@ -43,7 +43,7 @@ def create(merchant_id: str | None, operator: str | None) -> None:
         key = new_key(livemode=bool(environment and environment[0]))
         try:
             conn.execute(
-                "select surety.add_api_key(%s, %s, %s, %s)", (merchant_id, key.hash, key.hint, getpass.getuser())
+                "select surety.add_api_key(%s, %s, %s, %s)", (merchant_id, key.hash, key.hint, operator_identity())
             )
         except psycopg.errors.ForeignKeyViolation:
             raise SuretyError(f"there is no merchant {merchant_id}") from None
@@ -55,7 +55,7 @@ def create_for_operator(conn: psycopg.Connection[tuple[Any, ...]], operator: str
     key = new_operator_key()
     try:
         conn.execute(
-            "select surety.add_operator_key(%s, %s, %s, %s)", (operator, key.hash, key.hint, getpass.getuser())
+            "select surety.add_operator_key(%s, %s, %s, %s)", (operator, key.hash, key.hint, operator_identity())
         )
     except psycopg.errors.CheckViolation:
         raise SuretyError("an operator's name has 1 to 100 letters, digits and . _ @ -") from None
@@ -89,7 +89,7 @@ def revoke(key_id: str) -> None:
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
             "select coalesce(surety.revoke_api_key(%(key)s, %(by)s), surety.revoke_operator_key(%(key)s, %(by)s))",
-            {"key": key_id, "by": getpass.getuser()},
+            {"key": key_id, "by": operator_identity()},
         ).fetchone()
     if row is None or row[0] is None:
         raise NoSuchKey(f"there is no key {key_id}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
-
 import click
 import psycopg
 from rich.table import Table
 
+from app.cli.identity import operator_identity
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -30,7 +29,9 @@ def add(name: str, account: str) -> None:
     """Add a merchant; prints its id."""
     with connect("deploy", load_settings()) as conn:
         try:
-            row = conn.execute("select surety.add_merchant(%s, %s, %s)", (name, account, getpass.getuser())).fetchone()
+            row = conn.execute(
+                "select surety.add_merchant(%s, %s, %s)", (name, account, operator_identity())
+            ).fetchone()
         except psycopg.errors.CheckViolation:
             raise SuretyError("a merchant's name has 1 to 200 characters") from None
     assert row is not None
@@ -69,7 +70,7 @@ def set_suspended(merchant_id: str, *, is_suspended: bool) -> None:
     """Suspend or resume."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
-            "select surety.suspend_merchant(%s, %s, %s)", (merchant_id, is_suspended, getpass.getuser())
+            "select surety.suspend_merchant(%s, %s, %s)", (merchant_id, is_suspended, operator_identity())
         ).fetchone()
     if row is None or row[0] is None:
         raise NoSuchMerchant(f"there is no merchant {merchant_id}")

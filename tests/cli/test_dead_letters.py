@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from psycopg import errors
 
+from app.cli.identity import operator_identity
 from tests.cli.test_status import surety
 from tests.support import dead_letters as letters
 from tests.support.http_client import connect_as_owner
@@ -23,7 +23,7 @@ from tests.support.payments import (
     violations,
 )
 
-ME = f"operator:{getpass.getuser()}"
+ME = f"operator:{operator_identity()}"
 
 
 def discard(conn: Connection, letter: str, *, dry_run: bool = False) -> tuple[str, str]:

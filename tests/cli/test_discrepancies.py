@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 
 import pytest
 
+from app.cli.identity import operator_identity
 from tests.cli.test_merchants import Run, refused, run, said
 from tests.support.payments import Connection, add_merchant, fact, pay, record
 
@@ -43,7 +43,7 @@ def test_closing_a_discrepancy_records_operator_and_reason(
         "select actor, outcome, reason, merchant_id, snapshot ->> 'discrepancy' from audit.entries"
         " where kind = 'operator' and outcome like 'discrepancy%'"
     ).fetchall()
-    assert entries == [(f"operator:{getpass.getuser()}", "discrepancy closed", "a refund by hand", merchant, found)]
+    assert entries == [(f"operator:{operator_identity()}", "discrepancy closed", "a refund by hand", merchant, found)]
 
 
 def test_unknown_discrepancy_or_blank_reason_is_refused(run: Run, discrepancy: tuple[str, str]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 
+from app.cli.identity import operator_identity
 from tests.cli.test_merchants import Run, refused, run, said
 from tests.support.payments import Connection, add_merchant, pay
 
@@ -19,7 +19,7 @@ def test_paused_handler_takes_no_events_until_it_is_resumed(run: Run, conn: Conn
     assert said(run("handlers", "resume", "submit", "--reason", "done")) == "submit is active"
     assert said(run("handlers", "resume", "submit", "--reason", "again")) == "submit is active already"
     assert len(conn.execute("select event_ids from outbox.claim_batch('submit', 'worker-1')").fetchall()) == 1
-    actor = f"operator:{getpass.getuser()}"
+    actor = f"operator:{operator_identity()}"
     entries = conn.execute(
         "select actor, outcome, reason, snapshot ->> 'handler' from audit.entries"
         " where kind = 'operator' and outcome like 'handler%' order by id"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
+import pwd
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from app.cli import cli
+from app.cli import cli, identity
+from app.cli.identity import operator_identity
 from app.web.keys import KEY_PATTERN, checksum, key_hash_of, new_key
 from db.errors import SuretyError
 from tests.conftest import Connection
@@ -44,7 +46,7 @@ def test_new_api_key_is_stored_as_its_hash(run: Run, conn: Connection) -> None:
     assert row == (merchant, hashlib.sha256(key.encode()).digest(), key[-4:])
     assert key_hash_of(f"Bearer {key}".encode()) == row[1]
     actors = conn.execute("select distinct actor from audit.entries where kind = 'operator'").fetchall()
-    assert actors == [(f"operator:{getpass.getuser()}",)]
+    assert actors == [(f"operator:{operator_identity()}",)]
 
 
 def test_merchants_and_keys_are_listed_without_truncation(run: Run) -> None:
@@ -134,3 +136,31 @@ def test_trace_prints_the_whole_history(run: Run, conn: Connection) -> None:
         "provider_submitted",
         "confirmed",
     ]
+
+
+def test_operator_is_the_systems_user_not_a_name_of_the_environment(
+    run: Run, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "alice")
+    said(run("merchants", "add", "Acme Books"))
+    entries = conn.execute(
+        "select actor, snapshot ->> 'database_user' = session_user from audit.entries where outcome = 'merchant added'"
+    ).fetchall()
+    assert entries == [(f"operator:{operator_identity()}", True)]
+    assert "alice" not in entries[0][0]
+
+
+def test_sudos_caller_is_shown_beside_root_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    daemon = pwd.getpwnam("daemon")
+    login = tmp_path / "loginuid"
+    monkeypatch.setattr(identity, "LOGIN_UID", login)
+    monkeypatch.setenv("SUDO_UID", str(daemon.pw_uid))
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    assert operator_identity() == "root (sudo by daemon)"
+    login.write_text(str(daemon.pw_uid))
+    assert operator_identity() == "root (logged in as daemon)"
+    login.write_text(str(identity.NOT_LOGGED_IN))
+    monkeypatch.setattr("os.getuid", lambda: daemon.pw_uid)
+    monkeypatch.setenv("SUDO_UID", "0")
+    assert operator_identity() == "daemon"

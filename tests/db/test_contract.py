@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
+import msgspec.inspect
 import psycopg
 import pytest
 
 from app.api.create_payment import CREATE_PAYMENTS
+from app.api.openapi import openapi_document
 from app.api.routes import ROUTES
 from app.api.schemas.events import Event, EventList
 from app.api.schemas.payments import (
@@ -27,6 +29,8 @@ from app.api.schemas.payments import (
 from app.api.schemas.refunds import RefundState
 from app.receiver import RECEIVE_WEBHOOKS, WebhookRequest
 from app.web.problems import PROBLEM_BY_SQLSTATE, PROBLEM_TYPES, RULE_BY_CONSTRAINT
+from app.web.routing import Route
+from app.web.validation import violation_checker
 from db import BEHAVIOUR_FILES
 from db.connect import ProcessKind, role_of
 from db.deploy.source import VersionFiles
@@ -99,6 +103,30 @@ def test_list_and_trace_schemas_match_the_database(owner: Connection, key: bytes
     assert list(happened["data"][0]) == names(Event)
     assert list(traced["entries"][0]) == names(TraceEntry)
     assert listed["data"] == [happened["data"][0]["data"]] == [traced["payment"]] == [document]
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if route.body], ids=lambda route: route.name)
+def test_openapi_says_that_unknown_fields_of_bodies_are_refused(route: Route) -> None:
+    schemas = openapi_document(ROUTES)["components"]["schemas"]
+    assert route.body is not None
+    waiting, seen = [route.body], set[type]()
+    while waiting:
+        struct = waiting.pop()
+        seen.add(struct)
+        rules = {violation.rule for violation in violation_checker(struct)({"not_a_field": 1})}
+        assert ("known" in rules) == (schemas[struct.__name__].get("additionalProperties") is False), struct
+        assert "known" in rules
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.json.decode(b'{"not_a_field": 1}', type=struct)
+        kind = msgspec.inspect.type_info(struct)
+        assert isinstance(kind, msgspec.inspect.StructType)
+        parts = [part for field in kind.fields for part in parts_of(field.type)]
+        waiting += [part.cls for part in parts if isinstance(part, msgspec.inspect.StructType) and part.cls not in seen]
+
+
+def parts_of(kind: Any) -> list[Any]:
+    """A type and the alternatives of a union."""
+    return list(kind.types) if isinstance(kind, msgspec.inspect.UnionType) else [kind]
 
 
 def test_states_and_statuses_match_the_database(owner: Connection) -> None:

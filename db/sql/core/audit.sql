@@ -42,12 +42,16 @@ begin atomic
     )
     values (
         surety.new_id('aud', surety.time_now()), surety.time_now(), p_kind, p_actor, p_outcome, p_reason, p_payment_id,
-        p_merchant_id, p_address, p_request_id, p_snapshot
+        p_merchant_id, p_address, p_request_id,
+        case when p_kind = 'operator' then p_snapshot || jsonb_build_object('database_user', session_user::text)
+            else p_snapshot
+        end
     );
 end;
 
 comment on function audit.write_entry(text, text, text, text, text, text, text, text, jsonb) is
-'Writes one entry of the audit trail, at the current time. Functions that audit many rows insert them in a statement.';
+'Writes one entry of the audit trail, at the current time. Functions that audit many rows insert them in a statement.
+An operator''s entry also keeps the login of the database session, since its actor is what the caller says.';
 
 create or replace function audit.write_entries(p_entries jsonb) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
