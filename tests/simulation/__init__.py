@@ -11,6 +11,7 @@ Everything that could happen in another order is decided at random from one seed
     clients         merchants, who repeat each request until it is answered
     processes       API, receiver and workers, which can be killed, stopped and replaced
     initial_state   merchants, requested payments, and payments that are already in the middle of their lives
+    months          400 days in the middle of a schedule, with everything unfinished left unfinished
     schedule        one schedule: its parts, the next decision, the faults
     recovery        normal operation without faults until nothing is left to do
     invariants      what must hold afterwards

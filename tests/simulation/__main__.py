@@ -17,7 +17,7 @@ from itertools import takewhile
 
 from app.local.processes import Interrupted, interruptible
 from tests.simulation.process_pool import process_pool, run_all, run_here
-from tests.simulation.schedule import RATES, SIZE_OPTIONS, Outcome, SchedulePlan
+from tests.simulation.schedule import RATES, SIZE_OPTIONS, Outcome, SchedulePlan, days_of
 from tests.simulation.shrinking import shrink
 
 SHRUNK_MAX = 3
@@ -42,6 +42,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--payments", type=int, default=usual.payments)
     parser.add_argument("--workers", type=int, default=usual.workers)
     parser.add_argument("--lanes", dest="batching_connections", type=int, default=usual.batching_connections)
+    parser.add_argument("--days", type=int, help="let so many days pass; without it, 400 in every third schedule")
     parser.add_argument("--without", default="", help=f"kinds of faults to leave out: {', '.join(RATES)}")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more schedules after this time")
     parser.add_argument("--until-broken", action="store_true", help="stop at the first broken invariant, don't shrink")
@@ -58,11 +59,14 @@ def main() -> int:
     """Run the schedules."""
     asked = read_arguments()
     without = frozenset(filter(None, asked.without.split(",")))
-    sizes = {name: getattr(asked, name) for name in SIZE_OPTIONS}
+    sizes = {name: getattr(asked, name) for name in SIZE_OPTIONS if name != "days"}
     began = time.monotonic()
     seeds = range(asked.seed, asked.seed + asked.schedules)
     in_time = takewhile(lambda _: time.monotonic() - began < asked.seconds, seeds)
-    plans = (SchedulePlan(seed=seed, without=without, **sizes) for seed in in_time)
+    plans = (
+        SchedulePlan(seed=seed, days=days_of(seed) if asked.days is None else asked.days, without=without, **sizes)
+        for seed in in_time
+    )
     processes = min(asked.processes, asked.schedules)
     schedules, steps, faults = 0, 0, Counter[str]()
     failed: list[Outcome] = []

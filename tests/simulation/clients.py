@@ -138,7 +138,9 @@ def send_command(schedule: Schedule) -> None:
             submit = chance.random() < 0.7
             key = f"{function} {text} {submit}"
             asked = {"dispute_id": disputes[0][0], "evidence": {"uncategorized_text": text}, "submit": submit}
-    schedule.asking.append(schedule.clients.start(command(schedule, wanted, function, f"{key} {wanted.number}", asked)))
+    schedule.asking.append(
+        schedule.clients.start(command(schedule, wanted, function, f"{key} {wanted.number} {schedule.period}", asked))
+    )
 
 
 async def command(schedule: Schedule, wanted: WantedPayment, function: str, key: str, fields: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ SCHEMAS = "('surety', 'ledger', 'outbox', 'audit', 'procrastinate', 'simulation'
 TABLES = f"""
 select format('%I.%I', n.nspname, c.relname)
 from pg_class as c join pg_namespace as n on n.oid = c.relnamespace
-where n.nspname in {SCHEMAS} and c.relkind = 'r'
+where n.nspname in {SCHEMAS} and c.relkind in ('r', 'p') and not c.relispartition
 """
 SEQUENCES = f"select format('%I.%I', schemaname, sequencename) from pg_sequences where schemaname in {SCHEMAS}"
 # Static statements, so that their plans are cached.

@@ -42,8 +42,8 @@ def add_merchants(database: SimulatedDatabase) -> tuple[list[str], list[bytes]]:
     return merchants, keys
 
 
-def draw_wanted_payments(chance: random.Random, payments: int) -> list[WantedPayment]:
-    """The payments that clients will request."""
+def draw_wanted_payments(chance: random.Random, payments: int, *, first: int = 0) -> list[WantedPayment]:
+    """The payments that clients will request, numbered from `first`."""
     wanted = [
         WantedPayment(
             number=number,
@@ -55,12 +55,14 @@ def draw_wanted_payments(chance: random.Random, payments: int) -> list[WantedPay
             capture_method=chance.choice(("automatic", "automatic", "manual")),
             reference=f"order-{chance.randrange(2)}" if chance.random() < 0.5 else None,
         )
-        for number in range(payments)
+        for number in range(first, first + payments)
     ]
     if chance.random() < 0.3:
         # A merchant reuses a key for another payment.
         again = chance.choice(wanted)
-        wanted.append(replace(again, number=len(wanted), amount=again.amount + 1, answers=[], command_answers={}))
+        wanted.append(
+            replace(again, number=first + len(wanted), amount=again.amount + 1, answers=[], command_answers={})
+        )
     return wanted
 
 

@@ -70,6 +70,8 @@ class Loop(asyncio.SelectorEventLoop):
     def __init__(self, decide: Callable[[], None]) -> None:
         super().__init__(DecidingSelector(decide))
         self.seconds = 0.0
+        # A timer is due at its own time. The usual nanosecond is below the precision of a float after some months.
+        vars(self)["_clock_resolution"] = 1e-6
         self.broken: list[str] = []
         Task.numbers = itertools.count()
         self.set_task_factory(make_task)

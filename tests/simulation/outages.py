@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
 SECONDS = (30.0, 300.0, 7200.0)
+LONG_SECONDS = (*SECONDS, 2 * 86_400.0, 12 * 86_400.0)
 FORMS: tuple[RequestFault, ...] = (
     "timeout_before",
     "timeout_after",
@@ -54,7 +55,8 @@ class CircuitState(Struct, frozen=True):
 def start_outage(schedule: Schedule, first: StripeRequest, answered_at: float) -> Outage:
     """An outage that begins now."""
     chance, now = schedule.chance, schedule.loop.seconds
-    return Outage(chance.choice(FORMS), chance.random() < 0.7, answered_at, now + chance.choice(SECONDS), first)
+    seconds = chance.choice(LONG_SECONDS if schedule.plan.days else SECONDS)
+    return Outage(chance.choice(FORMS), chance.random() < 0.7, answered_at, now + seconds, first)
 
 
 def find_open_circuits(database: SimulatedDatabase) -> CircuitState:

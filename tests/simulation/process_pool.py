@@ -19,22 +19,25 @@ from db.embedded.server import EmbeddedServer
 from tests.simulation.database import PREFIX, SERVER, SimulatedDatabase, prepare_template
 from tests.simulation.schedule import Outcome, Schedule, SchedulePlan
 
-_databases: list[SimulatedDatabase] = []
+Assignment = tuple[str, str, int | None]
+_databases: dict[bool, SimulatedDatabase] = {}
+"""The database for schedules of minutes, and the one for months: many partitions make plans slower."""
 
 
-def initialize_process(assignments: SimpleQueue[tuple[str, int | None]], is_own_server: bool) -> None:
-    """Give this process a database of its own, and a processor where affinity can be set."""
+def initialize_process(assignments: SimpleQueue[Assignment], is_own_server: bool) -> None:
+    """Give this process databases of its own, and a processor where affinity can be set."""
     logging.disable(logging.CRITICAL)
-    url, processor = assignments.get()
-    _databases.append(SimulatedDatabase(url, is_own_server=is_own_server, processor=processor))
+    *urls, processor = assignments.get()
+    for has_months, url in zip((False, True), urls, strict=True):
+        _databases[has_months] = SimulatedDatabase(url, is_own_server=is_own_server, processor=processor)
     # Present objects stay. Most garbage of a schedule is freed by reference counts.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 
 
 def run_here(plan: SchedulePlan, *, verbose: bool = False) -> Outcome:
-    """Run one schedule in this process's database."""
-    return Schedule(plan, _databases[0], verbose=verbose).run()
+    """Run one schedule in one of this process's databases."""
+    return Schedule(plan, _databases[plan.days > 0], verbose=verbose).run()
 
 
 @contextmanager
@@ -47,10 +50,12 @@ def process_pool(count: int) -> Generator[ProcessPoolExecutor]:
         prepared = stack.enter_context(temporary_database(server, PREFIX))
         prepare_template(prepared)
         template = str(conninfo_to_dict(prepared)["dbname"])
-        assignments: SimpleQueue[tuple[str, int | None]] = context.SimpleQueue()
+        assignments: SimpleQueue[Assignment] = context.SimpleQueue()
         for _, processor in zip(range(count), cycle(list_processors()), strict=False):
-            url = stack.enter_context(temporary_database(server, PREFIX, template=template))
-            assignments.put((url, processor))
+            first, second = (
+                stack.enter_context(temporary_database(server, PREFIX, template=template)) for _ in range(2)
+            )
+            assignments.put((first, second, processor))
         yield stack.enter_context(ProcessPoolExecutor(count, context, initialize_process, (assignments, not given)))
 
 

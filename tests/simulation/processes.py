@@ -67,21 +67,28 @@ class WorkerProcess(Process):
             abort_reason=lambda: None,
         )
         self.running: dict[str, int] = {}
+        self.jobs: dict[asyncio.Task[Any], None] = {}
         self.start(keep_heartbeat(self.worker))
 
     def drain(self, handler: str) -> asyncio.Task[Any]:
         """Start draining a handler's events."""
-        return self.start(self._run(handler, drain(self.context, handler)))
+        return self._start_job(handler, drain(self.context, handler))
 
     def run_periodic_job(self, name: str) -> asyncio.Task[Any]:
         """Start a periodic job."""
-        return self.start(self._run(name, app.tasks[name](self.context, timestamp=0)))
+        return self._start_job(name, app.tasks[name](self.context, timestamp=0))
 
     def stop(self) -> None:
         """Stop as by SIGTERM: running jobs finish, then the process ends."""
         self.worker.stopping.set()
         if not any(self.running.values()):
             self.kill()
+
+    def _start_job(self, name: str, job: Any) -> asyncio.Task[Any]:
+        task = self.start(self._run(name, job))
+        self.jobs[task] = None
+        task.add_done_callback(self.jobs.pop)
+        return task
 
     async def _run(self, name: str, job: Any) -> None:
         self.running[name] = self.running.get(name, 0) + 1

@@ -138,6 +138,11 @@ class SimulatedProvider:
             times = schedule.chance.randint(2, 10) if schedule.draw_fault("webhook_repeated") else 1
             self.mailbox += [plan.subject] * times
 
+    def lose_old_webhooks(self) -> None:
+        """Lose the webhooks that no one has taken for days."""
+        self.has_lost |= bool(self.mailbox or self.late)
+        self.mailbox, self.late = [], []
+
     def payer_acts(self) -> bool:
         """One payer completes or fails its authentication. False if no payer has to."""
         waiting = [one for one in self.memory.all_of_kind("payment_intent") if one.body["status"] == "requires_action"]

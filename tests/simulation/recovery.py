@@ -26,7 +26,7 @@ FEW, ALL = 3, 100
 
 async def recover(schedule: Schedule) -> None:
     """Operate without faults: workers are replaced, clients repeat requests, time passes, dead letters are replayed."""
-    schedule.is_calm = True
+    schedule.is_calm, schedule.has_faults = True, False
     schedule.provider.recover()
     is_crash = schedule.poison_position is None and schedule.chance.random() < 0.5
     for worker in schedule.workers:
@@ -55,7 +55,7 @@ async def recover(schedule: Schedule) -> None:
             break
         schedule.database.rows(
             "select outbox.replay_dead_letter(d.id, 'operator', 'recovered') from outbox.dead_letters as d"
-            " where d.closed_at is null and d.event_id is distinct from %s order by d.id",
+            " where d.closed_at is null and (d.handler <> 'probe' or d.event_id is distinct from %s) order by d.id",
             schedule.poison,
         )
         schedule.move_to(next_due(schedule, 65.0 if not turn else 86_400.0))
@@ -117,7 +117,8 @@ async def is_finished(schedule: Schedule) -> bool:
         " or exists (select from surety.disputes where poll_at is not null)"
         " or exists (select from outbox.batches) or exists (select from outbox.retries where due_at is not null)"
         " or exists (select from surety.pending_money)"
-        " or exists (select from outbox.dead_letters where closed_at is null and event_id is distinct from %s)"
+        " or exists (select from outbox.dead_letters"
+        " where closed_at is null and (handler <> 'probe' or event_id is distinct from %s))"
         " or exists (select from surety.unmatched_facts where ended_at is null)"
         " or exists (select from outbox.handlers where outbox.has_work(handler))",
         schedule.poison,

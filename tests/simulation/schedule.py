@@ -23,6 +23,7 @@ from tests.simulation.initial_state import add_merchants, advance_some_payments,
 from tests.simulation.invariants import ONLY_AT_THE_END, check, check_database_invariants
 from tests.simulation.locks import Locks
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
+from tests.simulation.months import let_months_pass
 from tests.simulation.processes import PERIODIC_JOB_NAMES, ListeningProcess, WorkerProcess, deliver
 from tests.simulation.provider import HTTP_CLIENT, SimulatedProvider
 from tests.simulation.recovery import FEW, recover
@@ -54,6 +55,7 @@ SIZE_OPTIONS = {
     "payments": "--payments",
     "workers": "--workers",
     "batching_connections": "--lanes",
+    "days": "--days",
 }
 """Fields of SchedulePlan and the command line's options for them."""
 
@@ -66,12 +68,15 @@ class SchedulePlan(Struct, frozen=True, kw_only=True):
     payments: int = 3
     workers: int = 2
     batching_connections: int = 3
+    days: int = 0
+    """How many days pass between the faults and the recovery."""
+
     without: frozenset[str] = frozenset()
 
     def command(self) -> str:
         """The command that repeats the schedule."""
         words = ["python -m tests.simulation --schedules 1", f"--seed {self.seed}"]
-        usual = SchedulePlan(seed=self.seed)
+        usual = SchedulePlan(seed=self.seed, days=days_of(self.seed))
         words += [
             f"{option} {getattr(self, name)}"
             for name, option in SIZE_OPTIONS.items()
@@ -80,6 +85,11 @@ class SchedulePlan(Struct, frozen=True, kw_only=True):
         if self.without:
             words.append(f"--without {','.join(sorted(self.without))}")
         return " ".join(words)
+
+
+def days_of(seed: int) -> int:
+    """The days that pass in a seed's usual schedule: 400 in every third one."""
+    return 0 if seed % 3 else 400
 
 
 class Outcome(Struct):
@@ -128,6 +138,8 @@ class Schedule:
         self.api: ListeningProcess
         self.locks = Locks(self)
         self.is_calm = False
+        self.has_faults = True
+        self.period = 0
         self.scheduled: dict[str, None] = {}
         self._verbose = verbose
         self._digest = hashlib.sha256()
@@ -156,7 +168,10 @@ class Schedule:
     def draw_fault(self, kind: str, where: str = "") -> bool:
         """Whether a fault occurs here."""
         drawn = self._fault_streams[kind].random() < self.rates[kind]
-        if not drawn or self.is_calm or kind in self.plan.without:
+        # Without turns, the same event would meet one cut after the other, each time in its claim.
+        if self.is_calm and (not self.has_faults or kind.startswith("cut_")):
+            return False
+        if not drawn or kind in self.plan.without:
             return False
         self.faults[f"{kind} {where}".strip()] += 1
         self.note("fault", kind, where)
@@ -229,7 +244,7 @@ class Schedule:
             return
         self.steps += 1
         if self.steps > self.plan.steps:
-            self.is_calm = True
+            self.is_calm, self.has_faults = True, False
             for turn in self.turns:
                 if not turn.future.done():
                     turn.future.set_result(None)
@@ -374,6 +389,8 @@ class Schedule:
         HTTP_CLIENT.provider = None
         random.seed(self.plan.seed)
         self.database.empty(self.plan.seed)
+        if self.plan.days:
+            self.database.rows("select surety.maintain_partitions()")
         self.database.set_batch_size(FEW)
         [(self.started_at,)] = self.database.rows("select extract(epoch from surety.time_now())::float8")
         PROCESS.set(None)
@@ -395,6 +412,8 @@ class Schedule:
         """Faults, recovery, and the checks."""
         await self.prepare()
         await self.enough
+        if self.plan.days:
+            await let_months_pass(self)
         await recover(self)
         check(self)
 
@@ -412,10 +431,10 @@ class Schedule:
         self.wanted = list(self.unasked)
         self.workers = [WorkerProcess(self, f"worker-{number}") for number in range(self.plan.workers)]
         self.api = ListeningProcess(self, "api")
-        self.is_calm = True
+        self.is_calm, self.has_faults = True, False
         await self.api.open()
         await advance_some_payments(self)
-        self.is_calm = False
+        self.is_calm, self.has_faults = False, True
         # Faults begin when jobs are running.
         for name in list(self.scheduled)[: JOBS_MAX * self.plan.workers]:
             self.begin(name)

@@ -16,6 +16,7 @@ STEPS = 60
 PAYMENTS = 2
 PROCESSES = 2
 PLANS = [SchedulePlan(seed=seed, steps=STEPS, payments=PAYMENTS) for seed in range(1, SCHEDULES + 1)]
+PLANS_OF_MONTHS = [SchedulePlan(seed=seed, steps=STEPS, payments=PAYMENTS, days=400) for seed in (3, 131, 191)]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,13 @@ def test_same_seed_gives_the_same_schedule(executor: ProcessPoolExecutor, outcom
     again = [executor.submit(run_here, outcomes[seed].plan).result() for seed in (50, 7, 91, 7)]
     assert [one.digest for one in again] == [outcomes[one.plan.seed].digest for one in again]
     assert len({one.digest for one in outcomes.values()}) == len(PLANS)
+
+
+def test_four_hundred_days_violate_no_invariant(executor: ProcessPoolExecutor) -> None:
+    outcomes = list(executor.map(run_here, PLANS_OF_MONTHS))
+    assert not {one.plan.command(): one.violations for one in outcomes if one.violations}
+    again = executor.submit(run_here, PLANS_OF_MONTHS[0]).result()
+    assert again.digest == outcomes[0].digest
 
 
 def test_refusal_during_an_outage_of_500s_is_an_answer(executor: ProcessPoolExecutor) -> None:

@@ -117,7 +117,8 @@ begin
         join pg_inherits as i on i.inhparent = t.parent
         join pg_class as c on c.oid = i.inhrelid
         where t.prefix in ('evt', 'whk')
-        order by 3
+        -- By month: partitions that were created again have later object ids.
+        order by right(c.relname, 6), t.prefix
     loop
         continue when v_part.end_id > surety.id_at(v_part.prefix, surety.time_now() - p_keep);
         if v_part.prefix = 'evt' then

@@ -1,0 +1,119 @@
+"""Four hundred days in the middle of a schedule, with everything unfinished left unfinished.
+
+The service is visited at intervals of hours to two weeks. At a visit merchants, payers, banks and dashboard users act,
+on payments of any age, and the workers run with faults. Between visits only the provider's own time passes. Keys
+expire, webhooks that were not taken for three days are lost, outages last for days and weeks, months are partitioned,
+and old partitions are detached and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from tests.simulation.clients import send_command
+from tests.simulation.initial_state import draw_wanted_payments
+from tests.simulation.processes import PERIODIC_JOB_NAMES, WorkerProcess
+from tests.simulation.recovery import ALL, FEW, run_periodic_jobs
+
+if TYPE_CHECKING:
+    from tests.simulation.schedule import Schedule
+
+DAY = 86_400.0
+# Intervals between visits, in days: a few hours, days, and weeks. Stripe's list of events reaches back thirty days, so
+# the longest interval and the longest outage together are shorter.
+INTERVALS = ((0.05, 0.5), (1.0, 8.0), (8.0, 16.0))
+INTERVAL_WEIGHTS = (1, 3, 6)
+# Stripe repeats a webhook for three days.
+WEBHOOK_DAYS = 3.0
+# Partitions of events and webhooks are detached after so many days. Webhooks and retries refer to them for less.
+KEPT_DAYS = 45
+NEW_PAYMENTS_MAX = 4
+# The rounds of recovery are a day each at most.
+MONTHS_OF_RECOVERY = 3
+
+
+async def let_months_pass(schedule: Schedule) -> None:
+    """Let the plan's days pass. Processes do not take turns meanwhile; faults still occur."""
+    schedule.is_calm = schedule.has_faults = True
+    schedule.workers.append(WorkerProcess(schedule, "months"))
+    # Jobs and requests that are running by now end first: each waits for an answer for a minute at most.
+    await asyncio.sleep(300)
+    end = schedule.loop.seconds + schedule.plan.days * DAY
+    while schedule.loop.seconds < end:
+        await visit(schedule)
+        await pass_time(schedule, draw_interval(schedule))
+    schedule.provider.lose_old_webhooks()
+    schedule.provider.cancel_wrong_amounts()
+    schedule.database.rows("select surety.maintain_partitions(%s)", MONTHS_OF_RECOVERY)
+    schedule.has_faults = False
+
+
+def draw_interval(schedule: Schedule) -> float:
+    """The seconds until the next visit."""
+    [(least, most)] = schedule.chance.choices(INTERVALS, INTERVAL_WEIGHTS)
+    return schedule.chance.uniform(least, most) * DAY
+
+
+async def pass_time(schedule: Schedule, seconds: float) -> None:
+    """Advance time from one of the provider's scheduled actions to the next, when all jobs have ended.
+
+    Calls that run late take effect on the way.
+    """
+    if running := [task for worker in schedule.workers for task in worker.jobs]:
+        await asyncio.wait(running)
+    if schedule.provider.outage is not None:
+        # Long enough for a probe to find the outage and for its circuit to open.
+        await asyncio.sleep(180)
+    until = schedule.loop.seconds + seconds
+    while schedule.loop.seconds < until:
+        due = schedule.provider.next_due()
+        schedule.move_to(until if due is None else min(until, max(due, schedule.loop.seconds + 0.001)))
+        await asyncio.sleep(0)
+    schedule.database.move_clock(schedule.loop.seconds)
+    schedule.period += 1
+    if seconds > WEBHOOK_DAYS * DAY:
+        schedule.provider.lose_old_webhooks()
+
+
+async def visit(schedule: Schedule) -> None:
+    """Some actions of people, some runs of the workers, upkeep, and a look at the invariants."""
+    chance, provider = schedule.chance, schedule.provider
+    schedule.note("visit")
+    keep_partitions(schedule)
+    if len(schedule.wanted) < schedule.plan.payments + NEW_PAYMENTS_MAX and chance.random() < 0.3:
+        wanted = draw_wanted_payments(chance, 1, first=len(schedule.wanted))
+        schedule.wanted += wanted
+        schedule.unasked += wanted
+    while schedule.unasked:
+        schedule.send_request()
+    for _ in range(chance.choice((0, 0, 1, 4))):
+        schedule.let_third_party_act()
+    for _ in range(chance.choice((0, 1, 3))):
+        send_command(schedule)
+    if chance.random() < 0.2:
+        schedule.let_payer_act()
+    if chance.random() < 0.6:
+        await schedule.deliver_all()
+    schedule.database.set_batch_size(chance.choice((FEW, ALL)))
+    await run_periodic_jobs(schedule, [name for name in PERIODIC_JOB_NAMES if chance.random() < 0.8])
+    await asyncio.sleep(5)
+    # A visit stands for many minutes, in one of which the list of events is read. An outage still prevents it.
+    schedule.has_faults = False
+    await run_periodic_jobs(schedule, ("poll_events",))
+    schedule.has_faults = True
+    if chance.random() < 0.2:
+        schedule.inspect()
+    if chance.random() < 0.2:
+        provider.decide_disputes()
+
+
+def keep_partitions(schedule: Schedule) -> None:
+    """Partition the months ahead, as each hour, and sometimes detach and drop old partitions, as an operator does."""
+    schedule.database.rows("select surety.maintain_partitions()")
+    if schedule.chance.random() < 0.2:
+        query = "select partition, detach from surety.detachable_partitions(make_interval(days => %s))"
+        for partition, detach in schedule.database.rows(query, KEPT_DAYS):
+            schedule.note("detaches", partition)
+            schedule.database.observer.execute(detach.encode(), prepare=False)
+            schedule.database.observer.execute(f"drop table {partition}".encode(), prepare=False)
