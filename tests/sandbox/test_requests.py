@@ -229,3 +229,13 @@ async def test_stripes_own_client_works_with_the_sandbox(sandbox: SandboxProcess
         declined.value.error.charge if declined.value.error else None,
     ]
     await http.close_async()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("amount", ["1e3", "1050.0", "null", "+1050", " 1050", "1_050"])
+def test_amount_is_digits_and_null_is_not_all(sandbox: SandboxProcess, amount: str) -> None:
+    form = {"amount": amount, "currency": "usd"}
+    assert sandbox.send("POST", "/v1/payment_intents", form, is_valid=False).status_code == 400
+    intent = sandbox.pay()["id"]
+    refused = sandbox.send("POST", "/v1/refunds", {"payment_intent": intent, "amount": amount}, is_valid=False)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "amount")
+    assert sandbox.get("/v1/refunds", {"payment_intent": intent})["data"] == []

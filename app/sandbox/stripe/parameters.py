@@ -225,9 +225,29 @@ def read_parameters(kind: type[P], pairs: Pairs) -> P:
     """The operation's parameters. Raises StripeError."""
     given = nest(pairs)
     try:
-        return msgspec.convert(given, kind, strict=False)
+        parameters = msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as refusal:
         raise _refused(kind, given, str(refusal)) from None
+    _check_texts(given, msgspec.to_builtins(parameters), "")
+    return parameters
+
+
+def _check_texts(given: Any, read: Any, param: str) -> None:
+    """Refuse what msgspec converts and Stripe does not: `1e3` and `1050.0` as integers, `1` as a boolean, `null`."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        for name, value in given.items():
+            _check_texts(value, read.get(name), f"{param}[{name}]" if param else name)
+    elif isinstance(given, list) and isinstance(read, list):
+        for value, one in zip(given, read, strict=True):
+            _check_texts(value, one, param)
+    elif isinstance(read, bool):
+        if given not in ("true", "false"):
+            raise invalid_request(f"Invalid boolean: {given}", param=param)
+    elif isinstance(read, int):
+        if not re.fullmatch(r"-?[0-9]+", str(given)):
+            raise invalid_request(f"Invalid integer: {given}", param=param, code="parameter_invalid_integer")
+    elif read is None:
+        raise invalid_request(f"Invalid value: {given}", param=param)
 
 
 def _refused(kind: type[Parameters], given: dict[str, Any], refusal: str) -> Exception:
