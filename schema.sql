@@ -1244,7 +1244,7 @@ insert into outbox.release_causes (cause, finding, first_delay, delay_max, meani
 ('circuit_open', 'circuit-open', '0', '0', 'the circuit of its account is open'),
 ('outage', 'waiting-events', '0', '0', 'its call failed in an outage of the provider'),
 ('provider_busy', 'waiting-events', '1 second', '5 minutes', 'the provider asks for a later repetition'),
-('access_refused', 'waiting-events', '1 minute', '5 minutes', 'the provider refuses our key or its permissions'),
+('access_refused', 'access-refused', '1 minute', '5 minutes', 'the provider refuses our key or its permissions'),
 ('fetched_elsewhere', 'waiting-events', '1 second', '1 minute', 'another worker fetches the same dispute'),
 ('earlier_call', 'waiting-events', '1 second', '5 minutes', 'the outcome of an earlier call is unknown'),
 ('worker_stopped', 'waiting-events', '0', '0', 'its worker was stopped'),

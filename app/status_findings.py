@@ -17,6 +17,7 @@ UNKNOWN_SECONDS_MAX = 300
 VACUUM_BLOCKER_XIDS_MAX = 100_000_000
 SLOT_BYTES_MAX = 1_000_000_000
 PARTITIONS_DAYS_MIN = 21
+ACCESS_REFUSED_SECONDS_MAX = 45
 WAITING_SECONDS_MAX = 600
 WAITING_URGENT_SECONDS_MAX = 3600
 JOB_FAILING_SECONDS_MAX = 600
@@ -37,6 +38,7 @@ FindingId = Literal[
     "critical-discrepancies",
     "discrepancies",
     "unknown-outcomes",
+    "access-refused",
     "waiting-events",
     "unfinished-objects",
     "periodic-job-failing",
@@ -167,6 +169,11 @@ def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
 def find_waiting_events(state: dict[str, Any]) -> Iterator[Finding]:
     """Events that are given back uncounted for long, by cause. Those behind an open circuit are its finding's."""
     for waiting in state["waiting_events"]:
+        if waiting["finding"] == "access-refused" and waiting["seconds"] > ACCESS_REFUSED_SECONDS_MAX:
+            account = f"account {waiting['account']}" if waiting["account"] else "the platform's account"
+            what = f"the provider refuses our key or its permissions for {account}: {waiting['error']}; "
+            what += f"{count_noun(waiting['count'], 'event')} waiting, the oldest for {format_age(waiting['seconds'])}"
+            yield Finding("access-refused", 2, what, "correct the key or its permissions; what waits goes on by itself")
         if waiting["finding"] != "waiting-events" or waiting["seconds"] <= WAITING_SECONDS_MAX:
             continue
         what = f"{count_noun(waiting['count'], 'event')} waiting, the oldest for {format_age(waiting['seconds'])}: "

@@ -103,11 +103,26 @@ def test_event_that_waits_for_long_is_a_finding_of_its_cause(conn: Connection, c
     release(conn, cause)
     assert findings(conn).get("waiting-events") is None
     move_clock(conn, "11 minutes")
-    assert findings(conn)[finding] == 1
+    assert findings(conn)[finding] == (2 if finding == "access-refused" else 1)
     if finding == "waiting-events":
         move_clock(conn, "61 minutes")
         assert findings(conn)[finding] == 2
     assert conn.execute("select cause, count from surety.list_waiting_events()").fetchall() == [(cause, 1)]
+
+
+def test_refused_key_is_urgent_within_a_minute_and_names_the_account_and_the_providers_words(conn: Connection) -> None:
+    pay(conn, add_merchant(conn)[1])
+    conn.execute("insert into procrastinate.procrastinate_workers default values")
+    conn.execute("update surety.merchants set provider_account = 'acct_shop'")
+    release(conn, "access_refused")
+    assert "access-refused" not in findings(conn)
+    move_clock(conn, "1 minute")
+    [(state,)] = conn.execute("select surety.read_status()").fetchall()
+    [refused] = [finding for finding in find_problems(state) if finding.id == "access-refused"]
+    assert refused.urgency == 2
+    assert "acct_shop: not now; 1 event waiting" in refused.what
+    conn.execute("update outbox.retries set cause = null, waiting_since = null")
+    assert "access-refused" not in findings(conn)
 
 
 @pytest.mark.parametrize("cause", CAUSES)

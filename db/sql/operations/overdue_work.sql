@@ -142,7 +142,8 @@ creation. A refund without an id at the provider is overdue after an hour.';
 
 create or replace function surety.list_waiting_events()
 returns table (
-    cause text, meaning text, finding text, count bigint, first text, payment_id text, seconds double precision
+    cause text, meaning text, finding text, count bigint, first text, payment_id text, seconds double precision,
+    account text, error text
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -151,7 +152,8 @@ begin atomic
             retries.cause,
             count(*) as count,
             min(retries.waiting_since) as since,
-            (array_agg(retries.event_id order by retries.waiting_since, retries.event_id))[1] as first
+            (array_agg(retries.event_id order by retries.waiting_since, retries.event_id))[1] as first,
+            (array_agg(retries.attempts -> -1 ->> 'error' order by retries.waiting_since, retries.event_id))[1] as error
         from outbox.retries
         where retries.cause is not null
         group by retries.cause
@@ -164,13 +166,16 @@ begin atomic
         waiting.count,
         waiting.first,
         case events.aggregate_type when 'payment' then events.aggregate_id else events.payload ->> 'payment_id' end,
-        extract(epoch from surety.time_now() - waiting.since)::double precision
+        extract(epoch from surety.time_now() - waiting.since)::double precision,
+        merchants.provider_account,
+        waiting.error
     from waiting
     inner join outbox.release_causes on waiting.cause = release_causes.cause
     left join outbox.events on waiting.first = events.id
+    left join surety.merchants on events.merchant_id = merchants.id
     order by waiting.since, waiting.cause;
 end;
 
 comment on function surety.list_waiting_events() is
-'The events that were given back uncounted, by their last cause: how many, the one that has waited longest, its payment
-and how long. finding is the finding that reports them.';
+'The events that were given back uncounted, by their last cause: how many, the one that has waited longest, its payment,
+how long, its merchant''s account at the provider and its last error. finding is the finding that reports them.';
