@@ -542,6 +542,7 @@ create table surety.payments (
     constraint payment_metadata_is_an_object check (jsonb_typeof(metadata) = 'object')
 ) partition by range (id);
 create index payments_of_a_merchant on surety.payments (merchant_id, id);
+create index payments_in_a_state on surety.payments (merchant_id, state, id);
 create index payments_by_reference on surety.payments (merchant_id, reference, id) where reference is not null;
 create index payments_to_poll on surety.payments (poll_at) where poll_at is not null;
 comment on table surety.payments is
@@ -1095,7 +1096,7 @@ create table ledger.postings (
     constraint cause_posts_once unique (cause)
 );
 create index postings_of_a_merchant on ledger.postings (merchant_id, id) where merchant_id is not null;
-create index postings_of_a_payment on ledger.postings (payment_id) where payment_id is not null;
+create index postings_of_a_payment on ledger.postings (payment_id, id) where payment_id is not null;
 comment on table ledger.postings is
 'One row per cause that moved money; cause names the provider''s object or the payment, and what happened to it.';
 

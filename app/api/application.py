@@ -38,13 +38,17 @@ def create_app(settings: Settings | None = None, *, connections: int = 2, batch_
 @asynccontextmanager
 async def open_api_services(settings: Settings, connections: int, batch_max: int) -> AsyncGenerator[ApiServices]:
     """The services, open. Each is closed even if another one's closing fails."""
+    # Slow reads take no connection from commands, and neither takes one from the health check.
     database = DatabasePool("api", settings)
+    reading = DatabasePool("api", settings)
+    health = DatabasePool("api", settings, connections_max=1)
     batching = BatchingConnections(
         lambda: connect_async("api", settings), CREATE_PAYMENTS, connections=connections, batch_max=batch_max
     )
     async with AsyncExitStack() as closing:
-        closing.push_async_callback(database.close)
-        await database.open()
+        for pool in (database, reading, health):
+            closing.push_async_callback(pool.close)
+            await pool.open()
         payment_scheduler = WorkerScheduler(partial(database.fetch_row, "select outbox.schedule_handlers('{submit}')"))
         command_scheduler = WorkerScheduler(partial(database.fetch_row, SCHEDULE_COMMAND_WORKERS))
         closing.push_async_callback(payment_scheduler.close)
@@ -53,4 +57,6 @@ async def open_api_services(settings: Settings, connections: int, batch_max: int
         await batching.open()
         OVERLOAD_CHECKS[b"POST", b"/v1/payments"] = batching.is_full
         closing.callback(OVERLOAD_CHECKS.pop, (b"POST", b"/v1/payments"))
-        yield ApiServices(database, Authenticator(database), batching, payment_scheduler, command_scheduler)
+        yield ApiServices(
+            database, health, Authenticator(database, reading), batching, payment_scheduler, command_scheduler
+        )

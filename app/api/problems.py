@@ -25,7 +25,7 @@ async def explain_problem(request: ApiRequest) -> HttpResponse:
 
 async def get_health(request: ApiRequest) -> HttpResponse:
     """Report whether this process can take payments, by a query to its database."""
-    await request.services.database.fetch_row("select from api.identify_merchant('')")
+    await request.services.health.fetch_row("select from api.identify_merchant('')")
     return request.respond(msgspec.json.encode(Health("ok")))
 
 

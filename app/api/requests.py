@@ -25,6 +25,8 @@ class ApiServices(NamedTuple):
     """The services that endpoints use, one of each per process."""
 
     database: DatabasePool
+    """For commands, denials and scheduling."""
+    health: DatabasePool
     authenticator: Authenticator
     payment_batching: BatchingConnections
     payment_scheduler: WorkerScheduler

@@ -30,8 +30,9 @@ DENIAL_DETAILS = {
 class Authenticator:
     """Finds the caller of a request, and limits the audit entries about denials."""
 
-    def __init__(self, database: DatabasePool) -> None:
+    def __init__(self, database: DatabasePool, reading: DatabasePool) -> None:
         self.database = database
+        self.reading = reading
         self._hashes_of_known_keys: dict[bytes, bytes] = {}
         self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
@@ -67,7 +68,7 @@ class Caller:
 
     async def fetch(self, query: LiteralString, *values: Any) -> str:
         """The document that a function renders for this key. Raises Problem for an unknown key or no document."""
-        row = await self._authenticator.database.fetch_row(query, self.key_hash, *values)
+        row = await self._authenticator.reading.fetch_row(query, self.key_hash, *values)
         if row is None:
             raise await self.audit_denial("unauthenticated")
         document: str | None = row[0]
@@ -96,14 +97,17 @@ class Caller:
 
     async def fetch_as_operator(self, query: LiteralString, *values: Any) -> str:
         """The document that a function renders for this operator's key. Raises Problem."""
-        document: str | None = (await self.row_as_operator(query, *values))[0]
+        document: str | None = (await self._operator_row(self._authenticator.reading, query, *values))[0]
         if document is None:
             raise Problem("not-found", "there is no such object")
         return document
 
     async def row_as_operator(self, query: LiteralString, *values: Any) -> Row:
         """The row that a function gives for this operator's key. Raises Problem if the key is not an operator's."""
-        row = await self._authenticator.database.fetch_row(query, self.key_hash, *values)
+        return await self._operator_row(self._authenticator.database, query, *values)
+
+    async def _operator_row(self, pool: DatabasePool, query: LiteralString, *values: Any) -> Row:
+        row = await pool.fetch_row(query, self.key_hash, *values)
         if row is not None:
             return row
         is_audited = self._authenticator.denial_throttle.allows()

@@ -6,7 +6,7 @@ from typing import Any, LiteralString
 
 import psycopg
 from psycopg import AsyncConnection
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from app.web.batching import DatabaseAway, Unavailable, unavailable_by
 from db.connect import ProcessKind, bounded_connection, connect, conninfo
@@ -17,6 +17,7 @@ Row = tuple[Any, ...]
 
 CONNECTIONS_MAX = 4
 POOL_TIMEOUT_SECONDS = 3.0
+WAITING_MAX = 100
 
 
 class DatabaseNotReady(SuretyError):
@@ -24,16 +25,20 @@ class DatabaseNotReady(SuretyError):
 
 
 class DatabasePool:
-    """Single calls, each a transaction of its own; a call that fails by a lost connection is repeated."""
+    """Single calls, each a transaction of its own; a call that fails by a lost connection is repeated.
 
-    def __init__(self, kind: ProcessKind, settings: Settings) -> None:
+    Up to WAITING_MAX calls wait for a connection; more are refused at once.
+    """
+
+    def __init__(self, kind: ProcessKind, settings: Settings, *, connections_max: int = CONNECTIONS_MAX) -> None:
         self._in_use = 0
         self._pool: AsyncConnectionPool[AsyncConnection[Row]] = AsyncConnectionPool(
             conninfo(kind, settings),
             connection_class=bounded_connection(kind),
             kwargs={"autocommit": True},
             min_size=1,
-            max_size=CONNECTIONS_MAX,
+            max_size=connections_max,
+            max_waiting=WAITING_MAX,
             timeout=POOL_TIMEOUT_SECONDS,
             # The pool doubles its pauses between attempts, so it gives up early; the next request makes it try again.
             reconnect_timeout=POOL_TIMEOUT_SECONDS,
@@ -54,6 +59,8 @@ class DatabasePool:
             try:
                 async with self._pool.connection() as connection:
                     return await self._fetch_row(connection, query, values)
+            except TooManyRequests as error:
+                raise Unavailable(str(error)) from None
             except PoolTimeout as error:
                 is_busy = self._in_use >= self._pool.max_size
                 raise (Unavailable if is_busy else DatabaseAway)(str(error)) from None

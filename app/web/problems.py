@@ -15,7 +15,8 @@ import psycopg
 from litestar.exceptions import HTTPException
 
 from app.web.asgi import Headers, HttpResponse
-from app.web.batching import DatabaseAway, RefusedByDatabase, Unavailable
+from app.web.batching import QUERY_CANCELED, DatabaseAway, RefusedByDatabase, Unavailable, unavailable_by
+from db.errors import is_retryable
 
 log = logging.getLogger("surety.http")
 
@@ -234,6 +235,9 @@ def problem_from_database_error(error: psycopg.Error) -> Problem:
     if error.sqlstate == CURSOR_REFUSED:
         text = "after is not a cursor of this API: send `next` of an earlier answer, or leave it out"
         return invalid_request([RuleViolation("after", "cursor", text, place="query")])
+    if error.sqlstate == QUERY_CANCELED or is_retryable(error):
+        unavailable = unavailable_by(error)
+        return database_away() if isinstance(unavailable, DatabaseAway) else overloaded()
     name = PROBLEM_BY_SQLSTATE.get(error.sqlstate or "", "internal")
     if name == "internal":
         return Problem("internal", "an error of ours; nothing took effect")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import permutations
 from typing import Any, LiteralString
@@ -14,7 +15,7 @@ import pytest
 
 from app.api.schemas.events import EventList
 from app.api.schemas.payments import PaymentList, Trace
-from app.web.problems import PROBLEM_TYPES
+from app.web.problems import PROBLEM_TYPES, problem_from_database_error
 from db.connect import harden
 from tests.support.http_client import (
     Connection,
@@ -23,7 +24,9 @@ from tests.support.http_client import (
     assert_matches,
     broken_rules,
     problem,
+    unique_name,
 )
+from tests.support.sandbox_process import eventually
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
@@ -157,6 +160,29 @@ def test_event_feed_skips_nothing_in_any_commit_order(
         assert more == [payments[turn]]
         seen += more
     assert sorted(seen) == sorted(payments)
+
+
+def test_slow_reads_delay_neither_commands_nor_the_health_check(merchant: Merchant, module_database: str) -> None:
+    made = merchant.pay()["id"]
+    waiting = "select count(*) from pg_locks where relation = 'surety.refunds'::regclass and not granted"
+    with ThreadPoolExecutor(16) as pool, psycopg.connect(harden(module_database, "deploy")) as locking:
+        locking.execute("lock table surety.refunds")
+        reads = [pool.submit(merchant.client.get, "/v1/refunds") for _ in range(16)]
+        eventually(lambda: one_row(merchant.conn, waiting)[0] >= 4)
+        assert merchant.client.get("/health").status_code == 200
+        key = {"Idempotency-Key": unique_name("key")}
+        assert merchant.client.post(f"/v1/payments/{made}/cancel", headers=key).status_code == 200
+        locking.rollback()
+    assert {read.result().status_code for read in reads} <= {200, 503}
+
+
+@pytest.mark.parametrize(
+    "sqlstate", ["57014", "55P03", "40001", "40P01", "53300", "57P01", "57P03", "25006", "08006", "58030"]
+)
+def test_database_that_is_slow_or_away_is_a_503(sqlstate: str) -> None:
+    answer = problem_from_database_error(psycopg.errors.lookup(sqlstate)("as raised")).response("req_1")
+    assert answer.status == 503
+    assert (b"retry-after", b"1") in answer.headers
 
 
 @pytest.mark.parametrize("cursor", ["x", "MSAx", "1", "%00", "M" * 5000])

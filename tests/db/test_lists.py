@@ -47,6 +47,10 @@ def test_payment_page_cost_is_independent_of_other_merchants(conn: Connection, k
         assert pages_read(conn, query, key_hash, None, None, None) < 200
         assert pages_read(conn, query, key_hash, "failed", None, None) < 200
         assert pages_read(conn, query, other, None, "order-1", None) < 200
+        assert pages_read(conn, query, other, "canceled", None, None) < 200
+        by_status = "select * from api.list_payments(%s, null, %s, null, null, null, 20, null)"
+        assert pages_read(conn, by_status, other, "canceled") < 200
+        assert pages_read(conn, by_status, other, "failed") < 400
         assert pages_read(conn, query, other, None, None, sorted(theirs)[30]) < 400
     assert sorted(listed_ids(conn, key_hash)) == sorted([*mine, ordered])
     assert listed_ids(conn, key_hash, reference="order-1") == [ordered]

@@ -302,6 +302,7 @@ create or replace function api.list_payments(
 ) returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+set enable_sort = off set enable_incremental_sort = off
 as $$
 -- The merchant and both bounds are found before payments are read. So the cost of a page does not depend on other
 -- merchants or on its age.
@@ -323,19 +324,36 @@ begin
             where (p_state is null or s.state = p_state) and (p_status is null or s.status = p_status)
         );
     end if;
-    if p_reference is null then
+    v_before := least(v_before collate "C", p_starting_after collate "C");
+    if p_reference is null and v_states is null then
         v_ids := array(
             select p.id from surety.payments as p
             where p.merchant_id = v_merchant and p.id >= v_from and p.id < v_before
-                and p.id < coalesce(p_starting_after, v_before) and (v_states is null or p.state = any(v_states))
             order by p.id desc
+            limit p_limit + 1
+        );
+    elsif p_reference is null then
+        -- The newest of each state: a state without payments costs nothing. Only the index of states can serve the row
+        -- comparisons and the order; with equalities the planner may walk through all payments of the merchant.
+        v_ids := array(
+            select newest.id
+            from unnest(v_states) as s (state)
+            cross join lateral (
+                select p.id from surety.payments as p
+                where (p.merchant_id, p.state, p.id) >= (v_merchant, s.state, v_from)
+                    and (p.merchant_id, p.state, p.id) < (v_merchant, s.state, v_before)
+                    and p.id >= v_from and p.id < v_before
+                order by p.merchant_id desc, p.state desc, p.id desc
+                limit p_limit + 1
+            ) as newest
+            order by newest.id desc
             limit p_limit + 1
         );
     else
         v_ids := array(
             select p.id from surety.payments as p
             where p.merchant_id = v_merchant and p.reference = p_reference and p.id >= v_from and p.id < v_before
-                and p.id < coalesce(p_starting_after, v_before) and (v_states is null or p.state = any(v_states))
+                and (v_states is null or p.state = any(v_states))
             order by p.id desc
             limit p_limit + 1
         );
