@@ -108,14 +108,25 @@ create table surety.currencies (
     exponent smallint not null,
     minimum_minor bigint not null,
     maximum_minor bigint not null,
+    step_minor bigint not null,
+    fee_fixed_minor bigint not null,
     constraint currencies_pkey primary key (currency),
     constraint currency_is_lower_case_iso_4217 check (currency ~ '^[a-z]{3}$'),
     constraint currency_exponent_is_known check (exponent in (0, 2, 3)),
-    constraint currency_bounds_are_ordered check (minimum_minor between 1 and maximum_minor)
+    constraint currency_bounds_are_ordered check (minimum_minor between 1 and maximum_minor),
+    constraint currency_step_is_a_power_of_ten check (step_minor in (1, 10, 100)),
+    constraint three_decimal_amounts_end_in_zero check (exponent < 3 or step_minor = 10),
+    constraint currency_bounds_are_multiples_of_the_step check (
+        minimum_minor % step_minor = 0 and maximum_minor % step_minor = 0
+    ),
+    constraint currency_fee_is_below_the_smallest_amount check (
+        fee_fixed_minor >= 0 and fee_fixed_minor < minimum_minor
+    )
 );
 comment on table surety.currencies is
-'Currencies accepted: exponent is the number of minor digits, minimum_minor and maximum_minor bound one payment''s
-amount in minor units.';
+'Currencies accepted, with the provider''s rules: exponent is the number of minor digits, minimum_minor and
+maximum_minor bound one payment''s amount in minor units. Every amount that is sent to the provider is a multiple of
+step_minor. fee_fixed_minor is the fixed part of our fee.';
 
 create table surety.states (
     state text collate "C" not null,
@@ -178,25 +189,25 @@ comment on table surety.fact_kinds is
 'The kinds of facts: what a provider can assert. Within a family the highest rank about one object wins; evidences names
 the state that the fact alone proves.';
 
-insert into surety.currencies (currency, exponent, minimum_minor, maximum_minor) values
-('usd', 2, 50, 99999999),
-('eur', 2, 50, 99999999),
-('gbp', 2, 30, 99999999),
-('aud', 2, 50, 99999999),
-('cad', 2, 50, 99999999),
-('chf', 2, 50, 99999999),
-('czk', 2, 1500, 99999999),
-('dkk', 2, 250, 99999999),
-('hkd', 2, 400, 99999999),
-('jpy', 0, 50, 99999999),
-('krw', 0, 500, 99999999),
-('kwd', 3, 200, 99999990),
-('mxn', 2, 1000, 99999999),
-('nok', 2, 300, 99999999),
-('nzd', 2, 50, 99999999),
-('pln', 2, 200, 99999999),
-('sek', 2, 300, 99999999),
-('sgd', 2, 50, 99999999);
+insert into surety.currencies (currency, exponent, minimum_minor, maximum_minor, step_minor, fee_fixed_minor) values
+('usd', 2, 50, 99999999, 1, 35),
+('eur', 2, 50, 99999999, 1, 35),
+('gbp', 2, 30, 99999999, 1, 25),
+('aud', 2, 50, 99999999, 1, 35),
+('cad', 2, 50, 99999999, 1, 35),
+('chf', 2, 50, 99999999, 1, 35),
+('czk', 2, 1500, 99999999, 1, 800),
+('dkk', 2, 250, 99999999, 1, 200),
+('hkd', 2, 400, 99999999, 1, 275),
+('jpy', 0, 50, 99999999, 1, 45),
+('krw', 0, 500, 99999999, 1, 450),
+('kwd', 3, 200, 99999990, 10, 110),
+('mxn', 2, 1000, 99999999, 1, 650),
+('nok', 2, 300, 99999999, 1, 250),
+('nzd', 2, 50, 99999999, 1, 35),
+('pln', 2, 200, 99999999, 1, 130),
+('sek', 2, 300, 99999999, 1, 250),
+('sgd', 2, 50, 99999999, 1, 45);
 
 insert into surety.states (state, position, status, is_final, poll_after, overdue_after, meaning) values
 ('initiated', 1, 'pending', false, null, null, 'accepted and stored; nothing sent'),
@@ -397,17 +408,16 @@ create table surety.merchants (
     name text not null,
     provider_account text not null default '',
     fee_basis_points integer not null default 340,
-    fee_fixed_minor bigint not null default 35,
     created_at timestamptz not null,
     suspended_at timestamptz,
     constraint merchants_pkey primary key (id),
     constraint merchant_id_is_a_merchant_id check (id ~ '^mer_[0-9a-f]{32}$'),
     constraint merchant_name_is_short check (char_length(name) between 1 and 200),
-    constraint merchant_fee_is_not_negative check (fee_basis_points between 0 and 10000 and fee_fixed_minor >= 0)
+    constraint merchant_fee_is_a_part check (fee_basis_points between 0 and 10000)
 );
 comment on table surety.merchants is
 'The businesses that are paid. provider_account is their account at the provider, empty for the platform''s own. Our
-fee is amount * fee_basis_points / 10000, rounded half up, plus fee_fixed_minor.';
+fee is amount * fee_basis_points / 10000, rounded half up, plus the fixed fee of the currency.';
 
 create table surety.api_keys (
     id text collate "C" not null,

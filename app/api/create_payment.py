@@ -155,6 +155,6 @@ def amount_violation(detail: dict[str, Any]) -> RuleViolation:
     if detail["rule"] == "known":
         message = f"currency {detail['given']} is not accepted"
     else:
-        bound = "at least" if detail["rule"] == "minimum" else "at most"
+        bound = {"minimum": "at least", "maximum": "at most", "multiple": "a multiple of"}[detail["rule"]]
         message = f"amount must be {bound} {detail['limit']} for {detail['currency']}"
     return RuleViolation(detail["field"], detail["rule"], message, detail.get("limit", msgspec.UNSET), detail["given"])

@@ -82,6 +82,21 @@ def test_capture_above_the_authorized_amount_is_refused_and_keeps_its_key_free(c
     assert command(conn, "capture_payment", key, **asked, amount=10000, request_hash="01")["status"] == 202
 
 
+def test_capture_that_breaks_the_step_of_its_currency_is_refused(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    [payment_id] = pay(conn, key, capture_method="manual", currency="kwd")
+    record(conn, [fact(payment_id, "authorized", "ch", 10000, currency="kwd")])
+    refused = command(conn, "capture_payment", key, payment_id=payment_id, amount=1234)
+    assert refused["detail"] == {
+        "field": "/amount",
+        "rule": "multiple",
+        "limit": 10,
+        "given": 1234,
+        "currency": "kwd",
+    }
+    assert command(conn, "capture_payment", key, payment_id=payment_id, amount=1230)["status"] == 202
+
+
 def test_same_key_gets_the_same_response_and_another_request_is_refused(conn: Connection) -> None:
     _, key = add_merchant(conn)
     payment_id = held(conn, key)

@@ -214,7 +214,8 @@ def test_money_of_the_other_mode_is_not_posted(conn: Connection, key_hash: bytes
 def test_a_fee_that_changes_between_capture_and_settlement_changes_nothing(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "captured", "ch", 10000)])
-    conn.execute("update surety.merchants set fee_basis_points = 0, fee_fixed_minor = 0")
+    conn.execute("update surety.merchants set fee_basis_points = 0")
+    conn.execute("update surety.currencies set fee_fixed_minor = 0")
     record(conn, [money(payment_id, "txn", "charge", 10000, 320), fact(payment_id, "available", "txn", 10000)])
     assert ledger_of(conn, payment_id) == {
         "available": 9625,

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
+from app.sandbox.stripe.objects.currencies import MAXIMUM_MINOR, MINIMUM_MINOR, STEP_MINOR
 from tests.conftest import Connect
 from tests.support.payments import Connection, add_merchant, create, pay, request
 
@@ -210,9 +211,12 @@ def until_waiting(conn: Connection, other: psycopg.Connection[Any]) -> None:
 
 
 def test_each_currency_has_a_smallest_and_a_largest_amount(conn: Connection, key: bytes) -> None:
-    rows = conn.execute("select currency, minimum_minor, maximum_minor from surety.currencies").fetchall()
+    query = "select currency, minimum_minor, maximum_minor, step_minor from surety.currencies"
+    rows = conn.execute(query).fetchall()
     assert len(rows) >= 18
-    for currency, minimum, maximum in rows:
+    for currency, minimum, maximum, step in rows:
+        assert step == STEP_MINOR.get(currency, 1)
+        assert minimum >= MINIMUM_MINOR[currency] and maximum <= MAXIMUM_MINOR, "the provider accepts it"
         amounts = (minimum - 1, minimum, maximum, maximum + 1)
         asked = [request(key, currency=currency, amount=amount) | {"n": n} for n, amount in enumerate(amounts)]
         low, least, most, high = create(conn, asked)
@@ -231,6 +235,37 @@ def test_each_currency_has_a_smallest_and_a_largest_amount(conn: Connection, key
         "rule": "known",
         "given": "xyz",
     }
+
+
+@pytest.mark.parametrize("amount", [1234, 35205])
+def test_three_decimal_amount_that_does_not_end_in_zero_is_refused(conn: Connection, key: bytes, amount: int) -> None:
+    refused, accepted = create(
+        conn,
+        [
+            request(key, currency="kwd", amount=amount) | {"n": 0},
+            request(key, currency="kwd", amount=amount - amount % 10) | {"n": 1},
+        ],
+    )
+    detail = {"field": "/amount", "rule": "multiple", "limit": 10, "given": amount, "currency": "kwd"}
+    assert (refused["problem"], refused["detail"]) == ("invalid-request", detail)
+    assert accepted["status"] == 201
+    assert one(conn, "select api.check_amount_bounds(%s, 'kwd')", amount) == detail
+
+
+@pytest.mark.parametrize(
+    ("change", "constraint"),
+    [
+        ("step_minor = 1 where currency = 'kwd'", "three_decimal_amounts_end_in_zero"),
+        ("minimum_minor = 205 where currency = 'kwd'", "currency_bounds_are_multiples_of_the_step"),
+        ("step_minor = 3 where currency = 'czk'", "currency_step_is_a_power_of_ten"),
+        ("fee_fixed_minor = 50 where currency = 'jpy'", "currency_fee_is_below_the_smallest_amount"),
+        ("fee_fixed_minor = -1 where currency = 'jpy'", "currency_fee_is_below_the_smallest_amount"),
+    ],
+)
+def test_currency_that_breaks_the_rules_is_refused(conn: Connection, change: str, constraint: str) -> None:
+    with pytest.raises(errors.CheckViolation) as refused:
+        conn.execute(f"update surety.currencies set {change}".encode())
+    assert refused.value.diag.constraint_name == constraint
 
 
 # ---------------------------------------------------------------------------------------------------------- operators

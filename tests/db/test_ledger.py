@@ -433,7 +433,8 @@ def test_balances_are_independent_of_fact_order(conn: Connection, history: str) 
     make_facts, balances = HISTORIES[history]
     _, key_hash = add_merchant(conn)
     if "ACH" in history:
-        conn.execute("update surety.merchants set fee_basis_points = 100, fee_fixed_minor = 0")
+        conn.execute("update surety.merchants set fee_basis_points = 100")
+        conn.execute("update surety.currencies set fee_fixed_minor = 0")
     count = len(make_facts("pay_" + 32 * "0"))
     orders = list(itertools.permutations(range(count)))
     orders_max = ORDERS_MAX if history.split(maxsplit=1)[0] in THIRTEEN else VARIANTS_ORDERS_MAX
@@ -518,6 +519,24 @@ def test_money_of_an_unknown_category_is_posted(conn: Connection) -> None:
 @pytest.mark.parametrize(("amount", "fee"), [(10000, 375), (7000, 273), (50, 37), (1, 1), (99999999, 3400035)])
 def test_our_fee_is_rounded_half_up_and_never_above_the_amount(conn: Connection, amount: int, fee: int) -> None:
     assert conn.execute("select ledger.platform_fee(%s, 340, 35)", (amount,)).fetchone() == (fee,)
+
+
+@pytest.mark.parametrize(("currency", "fee"), [("usd", 375), ("gbp", 365), ("jpy", 385), ("kwd", 450)])
+def test_our_fixed_fee_is_that_of_the_currency(conn: Connection, currency: str, fee: int) -> None:
+    _, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash, currency=currency)
+    record(conn, [fact(payment_id, "captured", "ch", 10000, currency=currency)])
+    assert sorted(ledger_of(conn, payment_id).values()) == sorted([10000, 10000 - fee, fee])
+    record(
+        conn,
+        [
+            money(payment_id, "txn", "charge", 10000, 320, currency=currency),
+            fact(payment_id, "available", "txn", 10000, currency=currency),
+        ],
+    )
+    unit = "" if currency == "usd" else f" {currency}"
+    balances = ledger_of(conn, payment_id)
+    assert (balances[f"available{unit}"], balances[f"fee_revenue{unit}"]) == (10000 - fee, fee)
 
 
 def test_concurrently_opened_accounts_are_opened_once(conn: Connection, database: str) -> None:

@@ -90,6 +90,17 @@ def test_refund_reserves_its_amount_at_once(conn: Connection) -> None:
     assert not violations(conn)
 
 
+def test_refund_that_breaks_the_step_of_its_currency_is_refused(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    payment_id = captured(conn, key, currency="kwd")
+    refused = ask(conn, key, payment_id, 1234)
+    assert (refused["detail"]["rule"], refused["detail"]["limit"]) == ("multiple", 10)
+    record(conn, [fact(payment_id, "dispute_lost", "dp", 1234, currency="kwd", revision=1)])
+    record(conn, [fact(payment_id, "dispute_won", "dp", 1234, currency="kwd", revision=2)])
+    assert ask(conn, key, payment_id, 1230)["status"] == 201
+    assert ask(conn, key, payment_id)["body"]["amount"] == 8770
+
+
 def test_refund_beyond_capture_is_refused(conn: Connection) -> None:
     _, key = add_merchant(conn)
     captured(conn, key)

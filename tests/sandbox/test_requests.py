@@ -87,6 +87,7 @@ BAD_PARAMETERS: list[tuple[Json, str | None, str]] = [
     ({"amount": 49}, "amount_too_small", "amount"),
     ({"amount": 100_000_000}, "amount_too_large", "amount"),
     ({"amount": 1005, "currency": "kwd"}, "parameter_invalid_integer", "amount"),
+    ({"amount": 1050, "currency": "isk"}, "parameter_invalid_integer", "amount"),
     ({"currency": "usx"}, None, "currency"),
     ({"capture_method": "later"}, None, "capture_method"),
     ({"payment_method": "pm_card_unknown"}, "resource_missing", "payment_method"),

@@ -100,6 +100,15 @@ def fact_kinds(conn: Connection) -> str:
     return table(("kind", "family", "rank", "proves the state", "meaning"), rows)
 
 
+def currencies(conn: Connection) -> str:
+    """The rules of each currency, in minor units."""
+    rows = conn.execute(
+        "select currency, exponent, minimum_minor, maximum_minor, step_minor, fee_fixed_minor"
+        " from surety.currencies order by currency"
+    ).fetchall()
+    return table(("currency", "decimals", "smallest", "largest", "multiple of", "our fixed fee"), rows)
+
+
 def mandatory_steps(conn: Connection) -> str:
     """The canonical path of each rail."""
     rows = conn.execute(
@@ -183,7 +192,7 @@ def decisions(_: Connection) -> str:
 PARTS: dict[str, Callable[[Connection], str]] = {
     part.__name__: part
     for part in (
-        states, refund_states, dispute_statuses, fact_kinds, mandatory_steps, account_kinds, rules, events,
+        states, refund_states, dispute_statuses, fact_kinds, currencies, mandatory_steps, account_kinds, rules, events,
         merchant_events, invariants, problems,
         decisions,
     )

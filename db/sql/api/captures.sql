@@ -8,6 +8,7 @@ declare
     v_payment surety.payments;
     v_authorized bigint;
     v_amount bigint;
+    v_broken jsonb;
 begin
     if not v_admitted.outcome is null then
         return v_admitted.outcome;
@@ -23,15 +24,13 @@ begin
             'state', v_payment.state,
             'reason', case when v_payment.flags ? 'cancel_requested_at' then 'its cancellation was asked for' end));
     end if;
-    select least(v_payment.amount_minor, max(f.amount_minor)) into v_authorized
+    select api.whole_steps(least(v_payment.amount_minor, max(f.amount_minor)), v_payment.currency) into v_authorized
     from surety.facts as f
     where f.payment_id = v_payment.id and f.kind = 'authorized' and f.disregarded is null;
     v_amount := coalesce((p_request ->> 'amount')::bigint, v_authorized);
-    if v_amount not between 1 and v_authorized then
-        return api.refuse_command(v_admitted, 'invalid-request', jsonb_build_object(
-            'field', '/amount', 'rule', case when v_amount < 1 then 'minimum' else 'maximum' end,
-            'limit', case when v_amount < 1 then 1 else v_authorized end, 'given', v_amount,
-            'currency', v_payment.currency));
+    v_broken := api.check_part(v_amount, v_authorized, v_payment.currency);
+    if v_broken is not null then
+        return api.refuse_command(v_admitted, 'invalid-request', v_broken);
     end if;
     perform surety.request_capture(v_payment, v_amount, v_admitted.actor, p_request ->> 'request_id');
     return api.complete_command(
@@ -48,4 +47,5 @@ $$;
 comment on function api.capture_payment(jsonb) is
 'Captures the authorized amount or a part of it, once; p_request as for api.admit_command, with payment_id and
 optionally amount in minor units. 202 and the payment, processing.
-Problems: not-found; wrong-state, detail {state, reason}; invalid-request if the amount exceeds the authorized one.';
+Problems: not-found; wrong-state, detail {state, reason}; invalid-request if the amount exceeds the authorized one or is
+no multiple of the currency''s step.';

@@ -18,13 +18,52 @@ begin atomic
                 then jsonb_build_object(
                     'field', '/amount', 'rule', 'maximum', 'limit', currencies.maximum_minor, 'given', p_amount,
                     'currency', p_currency)
+            when p_amount % currencies.step_minor <> 0
+                then jsonb_build_object(
+                    'field', '/amount', 'rule', 'multiple', 'limit', currencies.step_minor, 'given', p_amount,
+                    'currency', p_currency)
         end
     from (values (p_currency)) as asked (currency)
     left join surety.currencies on asked.currency = currencies.currency;
 end;
 
 comment on function api.check_amount_bounds(bigint, text) is
-'The rule of its currency that an amount in minor units breaks: {field, rule, limit, given, currency}; null if none.';
+'The rule of its currency that an amount in minor units breaks: {field, rule, limit, given, currency}; null if none. The
+rule is known, minimum, maximum or multiple.';
+
+create or replace function api.check_part(p_amount bigint, p_maximum bigint, p_currency text) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        jsonb_build_object(
+            'field', '/amount', 'rule', broken.rule, 'limit', broken.bound, 'given', p_amount, 'currency', p_currency
+        )
+    from surety.currencies
+    cross join lateral (
+        select
+            case
+                when p_amount < 1 then 'minimum'
+                when p_amount > p_maximum then 'maximum'
+                when p_amount % currencies.step_minor <> 0 then 'multiple'
+            end as rule,
+            case when p_amount < 1 then 1 when p_amount > p_maximum then p_maximum else currencies.step_minor end
+                as bound
+    ) as broken
+    where currencies.currency = p_currency and broken.rule is not null;
+end;
+
+comment on function api.check_part(bigint, bigint, text) is
+'The rule that a part of a payment breaks, as for api.check_amount_bounds: a capture or refund of p_amount, at most
+p_maximum, in minor units; null if none.';
+
+create or replace function api.whole_steps(p_amount bigint, p_currency text) returns bigint
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select p_amount - p_amount % currencies.step_minor from surety.currencies where currencies.currency = p_currency;
+end;
+
+comment on function api.whole_steps(bigint, text) is
+'The largest amount up to p_amount that the provider accepts in this currency, in minor units.';
 
 create or replace function api.new_payment(
     p_id text, p_merchant_id text, p_amount_minor bigint, p_currency text, p_rail text, p_capture_method text,
@@ -102,6 +141,7 @@ begin
                 when m.id is null then 'unauthenticated'
                 when m.suspended_at is not null then 'forbidden'
                 when c.currency is null or r.amount not between c.minimum_minor and c.maximum_minor
+                    or r.amount % c.step_minor <> 0
                     then 'invalid-request'
             end as problem
         from json_to_recordset(p_requests) as r (

@@ -10,6 +10,7 @@ declare
     v_refund surety.refunds;
     v_left bigint;
     v_amount bigint;
+    v_broken jsonb;
     v_exchange record;
     v_accounts text [];
     v_balance bigint;
@@ -25,8 +26,9 @@ begin
     if not found then
         return api.refuse_command(v_admitted, 'not-found', null);
     end if;
-    v_left := v_payment.captured_minor - v_payment.refunded_minor - v_payment.refund_pending_minor
-        - v_payment.at_risk_minor - v_payment.reversed_minor;
+    v_left := api.whole_steps(
+        v_payment.captured_minor - v_payment.refunded_minor - v_payment.refund_pending_minor
+        - v_payment.at_risk_minor - v_payment.reversed_minor, v_payment.currency);
     if v_payment.state not in ('confirmed', 'settled', 'partially_refunded') or v_left <= 0 then
         return api.refuse_command(v_admitted, 'wrong-state', jsonb_build_object(
             'state', v_payment.state,
@@ -34,10 +36,9 @@ begin
                 then 'all of it is refunded or being refunded' end));
     end if;
     v_amount := coalesce((p_request ->> 'amount')::bigint, v_left);
-    if v_amount not between 1 and v_left then
-        return api.refuse_command(v_admitted, 'invalid-request', jsonb_build_object(
-            'field', '/amount', 'rule', case when v_amount < 1 then 'minimum' else 'maximum' end,
-            'limit', case when v_amount < 1 then 1 else v_left end, 'given', v_amount, 'currency', v_payment.currency));
+    v_broken := api.check_part(v_amount, v_left, v_payment.currency);
+    if v_broken is not null then
+        return api.refuse_command(v_admitted, 'invalid-request', v_broken);
     end if;
 
     select e.currency, e.rate into v_exchange from surety.charge_exchange_rate(v_payment.id) as e;
@@ -97,7 +98,8 @@ $$;
 comment on function api.create_refund(jsonb) is
 'Creates a refund; p_request as for api.admit_command, with payment_id and optionally amount (minor units), reason and
 metadata. Without an amount, the rest is refunded. 201 and the refund, pending; its amount is reserved.
-Problems: not-found; wrong-state, detail {state, reason}; invalid-request if the amount exceeds the rest;
+Problems: not-found; wrong-state, detail {state, reason}; invalid-request if the amount exceeds the rest or is no multiple
+of the currency''s step;
 balance-too-low, detail {needed, balance, currency}. The merchant''s pending and available balance must cover the
 refund, except for our fee of this payment, so that a merchant with no other money can refund it in full. A balance in
 the currency of an exchange counts at the payment''s own rate.';

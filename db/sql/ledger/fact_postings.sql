@@ -76,7 +76,13 @@ begin atomic
                         postings.payment_id = p_payment.id and postings.rule in ('captured', 'captured_ach')
                     group by postings.payment_id
                 ),
-                ledger.platform_fee(p_payment.captured_minor, p_merchant.fee_basis_points, p_merchant.fee_fixed_minor)
+                ledger.platform_fee(
+                    p_payment.captured_minor, p_merchant.fee_basis_points,
+                    (
+                        select currencies.fee_fixed_minor from surety.currencies
+                        where currencies.currency = p_payment.currency
+                    )
+                )
             )::bigint as net
     )
 
@@ -191,9 +197,10 @@ begin
         select
             f.id, f.provider, f.account, f.object_id, f.kind, f.revision, f.amount_minor, f.currency, f.data,
             p.id as payment_id, p.merchant_id, p.amount_minor as asked_minor, p.captured_minor,
-            f.provider || '/' || f.account as provider_owner, m.fee_basis_points, m.fee_fixed_minor
+            f.provider || '/' || f.account as provider_owner, m.fee_basis_points, c.fee_fixed_minor
         from unnest(p_facts) as f
         join surety.payments as p on p.id = f.payment_id
+        join surety.currencies as c on c.currency = p.currency
         join surety.merchants as m on m.id = p.merchant_id
         where f.disregarded is null
     ),

@@ -16,6 +16,8 @@ MINIMUM_MINOR = {
 
 MAXIMUM_MINOR = 99_999_999
 THREE_DECIMALS = frozenset({"bhd", "jod", "kwd", "omr", "tnd"})
+STEP_MINOR = {**dict.fromkeys(THREE_DECIMALS, 10), "isk": 100}
+"""Every amount is a multiple of this. Three decimals: the last is 0. The krona is written with two that are 0."""
 
 US_CENTS_PER_MINOR_UNIT = {
     "usd": Fraction(1), "eur": Fraction("1.085"), "gbp": Fraction("1.27"), "cad": Fraction("0.73"),
@@ -39,9 +41,15 @@ def check_amount(amount: int, currency: str) -> None:
         )
     if amount > MAXIMUM_MINOR:
         raise invalid_request(f"Amount must be no more than {MAXIMUM_MINOR}.", param="amount", code="amount_too_large")
-    if currency in THREE_DECIMALS and amount % 10:
+    check_step(amount, currency, "amount")
+
+
+def check_step(amount: int, currency: str, param: str) -> None:
+    """Raises StripeError for an amount that is no multiple of its currency's step."""
+    step = STEP_MINOR.get(currency, 1)
+    if amount % step:
         raise invalid_request(
-            f"Amounts in {currency} must be divisible by 10.", param="amount", code="parameter_invalid_integer"
+            f"Amounts in {currency} must be divisible by {step}.", param=param, code="parameter_invalid_integer"
         )
 
 

@@ -12,7 +12,7 @@ from app.sandbox.stripe.errors import StripeError, invalid_request, missing, not
 from app.sandbox.stripe.events import emit
 from app.sandbox.stripe.objects import balance, disputes, payloads
 from app.sandbox.stripe.objects.cards import AUTHENTICATION_NEEDED, CARDS, Card, Decline
-from app.sandbox.stripe.objects.currencies import check_amount
+from app.sandbox.stripe.objects.currencies import check_amount, check_step
 from app.sandbox.stripe.parameters import (
     AutomaticMethods,
     CancelIntent,
@@ -173,6 +173,7 @@ def capture(sandbox: Sandbox, intent: StoredObject, given: CaptureIntent) -> Sto
             param="amount_to_capture",
             code="amount_too_large",
         )
+    check_step(amount, body["currency"], "amount_to_capture")
     charge = sandbox.memory.get(body["latest_charge"])
     body["metadata"] = merge_metadata(body["metadata"], given.metadata)
     charge.body.update(captured=True, amount_captured=amount)

@@ -11,7 +11,7 @@ from app.sandbox.state import Sandbox
 from app.sandbox.stripe.errors import StripeError, invalid_request
 from app.sandbox.stripe.events import emit
 from app.sandbox.stripe.objects import balance, fraud_warnings, payloads
-from app.sandbox.stripe.objects.currencies import format_amount
+from app.sandbox.stripe.objects.currencies import check_step, format_amount
 from app.sandbox.stripe.parameters import CreateRefund, Parameters, UpdateRefund, merge_metadata
 from app.sandbox.stripe.queries import card_of, find_owned
 
@@ -31,6 +31,7 @@ def create(sandbox: Sandbox, account: str, given: CreateRefund) -> StoredObject:
     left = charge.body["amount_captured"] - charge.body["amount_refunded"]
     _check_refundable(sandbox, charge, left, given.amount)
     amount = left if given.amount is None else given.amount
+    check_step(amount, charge.body["currency"], "amount")
     memory, created = sandbox.memory, sandbox.unix_seconds()
     id = memory.unused_id("re", account, (sandbox.call and sandbox.call.key) or f"#{memory.next_seq()}")
     body = payloads.refund(id, charge.body, amount, given.reason, merge_metadata({}, given.metadata), created)
