@@ -289,6 +289,22 @@ MUTANTS: tuple[Mutant, ...] = (
             "            sends = c.sends + 1,\n            idempotency_key = excluded.idempotency_key,\n",
         ),
     ),
+    mutant(
+        "polls follow the provider's clock",
+        ("jobs/polling.py", "            read_to = began[0]\n", "            read_to = window.read_to\n"),
+    ),
+    mutant(
+        "a poll's delay is bounded",
+        ("db/sql/provider/polling.sql", "2 ^ (least(greatest(p_poll_count, -1), 5) + 1)", "2 ^ (p_poll_count + 1)"),
+    ),
+    mutant(
+        "a payment with a loss stays reversed",
+        (
+            "db/sql/payments/derive.sql",
+            "p_captured_minor > 0 and p_reversed_minor > 0",
+            "p_reversed_minor >= p_captured_minor and p_captured_minor > 0",
+        ),
+    ),
 )
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import random
 from collections.abc import Mapping
+from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -49,17 +51,20 @@ READ_FAULTS = tuple(fault for fault in PASSING_FAULTS if fault != "conflict_409"
 # Only calls that can take effect once are executed a day late: a refund still to be made looks like one never made.
 LATE_SECONDS = (0.5, 30.0)
 A_DAY_LATE_SECONDS = 25 * 3600.0
+# How far the provider's clock is ahead of the database's, in seconds.
+SKEWS = (0.0, 0.0, -1200.0, -40.0, 40.0, 1200.0)
 
 
 class SimulatedMemory(Memory):
-    """A memory whose time is the schedule's."""
+    """A memory whose time is the schedule's, ahead of the database's or behind it."""
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__(MEMORY, schedule.plan.seed)
         self._schedule = schedule
+        self.skew = random.Random(f"{schedule.plan.seed}:skew").choice(SKEWS)
 
     def now(self) -> float:
-        seconds: float = self._schedule.started_at + self._schedule.loop.seconds
+        seconds: float = self._schedule.started_at + self._schedule.loop.seconds + self.skew
         return seconds
 
 
@@ -81,7 +86,9 @@ class SimulatedProvider:
             inquiry_seconds=86_400.0,
             public_url="http://provider",
         )
-        self.sandbox = Sandbox(settings, SimulatedMemory(schedule), FaultInjector(settings.seed))
+        self.memory = SimulatedMemory(schedule)
+        """The sandbox's record."""
+        self.sandbox = Sandbox(settings, self.memory, FaultInjector(settings.seed))
         self.process = Process("provider")
         self.mailbox: list[str] = []
         self.late: list[str] = []
@@ -91,11 +98,6 @@ class SimulatedProvider:
         self.answered_at = 0.0
         """The time of the last answer, in the schedule's seconds."""
         self._requests = 0
-
-    @property
-    def memory(self) -> Memory:
-        """The sandbox's record."""
-        return self.sandbox.memory
 
     def run_due(self) -> None:
         """Execute the scheduled actions that are due."""
@@ -118,7 +120,7 @@ class SimulatedProvider:
     def next_due(self) -> float | None:
         """The time of the next scheduled action, in the schedule's seconds."""
         scheduled = self.sandbox.scheduled
-        return scheduled[0].due - self.schedule.started_at if scheduled else None
+        return scheduled[0].due - self.schedule.started_at - self.memory.skew if scheduled else None
 
     def commit(self) -> None:
         """Commit the sandbox's state, and put its webhooks into the mailbox unless they are lost or late."""
@@ -327,6 +329,7 @@ class SimulatedHttpClient(stripe.HTTPClient):
         if answered is None:
             await asyncio.get_running_loop().create_future()
             raise AssertionError
+        answered_at = provider.memory.now()
         await schedule.turn(process, f"{doing}: answer")
         if (is_well and (provider.outage is None or provider.outage.first is not received)) or (
             provider.outage is not None and provider.outage.answers(answered)
@@ -334,7 +337,8 @@ class SimulatedHttpClient(stripe.HTTPClient):
             provider.answered_at = schedule.loop.seconds
             if provider.outage is not None:
                 provider.outage.silent_since = provider.answered_at
-        return answered.body, answered.status, {name.decode(): value.decode() for name, value in answered.headers}
+        named = {name.decode(): value.decode() for name, value in answered.headers}
+        return answered.body, answered.status, {"date": formatdate(answered_at, usegmt=True), **named}
 
 
 HTTP_CLIENT = SimulatedHttpClient()
