@@ -1281,8 +1281,8 @@ create index retries_due on outbox.retries (handler, due_at) where due_at is not
 create index retries_blocked on outbox.retries (blocked_by) where blocked_by is not null;
 comment on table outbox.retries is
 'Events that failed (failures) or whose worker died (worker_deaths). due_at is null during a retry. blocked_by is the
-key of the circuit whose outage failed the event last or holds it. cause is why it was last given back uncounted, releases
-how often in a row, waiting_since the time of the first.';
+key of the circuit whose outage failed the event last or holds it. cause is why it was last given back uncounted,
+releases how often in a row, waiting_since the time of the first.';
 
 create table outbox.dead_letters (
     id text collate "C" not null,
@@ -1344,6 +1344,25 @@ create index entries_of_a_payment on audit.entries (payment_id, id) where paymen
 comment on table audit.entries is
 'The audit trail, append-only: requests, steps, provider calls (before and after), webhooks, operators'' actions,
 denials.';
+
+create table audit.refusals (
+    hour timestamptz not null,
+    kind text not null,
+    reason text not null,
+    actor text not null,
+    count bigint not null,
+    constraint refusals_pkey primary key (hour, kind, reason, actor),
+    constraint refusal_reason_is_known check (
+        (kind, reason) in (
+            ('denied', 'unauthenticated'), ('denied', 'forbidden'), ('denied', 'not-found'),
+            ('webhook', 'no-signature'), ('webhook', 'wrong-signature'), ('webhook', 'old-signature'),
+            ('webhook', 'no-event')
+        )
+    )
+);
+comment on table audit.refusals is
+'How many requests with a wrong API key and how many webhooks were refused in an hour. actor is an existing key or
+operator, or empty, so that senders without a key can''t add rows. Rows are deleted after 30 days.';
 
 -- ------------------------------------------------------------------------------------------------- reconciliation
 

@@ -24,6 +24,7 @@ from app.web.asgi import HttpResponse
 from app.web.batching import BatchingConnections, RefusedByDatabase, Unavailable
 from app.web.database import DatabasePool
 from app.web.problems import Problem, overloaded
+from app.web.refusals import RefusalCounter
 from app.web.requests import HttpRequest
 from app.web.routing import HttpApplication, Route
 from app.web.throttle import PerSecondThrottle
@@ -82,7 +83,11 @@ class WebhookRequest(Struct):
 
 
 class InvalidWebhook(Exception):
-    """The webhook is not authentic or not readable; the text says why."""
+    """The webhook is not authentic or not readable; the text says why, `reason` is what audit.refusals counts."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 decode_event = msgspec.json.Decoder(StripeEvent).decode
@@ -96,13 +101,13 @@ def verify_signature(body: bytes, signature: bytes, secrets: Sequence[bytes], no
     fields = [field.partition(b"=") for field in signature.split(b",")[:32]]
     times = [value for name, _, value in fields if name.strip() == b"t"]
     if len(times) != 1 or not times[0].isdigit() or len(times[0]) > 12:
-        raise InvalidWebhook("no signature")
+        raise InvalidWebhook("no-signature", "no signature")
     given = [value for name, _, value in fields if name.strip() == b"v1"]
     expected = [hmac.digest(secret, times[0] + b"." + body, "sha256").hex().encode() for secret in secrets]
     if not any(hmac.compare_digest(one, other) for one in expected for other in given):
-        raise InvalidWebhook("the signature does not hold")
+        raise InvalidWebhook("wrong-signature", "the signature does not hold")
     if abs(now - int(times[0])) > CLOCK_SECONDS_MAX:
-        raise InvalidWebhook(f"signed {int(now) - int(times[0])} s ago")
+        raise InvalidWebhook("old-signature", f"signed {int(now) - int(times[0])} s ago")
 
 
 class ReceiverServices(NamedTuple):
@@ -113,6 +118,7 @@ class ReceiverServices(NamedTuple):
     batching: BatchingConnections
     scheduler: WorkerScheduler
     rejection_throttle: PerSecondThrottle
+    refusals: RefusalCounter
 
 
 class ReceiverRequest(HttpRequest):
@@ -135,7 +141,7 @@ async def receive_stripe(request: ReceiverRequest) -> HttpResponse:
         verify_signature(body, request.headers.get(b"stripe-signature", b""), services.secrets, time.time())
         event, text = parse_event(body)
     except InvalidWebhook as invalid:
-        await store_rejected(request, str(invalid), kept_headers, body)
+        await store_rejected(request, invalid, kept_headers, body)
         raise Problem("invalid-request", str(invalid)) from None
     try:
         row = await services.batching.submit(
@@ -159,23 +165,28 @@ async def receive_stripe(request: ReceiverRequest) -> HttpResponse:
     return HttpResponse(200, b'{"received":true}', request.request_id, [JSON_CONTENT_TYPE])
 
 
-async def store_rejected(request: ReceiverRequest, reason: str, headers: dict[str, str], body: bytes) -> None:
-    """Keep a rejected webhook as evidence, up to so many in a second."""
-    throttle = request.services.rejection_throttle
-    if not throttle.allows():
-        log.warning("%s rejected: %s; %s were not kept so far", request.request_id, reason, throttle.suppressed)
+async def store_rejected(
+    request: ReceiverRequest, invalid: InvalidWebhook, headers: dict[str, str], body: bytes
+) -> None:
+    """Count a rejected webhook; keep and log it as evidence, up to so many in a second and in an hour."""
+    if not request.services.rejection_throttle.allows():
+        request.services.refusals.add(invalid.reason)
         return
-    log.warning("%s rejected: %s", request.request_id, reason)
     try:
-        await request.services.database.fetch_row(
-            "select surety.store_rejected_webhook('stripe', %s, %s, %s, %s)",
-            reason,
+        row = await request.services.database.fetch_row(
+            "select surety.store_rejected_webhook('stripe', %s, %s, %s, %s, %s)",
+            invalid.reason,
+            str(invalid),
             Jsonb(headers),
             SECRET_PATTERN.sub(rb"\1", without_secrets(body)),
             request.address,
         )
-    except (psycopg.Error, Unavailable):
-        log.exception("%s: the evidence could not be kept", request.request_id)
+    except (psycopg.Error, Unavailable) as error:
+        request.services.refusals.add(invalid.reason)
+        log.warning("%s rejected: %s; it could not be kept: %s", request.request_id, invalid, error)
+    else:
+        if row and row[0]:
+            log.warning("%s rejected: %s", request.request_id, invalid)
 
 
 def parse_event(body: bytes) -> tuple[StripeEvent, str]:
@@ -183,7 +194,7 @@ def parse_event(body: bytes) -> tuple[StripeEvent, str]:
     try:
         return decode_event(body), without_secrets(body).decode()
     except (ValueError, RecursionError):
-        raise InvalidWebhook("signed, but no event") from None
+        raise InvalidWebhook("no-event", "signed, but no event") from None
 
 
 async def get_receiver_health(request: ReceiverRequest) -> HttpResponse:
@@ -217,9 +228,11 @@ async def open_receiver_services(
     async with AsyncExitStack() as closing:
         closing.push_async_callback(database.close)
         await database.open()
+        refusals = RefusalCounter("webhook", database)
+        closing.push_async_callback(refusals.close)
         scheduler = WorkerScheduler(partial(database.fetch_row, "select outbox.schedule_handlers('{apply}')"))
         closing.push_async_callback(scheduler.close)
         closing.push_async_callback(batching.close)
         await batching.open()
         throttle = PerSecondThrottle(REJECTIONS_PER_SECOND_MAX)
-        yield ReceiverServices(secrets, database, batching, scheduler, throttle)
+        yield ReceiverServices(secrets, database, batching, scheduler, throttle, refusals)

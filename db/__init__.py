@@ -12,6 +12,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "core/durability",
     "core/formatting",
     "core/audit",
+    "core/refusals",
     "core/partitions",
     "core/restore_generations",
     "core/discrepancies",

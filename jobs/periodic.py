@@ -62,9 +62,10 @@ async def check_deadlines(worker: Worker) -> None:
 
 
 async def maintain(worker: Worker) -> None:
-    """Make partitions for the months ahead; delete expired idempotency keys and orphaned jobs."""
+    """Make partitions for the months ahead; delete expired idempotency keys, old counts and orphaned jobs."""
     await worker.database.value("select surety.maintain_partitions()")
     await repeat_until_done(worker, "select surety.delete_expired_idempotency_keys()")
+    await repeat_until_done(worker, "select surety.delete_old_refusals()")
     await worker.database.value("select outbox.delete_orphaned_jobs()")
 
 

@@ -18,6 +18,7 @@ from app.web.auth import Authenticator
 from app.web.batching import BatchingConnections
 from app.web.database import DatabasePool
 from app.web.load_shedding import OVERLOAD_CHECKS
+from app.web.refusals import RefusalCounter
 from app.web.routing import HttpApplication
 from app.web.worker_scheduler import WorkerScheduler
 from db.connect import connect_async
@@ -51,12 +52,13 @@ async def open_api_services(settings: Settings, connections: int, batch_max: int
             await pool.open()
         payment_scheduler = WorkerScheduler(partial(database.fetch_row, "select outbox.schedule_handlers('{submit}')"))
         command_scheduler = WorkerScheduler(partial(database.fetch_row, SCHEDULE_COMMAND_WORKERS))
+        refusals = RefusalCounter("denied", database)
+        closing.push_async_callback(refusals.close)
         closing.push_async_callback(payment_scheduler.close)
         closing.push_async_callback(command_scheduler.close)
         closing.push_async_callback(batching.close)
         await batching.open()
         OVERLOAD_CHECKS[b"POST", b"/v1/payments"] = batching.is_full
         closing.callback(OVERLOAD_CHECKS.pop, (b"POST", b"/v1/payments"))
-        yield ApiServices(
-            database, health, Authenticator(database, reading), batching, payment_scheduler, command_scheduler
-        )
+        authenticator = Authenticator(database, reading, refusals)
+        yield ApiServices(database, health, authenticator, batching, payment_scheduler, command_scheduler)

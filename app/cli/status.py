@@ -121,6 +121,7 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
     lines.append(("synchronous standby", describe_replication(state)))
     if unknown["count"]:
         lines.append(("unknown outcomes", f"{unknown['count']}, the oldest {format_age(unknown['oldest_seconds'])}"))
+    lines += [("refused", describe_refusals(refused)) for refused in state["refusals"]]
     lines += [("waiting", describe_waiting_events(waiting)) for waiting in state["waiting_events"]]
     if unfinished := state["unfinished"]:
         lines.append((
@@ -146,6 +147,13 @@ def describe_waiting_events(waiting: dict[str, Any]) -> str:
     """2 events, the oldest for 3 min: the provider asks for a later repetition."""
     count = count_noun(waiting["count"], "event")
     return f"{count}, the oldest for {format_age(waiting['seconds'])}: {waiting['meaning']}"
+
+
+def describe_refusals(refused: dict[str, Any]) -> str:
+    """API keys: 3 unauthenticated this hour, 41 in 24 h, by keys of ours."""
+    what = "webhooks" if refused["kind"] == "webhook" else "API keys"
+    known = ", by keys of ours" if refused["is_known_key"] else ""
+    return f"{what}: {refused['hour_count']} {refused['reason']} this hour, {refused['day_count']} in 24 h{known}"
 
 
 def describe_provider(provider: dict[str, Any]) -> str:

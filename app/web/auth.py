@@ -1,6 +1,7 @@
 """Authentication. The database finds the caller by the SHA-256 of the key; a text that can't be a key is not looked up.
 
-The denial of a key that exists is audited, up to DENIALS_PER_SECOND_MAX in a second and process.
+Every denial is counted. That of a key that exists is audited: the first hundred of an hour, up to
+DENIALS_PER_SECOND_MAX in a second and process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from app.web.batching import Unavailable
 from app.web.database import DatabasePool, Row
 from app.web.keys import key_hash_of
 from app.web.problems import Problem
+from app.web.refusals import RefusalCounter
 from app.web.throttle import PerSecondThrottle
 
 log = logging.getLogger("surety.auth")
@@ -28,11 +30,12 @@ DENIAL_DETAILS = {
 
 
 class Authenticator:
-    """Finds the caller of a request, and limits the audit entries about denials."""
+    """Finds the caller of a request, counts denials, and limits the audit entries about them."""
 
-    def __init__(self, database: DatabasePool, reading: DatabasePool) -> None:
+    def __init__(self, database: DatabasePool, reading: DatabasePool, refusals: RefusalCounter) -> None:
         self.database = database
         self.reading = reading
+        self.refusals = refusals
         self._hashes_of_known_keys: dict[bytes, bytes] = {}
         self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
@@ -41,6 +44,7 @@ class Authenticator:
         authorization = headers.get(b"authorization", b"")
         key_hash = self._hashes_of_known_keys.get(authorization) or key_hash_of(authorization)
         if key_hash is None:
+            self.refusals.add("unauthenticated")
             raise Problem("unauthenticated", DENIAL_DETAILS["unauthenticated"])
         return Caller(self, key_hash, address, request_id, route)
 
@@ -112,7 +116,7 @@ class Caller:
             return row
         is_audited = self._authenticator.denial_throttle.allows()
         denied = await self._authenticator.database.fetch_row(
-            "select api.explain_operator_denial(%s, %s, %s, %s, %s)",
+            "select reason, is_counted from api.explain_operator_denial(%s, %s, %s, %s, %s)",
             self.key_hash,
             self.request_id,
             self.address,
@@ -121,13 +125,16 @@ class Caller:
         )
         assert denied is not None
         name: str = denied[0]
+        if not denied[1]:
+            self._authenticator.refusals.add(name)
         raise Problem(name, "this key is no operator's" if name == "forbidden" else DENIAL_DETAILS[name])
 
     async def audit_denial(self, name: str) -> Problem:
-        """The refusal. It is audited if the key exists; a failure to audit it changes nothing."""
+        """The refusal, counted, and audited if the key exists; a failure to audit it changes nothing."""
+        is_counted = False
         if self._authenticator.denial_throttle.allows():
             try:
-                await self._authenticator.database.fetch_row(
+                row = await self._authenticator.database.fetch_row(
                     "select api.audit_denial(%s, %s, %s, %s, %s)",
                     self.key_hash,
                     self.request_id,
@@ -135,8 +142,9 @@ class Caller:
                     self.route,
                     name,
                 )
-            except (psycopg.Error, Unavailable):
-                log.exception("%s: the denial could not be audited", self.request_id)
-        else:
-            log.warning("%s: denied, and not audited: too many in this second", self.request_id)
+                is_counted = bool(row and row[0])
+            except (psycopg.Error, Unavailable) as error:
+                log.warning("%s: the denial could not be audited: %s", self.request_id, error)
+        if not is_counted:
+            self._authenticator.refusals.add(name)
         return Problem(name, DENIAL_DETAILS[name])

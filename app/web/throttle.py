@@ -6,13 +6,12 @@ import time
 
 
 class PerSecondThrottle:
-    """Allows a number of actions per second, and counts the refused ones."""
+    """Allows a number of actions per second."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._second = 0
         self._allowed = 0
-        self.suppressed = 0
 
     def allows(self) -> bool:
         """Whether one more action is allowed now."""
@@ -20,7 +19,6 @@ class PerSecondThrottle:
         if now != self._second:
             self._second, self._allowed = now, 0
         if self._allowed >= self._most:
-            self.suppressed += 1
             return False
         self._allowed += 1
         return True

@@ -238,6 +238,9 @@ def test_signed_body_that_is_not_an_event_is_rejected(client: httpx.Client, body
 def test_rejected_webhooks_are_stored_truncated_and_audited_up_to_a_limit(module_database: str) -> None:
     with running_server("webhooks", module_database) as running, connect_as_owner(module_database) as conn:
         before = one(conn, "select count(*) from surety.rejected_webhooks")
+        counted_before = one(
+            conn, "select coalesce(sum(count), 0) from audit.refusals where reason = 'wrong-signature'"
+        )
         body = event(filler="x" * 10_000)
         with httpx.Client(base_url=running.url, verify=CONTEXT, timeout=30) as client:
             began = time.monotonic()
@@ -256,6 +259,19 @@ def test_rejected_webhooks_are_stored_truncated_and_audited_up_to_a_limit(module
         assert one(conn, "select max(body_bytes) from surety.rejected_webhooks") == len(body)
         audited = one(conn, "select count(*) from audit.entries where kind = 'webhook' and outcome = 'rejected'")
         assert audited == one(conn, "select count(*) from surety.rejected_webhooks")
+    # A server that ends has written its counts.
+    with connect_as_owner(module_database) as conn:
+        counted = "select sum(count) from audit.refusals where kind = 'webhook' and reason = 'wrong-signature'"
+        assert one(conn, counted) - counted_before == 100
+
+
+def test_only_a_hundred_rejected_webhooks_an_hour_and_reason_leave_rows(conn: Connection) -> None:
+    store = "select surety.store_rejected_webhook('stripe', 'no-event', 'text ' || n, '{}', '', '127.0.0.1')"
+    conn.execute(f"{store} from generate_series(1, 250) as n".encode())
+    assert one(conn, "select sum(count) from audit.refusals") == 250
+    # Two hours, if the hour turned between.
+    assert one(conn, "select count(*) from surety.rejected_webhooks") in {100, 200}
+    assert one(conn, "select count(*) from audit.entries") == one(conn, "select count(*) from surety.rejected_webhooks")
 
 
 def test_only_the_newest_thousand_rejected_webhooks_are_kept(conn: Connection) -> None:
@@ -264,7 +280,7 @@ def test_only_the_newest_thousand_rejected_webhooks_are_kept(conn: Connection) -
         " select surety.new_id('rej', now() - n * interval '1 s'), 'stripe', 'old', '{}', '', 0, now()"
         " from generate_series(1, 1500) as n"
     )
-    conn.execute("select surety.store_rejected_webhook('stripe', 'new', '{}', ''::bytea, '')")
+    conn.execute("select surety.store_rejected_webhook('stripe', 'no-event', 'new', '{}', ''::bytea, '')")
     assert one(conn, "select count(*) from surety.rejected_webhooks") == 1000
     assert one(conn, "select count(*) from surety.rejected_webhooks where reason = 'new'") == 1
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
 from app.api.create_payment import BODY_BYTES_MAX
 from app.web.keys import new_key
 from tests.support.http_client import (
+    CONTEXT,
     Connection,
     Merchant,
     ServerProcess,
     broken_rules,
+    connect_as_owner,
     payment,
     problem,
+    running_server,
     unique_name,
 )
 
@@ -238,6 +242,18 @@ def test_revoked_api_key_is_denied_and_its_use_is_audited(merchant: Merchant) ->
         ("unauthenticated", "POST /v1/payments"),
         ("unauthenticated", "GET /v1/payments"),
     ]
+
+
+def test_unknown_and_malformed_keys_are_counted_but_leave_no_audit_entry(database: str) -> None:
+    with running_server("api", database) as running, httpx.Client(base_url=running.url, verify=CONTEXT) as client:
+        for n in range(60):
+            authorization = "Bearer nonsense" if n % 2 else f"Bearer {new_key(livemode=False).text}"
+            problem(client.get("/v1/payments", headers={"Authorization": authorization}), 401, "unauthenticated")
+    # A server that ends has written its counts.
+    with connect_as_owner(database) as conn:
+        counted = "select kind, reason, actor, sum(count) from audit.refusals group by 1, 2, 3"
+        assert conn.execute(counted.encode()).fetchall() == [("denied", "unauthenticated", "", 60)]
+        assert conn.execute("select from audit.entries where kind = 'denied'").fetchall() == []
 
 
 def test_suspended_merchant_can_read_but_not_create_payments(merchant: Merchant) -> None:

@@ -48,6 +48,15 @@ def test_idle_system_with_a_worker_is_healthy(conn: Connection, database: str) -
     assert "all is well" in surety(database, "status").stdout
 
 
+def test_refused_keys_and_webhooks_are_countable(conn: Connection, database: str) -> None:
+    add_live_worker(conn)
+    conn.execute("select surety.count_refusals('webhook', '{\"no-signature\": 3}')")
+    code, state = read_status(database)
+    [refused] = state["refusals"]
+    assert (code, refused["kind"], refused["reason"], refused["day_count"]) == (0, "webhook", "no-signature", 3)
+    assert "3 in 24 h" in surety(database, "status").stdout
+
+
 def test_work_without_a_worker_asks_for_action(conn: Connection, database: str) -> None:
     _, key_hash = add_merchant(conn)
     pay(conn, key_hash, 3)

@@ -300,6 +300,32 @@ def test_only_existing_keys_leave_a_denial(conn: Connection, key: bytes) -> None
     for key_hash in (key, b"\0" * 32):
         conn.execute("select api.audit_denial(%s, 'req_1', '127.0.0.1', 'GET /', 'not-found')", (key_hash,))
     assert one(conn, "select count(*) from audit.entries where kind = 'denied'") == 1
+    assert conn.execute("select reason, actor ~ '^key:', count from audit.refusals").fetchall() == [
+        ("not-found", True, 1)
+    ]
+
+
+def test_denials_are_all_counted_and_the_first_hundred_of_an_hour_are_audited(conn: Connection, key: bytes) -> None:
+    denial = (
+        "select api.audit_denial(%s, 'req_' || n, '127.0.0.1', 'GET /', 'not-found') from generate_series(1, 250) n"
+    )
+    conn.execute(denial.encode(), (key,))
+    assert one(conn, "select sum(count) from audit.refusals") == 250
+    # Two hours, if the hour turned between.
+    assert one(conn, "select count(*) from audit.entries where kind = 'denied'") in {100, 200}
+
+
+def test_counts_of_refusals_are_deleted_after_thirty_days(conn: Connection) -> None:
+    conn.execute("select surety.count_refusals('denied', '{\"unauthenticated\": 7, \"not-found\": 2}')")
+    assert conn.execute("select reason, is_known_key, day_count from surety.list_refusals()").fetchall() == [
+        ("not-found", False, 2),
+        ("unauthenticated", False, 7),
+    ]
+    assert one(conn, "select surety.delete_old_refusals()") == 0
+    conn.execute("update audit.refusals set hour = hour - interval '30 days 2 hours' where reason = 'not-found'")
+    assert one(conn, "select surety.delete_old_refusals()") == 1
+    with pytest.raises(errors.CheckViolation):
+        conn.execute("select surety.count_refusals('denied', '{\"a reason of the sender\": 1}')")
 
 
 def test_idempotency_keys_are_deleted_after_thirty_days(conn: Connection, key: bytes) -> None:

@@ -16,48 +16,23 @@ comment on function api.identify_operator(bytea) is
 
 create or replace function api.explain_operator_denial(
     p_key_hash bytea, p_request_id text, p_address text, p_route text, p_is_audited boolean
-) returns text
-language sql volatile security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    with denied as (
-        select
-            'key:' || api_keys.id as actor,
-            api_keys.merchant_id,
-            case when api_keys.revoked_at is null then 'forbidden' else 'unauthenticated' end as reason
-        from surety.api_keys
-        where api_keys.hash = p_key_hash
-        union all
-        select
-            'operator:' || operator_keys.operator,
-            null,
-            'unauthenticated'
-        from surety.operator_keys
-        where operator_keys.hash = p_key_hash
-    ),
-
-    audited as (
-        insert into audit.entries (id, at, kind, actor, address, request_id, merchant_id, outcome, reason, snapshot)
-        select
-            surety.new_id('aud', surety.time_now()),
-            surety.time_now(),
-            'denied',
-            denied.actor,
-            p_address,
-            p_request_id,
-            denied.merchant_id,
-            'denied',
-            denied.reason,
-            jsonb_build_object('route', p_route)
-        from denied
-        where p_is_audited
-    )
-
-    select coalesce((select denied.reason from denied limit 1), 'unauthenticated');
+) returns table (reason text, is_counted boolean)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+    reason := case
+        when exists (select from surety.api_keys as k where k.hash = p_key_hash and k.revoked_at is null)
+            then 'forbidden'
+        else 'unauthenticated'
+    end;
+    is_counted := p_is_audited and api.audit_denial(p_key_hash, p_request_id, p_address, p_route, reason);
+    return next;
 end;
+$$;
 
 comment on function api.explain_operator_denial(bytea, text, text, text, boolean) is
 'Why a key is no operator''s: forbidden for a merchant''s key, unauthenticated for an unknown or revoked one. With
-p_is_audited, the denial of an existing key is audited.';
+p_is_audited, the denial is counted and audited as by api.audit_denial.';
 
 create or replace function api.list_dead_letters(
     p_key_hash bytea, p_status text, p_handler text, p_error text, p_limit integer, p_starting_after text

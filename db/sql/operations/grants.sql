@@ -40,8 +40,10 @@ grant execute on function outbox.schedule_handlers(text[]) to surety_api, surety
 
 grant execute on function
 surety.receive_webhooks(jsonb),
-surety.store_rejected_webhook(text, text, jsonb, bytea, text)
+surety.store_rejected_webhook(text, text, text, jsonb, bytea, text)
 to surety_webhook;
+
+grant execute on function surety.count_refusals(text, jsonb) to surety_api, surety_webhook;
 
 grant execute on function
 surety.maintain_partitions(integer),
@@ -73,6 +75,7 @@ surety.advance_poll_cursor(text, text, text, timestamptz),
 surety.claim_pending_money(integer, interval),
 surety.retry_unmatched_facts(integer),
 surety.delete_expired_idempotency_keys(integer),
+surety.delete_old_refusals(integer),
 surety.record_periodic_job(text, interval, text),
 surety.note_unreadable_list(text, text, text, text),
 outbox.list_handlers(),

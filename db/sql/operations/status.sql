@@ -270,6 +270,9 @@ begin
         'unreadable_lists', (
             select coalesce(jsonb_agg(to_jsonb(l)), '[]') from surety.list_unreadable_lists() as l
         ),
+        'refusals', (
+            select coalesce(jsonb_agg(to_jsonb(r)), '[]') from surety.list_refusals() as r
+        ),
         'overdue_objects', (
             select coalesce(jsonb_agg(to_jsonb(o)), '[]') from surety.list_overdue_objects() as o
         ),

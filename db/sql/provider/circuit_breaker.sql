@@ -346,5 +346,6 @@ begin atomic
 end;
 
 comment on function surety.circuit_status() is
-'The circuit of each account that was called: its state (healthy: closed; unreachable: open), the share of failed calls within the last minute of calls
-(null without calls), the time of the next probe, and the number of held events.';
+'The circuit of each account that was called: its state (healthy: closed; unreachable: open), the
+share of failed calls within the last minute of calls (null without calls), the time of the next probe,
+and the number of held events.';

@@ -55,30 +55,34 @@ comment on function surety.receive_webhooks(jsonb) is
 "body", "address"}]. is_new is false for an event that was received before.';
 
 create or replace function surety.store_rejected_webhook(
-    p_provider text, p_reason text, p_headers jsonb, p_body bytea, p_address text
-) returns void
+    p_provider text, p_reason text, p_detail text, p_headers jsonb, p_body bytea, p_address text
+) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_now timestamptz := surety.time_now();
     v_kept_max constant integer := 1000;
 begin
+    if not audit.count_refusal('webhook', p_reason, '') then
+        return false;
+    end if;
     insert into surety.rejected_webhooks (id, provider, reason, headers, body, body_bytes, received_at)
     values (
-        surety.new_id('rej', v_now), p_provider, p_reason, p_headers, substr(p_body, 1, 4096), length(p_body), v_now
+        surety.new_id('rej', v_now), p_provider, p_detail, p_headers, substr(p_body, 1, 4096), length(p_body), v_now
     );
-    perform audit.write_entry('webhook', p_provider, 'rejected', p_reason, p_address => p_address);
+    perform audit.write_entry('webhook', p_provider, 'rejected', p_detail, p_address => p_address);
     delete from surety.rejected_webhooks
     where id in (
         select r.id from surety.rejected_webhooks as r order by r.id desc offset v_kept_max
         for update skip locked
     );
+    return true;
 end;
 $$;
 
-comment on function surety.store_rejected_webhook(text, text, jsonb, bytea, text) is
-'Stores a webhook that is refused, with the first 4096 bytes of its body: its signature is invalid, or it is signed but
-is no event. The newest 1000 are kept.';
+comment on function surety.store_rejected_webhook(text, text, text, jsonb, bytea, text) is
+'Counts a refused webhook: its signature is invalid, or it is signed but is no event. The first hundred of an hour and
+reason are audited and stored, with the first 4096 bytes of the body; the newest 1000 are kept. True if it was stored.';
 
 create or replace function surety.events_not_received(p_provider text, p_account text, p_event_ids text[]) returns
 text[] language sql stable security definer set search_path = pg_catalog, pg_temp
