@@ -192,7 +192,10 @@ def test_authorization_after_a_final_state_is_canceled_and_reported(conn: Connec
     assert "payment.authorized_late" in record(conn, [fact(payment_id, "submitted", "pi", 10000)])
     assert "payment.authorized_late" in record(conn, [fact(payment_id, "authorized", "ch", 10000)])
     assert state_of(conn, payment_id) == "canceled"
-    assert conn.execute("select kind from surety.discrepancies").fetchall() == [("state",)]
+    found = "select kind, closed_at is not null from surety.discrepancies"
+    assert conn.execute(found).fetchall() == [("state", False)]
+    record(conn, [fact(payment_id, "canceled", "pi", 10000)])
+    assert conn.execute(found).fetchall() == [("state", True)], "its cancellation there closes it"
 
 
 RACES: dict[str, tuple[str, str, list[str | None], str]] = {

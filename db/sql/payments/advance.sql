@@ -23,7 +23,8 @@ begin
         if v_ended.target_state <> 'provider_submitted' then
             v_opened := surety.open_discrepancy(
                 'state', v_ended.id, v_ended.id,
-                format('%s here, %s at the provider', v_ended.state, v_ended.target_state), '{}', false, p_at);
+                format('%s here, %s at the provider', v_ended.state, v_ended.target_state),
+                jsonb_build_object('provider_state', v_ended.target_state), false, p_at);
         end if;
         if v_ended.target_state in ('provider_submitted', 'requires_action', 'authorized', 'processing')
             and (v_ended.is_another or v_opened is not null)
@@ -35,27 +36,47 @@ begin
         end if;
     end loop;
 
+    -- What was live at the provider has ended there as well.
+    update surety.discrepancies as e
+    set closed_at = p_at, closed_because = format('it is %s at the provider', d.target_state)
+    from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
+    where p.state in ('failed', 'canceled') and d.target_state in ('failed', 'canceled')
+        and e.kind = 'state' and e.subject = p.id and e.closed_at is null
+        and e.data ->> 'provider_state' not in ('failed', 'canceled');
+
     perform surety.open_discrepancy(
         'amount', d.payment_id, d.payment_id,
         case
             when d.excess_minor > 0 then format('%s more was captured than was asked for', d.excess_minor)
-            when d.over_refunded_minor > 0
-                then format('%s more was refunded than was captured', d.over_refunded_minor)
-            else format(
-                '%s was refunded and %s disputed or returned, of %s',
-                d.refunded_minor, d.at_risk_minor + d.reversed_minor, d.captured_minor)
+            else format('%s more was refunded than was captured', d.over_refunded_minor)
         end,
         '{}', true, p_at)
     from unnest(p_derived) as d
-    where d.excess_minor > 0 or d.over_refunded_minor > 0
-        or d.refunded_minor + d.at_risk_minor + d.reversed_minor > d.captured_minor;
+    where d.excess_minor > 0 or d.over_refunded_minor > 0;
+    -- Rates move between a charge and its dispute, so a dispute alone may exceed the captured amount.
+    perform surety.open_discrepancy(
+        'amount', d.payment_id || ':disputed', d.payment_id,
+        format(
+            '%s was refunded and %s disputed or returned, of %s',
+            d.refunded_minor, d.at_risk_minor + d.reversed_minor, d.captured_minor),
+        '{}', true, p_at)
+    from unnest(p_derived) as d
+    where d.refunded_minor > 0 and d.at_risk_minor + d.reversed_minor > 0
+        and d.refunded_minor + d.at_risk_minor + d.reversed_minor > d.captured_minor;
+    update surety.discrepancies as e
+    set closed_at = p_at, closed_because = 'refunds and disputes fit the captured amount again'
+    from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
+    where p.at_risk_minor + p.reversed_minor > 0
+        and d.refunded_minor + d.at_risk_minor + d.reversed_minor <= d.captured_minor
+        and e.kind = 'amount' and e.subject = p.id || ':disputed' and e.closed_at is null;
     return v_types;
 end;
 $$;
 
 comment on function surety.report_contradictions(surety.derived[], timestamptz) is
 'Opens discrepancies for payments whose facts contradict their state. Two cases: the payment has ended, but not at the
-provider, or with another outcome there; an amount exceeds the requested or captured one. Emits payment.authorized_late
+provider, or with another outcome there; an amount exceeds the requested or captured one. Closes them when the provider''s
+object has ended, or the amounts fit again; a dispute alone may exceed the captured amount. Emits payment.authorized_late
 if the provider''s intent must be canceled. The payments are locked and not advanced yet. Returns the types of the
 events that it emitted.';
 
