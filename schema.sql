@@ -777,6 +777,7 @@ create table surety.disputes (
     evidence_revision integer not null default 0,
     evidence_due_at timestamptz,
     submit_asked_at timestamptz,
+    evidence_failure jsonb,
     reminded_at timestamptz,
     created_at timestamptz not null,
     updated_at timestamptz not null,
@@ -797,6 +798,8 @@ create index disputes_to_remind_of on surety.disputes (evidence_due_at) where re
 comment on table surety.disputes is
 'Disputes and inquiries as of their last fetch (revision). Any status that the provider may publish has a place; facts
 say what it means for money. evidence is what the merchant gave, merged.';
+comment on column surety.disputes.evidence_failure is
+'Why the evidence given last was not taken: {code, message}. It is open again.';
 comment on column surety.disputes.amount_minor is 'The amount disputed, in minor units of currency.';
 comment on column surety.disputes.withdrawn_minor is
 'What the network holds or keeps of it, in minor units of currency.';

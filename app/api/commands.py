@@ -13,7 +13,7 @@ from app.api.create_payment import BODY_BYTES_MAX, amount_violation
 from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest
 from app.web.asgi import HttpResponse
 from app.web.auth import Caller
-from app.web.problems import Problem, invalid_request
+from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.requests import encode_canonically, hash_of_request, struct_of
 from app.web.validation import violation_checker
 
@@ -91,13 +91,21 @@ def read_command(request: ApiRequest, body: bytes, struct: type[msgspec.Struct])
     return struct_of(given, struct, violation_checker(struct)(given) + key_violations)
 
 
+def evidence_violation(detail: dict[str, Any]) -> RuleViolation:
+    """The refusal of evidence that is too long together with what was given before."""
+    message = f"evidence must have at most {detail['limit']} characters together with what was given before"
+    return RuleViolation(detail["field"], detail["rule"], message, detail["limit"], detail["given"])
+
+
 async def problem_of_command(name: str, detail: Any, caller: Caller) -> Problem:
     """The refusal of a SQL function as a problem."""
     match name:
         case "unauthenticated" | "forbidden" | "not-found":
             return await caller.audit_denial(name)
         case "invalid-request":
-            return invalid_request([amount_violation(detail)])
+            return invalid_request(
+                [evidence_violation(detail) if "evidence" in detail["field"] else amount_violation(detail)]
+            )
         case "wrong-state":
             reason = f": {detail['reason']}" if detail.get("reason") else ""
             return Problem(name, f"it is {detail['state']}{reason}", state=detail["state"])

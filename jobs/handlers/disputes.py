@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from jobs.handlers.calls import CallOperation, CallResult, ProviderCall, answered_result, failed_call_result
+from jobs.handlers.calls import (
+    CallOperation,
+    CallResult,
+    ProviderCall,
+    answered_result,
+    error_fields,
+    failed_call_result,
+)
 from jobs.handlers.webhooks import fetch_dispute
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import PaymentRefused, ProviderError, RequestRejected
-from jobs.stripe.facts import FactOrigin, Json
+from jobs.stripe.facts import FactOrigin, Json, failure
 from jobs.stripe.webhook_events import ProviderObject
 from jobs.worker import Worker
 
@@ -45,7 +52,9 @@ def evidence_result(_call: ProviderCall, answer: ProviderResponse) -> CallResult
 
 
 def explain_evidence_error(call: ProviderCall, error: ProviderError) -> CallResult:
-    """The result of a failed call. It says nothing about the payment."""
+    """The result of a failed call: a refusal opens the evidence again, unless the dispute takes none any more."""
+    if isinstance(error, PaymentRefused):
+        return error_fields(error) | {"refused": failure(error.error)}
     return failed_call_result(call.account, error)
 
 

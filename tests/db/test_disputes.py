@@ -5,6 +5,7 @@ The balance that remains, and what changed it.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,6 +160,12 @@ def submit_evidence(conn: Connection, key: bytes, **fields: Any) -> dict[str, An
     return command(conn, "submit_evidence", key, **asked)
 
 
+LONG_FIELDS = [
+    "access_activity_log", "cancellation_policy_disclosure", "cancellation_rebuttal", "duplicate_charge_explanation",
+    "product_description", "refund_policy_disclosure", "refund_refusal_explanation",
+]  # fmt: skip
+
+
 def test_evidence_is_merged_and_submitted_once(conn: Connection) -> None:
     _, key = add_merchant(conn)
     _, other_key = add_merchant(conn)
@@ -169,6 +176,21 @@ def test_evidence_is_merged_and_submitted_once(conn: Connection) -> None:
     assert (given["status"], given["body"]["evidence"]["given"]) == (202, ["customer_name", "uncategorized_text"])
     refused = submit_evidence(conn, key)
     assert (refused["problem"], refused["detail"]["state"]) == ("wrong-state", "needs_response")
+
+
+def test_evidence_is_limited_over_all_that_was_given(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    record(conn, [dispute_fact(captured(conn, key), "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
+    fields = [*LONG_FIELDS, "uncategorized_text"]
+    for name in fields[:7]:
+        assert submit_evidence(conn, key, evidence={name: "é" * 20000})["status"] == 202
+    assert submit_evidence(conn, key, evidence={fields[7]: "x" * 10000})["status"] == 202
+    refused = submit_evidence(conn, key, evidence={"customer_name": "A"}, submit=True)
+    assert (refused["status"], refused["problem"]) == (None, "invalid-request")
+    assert refused["detail"] == {"field": "/evidence", "rule": "max_length", "limit": 150000, "given": 150001}
+    assert "customer_name" not in dispute(conn)["evidence"]["given"]
+    shorter = submit_evidence(conn, key, evidence={"customer_name": "A", fields[0]: "x"}, submit=True)
+    assert shorter["status"] == 202
 
 
 @pytest.mark.parametrize(
@@ -218,6 +240,60 @@ async def test_evidence_reaches_the_provider_and_wins(conn: Connection, database
     assert there["evidence"]["uncategorized_text"] == "winning_evidence"
     assert dispute(conn)["status"] in {"under_review", "won"}
     assert not violations(conn)
+
+
+REFUSAL = {"code": "invalid_request_error", "message": "Received unknown parameter: evidence[colour]"}
+
+
+def give_unknown_field(conn: Connection) -> None:
+    """What the provider does not take, though we did."""
+    conn.execute('update surety.disputes set evidence = evidence || \'{"colour": "red"}\'')
+
+
+async def test_refused_evidence_is_open_again_and_shows_the_reason(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
+    _, key = add_merchant(conn)
+    async with in_process_worker(database, sandbox.url) as worker:
+        made = await disputed(conn, worker, sandbox, key)
+        assert submit_evidence(conn, key, submit=True)["status"] == 202
+        give_unknown_field(conn)
+        await run_until_idle(worker, "evidence")
+        shown = dispute(conn)["evidence"]
+        assert (shown["submit_asked_at"], shown["failure"]["message"]) == (None, REFUSAL["message"])
+        assert shown["due_at"] is not None
+        events = [
+            row[0] for row in conn.execute("select type from outbox.events where type like 'dispute.evidence_r%'")
+        ]
+        assert events == ["dispute.evidence_refused"]
+        assert conn.execute("select count(*) from outbox.dead_letters").fetchone() == (0,)
+        conn.execute("update surety.disputes set evidence = evidence - 'colour'")
+        again = submit_evidence(conn, key, submit=True)
+        assert (again["status"], again["body"]["evidence"]["failure"]) == (202, None)
+        await run_until_idle(worker, "evidence")
+    assert sandbox.get(f"/v1/disputes/{made}")["evidence_details"]["submission_count"] == 1
+    assert dispute(conn)["evidence"]["failure"] is None
+    assert not violations(conn)
+
+
+def test_discarded_evidence_is_open_again(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    record(conn, [dispute_fact(captured(conn, key), "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
+    assert submit_evidence(conn, key, submit=True)["status"] == 202
+    conn.execute("update outbox.handlers set retry_after = '{0 s}' where handler = 'evidence'")
+    for _ in range(2):
+        claimed = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('evidence', 'w')").fetchone()
+        assert claimed is not None
+        failures = json.dumps([{"event_id": event_id, "error": "Stripe 404"} for event_id in claimed[2]])
+        conn.execute("select outbox.fail_events(%s, %s, %s)", (claimed[0], claimed[1], failures))
+    discard = "select d.outcome from outbox.dead_letters as l, outbox.discard_dead_letter(l.id, 'a', 'old') as d"
+    assert conn.execute(discard).fetchall() == [("discarded",)]
+    shown = dispute(conn)["evidence"]
+    assert shown["submit_asked_at"] is None
+    assert shown["failure"] == {"code": "processing_error", "message": "It could not be submitted."}
+    assert shown["due_at"] == "2099-01-01T00:00:00.000Z"
+    assert submit_evidence(conn, key, submit=True)["status"] == 202
 
 
 @pytest.mark.parametrize("fault", ["timeout_before", "timeout_after", "error_500_before", "error_500_after"])
@@ -286,6 +362,24 @@ def test_api_shows_disputes_accepts_evidence_and_shows_the_balance(conn: Connect
     again = merchant.client.post(path, json=body, headers={"Idempotency-Key": "a"})
     assert (again.content, again.headers["idempotency-replayed"]) == (answer.content, "true")
     problem(merchant.client.post(path, json=body, headers={"Idempotency-Key": "b"}), 409, "wrong-state")
+    conn.execute('select surety.reopen_evidence(%s, 1, \'{"code": "c", "message": "m"}\')', (shown["id"],))
+    assert merchant.get(f"/v1/disputes/{shown['id']}")["evidence"] == {
+        "due_at": "2099-01-01T00:00:00.000Z",
+        "given": ["uncategorized_text"],
+        "submit_asked_at": None,
+        "failure": {"code": "c", "message": "m"},
+    }
+    for number, name in enumerate(LONG_FIELDS):
+        body = {"evidence": {name: "x" * 20000}}
+        answer = merchant.client.post(path, json=body, headers={"Idempotency-Key": f"long {number}"})
+        assert answer.status_code == 202, answer.text
+    body = {"evidence": {"refund_policy_disclosure": "x", "uncategorized_text": "x" * 20000}}
+    merchant.client.post(path, json=body, headers={"Idempotency-Key": "c"})
+    body = {"evidence": {"refund_policy_disclosure": "x" * 20000}, "submit": True}
+    refused = merchant.client.post(path, json=body, headers={"Idempotency-Key": "d"})
+    [broken] = problem(refused, 400, "invalid-request")["errors"]
+    assert (broken["field"], broken["rule"], broken["limit"]) == ("/evidence", "max_length", 150000)
+    assert (broken["given"], "at most 150000 characters" in broken["message"]) == (160000, True)
     event = next(e for e in merchant.get("/v1/events")["data"] if e["type"].startswith("dispute."))
     assert (event["type"], event["data"]["id"]) == ("dispute.needs_response", shown["id"])
     [usd] = merchant.get("/v1/balance")["data"]

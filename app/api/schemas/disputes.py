@@ -10,7 +10,7 @@ from app.api.schemas.fields import DisputeId, Limit, LongText, PaymentId, Provid
 
 
 class NewEvidence(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Evidence against a dispute, as texts; up to 150,000 characters in all."""
+    """Evidence against a dispute, as texts; up to 150,000 characters with what was given before."""
 
     access_activity_log: LongText | None = None
     billing_address: Text | None = None
@@ -39,12 +39,20 @@ class SubmittedEvidence(Struct, frozen=True, forbid_unknown_fields=True, omit_de
     submit: bool = False
 
 
+class EvidenceFailure(Struct):
+    """The reason why evidence was not taken. It is open again until the deadline: correct and submit it."""
+
+    code: str
+    message: str | None = None
+
+
 class EvidenceGiven(Struct):
-    """The deadline, the fields given so far, and the time of the request to submit."""
+    """The deadline, the fields given so far, the time of the request to submit, and why the last ones were refused."""
 
     due_at: str | None
     given: list[str]
     submit_asked_at: str | None
+    failure: EvidenceFailure | None
 
 
 class Dispute(Struct):

@@ -7,6 +7,8 @@ declare
     v_admitted api.admission := api.admit_command('POST /v1/disputes/{id}/evidence', p_request);
     v_dispute surety.disputes;
     v_takes_evidence boolean;
+    v_characters_max constant integer := 150000;
+    v_characters integer;
 begin
     if not v_admitted.outcome is null then
         return v_admitted.outcome;
@@ -29,8 +31,16 @@ begin
                 when v_takes_evidence then 'its evidence was due by ' || surety.format_time(v_dispute.evidence_due_at)
             end));
     end if;
+    v_characters := (
+        select sum(length(given.value)) from jsonb_each_text(v_dispute.evidence || (p_request -> 'evidence')) as given
+    );
+    if v_characters > v_characters_max then
+        return api.refuse_command(v_admitted, 'invalid-request', jsonb_build_object(
+            'field', '/evidence', 'rule', 'max_length', 'limit', v_characters_max, 'given', v_characters));
+    end if;
     update surety.disputes as d
     set evidence = d.evidence || (p_request -> 'evidence'), evidence_revision = d.evidence_revision + 1,
+        evidence_failure = null,
         submit_asked_at = case when (p_request ->> 'submit')::boolean then v_admitted.admitted_at end,
         updated_at = v_admitted.admitted_at
     where d.id = v_dispute.id
@@ -46,7 +56,8 @@ $$;
 comment on function api.submit_evidence(jsonb) is
 'Adds evidence to a dispute; p_request as for api.admit_command, with dispute_id, evidence {field: text} and submit.
 A field given before is kept unless it is given again. With submit, the evidence goes to the network, once. 202 and the
-dispute. Problems: not-found; wrong-state, detail {state, reason}: submitted, closed, or past its deadline.';
+dispute. Problems: not-found; wrong-state, detail {state, reason}: submitted, closed, or past its deadline;
+invalid-request, detail {field, rule, limit, given}: all evidence together is too long for the provider.';
 
 create or replace function api.get_dispute(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp

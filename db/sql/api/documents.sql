@@ -85,7 +85,8 @@ begin atomic
                     ),
                     '[]'::json
                 ),
-                'submit_asked_at', surety.format_time(d.submit_asked_at)
+                'submit_asked_at', surety.format_time(d.submit_asked_at),
+                'failure', d.evidence_failure
             ) as evidence,
             json_build_object('name', d.provider, 'id', d.provider_id) as provider,
             surety.format_time(d.created_at) as created_at,

@@ -77,7 +77,7 @@ begin atomic
                 || coalesce('; the payment stays ' || judged.state, '')
                 || case
                     when p_letter.handler = 'settle' then ', and a missing settlement opens no discrepancy'
-                    when p_letter.handler = 'evidence' then ', and the evidence is not sent, unless more is given'
+                    when p_letter.handler = 'evidence' then ', and the evidence is open again for its merchant'
                     when p_letter.type = 'payment.orphan_found'
                         then ', and ' || (p_letter.payload ->> 'object_id') || ', which was never confirmed, stays'
                     else ''
@@ -337,6 +337,10 @@ begin
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor, request_id)
         select p.id, p.version + 1, p.state, 'failed', 'discarded', v_now, p_actor, p_request_id
         from surety.payments as p where p.id = v_letter.payment_id;
+    elsif v_letter.handler = 'evidence' then
+        perform surety.reopen_evidence(
+            v_letter.payload ->> 'dispute_id', (v_letter.payload ->> 'evidence_revision')::integer,
+            jsonb_build_object('code', 'processing_error', 'message', 'It could not be submitted.'));
     elsif v_verdict = 'cancel' then
         perform outbox.emit_event(
             'payment', p.id, 'payment.action_overdue',

@@ -34,6 +34,7 @@ from (
     ('payment.orphan_found', false, 'The provider has a second object for a payment.'),
     ('dispute.evidence_given', false, 'The merchant asked to submit evidence.'),
     ('dispute.evidence_due', true, 'Evidence is due soon and was not submitted.'),
+    ('dispute.evidence_refused', true, 'The evidence was not taken, for `evidence.failure`; it is open again.'),
     ('webhook.received', false, 'An event of the provider was stored.')
 ) as listed (type, is_for_merchants, meaning)
 on conflict (type) do update

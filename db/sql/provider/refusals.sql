@@ -1,4 +1,4 @@
--- Refusals by the provider: captures, refunds and payments that have failed.
+-- Refusals by the provider: captures, refunds and payments that have failed, evidence that was not taken.
 
 create or replace function surety.fail_refused_captures(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -70,6 +70,57 @@ comment on function surety.fail_refused_refunds(jsonb, text) is
 'Ends refused refunds as failed and releases what they reserved. The payments are locked by the caller. Returns the
 types of the events made.';
 
+create or replace function surety.reopen_evidence(p_dispute_id text, p_revision integer, p_failure jsonb) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_reopened surety.disputes;
+begin
+    update surety.disputes as d
+    set submit_asked_at = null, evidence_failure = p_failure, updated_at = v_now
+    from surety.dispute_statuses as s
+    where d.id = p_dispute_id and d.evidence_revision = p_revision
+        -- A dispute that takes no evidence any more has it, or has ended.
+        and s.status = d.status and s.takes_evidence
+    returning d.* into v_reopened;
+    if not found then
+        return '{}';
+    end if;
+    perform surety.emit_dispute_event(v_reopened, 'dispute.evidence_refused', v_now);
+    return array['dispute.evidence_refused'];
+end;
+$$;
+
+comment on function surety.reopen_evidence(text, integer, jsonb) is
+'Opens a dispute''s evidence again after its last revision was not taken, with the failure that its merchant reads:
+{code, message}. Nothing changes if more was given since. Returns the types of the events made.';
+
+create or replace function surety.fail_refused_evidence(p_results jsonb) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_refused record;
+    v_types text [] := '{}';
+begin
+    for v_refused in
+        select
+            split_part(r.operation, ':', 2) as dispute_id, split_part(r.operation, ':', 3)::integer as revision,
+            r.refused
+        from jsonb_to_recordset(p_results) as r (operation text, refused jsonb)
+        where r.refused is not null and r.operation like 'evidence:%'
+        order by r.operation
+    loop
+        v_types := v_types
+            || surety.reopen_evidence(v_refused.dispute_id, v_refused.revision, v_refused.refused - 'decline_code');
+    end loop;
+    return v_types;
+end;
+$$;
+
+comment on function surety.fail_refused_evidence(jsonb) is
+'Opens refused evidence again. The payments are locked by the caller. Returns the types of the events made.';
+
 create or replace function surety.fail_refused_payments(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -86,7 +137,8 @@ begin
     set failure = r.refused
     from jsonb_to_recordset(p_results) as r (payment_id text, refused jsonb)
     where p.id = r.payment_id and r.refused is not null and p.state = 'submitting';
-    v_types := surety.fail_refused_captures(p_results, p_actor) || surety.fail_refused_refunds(p_results, p_actor);
+    v_types := surety.fail_refused_captures(p_results, p_actor) || surety.fail_refused_refunds(p_results, p_actor)
+        || surety.fail_refused_evidence(p_results);
     with refused as (
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
         select p.id, p.version + 1, p.state, 'failed', 'refused', v_now, p_actor
@@ -103,4 +155,4 @@ $$;
 
 comment on function surety.fail_refused_payments(jsonb, text) is
 'Records the refusals among results (as surety.record_call_results takes them): refused captures and refunds, and
-payments whose creation was refused, have failed. Locks their payments. Returns the types of the events made.';
+payments whose creation was refused, have failed; refused evidence is open again. Locks their payments. Returns the types of the events made.';
