@@ -36,7 +36,10 @@ from db.settings import Settings, load_settings
 log = logging.getLogger("surety.webhooks")
 
 RECEIVE_WEBHOOKS = b"select n, is_new from surety.receive_webhooks(%s)"
-BODY_BYTES_MAX = 256 * 1024
+# Real events are far smaller; 413 makes Stripe repeat an event and then disable the endpoint.
+BODY_BYTES_MAX = 4 * 1024 * 1024
+# Of a rejected webhook: the part that is searched for secrets and sent to the database, which keeps half of it.
+REJECTED_BODY_BYTES_MAX = 8192
 BATCH_MAX = 100
 CLOCK_SECONDS_MAX = 300
 REJECTIONS_PER_SECOND_MAX = 10
@@ -174,12 +177,13 @@ async def store_rejected(
         return
     try:
         row = await request.services.database.fetch_row(
-            "select surety.store_rejected_webhook('stripe', %s, %s, %s, %s, %s)",
+            "select surety.store_rejected_webhook('stripe', %s, %s, %s, %s, %s, %s)",
             invalid.reason,
             str(invalid),
             Jsonb(headers),
-            SECRET_PATTERN.sub(rb"\1", without_secrets(body)),
+            SECRET_PATTERN.sub(rb"\1", without_secrets(body[:REJECTED_BODY_BYTES_MAX])),
             request.address,
+            len(body),
         )
     except (psycopg.Error, Unavailable) as error:
         request.services.refusals.add(invalid.reason)

@@ -40,7 +40,7 @@ grant execute on function outbox.schedule_handlers(text[]) to surety_api, surety
 
 grant execute on function
 surety.receive_webhooks(jsonb),
-surety.store_rejected_webhook(text, text, text, jsonb, bytea, text)
+surety.store_rejected_webhook(text, text, text, jsonb, bytea, text, integer)
 to surety_webhook;
 
 grant execute on function surety.count_refusals(text, jsonb) to surety_api, surety_webhook;

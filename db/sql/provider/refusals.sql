@@ -155,4 +155,5 @@ $$;
 
 comment on function surety.fail_refused_payments(jsonb, text) is
 'Records the refusals among results (as surety.record_call_results takes them): refused captures and refunds, and
-payments whose creation was refused, have failed; refused evidence is open again. Locks their payments. Returns the types of the events made.';
+payments whose creation was refused, have failed; refused evidence is open again. Locks their payments. Returns the
+types of the events made.';

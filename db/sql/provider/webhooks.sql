@@ -55,7 +55,8 @@ comment on function surety.receive_webhooks(jsonb) is
 "body", "address"}]. is_new is false for an event that was received before.';
 
 create or replace function surety.store_rejected_webhook(
-    p_provider text, p_reason text, p_detail text, p_headers jsonb, p_body bytea, p_address text
+    p_provider text, p_reason text, p_detail text, p_headers jsonb, p_body bytea, p_address text,
+    p_body_bytes integer default null
 ) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -68,7 +69,8 @@ begin
     end if;
     insert into surety.rejected_webhooks (id, provider, reason, headers, body, body_bytes, received_at)
     values (
-        surety.new_id('rej', v_now), p_provider, p_detail, p_headers, substr(p_body, 1, 4096), length(p_body), v_now
+        surety.new_id('rej', v_now), p_provider, p_detail, p_headers, substr(p_body, 1, 4096),
+        coalesce(p_body_bytes, length(p_body)), v_now
     );
     perform audit.write_entry('webhook', p_provider, 'rejected', p_detail, p_address => p_address);
     delete from surety.rejected_webhooks
@@ -80,9 +82,10 @@ begin
 end;
 $$;
 
-comment on function surety.store_rejected_webhook(text, text, text, jsonb, bytea, text) is
+comment on function surety.store_rejected_webhook(text, text, text, jsonb, bytea, text, integer) is
 'Counts a refused webhook: its signature is invalid, or it is signed but is no event. The first hundred of an hour and
-reason are audited and stored, with the first 4096 bytes of the body; the newest 1000 are kept. True if it was stored.';
+reason are audited and stored, with the first 4096 bytes of the body; the newest 1000 are kept. p_body may be a part of
+the body, which has p_body_bytes. True if it was stored.';
 
 create or replace function surety.events_not_received(p_provider text, p_account text, p_event_ids text[]) returns
 text[] language sql stable security definer set search_path = pg_catalog, pg_temp
