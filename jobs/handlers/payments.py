@@ -127,6 +127,6 @@ async def expect_settlement(worker: Worker, batch: Batch, event_ids: list[str]) 
 
 
 async def meet_expected_settlement(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
-    """payment.settled: the expected settlement has arrived."""
+    """payment.settled, payment.money_available: the expected settlement has arrived."""
     query = "select surety.meet_expected_settlement(%s, %s, %s)"
     batch.is_lost = not await worker.database.commit_if_true(query, batch.batch_id, batch.fence, event_ids)

@@ -83,7 +83,7 @@ HANDLER_TABLE: tuple[Handler, ...] = (
         expect_settlement,
     ),
     Handler(
-        "close", ("payment.settled",),
+        "close", ("payment.settled", "payment.money_available"),
         "surety.meet_expected_settlement", None, "a settlement met",
         meet_expected_settlement,
     ),

@@ -442,17 +442,3 @@ def test_dispute_of_more_than_was_captured_is_no_discrepancy(conn: Connection, e
     assert conn.execute("select detail from surety.discrepancies").fetchall() == []
     assert state_of(conn, payment_id) == {"won": "confirmed", "lost": "reversed"}[end]
     assert not violations(conn)
-
-
-def test_refund_and_dispute_beyond_the_capture_close_their_discrepancy_when_the_dispute_is_won(
-    conn: Connection,
-) -> None:
-    _, key = add_merchant(conn)
-    payment_id = captured(conn, key)
-    record(conn, [fact(payment_id, "refund_succeeded", "re", 2500)])
-    record(conn, [dispute_fact(payment_id, "needs_response", 0)])
-    found = "select kind, is_critical, closed_at is not null from surety.discrepancies"
-    assert conn.execute(found).fetchall() == [("amount", True, False)]
-    record(conn, [dispute_fact(payment_id, "won", 1)])
-    assert conn.execute(found).fetchall() == [("amount", True, True)]
-    assert not violations(conn)

@@ -306,9 +306,18 @@ def check_expectations(schedule: Schedule) -> None:
     rows = schedule.database.rows(
         "select x.payment_id from surety.expectations as x where not exists (select from surety.steps as s"
         " where s.payment_id = x.payment_id and s.to_state = 'settled' and s.at <= x.met_at)"
+        " and (x.met_at is null or not exists (select from ledger.postings as g"
+        " where g.cause = x.payment_id || ':settled'))"
     )
     if rows:
         schedule.report_violation("a settlement is expected until it happens", rows[0][0])
+    rows = schedule.database.rows(
+        "select s.payment_id from surety.steps as s join surety.steps as n on n.payment_id = s.payment_id"
+        " and n.version = s.version + 1 where s.from_state = 'reversed' and s.to_state = 'settled'"
+        " and n.to_state = 'reversed'"
+    )
+    if rows:
+        schedule.report_violation("a payment with a loss does not settle", rows[0][0])
     rows = schedule.database.rows(
         "select p.id from audit.entries as e join surety.payments as p on p.id = e.payment_id where e.kind = 'answer'"
         " and (e.snapshot ->> 'amount')::bigint <> p.amount_minor and e.snapshot ->> 'object' = 'payment_intent'"

@@ -149,6 +149,11 @@ where
     expectations.met_at is not null and not exists (
         select from surety.steps
         where steps.payment_id = expectations.payment_id and steps.to_state = 'settled'
+    )
+    -- The money of a payment with a loss arrives without that step.
+    and not exists (
+        select from ledger.postings
+        where postings.cause = expectations.payment_id || ':settled'
     );
 
 comment on view invariant.met_expectations_are_settled is 'every met expectation belongs to a settled payment';

@@ -31,6 +31,7 @@ from (
     ('payment.attempt_failed', false, 'The payer''s attempt was declined; the payment can be canceled.'),
     ('payment.action_overdue', false, 'The payer did not act in time, or an operator discarded the dead letter.'),
     ('payment.authorized_late', false, 'The provider still holds an object of a payment that has ended here.'),
+    ('payment.money_available', false, 'The money of a payment with a loss has arrived: its settlement is met.'),
     ('payment.orphan_found', false, 'The provider has a second object for a payment.'),
     ('dispute.evidence_given', false, 'The merchant asked to submit evidence.'),
     ('dispute.evidence_due', true, 'Evidence is due soon and was not submitted.'),

@@ -42,7 +42,7 @@ from (
     ('evidence', 'Submits a dispute''s evidence to the provider.', 200, 2, true),
     ('apply', 'Reads facts from a stored event of the provider.', 200, 2, false),
     ('settle', 'Opens the expected settlement of a confirmed payment.', 500, 2, false),
-    ('close', 'Closes the expected settlement of a settled payment.', 500, 2, false)
+    ('close', 'Closes the expected settlement of a payment whose money has arrived.', 500, 2, false)
 ) as listed (handler, meaning, batch_size, batches_at_once, calls_provider)
 on conflict (handler) do update
 set meaning = excluded.meaning, calls_provider = excluded.calls_provider
@@ -61,6 +61,7 @@ with listed (event_type, handler) as (
     ('payment.orphan_found', 'cancel'),
     ('payment.confirmed', 'settle'),
     ('payment.settled', 'close'),
+    ('payment.money_available', 'close'),
     ('refund.pending', 'refund'),
     ('dispute.evidence_given', 'evidence'),
     ('webhook.received', 'apply')

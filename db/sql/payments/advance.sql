@@ -75,10 +75,10 @@ $$;
 
 comment on function surety.report_contradictions(surety.derived[], timestamptz) is
 'Opens discrepancies for payments whose facts contradict their state. Two cases: the payment has ended, but not at the
-provider, or with another outcome there; an amount exceeds the requested or captured one. Closes them when the provider''s
-object has ended, or the amounts fit again; a dispute alone may exceed the captured amount. Emits payment.authorized_late
-if the provider''s intent must be canceled. The payments are locked and not advanced yet. Returns the types of the
-events that it emitted.';
+provider, or with another outcome there; an amount exceeds the requested or captured one. Closes them when the
+provider''s object has ended, or the amounts fit again; a dispute alone may exceed the captured amount. Emits
+payment.authorized_late if the provider''s intent must be canceled. The payments are locked and not advanced yet.
+Returns the types of the events that it emitted.';
 
 create or replace function surety.missing_steps(
     p_rail text, p_capture_method text, p_state text, p_target_state text, p_visited text[], p_evidenced text[],
@@ -176,7 +176,9 @@ begin
             p_rail => t.rail, p_capture_method => t.capture_method, p_state => t.state,
             p_target_state => t.target_state, p_visited => t.visited, p_evidenced => t.evidenced,
             p_has_ended => t.state in ('failed', 'canceled'), p_is_captured => t.captured_minor > 0,
-            p_is_settled => t.is_settled, p_is_lost => t.is_lost, p_is_refunded_otherwise => t.is_refunded_otherwise
+            -- Money that arrives after a loss makes no step: the payment is not paid.
+            p_is_settled => t.is_settled and t.target_state <> 'reversed', p_is_lost => t.is_lost,
+            p_is_refunded_otherwise => t.is_refunded_otherwise
         ) as way on true
         window w as (partition by t.id order by way.ordinal)
     ),
@@ -212,10 +214,21 @@ begin
         where p.id = t.id and (not t.is_same or t.state is not null)
     )
     select v_types || coalesce(array_agg(distinct 'payment.' || w.to_state), '{}') into v_types from walked as w;
+
+    -- The settlement of a payment with a loss is met by its money, without the step. Once: its posting comes next.
+    perform outbox.emit_event(
+        'payment', d.payment_id, 'payment.money_available', jsonb_build_object('payment_id', d.payment_id), null, null)
+    from unnest(p_derived) as d
+    where d.is_settled and d.target_state = 'reversed'
+        and not exists (select from ledger.postings as g where g.cause = d.payment_id || ':settled');
+    if found then
+        v_types := v_types || array['payment.money_available'];
+    end if;
     return v_types;
 end;
 $$;
 
 comment on function surety.advance_payments(surety.derived[], text, text, text) is
 'Brings payments, already locked, to the states and amounts derived from their facts: the mandatory steps not yet made,
-then one direct step. p_cause is written to the steps; p_request_id may be null. Returns the types of the events made.';
+then one direct step. A payment with a loss never settles: payment.money_available is emitted when its money is there.
+p_cause is written to the steps; p_request_id may be null. Returns the types of the events made.';

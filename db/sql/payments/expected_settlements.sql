@@ -18,8 +18,8 @@ $$;
 
 comment on function surety.expect_settlement(bigint, bigint, text[]) is
 'Handles payment.confirmed: money should arrive within seven days, also for a payment that was disputed or refunded
-meanwhile. Only payment.settled meets the expectation, whichever is handled first. Completes the events in the same
-transaction; false if the lease is lost.';
+meanwhile. Only payment.settled or payment.money_available meets the expectation, whichever is handled first.
+Completes the events in the same transaction; false if the lease is lost.';
 
 create or replace function surety.meet_expected_settlement(p_batch bigint, p_fence bigint, p_event_ids text[])
 returns boolean language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -42,7 +42,8 @@ end;
 $$;
 
 comment on function surety.meet_expected_settlement(bigint, bigint, text[]) is
-'Handles payment.settled: the expected money has arrived, and an overdue discrepancy is closed. A payment may settle
+'Handles payment.settled and, after a loss, payment.money_available: the expected money has arrived, and an overdue
+discrepancy is closed. A payment may settle
 before its settlement is expected, and may settle twice: after a refund that has come back. Completes the events in the
 same transaction; false if the lease is lost.';
 
