@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from db.connect import bounded_connection, conninfo
 from db.errors import is_unreachable
+from db.logs import format_root_handlers
 from db.settings import load_settings
 from jobs.database import POOL_SECONDS
 from jobs.periodic import schedule_periodic_tasks
@@ -37,6 +38,7 @@ class WorkerApp(App):
         """Work until asked to stop. Raises SettingsError if no provider or no database is named."""
         settings = load_settings()
         quiet_library_logs()
+        format_root_handlers("worker")
         schedule_periodic_tasks(self, settings)
         name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
         by_signals = options.get("install_signal_handlers", True)

@@ -20,6 +20,7 @@ def api(host: str | None, port: int | None, processes: int) -> None:
     require_deployed("api", settings, "api.create_payments(json)")
     serve(
         "app.api.application:create_app",
+        name="api",
         host=host or settings.surety_host,
         port=settings.surety_api_port if port is None else port,
         processes=processes,

@@ -23,6 +23,7 @@ def webhooks(host: str | None, port: int | None, processes: int) -> None:
     require_deployed("webhook", settings, "surety.receive_webhooks(jsonb)")
     serve(
         "app.receiver:create_app",
+        name="webhooks",
         host=host or settings.surety_host,
         port=settings.surety_webhook_port if port is None else port,
         processes=processes,

@@ -24,6 +24,7 @@ from uvicorn.supervisors import Multiprocess
 from app.connection_limits import ConnectionLimits
 from app.web.load_shedding import LoadSheddingProtocol
 from db.errors import SuretyError
+from db.logs import logging_config
 
 log = logging.getLogger("surety.serving")
 
@@ -38,8 +39,8 @@ class AddressUnavailable(SuretyError):
     """The address is in use, or is not one of this machine's."""
 
 
-def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
-    """Serve `module:factory` until SIGINT or SIGTERM, then finish the requests under way.
+def serve(factory: str, *, name: str, host: str, port: int, processes: int = 1) -> None:
+    """Serve `module:factory` until SIGINT or SIGTERM, then finish the requests under way. Logs name the process `name`.
 
     Prints `listening on HOST:PORT` once connections are accepted; port 0 takes a free one. With several processes, one
     that dies is replaced, and all of them end with their parent, even if it is killed.
@@ -51,7 +52,7 @@ def serve(factory: str, *, host: str, port: int, processes: int = 1) -> None:
         http=LoadSheddingProtocol,
         ws="none",
         lifespan="on",
-        log_config=LOGGING,
+        log_config=logging_config(name),
         access_log=False,
         proxy_headers=False,
         server_header=False,
@@ -108,16 +109,3 @@ def terminate_with_parent(parent: BaseProcess) -> None:
     """End once the parent is gone, so that its successor finds the port free."""
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "loggers": {
-        "surety": {"level": "INFO", "handlers": ["stderr"]},
-        "uvicorn": {"level": "WARNING", "handlers": ["stderr"]},
-        "psycopg.pool": {"level": "ERROR", "handlers": ["stderr"]},
-    },
-}

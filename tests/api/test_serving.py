@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 IMPATIENT = """
 from app.web import serving
 serving.SHUTDOWN_SECONDS_MAX, serving.GRACE_SECONDS = 1, 0.5
-serving.serve("tests.api.test_serving:create_stubborn", host="127.0.0.1", port=0, processes=2)
+serving.serve("tests.api.test_serving:create_stubborn", name="api", host="127.0.0.1", port=0, processes=2)
 """
 
 

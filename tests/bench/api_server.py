@@ -55,4 +55,4 @@ def benchmark_app() -> AsgiApplication:
 
 if __name__ == "__main__":
     os.environ[SHAPE] = f"{sys.argv[2]} {sys.argv[3]}"
-    serve("tests.bench.api_server:benchmark_app", host="127.0.0.1", port=int(sys.argv[1]))
+    serve("tests.bench.api_server:benchmark_app", name="api", host="127.0.0.1", port=int(sys.argv[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import threading
 import time
@@ -265,3 +266,35 @@ def test_worker_with_dead_connections_recovers(conn: Connection, database: str, 
         proxy.is_dead = False
         eventually(lambda: settled(conn) == {first, second}, 90)
         assert worker.poll() is None
+
+
+def test_connection_losses_are_single_lines_in_the_logs_of_all_processes(
+    killable_server: EmbeddedServer, tmp_path: Path
+) -> None:
+    worker_log = tmp_path / "worker.log"
+    with (
+        running_sandbox(tmp_path) as sandbox,
+        running_server("api", killable_server.url) as api,
+        running_server("webhooks", killable_server.url) as receiver,
+        worker_log.open("wb") as stderr,
+        worker_process(killable_server.url, sandbox.url, stderr=stderr),
+        ExitStack() as stack,
+    ):
+        with connect_as_owner(killable_server.url) as conn:
+            wait_for_worker(conn)
+            merchant = stack.enter_context(create_merchant(conn, api.url))
+            merchant.pay()
+        killable_server.halt("immediate")
+        problem(merchant.post(payment()), 503, "unavailable")
+        problem(merchant.client.get("/v1/payments"), 503, "unavailable")
+        assert httpx.post(f"{receiver.url}/stripe", content=b"{}", timeout=30).status_code == 400
+        eventually(lambda: "the worker ended by itself" in worker_log.read_text(), 60)
+        killable_server.resume()
+        with connect_as_owner(killable_server.url) as conn:
+            eventually(lambda: settled(conn), 60)
+        logs = {"api": api.stop()[1], "webhooks": receiver.stop()[1], "worker": worker_log.read_text()}
+    # Procrastinate prints this line, which is no entry of the log.
+    logs["worker"] = logs["worker"].replace("Launching a worker on all queues\n", "")
+    for name, log in logs.items():
+        line = re.compile(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}Z [A-Z]+ {name}\[\d+\] [\w.]+: .+")
+        assert log and [other for other in log.splitlines() if not line.fullmatch(other)] == [], log

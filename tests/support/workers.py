@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import parse_qsl
 
 import httpx
@@ -40,12 +40,20 @@ def shorten_delays(conn: Connection, retry_after: str = "{0.05 s,0.1 s}") -> Non
 
 @contextmanager
 def worker_process(
-    database: str, sandbox_url: str, name: str = "w", app: str = "jobs.app", **more: str
+    database: str,
+    sandbox_url: str,
+    name: str = "w",
+    app: str = "jobs.app",
+    *,
+    stderr: IO[bytes] | None = None,
+    **more: str,
 ) -> Generator[subprocess.Popen[bytes]]:
     """A worker as operators start it, ended in the end."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SURETY_", "STRIPE_"))}
     command = [sys.executable, "-m", "procrastinate", "--app", app, "worker", "--name", name]
-    process = subprocess.Popen(command, cwd=ROOT, env=inherited | environment(database, sandbox_url, **more))
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=inherited | environment(database, sandbox_url, **more), stderr=stderr
+    )
     try:
         yield process
     finally:
