@@ -210,7 +210,19 @@ begin
             case when g.kind in ('returned', 'dishonored', 'contested') then 'return_without_entry' else g.ended_as end,
             g.object_id || ':' || g.kind, null,
             format('%s %s belongs to no payment here', g.kind, g.object_id), g.fact, g.ended_as = 'missing_here', v_now)
-        from unnest(v_given_up) as g;
+        from unnest(v_given_up) as g
+        where g.ended_as = 'missing_here' or g.kind in ('returned', 'dishonored', 'contested');
+        -- Another system on the same account is reported once, not with each of its payments: its money is in suspense.
+        perform surety.open_discrepancy(
+            'foreign', f.provider || '/' || f.account, null,
+            format('%s and others belong to no payment here: another system uses the account', f.object_id), f.fact,
+            false, v_now)
+        from (
+            select distinct on (g.provider, g.account) g.*
+            from unnest(v_given_up) as g
+            where g.ended_as = 'foreign' and g.kind not in ('returned', 'dishonored', 'contested')
+            order by g.provider, g.account, g.object_id
+        ) as f;
         perform ledger.post(array_agg(surety.entry_without_payment(
             g.fact, surety.posting_rule(g.provider, 'foreign', false)) order by g.object_id), v_now)
         from unnest(v_given_up) as g where g.kind = 'money'
@@ -222,5 +234,5 @@ $$;
 
 comment on function surety.retry_unmatched_facts(integer) is
 'Matches facts again that found no payment, the oldest first, at most p_limit. After 15 minutes a fact ends as foreign,
-or as missing_here, a critical discrepancy, if it carries our environment''s metadata. Returns the types of the events
-made.';
+or as missing_here, a critical discrepancy, if it carries our environment''s metadata. An account has one discrepancy for
+all that is foreign; closed, it stays closed. Returns the types of the events made.';
