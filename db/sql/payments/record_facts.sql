@@ -234,5 +234,5 @@ $$;
 
 comment on function surety.retry_unmatched_facts(integer) is
 'Matches facts again that found no payment, the oldest first, at most p_limit. After 15 minutes a fact ends as foreign,
-or as missing_here, a critical discrepancy, if it carries our environment''s metadata. An account has one discrepancy for
-all that is foreign; closed, it stays closed. Returns the types of the events made.';
+or as missing_here, a critical discrepancy, if it carries our environment''s metadata. An account has one discrepancy
+for all that is foreign; closed, it stays closed. Returns the types of the events made.';
