@@ -56,8 +56,8 @@ end;
 
 comment on function surety.charge_exchange_rate(text) is
 'The currency in which a payment''s charge arrived and its rate, units of it per unit of the payment''s; no row if it
-arrived in its own. The rate is the provider''s, or the one that the amounts imply if it names none. Refunds and disputes
-have rates of their own.';
+arrived in its own. The rate is the provider''s, or the one that the amounts imply if it names none. Refunds and
+disputes have rates of their own.';
 
 create or replace function surety.settled_amounts(p_payment surety.payments, p_merchant surety.merchants)
 returns table (exchanged boolean, currency text, net bigint, other_currency text, other_net bigint)

@@ -153,5 +153,5 @@ $$;
 
 comment on function outbox.release_events(bigint, bigint, text[], interval, text, text, text, boolean) is
 'Moves events of a batch to retries without counting a failure, for a cause of outbox.release_causes. They are due again
-after p_after or the cause''s delay, whichever is longer. p_outage is the circuit key of an account in outage. p_is_held:
-no call was made, so no attempt is listed. False, and nothing done, if the lease is lost.';
+after p_after or the cause''s delay, whichever is longer. p_outage is the circuit key of an account in outage.
+p_is_held: no call was made, so no attempt is listed. False, and nothing done, if the lease is lost.';

@@ -311,8 +311,8 @@ $$;
 
 comment on function surety.uncount_outage_failures(bigint, jsonb) is
 'The results of surety.record_event_results, with "release_seconds" and "release_cause" for each that failed by an
-outage of its account ("outage": the circuit''s key). If fewer than five of the account''s calls failed lately, or after eighteen uncounted
-failures, a failure while the circuit is closed is the event''s own.';
+outage of its account ("outage": the circuit''s key). If fewer than five of the account''s calls failed lately, or after
+eighteen uncounted failures, a failure while the circuit is closed is the event''s own.';
 
 create or replace function surety.circuit_status()
 returns table (
