@@ -413,11 +413,16 @@ create table surety.merchants (
     constraint merchants_pkey primary key (id),
     constraint merchant_id_is_a_merchant_id check (id ~ '^mer_[0-9a-f]{32}$'),
     constraint merchant_name_is_short check (char_length(name) between 1 and 200),
+    constraint provider_account_is_an_account_id check (provider_account ~ '^(acct_[0-9A-Za-z_]{1,200})?$'),
     constraint merchant_fee_is_a_part check (fee_basis_points between 0 and 10000)
 );
 comment on table surety.merchants is
 'The businesses that are paid. provider_account is their account at the provider, empty for the platform''s own. Our
 fee is amount * fee_basis_points / 10000, rounded half up, plus the fixed fee of the currency.';
+
+create unique index merchants_account on surety.merchants (provider_account) where provider_account <> '';
+comment on index surety.merchants_account is
+'Two merchants on one account would book its money twice.';
 
 create table surety.api_keys (
     id text collate "C" not null,

@@ -32,7 +32,11 @@ def add(name: str, account: str) -> None:
             row = conn.execute(
                 "select surety.add_merchant(%s, %s, %s)", (name, account, operator_identity())
             ).fetchone()
-        except psycopg.errors.CheckViolation:
+        except psycopg.errors.UniqueViolation:
+            raise SuretyError(f"--account: another merchant has the account {account}") from None
+        except psycopg.errors.CheckViolation as error:
+            if error.diag.constraint_name == "provider_account_is_an_account_id":
+                raise SuretyError("--account: an id of the provider's, such as acct_1032D82eZvKYlo2C") from None
             raise SuretyError("a merchant's name has 1 to 200 characters") from None
     assert row is not None
     click.echo(row[0])

@@ -59,6 +59,15 @@ def test_merchants_and_keys_are_listed_without_truncation(run: Run) -> None:
     assert key[-4:] not in said(run("keys", "list", "--merchant", "mer_none"))
 
 
+def test_an_account_belongs_to_one_merchant(run: Run, conn: Connection) -> None:
+    said(run("merchants", "add", "Acme Books", "--account", "acct_1"))
+    again = run("merchants", "add", "Acme Books again", "--account", "acct_1")
+    assert refused(again) == "--account: another merchant has the account acct_1"
+    other = run("merchants", "add", "Acme Toys", "--account", "ACCT_1 ")
+    assert refused(other).startswith("--account: an id of the provider's")
+    assert conn.execute("select count(*) from surety.merchants").fetchone() == (1,)
+
+
 def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: Connection) -> None:
     merchant, key_hash = add_merchant(conn)
     assert said(run("merchants", "suspend", merchant)) == f"{merchant} is suspended"

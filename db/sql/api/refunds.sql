@@ -99,9 +99,9 @@ comment on function api.create_refund(jsonb) is
 'Creates a refund; p_request as for api.admit_command, with payment_id and optionally amount (minor units), reason and
 metadata. Without an amount, the rest is refunded. 201 and the refund, pending; its amount is reserved.
 Problems: not-found; wrong-state, detail {state, reason}; invalid-request if the amount exceeds the rest or is no
-multiple of the currency''s step; balance-too-low, detail {needed, balance, currency}. The merchant''s pending and available balance must cover the
-refund, except for our fee of this payment, so that a merchant with no other money can refund it in full. A balance in
-the currency of an exchange counts at the payment''s own rate.';
+multiple of the currency''s step; balance-too-low, detail {needed, balance, currency}. The merchant''s pending and
+available balance must cover the refund, except for our fee of this payment, so that a merchant with no other money can
+refund it in full. A balance in the currency of an exchange counts at the payment''s own rate.';
 
 create or replace function api.get_refund(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp

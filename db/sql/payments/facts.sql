@@ -7,9 +7,10 @@
 -- Amounts are minor units of currency. kind is a row of surety.fact_kinds.
 --
 -- data of a money fact: category (charge, refund, dispute, payout, …), source, fee, net, available_at, and for a
--- record in another currency than the payment: other_currency, other_gross, rate. amount_minor is the record's gross, signed,
--- and so is other_gross. A bank's facts about ACH have the provider bank and the categories ach_credit, ach_return,
--- refund and refund_failure. A bank line that was matched to a payout, bank_line, names the account that paid out.
+-- record in another currency than the payment: other_currency, other_gross, rate. amount_minor is the record's gross,
+-- signed, and so is other_gross. A bank's facts about ACH have the provider bank and the categories ach_credit,
+-- ach_return, refund and refund_failure. A bank line that was matched to a payout, bank_line, names the account that
+-- paid out.
 
 create or replace function surety.new_fact(
     p_id text, p_payment_id text, p_provider text, p_account text, p_livemode boolean, p_object_id text, p_kind text,
