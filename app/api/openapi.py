@@ -83,6 +83,8 @@ HEADERS: dict[str, JsonDocument] = {
     },
     "WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}},
 }
+# Any request may be refused for its form, before its route is known.
+CONNECTION_PROBLEMS = ("request-timeout", "target-too-long", "head-too-large")
 HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}
 
 IDEMPOTENCY_KEY_PARAMETER: JsonDocument = {
@@ -163,7 +165,8 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
         "summary": name,
         "description": cleandoc(row.endpoint.__doc__ or ""),
         "operationId": camel_case(row.path) + name,
-        "responses": describe_answers(row, is_idempotent=is_idempotent) | describe_problems(row.problems),
+        "responses": describe_answers(row, is_idempotent=is_idempotent)
+        | describe_problems([*row.problems, *CONNECTION_PROBLEMS]),
     }
     if parameters:
         operation["parameters"] = parameters

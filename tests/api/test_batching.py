@@ -14,7 +14,7 @@ from psycopg import AsyncConnection
 
 from app.api.create_payment import CREATE_PAYMENTS
 from app.api.schemas.payments import PaymentRequest
-from app.web.batching import BatchingConnections, RefusedByDatabase, Row, Unavailable
+from app.web.batching import BatchingConnections, DatabaseAway, RefusedByDatabase, Row, Unavailable
 from app.web.keys import NewKey, new_key
 from app.web.worker_scheduler import WorkerScheduler
 from db.connect import connect_async
@@ -296,7 +296,7 @@ async def test_batch_is_not_split_for_errors_that_no_request_caused(
     async with opened_batching(settings, connections=1) as batching:
         echo.execute("alter function public.echo(jsonb) rename to other")
         rows = await send_words(batching, *(f"w{n}" for n in range(10)))
-        assert {type(row) for row in rows} == {Unavailable}
+        assert {type(row) for row in rows} == {DatabaseAway}
         assert len(caplog.records) == 1
         echo.execute("alter function public.other(jsonb) rename to echo")
         await batching.submit(EchoRequest("again"))

@@ -69,6 +69,8 @@ def test_every_response_matches_the_openapi_document(
     (tmp_path / "schemathesis.toml").write_text(
         f"""
         headers = {{ Authorization = "Bearer {merchant.key}" }}
+        # A target that is too long breaks its parameter's description as well.
+        checks.negative_data_rejection.expected-statuses = [400, 401, 403, 404, 406, 409, 413, 414, 415, 422, 431]
 
         [[operations]]
         include-path-regex = "/v1/operator"

@@ -235,12 +235,9 @@ def test_signed_body_that_is_not_an_event_is_rejected(client: httpx.Client, body
     problem(deliver(client, body), 400, "invalid-request")
 
 
-def test_rejected_webhooks_are_stored_truncated_and_audited_up_to_a_limit(module_database: str) -> None:
-    with running_server("webhooks", module_database) as running, connect_as_owner(module_database) as conn:
+def test_rejected_webhooks_are_stored_truncated_and_audited_up_to_a_limit(database: str) -> None:
+    with running_server("webhooks", database) as running, connect_as_owner(database) as conn:
         before = one(conn, "select count(*) from surety.rejected_webhooks")
-        counted_before = one(
-            conn, "select coalesce(sum(count), 0) from audit.refusals where reason = 'wrong-signature'"
-        )
         # Larger than the part that the database gets, within the bound of a body.
         body = event(filler="x" * 300_000)
         with httpx.Client(base_url=running.url, verify=CONTEXT, timeout=30) as client:
@@ -261,9 +258,9 @@ def test_rejected_webhooks_are_stored_truncated_and_audited_up_to_a_limit(module
         audited = one(conn, "select count(*) from audit.entries where kind = 'webhook' and outcome = 'rejected'")
         assert audited == one(conn, "select count(*) from surety.rejected_webhooks")
     # A server that ends has written its counts.
-    with connect_as_owner(module_database) as conn:
+    with connect_as_owner(database) as conn:
         counted = "select sum(count) from audit.refusals where kind = 'webhook' and reason = 'wrong-signature'"
-        assert one(conn, counted) - counted_before == 100
+        assert one(conn, counted) == 100
 
 
 def test_only_a_hundred_rejected_webhooks_an_hour_and_reason_leave_rows(conn: Connection) -> None:
