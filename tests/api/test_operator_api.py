@@ -216,12 +216,12 @@ def test_openapi_document_describes_every_body_and_response(api: ServerProcess) 
     document = httpx.get(f"{api.url}/docs/openapi.json").json()
     for path, struct in (("replay", "BulkDecision"), ("discard", "BulkDecision")):
         post = document["paths"][f"{LETTERS}/{path}"]["post"]
-        assert set(post["responses"]) == {"200", "400", "401", "403", "413", "415", "503"}, struct
+        assert set(post["responses"]) == {"200", "400", "401", "403", "408", "413", "414", "415", "431", "503"}, struct
         reference = post["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         assert reference == f"#/components/schemas/{struct}"
         assert "dry_run" in document["components"]["schemas"][struct]["properties"]
     one = document["paths"][f"{LETTERS}/{{letter_id}}/discard"]["post"]
-    assert set(one["responses"]) == {"200", "400", "401", "403", "404", "409", "413", "415", "503"}
+    assert set(one["responses"]) == {"200", "400", "401", "403", "404", "408", "409", "413", "414", "415", "431", "503"}
     assert one["requestBody"]["content"]["application/json"]["schema"]["$ref"] == "#/components/schemas/Decision"
     assert document["components"]["schemas"]["Decision"]["required"] == ["reason"]
     query = {parameter["name"] for parameter in document["paths"][LETTERS]["get"]["parameters"]}

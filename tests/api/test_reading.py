@@ -316,7 +316,20 @@ def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
         "/health",
     }
     post = shown["paths"]["/v1/payments"]["post"]
-    assert set(post["responses"]) == {"201", "400", "401", "403", "409", "413", "415", "422", "503"}
+    assert set(post["responses"]) == {
+        "201",
+        "400",
+        "401",
+        "403",
+        "408",
+        "409",
+        "413",
+        "414",
+        "415",
+        "422",
+        "431",
+        "503",
+    }
     body = shown["components"]["schemas"]["NewPayment"]
     assert body["required"] == ["amount", "currency", "payment_method"]
     assert body["properties"]["amount"]["minimum"] == 1
