@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import httptools
@@ -68,7 +69,7 @@ class ShedResponse:
     message_event = asyncio.Event()
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(HttpToolsProtocol, ABC):
     """uvicorn's protocol within limits. A subclass renders refusals and may refuse requests by their heads.
 
     Nothing is done per header: heads are searched and counted as bytes, before they are parsed.
@@ -115,9 +116,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._last_scope: object = None  # of the last whole request
         self._completed = 0  # requests that have arrived whole
 
+    @abstractmethod
     def refusal_response(self, refusal: Refusal) -> RefusalResponse:
         """A refusal as the application's clients know it."""
-        raise NotImplementedError
 
     def is_shed(self) -> bool:
         """Whether the request whose head is complete gets `write_shed_response` instead of the application."""
