@@ -65,7 +65,7 @@ async def maintain(worker: Worker) -> None:
     """Make partitions for the months ahead; delete expired idempotency keys, old counts and orphaned jobs."""
     await worker.database.value("select surety.maintain_partitions()")
     await repeat_until_done(worker, "select surety.delete_expired_idempotency_keys()")
-    await repeat_until_done(worker, "select surety.delete_old_refusals()")
+    await worker.database.value("select surety.delete_old_refusals()")
     await worker.database.value("select outbox.delete_orphaned_jobs()")
 
 

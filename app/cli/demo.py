@@ -31,7 +31,7 @@ PIPE_WIDTH = 110
 )
 @click.option("--seed", type=int, help="The seed of the faults and their times; the same seed gives the same faults.")
 @click.option("--no-faults", is_flag=True, help="No faults: the provider never misbehaves, and no worker is killed.")
-@click.option("--keep", is_flag=True, help="Keep everything running afterwards, until Ctrl-C.")
+@click.option("--keep", is_flag=True, help="Keep everything running until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, last.")
 def demo(payments: int, merchants: int, seed: int | None, no_faults: bool, keep: bool, as_json: bool) -> None:
     """Make payments over HTTP while the provider misbehaves and a worker dies; then check every invariant.

@@ -95,7 +95,7 @@ def running_scenario(server: str, folder: Path, *options: str) -> Generator[Paym
 
 @pytest.fixture(scope="module")
 def scenario(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaymentScenario]:
-    with running_scenario(server, tmp_path_factory.mktemp("afterwards")) as running:
+    with running_scenario(server, tmp_path_factory.mktemp("later")) as running:
         yield running
 
 

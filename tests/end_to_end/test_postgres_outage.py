@@ -124,7 +124,7 @@ def test_ten_minutes_without_postgresql_lose_nothing_and_need_no_operator(
         assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
 
 
-def test_api_process_started_during_an_outage_serves_afterwards(
+def test_api_process_started_during_an_outage_serves_after_it(
     killable_server: EmbeddedServer,
 ) -> None:
     with running_server("api", killable_server.url, "--processes", "2") as api:

@@ -45,22 +45,17 @@ end;
 comment on function surety.list_refusals() is
 'Refusals of this hour and of the last 24 hours, by kind, reason, and whether the key is or was one of ours.';
 
-create or replace function surety.delete_old_refusals(p_limit integer default 10000) returns integer
+create or replace function surety.delete_old_refusals() returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with deleted as (
         delete from audit.refusals
-        where ctid = any(array(
-            select old.ctid from audit.refusals as old
-            where old.hour < surety.time_now() - interval '30 days'
-            limit p_limit
-            for update skip locked
-        ))
+        where refusals.hour < surety.time_now() - interval '30 days'
         returning refusals.hour
     )
 
     select count(*)::integer from deleted;
 end;
 
-comment on function surety.delete_old_refusals(integer) is
-'Deletes up to p_limit counts of refusals that are older than 30 days; returns how many.';
+comment on function surety.delete_old_refusals() is
+'Deletes counts of refusals that are older than 30 days; returns how many. An hour has one for each reason and key.';

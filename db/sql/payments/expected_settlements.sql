@@ -43,9 +43,8 @@ $$;
 
 comment on function surety.meet_expected_settlement(bigint, bigint, text[]) is
 'Handles payment.settled and, after a loss, payment.money_available: the expected money has arrived, and an overdue
-discrepancy is closed. A payment may settle
-before its settlement is expected, and may settle twice: after a refund that has come back. Completes the events in the
-same transaction; false if the lease is lost.';
+discrepancy is closed. A payment may settle before its settlement is expected, and may settle twice: after a refund that
+has come back. Completes the events in the same transaction; false if the lease is lost.';
 
 create or replace function surety.open_overdue_discrepancies(p_limit integer default 500) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
