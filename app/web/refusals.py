@@ -32,6 +32,7 @@ class RefusalCounter:
         self._counts: Counter[str] = Counter()
         self._is_failing = False
         self._wanted = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._task = asyncio.create_task(self._run())
 
     def add(self, reason: str) -> None:
@@ -51,9 +52,14 @@ class RefusalCounter:
             await self._wanted.wait()
             await asyncio.sleep(self._interval_seconds)
             self._wanted.clear()
-            await self._write()
+            # Closing does not cancel a statement that may have been committed: its counts would be written again.
+            await asyncio.shield(asyncio.ensure_future(self._write()))
 
     async def _write(self) -> None:
+        async with self._writing:
+            await self._write_counts()
+
+    async def _write_counts(self) -> None:
         counts = dict(self._counts)
         if not counts:
             return
