@@ -85,11 +85,13 @@ create table surety.environment (
     constraint environment_is_one_row check (singleton),
     constraint environment_kind_is_known check (kind in ('production', 'test')),
     constraint test_environment_moves_no_real_money check (kind = 'production' or not livemode),
-    constraint environment_kind_can_be_referred_to unique (kind)
+    constraint environment_kind_can_be_referred_to unique (kind),
+    constraint environment_mode_can_be_referred_to unique (livemode)
 );
 comment on table surety.environment is
 'One row: the identity of this database. Its id is in the metadata of our objects at providers, which distinguishes
-money that another system moved from money that we lost track of.';
+money that another system moved from money that we lost track of. livemode: real money moves. Merchants refer to it, so
+it can''t change once there is one.';
 
 create table surety.clock (
     kind text not null default 'test',
@@ -410,7 +412,10 @@ create table surety.merchants (
     fee_basis_points integer not null default 340,
     created_at timestamptz not null,
     suspended_at timestamptz,
+    livemode boolean not null,
     constraint merchants_pkey primary key (id),
+    constraint merchant_has_the_mode_of_its_database foreign key (livemode) references surety.environment (livemode),
+    constraint merchant_mode_can_be_referred_to unique (id, livemode),
     constraint merchant_id_is_a_merchant_id check (id ~ '^mer_[0-9a-f]{32}$'),
     constraint merchant_name_is_short check (char_length(name) between 1 and 200),
     constraint provider_account_is_an_account_id check (provider_account ~ '^(acct_[0-9A-Za-z_]{1,200})?$'),
@@ -539,7 +544,8 @@ create table surety.payments (
     constraint payments_pkey primary key (id),
     -- A bound within the pattern would cost thirty times as much.
     constraint payment_id_is_a_payment_id check (length(id) = 36 and id ~ '^pay_[0-9a-f]+$'),
-    constraint payment_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint payment_belongs_to_a_merchant foreign key (merchant_id, livemode)
+    references surety.merchants (id, livemode),
     constraint payment_currency_is_known foreign key (currency) references surety.currencies (currency),
     constraint payment_amount_is_positive check (amount_minor > 0),
     constraint payment_rail_has_a_path check (
@@ -1362,7 +1368,7 @@ create table audit.refusals (
     constraint refusals_pkey primary key (hour, kind, reason, actor),
     constraint refusal_reason_is_known check (
         (kind, reason) in (
-            ('denied', 'unauthenticated'), ('denied', 'forbidden'), ('denied', 'not-found'),
+            ('denied', 'unauthenticated'), ('denied', 'other-mode'), ('denied', 'forbidden'), ('denied', 'not-found'),
             ('webhook', 'no-signature'), ('webhook', 'wrong-signature'), ('webhook', 'old-signature'),
             ('webhook', 'no-event')
         )

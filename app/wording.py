@@ -1,4 +1,4 @@
-"""Numbers and times as people read them."""
+"""Numbers, times and modes as people read them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ def format_age(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / unit:.0f} {name}"
     return f"{seconds / 86_400:.0f} d"
+
+
+def describe_mode(livemode: bool) -> str:
+    """live: real money moves; test: no real money moves."""
+    return "live: real money moves" if livemode else "test: no real money moves"
 
 
 def count_noun(number: int, noun: str, plural: str | None = None) -> str:

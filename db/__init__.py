@@ -47,6 +47,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "report/trace",
     "report/views",
     "operations/merchants",
+    "operations/mode",
     "operations/keys",
     "operations/dead_letters",
     "operations/discrepancies",

@@ -30,6 +30,7 @@ COMMANDS = {
     "deploy": CommandEntry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
     "api": CommandEntry("app.cli.api:api", "Serve the HTTP API."),
     "webhooks": CommandEntry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
+    "mode": CommandEntry("app.cli.mode:mode", "Show or decide whether real money moves: live or test."),
     "merchants": CommandEntry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
     "keys": CommandEntry("app.cli.keys:keys", "Create, list and revoke keys of merchants and operators."),
     "trace": CommandEntry("app.cli.trace:trace", "Show the history of a payment."),

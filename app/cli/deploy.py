@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 from rich.console import Console
 
+from app.wording import describe_mode
+from db.connect import connect
 from db.deploy.deploy import deploy as deploy_to
 from db.settings import load_settings
 
@@ -14,7 +16,8 @@ from db.settings import load_settings
 def deploy(force: bool) -> None:
     """Bring the database of DATABASE_URL to this version: safe to repeat, to race and to run beside traffic."""
     progress = Console(stderr=True, highlight=False)
-    done = deploy_to(load_settings().require("database_url").reveal(), force=force, say=progress.print)
+    settings = load_settings()
+    done = deploy_to(settings.require("database_url").reveal(), force=force, say=progress.print)
     console = Console(highlight=False)
     parts = {
         "migrated": done.migrations,
@@ -27,3 +30,6 @@ def deploy(force: bool) -> None:
     console.print(
         f"{done.outcome} in {done.seconds:.2f} s" + (f", {done.attempts} attempts" if done.attempts > 1 else "")
     )
+    with connect("deploy", settings) as conn:
+        [(livemode,)] = conn.execute("select surety.read_livemode()").fetchall()
+    console.print(f"mode {describe_mode(livemode)}")

@@ -34,6 +34,8 @@ def add(name: str, account: str) -> None:
             ).fetchone()
         except psycopg.errors.UniqueViolation:
             raise SuretyError(f"--account: another merchant has the account {account}") from None
+        except psycopg.errors.ForeignKeyViolation:
+            raise SuretyError("the mode of this database was changed meanwhile: run the command again") from None
         except psycopg.errors.CheckViolation as error:
             if error.diag.constraint_name == "provider_account_is_an_account_id":
                 raise SuretyError("--account: an id of the provider's, such as acct_1032D82eZvKYlo2C") from None

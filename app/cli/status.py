@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.status_findings import RUNBOOK, VERDICTS, Finding, find_problems, verdict_of
-from app.wording import count_noun, format_age
+from app.wording import count_noun, describe_mode, format_age
 from db.connect import harden
 from db.errors import SettingsError, kind_of, message_of
 from db.settings import load_settings
@@ -115,6 +115,7 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
     console.print(table)
     workers, unknown = state["workers"], state["unknown"]
     lines = [
+        ("mode", describe_mode(state["livemode"])),
         ("workers", f"{workers['alive']} alive" + (f", {workers['silent']} silent" if workers["silent"] else "")),
         ("providers", " · ".join(map(describe_provider, state["providers"])) or "not called yet"),
     ]

@@ -13,7 +13,7 @@ import psycopg
 
 from app.web.batching import Unavailable
 from app.web.database import DatabasePool, Row
-from app.web.keys import key_hash_of
+from app.web.keys import key_hash_of, livemode_of
 from app.web.problems import Problem
 from app.web.refusals import RefusalCounter
 from app.web.throttle import PerSecondThrottle
@@ -22,6 +22,10 @@ log = logging.getLogger("surety.auth")
 
 DENIALS_PER_SECOND_MAX = 20
 KEPT_HASHES_MAX = 4096
+OTHER_MODE_DETAILS = {
+    True: "this is a live key, and no real money moves here: send a test key (sty_test_…)",
+    False: "this is a test key, and real money moves here: send a live key (sty_live_…)",
+}
 DENIAL_DETAILS = {
     "unauthenticated": "the API key is missing, misspelt, unknown, revoked or an operator's",
     "forbidden": "this merchant is suspended",
@@ -46,7 +50,7 @@ class Authenticator:
         if key_hash is None:
             self.refusals.add("unauthenticated")
             raise Problem("unauthenticated", DENIAL_DETAILS["unauthenticated"])
-        return Caller(self, key_hash, address, request_id, route)
+        return Caller(self, key_hash, livemode_of(authorization), address, request_id, route)
 
     def remember_key(self, authorization: bytes, key_hash: bytes) -> None:
         """Keep the hash of a key that the database knows. Other keys are not kept."""
@@ -59,12 +63,19 @@ class Authenticator:
 class Caller:
     """The sender of a well-formed API key, which the database has not checked yet."""
 
-    __slots__ = ("_authenticator", "address", "key_hash", "request_id", "route")
+    __slots__ = ("_authenticator", "_key_livemode", "address", "key_hash", "request_id", "route")
 
     def __init__(
-        self, authenticator: Authenticator, key_hash: bytes, address: str, request_id: str, route: str
+        self,
+        authenticator: Authenticator,
+        key_hash: bytes,
+        key_livemode: bool | None,
+        address: str,
+        request_id: str,
+        route: str,
     ) -> None:
         self._authenticator = authenticator
+        self._key_livemode = key_livemode
         self.key_hash = key_hash
         self.address = address
         self.request_id = request_id
@@ -131,7 +142,7 @@ class Caller:
 
     async def audit_denial(self, name: str) -> Problem:
         """The refusal, counted, and audited if the key exists; a failure to audit it changes nothing."""
-        is_counted = False
+        is_counted, is_of_other_mode = False, False
         if self._authenticator.denial_throttle.allows():
             try:
                 row = await self._authenticator.database.fetch_row(
@@ -143,8 +154,14 @@ class Caller:
                     name,
                 )
                 is_counted = bool(row and row[0])
+                is_of_other_mode = name == "unauthenticated" and not is_counted and await self._is_key_of_other_mode()
             except (psycopg.Error, Unavailable) as error:
                 log.warning("%s: the denial could not be audited: %s", self.request_id, error)
         if not is_counted:
-            self._authenticator.refusals.add(name)
-        return Problem(name, DENIAL_DETAILS[name])
+            self._authenticator.refusals.add("other-mode" if is_of_other_mode else name)
+        return Problem(name, OTHER_MODE_DETAILS[bool(self._key_livemode)] if is_of_other_mode else DENIAL_DETAILS[name])
+
+    async def _is_key_of_other_mode(self) -> bool:
+        """Whether the key is a merchant's and of the other mode than the database."""
+        row = await self._authenticator.database.fetch_row("select surety.read_livemode()")
+        return row is not None and self._key_livemode is (not row[0])

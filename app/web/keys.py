@@ -67,3 +67,9 @@ def key_hash_of(authorization: bytes) -> bytes | None:
     if given is None or checksum_of(given[2]).encode() != given[3]:
         return None
     return hashlib.sha256(given[1]).digest()
+
+
+def livemode_of(authorization: bytes) -> bool | None:
+    """The mode of the merchant's key in an Authorization header; None for an operator's key or no key."""
+    given = AUTHORIZATION_PATTERN.fullmatch(authorization)
+    return {b"sty_live_": True, b"sty_test_": False}.get(given[2][:9]) if given else None

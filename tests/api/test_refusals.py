@@ -256,6 +256,25 @@ def test_unknown_and_malformed_keys_are_counted_but_leave_no_audit_entry(databas
         assert conn.execute("select from audit.entries where kind = 'denied'").fetchall() == []
 
 
+@pytest.mark.parametrize(("livemode", "text"), [(True, "this is a test key, and real money"), (False, "a live key")])
+def test_refusal_of_an_unknown_key_names_the_other_mode_and_counts_it(database: str, livemode: bool, text: str) -> None:
+    with connect_as_owner(database) as conn:
+        conn.execute("select surety.set_livemode(%s)", (livemode,))
+    with running_server("api", database) as running, httpx.Client(base_url=running.url, verify=CONTEXT) as client:
+        for key, is_of_other_mode in ((new_key(livemode=not livemode), True), (new_key(livemode=livemode), False)):
+            headers = {"Authorization": f"Bearer {key.text}"}
+            post = client.post(
+                "/v1/payments", json=payment(), headers=headers | {"Idempotency-Key": unique_name("key")}
+            )
+            for answer in (client.get("/v1/payments", headers=headers), post):
+                document = problem(answer, 401, "unauthenticated")
+                assert (text in document["detail"]) is is_of_other_mode
+    with connect_as_owner(database) as conn:
+        counted = "select reason, sum(count) from audit.refusals group by reason order by reason"
+        assert conn.execute(counted.encode()).fetchall() == [("other-mode", 2), ("unauthenticated", 2)]
+        assert conn.execute("select from audit.entries where kind = 'denied'").fetchall() == []
+
+
 def test_suspended_merchant_can_read_but_not_create_payments(merchant: Merchant) -> None:
     made = merchant.pay()
     merchant.conn.execute("select surety.suspend_merchant(%s, true)", (merchant.id,))

@@ -208,3 +208,16 @@ def test_facts_of_the_same_payments_in_opposite_order_do_not_deadlock(conn: Conn
             done.result(timeout=60)
     assert {state_of(conn, payment_id) for payment_id in payments} == {"partially_refunded"}
     assert not violations(conn)
+
+
+@pytest.mark.parametrize("first", ["mode", "merchant"])
+def test_mode_and_first_merchant_at_once_end_in_one_mode(conn: Connection, two: Two, first: str) -> None:
+    one, other = two
+    change, add = "select surety.set_livemode(true)", "select surety.add_merchant('Acme Books')"
+    earlier, later = (change, add) if first == "mode" else (add, change)
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        at_once(conn, two, lambda: one.execute(earlier.encode()), lambda: other.execute(later.encode()))
+    merchants = conn.execute("select count(*) from surety.merchants").fetchone()
+    assert (merchants, conn.execute("select surety.read_livemode()").fetchone()) == (
+        ((0,), (True,)) if first == "mode" else ((1,), (False,))
+    )

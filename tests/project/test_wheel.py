@@ -53,6 +53,6 @@ def test_surety_deploys_from_the_wheel(wheel: Path, blank: str, tmp_path: Path) 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    where, outcome = done.stdout.splitlines()
+    where, outcome, mode = done.stdout.splitlines()
     assert Path(where) == packages / "db" / "__init__.py"
-    assert outcome.startswith("created in ")
+    assert outcome.startswith("created in ") and mode == "mode test: no real money moves"

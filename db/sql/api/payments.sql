@@ -116,7 +116,6 @@ as $$
 declare
     v_route constant text := 'POST /v1/payments';
     v_now timestamptz := surety.time_now();
-    v_livemode boolean := (select e.livemode from surety.environment as e);
     -- One element per request.
     v_n integer [];
     v_merchants text [];
@@ -136,7 +135,8 @@ begin
     -- The merchant, as api.identify_merchant finds it, and the problem of the request, if any.
     with given as (
         select
-            r.*, k.id as key_id, m.id as merchant_id, m.provider_account, surety.new_id('pay', v_now) as new_id,
+            r.*, k.id as key_id, m.id as merchant_id, m.provider_account, m.livemode,
+            surety.new_id('pay', v_now) as new_id,
             case
                 when m.id is null then 'unauthenticated'
                 when m.suspended_at is not null then 'forbidden'
@@ -165,7 +165,7 @@ begin
                 p_reference => g.reference, p_description => g.description,
                 p_statement_descriptor_suffix => g.statement_descriptor_suffix, p_return_url => g.return_url,
                 p_customer => g.customer, p_metadata => coalesce(g.metadata, '{}'),
-                p_provider => 'stripe', p_provider_account => g.provider_account, p_livemode => v_livemode,
+                p_provider => 'stripe', p_provider_account => g.provider_account, p_livemode => g.livemode,
                 p_created_at => v_now
             ) as payment
         from given as g

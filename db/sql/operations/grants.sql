@@ -44,6 +44,7 @@ surety.store_rejected_webhook(text, text, text, jsonb, bytea, text, integer)
 to surety_webhook;
 
 grant execute on function surety.count_refusals(text, jsonb) to surety_api, surety_webhook;
+grant execute on function surety.read_livemode() to surety_api, surety_worker;
 
 grant execute on function
 surety.maintain_partitions(integer),

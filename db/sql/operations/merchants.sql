@@ -19,9 +19,11 @@ create or replace function surety.add_merchant(
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with added as (
-        insert into surety.merchants (id, name, provider_account, created_at)
-        values (surety.new_id('mer', surety.time_now()), p_name, p_provider_account, surety.time_now())
-        returning id
+        insert into surety.merchants (id, name, provider_account, created_at, livemode)
+        select
+            surety.new_id('mer', surety.time_now()), p_name, p_provider_account, surety.time_now(), environment.livemode
+        from surety.environment
+        returning merchants.id
     )
 
     select added.id

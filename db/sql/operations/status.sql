@@ -198,6 +198,7 @@ declare
 begin
     return jsonb_build_object(
         'at', surety.format_time(v_now),
+        'livemode', surety.read_livemode(),
         'is_restored_elsewhere', (
             select e.system_identifier <> outbox.system_identifier()
             from outbox.restore_generations as e order by e.generation desc limit 1

@@ -1,0 +1,48 @@
+"""`surety mode`: whether real money moves in this database. Decided before the first merchant, and audited."""
+
+from __future__ import annotations
+
+import click
+import psycopg
+
+from app.cli.identity import operator_identity
+from app.wording import describe_mode
+from db.connect import connect
+from db.errors import SuretyError
+from db.settings import load_settings
+
+MEANINGS = {
+    "live": "live: every payment of this database moves real money. Workers need a live key of Stripe's (sk_live_… or"
+    " rk_live_…). The first merchant makes this final.",
+    "test": "test: no payment of this database moves real money. Workers need a test key of Stripe's (sk_test_… or"
+    " rk_test_…), or a sandbox. The first merchant makes this final.",
+}
+
+
+class ModeIsFinal(SuretyError):
+    """The mode can't be changed."""
+
+
+@click.command()
+@click.argument("new_mode", metavar="[live|test]", required=False, type=click.Choice(list(MEANINGS)))
+def mode(new_mode: str | None) -> None:
+    """Show the mode of the database, or decide it before the first merchant: live (real money moves) or test."""
+    with connect("deploy", load_settings()) as conn:
+        if new_mode is None:
+            [(livemode,)] = conn.execute("select surety.read_livemode()").fetchall()
+            click.echo(describe_mode(livemode))
+            return
+        try:
+            row = conn.execute(
+                "select surety.set_livemode(%s, %s)", (new_mode == "live", operator_identity())
+            ).fetchone()
+        except psycopg.errors.ForeignKeyViolation:
+            raise ModeIsFinal(
+                "there are merchants already: the mode is decided before the first one; use another database"
+            ) from None
+        except psycopg.errors.CheckViolation:
+            raise ModeIsFinal(
+                "this is a test database, whose clock can be moved (environment.kind): no real money may move here"
+            ) from None
+    assert row is not None
+    click.echo(MEANINGS[new_mode] if row[0] else f"{new_mode} already")

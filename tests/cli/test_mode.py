@@ -1,0 +1,65 @@
+"""The mode on the command line: shown, decided once, and never changed under a merchant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from click.testing import CliRunner, Result
+
+from app.cli import cli
+from app.cli.identity import operator_identity
+from db.errors import SuretyError
+from tests.conftest import Connection
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(database: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`surety …` in the test's database."""
+    monkeypatch.setenv("DATABASE_URL", database)
+    return lambda *words: CliRunner().invoke(cli, list(words))
+
+
+def said(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+def refused(result: Result) -> str:
+    assert isinstance(result.exception, SuretyError), result.output
+    return str(result.exception)
+
+
+def test_mode_is_decided_audibly_and_audited(run: Run, conn: Connection) -> None:
+    assert said(run("mode")) == "test: no real money moves"
+    assert said(run("mode", "test")) == "test already"
+    assert "every payment of this database moves real money" in said(run("mode", "live"))
+    assert said(run("mode", "live")) == "live already"
+    assert said(run("mode")) == "live: real money moves"
+    assert "mode live: real money moves" in said(run("deploy"))
+    assert "mode  live: real money moves" in run("status").stdout
+    entries = conn.execute("select actor, outcome from audit.entries where kind = 'operator'").fetchall()
+    assert entries == [(f"operator:{operator_identity()}", "live mode set")]
+
+
+def test_keys_show_the_mode_of_the_database(run: Run) -> None:
+    said(run("mode", "live"))
+    assert said(run("keys", "create", said(run("merchants", "add", "Acme Books")))).startswith("sty_live_")
+
+
+@pytest.mark.parametrize(("mode", "other"), [("live", "test"), ("test", "live")])
+def test_mode_is_final_once_there_is_a_merchant(run: Run, mode: str, other: str) -> None:
+    said(run("mode", mode))
+    said(run("merchants", "add", "Acme Books"))
+    assert refused(run("mode", other)) == (
+        "there are merchants already: the mode is decided before the first one; use another database"
+    )
+    assert said(run("mode", mode)) == f"{mode} already"
+
+
+def test_test_database_cannot_go_live(run: Run, conn: Connection) -> None:
+    conn.execute("update surety.environment set kind = 'test'")
+    assert "environment.kind" in refused(run("mode", "live"))
+    assert said(run("mode")) == "test: no real money moves"
