@@ -31,7 +31,7 @@ from app.web.throttle import PerSecondThrottle
 from app.web.worker_scheduler import WorkerScheduler
 from db.connect import connect_async
 from db.redaction import without_secrets
-from db.settings import Settings, load_settings
+from db.settings import Settings, TrustedProxies, load_settings
 
 log = logging.getLogger("surety.webhooks")
 
@@ -122,6 +122,7 @@ class ReceiverServices(NamedTuple):
     scheduler: WorkerScheduler
     rejection_throttle: PerSecondThrottle
     refusals: RefusalCounter
+    proxies: TrustedProxies
 
 
 class ReceiverRequest(HttpRequest):
@@ -239,4 +240,4 @@ async def open_receiver_services(
         closing.push_async_callback(batching.close)
         await batching.open()
         throttle = PerSecondThrottle(REJECTIONS_PER_SECOND_MAX)
-        yield ReceiverServices(secrets, database, batching, scheduler, throttle, refusals)
+        yield ReceiverServices(secrets, database, batching, scheduler, throttle, refusals, settings.trusted_proxies)

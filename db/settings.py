@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,10 @@ from db.errors import SettingsError
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 PollSeconds = Annotated[int, msgspec.Meta(ge=1, le=3600)]
+IpAddress = IPv4Address | IPv6Address
+IpNetwork = IPv4Network | IPv6Network
+
+IPV4_AS_IPV6 = IPv6Network("::ffff:0:0/96")
 
 
 class Secret:
@@ -56,6 +61,44 @@ class DatabaseAddress(Secret):
         super().__init__(value)
 
 
+class TrustedProxies:
+    """Addresses and networks of proxies, separated by commas. Their X-Forwarded-For is believed."""
+
+    __slots__ = ("networks",)
+
+    def __init__(self, value: str) -> None:
+        self.networks = tuple(parse_network(entry.strip()) for entry in value.split(",") if entry.strip())
+
+    def trusts(self, address: IpAddress) -> bool:
+        """Whether the address is one of a trusted proxy."""
+        return any(address in network for network in self.networks)
+
+
+def parse_network(entry: str) -> IpNetwork:
+    """An address or a network; IPv4 written as IPv6 becomes IPv4. Raises ValueError that names the entry."""
+    try:
+        network: IpNetwork = ip_network(entry)
+    except ValueError:
+        try:
+            suggestion = f"; did you mean {ip_network(entry, strict=False)}?"
+        except ValueError:
+            suggestion = ""
+        raise ValueError(
+            f"Expected addresses and networks, such as 10.0.0.7, 10.1.0.0/16, 2001:db8::/64, got {entry!r}{suggestion}"
+        ) from None
+    if isinstance(network, IPv6Network) and network.subnet_of(IPV4_AS_IPV6):
+        network = IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
+    if not network.prefixlen:
+        raise ValueError(f"Expected the proxies' addresses, got {entry!r}, with which any client could forge its own")
+    return network
+
+
+def parse_address(text: str) -> IpAddress:
+    """An address; IPv4 written as IPv6 becomes IPv4. Raises ValueError."""
+    address = ip_address(text)
+    return (address.ipv4_mapped if isinstance(address, IPv6Address) else None) or address
+
+
 class ProviderEndpoint(msgspec.Struct, frozen=True):
     """The address of Stripe's API and our key; `url` is None for Stripe itself, else the address of the sandbox."""
 
@@ -68,7 +111,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
 
     The addresses of the processes are those of logins of their own; without one a process uses DATABASE_URL and takes
     its role. STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while
-    both are active.
+    both are active. SURETY_TRUSTED_PROXIES names the proxies whose X-Forwarded-For is believed.
 
     For the workers, in seconds: SURETY_PROVIDER_TIMEOUT bounds a call to the provider. SURETY_POLL_SECONDS is the
     interval of polling. SURETY_ACTION_SECONDS is the time a payer has to act. SURETY_STALL_SECONDS is the time after
@@ -91,6 +134,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     surety_api_port: Port = 8000
     surety_webhook_port: Port = 8001
     surety_sandbox_port: Port = 8002
+    surety_trusted_proxies: TrustedProxies | None = None
 
     surety_provider_timeout: Seconds = 20.0
     surety_provider_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None
@@ -108,6 +152,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
         if not secrets:
             raise SettingsError("STRIPE_WEBHOOK_SECRET holds no secret")
         return secrets
+
+    @property
+    def trusted_proxies(self) -> TrustedProxies:
+        """The proxies whose X-Forwarded-For is believed; none by default."""
+        return self.surety_trusted_proxies or TrustedProxies("")
 
     @property
     def provider(self) -> ProviderEndpoint:
@@ -141,12 +190,12 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         likely = difflib.get_close_matches(name, known, n=1)
         raise SettingsError(f"{name} is not a variable of Surety" + (f"; did you mean {likely[0]}?" if likely else ""))
     try:
-        return msgspec.convert(given, Settings, strict=False, dec_hook=make_secret)
+        return msgspec.convert(given, Settings, strict=False, dec_hook=convert_text)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `$.")
         raise SettingsError(f"{path.rstrip('`')}: {problem}") from None
 
 
-def make_secret(kind: type, value: Any) -> Any:
-    """Convert a text to a Secret."""
+def convert_text(kind: type, value: Any) -> Any:
+    """Convert a text to a type of our own."""
     return kind(value)

@@ -61,4 +61,6 @@ async def open_api_services(settings: Settings, connections: int, batch_max: int
         OVERLOAD_CHECKS[b"POST", b"/v1/payments"] = batching.is_full
         closing.callback(OVERLOAD_CHECKS.pop, (b"POST", b"/v1/payments"))
         authenticator = Authenticator(database, reading, refusals)
-        yield ApiServices(database, health, authenticator, batching, payment_scheduler, command_scheduler)
+        yield ApiServices(
+            database, health, authenticator, batching, payment_scheduler, command_scheduler, settings.trusted_proxies
+        )

@@ -14,6 +14,7 @@ from app.web.problems import Problem
 from app.web.requests import HttpRequest, struct_of
 from app.web.validation import read_query, violation_checker
 from app.web.worker_scheduler import WorkerScheduler
+from db.settings import TrustedProxies
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -31,6 +32,7 @@ class ApiServices(NamedTuple):
     payment_batching: BatchingConnections
     payment_scheduler: WorkerScheduler
     command_scheduler: WorkerScheduler
+    proxies: TrustedProxies
 
 
 class ApiRequest(HttpRequest):

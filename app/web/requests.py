@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from app.web.asgi import ClientDisconnected, Message, Receive, Scope, new_request_id
+from app.web.client_address import client_address
 from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.routing import Route
 from app.web.validation import parse
@@ -21,7 +22,10 @@ encode_canonically = msgspec.json.Encoder(order="deterministic").encode
 
 
 class HttpRequest:
-    """One request to a route, and the services that its endpoint uses. Its body is read once, by `read_body`."""
+    """One request to a route, and the services that its endpoint uses, among them the trusted `proxies`.
+
+    Its body is read once, by `read_body`.
+    """
 
     __slots__ = ("headers", "receive", "request_id", "route", "scope", "services")
 
@@ -35,9 +39,9 @@ class HttpRequest:
 
     @property
     def address(self) -> str:
-        """The client's address; empty if the server knows none."""
-        client = self.scope.get("client")
-        return client[0] if client else ""
+        """The client's address, past trusted proxies; empty if the server knows none."""
+        peer = self.scope.get("client")
+        return client_address(peer[0], self.scope["headers"], self.services.proxies) if peer else ""
 
     def path_parameter(self) -> str:
         """The only parameter of the path."""

@@ -24,6 +24,21 @@ KINDS: tuple[ProcessKind, ...] = ("api", "webhook", "worker", "analyst", "audito
         ({"SURETY_API_PORT": "many"}, "SURETY_API_PORT: Expected `int`"),
         ({"SURETY_API_PORT": "65536"}, "SURETY_API_PORT: Expected `int` <= 65535"),
         ({"DATABASE_URL": "no address"}, "DATABASE_URL: Expected a database's address"),
+        (
+            {"SURETY_TRUSTED_PROXIES": "10.0.0.1, proxy.internal"},
+            "SURETY_TRUSTED_PROXIES: Expected addresses and networks, such as 10.0.0.7",
+        ),
+        (
+            {"SURETY_TRUSTED_PROXIES": "10.0.0.1, proxy.internal"},
+            "got 'proxy.internal'",
+        ),
+        ({"SURETY_TRUSTED_PROXIES": "10.1.2.3/8"}, "got '10.1.2.3/8'; did you mean 10.0.0.0/8?"),
+        ({"SURETY_TRUSTED_PROXIES": "10.0.0.1;10.0.0.2"}, "got '10.0.0.1;10.0.0.2'"),
+        ({"SURETY_TRUSTED_PROXIES": "10.0.0.1:443"}, "got '10.0.0.1:443'"),
+        ({"SURETY_TRUSTED_PROXIES": "*"}, "got '*'"),
+        ({"SURETY_TRUSTED_PROXIES": "0.0.0.0/0"}, "got '0.0.0.0/0', with which any client could forge its own"),
+        ({"SURETY_TRUSTED_PROXIES": "::/0"}, "got '::/0', with which any client could forge its own"),
+        ({"SURETY_TRUSTED_PROXIES": "::ffff:0:0/96"}, "got '::ffff:0:0/96', with which any client could forge its own"),
     ],
 )
 def test_a_wrong_variable_is_named(environment: dict[str, str], complaint: str) -> None:
@@ -56,6 +71,20 @@ def test_secrets_are_never_printed() -> None:
 
 def test_several_webhook_secrets_can_be_active() -> None:
     assert load_settings({"STRIPE_WEBHOOK_SECRET": "a, b,"}).webhook_secrets == (Secret("a"), Secret("b"))
+
+
+@pytest.mark.parametrize(
+    ("given", "networks"),
+    [
+        ("", []),
+        (" 10.0.0.7 ,, 10.1.0.0/16,", ["10.0.0.7/32", "10.1.0.0/16"]),
+        ("2001:db8::7,2001:DB8:1::/48", ["2001:db8::7/128", "2001:db8:1::/48"]),
+        ("::ffff:10.0.0.7, ::ffff:10.1.0.0/112", ["10.0.0.7/32", "10.1.0.0/16"]),
+    ],
+)
+def test_trusted_proxies_are_addresses_and_networks(given: str, networks: list[str]) -> None:
+    trusted = load_settings({"SURETY_TRUSTED_PROXIES": given}).trusted_proxies
+    assert [str(network) for network in trusted.networks] == networks
 
 
 @pytest.mark.parametrize("given", [{}, {"STRIPE_WEBHOOK_SECRET": " , "}])

@@ -30,6 +30,7 @@ LARGE_FOLDERS = {
     "app/api": "one file a resource",
     "app/cli": "one file a command",
     "app/web": "one file a concern of HTTP: authentication, batching, load shedding, problems, routing …",
+    "tests/api": "one file a concern of the HTTP processes",
     "tests/bench": "one file a benchmark",
     "tests/db": "one file a subject, as in db/sql",
     "tests/simulation": "one file a part of the simulated world",

@@ -31,13 +31,13 @@ _numbers = itertools.count(1)
 
 
 class ServerProcess:
-    """`surety api` or `surety webhooks` as a process on a free port of loopback."""
+    """`surety api` or `surety webhooks` as a process on a free port of loopback, with these settings."""
 
-    def __init__(self, command: str, database: str, *options: str) -> None:
+    def __init__(self, command: str, database: str, *options: str, **settings: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "app.cli", command, "--port", "0", *options],
-            env=kept | {"DATABASE_URL": database, "STRIPE_WEBHOOK_SECRET": ",".join(SECRETS)},
+            env=kept | {"DATABASE_URL": database, "STRIPE_WEBHOOK_SECRET": ",".join(SECRETS)} | settings,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -56,9 +56,9 @@ class ServerProcess:
 
 
 @contextmanager
-def running_server(command: str, database: str, *options: str) -> Generator[ServerProcess]:
+def running_server(command: str, database: str, *options: str, **settings: str) -> Generator[ServerProcess]:
     """A process that ends in good order."""
-    running = ServerProcess(command, database, *options)
+    running = ServerProcess(command, database, *options, **settings)
     try:
         yield running
     finally:
