@@ -10,6 +10,7 @@ locks the tables that it alters in the same order. Tables that are not listed co
 BEHAVIOUR_FILES: tuple[str, ...] = (
     "core/time_and_ids",
     "core/durability",
+    "core/locks",
     "core/formatting",
     "core/audit",
     "core/refusals",

@@ -33,11 +33,8 @@ PAUSE_SECONDS_MAX = 1.0
 # A connection can break unnoticed at both ends, and its session would keep its locks. So the server ends a session with
 # locks that is idle for so long, which exceeds our own timeouts.
 LOCK_IDLE_SECONDS = 60.0
-TRY_LOCK = """
-    select case when pg_try_advisory_lock(hashtext(%s)) then set_config('idle_session_timeout', %s, false) is not null
-        else false end
-"""
-UNLOCK = "select pg_advisory_unlock(hashtext(%s)), set_config('idle_session_timeout', %s, false)"
+TAKE_LOCK = "select surety.take_lock(%s, make_interval(secs => %s))"
+UNLOCK = "select pg_advisory_unlock(%s), set_config('idle_session_timeout', %s, false)"
 
 
 async def bisect_on_error(
@@ -154,31 +151,33 @@ class AdvisoryLocks:
         self._pool = pool
         self._stack = AsyncExitStack()
         self._connection: AsyncConnection[Any] | None = None
-        self._names: set[str] = set()
+        self._keys: dict[str, int] = {}
 
     async def acquire(self, name: str) -> bool:
         """Take a lock; False if it is taken. A session can take its own lock twice, so our names are checked first."""
-        if name in self._names:
+        if name in self._keys:
             return False
         try:
-            if await self._ask(TRY_LOCK, f"surety:{name}", f"{LOCK_IDLE_SECONDS:g}s"):
-                self._names.add(name)
+            key = await self._ask(TAKE_LOCK, name, LOCK_IDLE_SECONDS)
+            if key is not None:
+                self._keys[name] = key
         finally:
             await self._return_connection_if_idle()
-        return name in self._names
+        return name in self._keys
 
     async def release(self, name: str) -> None:
         """Unlock; a lost connection has released its locks already."""
-        self._names.remove(name)
+        key = self._keys.pop(name)
         try:
             if not self.is_lost:
-                await self._ask(UNLOCK, f"surety:{name}", f"{LOCK_IDLE_SECONDS:g}s" if self._names else None)
+                await self._ask(UNLOCK, key, f"{LOCK_IDLE_SECONDS:g}s" if self._keys else None)
         except psycopg.Error as error:
             log.info("%s ends with its connection: %s", name, error)
         finally:
             await self._return_connection_if_idle()
 
-    async def _ask(self, query: LiteralString, *values: str | None) -> bool:
+    async def _ask(self, query: LiteralString, *values: Any) -> int | None:
+        """The first value of a query's first row."""
         if self._connection is None:
             self._connection = await self._stack.enter_async_context(self._pool.connection())
             keeping = asyncio.create_task(self._keep_alive(), name="locks")
@@ -186,25 +185,26 @@ class AdvisoryLocks:
         connection = self._connection
         try:
             cursor = connection.cursor(row_factory=scalar_row)
-            return bool(await (await cursor.execute(query, values)).fetchone())
+            found: int | None = await (await cursor.execute(query, values)).fetchone()
         except BaseException:
             # Its locks must end, also when this call was canceled.
             if not self.is_lost:
                 self.is_lost = True
                 await connection.close()
             raise
+        return found
 
     async def _keep_alive(self) -> None:
         """Keep the session from idling while its locks are held."""
         try:
             while not self.is_lost:
                 await asyncio.sleep(LOCK_IDLE_SECONDS / 3)
-                await self._ask("select true")
+                await self._ask("select 1")
         except psycopg.Error as error:
             log.info("the locks end with their connection: %s", error)
 
     async def _return_connection_if_idle(self) -> None:
-        if self.is_lost or not self._names:
+        if self.is_lost or not self._keys:
             self._connection = None
             await self._stack.aclose()
 

@@ -44,6 +44,8 @@ class WorkerApp(App):
         by_signals = options.get("install_signal_handlers", True)
         async with open_worker(settings, name) as worker:
             worker.watchdog.start()
+            # Upkeep runs each hour. After months without a worker, the present month may have no partitions.
+            await worker.database.value("select surety.maintain_partitions()")
             work: WorkerOptions = {
                 **options,
                 "name": name,

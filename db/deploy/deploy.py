@@ -98,10 +98,11 @@ def one_deploy_at_a_time(conn: Connection, say: ShowProgress) -> Generator[None]
     deadline = time.monotonic() + OTHER_DEPLOY_SECONDS_MAX
     is_announced = False
     while conn.execute("select pg_try_advisory_lock(%s)", (ADVISORY_LOCK,)).fetchone() == (False,):
+        holder = session_with_lock(conn)
         if time.monotonic() > deadline:
-            raise DeployError(f"another deploy has been running for {OTHER_DEPLOY_SECONDS_MAX:.0f} s")
+            raise DeployError(f"another deploy has been running for {OTHER_DEPLOY_SECONDS_MAX:.0f} s{holder}")
         if not is_announced:
-            say("another deploy is running; waiting until it ends")
+            say(f"another deploy is running{holder}; waiting until it ends")
             is_announced = True
         time.sleep(random.uniform(0.05, 0.15))
     try:
@@ -109,6 +110,18 @@ def one_deploy_at_a_time(conn: Connection, say: ShowProgress) -> Generator[None]
     finally:
         if not conn.closed:
             conn.execute("select pg_advisory_unlock(%s)", (ADVISORY_LOCK,))
+
+
+def session_with_lock(conn: Connection) -> str:
+    """Who holds the lock, for a message: any login can take it. Empty if it is free again."""
+    found = conn.execute(
+        "select format(' (process %%s of login %%s)', a.pid, a.usename)"
+        " from pg_locks as l join pg_stat_activity as a on a.pid = l.pid"
+        " where l.locktype = 'advisory' and l.granted and l.classid = %s and l.objid = %s"
+        " and a.datname = current_database()",
+        (ADVISORY_LOCK >> 32, ADVISORY_LOCK & 0xFFFF_FFFF),
+    ).fetchone()
+    return str(found[0]) if found else ""
 
 
 class DeployRun:

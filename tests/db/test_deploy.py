@@ -19,7 +19,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from db import LOCK_ORDER
-from db.deploy.deploy import DeployResult, deploy
+from db.deploy.deploy import ADVISORY_LOCK, DeployResult, deploy
 from db.deploy.source import VersionFiles, state_folder
 from db.embedded.binaries import find_binaries
 from db.embedded.databases import temporary_database, with_database
@@ -562,6 +562,19 @@ def test_a_deploy_that_never_gets_its_lock_gives_up_and_changes_nothing(blank: s
         with pytest.raises(DeployError, match="gave up after 1 attempts"):
             shop.deploy(blank, lock_seconds_max=0)
     assert fetch(blank, "select shop.price(1)") == [(2,)]
+
+
+def test_deploy_names_the_session_that_holds_the_lock_of_deploys(
+    blank: str, shop: SourceTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("db.deploy.deploy.OTHER_DEPLOY_SECONDS_MAX", 0.2)
+    said: list[str] = []
+    with psycopg.connect(blank) as holder:
+        holder.execute("select pg_advisory_lock(%s)", (ADVISORY_LOCK,))
+        expected = f"process {holder.info.backend_pid} of login {holder.info.user}"
+        with pytest.raises(DeployError, match=expected):
+            shop.deploy(blank, say=said.append)
+    assert said == [f"another deploy is running ({expected}); waiting until it ends"]
 
 
 @pytest.fixture(autouse=True)

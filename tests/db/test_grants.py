@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 
 import psycopg
 import pytest
-from psycopg import errors
+from psycopg import conninfo, errors, sql
 
 from db.connect import ProcessKind
 from tests.conftest import Connect
@@ -78,3 +80,37 @@ def test_worker_cannot_write_audit_entries_of_other_actors(connect: Connect, kin
     with pytest.raises(psycopg.DatabaseError) as refusal:
         connect("worker").execute("select audit.write_entries(%s)", (json.dumps([entry]),))
     assert refusal.value.sqlstate == "SU008"
+
+
+@pytest.fixture
+def analyst_login(conn: Connection, database: str) -> Iterator[Connection]:
+    """A session of a login that has the analysts' role and no other."""
+    name, password = f"surety_test_analyst_{os.urandom(4).hex()}", os.urandom(8).hex()
+    create_login = sql.SQL("create role {} login password {} in role surety_analyst")
+    conn.execute(create_login.format(sql.Identifier(name), sql.Literal(password)))
+    try:
+        address = conninfo.make_conninfo(database, user=name, password=password)
+        with psycopg.connect(address, autocommit=True) as session:
+            yield session
+    finally:
+        conn.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))
+
+
+def test_lock_that_another_login_holds_stops_no_worker(connect: Connect, analyst_login: Connection) -> None:
+    take = "select surety.take_lock('poll_events', '1 minute')"
+    hold = "select pg_advisory_lock(hashtextextended('surety:poll_events', %s))"
+    worker, other = connect("worker"), connect("worker")
+    analyst_login.execute(hold, (0,))
+    assert worker.execute(take).fetchone() != (None,)
+    assert other.execute(take).fetchone() == (None,)
+    worker.execute("select pg_advisory_unlock_all()")
+    for turn in range(1, 16):
+        analyst_login.execute(hold, (turn,))
+    with pytest.raises(errors.LockNotAvailable, match="poll_events is held by a login that is no worker's"):
+        worker.execute(take)
+    # Upkeep takes locks of rows, which need a right that an analyst lacks.
+    analyst_login.execute("select pg_advisory_lock(hashtext('surety.maintain_partitions'))")
+    worker.execute("set statement_timeout = '5s'")
+    worker.execute("select surety.maintain_partitions()")
+    with pytest.raises(errors.InsufficientPrivilege):
+        analyst_login.execute("select from surety.environment for key share")

@@ -13,7 +13,7 @@ from jobs.periodic import PERIODIC_JOBS, run_and_record
 from jobs.polling import poll_events
 from tests.support.payments import Connection, add_merchant, fact, pay, record
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
-from tests.support.workers import in_process_worker, run_until_idle
+from tests.support.workers import in_process_worker, run_until_idle, wait_for_worker, worker_process
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +168,16 @@ async def test_all_overdue_settlements_are_reported_in_one_run(
     async with in_process_worker(database, sandbox.url) as worker:
         await run_and_record(worker, "check_deadlines", PERIODIC_JOBS["check_deadlines"])
     assert conn.execute("select count(*) from surety.discrepancies where kind = 'overdue'").fetchone() == (1100,)
+
+
+def test_worker_that_starts_after_months_makes_partitions_before_it_works(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    move_clock(conn, "250 days")
+    entries = (
+        "select to_regclass('audit.entries' || to_char(surety.time_now() at time zone 'UTC', '_YYYYMM')) is not null"
+    )
+    assert conn.execute(entries).fetchone() == (False,)
+    with worker_process(database, sandbox.url):
+        wait_for_worker(conn)
+        assert conn.execute(entries).fetchone() == (True,)

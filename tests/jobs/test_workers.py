@@ -203,7 +203,7 @@ def test_idle_worker_is_notified_of_a_payment_without_polling(
         # No periodic job runs now; Procrastinate polls every five seconds.
         eventually(
             lambda: (
-                other.execute("select pg_try_advisory_lock(hashtext('surety:schedule_due_handlers'))").fetchone()
+                other.execute("select surety.take_lock('schedule_due_handlers', '1 hour') is not null").fetchone()
                 == (True,)
             )
         )

@@ -57,7 +57,7 @@ class SimulatedConnection(AsyncConnection[Any]):
         """Note the next statement."""
         text = query.decode() if isinstance(query, bytes) else str(query)
         self.doing = text.split("(", 1)[0].split()[-1] if "(" in text else text.split()[0]
-        self.has_locked |= self.doing == "pg_try_advisory_lock"
+        self.has_locked |= self.doing == "surety.take_lock"
         if self.schedule is not None:
             self.schedule.on_statement(self.doing, params)
 

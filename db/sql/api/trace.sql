@@ -2,7 +2,7 @@
 
 create or replace function api.summarize_trace_entry(p_kind text, p_summary text, p_outcome text, p_data jsonb)
 returns text
-language sql immutable parallel safe
+language sql stable parallel safe
 begin atomic
     -- An error's text and an operator's reason are written for operators, so merchants never see them.
     select case
@@ -19,21 +19,18 @@ comment on function api.summarize_trace_entry(text, text, text, jsonb) is
 'The summary of an entry of a trace for its merchant: without errors'' texts and operators'' reasons.';
 
 create or replace function api.select_trace_data(p_kind text, p_actor text, p_data jsonb) returns jsonb
-language sql immutable parallel safe
+language sql stable parallel safe
 begin atomic
     select case
         when p_kind not in ('call', 'retry', 'operator') and p_actor like 'key:%' then p_data
         when p_kind in ('step', 'refund', 'dispute', 'webhook', 'poll', 'file', 'transfer')
             then p_data - 'address' - 'request_id'
-        else coalesce(
-            (
-                select jsonb_object_agg(kept.name, kept.value)
-                from jsonb_each(p_data) as kept (name, value)
-                where kept.name in ('operation', 'key', 'status', 'sends', 'failures')
-                    and p_kind in ('call', 'retry')
-            ),
-            '{}'
-        )
+        when p_kind in ('call', 'retry')
+            then jsonb_strip_nulls(jsonb_build_object(
+                'operation', p_data -> 'operation', 'key', p_data -> 'key', 'status', p_data -> 'status',
+                'sends', p_data -> 'sends', 'failures', p_data -> 'failures'
+            ))
+        else '{}'
     end;
 end;
 

@@ -23,6 +23,7 @@ comment on view surety.partitioned_tables is
 create or replace function surety.maintain_partitions(p_months_ahead integer default 3) returns integer
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
+-- One run at a time: the row of surety.environment is locked, because any login could hold an advisory lock for ever.
 -- A partition is created as a table and then attached, because attaching hardly locks the parent. The first partition
 -- of a table has no lower bound.
 declare
@@ -35,7 +36,7 @@ declare
     v_key record;
     v_trigger record;
 begin
-    perform pg_advisory_xact_lock(hashtext('surety.maintain_partitions'));
+    perform from surety.environment for no key update;
     for v_table in
         select parent, prefix, n.nspname, c.relname
         from surety.partitioned_tables
