@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -99,11 +100,56 @@ def parse_address(text: str) -> IpAddress:
     return (address.ipv4_mapped if isinstance(address, IPv6Address) else None) or address
 
 
+# Whether the secret and restricted keys of Stripe's with this prefix move real money.
+LIVEMODE_BY_PREFIX = {"sk_live_": True, "rk_live_": True, "sk_test_": False, "rk_test_": False}
+MISTAKEN_KEYS = {
+    "pk_": "a publishable key",
+    "whsec_": "the secret of a webhook endpoint",
+    "sty_": "a key of Surety's own API",
+}
+TEST_SANDBOX_KEY = "sk_test_sandbox"
+# No key of Stripe's has this form.
+LIVE_SANDBOX_KEY = re.compile(r"[sr]k_live_sandbox(_[0-9A-Za-z_]*)?")
+
+
+def livemode_of_key(key: Secret) -> bool:
+    """Whether a secret or restricted key of Stripe's moves real money. Raises SettingsError for any other text."""
+    text = key.reveal()
+    for prefix, livemode in LIVEMODE_BY_PREFIX.items():
+        if text.startswith(prefix):
+            return livemode
+    mistake = next((what for prefix, what in MISTAKEN_KEYS.items() if text.startswith(prefix)), "no key of Stripe's")
+    raise SettingsError(
+        f"STRIPE_API_KEY is {mistake}: set a secret or restricted key, which begins with"
+        f" {', '.join(LIVEMODE_BY_PREFIX)}"
+    )
+
+
 class ProviderEndpoint(msgspec.Struct, frozen=True):
     """The address of Stripe's API and our key; `url` is None for Stripe itself, else the address of the sandbox."""
 
     url: str | None
     key: Secret
+
+    @property
+    def livemode(self) -> bool:
+        """The mode of the key. A live key for a sandbox moves no real money, but its objects have `livemode`."""
+        return livemode_of_key(self.key)
+
+    def require_mode(self, livemode: bool) -> None:
+        """Raises SettingsError unless the key has the mode of the database."""
+        if self.livemode == livemode:
+            return
+        ours, theirs = ("live", "test") if self.livemode else ("test", "live")
+        given = "STRIPE_API_KEY"
+        remedy = f"set a {theirs} key (sk_{theirs}_… or rk_{theirs}_…)"
+        if self.url is not None:
+            given += f" ({TEST_SANDBOX_KEY}, unless set)" if self.key.reveal() == TEST_SANDBOX_KEY else ""
+            remedy = "set sk_live_sandbox, for a sandbox in live mode" if livemode else "unset it"
+        raise SettingsError(
+            f"{given} is a {ours} key, but the database is in {theirs} mode (surety mode): {remedy}, or use another"
+            " database"
+        )
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="upper", kw_only=True):
@@ -160,15 +206,20 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
 
     @property
     def provider(self) -> ProviderEndpoint:
-        """The provider of the workers: the sandbox if named, else Stripe. Raises SettingsError if neither is."""
+        """The provider of the workers: the sandbox if named, else Stripe.
+
+        Raises SettingsError if neither is, for a text that is no secret key, and for a real live key for a sandbox.
+        """
         if self.surety_sandbox_url is None:
             if self.stripe_api_key is None:
                 raise SettingsError("set STRIPE_API_KEY, or SURETY_SANDBOX_URL for the sandbox")
+            livemode_of_key(self.stripe_api_key)
             return ProviderEndpoint(None, self.stripe_api_key)
-        key = self.stripe_api_key or Secret("sk_test_sandbox")
-        if "_live_" in key.reveal():
+        key = self.stripe_api_key or Secret(TEST_SANDBOX_KEY)
+        if livemode_of_key(key) and not LIVE_SANDBOX_KEY.fullmatch(key.reveal()):
             raise SettingsError(
-                "SURETY_SANDBOX_URL is set, but STRIPE_API_KEY is a live key, which must not be sent to a sandbox"
+                "SURETY_SANDBOX_URL is set, but STRIPE_API_KEY is a live key, which must not be sent to a sandbox;"
+                " a sandbox in live mode takes sk_live_sandbox"
             )
         return ProviderEndpoint(self.surety_sandbox_url, key)
 

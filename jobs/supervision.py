@@ -20,6 +20,7 @@ from db.errors import is_unreachable
 from db.logs import format_root_handlers
 from db.settings import load_settings
 from jobs.database import POOL_SECONDS
+from jobs.mode import ModeWatch
 from jobs.periodic import schedule_periodic_tasks
 from jobs.worker import open_worker
 
@@ -35,7 +36,11 @@ class WorkerApp(App):
     """
 
     async def run_worker_async(self, **options: Unpack[WorkerOptions]) -> None:
-        """Work until asked to stop. Raises SettingsError if no provider or no database is named."""
+        """Work until asked to stop.
+
+        Raises SettingsError if no provider or no database is named, and as soon as the provider's key and the database
+        are of different modes.
+        """
         settings = load_settings()
         quiet_library_logs()
         format_root_handlers("worker")
@@ -52,10 +57,16 @@ class WorkerApp(App):
                 "install_signal_handlers": False,
                 "additional_context": {"worker": worker},
             }
+            mode = ModeWatch(settings, worker.database)
             while not worker.stopping.is_set():
                 running = asyncio.create_task(super().run_worker_async(**work))
-                with stop_on_signals(worker.stopping, running) if by_signals else contextlib.nullcontext():
+                with (
+                    stop_on_signals(worker.stopping, running) if by_signals else contextlib.nullcontext(),
+                    mode.stop_on_other_mode(worker.stopping, running),
+                ):
                     await wait_until_worker_ends(worker.stopping, running)
+            if mode.mismatch is not None:
+                raise mode.mismatch
 
 
 async def wait_until_worker_ends(stopping: asyncio.Event, running: asyncio.Task[None]) -> None:

@@ -15,6 +15,7 @@ from db.connect import conninfo
 from db.settings import Settings
 from jobs.circuit_breaker import CircuitBreaker
 from jobs.database import WorkerDatabase, open_database
+from jobs.mode import require_same_mode
 from jobs.stripe.client import StripeGateway, open_stripe
 from jobs.watchdog import Watchdog
 
@@ -85,8 +86,12 @@ def worker_of(context: JobContext) -> Worker:
 
 @asynccontextmanager
 async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
-    """A worker with its connections and its heartbeat. Raises SettingsError if no provider is named."""
+    """A worker with its connections and its heartbeat.
+
+    Raises SettingsError if no provider is named, or if its key has another mode than the database.
+    """
     async with open_database(settings) as database, open_stripe(settings, database) as stripe:
+        await require_same_mode(settings, database)
         worker = Worker(name, settings, database, stripe)
         found = await database.rows(
             HandlerSettings, "select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()"

@@ -17,11 +17,12 @@ from app.local.output import PrintedLines
 from app.local.processes import Interrupted, ProcessGroup, free_port, interruptible
 from app.local.up import STOP_SECONDS_MAX, exclusive_folder, load_or_create_secret, supervise
 from app.web.keys import new_key
+from app.wording import describe_mode
 from db.connect import harden
 from db.deploy.deploy import deploy
 from db.embedded.server import EmbeddedServer
 from db.errors import SettingsError
-from db.settings import Settings, load_settings
+from db.settings import Settings, livemode_of_key, load_settings
 
 COLORS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
@@ -56,14 +57,14 @@ def up(folder: Path, sandbox: bool, workers: int) -> None:
 
 
 def require_provider_settings(settings: Settings, *, sandbox: bool) -> None:
-    """Raises SettingsError without a provider, or with a live key for the sandbox."""
+    """Raises SettingsError without a provider, with no secret key, or with a live key for the sandbox."""
     if sandbox:
-        if settings.stripe_api_key and "_live_" in settings.stripe_api_key.reveal():
+        if settings.stripe_api_key and livemode_of_key(settings.stripe_api_key):
             raise SettingsError("STRIPE_API_KEY is a live key, which must not go to a sandbox")
         return
     if settings.surety_sandbox_url is None and settings.stripe_api_key is None:
         raise SettingsError("set STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET, or use a sandbox: surety up --sandbox")
-    assert settings.webhook_secrets
+    assert settings.provider and settings.webhook_secrets
 
 
 def run_everything(
@@ -76,9 +77,9 @@ def run_everything(
     if settings.database_url is None:
         server = stack.enter_context(EmbeddedServer(kept / "postgresql"))
     url = settings.database_url.reveal() if settings.database_url else server.url if server else ""
-    print_line("up", f"database: {deploy(url).outcome}")
-    if sandbox:
-        refuse_live_database(url)
+    outcome, livemode = deploy(url).outcome, read_livemode(url)
+    print_line("up", f"database: {outcome}, mode {describe_mode(livemode)}")
+    require_mode(settings, livemode, sandbox=sandbox)
     ports = {"api": free_port(settings.surety_api_port), "webhooks": free_port(settings.surety_webhook_port)}
     environment = {
         name: value for name, value in os.environ.items() if server is None or not is_database_variable(name)
@@ -121,11 +122,19 @@ def is_database_variable(name: str) -> bool:
     return name.startswith("PG") or name.endswith("_DATABASE_URL")
 
 
-def refuse_live_database(url: str) -> None:
-    """Raises SettingsError if the database moves real money."""
+def read_livemode(url: str) -> bool:
+    """Whether the database is in live mode."""
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
-        if conn.execute("select 1 from surety.environment where livemode").fetchone():
-            raise SettingsError("this database moves real money (environment.livemode): no sandbox may touch it")
+        [(livemode,)] = conn.execute("select surety.read_livemode()").fetchall()
+    return bool(livemode)
+
+
+def require_mode(settings: Settings, livemode: bool, *, sandbox: bool) -> None:
+    """Raises SettingsError for a key of the other mode than the database, and for a sandbox with a live database."""
+    if not sandbox:
+        settings.provider.require_mode(livemode)
+    elif livemode:
+        raise SettingsError("this database moves real money (surety mode): no sandbox may touch it")
 
 
 def create_first_key(url: str) -> str | None:

@@ -100,7 +100,7 @@ class StripeGateway:
         self._timeout_seconds = settings.surety_provider_timeout
         self._per_second = requests_per_second(settings)
         self._call_slots = asyncio.Semaphore(PROVIDER_CONNECTIONS_MAX)
-        self.livemode = "_live_" in settings.provider.key.reveal()
+        self.livemode = settings.provider.livemode
         self._listings: dict[tuple[str, int, int], IntentListing] = {}
         self.clock_ahead_seconds = 0.0
         """How far the provider's clock is ahead of the database's, as last measured by a poll; at most a day."""
@@ -282,7 +282,7 @@ def requests_per_second(settings: Settings) -> float:
     provider = settings.provider
     if provider.url is not None:
         return 0.0
-    return LIVE_REQUESTS_PER_SECOND if "_live_" in provider.key.reveal() else TEST_REQUESTS_PER_SECOND
+    return LIVE_REQUESTS_PER_SECOND if provider.livemode else TEST_REQUESTS_PER_SECOND
 
 
 @asynccontextmanager

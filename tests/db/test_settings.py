@@ -98,6 +98,54 @@ def test_a_worker_with_neither_sandbox_nor_key_refuses_to_start() -> None:
         _ = load_settings({}).provider
 
 
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("pk_live_1secret1", "a publishable key"),
+        ("whsec_1secret1", "the secret of a webhook endpoint"),
+        ("sty_live_1secret1", "a key of Surety's own API"),
+        ("my_sk_live_1secret1", "no key of Stripe's"),
+        (" sk_live_1secret1", "no key of Stripe's"),
+    ],
+)
+@pytest.mark.parametrize("sandbox", ["", "http://127.0.0.1:8002"])
+def test_text_that_is_no_secret_key_is_refused_and_not_printed(key: str, what: str, sandbox: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        _ = load_settings({"STRIPE_API_KEY": key, "SURETY_SANDBOX_URL": sandbox}).provider
+    assert f"STRIPE_API_KEY is {what}" in str(error.value) and "sk_live_, rk_live_" in str(error.value)
+    assert "secret1" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["sk", "rk"])
+def test_key_of_the_other_mode_than_the_database_is_refused_and_not_printed(prefix: str) -> None:
+    for ours, livemode in (("live", True), ("test", False)):
+        # The prefix decides, not the rest of a key.
+        provider = load_settings({"STRIPE_API_KEY": f"{prefix}_{ours}_1_live_test_secret1"}).provider
+        assert provider.livemode is livemode
+        provider.require_mode(livemode)
+        with pytest.raises(SettingsError) as error:
+            provider.require_mode(not livemode)
+        theirs = "test" if livemode else "live"
+        assert f"STRIPE_API_KEY is a {ours} key, but the database is in {theirs} mode" in str(error.value)
+        assert f"set a {theirs} key" in str(error.value)
+        assert "secret1" not in str(error.value)
+
+
+def test_sandbox_in_live_mode_takes_its_own_key_and_no_real_one() -> None:
+    def provider(key: str) -> ProviderEndpoint:
+        return load_settings({"SURETY_SANDBOX_URL": "http://127.0.0.1:8002", "STRIPE_API_KEY": key}).provider
+
+    for key in ("sk_live_sandbox", "rk_live_sandbox_2", "sk_live_sandbox_"):
+        assert provider(key).livemode
+    for key in ("sk_live_1", "rk_live_1", "sk_live_sandboxed1", "sk_live_sandbox_é", "sk_live_51sk_live_sandbox"):
+        with pytest.raises(SettingsError, match="must not be sent to a sandbox"):
+            provider(key)
+    with pytest.raises(SettingsError, match="sk_live_sandbox, for a sandbox in live mode"):
+        provider("").require_mode(True)
+    with pytest.raises(SettingsError, match="unset it"):
+        provider("sk_live_sandbox").require_mode(False)
+
+
 def test_sandbox_is_used_only_if_configured_and_never_with_a_live_key() -> None:
     sandbox = "http://127.0.0.1:8002"
     assert load_settings({"STRIPE_API_KEY": "sk_live_1"}).provider == ProviderEndpoint(None, Secret("sk_live_1"))

@@ -93,6 +93,40 @@ def test_without_a_provider_or_a_database_a_worker_refuses_to_start(database: st
         assert result in ended.stderr
 
 
+@pytest.mark.parametrize(("livemode", "key"), [(False, "sk_live_1secret1"), (True, "rk_test_1secret1")])
+def test_worker_with_a_key_of_the_other_mode_refuses_to_start(
+    conn: Connection, database: str, livemode: bool, key: str
+) -> None:
+    conn.execute("select surety.set_livemode(%s)", (livemode,))
+    known = {"PATH": os.environ["PATH"], "DATABASE_URL": database, "STRIPE_API_KEY": key}
+    ended = subprocess.run(
+        [sys.executable, "-m", "procrastinate", "--app", "jobs.app", "worker"],
+        cwd=ROOT, env=known, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    ours, theirs = ("test", "live") if livemode else ("live", "test")
+    assert f"STRIPE_API_KEY is a {ours} key, but the database is in {theirs} mode" in ended.stderr
+    assert "secret1" not in ended.stderr
+    assert conn.execute("select count(*) from procrastinate.procrastinate_workers").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("key", ["sk_test_surety", "sk_live_sandbox"])
+def test_worker_ends_itself_once_its_database_is_of_the_other_mode(
+    conn: Connection, database: str, capfd: pytest.CaptureFixture[str], key: str
+) -> None:
+    livemode = key == "sk_live_sandbox"
+    conn.execute("select surety.set_livemode(%s)", (livemode,))
+    with worker_process(database, "http://127.0.0.1:9", STRIPE_API_KEY=key) as worker:
+        wait_for_worker(conn)
+        # One turn of every job, and the modes are the same.
+        eventually(lambda: count(conn, "select count(*) from surety.periodic_jobs") >= len(PERIODIC_JOBS) - 1, 30)
+        assert worker.poll() is None
+        conn.execute("select surety.set_livemode(%s)", (not livemode,))
+        assert worker.wait(60) == 1
+    assert f"the database is in {'test' if livemode else 'live'} mode" in capfd.readouterr().err
+    assert count(conn, "select count(*) from procrastinate.procrastinate_workers") == 0
+
+
 def test_importing_the_app_needs_no_settings() -> None:
     subprocess.run(
         [sys.executable, "-c", "import jobs"],

@@ -171,7 +171,9 @@ def try_to_pay(up: Up, key: str) -> str:
     [
         ((), {}, "set STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET, or use a sandbox: surety up --sandbox"),
         ((), {"STRIPE_API_KEY": "sk_test_1"}, "STRIPE_WEBHOOK_SECRET is not set"),
+        ((), {"STRIPE_API_KEY": "pk_test_1"}, "STRIPE_API_KEY is a publishable key"),
         (("--sandbox",), {"STRIPE_API_KEY": "sk_live_1"}, "must not go to a sandbox"),
+        (("--sandbox",), {"STRIPE_API_KEY": "sk_live_sandbox"}, "must not go to a sandbox"),
         (
             ("--folder", "/proc/none"),
             {"SURETY_SANDBOX_URL": "http://x", "STRIPE_WEBHOOK_SECRET": "whsec_1"},
@@ -197,12 +199,27 @@ def test_failed_start_of_up_is_reported_in_one_line(
 
 
 def test_sandbox_is_refused_on_a_live_database(database: str, conn: psycopg.Connection, tmp_path: Path) -> None:
-    conn.execute("update surety.environment set livemode = true")
+    conn.execute("select surety.set_livemode(true)")
     done = subprocess.run(
         [sys.executable, "-m", "app.cli", "up", "--sandbox", "--folder", str(tmp_path / "kept")],
         env=environment(DATABASE_URL=database), capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert (done.returncode, "moves real money" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("livemode", "key"), [(False, "sk_live_1"), (True, "rk_test_1")])
+def test_up_starts_nothing_with_a_key_of_the_other_mode(
+    database: str, conn: psycopg.Connection, tmp_path: Path, livemode: bool, key: str
+) -> None:
+    conn.execute("select surety.set_livemode(%s)", (livemode,))
+    variables = {"DATABASE_URL": database, "STRIPE_API_KEY": key, "STRIPE_WEBHOOK_SECRET": "whsec_1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "up", "--folder", str(tmp_path / "kept")],
+        env=environment(**variables), capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"but the database is in {'live' if livemode else 'test'} mode" in done.stderr
+    assert done.stdout.count("\n") == 1 and f"mode {'live' if livemode else 'test'}: " in done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parents are read from /proc")
