@@ -28,6 +28,7 @@ def setting_options(command: Any) -> Any:
 @click.option("--fd", type=int, help="An open socket to listen on, instead of host and port.")
 @click.option("--memory", type=click.Path(path_type=Path, dir_okay=False), default=Path("sandbox.sqlite"))
 @click.option("--seed", default=1)
+@click.option("--live", "livemode", is_flag=True, help="Pretend to move real money: livemode is true everywhere.")
 @click.option("--faults/--no-faults", default=False, help="Misbehave as in the demo.")
 @click.option("--auto-payer", is_flag=True, help="Complete 3-D Secure automatically; implied by --faults.")
 @click.option("--webhook-url")
@@ -42,6 +43,7 @@ def main(
     fd: int | None,
     memory: Path,
     seed: int,
+    livemode: bool,
     faults: bool,
     auto_payer: bool,
     webhook_url: str | None,
@@ -52,8 +54,9 @@ def main(
 ) -> None:
     """Serve a sandbox of Stripe until SIGINT or SIGTERM."""
     settings = SandboxSettings(
-        auto_payer=auto_payer, webhook_events=webhook_events, settlement_currency=settlement_currency, **numbers
-    )
+        livemode=livemode, auto_payer=auto_payer, webhook_events=webhook_events,
+        settlement_currency=settlement_currency, **numbers,
+    )  # fmt: skip
     serve_sandbox(
         host=host, port=port, fd=fd, memory=memory, seed=seed, faults=faults,
         webhook_url=webhook_url, webhook_secret=webhook_secret, settings=settings,

@@ -156,6 +156,12 @@ class Memory:
         self.commit()
         self._file.close()
 
+    def has_mode(self, *, livemode: bool) -> bool:
+        """Whether this memory is of a mode; a new memory takes it."""
+        self._file.execute("insert or ignore into numbers values ('livemode', ?)", (livemode,))
+        row = self._file.execute("select value from numbers where name = 'livemode'").fetchone()
+        return bool(row[0]) is livemode
+
     # Time
 
     def now(self) -> float:

@@ -132,6 +132,9 @@ async def _run(listening: socket.socket, path: Path, settings: SandboxSettings, 
     host, port = listening.getsockname()[:2]
     settings.public_url = settings.public_url or f"http://{host}:{port}"
     memory = Memory(path, settings.seed)
+    if not memory.has_mode(livemode=settings.livemode):
+        memory.close()
+        raise SystemExit(f"{path} is the memory of a sandbox in {'test' if settings.livemode else 'live'} mode")
     sandbox = Sandbox(settings, memory, FaultInjector(settings.seed, profile))
     sender = WebhookSender(sandbox)
     config = uvicorn.Config(

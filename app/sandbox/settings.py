@@ -15,6 +15,8 @@ class SandboxSettings(Struct, kw_only=True, forbid_unknown_fields=True):
 
     seed: int = 1
     """Ids and drawn faults follow from it and from the identity of a request."""
+    livemode: bool = False
+    """The `livemode` of every object and event; keys of the other mode are refused."""
     webhook_url: str | None = None
     """Where events are delivered, `http://host:port/path`; None: they can only be listed."""
     webhook_secret: str = WEBHOOK_SECRET

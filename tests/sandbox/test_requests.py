@@ -64,10 +64,11 @@ def test_account_can_be_read(sandbox: SandboxProcess) -> None:
 
 
 def test_request_without_a_test_key_is_401(sandbox: SandboxProcess) -> None:
-    for authorization in ("", "Bearer sk_live_123", "Bearer rk_test_123"):
+    for authorization in ("", "Bearer sk_live_123", "Bearer sk_live_sandbox", "Bearer pk_test_123", "Bearer sk_test_"):
         answered = sandbox.client.get("/v1/balance", headers={"Authorization": authorization})
         assert (answered.status_code, answered.json()["error"]["type"]) == (401, "invalid_request_error")
-    assert sandbox.client.get("/v1/balance", auth=(KEY, "")).status_code == 200
+    for key in (KEY, "rk_test_123"):
+        assert sandbox.client.get("/v1/balance", auth=(key, "")).status_code == 200
 
 
 BAD_PARAMETERS: list[tuple[Json, str | None, str]] = [

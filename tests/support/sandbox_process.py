@@ -20,6 +20,7 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 KEY = "sk_test_surety"
+LIVE_KEY = "sk_live_sandbox"
 SECRET = "whsec_of_this_test"
 VERSION = "2026-10-28.endive"
 CARD_PAYMENT = {
@@ -63,6 +64,7 @@ class SandboxProcess:
     """One sandbox process; every request and answer is validated against Stripe's description."""
 
     def __init__(self, folder: Path, *options: str, webhook_url: str | None = None) -> None:
+        self.api_key = LIVE_KEY if "--live" in options else KEY
         self.options = [f"--memory={folder / 'sandbox.sqlite'}", *SHORT_DELAYS, *options]
         if webhook_url:
             self.options += [f"--webhook-url={webhook_url}", f"--webhook-secret={SECRET}"]
@@ -107,7 +109,7 @@ class SandboxProcess:
         timeout: float = 10,
     ) -> httpx.Response:
         """A request to the sandbox's Stripe API. With `is_valid=False` it violates the description on purpose."""
-        headers = {"Authorization": f"Bearer {KEY}", "Stripe-Version": VERSION}
+        headers = {"Authorization": f"Bearer {self.api_key}", "Stripe-Version": VERSION}
         if method == "POST":
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         if key is not None:

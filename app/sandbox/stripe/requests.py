@@ -7,6 +7,7 @@ same key are an error; so is the key of a request that is still being executed, 
 
 import binascii
 import logging
+import re
 from base64 import b64decode
 from contextlib import suppress
 from email.utils import formatdate
@@ -25,6 +26,9 @@ from app.sandbox.stripe.parameters import Pairs, decode_pairs, read_parameters
 log = logging.getLogger("sandbox")
 
 KEY_LENGTH_MAX = 255
+TEST_KEY = re.compile(r"[sr]k_test_.+")
+# No key of Stripe's has this form, so no real key is accepted.
+LIVE_KEY = re.compile(r"[sr]k_live_sandbox(_[0-9A-Za-z_]*)?")
 
 
 class StripeRequest(Struct):
@@ -59,7 +63,7 @@ def parse_request(
     sandbox: Sandbox, method: str, path: str, headers: dict[bytes, str], form: str, request_id: str
 ) -> StripeRequest:
     """Authenticate, find the operation and the stored answer of its key. Raises StripeError."""
-    _authenticate(headers)
+    _authenticate(headers, livemode=sandbox.settings.livemode)
     version = headers.get(b"stripe-version", API_VERSION)
     if version != API_VERSION:
         raise invalid_request(f"The sandbox speaks API version {API_VERSION}, not {version}.", param="Stripe-Version")
@@ -79,14 +83,14 @@ def parse_request(
     return request
 
 
-def _authenticate(headers: dict[bytes, str]) -> None:
+def _authenticate(headers: dict[bytes, str], *, livemode: bool) -> None:
     scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
     if scheme.lower() == "basic":
         with suppress(binascii.Error, UnicodeDecodeError):
             credentials = b64decode(credentials).decode().partition(":")[0]
     if not credentials:
         raise StripeError(401, "You did not provide an API key.")
-    if not credentials.startswith("sk_test_"):
+    if not (LIVE_KEY if livemode else TEST_KEY).fullmatch(credentials):
         raise StripeError(401, f"Invalid API Key provided: {credentials[:8]}***")
 
 

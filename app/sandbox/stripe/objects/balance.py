@@ -150,7 +150,7 @@ def balance(sandbox: Sandbox, account: str) -> dict[str, Any]:
             {"amount": 0, "currency": "usd", "source_types": {"card": 0}}
         ]
 
-    return {"object": "balance", "available": lines(1), "livemode": False, "pending": lines(2)}
+    return {"object": "balance", "available": lines(1), "livemode": sandbox.settings.livemode, "pending": lines(2)}
 
 
 def create_payouts(sandbox: Sandbox) -> None:
@@ -184,7 +184,7 @@ def create_payouts(sandbox: Sandbox) -> None:
             "failure_balance_transaction": None,
             "failure_code": None,
             "failure_message": None,
-            "livemode": False,
+            "livemode": sandbox.settings.livemode,
             "metadata": {},
             "method": "standard",
             "original_payout": None,

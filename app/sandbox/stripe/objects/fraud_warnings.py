@@ -17,7 +17,7 @@ def warn(sandbox: Sandbox, charge: StoredObject) -> StoredObject:
         "charge": charge.id,
         "created": created,
         "fraud_type": "misc",
-        "livemode": False,
+        "livemode": charge.body["livemode"],
         "payment_intent": charge.body["payment_intent"],
     }
     warning = sandbox.memory.save(StoredObject(id, KIND, charge.account, created, body, parent=charge.id))

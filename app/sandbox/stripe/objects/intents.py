@@ -48,7 +48,8 @@ def create(sandbox: Sandbox, account: str, given: CreateIntent) -> StoredObject:
     memory, created = sandbox.memory, sandbox.unix_seconds()
     id = memory.unused_id("pi", account, (sandbox.call and sandbox.call.key) or f"#{memory.next_seq()}")
     automatic = given.automatic_payment_methods or AutomaticMethods(enabled=True)
-    body = payloads.intent(id, f"{id}_secret_{memory.unused_id('s', id)[2:]}", created, currency, given, automatic)
+    secret, livemode = f"{id}_secret_{memory.unused_id('s', id)[2:]}", sandbox.settings.livemode
+    body = payloads.intent(id, secret, created, currency, given, automatic, livemode=livemode)
     body["metadata"] = merge_metadata({}, given.metadata)
     body["payment_method_options"] = _options(None, given.payment_method_options)
     intent = StoredObject(id, "payment_intent", account, created, body, parent=given.customer or "")
@@ -349,7 +350,8 @@ def _new_charge(sandbox: Sandbox, intent: StoredObject, card: Card, *, authentic
 def _attach(sandbox: Sandbox, intent: StoredObject, card: Card) -> None:
     """Give the intent a payment method of its own, made from the test card."""
     id, created = sandbox.memory.unused_id("pm", intent.id), sandbox.unix_seconds()
-    sandbox.memory.save(StoredObject(id, "payment_method", intent.account, created, payloads.method(id, card, created)))
+    body = payloads.method(id, card, created, livemode=intent.body["livemode"])
+    sandbox.memory.save(StoredObject(id, "payment_method", intent.account, created, body))
     intent.body["payment_method"] = id
 
 

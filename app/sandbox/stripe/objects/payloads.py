@@ -7,7 +7,14 @@ from app.sandbox.stripe.parameters import AutomaticMethods, CreateIntent
 
 
 def intent(
-    id: str, secret: str, created: int, currency: str, given: CreateIntent, automatic: AutomaticMethods
+    id: str,
+    secret: str,
+    created: int,
+    currency: str,
+    given: CreateIntent,
+    automatic: AutomaticMethods,
+    *,
+    livemode: bool,
 ) -> dict[str, Any]:
     """A payment intent without a payment method."""
     return {
@@ -31,7 +38,7 @@ def intent(
         "description": given.description or None,
         "last_payment_error": None,
         "latest_charge": None,
-        "livemode": False,
+        "livemode": livemode,
         "metadata": {},
         "next_action": None,
         "on_behalf_of": None,
@@ -52,7 +59,7 @@ def intent(
     }
 
 
-def method(id: str, card: Card, created: int) -> dict[str, Any]:
+def method(id: str, card: Card, created: int, *, livemode: bool) -> dict[str, Any]:
     """A payment method made from a test card."""
     return {
         "id": id,
@@ -77,7 +84,7 @@ def method(id: str, card: Card, created: int) -> dict[str, Any]:
         },
         "created": created,
         "customer": None,
-        "livemode": False,
+        "livemode": livemode,
         "metadata": {},
         "type": "card",
     }
@@ -118,7 +125,7 @@ def charge(id: str, intent: dict[str, Any], card: Card, created: int, *, authent
         "failure_code": None,
         "failure_message": None,
         "fraud_details": {},
-        "livemode": False,
+        "livemode": intent["livemode"],
         "metadata": dict(intent["metadata"]),
         "on_behalf_of": None,
         "outcome": outcome(card, None),
@@ -265,7 +272,7 @@ def dispute(
             "submission_method": "not_submitted",
         },
         "is_charge_refundable": inquiry,
-        "livemode": False,
+        "livemode": charge["livemode"],
         "metadata": {},
         "payment_intent": charge["payment_intent"],
         "payment_method_details": {
