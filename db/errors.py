@@ -117,6 +117,13 @@ def without_host(line: str) -> str:
     return line.rpartition("connection failed: ")[2]
 
 
+def error_text(error: Exception) -> str:
+    """An error's type and message in one line, without the row that the database names in its detail."""
+    import psycopg
+
+    return f"{type(error).__name__}: {message_of(error) if isinstance(error, psycopg.Error) else error}"
+
+
 def outdates_connection(error: psycopg.Error) -> bool:
     """Whether the connection still works but must not be used again: its plans, or its server, were replaced."""
     return error.sqlstate in {"0A000", "25006"}

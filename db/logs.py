@@ -24,13 +24,25 @@ class LineFormatter(logging.Formatter):
         """The time in UTC, with milliseconds."""
         return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
+    def formatException(self, ei: Any) -> str:  # noqa: N802  logging's name
+        """The traceback. Of a database's error only the message: its detail repeats rows, with payers' data."""
+        import psycopg
+
+        text, error = super().formatException(ei), ei[1]
+        while error is not None:
+            if isinstance(error, psycopg.Error) and str(error).strip():
+                text = text.replace(str(error).strip(), message_of(error))
+            error = error.__cause__ or error.__context__
+        return text
+
     def format(self, record: logging.LogRecord) -> str:
         """The entry; its traceback is left out if the error is a lost connection."""
         error = record.exc_info[1] if record.exc_info else None
         text = " ".join(record.getMessage().split())
-        changed: dict[str, Any] = {"msg": text, "args": None}
+        # A traceback that another formatter made is not used.
+        changed: dict[str, Any] = {"msg": text, "args": None, "exc_text": None}
         if (lost := connection_loss_behind(error)) is not None:
-            changed |= {"msg": f"{text}: {lost}", "exc_info": None, "exc_text": None, "stack_info": None}
+            changed |= {"msg": f"{text}: {lost}", "exc_info": None, "stack_info": None}
         return super().format(logging.makeLogRecord(record.__dict__ | changed))
 
 

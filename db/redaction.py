@@ -1,6 +1,8 @@
-"""Removal of client secrets, which are never stored: the client secret of an intent gives the rights of its payer.
+"""Removal of what must not be kept.
 
-A redacted body no longer verifies against its signature, so the signature is verified before.
+Client secrets are never stored: the client secret of an intent gives the rights of its payer. A redacted body no longer
+verifies against its signature, so the signature is verified before. Payers' addresses appear neither in the audit trail
+nor in logs.
 """
 
 from __future__ import annotations
@@ -17,6 +19,14 @@ ESCAPED_SECRET = re.compile(
         rb'(?:[^"\\]|\\.)*',
     )
 )
+
+
+EMAIL_ADDRESS = re.compile(r"[^\s@]+@[^\s@]+")
+
+
+def without_addresses(text: str) -> str:
+    """A text of the provider without e-mail addresses; its errors repeat the one that it refuses."""
+    return EMAIL_ADDRESS.sub("(an e-mail address)", text)
 
 
 def without_secrets(body: bytes) -> bytes:

@@ -21,7 +21,7 @@ from functools import partial
 from procrastinate import JobContext
 from psycopg.types.json import Jsonb
 
-from db.errors import is_retryable
+from db.errors import error_text, is_retryable
 from jobs.database import bisect_on_error
 from jobs.handlers.table import HANDLERS, HandleEvents
 from jobs.stripe.errors import ReleaseCause
@@ -99,7 +99,7 @@ async def handle_batch(worker: Worker, batch: Batch, handler: HandleEvents) -> N
 async def fail_event(worker: Worker, batch: Batch, event_id: str, error: Exception) -> None:
     """Count a failure of one event; after the last of its handler's delays it becomes a dead letter."""
     log.error("event %s failed", event_id, exc_info=error)
-    failures = Jsonb([{"event_id": event_id, "error": f"{type(error).__name__}: {error}"}])
+    failures = Jsonb([{"event_id": event_id, "error": error_text(error)}])
     await worker.database.value("select outbox.fail_events(%s, %s, %s)", batch.batch_id, batch.fence, failures)
 
 

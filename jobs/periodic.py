@@ -19,7 +19,7 @@ from typing import LiteralString
 
 from procrastinate import App, JobContext
 
-from db.errors import is_retryable
+from db.errors import error_text, is_retryable
 from db.settings import Settings
 from jobs.polling import (
     poll_balance_transactions,
@@ -111,7 +111,7 @@ async def run_and_record(worker: Worker, name: str, job: PeriodicJob) -> None:
     try:
         await job(worker)
     except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
+        failure = error_text(error)
         await record_end(worker, name, failure)
         if not is_retryable(error):
             raise

@@ -19,7 +19,7 @@ from typing import Literal, assert_never
 from msgspec import Struct, field
 from psycopg.types.json import Jsonb
 
-from db.errors import is_retryable
+from db.errors import error_text, is_retryable
 from jobs.database import bisect_on_error
 from jobs.handlers.calls import (
     CallResult,
@@ -270,7 +270,7 @@ async def read_pages(
         if is_retryable(error):
             raise
         log.exception("%s of account %r", operation, account)
-        result = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
+        result = {"outcome": "error", "error": error_text(error)}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     await record_poll_results(worker, [{"operation": operation, "duration_ms": duration_ms, **result}])
     if "error" in result:
@@ -289,7 +289,7 @@ def facts_of_row(line: Json, origin: FactOrigin, read: Callable[[Json, FactOrigi
 
 def unreadable_object(object_id: str, error: Exception) -> CallResult:
     """The discrepancy of an object that can't be read, and so isn't booked."""
-    detail = f"{object_id} can't be recorded: {type(error).__name__} {error}"
+    detail = f"{object_id} can't be recorded: {error_text(error)}"
     return {"discrepancy": {"kind": "unmatched_cash", "subject": object_id, "detail": detail[:500]}}
 
 

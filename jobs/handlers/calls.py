@@ -17,6 +17,7 @@ from typing import Any, Literal, assert_never
 from msgspec import Struct, field
 from psycopg.types.json import Jsonb
 
+from db.errors import error_text
 from jobs.circuit_breaker import circuit_key
 from jobs.database import bisect_on_error
 from jobs.stripe.client import ProviderResponse
@@ -229,7 +230,7 @@ async def call_result(
         result = explain(error)
     except Exception as error:  # An unforeseen failure of one call must not touch the others.
         log.exception("%s of %s", operation, subject.payment_id)
-        result = {"outcome": "error", "error": f"{type(error).__name__}: {error}"}
+        result = {"outcome": "error", "error": error_text(error)}
     if "outage" in result:
         result["failed_call"] = (subject.account, began)
     duration_ms = round((time.monotonic() - began) * 1000, 3)
@@ -303,4 +304,4 @@ async def record_event_results(worker: Worker, batch: Batch, results: list[CallR
 def unrecordable_result(result: CallResult, error: Exception) -> CallResult:
     """A result that the database refuses, as the failure of its event."""
     kept = {name: result.get(name) for name in ("event_id", "payment_id", "operation", "status", "duration_ms")}
-    return kept | {"outcome": "unusable", "error": f"{type(error).__name__}: {error}"}
+    return kept | {"outcome": "unusable", "error": error_text(error)}

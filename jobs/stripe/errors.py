@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import stripe
 
+from db.redaction import without_addresses
+
 Json = dict[str, Any]
 
 ReleaseCause = Literal[
@@ -137,6 +139,9 @@ def provider_error(error: stripe.StripeError, *, writes: bool) -> ProviderError:
             f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None
         )
     code = reported.get("code")
+    if isinstance(reported.get("message"), str):
+        reported = reported | {"message": without_addresses(reported["message"])}
+        body = body | {"error": reported}
     message = f"Stripe {status}{f' {code}' if code else ''}: {reported.get('message')}"
     if status >= 500:
         # A replayed failure does not show the provider's present state.
