@@ -528,6 +528,7 @@ create table surety.payments (
     description text,
     statement_descriptor_suffix text,
     return_url text,
+    off_session boolean not null default false,
     customer jsonb,
     metadata jsonb not null default '{}',
     provider text not null,
@@ -560,6 +561,8 @@ create table surety.payments (
     constraint payment_description_is_short check (char_length(description) between 1 and 1000),
     constraint payment_descriptor_suffix_is_short check (char_length(statement_descriptor_suffix) between 1 and 22),
     constraint payment_return_url_is_short check (char_length(return_url) between 1 and 2048),
+    -- Otherwise a card's payer could not act.
+    constraint payment_returns_its_payer check (rail <> 'card' or return_url is not null or off_session),
     constraint payment_metadata_is_an_object check (jsonb_typeof(metadata) = 'object')
 ) partition by range (id);
 create index payments_of_a_merchant on surety.payments (merchant_id, id);

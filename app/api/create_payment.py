@@ -69,6 +69,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
             description=payment.description,
             statement_descriptor_suffix=payment.statement_descriptor_suffix,
             return_url=payment.return_url,
+            off_session=payment.off_session,
             customer=payment.customer,
             metadata=payment.metadata,
         )
@@ -94,6 +95,7 @@ async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:
     violations = await amount_violations(request.services.database, given)
     reported_fields = {violation.field for violation in violations}
     violations += [violation for violation in payment_violations(given) if violation.field not in reported_fields]
+    violations += return_violations(given)
     return with_lowercase_currency(struct_of(given, NewPayment, violations + key_violations))
 
 
@@ -105,6 +107,14 @@ async def amount_violations(database: DatabasePool, given: Any) -> list[RuleViol
     amount = max(-AMOUNT_MAX, min(amount, AMOUNT_MAX))
     row = await database.fetch_row("select api.check_amount_bounds(%s, %s)", amount, currency.lower())
     return [amount_violation(row[0])] if row and row[0] else []
+
+
+def return_violations(given: Any) -> list[RuleViolation]:
+    """The rule that a payer who may have to act must be able to return, if a body of that form breaks it."""
+    if not isinstance(given, dict) or given.get("return_url") is not None or given.get("off_session"):
+        return []
+    message = "return_url is required, as the payer may have to act at the bank; set off_session if no payer is present"
+    return [RuleViolation("/return_url", "required", message)]
 
 
 async def problem_of_refusal(name: str, detail: Any, caller: Caller) -> Problem:
@@ -132,6 +142,8 @@ def read_fast(body: bytes) -> tuple[NewPayment, bytes] | None:
     try:
         payment = with_lowercase_currency(decode_payment(body))
     except (ValueError, RecursionError):
+        return None
+    if payment.return_url is None and not payment.off_session:
         return None
     encoded = encode_canonically(payment)
     if b"\\u" in body or len(JSON_KEY_PATTERN.findall(body)) != len(JSON_KEY_PATTERN.findall(encoded)):

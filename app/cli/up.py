@@ -28,7 +28,8 @@ COLORS = ("cyan", "green", "magenta", "yellow", "blue", "bright_cyan", "bright_g
 
 EXAMPLE_REQUEST_OPTIONS = (
     "--header 'Idempotency-Key: order-1' --json "
-    """'{"amount": 4999, "currency": "usd", "payment_method": {"type": "card", "token": "pm_card_visa"}}'"""
+    """'{"amount": 4999, "currency": "usd", "payment_method": {"type": "card", "token": "pm_card_visa"},"""
+    """ "return_url": "https://shop.example/paid"}'"""
 )
 
 

@@ -16,7 +16,7 @@ from litestar.exceptions import HTTPException
 
 from app.web.asgi import Headers, HttpResponse
 from app.web.batching import QUERY_CANCELED, DatabaseAway, RefusedByDatabase, Unavailable, unavailable_by
-from db.errors import is_retryable
+from db.errors import is_retryable, message_of
 
 log = logging.getLogger("surety.http")
 
@@ -204,6 +204,7 @@ RULE_BY_CONSTRAINT: dict[str, tuple[str, str, int | None]] = {
     "payment_description_is_short": ("/description", "max_length", 1000),
     "payment_descriptor_suffix_is_short": ("/statement_descriptor_suffix", "max_length", 22),
     "payment_return_url_is_short": ("/return_url", "max_length", 2048),
+    "payment_returns_its_payer": ("/return_url", "required", None),
     "payment_metadata_is_an_object": ("/metadata", "type", None),
     "refund_metadata_is_an_object": ("/metadata", "type", None),
     "idempotency_key_is_printable": ("Idempotency-Key", "pattern", None),
@@ -256,7 +257,7 @@ def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
         case RefusedByDatabase():
             return problem_from_database_error(error.error)
         case psycopg.Error():
-            log.error("%s failed: %s", request_id, error)
+            log.error("%s failed: %s", request_id, message_of(error))
             return problem_from_database_error(error)
         case HTTPException(status_code=405):
             allowed = (error.headers or {}).get("allow", "").replace("GET", "GET, HEAD")

@@ -12,6 +12,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from db.redaction import without_addresses
+
 Json = dict[str, Any]
 Fact = dict[str, Any]
 
@@ -24,6 +26,12 @@ REFUND_KINDS = {
     "failed": "refund_failed",
     "canceled": "refund_canceled",
 }
+
+NO_RETURN = {
+    "code": "authentication_required",
+    "message": "The payer would have to act by a script of the provider, which needs a client secret.",
+}
+"""The failure of an attempt that asks for Stripe's script: the API gives no client secret, so no payer can act."""
 
 RATE_TOLERANCE = 1e-5
 """The relative error that an exchange rate may have."""
@@ -79,17 +87,30 @@ def failure(error: Json | None) -> Json | None:
     if error is None:
         return None
     shown = {name: error.get(name) for name in ("code", "decline_code", "message")}
+    if isinstance(shown["message"], str):
+        shown["message"] = without_addresses(shown["message"])
     shown["code"] = shown["code"] or error.get("type") or "processing_error"
     return {name: value for name, value in shown.items() if value is not None}
 
 
 def next_action(action: Json | None) -> Json | None:
-    """The payer's next action, as merchants see it: the URL of a redirect, or the use of Stripe's script."""
-    if action is None:
-        return None
-    if action["type"] == "redirect_to_url":
-        return {"type": "redirect", "url": action["redirect_to_url"]["url"]}
-    return {"type": action["type"]}
+    """The payer's next action, as merchants see it: a redirect with its URL, or a type without one.
+
+    None if the answer does not say it, so that the intent is asked for again.
+    """
+    kind = (action or {}).get("type")
+    if kind != "redirect_to_url":
+        return {"type": kind} if kind is not None else None
+    url = ((action or {}).get("redirect_to_url") or {}).get("url")
+    return {"type": "redirect", "url": url} if url is not None else None
+
+
+def action_facts(action: Json | None) -> list[tuple[str, Json]]:
+    """The kind and data of the fact that an intent's next action proves; none if the answer does not say it."""
+    shown = next_action(action)
+    if shown == {"type": "use_stripe_sdk"}:
+        return [("attempt_failed", {"failure": NO_RETURN})]
+    return [("action", {"next_action": shown})] if shown is not None else []
 
 
 def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
@@ -107,7 +128,7 @@ def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
         case "requires_payment_method" if error is not None:
             facts.append(about(pi, "attempt_failed", data={"failure": error}))
         case "requires_action":
-            facts.append(about(pi, "action", data={"next_action": next_action(intent["next_action"])}))
+            facts += [about(pi, kind, data=data) for kind, data in action_facts(intent.get("next_action"))]
         case "processing":
             facts.append(about(pi, "processing"))
         case "requires_capture" if ch:

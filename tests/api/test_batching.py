@@ -71,7 +71,8 @@ def create_request(key: NewKey, description: str | None = None) -> PaymentReques
         reference=None,
         description=description,
         statement_descriptor_suffix=None,
-        return_url=None,
+        return_url="https://shop.example/return",
+        off_session=False,
         customer=None,
         metadata={},
     )

@@ -72,6 +72,19 @@ def test_new_payment_schedules_the_submit_handler(merchant: Merchant) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "url", ["http://localhost:3000", "HTTPS://shop.example/a?b#c", "myapp://done", "com.shop.app://x"]
+)
+def test_payer_may_return_to_a_page_or_to_an_app(merchant: Merchant, url: str) -> None:
+    paid = merchant.pay(return_url=url)
+    assert (paid["return_url"], paid["off_session"]) == (url, False)
+
+
+def test_payment_without_a_payer_needs_no_return_url(merchant: Merchant) -> None:
+    paid = merchant.pay(return_url=None, off_session=True)
+    assert (paid["return_url"], paid["off_session"]) == (None, True)
+
+
 # ----------------------------------------------------------------------------------------------------- idempotency
 
 

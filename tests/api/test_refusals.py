@@ -66,7 +66,20 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"return_url": "javascript:alert(1)"}, "/return_url", "pattern"),
     ({"return_url": "/return"}, "/return_url", "pattern"),
     ({"return_url": "https://shop.example/" + "x" * 2048}, "/return_url", "max_length"),
+    ({"return_url": "javascript://%0aalert(1)"}, "/return_url", "pattern"),
+    ({"return_url": "data://text/html,x"}, "/return_url", "pattern"),
+    ({"return_url": "MyApp://done"}, "/return_url", "pattern"),
+    ({"return_url": "myapp://"}, "/return_url", "pattern"),
+    ({"return_url": "myapp:done"}, "/return_url", "pattern"),
+    ({"return_url": "https://?x"}, "/return_url", "pattern"),
+    ({"return_url": None}, "/return_url", "required"),
+    ({"return_url": None, "off_session": False}, "/return_url", "required"),
+    ({"return_url": None, "off_session": "true"}, "/off_session", "type"),
     ({"customer": {"email": "no-address"}}, "/customer/email", "pattern"),
+    ({"customer": {"email": "ada@nowhere"}}, "/customer/email", "pattern"),
+    ({"customer": {"email": "ada@shop.example" + "x" * 240}}, "/customer/email", "max_length"),
+    ({"customer": {"name": ""}}, "/customer/name", "min_length"),
+    ({"customer": {"name": "A" * 201}}, "/customer/name", "max_length"),
     ({"customer": {"phone": "1"}}, "/customer/phone", "known"),
     ({"metadata": {"n": 9}}, "/metadata/n", "type"),
     ({"metadata": {"k" * 41: "v"}}, "/metadata/" + "k" * 41, "key_max_length"),
@@ -130,7 +143,7 @@ def test_input_that_lenient_decoding_would_accept_is_refused(
 
 def test_json_escapes_and_whitespace_are_accepted(merchant: Merchant) -> None:
     body = rb'{"amount" : 100, "currency":"usd", "description": "\u00e9\ud83d\ude00 \":", "metadata": {"a\":": "b"},'
-    body += rb'"payment_method"  :  {"type":"card","token":"pm_card_visa"}}'
+    body += rb'"payment_method"  :  {"type":"card","token":"pm_card_visa"}, "off_session" : true}'
     answer = merchant.post(body)
     assert answer.json()["description"] == 'é😀 ":'
     assert answer.json()["metadata"] == {'a":': "b"}

@@ -28,6 +28,7 @@ function request()
         ["Idempotency-Key"] = key,
     }
     local body = '{"amount": 4999, "currency": "usd", "payment_method": {"type": "card", "token": "pm_card_visa"}, '
+        .. '"return_url": "https://shop.example/return", '
         .. '"reference": "' .. key .. '", "description": "Two books and a lamp", "metadata": {"cart": "9"}}'
     return wrk.format("POST", nil, headers, body)
 end

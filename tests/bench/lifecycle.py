@@ -139,6 +139,7 @@ def create_orders(keys: list[str], count: int, run: str) -> list[Order]:
                 "amount": 1000 + number,
                 "currency": "usd",
                 "payment_method": {"type": "card", "token": "pm_card_visa"},
+                "return_url": "https://shop.example/return",
                 "reference": f"bench-{run}-{number}",
             },
         )

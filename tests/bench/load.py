@@ -97,6 +97,7 @@ class LoadClient:
         key = f"{self.run}-{number}"
         body = json.dumps({
             "amount": 4999, "currency": "usd", "payment_method": {"type": "card", "token": "pm_card_visa"},
+            "return_url": "https://shop.example/return",
             "reference": key, "description": "Two books and a lamp", "metadata": {"cart": "9"},
         })  # fmt: skip
         head = (

@@ -66,7 +66,7 @@ class BackgroundLoad:
         """A payment beside the load."""
         self._probes += 1
         card = {"type": "card", "token": USUAL_TOKENS[0]}
-        body: Json = {"amount": 5000, "currency": "usd", "payment_method": card}
+        body: Json = {"amount": 5000, "currency": "usd", "payment_method": card, "off_session": True}
         return Request(self._api_key, f"probe-{self._seed}-{self._probes}", "/v1/payments", body)
 
     def probe(self, request: Request) -> str | None:

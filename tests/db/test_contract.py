@@ -320,6 +320,7 @@ def test_constraint_violation_is_reported_as_its_rule(owner: Connection, key: by
         ({"description": "d" * 1001}, "payment_description_is_short"),
         ({"statement_descriptor_suffix": "s" * 23}, "payment_descriptor_suffix_is_short"),
         ({"return_url": "u" * 2049}, "payment_return_url_is_short"),
+        ({"return_url": None}, "payment_returns_its_payer"),
         ({"metadata": []}, "payment_metadata_is_an_object"),
         ({"capture_method": "later"}, "payment_rail_has_a_path"),
         ({"idempotency_key": "é"}, "idempotency_key_is_printable"),

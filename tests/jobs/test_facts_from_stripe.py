@@ -88,10 +88,37 @@ def test_requires_action_fact_contains_the_next_action(sandbox: SandboxProcess) 
     assert kinds(facts) == {"submitted": id, "action": id}
     action = facts[1]["data"]["next_action"]
     assert (action["type"], action["url"].split("?")[0]) == ("redirect", f"{sandbox.url}/3ds/{id}")
-    assert next_action(sandbox.confirm(sandbox.create("pm_card_threeDSecure2Required"))["next_action"]) == {
-        "type": "use_stripe_sdk"
-    }
-    assert next_action(None) is None
+
+
+def test_action_by_the_providers_script_is_a_failed_attempt(sandbox: SandboxProcess) -> None:
+    id = sandbox.create("pm_card_threeDSecure2Required")
+    intent = sandbox.confirm(id)
+    assert intent["next_action"]["type"] == "use_stripe_sdk"
+    facts = intent_facts(intent, ORIGIN)
+    assert kinds(facts) == {"submitted": id, "attempt_failed": id}
+    assert facts[1]["data"]["failure"]["code"] == "authentication_required"
+
+
+@pytest.mark.parametrize(
+    ("action", "shown"),
+    [
+        (None, None),
+        ({}, None),
+        ({"type": None}, None),
+        ({"type": "redirect_to_url"}, None),
+        ({"type": "redirect_to_url", "redirect_to_url": None}, None),
+        ({"type": "redirect_to_url", "redirect_to_url": {"url": None}}, None),
+        (
+            {"type": "redirect_to_url", "redirect_to_url": {"url": "https://b"}},
+            {"type": "redirect", "url": "https://b"},
+        ),
+        ({"type": "card_await_notification"}, {"type": "card_await_notification"}),
+    ],
+)
+def test_next_action_is_shown_only_as_far_as_it_is_answered(action: Any, shown: Any) -> None:
+    assert next_action(action) == shown
+    intent = {"id": "pi_1", "status": "requires_action", "currency": "usd", "amount": 4999, "next_action": action}
+    assert kinds(intent_facts(intent, ORIGIN)) == {"submitted": "pi_1", **({"action": "pi_1"} if shown else {})}
 
 
 def test_declined_intent_stays_open_and_fails_once_canceled(sandbox: SandboxProcess) -> None:

@@ -313,8 +313,7 @@ async def test_reordered_and_repeated_webhooks_end_in_the_same_state(
         await run_until_idle(worker)
         assert state_of(conn, payment_id) == "requires_action"
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
-        secret = sandbox.read(pi)["client_secret"]
-        sandbox.client.post(f"/3ds/{pi}?client_secret={secret}", content="outcome=approve")
+        sandbox.answer_as_payer(pi, "approve")
         eventually(lambda: sandbox.read(pi)["status"] == "succeeded")
         eventually(lambda: "charge.updated" in [event["type"] for event in events_about(sandbox, payment_id)])
         events = events_about(sandbox, payment_id)
@@ -337,8 +336,7 @@ async def test_decline_known_from_a_webhook_only_is_fetched_and_canceled(
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker)
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
-        secret = sandbox.read(pi)["client_secret"]
-        sandbox.client.post(f"/3ds/{pi}?client_secret={secret}", content="outcome=decline")
+        sandbox.answer_as_payer(pi, "decline")
         [failed] = [e for e in events_about(sandbox, payment_id) if e["type"] == "payment_intent.payment_failed"]
         received(conn, [failed])
         await run_until_idle(worker)
@@ -557,7 +555,7 @@ async def test_payment_that_succeeds_during_its_cancellation_is_confirmed(
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker)
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
-        sandbox.client.post(f"/3ds/{pi}?client_secret={sandbox.read(pi)['client_secret']}", content="outcome=approve")
+        sandbox.answer_as_payer(pi, "approve")
         conn.execute("select surety.emit_expired_actions('0 s')")
         await run_until_idle(worker)
     assert state_of(conn, payment_id) in {"confirmed", "settled"}

@@ -233,6 +233,17 @@ def test_off_session_payment_that_requires_authentication_is_declined(sandbox: S
     assert (status, error["code"]) == (402, "authentication_required")
 
 
+def test_receipt_goes_to_a_valid_address_that_may_be_removed(sandbox: SandboxProcess) -> None:
+    form = {"amount": 4999, "currency": "usd"}
+    for invalid in ("nobody", "ada@nowhere", "ada@shop.example\n", "a b@shop.example"):
+        status, error = sandbox.refusal("POST", "/v1/payment_intents", {**form, "receipt_email": invalid})
+        assert (status, error["code"], error["param"]) == (400, "email_invalid", "receipt_email")
+        assert error["message"] == f"Invalid email address: {invalid}"
+    intent = sandbox.create(receipt_email="ada@shop.example")
+    assert sandbox.read(intent)["receipt_email"] == "ada@shop.example"
+    assert sandbox.confirm(intent, {"receipt_email": ""})["receipt_email"] is None
+
+
 def test_merchant_may_request_authentication(sandbox: SandboxProcess) -> None:
     intent = sandbox.create("pm_card_threeDSecureOptional")
     form = {"payment_method_options[card][request_three_d_secure]": "any", "return_url": "https://shop.example"}

@@ -79,7 +79,8 @@ class WantedPayment(Struct):
             reference=self.reference,
             description=None,
             statement_descriptor_suffix=None,
-            return_url=None,
+            return_url="https://shop.example/return",
+            off_session=False,
             customer=None,
             metadata={},
         )

@@ -135,7 +135,10 @@ def unique_name(what: str) -> str:
 
 def payment(**fields: Any) -> Json:
     """A request's body; a field given as None is left out."""
-    body = {"amount": 4999, "currency": "usd", "payment_method": {"type": "card", "token": "pm_card_visa"}} | fields
+    body = {
+        "amount": 4999, "currency": "usd", "payment_method": {"type": "card", "token": "pm_card_visa"},
+        "return_url": "https://shop.example/return", **fields,
+    }  # fmt: skip
     return {name: value for name, value in body.items() if value is not None}
 
 

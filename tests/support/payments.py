@@ -40,6 +40,7 @@ def request(key_hash: bytes, **fields: Any) -> dict[str, Any]:
         "rail": "card",
         "method_token": "pm_card_visa",
         "capture_method": "automatic",
+        "return_url": "https://shop.example/return",
         **fields,
     }
 

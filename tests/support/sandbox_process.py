@@ -168,6 +168,10 @@ class SandboxProcess:
         """A confirmed payment."""
         return self.confirm(self.create(card, **more))
 
+    def answer_as_payer(self, intent: str, outcome: str) -> None:
+        """Approve or decline on the page that the payer is sent to."""
+        self.client.post(self.read(intent)["next_action"]["redirect_to_url"]["url"], data={"outcome": outcome})
+
     def read(self, intent: str, **more: Any) -> Json:
         return self.get(f"/v1/payment_intents/{intent}", **more)
 

@@ -64,14 +64,26 @@ Suffix = Annotated[
         examples=["ACME"],
     ),
 ]
-Url = Annotated[
+ReturnUrl = Annotated[
     str,
     Meta(
         max_length=2048,
-        pattern=whole(r"[Hh][Tt][Tt][Pp][Ss]?://[^\s/?#@]+([/?#]\S*)?"),
-        extra={"form": "must be an absolute address that starts with https:// or http://"},
-        description="Where the payer returns to after 3-D Secure: an absolute http(s) address.",
-        examples=["https://shop.example/return"],
+        # Schemes that a browser runs or reads locally are not the links of an app.
+        pattern=whole(
+            r"([Hh][Tt][Tt][Pp][Ss]?://[^\s/?#@]+([/?#]\S*)?"
+            r"|(?!(https?|javascript|vbscript|data|file|ftp|blob|about|filesystem|view-source):)[a-z][a-z0-9+.\-]*://\S+)"
+        ),
+        extra={"form": "must be an absolute address, https://… or http://…, or an app's link in lower case, myapp://…"},
+        description="Where the payer returns to after an action at the card's bank (3-D Secure): an absolute http(s) "
+        "address, or an app's link. Required unless `off_session` is true.",
+        examples=["https://shop.example/return", "myapp://paid"],
+    ),
+]
+OffSession = Annotated[
+    bool,
+    Meta(
+        description="Whether the payer is absent and can't act. If the bank asks for an action, the payment fails with "
+        "the code `authentication_required`."
     ),
 ]
 MetadataKey = Annotated[
@@ -83,9 +95,24 @@ Metadata = Annotated[
     Meta(max_length=50, description="Up to 50 texts of your own, stored and returned.", examples=[{"cart": "9"}]),
 ]
 Email = Annotated[
-    str, Meta(max_length=254, pattern=whole(r"[^@\s]+@[^@\s]+"), extra={"form": "must be an e-mail address"})
+    str,
+    Meta(
+        max_length=254,
+        pattern=whole(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+"),
+        extra={"form": "must be an e-mail address"},
+        description="Given to the provider as the address for its receipt. In live mode Stripe sends a receipt there.",
+        examples=["ada@shop.example"],
+    ),
 ]
-Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Name = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=200,
+        description="Given to the provider as `customer_name` in the metadata of its object.",
+        examples=["Ada Lovelace"],
+    ),
+]
 Description = Annotated[str, Meta(min_length=1, max_length=1000)]
 Text = Annotated[str, Meta(min_length=1, max_length=5000)]
 LongText = Annotated[str, Meta(min_length=1, max_length=20000)]

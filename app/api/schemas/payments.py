@@ -15,12 +15,13 @@ from app.api.schemas.fields import (
     Metadata,
     MinorUnits,
     Name,
+    OffSession,
     PaymentId,
     Provider,
     Reference,
+    ReturnUrl,
     Suffix,
     Token,
-    Url,
 )
 
 State = Literal[
@@ -68,7 +69,7 @@ class Customer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
 
 
 class NewPayment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A payment to take."""
+    """A payment to take. The payer returns to `return_url`, unless `off_session` is true."""
 
     amount: MinorUnits
     currency: Currency
@@ -77,7 +78,8 @@ class NewPayment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     reference: Reference | None = None
     description: Description | None = None
     statement_descriptor_suffix: Suffix | None = None
-    return_url: Url | None = None
+    return_url: ReturnUrl | None = None
+    off_session: OffSession = False
     customer: Customer | None = None
     metadata: Metadata = {}
 
@@ -110,6 +112,7 @@ class PaymentRequest(Struct, omit_defaults=True):
     description: str | None
     statement_descriptor_suffix: str | None
     return_url: str | None
+    off_session: bool
     customer: Customer | None
     metadata: dict[str, str]
 
@@ -157,6 +160,7 @@ class Payment(Struct):
     description: str | None
     statement_descriptor_suffix: str | None
     return_url: str | None
+    off_session: bool
     customer: Customer | None
     metadata: dict[str, str]
     created_at: str

@@ -37,7 +37,7 @@ def submit_answer(sandbox: Sandbox, intent_id: str, secret: str, outcome: str) -
     query = urlencode(
         {
             "payment_intent": intent_id,
-            "payment_intent_client_secret": secret,
+            "payment_intent_client_secret": intent.body["client_secret"],
             "redirect_status": "failed" if failed else "succeeded",
         }
     )
@@ -46,6 +46,6 @@ def submit_answer(sandbox: Sandbox, intent_id: str, secret: str, outcome: str) -
 
 def _find_intent(sandbox: Sandbox, intent_id: str, secret: str) -> StoredObject:
     intent = sandbox.memory.find(intent_id)
-    if intent is None or intent.kind != "payment_intent" or intent.body["client_secret"] != secret:
+    if intent is None or intent.kind != "payment_intent" or intents.page_secret(intent) != secret:
         raise not_found("payment_intent", intent_id)
     return intent

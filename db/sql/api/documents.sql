@@ -26,6 +26,7 @@ begin atomic
             p.description as description,
             p.statement_descriptor_suffix as statement_descriptor_suffix,
             p.return_url as return_url,
+            p.off_session as off_session,
             p.customer as customer,
             p.metadata as metadata,
             surety.format_time(p.created_at) as created_at,

@@ -68,22 +68,23 @@ comment on function api.whole_steps(bigint, text) is
 create or replace function api.new_payment(
     p_id text, p_merchant_id text, p_amount_minor bigint, p_currency text, p_rail text, p_capture_method text,
     p_method_token text, p_reference text, p_description text, p_statement_descriptor_suffix text, p_return_url text,
-    p_customer jsonb, p_metadata jsonb, p_provider text, p_provider_account text, p_livemode boolean,
-    p_created_at timestamptz
+    p_off_session boolean, p_customer jsonb, p_metadata jsonb, p_provider text, p_provider_account text,
+    p_livemode boolean, p_created_at timestamptz
 ) returns surety.payments
 language sql immutable parallel safe
 begin atomic
     -- Columns in the table's order. PostgreSQL inlines the expression.
     select (
         p_id, p_merchant_id, 1, 'initiated', p_amount_minor, p_currency, 0, 0, 0, 0, 0, p_rail, p_capture_method,
-        p_method_token, p_reference, p_description, p_statement_descriptor_suffix, p_return_url, p_customer,
-        p_metadata, p_provider, p_provider_account, p_livemode, null, null, null, '{}', p_created_at, p_created_at,
-        null, 0
+        p_method_token, p_reference, p_description, p_statement_descriptor_suffix, p_return_url, p_off_session,
+        p_customer, p_metadata, p_provider, p_provider_account, p_livemode, null, null, null, '{}', p_created_at,
+        p_created_at, null, 0
     )::surety.payments;
 end;
 
 comment on function api.new_payment(
-    text, text, bigint, text, text, text, text, text, text, text, text, jsonb, jsonb, text, text, boolean, timestamptz
+    text, text, bigint, text, text, text, text, text, text, text, text, boolean, jsonb, jsonb, text, text, boolean,
+    timestamptz
 ) is
 'A payment at its first step, initiated, by named arguments; not stored. p_amount_minor is in minor units of
 p_currency.';
@@ -147,7 +148,8 @@ begin
         from json_to_recordset(p_requests) as r (
             n integer, key_hash text, request_id text, address text, idempotency_key text, request_hash text,
             amount bigint, currency text, rail text, method_token text, capture_method text, reference text,
-            description text, statement_descriptor_suffix text, return_url text, customer jsonb, metadata jsonb
+            description text, statement_descriptor_suffix text, return_url text, off_session boolean, customer jsonb,
+            metadata jsonb
         )
         left join surety.api_keys as k on k.hash = decode(r.key_hash, 'hex') and k.revoked_at is null
         left join surety.merchants as m on m.id = k.merchant_id
@@ -164,7 +166,8 @@ begin
                 p_rail => g.rail, p_capture_method => g.capture_method, p_method_token => g.method_token,
                 p_reference => g.reference, p_description => g.description,
                 p_statement_descriptor_suffix => g.statement_descriptor_suffix, p_return_url => g.return_url,
-                p_customer => g.customer, p_metadata => coalesce(g.metadata, '{}'),
+                p_off_session => coalesce(g.off_session, false), p_customer => g.customer,
+                p_metadata => coalesce(g.metadata, '{}'),
                 p_provider => 'stripe', p_provider_account => g.provider_account, p_livemode => g.livemode,
                 p_created_at => v_now
             ) as payment
@@ -318,7 +321,7 @@ comment on function api.create_payments(json) is
 forbidden (suspended); invalid-request, detail {field, rule, limit, given}; reference-taken, detail {payment_id};
 idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
 amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
-return_url, customer, metadata}].';
+return_url, off_session, customer, metadata}].';
 
 create or replace function api.get_payment(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp

@@ -14,12 +14,19 @@ begin atomic
             'capture_method', case p_payment.capture_method when 'manual' then 'manual' else 'automatic_async' end,
             'description', p_payment.description,
             'statement_descriptor_suffix', p_payment.statement_descriptor_suffix,
+            'receipt_email', p_payment.customer ->> 'email',
             'metadata', jsonb_build_object(
                 'surety_payment', p_payment.id,
-                'surety_environment', (select environment.id from surety.environment)
+                'surety_environment', (select environment.id from surety.environment),
+                -- An intent for a payment method that exists has no field of its own for a name.
+                'customer_name', p_payment.customer ->> 'name'
             )
         )
-        when p_operation = 'confirm' then jsonb_build_object('return_url', p_payment.return_url)
+        when p_operation = 'confirm' then jsonb_build_object(
+            'return_url', p_payment.return_url,
+            -- An absent payer can't act: an attempt that needs an action fails.
+            'off_session', case when p_payment.off_session then true end
+        )
         when p_operation = 'capture' then jsonb_build_object(
             'amount_to_capture', (select requested.amount_minor from surety.pending_capture(p_payment.id) as requested)
         )

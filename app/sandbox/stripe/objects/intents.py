@@ -4,6 +4,8 @@ Every function changes records and emits events; the caller commits. A refusal i
 raised after the failed charge was recorded, so that the charge is committed with it.
 """
 
+import re
+from hashlib import blake2b
 from typing import Any
 
 from app.sandbox.memory import StoredObject
@@ -35,6 +37,8 @@ CONFIRMABLE = frozenset({"requires_payment_method", "requires_confirmation"})
 CANCELABLE = CONFIRMABLE | {"requires_action", "requires_capture"}
 EXPIRED = "expired"
 SUFFIX_LENGTH_MAX = 22
+DESCRIPTION_LENGTH_MAX = 1000
+EMAIL = re.compile(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+")
 
 
 def create(sandbox: Sandbox, account: str, given: CreateIntent) -> StoredObject:
@@ -100,6 +104,7 @@ def confirm(sandbox: Sandbox, intent: StoredObject, given: ConfirmIntent) -> Sto
     body = intent.body
     card = _card(given.payment_method)
     _check_method_types(given)
+    _check_receipt_email(given)
     if body["status"] not in CONFIRMABLE:
         raise wrong_state("confirm", body)
     if not card and not body["payment_method"]:
@@ -233,7 +238,7 @@ def _pay(sandbox: Sandbox, intent: StoredObject, card: Card, *, off_session: boo
 def _challenge(sandbox: Sandbox, intent: StoredObject, return_url: str | None) -> None:
     """Send the payer to the sandbox's page; without a return URL, Stripe's script does that."""
     body = intent.body
-    page = f"{sandbox.settings.public_url}/3ds/{intent.id}?client_secret={body['client_secret']}"
+    page = f"{sandbox.settings.public_url}/3ds/{intent.id}?client_secret={page_secret(intent)}"
     if return_url:
         body["next_action"] = {
             "type": "redirect_to_url",
@@ -249,6 +254,11 @@ def _challenge(sandbox: Sandbox, intent: StoredObject, return_url: str | None) -
     emit(sandbox, "payment_intent.requires_action", intent)
     if sandbox.settings.auto_payer:
         sandbox.schedule(sandbox.settings.payer_seconds, "payer_answers", intent.id)
+
+
+def page_secret(intent: StoredObject) -> str:
+    """The secret in the address of an intent's page; it is not the intent's own."""
+    return f"src_client_secret_{blake2b(intent.body['client_secret'].encode(), digest_size=12).hexdigest()}"
 
 
 def _charge(sandbox: Sandbox, intent: StoredObject, card: Card, *, authenticated: bool) -> None:
@@ -365,12 +375,25 @@ def _card(token: str | None) -> Card | None:
 
 def _check_common(given: UpdateIntent) -> None:
     _check_method_types(given)
+    _check_receipt_email(given)
+    if len(given.description or "") > DESCRIPTION_LENGTH_MAX:
+        raise invalid_request(
+            f"Invalid string: must be at most {DESCRIPTION_LENGTH_MAX} characters.", param="description"
+        )
     if given.statement_descriptor:
         raise _descriptor_refused()
     if len(given.statement_descriptor_suffix or "") > SUFFIX_LENGTH_MAX:
         raise invalid_request(
             f"The statement descriptor suffix must be at most {SUFFIX_LENGTH_MAX} characters.",
             param="statement_descriptor_suffix",
+        )
+
+
+def _check_receipt_email(given: UpdateIntent | ConfirmIntent) -> None:
+    """An empty text removes the address."""
+    if given.receipt_email and not EMAIL.fullmatch(given.receipt_email):
+        raise invalid_request(
+            f"Invalid email address: {given.receipt_email}", param="receipt_email", code="email_invalid"
         )
 
 
