@@ -15,7 +15,7 @@
 --   ledger           accounts, postings (one per cause), transfers (one debit, one credit, one positive amount)
 --   outbox           event types, events, handlers with their snapshot cursors, leased batches, retries, dead letters
 --   audit            the audit trail, append-only
---   reconciliation   expected settlements, discrepancies, cursors of polling
+--   reconciliation   expected settlements, discrepancies, cursors of polling, checks of the provider's key
 --
 -- Conventions. Amounts are bigint minor units, named *_minor. Times are timestamptz in UTC, named *_at, and come from
 -- surety.time_now(). Ids are text: a prefix, 12 hex digits of milliseconds, 20 random ones. They sort by time.
@@ -1446,6 +1446,23 @@ create table surety.poll_cursors (
 comment on table surety.poll_cursors is
 'How far each list of a provider has been read, by the provider''s clock (null: never to its end). Every reading
 overlaps the last. failures counts the readings since failing_since that did not reach the end.';
+
+create table surety.provider_keys (
+    provider text not null,
+    livemode boolean not null,
+    is_restricted boolean not null,
+    account_id text,
+    missing_permissions text[] not null default '{}',
+    missing_since timestamptz,
+    checked_at timestamptz,
+    error text,
+    constraint provider_keys_pkey primary key (provider),
+    constraint own_account_is_an_account_id check (account_id ~ '^acct_[0-9A-Za-z_]{1,200}$'),
+    constraint missing_permissions_have_a_time check ((missing_permissions = '{}') = (missing_since is null))
+);
+comment on table surety.provider_keys is
+'What the last check of each provider''s key found; the key itself is not stored. account_id is the platform''s own
+account, null if unknown. checked_at is the end of the last finished check. error is that of a later, unfinished one.';
 
 create table surety.periodic_jobs (
     job text collate "C" not null,

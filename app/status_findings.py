@@ -39,6 +39,8 @@ FindingId = Literal[
     "discrepancies",
     "unknown-outcomes",
     "access-refused",
+    "key-permissions",
+    "merchant-on-own-account",
     "waiting-events",
     "unfinished-objects",
     "periodic-job-failing",
@@ -76,6 +78,7 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         *find_work_problems(state),
         *find_money_problems(state),
         *find_waiting_events(state),
+        *find_key_problems(state),
         *find_overdue_jobs(state),
         *find_unreadable_lists(state),
         *find_overdue_objects(state),
@@ -181,6 +184,20 @@ def find_waiting_events(state: dict[str, Any]) -> Iterator[Finding]:
         payment_id = waiting["payment_id"]
         next_step = f"surety trace {payment_id}" if payment_id else "select * from surety.list_waiting_events()"
         yield Finding("waiting-events", 2 if waiting["seconds"] > WAITING_URGENT_SECONDS_MAX else 1, what, next_step)
+
+
+def find_key_problems(state: dict[str, Any]) -> Iterator[Finding]:
+    """Permissions that the provider's key lacks, and a merchant that has the platform's own account as its own."""
+    for key in state["keys"]:
+        if key["missing_permissions"]:
+            what = f"the key at {key['provider']} lacks {', '.join(key['missing_permissions'])}"
+            what += f", since {format_age(key['missing_seconds'])}"
+            yield Finding(
+                "key-permissions", 2, what, f"give the key these permissions in {key['provider']}'s dashboard"
+            )
+        if merchant := key["merchant_on_own_account"]:
+            what = f"{merchant} has {key['account_id']}, the platform's own account: its money is booked twice"
+            yield Finding("merchant-on-own-account", 2, what, f"surety merchants suspend {merchant}")
 
 
 def find_overdue_jobs(state: dict[str, Any]) -> Iterator[Finding]:

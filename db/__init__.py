@@ -45,6 +45,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "provider/results",
     "provider/polling",
     "provider/webhooks",
+    "provider/key_checks",
     "report/trace",
     "report/views",
     "operations/merchants",

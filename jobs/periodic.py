@@ -7,6 +7,7 @@ SURETY_POLL_SECONDS.
     poll_…, recheck_…          reads from the provider (jobs/polling.py)
     retry_unmatched_facts      matches facts again that found no payment
     check_deadlines            expected settlements, payers' actions, evidence
+    check_provider_key         permissions of the provider's key, own account     every ten minutes, and at the start
     maintain                   makes partitions ahead, deletes expired rows       every hour
 """
 
@@ -28,12 +29,14 @@ from jobs.polling import (
     poll_unfinished,
     recheck_pending_balance,
 )
+from jobs.stripe.key_check import check_provider_key
 from jobs.worker import Worker, worker_of
 
 log = logging.getLogger("surety.periodic")
 
 MINUTE_SECONDS = 60
 HOUR_SECONDS = 3600
+KEY_CHECK_SECONDS = 600
 # How long before its deadline a dispute's missing evidence is reported.
 EVIDENCE_REMINDER_LEAD = timedelta(days=3)
 
@@ -84,6 +87,7 @@ PERIODIC_JOBS: dict[str, PeriodicJob] = {
     "poll_payouts": poll_payouts,
     "retry_unmatched_facts": retry_unmatched_facts,
     "check_deadlines": check_deadlines,
+    "check_provider_key": check_provider_key,
     "maintain": maintain,
 }
 
@@ -136,7 +140,8 @@ def schedule_periodic_tasks(workers: App, settings: Settings) -> None:
 
 def interval_seconds(name: str, settings: Settings) -> int:
     """The seconds between two starts of a periodic job."""
-    return {"schedule_due_handlers": 1, "maintain": HOUR_SECONDS}.get(name, settings.surety_poll_seconds)
+    fixed = {"schedule_due_handlers": 1, "check_provider_key": KEY_CHECK_SECONDS, "maintain": HOUR_SECONDS}
+    return fixed.get(name, settings.surety_poll_seconds)
 
 
 def cron(seconds: int) -> str:

@@ -8,21 +8,23 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Coroutine, Generator
 from typing import Any, Unpack
 
+import psycopg
 from procrastinate import App
 from procrastinate.app import WorkerOptions
 from psycopg_pool import AsyncConnectionPool
 
 from db.connect import bounded_connection, conninfo
-from db.errors import is_unreachable
+from db.errors import is_unreachable, message_of
 from db.logs import format_root_handlers
 from db.settings import load_settings
 from jobs.database import POOL_SECONDS
 from jobs.mode import ModeWatch
 from jobs.periodic import schedule_periodic_tasks
-from jobs.worker import open_worker
+from jobs.stripe.key_check import check_provider_key
+from jobs.worker import Worker, open_worker
 
 log = logging.getLogger("surety.worker")
 
@@ -47,7 +49,7 @@ class WorkerApp(App):
         schedule_periodic_tasks(self, settings)
         name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
         by_signals = options.get("install_signal_handlers", True)
-        async with open_worker(settings, name) as worker:
+        async with open_worker(settings, name) as worker, checking_key_at_start(worker):
             worker.watchdog.start()
             # Upkeep runs each hour. After months without a worker, the present month may have no partitions.
             await worker.database.value("select surety.maintain_partitions()")
@@ -67,6 +69,25 @@ class WorkerApp(App):
                     await wait_until_worker_ends(worker.stopping, running)
             if mode.mismatch is not None:
                 raise mode.mismatch
+
+
+@contextlib.asynccontextmanager
+async def checking_key_at_start(worker: Worker) -> AsyncGenerator[None]:
+    """Check this worker's key at the provider beside its work, which needs no result of it."""
+    check = asyncio.create_task(log_failure(check_provider_key(worker)))
+    try:
+        yield
+    finally:
+        check.cancel()
+        await asyncio.gather(check, return_exceptions=True)
+
+
+async def log_failure(check: Coroutine[Any, Any, None]) -> None:
+    """Run a check; if it fails, log the error. The periodic job of the same name repeats it."""
+    try:
+        await check
+    except psycopg.Error as error:
+        log.warning("the provider's key was not checked at the start: %s", message_of(error))
 
 
 async def wait_until_worker_ends(stopping: asyncio.Event, running: asyncio.Task[None]) -> None:

@@ -119,6 +119,7 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
         ("workers", f"{workers['alive']} alive" + (f", {workers['silent']} silent" if workers["silent"] else "")),
         ("providers", " · ".join(map(describe_provider, state["providers"])) or "not called yet"),
     ]
+    lines += [("key", describe_key(key)) for key in state["keys"]]
     lines.append(("synchronous standby", describe_replication(state)))
     if unknown["count"]:
         lines.append(("unknown outcomes", f"{unknown['count']}, the oldest {format_age(unknown['oldest_seconds'])}"))
@@ -155,6 +156,16 @@ def describe_refusals(refused: dict[str, Any]) -> str:
     what = "webhooks" if refused["kind"] == "webhook" else "API keys"
     known = ", by keys of ours" if refused["is_known_key"] else ""
     return f"{what}: {refused['hour_count']} {refused['reason']} this hour, {refused['day_count']} in 24 h{known}"
+
+
+def describe_key(key: dict[str, Any]) -> str:
+    """Test key at stripe, restricted, of acct_1…, checked 3 min ago; a live key at stripe, never checked: no answer."""
+    kind = f"{'live' if key['livemode'] else 'test'} key at {key['provider']}"
+    parts = [kind, *(["restricted"] if key["is_restricted"] else [])]
+    parts.append(f"of {key['account_id']}" if key["account_id"] else "of an unknown account")
+    checked = key["checked_seconds"]
+    parts.append(f"checked {format_age(checked)} ago" if checked is not None else "never checked")
+    return ", ".join(parts) + (f"; the last check failed: {key['error']}" if key["error"] else "")
 
 
 def describe_provider(provider: dict[str, Any]) -> str:

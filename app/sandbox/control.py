@@ -10,6 +10,7 @@ from app.sandbox.connections import ClientConnection, json_response
 from app.sandbox.faults import PROFILES, WEBHOOK_FAULTS, FaultInjector, FaultProfile, FaultSettings
 from app.sandbox.state import Sandbox
 from app.sandbox.stripe import control as stripe_control
+from app.sandbox.stripe import permissions
 from app.sandbox.stripe.errors import StripeError, invalid_request
 from app.sandbox.stripe.parameters import decode_pairs
 
@@ -125,5 +126,7 @@ CONTROL_ACTIONS = {
     "refunds/{id}": ControlRoute(stripe_control.RefundOutcome, stripe_control.decide_refund),
     "disputes": ControlRoute(stripe_control.CardholderDispute, stripe_control.dispute_charge),
     "disputes/{id}": ControlRoute(stripe_control.BankDecision, stripe_control.decide_dispute),
+    "keys": ControlRoute(permissions.RestrictedKey, permissions.restrict_key),
+    "accounts": ControlRoute(permissions.Connection, permissions.connect_account),
     "fraud-warnings": ControlRoute(stripe_control.ChargeReference, stripe_control.warn_of_fraud),
 }

@@ -31,6 +31,9 @@ class Sandbox:
         """The request under execution; None during a scheduled action."""
         self.keys_in_use: set[tuple[str, str]] = set()
         """Account and key of the requests under execution."""
+        self.restricted_keys: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
+        """By restricted key, its permissions at the platform's own account and at connected ones."""
+        self.unconnected_accounts: set[str] = set()
         self.delivering: list[str] | None = None
         """Collects the ids of events about to be delivered, while a request waits for their delivery."""
         self.scheduled: list[ScheduledAction] = memory.scheduled_actions()

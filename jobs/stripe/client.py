@@ -101,6 +101,7 @@ class StripeGateway:
         self._per_second = requests_per_second(settings)
         self._call_slots = asyncio.Semaphore(PROVIDER_CONNECTIONS_MAX)
         self.livemode = settings.provider.livemode
+        self.has_restricted_key = settings.provider.key.reveal().startswith("rk_")
         self._listings: dict[tuple[str, int, int], IntentListing] = {}
         self.clock_ahead_seconds = 0.0
         """How far the provider's clock is ahead of the database's, as last measured by a poll; at most a day."""
@@ -209,6 +210,10 @@ class StripeGateway:
             options["stripe_account"] = account
         # Needs no call slot: calls that hang may hold all of them. Needs no request slot: no calls are sent at present.
         await self._exchange("get", "/v1/balance", {}, options, min(PROBE_SECONDS, self._timeout_seconds))
+
+    async def ask(self, account: str, method: Literal["get", "post"], path: str, request: Json) -> ProviderResponse:
+        """Send a request without an effect, for a check (jobs/stripe/key_check.py)."""
+        return await self._send(method, path, account, request, urgent=False)
 
     async def _pages(self, path: str, account: str, asked: Json, *, urgent: bool) -> AsyncGenerator[ListPage]:
         after: Json = {}

@@ -2,6 +2,7 @@
 
     ProviderError
     ├── ProviderBusy        409 and 429: repeat a little later; also 401 and 403, where our configuration is wrong
+    │   └── PermissionMissing  403: a restricted key lacks the permission for this path
     ├── OutcomeUnknown      the call may have taken effect: read the object before sending again
     │   ├── ObjectUnreadable  an object that does not follow Stripe's description
     │   └── ProviderOutage  no response, an incomplete or unreadable one, 5xx: the provider's failure
@@ -16,6 +17,7 @@ Sources: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -36,6 +38,13 @@ ReleaseCause = Literal[
     "database_failed",
 ]
 """The rows of outbox.release_causes: why an event is given back uncounted."""
+
+# Stripe's words for a missing permission: "The provided key 'rk_…' does not have the required permissions for this
+# endpoint on account 'acct_…'. Having the 'rak_…' permission would allow this request to continue." Others name no
+# permission, or several. With Stripe-Account: "… the restricted API key does not have any Connect permissions."
+PERMISSION_REFUSAL = re.compile(r"required permissions|permissions? would allow|any Connect permissions")
+PERMISSION_NAME = re.compile(r"'(rak_[a-z0-9_]+)'")
+ACCOUNT_NAME = re.compile(r"on account '(acct_[0-9A-Za-z_]+)'")
 
 BUSY_SECONDS = 1.0
 BUSY_SECONDS_MAX = 60.0
@@ -77,6 +86,19 @@ class ProviderBusy(ProviderError):
         super().__init__(message, **more)
         self.seconds = seconds
         self.cause = cause
+
+
+class PermissionMissing(ProviderBusy):
+    """The restricted key may not send this request. `permissions`: any of these would do, if Stripe names them.
+
+    `account_id` is the account that the refusal names, if any.
+    """
+
+    def __init__(self, message: str, **more: Any) -> None:
+        super().__init__(message, seconds=BUSY_SECONDS_MAX, cause="access_refused", **more)
+        self.permissions = tuple(PERMISSION_NAME.findall(message))
+        named = ACCOUNT_NAME.search(message)
+        self.account_id = named[1] if named else None
 
 
 class OutcomeUnknown(ProviderError):
@@ -150,6 +172,8 @@ def provider_error(error: stripe.StripeError, *, writes: bool) -> ProviderError:
     retry = headers.get("stripe-should-retry")
     if (status in (409, 429) and retry != "false") or retry == "true":
         return ProviderBusy(message, seconds=retry_after_seconds(headers), status=status, body=body)
+    if status == 403 and PERMISSION_REFUSAL.search(str(reported.get("message"))):
+        return PermissionMissing(message, status=status, body=body)
     if status in (401, 403):
         return ProviderBusy(message, seconds=BUSY_SECONDS_MAX, cause="access_refused", status=status, body=body)
     if status == 402:

@@ -18,6 +18,8 @@ from db.deploy.deploy import deploy
 from db.embedded.databases import temporary_database
 from db.embedded.server import EmbeddedServer
 from jobs.handlers.table import HANDLER_TABLE
+from jobs.stripe.key_check import PERMISSIONS, KeyPermission
+from jobs.stripe.webhook_events import RELEVANT_EVENTS
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -182,6 +184,23 @@ def problems(_: Connection) -> str:
     return table(("type", "HTTP status", "meaning"), rows)
 
 
+def key_permissions(_: Connection) -> str:
+    """The permissions of a restricted key, a row for each resource: write includes read."""
+    needed: dict[str, list[KeyPermission]] = {}
+    for permission in PERMISSIONS:
+        needed.setdefault(permission.resource, []).append(permission)
+    rows = [
+        (resource, max(one.access for one in wanted), ", ".join(one.purpose for one in wanted), f"`{wanted[0].name}`")
+        for resource, wanted in needed.items()
+    ]
+    return table(("resource in Stripe's dashboard", "access", "to", "name in Stripe's refusals"), rows)
+
+
+def webhook_events(_: Connection) -> str:
+    """The types of events that the handler `apply` reads."""
+    return "".join(f"    {type}\n" for type in sorted(RELEVANT_EVENTS))
+
+
 def decisions(_: Connection) -> str:
     """Every decision by its title."""
     paths = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
@@ -193,7 +212,7 @@ PARTS: dict[str, Callable[[Connection], str]] = {
     part.__name__: part
     for part in (
         states, refund_states, dispute_statuses, fact_kinds, currencies, mandatory_steps, account_kinds, rules, events,
-        merchant_events, invariants, problems,
+        merchant_events, invariants, problems, key_permissions, webhook_events,
         decisions,
     )
 }  # fmt: skip

@@ -69,7 +69,13 @@ def wait_for_worker(conn: Connection, count: int = 1) -> None:
 
 @asynccontextmanager
 async def in_process_worker(
-    database: str, sandbox_url: str, *, judged: bool = True, timeout_seconds: float = 5, per_second: float = 0
+    database: str,
+    sandbox_url: str,
+    *,
+    judged: bool = True,
+    timeout_seconds: float = 5,
+    per_second: float = 0,
+    **more: str,
 ) -> AsyncGenerator[Worker]:
     """A worker whose handlers the test runs. At the end, Stripe's description checks its requests and responses."""
     exchanged: list[httpx.Response] = []
@@ -77,7 +83,7 @@ async def in_process_worker(
     async def remember(response: httpx.Response) -> None:
         exchanged.append(response)
 
-    output = {"SURETY_PROVIDER_TIMEOUT": str(timeout_seconds), "SURETY_PROVIDER_RATE": str(per_second)}
+    output = {"SURETY_PROVIDER_TIMEOUT": str(timeout_seconds), "SURETY_PROVIDER_RATE": str(per_second), **more}
     async with open_worker(load_settings(environment(database, sandbox_url, **output)), "here") as worker:
         worker.stripe.http.event_hooks["response"].append(remember)
         yield worker

@@ -22,6 +22,7 @@ from app.sandbox.state import RequestContext, Sandbox
 from app.sandbox.stripe.errors import StripeError, invalid_request
 from app.sandbox.stripe.operations import Operation, find_operation
 from app.sandbox.stripe.parameters import Pairs, decode_pairs, read_parameters
+from app.sandbox.stripe.permissions import check_access
 
 log = logging.getLogger("sandbox")
 
@@ -63,11 +64,12 @@ def parse_request(
     sandbox: Sandbox, method: str, path: str, headers: dict[bytes, str], form: str, request_id: str
 ) -> StripeRequest:
     """Authenticate, find the operation and the stored answer of its key. Raises StripeError."""
-    _authenticate(headers, livemode=sandbox.settings.livemode)
+    api_key = _authenticate(headers, livemode=sandbox.settings.livemode)
     version = headers.get(b"stripe-version", API_VERSION)
     if version != API_VERSION:
         raise invalid_request(f"The sandbox speaks API version {API_VERSION}, not {version}.", param="Stripe-Version")
     operation, id = find_operation(method, path)
+    check_access(sandbox, api_key, headers.get(b"stripe-account", PLATFORM_ACCOUNT), method, path)
     pairs = decode_pairs(form)
     key = headers.get(b"idempotency-key") if method == "POST" else None
     request = StripeRequest(
@@ -83,7 +85,7 @@ def parse_request(
     return request
 
 
-def _authenticate(headers: dict[bytes, str], *, livemode: bool) -> None:
+def _authenticate(headers: dict[bytes, str], *, livemode: bool) -> str:
     scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
     if scheme.lower() == "basic":
         with suppress(binascii.Error, UnicodeDecodeError):
@@ -92,6 +94,7 @@ def _authenticate(headers: dict[bytes, str], *, livemode: bool) -> None:
         raise StripeError(401, "You did not provide an API key.")
     if not (LIVE_KEY if livemode else TEST_KEY).fullmatch(credentials):
         raise StripeError(401, f"Invalid API Key provided: {credentials[:8]}***")
+    return credentials
 
 
 def _stored_response(sandbox: Sandbox, request: StripeRequest) -> SandboxResponse | None:

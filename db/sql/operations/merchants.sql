@@ -21,7 +21,8 @@ begin atomic
     with added as (
         insert into surety.merchants (id, name, provider_account, created_at, livemode)
         select
-            surety.new_id('mer', surety.time_now()), p_name, p_provider_account, surety.time_now(), environment.livemode
+            surety.new_id('mer', surety.time_now()), p_name, surety.require_merchants_account(p_provider_account),
+            surety.time_now(), environment.livemode
         from surety.environment
         returning merchants.id
     )
@@ -33,7 +34,8 @@ begin atomic
 end;
 
 comment on function surety.add_merchant(text, text, text) is
-'Adds a merchant and returns its id. The provider account is empty for the platform''s own.';
+'Adds a merchant and returns its id. The provider account is empty for the platform''s own, whose id is refused
+(merchant_has_no_account_of_the_platform).';
 
 create or replace function surety.suspend_merchant(
     p_merchant_id text, p_is_suspended boolean, p_actor text default session_user

@@ -271,6 +271,9 @@ begin
         'unreadable_lists', (
             select coalesce(jsonb_agg(to_jsonb(l)), '[]') from surety.list_unreadable_lists() as l
         ),
+        'keys', (
+            select coalesce(jsonb_agg(to_jsonb(k)), '[]') from surety.list_provider_keys() as k
+        ),
         'refusals', (
             select coalesce(jsonb_agg(to_jsonb(r)), '[]') from surety.list_refusals() as r
         ),

@@ -1,0 +1,123 @@
+-- The provider's key: what the last check of it found (jobs/stripe/key_check.py). The key itself is never stored.
+
+create or replace function surety.accounts_to_check(p_provider text)
+returns table (account text, takes_payments boolean)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        accounts.account,
+        accounts.takes_payments
+    from (
+        select
+            '' as account,
+            count(*) = 0 or count(*) filter (where merchants.provider_account = '') > 0 as takes_payments
+        from surety.merchants
+        union all
+        select
+            min(merchants.provider_account),
+            true
+        from surety.merchants
+        where merchants.provider_account <> '' and merchants.suspended_at is null
+    ) as accounts
+    where
+        accounts.account is not null
+        and not exists (
+            select from surety.open_circuits
+            where open_circuits.provider = p_provider and open_circuits.account = accounts.account
+        )
+    order by accounts.account;
+end;
+
+comment on function surety.accounts_to_check(text) is
+'The accounts at which a key''s permissions are checked: the platform''s own (empty), which is always read and takes
+payments unless every merchant has an account of its own; and one connected account, because a key has the same
+permissions at all of them. None behind an open circuit.';
+
+create or replace function surety.record_key_check(
+    p_provider text, p_livemode boolean, p_is_restricted boolean, p_account_id text, p_missing_permissions text[]
+) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into surety.provider_keys as known (
+        provider, livemode, is_restricted, account_id, missing_permissions, missing_since, checked_at
+    )
+    values (
+        p_provider, p_livemode, p_is_restricted, p_account_id, p_missing_permissions,
+        case when p_missing_permissions <> '{}' then surety.time_now() end,
+        surety.time_now()
+    )
+    on conflict (provider) do update
+    set
+        livemode = excluded.livemode,
+        is_restricted = excluded.is_restricted,
+        account_id = excluded.account_id,
+        missing_permissions = excluded.missing_permissions,
+        missing_since = case
+            when excluded.missing_permissions <> '{}' then coalesce(known.missing_since, excluded.missing_since)
+        end,
+        checked_at = excluded.checked_at,
+        error = null;
+end;
+
+comment on function surety.record_key_check(text, boolean, boolean, text, text[]) is
+'Records a finished check of a provider''s key. p_account_id is the platform''s own account, null if the provider does
+not name it. p_missing_permissions are those that the key should have.';
+
+create or replace function surety.note_failed_key_check(
+    p_provider text, p_livemode boolean, p_is_restricted boolean, p_error text
+) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into surety.provider_keys (provider, livemode, is_restricted, error)
+    values (p_provider, p_livemode, p_is_restricted, left(p_error, 500))
+    on conflict (provider) do update
+    set error = excluded.error;
+end;
+
+comment on function surety.note_failed_key_check(text, boolean, boolean, text) is
+'Notes that a check of a provider''s key could not be finished. What the last finished one found stays.';
+
+create or replace function surety.list_provider_keys()
+returns table (
+    provider text, livemode boolean, is_restricted boolean, account_id text, checked_seconds double precision,
+    missing_permissions text[], missing_seconds double precision, error text, merchant_on_own_account text
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        provider_keys.provider,
+        provider_keys.livemode,
+        provider_keys.is_restricted,
+        provider_keys.account_id,
+        extract(epoch from surety.time_now() - provider_keys.checked_at)::double precision,
+        provider_keys.missing_permissions,
+        extract(epoch from surety.time_now() - provider_keys.missing_since)::double precision,
+        provider_keys.error,
+        merchants.id
+    from surety.provider_keys
+    left join surety.merchants
+        on provider_keys.account_id = merchants.provider_account and merchants.provider_account <> ''
+    order by provider_keys.provider;
+end;
+
+comment on function surety.list_provider_keys() is
+'What the last checks of the providers'' keys found. merchant_on_own_account: the merchant that has the platform''s own
+account as its own, so that its money is booked twice.';
+
+create or replace function surety.require_merchants_account(p_account text) returns text
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if p_account <> '' and exists (select from surety.provider_keys as k where k.account_id = p_account) then
+        raise exception '% is the platform''s own account', p_account using
+            errcode = 'check_violation', schema = 'surety', table = 'merchants',
+            constraint = 'merchant_has_no_account_of_the_platform',
+            hint = 'A merchant on the platform''s account is added without an account.';
+    end if;
+    return p_account;
+end;
+$$;
+
+comment on function surety.require_merchants_account(text) is
+'A merchant''s account at the provider. Violates merchant_has_no_account_of_the_platform if it is the platform''s own:
+one account under two names would book its money twice.';

@@ -1,0 +1,130 @@
+"""The check of our key at Stripe: does it work, and does it have the permissions that we need?
+
+A secret key (`sk_…`) may do everything, so one read suffices. A restricted key (`rk_…`) is asked for each permission by
+a request without an effect: a list of one object, or a POST to an object whose id can't exist. Stripe refuses a request
+with 403 if the key lacks the permission for its path, and otherwise says that there is no such object.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from msgspec import Struct
+
+from jobs.circuit_breaker import PROVIDER
+from jobs.stripe.client import StripeGateway
+from jobs.stripe.errors import Json, PermissionMissing, ProviderBusy, ProviderError, ProviderOutage
+from jobs.worker import Worker
+
+log = logging.getLogger("surety.key")
+
+# Stripe's own ids have no underscore after the prefix.
+ABSENT_INTENT = "pi_surety_permission_check"
+ABSENT_DISPUTE = "du_surety_permission_check"
+
+
+class KeyPermission(Struct, frozen=True):
+    """A permission that a restricted key needs, and the request without an effect that shows whether it has it."""
+
+    name: str
+    """As Stripe's refusals name it."""
+    resource: str
+    """As Stripe's dashboard names it."""
+    access: Literal["Read", "Write"]
+    purpose: str
+    method: Literal["get", "post"]
+    path: str
+    request: Json
+
+
+ONE: Json = {"limit": 1}
+PERMISSIONS = (
+    KeyPermission(
+        "rak_payment_intent_write", "Payment Intents", "Write", "create, confirm, capture and cancel payments",
+        "post", f"/v1/payment_intents/{ABSENT_INTENT}/cancel", {},
+    ),
+    KeyPermission(
+        "rak_payment_intent_read", "Payment Intents", "Read", "read payments with their charges",
+        "get", "/v1/payment_intents", {**ONE, "expand": ["data.latest_charge.balance_transaction"]},
+    ),
+    KeyPermission(
+        "rak_charge_write", "Charges and Refunds", "Write", "create refunds",
+        "post", "/v1/refunds", {"payment_intent": ABSENT_INTENT},
+    ),
+    KeyPermission("rak_charge_read", "Charges and Refunds", "Read", "read refunds", "get", "/v1/refunds", ONE),
+    KeyPermission(
+        "rak_dispute_write", "Disputes", "Write", "submit evidence",
+        "post", f"/v1/disputes/{ABSENT_DISPUTE}", {"submit": False},
+    ),
+    KeyPermission("rak_dispute_read", "Disputes", "Read", "read disputes", "get", "/v1/disputes", ONE),
+    KeyPermission("rak_balance_read", "Balance", "Read", "probe whether Stripe answers", "get", "/v1/balance", {}),
+    KeyPermission(
+        "rak_balance_transaction_source_read", "Balance Transaction Sources", "Read", "book Stripe's money",
+        "get", "/v1/balance_transactions", {**ONE, "expand": ["data.source"]},
+    ),
+    KeyPermission("rak_payout_read", "Payouts", "Read", "reconcile payouts", "get", "/v1/payouts", ONE),
+    KeyPermission("rak_event_read", "Events", "Read", "find what no webhook announced", "get", "/v1/events", ONE),
+)  # fmt: skip
+
+
+class AccountToCheck(Struct, frozen=True):
+    """A row of surety.accounts_to_check; `account` is empty for the platform's own."""
+
+    account: str
+    takes_payments: bool
+
+
+async def check_provider_key(worker: Worker) -> None:
+    """Check the key, record the result for `surety status`, and log missing permissions."""
+    stripe = worker.stripe
+    query = "select account, takes_payments from surety.accounts_to_check(%s)"
+    accounts = await worker.database.rows(AccountToCheck, query, PROVIDER)
+    if not any(not one.account for one in accounts):
+        return  # Its circuit is open: its probes show whether the key works.
+    try:
+        account_id = await find_own_account(stripe)
+        missing: list[str] = []
+        for one in accounts if stripe.has_restricted_key else ():
+            missing += await find_missing_permissions(stripe, one)
+    except ProviderError as error:
+        log.warning("the key at Stripe could not be checked: %s", error)
+        query = "select surety.note_failed_key_check(%s, %s, %s, %s)"
+        await worker.database.value(query, PROVIDER, stripe.livemode, stripe.has_restricted_key, str(error))
+        return
+    if missing:
+        log.error("the key at Stripe lacks permissions that are needed: %s", ", ".join(missing))
+    query = "select surety.record_key_check(%s, %s, %s, %s, %s)"
+    await worker.database.value(query, PROVIDER, stripe.livemode, stripe.has_restricted_key, account_id, missing)
+
+
+async def find_own_account(stripe: StripeGateway) -> str | None:
+    """The id of the platform's own account; None if Stripe does not name it. Raises ProviderError.
+
+    A restricted key may lack the permission to read it. Then Stripe's refusal may name it.
+    """
+    try:
+        account_id = (await stripe.ask("", "get", "/v1/account", {})).body.get("id")
+    except PermissionMissing as refusal:
+        return refusal.account_id
+    return account_id if isinstance(account_id, str) and account_id.startswith("acct_") else None
+
+
+async def find_missing_permissions(stripe: StripeGateway, at: AccountToCheck) -> list[str]:
+    """The permissions that the key lacks at an account. Raises ProviderError if that remains unknown."""
+    missing: dict[str, None] = {}
+    for wanted in PERMISSIONS:
+        if wanted.access == "Write" and not at.takes_payments:
+            continue
+        try:
+            await stripe.ask(at.account, wanted.method, wanted.path, wanted.request)
+        except PermissionMissing as refusal:
+            # Stripe may name all permissions each of which would do.
+            is_named = not refusal.permissions or wanted.name in refusal.permissions
+            name = wanted.name if is_named else refusal.permissions[0]
+            missing[f"{name} (Connect)" if at.account else name] = None
+        except (ProviderBusy, ProviderOutage):
+            raise
+        except ProviderError:
+            pass  # There is no such object, which the key was allowed to ask for.
+    return list(missing)
