@@ -369,7 +369,7 @@ create table surety.dispute_statuses (
 );
 comment on table surety.dispute_statuses is
 'The statuses of disputes as Stripe publishes them. Balance transactions show which amount was withdrawn; a final status
-says whether the merchant gets it back (won, prevented) or the network keeps it (lost). overdue_after is how long after
+says whether the merchant gets it back (won) or the network keeps it (lost, prevented). overdue_after is how long after
 its creation `surety status` reports a dispute that is still there.';
 
 insert into surety.dispute_statuses (status, position, takes_evidence, poll_after, overdue_after, meaning) values
@@ -380,7 +380,7 @@ insert into surety.dispute_statuses (status, position, takes_evidence, poll_afte
 ('under_review', 5, false, '6 hours', '150 days', 'evidence was submitted'),
 ('won', 6, false, null, null, 'the amount was given back'),
 ('lost', 7, false, null, null, 'the network keeps it; an appeal may still win it'),
-('prevented', 8, false, null, null, 'resolved before it became a dispute'),
+('prevented', 8, false, null, null, 'resolved before it became a dispute; the network keeps what it withdrew'),
 ('appeal_needs_response', 9, true, '6 hours', '150 days', 'lost, but open to appeal: evidence is due again'),
 ('appeal_under_review', 10, false, '6 hours', '150 days', 'an appeal was submitted');
 

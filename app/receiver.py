@@ -30,6 +30,7 @@ from app.web.routing import HttpApplication, Route
 from app.web.throttle import PerSecondThrottle
 from app.web.worker_scheduler import WorkerScheduler
 from db.connect import connect_async
+from db.errors import error_text
 from db.redaction import without_secrets
 from db.settings import Settings, TrustedProxies, load_settings
 
@@ -188,7 +189,7 @@ async def store_rejected(
         )
     except (psycopg.Error, Unavailable) as error:
         request.services.refusals.add(invalid.reason)
-        log.warning("%s rejected: %s; it could not be kept: %s", request.request_id, invalid, error)
+        log.warning("%s rejected: %s; it could not be kept: %s", request.request_id, invalid, error_text(error))
     else:
         if row and row[0]:
             log.warning("%s rejected: %s", request.request_id, invalid)

@@ -117,11 +117,12 @@ def without_host(line: str) -> str:
     return line.rpartition("connection failed: ")[2]
 
 
-def error_text(error: Exception) -> str:
+def error_text(error: BaseException) -> str:
     """An error's type and message in one line, without the row that the database names in its detail."""
     import psycopg
 
-    return f"{type(error).__name__}: {message_of(error) if isinstance(error, psycopg.Error) else error}"
+    text = message_of(error) if isinstance(error, psycopg.Error) else str(error)
+    return " ".join(f"{type(error).__name__}: {text}".split())
 
 
 def outdates_connection(error: psycopg.Error) -> bool:

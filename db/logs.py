@@ -2,12 +2,14 @@
 
     2026-11-30T07:04:42.118Z WARNING api[4711] surety.http: req_… failed: …
 
-A connection loss is one line. Any other unexpected error is followed by its traceback.
+A connection loss is one line. Any other unexpected error is followed by its traceback, in which the details of
+database errors are left out: they may hold whole rows, with a customer's data.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,17 +26,6 @@ class LineFormatter(logging.Formatter):
         """The time in UTC, with milliseconds."""
         return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802  logging's name
-        """The traceback. Of a database's error only the message: its detail repeats rows, with payers' data."""
-        import psycopg
-
-        text, error = super().formatException(ei), ei[1]
-        while error is not None:
-            if isinstance(error, psycopg.Error) and str(error).strip():
-                text = text.replace(str(error).strip(), message_of(error))
-            error = error.__cause__ or error.__context__
-        return text
-
     def format(self, record: logging.LogRecord) -> str:
         """The entry; its traceback is left out if the error is a lost connection."""
         error = record.exc_info[1] if record.exc_info else None
@@ -44,6 +35,30 @@ class LineFormatter(logging.Formatter):
         if (lost := connection_loss_behind(error)) is not None:
             changed |= {"msg": f"{text}: {lost}", "exc_info": None, "stack_info": None}
         return super().format(logging.makeLogRecord(record.__dict__ | changed))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  logging's name
+        """The traceback without the details of database errors."""
+        text = super().formatException(ei)
+        for values in row_values_of(ei[1]):
+            text = text.replace(values, "(left out)")
+        return text
+
+
+def row_values_of(error: BaseException | None) -> Iterator[str]:
+    """The texts of database errors, in a chain of errors, that may hold the values of a row or a request."""
+    import psycopg
+
+    waiting, seen = [error], set()
+    while waiting:
+        if (one := waiting.pop()) is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, psycopg.Error):
+            if detail := one.diag.message_detail:
+                yield detail
+            if (context := one.diag.context) and "data, line" in context:
+                yield context
+        waiting += [one.__cause__, one.__context__, *(one.exceptions if isinstance(one, BaseExceptionGroup) else ())]
 
 
 def connection_loss_behind(error: BaseException | None) -> str | None:

@@ -98,15 +98,17 @@ async def handle_batch(worker: Worker, batch: Batch, handler: HandleEvents) -> N
 
 async def fail_event(worker: Worker, batch: Batch, event_id: str, error: Exception) -> None:
     """Count a failure of one event; after the last of its handler's delays it becomes a dead letter."""
-    log.error("event %s failed", event_id, exc_info=error)
+    query = "select aggregate_id from outbox.batch_events(%s, %s) where event_id = %s"
+    subject = await worker.database.value(query, batch.batch_id, batch.fence, event_id)
+    log.error("event %s of %s failed", event_id, subject or "a batch that another worker has", exc_info=error)
     failures = Jsonb([{"event_id": event_id, "error": error_text(error)}])
     await worker.database.value("select outbox.fail_events(%s, %s, %s)", batch.batch_id, batch.fence, failures)
 
 
 async def release_batch(worker: Worker, batch: Batch, error: Exception) -> None:
     """Give back the rest of a batch uncounted: the database failed, not the events."""
-    log.warning("the rest of batch %s is given back: %s", batch.batch_id, error)
+    log.warning("the rest of batch %s is given back: %s", batch.batch_id, error_text(error))
     await worker.database.value(
         "select outbox.release_events(%s, %s, %s, make_interval(secs => %s), %s, %s)",
-        batch.batch_id, batch.fence, batch.event_ids, PAUSE_SECONDS, DATABASE_FAILED, str(error),
+        batch.batch_id, batch.fence, batch.event_ids, PAUSE_SECONDS, DATABASE_FAILED, error_text(error),
     )  # fmt: skip

@@ -119,7 +119,7 @@ async def run_and_record(worker: Worker, name: str, job: PeriodicJob) -> None:
         await record_end(worker, name, failure)
         if not is_retryable(error):
             raise
-        log.warning("%s failed: %s", name, failure.strip())
+        log.warning("%s failed: %s", name, failure)
     else:
         await record_end(worker, name, None)
 

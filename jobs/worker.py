@@ -12,6 +12,7 @@ from msgspec import Struct
 from procrastinate import JobContext
 
 from db.connect import conninfo
+from db.errors import message_of
 from db.settings import Settings
 from jobs.circuit_breaker import CircuitBreaker
 from jobs.database import WorkerDatabase, open_database
@@ -114,7 +115,7 @@ async def keep_heartbeat(worker: Worker) -> None:
             if await worker.circuit_breaker.report_and_probe():
                 worker.watchdog.database_answered()
         except psycopg.Error as error:
-            log.warning("the heartbeat found no database: %s", error)
+            log.warning("the heartbeat found no database: %s", message_of(error))
         await asyncio.sleep(min(HEARTBEAT_SECONDS, worker.settings.surety_stall_seconds / 10))
 
 

@@ -17,6 +17,7 @@ from app.web.keys import key_hash_of, livemode_of
 from app.web.problems import Problem
 from app.web.refusals import RefusalCounter
 from app.web.throttle import PerSecondThrottle
+from db.errors import error_text
 
 log = logging.getLogger("surety.auth")
 
@@ -156,7 +157,7 @@ class Caller:
                 is_counted = bool(row and row[0])
                 is_of_other_mode = name == "unauthenticated" and not is_counted and await self._is_key_of_other_mode()
             except (psycopg.Error, Unavailable) as error:
-                log.warning("%s: the denial could not be audited: %s", self.request_id, error)
+                log.warning("%s: the denial could not be audited: %s", self.request_id, error_text(error))
         if not is_counted:
             self._authenticator.refusals.add("other-mode" if is_of_other_mode else name)
         return Problem(name, OTHER_MODE_DETAILS[bool(self._key_livemode)] if is_of_other_mode else DENIAL_DETAILS[name])

@@ -257,7 +257,7 @@ def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
         case RefusedByDatabase():
             return problem_from_database_error(error.error)
         case psycopg.Error():
-            log.error("%s failed: %s", request_id, message_of(error))
+            log.error("%s %s failed: %s", request_id, path[:200], message_of(error))
             return problem_from_database_error(error)
         case HTTPException(status_code=405):
             allowed = (error.headers or {}).get("allow", "").replace("GET", "GET, HEAD")
@@ -266,5 +266,5 @@ def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
             return Problem("not-found", f"nothing is at {path[:200]}")
         case HTTPException(status_code=status) if status < 500:
             return Problem("invalid-request", error.detail, errors=[])
-    log.error("%s failed", request_id, exc_info=error)
+    log.error("%s %s failed", request_id, path[:200], exc_info=error)
     return Problem("internal", "an error of ours; nothing took effect")

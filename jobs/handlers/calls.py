@@ -293,7 +293,8 @@ async def record_event_results(worker: Worker, batch: Batch, results: list[CallR
         await worker.schedule_handlers_for(recorded[0].event_types)
 
     async def give_up(result: CallResult, error: Exception) -> None:
-        log.error("the result of %s can't be recorded", result["event_id"], exc_info=error)
+        payment_id = result.get("payment_id", "no payment")
+        log.error("the result of %s (%s) can't be recorded", result["event_id"], payment_id, exc_info=error)
         await write([unrecordable_result(result, error)])
 
     for group in (refusals, others):

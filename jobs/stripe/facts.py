@@ -273,6 +273,9 @@ def dispute_facts(dispute: Json, origin: FactOrigin, revision: int) -> list[Fact
             kind = "dispute_flagged"
         case "lost":
             kind = "dispute_lost"
+        case "prevented" if withdrawn > 0:
+            # The network repaid the cardholder before a dispute was filed (Visa's Rapid Dispute Resolution).
+            kind = "dispute_lost"
         case "won" | "prevented":
             kind = "dispute_won"
         case _ if withdrawn > 0:

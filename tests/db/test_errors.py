@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
@@ -10,7 +13,8 @@ from psycopg import sql
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from app.web.database import DatabasePool
-from db.errors import ErrorKind, is_retryable, is_unreachable, kind_of, message_of, outdates_connection
+from db.errors import ErrorKind, error_text, is_retryable, is_unreachable, kind_of, message_of, outdates_connection
+from db.logs import LineFormatter
 from db.settings import Settings
 from jobs.database import open_database
 from tests.conftest import Connection
@@ -97,3 +101,38 @@ async def test_pools_leave_a_server_that_became_read_only(settings: Settings) ->
     async with open_database(settings) as database:
         assert await database.value(become_read_only) == "on"
         assert await database.value(write)
+
+
+def test_logs_and_descriptions_hold_no_row(conn: Connection) -> None:
+    conn.execute("create temp table customers (email text, amount integer check (amount > 0))")
+
+    address = os.urandom(8).hex()
+    with pytest.raises(psycopg.Error) as violation:
+        conn.execute("insert into customers values (%s, 0)", (address,))
+    assert address in str(violation.value), "PostgreSQL shows the row"
+
+    def fail() -> None:
+        raise ExceptionGroup("both", [violation.value, ValueError("plain")]) from violation.value
+
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(LineFormatter("worker"))
+    entry = logging.LogRecord("surety.drain", logging.ERROR, __file__, 1, "event %s failed", ("evt_1",), None)
+    try:
+        fail()
+    except ExceptionGroup as group:
+        entry.exc_info = (type(group), group, group.__traceback__)
+        handler.handle(entry)
+        text = error_text(group.exceptions[0])
+    assert text == (
+        'CheckViolation: new row for relation "customers" violates check constraint "customers_amount_check"'
+    )
+    logged = stream.getvalue()
+    assert address not in logged
+    assert "DETAIL:  (left out)" in logged and "ValueError: plain" in logged and "in fail" in logged
+    with pytest.raises(psycopg.Error) as broken:
+        conn.execute("select %s::text::json", (f'{{"email": "{address}", "amount": x}}',))
+    entry.exc_info = (type(broken.value), broken.value, None)
+    handler.handle(entry)
+    assert address not in stream.getvalue()
+    assert address not in error_text(broken.value)

@@ -224,6 +224,16 @@ def test_a_dispute_that_is_won_takes_the_fee_only(scenario: PaymentScenario) -> 
     )
 
 
+def test_an_inquiry_that_is_prevented_takes_the_amount_without_a_fee(scenario: PaymentScenario) -> None:
+    payment = scenario.pay()
+    scenario.wait_for_payment(payment, "settled")
+    inquiry = {"payment_intent": scenario.intent(payment), "inquiry": True}
+    dispute = scenario.sandbox.control("disputes", inquiry)
+    scenario.sandbox.control(f"disputes/{dispute['id']}", {"outcome": "prevented"})
+    scenario.wait_for_payment(payment, "reversed")
+    scenario.balances(payment, {"available": -375, "provider_balance": -320, "fee_revenue": 375, "provider_cost": 320})
+
+
 def test_an_inquiry_changes_nothing(scenario: PaymentScenario) -> None:
     payment = scenario.pay()
     scenario.wait_for_payment(payment, "settled")

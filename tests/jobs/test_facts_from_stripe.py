@@ -284,6 +284,8 @@ def dispute(status: str, *amounts: int) -> Json:
         (dispute("under_review", -5000, 5000), "dispute_flagged"),
         (dispute("won", -5000, 5000), "dispute_won"),
         (dispute("prevented"), "dispute_won"),
+        (dispute("prevented", -5000, 5000), "dispute_won"),
+        (dispute("prevented", -5000), "dispute_lost"),
         (dispute("lost", -5000), "dispute_lost"),
     ],
 )

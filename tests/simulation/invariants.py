@@ -17,6 +17,7 @@ ACTIVE_REFUND_STATUSES = frozenset({"pending", "requires_action", "succeeded"})
 # Invariants that hold only after the periodic jobs have run.
 ONLY_AT_THE_END = frozenset({"every lease is renewed or taken over", "every overdue settlement is a discrepancy"})
 OPEN_DISPUTE_STATUSES = frozenset({"needs_response", "under_review", "appeal_needs_response", "appeal_under_review"})
+KEPT_DISPUTE_STATUSES = frozenset({"lost", "prevented"})
 
 
 def check(schedule: Schedule) -> None:
@@ -161,7 +162,7 @@ def check_states(schedule: Schedule, charged: dict[str, int]) -> None:
     for dispute in memory.all_of_kind("dispute"):
         if dispute.body["status"] in OPEN_DISPUTE_STATUSES:
             at_risk[paid_by(schedule, dispute)] += max(0, -dispute.net)
-        if dispute.body["status"] == "lost":
+        if dispute.body["status"] in KEPT_DISPUTE_STATUSES:
             lost[paid_by(schedule, dispute)] += max(0, -dispute.net)
     rows = schedule.database.rows("select id, state, captured_minor from surety.payments order by id")
     for payment_id, state, captured in rows:
@@ -220,9 +221,7 @@ def check_disputes(schedule: Schedule) -> None:
     expected = {
         dispute.id: (
             dispute.body["status"],
-            max(0, -dispute.net)
-            if dispute.body["status"] == "lost" or dispute.body["status"] in OPEN_DISPUTE_STATUSES
-            else 0,
+            max(0, -dispute.net) if dispute.body["status"] in KEPT_DISPUTE_STATUSES | OPEN_DISPUTE_STATUSES else 0,
         )
         for dispute in schedule.provider.memory.all_of_kind("dispute")
     }
@@ -288,7 +287,7 @@ def book_provider_records(schedule: Schedule, book: Callable[[str, int], None]) 
             book(f"available {merchant}", -refund.body["amount"])
             book(f"reserved_for_refunds {merchant}", refund.body["amount"])
     for dispute in memory.all_of_kind("dispute"):
-        is_lost, currency = dispute.body["status"] == "lost", dispute.body["currency"]
+        is_lost, currency = dispute.body["status"] in KEPT_DISPUTE_STATUSES, dispute.body["currency"]
         if is_lost or dispute.body["status"] in OPEN_DISPUTE_STATUSES:
             merchant = f"{merchants[paid_by(schedule, dispute)]} {currency}"
             book(f"available {merchant}", dispute.net)
