@@ -31,9 +31,12 @@ PIPE_WIDTH = 110
 )
 @click.option("--seed", type=int, help="The seed of the faults and their times; the same seed gives the same faults.")
 @click.option("--no-faults", is_flag=True, help="No faults: the provider never misbehaves, and no worker is killed.")
+@click.option("--live", is_flag=True, help="In live mode, against the sandbox: no real money moves.")
 @click.option("--keep", is_flag=True, help="Keep everything running until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, last.")
-def demo(payments: int, merchants: int, seed: int | None, no_faults: bool, keep: bool, as_json: bool) -> None:
+def demo(
+    payments: int, merchants: int, seed: int | None, no_faults: bool, live: bool, keep: bool, as_json: bool
+) -> None:
     """Make payments over HTTP while the provider misbehaves and a worker dies; then check every invariant.
 
     Starts PostgreSQL, the API, the webhook receiver, two workers and a sandbox of Stripe, all on loopback, and leaves
@@ -46,6 +49,7 @@ def demo(payments: int, merchants: int, seed: int | None, no_faults: bool, keep:
         merchants=min(merchants, max(1, payments // PAYMENTS_PER_MERCHANT_MIN)),
         seed=secrets.randbelow(10_000) if seed is None else seed,
         faults=not no_faults,
+        livemode=live,
         keep=keep,
     )
     progress = Console(stderr=True, highlight=False)

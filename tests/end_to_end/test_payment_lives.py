@@ -75,17 +75,23 @@ class PaymentScenario:
 
 @contextmanager
 def running_scenario(server: str, folder: Path, *options: str) -> Generator[PaymentScenario]:
-    """A scenario with processes and a database of its own; `options` are the sandbox's. No invariant is broken then."""
+    """A scenario with processes and a database of its own; `options` are the sandbox's. No invariant is broken then.
+
+    All of it is in live mode if the sandbox is.
+    """
     with ExitStack() as stack:
         database = stack.enter_context(temporary_database(server, "surety_test"))
         deploy(database)
         conn = stack.enter_context(psycopg.connect(harden(database, "deploy"), autocommit=True))
+        conn.execute("select surety.set_livemode(%s)", ("--live" in options,))
         shorten_delays(conn)
         api = stack.enter_context(running_server("api", database))
         webhooks = stack.enter_context(running_server("webhooks", database))
         result = (f"--webhook-url={webhooks.url}/stripe", f"--webhook-secret={SECRETS[0]}", "--hang-seconds=1")
         sandbox = stack.enter_context(running_sandbox(folder, *result, *options))
-        stack.enter_context(worker_process(database, sandbox.url, SURETY_PROVIDER_TIMEOUT="1"))
+        stack.enter_context(
+            worker_process(database, sandbox.url, SURETY_PROVIDER_TIMEOUT="1", STRIPE_API_KEY=sandbox.api_key)
+        )
         wait_for_worker(conn)
         running = PaymentScenario(conn, sandbox, api.url)
         stack.enter_context(running.merchant.client)
@@ -304,3 +310,22 @@ def test_lost_dispute_of_exchanged_money_is_borne_by_the_merchant(server: str, t
         expected |= {"currency_exchange": 407, "currency_exchange eur": -375}
         scenario.balances(payment, expected | {"provider_balance": -1791, "provider_cost": 345 + 1500})
         assert scenario.conn.execute("select kind from surety.discrepancies").fetchall() == []
+
+
+def test_everything_works_in_live_mode(server: str, tmp_path: Path) -> None:
+    with running_scenario(server, tmp_path, "--live", "--payout-seconds=1") as live:
+        charged, held = live.pay(), live.pay(capture_method="manual")
+        live.wait_for_payment(held, "authorized")
+        live.ask(f"/v1/payments/{held}/capture", amount=7000)
+        live.wait_for_payment(charged, "settled")
+        live.wait_for_payment(held, "settled")
+        refund = live.ask(f"/v1/payments/{charged}/refunds", amount=2500)["id"]
+        live.wait_for_refund(refund, "succeeded")
+        live.wait_for_payment(charged, "partially_refunded")
+        live.wait_for_payment(answered(live, "winning_evidence"), "settled")
+        eventually(lambda: live.conn.execute("select 1 from ledger.postings where rule = 'payout'").fetchone(), 30)
+        for table in ("merchants", "payments", "facts", "unmatched_facts", "provider_events"):
+            assert live.conn.execute(f"select distinct livemode from surety.{table}".encode()).fetchall() == [(True,)]
+        ignored = "select from audit.entries where outcome = 'ignored'"
+        for query in ("select from outbox.dead_letters", "select kind from surety.discrepancies", ignored):
+            assert live.conn.execute(query.encode()).fetchall() == []

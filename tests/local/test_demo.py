@@ -31,12 +31,15 @@ def start(*options: str) -> subprocess.Popen[str]:
     )
 
 
-def test_demo_of_forty_payments_with_faults_keeps_every_invariant() -> None:
-    process = start("--payments", "40", "--merchants", "5", "--seed", "8311", "--json")
+@pytest.mark.parametrize("options", [(), ("--live",)], ids=["test", "live"])
+def test_demo_of_forty_payments_with_faults_keeps_every_invariant(options: tuple[str, ...]) -> None:
+    process = start("--payments", "40", "--merchants", "5", "--seed", "8311", "--json", *options)
     stdout, stderr = process.communicate(timeout=90)
     result = json.loads(stdout.splitlines()[-1])
     assert process.returncode == 0, f"{stdout}\n{stderr}"
     assert result["payments"] == sum(result["states"].values()) == 40
+    assert result["live_payments"] == (40 if options else 0)
+    assert ("live mode, against the sandbox: no real money moves" in stderr) is bool(options)
     assert set(result["states"]) <= {"settled", "failed", "canceled", "partially_refunded", "refunded", "reversed"}
     assert len(result["invariants"]) >= 10 and not any(result["invariants"].values())
     assert (result["double_charges"], result["double_refunds"], result["lost"]) == (0, 0, 0)
@@ -63,9 +66,9 @@ def test_second_charge_of_a_payment_makes_the_demo_fail() -> None:
 
 
 SOUND = Report(
-    payments=1, states={"settled": 1}, invariants={"debits equal credits": 0}, charges_at_provider=1, confirmed_here=1,
-    double_charges=0, refunds=0, double_refunds=0, disputes={}, lost=0, not_ended=0, seconds=1.0, seed=1, stages=[],
-    afterwards={}, faults={}, dead_letters=0, replayed=0, example=None,
+    payments=1, live_payments=0, states={"settled": 1}, invariants={"debits equal credits": 0}, charges_at_provider=1,
+    confirmed_here=1, double_charges=0, refunds=0, double_refunds=0, disputes={}, lost=0, not_ended=0, seconds=1.0,
+    seed=1, stages=[], afterwards={}, faults={}, dead_letters=0, replayed=0, example=None,
 )  # fmt: skip
 
 

@@ -81,7 +81,8 @@ class Merchant:
 
     def another_key(self) -> str:
         """A further key."""
-        key = new_key(livemode=False)
+        [(livemode,)] = self.conn.execute("select surety.read_livemode()").fetchall()
+        key = new_key(livemode=livemode)
         row = self.conn.execute("select surety.add_api_key(%s, %s, %s)", (self.id, key.hash, key.hint)).fetchone()
         assert row is not None
         self.key_id: str = row[0]

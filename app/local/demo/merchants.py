@@ -47,7 +47,9 @@ class TrafficResult:
     """Refused captures, cancellations, refunds and evidence."""
 
 
-def create_merchants(conn: psycopg.Connection[tuple[object, ...]], count: int, seed: int) -> list[str]:
+def create_merchants(
+    conn: psycopg.Connection[tuple[object, ...]], count: int, seed: int, *, livemode: bool = False
+) -> list[str]:
     """Create merchants with an API key each; returns the keys."""
     keys = []
     chance = random.Random(f"{seed} merchants")
@@ -55,7 +57,7 @@ def create_merchants(conn: psycopg.Connection[tuple[object, ...]], count: int, s
         name = f"{chance.choice(('Acme', 'Corner', 'Harbour', 'Old Town', 'Sunny'))} {NAMES[number % len(NAMES)]}"
         row = conn.execute("select surety.add_merchant(%s)", (f"{name} {number + 1}",)).fetchone()
         assert row is not None
-        key = new_key(livemode=False)
+        key = new_key(livemode=livemode)
         conn.execute("select surety.add_api_key(%s, %s, %s)", (row[0], key.hash, key.hint))
         keys.append(key.text)
     return keys

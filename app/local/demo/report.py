@@ -36,6 +36,8 @@ class Report(msgspec.Struct, kw_only=True):
     """The demo's result; `--json` prints it."""
 
     payments: int
+    live_payments: int
+    """Payments in live mode: all or none."""
     states: dict[str, int]
     invariants: dict[str, int]
     """Violations by invariant."""
@@ -83,6 +85,7 @@ def make_report(
     invariants[ACTIONS_ACCEPTED] = len(traffic.refused_actions)
     return Report(
         payments=payments,
+        live_payments=query_count(conn, "select count(*) from surety.payments where livemode"),
         states=count_states(conn),
         invariants=invariants,
         charges_at_provider=record.charges_summary["charges"],

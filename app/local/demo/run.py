@@ -20,7 +20,7 @@ from app.local.demo.checks import Connection, count_ended, count_unreceived_resu
 from app.local.demo.observed_faults import KilledWorker
 from app.local.demo.report import Report, make_report
 from app.local.demo.sandbox_record import read_record
-from app.local.demo.services import WORKERS, DemoServices, shorten_delays
+from app.local.demo.services import WORKERS, DemoServices, decide_mode, shorten_delays
 from app.local.demo.workspace import demo_database, demo_folder
 from db.connect import harden
 from db.deploy.deploy import deploy
@@ -42,6 +42,7 @@ class DemoOptions:
     merchants: int
     seed: int
     faults: bool
+    livemode: bool
     keep: bool
 
 
@@ -53,12 +54,13 @@ def run_demo(options: DemoOptions, progress: Console, show: ShowReport) -> Repor
         url = stack.enter_context(demo_database(os.environ.get("DATABASE_URL")))
         deploy(url)
         conn = stack.enter_context(psycopg.connect(harden(url, "deploy"), autocommit=True))
+        decide_mode(conn, livemode=options.livemode)
         shorten_delays(conn)
-        services = DemoServices(workspace, url, options.seed, options.faults)
+        services = DemoServices(workspace, url, options.seed, faults=options.faults, livemode=options.livemode)
         stack.callback(services.process_group.stop)
         services.start(conn)
         print_header(progress, conn, services, options)
-        keys = merchants.create_merchants(conn, options.merchants, options.seed)
+        keys = merchants.create_merchants(conn, options.merchants, options.seed, livemode=options.livemode)
         orders = merchants.create_orders(keys, options.payments, options.seed)
         orders, agents = payment_actions.plan_actions(orders, options.seed)
         began = time.monotonic()
@@ -85,6 +87,8 @@ def print_header(progress: Console, conn: Connection, services: DemoServices, op
     """Print the options, the server's version and the ports."""
     version = conn.execute("show server_version").fetchone()
     assert version is not None
+    if options.livemode:
+        progress.print("live mode, against the sandbox: no real money moves")
     progress.print(
         f"Surety demo   seed {options.seed} · {options.merchants} merchants · {options.payments} payments · "
         f"faults {'on' if options.faults else 'off'}\n"

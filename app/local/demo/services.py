@@ -20,9 +20,16 @@ PROVIDER_TIMEOUT_SECONDS = "2"
 POLL_SECONDS = "1"
 
 
+def decide_mode(conn: Connection, *, livemode: bool) -> None:
+    """Mark the database as one for tests, or as live, which no database for tests can be."""
+    if livemode:
+        conn.execute("select surety.set_livemode(true)")
+    else:
+        conn.execute("update surety.environment set kind = 'test'")
+
+
 def shorten_delays(conn: Connection) -> None:
     """Shorten leases, retries and polling of a database."""
-    conn.execute("update surety.environment set kind = 'test'")
     conn.execute("update outbox.handlers set lease = %s::interval, retry_after = %s::interval[]", (LEASE, RETRY_AFTER))
     conn.execute("update surety.states set poll_after = %s::interval where poll_after is not null", (POLL_AFTER,))
     conn.execute(
@@ -50,8 +57,8 @@ def inherited_environment() -> dict[str, str]:
 class DemoServices:
     """The service processes and their ports."""
 
-    def __init__(self, workspace: Path, url: str, seed: int, faults: bool) -> None:
-        self.seed, self.faults, self.workspace = seed, faults, workspace
+    def __init__(self, workspace: Path, url: str, seed: int, *, faults: bool, livemode: bool) -> None:
+        self.seed, self.faults, self.livemode, self.workspace = seed, faults, livemode, workspace
         self.ports = {name: free_port(port) for name, port in (("api", 8000), ("webhooks", 8001), ("sandbox", 8002))}
         self.secret = f"whsec_{secrets.token_hex(16)}"
         self.process_group = ProcessGroup(
@@ -59,6 +66,7 @@ class DemoServices:
             | {
                 "DATABASE_URL": url,
                 "STRIPE_WEBHOOK_SECRET": self.secret,
+                "STRIPE_API_KEY": f"sk_{'live' if livemode else 'test'}_sandbox",
                 "SURETY_SANDBOX_URL": self.url("sandbox"),
                 "SURETY_PROVIDER_TIMEOUT": PROVIDER_TIMEOUT_SECONDS,
                 "SURETY_POLL_SECONDS": POLL_SECONDS,
@@ -82,6 +90,7 @@ class DemoServices:
             *("--memory", str(self.workspace / "sandbox.sqlite"), "--webhook-secret", self.secret),
             *("--webhook-url", f"{self.url('webhooks')}/stripe"),
             *(("--faults",) if self.faults else ("--auto-payer",)),
+            *(("--live",) if self.livemode else ()),
         )
         for number in range(1, WORKERS + 1):
             self.start_worker(f"worker-{number}")
