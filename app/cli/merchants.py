@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import click
+import msgspec
 import psycopg
 from rich.table import Table
 
@@ -10,7 +15,10 @@ from app.cli.identity import operator_identity
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
-from db.settings import load_settings
+from db.settings import Settings, load_settings
+
+ACCOUNT_ID = re.compile(r"acct_[0-9A-Za-z_]{1,200}")
+CHECK_SECONDS_MAX = 60
 
 
 class NoSuchMerchant(SuretyError):
@@ -26,8 +34,11 @@ def merchants() -> None:
 @click.argument("name")
 @click.option("--account", default="", help="Its own account at the provider (acct_…). Default: the platform's.")
 def add(name: str, account: str) -> None:
-    """Add a merchant; prints its id."""
-    with connect("deploy", load_settings()) as conn:
+    """Add a merchant; prints its id. An account of its own is checked at the provider, if STRIPE_API_KEY is set."""
+    settings = load_settings()
+    if ACCOUNT_ID.fullmatch(account):
+        check_account(account, settings)
+    with connect("deploy", settings) as conn:
         try:
             row = conn.execute(
                 "select surety.add_merchant(%s, %s, %s)", (name, account, operator_identity())
@@ -37,11 +48,46 @@ def add(name: str, account: str) -> None:
         except psycopg.errors.ForeignKeyViolation:
             raise SuretyError("the mode of this database was changed meanwhile: run the command again") from None
         except psycopg.errors.CheckViolation as error:
+            if error.diag.constraint_name == "merchant_has_no_account_of_the_platform":
+                raise own_account_refused(account) from None
             if error.diag.constraint_name == "provider_account_is_an_account_id":
                 raise SuretyError("--account: an id of the provider's, such as acct_1032D82eZvKYlo2C") from None
             raise SuretyError("a merchant's name has 1 to 200 characters") from None
     assert row is not None
     click.echo(row[0])
+
+
+def check_account(account: str, settings: Settings) -> None:
+    """Ask the provider about an account. Raises SuretyError if it is the platform's own or not connected to it.
+
+    Only workers' code calls providers, so it runs in a process of its own. What can't be checked is reported.
+    """
+    unchecked = f"it was not checked whether {account} is connected to the platform"
+    if settings.stripe_api_key is None and settings.surety_sandbox_url is None:
+        click.echo(f"{unchecked}: STRIPE_API_KEY is not set", err=True)
+        return
+    command = [sys.executable, "-P", "-m", "jobs.stripe.merchant_account", account]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS_MAX, check=True)
+        checked = msgspec.json.decode(done.stdout, type=dict[str, str])
+    except subprocess.TimeoutExpired:
+        checked = {"result": "unknown", "detail": f"no answer within {CHECK_SECONDS_MAX} s"}
+    except subprocess.CalledProcessError as error:
+        checked = {"result": "unknown", "detail": (error.stderr.splitlines() or [str(error)])[-1]}
+    match checked["result"]:
+        case "own":
+            raise own_account_refused(account)
+        case "refused":
+            raise SuretyError(
+                f"--account: {account} is no account that is connected to the platform: {checked['detail']}"
+            )
+        case "unknown":
+            click.echo(f"{unchecked}: {checked['detail']}", err=True)
+
+
+def own_account_refused(account: str) -> SuretyError:
+    """The refusal of the platform's own account as a merchant's."""
+    return SuretyError(f"--account: {account} is the platform's own account; leave --account out for a merchant on it")
 
 
 @merchants.command(name="list")
