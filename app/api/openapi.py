@@ -172,7 +172,9 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
         operation["parameters"] = parameters
     if row.body is not None:
         reference = {"$ref": REFERENCE.format(name=row.body.__name__)}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+        # No body is read as an empty object.
+        is_required = any(field.required for field in msgspec.structs.fields(row.body))
+        operation["requestBody"] = {"required": is_required, "content": {"application/json": {"schema": reference}}}
     if row.is_public:
         operation["security"] = [{}]
     if row.tag:

@@ -287,6 +287,18 @@ def test_documentation_loads_no_external_resources(api: ServerProcess) -> None:
     assert "default-src 'self'" in page.headers["content-security-policy"]
 
 
+def test_a_request_without_a_body_is_refused_where_the_documentation_requires_one(merchant: Merchant) -> None:
+    shown = merchant.client.get("/docs/openapi.json").json()
+    posts = {path: of["post"]["requestBody"]["required"] for path, of in shown["paths"].items() if "post" in of}
+    required = {path: is_required for path, is_required in posts.items() if "/operator/" not in path}
+    assert len(required) == 5 and set(required.values()) == {True, False}
+    for path, is_required in required.items():
+        url = re.sub(r"\{(\w{3})\w*\}", r"\1_01890000000000000000000000000000", path)
+        headers = {"Idempotency-Key": unique_name("key"), "Content-Type": "application/json"}
+        answer = merchant.client.post(url, headers=headers)
+        assert answer.status_code == (400 if is_required else 404), (path, answer.text)
+
+
 def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
     shown = httpx.get(f"{api.url}/docs/openapi.json").json()
     assert set(shown["paths"]) == {
