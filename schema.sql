@@ -702,13 +702,24 @@ create table surety.circuit_breakers (
     closed_at timestamptz,
     next_probe_at timestamptz,
     probes integer not null default 0,
+    cause text,
     reason text,
     constraint circuit_breakers_pkey primary key (provider, account),
-    constraint open_circuit_is_probed check ((opened_at is null) = (next_probe_at is null))
+    constraint circuit_cause_is_known check (cause in ('outage', 'account_refused', 'key_refused')),
+    constraint open_circuit_has_a_cause check ((opened_at is null) = (cause is null)),
+    constraint platform_account_is_refused_by_its_key check (account <> '' or cause <> 'account_refused'),
+    constraint open_circuit_is_probed check (
+        (next_probe_at is null) = (opened_at is null or (cause = 'key_refused' and account <> ''))
+    )
 );
 comment on table surety.circuit_breakers is
 'Circuit breakers, one per provider''s account, open while opened_at is set. answered and failed count calls of the
 bucket of 30 seconds that began at bucket_at, prior_* of the one before.';
+comment on column surety.circuit_breakers.cause is
+'Why it is open. outage: the provider does not answer; account_refused: it refuses us this account, other accounts not;
+key_refused: it refuses our key, so all accounts are open, and the platform''s alone is probed for them.';
+comment on column surety.circuit_breakers.reason is
+'The error that opened it, with the provider''s words.';
 
 -- -------------------------------------------------------------------------------------------------------- refunds
 
@@ -1272,7 +1283,7 @@ insert into outbox.release_causes (cause, finding, first_delay, delay_max, meani
 ('circuit_open', 'circuit-open', '0', '0', 'the circuit of its account is open'),
 ('outage', 'waiting-events', '0', '0', 'its call failed in an outage of the provider'),
 ('provider_busy', 'waiting-events', '1 second', '5 minutes', 'the provider asks for a later repetition'),
-('access_refused', 'access-refused', '1 minute', '5 minutes', 'the provider refuses our key or its permissions'),
+('access_refused', 'access-refused', '1 minute', '5 minutes', 'the provider refuses its call, but no other ones'),
 ('fetched_elsewhere', 'waiting-events', '1 second', '1 minute', 'another worker fetches the same dispute'),
 ('earlier_call', 'waiting-events', '1 second', '5 minutes', 'the outcome of an earlier call is unknown'),
 ('worker_stopped', 'waiting-events', '0', '0', 'its worker was stopped'),
@@ -1438,6 +1449,7 @@ create table surety.poll_cursors (
     failures integer not null default 0,
     failing_since timestamptz,
     error text,
+    is_refused boolean not null default false,
     constraint poll_cursors_pkey primary key (provider, account, list),
     constraint unreadable_list_has_an_error check (
         (failures = 0) = (failing_since is null) and (failures = 0) = (error is null)
@@ -1445,7 +1457,8 @@ create table surety.poll_cursors (
 );
 comment on table surety.poll_cursors is
 'How far each list of a provider has been read, by the provider''s clock (null: never to its end). Every reading
-overlaps the last. failures counts the readings since failing_since that did not reach the end.';
+overlaps the last. failures counts the readings since failing_since that did not reach the end; is_refused: the
+provider refused the last one.';
 
 create table surety.provider_keys (
     provider text not null,

@@ -18,6 +18,7 @@ VACUUM_BLOCKER_XIDS_MAX = 100_000_000
 SLOT_BYTES_MAX = 1_000_000_000
 PARTITIONS_DAYS_MIN = 21
 ACCESS_REFUSED_SECONDS_MAX = 45
+REFUSALS_NAMED_MAX = 5
 WAITING_SECONDS_MAX = 600
 WAITING_URGENT_SECONDS_MAX = 3600
 JOB_FAILING_SECONDS_MAX = 600
@@ -77,6 +78,8 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         *find_replication_problems(state),
         *find_work_problems(state),
         *find_money_problems(state),
+        *find_refused_accounts(state),
+        *find_refused_calls(state),
         *find_waiting_events(state),
         *find_key_problems(state),
         *find_overdue_jobs(state),
@@ -169,14 +172,50 @@ def find_money_problems(state: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("unknown-outcomes", 1, what, f"surety trace {unknown['first']}")
 
 
+def find_refused_accounts(state: dict[str, Any]) -> Iterator[Finding]:
+    """Our key, or accounts, that the provider refuses."""
+    refused = state["refused_accounts"]
+    for one in refused[:REFUSALS_NAMED_MAX]:
+        names = ", ".join(one["merchants"] or [])
+        subject = "our key" if one["is_key"] else f"account {one['account']} ({names})"
+        what = f"{one['provider']} has refused {subject} for {format_age(one['seconds'])}: {one['reason']}; "
+        what += f"{count_noun(one['held'], 'event')} held"
+        next_step = (
+            "set STRIPE_API_KEY to a valid key, restart the workers; what waits goes on by itself"
+            if one["is_key"]
+            else "let the merchant connect its account again, or suspend it: surety merchants list"
+        )
+        yield Finding("access-refused", 2, what, next_step)
+    if len(refused) > REFUSALS_NAMED_MAX:
+        more = count_noun(len(refused) - REFUSALS_NAMED_MAX, "more account")
+        yield Finding("access-refused", 2, f"{more} refused", "select * from surety.list_refused_accounts()")
+
+
+def find_refused_calls(state: dict[str, Any]) -> Iterator[Finding]:
+    """Calls that the provider refuses although it accepts our key and the account: a permission is missing."""
+    refused = [
+        (waiting["account"], f"{waiting['error']}; {count_noun(waiting['count'], 'event')} waiting", waiting["seconds"])
+        for waiting in state["waiting_events"]
+        if waiting["finding"] == "access-refused" and waiting["seconds"] > ACCESS_REFUSED_SECONDS_MAX
+    ]
+    refused += [
+        (failing["account"], f"{failing['error']}; the list {failing['list']}", failing["seconds"])
+        for failing in state["unreadable_lists"]
+        if failing["is_refused"]
+    ]
+    next_step = "give the key the permission; what waits goes on by itself"
+    for account, detail, seconds in refused[:REFUSALS_NAMED_MAX]:
+        whose = f"account {account}" if account else "the platform's account"
+        what = f"the provider has refused calls for {whose} for {format_age(seconds)}: {detail}"
+        yield Finding("access-refused", 2, what, next_step)
+    if len(refused) > REFUSALS_NAMED_MAX:
+        more = count_noun(len(refused) - REFUSALS_NAMED_MAX, "more refusal")
+        yield Finding("access-refused", 2, f"{more} of calls", next_step)
+
+
 def find_waiting_events(state: dict[str, Any]) -> Iterator[Finding]:
-    """Events that are given back uncounted for long, by cause. Those behind an open circuit are its finding's."""
+    """Events that are given back uncounted for long, by cause. Those of other findings are left out."""
     for waiting in state["waiting_events"]:
-        if waiting["finding"] == "access-refused" and waiting["seconds"] > ACCESS_REFUSED_SECONDS_MAX:
-            account = f"account {waiting['account']}" if waiting["account"] else "the platform's account"
-            what = f"the provider refuses our key or its permissions for {account}: {waiting['error']}; "
-            what += f"{count_noun(waiting['count'], 'event')} waiting, the oldest for {format_age(waiting['seconds'])}"
-            yield Finding("access-refused", 2, what, "correct the key or its permissions; what waits goes on by itself")
         if waiting["finding"] != "waiting-events" or waiting["seconds"] <= WAITING_SECONDS_MAX:
             continue
         what = f"{count_noun(waiting['count'], 'event')} waiting, the oldest for {format_age(waiting['seconds'])}: "
@@ -217,7 +256,7 @@ def find_unreadable_lists(state: dict[str, Any]) -> Iterator[Finding]:
     """Lists of the provider that can't be read, one finding for each list."""
     by_list: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for failing in state["unreadable_lists"]:
-        if failing["seconds"] > LIST_UNREADABLE_SECONDS_MAX:
+        if failing["seconds"] > LIST_UNREADABLE_SECONDS_MAX and not failing["is_refused"]:
             by_list.setdefault((failing["provider"], failing["list"]), []).append(failing)
     for (provider, name), failing_lists in by_list.items():
         first = failing_lists[0]

@@ -60,6 +60,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "invariant/ledger",
     "invariant/outbox",
     "operations/invariants",
+    "operations/circuit_status",
     "operations/overdue_work",
     "operations/status",
     "api/documents",

@@ -1,8 +1,8 @@
 """Removal of what must not be kept.
 
 Client secrets are never stored: the client secret of an intent gives the rights of its payer. A redacted body no longer
-verifies against its signature, so the signature is verified before. Payers' addresses appear neither in the audit trail
-nor in logs.
+verifies against its signature, so the signature is verified before. Payers' addresses, and the part of our key that the
+provider's words about a refused key hold, appear neither in the audit trail nor in logs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ESCAPED_SECRET = re.compile(
 )
 
 
+API_KEY = re.compile(r"\b([a-z]{2,4}_(?:live|test)_)[^\s'\"]+")
 EMAIL_ADDRESS = re.compile(r"[^\s@]+@[^\s@]+")
 
 
@@ -32,3 +33,8 @@ def without_addresses(text: str) -> str:
 def without_secrets(body: bytes) -> bytes:
     """JSON with client secrets made null."""
     return (ESCAPED_SECRET if b"\\u00" in body else CLIENT_SECRET).sub(rb"\1null", body)
+
+
+def without_keys(text: str) -> str:
+    """A text without the provider's API keys, or what it shows of them: `sk_live_…`."""
+    return API_KEY.sub(r"\1…", text)

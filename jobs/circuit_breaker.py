@@ -3,6 +3,9 @@
 Failed calls are reported before their results are recorded, so that the database can decide whether the provider or the
 event failed. If no worker has had a response since the failed call began, a probe is sent. A failure counts against its
 event only if the account answers.
+
+A call that was refused (401, 403) has its account probed in the same way. A refused probe opens the circuit: our key or
+the account is the reason. If a probe of the platform's own account is refused as well, it is the key.
 """
 
 from __future__ import annotations
@@ -13,17 +16,22 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import Literal
 
 from msgspec import Struct
 from psycopg.types.json import Jsonb
 
 from jobs.database import WorkerDatabase
 from jobs.stripe.client import StripeGateway
-from jobs.stripe.errors import ProviderError, ProviderOutage
+from jobs.stripe.errors import AccessRefused, PermissionMissing, ProviderBusy, ProviderError, ProviderOutage
 
 log = logging.getLogger("surety.circuit_breaker")
 
 PROVIDER = "stripe"
+PLATFORM_ACCOUNT = ""
+
+CircuitCause = Literal["outage", "account_refused", "key_refused"]
+"""Why a circuit is open; surety.circuit_breakers explains each."""
 
 
 def circuit_key(account: str) -> str:
@@ -45,27 +53,34 @@ class AccountState(Struct):
 
     account: str
     is_open: bool
+    is_refused: bool
     answered_seconds: float | None
 
 
 class CircuitBreaker:
-    """This worker's view of the provider's accounts; `blocked` are those whose circuit is open."""
+    """This worker's view of the provider's accounts: `blocked` are those whose circuit is open, `refused` those of them
+    that refuse our access.
+    """
 
     def __init__(self, database: WorkerDatabase, stripe: StripeGateway, actor: str, report_seconds: float) -> None:
         self.blocked: frozenset[str] = frozenset()
+        self.refused: frozenset[str] = frozenset()
         self._database = database
         self._stripe = stripe
         self._actor = actor
         self._report_seconds = report_seconds
         self._tallies: defaultdict[str, CallCounts] = defaultdict(CallCounts)
         self._probing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._probed_at: dict[str, float] = {}
+        self._probed: dict[str, tuple[float, ProviderError | None]] = {}
+        """By account: the end of its last probe on the monotonic clock, and its error."""
         self._reported_at = 0.0
         stripe.on_call = self.count_call
 
     def count_call(self, account: str, error: ProviderError | None, is_command: bool) -> None:
-        """Count a call that has ended."""
+        """Count a call that has ended. A refused one is no failure of the provider, and no answer of the account."""
         tally = self._tallies[account]
+        if isinstance(error, AccessRefused):
+            return
         if not isinstance(error, ProviderOutage):
             tally.answered += is_command
             tally.consecutive_failures = 0
@@ -114,20 +129,26 @@ class CircuitBreaker:
             }
             for account, tally in tallies.items()
         ]
-        query = "select account, is_open, answered_seconds from surety.count_call_results(%s, %s, %s)"
+        query = "select account, is_open, is_refused, answered_seconds from surety.count_call_results(%s, %s, %s)"
         states = await self._database.rows(AccountState, query, PROVIDER, Jsonb(calls), self._actor)
         self.blocked = frozenset(row.account for row in states if row.is_open)
+        self.refused = frozenset(row.account for row in states if row.is_refused)
         return {row.account: reported_at - row.answered_seconds for row in states if row.answered_seconds is not None}
 
-    async def _probe(self, account: str) -> None:
-        """Probe an account. No answer opens its circuit; an answer closes a circuit that was open before the probe.
+    async def probe_accounts(self, accounts: Iterable[str]) -> None:
+        """Probe accounts at once, also those whose circuit is open."""
+        await asyncio.gather(*(self._probe(account) for account in accounts))
 
-        A circuit that opened during the probe, by calls that failed beside it, stays open until the next one.
+    async def _probe(self, account: str) -> ProviderError | None:
+        """Probe an account, and return the error. No answer and a refusal open its circuit, if it is not open already.
+
+        An answer closes a circuit that was open before the probe. A circuit that opened during the probe, by calls that
+        failed beside it, stays open until the next one.
         """
         wanted_at = time.monotonic()
         async with self._probing[account]:
-            if self._probed_at.get(account, 0.0) > wanted_at:
-                return
+            if self._probed.get(account, (0.0, None))[0] > wanted_at:
+                return self._probed[account][1]
             was_open = account in self.blocked
             error: ProviderError | None = None
             try:
@@ -135,19 +156,48 @@ class CircuitBreaker:
             except ProviderError as failure:
                 error = failure
             if isinstance(error, ProviderOutage):
-                await self._open(account, f"no answer: {error}")
-            elif was_open:
+                await self._open(account, "outage", f"no answer: {error}")
+            elif is_refusal_of_access(error):
+                await self._open_refused(account, error)
+            # An account that is busy is there, but may still refuse us.
+            elif was_open and not (account in self.refused and isinstance(error, ProviderBusy)):
                 await self._close(account, f"it answers: {error}" if error else "it answers")
-            self._probed_at[account] = time.monotonic()
+            self._probed[account] = time.monotonic(), error
+            return error
 
-    async def _open(self, account: str, reason: str) -> None:
-        query = "select surety.open_circuit(%s, %s, %s, %s)"
-        if await self._database.value(query, PROVIDER, account, reason, self._actor):
-            log.warning("circuit of account %r at %s opened: %s", account, PROVIDER, reason)
+    async def _open_refused(self, account: str, error: ProviderError | None) -> None:
+        """Open the circuit of an account whose probe was refused; all circuits if the platform's account is as well."""
+        if account == PLATFORM_ACCOUNT:
+            await self._open(account, "key_refused", str(error))
+        elif account in self.refused:
+            return
+        elif is_refusal_of_access(await self._probe(PLATFORM_ACCOUNT)):
+            # The key was refused between the two probes, or the account is new.
+            await self._open(account, "key_refused", str(error))
+        else:
+            await self._open(account, "account_refused", str(error))
+
+    async def _open(self, account: str, cause: CircuitCause, reason: str) -> None:
+        query = "select surety.open_circuit(%s, %s, %s, %s, %s)"
+        if await self._database.value(query, PROVIDER, account, cause, reason, self._actor):
+            log.warning("circuit of account %r at %s opened (%s): %s", account, PROVIDER, cause, reason)
         self.blocked |= {account}
+        if cause != "outage":
+            await self._report_calls()
 
     async def _close(self, account: str, reason: str) -> None:
         query = "select surety.close_circuit(%s, %s, %s, %s)"
         if await self._database.value(query, PROVIDER, account, reason, self._actor):
             log.warning("circuit of account %r at %s closed: %s", account, PROVIDER, reason)
         self.blocked -= {account}
+        if account in self.refused:
+            # The key is accepted again: the circuits of all accounts have closed.
+            await self._report_calls()
+
+
+def is_refusal_of_access(error: ProviderError | None) -> bool:
+    """Whether a probe's error is a refusal of our key or of the account.
+
+    A key that lacks a permission that the provider names is valid for the account.
+    """
+    return isinstance(error, AccessRefused) and not (isinstance(error, PermissionMissing) and error.permissions)

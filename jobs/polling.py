@@ -32,7 +32,7 @@ from jobs.handlers.calls import (
 from jobs.handlers.payments import intent_error_result, intent_result
 from jobs.handlers.webhooks import fetch_dispute, fetch_result, store_polled_events
 from jobs.stripe.client import CLOCK_SKEW_SECONDS, ListPage, ProviderResponse
-from jobs.stripe.errors import ObjectAbsent, ObjectUnreadable, ProviderError
+from jobs.stripe.errors import AccessRefused, ObjectAbsent, ObjectUnreadable, ProviderError
 from jobs.stripe.facts import Fact, FactOrigin, Json, balance_transaction_facts, payout_facts, refund_facts
 from jobs.stripe.webhook_events import POLLED_EVENTS, ProviderObject
 from jobs.worker import Worker
@@ -190,6 +190,8 @@ async def recheck_pending_balance(worker: Worker) -> None:
         worker.settings.surety_poll_seconds,
     )
     for account in sorted({line.account for line in due}):
+        if account in worker.circuit_breaker.blocked:
+            continue
         for since, until in merge_time_ranges([line.created_at for line in due if line.account == account]):
             pages = worker.stripe.balance_transactions(account, since, until)
             take = partial(record_page, worker, account, balance_transaction_facts)
@@ -254,11 +256,14 @@ async def read_pages(
 ) -> bool:
     """Read a list of the provider page by page; returns whether it was read to its end. If not, the reason is noted.
 
+    If the provider refuses it, the account is probed, so an idle system notices that our access has ended.
     An error that a repetition may mend ends the periodic job; any other ends only the reading of this account's list.
     """
+    if account in worker.circuit_breaker.blocked:
+        return False
     operation = f"list {name.replace('_', ' ')}"
     await write_audit_entries(worker, [audit_entry_of_call(operation, None, account=account, since=since.isoformat())])
-    began, rows = time.monotonic(), 0
+    began, rows, is_refused = time.monotonic(), 0, False
     try:
         async for page in pages:
             rows += len(page.rows)
@@ -266,6 +271,7 @@ async def read_pages(
         result: CallResult = {"outcome": "answered", "snapshot": {"account": account, "rows": rows}}
     except ProviderError as error:
         result = {"outcome": error.outcome, "status": error.status, "error": str(error)}
+        is_refused = isinstance(error, AccessRefused)
     except Exception as error:
         if is_retryable(error):
             raise
@@ -274,8 +280,10 @@ async def read_pages(
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     await record_poll_results(worker, [{"operation": operation, "duration_ms": duration_ms, **result}])
     if "error" in result:
-        query = "select surety.note_unreadable_list('stripe', %s, %s, %s)"
-        await worker.database.value(query, account, name, result["error"])
+        query = "select surety.note_unreadable_list('stripe', %s, %s, %s, %s)"
+        await worker.database.value(query, account, name, result["error"], is_refused)
+    if is_refused:
+        await worker.circuit_breaker.check_accounts([(account, time.monotonic())])
     return "error" not in result
 
 
@@ -341,5 +349,7 @@ async def record_poll_results(worker: Worker, results: list[CallResult]) -> None
         log.error("%s can't be recorded", result.get("payment_id", "a row"), exc_info=error)
         await write([unreadable_object(fact["object_id"], error) for fact in result.get("facts", [])[:1]])
 
+    failed = [(result.pop("failed_call"), "access_refused" in result) for result in results if "failed_call" in result]
+    await worker.circuit_breaker.check_accounts(call for call, is_refused in failed if is_refused)
     if results:
         await bisect_on_error(results, write, give_up)

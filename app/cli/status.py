@@ -169,17 +169,21 @@ def describe_key(key: dict[str, Any]) -> str:
 
 
 def describe_provider(provider: dict[str, Any]) -> str:
-    """Stripe healthy (0.4 % errors); stripe unreachable for 3 min, 41 held, next probe in 12 s."""
+    """Stripe healthy (0.4 % errors); stripe refused for 3 min (1 of 7 accounts), 41 held, next probe in 12 s."""
     share = f" ({provider['error_share'] * 100:.1f} % errors)" if provider["error_share"] is not None else ""
-    if not provider["open"]:
+    words = [
+        f"{word} for {format_age(provider[seconds])}"
+        + (f" ({provider[count]} of {provider['accounts']} accounts)" if provider["accounts"] > 1 else "")
+        for word, count, seconds in (
+            ("refused", "refused", "refused_seconds"),
+            ("unreachable", "open", "open_seconds"),
+        )
+        if provider[count]
+    ]
+    if not words:
         return f"{provider['provider']} healthy{share}"
-    accounts = f" ({provider['open']} of {provider['accounts']} accounts)" if provider["accounts"] > 1 else ""
     probe = max(0.0, provider["probe_seconds"] or 0.0)
-    duration = format_age(provider["open_seconds"])
-    return (
-        f"{provider['provider']} unreachable for {duration}{accounts}, {provider['held']} held, "
-        f"next probe in {format_age(probe)}"
-    )
+    return f"{provider['provider']} {', '.join(words)}, {provider['held']} held, next probe in {format_age(probe)}"
 
 
 def describe_replication(state: dict[str, Any]) -> str:

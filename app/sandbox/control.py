@@ -126,6 +126,7 @@ CONTROL_ACTIONS = {
     "refunds/{id}": ControlRoute(stripe_control.RefundOutcome, stripe_control.decide_refund),
     "disputes": ControlRoute(stripe_control.CardholderDispute, stripe_control.dispute_charge),
     "disputes/{id}": ControlRoute(stripe_control.BankDecision, stripe_control.decide_dispute),
+    "key-state": ControlRoute(permissions.AllKeys, permissions.set_key_state),
     "keys": ControlRoute(permissions.RestrictedKey, permissions.restrict_key),
     "accounts": ControlRoute(permissions.Connection, permissions.connect_account),
     "fraud-warnings": ControlRoute(stripe_control.ChargeReference, stripe_control.warn_of_fraud),

@@ -3,12 +3,15 @@
 import heapq
 from asyncio import Event, get_running_loop
 from dataclasses import dataclass
+from typing import Literal
 
 from app.sandbox.faults import FaultInjector
 from app.sandbox.memory import Memory, ScheduledAction
 from app.sandbox.settings import SandboxSettings
 
 COMMIT_SOON_SECONDS = 0.01
+
+KeyState = Literal["valid", "expired", "revoked"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -34,6 +37,9 @@ class Sandbox:
         self.restricted_keys: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         """By restricted key, its permissions at the platform's own account and at connected ones."""
         self.unconnected_accounts: set[str] = set()
+        """Their webhooks are not delivered."""
+        self.key_state: KeyState = "valid"
+        """Of all keys."""
         self.delivering: list[str] | None = None
         """Collects the ids of events about to be delivered, while a request waits for their delivery."""
         self.scheduled: list[ScheduledAction] = memory.scheduled_actions()

@@ -22,6 +22,7 @@ from jobs.circuit_breaker import circuit_key
 from jobs.database import bisect_on_error
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import (
+    AccessRefused,
     PaymentRefused,
     ProviderBusy,
     ProviderError,
@@ -169,7 +170,7 @@ def not_sent_result(subject: CallSubject, operation: str) -> CallResult:
         "payment_id": subject.payment_id,
         "operation": operation,
         "outcome": "not_sent",
-        "error": "not sent: the provider is out",
+        "error": "not sent: the account's circuit is open",
         "outage": circuit_key(subject.account),
     }
 
@@ -257,6 +258,8 @@ def failed_call_result(account: str, error: ProviderError) -> CallResult:
     result = error_fields(error) | {"error": str(error)}
     if isinstance(error, ProviderOutage):
         result["outage"] = circuit_key(account)
+    elif isinstance(error, AccessRefused):
+        result |= {"outage": circuit_key(account), "access_refused": True}
     elif isinstance(error, ProviderBusy):
         result |= released_result(error.cause, error.seconds)
     return result

@@ -36,12 +36,21 @@ from jobs.stripe.facts import (
     redacted,
     refund_facts,
 )
-from jobs.stripe.webhook_events import FactReader, ObjectToFetch, ProviderObject, StoredWebhook, interpret_webhook
+from jobs.stripe.webhook_events import (
+    FactReader,
+    ObjectToFetch,
+    ProviderObject,
+    StoredWebhook,
+    about_access,
+    interpret_webhook,
+)
 from jobs.worker import Batch, Worker
 
 log = logging.getLogger("surety.webhooks")
 
 DISPUTE_PAUSE_SECONDS = 1.0
+FIELDS_OF_EVENTS = ("error", "release_seconds", "release_cause", "outage", "access_refused")
+"""The fields of a fetch's result that concern each event that wanted it."""
 
 FACT_READERS: dict[str, FactReader] = {"payment_intent": intent_facts, "refund": refund_facts, "payout": payout_facts}
 
@@ -73,12 +82,13 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
             wanted.append((webhook, meant))
         else:
             results.append({"event_id": webhook.event_id, "facts": meant})
+    await probe_changed_accounts(worker, [webhook for webhook in webhooks if webhook not in ignored])
     to_fetch = await objects_to_fetch(worker, wanted)
     asking = [webhook for webhooks in to_fetch.values() for webhook in webhooks]
     results += [{"event_id": webhook.event_id} for webhook, _ in wanted if webhook not in asking]
     for source in [source for source in to_fetch if source.account in worker.circuit_breaker.blocked]:
         held = {
-            "error": "not asked: the provider is out",
+            "error": "not asked: the account's circuit is open",
             "outage": circuit_key(source.account),
         } | released_result("circuit_open", WAIT_SECONDS)
         results += [held | {"event_id": webhook.event_id} for webhook in to_fetch.pop(source)]
@@ -86,6 +96,14 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
         await record_event_results(worker, batch, results)
     await audit_fetches(worker, to_fetch)
     await record_as_completed(worker, batch, [partial(fetch_for_webhooks, worker, *one) for one in to_fetch.items()])
+
+
+async def probe_changed_accounts(worker: Worker, webhooks: list[StoredWebhook]) -> None:
+    """Probe the merchants' accounts that a webhook says are disconnected or connected again."""
+    changed = {webhook.account for webhook in webhooks if about_access(webhook)}
+    if changed:
+        query = "select surety.accounts_of_merchants(%s)"
+        await worker.circuit_breaker.probe_accounts(await worker.database.value(query, sorted(changed)))
 
 
 async def store_polled_events(worker: Worker, account: str, events: list[Json]) -> None:
@@ -197,8 +215,7 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
         result = {"outcome": "unknown", "error": f"{source.id} can't be read: {type(error).__name__} {error}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     results: list[CallResult] = [
-        {name: result[name] for name in ("error", "release_seconds", "release_cause", "outage") if name in result}
-        | {"event_id": webhook.event_id}
+        {name: result[name] for name in FIELDS_OF_EVENTS if name in result} | {"event_id": webhook.event_id}
         for webhook in webhooks
     ]
     results[0] |= {"operation": "fetch", "duration_ms": duration_ms, **result}

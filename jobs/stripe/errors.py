@@ -1,7 +1,8 @@
 """Errors of calls to Stripe: each class says what to do next.
 
     ProviderError
-    ├── ProviderBusy        409 and 429: repeat a little later; also 401 and 403, where our configuration is wrong
+    ├── ProviderBusy        409 and 429: repeat a little later
+    ├── AccessRefused       401 and 403: our key or the account is refused; nothing was executed
     │   └── PermissionMissing  403: a restricted key lacks the permission for this path
     ├── OutcomeUnknown      the call may have taken effect: read the object before sending again
     │   ├── ObjectUnreadable  an object that does not follow Stripe's description
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 import stripe
 
-from db.redaction import without_addresses
+from db.redaction import without_addresses, without_keys
 
 Json = dict[str, Any]
 
@@ -88,14 +89,20 @@ class ProviderBusy(ProviderError):
         self.cause = cause
 
 
-class PermissionMissing(ProviderBusy):
+class AccessRefused(ProviderError):
+    """The provider refuses our key or the account. It executed nothing."""
+
+    outcome = "access_refused"
+
+
+class PermissionMissing(AccessRefused):
     """The restricted key may not send this request. `permissions`: any of these would do, if Stripe names them.
 
     `account_id` is the account that the refusal names, if any.
     """
 
     def __init__(self, message: str, **more: Any) -> None:
-        super().__init__(message, seconds=BUSY_SECONDS_MAX, cause="access_refused", **more)
+        super().__init__(message, **more)
         self.permissions = tuple(PERMISSION_NAME.findall(message))
         named = ACCOUNT_NAME.search(message)
         self.account_id = named[1] if named else None
@@ -162,7 +169,7 @@ def provider_error(error: stripe.StripeError, *, writes: bool) -> ProviderError:
         )
     code = reported.get("code")
     if isinstance(reported.get("message"), str):
-        reported = reported | {"message": without_addresses(reported["message"])}
+        reported = reported | {"message": without_keys(without_addresses(reported["message"]))}
         body = body | {"error": reported}
     message = f"Stripe {status}{f' {code}' if code else ''}: {reported.get('message')}"
     if status >= 500:
@@ -175,7 +182,7 @@ def provider_error(error: stripe.StripeError, *, writes: bool) -> ProviderError:
     if status == 403 and PERMISSION_REFUSAL.search(str(reported.get("message"))):
         return PermissionMissing(message, status=status, body=body)
     if status in (401, 403):
-        return ProviderBusy(message, seconds=BUSY_SECONDS_MAX, cause="access_refused", status=status, body=body)
+        return AccessRefused(message, status=status, body=body)
     if status == 402:
         return PaymentDeclined(message, status=status, body=body)
     if writes and is_refusal(status, reported):

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from jobs.circuit_breaker import PROVIDER
 from jobs.stripe.client import StripeGateway
-from jobs.stripe.errors import Json, PermissionMissing, ProviderBusy, ProviderError, ProviderOutage
+from jobs.stripe.errors import AccessRefused, Json, PermissionMissing, ProviderBusy, ProviderError, ProviderOutage
 from jobs.worker import Worker
 
 log = logging.getLogger("surety.key")
@@ -123,7 +123,7 @@ async def find_missing_permissions(stripe: StripeGateway, at: AccountToCheck) ->
             is_named = not refusal.permissions or wanted.name in refusal.permissions
             name = wanted.name if is_named else refusal.permissions[0]
             missing[f"{name} (Connect)" if at.account else name] = None
-        except (ProviderBusy, ProviderOutage):
+        except (ProviderBusy, AccessRefused, ProviderOutage):
             raise
         except ProviderError:
             pass  # There is no such object, which the key was allowed to ask for.

@@ -68,6 +68,10 @@ POLLED_EVENTS = FETCH_ALWAYS | {
 }
 
 
+# Our access to a connected account has ended, or was given again. They prove nothing: the account is probed.
+ACCESS_EVENTS = frozenset({"account.application.deauthorized", "account.application.authorized"})
+
+
 class StoredWebhook(Struct):
     """A row of surety.read_provider_events."""
 
@@ -124,6 +128,11 @@ class ObjectToFetch(Struct):
     source: ProviderObject
     unless_object: str = ""
     unless_kinds: tuple[str, ...] = ()
+
+
+def about_access(webhook: StoredWebhook) -> bool:
+    """Whether a webhook says that our access to its account has changed."""
+    return webhook.type.removeprefix(THIN_EVENT_PREFIX) in ACCESS_EVENTS
 
 
 def interpret_webhook(webhook: StoredWebhook) -> list[Fact] | ObjectToFetch:

@@ -184,7 +184,7 @@ def test_large_vacuum_delay_changes_the_verdict(holder: dict[str, Any], urgency:
 def test_provider_outage_is_reported_with_the_next_probe_time(conn: Connection, database: str) -> None:
     add_live_worker(conn)
     assert "providers  not called yet" in surety(database, "status").stdout
-    conn.execute("select surety.open_circuit('stripe', '', 'no answer within 20 s', 'worker:w')")
+    conn.execute("select surety.open_circuit('stripe', '', 'outage', 'no answer within 20 s', 'worker:w')")
     code, state = read_status(database)
     assert code == 1
     assert state["findings"][0]["what"].startswith("stripe is out for ")

@@ -12,7 +12,7 @@ import pytest
 from tests.db.test_races import Two, at_once
 from tests.support.payments import Connection, add_merchant, pay
 
-OPEN = "select surety.open_circuit('stripe', '', 'no answer', 'test')"
+OPEN = "select surety.open_circuit('stripe', '', 'outage', 'no answer', 'test')"
 CLOSE = "select surety.close_circuit('stripe', '', 'it answers', 'test')"
 Batch = tuple[int, int, list[str]]
 

@@ -99,7 +99,7 @@ def test_event_that_waits_for_long_is_a_finding_of_its_cause(conn: Connection, c
     conn.execute("insert into procrastinate.procrastinate_workers default values")
     [(finding,)] = conn.execute("select finding from outbox.release_causes where cause = %s", (cause,)).fetchall()
     if finding == "circuit-open":
-        conn.execute("select surety.open_circuit('stripe', 'acct_1', 'it does not answer', 'worker:w')")
+        conn.execute("select surety.open_circuit('stripe', 'acct_1', 'outage', 'it does not answer', 'worker:w')")
     release(conn, cause)
     assert findings(conn).get("waiting-events") is None
     move_clock(conn, "11 minutes")
@@ -111,16 +111,15 @@ def test_event_that_waits_for_long_is_a_finding_of_its_cause(conn: Connection, c
 
 
 def test_refused_key_is_urgent_within_a_minute_and_names_the_account_and_the_providers_words(conn: Connection) -> None:
-    pay(conn, add_merchant(conn)[1])
+    pay(conn, add_merchant(conn, account="acct_shop")[1])
     conn.execute("insert into procrastinate.procrastinate_workers default values")
-    conn.execute("update surety.merchants set provider_account = 'acct_shop'")
     release(conn, "access_refused")
     assert "access-refused" not in findings(conn)
     move_clock(conn, "1 minute")
     [(state,)] = conn.execute("select surety.read_status()").fetchall()
     [refused] = [finding for finding in find_problems(state) if finding.id == "access-refused"]
     assert refused.urgency == 2
-    assert "acct_shop: not now; 1 event waiting" in refused.what
+    assert "account acct_shop for 60 s: not now; 1 event waiting" in refused.what
     conn.execute("update outbox.retries set cause = null, waiting_since = null")
     assert "access-refused" not in findings(conn)
 

@@ -50,4 +50,4 @@ async def test_call_behind_a_circuit_that_opened_is_not_sent_and_not_counted(
         results = await make_call(CREATE, worker, batch, call)
         await record_event_results(worker, batch, results)
     assert sandbox.get("/v1/payment_intents")["data"] == []
-    assert attempts(conn) == [("submit", 0, ["not sent: the provider is out"])]
+    assert attempts(conn) == [("submit", 0, ["not sent: the account's circuit is open"])]

@@ -68,7 +68,7 @@ def leave_everything_unfinished(conn: Connection) -> None:
     conn.execute("select surety.open_discrepancy('amount', 'pi_x', null, 'they differ', '{}', true, surety.time_now())")
     _, cut_off_key = add_merchant(conn, account=CUT_OFF)
     pay(conn, cut_off_key)
-    conn.execute("select surety.open_circuit('stripe', %s, 'it does not answer', 'worker:w')", (CUT_OFF,))
+    conn.execute("select surety.open_circuit('stripe', %s, 'outage', 'it does not answer', 'worker:w')", (CUT_OFF,))
     conn.execute("update surety.circuit_breakers set probes = 2000000")
     conn.execute("update surety.payments set poll_count = 2000000 where poll_at is not null")
     conn.execute("select surety.note_unreadable_list('stripe', '', 'payouts', 'no answer')")

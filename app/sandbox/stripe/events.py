@@ -34,7 +34,8 @@ def emit(sandbox: Sandbox, type: str, record: StoredObject, previous: dict[str, 
     memory.save_event(
         StoredObject(id, "event", record.account, created, {}, parent=payment, label=type), encode(event).decode()
     )
-    if settings.webhook_url and (not settings.webhook_events or type in settings.webhook_events):
+    is_wanted = not settings.webhook_events or type in settings.webhook_events
+    if settings.webhook_url and is_wanted and record.account not in sandbox.unconnected_accounts:
         about = (payment, *(record.body.get("metadata") or {}).values())
         _schedule_delivery(sandbox, id, type, about)
 

@@ -1,4 +1,4 @@
-"""Permissions of restricted keys, and accounts that the platform has no access to.
+"""Keys that are refused, permissions of restricted keys, and accounts that the platform has no access to.
 
 A restricted key (`rk_test_…`) may do everything until `POST /sandbox/keys` gives it a list of permissions. Stripe
 checks a key's permission for the path before it looks for the object; its words are those of its refusals. Write
@@ -9,9 +9,13 @@ from typing import Any
 
 from msgspec import Struct
 
+from app.sandbox.memory import StoredObject
 from app.sandbox.settings import PLATFORM_ACCOUNT
-from app.sandbox.state import Sandbox
+from app.sandbox.state import KeyState, Sandbox
 from app.sandbox.stripe.errors import StripeError
+from app.sandbox.stripe.events import emit
+
+APPLICATION_ID = "ca_SuretyPlatform"
 
 RESOURCES = {
     "account": "accounts_kyc_basic",
@@ -45,6 +49,18 @@ class Connection(Struct, forbid_unknown_fields=True):
     connected: bool
 
 
+class AllKeys(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/key-state`: what Stripe says of every key."""
+
+    state: KeyState
+
+
+def set_key_state(sandbox: Sandbox, given: AllKeys) -> dict[str, Any]:
+    """Refuse all keys, or accept them again."""
+    sandbox.key_state = given.state
+    return {"state": given.state}
+
+
 def restrict_key(sandbox: Sandbox, given: RestrictedKey) -> dict[str, Any]:
     """Restrict a key until the sandbox ends."""
     sandbox.restricted_keys[given.key] = (given.permissions, given.connect)
@@ -52,14 +68,26 @@ def restrict_key(sandbox: Sandbox, given: RestrictedKey) -> dict[str, Any]:
 
 
 def connect_account(sandbox: Sandbox, given: Connection) -> dict[str, Any]:
-    """Connect an account to the platform, or disconnect it, until the sandbox ends."""
-    (sandbox.unconnected_accounts.discard if given.connected else sandbox.unconnected_accounts.add)(given.id)
+    """Connect an account to the platform, or disconnect it, until the sandbox ends. A change emits its event."""
+    if given.connected == (given.id in sandbox.unconnected_accounts):
+        sandbox.unconnected_accounts.discard(given.id)
+        change = "authorized" if given.connected else "deauthorized"
+        body = {"id": APPLICATION_ID, "name": "Surety", "object": "application"}
+        application = StoredObject(APPLICATION_ID, "application", given.id, sandbox.unix_seconds(), body)
+        emit(sandbox, f"account.application.{change}", application)
+        if not given.connected:
+            sandbox.unconnected_accounts.add(given.id)
     return {"id": given.id, "connected": given.connected}
+
+
+def shown_key(key: str) -> str:
+    """What Stripe's messages show of a key."""
+    return f"{key[:8]}{'*' * 20}{key[-4:]}"
 
 
 def check_access(sandbox: Sandbox, key: str, account: str, method: str, path: str) -> None:
     """Raises StripeError if the account is not connected, or if the key lacks the permission for this path."""
-    shown = f"{key[:8]}***{key[-4:]}"
+    shown = shown_key(key)
     if account in sandbox.unconnected_accounts:
         raise StripeError(
             403,

@@ -22,7 +22,7 @@ from app.sandbox.state import RequestContext, Sandbox
 from app.sandbox.stripe.errors import StripeError, invalid_request
 from app.sandbox.stripe.operations import Operation, find_operation
 from app.sandbox.stripe.parameters import Pairs, decode_pairs, read_parameters
-from app.sandbox.stripe.permissions import check_access
+from app.sandbox.stripe.permissions import check_access, shown_key
 
 log = logging.getLogger("sandbox")
 
@@ -64,7 +64,7 @@ def parse_request(
     sandbox: Sandbox, method: str, path: str, headers: dict[bytes, str], form: str, request_id: str
 ) -> StripeRequest:
     """Authenticate, find the operation and the stored answer of its key. Raises StripeError."""
-    api_key = _authenticate(headers, livemode=sandbox.settings.livemode)
+    api_key = _authenticate(sandbox, headers)
     version = headers.get(b"stripe-version", API_VERSION)
     if version != API_VERSION:
         raise invalid_request(f"The sandbox speaks API version {API_VERSION}, not {version}.", param="Stripe-Version")
@@ -85,15 +85,18 @@ def parse_request(
     return request
 
 
-def _authenticate(headers: dict[bytes, str], *, livemode: bool) -> str:
+def _authenticate(sandbox: Sandbox, headers: dict[bytes, str]) -> str:
     scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
     if scheme.lower() == "basic":
         with suppress(binascii.Error, UnicodeDecodeError):
             credentials = b64decode(credentials).decode().partition(":")[0]
     if not credentials:
         raise StripeError(401, "You did not provide an API key.")
-    if not (LIVE_KEY if livemode else TEST_KEY).fullmatch(credentials):
-        raise StripeError(401, f"Invalid API Key provided: {credentials[:8]}***")
+    known = LIVE_KEY if sandbox.settings.livemode else TEST_KEY
+    if not known.fullmatch(credentials) or sandbox.key_state == "revoked":
+        raise StripeError(401, f"Invalid API Key provided: {shown_key(credentials)}")
+    if sandbox.key_state == "expired":
+        raise StripeError(401, f"Expired API Key provided: {shown_key(credentials)}", code="api_key_expired")
     return credentials
 
 

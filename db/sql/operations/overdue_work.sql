@@ -55,7 +55,9 @@ comment on function surety.list_overdue_jobs() is
 not succeeded for three of their intervals and five minutes, with the seconds since their last success.';
 
 create or replace function surety.list_unreadable_lists()
-returns table (provider text, account text, list text, failures integer, error text, seconds double precision)
+returns table (
+    provider text, account text, list text, failures integer, error text, is_refused boolean, seconds double precision
+)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -64,16 +66,24 @@ begin atomic
         poll_cursors.list,
         poll_cursors.failures,
         poll_cursors.error,
+        poll_cursors.is_refused,
         extract(epoch from surety.time_now() - poll_cursors.failing_since)::double precision
     from surety.poll_cursors
-    where poll_cursors.failures > 0
+    where
+        poll_cursors.failures > 0
+        and not exists (
+            select from surety.circuit_breakers
+            where
+                circuit_breakers.provider = poll_cursors.provider and circuit_breakers.account = poll_cursors.account
+                and circuit_breakers.cause <> 'outage'
+        )
     order by poll_cursors.failing_since, poll_cursors.provider, poll_cursors.account, poll_cursors.list
     limit 100;
 end;
 
 comment on function surety.list_unreadable_lists() is
 'The lists of the provider whose last reading did not reach the end, with the seconds since the first such reading. The
-100 that have failed longest.';
+100 that have failed longest, without those of accounts that refuse us everything (surety.list_refused_accounts).';
 
 create or replace function surety.list_overdue_objects()
 returns table (
@@ -147,16 +157,35 @@ returns table (
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    with waiting as (
+    with given_back as (
         select
             retries.cause,
-            count(*) as count,
-            min(retries.waiting_since) as since,
-            (array_agg(retries.event_id order by retries.waiting_since, retries.event_id))[1] as first,
-            (array_agg(retries.attempts -> -1 ->> 'error' order by retries.waiting_since, retries.event_id))[1] as error
+            retries.event_id,
+            retries.waiting_since,
+            retries.attempts -> -1 ->> 'error' as error,
+            refused.account
         from outbox.retries
+        left join lateral (
+            select coalesce(payments.provider_account, merchants.provider_account, provider_events.account) as account
+            from outbox.events
+            left join surety.payments on events.aggregate_id = payments.id
+            left join surety.merchants on events.merchant_id = merchants.id
+            left join surety.provider_events on events.aggregate_id = provider_events.id
+            where events.id = retries.event_id and retries.cause = 'access_refused'
+        ) as refused on true
         where retries.cause is not null
-        group by retries.cause
+    ),
+
+    waiting as (
+        select
+            given_back.cause,
+            given_back.account,
+            count(*) as count,
+            min(given_back.waiting_since) as since,
+            (array_agg(given_back.event_id order by given_back.waiting_since, given_back.event_id))[1] as first,
+            (array_agg(given_back.error order by given_back.waiting_since, given_back.event_id))[1] as error
+        from given_back
+        group by given_back.cause, given_back.account
     )
 
     select
@@ -167,15 +196,14 @@ begin atomic
         waiting.first,
         case events.aggregate_type when 'payment' then events.aggregate_id else events.payload ->> 'payment_id' end,
         extract(epoch from surety.time_now() - waiting.since)::double precision,
-        merchants.provider_account,
+        waiting.account,
         waiting.error
     from waiting
     inner join outbox.release_causes on waiting.cause = release_causes.cause
     left join outbox.events on waiting.first = events.id
-    left join surety.merchants on events.merchant_id = merchants.id
-    order by waiting.since, waiting.cause;
+    order by waiting.since, waiting.cause, waiting.account;
 end;
 
 comment on function surety.list_waiting_events() is
-'The events that were given back uncounted, by their last cause: how many, the one that has waited longest, its payment,
-how long, its merchant''s account at the provider and its last error. finding is the finding that reports them.';
+'The events that were given back uncounted, by their last cause, refused ones by account as well: how many, the one that
+has waited longest, its payment, how long and its last error. finding is the finding that reports them.';

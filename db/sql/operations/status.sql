@@ -252,15 +252,22 @@ begin
             select coalesce(jsonb_agg(to_jsonb(circuits) order by circuits.provider), '[]')
             from (
                 select
-                    b.provider, count(*) as accounts, count(b.opened_at) as open, sum(b.held) as held,
+                    b.provider, count(*) as accounts, count(*) filter (where b.state = 'unreachable') as open,
+                    count(*) filter (where b.state = 'refused') as refused, sum(b.held) as held,
                     round(max(b.error_share)::numeric, 4) as error_share,
-                    round(extract(epoch from v_now - min(b.opened_at)), 3) as open_seconds,
-                    (array_agg(b.account order by b.opened_at) filter (where b.opened_at is not null))[1] as first,
-                    (array_agg(b.reason order by b.opened_at) filter (where b.opened_at is not null))[1] as reason,
+                    round(extract(epoch from v_now - min(b.opened_at) filter (where b.state = 'unreachable')), 3)
+                        as open_seconds,
+                    round(extract(epoch from v_now - min(b.opened_at) filter (where b.state = 'refused')), 3)
+                        as refused_seconds,
+                    (array_agg(b.account order by b.opened_at) filter (where b.state = 'unreachable'))[1] as first,
+                    (array_agg(b.reason order by b.opened_at) filter (where b.state = 'unreachable'))[1] as reason,
                     round(extract(epoch from min(b.next_probe_at) - v_now), 3) as probe_seconds
                 from surety.circuit_status() as b
                 group by b.provider
             ) as circuits
+        ),
+        'refused_accounts', (
+            select coalesce(jsonb_agg(to_jsonb(a)), '[]') from surety.list_refused_accounts() as a
         ),
         'waiting_events', (
             select coalesce(jsonb_agg(to_jsonb(w)), '[]') from surety.list_waiting_events() as w

@@ -1,4 +1,5 @@
--- The circuit breaker: one circuit per provider account, shared by all workers. Outages don't count against events.
+-- The circuit breaker: one circuit per provider account, shared by all workers. Outages don't count against events, and
+-- neither do refusals of our access (401, 403).
 --
 --   count  workers report the results of their calls; too many failures open the account's circuit
 --   open   events of the account are held, failures of the last two minutes no longer count, and handlers that call the
@@ -9,37 +10,62 @@
 -- Timeouts, broken connections and 5xx responses are failures of the provider. A decline or another 4xx response is an
 -- answer, and so is 429. A failure counts against its event only while the account is otherwise healthy.
 --
+-- A refused call makes a worker probe its account. Only a refused probe opens the circuit. Otherwise the key lacks a
+-- permission for that call, and its event alone waits (release cause access_refused). If the platform's own account is
+-- refused as well, it is the key, and the circuits of all accounts open and close together.
+--
 -- Locks: after payments and before the batch. Rows of outbox.retries that are locked are skipped.
 
-create or replace function surety.open_circuit(p_provider text, p_account text, p_reason text, p_actor text)
-returns boolean
+create or replace function surety.open_circuit(
+    p_provider text, p_account text, p_cause text, p_reason text, p_actor text
+) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_now timestamptz := surety.time_now();
-    v_key text := surety.circuit_key(p_provider, p_account);
     v_window constant interval := '2 minutes';
+    v_accounts text[] := array[p_account];
+    v_keys text[];
     v_circuit surety.circuit_breakers;
 begin
-    insert into surety.circuit_breakers as b (provider, account, bucket_at, opened_at, next_probe_at, reason)
-    values (p_provider, p_account, v_now, v_now, v_now + surety.probe_delay(0), p_reason)
-    on conflict (provider, account) do update
-    set
-        opened_at = excluded.opened_at,
-        reason = excluded.reason,
-        -- A circuit that opens again within five minutes was closed too early.
-        probes = case when b.closed_at > v_now - interval '5 minutes' then b.probes else 0 end,
-        next_probe_at = v_now + surety.probe_delay(
-            case when b.closed_at > v_now - interval '5 minutes' then b.probes else 0 end)
-    where b.opened_at is null
-    returning b.* into v_circuit;
-    if not found then
+    if p_cause = 'key_refused' then
+        v_accounts := array(
+            select p_account union select '' union select m.provider_account from surety.merchants as m
+        );
+    end if;
+    with opened as (
+        insert into surety.circuit_breakers as b (
+            provider, account, bucket_at, opened_at, next_probe_at, cause, reason
+        )
+        select
+            p_provider, a.account, v_now, v_now,
+            case when p_cause <> 'key_refused' or a.account = '' then v_now + surety.probe_delay(0, p_cause) end,
+            p_cause, p_reason
+        from unnest(v_accounts) as a (account)
+        order by a.account
+        on conflict (provider, account) do update
+        set
+            opened_at = excluded.opened_at,
+            cause = excluded.cause,
+            reason = excluded.reason,
+            -- A circuit that opens again within five minutes was closed too early.
+            probes = case when b.closed_at > v_now - interval '5 minutes' then b.probes else 0 end,
+            next_probe_at = case
+                when excluded.next_probe_at is not null then v_now + surety.probe_delay(
+                    case when b.closed_at > v_now - interval '5 minutes' then b.probes else 0 end, p_cause)
+            end
+        -- A provider that refuses us is not out any more; one that is out may refuse us still.
+        where b.opened_at is null or (b.cause = 'outage' and excluded.cause <> 'outage')
+        returning b.account
+    )
+    select array_agg(surety.circuit_key(p_provider, o.account)) into v_keys from opened as o;
+    if v_keys is null then
         return false;
     end if;
     with blocked as (
         select r.handler, r.event_id
         from outbox.retries as r
-        where r.blocked_by = v_key
+        where r.blocked_by = any(v_keys)
         order by r.handler, r.event_id
         for update skip locked
     )
@@ -58,16 +84,18 @@ begin
         from (
             select
                 e.attempt, e.n,
-                e.attempt ->> 'outage' = v_key and not e.attempt ? 'counted'
+                e.attempt ->> 'outage' = held.blocked_by and not e.attempt ? 'counted'
                 and (e.attempt ->> 'at')::timestamptz > v_now - v_window as is_recent
             from jsonb_array_elements(held.attempts) with ordinality as e (attempt, n)
         ) as a
     ) as counted
     where r.handler = b.handler and r.event_id = b.event_id;
+    select b.* into strict v_circuit
+    from surety.circuit_breakers as b where b.provider = p_provider and b.account = p_account;
     perform audit.write_entry(
         'system', p_actor, 'circuit opened', p_reason,
         p_snapshot => jsonb_build_object(
-            'provider', p_provider, 'account', p_account,
+            'provider', p_provider, 'account', p_account, 'cause', p_cause, 'accounts', cardinality(v_keys),
             'answered', v_circuit.answered + v_circuit.prior_answered,
             'failed', v_circuit.failed + v_circuit.prior_failed,
             'next_probe_at', surety.format_time(v_circuit.next_probe_at)));
@@ -75,9 +103,10 @@ begin
 end;
 $$;
 
-comment on function surety.open_circuit(text, text, text, text) is
-'Opens an account''s circuit. Failed attempts of the last two minutes no longer count, and their events wait until it
-closes. Returns false and changes nothing if it is open already.';
+comment on function surety.open_circuit(text, text, text, text, text) is
+'Opens an account''s circuit, or those of all accounts if p_cause is key_refused. Failed attempts of the last two
+minutes no longer count, and their events wait until it closes. A refusal replaces an outage as the cause, not the
+reverse. Returns false and changes nothing if it is open already.';
 
 create or replace function surety.read_clock() returns timestamptz
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -89,7 +118,7 @@ comment on function surety.read_clock() is
 'The current time, for workers, whose clocks may differ from the database''s.';
 
 create or replace function surety.count_call_results(p_provider text, p_calls jsonb, p_actor text)
-returns table (account text, is_open boolean, answered_seconds double precision)
+returns table (account text, is_open boolean, is_refused boolean, answered_seconds double precision)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -139,7 +168,7 @@ begin
         order by b.account
     loop
         perform surety.open_circuit(
-            p_provider, v_failing.account,
+            p_provider, v_failing.account, 'outage',
             format(
                 '%s of %s calls failed, the last %s in a row',
                 v_failing.failed, v_failing.failed + v_failing.answered, v_failing.consecutive_failures),
@@ -147,7 +176,8 @@ begin
     end loop;
     return query
     select
-        b.account, b.opened_at is not null, extract(epoch from v_now - b.answered_at)::double precision
+        b.account, b.opened_at is not null, coalesce(b.cause, 'outage') <> 'outage',
+        extract(epoch from v_now - b.answered_at)::double precision
     from surety.circuit_breakers as b
     where b.provider = p_provider and (
         b.opened_at is not null
@@ -160,8 +190,8 @@ $$;
 comment on function surety.count_call_results(text, jsonb, text) is
 'Counts the results of a worker''s calls, and opens circuits with too many failures. p_calls: [{"account", "answered",
 "failed", "consecutive_failures", "answered_at"?}]: commands answered, calls failed, calls failed since the last
-answer, and the time of that answer or an earlier one. Returns these accounts and all accounts whose circuit is open,
-with the seconds since any worker had an answer from them.';
+answer, and the time of that answer or an earlier one. Returns these accounts and all accounts whose circuit is open
+(is_refused: by a refusal), with the seconds since any worker had an answer from them.';
 
 create or replace function surety.claim_circuit_probes(p_provider text) returns text[]
 language sql volatile security definer set search_path = pg_catalog, pg_temp
@@ -170,7 +200,17 @@ begin atomic
     with due as (
         select circuit_breakers.account
         from surety.circuit_breakers
-        where circuit_breakers.provider = p_provider and circuit_breakers.next_probe_at <= surety.time_now()
+        where
+            circuit_breakers.provider = p_provider and circuit_breakers.next_probe_at <= surety.time_now()
+            and (
+                circuit_breakers.account = ''
+                or not exists (
+                    select from surety.circuit_breakers as platform
+                    where
+                        platform.provider = p_provider and platform.account = ''
+                        and platform.cause = 'key_refused'
+                )
+            )
         order by circuit_breakers.account
         for update skip locked
     ),
@@ -179,7 +219,8 @@ begin atomic
         update surety.circuit_breakers
         set
             probes = circuit_breakers.probes + 1,
-            next_probe_at = surety.time_now() + surety.probe_delay(circuit_breakers.probes + 1)
+            next_probe_at = surety.time_now()
+            + surety.probe_delay(circuit_breakers.probes + 1, circuit_breakers.cause)
         from due
         where circuit_breakers.provider = p_provider and circuit_breakers.account = due.account
         returning circuit_breakers.account
@@ -189,7 +230,7 @@ begin atomic
 end;
 
 comment on function surety.claim_circuit_probes(text) is
-'The accounts to probe now, each for one worker.';
+'The accounts to probe now, each for one worker. While the key is refused, only the platform''s.';
 
 create or replace function surety.close_circuit(p_provider text, p_account text, p_reason text, p_actor text)
 returns boolean
@@ -197,24 +238,38 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_now timestamptz := surety.time_now();
+    v_cause text;
     v_opened_at timestamptz;
+    v_keys text[];
 begin
-    select b.opened_at into v_opened_at
+    select b.cause, b.opened_at into v_cause, v_opened_at
     from surety.circuit_breakers as b
-    where b.provider = p_provider and b.account = p_account and b.opened_at is not null
-    for update;
-    if not found then
+    where b.provider = p_provider and b.account = p_account;
+    with closing as (
+        select b.account
+        from surety.circuit_breakers as b
+        where b.provider = p_provider and b.opened_at is not null
+            and (b.account = p_account or (v_cause = 'key_refused' and b.cause = 'key_refused'))
+        order by b.account
+        for update
+    ),
+    closed as (
+        update surety.circuit_breakers as b
+        set
+            opened_at = null, next_probe_at = null, cause = null, closed_at = v_now, bucket_at = v_now,
+            consecutive_failures = 0, answered = 0, failed = 0, prior_answered = 0, prior_failed = 0
+        from closing as c
+        where b.provider = p_provider and b.account = c.account
+        returning b.account
+    )
+    select array_agg(surety.circuit_key(p_provider, c.account)) into v_keys from closed as c;
+    if v_keys is null then
         return false;
     end if;
-    update surety.circuit_breakers as b
-    set
-        opened_at = null, next_probe_at = null, closed_at = v_now, bucket_at = v_now, consecutive_failures = 0,
-        answered = 0, failed = 0, prior_answered = 0, prior_failed = 0
-    where b.provider = p_provider and b.account = p_account;
     with held as (
         select r.handler, r.event_id
         from outbox.retries as r
-        where r.blocked_by = surety.circuit_key(p_provider, p_account) and r.due_at > v_now
+        where r.blocked_by = any(v_keys) and r.due_at > v_now
         order by r.handler, r.event_id
         for update skip locked
     )
@@ -225,7 +280,7 @@ begin
     perform audit.write_entry(
         'system', p_actor, 'circuit closed', p_reason,
         p_snapshot => jsonb_build_object(
-            'provider', p_provider, 'account', p_account,
+            'provider', p_provider, 'account', p_account, 'cause', v_cause, 'accounts', cardinality(v_keys),
             'open_seconds', round(extract(epoch from v_now - v_opened_at), 3)));
     perform outbox.schedule_due_handlers();
     return true;
@@ -233,8 +288,8 @@ end;
 $$;
 
 comment on function surety.close_circuit(text, text, text, text) is
-'Closes an account''s circuit, resets its counts, and makes its held events due. Returns false and changes nothing if it
-is closed already.';
+'Closes an account''s circuit, resets its counts, and makes its held events due. If the key was refused, the answer of
+one account closes all that opened for that. Returns false and changes nothing if it is closed already.';
 
 create or replace function surety.hold_blocked_events(p_batch bigint, p_fence bigint, p_event_ids text[]) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -258,7 +313,7 @@ begin
     loop
         perform outbox.release_events(
             p_batch, p_fence, v_blocked.ids, surety.hold_duration(),
-            'circuit_open', 'held: the provider is out',
+            'circuit_open', 'held: its account''s circuit is open',
             surety.circuit_key(v_blocked.provider, v_blocked.account), true);
         v_held := v_held || v_blocked.ids;
     end loop;
@@ -283,8 +338,9 @@ begin
             case
                 when released.seconds is null then r.result
                 else r.result || jsonb_build_object(
-                    'release_seconds', released.seconds,
-                    'release_cause', case when b.opened_at is null then 'outage' else 'circuit_open' end)
+                    'release_seconds', released.seconds, 'release_cause', released.cause,
+                    -- An event that waits by itself is held by no circuit.
+                    'outage', case when released.cause <> 'access_refused' then r.result -> 'outage' end)
             end
             order by r.n
         )
@@ -298,12 +354,19 @@ begin
                 and a.attempt ? 'outage' and a.attempt ? 'counted'
         ) as uncounted on true
         cross join lateral (
-            select case
-                when r.result ? 'release_seconds' then null
-                when b.opened_at is not null then extract(epoch from surety.hold_duration())
-                when uncounted.times < v_uncounted_max and b.failed + b.prior_failed >= v_failing_min
-                    then extract(epoch from surety.probe_delay(uncounted.times))
-            end as seconds
+            select
+                case
+                    when b.opened_at is not null then extract(epoch from surety.hold_duration())
+                    when r.result ? 'release_seconds' then null
+                    when r.result ? 'access_refused' then 0
+                    when uncounted.times < v_uncounted_max and b.failed + b.prior_failed >= v_failing_min
+                        then extract(epoch from surety.probe_delay(uncounted.times, 'outage'))
+                end as seconds,
+                case
+                    when b.opened_at is not null then 'circuit_open'
+                    when r.result ? 'access_refused' then 'access_refused'
+                    else 'outage'
+                end as cause
         ) as released
     );
 end;
@@ -311,41 +374,6 @@ $$;
 
 comment on function surety.uncount_outage_failures(bigint, jsonb) is
 'The results of surety.record_event_results, with "release_seconds" and "release_cause" for each that failed by an
-outage of its account ("outage": the circuit''s key). If fewer than five of the account''s calls failed lately, or after
-eighteen uncounted failures, a failure while the circuit is closed is the event''s own.';
-
-create or replace function surety.circuit_status()
-returns table (
-    provider text, account text, state text, error_share double precision, opened_at timestamptz,
-    next_probe_at timestamptz, held bigint, reason text
-)
-language sql stable security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    select
-        circuit_breakers.provider,
-        circuit_breakers.account,
-        case when circuit_breakers.opened_at is null then 'healthy' else 'unreachable' end,
-        (circuit_breakers.failed + circuit_breakers.prior_failed)::double precision
-        / nullif(
-            circuit_breakers.failed + circuit_breakers.prior_failed
-            + circuit_breakers.answered + circuit_breakers.prior_answered,
-            0
-        ),
-        circuit_breakers.opened_at,
-        circuit_breakers.next_probe_at,
-        (
-            select count(*)
-            from outbox.retries
-            where
-                retries.blocked_by = surety.circuit_key(circuit_breakers.provider, circuit_breakers.account)
-                and circuit_breakers.opened_at is not null
-        ),
-        case when circuit_breakers.opened_at is not null then circuit_breakers.reason end
-    from surety.circuit_breakers
-    order by circuit_breakers.provider, circuit_breakers.account;
-end;
-
-comment on function surety.circuit_status() is
-'The circuit of each account that was called: its state (healthy: closed; unreachable: open), the
-share of failed calls within the last minute of calls (null without calls), the time of the next probe,
-and the number of held events.';
+outage of its account ("outage": the circuit''s key), or was refused ("access_refused" as well). All are held while the
+circuit is open. While it is closed, a refused event is tried again by itself; and if fewer than five of the account''s
+calls failed lately, or after eighteen uncounted failures, a failure is the event''s own.';

@@ -19,14 +19,19 @@ end;
 comment on function surety.circuit_key(text, text) is
 'The key of an account''s circuit, as in outbox.retries.blocked_by: provider:account.';
 
-create or replace function surety.probe_delay(p_probes integer) returns interval
+create or replace function surety.probe_delay(p_probes integer, p_cause text) returns interval
 language sql immutable
 begin atomic
-    select least(interval '1 minute', interval '5 seconds' * 2 ^ least(p_probes, 10));
+    -- Many merchants may stay cut off for ever.
+    select least(
+        case p_cause when 'account_refused' then interval '5 minutes' else interval '1 minute' end,
+        interval '5 seconds' * 2 ^ least(p_probes, 10)
+    );
 end;
 
-comment on function surety.probe_delay(integer) is
-'The time until the next probe of an open circuit: 5 seconds, doubled by each probe, at most a minute.';
+comment on function surety.probe_delay(integer, text) is
+'The time until the next probe of a circuit that is open for p_cause: 5 seconds, doubled by each probe, at most a
+minute; for a refused account at most five minutes.';
 
 create or replace function surety.hold_duration() returns interval
 language sql immutable

@@ -193,27 +193,31 @@ begin atomic
         polled_to = excluded.polled_to,
         failures = 0,
         failing_since = null,
-        error = null;
+        error = null,
+        is_refused = false;
 end;
 
 comment on function surety.advance_poll_cursor(text, text, text, timestamptz) is
 'Notes how far an account''s list was read, and that it is readable. The cursor follows
 the provider''s clock, also back: then more is read again.';
 
-create or replace function surety.note_unreadable_list(p_provider text, p_account text, p_list text, p_error text)
-returns void language sql volatile security definer set search_path = pg_catalog, pg_temp
+create or replace function surety.note_unreadable_list(
+    p_provider text, p_account text, p_list text, p_error text, p_is_refused boolean default false
+) returns void language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    insert into surety.poll_cursors (provider, account, list, failures, failing_since, error)
-    values (p_provider, p_account, p_list, 1, surety.time_now(), left(p_error, 500))
+    insert into surety.poll_cursors (provider, account, list, failures, failing_since, error, is_refused)
+    values (p_provider, p_account, p_list, 1, surety.time_now(), left(p_error, 500), p_is_refused)
     on conflict (provider, account, list) do update
     set
         failures = least(poll_cursors.failures, 1000000) + 1,
         failing_since = coalesce(poll_cursors.failing_since, excluded.failing_since),
-        error = excluded.error;
+        error = excluded.error,
+        is_refused = excluded.is_refused;
 end;
 
-comment on function surety.note_unreadable_list(text, text, text, text) is
-'Notes that an account''s list could not be read to its end. Its cursor stays.';
+comment on function surety.note_unreadable_list(text, text, text, text, boolean) is
+'Notes that an account''s list could not be read to its end, and whether the provider refused it (401, 403). Its cursor
+stays.';
 
 create or replace function surety.claim_pending_money(p_limit integer, p_again_after interval)
 returns table (provider text, account text, object_id text, created_at timestamptz)

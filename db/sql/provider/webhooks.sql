@@ -103,6 +103,17 @@ end;
 comment on function surety.events_not_received(text, text, text[]) is
 'The events of a provider''s list that no webhook has brought yet.';
 
+create or replace function surety.accounts_of_merchants(p_accounts text[]) returns text[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select coalesce(array_agg(distinct merchants.provider_account), '{}')
+    from surety.merchants
+    where merchants.provider_account = any(p_accounts);
+end;
+
+comment on function surety.accounts_of_merchants(text[]) is
+'Those of the accounts at the provider that merchants of ours have.';
+
 create or replace function surety.store_polled_events(p_events jsonb) returns bigint
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
