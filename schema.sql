@@ -90,8 +90,8 @@ create table surety.environment (
 );
 comment on table surety.environment is
 'One row: the identity of this database. Its id is in the metadata of our objects at providers, which distinguishes
-money that another system moved from money that we lost track of. livemode: real money moves. Merchants refer to it, so
-it can''t change once there is one.';
+money that another system moved from money that we lost track of. livemode: real money moves. Merchants
+and facts without a payment refer to it, so it can''t change once there is one of them.';
 
 create table surety.clock (
     kind text not null default 'test',
@@ -956,6 +956,8 @@ create table surety.unmatched_facts (
     ended_at timestamptz,
     ended_as text,
     constraint unmatched_facts_pkey primary key (id),
+    constraint unmatched_fact_has_the_mode_of_its_database foreign key (livemode)
+    references surety.environment (livemode),
     constraint unmatched_fact_ends_as_something check ((ended_at is null) = (ended_as is null)),
     constraint unmatched_fact_ending_is_known check (ended_as in ('matched', 'without_payment', 'foreign',
         'missing_here')),

@@ -17,6 +17,13 @@ MEANINGS = {
     "test": "test: no payment of this database moves real money. Workers need a test key of Stripe's (sk_test_… or"
     " rk_test_…), or a sandbox. The first merchant makes this final.",
 }
+FINAL = {
+    "merchant_has_the_mode_of_its_database": "there are merchants already: the mode is decided before the first one;"
+    " use another database",
+    "unmatched_fact_has_the_mode_of_its_database": "workers have stored objects of the provider's in the other mode"
+    " already: the mode is decided before they start; use another database",
+}
+"""The reason why the mode can't be changed, by the constraint."""
 
 
 class ModeIsFinal(SuretyError):
@@ -36,10 +43,8 @@ def mode(new_mode: str | None) -> None:
             row = conn.execute(
                 "select surety.set_livemode(%s, %s)", (new_mode == "live", operator_identity())
             ).fetchone()
-        except psycopg.errors.ForeignKeyViolation:
-            raise ModeIsFinal(
-                "there are merchants already: the mode is decided before the first one; use another database"
-            ) from None
+        except psycopg.errors.ForeignKeyViolation as error:
+            raise ModeIsFinal(FINAL[error.diag.constraint_name or ""]) from None
         except psycopg.errors.CheckViolation:
             raise ModeIsFinal(
                 "this is a test database, whose clock can be moved (environment.kind): no real money may move here"

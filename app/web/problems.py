@@ -52,7 +52,8 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "unauthenticated": ProblemDefinition(
         401,
         "The API key is missing or not valid",
-        "Send `Authorization: Bearer sty_…` with a key that is neither misspelt nor revoked.",
+        "Send `Authorization: Bearer sty_…` with a key that is neither misspelt nor revoked. Where real money moves, "
+        "keys begin with `sty_live_`, else with `sty_test_`.",
     ),
     "forbidden": ProblemDefinition(
         403,

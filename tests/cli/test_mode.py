@@ -11,6 +11,7 @@ from app.cli import cli
 from app.cli.identity import operator_identity
 from db.errors import SuretyError
 from tests.conftest import Connection
+from tests.support.payments import money, record
 
 Run = Callable[..., Result]
 
@@ -57,6 +58,11 @@ def test_mode_is_final_once_there_is_a_merchant(run: Run, mode: str, other: str)
         "there are merchants already: the mode is decided before the first one; use another database"
     )
     assert said(run("mode", mode)) == f"{mode} already"
+
+
+def test_mode_is_final_once_workers_have_stored_money(run: Run, conn: Connection) -> None:
+    record(conn, [money(None, "txn_fee", "fee", -100)])
+    assert "workers have stored objects of the provider's" in refused(run("mode", "live"))
 
 
 def test_test_database_cannot_go_live(run: Run, conn: Connection) -> None:

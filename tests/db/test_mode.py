@@ -7,7 +7,7 @@ import pytest
 from psycopg import errors
 
 from tests.conftest import Connect
-from tests.support.payments import Connection, add_merchant, create, pay, request
+from tests.support.payments import Connection, add_merchant, create, money, pay, record, request
 
 
 def livemodes(conn: Connection, table: str) -> list[bool]:
@@ -46,6 +46,17 @@ def test_mode_cannot_change_once_there_is_a_merchant(conn: Connection, livemode:
         assert refusal.value.diag.constraint_name == "merchant_has_the_mode_of_its_database"
     assert conn.execute("select surety.set_livemode(surety.read_livemode())").fetchone() == (False,)
     assert create(conn, [request(key_hash)])[0]["status"] == 201
+
+
+def test_mode_cannot_change_once_money_of_the_provider_is_booked(conn: Connection) -> None:
+    fee = money(None, "txn_fee", "fee", -100)
+    with pytest.raises(errors.ForeignKeyViolation):
+        record(conn, [fee | {"livemode": True}])
+    record(conn, [fee])
+    with pytest.raises(errors.ForeignKeyViolation) as refusal:
+        conn.execute("select surety.set_livemode(true)")
+    assert refusal.value.diag.constraint_name == "unmatched_fact_has_the_mode_of_its_database"
+    assert conn.execute("select count(*) from ledger.postings").fetchone() == (1,)
 
 
 def test_payment_of_the_other_mode_than_its_merchant_is_refused(conn: Connection) -> None:

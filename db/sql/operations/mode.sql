@@ -1,5 +1,6 @@
 -- The mode of the database: live (real money moves) or test. It is decided before the first merchant. Constraints keep
--- it from changing later: merchants refer to it, and payments to their merchant's.
+-- it from changing later: merchants refer to it, and payments to their merchant's. Facts without a payment refer to it
+-- too, because the provider's money moves in the ledger before there is a merchant.
 
 create or replace function surety.read_livemode() returns boolean
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -31,4 +32,5 @@ end;
 
 comment on function surety.set_livemode(boolean, text) is
 'Sets the mode of this database; false if it was set already. Violates merchant_has_the_mode_of_its_database once there
-is a merchant, and test_environment_moves_no_real_money in a database whose clock can be moved.';
+is a merchant, unmatched_fact_has_the_mode_of_its_database once workers have stored money of the provider''s, and
+test_environment_moves_no_real_money in a database whose clock can be moved.';
