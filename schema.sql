@@ -7,7 +7,7 @@
 --   environment      the identity of this database, and the clock that only a test database can move
 --   rules            currencies, states, transitions, mandatory steps, kinds of facts: rows, not code
 --   merchants        merchants, their API keys, operators' keys
---   requests         idempotency keys and merchants' references: unique for ever, hence narrow and unpartitioned
+--   requests         idempotency keys and references in use: unique over all months, hence narrow and unpartitioned
 --   payments         payments, their steps, our calls to providers, circuits of provider accounts
 --   refunds          refunds and their steps
 --   disputes         disputes as last fetched, with the merchant's evidence
@@ -173,7 +173,8 @@ create table surety.mandatory_steps (
 );
 comment on table surety.mandatory_steps is
 'The canonical path of each rail and capture method: the steps that every payment there makes, whatever order its facts
-come in.';
+come in. surety.missing_steps relies on the positions: up to 3 lead to the provider, 4 is made if a fact proves it, 5 is
+confirmed, 6 is settled.';
 
 create table surety.fact_kinds (
     kind text collate "C" not null,
@@ -578,6 +579,8 @@ comment on column surety.payments.refund_pending_minor is
 'Refunds asked for and not ended; reserved from captured_minor.';
 comment on column surety.payments.at_risk_minor is 'Withdrawn in disputes that are not decided.';
 comment on column surety.payments.reversed_minor is 'Lost in disputes or returned.';
+comment on column surety.payments.flags is
+'Times of two events that make no step: cancel_requested_at (the merchant asked), overdue_at (the payer did not act).';
 
 create table surety.steps (
     payment_id text collate "C" not null,
@@ -894,7 +897,8 @@ create table surety.fact_keys (
 );
 comment on table surety.fact_keys is
 'Keys of all facts ever recorded. Neither amount, time nor source is part of the key, so a webhook and a poll about one
-object are one fact. revision numbers the fetches of disputes, which can go back and forth; elsewhere it is 0.';
+object are one fact. revision numbers the fetches of disputes, which can go back and forth, and the requests to capture
+a payment, one of which may follow a refused one; elsewhere it is 0.';
 
 create sequence surety.fetch_numbers as integer;
 comment on sequence surety.fetch_numbers is
@@ -1339,8 +1343,8 @@ create unique index dead_letter_is_open_once on outbox.dead_letters (handler, ev
 create index dead_letters_that_are_open on outbox.dead_letters (id) where closed_at is null;
 create index dead_letters_of_a_payment on outbox.dead_letters (payment_id) where payment_id is not null;
 comment on table outbox.dead_letters is
-'Events without further retries, with their payload and all attempts, open until an operator or the end of the payment
-closes them.';
+'Events without further retries, with their payload and all attempts, open until an operator closes them, or the end of
+the payment or refund or of a dispute''s evidence.';
 
 -- ---------------------------------------------------------------------------------------------------------- audit
 

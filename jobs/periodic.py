@@ -145,7 +145,10 @@ def interval_seconds(name: str, settings: Settings) -> int:
 
 
 def cron(seconds: int) -> str:
-    """Every so many seconds, below a minute; whole minutes above. Procrastinate's crontab has the seconds last."""
+    """The crontab of an interval. Procrastinate's has the seconds last.
+
+    Starts are at multiples of the interval in each minute or hour: an interval of 45 s starts at :00 and :45.
+    """
     if seconds < MINUTE_SECONDS:
         return f"* * * * * */{seconds}"
     if seconds >= HOUR_SECONDS:

@@ -117,7 +117,7 @@ async def poll_object(worker: Worker, target: ObjectToPoll) -> list[CallResult]:
 
 
 def poll_error_result(target: ObjectToPoll, error: ProviderError) -> CallResult:
-    """A poll without a usable response. Only a payment that its provider does not have is a discrepancy."""
+    """A poll without a usable response. An object that is another, or can't be read, is a discrepancy."""
     if target.kind == "payment":
         return intent_error_result(target, error, target.operation)
     result = failed_call_result(target.account, error)

@@ -85,7 +85,7 @@ HEADERS: dict[str, JsonDocument] = {
 }
 # Any request may be refused for its form, before its route is known.
 CONNECTION_PROBLEMS = ("request-timeout", "target-too-long", "head-too-large")
-HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}
+HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
 
 IDEMPOTENCY_KEY_PARAMETER: JsonDocument = {
     "name": "Idempotency-Key",

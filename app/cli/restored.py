@@ -12,10 +12,11 @@ from db.settings import load_settings
 @click.command()
 @click.option("--reason", required=True, help="The reason for the restore; it is stored with the restore generation.")
 def restored(reason: str) -> None:
-    """Open the database of DATABASE_URL after a dump was restored into it from another cluster.
+    """Open the database of DATABASE_URL after it was restored.
 
-    Until then, the database accepts and handles nothing. Events that were not handled are due again. Repeating the
-    command has no further effect.
+    A dump of another cluster was restored into it, or its cluster was set back to an earlier time. Until then, the
+    database accepts and handles nothing. Events that were not handled are due again. Repeating the command has no
+    further effect.
     """
     url = load_settings().require("database_url").reveal()
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:

@@ -107,7 +107,6 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "The key was sent before with another body. A key names one request for 30 days: choose a new one for a new "
         "payment. Nothing was stored.",
     ),
-    "rate-limited": ProblemDefinition(429, "Too many requests", "Wait as many seconds as the header Retry-After says."),
     "head-too-large": ProblemDefinition(
         431,
         "The head of the request is too large",
@@ -162,11 +161,11 @@ class Problem(Exception):
 
     def response(self, request_id: str) -> HttpResponse:
         """The document as an answer."""
-        of = PROBLEM_TYPES[self.name]
+        definition = PROBLEM_TYPES[self.name]
         document: dict[str, Any] = {
             "type": f"/problems/{self.name}",
-            "title": of.title,
-            "status": of.status,
+            "title": definition.title,
+            "status": definition.status,
             "detail": self.detail,
             "request_id": request_id,
             **self.more,
@@ -174,11 +173,11 @@ class Problem(Exception):
         if self.errors is not None:
             document["errors"] = self.errors
         headers: list[tuple[bytes, bytes]] = [(b"content-type", b"application/problem+json"), *self.headers]
-        if of.status == 401:
+        if definition.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        if of.status in {429, 503}:
+        if definition.status == 503:
             headers.append((b"retry-after", b"1"))
-        return HttpResponse(of.status, msgspec.json.encode(document), request_id, headers)
+        return HttpResponse(definition.status, msgspec.json.encode(document), request_id, headers)
 
 
 def invalid_request(errors: list[RuleViolation]) -> Problem:

@@ -338,6 +338,13 @@ def test_routes_in_the_sql_sources_are_rows_of_the_table_of_routes() -> None:
     assert len(routes) == len(ROUTES), "two routes have one name"
 
 
+def test_every_type_of_problem_is_given_by_the_code() -> None:
+    tables = {"openapi.py", "routes.py"}
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py") if path.name not in tables]
+    text = re.sub(r'"[a-z-]+": ProblemDefinition', "", "\n".join([*sources, *SQL.values()]))
+    assert {name for name in PROBLEM_TYPES if not re.search(rf"""["']{name}["']""", text)} == set()
+
+
 def test_every_problem_of_a_route_has_a_page() -> None:
     assert {name for route in ROUTES for name in route.problems} <= PROBLEM_TYPES.keys()
 

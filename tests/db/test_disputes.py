@@ -5,7 +5,6 @@ The balance that remains, and what changed it.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from jobs.stripe.facts import FactOrigin
 from jobs.worker import Worker
+from tests.support.dead_letters import exhaust_retries
 from tests.support.http_client import Merchant, problem, running_server
 from tests.support.payments import (
     Connection,
@@ -267,16 +267,30 @@ async def test_refused_evidence_is_open_again_and_shows_the_reason(
     assert not violations(conn)
 
 
+def evidence_in_vain(conn: Connection, key: bytes) -> str:
+    """A disputed payment whose evidence can't be sent: a dead letter."""
+    payment_id = captured(conn, key)
+    record(conn, [dispute_fact(payment_id, "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
+    assert submit_evidence(conn, key, submit=True)["status"] == 202
+    assert len(exhaust_retries(conn, "evidence", "Stripe 404")) == 1
+    return payment_id
+
+
+@pytest.mark.parametrize(
+    ("status", "closed"), [("appeal_needs_response", None), ("under_review", "resolved"), ("lost", "resolved")]
+)
+def test_dead_letter_of_evidence_closes_once_its_dispute_takes_none(
+    conn: Connection, status: str, closed: str | None
+) -> None:
+    _, key = add_merchant(conn)
+    payment_id = evidence_in_vain(conn, key)
+    record(conn, [dispute_fact(payment_id, status, 1)])
+    assert conn.execute("select closed_as from outbox.dead_letters").fetchall() == [(closed,)]
+
+
 def test_discarded_evidence_is_open_again(conn: Connection) -> None:
     _, key = add_merchant(conn)
-    record(conn, [dispute_fact(captured(conn, key), "needs_response", 0, evidence_due_at="2099-01-01T00:00:00Z")])
-    assert submit_evidence(conn, key, submit=True)["status"] == 202
-    conn.execute("update outbox.handlers set retry_after = '{0 s}' where handler = 'evidence'")
-    for _ in range(2):
-        claimed = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('evidence', 'w')").fetchone()
-        assert claimed is not None
-        failures = json.dumps([{"event_id": event_id, "error": "Stripe 404"} for event_id in claimed[2]])
-        conn.execute("select outbox.fail_events(%s, %s, %s)", (claimed[0], claimed[1], failures))
+    evidence_in_vain(conn, key)
     discard = "select d.outcome from outbox.dead_letters as l, outbox.discard_dead_letter(l.id, 'a', 'old') as d"
     assert conn.execute(discard).fetchall() == [("discarded",)]
     shown = dispute(conn)["evidence"]

@@ -1,4 +1,4 @@
-"""The three races that broke the old system, with two real connections in each order, and the deadlocks it knew."""
+"""Races of two real connections in each order, and deadlocks."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.polling import poll_balance_transactions, poll_events, poll_unfinished
 from jobs.worker import Worker
-from tests.support.payments import Connection, add_merchant, command, ledger_of, pay, state_of, violations
+from tests.support.payments import Connection, add_merchant, command, fact, ledger_of, pay, record, state_of, violations
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
 from tests.support.workers import NO_AUTOMATIC_RETRY, in_process_worker, run_until_idle, shorten_delays
 
@@ -187,6 +187,32 @@ async def test_lookups_of_many_submissions_share_one_list_request(
         await poll_unfinished(worker)
     assert one(conn, "select count(*) from audit.entries where kind = 'answer' and outcome = 'absent'") == 40
     assert readings == 1
+
+
+async def test_intent_that_the_provider_does_not_have_is_a_critical_discrepancy(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
+) -> None:
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [fact(payment_id, "submitted", "pi", provider_id="pi_absent")])
+    conn.execute("update surety.payments set poll_at = now()")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await poll_unfinished(worker)
+    found = conn.execute("select kind, subject, payment_id, is_critical from surety.discrepancies").fetchall()
+    assert found == [("missing_at_provider", payment_id, payment_id, True)]
+    assert state_of(conn, payment_id) == "provider_submitted"
+
+
+async def test_balance_transaction_that_can_not_be_stored_is_a_critical_discrepancy(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
+) -> None:
+    """It alone is left out; the others on its page are booked."""
+    conn.execute("alter table surety.facts add constraint no_money check (kind <> 'money' or amount_minor <> 1234)")
+    async with in_process_worker(database, sandbox.url, judged=False) as worker:
+        pay(conn, key_hash, amount=1234)
+        await charged(conn, worker, key_hash)
+    [(kind, subject, is_critical)] = conn.execute("select kind, subject, is_critical from surety.discrepancies")
+    assert (kind, subject[:4], is_critical) == ("unmatched_cash", "txn_", True)
+    assert one(conn, "select count(*) from surety.facts where kind = 'money'") == 1
 
 
 async def test_dead_lettered_refund_is_looked_up_among_refunds_of_its_payment(

@@ -107,6 +107,14 @@ begin
     where 'dispute.' || d.status not in (select t.type from outbox.event_types as t)
     on conflict (type) do nothing;
     perform surety.emit_dispute_event(d, 'dispute.' || d.status, v_now) from unnest(v_changed) as d;
+    update outbox.dead_letters as l
+    set closed_at = v_now, closed_as = 'resolved', closed_by = 'system',
+        closed_because = 'the dispute is ' || d.status
+    from unnest(v_changed) as d
+    where l.payment_id = d.payment_id and l.type = 'dispute.evidence_given' and l.payload ->> 'dispute_id' = d.id
+        and l.closed_at is null and not exists (
+            select from surety.dispute_statuses as s where s.status = d.status and s.takes_evidence
+        );
     insert into audit.entries (
         id, at, kind, actor, payment_id, merchant_id, from_state, to_state, outcome, reason, snapshot
     )
@@ -120,5 +128,6 @@ end;
 $$;
 
 comment on function surety.advance_disputes(surety.facts[], text) is
-'Updates disputes to the fetch with the highest revision, and emits dispute.<status> for each changed status.
-The payments are locked. Returns the types of the events made.';
+'Updates disputes to the fetch with the highest revision, and emits dispute.<status> for each changed status. Closes
+dead letters of evidence once its dispute takes none any more. The payments are locked. Returns the types of the events
+made.';

@@ -1,4 +1,4 @@
--- Refunds: their steps, and how facts advance them. Merchants request refunds here; others are made at the provider.
+-- Refunds: their steps, and how facts advance them. Merchants request some; others are made at the provider.
 --
 --   api.create_refund              reserves the amount in the transaction that asks for it
 --   surety.begin_calls             commits the request before it is sent

@@ -273,8 +273,8 @@ comment on function surety.begin_calls(bigint, bigint, text, text, text[]) is
 'Writes the calls of one operation (create, confirm, capture, cancel, refund, evidence) before they are sent, and moves
 initiated payments to submitting. One row for each event left in the batch (of p_event_ids, if given): the verdict, and
 the request and key exactly as they were first written. subject_id is the payment, refund or dispute; provider_id the
-intent or dispute at the provider; last_sent_at the time of the send before this one, if there was one. No rows when
-another worker holds the lease.';
+intent or dispute at the provider; last_sent_at the time of the send before this one, or of this one if it is the first.
+No rows when another worker holds the lease.';
 
 create or replace function surety.replace_call_key(p_payment_id text, p_operation text) returns text
 language sql volatile security definer set search_path = pg_catalog, pg_temp
