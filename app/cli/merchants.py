@@ -13,6 +13,7 @@ from rich.table import Table
 
 from app.cli.identity import operator_identity
 from app.cli.tables import print_table
+from app.wording import describe_mode
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import Settings, load_settings
@@ -34,11 +35,19 @@ def merchants() -> None:
 @click.argument("name")
 @click.option("--account", default="", help="Its own account at the provider (acct_…). Default: the platform's.")
 def add(name: str, account: str) -> None:
-    """Add a merchant; prints its id. An account of its own is checked at the provider, if STRIPE_API_KEY is set."""
+    """Add a merchant; prints its id. The first one makes the mode of the database final.
+
+    An account of its own is checked at the provider, if STRIPE_API_KEY is set.
+    """
     settings = load_settings()
-    if ACCOUNT_ID.fullmatch(account):
-        check_account(account, settings)
     with connect("deploy", settings) as conn:
+        [(livemode, is_first)] = conn.execute(
+            "select surety.read_livemode(), not exists (select from surety.merchants)"
+        ).fetchall()
+        if settings.stripe_api_key is not None or settings.surety_sandbox_url is not None:
+            settings.provider.require_mode(livemode)
+        if ACCOUNT_ID.fullmatch(account):
+            check_account(account, settings)
         try:
             row = conn.execute(
                 "select surety.add_merchant(%s, %s, %s)", (name, account, operator_identity())
@@ -55,6 +64,8 @@ def add(name: str, account: str) -> None:
             raise SuretyError("a merchant's name has 1 to 200 characters") from None
     assert row is not None
     click.echo(row[0])
+    if is_first:
+        click.echo(f"the first merchant makes the mode of this database final: {describe_mode(livemode)}", err=True)
 
 
 def check_account(account: str, settings: Settings) -> None:

@@ -60,6 +60,20 @@ def test_mode_is_final_once_there_is_a_merchant(run: Run, mode: str, other: str)
     assert said(run("mode", mode)) == f"{mode} already"
 
 
+@pytest.mark.parametrize(("mode", "key"), [("live", "sk_test_1secret1"), ("test", "rk_live_1secret1")])
+def test_merchant_is_not_added_with_a_key_of_the_other_mode(
+    run: Run, monkeypatch: pytest.MonkeyPatch, mode: str, key: str
+) -> None:
+    said(run("mode", mode))
+    monkeypatch.setenv("STRIPE_API_KEY", key)
+    reason = refused(run("merchants", "add", "Acme Books"))
+    assert f"but the database is in {mode} mode" in reason and "secret1" not in reason
+    monkeypatch.setenv("STRIPE_API_KEY", f"sk_{mode}_1")
+    first, second = run("merchants", "add", "Acme Books"), run("merchants", "add", "Acme Toys")
+    assert said(first).startswith("mer_") and f"makes the mode of this database final: {mode}: " in first.stderr
+    assert said(second).startswith("mer_") and not second.stderr
+
+
 def test_mode_is_final_once_workers_have_stored_money(run: Run, conn: Connection) -> None:
     record(conn, [money(None, "txn_fee", "fee", -100)])
     assert "workers have stored objects of the provider's" in refused(run("mode", "live"))
