@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jobs.stripe.key_check import PERMISSIONS, check_provider_key
 from tests.cli.test_status import add_live_worker, read_status, surety
 from tests.support.payments import Connection, add_merchant
 from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
-from tests.support.workers import environment, in_process_worker, worker_process
+from tests.support.workers import ROOT, environment, in_process_worker, worker_process
 
 KEY = "rk_test_9aKd0"
 OWN_ACCOUNT = "acct_1SuretyPlatform"
@@ -62,6 +63,13 @@ def test_table_of_permissions_names_each_once() -> None:
     assert len(names) == len(set(names))
     assert {name.replace("_write", "_read") for name in WRITTEN} <= READ
     assert [wanted for wanted in PERMISSIONS if (wanted.method == "post") != (wanted.access == "Write")] == []
+
+
+def test_every_resource_that_the_client_uses_is_checked() -> None:
+    client = (ROOT / "jobs" / "stripe" / "client.py").read_text(encoding="utf-8")
+    used = set(re.findall(r'"/v1/([a-z_]+)', client))
+    assert len(used) > 5
+    assert used == {wanted.path.split("/")[2] for wanted in PERMISSIONS}
 
 
 async def test_restricted_key_with_all_permissions_passes(

@@ -107,7 +107,7 @@ def test_every_environment_variable_exists() -> None:
 
 
 def test_every_database_object_that_is_named_exists(conn: Connection) -> None:
-    pattern = r"\b((?:surety|outbox|ledger|audit|api|report|invariant)\.(?!md\b|env\b)[a-z_]+)\b"
+    pattern = r"(?<!//)\b((?:surety|outbox|ledger|audit|api|report|invariant)\.(?!md\b|env\b)[a-z_]+)\b"
     names = sorted({name for text in TEXTS.values() for name in re.findall(pattern, text)})
     rows = conn.execute(
         """

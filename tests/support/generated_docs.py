@@ -18,8 +18,9 @@ from db.deploy.deploy import deploy
 from db.embedded.databases import temporary_database
 from db.embedded.server import EmbeddedServer
 from jobs.handlers.table import HANDLER_TABLE
+from jobs.stripe.client import API_VERSION
 from jobs.stripe.key_check import PERMISSIONS, KeyPermission
-from jobs.stripe.webhook_events import RELEVANT_EVENTS
+from jobs.stripe.webhook_events import ACCESS_EVENTS, RELEVANT_EVENTS
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -196,9 +197,14 @@ def key_permissions(_: Connection) -> str:
     return table(("resource in Stripe's dashboard", "access", "to", "name in Stripe's refusals"), rows)
 
 
-def webhook_events(_: Connection) -> str:
-    """The types of events that the handler `apply` reads."""
-    return "".join(f"    {type}\n" for type in sorted(RELEVANT_EVENTS))
+def webhook_endpoint(_: Connection) -> str:
+    """The command that creates the webhook endpoint: our API version, and the events that the handler `apply` reads."""
+    parts = [
+        "curl https://api.stripe.com/v1/webhook_endpoints --user sk_live_…:",
+        f"--data url=https://pay.example.com/stripe --data api_version={API_VERSION}",
+        *(f"--data 'enabled_events[]={type}'" for type in sorted(RELEVANT_EVENTS | ACCESS_EVENTS)),
+    ]
+    return "```sh\n" + " \\\n    ".join(parts) + "\n```\n"
 
 
 def decisions(_: Connection) -> str:
@@ -212,7 +218,7 @@ PARTS: dict[str, Callable[[Connection], str]] = {
     part.__name__: part
     for part in (
         states, refund_states, dispute_statuses, fact_kinds, currencies, mandatory_steps, account_kinds, rules, events,
-        merchant_events, invariants, problems, key_permissions, webhook_events,
+        merchant_events, invariants, problems, key_permissions, webhook_endpoint,
         decisions,
     )
 }  # fmt: skip
