@@ -23,7 +23,7 @@ from jobs.database import bisect_on_error
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import (
     AccessRefused,
-    PaymentRefused,
+    CallRefused,
     ProviderBusy,
     ProviderError,
     ProviderOutage,
@@ -148,7 +148,7 @@ async def provider_response(operation: CallOperation, worker: Worker, call: Prov
         if found is not None:
             return found
         if call.verdict == "find":
-            raise PaymentRefused("canceled before the provider held it", body={"error": CANCELED_BEFORE_CREATION})
+            raise CallRefused("canceled before the provider held it", body={"error": CANCELED_BEFORE_CREATION})
         if call.verdict == "replace_key":
             query = "select surety.replace_call_key(%s, %s)"
             key = await worker.database.value(query, call.payment_id, call.operation)

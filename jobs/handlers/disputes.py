@@ -18,7 +18,7 @@ from jobs.handlers.calls import (
 )
 from jobs.handlers.webhooks import fetch_dispute
 from jobs.stripe.client import ProviderResponse
-from jobs.stripe.errors import PaymentRefused, ProviderError, RequestRejected
+from jobs.stripe.errors import CallRefused, ProviderError, RequestRejected
 from jobs.stripe.facts import FactOrigin, Json, failure
 from jobs.stripe.webhook_events import ProviderObject
 from jobs.worker import Worker
@@ -33,7 +33,7 @@ async def send_evidence(worker: Worker, call: ProviderCall, key: str, request: J
     )
     try:
         answer = await worker.stripe.update_dispute(call.account, key, call.provider_id, request)
-    except (RequestRejected, PaymentRefused):
+    except (RequestRejected, CallRefused):
         # A call whose response was lost may have submitted it, or the dispute has ended. Its status shows which.
         with suppress(ProviderError):
             await fetch_dispute(worker, *dispute)
@@ -53,7 +53,7 @@ def evidence_result(_call: ProviderCall, answer: ProviderResponse) -> CallResult
 
 def explain_evidence_error(call: ProviderCall, error: ProviderError) -> CallResult:
     """The result of a failed call: a refusal opens the evidence again, unless the dispute takes none any more."""
-    if isinstance(error, PaymentRefused):
+    if isinstance(error, CallRefused):
         return error_fields(error) | {"refused": failure(error.error)}
     return failed_call_result(call.account, error)
 

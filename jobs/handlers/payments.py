@@ -16,9 +16,9 @@ from jobs.handlers.calls import (
 )
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import (
+    CallRefused,
     OutcomeUnknown,
     PaymentDeclined,
-    PaymentRefused,
     ProviderError,
     RequestRejected,
     ResponseMismatch,
@@ -77,7 +77,7 @@ def check_intent(subject: CallSubject, intent: Json) -> None:
 def intent_error_result(subject: CallSubject, error: ProviderError, operation: str) -> CallResult:
     """A call without a usable response: a refusal, a declined attempt, a discrepancy or an error."""
     is_cancel = operation.partition(":")[0] == "cancel"
-    if is_cancel or not isinstance(error, PaymentRefused | PaymentDeclined):
+    if is_cancel or not isinstance(error, CallRefused | PaymentDeclined):
         return discrepancy_result(subject, operation, error)
     if subject.provider_id is None or operation == "capture":
         return error_fields(error) | {"refused": failure(error.error)}

@@ -15,7 +15,7 @@ from jobs.handlers.calls import (
     error_fields,
 )
 from jobs.stripe.client import ProviderResponse
-from jobs.stripe.errors import OutcomeUnknown, PaymentDeclined, PaymentRefused, ProviderError, ResponseMismatch
+from jobs.stripe.errors import CallRefused, OutcomeUnknown, PaymentDeclined, ProviderError, ResponseMismatch
 from jobs.stripe.facts import FactOrigin, Json, failure, id_of, refund_facts
 from jobs.worker import Worker
 
@@ -53,7 +53,7 @@ def check_refund(call: ProviderCall, refund: Json) -> None:
 
 def explain_refund_error(call: ProviderCall, error: ProviderError) -> CallResult:
     """A call without a usable response: a refusal, a discrepancy or an error."""
-    if isinstance(error, PaymentRefused | PaymentDeclined):
+    if isinstance(error, CallRefused | PaymentDeclined):
         return error_fields(error) | {"refund_id": call.subject_id, "refused": failure(error.error)}
     return discrepancy_result(call, call.operation, error)
 

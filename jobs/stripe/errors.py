@@ -7,8 +7,8 @@
     ├── OutcomeUnknown      the call may have taken effect: read the object before sending again
     │   ├── ObjectUnreadable  an object that does not follow Stripe's description
     │   └── ProviderOutage  no response, an incomplete or unreadable one, 5xx: the provider's failure
-    ├── ObjectAbsent        404: the account has no such object
-    ├── PaymentRefused      400: Stripe did not execute the POST; its words are the payment's (refund's) failure
+    ├── ObjectAbsent        a list of the account that was read to its end has no such object
+    ├── CallRefused         400, or 404 about a merchant's parameter: Stripe did not execute the POST
     ├── PaymentDeclined     402: the issuer declined; the intent stays open
     ├── ResponseMismatch    a response about another object or amount: it is discarded
     └── RequestRejected     every other 4xx: it proves nothing about the outcome, so an operator must see it
@@ -123,13 +123,13 @@ class ProviderOutage(OutcomeUnknown):
 
 
 class ObjectAbsent(ProviderError):
-    """The provider has no such object."""
+    """The provider's list has no such object."""
 
     outcome = "absent"
 
 
-class PaymentRefused(ProviderError):
-    """The payment can't be made as it is."""
+class CallRefused(ProviderError):
+    """The provider did not execute a call. Its words are the failure of the payment, refund, capture or evidence."""
 
     outcome = "refused"
 
@@ -186,7 +186,7 @@ def provider_error(error: stripe.StripeError, *, writes: bool) -> ProviderError:
     if status == 402:
         return PaymentDeclined(message, status=status, body=body)
     if writes and is_refusal(status, reported):
-        return PaymentRefused(message, status=status, body=body)
+        return CallRefused(message, status=status, body=body)
     return RequestRejected(message, status=status, body=body)
 
 
