@@ -298,6 +298,10 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/sql/provider/polling.sql", "2 ^ (least(greatest(p_poll_count, -1), 5) + 1)", "2 ^ (p_poll_count + 1)"),
     ),
     mutant(
+        "the platform's own account is no merchant's",
+        ("db/sql/provider/key_checks.sql", "where k.account_id = p_account)", "where false)"),
+    ),
+    mutant(
         "a payment with a loss stays reversed",
         (
             "db/sql/payments/derive.sql",

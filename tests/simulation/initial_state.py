@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import psycopg
 from msgspec.structs import replace
 
+from app.sandbox.settings import PLATFORM_ACCOUNT
 from tests.simulation.clients import WantedPayment
 from tests.simulation.database import SimulatedDatabase
 from tests.simulation.recovery import ALL, FEW, RECOVERY_JOBS, run_periodic_jobs
@@ -39,7 +42,15 @@ def add_merchants(database: SimulatedDatabase) -> tuple[list[str], list[bytes]]:
         database.rows("select surety.add_api_key(%s, %s, 'test')", merchant, key_hash)
         merchants.append(merchant)
         keys.append(key_hash)
+    add_mistaken_merchant(database)
     return merchants, keys
+
+
+def add_mistaken_merchant(database: SimulatedDatabase) -> None:
+    """An operator takes the platform's own account for a merchant's, after a worker has found out whose it is."""
+    database.rows("select surety.record_key_check('stripe', false, false, %s, '{}')", PLATFORM_ACCOUNT)
+    with suppress(psycopg.errors.CheckViolation):
+        database.rows("select surety.add_merchant('mistaken', %s)", PLATFORM_ACCOUNT)
 
 
 def draw_wanted_payments(chance: random.Random, payments: int, *, first: int = 0) -> list[WantedPayment]:
