@@ -1020,12 +1020,12 @@ insert into ledger.account_kinds (kind, owner, normal_side, keeps_balance, meani
 ('currency_exchange', 'platform', 'credit', false, 'currency exchange, one per currency');
 
 create table ledger.rules (
-    cause text collate "C" not null,
+    rule text collate "C" not null,
     leg smallint not null,
     debit text collate "C" not null,
     credit text collate "C" not null,
     amount text not null,
-    constraint rules_pkey primary key (cause, leg),
+    constraint rules_pkey primary key (rule, leg),
     constraint rule_debits_an_account_kind foreign key (debit) references ledger.account_kinds (kind),
     constraint rule_credits_an_account_kind foreign key (credit) references ledger.account_kinds (kind),
     constraint rule_moves_between_two_accounts check (debit <> credit),
@@ -1034,11 +1034,11 @@ create table ledger.rules (
     )
 );
 comment on table ledger.rules is
-'Which transfers each cause makes: per leg a debit, a credit and an amount of the ledger.entry. gross, fee and net are
+'Which transfers each rule makes: per leg a debit, a credit and an amount of the ledger.entry. gross, fee and net are
 those of the provider''s record, and a negative one moves the other way. platform_fee is our fee. other_* are in the
 payment''s currency where the record is in another one. *_ach are for payments that a bank carries, not Stripe.';
 
-insert into ledger.rules (cause, leg, debit, credit, amount) values
+insert into ledger.rules (rule, leg, debit, credit, amount) values
 ('captured', 1, 'provider_receivable', 'pending', 'gross'),
 ('captured', 2, 'pending', 'fee_revenue', 'platform_fee'),
 ('captured', 3, 'provider_receivable', 'suspense', 'excess'),
@@ -1142,7 +1142,8 @@ create table ledger.postings (
 create index postings_of_a_merchant on ledger.postings (merchant_id, id) where merchant_id is not null;
 create index postings_of_a_payment on ledger.postings (payment_id, id) where payment_id is not null;
 comment on table ledger.postings is
-'One row per cause that moved money; cause names the provider''s object or the payment, and what happened to it.';
+'One row per cause that moved money; cause names the provider''s object or the payment, and what happened to it. rule is
+the rule of ledger.rules that made its transfers.';
 
 create table ledger.transfers (
     posting_id text collate "C" not null,

@@ -453,7 +453,7 @@ def test_every_ledger_rule_is_covered_by_a_history(conn: Connection) -> None:
         [payment_id] = begin(conn, key_hash, history)
         for result in make_facts(payment_id):
             record(conn, [result])
-    ruled = {row[0] for row in conn.execute("select cause from ledger.rules")}
+    ruled = {row[0] for row in conn.execute("select rule from ledger.rules")}
     assert {row[0] for row in conn.execute("select rule from ledger.postings")} == ruled
 
 
@@ -500,8 +500,8 @@ def test_each_cause_posts_once(conn: Connection) -> None:
 
 def test_account_kinds_and_rules_match_the_chart_of_accounts(conn: Connection) -> None:
     unruled = conn.execute(
-        "select distinct p.rule from ledger.postings as p left join ledger.rules as r on r.cause = p.rule"
-        " where r.cause is null"
+        "select distinct p.rule from ledger.postings as p left join ledger.rules as r on r.rule = p.rule"
+        " where r.rule is null"
     )
     assert unruled.fetchall() == []
     kept = conn.execute("select array_agg(kind order by kind) from ledger.account_kinds where keeps_balance").fetchone()

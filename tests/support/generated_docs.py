@@ -135,12 +135,12 @@ def account_kinds(conn: Connection) -> str:
 
 
 def rules(conn: Connection) -> str:
-    """The transfers of each cause."""
+    """The transfers of each rule."""
     rows = conn.execute(
-        "select case leg when 1 then cause else '' end, debit, credit, amount from ledger.rules order by cause, leg"
+        "select case leg when 1 then rule else '' end, debit, credit, amount from ledger.rules order by rule, leg"
     ).fetchall()
-    lines = [[cause or " ", *rest] for cause, *rest in rows]
-    return table(("cause", "debit", "credit", "amount"), lines)
+    lines = [[rule or " ", *rest] for rule, *rest in rows]
+    return table(("rule", "debit", "credit", "amount"), lines)
 
 
 def events(_: Connection) -> str:

@@ -48,7 +48,7 @@ left join ledger.transfers on postings.id = transfers.posting_id
 where not exists (
     select from ledger.rules
     where
-        rules.cause = postings.rule
+        rules.rule = postings.rule
         and (
             transfers.leg is null
             or rules.leg = transfers.leg

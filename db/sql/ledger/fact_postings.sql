@@ -32,7 +32,7 @@ begin atomic
 end;
 
 comment on function surety.posting_rule(text, text, boolean) is
-'The ledger.rules.cause of a balance transaction, by its provider, its category and whether its record is in another
+'The ledger.rules.rule of a balance transaction, by its provider, its category and whether its record is in another
 currency than the payment. A category without a rule of its own goes to suspense (foreign, foreign_bank), so that no
 money stays unbooked.';
 

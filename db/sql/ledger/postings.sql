@@ -21,7 +21,7 @@ end;
 comment on function ledger.entry(
     text, text, text, text, text, text, bigint, bigint, bigint, bigint, bigint, text, bigint, bigint
 ) is
-'An entry for ledger.post, by named arguments. p_cause is unique for ever; p_rule is a ledger.rules.cause;
+'An entry for ledger.post, by named arguments. p_cause is unique for ever; p_rule is a ledger.rules.rule;
 p_provider_owner is provider/account. Amounts in minor units: of p_currency, p_other_* of p_other_currency. An amount
 that is left out moves nothing. p_fee is the provider''s fee, p_platform_fee ours.';
 
@@ -92,7 +92,7 @@ begin atomic
                 when 'other_net' then entries.other_net
             end as amount_minor
         from entries
-        inner join ledger.rules on entries.rule = rules.cause
+        inner join ledger.rules on entries.rule = rules.rule
         -- `is true` makes the planner use a hashed subplan; it expects few rows and would choose a nested loop.
         where (entries.id in (select posted.id from posted)) is true
     ),
