@@ -35,7 +35,7 @@ comment on view invariant.disputes_match_last_fetch is 'every dispute is as last
 create or replace view invariant.dispute_postings_match_last_fetch as
 select disputes.id as subject
 from surety.disputes
-where exists (select from surety.dispute_transfers(disputes.payment_id, disputes.provider_id));
+where exists (select from surety.missing_dispute_postings(disputes.payment_id, disputes.provider_id));
 
 comment on view invariant.dispute_postings_match_last_fetch is 'every dispute has posted what was last fetched';
 

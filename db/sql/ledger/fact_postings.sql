@@ -100,7 +100,7 @@ comment on function surety.settled_amounts(surety.payments, surety.merchants) is
 'The amount owed to the merchant for a settled payment after our fee, in minor units: net in the currency that arrived,
 other_net in the payment''s. exchanged says whether they differ. One row.';
 
-create or replace function surety.dispute_transfers(p_payment_id text, p_object_id text)
+create or replace function surety.missing_dispute_postings(p_payment_id text, p_object_id text)
 returns table (n bigint, rule text, amount_minor bigint)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -179,7 +179,7 @@ begin atomic
     from moves;
 end;
 
-comment on function surety.dispute_transfers(text, text) is
+comment on function surety.missing_dispute_postings(text, text) is
 'The postings that bring the merchant''s balances in line with a dispute''s last fetch: rules with amounts in minor
 units, numbered after those already posted. No row if the balances agree.';
 
@@ -276,7 +276,7 @@ begin
             select distinct on (g.object_id) g.* from facts as g where g.kind like 'dispute\_%'
             order by g.object_id, g.revision desc
         ) as f
-        cross join lateral surety.dispute_transfers(f.payment_id, f.object_id) as moved
+        cross join lateral surety.missing_dispute_postings(f.payment_id, f.object_id) as moved
     ),
     -- A return takes the amount back from the merchant. The capture's fact may come after the return's, so a new fact
     -- about either selects all returns of the payment. A return that has posted does not post again.

@@ -115,6 +115,6 @@ surety.derive_payments(text[]),
 surety.read_clock(),
 surety.dispute_status(text, jsonb),
 surety.dispute_withdrawn(text, bigint),
-surety.dispute_transfers(text, text),
+surety.missing_dispute_postings(text, text),
 surety.id_at(text, timestamptz)
 to surety_auditor;
