@@ -324,7 +324,7 @@ begin
     set closed_at = v_now, closed_as = 'discarded', closed_by = p_actor, closed_because = p_reason
     where d.id = p_id;
     if v_verdict = 'fail' and v_letter.handler in ('refund', 'capture') then
-        perform surety.fail_refused_payments(jsonb_build_array(jsonb_build_object(
+        perform surety.record_refused_calls(jsonb_build_array(jsonb_build_object(
             'payment_id', v_letter.payment_id, 'operation', v_letter.handler,
             'refund_id', v_letter.payload ->> 'refund_id',
             'refused', jsonb_build_object('code', 'processing_error', 'message', 'It could not be processed.'))),

@@ -1,6 +1,6 @@
--- Refusals by the provider: captures, refunds and payments that have failed, evidence that was not taken.
+-- Refusals by the provider: payments and refunds fail, a capture gets a fact of its own, evidence is open again.
 
-create or replace function surety.fail_refused_captures(p_results jsonb, p_actor text) returns text[]
+create or replace function surety.record_refused_captures(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -28,7 +28,7 @@ begin
 end;
 $$;
 
-comment on function surety.fail_refused_captures(jsonb, text) is
+comment on function surety.record_refused_captures(jsonb, text) is
 'Records refused captures as facts. The authorization stays, so another capture may be requested. The payments are
 locked by the caller. Returns the types of the events made.';
 
@@ -96,7 +96,7 @@ comment on function surety.reopen_evidence(text, integer, jsonb) is
 'Opens a dispute''s evidence again after its last revision was not taken, with the failure that its merchant reads:
 {code, message}. Nothing changes if more was given since. Returns the types of the events made.';
 
-create or replace function surety.fail_refused_evidence(p_results jsonb) returns text[]
+create or replace function surety.reopen_refused_evidence(p_results jsonb) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -118,10 +118,10 @@ begin
 end;
 $$;
 
-comment on function surety.fail_refused_evidence(jsonb) is
+comment on function surety.reopen_refused_evidence(jsonb) is
 'Opens refused evidence again. The payments are locked by the caller. Returns the types of the events made.';
 
-create or replace function surety.fail_refused_payments(p_results jsonb, p_actor text) returns text[]
+create or replace function surety.record_refused_calls(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -137,8 +137,8 @@ begin
     set failure = r.refused
     from jsonb_to_recordset(p_results) as r (payment_id text, refused jsonb)
     where p.id = r.payment_id and r.refused is not null and p.state = 'submitting';
-    v_types := surety.fail_refused_captures(p_results, p_actor) || surety.fail_refused_refunds(p_results, p_actor)
-        || surety.fail_refused_evidence(p_results);
+    v_types := surety.record_refused_captures(p_results, p_actor) || surety.fail_refused_refunds(p_results, p_actor)
+        || surety.reopen_refused_evidence(p_results);
     with refused as (
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
         select p.id, p.version + 1, p.state, 'failed', 'refused', v_now, p_actor
@@ -153,7 +153,7 @@ begin
 end;
 $$;
 
-comment on function surety.fail_refused_payments(jsonb, text) is
-'Records the refusals among results (as surety.record_call_results takes them): refused captures and refunds, and
-payments whose creation was refused, have failed; refused evidence is open again. Locks their payments. Returns the
-types of the events made.';
+comment on function surety.record_refused_calls(jsonb, text) is
+'Records the refusals among results (as surety.record_call_results takes them): refunds, and payments whose creation
+was refused, fail; a capture''s refusal becomes a fact; evidence is open again. Locks their payments. Returns the types
+of the events made.';

@@ -22,7 +22,7 @@ begin
         if v_facts is not null then
             raise exception 'facts and refusals are recorded in transactions of their own' using errcode = 'SU009';
         end if;
-        v_types := surety.fail_refused_payments(p_results, p_actor);
+        v_types := surety.record_refused_calls(p_results, p_actor);
     end if;
     perform surety.open_discrepancy(
         r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', r.payment_id, r.discrepancy ->> 'detail', '{}', true,
