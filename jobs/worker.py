@@ -22,7 +22,7 @@ from jobs.watchdog import Watchdog
 
 log = logging.getLogger("surety.worker")
 
-HEARTBEAT_SECONDS = 1.0
+CIRCUIT_TURN_SECONDS = 1.0
 CALL_REPORT_SECONDS_MAX = 5.0
 LOOP_SIGNALS_PER_STALL = 30
 
@@ -87,7 +87,7 @@ def worker_of(context: JobContext) -> Worker:
 
 @asynccontextmanager
 async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
-    """A worker with its connections and its heartbeat.
+    """A worker with its connections, its circuit breaker and its watchdog.
 
     Raises SettingsError if no provider is named, or if its key has another mode than the database.
     """
@@ -98,7 +98,7 @@ async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
             HandlerSettings, "select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()"
         )
         worker.handlers = {row.handler: row for row in found}
-        tasks = [asyncio.create_task(keep_heartbeat(worker)), asyncio.create_task(signal_loop_turns(worker))]
+        tasks = [asyncio.create_task(run_circuit_breaker(worker)), asyncio.create_task(signal_loop_turns(worker))]
         try:
             yield worker
         finally:
@@ -108,15 +108,15 @@ async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def keep_heartbeat(worker: Worker) -> None:
-    """Report and probe each second; if a report hangs, the watchdog ends the worker."""
+async def run_circuit_breaker(worker: Worker) -> None:
+    """Report calls and probe each second; if a report hangs, the watchdog ends the worker."""
     while True:
         try:
             if await worker.circuit_breaker.report_and_probe():
                 worker.watchdog.database_answered()
         except psycopg.Error as error:
-            log.warning("the heartbeat found no database: %s", message_of(error))
-        await asyncio.sleep(min(HEARTBEAT_SECONDS, worker.settings.surety_stall_seconds / 10))
+            log.warning("the circuit breaker found no database: %s", message_of(error))
+        await asyncio.sleep(min(CIRCUIT_TURN_SECONDS, worker.settings.surety_stall_seconds / 10))
 
 
 async def signal_loop_turns(worker: Worker) -> None:

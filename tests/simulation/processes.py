@@ -18,7 +18,7 @@ from jobs.drain import drain
 from jobs.handlers.table import HANDLERS
 from jobs.periodic import PERIODIC_JOBS
 from jobs.stripe.client import API_VERSION, StripeGateway
-from jobs.worker import Batch, Worker, keep_heartbeat
+from jobs.worker import Batch, Worker, run_circuit_breaker
 from tests.simulation.clients import PATIENCE_SECONDS, RETRY_AFTER_SECONDS
 from tests.simulation.database import Pool
 from tests.simulation.loop import PROCESS, Process
@@ -68,7 +68,7 @@ class WorkerProcess(Process):
         )
         self.running: dict[str, int] = {}
         self.jobs: dict[asyncio.Task[Any], None] = {}
-        self.start(keep_heartbeat(self.worker))
+        self.start(run_circuit_breaker(self.worker))
 
     def drain(self, handler: str) -> asyncio.Task[Any]:
         """Start draining a handler's events."""
