@@ -30,8 +30,8 @@ from app.sandbox.settings import WEBHOOK_SECRET, SandboxSettings
 from app.sandbox.state import Sandbox
 from app.sandbox.stripe import payer_page
 from app.sandbox.stripe.errors import StripeError
-from app.sandbox.stripe.fault_injection import inject_fault
 from app.sandbox.stripe.parameters import decode_pairs
+from app.sandbox.stripe.request_faults import inject_fault
 from app.sandbox.stripe.requests import echoed_headers, error_response, execute_request, parse_request
 from app.sandbox.stripe.webhooks import WebhookSender
 

@@ -6,7 +6,7 @@ parameters       form encoding, one struct for each operation
 queries          single objects, lists, expand
 events           events, and the schedule of their webhooks
 webhooks         signed deliveries
-fault_injection  the effect of each fault on a request
+request_faults   the effect of each fault on a request
 payer_page       the 3-D Secure page
 control          summaries, and actions of others, for the control API
 errors           Stripe's errors
