@@ -60,7 +60,7 @@ def set_paused(handler: str, reason: str, *, is_paused: bool) -> None:
     """Pause or resume. Raises NoSuchHandler."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
-            "select outbox.pause_handler(%s, %s, %s, %s)", (handler, is_paused, reason, operator_identity())
+            "select outbox.set_handler_paused(%s, %s, %s, %s)", (handler, is_paused, reason, operator_identity())
         ).fetchone()
         if row is None or row[0] is None:
             known = conn.execute("select string_agg(handler, ', ' order by handler) from outbox.handlers").fetchone()

@@ -140,7 +140,7 @@ def repeatable_calls(conn: Connection) -> dict[str, Call]:
         "key": ("select surety.revoke_api_key(%s)", (key_id,)),
         "operator's key": ("select surety.revoke_operator_key(%s)", (operator_key,)),
         "merchant": ("select surety.suspend_merchant(%s, true)", (add_merchant(conn)[0],)),
-        "handler": ("select outbox.pause_handler('submit', true, 'why')", ()),
+        "handler": ("select outbox.set_handler_paused('submit', true, 'why')", ()),
         "discrepancy": ("select surety.close_discrepancy(%s, 'why')", (discrepancy,)),
     }
 

@@ -1,6 +1,6 @@
--- Handlers, by operators: a paused handler takes no new events. They wait.
+-- Handlers, by operators: a paused handler takes no events. They wait.
 
-create or replace function outbox.pause_handler(
+create or replace function outbox.set_handler_paused(
     p_handler text, p_is_paused boolean, p_reason text, p_actor text default session_user
 ) returns boolean
 language sql volatile security definer set search_path = pg_catalog, pg_temp
@@ -27,6 +27,6 @@ begin atomic
     where handlers.handler = p_handler;
 end;
 
-comment on function outbox.pause_handler(text, boolean, text, text) is
+comment on function outbox.set_handler_paused(text, boolean, text, text) is
 'Pauses a handler, or resumes it with p_is_paused false, and audits it. False if nothing changed, null if there is no
 such handler. A batch that is under way is finished. A worker schedules a resumed handler within a second.';
