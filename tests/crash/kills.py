@@ -14,14 +14,14 @@ from tests.crash.processes import WORKERS, SystemUnderTest
 
 KIND_WEIGHTS = {
     "worker": 8,
-    "api": 3,
+    "listener": 3,
     "postmaster": 2,
     "immediate_stop": 2,
     "backend": 2,
     "terminate_backend": 2,
     "half_open": 1,
 }
-"""The share of each kind in twenty. `api`: one of the API's processes, their parent, or the receiver."""
+"""The share of each kind in twenty. `listener`: one of the API's processes, their parent, or the receiver."""
 
 DOWN_SECONDS_MAX = 0.5
 TARGET_SECONDS_MAX = 0.5
@@ -74,7 +74,7 @@ def wait_for_leased_batch(system: SystemUnderTest) -> str | None:
     return None
 
 
-def kill_api(system: SystemUnderTest, chance: random.Random) -> str:
+def kill_listener(system: SystemUnderTest, chance: random.Random) -> str:
     """Kill the API's parent, one of its processes, or the receiver."""
     what = chance.choice(("webhooks", "api", "api's process", "api's process"))
     if what in system.process_group.processes:
@@ -144,7 +144,7 @@ def choose_backend(system: SystemUnderTest, chance: random.Random) -> int:
 Kill = Callable[[SystemUnderTest, random.Random], str]
 KINDS: dict[str, Kill] = {
     "worker": kill_worker,
-    "api": kill_api,
+    "listener": kill_listener,
     "postmaster": kill_postmaster,
     "immediate_stop": stop_immediately,
     "backend": kill_backend,

@@ -27,7 +27,7 @@ from tests.support.sandbox_process import running_sandbox
 from tests.support.workers import in_process_worker, run_until_idle
 
 ROOT = Path(__file__).parent.parent.parent
-KILLED_KINDS = ("half_open", "worker", "postmaster", "api")
+KILLED_KINDS = ("half_open", "worker", "postmaster", "listener")
 
 
 def test_four_kills_lose_nothing_and_charge_no_payment_twice() -> None:
@@ -80,7 +80,7 @@ async def test_object_known_only_to_the_provider_is_a_difference(
 def test_kill_kinds_have_their_shares() -> None:
     assert sum(KIND_WEIGHTS.values()) == 20
     assert KIND_WEIGHTS.keys() == KINDS.keys()
-    assert [KIND_WEIGHTS[kind] * 5 for kind in ("worker", "api", "postmaster", "half_open")] == [40, 15, 10, 5]
+    assert [KIND_WEIGHTS[kind] * 5 for kind in ("worker", "listener", "postmaster", "half_open")] == [40, 15, 10, 5]
 
 
 def test_processes_end_with_a_killed_parent_and_free_the_port(database: str) -> None:
