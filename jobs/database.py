@@ -120,7 +120,7 @@ class WorkerDatabase:
         while True:
             try:
                 async with self._pool.connection() as connection:
-                    return await self._on(connection, work)
+                    return await self._run_on(connection, work)
             except psycopg.Error as error:
                 turn += 1
                 if not is_retryable(error) or (turn >= ATTEMPTS_MAX and not is_unreachable(error)):
@@ -129,7 +129,9 @@ class WorkerDatabase:
                 log.log(level, "try %s: %s", turn, message_of(error))
                 await asyncio.sleep(min(PAUSE_SECONDS * 2 ** min(turn, 10), PAUSE_SECONDS_MAX))
 
-    async def _on(self, connection: AsyncConnection[Any], work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+    async def _run_on(
+        self, connection: AsyncConnection[Any], work: Callable[[AsyncConnection[Any]], Awaitable[T]]
+    ) -> T:
         try:
             return await work(connection)
         except psycopg.Error as error:

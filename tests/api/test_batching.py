@@ -327,7 +327,7 @@ async def test_closing_finishes_waiting_requests_and_refuses_new_ones(echo: Conn
 
 
 @pytest.mark.parametrize("failure", [psycopg.OperationalError("gone"), Unavailable("gone")], ids=type)
-async def test_wakeups_are_sent_one_at_a_time_and_coalesced(
+async def test_workers_are_scheduled_by_one_call_at_a_time(
     caplog: pytest.LogCaptureFixture, failure: Exception
 ) -> None:
     gates = [asyncio.Event() for _ in range(3)]

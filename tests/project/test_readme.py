@@ -128,7 +128,7 @@ def test_first_screen_shows_a_trace_and_the_two_commands() -> None:
     assert "settled" in first_screen
 
 
-def test_readme_is_a_first_visit() -> None:
+def test_readme_has_at_most_170_lines() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 170
 
 
