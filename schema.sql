@@ -1472,17 +1472,20 @@ create table surety.provider_keys (
     livemode boolean not null,
     is_restricted boolean not null,
     account_id text,
+    other_account_id text,
     missing_permissions text[] not null default '{}',
     missing_since timestamptz,
     checked_at timestamptz,
     error text,
     constraint provider_keys_pkey primary key (provider),
     constraint own_account_is_an_account_id check (account_id ~ '^acct_[0-9A-Za-z_]{1,200}$'),
+    constraint other_account_is_another check (other_account_id <> account_id),
     constraint missing_permissions_have_a_time check ((missing_permissions = '{}') = (missing_since is null))
 );
 comment on table surety.provider_keys is
 'What the last check of each provider''s key found; the key itself is not stored. account_id is the platform''s own
-account, null if unknown. checked_at is the end of the last finished check. error is that of a later, unfinished one.';
+account, null if unknown; it stays once there is a merchant. other_account_id is that of the key, if it is another one.
+checked_at is the end of the last finished check. error is that of a later, unfinished one.';
 
 create table surety.periodic_jobs (
     job text collate "C" not null,

@@ -41,6 +41,7 @@ FindingId = Literal[
     "unknown-outcomes",
     "access-refused",
     "key-permissions",
+    "key-of-another-account",
     "merchant-on-own-account",
     "waiting-events",
     "unfinished-objects",
@@ -234,8 +235,12 @@ def find_key_problems(state: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 "key-permissions", 2, what, f"give the key these permissions in {key['provider']}'s dashboard"
             )
+        if other := key["other_account_id"]:
+            what = f"the key at {key['provider']} is one of {other}, but this database's account is {key['account_id']}"
+            next_step = f"set STRIPE_API_KEY to a key of {key['account_id']}, restart the workers"
+            yield Finding("key-of-another-account", 2, what, next_step)
         if merchant := key["merchant_on_own_account"]:
-            what = f"{merchant} has {key['account_id']}, the platform's own account: its money is booked twice"
+            what = f"{merchant} has the platform's own account as its own: its money is booked twice"
             yield Finding("merchant-on-own-account", 2, what, f"surety merchants suspend {merchant}")
 
 

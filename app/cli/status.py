@@ -162,7 +162,7 @@ def describe_key(key: dict[str, Any]) -> str:
     """Test key at stripe, restricted, of acct_1…, checked 3 min ago; a live key at stripe, never checked: no answer."""
     kind = f"{'live' if key['livemode'] else 'test'} key at {key['provider']}"
     parts = [kind, *(["restricted"] if key["is_restricted"] else [])]
-    parts.append(f"of {key['account_id']}" if key["account_id"] else "of an unknown account")
+    parts.append(f"of {key['other_account_id'] or key['account_id'] or 'an unknown account'}")
     checked = key["checked_seconds"]
     parts.append(f"checked {format_age(checked)} ago" if checked is not None else "never checked")
     return ", ".join(parts) + (f"; the last check failed: {key['error']}" if key["error"] else "")

@@ -111,6 +111,25 @@ def test_key_of_the_other_mode_is_not_asked(run: Run, sandbox: SandboxProcess, c
     assert merchants(conn) == 0
 
 
+def test_key_of_another_account_is_a_critical_finding(database: str, conn: Connection) -> None:
+    add_live_worker(conn)
+    conn.execute("select surety.record_key_check('stripe', false, false, 'acct_1Tried', '{}')")
+    know_own_account(conn)
+    assert read_status(database)[1]["findings"] == []
+    add_merchant(conn)
+    conn.execute("select surety.record_key_check('stripe', false, false, 'acct_1Books', '{}')")
+    code, state = read_status(database)
+    [finding] = state["findings"]
+    assert (code, finding["id"], finding["urgency"]) == (2, "key-of-another-account", 2)
+    assert "one of acct_1Books" in finding["what"] and OWN_ACCOUNT in finding["what"]
+    with pytest.raises(psycopg.errors.CheckViolation):
+        add_merchant(conn, account="acct_1Books")
+    conn.execute("select surety.record_key_check('stripe', false, false, null, '{}')")
+    assert read_status(database)[1]["findings"] == []
+    know_own_account(conn)
+    assert read_status(database)[1]["findings"] == []
+
+
 def test_merchant_on_the_platforms_own_account_is_a_critical_finding(database: str, conn: Connection) -> None:
     add_live_worker(conn)
     merchant, _ = add_merchant(conn, account=OWN_ACCOUNT)
@@ -119,6 +138,6 @@ def test_merchant_on_the_platforms_own_account_is_a_critical_finding(database: s
     [finding] = state["findings"]
     assert (code, finding["id"], finding["urgency"]) == (2, "merchant-on-own-account", 2)
     assert finding["next"] == f"surety merchants suspend {merchant}"
-    assert OWN_ACCOUNT in finding["what"]
+    assert "the platform's own account" in finding["what"]
     conn.execute("update surety.merchants set provider_account = '' where id = %s", (merchant,))
     assert read_status(database)[1]["findings"] == []

@@ -50,7 +50,13 @@ begin atomic
     set
         livemode = excluded.livemode,
         is_restricted = excluded.is_restricted,
-        account_id = excluded.account_id,
+        account_id = case
+            when exists (select from surety.merchants) then coalesce(known.account_id, excluded.account_id)
+            else excluded.account_id
+        end,
+        other_account_id = case
+            when exists (select from surety.merchants) then nullif(excluded.account_id, known.account_id)
+        end,
         missing_permissions = excluded.missing_permissions,
         missing_since = case
             when excluded.missing_permissions <> '{}' then coalesce(known.missing_since, excluded.missing_since)
@@ -60,8 +66,9 @@ begin atomic
 end;
 
 comment on function surety.record_key_check(text, boolean, boolean, text, text[]) is
-'Records a finished check of a provider''s key. p_account_id is the platform''s own account, null if the provider does
-not name it. p_missing_permissions are those that the key should have.';
+'Records a finished check of a provider''s key. p_account_id is the account of the key, null if the provider does not
+name it. Once there is a merchant, the platform''s own account stays, and another one is recorded apart.
+p_missing_permissions are those that the key should have.';
 
 create or replace function surety.note_failed_key_check(
     p_provider text, p_livemode boolean, p_is_restricted boolean, p_error text
@@ -79,7 +86,8 @@ comment on function surety.note_failed_key_check(text, boolean, boolean, text) i
 
 create or replace function surety.list_provider_keys()
 returns table (
-    provider text, livemode boolean, is_restricted boolean, account_id text, checked_seconds double precision,
+    provider text, livemode boolean, is_restricted boolean, account_id text, other_account_id text,
+    checked_seconds double precision,
     missing_permissions text[], missing_seconds double precision, error text, merchant_on_own_account text
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -89,6 +97,7 @@ begin atomic
         provider_keys.livemode,
         provider_keys.is_restricted,
         provider_keys.account_id,
+        provider_keys.other_account_id,
         extract(epoch from surety.time_now() - provider_keys.checked_at)::double precision,
         provider_keys.missing_permissions,
         extract(epoch from surety.time_now() - provider_keys.missing_since)::double precision,
@@ -96,7 +105,7 @@ begin atomic
         merchants.id
     from surety.provider_keys
     left join surety.merchants
-        on provider_keys.account_id = merchants.provider_account and merchants.provider_account <> ''
+        on merchants.provider_account in (provider_keys.account_id, provider_keys.other_account_id)
     order by provider_keys.provider;
 end;
 
@@ -108,7 +117,7 @@ create or replace function surety.require_merchants_account(p_account text) retu
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if p_account <> '' and exists (select from surety.provider_keys as k where k.account_id = p_account) then
+    if exists (select from surety.provider_keys as k where p_account in (k.account_id, k.other_account_id)) then
         raise exception '% is the platform''s own account', p_account using
             errcode = 'check_violation', schema = 'surety', table = 'merchants',
             constraint = 'merchant_has_no_account_of_the_platform',
