@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import psycopg
+from psycopg.conninfo import make_conninfo
 from rich.console import Console
 from rich.table import Table
 
@@ -42,8 +43,7 @@ def status(as_json: bool, check: bool) -> None:
 
 def read_state(*, check: bool) -> dict[str, Any]:
     """The status report of the database of DATABASE_URL. Raises psycopg.Error, SettingsError."""
-    url = load_settings().require("database_url").reveal()
-    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
+    with connect_to_any(load_settings().require("database_url").reveal()) as conn:
         if not check:
             conn.execute(f"set statement_timeout = '{STATEMENT_TIMEOUT}'")
         state: dict[str, Any] = {}
@@ -52,6 +52,18 @@ def read_state(*, check: bool) -> dict[str, Any]:
             checked = conn.execute("select name, violations, view_name from surety.check_invariants()").fetchall()
             state["invariants"] = [dict(zip(("name", "violations", "view"), row, strict=True)) for row in checked]
     return state
+
+
+def connect_to_any(url: str) -> psycopg.Connection[tuple[Any, ...]]:
+    """A connection to the primary, or to a standby if no server of the address is one."""
+    try:
+        return psycopg.connect(harden(url, "deploy"), autocommit=True)
+    except psycopg.OperationalError as unreachable:
+        address = harden(make_conninfo(url, target_session_attrs="standby"), "deploy")
+        try:
+            return psycopg.connect(address, autocommit=True)
+        except psycopg.OperationalError:
+            raise unreachable from None
 
 
 def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
@@ -187,8 +199,10 @@ def describe_provider(provider: dict[str, Any]) -> str:
 
 
 def describe_replication(state: dict[str, Any]) -> str:
-    """None; standby_1, 1 of 1 present; ANY 1 (a, b), 0 of 1 present, 3 commits wait."""
+    """None; this is a standby; standby_1, 1 of 1 present; ANY 1 (a, b), 0 of 1 present, 3 commits wait."""
     replication = state["replication"]
+    if replication["replayed_seconds"] is not None:
+        return f"this is a standby; its last commit is {format_age(replication['replayed_seconds'])} old"
     if not replication["names"]:
         return "none: a failover may lose the last commits"
     if not state["sees_all"]:

@@ -77,6 +77,11 @@ def test_status_reports_commits_that_wait_and_ends_none_of_them(servers: Replica
     _, present = read_status(servers.primary.url)
     assert present["replication"]["present"] == present["replication"]["needed"] == 1
     assert "standby_1, 1 of 1 present" in surety(servers.primary.url, "status").stdout
+    by_standby = surety(servers.standby.url, "status", "--check")
+    assert "this is a standby; its last commit is " in by_standby.stdout, by_standby
+    assert "commits wait" not in by_standby.stdout
+    checked = json.loads(surety(servers.standby.url, "status", "--check", "--json").stdout)
+    assert len(checked["invariants"]) > 10 and not [found for found in checked["invariants"] if found["violations"]]
 
     def pay_later() -> list[str]:
         with connect_as_owner(servers.primary.url) as conn:

@@ -120,9 +120,14 @@ begin atomic
     select
         jsonb_build_object(
             'names', given.names,
+            -- A standby's own figure: how old its last replayed commit is.
+            'replayed_seconds',
+            case when pg_is_in_recovery() then coalesce(
+                round(extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp()), 3), 0
+            ) end,
             'needed',
             case
-                when given.names = '' then 0
+                when given.names = '' or pg_is_in_recovery() then 0
                 else coalesce((regexp_match(given.names, '^\s*(?:first|any)?\s*(\d+)\s*\(', 'i'))[1]::integer, 1)
             end,
             'present', (
@@ -144,8 +149,8 @@ begin atomic
 end;
 
 comment on function surety.replication_status() is
-'Synchronous replication: synchronous_standby_names (empty: none), how many standbys a commit needs and how many are
-present, the commits that wait for them and for how long, and since when this server is the primary. Without the rights
+'Replication. On a standby, the age of the last replayed commit (replayed_seconds, else null). On a primary,
+synchronous_standby_names (empty: none), how many standbys a commit needs and how many are present, the commits that wait for them and for how long, and since when this server is the primary. Without the rights
 of pg_read_all_stats everything but the names is unknown and looks like zero or null.';
 
 create or replace function surety.unfinished_payments_in_retry(p_limit integer)
