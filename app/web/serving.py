@@ -62,19 +62,28 @@ def serve(factory: str, *, name: str, host: str, port: int, processes: int = 1) 
         workers=processes,
     )
     try:
-        listening = socket.create_server((host, port), backlog=BACKLOG, reuse_port=False)
+        listening = listen(host, port)
     except OSError as error:
         raise AddressUnavailable(f"can't listen on {host}:{port}: {error.strerror}") from None
     listening.set_inheritable(True)
     raise_open_files_limit()
     # At its end, uvicorn raises the signal that stopped it again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    click.echo("listening on {}:{}".format(*listening.getsockname()[:2]))
+    address, taken = listening.getsockname()[:2]
+    click.echo(f"listening on {f'[{address}]' if ':' in address else address}:{taken}")
     with suppress(KeyboardInterrupt), listening:
         if processes > 1:
             ServingProcesses(config, sockets=[listening]).run()
         else:
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. An IPv6 address has a colon; `::` stands for all addresses of both families."""
+    if ":" not in host:
+        return socket.create_server((host, port), backlog=BACKLOG)
+    both = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=both)
 
 
 def raise_open_files_limit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 
@@ -146,6 +147,15 @@ def test_webhooks_are_audited_with_the_senders_address(module_database: str, rig
         assert client.post("/stripe", content=body, headers=forwarded).status_code == 400
     found = rights.execute("select outcome, address from audit.entries where kind = 'webhook' order by id").fetchall()
     assert found == [("received", "203.0.113.9"), ("rejected", "203.0.113.9")]
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_peers_of_both_families_are_named_and_trusted(module_database: str, rights: Connection) -> None:
+    with running_server("api", module_database, "--host", "::", SURETY_TRUSTED_PROXIES="::1") as served:
+        port = served.url.rpartition(":")[2]
+        assert served.url == f"http://[::]:{port}"
+        assert audited_address(f"http://[::1]:{port}", rights, "203.0.113.9") == "203.0.113.9"
+        assert audited_address(f"http://127.0.0.1:{port}", rights, "203.0.113.9") == "127.0.0.1"
 
 
 def test_ipv4_peer_of_an_ipv6_socket_is_an_ipv4_address() -> None:
