@@ -150,8 +150,9 @@ end;
 
 comment on function surety.replication_status() is
 'Replication. On a standby, the age of the last replayed commit (replayed_seconds, else null). On a primary,
-synchronous_standby_names (empty: none), how many standbys a commit needs and how many are present, the commits that wait for them and for how long, and since when this server is the primary. Without the rights
-of pg_read_all_stats everything but the names is unknown and looks like zero or null.';
+synchronous_standby_names (empty: none), how many standbys a commit needs and how many are present, the commits that
+wait for them and for how long, and since when this server is the primary. Without the rights of pg_read_all_stats
+everything but the names is unknown and looks like zero or null.';
 
 create or replace function surety.unfinished_payments_in_retry(p_limit integer)
 returns table (payment_id text, is_unknown boolean, sent_at timestamptz)
