@@ -1437,7 +1437,8 @@ create table surety.discrepancies (
             'duplicate',
             'overdue',
             'account',
-            'livemode', 'foreign', 'unmatched_cash', 'exchange', 'return_without_entry', 'negative_balance', 'category'
+            'livemode', 'foreign', 'unmatched_cash', 'exchange', 'return_without_entry', 'negative_balance', 'category',
+            'unrecorded'
         )
     ),
     constraint discrepancy_is_closed_with_a_reason check ((closed_at is null) = (closed_because is null)),

@@ -291,14 +291,14 @@ def facts_of_row(line: Json, origin: FactOrigin, read: Callable[[Json, FactOrigi
     """The facts of one object of a list; an object that can't be read becomes a discrepancy."""
     try:
         return {"facts": read(line, origin)}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ObjectUnreadable, KeyError, TypeError, AttributeError) as error:
         return unreadable_object(line["id"], error)
 
 
 def unreadable_object(object_id: str, error: Exception) -> CallResult:
-    """The discrepancy of an object that can't be read, and so isn't booked."""
+    """The discrepancy of an object that can't be read or stored. It closes when a later reading records the object."""
     detail = f"{object_id} can't be recorded: {error_text(error)}"
-    return {"discrepancy": {"kind": "unmatched_cash", "subject": object_id, "detail": detail[:500]}}
+    return {"discrepancy": {"kind": "unrecorded", "subject": object_id, "detail": detail[:500]}}
 
 
 async def poll_windows(worker: Worker, name: str) -> list[PollWindow]:

@@ -5,6 +5,7 @@ the attempt. So a run repeats exactly, whatever the interleaving. A webhook's fa
 order gives the next calls of an operation a fault by name.
 """
 
+import random
 from hashlib import blake2b
 from typing import Literal, TypeVar, cast, get_args
 
@@ -22,10 +23,11 @@ RequestFault = Literal[
     "garbage_200",
     "slow",
     "webhook_first",
+    "sparse_200",
     "refused_400",
     "reused_key_400",
 ]
-WebhookFault = Literal["lost", "repeated", "reordered", "delayed", "forged"]
+WebhookFault = Literal["lost", "repeated", "reordered", "delayed", "forged", "sparse", "thin", "other_mode"]
 
 F = TypeVar("F", bound=str)
 
@@ -58,6 +60,8 @@ class FaultProfile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     """The request takes effect late; its key is in use until then."""
     webhook_first: float = 0.0
     """The request takes effect; its webhooks are delivered before the answer. A GET delivers held ones."""
+    sparse_200: float = 0.0
+    """The request takes effect; the answer lacks fields that Stripe may leave out or send as null."""
     refused_400: float = 0.0
     """400 with a message only: no code, no parameter. The request has no effect; no answer is stored."""
     reused_key_400: float = 0.0
@@ -73,6 +77,12 @@ class FaultProfile(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     delayed: float = 0.0
     forged: float = 0.0
     """Delivered with a wrong signature first, then with the right one."""
+    sparse: float = 0.0
+    """Delivered without fields that Stripe may leave out or send as null."""
+    thin: float = 0.0
+    """Delivered as a thin event, which names the object instead of showing it."""
+    other_mode: float = 0.0
+    """Delivered together with an event of the other mode."""
     payer_declines: float = 0.0
     """The payer fails 3-D Secure."""
 
@@ -124,6 +134,7 @@ class FaultInjector:
         self.profile = profile
         self.orders: list[OrderedFault] = []
         self._attempts: dict[tuple[str, str], int] = {}
+        self._streams: dict[tuple[object, ...], int] = {}
 
     def of_request(self, operation: str, identity: str, *, writes: bool) -> RequestFault | None:
         """The fault of this call, if any; each call counts as an attempt."""
@@ -157,6 +168,11 @@ class FaultInjector:
         """A number in [0, 1) derived from the seed and the identity."""
         text = ":".join(map(str, (self.seed, *identity)))
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) / 2**64
+
+    def stream(self, *identity: object) -> random.Random:
+        """Random numbers derived from the seed, the identity, and how often it was asked for."""
+        self._streams[identity] = number = self._streams.get(identity, 0) + 1
+        return random.Random(":".join(map(str, (self.seed, *identity, number))))
 
     def _draw(self, faults: tuple[F, ...], share: float, *identity: object) -> F | None:
         left = self.chance(*identity)

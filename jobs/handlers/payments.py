@@ -23,7 +23,7 @@ from jobs.stripe.errors import (
     RequestRejected,
     ResponseMismatch,
 )
-from jobs.stripe.facts import FactOrigin, Json, decline_fact, failure, intent_facts
+from jobs.stripe.facts import FactOrigin, Json, decline_fact, failure, intent_facts, required
 from jobs.worker import Batch, Worker
 
 
@@ -56,12 +56,15 @@ def intent_result(subject: CallSubject, answer: ProviderResponse, source: str = 
 
 
 def check_intent(subject: CallSubject, intent: Json) -> None:
-    """Raises OutcomeUnknown unless the answer is a payment intent, and ResponseMismatch unless it is this payment's."""
-    metadata = intent.get("metadata")
-    if intent.get("object") != "payment_intent" or not isinstance(metadata, dict):
+    """Raises OutcomeUnknown unless the answer is a payment intent, and ResponseMismatch unless it is this payment's.
+
+    An answer that lacks a field is no mismatch: ObjectUnreadable.
+    """
+    if intent.get("object") != "payment_intent":
         raise OutcomeUnknown("an answer that is no payment intent")
-    if not isinstance(intent.get("id"), str) or not isinstance(intent.get("amount"), int):
-        raise OutcomeUnknown("an answer that is no payment intent")
+    metadata = required(intent, "metadata")
+    for name in ("id", "amount", "currency", "livemode"):
+        required(intent, name)
     if subject.provider_id not in (None, intent["id"]):
         raise ResponseMismatch(f"{intent['id']} was answered about {subject.provider_id}", kind="foreign")
     if metadata.get("surety_payment") != subject.payment_id:

@@ -16,7 +16,7 @@ from jobs.handlers.calls import (
 )
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import CallRefused, OutcomeUnknown, PaymentDeclined, ProviderError, ResponseMismatch
-from jobs.stripe.facts import FactOrigin, Json, failure, id_of, refund_facts
+from jobs.stripe.facts import FactOrigin, Json, failure, id_of, refund_facts, required
 from jobs.worker import Worker
 
 
@@ -39,11 +39,18 @@ def refund_result(call: ProviderCall, answer: ProviderResponse) -> CallResult:
 
 
 def check_refund(call: ProviderCall, refund: Json) -> None:
-    """Raises OutcomeUnknown unless the answer is a refund, and ResponseMismatch unless it is this one."""
-    metadata = refund.get("metadata")
-    if refund.get("object") != "refund" or not isinstance(refund.get("id"), str) or not isinstance(metadata, dict):
+    """Raises OutcomeUnknown unless the answer is a refund, and ResponseMismatch unless it is this one.
+
+    An answer that lacks a field is no mismatch: ObjectUnreadable.
+    """
+    if refund.get("object") != "refund":
         raise OutcomeUnknown("an answer that is no refund")
-    if metadata.get("surety_refund") != call.subject_id or id_of(refund.get("payment_intent")) != call.provider_id:
+    metadata = required(refund, "metadata")
+    for name in ("id", "currency"):
+        required(refund, name)
+    # An intent may be left out: our id in the metadata is proof enough.
+    intent = id_of(refund.get("payment_intent"))
+    if metadata.get("surety_refund") != call.subject_id or intent not in (None, call.provider_id):
         raise ResponseMismatch(f"{refund['id']} belongs to {metadata.get('surety_refund')}", kind="foreign")
     if refund.get("currency") != call.currency:
         raise ResponseMismatch(

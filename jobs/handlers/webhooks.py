@@ -13,6 +13,7 @@ from functools import partial
 import msgspec
 from psycopg.types.json import Jsonb
 
+from db.errors import error_text
 from db.redaction import without_secrets
 from jobs.circuit_breaker import circuit_key
 from jobs.handlers.calls import (
@@ -27,6 +28,7 @@ from jobs.handlers.calls import (
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import ObjectUnreadable, OutcomeUnknown, ProviderBusy, ProviderError
 from jobs.stripe.facts import (
+    Fact,
     FactOrigin,
     Json,
     dispute_facts,
@@ -74,8 +76,8 @@ async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
             continue
         try:
             meant = interpret_webhook(webhook)
-        except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
-            reason = f"no {webhook.type} as Stripe sends it: {type(error).__name__} {error}"
+        except (msgspec.MsgspecError, ObjectUnreadable, KeyError, TypeError, AttributeError) as error:
+            reason = f"no {webhook.type} as Stripe sends it: {error_text(error)}"
             results.append({"event_id": webhook.event_id, "error": reason})
             continue
         if isinstance(meant, ObjectToFetch):
@@ -206,13 +208,13 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
             result = await fetch_intent_of_charge(worker, source, origin)
         else:
             answer = await fetch_object(worker, source)
-            result = fetch_result(answer) | {"facts": FACT_READERS[source.kind](answer.body, origin)}
+            result = fetch_result(answer) | {"facts": facts_of_object(answer.body, origin)}
     except ProviderError as error:
         result = failed_call_result(source.account, error)
         if "outage" in result:
             result["failed_call"] = (source.account, began)
     except (KeyError, TypeError, AttributeError) as error:
-        result = {"outcome": "unknown", "error": f"{source.id} can't be read: {type(error).__name__} {error}"}
+        result = {"outcome": "unknown", "error": f"{source.id} can't be read: {error_text(error)}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     results: list[CallResult] = [
         {name: result[name] for name in FIELDS_OF_EVENTS if name in result} | {"event_id": webhook.event_id}
@@ -241,7 +243,21 @@ async def fetch_intent_of_charge(worker: Worker, source: ProviderObject, origin:
         return fetch_result(charge)
     intent = ProviderObject(source.account, source.livemode, "payment_intent", intent_id)
     answer = await fetch_object(worker, intent)
-    return fetch_result(answer) | {"facts": intent_facts(answer.body, origin)}
+    return fetch_result(answer) | {"facts": facts_of_object(answer.body, origin)}
+
+
+def facts_of_object(body: Json, origin: FactOrigin) -> list[Fact]:
+    """The facts of a fetched intent, refund or payout; none of another system's intent that lacks a field.
+
+    Raises ObjectUnreadable if an object that may be ours lacks a field.
+    """
+    try:
+        return FACT_READERS[body["object"]](body, origin)
+    except ObjectUnreadable:
+        metadata = body.get("metadata")
+        if body["object"] == "payment_intent" and isinstance(metadata, dict) and "surety_payment" not in metadata:
+            return []
+        raise
 
 
 async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrigin) -> ProviderResponse:
@@ -261,7 +277,7 @@ async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrig
         try:
             facts = dispute_facts(answer.body, origin, revision)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ObjectUnreadable(f"{source.id} can't be read: {type(error).__name__} {error}") from error
+            raise ObjectUnreadable(f"{source.id} can't be read: {error_text(error)}") from error
         if facts:
             made = await worker.database.value("select surety.record_facts(%s, %s)", Jsonb(facts), worker.actor)
             await worker.schedule_handlers_for(made)

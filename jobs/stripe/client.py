@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from db.settings import Settings
 from jobs.database import WorkerDatabase
-from jobs.stripe.errors import Json, OutcomeUnknown, ProviderError, ProviderOutage, provider_error
+from jobs.stripe.errors import Json, ObjectUnreadable, OutcomeUnknown, ProviderError, ProviderOutage, provider_error
 
 API_VERSION = "2026-10-28.endive"
 PROVIDER_CONNECTIONS_MAX = 32
@@ -130,7 +130,7 @@ class StripeGateway:
         """The refund of an intent whose metadata name one of ours."""
         async for page in self._pages("/v1/refunds", account, {"payment_intent": intent_id}, urgent=True):
             for refund in page.rows:
-                if (refund.get("metadata") or {}).get("surety_refund") == refund_id:
+                if metadata_of(refund).get("surety_refund") == refund_id:
                     return ProviderResponse(refund, 200, None)
         return None
 
@@ -179,7 +179,7 @@ class StripeGateway:
         asked = {"created": {"gte": first, "lte": last}}
         async for page in self._pages("/v1/payment_intents", account, asked, urgent=True):
             for intent in page.rows:
-                payment_id = (intent.get("metadata") or {}).get("surety_payment")
+                payment_id = metadata_of(intent).get("surety_payment")
                 if payment_id is not None:
                     found.setdefault(payment_id, intent["id"])
         return found
@@ -223,7 +223,10 @@ class StripeGateway:
             if not isinstance(page, list) or not all(isinstance(one, dict) and "id" in one for one in page):
                 raise OutcomeUnknown(f"no list of objects from {path}", status=answer.status)
             yield ListPage(page, answer.answered_at)
-            if not page or not answer.body.get("has_more"):
+            has_more = answer.body.get("has_more")
+            if not isinstance(has_more, bool):
+                raise ObjectUnreadable(f"a list from {path} has no has_more", status=answer.status)
+            if not page or not has_more:
                 return
             after = {"starting_after": page[-1]["id"]}
 
@@ -269,6 +272,14 @@ class StripeGateway:
             await asyncio.sleep(YIELD_SECONDS if seconds is None else seconds)
             if seconds is not None:
                 return
+
+
+def metadata_of(row: Json) -> Json:
+    """The metadata of a listed object. Raises ObjectUnreadable without them: it may be the one that is looked for."""
+    metadata = row.get("metadata")
+    if not isinstance(metadata, dict):
+        raise ObjectUnreadable(f"{row['id']} has no metadata")
+    return metadata
 
 
 def date_of(headers: Mapping[str, str] | None) -> datetime | None:

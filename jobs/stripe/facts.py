@@ -2,6 +2,9 @@
 
 An object is read in its present state: an intent by its status, a charge by its captured amount. Its past is in other
 facts or has no effect. Client secrets are not read at all.
+
+Stripe may leave out many fields, or send null. Such a field is read only where its absence has a meaning of its own. An
+object that lacks a field that its facts need is no proof: `required` raises ObjectUnreadable, and it is read again.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 from msgspec import Struct
 
 from db.redaction import without_addresses
+from jobs.stripe.errors import ObjectUnreadable
 
 Json = dict[str, Any]
 Fact = dict[str, Any]
@@ -27,6 +31,9 @@ REFUND_KINDS = {
     "canceled": "refund_canceled",
 }
 
+FAILURE_UNKNOWN = {"code": "processing_error"}
+"""The failure of an attempt without an error: Stripe may have cleared it."""
+
 NO_RETURN = {
     "code": "authentication_required",
     "message": "The payer would have to act by a script of the provider, which needs a client secret.",
@@ -40,6 +47,14 @@ RATE_MOVEMENT = Fraction(2, 100)
 """A dispute's amount that comes back without a named rate may differ this much from the withdrawn one, and is the
 whole: rates move between the two days.
 """
+
+SOURCE_CATEGORIES = frozenset(
+    {
+        *("charge", "charge_failure", "partial_capture_reversal", "refund", "refund_failure"),
+        *("dispute", "dispute_reversal"),
+    }
+)
+"""Categories of balance transactions that always stem from a charge, refund or dispute."""
 
 COST_CATEGORIES = frozenset({"fee", "tax", "network_cost"})
 """Categories of a dispute's balance transactions that are the provider's costs, no part of the disputed amount."""
@@ -77,14 +92,22 @@ def fact(origin: FactOrigin, object_id: str, kind: str, *, metadata_of: Json | N
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def required(source: Json, name: str) -> Any:
+    """A field that the facts need. Raises ObjectUnreadable if it is absent or null."""
+    value = source.get(name)
+    if value is None:
+        raise ObjectUnreadable(f"{source.get('id') or 'an object'} has no {name}")
+    return value
+
+
 def id_of(reference: str | Json | None) -> str | None:
     """The id of a reference, which is an id or, expanded, an object."""
-    return reference["id"] if isinstance(reference, dict) else reference
+    return str(required(reference, "id")) if isinstance(reference, dict) else reference
 
 
-def failure(error: Json | None) -> Json | None:
+def failure(error: Any) -> Json | None:
     """Why an attempt failed, as merchants see it. An error without a code is named by its type."""
-    if error is None:
+    if not isinstance(error, dict):
         return None
     shown = {name: error.get(name) for name in ("code", "decline_code", "message")}
     if isinstance(shown["message"], str):
@@ -115,26 +138,30 @@ def action_facts(action: Json | None) -> list[tuple[str, Json]]:
 
 def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
     """A payment intent's facts, and those of its charge and balance transaction where they are expanded."""
-    pi, status, currency = intent["id"], intent["status"], intent["currency"]
+    pi, status, currency = (required(intent, name) for name in ("id", "status", "currency"))
     charge, ch = intent.get("latest_charge"), id_of(intent.get("latest_charge"))
     objects = [pi, ch] if ch else [pi]
+    required(intent, "metadata")
 
     def about(object_id: str, kind: str, **more: Any) -> Fact:
         return fact(origin, object_id, kind, metadata_of=intent, intent=pi, objects=objects, currency=currency, **more)
 
-    facts = [about(pi, "submitted", amount_minor=intent["amount"])]
+    facts = [about(pi, "submitted", amount_minor=required(intent, "amount"))]
     error = failure(intent.get("last_payment_error"))
     match status:
-        case "requires_payment_method" if error is not None:
-            facts.append(about(pi, "attempt_failed", data={"failure": error}))
+        case "requires_payment_method":
+            # Our intents are created with a payment method, so they lose it by a failed attempt only.
+            facts.append(about(pi, "attempt_failed", data={"failure": error or FAILURE_UNKNOWN}))
         case "requires_action":
             facts += [about(pi, kind, data=data) for kind, data in action_facts(intent.get("next_action"))]
         case "processing":
             facts.append(about(pi, "processing"))
-        case "requires_capture" if ch:
-            facts.append(about(ch, "authorized", amount_minor=intent["amount_capturable"]))
-        case "succeeded" if ch:
-            facts.append(about(ch, "captured", amount_minor=intent["amount_received"]))
+        case "requires_capture":
+            held = required(intent, "amount_capturable")
+            facts.append(about(ch or required(intent, "latest_charge"), "authorized", amount_minor=held))
+        case "succeeded":
+            received = required(intent, "amount_received")
+            facts.append(about(ch or required(intent, "latest_charge"), "captured", amount_minor=received))
         case "canceled" if error is not None:
             facts.append(about(pi, "failed", data={"failure": error}))
         case "canceled":
@@ -157,16 +184,20 @@ def balance_transaction_facts(line: Json, origin: FactOrigin, source: Json | Non
     provider's `exchange_rate` may be null then, and is not needed. A line that takes a charge back means that the
     charge was returned.
     """
-    source = source or (line["source"] if isinstance(line["source"], dict) else None)
+    named = line.get("source")
+    source = source or (named if isinstance(named, dict) else None)
+    category = category_of(line, source)
+    if source is None and category in SOURCE_CATEGORIES:
+        raise ObjectUnreadable(f"{line.get('id')}, a {category}, has no source that is expanded")
+    amount, currency = required(line, "amount"), required(line, "currency")
     data: Json = {
-        "category": category_of(line, source),
-        "source": id_of(line["source"]),
-        "fee": line["fee"],
-        "net": line["net"],
-        "available_at": rfc3339(line["available_on"]),
+        "category": category,
+        "source": id_of(named),
+        "fee": required(line, "fee"),
+        "net": required(line, "net"),
+        "available_at": rfc3339(required(line, "available_on")),
     }
-    amount, currency = line["amount"], line["currency"]
-    if source is not None and source.get("currency", currency) != currency:
+    if source is not None and (source.get("currency") or currency) != currency:
         amount, currency = amount_of_source(line, source), source["currency"]
         data |= {"other_currency": currency, "other_gross": amount}
         if line.get("exchange_rate") is not None:
@@ -176,23 +207,24 @@ def balance_transaction_facts(line: Json, origin: FactOrigin, source: Json | Non
         "intent": id_of((source or {}).get("payment_intent")),
         "amount_minor": line["amount"],
         "currency": line["currency"],
-        "occurred_at": rfc3339(line["created"]),
+        "occurred_at": rfc3339(required(line, "created")),
         "data": data,
     }
-    facts = [fact(origin, line["id"], "money", **common)]
-    if line["status"] == "available":
-        facts.append(fact(origin, line["id"], "available", **common))
-    if line["reporting_category"] == "charge_failure":
+    id = required(line, "id")
+    facts = [fact(origin, id, "money", **common)]
+    if required(line, "status") == "available":
+        facts.append(fact(origin, id, "available", **common))
+    if category == "charge_failure":
         common |= {"amount_minor": -amount, "currency": currency, "data": {"source": data["source"]}}
-        facts.append(fact(origin, line["id"], "returned", **common))
+        facts.append(fact(origin, id, "returned", **common))
     return facts
 
 
 def category_of(line: Json, source: Json | None) -> str:
     """A line's category. An adjustment of a dispute withdraws or returns a part of it, like the lines before it."""
-    category: str = line["reporting_category"]
+    category: str = required(line, "reporting_category")
     if category == "other_adjustment" and source is not None and source.get("object") == "dispute":
-        return "dispute" if line["amount"] < 0 else "dispute_reversal"
+        return "dispute" if required(line, "amount") < 0 else "dispute_reversal"
     return category
 
 
@@ -203,10 +235,11 @@ def amount_of_source(line: Json, source: Json) -> int:
     whole amount, or of a charge captured in part either part. A part of a dispute is computed by the rate, or, where
     the line names none, by the rate that the dispute's withdrawal implies.
     """
-    if line["currency"] == source["currency"]:
-        return int(line["amount"])
-    size, rate = abs(line["amount"]), line.get("exchange_rate")
-    whole: int = source["amount"]
+    if required(line, "currency") == required(source, "currency"):
+        return int(required(line, "amount"))
+    size, rate = abs(required(line, "amount")), line.get("exchange_rate")
+    whole: int = required(source, "amount")
+    # Only a charge has one.
     captured: int = source.get("amount_captured", whole)
     if rate is not None:
         nearest = min((captured, whole, whole - captured), key=lambda amount: abs(amount * rate - size))
@@ -215,7 +248,7 @@ def amount_of_source(line: Json, source: Json) -> int:
     elif line["reporting_category"] == "partial_capture_reversal":
         nearest = whole - captured
     else:
-        nearest = part_of_dispute(size, line["currency"], source) if "balance_transactions" in source else captured
+        nearest = part_of_dispute(size, line["currency"], source) if source.get("object") == "dispute" else captured
     return nearest if line["amount"] > 0 else -nearest
 
 
@@ -224,11 +257,14 @@ def part_of_dispute(size: int, currency: str, dispute: Json) -> int:
 
     The largest withdrawal is the whole disputed amount: both together imply the rate.
     """
-    whole: int = dispute["amount"]
+    whole: int = required(dispute, "amount")
     withdrawals = [
-        -line["amount"]
-        for line in dispute["balance_transactions"]
-        if line["currency"] == currency and line["amount"] < 0 and line["reporting_category"] not in COST_CATEGORIES
+        -amount
+        for amount, of, category in (
+            (required(line, "amount"), required(line, "currency"), required(line, "reporting_category"))
+            for line in required(dispute, "balance_transactions")
+        )
+        if of == currency and amount < 0 and category not in COST_CATEGORIES
     ]
     withdrawn = max(withdrawals, default=size)
     if abs(size - withdrawn) <= withdrawn * RATE_MOVEMENT:
@@ -238,21 +274,22 @@ def part_of_dispute(size: int, currency: str, dispute: Json) -> int:
 
 def refund_facts(refund: Json, origin: FactOrigin) -> list[Fact]:
     """A refund's fact; `refund` in its data is our id, if it was requested here."""
+    # A refund without metadata may be ours. One that was made in the dashboard has empty metadata.
     data = {
-        "refund": (refund.get("metadata") or {}).get("surety_refund"),
+        "refund": required(refund, "metadata").get("surety_refund"),
         "reason": refund.get("reason"),
         "failure": {"code": refund["failure_reason"]} if refund.get("failure_reason") else None,
     }
     return [
         fact(
             origin,
-            refund["id"],
+            required(refund, "id"),
             # A refund's status is an open set: an unknown one is undecided, so the refund is polled.
             REFUND_KINDS.get(refund.get("status"), "refund_pending"),
             metadata_of=refund,
             intent=id_of(refund.get("payment_intent")),
-            amount_minor=refund["amount"],
-            currency=refund["currency"],
+            amount_minor=required(refund, "amount"),
+            currency=required(refund, "currency"),
             objects=[refund["id"]],
             data={name: value for name, value in data.items() if value is not None},
         )
@@ -264,11 +301,11 @@ def dispute_facts(dispute: Json, origin: FactOrigin, revision: int) -> list[Fact
 
     Whether an amount is withdrawn follows from the dispute's balance transactions, not from its status alone.
     """
-    lines = dispute["balance_transactions"]
+    lines, amount = required(dispute, "balance_transactions"), required(dispute, "amount")
     withdrawn = -sum(
-        amount_of_source(line, dispute) for line in lines if line["reporting_category"] not in COST_CATEGORIES
+        amount_of_source(line, dispute) for line in lines if required(line, "reporting_category") not in COST_CATEGORIES
     )
-    match dispute["status"]:
+    match required(dispute, "status"):
         case status if status in INQUIRY_STATUSES:
             kind = "dispute_flagged"
         case "lost":
@@ -282,22 +319,23 @@ def dispute_facts(dispute: Json, origin: FactOrigin, revision: int) -> list[Fact
             kind = "dispute_opened"
         case _:
             kind = "dispute_flagged"
-    due = rfc3339((dispute.get("evidence_details") or {}).get("due_by"))
+    # 0 means that the network takes no evidence.
+    due = (dispute.get("evidence_details") or {}).get("due_by") or None
     data = {
-        "reason": dispute["reason"],
+        "reason": dispute.get("reason"),
         "status": dispute["status"],
-        "amount": dispute["amount"],
-        "evidence_due_at": due,
+        "amount": amount,
+        "evidence_due_at": rfc3339(due),
     }
     dispute_fact = fact(
         origin,
-        dispute["id"],
+        required(dispute, "id"),
         kind,
         metadata_of=dispute,
         revision=revision,
         intent=id_of(dispute.get("payment_intent")),
-        amount_minor=max(0, withdrawn) if kind in {"dispute_opened", "dispute_lost"} else dispute["amount"],
-        currency=dispute["currency"],
+        amount_minor=max(0, withdrawn) if kind in {"dispute_opened", "dispute_lost"} else amount,
+        currency=required(dispute, "currency"),
         objects=[dispute["id"]],
         data={name: value for name, value in data.items() if value is not None},
     )
@@ -309,16 +347,16 @@ def dispute_facts(dispute: Json, origin: FactOrigin, revision: int) -> list[Fact
 
 def payout_facts(payout: Json, origin: FactOrigin) -> list[Fact]:
     """A payout's fact, which belongs to no payment."""
-    failed = payout["status"] in {"failed", "canceled"}
+    failed = required(payout, "status") in {"failed", "canceled"}
     data = {name: payout.get(name) for name in ("status", "arrival_date", "automatic", "failure_code")}
     return [
         fact(
             origin,
-            payout["id"],
+            required(payout, "id"),
             "payout_failed" if failed else "payout",
-            amount_minor=payout["amount"],
-            currency=payout["currency"],
-            occurred_at=rfc3339(payout["created"]),
+            amount_minor=required(payout, "amount"),
+            currency=required(payout, "currency"),
+            occurred_at=rfc3339(required(payout, "created")),
             data=data,
         )
     ]
@@ -332,7 +370,7 @@ def redacted(body: Json) -> Json:
     )  # fmt: skip
     snapshot = {name: body[name] for name in kept if body.get(name) is not None}
     if isinstance(snapshot.get("latest_charge"), dict):
-        snapshot["latest_charge"] = snapshot["latest_charge"]["id"]
+        snapshot["latest_charge"] = snapshot["latest_charge"].get("id")
     error = failure(body.get("error") or body.get("last_payment_error"))
     if error:
         snapshot["failure"] = error

@@ -1,8 +1,9 @@
 """Stripe's events: the facts that each type proves, and the objects to fetch because of it. Pure functions.
 
-A signed snapshot counts as proof if its object can only advance and the snapshot has our API version. Failures and
-disputes are fetched, and so are objects that an event only refers to, unless their facts are known. A thin event
-(`v2.core.event`) has no snapshot, so the object that it names is fetched. Events of other types are ignored unread.
+A signed snapshot counts as proof if its object can only advance, and if the snapshot has our API version and all fields
+that its facts need. Any other object is fetched: failures, disputes, snapshots that prove nothing, and objects that an
+event only refers to, unless their facts are known. A thin event (`v2.core.event`) has no snapshot, so the object that
+it names is fetched. Events of other types are ignored unread.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import msgspec
 from msgspec import Struct
 
 from jobs.stripe.client import API_VERSION
-from jobs.stripe.facts import Fact, FactOrigin, Json, id_of, intent_facts, payout_facts, refund_facts
+from jobs.stripe.errors import ObjectUnreadable
+from jobs.stripe.facts import Fact, FactOrigin, Json, id_of, intent_facts, payout_facts, refund_facts, required
 
 FactReader = Callable[[Json, FactOrigin], list[Fact]]
 
@@ -88,8 +90,8 @@ RELEVANT_EVENTS = frozenset(SNAPSHOT_EVENTS) | frozenset(FETCH_UNLESS_KNOWN) | F
 
 THIN_EVENT_PREFIX = "v1."
 """Before the type of a thin event about an object of the API's first version: `v1.payment_intent.succeeded`."""
-THIN_EVENT_OBJECTS = {"payment_intent": "payment_intent", "charge": "charge", "refund": "refund", "payout": "payout"}
-"""What a thin event's type begins with, and the kind of object that is fetched for it; disputes begin with `charge`."""
+EVENT_OBJECTS = {"payment_intent": "payment_intent", "charge": "charge", "refund": "refund", "payout": "payout"}
+"""What an event's type begins with, and the kind of object that it is about; disputes begin with `charge`."""
 
 
 class EventData(Struct):
@@ -138,35 +140,46 @@ def about_access(webhook: StoredWebhook) -> bool:
 def interpret_webhook(webhook: StoredWebhook) -> list[Fact] | ObjectToFetch:
     """The facts that a webhook proves, or the object to fetch for it; no facts for a type without meaning here.
 
-    Raises MsgspecError, KeyError, TypeError or AttributeError if the body isn't as Stripe sends it.
+    Raises MsgspecError, ObjectUnreadable, TypeError or AttributeError if the body names no object.
     """
     type = webhook.type.removeprefix(THIN_EVENT_PREFIX)
     if type not in RELEVANT_EVENTS:
         return []
     envelope = msgspec.json.decode(webhook.body, type=EventEnvelope)
+    kind = "dispute" if type.startswith("charge.dispute.") else EVENT_OBJECTS[type.partition(".")[0]]
     if envelope.related_object is not None:
-        kind = "dispute" if type.startswith("charge.dispute.") else THIN_EVENT_OBJECTS[type.partition(".")[0]]
         return ObjectToFetch(ProviderObject(webhook.account, webhook.livemode, kind, envelope.related_object.id))
     if envelope.data is None:
-        raise KeyError("data")
+        raise ObjectUnreadable(f"{webhook.provider_event_id} has no data")
     subject = envelope.data.object
-    if webhook.type in SNAPSHOT_EVENTS and envelope.api_version == API_VERSION:
+    whole = ObjectToFetch(ProviderObject(webhook.account, webhook.livemode, kind, required(subject, "id")))
+    if type in SNAPSHOT_EVENTS and envelope.api_version == API_VERSION:
         origin = FactOrigin(webhook.account, webhook.livemode, webhook.source, webhook.provider_event_id)
-        return SNAPSHOT_EVENTS[webhook.type](subject, origin)
-    if webhook.type in SNAPSHOT_EVENTS or webhook.type in FETCH_ALWAYS:
-        return ObjectToFetch(ProviderObject(webhook.account, webhook.livemode, subject["object"], subject["id"]))
-    return referenced_intent(webhook, subject)
+        try:
+            return SNAPSHOT_EVENTS[type](subject, origin)
+        except ObjectUnreadable:
+            return whole
+    if type in SNAPSHOT_EVENTS or type in FETCH_ALWAYS:
+        return whole
+    return referenced_intent(type, subject, whole)
 
 
-def referenced_intent(webhook: StoredWebhook, subject: Json) -> list[Fact] | ObjectToFetch:
-    """The intent that an event refers to; no facts for a charge without one, which another system may have made."""
-    intent = subject["id"] if subject["object"] == "payment_intent" else id_of(subject.get("payment_intent"))
-    about = intent
-    if webhook.type in CHARGE_EVENTS:
-        about = subject["id"]
-    elif webhook.type == "charge.updated":
-        about = id_of(subject.get("balance_transaction"))
+def referenced_intent(type: str, subject: Json, whole: ObjectToFetch) -> list[Fact] | ObjectToFetch:
+    """The intent that an event refers to, or the event's whole object, if the event leaves out which intent it is.
+
+    No facts for a charge whose intent is null, which another system may have made.
+    """
+    intent: str | None = whole.source.id
+    about: str | None = whole.source.id
+    if whole.source.kind != "payment_intent":
+        if "payment_intent" not in subject or (type == "charge.updated" and "balance_transaction" not in subject):
+            return whole
+        intent = about = id_of(subject["payment_intent"])
+        if type in CHARGE_EVENTS:
+            about = whole.source.id
+        elif type == "charge.updated":
+            about = id_of(subject["balance_transaction"])
     if intent is None or about is None:
         return []
-    source = ProviderObject(webhook.account, webhook.livemode, "payment_intent", intent)
-    return ObjectToFetch(source, about, FETCH_UNLESS_KNOWN[webhook.type])
+    source = ProviderObject(whole.source.account, whole.source.livemode, "payment_intent", intent)
+    return ObjectToFetch(source, about, FETCH_UNLESS_KNOWN[type])

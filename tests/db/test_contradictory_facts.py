@@ -171,15 +171,44 @@ def test_refusal_reason_survives_later_facts(conn: Connection, key_hash: bytes) 
 
 
 @pytest.mark.parametrize("order", [("failed", "canceled"), ("canceled", "failed")])
-def test_two_final_facts_of_one_intent_are_a_discrepancy(
+def test_failed_and_canceled_intents_have_ended_alike(
     conn: Connection, key_hash: bytes, order: tuple[str, str]
 ) -> None:
     [payment_id] = pay(conn, key_hash)
     for kind in order:
         record(conn, [fact(payment_id, kind, "pi")])
     assert state_of(conn, payment_id) == order[0]
-    assert discrepancies(conn, payment_id) == ([] if order[0] == "failed" else ["state"])
+    assert discrepancies(conn, payment_id) == []
     assert not violations(conn)
+
+
+@pytest.mark.parametrize("order", [("attempt_failed", "canceled"), ("canceled", "attempt_failed")])
+def test_intent_that_was_canceled_after_a_failed_attempt_has_failed(
+    conn: Connection, key_hash: bytes, order: tuple[str, str]
+) -> None:
+    [payment_id] = pay(conn, key_hash)
+    failure = {"code": "card_declined"}
+    record(conn, [fact(payment_id, order[0], "pi", data={"failure": failure})])
+    record(conn, [fact(payment_id, order[1], "pi", data={"failure": failure})])
+    assert state_of(conn, payment_id) == ("failed" if order[0] == "attempt_failed" else "canceled")
+    assert one(conn, "select failure from surety.payments") == failure
+    assert discrepancies(conn, payment_id) == []
+
+
+def test_object_that_could_not_be_read_is_a_discrepancy_until_it_is_recorded(conn: Connection, key_hash: bytes) -> None:
+    [payment_id] = pay(conn, key_hash)
+    charged = fact(payment_id, "captured", "ch", 10000)
+    broken = {"kind": "unrecorded", "subject": charged["object_id"], "detail": "ch has no amount"}
+    results = json.dumps([{"operation": "list", "outcome": "answered", "discrepancy": broken}])
+    is_open = "select closed_at is null from surety.discrepancies"
+    conn.execute("select surety.record_call_results('worker:test', %s)", (results,))
+    assert one(conn, is_open)
+    record(conn, [charged])
+    assert not one(conn, is_open)
+    conn.execute("select surety.record_call_results('worker:test', %s)", (results,))
+    assert one(conn, is_open), "it is unreadable again"
+    record(conn, [charged])
+    assert not one(conn, is_open)
 
 
 def test_contradiction_within_one_batch_is_a_discrepancy(conn: Connection, key_hash: bytes) -> None:

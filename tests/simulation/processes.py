@@ -131,8 +131,13 @@ class ListeningProcess(Process):
 
 
 async def deliver(schedule: Schedule, event_id: str) -> None:
-    """Deliver a webhook, repeatedly until it is accepted."""
-    _, _, payload = schedule.provider.memory.event(event_id)
+    """Deliver a webhook."""
+    for payload in schedule.provider.webhook_payloads(event_id):
+        await deliver_payload(schedule, payload)
+
+
+async def deliver_payload(schedule: Schedule, payload: bytes) -> None:
+    """Deliver an event, repeatedly until it is accepted."""
     event, text = receiver.parse_event(payload)
     while True:
         await schedule.turn(schedule.provider.process, "webhook")
@@ -143,7 +148,7 @@ async def deliver(schedule: Schedule, event_id: str) -> None:
                         n=0,
                         request_id="req_webhook",
                         provider="stripe",
-                        account=event.account or "",
+                        account=event.stripe_account,
                         livemode=event.livemode,
                         event_id=event.id,
                         type=event.type,

@@ -37,6 +37,7 @@ from app.sandbox.stripe.requests import (
     rate_limited,
     server_error,
 )
+from app.sandbox.stripe.variants import changed_event, sparse_answer
 from tests.simulation.loop import PROCESS, Process
 from tests.simulation.outages import Outage, check_outage_failures_uncounted, start_outage
 
@@ -139,6 +140,15 @@ class SimulatedProvider:
                 continue
             times = schedule.chance.randint(2, 10) if schedule.draw_fault("webhook_repeated") else 1
             self.mailbox += [plan.subject] * times
+
+    def webhook_payloads(self, event_id: str) -> list[bytes]:
+        """The event as it is delivered: sometimes without optional fields, thin, or after one of the other mode."""
+        payload = self.memory.event(event_id)[2]
+        if not self.schedule.draw_fault("webhook_changed"):
+            return [payload]
+        what = self.schedule.chance.choice(("deliver_sparse", "deliver_sparse", "deliver_thin", "deliver_other_mode"))
+        changed = changed_event(what, payload, self.sandbox.faults)
+        return [changed, payload] if what == "deliver_other_mode" else [changed]
 
     def lose_old_webhooks(self) -> None:
         """Lose the webhooks that no one has taken for days."""
@@ -272,6 +282,8 @@ class SimulatedProvider:
                 return None
             case "reset":
                 raise stripe.APIConnectionError("ReadError")  # type: ignore[no-untyped-call]
+            case "sparse_200" if answered.status == 200:
+                return SandboxResponse(200, sparse_answer(answered.body, self.schedule.chance), answered.headers)
             case "garbage_200":
                 return SandboxResponse(200, b"<html>upstream connect error\x00", [])
             case "webhook_first":

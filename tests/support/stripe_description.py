@@ -67,6 +67,17 @@ def check_event(event: Json) -> None:
     _validate({"$ref": f"{HERE}#/components/schemas/{output['object']}"}, output, f"{event['type']}: data.object")
 
 
+def optional_fields(kind: str) -> dict[str, bool]:
+    """The fields of an object that may be absent, by name, with whether they may be null. Unknown objects have none."""
+    schema = description()["components"]["schemas"].get(kind, {})
+    needed = set(schema.get("required", ()))
+    return {
+        name: bool(field.get("nullable"))
+        for name, field in schema.get("properties", {}).items()
+        if name not in needed or field.get("nullable")
+    }
+
+
 def shape(value: Any) -> Any:
     """A value without what makes it one of many: numbers, and texts that are no words."""
     match value:

@@ -3,6 +3,7 @@
 import heapq
 from typing import Any
 
+from app.sandbox.faults import WebhookFault
 from app.sandbox.memory import ScheduledAction, StoredObject, encode
 from app.sandbox.settings import API_VERSION, PLATFORM_ACCOUNT
 from app.sandbox.state import Sandbox
@@ -41,13 +42,18 @@ def emit(sandbox: Sandbox, type: str, record: StoredObject, previous: dict[str, 
 
 
 def _schedule_delivery(sandbox: Sandbox, event_id: str, type: str, about: tuple[str, ...]) -> None:
-    settings, tally = sandbox.settings, sandbox.memory.tally
+    tally = sandbox.memory.tally
     tally("webhooks:sent")
     fault = sandbox.faults.of_webhook(type, event_id, about)
     if fault is not None:
         tally(f"webhooks:{fault}")
     if fault != "lost" and sandbox.delivering is not None:
         sandbox.delivering.append(event_id)
+    _schedule_by_fault(sandbox, event_id, fault)
+
+
+def _schedule_by_fault(sandbox: Sandbox, event_id: str, fault: WebhookFault | None) -> None:
+    settings, tally = sandbox.settings, sandbox.memory.tally
     match fault:
         case "lost":
             return
@@ -60,9 +66,12 @@ def _schedule_delivery(sandbox: Sandbox, event_id: str, type: str, about: tuple[
             sandbox.schedule(settings.reorder_seconds, "deliver", event_id)
         case "delayed":
             sandbox.schedule(settings.delay_seconds, "deliver", event_id)
-        case "forged":
-            sandbox.schedule(0, "deliver_forged", event_id)
-        case _:
+        case None:
+            sandbox.schedule(0, "deliver", event_id)
+        case "forged" | "sparse" | "thin":
+            sandbox.schedule(0, f"deliver_{fault}", event_id)
+        case "other_mode":
+            sandbox.schedule(0, "deliver_other_mode", event_id)
             sandbox.schedule(0, "deliver", event_id)
 
 

@@ -18,6 +18,7 @@ from app.sandbox.stripe.requests import (
     rate_limited,
     server_error,
 )
+from app.sandbox.stripe.variants import sparse_answer
 from app.sandbox.stripe.webhooks import WebhookSender
 
 WEBHOOK_FIRST_SECONDS_MAX = 2.0
@@ -47,6 +48,9 @@ async def inject_fault(
         case "rate_limit_429":
             response = error_response(rate_limited())
             response.headers.append((b"retry-after", b"1"))
+        case "sparse_200" if response.status == 200:
+            body = sparse_answer(response.body, sandbox.faults.stream(request.operation.name, request.identity))
+            response = SandboxResponse(200, body, response.headers)
         case "garbage_200":
             response = SandboxResponse(200, b"<html>upstream connect error\x00", [])
     response.headers += echoed

@@ -10,6 +10,7 @@ import httptools
 
 from app.sandbox.memory import ScheduledAction
 from app.sandbox.state import Sandbox
+from app.sandbox.stripe.variants import changed_event
 
 RETRY_SECONDS_MAX = 16.0
 
@@ -57,6 +58,7 @@ class WebhookSender:
     async def _deliver(self, connection: "ReceiverConnection", action: ScheduledAction) -> None:
         sandbox, settings = self.sandbox, self.sandbox.settings
         seq, subject, payload = sandbox.memory.event(action.subject)
+        payload = changed_event(action.what, payload, sandbox.faults)
         forged = action.what == "deliver_forged"
         secret = settings.webhook_secret + "?" * forged
         try:
@@ -81,7 +83,8 @@ class WebhookSender:
         else:
             sandbox.memory.tally("webhooks:refused")
             delay = min(settings.webhook_retry_seconds * 2 ** (action.attempt - 1), RETRY_SECONDS_MAX)
-            sandbox.schedule(0.1 if forged else delay, "deliver", action.subject, action.attempt + 1)
+            what = "deliver" if forged else action.what
+            sandbox.schedule(0.1 if forged else delay, what, action.subject, action.attempt + 1)
         sandbox.commit_soon()
 
 

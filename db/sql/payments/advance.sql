@@ -12,11 +12,13 @@ declare
     v_opened text;
     v_types text [] := '{}';
 begin
-    -- The payment has ended here, but at the provider it is live or ended with another outcome. No step leads there.
+    -- The payment has ended here, and at the provider it is live. No step leads there. Failed or canceled is one end:
+    -- an intent that was canceled after a failed attempt does not always name the attempt's error.
     for v_ended in
         select p.id, p.version, p.state, d.target_state, p.provider_id is distinct from d.provider_id as is_another
         from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
-        where p.state in ('failed', 'canceled') and d.captured_minor = 0 and d.target_state <> p.state
+        where p.state in ('failed', 'canceled') and d.captured_minor = 0
+            and d.target_state not in ('failed', 'canceled')
         order by p.id
     loop
         v_opened := null;
@@ -75,7 +77,7 @@ $$;
 
 comment on function surety.report_contradictions(surety.derived[], timestamptz) is
 'Opens discrepancies for payments whose facts contradict their state. Two cases: the payment has ended, but not at the
-provider, or with another outcome there; an amount exceeds the requested or captured one. Closes them when the
+provider; an amount exceeds the requested or captured one. Closes them when the
 provider''s object has ended, or the amounts fit again; a dispute alone may exceed the captured amount. Emits
 payment.authorized_late if the provider''s intent must be canceled. The payments are locked and not advanced yet.
 Returns the types of the events that it emitted.';

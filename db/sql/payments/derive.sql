@@ -177,7 +177,9 @@ begin atomic
     known as (
         select
             counted.payment_id,
-            bool_or(counted.kind = 'failed') as failed,
+            -- A canceled intent may not name the error of its attempt any more.
+            bool_or(counted.kind = 'failed')
+            or (bool_or(counted.kind = 'canceled') and bool_or(counted.kind = 'attempt_failed')) as failed,
             bool_or(counted.kind = 'canceled') as canceled,
             bool_or(counted.kind = 'processing' or counted.family = 'return') as processing,
             bool_or(counted.kind = 'authorized') as authorized,

@@ -86,9 +86,13 @@ begin
         left join surety.dispute_statuses as k on k.status = s.status
         order by t.payment_id, t.object_id
         on conflict (provider, provider_account, provider_id) do update
-        set status = excluded.status, withdrawn_minor = excluded.withdrawn_minor, reason = excluded.reason,
-            revision = excluded.revision, evidence_due_at = excluded.evidence_due_at, updated_at = excluded.updated_at,
-            poll_at = excluded.poll_at,
+        set status = excluded.status, withdrawn_minor = excluded.withdrawn_minor,
+            reason = coalesce(excluded.reason, d.reason), revision = excluded.revision,
+            -- A fetch without a deadline does not say that there is none.
+            evidence_due_at = coalesce(
+                excluded.evidence_due_at, case when d.status = excluded.status then d.evidence_due_at end
+            ),
+            updated_at = excluded.updated_at, poll_at = excluded.poll_at,
             -- When evidence is due again, as in an appeal, its submission and reminder start anew.
             submit_asked_at = case when d.status = excluded.status or not exists (
                 select from surety.dispute_statuses as s where s.status = excluded.status and s.takes_evidence

@@ -112,6 +112,7 @@ begin
     into v_facts, v_unmatched, v_objects
     from given as g;
 
+    perform surety.close_recorded(p_facts, v_now);
     if v_unmatched is not null then
         perform surety.store_unmatched_facts(to_jsonb(v_unmatched), v_now);
     end if;
