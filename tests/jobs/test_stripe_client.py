@@ -223,7 +223,7 @@ async def test_a_refusal_of_the_card_itself_fails_the_payment_at_once(
     ("operation", "path"),
     [
         ("create", ["initiated", "submitting", "failed"]),
-        ("confirm", ["initiated", "submitting", "provider_submitted", "canceled"]),
+        ("confirm", ["initiated", "submitting", "provider_submitted", "failed"]),
     ],
 )
 async def test_refusal_without_code_or_parameter_ends_the_payment_with_the_provider_s_words(
@@ -319,7 +319,7 @@ async def test_payment_that_asks_for_a_script_of_the_provider_ends(
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker, *PIPELINE, "cancel")
     [found] = conn.execute("select state, next_action, failure ->> 'code' from surety.payments").fetchall()
-    assert found == ("canceled", None, "authentication_required")
+    assert found == ("failed", None, "authentication_required")
 
 
 def rows_that_contain(conn: Connection, schemas: str, text: str) -> list[str]:
