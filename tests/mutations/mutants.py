@@ -64,6 +64,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
+        "an event of the other mode is ignored",
+        ("jobs/handlers/webhooks.py", "if webhook.livemode != worker.stripe.livemode]", "if not webhook.type]"),
+    ),
+    mutant(
+        "a payment has the mode of its merchant",
+        (
+            "schema.sql",
+            "foreign key (merchant_id, livemode)\n    references surety.merchants (id, livemode)",
+            "foreign key (merchant_id) references surety.merchants (id)",
+        ),
+    ),
+    mutant(
         "a cause posts once",
         ("schema.sql", "cause_posts_once unique (cause)", "cause_posts_once unique (cause, id)"),
         ("db/sql/ledger/postings.sql", "on conflict (cause) do nothing", "on conflict do nothing"),

@@ -114,7 +114,7 @@ def check_uniqueness(schedule: Schedule) -> None:
 
 
 def check_effects(schedule: Schedule) -> None:
-    """Each event took effect once."""
+    """Each event took effect once, and none of the other mode did."""
     rows = schedule.database.rows(
         "select e.id, e.type, count(x.event_id) from outbox.events as e left join simulation.effects as x"
         " on x.event_id = e.id where e.type = any(select event_type from outbox.handler_events"
@@ -124,6 +124,11 @@ def check_effects(schedule: Schedule) -> None:
     rows = [row for row in rows if row[0] != schedule.poison or row[2]]
     if rows:
         schedule.report_violation("every event is effective once per handler", str(rows[0]))
+    rows = schedule.database.rows(
+        "select id from surety.facts where livemode union all select id from surety.unmatched_facts where livemode"
+    )
+    if rows:
+        schedule.report_violation("no event of the other mode becomes a fact", rows[0][0])
 
 
 def check_charges(schedule: Schedule) -> None:
@@ -341,6 +346,7 @@ ILLEGAL_WRITES: dict[str, str] = {
         "update surety.payments set state = case state when 'reversed' then 'refunded' else 'reversed' end"
         " where id = $1"
     ),
+    "a payment of the other mode": "update surety.payments set livemode = true where id = $1",
     "another past": "update surety.steps set at = now() where payment_id = $1",
     "another trail": "delete from audit.entries where payment_id = $1",
     "another fact": "update surety.facts set amount_minor = 1 where payment_id = $1",
