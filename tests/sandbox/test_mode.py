@@ -53,7 +53,7 @@ def test_sandbox_in_live_mode_accepts_no_real_key(tmp_path: Path) -> None:
             answered = sandbox.client.get("/v1/balance", auth=(key, ""))
             if answered.status_code != 200:
                 error = answered.json()["error"]
-                assert error == {"message": f"Invalid API Key provided: {key[:8]}***", "type": "invalid_request_error"}
+                assert error["message"].startswith(f"Invalid API Key provided: {key[:8]}*")
             return answered.status_code
 
         assert {status(key) for key in ("sk_live_sandbox", "rk_live_sandbox", "sk_live_sandbox_2")} == {200}
