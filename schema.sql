@@ -234,6 +234,7 @@ insert into surety.transitions (from_state, to_state) values
 ('initiated', 'failed'),
 ('submitting', 'provider_submitted'),
 ('submitting', 'failed'),
+('submitting', 'canceled'),
 ('provider_submitted', 'requires_action'),
 ('provider_submitted', 'authorized'),
 ('provider_submitted', 'processing'),
@@ -638,7 +639,9 @@ create table surety.calls (
     sends integer not null default 1,
     answered_at timestamptz,
     status smallint,
+    refused_through integer not null default 0,
     constraint calls_pkey primary key (payment_id, operation),
+    constraint refused_sends_were_counted check (refused_through between 0 and sends),
     constraint call_operation_is_known check (
         operation in ('create', 'confirm', 'capture', 'cancel')
         or operation ~ '^(refund:ref|evidence:dp)_[0-9a-f]+(:[0-9]+)?$'
@@ -649,6 +652,9 @@ create table surety.calls (
 comment on table surety.calls is
 'What we send to providers: the very bytes and key, written before they are sent, so that an unknown outcome can be
 asked about with the same ones. answered_at is null while the outcome is unknown.';
+comment on column surety.calls.refused_through is
+'Each send up to this number was refused for want of access (401, 403), or not made after it was written. If that is all
+of them, the provider has executed nothing.';
 
 create table surety.call_verdicts (
     verdict text collate "C" not null,
@@ -718,6 +724,8 @@ create table surety.circuit_breakers (
 comment on table surety.circuit_breakers is
 'Circuit breakers, one per provider''s account, open while opened_at is set. answered and failed count calls of the
 bucket of 30 seconds that began at bucket_at, prior_* of the one before.';
+create index circuits_of_refused_accounts on surety.circuit_breakers (provider, account)
+where cause = 'account_refused';
 comment on column surety.circuit_breakers.cause is
 'Why it is open. outage: the provider does not answer; account_refused: it refuses us this account, other accounts not;
 key_refused: it refuses our key, so all accounts are open, and the platform''s alone is probed for them.';

@@ -6,7 +6,7 @@ SURETY_POLL_SECONDS.
     schedule_due_handlers      schedules handlers that have due work             every second
     poll_…, recheck_…          reads from the provider (jobs/polling.py)
     retry_unmatched_facts      matches facts again that found no payment
-    check_deadlines            expected settlements, payers' actions, evidence
+    check_deadlines            expected settlements, payers' actions, refused accounts, evidence
     check_provider_key         permissions of the provider's key, own account     every ten minutes, and at the start
     maintain                   makes partitions ahead, deletes expired rows       every hour
 """
@@ -54,11 +54,15 @@ async def retry_unmatched_facts(worker: Worker) -> None:
 
 
 async def check_deadlines(worker: Worker) -> None:
-    """Report overdue settlements, cancel payments whose payer did not act, remind merchants of missing evidence."""
+    """Report overdue settlements, cancel payments whose payer did not act, end those whose account is refused, remind
+    merchants of missing evidence.
+    """
     await repeat_until_done(worker, "select surety.open_overdue_discrepancies()")
     # Each call takes a bounded number of payments or disputes, and returns no event types once none is left.
     query = "select surety.emit_expired_actions(make_interval(secs => %s))"
     while made := await worker.database.value(query, worker.settings.surety_action_seconds):
+        await worker.schedule_handlers_for(made)
+    while made := await worker.database.value("select surety.end_refused_payments(%s)", worker.actor):
         await worker.schedule_handlers_for(made)
     while made := await worker.database.value("select surety.emit_evidence_reminders(%s)", EVIDENCE_REMINDER_LEAD):
         await worker.schedule_handlers_for(made)

@@ -279,11 +279,11 @@ async def read_pages(
         result = {"outcome": "error", "error": error_text(error)}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     await record_poll_results(worker, [{"operation": operation, "duration_ms": duration_ms, **result}])
+    if is_refused:
+        await worker.circuit_breaker.check_accounts([(account, time.monotonic())])
     if "error" in result:
         query = "select surety.note_unreadable_list('stripe', %s, %s, %s, %s)"
         await worker.database.value(query, account, name, result["error"], is_refused)
-    if is_refused:
-        await worker.circuit_breaker.check_accounts([(account, time.monotonic())])
     return "error" not in result
 
 

@@ -127,6 +127,8 @@ async def problem_of_refusal(name: str, detail: Any, caller: Caller) -> Problem:
         case "reference-taken":
             taken_by = detail["payment_id"]
             return Problem(name, f"{taken_by or 'another payment'} has this reference", payment=taken_by)
+        case "provider-account-refused":
+            return Problem(name, "the provider does not accept payments for this merchant at present")
         case "idempotency-key-reused":
             return Problem(name, "this Idempotency-Key was sent before with another body")
         case _:

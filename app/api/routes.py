@@ -57,6 +57,7 @@ CREATE_PAYMENT_PROBLEMS = (
     "idempotency-key-missing",
     "unauthenticated",
     "forbidden",
+    "provider-account-refused",
     "reference-taken",
     "too-large",
     "not-json",

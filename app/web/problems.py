@@ -61,6 +61,14 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "The key is valid but has no right to this: its merchant is suspended and may not take payments at present, or "
         "the route is for operators and needs an operator's key (`sty_operator_…`). Ask the operator who issued it.",
     ),
+    "provider-account-refused": ProblemDefinition(
+        403,
+        "The provider refuses this merchant's account",
+        "The provider does not accept payments for this merchant at present: its account there was disconnected or "
+        "closed. Nothing was stored, and the Idempotency-Key is free. Payments that were accepted before can be "
+        "canceled, and their references used again. New payments are accepted once the account is connected again: ask "
+        "the operator.",
+    ),
     "not-found": ProblemDefinition(
         404,
         "No such path or object",

@@ -73,6 +73,7 @@ class ProviderCall(CallSubject, kw_only=True):
     request: Json | None
     first_sent_at: datetime | None
     last_sent_at: datetime | None
+    send_number: int | None
     begun_at: float = field(default_factory=time.monotonic)
 
 
@@ -107,7 +108,8 @@ async def make_calls(operation: CallOperation, worker: Worker, batch: Batch, eve
     calls = await worker.database.rows(
         ProviderCall,
         "select event_id, subject_id, payment_id, verdict, operation, idempotency_key, request, account, provider_id,"
-        " first_sent_at, last_sent_at, amount_minor, currency, livemode from surety.begin_calls(%s, %s, %s, %s, %s)",
+        " first_sent_at, last_sent_at, send_number, amount_minor, currency, livemode"
+        " from surety.begin_calls(%s, %s, %s, %s, %s)",
         batch.batch_id, batch.fence, operation.name, worker.actor, event_ids,
     )  # fmt: skip
     missing = await missing_subject_results(worker, batch, event_ids, {call.event_id for call in calls})
@@ -126,14 +128,17 @@ async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call
             reason = "an earlier call's outcome is unknown yet"
             return [event | released_result("earlier_call", WAIT_SECONDS) | {"error": reason}]
         case "send" | "ask" | "replace_key" | "find":
+            undone = {"undone_send": call.send_number}
             if batch.is_lost or worker.stopping.is_set():
-                return [event | released_result("worker_stopped", 0) | {"error": "its worker stopped"}]
+                about = {"payment_id": call.payment_id, "operation": call.operation, "error": "its worker stopped"}
+                return [event | released_result("worker_stopped", 0) | about | undone]
             if call.account in worker.circuit_breaker.blocked:
                 held = released_result("circuit_open", WAIT_SECONDS)
-                return [event | not_sent_result(call, call.operation) | held]
+                return [event | not_sent_result(call, call.operation) | held | undone]
             response = provider_response(operation, worker, call)
             read, explain = partial(operation.read, call), partial(operation.explain, call)
-            return [event | await call_result(call, call.operation, response, read=read, explain=explain)]
+            result = await call_result(call, call.operation, response, read=read, explain=explain)
+            return [event | result | (undone if "access_refused" in result else {})]
         case _:
             assert_never(call.verdict)
 

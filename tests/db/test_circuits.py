@@ -95,6 +95,16 @@ def test_failure_is_excused_at_most_eighteen_times_while_the_circuit_is_closed(c
     assert counted == [0] * 18 + [1]
 
 
+def test_circuit_opens_again_over_an_event_that_was_held_before_any_call(conn: Connection) -> None:
+    pay(conn, add_merchant(conn)[1])
+    batch = claim(conn)
+    conn.execute(OPEN)
+    hold(conn, batch)
+    conn.execute(CLOSE)
+    assert conn.execute(OPEN).fetchone() == (True,)
+    assert conn.execute("select attempts, due_at > surety.read_clock() from outbox.retries").fetchall() == [([], True)]
+
+
 @pytest.mark.parametrize("release", [hold, fail])
 def test_circuit_that_closes_during_a_hold_makes_the_held_events_due(
     conn: Connection, two: Two, release: Callable[[Connection, Batch], None]

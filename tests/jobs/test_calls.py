@@ -44,6 +44,7 @@ async def test_call_behind_a_circuit_that_opened_is_not_sent_and_not_counted(
             event_id=batch.event_ids[0], subject_id=payment_id, payment_id=payment_id, account="", provider_id=None,
             amount_minor=10000, currency="usd", livemode=False, verdict="send", operation="create",
             idempotency_key="key", request={}, first_sent_at=None, last_sent_at=None,
+            send_number=None,
         )  # fmt: skip
         # The circuit is closed again; the worker learns that by its next report.
         worker.circuit_breaker.blocked = frozenset({""})

@@ -15,11 +15,14 @@ from app.sandbox.settings import PLATFORM_ACCOUNT
 from tests.simulation.clients import WantedPayment
 from tests.simulation.database import SimulatedDatabase
 from tests.simulation.recovery import ALL, FEW, RECOVERY_JOBS, run_periodic_jobs
+from tests.simulation.refused_access import CONNECTED_ACCOUNT
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
 MERCHANTS = 2
+# This one has an account of its own, which can be cut off.
+CONNECTED_MERCHANT = 1
 TOKENS = ("pm_card_visa",) * 8 + (
     "pm_card_pendingRefund",
     "pm_card_refundFail",
@@ -37,7 +40,8 @@ def add_merchants(database: SimulatedDatabase) -> tuple[list[str], list[bytes]]:
     """The merchants' ids, and the hashes of their keys."""
     merchants, keys = [], []
     for number in range(MERCHANTS):
-        [(merchant,)] = database.rows("select surety.add_merchant(%s)", f"merchant {number}")
+        account = CONNECTED_ACCOUNT if number == CONNECTED_MERCHANT else ""
+        [(merchant,)] = database.rows("select surety.add_merchant(%s, %s)", f"merchant {number}", account)
         key_hash = hashlib.sha256(f"key {number}".encode()).digest()
         database.rows("select surety.add_api_key(%s, %s, 'test')", merchant, key_hash)
         merchants.append(merchant)

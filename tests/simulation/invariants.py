@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
+from tests.simulation.initial_state import CONNECTED_MERCHANT
+from tests.simulation.refused_access import check_refusals_uncounted, check_refused_payments
+
 if TYPE_CHECKING:
     from app.sandbox.memory import StoredObject
     from tests.simulation.clients import WantedPayment
@@ -27,6 +30,8 @@ def check(schedule: Schedule) -> None:
     check_uniqueness(schedule)
     check_effects(schedule)
     check_charges(schedule)
+    check_refusals_uncounted(schedule)
+    check_refused_payments(schedule)
     check_refunds(schedule)
     check_disputes(schedule)
     check_ledger(schedule)
@@ -52,6 +57,8 @@ def check_acknowledgements(schedule: Schedule) -> None:
         refusals = {"reference-taken"} | (
             {"idempotency-key-reused"} if keys[wanted.merchant, wanted.key] > 1 else set()
         )
+        if schedule.provider.was_refused and wanted.merchant == CONNECTED_MERCHANT:
+            refusals.add("provider-account-refused")
         answers = {(row[1], row[2], row[4]) for row in wanted.answers}
         if len({answer for answer in answers if answer[0] == 201}) > 1:
             schedule.report_violation("a repeated request gets the first answer", f"{wanted.key}: {answers}")
@@ -249,18 +256,16 @@ def check_ledger(schedule: Schedule) -> None:
         fee = (amount * 340 + 5000) // 10000 + 35
         book(f"available {merchant} {currency}", amount - fee)
         book(f"fee_revenue {currency}", fee)
-    found = {
-        f"{kind} {owner} {currency}"
-        if kind in {"available", "pending", "disputed", "reserved_for_refunds"}
-        else f"{kind} {currency}": int(total)
-        for kind, owner, currency, total in schedule.database.rows(
-            "select a.kind, a.owner_id, a.currency, sum(case when l.is_credit then l.amount_minor"
-            " else - l.amount_minor end) from (select credit_account as id, amount_minor, true as is_credit"
-            " from ledger.transfers union all select debit_account, amount_minor, false from ledger.transfers) as l"
-            " join ledger.accounts as a on a.id = l.id group by 1, 2, 3"
-        )
-        if total
-    }
+    found: Counter[str] = Counter()
+    for kind, owner, currency, total in schedule.database.rows(
+        "select a.kind, a.owner_id, a.currency, sum(case when l.is_credit then l.amount_minor"
+        " else - l.amount_minor end) from (select credit_account as id, amount_minor, true as is_credit"
+        " from ledger.transfers union all select debit_account, amount_minor, false from ledger.transfers) as l"
+        " join ledger.accounts as a on a.id = l.id group by 1, 2, 3"
+    ):
+        is_merchants = kind in {"available", "pending", "disputed", "reserved_for_refunds"}
+        found[f"{kind} {owner} {currency}" if is_merchants else f"{kind} {currency}"] += int(total)
+    found = Counter({account: total for account, total in found.items() if total})
     expected = {account: total for account, total in expected.items() if total}
     if found != expected:
         differing = {name: (expected.get(name), found.get(name)) for name in sorted(found.keys() | expected.keys())}

@@ -2,8 +2,8 @@
 
 The service is visited at intervals of hours to two weeks. At a visit merchants, payers, banks and dashboard users act,
 on payments of any age, and the workers run with faults. Between visits only the provider's own time passes. Keys
-expire, webhooks that were not taken for three days are lost, outages last for days and weeks, months are partitioned,
-and old partitions are detached and dropped.
+expire, webhooks that were not taken for three days are lost, outages last for days and weeks, keys are revoked and
+accounts cut off for days, months are partitioned, and old partitions are detached and dropped.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ WEBHOOK_DAYS = 3.0
 # Partitions of events and webhooks are detached after so many days. Webhooks and retries refer to them for less.
 KEPT_DAYS = 45
 NEW_PAYMENTS_MAX = 4
+# The longest time between two probes of a circuit, and how many a visit waits for: of the key, then of the account.
+PROBE_SECONDS = 301.0
+PROBES_MAX = 3
 # The rounds of recovery are a day each at most.
 MONTHS_OF_RECOVERY = 3
 
@@ -98,14 +101,30 @@ async def visit(schedule: Schedule) -> None:
     schedule.database.set_batch_size(chance.choice((FEW, ALL)))
     await run_periodic_jobs(schedule, [name for name in PERIODIC_JOB_NAMES if chance.random() < 0.8])
     await asyncio.sleep(5)
-    # A visit stands for many minutes, in one of which the list of events is read. An outage still prevents it.
-    schedule.has_faults = False
-    await run_periodic_jobs(schedule, ("poll_events",))
-    schedule.has_faults = True
+    await read_list_of_events(schedule)
+    if not provider.is_unread and schedule.draw_fault("access_refused"):
+        provider.refuse_access()
     if chance.random() < 0.2:
         schedule.inspect()
     if chance.random() < 0.2:
         provider.decide_disputes()
+
+
+async def read_list_of_events(schedule: Schedule) -> None:
+    """Read the list of events. A visit stands for many minutes: probes close circuits, and one reading succeeds.
+
+    An outage or a refusal still prevents it.
+    """
+    query = "select from surety.open_circuits limit 1"
+    schedule.has_faults = False
+    for _ in range(PROBES_MAX):
+        if schedule.provider.refused_until is not None or not schedule.database.rows(query):
+            break
+        schedule.move_to(schedule.loop.seconds + PROBE_SECONDS)
+        await run_periodic_jobs(schedule, ())
+    await run_periodic_jobs(schedule, ("poll_events",))
+    schedule.has_faults = True
+    schedule.provider.is_unread = bool(schedule.database.rows(query))
 
 
 def keep_partitions(schedule: Schedule) -> None:

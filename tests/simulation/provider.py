@@ -40,6 +40,7 @@ from app.sandbox.stripe.requests import (
 from app.sandbox.stripe.variants import changed_event, sparse_answer
 from tests.simulation.loop import PROCESS, Process
 from tests.simulation.outages import Outage, check_outage_failures_uncounted, start_outage
+from tests.simulation.refused_access import begin_refusal, end_refusal
 
 if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
@@ -96,6 +97,12 @@ class SimulatedProvider:
         self.has_lost = False
         """Whether a webhook was lost."""
         self.outage: Outage | None = None
+        self.refused_until: float | None = None
+        """Until when our access is refused, in the schedule's seconds."""
+        self.was_refused = False
+        """Whether our access was refused at any time."""
+        self.is_unread = False
+        """Whether the list of events was not read since the last refusal."""
         self.answered_at = 0.0
         """The time of the last answer, in the schedule's seconds."""
         self._requests = 0
@@ -104,6 +111,8 @@ class SimulatedProvider:
         """Execute the scheduled actions that are due."""
         if self.outage is not None and self.outage.until <= self.schedule.loop.seconds:
             self.recover()
+        if self.refused_until is not None and self.refused_until <= self.schedule.loop.seconds:
+            self.give_access()
         memory = self.sandbox.memory
         while self.sandbox.scheduled and self.sandbox.scheduled[0].due <= memory.now():
             plan = heapq.heappop(self.sandbox.scheduled)
@@ -117,6 +126,20 @@ class SimulatedProvider:
         if outage is not None:
             self.schedule.note("the outage ends")
             check_outage_failures_uncounted(self.schedule, outage)
+
+    def refuse_access(self) -> None:
+        """Begin to refuse our access."""
+        if self.outage is None and self.refused_until is None:
+            self.refused_until = begin_refusal(self.schedule)
+            self.was_refused = self.is_unread = True
+            self.commit()
+
+    def give_access(self) -> None:
+        """End the refusal of our access."""
+        if self.refused_until is not None:
+            self.refused_until = None
+            end_refusal(self.schedule)
+            self.commit()
 
     def next_due(self) -> float | None:
         """The time of the next scheduled action, in the schedule's seconds."""
@@ -231,8 +254,12 @@ class SimulatedProvider:
     async def respond(self, request: StripeRequest) -> SandboxResponse | None:
         """The response after faults. None if no response ever comes."""
         name = request.operation.name
-        if self.outage is None and request.writes and self.schedule.draw_fault("outage", name):
+        schedule = self.schedule
+        # Together they could keep the list of events from being read for as long as it reaches back.
+        if not self.is_unread and self.outage is None and request.writes and schedule.draw_fault("outage", name):
             self.outage = start_outage(self.schedule, request, self.answered_at)
+        if not schedule.plan.days and request.writes and schedule.draw_fault("access_refused", name):
+            self.refuse_access()
         if self.outage is not None and (request.writes or self.outage.is_whole):
             return await self.apply_fault(request, self.outage.form)
         if request.writes:

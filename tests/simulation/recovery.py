@@ -28,6 +28,7 @@ async def recover(schedule: Schedule) -> None:
     """Operate without faults: workers are replaced, clients repeat requests, time passes, dead letters are replayed."""
     schedule.is_calm, schedule.has_faults = True, False
     schedule.provider.recover()
+    schedule.provider.give_access()
     is_crash = schedule.poison_position is None and schedule.chance.random() < 0.5
     for worker in schedule.workers:
         if is_crash:

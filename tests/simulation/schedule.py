@@ -45,6 +45,7 @@ RATES: dict[str, tuple[float, float]] = {
     "stalled": (0.1, 0.6),
     "deploy": (0.01, 0.05),
     "outage": (0.2, 1.0),
+    "access_refused": (0.2, 1.0),
 }
 LEAPS = (0.05, 1.5, 6.0, 21.0, 61.0, 200.0, 3700.0, 90_000.0)
 JOBS_MAX = 4
@@ -69,7 +70,6 @@ class SchedulePlan(Struct, frozen=True, kw_only=True):
     batching_connections: int = 3
     days: int = 0
     """How many days pass between the faults and the recovery."""
-
     without: frozenset[str] = frozenset()
 
     def command(self) -> str:

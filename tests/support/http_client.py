@@ -70,9 +70,9 @@ def running_server(command: str, database: str, *options: str, **settings: str) 
 class Merchant:
     """A merchant with a key, talking to the API."""
 
-    def __init__(self, conn: Connection, url: str, name: str = "Acme Books") -> None:
+    def __init__(self, conn: Connection, url: str, name: str = "Acme Books", account: str = "") -> None:
         self.conn = conn
-        row = conn.execute("select surety.add_merchant(%s)", (name,)).fetchone()
+        row = conn.execute("select surety.add_merchant(%s, %s)", (name, account)).fetchone()
         assert row is not None
         self.id: str = row[0]
         self.key = self.another_key()

@@ -17,11 +17,11 @@ begin
     if not found then
         return api.refuse_command(v_admitted, 'not-found', null);
     end if;
-    if v_payment.state = 'initiated' then
+    if v_payment.state in ('initiated', 'submitting') and surety.is_surely_unexecuted(v_payment.id) then
         v_status := 200;
         insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor, request_id)
         values (
-            v_payment.id, v_payment.version + 1, 'initiated', 'canceled', 'command', v_admitted.admitted_at,
+            v_payment.id, v_payment.version + 1, v_payment.state, 'canceled', 'command', v_admitted.admitted_at,
             v_admitted.actor, p_request ->> 'request_id'
         );
     elsif v_payment.state not in ('submitting', 'provider_submitted', 'requires_action', 'authorized') then
@@ -49,6 +49,6 @@ $$;
 
 comment on function api.cancel_payment(jsonb) is
 'Cancels a payment; p_request as for api.admit_command, with payment_id.
-200 and the canceled payment if nothing was sent to the provider yet. Otherwise 202 and the payment as it is: the
-provider is asked to cancel it, and it may have succeeded before.
+200 and the canceled payment if nothing was sent to the provider yet, or it refused all that was sent. Otherwise 202 and
+the payment as it is: the provider is asked to cancel it, and it may have succeeded before.
 Problems: not-found; wrong-state, detail {state, reason}.';

@@ -117,6 +117,7 @@ as $$
 declare
     v_route constant text := 'POST /v1/payments';
     v_now timestamptz := surety.time_now();
+    v_cut_off text [] := surety.cut_off_accounts();
     -- One element per request.
     v_n integer [];
     v_merchants text [];
@@ -126,6 +127,7 @@ declare
     v_details jsonb [];
     v_references text [];
     v_ids text [];
+    v_are_cut_off boolean [];
     -- One element per request that may become a payment, ordered by key.
     v_payments surety.payments [];
     v_keys surety.idempotency_keys [];
@@ -179,6 +181,7 @@ begin
         array_agg(decode(a.request_hash, 'hex')), array_agg(a.problem),
         array_agg(case when a.problem = 'invalid-request' then api.check_amount_bounds(a.amount, a.currency) end),
         array_agg(a.reference), array_agg(case when a.is_first then a.new_id end),
+        array_agg(coalesce(a.provider_account = any(v_cut_off), false)),
         array_agg(a.payment) filter (where a.is_first),
         array_agg((
             a.merchant_id, v_route, a.idempotency_key, decode(a.request_hash, 'hex'), a.new_id, 201,
@@ -193,11 +196,12 @@ begin
         )) filter (where a.is_first)
     into
         v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids,
-        v_payments, v_keys, v_entries
+        v_are_cut_off, v_payments, v_keys, v_entries
     from asked as a cross join lateral api.show_payment(a.payment) as shown;
 
     if v_payments is not null then
-        -- A reference in use refuses the request: its key must not be kept, as nothing took effect.
+        -- A reference in use, or an account that is cut off, refuses the request: its key must not be kept, as nothing
+        -- took effect. Both are decided behind the key, so that a repetition gets its first answer.
         with keyed as (
             insert into surety.idempotency_keys as i (
                 merchant_id, route, key, request_hash, payment_id, status, response, created_at
@@ -214,7 +218,7 @@ begin
         wanted as materialized (
             select p.merchant_id, p.reference, p.id
             from won cross join unnest(v_payments) as p
-            where p.reference is not null and p.id = any(won.ids)
+            where p.reference is not null and p.id = any(won.ids) and p.provider_account <> all(v_cut_off)
         ),
         referred as (
             insert into surety.payment_references as r (merchant_id, reference, payment_id)
@@ -227,6 +231,12 @@ begin
             (select w.ids from won as w),
             (select array_agg(w.id) from wanted as w where w.id not in (select r.payment_id from referred as r))
         into v_won, v_taken;
+        if v_cut_off <> '{}' then
+            v_taken := nullif(v_taken || array(
+                select p.id from unnest(v_payments) as p
+                where p.id = any(v_won) and p.provider_account = any(v_cut_off)
+            ), '{}');
+        end if;
         if v_taken is not null then
             delete from surety.idempotency_keys as i
             using unnest(v_keys) as k
@@ -284,19 +294,19 @@ begin
             -- A refused request stores no key, but its hash still binds later requests of the batch.
             when coalesce(i.request_hash, first_value(a.request_hash) over same_key) <> a.request_hash
                 then 'idempotency-key-reused'
-            when i.key is null then 'reference-taken'
+            when i.key is null then case when a.is_cut_off then 'provider-account-refused' else 'reference-taken' end
         end,
         case
             when a.problem is not null then a.detail
-            when i.key is null and first_value(a.request_hash) over same_key = a.request_hash
+            when i.key is null and not a.is_cut_off and first_value(a.request_hash) over same_key = a.request_hash
                 then jsonb_build_object('payment_id', t.payment_id)
         end,
         case when i.request_hash = a.request_hash then i.response end,
         i.request_hash = a.request_hash and i.payment_id is distinct from a.new_id,
         i.payment_id
     from unnest(
-        v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids
-    ) as a (n, merchant_id, idempotency_key, request_hash, problem, detail, reference, new_id)
+        v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids, v_are_cut_off
+    ) as a (n, merchant_id, idempotency_key, request_hash, problem, detail, reference, new_id, is_cut_off)
     -- offset 0 forces index look-ups: a plan cached while the tables were small would scan them completely.
     left join lateral (
         select k.key, k.request_hash, k.status, k.response, k.payment_id
@@ -318,7 +328,8 @@ $$;
 comment on function api.create_payments(json) is
 'Creates the payments of a batch of requests in one transaction; one row for each request, found by n.
 201 and the new payment''s document, or with is_replayed the first answer, byte for byte. Problems: unauthenticated;
-forbidden (suspended); invalid-request, detail {field, rule, limit, given}; reference-taken, detail {payment_id};
+forbidden (suspended); provider-account-refused (surety.cut_off_accounts); invalid-request, detail {field, rule, limit,
+given}; reference-taken, detail {payment_id};
 idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
 amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
 return_url, off_session, customer, metadata}].';

@@ -15,7 +15,8 @@ begin atomic
             calls.status,
             states.is_final or payments.captured_minor > 0 as has_ended,
             -- A refused request created nothing at the provider, and would be refused again.
-            calls.payment_id is null or coalesce(calls.status in (400, 402, 404), false) as is_undone,
+            calls.payment_id is null or calls.refused_through = calls.sends
+            or coalesce(calls.status in (400, 402, 404), false) as is_undone,
             refunds.state = 'pending' and refunds.provider_id is null as is_refund_open,
             asked.revision is not null as is_capture_open
         from surety.payments

@@ -186,7 +186,9 @@ begin atomic
     inner join surety.payments on waiting.payment_id = payments.id
     inner join surety.states on payments.state = states.state
     left join surety.calls
-        on payments.id = calls.payment_id and (calls.answered_at is null or calls.status >= 500)
+        on
+            payments.id = calls.payment_id and (calls.answered_at is null or calls.status >= 500)
+            and calls.refused_through < calls.sends
     where not states.is_final
     group by payments.id;
 end;

@@ -195,8 +195,8 @@ create or replace function surety.begin_calls(
     p_batch bigint, p_fence bigint, p_operation text, p_actor text, p_event_ids text[] default null
 ) returns table (
     event_id text, subject_id text, payment_id text, verdict text, operation text, idempotency_key text, request jsonb,
-    account text, provider_id text, first_sent_at timestamptz, last_sent_at timestamptz, amount_minor bigint,
-    currency text, livemode boolean
+    account text, provider_id text, first_sent_at timestamptz, last_sent_at timestamptz, send_number integer,
+    amount_minor bigint, currency text, livemode boolean
 )
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -261,7 +261,7 @@ begin
     )
     select
         j.event_id, j.subject_id, j.payment_id, j.verdict, j.operation, w.idempotency_key, w.request::jsonb,
-        (j.payment).provider_account, j.provider_id, w.first_sent_at, coalesce(j.last_sent_at, w.last_sent_at),
+        (j.payment).provider_account, j.provider_id, w.first_sent_at, coalesce(j.last_sent_at, w.last_sent_at), w.sends,
         (j.payment).amount_minor, (j.payment).currency, (j.payment).livemode
     from planned as j
     left join written as w on w.payment_id = j.payment_id and w.operation = j.operation and j.is_sent
@@ -273,8 +273,21 @@ comment on function surety.begin_calls(bigint, bigint, text, text, text[]) is
 'Writes the calls of one operation (create, confirm, capture, cancel, refund, evidence) before they are sent, and moves
 initiated payments to submitting. One row for each event left in the batch (of p_event_ids, if given): the verdict, and
 the request and key exactly as they were first written. subject_id is the payment, refund or dispute; provider_id the
-intent or dispute at the provider; last_sent_at the time of the send before this one, or of this one if it is the first.
-No rows when another worker holds the lease.';
+intent or dispute at the provider; last_sent_at the time of the send before this one, or of this one if it is the first;
+send_number counts the sends. No rows when another worker holds the lease.';
+
+create or replace function surety.is_surely_unexecuted(p_payment_id text) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select not exists (
+        select from surety.calls
+        where calls.payment_id = p_payment_id and calls.operation = 'create' and calls.refused_through < calls.sends
+    );
+end;
+
+comment on function surety.is_surely_unexecuted(text) is
+'Whether the provider can''t hold a payment in the state initiated or submitting: no creation was sent, or each one was
+refused for want of access before it was executed. False while one is under way, or if its outcome is unknown.';
 
 create or replace function surety.replace_call_key(p_payment_id text, p_operation text) returns text
 language sql volatile security definer set search_path = pg_catalog, pg_temp

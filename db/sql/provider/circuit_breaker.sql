@@ -72,7 +72,8 @@ begin
     update outbox.retries as r
     set
         failures = greatest(0, r.failures - counted.times),
-        attempts = counted.attempts,
+        -- An event that was held before any call has no attempts.
+        attempts = coalesce(counted.attempts, '[]'),
         due_at = case when r.due_at is not null then v_now + surety.hold_duration() end
     from blocked as b
     join outbox.retries as held on held.handler = b.handler and held.event_id = b.event_id
@@ -308,6 +309,11 @@ begin
         join surety.circuit_breakers as b
             on b.account = coalesce(p.provider_account, m.provider_account) and b.opened_at is not null
         where e.event_id = any(p_event_ids)
+            -- Most events of a payment that has ended make no call.
+            and (
+                coalesce(p.state, '') not in ('failed', 'canceled')
+                or e.type in ('payment.authorized_late', 'payment.orphan_found')
+            )
         group by b.provider, b.account
         order by b.provider, b.account
     loop
@@ -322,7 +328,8 @@ end;
 $$;
 
 comment on function surety.hold_blocked_events(bigint, bigint, text[]) is
-'Releases the events of a batch whose account has an open circuit, uncounted and before any call. Returns their ids.';
+'Releases the events of a batch whose account has an open circuit, uncounted and before any call, unless their payment
+has ended without a charge. Returns their ids.';
 
 create or replace function surety.uncount_outage_failures(p_batch bigint, p_results jsonb) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp

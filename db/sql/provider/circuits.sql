@@ -57,3 +57,36 @@ end;
 
 comment on function surety.all_accounts_unreachable() is
 'Whether the circuits of all merchants'' accounts are open, so that handlers that call the provider claim nothing.';
+
+create or replace function surety.refusal_grace() returns interval
+language sql immutable parallel safe
+begin atomic
+    select interval '5 minutes';
+end;
+
+comment on function surety.refusal_grace() is
+'How long the provider must have refused a merchant''s account until new payments of the merchant are refused. A shorter
+interruption only delays them.';
+
+create or replace function surety.refused_payment_lifetime() returns interval
+language sql immutable parallel safe
+begin atomic
+    select interval '24 hours';
+end;
+
+comment on function surety.refused_payment_lifetime() is
+'How long a payment waits for an account that the provider refuses. Then it fails, if the provider surely has not
+executed it, and its reference is free.';
+
+create or replace function surety.cut_off_accounts() returns text[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select coalesce(array_agg(circuit_breakers.account), '{}')
+    from surety.circuit_breakers
+    where
+        circuit_breakers.provider = 'stripe' and circuit_breakers.cause = 'account_refused'
+        and circuit_breakers.opened_at <= surety.time_now() - surety.refusal_grace();
+end;
+
+comment on function surety.cut_off_accounts() is
+'The accounts that the provider has refused for longer than surety.refusal_grace().';

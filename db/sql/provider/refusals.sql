@@ -1,4 +1,5 @@
 -- Refusals by the provider: payments and refunds fail, a capture gets a fact of its own, evidence is open again.
+-- Payments whose account it refuses end after a day.
 
 create or replace function surety.record_refused_captures(p_results jsonb, p_actor text) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -157,3 +158,75 @@ comment on function surety.record_refused_calls(jsonb, text) is
 'Records the refusals among results (as surety.record_call_results takes them): refunds, and payments whose creation
 was refused, fail; a capture''s refusal becomes a fact; evidence is open again. Locks their payments. Returns the types
 of the events made.';
+
+create or replace function surety.end_refused_payments(p_actor text, p_limit integer default 500) returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_since timestamptz := v_now - surety.refused_payment_lifetime();
+    v_ids text[];
+    v_types text[];
+begin
+    select array_agg(ended.id) into v_ids
+    from (
+        select waiting.id
+        from (
+            -- A payment in submitting has poll_at, so that the index on it finds those whose merchant canceled them.
+            select p.id
+            from surety.payments as p
+            where p.poll_at is not null and p.state = 'submitting' and p.flags ? 'cancel_requested_at'
+            union
+            select p.id
+            from surety.circuit_breakers as b
+            join surety.merchants as m on m.provider_account = b.account
+            join surety.payments as p
+                on p.merchant_id = m.id and p.state in ('initiated', 'submitting')
+                and p.id < surety.id_at('pay', v_since)
+            where b.cause = 'account_refused' and b.opened_at < v_since
+        ) as waiting
+        where surety.is_surely_unexecuted(waiting.id)
+        order by waiting.id
+        limit p_limit
+    ) as ended;
+    if v_ids is null then
+        return '{}';
+    end if;
+    -- Again behind the lock: a worker may have sent one since.
+    perform from surety.payments as p where p.id = any(v_ids) order by p.id for update;
+    v_ids := array(
+        select p.id from surety.payments as p
+        where p.id = any(v_ids) and p.state in ('initiated', 'submitting') and surety.is_surely_unexecuted(p.id)
+    );
+    update surety.payments as p
+    set failure = jsonb_build_object(
+        'code', 'provider_account_refused',
+        'message', 'The provider does not accept payments for this account. Nothing was charged.')
+    where p.id = any(v_ids) and not p.flags ? 'cancel_requested_at';
+    perform audit.write_entry(
+        'system', p_actor, 'payment ended', 'the provider refuses its account: ' || b.reason,
+        p_payment_id => p.id, p_merchant_id => p.merchant_id,
+        p_snapshot => jsonb_build_object('account', b.account, 'refused_since', surety.format_time(b.opened_at)))
+    from surety.payments as p
+    join surety.circuit_breakers as b
+        on b.provider = p.provider and b.account = p.provider_account and b.cause = 'account_refused'
+    where p.id = any(v_ids) and not p.flags ? 'cancel_requested_at';
+    with ended as (
+        insert into surety.steps (payment_id, version, from_state, to_state, cause, at, actor)
+        select
+            p.id, p.version + 1, p.state,
+            case when p.flags ? 'cancel_requested_at' then 'canceled' else 'failed' end,
+            case when p.flags ? 'cancel_requested_at' then 'command' else 'refused' end, v_now, p_actor
+        from surety.payments as p where p.id = any(v_ids)
+        order by p.id
+        returning to_state
+    )
+    select coalesce(array_agg(distinct 'payment.' || e.to_state), '{}') into v_types from ended as e;
+    return v_types;
+end;
+$$;
+
+comment on function surety.end_refused_payments(text, integer) is
+'Ends payments that the provider has surely not executed: canceled, if their merchant has asked for that; failed, if the
+provider has refused their account for longer than surety.refused_payment_lifetime() and they have waited as long. At
+most p_limit payments. The provider''s words are in the audit trail. Returns the types of the events made.';

@@ -35,6 +35,11 @@ begin
     set answered_at = v_now, status = r.status
     from jsonb_to_recordset(p_results) as r (payment_id text, operation text, status smallint)
     where c.payment_id = r.payment_id and c.operation = r.operation and r.status is not null;
+    -- By number: a result that is recorded late, or twice, proves nothing about another send.
+    update surety.calls as c
+    set refused_through = r.undone_send
+    from jsonb_to_recordset(p_results) as r (payment_id text, operation text, undone_send integer)
+    where c.payment_id = r.payment_id and c.operation = r.operation and c.refused_through = r.undone_send - 1;
 
     select jsonb_agg(jsonb_build_object(
         'kind', 'answer', 'actor', p_actor, 'payment_id', r.payment_id, 'outcome', r.outcome,
@@ -55,7 +60,8 @@ $$;
 comment on function surety.record_call_results(text, jsonb) is
 'Records results of calls: [{"payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?,
 "facts"?: [], "refused"?: {code, decline_code, message}, "refund_id"?, "discrepancy"?: {kind, subject, detail},
-"error"?}]. Facts and refusals in one array are an error (SU009). Returns the types of the events made.';
+"error"?, "undone_send"?: the number of a send that was refused for want of access or not made}]. Facts and refusals
+in one array are an error (SU009). Returns the types of the events made.';
 
 create or replace function surety.record_event_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
 returns table (is_held boolean, event_types text[])

@@ -180,7 +180,7 @@ def test_answer_without_an_optional_field_is_no_mismatch(objects: list[Json]) ->
             call = ProviderCall(
                 payment_id="pay_1", account="", provider_id=intent, amount_minor=4999, currency="usd", livemode=False,
                 event_id="evt", subject_id="ref_1", verdict="send", operation="refund:ref_1", idempotency_key="key",
-                request={}, first_sent_at=None, last_sent_at=None,
+                request={}, first_sent_at=None, last_sent_at=None, send_number=None,
             )  # fmt: skip
             read = partial(intent_result if whole["object"] == "payment_intent" else refund_result, call)
             assert "discrepancy" not in answered(read, variant), place
