@@ -129,9 +129,13 @@ async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call
             return [event | released_result("earlier_call", WAIT_SECONDS) | {"error": reason}]
         case "send" | "ask" | "replace_key" | "find":
             undone = {"undone_send": call.send_number}
+            about = {"payment_id": call.payment_id, "operation": call.operation}
             if batch.is_lost or worker.stopping.is_set():
-                about = {"payment_id": call.payment_id, "operation": call.operation, "error": "its worker stopped"}
-                return [event | released_result("worker_stopped", 0) | about | undone]
+                return [event | released_result("worker_stopped", 0) | about | undone | {"error": "its worker stopped"}]
+            if call.livemode != worker.stripe.livemode:
+                # The dump of another database was restored beneath this worker, which ends soon (jobs/mode.py).
+                released = released_result("worker_stopped", WAIT_SECONDS) | about | undone
+                return [event | released | {"error": "its worker's key is of the other mode"}]
             if call.account in worker.circuit_breaker.blocked:
                 held = released_result("circuit_open", WAIT_SECONDS)
                 return [event | not_sent_result(call, call.operation) | held | undone]

@@ -127,6 +127,22 @@ def test_worker_ends_itself_once_its_database_is_of_the_other_mode(
     assert count(conn, "select count(*) from procrastinate.procrastinate_workers") == 0
 
 
+async def test_worker_makes_no_call_of_the_other_mode(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    async with in_process_worker(database, sandbox.url) as worker:
+        # As if the dump of a live database was restored beneath the worker.
+        conn.execute("set session_replication_role = replica")
+        for table in ("environment", "merchants", "payments"):
+            conn.execute(f"update surety.{table} set livemode = true".encode())
+        conn.execute("reset session_replication_role")
+        await run_until_idle(worker, "submit")
+    assert attempts(conn) == [("submit", 0, ["its worker's key is of the other mode"])]
+    intents = sandbox.get("/v1/payment_intents", {"limit": 100})["data"]
+    assert payment_id not in {intent["metadata"].get("surety_payment") for intent in intents}
+
+
 def test_importing_the_app_needs_no_settings() -> None:
     subprocess.run(
         [sys.executable, "-c", "import jobs"],
