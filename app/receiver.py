@@ -55,7 +55,7 @@ Visible = Annotated[str, Meta(pattern=r"^[!-~]{1,255}$(?!\n)")]
 
 
 class StripeEvent(Struct):
-    """The fields of an event that the receiver needs; `apply` reads the rest."""
+    """The fields of an event that the receiver needs; `apply_webhooks` reads the rest."""
 
     id: Visible
     type: Visible
@@ -236,7 +236,7 @@ async def open_receiver_services(
         await database.open()
         refusals = RefusalCounter("webhook", database)
         closing.push_async_callback(refusals.close)
-        scheduler = WorkerScheduler(partial(database.fetch_row, "select outbox.schedule_handlers('{apply}')"))
+        scheduler = WorkerScheduler(partial(database.fetch_row, "select outbox.schedule_handlers('{apply_webhooks}')"))
         closing.push_async_callback(scheduler.close)
         closing.push_async_callback(batching.close)
         await batching.open()

@@ -15,7 +15,7 @@ from jobs.handlers.calls import make_calls
 from jobs.handlers.disputes import EVIDENCE
 from jobs.handlers.payments import CANCEL, CAPTURE, CONFIRM, CREATE, expect_settlement, meet_expected_settlement
 from jobs.handlers.refunds import REFUND
-from jobs.handlers.webhooks import apply
+from jobs.handlers.webhooks import apply_webhooks
 from jobs.worker import Batch, Worker
 
 HandleEvents = Callable[[Worker, Batch, list[str]], Awaitable[None]]
@@ -73,17 +73,17 @@ HANDLER_TABLE: tuple[Handler, ...] = (
         partial(make_calls, EVIDENCE),
     ),
     Handler(
-        "apply", ("webhook.received",),
+        "apply_webhooks", ("webhook.received",),
         "surety.record_event_results", "fetch, where an event is no proof", "facts",
-        apply,
+        apply_webhooks,
     ),
     Handler(
-        "settle", ("payment.confirmed",),
+        "expect_settlement", ("payment.confirmed",),
         "surety.expect_settlement", None, "an expected settlement",
         expect_settlement,
     ),
     Handler(
-        "close", ("payment.settled", "payment.money_available"),
+        "meet_settlement", ("payment.settled", "payment.money_available"),
         "surety.meet_expected_settlement", None, "a settlement met",
         meet_expected_settlement,
     ),

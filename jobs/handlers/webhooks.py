@@ -57,7 +57,7 @@ FIELDS_OF_EVENTS = ("error", "release_seconds", "release_cause", "outage", "acce
 FACT_READERS: dict[str, FactReader] = {"payment_intent": intent_facts, "refund": refund_facts, "payout": payout_facts}
 
 
-async def apply(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
+async def apply_webhooks(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """Handle webhook.received: first record the proven facts, in one group; then fetch the other objects."""
     webhooks = await worker.database.rows(
         StoredWebhook,
@@ -166,7 +166,11 @@ async def audit_ignored(worker: Worker, ignored: list[StoredWebhook]) -> None:
             "actor": worker.actor,
             "outcome": "ignored",
             "reason": f"an event of {other} mode, and our key is of {ours} mode",
-            "snapshot": {"operation": "apply", "event": webhook.provider_event_id, "type": webhook.type},
+            "snapshot": {
+                "operation": "apply_webhooks",
+                "event": webhook.provider_event_id,
+                "type": webhook.type,
+            },
         }
         for webhook in ignored
     ]

@@ -80,7 +80,7 @@ def test_pages_contain_every_dead_letter_once(ada: Client, rights: Connection) -
             break
         query["starting_after"] = seen[-1]
     assert seen == made
-    assert ada.get(LETTERS, params={"handler": "apply"}).json()["data"] == []
+    assert ada.get(LETTERS, params={"handler": "apply_webhooks"}).json()["data"] == []
 
 
 def test_replay_happens_once_and_is_audited_with_its_operator(ada: Client, rights: Connection) -> None:

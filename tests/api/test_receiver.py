@@ -113,7 +113,9 @@ def test_a_client_secret_is_not_stored(client: httpx.Client, rights: Connection)
 
 def test_webhook_schedules_the_apply_handler(client: httpx.Client, rights: Connection) -> None:
     deliver(client, event())
-    while not one(rights, "select count(*) from procrastinate.procrastinate_jobs where queueing_lock = 'drain:apply'"):
+    while not one(
+        rights, "select count(*) from procrastinate.procrastinate_jobs where queueing_lock = 'drain:apply_webhooks'"
+    ):
         pass
 
 

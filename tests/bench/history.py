@@ -53,8 +53,8 @@ def create_settled_payment(conn: Connection, key_hash: bytes) -> str:
     available = fact(payment_id, "available", "txn", AMOUNT_MINOR, data=paid["data"])
     for facts in ([output], [paid], [available]):
         conn.execute("select surety.record_facts(%s, 'system:poll')", (json.dumps(facts),))
-    conn.execute("select surety.expect_settlement(%s, %s, %s)", claim_next(conn, "settle"))
-    conn.execute("select surety.meet_expected_settlement(%s, %s, %s)", claim_next(conn, "close"))
+    conn.execute("select surety.expect_settlement(%s, %s, %s)", claim_next(conn, "expect_settlement"))
+    conn.execute("select surety.meet_expected_settlement(%s, %s, %s)", claim_next(conn, "meet_settlement"))
     return payment_id
 
 

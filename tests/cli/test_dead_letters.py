@@ -228,7 +228,7 @@ def test_dead_letters_are_selected_by_handler_and_error_and_dry_run_changes_none
     other, _ = letters.never_sent_letter(conn, "another error")
     listed = surety(database, "dead-letters", "list", "--error", "mended").stdout
     assert mended in listed and other not in listed
-    assert "no dead letters" in surety(database, "dead-letters", "list", "--handler", "apply").stdout
+    assert "no dead letters" in surety(database, "dead-letters", "list", "--handler", "apply_webhooks").stdout
     for doing in ("replay", "discard"):
         chosen = ("dead-letters", doing, "--handler", "submit", "--error", "mended", "--reason", "mended")
         assert f"1 letter would {doing}" in surety(database, *chosen, "--dry-run").stdout

@@ -31,9 +31,9 @@ def test_paused_handler_takes_no_events_until_it_is_resumed(run: Run, conn: Conn
 
 
 def test_handlers_are_listed_with_the_time_of_their_pause(run: Run, conn: Connection) -> None:
-    run("handlers", "pause", "settle", "--reason", "maintenance")
+    run("handlers", "pause", "expect_settlement", "--reason", "maintenance")
     listed = json.loads(said(run("handlers", "list", "--json")))
-    assert [each["handler"] for each in listed if each["paused_at"]] == ["settle"]
+    assert [each["handler"] for each in listed if each["paused_at"]] == ["expect_settlement"]
     names = [name for (name,) in conn.execute("select handler from outbox.handlers order by handler").fetchall()]
     assert [each["handler"] for each in listed] == names
     assert all(each["meaning"] in said(run("handlers", "list")) for each in listed)
@@ -42,5 +42,5 @@ def test_handlers_are_listed_with_the_time_of_their_pause(run: Run, conn: Connec
 def test_unknown_handler_or_blank_reason_is_refused(run: Run) -> None:
     for action in ("pause", "resume"):
         message = refused(run("handlers", action, "sumbit", "--reason", "maintenance"))
-        assert "HANDLER: there is no handler sumbit; the handlers are apply, " in message
+        assert "HANDLER: there is no handler sumbit; the handlers are apply_webhooks, " in message
         assert refused(run("handlers", action, "submit", "--reason", " ")) == "--reason must say why"

@@ -100,6 +100,17 @@ def test_suggested_command_creates_missing_partitions(conn: Connection, database
     conn.execute(finding.next.encode())
 
 
+def test_database_of_an_earlier_time_asks_for_a_new_restore_generation(conn: Connection, database: str) -> None:
+    add_live_worker(conn)
+    pay(conn, add_merchant(conn)[1])
+    with conn.transaction():
+        conn.execute("set local session_replication_role = replica")
+        conn.execute("update outbox.events set xid = '1000000000000'")
+    assert "restored-elsewhere" in [finding["id"] for finding in read_status(database)[1]["findings"]]
+    conn.execute("select outbox.begin_restore_generation('a test')")
+    assert "restored-elsewhere" not in [finding["id"] for finding in read_status(database)[1]["findings"]]
+
+
 def test_dead_letter_is_a_finding_with_its_next_command(conn: Connection, database: str) -> None:
     add_live_worker(conn)
     letter, _ = never_sent_letter(conn)
@@ -193,10 +204,10 @@ def test_provider_outage_is_reported_with_the_next_probe_time(conn: Connection, 
 
 def test_paused_handler_is_reported_with_the_command_to_resume(conn: Connection, database: str) -> None:
     add_live_worker(conn)
-    assert surety(database, "handlers", "pause", "settle", "--reason", "the bank is closed").returncode == 0
+    assert surety(database, "handlers", "pause", "expect_settlement", "--reason", "the bank is closed").returncode == 0
     code, state = read_status(database)
-    assert (code, state["findings"][0]["what"]) == (1, "settle is paused")
-    assert surety(database, *shlex.split(state["findings"][0]["next"])[1:]).stdout == "settle is active\n"
+    assert (code, state["findings"][0]["what"]) == (1, "expect_settlement is paused")
+    assert surety(database, *shlex.split(state["findings"][0]["next"])[1:]).stdout == "expect_settlement is active\n"
     assert read_status(database)[0] == 0
 
 

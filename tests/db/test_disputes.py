@@ -142,7 +142,9 @@ def test_settlement_is_expected_for_a_payment_disputed_early(conn: Connection) -
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
     record(conn, [dispute_fact(payment_id, "needs_response", 0)])
-    batch = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('settle', 'w')").fetchone()
+    batch = conn.execute(
+        "select batch_id, fence, event_ids from outbox.claim_batch('expect_settlement', 'w')"
+    ).fetchone()
     assert batch is not None
     assert conn.execute("select surety.expect_settlement(%s, %s, %s)", batch).fetchone() == (True,)
     record(conn, [dispute_fact(payment_id, "won", 1)])

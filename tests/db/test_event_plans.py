@@ -11,7 +11,7 @@ from psycopg.errors import Diagnostic
 
 from tests.support.payments import Connection, add_merchant
 
-HANDLER = "apply"
+HANDLER = "apply_webhooks"
 TYPE = "webhook.received"
 
 

@@ -75,13 +75,13 @@ VIOLATIONS: dict[str, str] = {
     ),
     "every lease is renewed or taken over": (
         "insert into outbox.batches (handler, event_ids, first_id, last_id, fence, leased_by, leased_until, claimed_at)"
-        " values ('settle', array[%(p)s], '', '', 0, 'w', now() - interval '11 minutes', now())"
+        " values ('expect_settlement', array[%(p)s], '', '', 0, 'w', now() - interval '11 minutes', now())"
     ),
     "every event is in at most one place per handler": (
         "with held as (insert into outbox.batches"
         " (handler, event_ids, first_id, last_id, fence, leased_by, leased_until, claimed_at)"
-        " values ('settle', array['evt_1'], '', '', 0, 'w', now(), now()))"
-        " insert into outbox.retries (handler, event_id, due_at) values ('settle', 'evt_1', now())"
+        " values ('expect_settlement', array['evt_1'], '', '', 0, 'w', now(), now()))"
+        " insert into outbox.retries (handler, event_id, due_at) values ('expect_settlement', 'evt_1', now())"
     ),
     "no payment is forgotten": "update outbox.handlers set seen = pg_current_snapshot() where handler <> %(p)s",
     "every met expectation belongs to a settled payment": (

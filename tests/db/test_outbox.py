@@ -16,7 +16,7 @@ from db.deploy.deploy import deploy
 from db.embedded.databases import temporary_database
 from tests.support.payments import Connection, add_merchant, fact, pay
 
-HANDLER = "apply"
+HANDLER = "apply_webhooks"
 TYPE = "webhook.received"
 
 Claim = tuple[int, int, list[str]]
@@ -169,9 +169,9 @@ def test_lost_lease_cannot_complete_events_but_records_results(conn: Connection)
 
 @pytest.mark.parametrize("effect", ["expect_settlement", "meet_expected_settlement"])
 def test_effects_in_the_database_say_when_the_lease_is_lost(conn: Connection, effect: str) -> None:
-    lost = claimed(emit_for(conn, "settle"), handler="settle")
+    lost = claimed(emit_for(conn, "expect_settlement"), handler="expect_settlement")
     expire_lease(conn, lost)
-    claimed(conn, handler="settle")
+    claimed(conn, handler="expect_settlement")
     assert not call(conn, f"surety.{effect}", *lost)
 
 
@@ -269,9 +269,10 @@ def test_suspect_of_a_paused_handler_blocks_no_other_suspect(conn: Connection) -
     conn.execute("update outbox.batches set is_suspect = true, leased_until = now() - interval '1 second'")
     conn.execute("update outbox.handlers set paused_at = now() where handler = 'submit'")
     conn.execute(
-        "insert into outbox.retries (handler, event_id, worker_deaths, due_at) values ('settle', 'evt_1', 2, now())"
+        "insert into outbox.retries (handler, event_id, worker_deaths, due_at)"
+        " values ('expect_settlement', 'evt_1', 2, now())"
     )
-    assert claimed(conn, handler="settle")[2] == ["evt_1"]
+    assert claimed(conn, handler="expect_settlement")[2] == ["evt_1"]
 
 
 def test_returned_event_is_not_counted_as_failed(outbox: Connection) -> None:
@@ -326,11 +327,11 @@ def test_handler_receives_the_events_of_its_deployed_code(conn: Connection, data
 
 
 def test_scheduling_adds_one_job_per_handler_until_it_starts(conn: Connection) -> None:
-    assert call(conn, "outbox.schedule_handlers", ["submit", "apply"]) == 2
-    assert call(conn, "outbox.schedule_handlers", ["submit", "apply"]) == 0
+    assert call(conn, "outbox.schedule_handlers", ["submit", "apply_webhooks"]) == 2
+    assert call(conn, "outbox.schedule_handlers", ["submit", "apply_webhooks"]) == 0
     conn.execute("set search_path = procrastinate")
     conn.execute("update procrastinate_jobs set status = 'doing' where args ->> 'handler' = 'submit'")
-    assert call(conn, "outbox.schedule_handlers", ["submit", "apply"]) == 1
+    assert call(conn, "outbox.schedule_handlers", ["submit", "apply_webhooks"]) == 1
 
 
 def test_periodic_check_schedules_handlers_with_due_work(outbox: Connection) -> None:

@@ -344,9 +344,9 @@ async def test_webhooks_of_an_account_that_is_cut_off_are_held_until_it_is_not(
         conn.execute("select surety.open_circuit('stripe', %s, 'account_refused', 'no access', 'test')", (SHOP,))
         await worker.circuit_breaker._report_calls()
         receive(conn, "refund.failed", SHOP, {"data": {"object": {"id": "re_1", "object": "refund"}}})
-        assert await run_until_idle(worker, "apply") == 1
+        assert await run_until_idle(worker, "apply_webhooks") == 1
         pass_time(conn, "9 minutes")
-        assert await run_until_idle(worker, "apply") == 0, "it is not claimed again and again"
+        assert await run_until_idle(worker, "apply_webhooks") == 0, "it is not claimed again and again"
         conn.execute("select surety.close_circuit('stripe', %s, 'it answers', 'test')", (SHOP,))
         conn.execute("select outbox.schedule_due_handlers()")
         assert conn.execute("select due_at <= surety.time_now() from outbox.retries").fetchall() == [(True,)]

@@ -35,7 +35,7 @@ async def test_refund_without_a_webhook_is_polled_whatever_the_clocks_say(
         await poll_events(worker)
         sandbox.control("refunds", {"payment_intent": intent, "amount": 4000})
         await poll_events(worker)
-        await run_until_idle(worker, "apply")
+        await run_until_idle(worker, "apply_webhooks")
     assert state_of(conn, payment_id) == "partially_refunded"
 
 

@@ -31,7 +31,7 @@ def key_hash(conn: Connection) -> bytes:
 async def charged(conn: Connection, worker: Worker, key_hash: bytes) -> tuple[str, str]:
     """A payment that was charged, and its intent."""
     [payment_id] = pay(conn, key_hash)
-    await run_until_idle(worker, "submit", "confirm", "settle")
+    await run_until_idle(worker, "submit", "confirm", "expect_settlement")
     await poll_balance_transactions(worker)
     [(intent,)] = conn.execute("select provider_id from surety.payments where id = %s", (payment_id,)).fetchall()
     return payment_id, intent
@@ -59,7 +59,7 @@ async def test_refund_and_dispute_without_webhooks_are_polled(
         sandbox.control("refunds", {"payment_intent": intent, "amount": 4000})
         sandbox.control("disputes", {"payment_intent": other})
         await poll_events(worker)
-        await run_until_idle(worker, "apply")
+        await run_until_idle(worker, "apply_webhooks")
         assert state_of(conn, refunded) == "partially_refunded"
         assert state_of(conn, disputed) == "disputed"
         await poll_events(worker)
@@ -84,7 +84,7 @@ async def test_late_refund_failure_without_a_webhook_is_polled(
         assert state_of(conn, payment_id) == "refunded"
         sandbox.control(f"refunds/{one(conn, 'select provider_id from surety.refunds')}", {"outcome": "failed"})
         await poll_events(worker)
-        await run_until_idle(worker, "apply")
+        await run_until_idle(worker, "apply_webhooks")
     assert state_of(conn, payment_id) in {"confirmed", "settled"}
     assert one(conn, "select state from surety.refunds") == "failed"
 
@@ -158,7 +158,7 @@ async def test_dead_lettered_submission_is_looked_up_while_unfinished(
             assert one(conn, "select count(*) from outbox.dead_letters where closed_at is null") == 1
             return
         assert state_of(conn, payment_id) == "provider_submitted"
-        await run_until_idle(worker, "confirm", "settle")
+        await run_until_idle(worker, "confirm", "expect_settlement")
         for _ in range(200):
             await poll_balance_transactions(worker)
             if state_of(conn, payment_id) == "settled":

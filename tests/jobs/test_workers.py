@@ -206,6 +206,7 @@ def test_stopped_worker_finishes_sent_calls_and_returns_the_rest_uncounted(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:
     shop(60)
+    conn.execute("update outbox.handlers set paused_at = now() where handler = 'confirm'")
     slow = {"operation": "payment_intents.create", "fault": "slow", "times": 60}
     sandbox.control("faults", {"next": [slow]})
     with worker_process(database, sandbox.url) as worker:
@@ -288,14 +289,14 @@ def test_failing_event_is_found_by_bisection_and_only_it_is_counted(
         "select handler, payment_id, jsonb_array_length(attempts), attempts -> 0 ->> 'error' from outbox.dead_letters"
         " order by handler"
     ).fetchall()
-    assert [row[:3] for row in letters] == [("close", poison, 3), ("settle", poison, 3)]
+    assert [row[:3] for row in letters] == [("expect_settlement", poison, 3), ("meet_settlement", poison, 3)]
     assert all("poison" in row[3] for row in letters)
     assert count(conn, "select count(*) from surety.expectations") == 8
     assert count(conn, "select count(*) from outbox.retries") == 0
 
 
 def received(conn: Connection, events: list[dict[str, Any]]) -> None:
-    """The receiver's part: stored, with an event for `apply`."""
+    """The receiver's part: stored, with an event for `apply_webhooks`."""
     stored = [
         {
             "n": n,
@@ -379,10 +380,10 @@ async def test_invalid_event_fails_three_times_without_its_batch(
         [created] = [e for e in events_about(sandbox, payment_id) if e["type"] == "payment_intent.created"]
         received(conn, [*garbage, created, unknown])
         for _ in range(3):
-            await run_until_idle(worker, "apply")
+            await run_until_idle(worker, "apply_webhooks")
             due(conn)
     letters = conn.execute("select handler, jsonb_array_length(attempts) from outbox.dead_letters").fetchall()
-    assert letters == [("apply", 3)] * len(bodies)
+    assert letters == [("apply_webhooks", 3)] * len(bodies)
     assert attempts(conn) == []
 
 
@@ -399,7 +400,7 @@ async def test_event_without_meaning_here_ends_well_whatever_its_form(
     ]
     async with in_process_worker(database, sandbox.url) as worker:
         received(conn, events)
-        await run_until_idle(worker, "apply")
+        await run_until_idle(worker, "apply_webhooks")
     assert attempts(conn) == []
 
 
@@ -420,7 +421,7 @@ async def test_thin_event_brings_its_object(
             for n, (type, named) in enumerate(about.items())
         ]
         received(conn, events)
-        await run_until_idle(worker, "apply")
+        await run_until_idle(worker, "apply_webhooks")
     assert [state_of(conn, payment_id) for payment_id in (by_intent, by_charge)] == ["confirmed"] * 2
     assert attempts(conn) == []
 
@@ -434,7 +435,7 @@ async def test_event_without_version_or_previous_attributes_is_fetched(
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         data = {"object": sandbox.confirm(pi), "previous_attributes": None}
         received(conn, [{"id": "evt_1", "type": "payment_intent.succeeded", "data": data}])
-        await run_until_idle(worker, "apply")
+        await run_until_idle(worker, "apply_webhooks")
     assert state_of(conn, payment_id) == "confirmed"
 
 
@@ -448,7 +449,7 @@ async def test_event_of_the_other_mode_is_ignored_with_a_reason(
         types = ("payment_intent.succeeded", "payment_intent.payment_failed", "charge.dispute.created")
         data = {"object": sandbox.read(pi)}
         received(conn, [{"id": f"evt_{type}", "type": type, "livemode": True, "data": data} for type in types])
-        await run_until_idle(worker, "apply")
+        await run_until_idle(worker, "apply_webhooks")
     assert state_of(conn, payment_id) == "provider_submitted"
     assert attempts(conn) == []
     query = "select snapshot ->> 'type', reason from audit.entries where kind = 'answer' and outcome = 'ignored'"
@@ -456,7 +457,7 @@ async def test_event_of_the_other_mode_is_ignored_with_a_reason(
     assert sorted(conn.execute(query).fetchall()) == sorted((type, reason) for type in types)
 
 
-@pytest.mark.parametrize(("type", "handler"), [("payment.initiated", "submit"), ("webhook.received", "apply")])
+@pytest.mark.parametrize(("type", "handler"), [("payment.initiated", "submit"), ("webhook.received", "apply_webhooks")])
 async def test_event_about_an_unknown_object_is_dead_lettered(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay, type: str, handler: str
 ) -> None:
@@ -485,11 +486,11 @@ async def test_webhook_that_cannot_be_recorded_does_not_fail_its_batch(
             sandbox.confirm(pi)
             events += [e for e in events_about(sandbox, payment_id) if e["type"] == "payment_intent.succeeded"]
         received(conn, events)
-        await run_until_idle(worker, "apply")
+        await run_until_idle(worker, "apply_webhooks")
     states = [state_of(conn, payment_id) for payment_id in payments]
     assert states == ["confirmed", "confirmed", "provider_submitted", "confirmed", "confirmed"]
     [(handler, failures, errors)] = attempts(conn)
-    assert (handler, failures) == ("apply", 1)
+    assert (handler, failures) == ("apply_webhooks", 1)
     assert "poison" in errors[0]
 
 
@@ -508,7 +509,7 @@ async def test_snapshot_of_another_api_version_is_fetched(
             "data": {"object": lie},
         }
         received(conn, [old])
-        await run_until_idle(worker, "apply")
+        await run_until_idle(worker, "apply_webhooks")
     assert state_of(conn, payment_id) == "provider_submitted"
     query = "select kind, outcome from audit.entries where snapshot ->> 'operation' = 'fetch' order by id"
     assert conn.execute(query).fetchall() == [("call", "asked"), ("answer", "answered")]

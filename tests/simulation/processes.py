@@ -162,5 +162,5 @@ async def deliver_payload(schedule: Schedule, payload: bytes) -> None:
                 schedule.report_violation("no statement fails", repr(error))
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
-        schedule.schedule_handlers("apply")
+        schedule.schedule_handlers("apply_webhooks")
         return

@@ -198,7 +198,7 @@ def key_permissions(_: Connection) -> str:
 
 
 def webhook_endpoint(_: Connection) -> str:
-    """The command that creates the webhook endpoint: our API version, and the events that the handler `apply` reads."""
+    """The command that creates the webhook endpoint: our API version, and the events that `apply_webhooks` reads."""
     parts = [
         "curl https://api.stripe.com/v1/webhook_endpoints --user sk_live_…:",
         f"--data url=https://pay.example.com/stripe --data api_version={API_VERSION}",

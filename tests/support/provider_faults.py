@@ -4,7 +4,7 @@ Payments by the hundred go through the worker's real code and the real sandbox a
 goes wrong for it in one way. A pair of call and fault counts when the sandbox has really done it.
 
 The calls are those of the outbox's phases: what `submit`, `confirm`, `cancel`, `capture`, `refund` and `evidence` send,
-what they ask when an outcome is unknown or has to be known, what `apply` fetches because of a webhook, what
+what they ask when an outcome is unknown or has to be known, what `apply_webhooks` fetches because of a webhook, what
 polling fetches, and what the periodic jobs read.
 """
 
@@ -75,8 +75,8 @@ FIRST = "webhook first"
 
 # Where a question brings webhooks that are late, which ones those are.
 LATE_WEBHOOKS = {
-    "apply: fetch": "charge.failed",
-    "apply: fetch dispute": "charge.dispute.funds_withdrawn",
+    "apply_webhooks: fetch": "charge.failed",
+    "apply_webhooks: fetch dispute": "charge.dispute.funds_withdrawn",
     "poll_unfinished: fetch": "payment_intent.succeeded",
     "poll_balance_transactions: list": "charge.updated",
     "recheck_pending_balance: list": "charge.updated",
@@ -123,10 +123,12 @@ CALLS = {
     "refund: look for it": ProviderCall("refunds.list", VISA, "refund.created", "refund.created"),
     "evidence: submit": ProviderCall("disputes.update", VISA, "charge.dispute.updated", "charge.dispute.updated"),
     "evidence: fetch": ProviderCall("disputes.retrieve", VISA, "charge.dispute.closed", "charge.dispute.updated"),
-    "apply: fetch": ProviderCall(
+    "apply_webhooks: fetch": ProviderCall(
         "payment_intents.retrieve", DECLINED, "payment_intent.payment_failed", "payment_intent.payment_failed"
     ),
-    "apply: fetch dispute": ProviderCall("disputes.retrieve", VISA, "charge.dispute.created", "charge.dispute.created"),
+    "apply_webhooks: fetch dispute": ProviderCall(
+        "disputes.retrieve", VISA, "charge.dispute.created", "charge.dispute.created"
+    ),
     "poll_unfinished: fetch": ProviderCall(
         "payment_intents.retrieve", ACTION_REQUIRED, "payment_intent.succeeded", "payment_intent.succeeded"
     ),
@@ -263,16 +265,16 @@ class FaultMatrix:
         orders = self._before_confirming()
         for case in self._of("confirm: confirm"):
             orders += self._of_call(case, case.payment_id)
-        for case in self._of("apply: fetch") + self._of("confirm: ask"):
+        for case in self._of("apply_webhooks: fetch") + self._of("confirm: ask"):
             orders += self._of_call(case, case.intent)
         await self._act_while_applying(orders, "confirm")
-        fetched = [case for case in self._of("apply: fetch") if case.fault in CALL_FAULTS]
-        self._wait_for_webhooks(CALLS["apply: fetch"].webhook, fetched)
-        await self._act([], "apply")
+        fetched = [case for case in self._of("apply_webhooks: fetch") if case.fault in CALL_FAULTS]
+        self._wait_for_webhooks(CALLS["apply_webhooks: fetch"].webhook, fetched)
+        await self._act([], "apply_webhooks")
         self.move(pause_seconds)
         await self._act([], "confirm")
         self.move(pause_seconds)
-        await self._act([], "confirm", "apply")
+        await self._act([], "confirm", "apply_webhooks")
 
     def _before_confirming(self) -> list[OrderedFault]:
         """Order the faults and late webhooks that later calls of the table depend on."""
@@ -281,7 +283,7 @@ class FaultMatrix:
             if not case.call.startswith("submit"):
                 orders += self._of_webhook(case, "" if case.call == "poll_payouts: list" else case.intent)
             match case.call:
-                case "apply: fetch":
+                case "apply_webhooks: fetch":
                     orders += [OrderedFault(None, "payment_intents.confirm", "timeout_after", case.payment_id)]
                 case "confirm: ask":
                     has_happened = (case.turn % 2 == 1 and case.fault in CALL_FAULTS) or case.fault == FIRST
@@ -339,17 +341,22 @@ class FaultMatrix:
             case.refund = made[refunds[case.payment_id]]
 
     async def _dispute(self, pause_seconds: float) -> None:
-        """Cardholders dispute; `apply` fetches the disputes."""
-        calls = ("apply: fetch dispute", "evidence: submit", "evidence: fetch", "poll_unfinished: fetch dispute")
+        """Cardholders dispute; `apply_webhooks` fetches the disputes."""
+        calls = (
+            "apply_webhooks: fetch dispute",
+            "evidence: submit",
+            "evidence: fetch",
+            "poll_unfinished: fetch dispute",
+        )
         cases = [case for call in calls for case in self._of(call)]
         await self._until_charged(cases)
         for case in cases:
             case.dispute = self.sandbox.control("disputes", {"payment_intent": case.intent})["id"]
-        fetched = self._of("apply: fetch dispute")
+        fetched = self._of("apply_webhooks: fetch dispute")
         self._wait_for_webhooks("charge.dispute.created", [case for case in cases if case.fault in CALL_FAULTS])
-        await self._act([order for case in fetched for order in self._of_call(case, case.dispute)], "apply")
+        await self._act([order for case in fetched for order in self._of_call(case, case.dispute)], "apply_webhooks")
         self.move(pause_seconds)
-        await self._act([], "apply")
+        await self._act([], "apply_webhooks")
 
     async def _give_evidence(self, pause_seconds: float) -> None:
         sent, asked = self._of("evidence: submit"), self._of("evidence: fetch")
@@ -385,7 +392,7 @@ class FaultMatrix:
             self._pay_at_the_bank(case.intent)
         for case in refunded:
             self.sandbox.control(f"refunds/{case.refund}", {"outcome": ("succeeded", "failed")[case.turn % 2]})
-        for case in disputed + self._of("apply: fetch dispute"):
+        for case in disputed + self._of("apply_webhooks: fetch dispute"):
             self.sandbox.control(f"disputes/{case.dispute}", {"outcome": ("won", "lost")[case.turn % 2]})
         self.move(LATER)
         orders = [order for case in paid for order in self._of_call(case, case.intent)]
@@ -523,7 +530,7 @@ class FaultMatrix:
 
         async def apply() -> None:
             while not done.is_set():
-                await run_until_idle(self.worker, "apply")
+                await run_until_idle(self.worker, "apply_webhooks")
                 await asyncio.sleep(0.02)
 
         applying = asyncio.create_task(apply())

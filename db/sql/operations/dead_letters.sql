@@ -38,7 +38,10 @@ begin atomic
             asked.letter_id,
             subject.*,
             case
-                when subject.id is null or p_letter.handler in ('settle', 'close', 'apply', 'evidence') then 'forget'
+                when
+                    subject.id is null
+                    or p_letter.handler in ('expect_settlement', 'meet_settlement', 'apply_webhooks', 'evidence')
+                    then 'forget'
                 when p_letter.type = 'payment.orphan_found' then 'forget'
                 when p_letter.handler = 'refund' and subject.is_refund_open is not true then 'forget'
                 when p_letter.handler = 'capture' and not (subject.state = 'processing' and subject.is_capture_open)
@@ -77,7 +80,7 @@ begin atomic
                 'closes the letter, keeps the record'
                 || coalesce('; the payment stays ' || judged.state, '')
                 || case
-                    when p_letter.handler = 'settle' then ', and a missing settlement opens no discrepancy'
+                    when p_letter.handler = 'expect_settlement' then ', and a missing settlement opens no discrepancy'
                     when p_letter.handler = 'evidence' then ', and the evidence is open again for its merchant'
                     when p_letter.type = 'payment.orphan_found'
                         then ', and ' || (p_letter.payload ->> 'object_id') || ', which was never confirmed, stays'
@@ -116,9 +119,9 @@ begin atomic
         when 'capture' then 'reads the intent first, and captures it only if its amount is still authorized'
         when 'refund' then 'looks for the refund among those of the payment first: at most one will exist'
         when 'evidence' then 'sends all evidence again, which the provider accepts as an update'
-        when 'apply' then 'reads the webhook again; facts that are known change nothing'
-        when 'settle' then 'opens the expected settlement, unless it is open'
-        when 'close' then 'closes the expected settlement, unless it is closed'
+        when 'apply_webhooks' then 'reads the webhook again; facts that are known change nothing'
+        when 'expect_settlement' then 'opens the expected settlement, unless it is open'
+        when 'meet_settlement' then 'closes the expected settlement, unless it is closed'
         else 'gives the event to its handler again, which reads the object before it sends'
     end;
 end;

@@ -36,7 +36,7 @@ from (
     ('dispute.evidence_given', false, 'The merchant asked to submit evidence.'),
     ('dispute.evidence_due', true, 'Evidence is due soon and was not submitted.'),
     ('dispute.evidence_refused', true, 'The evidence was not taken, for `evidence.failure`; it is open again.'),
-    ('webhook.received', false, 'An event of the provider was stored.')
+    ('webhook.received', false, 'An event of the provider was stored, from a webhook or from its list.')
 ) as listed (type, is_for_merchants, meaning)
 on conflict (type) do update
 set is_for_merchants = excluded.is_for_merchants, meaning = excluded.meaning

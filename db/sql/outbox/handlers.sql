@@ -40,9 +40,9 @@ from (
     ('cancel', 'Cancels at the provider what must not be charged any more.', 200, 2, true),
     ('refund', 'Creates the refund at the provider.', 200, 2, true),
     ('evidence', 'Submits a dispute''s evidence to the provider.', 200, 2, true),
-    ('apply', 'Reads facts from a stored event of the provider.', 200, 2, false),
-    ('settle', 'Opens the expected settlement of a confirmed payment.', 500, 2, false),
-    ('close', 'Closes the expected settlement of a payment whose money has arrived.', 500, 2, false)
+    ('apply_webhooks', 'Reads facts from a stored event of the provider.', 200, 2, false),
+    ('expect_settlement', 'Opens the expected settlement of a confirmed payment.', 500, 2, false),
+    ('meet_settlement', 'Closes the expected settlement of a payment whose money has arrived.', 500, 2, false)
 ) as listed (handler, meaning, batch_size, batches_at_once, calls_provider)
 on conflict (handler) do update
 set meaning = excluded.meaning, calls_provider = excluded.calls_provider
@@ -59,12 +59,12 @@ with listed (event_type, handler) as (
     ('payment.action_overdue', 'cancel'),
     ('payment.authorized_late', 'cancel'),
     ('payment.orphan_found', 'cancel'),
-    ('payment.confirmed', 'settle'),
-    ('payment.settled', 'close'),
-    ('payment.money_available', 'close'),
+    ('payment.confirmed', 'expect_settlement'),
+    ('payment.settled', 'meet_settlement'),
+    ('payment.money_available', 'meet_settlement'),
     ('refund.pending', 'refund'),
     ('dispute.evidence_given', 'evidence'),
-    ('webhook.received', 'apply')
+    ('webhook.received', 'apply_webhooks')
 ),
 
 removed as (

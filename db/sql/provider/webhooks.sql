@@ -1,5 +1,5 @@
 -- The provider's events, from webhooks or from its list: each is stored once, without client secrets, with an event for
--- `apply`.
+-- the handler `apply_webhooks`.
 
 create or replace function surety.receive_webhooks(p_webhooks jsonb) returns table (n integer, is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
