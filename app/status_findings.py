@@ -93,12 +93,9 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         ),
         *(finding for provider in state["providers"] if (finding := find_provider_problem(provider))),
     ]
-    if state["is_restored_elsewhere"]:
-        found.append(
-            Finding(
-                "restored-elsewhere", 2, "restored from a dump: nothing is accepted", 'surety restored --reason "…"'
-            )
-        )
+    if state["is_restored"]:
+        what = "restored from a dump or to an earlier time: nothing is handled"
+        found.append(Finding("restored-elsewhere", 2, what, 'surety restored --reason "…"'))
     if days_ahead(state) < PARTITIONS_DAYS_MIN:
         found.append(Finding("partitions-run-out", 2, "partitions run out", "select surety.maintain_partitions()"))
     return sorted(found, key=lambda finding: -finding.urgency)

@@ -14,9 +14,9 @@ from db.settings import load_settings
 def restored(reason: str) -> None:
     """Open the database of DATABASE_URL after it was restored.
 
-    A dump of another cluster was restored into it, or its cluster was set back to an earlier time. Until then, the
-    database accepts and handles nothing. Events that were not handled are due again. Repeating the command has no
-    further effect.
+    A dump of another cluster was restored into it, or its cluster was set back to an earlier time. Until then, nothing
+    is handled, and in another cluster nothing is accepted. Events that were not handled are due again. Repeating the
+    command has no further effect.
     """
     url = load_settings().require("database_url").reveal()
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:

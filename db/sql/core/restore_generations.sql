@@ -1,5 +1,6 @@
 -- Restore generations. Transaction ids are comparable only within the cluster that assigned them, and cursors compare
--- them. A restored database accepts and claims nothing until `surety restored` opens a new restore generation.
+-- them. A restored database claims nothing, and in another cluster accepts nothing, until `surety restored` opens a new
+-- restore generation.
 
 create or replace function outbox.system_identifier() returns bigint
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp

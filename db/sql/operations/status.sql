@@ -207,8 +207,10 @@ begin
     return jsonb_build_object(
         'at', surety.format_time(v_now),
         'livemode', surety.read_livemode(),
-        'is_restored_elsewhere', (
-            select e.system_identifier <> outbox.system_identifier()
+        'is_restored', (
+            select
+                e.system_identifier <> outbox.system_identifier()
+                or outbox.has_future_transactions(e.generation) is true
             from outbox.restore_generations as e order by e.generation desc limit 1
         ),
         'handlers', (
