@@ -16,6 +16,7 @@ from psycopg_pool import AsyncConnectionPool
 from db.connect import bounded_connection, conninfo
 from db.errors import is_retryable, is_unreachable, message_of, outdates_connection
 from db.settings import Settings
+from db.tasks import cancel_and_wait
 
 log = logging.getLogger("surety.database")
 
@@ -209,12 +210,6 @@ class AdvisoryLocks:
         if self.is_lost or not self._keys:
             self._connection = None
             await self._stack.aclose()
-
-
-async def cancel_and_wait(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait for its end, so that it no longer uses the connection."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from procrastinate import JobContext
 from psycopg.types.json import Jsonb
 
 from db.errors import error_text, is_retryable
+from db.tasks import cancel_and_wait
 from jobs.database import bisect_on_error
 from jobs.handlers.table import HANDLERS, HandleEvents
 from jobs.stripe.errors import ReleaseCause
@@ -78,8 +79,7 @@ async def keep_lease(worker: Worker, batch: Batch, lease_seconds: float) -> Asyn
     try:
         yield
     finally:
-        renewing.cancel()
-        await asyncio.gather(renewing, return_exceptions=True)
+        await cancel_and_wait(renewing)
 
 
 async def handle_batch(worker: Worker, batch: Batch, handler: HandleEvents) -> None:

@@ -20,6 +20,7 @@ from db.connect import bounded_connection, conninfo
 from db.errors import is_unreachable, message_of
 from db.logs import format_root_handlers
 from db.settings import load_settings
+from db.tasks import cancel_and_wait
 from jobs.database import POOL_SECONDS
 from jobs.mode import ModeWatch
 from jobs.periodic import schedule_periodic_tasks
@@ -78,8 +79,7 @@ async def checking_key_at_start(worker: Worker) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        check.cancel()
-        await asyncio.gather(check, return_exceptions=True)
+        await cancel_and_wait(check)
 
 
 async def log_failure(check: Coroutine[Any, Any, None]) -> None:

@@ -14,6 +14,7 @@ from procrastinate import JobContext
 from db.connect import conninfo
 from db.errors import message_of
 from db.settings import Settings
+from db.tasks import cancel_and_wait
 from jobs.circuit_breaker import CircuitBreaker
 from jobs.database import WorkerDatabase, open_database
 from jobs.mode import require_same_mode
@@ -103,9 +104,7 @@ async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
             yield worker
         finally:
             worker.watchdog.stop()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_and_wait(*tasks)
 
 
 async def run_circuit_breaker(worker: Worker) -> None:

@@ -6,13 +6,13 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from contextlib import suppress
 from typing import Literal
 
 import psycopg
 
 from app.web.batching import Unavailable, describe_error
 from app.web.database import DatabasePool
+from db.tasks import cancel_and_wait
 
 log = logging.getLogger("surety.refusals")
 
@@ -42,9 +42,7 @@ class RefusalCounter:
 
     async def close(self) -> None:
         """Write the remaining counts, and stop."""
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await cancel_and_wait(self._task)
         await self._write()
 
     async def _run(self) -> None:

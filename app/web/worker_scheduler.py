@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 import psycopg
 
 from app.web.batching import Unavailable, describe_error
+from db.tasks import cancel_and_wait
 
 log = logging.getLogger("surety.worker_scheduler")
 
@@ -32,9 +32,7 @@ class WorkerScheduler:
 
     async def close(self) -> None:
         """Stop."""
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await cancel_and_wait(self._task)
 
     async def _run(self) -> None:
         while True:
