@@ -4,7 +4,7 @@ Run by `procrastinate --app jobs.app worker`, in any number of processes. A paym
 
     drain            claims a batch of events, has it handled, finishes it or gives it back
     handlers/        table.py lists the handlers; calls.py makes a batch's calls; one file for each subject
-    stripe/          the client, its errors, what Stripe's objects and webhooks say
+    stripe/          the client, its errors, what Stripe's objects and webhooks say, the check of our key
     circuit_breaker  reports calls to the database's circuits, and probes
     periodic         the periodic jobs and when they run
     polling          unfinished objects and lists that are read from the provider

@@ -153,6 +153,26 @@ async def test_check_changes_nothing_at_the_provider(database: str, conn: Connec
     assert sandbox.get("/v1/events")["data"] == []
 
 
+def test_accounts_behind_an_open_circuit_are_not_asked(conn: Connection) -> None:
+    add_merchant(conn, account="acct_2")
+    add_merchant(conn, account="acct_1")
+    query = "select account, takes_payments from surety.accounts_to_check('stripe')"
+    assert conn.execute(query).fetchall() == [("", False), ("acct_1", True)]
+    conn.execute("select surety.open_circuit('stripe', '', 'outage', 'no answer', 'worker:w')")
+    conn.execute("select surety.open_circuit('stripe', 'acct_1', 'outage', 'no answer', 'worker:w')")
+    assert conn.execute(query).fetchall() == [("acct_2", True)]
+
+
+async def test_refused_key_is_no_missing_permission(database: str, conn: Connection, sandbox: SandboxProcess) -> None:
+    restrict(sandbox, NEEDED)
+    sandbox.control("key-state", {"state": "expired"})
+    await check(database, sandbox)
+    found = checked_key(conn)
+    assert (found["missing_permissions"], found["checked_seconds"]) == ([], None)
+    assert "Expired API Key provided" in found["error"]
+    assert "never checked; the last check failed" in surety(database, "status").stdout
+
+
 async def test_unanswered_check_keeps_what_the_last_one_found(
     database: str, conn: Connection, sandbox: SandboxProcess
 ) -> None:

@@ -17,7 +17,12 @@ begin atomic
             min(merchants.provider_account),
             true
         from surety.merchants
-        where merchants.provider_account <> '' and merchants.suspended_at is null
+        where
+            merchants.provider_account <> '' and merchants.suspended_at is null
+            and not exists (
+                select from surety.open_circuits
+                where open_circuits.provider = p_provider and open_circuits.account = merchants.provider_account
+            )
     ) as accounts
     where
         accounts.account is not null
