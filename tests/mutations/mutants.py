@@ -268,7 +268,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "failures before a circuit opened are not counted",
         (
             "db/sql/provider/circuit_breaker.sql",
-            "        failures = greatest(0, r.failures - counted.times),\n        attempts = counted.attempts,\n",
+            "        failures = greatest(0, r.failures - counted.times),\n",
             "        failures = r.failures,\n",
         ),
     ),

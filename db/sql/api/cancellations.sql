@@ -49,6 +49,6 @@ $$;
 
 comment on function api.cancel_payment(jsonb) is
 'Cancels a payment; p_request as for api.admit_command, with payment_id.
-200 and the canceled payment if nothing was sent to the provider yet, or it refused all that was sent. Otherwise 202 and
-the payment as it is: the provider is asked to cancel it, and it may have succeeded before.
+200 and the canceled payment if nothing was sent to the provider yet, or each send was refused for want of access.
+Otherwise 202 and the payment as it is: the provider is asked to cancel it, and it may have succeeded before.
 Problems: not-found; wrong-state, detail {state, reason}.';
