@@ -23,13 +23,14 @@ from __future__ import annotations
 from procrastinate import PsycopgConnector
 
 from jobs import drain, periodic
+from jobs.handlers.table import HANDLERS
 from jobs.supervision import WorkerApp, open_pool
 
 app = WorkerApp(
     connector=PsycopgConnector(pool_factory=open_pool),
     worker_defaults={
         # Room for two drains of each handler and for every periodic job at once.
-        "concurrency": 24,
+        "concurrency": 2 * len(HANDLERS) + len(periodic.PERIODIC_JOBS),
         "delete_jobs": "always",
         "fetch_job_polling_interval": 1.0,
         "shutdown_graceful_timeout": 30.0,

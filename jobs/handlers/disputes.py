@@ -1,7 +1,7 @@
 """The operation evidence: sends a merchant's evidence against a dispute to the provider.
 
-Each request holds all evidence that was given so far, so repeating it does no harm. The dispute is fetched after it,
-whatever the outcome.
+Each request holds all evidence that was given so far, so repeating it does no harm. The dispute is fetched after
+each answer, whether the provider took the evidence or not.
 """
 
 from __future__ import annotations
