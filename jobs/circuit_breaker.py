@@ -108,6 +108,12 @@ class CircuitBreaker:
         unsure = [account for account, at in began.items() if answered.get(account, 0.0) < at]
         await asyncio.gather(*(self._probe(account) for account in unsure if account not in self.blocked))
 
+    async def probe_platform_if_open(self) -> None:
+        """Probe the platform's own account if its circuit is open: a worker may have started with another key."""
+        await self._report_calls()
+        if PLATFORM_ACCOUNT in self.blocked:
+            await self._probe(PLATFORM_ACCOUNT)
+
     async def _report_calls(self) -> dict[str, float]:
         """Report calls. Returns by account the time of the last answer to any worker, on the monotonic clock."""
         tallies, self._tallies = self._tallies, defaultdict(CallCounts)

@@ -75,11 +75,17 @@ class WorkerApp(App):
 @contextlib.asynccontextmanager
 async def checking_key_at_start(worker: Worker) -> AsyncGenerator[None]:
     """Check this worker's key at the provider beside its work, which needs no result of it."""
-    check = asyncio.create_task(log_failure(check_provider_key(worker)))
+    check = asyncio.create_task(log_failure(check_key_at_start(worker)))
     try:
         yield
     finally:
         await cancel_and_wait(check)
+
+
+async def check_key_at_start(worker: Worker) -> None:
+    """Check the key. If the circuit of the platform's account is open, probe it first: the key may be another one."""
+    await worker.circuit_breaker.probe_platform_if_open()
+    await check_provider_key(worker)
 
 
 async def log_failure(check: Coroutine[Any, Any, None]) -> None:

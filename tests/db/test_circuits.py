@@ -117,3 +117,21 @@ def test_circuit_that_closes_during_a_hold_makes_the_held_events_due(
     at_once(conn, two, lambda: release(one, batch), lambda: other.execute(CLOSE))
     [(is_due,)] = conn.execute("select due_at <= surety.read_clock() from outbox.retries").fetchall()
     assert is_due
+
+
+@pytest.mark.parametrize("cause", ["outage", "key_refused"])
+def test_lists_that_fail_with_a_circuit_are_no_finding_while_it_is_open_nor_after_it_closed(
+    conn: Connection, cause: str
+) -> None:
+    note = "select surety.note_unreadable_list('stripe', %s, %s, 'no answer', %s)"
+    conn.execute(note, ("", "payouts", False))
+    conn.execute(note, ("acct_1", "payouts", False))
+    pass_time(conn, 3600)
+    conn.execute(note, ("", "events", cause != "outage"))
+    conn.execute("select surety.open_circuit('stripe', '', %s, 'words', 'test')", (cause,))
+    conn.execute(note, ("", "balance_transactions", cause != "outage"))
+    unreadable = "select account, list from surety.list_unreadable_lists() order by 1, 2"
+    assert conn.execute(unreadable).fetchall() == [("acct_1", "payouts")]
+    pass_time(conn, 3600)
+    conn.execute(CLOSE)
+    assert conn.execute(unreadable).fetchall() == [("", "payouts"), ("acct_1", "payouts")]

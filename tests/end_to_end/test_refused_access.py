@@ -353,6 +353,17 @@ async def test_webhooks_of_an_account_that_is_cut_off_are_held_until_it_is_not(
     assert intent
 
 
+def test_worker_that_starts_with_a_valid_key_closes_the_circuits_of_a_refused_one_at_once(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
+) -> None:
+    payments = shop(SHOP, 2)
+    conn.execute("select surety.open_circuit('stripe', '', 'key_refused', 'Stripe 401', 'test')")
+    conn.execute("update surety.circuit_breakers set next_probe_at = now() + interval '1 hour' where account = ''")
+    with worker_process(database, sandbox.url):
+        eventually(lambda: circuits(conn) == {}, 20)
+        eventually(lambda: states(conn, payments) <= ENDED, 30)
+
+
 def test_expired_key_is_reported_within_a_minute_and_what_waits_goes_on(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]], tmp_path: Path
 ) -> None:

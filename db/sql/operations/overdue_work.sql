@@ -72,10 +72,8 @@ begin atomic
     where
         poll_cursors.failures > 0
         and not exists (
-            select from surety.circuit_breakers
-            where
-                circuit_breakers.provider = poll_cursors.provider and circuit_breakers.account = poll_cursors.account
-                and circuit_breakers.cause <> 'outage'
+            select from surety.open_circuits
+            where open_circuits.provider = poll_cursors.provider and open_circuits.account = poll_cursors.account
         )
     order by poll_cursors.failing_since, poll_cursors.provider, poll_cursors.account, poll_cursors.list
     limit 100;
@@ -83,7 +81,7 @@ end;
 
 comment on function surety.list_unreadable_lists() is
 'The lists of the provider whose last reading did not reach the end, with the seconds since the first such reading. The
-100 that have failed longest, without those of accounts that refuse us everything (surety.list_refused_accounts).';
+100 that have failed longest, without those behind an open circuit, which are not read.';
 
 create or replace function surety.list_overdue_objects()
 returns table (

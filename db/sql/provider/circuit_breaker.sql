@@ -278,6 +278,12 @@ begin
     set due_at = v_now
     from held as h
     where r.handler = h.handler and r.event_id = h.event_id;
+    -- A list that failed with the circuit says nothing about the account that answers. A list that still fails is noted
+    -- again by its next reading.
+    update surety.poll_cursors as l
+    set failures = 0, failing_since = null, error = null, is_refused = false
+    where l.failures > 0 and surety.circuit_key(l.provider, l.account) = any(v_keys)
+        and (l.is_refused or l.failing_since > v_opened_at - interval '2 minutes');
     perform audit.write_entry(
         'system', p_actor, 'circuit closed', p_reason,
         p_snapshot => jsonb_build_object(
@@ -289,8 +295,9 @@ end;
 $$;
 
 comment on function surety.close_circuit(text, text, text, text) is
-'Closes an account''s circuit, resets its counts, and makes its held events due. If the key was refused, the answer of
-one account closes all that opened for that. Returns false and changes nothing if it is closed already.';
+'Closes an account''s circuit, resets its counts, makes its held events due, and forgets that lists were refused or
+began to fail when it opened. If the key was refused, the answer of one account closes all that opened for that. Returns
+false and changes nothing if it is closed already.';
 
 create or replace function surety.hold_blocked_events(p_batch bigint, p_fence bigint, p_event_ids text[]) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
