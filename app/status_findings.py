@@ -43,6 +43,7 @@ FindingId = Literal[
     "key-permissions",
     "key-of-another-account",
     "merchant-on-own-account",
+    "refused-payments",
     "waiting-events",
     "unfinished-objects",
     "periodic-job-failing",
@@ -81,6 +82,7 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         *find_money_problems(state),
         *find_refused_accounts(state),
         *find_refused_calls(state),
+        *find_refused_payments(state),
         *find_waiting_events(state),
         *find_key_problems(state),
         *find_overdue_jobs(state),
@@ -209,6 +211,15 @@ def find_refused_calls(state: dict[str, Any]) -> Iterator[Finding]:
     if len(refused) > REFUSALS_NAMED_MAX:
         more = count_noun(len(refused) - REFUSALS_NAMED_MAX, "more refusal")
         yield Finding("access-refused", 2, f"{more} of calls", next_step)
+
+
+def find_refused_payments(state: dict[str, Any]) -> Iterator[Finding]:
+    """Accounts at which the provider refuses most new payments: each fails by itself, so no other finding shows it."""
+    for one in state["refused_payments"]:
+        whose = f"account {one['account']}" if one["account"] else "the platform's account"
+        what = f"{one['provider']} refused {one['refused']} of the last {count_noun(one['answered'], 'payment')}"
+        what += f" of {whose}, since {format_age(one['seconds'])} ago: {one['error']}"
+        yield Finding("refused-payments", 2, what, f"surety trace {one['payment_id']}")
 
 
 def find_waiting_events(state: dict[str, Any]) -> Iterator[Finding]:

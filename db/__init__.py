@@ -62,6 +62,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "operations/invariants",
     "operations/circuit_status",
     "operations/overdue_work",
+    "operations/refused_payments",
     "operations/status",
     "api/documents",
     "api/authentication",

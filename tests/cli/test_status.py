@@ -234,3 +234,56 @@ def test_status_reports_when_it_cannot_read_the_database(blank: str) -> None:
         assert done.stderr == ""
         output = json.loads(surety(address, "status", "--json").stdout)
         assert (output["verdict"], len(output["findings"])) == ("act", 1)
+
+
+def answer_creations(conn: Connection, key_hash: bytes, *statuses: int) -> list[str]:
+    """New payments whose creations were answered with these statuses, 400 as a refusal."""
+    ids = pay(conn, key_hash, len(statuses))
+    row = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('submit', 'worker-1')").fetchone()
+    assert row is not None
+    begun = "select event_id, payment_id from surety.begin_calls(%s, %s, 'create', 'worker:w')"
+    events = {payment_id: event_id for event_id, payment_id in conn.execute(begun, row[:2]).fetchall()}
+    for payment_id, status in zip(ids, statuses, strict=True):
+        result = {"event_id": events[payment_id], "payment_id": payment_id, "operation": "create", "status": status}
+        refusal = {"code": "parameter_unknown", "message": "Received unknown parameter: colour"}
+        result |= {"outcome": "refused", "refused": refusal} if status == 400 else {"outcome": "answered"}
+        conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (*row[:2], json.dumps([result])))
+    return ids
+
+
+def findings_about_refused_payments(database: str) -> list[dict[str, Any]]:
+    return [found for found in read_status(database)[1]["findings"] if found["id"] == "refused-payments"]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "is_found"),
+    [((400,) * 4, False), ((400,) * 5, True), ((400,) * 5 + (200,) * 5, False), ((400,) * 6 + (200,) * 5, True)],
+)
+def test_most_payments_of_an_account_refused_is_an_urgent_finding(
+    conn: Connection, database: str, statuses: tuple[int, ...], *, is_found: bool
+) -> None:
+    add_live_worker(conn)
+    _, healthy = add_merchant(conn, account="acct_healthy")
+    _, broken = add_merchant(conn, account="acct_broken")
+    answer_creations(conn, healthy, *(200,) * 9)
+    ids = answer_creations(conn, broken, *statuses)
+    found = findings_about_refused_payments(database)
+    assert len(found) == is_found
+    if found:
+        refused = statuses.count(400)
+        assert (
+            f"stripe refused {refused} of the last {len(statuses)} payments of account acct_broken" in found[0]["what"]
+        )
+        assert "parameter_unknown: Received unknown parameter: colour" in found[0]["what"]
+        assert found[0]["urgency"] == 2
+        assert found[0]["next"].removeprefix("surety trace ") in ids[:refused]
+
+
+def test_refused_payments_are_no_finding_after_fifteen_minutes(conn: Connection, database: str) -> None:
+    add_live_worker(conn)
+    _, key_hash = add_merchant(conn)
+    answer_creations(conn, key_hash, *(400,) * 9)
+    assert "the platform's account" in findings_about_refused_payments(database)[0]["what"]
+    conn.execute("update surety.environment set kind = 'test'")
+    conn.execute("insert into surety.clock (ahead) values ('16 minutes')")
+    assert findings_about_refused_payments(database) == []

@@ -314,6 +314,34 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/sql/provider/key_checks.sql", "where p_account in (k.account_id, k.other_account_id))", "where false)"),
     ),
     mutant(
+        "a payer can act",
+        ("db/sql/provider/requests.sql", "'return_url', p_payment.return_url,", "'return_url', null,"),
+    ),
+    mutant(
+        "the payer's address reaches the provider",
+        ("db/sql/provider/requests.sql", "'receipt_email', p_payment.customer ->> 'email',", ""),
+    ),
+    mutant(
+        "the audit trail has no address",
+        ("db/redaction.py", 'return EMAIL_ADDRESS.sub("(an e-mail address)", text)', "return text"),
+    ),
+    mutant(
+        "an answer without a currency is no mismatch",
+        (
+            "jobs/handlers/payments.py",
+            'for name in ("id", "amount", "currency", "livemode"):',
+            'for name in ("id", "amount"):',
+        ),
+    ),
+    mutant(
+        "a refused refund gives back what it reserved",
+        (
+            "db/sql/provider/refusals.sql",
+            "p_gross => r.amount_minor)), v_now)\n    from unnest(v_refused) as r;",
+            "p_gross => r.amount_minor)), v_now)\n    from unnest(v_refused) as r\n    having false;",
+        ),
+    ),
+    mutant(
         "a payment with a loss stays reversed",
         (
             "db/sql/payments/derive.sql",

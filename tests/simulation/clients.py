@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from msgspec import Struct, field
 
-from app.api.schemas.payments import PaymentRequest
+from app.api.schemas.payments import Customer, PaymentRequest
 from app.web.batching import RefusedByDatabase, Unavailable
 from tests.simulation.database import Pool
 from tests.simulation.loop import Killed
@@ -57,6 +57,11 @@ class WantedPayment(Struct):
     """Status and document of each answered command that took effect, by key."""
 
     @property
+    def email(self) -> str:
+        """The payer's address, which the provider refuses for some."""
+        return f"payer{self.number}@{'nowhere' if self.amount % 16 == 0 else 'shop.example'}"
+
+    @property
     def payment_id(self) -> str | None:
         """The id of the acknowledged payment."""
         return next((row[6] for row in self.answers if row[1] == 201), None)
@@ -81,7 +86,7 @@ class WantedPayment(Struct):
             statement_descriptor_suffix=None,
             return_url="https://shop.example/return",
             off_session=False,
-            customer=None,
+            customer=Customer(email=self.email, name=f"Payer {self.number}"),
             metadata={},
         )
 

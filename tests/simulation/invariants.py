@@ -29,6 +29,7 @@ def check(schedule: Schedule) -> None:
     check_acknowledgements(schedule)
     check_uniqueness(schedule)
     check_effects(schedule)
+    check_payers(schedule)
     check_charges(schedule)
     check_refusals_uncounted(schedule)
     check_refused_payments(schedule)
@@ -36,6 +37,7 @@ def check(schedule: Schedule) -> None:
     check_disputes(schedule)
     check_ledger(schedule)
     check_expectations(schedule)
+    check_discrepancies(schedule)
     check_illegal_writes(schedule)
     record_final_states(schedule)
 
@@ -136,6 +138,38 @@ def check_effects(schedule: Schedule) -> None:
     )
     if rows:
         schedule.report_violation("no event of the other mode becomes a fact", rows[0][0])
+
+
+def check_discrepancies(schedule: Schedule) -> None:
+    """No fault of the simulation causes a discrepancy of these kinds, or one of an object that stays unreadable."""
+    rows = schedule.database.rows(
+        "select kind, detail from surety.discrepancies"
+        " where kind = any(%s) or kind = 'unrecorded' and closed_at is null",
+        ["currency", "livemode", "account", "foreign", "missing_here", "category"],
+    )
+    if rows:
+        schedule.report_violation("no absent field is taken for a discrepancy", f"{rows[0][0]}: {rows[0][1]}")
+
+
+def check_payers(schedule: Schedule) -> None:
+    """Payers can act where they must. Their addresses reach the provider, and not the audit trail."""
+    rows = schedule.database.rows(
+        "select p.id from surety.payments as p where p.failure ->> 'code' = 'authentication_required'"
+        " or p.state = 'requires_action' and p.next_action ->> 'url' is null"
+    )
+    if rows:
+        schedule.report_violation("a payer can act", rows[0][0])
+    given = dict(schedule.database.rows("select id, customer from surety.payments"))
+    for intent in schedule.provider.memory.all_of_kind("payment_intent"):
+        customer = given.get(intent.body["metadata"]["surety_payment"])
+        sent = {"email": intent.body["receipt_email"], "name": intent.body["metadata"].get("customer_name")}
+        if sent != customer:
+            schedule.report_violation("the provider has the payer's name and address", f"{intent.id}: {sent}")
+    rows = schedule.database.rows(
+        "select e.id from audit.entries as e where concat(e.reason, e.snapshot) like any(array['%%@%%', '%%Payer %%'])"
+    )
+    if rows:
+        schedule.report_violation("the audit trail has no payer's name or address", rows[0][0])
 
 
 def check_charges(schedule: Schedule) -> None:

@@ -25,7 +25,7 @@ from app.sandbox.scheduled_actions import SCHEDULED_ACTIONS
 from app.sandbox.settings import SandboxSettings
 from app.sandbox.state import Sandbox
 from app.sandbox.stripe import control
-from app.sandbox.stripe.errors import StripeError
+from app.sandbox.stripe.errors import StripeError, invalid_request
 from app.sandbox.stripe.objects import intents
 from app.sandbox.stripe.requests import (
     StripeRequest,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 MEMORY = Path(":memory:")
+WRITE_FAULTS: tuple[RequestFault, ...] = (*PASSING_FAULTS, "refused_400")
 # Reads have no idempotency key.
 READ_FAULTS = tuple(fault for fault in PASSING_FAULTS if fault != "conflict_409")
 # Only calls that can take effect once are executed a day late: a refund still to be made looks like one never made.
@@ -263,7 +264,7 @@ class SimulatedProvider:
         if self.outage is not None and (request.writes or self.outage.is_whole):
             return await self.apply_fault(request, self.outage.form)
         if request.writes:
-            drawn = [fault for fault in PASSING_FAULTS if self.schedule.draw_fault(fault, name)]
+            drawn = [fault for fault in WRITE_FAULTS if self.schedule.draw_fault(fault, name)]
         else:
             drawn = [self.schedule.chance.choice(READ_FAULTS)] if self.schedule.draw_fault("reads", name) else []
         return await self.apply_fault(request, self.schedule.chance.choice(drawn) if drawn else None)
@@ -273,6 +274,8 @@ class SimulatedProvider:
         match fault:
             case "timeout_before":
                 return None
+            case "refused_400":
+                return error_response(invalid_request("This request cannot be processed."))
             case "conflict_409":
                 return error_response(key_in_use(request.call.key or ""))
             case "rate_limit_429":

@@ -34,6 +34,7 @@ RATES: dict[str, tuple[float, float]] = {
     "cut_open": (0.01, 0.05),
     "cut_after": (0.01, 0.05),
     **dict.fromkeys(PASSING_FAULTS, (0.05, 0.3)),
+    "refused_400": (0.02, 0.1),
     "reads": (0.1, 0.5),
     "other_amount": (0.1, 0.5),
     "misread_amount": (0.1, 0.3),

@@ -57,6 +57,7 @@ CALL_FAULTS = {
     "409": "conflict_409",
     "429": "rate_limit_429",
     "malformed 200": "garbage_200",
+    "fields left out": "sparse_200",
     "after 25 hours": "timeout_after",
     "webhook first": "webhook_first",
 }
@@ -66,6 +67,9 @@ WEBHOOK_FAULTS = {
     "delayed by days": "delayed",
     "lost": "lost",
     "wrongly signed": "forged",
+    "event without fields": "sparse",
+    "thin event": "thin",
+    "other mode as well": "other_mode",
 }
 FAULTS = CALL_FAULTS | WEBHOOK_FAULTS
 # One account per case: simultaneous faults of one account would look like an outage of the provider.

@@ -294,6 +294,9 @@ begin
         'refusals', (
             select coalesce(jsonb_agg(to_jsonb(r)), '[]') from surety.list_refusals() as r
         ),
+        'refused_payments', (
+            select coalesce(jsonb_agg(to_jsonb(p)), '[]') from surety.list_refused_payments() as p
+        ),
         'overdue_objects', (
             select coalesce(jsonb_agg(to_jsonb(o)), '[]') from surety.list_overdue_objects() as o
         ),
