@@ -211,7 +211,7 @@ async def test_balance_transaction_that_can_not_be_stored_is_a_critical_discrepa
         pay(conn, key_hash, amount=1234)
         await charged(conn, worker, key_hash)
     [(kind, subject, is_critical)] = conn.execute("select kind, subject, is_critical from surety.discrepancies")
-    assert (kind, subject[:4], is_critical) == ("unmatched_cash", "txn_", True)
+    assert (kind, subject[:4], is_critical) == ("unrecorded", "txn_", True)
     assert one(conn, "select count(*) from surety.facts where kind = 'money'") == 1
 
 
