@@ -100,11 +100,15 @@ DEMO_FAULTS = FaultProfile(
     garbage_200=0.002,
     slow=0.01,
     webhook_first=0.02,
+    sparse_200=0.01,
     lost=0.008,
     repeated=0.027,
     reordered=0.017,
     delayed=0.01,
     forged=0.002,
+    sparse=0.01,
+    thin=0.005,
+    other_mode=0.003,
     payer_declines=0.15,
 )
 """On 500 payments about 30 timeouts (half of them after the effect), 40 repeated, 25 reordered, 12 lost webhooks."""

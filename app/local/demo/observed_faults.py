@@ -63,6 +63,7 @@ def describe_faults(conn: Connection, record: SandboxRecord, kill: KilledWorker 
     repeated_calls = query_count(conn, "select count(*) from surety.calls where sends > 1")
     stored = query_count(conn, "select count(*) from surety.provider_events")
     rejected = query_count(conn, "select count(*) from surety.rejected_webhooks")
+    ignored = query_count(conn, "select count(*) from audit.entries where kind = 'answer' and outcome = 'ignored'")
     rows = [
         (
             *calls("provider timeouts", "timeout_before", "timeout_after"),
@@ -73,6 +74,7 @@ def describe_faults(conn: Connection, record: SandboxRecord, kill: KilledWorker 
             f"{repeated_calls} calls in all were sent more than once",
         ),
         (*calls("answers cut off or garbled", "reset", "garbage_200"), ""),
+        (*calls("answers without optional fields", "sparse_200"), ""),
         (*calls("answers 429 and 409", "rate_limit_429", "conflict_409"), ""),
         (
             webhooks["repeated"],
@@ -82,6 +84,12 @@ def describe_faults(conn: Connection, record: SandboxRecord, kill: KilledWorker 
         (webhooks["reordered"], "webhooks held back", f"{webhooks['overtaken']} delivered after a newer one"),
         (webhooks["lost"], "webhooks lost", describe_polling(conn)),
         (webhooks["forged"], "webhooks with a wrong signature", f"{rejected} rejected and stored as evidence"),
+        (
+            webhooks["sparse"] + webhooks["thin"],
+            "webhooks without optional fields, or thin",
+            "their objects were fetched",
+        ),
+        (webhooks["other_mode"], "webhooks of the other mode", f"{ignored} ignored"),
         *describe_kill(conn, kill),
         *describe_dead_letters(conn),
     ]
