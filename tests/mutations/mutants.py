@@ -271,6 +271,11 @@ MUTANTS: tuple[Mutant, ...] = (
             "        failures = greatest(0, r.failures - counted.times),\n",
             "        failures = r.failures,\n",
         ),
+        (
+            "db/sql/provider/circuit_breaker.sql",
+            "        attempts = coalesce(counted.attempts, '[]'),\n",
+            "",
+        ),
     ),
     mutant(
         "only money meets an expected settlement",
@@ -286,7 +291,31 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "failures during an outage are not counted",
-        ("db/sql/provider/circuit_breaker.sql", "when r.result ? 'release_seconds' then null", "when true then null"),
+        (
+            "db/sql/provider/circuit_breaker.sql",
+            "when b.opened_at is not null then extract(epoch from surety.hold_duration())",
+            "when true then null",
+        ),
+    ),
+    mutant(
+        "refusals of access are not counted",
+        (
+            "db/sql/provider/circuit_breaker.sql",
+            "when b.opened_at is not null then extract(epoch from surety.hold_duration())",
+            "when r.result ? 'access_refused' then null\n                    when b.opened_at is not null then 600",
+        ),
+    ),
+    mutant(
+        "the circuits of a refused key close together",
+        (
+            "db/sql/provider/circuit_breaker.sql",
+            "(b.account = p_account or (v_cause = 'key_refused' and b.cause = 'key_refused'))",
+            "b.account = p_account",
+        ),
+    ),
+    mutant(
+        "only a payment that is surely unexecuted is canceled at once",
+        ("db/sql/provider/calls.sql", "calls.refused_through < calls.sends", "calls.refused_through < 0"),
     ),
     mutant(
         "the same call has the same key at the provider",

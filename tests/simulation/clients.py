@@ -97,6 +97,7 @@ async def request_until_answered(schedule: Schedule, wanted: WantedPayment, *, a
         if not at_once:
             await schedule.turn(schedule.clients, "client request")
         at_once = False
+        was_accepted = wanted.payment_id is not None
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 row = await schedule.api.payments.submit(wanted.request(schedule.keys[wanted.merchant]))
@@ -106,6 +107,8 @@ async def request_until_answered(schedule: Schedule, wanted: WantedPayment, *, a
             await asyncio.sleep(RETRY_AFTER_SECONDS)
             continue
         wanted.answers.append(tuple(row))
+        if was_accepted and row[1] != 201:
+            schedule.report_violation("an accepted request gets its answer again", f"{wanted.key}: {row[2]}")
         schedule.schedule_handlers("submit")
         return
 

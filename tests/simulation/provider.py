@@ -191,8 +191,10 @@ class SimulatedProvider:
         return True
 
     def third_party_acts(self) -> str | None:
-        """A dispute, a bank's decision, a returned refund or a refund in the dashboard; returns which."""
+        """A dispute, a bank's decision, a returned refund, a refund in the dashboard or a refusal; returns which."""
         chance = self.schedule.chance
+        if not self.schedule.plan.days and self.schedule.draw_fault("access_refused"):
+            self.refuse_access()
         charges = [charge for charge in self.memory.all_of_kind("charge") if charge.body["captured"]]
         disputes, refunds = list(self.memory.all_of_kind("dispute")), list(self.memory.all_of_kind("refund"))
         undisputed = [charge for charge in charges if not charge.body["disputed"]]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 CONNECTED_ACCOUNT = "acct_simulated"
 # The last ones are longer than surety.refused_payment_lifetime().
-SECONDS = (30.0, 900.0, 7200.0, 200_000.0)
+SECONDS = (30.0, 7200.0, 200_000.0)
 LONG_SECONDS = (900.0, 90_000.0, 8 * 86_400.0)
 REFUSED_KEYS: tuple[KeyState, ...] = ("revoked", "expired")
 
@@ -31,6 +31,7 @@ def begin_refusal(schedule: Schedule) -> float:
 
 def end_refusal(schedule: Schedule) -> None:
     """The key is replaced, the account connected again."""
+    check_refusals_uncounted(schedule)
     sandbox = schedule.provider.sandbox
     sandbox.key_state = "valid"
     connect_account(sandbox, Connection(CONNECTED_ACCOUNT, connected=True))
