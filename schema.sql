@@ -1480,6 +1480,7 @@ create table surety.provider_keys (
     provider text not null,
     livemode boolean not null,
     is_restricted boolean not null,
+    key_digest text,
     account_id text,
     other_account_id text,
     missing_permissions text[] not null default '{}',
@@ -1492,7 +1493,8 @@ create table surety.provider_keys (
     constraint missing_permissions_have_a_time check ((missing_permissions = '{}') = (missing_since is null))
 );
 comment on table surety.provider_keys is
-'What the last check of each provider''s key found; the key itself is not stored. account_id is the platform''s own
+'What the last check of each provider''s key found; the key itself is not stored. key_digest has the first eight digits
+of its SHA-256, which show that the key is another one. account_id is the platform''s own
 account, null if unknown; it stays once there is a merchant. other_account_id is that of the key, if it is another one.
 checked_at is the end of the last finished check. error is that of a later, unfinished one.';
 

@@ -7,7 +7,7 @@ SURETY_POLL_SECONDS.
     poll_…, recheck_…          reads from the provider (jobs/polling.py)
     retry_unmatched_facts      matches facts again that found no payment
     check_deadlines            expected settlements, payers' actions, refused accounts, evidence
-    check_provider_key         permissions of the provider's key, own account     every ten minutes, and at the start
+    check_provider_key         permissions of the provider's key, own account     every minute, if due (ten minutes)
     maintain                   makes partitions ahead, deletes expired rows       every hour
 """
 
@@ -29,14 +29,13 @@ from jobs.polling import (
     poll_unfinished,
     recheck_pending_balance,
 )
-from jobs.stripe.key_check import check_provider_key
+from jobs.stripe.key_check import check_provider_key_if_due
 from jobs.worker import Worker, worker_of
 
 log = logging.getLogger("surety.periodic")
 
 MINUTE_SECONDS = 60
 HOUR_SECONDS = 3600
-KEY_CHECK_SECONDS = 600
 # How long before its deadline a dispute's missing evidence is reported.
 EVIDENCE_REMINDER_LEAD = timedelta(days=3)
 
@@ -91,7 +90,7 @@ PERIODIC_JOBS: dict[str, PeriodicJob] = {
     "poll_payouts": poll_payouts,
     "retry_unmatched_facts": retry_unmatched_facts,
     "check_deadlines": check_deadlines,
-    "check_provider_key": check_provider_key,
+    "check_provider_key": check_provider_key_if_due,
     "maintain": maintain,
 }
 
@@ -144,7 +143,7 @@ def schedule_periodic_tasks(workers: App, settings: Settings) -> None:
 
 def interval_seconds(name: str, settings: Settings) -> int:
     """The seconds between two starts of a periodic job."""
-    fixed = {"schedule_due_handlers": 1, "check_provider_key": KEY_CHECK_SECONDS, "maintain": HOUR_SECONDS}
+    fixed = {"schedule_due_handlers": 1, "check_provider_key": MINUTE_SECONDS, "maintain": HOUR_SECONDS}
     return fixed.get(name, settings.surety_poll_seconds)
 
 

@@ -171,12 +171,12 @@ def describe_refusals(refused: dict[str, Any]) -> str:
 
 
 def describe_key(key: dict[str, Any]) -> str:
-    """Test key at stripe, restricted, of acct_1…, checked 3 min ago; a live key at stripe, never checked: no answer."""
+    """Test key at stripe, restricted, of acct_1…, checked 3 min ago; a live key at stripe, not checked yet."""
     kind = f"{'live' if key['livemode'] else 'test'} key at {key['provider']}"
     parts = [kind, *(["restricted"] if key["is_restricted"] else [])]
     parts.append(f"of {key['other_account_id'] or key['account_id'] or 'an unknown account'}")
     checked = key["checked_seconds"]
-    parts.append(f"checked {format_age(checked)} ago" if checked is not None else "never checked")
+    parts.append(f"checked {format_age(checked)} ago" if checked is not None else "not checked yet")
     return ", ".join(parts) + (f"; the last check failed: {key['error']}" if key["error"] else "")
 
 

@@ -7,6 +7,7 @@ with 403 if the key lacks the permission for its path, and otherwise says that t
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import Literal
 
@@ -75,13 +76,25 @@ class AccountToCheck(Struct, frozen=True):
     takes_payments: bool
 
 
+def key_digest(worker: Worker) -> str:
+    """The first eight digits of the SHA-256 of the worker's key, which differ for another key."""
+    return hashlib.sha256(worker.settings.provider.key.reveal().encode()).hexdigest()[:8]
+
+
+async def check_provider_key_if_due(worker: Worker) -> None:
+    """Check the key unless the last check was of this key, succeeded, and is younger than ten minutes."""
+    if await worker.database.value("select surety.key_check_is_due(%s, %s)", PROVIDER, key_digest(worker)):
+        await check_provider_key(worker)
+
+
 async def check_provider_key(worker: Worker) -> None:
     """Check the key, record the result for `surety status`, and log missing permissions."""
     stripe = worker.stripe
     query = "select account, takes_payments from surety.accounts_to_check(%s)"
     accounts = await worker.database.rows(AccountToCheck, query, PROVIDER)
     if not any(not one.account for one in accounts):
-        return  # Its circuit is open: its probes show whether the key works.
+        await note_failed_check(worker, "not asked, because the circuit of the platform's account is open")
+        return
     try:
         account_id = await find_own_account(stripe)
         missing: list[str] = []
@@ -89,13 +102,20 @@ async def check_provider_key(worker: Worker) -> None:
             missing += await find_missing_permissions(stripe, one)
     except ProviderError as error:
         log.warning("the key at Stripe could not be checked: %s", error)
-        query = "select surety.note_failed_key_check(%s, %s, %s, %s)"
-        await worker.database.value(query, PROVIDER, stripe.livemode, stripe.has_restricted_key, str(error))
+        await note_failed_check(worker, str(error))
         return
     if missing:
         log.error("the key at Stripe lacks permissions that are needed: %s", ", ".join(missing))
-    query = "select surety.record_key_check(%s, %s, %s, %s, %s)"
-    await worker.database.value(query, PROVIDER, stripe.livemode, stripe.has_restricted_key, account_id, missing)
+    query = "select surety.record_key_check(%s, %s, %s, %s, %s, %s)"
+    found = stripe.livemode, stripe.has_restricted_key, account_id, missing, key_digest(worker)
+    await worker.database.value(query, PROVIDER, *found)
+
+
+async def note_failed_check(worker: Worker, reason: str) -> None:
+    """Record for `surety status` that a check could not be finished. It is repeated within a minute."""
+    query = "select surety.note_failed_key_check(%s, %s, %s, %s, %s)"
+    key = worker.stripe.livemode, worker.stripe.has_restricted_key
+    await worker.database.value(query, PROVIDER, *key, reason, key_digest(worker))
 
 
 async def find_own_account(stripe: StripeGateway) -> str | None:

@@ -14,7 +14,7 @@ import stripe
 from db.settings import load_settings
 from jobs.periodic import cron, interval_seconds
 from jobs.stripe.errors import AccessRefused, PermissionMissing, provider_error
-from jobs.stripe.key_check import PERMISSIONS, check_provider_key
+from jobs.stripe.key_check import PERMISSIONS, check_provider_key, check_provider_key_if_due, key_digest
 from tests.cli.test_status import add_live_worker, read_status, surety
 from tests.support.payments import Connection, add_merchant
 from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
@@ -170,7 +170,7 @@ async def test_refused_key_is_no_missing_permission(database: str, conn: Connect
     found = checked_key(conn)
     assert (found["missing_permissions"], found["checked_seconds"]) == ([], None)
     assert "Expired API Key provided" in found["error"]
-    assert "never checked; the last check failed" in surety(database, "status").stdout
+    assert "not checked yet; the last check failed" in surety(database, "status").stdout
 
 
 async def test_unanswered_check_keeps_what_the_last_one_found(
@@ -267,6 +267,41 @@ def test_worker_checks_its_key_at_the_start_and_logs_what_is_missing(
     assert KEY not in log.read_text()
 
 
-def test_key_is_checked_every_ten_minutes(database: str, sandbox: SandboxProcess) -> None:
+async def test_key_is_checked_every_ten_minutes_and_each_minute_after_a_failure_or_with_another_key(
+    database: str, conn: Connection, sandbox: SandboxProcess
+) -> None:
     settings = load_settings(environment(database, sandbox.url))
-    assert cron(interval_seconds("check_provider_key", settings)) == "*/10 * * * *"
+    assert cron(interval_seconds("check_provider_key", settings)) == "*/1 * * * *"
+    restrict(sandbox, NEEDED - {"rak_payout_read"})
+    async with in_process_worker(database, sandbox.url, STRIPE_API_KEY=KEY) as worker:
+        due = "select surety.key_check_is_due('stripe', %s)", (key_digest(worker),)
+        other = "select surety.key_check_is_due('stripe', %s)", (key_digest(worker)[::-1] + "0",)
+        assert conn.execute(*due).fetchone() == (True,)
+        await check_provider_key(worker)
+        assert (conn.execute(*due).fetchone(), conn.execute(*other).fetchone()) == ((False,), (True,))
+        conn.execute("update surety.provider_keys set checked_at = checked_at - interval '10 minutes'")
+        assert conn.execute(*due).fetchone() == (True,)
+        await check_provider_key_if_due(worker)
+        assert conn.execute(*due).fetchone() == (False,)
+        conn.execute("select surety.open_circuit('stripe', '', 'key_refused', 'Stripe 401', 'test')")
+        await check_provider_key(worker)
+        assert conn.execute(*due).fetchone() == (True,)
+        assert "not asked" in checked_key(conn)["error"]
+        conn.execute("select surety.close_circuit('stripe', '', 'it answers', 'test')")
+        await check_provider_key_if_due(worker)
+    assert (conn.execute(*due).fetchone(), checked_key(conn)["error"]) == ((False,), None)
+
+
+async def test_failed_check_of_another_key_shows_nothing_of_the_former_one(
+    database: str, conn: Connection, sandbox: SandboxProcess
+) -> None:
+    restrict(sandbox, NEEDED - {"rak_payout_read"})
+    await check(database, sandbox)
+    assert checked_key(conn)["missing_permissions"] == ["rak_payout_read"]
+    async with in_process_worker(database, "http://127.0.0.1:9", STRIPE_API_KEY="sk_test_another") as worker:
+        await check_provider_key(worker)
+    found = checked_key(conn)
+    assert (found["missing_permissions"], found["checked_seconds"], found["is_restricted"]) == ([], None, False)
+    assert found["account_id"] == OWN_ACCOUNT
+    assert "not checked yet; the last check failed: no answer" in surety(database, "status").stdout
+    assert "sk_test_another" not in str(conn.execute("select to_jsonb(k) from surety.provider_keys as k").fetchone())

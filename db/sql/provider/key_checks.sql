@@ -38,16 +38,33 @@ comment on function surety.accounts_to_check(text) is
 payments unless every merchant has an account of its own; and one connected account, because a key has the same
 permissions at all of them. None behind an open circuit.';
 
+create or replace function surety.key_check_is_due(p_provider text, p_key_digest text) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select not exists (
+        select from surety.provider_keys
+        where
+            provider_keys.provider = p_provider and provider_keys.key_digest = p_key_digest
+            and provider_keys.error is null
+            and provider_keys.checked_at > surety.time_now() - interval '9 minutes 30 seconds'
+    );
+end;
+
+comment on function surety.key_check_is_due(text, text) is
+'Whether a worker''s key is to be checked: the last check was of another key, could not be finished, or is older than
+9:30 minutes, so that a question each minute makes a check every ten.';
+
 create or replace function surety.record_key_check(
-    p_provider text, p_livemode boolean, p_is_restricted boolean, p_account_id text, p_missing_permissions text[]
+    p_provider text, p_livemode boolean, p_is_restricted boolean, p_account_id text, p_missing_permissions text[],
+    p_key_digest text default null
 ) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     insert into surety.provider_keys as known (
-        provider, livemode, is_restricted, account_id, missing_permissions, missing_since, checked_at
+        provider, livemode, is_restricted, key_digest, account_id, missing_permissions, missing_since, checked_at
     )
     values (
-        p_provider, p_livemode, p_is_restricted, p_account_id, p_missing_permissions,
+        p_provider, p_livemode, p_is_restricted, p_key_digest, p_account_id, p_missing_permissions,
         case when p_missing_permissions <> '{}' then surety.time_now() end,
         surety.time_now()
     )
@@ -55,6 +72,7 @@ begin atomic
     set
         livemode = excluded.livemode,
         is_restricted = excluded.is_restricted,
+        key_digest = excluded.key_digest,
         account_id = case
             when exists (select from surety.merchants) then coalesce(known.account_id, excluded.account_id)
             else excluded.account_id
@@ -70,24 +88,35 @@ begin atomic
         error = null;
 end;
 
-comment on function surety.record_key_check(text, boolean, boolean, text, text[]) is
+comment on function surety.record_key_check(text, boolean, boolean, text, text[], text) is
 'Records a finished check of a provider''s key. p_account_id is the account of the key, null if the provider does not
 name it. Once there is a merchant, the platform''s own account stays, and another one is recorded apart.
 p_missing_permissions are those that the key should have.';
 
 create or replace function surety.note_failed_key_check(
-    p_provider text, p_livemode boolean, p_is_restricted boolean, p_error text
+    p_provider text, p_livemode boolean, p_is_restricted boolean, p_error text, p_key_digest text
 ) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    insert into surety.provider_keys (provider, livemode, is_restricted, error)
-    values (p_provider, p_livemode, p_is_restricted, left(p_error, 500))
+    insert into surety.provider_keys as known (provider, livemode, is_restricted, error, key_digest)
+    values (p_provider, p_livemode, p_is_restricted, left(p_error, 500), p_key_digest)
     on conflict (provider) do update
-    set error = excluded.error;
+    set
+        livemode = excluded.livemode,
+        is_restricted = excluded.is_restricted,
+        key_digest = excluded.key_digest,
+        other_account_id = case when known.key_digest = excluded.key_digest then known.other_account_id end,
+        missing_permissions = case
+            when known.key_digest = excluded.key_digest then known.missing_permissions else '{}'
+        end,
+        missing_since = case when known.key_digest = excluded.key_digest then known.missing_since end,
+        checked_at = case when known.key_digest = excluded.key_digest then known.checked_at end,
+        error = excluded.error;
 end;
 
-comment on function surety.note_failed_key_check(text, boolean, boolean, text) is
-'Notes that a check of a provider''s key could not be finished. What the last finished one found stays.';
+comment on function surety.note_failed_key_check(text, boolean, boolean, text, text) is
+'Notes that a check of a provider''s key could not be finished. What the last finished one found stays, unless that was
+another key; then only the platform''s own account stays.';
 
 create or replace function surety.list_provider_keys()
 returns table (
