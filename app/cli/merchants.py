@@ -33,21 +33,26 @@ def merchants() -> None:
 
 @merchants.command()
 @click.argument("name")
-@click.option("--account", default="", help="Its own account at the provider (acct_…). Default: the platform's.")
-def add(name: str, account: str) -> None:
+@click.option("--account", help="Its own account at the provider (acct_…). Default: the platform's.")
+@click.option("--unchecked", is_flag=True, help="Add it even if the provider can't be asked about its account.")
+def add(name: str, account: str | None, unchecked: bool) -> None:
     """Add a merchant; prints its id. The first one makes the mode of the database final.
 
-    An account of its own is checked at the provider, if STRIPE_API_KEY is set.
+    An account of its own is checked at the provider, by STRIPE_API_KEY.
     """
     settings = load_settings()
+    if account is not None and not ACCOUNT_ID.fullmatch(account):
+        raise SuretyError("--account: an id of the provider's, such as acct_1032D82eZvKYlo2C")
+    if account is None:
+        account = ""
     with connect("deploy", settings) as conn:
         [(livemode, is_first)] = conn.execute(
             "select surety.read_livemode(), not exists (select from surety.merchants)"
         ).fetchall()
         if settings.stripe_api_key is not None or settings.surety_sandbox_url is not None:
             settings.provider.require_mode(livemode)
-        if ACCOUNT_ID.fullmatch(account):
-            check_account(account, settings)
+        if account:
+            check_account(account, settings, may_stay_unchecked=unchecked)
         try:
             row = conn.execute(
                 "select surety.add_merchant(%s, %s, %s)", (name, account, operator_identity())
@@ -59,8 +64,6 @@ def add(name: str, account: str) -> None:
         except psycopg.errors.CheckViolation as error:
             if error.diag.constraint_name == "merchant_has_no_account_of_the_platform":
                 raise own_account_refused(account) from None
-            if error.diag.constraint_name == "provider_account_is_an_account_id":
-                raise SuretyError("--account: an id of the provider's, such as acct_1032D82eZvKYlo2C") from None
             raise SuretyError("a merchant's name has 1 to 200 characters") from None
     assert row is not None
     click.echo(row[0])
@@ -68,23 +71,12 @@ def add(name: str, account: str) -> None:
         click.echo(f"the first merchant makes the mode of this database final: {describe_mode(livemode)}", err=True)
 
 
-def check_account(account: str, settings: Settings) -> None:
+def check_account(account: str, settings: Settings, *, may_stay_unchecked: bool) -> None:
     """Ask the provider about an account. Raises SuretyError if it is the platform's own or not connected to it.
 
-    Only workers' code calls providers, so it runs in a process of its own. What can't be checked is reported.
+    If that can't be checked, raises SuretyError as well, unless the account may stay unchecked; then reports it.
     """
-    unchecked = f"it was not checked whether {account} is connected to the platform"
-    if settings.stripe_api_key is None and settings.surety_sandbox_url is None:
-        click.echo(f"{unchecked}: STRIPE_API_KEY is not set", err=True)
-        return
-    command = [sys.executable, "-P", "-m", "jobs.stripe.merchant_account", account]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS_MAX, check=True)
-        checked = msgspec.json.decode(done.stdout, type=dict[str, str])
-    except subprocess.TimeoutExpired:
-        checked = {"result": "unknown", "detail": f"no answer within {CHECK_SECONDS_MAX} s"}
-    except subprocess.CalledProcessError as error:
-        checked = {"result": "unknown", "detail": (error.stderr.splitlines() or [str(error)])[-1]}
+    checked = read_account_check(account, settings)
     match checked["result"]:
         case "own":
             raise own_account_refused(account)
@@ -93,7 +85,27 @@ def check_account(account: str, settings: Settings) -> None:
                 f"--account: {account} is no account that is connected to the platform: {checked['detail']}"
             )
         case "unknown":
-            click.echo(f"{unchecked}: {checked['detail']}", err=True)
+            what = f"it was not checked whether {account} is connected to the platform: {checked['detail']}"
+            if not may_stay_unchecked:
+                raise SuretyError(f"{what}; --unchecked adds the merchant all the same")
+            click.echo(what, err=True)
+
+
+def read_account_check(account: str, settings: Settings) -> dict[str, str]:
+    """The result and detail of an AccountCheck (jobs/stripe/merchant_account.py).
+
+    Only workers' code calls providers, so it runs in a process of its own.
+    """
+    if settings.stripe_api_key is None and settings.surety_sandbox_url is None:
+        return {"result": "unknown", "detail": "STRIPE_API_KEY is not set"}
+    command = [sys.executable, "-P", "-m", "jobs.stripe.merchant_account", account]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS_MAX, check=True)
+        return msgspec.json.decode(done.stdout, type=dict[str, str])
+    except subprocess.TimeoutExpired:
+        return {"result": "unknown", "detail": f"no answer within {CHECK_SECONDS_MAX} s"}
+    except subprocess.CalledProcessError as error:
+        return {"result": "unknown", "detail": (error.stderr.splitlines() or [str(error)])[-1]}
 
 
 def own_account_refused(account: str) -> SuretyError:

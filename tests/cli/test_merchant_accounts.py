@@ -31,10 +31,10 @@ def run(database: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     for name in ("STRIPE_API_KEY", "SURETY_SANDBOX_URL"):
         monkeypatch.delenv(name, raising=False)
 
-    def add(account: str, **settings: str) -> Result:
+    def add(account: str, *options: str, **settings: str) -> Result:
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        return CliRunner().invoke(cli, ["merchants", "add", "Acme Books", "--account", account])
+        return CliRunner().invoke(cli, ["merchants", "add", "Acme Books", "--account", account, *options])
 
     return add
 
@@ -58,7 +58,7 @@ def test_platforms_own_account_is_refused_by_the_provider(run: Run, sandbox: San
 
 def test_platforms_own_account_is_refused_once_a_worker_has_found_it(run: Run, conn: Connection) -> None:
     know_own_account(conn)
-    assert "is the platform's own account" in refused(run(OWN_ACCOUNT))
+    assert "is the platform's own account" in refused(run(OWN_ACCOUNT, "--unchecked"))
     with pytest.raises(psycopg.errors.CheckViolation) as violation:
         add_merchant(conn, account=OWN_ACCOUNT)
     assert violation.value.diag.constraint_name == "merchant_has_no_account_of_the_platform"
@@ -79,22 +79,41 @@ def test_connected_account_is_added_without_a_word(run: Run, sandbox: SandboxPro
     assert result.stderr == ""
 
 
-def test_account_that_could_not_be_checked_is_added_with_a_warning(
+def test_account_that_is_empty_is_refused(run: Run, conn: Connection) -> None:
+    assert "--account: an id of the provider's" in refused(run(""))
+    assert merchants(conn) == 0
+
+
+@pytest.mark.parametrize("state", ["revoked", "expired"])
+def test_account_that_could_not_be_checked_is_refused(
+    run: Run, sandbox: SandboxProcess, conn: Connection, state: str
+) -> None:
+    assert "STRIPE_API_KEY is not set; --unchecked" in refused(run("acct_1Books"))
+    sandbox.control("key-state", {"state": state})
+    try:
+        assert "Stripe 401" in refused(run("acct_1Books", SURETY_SANDBOX_URL=sandbox.url))
+    finally:
+        sandbox.control("key-state", {"state": "valid"})
+    assert "no answer" in refused(run("acct_1Books", SURETY_SANDBOX_URL="http://127.0.0.1:9"))
+    assert merchants(conn) == 0
+
+
+def test_account_that_could_not_be_checked_is_added_with_a_warning_if_that_is_wanted(
     run: Run, sandbox: SandboxProcess, conn: Connection
 ) -> None:
     add_merchant(conn)
-    result = run("acct_1Books")
+    result = run("acct_1Books", "--unchecked")
     assert said(result).startswith("mer_")
     assert result.stderr == (
         "it was not checked whether acct_1Books is connected to the platform: STRIPE_API_KEY is not set\n"
     )
     key = "rk_test_merchants"
     sandbox.control("keys", {"key": key, "permissions": [], "connect": []})
-    result = run("acct_1Toys", SURETY_SANDBOX_URL=sandbox.url, STRIPE_API_KEY=key)
+    result = run("acct_1Toys", "--unchecked", SURETY_SANDBOX_URL=sandbox.url, STRIPE_API_KEY=key)
     assert said(result).startswith("mer_")
     assert "does not have any Connect permissions" in result.stderr
     assert key not in result.stderr
-    result = run("acct_1Tools", SURETY_SANDBOX_URL="http://127.0.0.1:9")
+    result = run("acct_1Tools", "--unchecked", SURETY_SANDBOX_URL="http://127.0.0.1:9")
     assert "no answer" in result.stderr
     assert merchants(conn) == 4
 
