@@ -16,6 +16,7 @@ import msgspec
 from litestar import Router
 from litestar.static_files import create_static_files_router
 
+from app.api.schemas.payments import NewPayment
 from app.api.schemas.problems import ProblemDocument
 from app.web.asgi import Headers, HttpResponse
 from app.web.problems import PROBLEM_TYPES
@@ -87,6 +88,12 @@ HEADERS: dict[str, JsonDocument] = {
 CONNECTION_PROBLEMS = ("request-timeout", "target-too-long", "head-too-large")
 HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
 
+PAYER_RETURNS_OR_IS_ABSENT: list[JsonDocument] = [
+    {"required": ["return_url"], "properties": {"return_url": {"type": "string"}}},
+    {"required": ["off_session"], "properties": {"off_session": {"const": True}}},
+]
+"""The rule of app/api/create_payment.py that no type of a field can state."""
+
 IDEMPOTENCY_KEY_PARAMETER: JsonDocument = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -132,6 +139,7 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
         paths.setdefault(row.path, {})[row.method.lower()] = describe_route(row, components)
     for query in {row.query.__name__ for row in routes if row.query}:
         del components[query]
+    components[NewPayment.__name__]["anyOf"] = PAYER_RETURNS_OR_IS_ABSENT
     for component in components.values():
         if "description" in component:
             component["description"] = cleandoc(component["description"])

@@ -343,6 +343,7 @@ def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
         "503",
     }
     body = shown["components"]["schemas"]["NewPayment"]
+    assert [rule["required"] for rule in body["anyOf"]] == [["return_url"], ["off_session"]]
     assert body["required"] == ["amount", "currency", "payment_method"]
     assert body["properties"]["amount"]["minimum"] == 1
     query = {parameter["name"] for parameter in shown["paths"]["/v1/payments"]["get"]["parameters"]}
