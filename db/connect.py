@@ -113,6 +113,24 @@ def connect(kind: ProcessKind, settings: Settings) -> Connection[tuple[Any, ...]
     return psycopg.connect(conninfo(kind, settings), autocommit=True)
 
 
+def find_undeployed(kind: ProcessKind, settings: Settings, function: str) -> str | None:
+    """What `surety deploy` has to make first: the role of a kind of process, or a function that it calls.
+
+    Raises psycopg.Error if the database can't be used for another reason.
+    """
+    address, role = conninfo(kind, settings), role_of(kind)
+    try:
+        with psycopg.connect(address, autocommit=True) as connection:
+            row = connection.execute("select to_regprocedure(%s) is not null", (function,)).fetchone()
+    except psycopg.OperationalError as error:
+        # A failed login has no SQLSTATE. It names the role in any language; a login's own name is another matter.
+        given = conninfo_to_dict(address)
+        if f"role={role}" in str(given["options"]) and given.get("user") != role and f'"{role}"' in str(error):
+            return f"role {role}"
+        raise
+    return None if row == (True,) else function
+
+
 class CommitNotReplicated(psycopg.OperationalError):
     """A commit that a failover may lose. A repetition waits for the standby."""
 

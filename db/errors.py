@@ -4,6 +4,7 @@ The command line shows the text of a SuretyError without a traceback.
 
 SuretyError
 ├── SettingsError        an environment variable is wrong
+├── DatabaseNotReady     the database can't be reached, or Surety was not deployed there
 ├── EmbeddedServerError  the embedded PostgreSQL did not start
 └── DeployError          a deploy failed
 """
@@ -56,6 +57,10 @@ class SuretyError(Exception):
 
 class SettingsError(SuretyError):
     """The environment is wrong; the text names the variable."""
+
+
+class DatabaseNotReady(SuretyError):
+    """The database can't be reached, or Surety was not deployed there."""
 
 
 class EmbeddedServerError(SuretyError):

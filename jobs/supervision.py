@@ -16,8 +16,8 @@ from procrastinate import App
 from procrastinate.app import WorkerOptions
 from psycopg_pool import AsyncConnectionPool
 
-from db.connect import bounded_connection, conninfo
-from db.errors import is_unreachable, message_of
+from db.connect import bounded_connection, conninfo, find_undeployed
+from db.errors import DatabaseNotReady, is_unreachable, message_of
 from db.logs import format_root_handlers
 from db.settings import load_settings
 from db.tasks import cancel_and_wait
@@ -45,8 +45,6 @@ class WorkerApp(App):
         are of different modes.
         """
         settings = load_settings()
-        quiet_library_logs()
-        format_root_handlers("worker")
         schedule_periodic_tasks(self, settings)
         name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
         by_signals = options.get("install_signal_handlers", True)
@@ -144,8 +142,18 @@ def quiet_library_logs() -> None:
 
 
 def open_pool(**options: Any) -> AsyncConnectionPool:
-    """Procrastinate's own connections; raises SettingsError when a worker starts without settings."""
-    where = conninfo("worker", load_settings(), search_path="procrastinate")
+    """Procrastinate's own connections, the first thing that a worker opens.
+
+    Raises SettingsError without settings, and DatabaseNotReady if Surety was not deployed.
+    """
+    settings = load_settings()
+    quiet_library_logs()
+    format_root_handlers("worker")
+    where = conninfo("worker", settings, search_path="procrastinate")
+    # A server that can't be reached is waited for.
+    with contextlib.suppress(psycopg.Error):
+        if (missing := find_undeployed("worker", settings, "surety.key_check_is_due(text, text)")) is not None:
+            raise DatabaseNotReady(f"the database has no {missing}: run `surety deploy` first")
     return AsyncConnectionPool(
         where,
         connection_class=bounded_connection("worker"),

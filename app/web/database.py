@@ -9,8 +9,8 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from app.web.batching import DatabaseAway, Unavailable, unavailable_by
-from db.connect import ProcessKind, bounded_connection, connect, conninfo
-from db.errors import SuretyError, is_retryable, message_of, outdates_connection
+from db.connect import ProcessKind, bounded_connection, conninfo, find_undeployed
+from db.errors import DatabaseNotReady, is_retryable, message_of, outdates_connection
 from db.settings import Settings
 
 Row = tuple[Any, ...]
@@ -18,10 +18,6 @@ Row = tuple[Any, ...]
 CONNECTIONS_MAX = 4
 POOL_TIMEOUT_SECONDS = 3.0
 WAITING_MAX = 100
-
-
-class DatabaseNotReady(SuretyError):
-    """The database can't be reached, or Surety was not deployed there."""
 
 
 class DatabasePool:
@@ -87,9 +83,8 @@ class DatabasePool:
 def require_deployed(kind: ProcessKind, settings: Settings, function: str) -> None:
     """Raises DatabaseNotReady unless the database can be reached and knows a function that this version calls."""
     try:
-        with connect(kind, settings) as connection:
-            row = connection.execute("select to_regprocedure(%s) is not null", (function,)).fetchone()
+        missing = find_undeployed(kind, settings, function)
     except psycopg.Error as error:
         raise DatabaseNotReady(f"the database can't be used: {message_of(error)}") from None
-    if row != (True,):
-        raise DatabaseNotReady(f"the database has no {function}: run `surety deploy` first")
+    if missing is not None:
+        raise DatabaseNotReady(f"the database has no {missing}: run `surety deploy` first")

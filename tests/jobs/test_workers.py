@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from db.embedded.server import EmbeddedServer
 from jobs.database import WORKER_CONNECTIONS_MAX
 from jobs.handlers.webhooks import fetch_dispute
 from jobs.periodic import PERIODIC_JOBS, cron
@@ -91,6 +92,27 @@ def test_without_a_provider_or_a_database_a_worker_refuses_to_start(database: st
         )
         assert ended.returncode == 1
         assert result in ended.stderr
+
+
+def test_processes_refuse_to_start_before_the_deploy_in_one_line(blank: str) -> None:
+    with EmbeddedServer() as server:
+        for url in (server.url, blank):
+            ended = subprocess.run(
+                [sys.executable, "-m", "procrastinate", "--app", "jobs.app", "worker"],
+                cwd=ROOT, env={"PATH": os.environ["PATH"], **environment(url, "http://127.0.0.1:9")},
+                capture_output=True, text=True, timeout=25, check=False,
+            )  # fmt: skip
+            assert ended.returncode == 1
+            missing = "role surety_worker" if url == server.url else "surety.key_check_is_due"
+            assert f"the database has no {missing}" in ended.stderr and "run `surety deploy` first" in ended.stderr
+            assert "psycopg.pool" not in ended.stderr and len(ended.stderr.strip().splitlines()) <= 2, ended.stderr
+            served = subprocess.run(
+                [sys.executable, "-m", "app.cli", "api"],
+                cwd=ROOT, env={"PATH": os.environ["PATH"], "DATABASE_URL": url},
+                capture_output=True, text=True, timeout=25, check=False,
+            )  # fmt: skip
+            missing = "role surety_api" if url == server.url else "api.create_payments"
+            assert f"the database has no {missing}" in served.stderr and "run `surety deploy` first" in served.stderr
 
 
 @pytest.mark.parametrize(("livemode", "key"), [(False, "sk_live_1secret1"), (True, "rk_test_1secret1")])
