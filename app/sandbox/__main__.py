@@ -8,6 +8,7 @@ import msgspec
 
 from app.sandbox.server import serve_sandbox
 from app.sandbox.settings import WEBHOOK_SECRET, SandboxSettings
+from app.sandbox.stripe.webhooks import ReceiverConnection
 
 NUMBERS = [
     field for field in msgspec.structs.fields(SandboxSettings) if field.type in (float, int) and field.name != "seed"
@@ -22,6 +23,17 @@ def setting_options(command: Any) -> Any:
     return command
 
 
+def require_http(_context: click.Context, _option: click.Parameter, url: str | None) -> str | None:
+    """The address of a receiver: http with a host, because the sandbox speaks no TLS."""
+    if url is None:
+        return None
+    try:
+        ReceiverConnection(url)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return url
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--host", default="127.0.0.1")
 @click.option("--port", default=0, help="0 takes a free one; it is printed.")
@@ -31,7 +43,7 @@ def setting_options(command: Any) -> Any:
 @click.option("--live", "livemode", is_flag=True, help="Pretend to move real money: livemode is true everywhere.")
 @click.option("--faults/--no-faults", default=False, help="Misbehave as in the demo.")
 @click.option("--auto-payer", is_flag=True, help="Complete 3-D Secure automatically; implied by --faults.")
-@click.option("--webhook-url")
+@click.option("--webhook-url", callback=require_http, help="Where webhooks are delivered, by http://.")
 @click.option("--webhook-secret", default=WEBHOOK_SECRET)
 @click.option("--webhook-event", "webhook_events", multiple=True, help="Deliver only these event types; repeatable.")
 @click.option("--settlement-currency", help="Convert all charges to this currency; by default each settles in its own.")
