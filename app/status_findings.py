@@ -24,9 +24,13 @@ WAITING_URGENT_SECONDS_MAX = 3600
 JOB_FAILING_SECONDS_MAX = 600
 LIST_UNREADABLE_SECONDS_MAX = 900
 LIST_URGENT_SECONDS_MAX = 3600
+POLLED_EVENTS_MIN = 3
+WEBHOOKS_MISSING_SECONDS_MAX = 300
+WEBHOOKS_MISSING_URGENT_SECONDS_MAX = 3600
 OVERDUE_URGENT_SECONDS_MAX = 86_400
 STANDBY_WAIT_SECONDS_MAX = 5
 TAKEOVER_SECONDS = 60
+SIGNATURE_REFUSALS = frozenset({"wrong-signature", "old-signature"})
 VERDICTS = ("GOOD", "LOOK", "ACT")
 RUNBOOK = "docs/operations.md"
 
@@ -49,6 +53,7 @@ FindingId = Literal[
     "periodic-job-failing",
     "periodic-job-late",
     "list-unreadable",
+    "webhooks-missing",
     "circuit-open",
     "old-transaction",
     "prepared-transaction",
@@ -87,6 +92,7 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         *find_key_problems(state),
         *find_overdue_jobs(state),
         *find_unreadable_lists(state),
+        *find_silent_webhooks(state),
         *find_overdue_objects(state),
         *(
             finding
@@ -279,6 +285,29 @@ def find_unreadable_lists(state: dict[str, Any]) -> Iterator[Finding]:
             what += f"; and {count_noun(len(failing_lists) - 1, 'other account')}"
         urgency = 2 if first["seconds"] > LIST_URGENT_SECONDS_MAX else 1
         yield Finding("list-unreadable", urgency, what, "select * from surety.list_unreadable_lists()")
+
+
+def find_silent_webhooks(state: dict[str, Any]) -> Iterator[Finding]:
+    """Events of the provider that were found by polling alone, because webhooks don't arrive or are rejected."""
+    silent = state["silent_webhooks"]
+    if silent["polled"] < POLLED_EVENTS_MIN or silent["seconds"] <= WEBHOOKS_MISSING_SECONDS_MAX:
+        return
+    last = (
+        f"the last one {format_age(silent['last_seconds'])} ago" if silent["last_seconds"] is not None else "none yet"
+    )
+    what = f"no webhook arrives ({last}): {count_noun(silent['polled'], 'event')} found by polling alone, the first "
+    what += f"{format_age(silent['seconds'])} ago"
+    rejected = sum(row["hour_count"] for row in state["refusals"] if row["reason"] in SIGNATURE_REFUSALS)
+    if rejected:
+        what += f"; {rejected} with a wrong or old signature in this hour"
+    next_step = (
+        "compare STRIPE_WEBHOOK_SECRET with the endpoint's signing secret"
+        if rejected
+        else "the receiver (surety webhooks), the proxy before it, and the endpoint at the provider"
+    )
+    yield Finding(
+        "webhooks-missing", 2 if silent["seconds"] > WEBHOOKS_MISSING_URGENT_SECONDS_MAX else 1, what, next_step
+    )
 
 
 def find_overdue_objects(state: dict[str, Any]) -> Iterator[Finding]:

@@ -107,6 +107,7 @@ MISTAKEN_KEYS = {
     "whsec_": "the secret of a webhook endpoint",
     "sty_": "a key of Surety's own API",
 }
+WEBHOOK_SECRET = re.compile(r"whsec_[!-+\--~]+")
 TEST_SANDBOX_KEY = "sk_test_sandbox"
 # No key of Stripe's has this form.
 LIVE_SANDBOX_KEY = re.compile(r"[sr]k_live_sandbox(_[0-9A-Za-z_]*)?")
@@ -192,11 +193,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
 
     @property
     def webhook_secrets(self) -> tuple[Secret, ...]:
-        """The secrets that are active; raises SettingsError if there is none."""
+        """The secrets that are active; raises SettingsError if there is none, or for a text that is no such secret."""
         given = self.require("stripe_webhook_secret").reveal()
         secrets = tuple(Secret(part.strip()) for part in given.split(",") if part.strip())
         if not secrets:
             raise SettingsError("STRIPE_WEBHOOK_SECRET holds no secret")
+        for place, secret in enumerate(secrets, start=1):
+            if not WEBHOOK_SECRET.fullmatch(secret.reveal()):
+                raise SettingsError(
+                    f"STRIPE_WEBHOOK_SECRET: secret {place} of {len(secrets)} is not the signing secret of an endpoint:"
+                    " each begins with whsec_, and commas separate them"
+                )
         return secrets
 
     @property

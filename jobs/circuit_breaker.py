@@ -74,6 +74,7 @@ class CircuitBreaker:
         self._probed: dict[str, tuple[float, ProviderError | None]] = {}
         """By account: the end of its last probe on the monotonic clock, and its error."""
         self._reported_at = 0.0
+        self._is_reported = False
         stripe.on_call = self.count_call
 
     def count_call(self, account: str, error: ProviderError | None, is_command: bool) -> None:
@@ -90,20 +91,26 @@ class CircuitBreaker:
             tally.consecutive_failures += 1
 
     async def report_and_probe(self) -> bool:
-        """Report calls and send the probes that are due, every second; whether a periodic report was due."""
+        """Report calls and send the probes that are due, every second; whether the database took a report lately.
+
+        Reports of check_accounts count, because none is due for a while after them.
+        """
         is_time = time.monotonic() - self._reported_at > self._report_seconds
         if is_time or any(tally.failed for tally in self._tallies.values()):
             await self._report_calls()
         if self.blocked:
             due: list[str] = await self._database.value("select surety.claim_circuit_probes(%s)", PROVIDER)
             await asyncio.gather(*(self._probe(account) for account in due))
-        return is_time
+        is_reported, self._is_reported = self._is_reported, False
+        return is_reported
 
     async def check_accounts(self, failed: Iterable[tuple[str, float]]) -> None:
         """Probe accounts of failed calls, given as (account, call's begin, monotonic), unless they answered since."""
         began: dict[str, float] = {}
         for account, at in failed:
             began[account] = max(at, began.get(account, at))
+        if not began:
+            return
         answered = await self._report_calls()
         unsure = [account for account, at in began.items() if answered.get(account, 0.0) < at]
         await asyncio.gather(*(self._probe(account) for account in unsure if account not in self.blocked))
@@ -137,6 +144,7 @@ class CircuitBreaker:
         ]
         query = "select account, is_open, is_refused, answered_seconds from surety.count_call_results(%s, %s, %s)"
         states = await self._database.rows(AccountState, query, PROVIDER, Jsonb(calls), self._actor)
+        self._is_reported = True
         self.blocked = frozenset(row.account for row in states if row.is_open)
         self.refused = frozenset(row.account for row in states if row.is_refused)
         return {row.account: reported_at - row.answered_seconds for row in states if row.answered_seconds is not None}

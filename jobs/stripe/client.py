@@ -26,6 +26,8 @@ LIVE_REQUESTS_PER_SECOND = 80.0
 TEST_REQUESTS_PER_SECOND = 20.0
 YIELD_SECONDS = 0.25
 PROBE_SECONDS = 5.0
+# For TCP, and again for TLS; both together are shorter than a probe.
+CONNECT_SECONDS_MAX = 2.0
 # Time ranges of lists begin and end at multiples of so many seconds, so that many calls share a reading.
 LIST_WINDOW_SECONDS = 300
 LISTING_SHARED_SECONDS = 60.0
@@ -61,7 +63,12 @@ class IntentListing(Struct, frozen=True):
 
 
 class StripeHttpClient(stripe.HTTPClient):
-    """The SDK's HTTP client: httpx with bounded, kept connections."""
+    """The SDK's HTTP client: httpx with kept connections.
+
+    The pool has no maximum: call slots bound the calls. With one, httpcore 1.0.9 counts a connection for ever that it
+    had given to a waiting request which was canceled, and in the end no call gets one. Connecting has a time limit
+    below that of every call, so that it ends by itself.
+    """
 
     name = "httpx"
 
@@ -69,12 +76,12 @@ class StripeHttpClient(stripe.HTTPClient):
         super().__init__()
         self.pool = httpx.AsyncClient(
             limits=httpx.Limits(
-                max_connections=PROVIDER_CONNECTIONS_MAX,
+                max_connections=None,
                 max_keepalive_connections=PROVIDER_CONNECTIONS_MAX,
                 keepalive_expiry=30,
             ),
             verify=ssl.create_default_context(cafile=stripe.ca_bundle_path),
-            timeout=timeout_seconds,
+            timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS_MAX, 0.4 * timeout_seconds)),
         )
 
     async def request_async(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from rich.console import Console
@@ -112,6 +113,21 @@ def fail(conn: Connection, handler: str, error: str) -> None:
     assert row is not None
     failures = [{"event_id": event_id, "error": error} for event_id in row[2]]
     conn.execute("select outbox.fail_events(%s, %s, %s)", (row[0], row[1], json.dumps(failures)))
+
+
+def test_trace_says_what_a_payment_waits_for(conn: Connection) -> None:
+    _, key_hash = add_merchant(conn)
+    payment_id, other = pay(conn, key_hash, 2)
+    assert last(conn, payment_id).endswith("not sent yet: it waits for a worker")
+    batch = conn.execute("select batch_id, fence, event_ids from outbox.claim_batch('submit', 'worker-1')").fetchone()
+    assert batch is not None
+    conn.execute("select outbox.release_events(%s, %s, %s, '1 minute', 'access_refused', 'Stripe 401')", batch)
+    assert re.search(r" · submit waits since \S+Z: the provider refuses its call", last(conn, payment_id))
+    assert "waits for a worker" not in last(conn, payment_id)
+    assert last(conn, other).count("submit waits since") == 1
+    conn.execute("update outbox.retries set due_at = now()")
+    fail(conn, "submit", "Stripe 400")
+    assert re.search(r" · submit failed, time 1, next attempt at \S+Z", last(conn, payment_id))
 
 
 def entries(conn: Connection, key_hash: bytes, payment_id: str) -> list[dict[str, Any]]:

@@ -59,6 +59,17 @@ def test_analysts_read_the_views(conn: Connection, connect: Connect) -> None:
     assert connect("analyst").execute("select state from report.payments").fetchall() == [("initiated",)]
 
 
+def test_auditors_alone_read_the_audit_trail(conn: Connection, connect: Connect) -> None:
+    _, key_hash = add_merchant(conn)
+    create(conn, [request(key_hash)])
+    read = "select kind, outcome from audit.trail where payment_id is not null"
+    assert connect("auditor").execute(read).fetchall() == [("step", "accepted")]
+    for kind in RUNNING:
+        if kind != "auditor":
+            with pytest.raises(errors.InsufficientPrivilege):
+                connect(kind).execute(read)
+
+
 def test_every_security_definer_function_pins_its_search_path(conn: Connection) -> None:
     loose = conn.execute(
         """

@@ -70,7 +70,10 @@ def test_secrets_are_never_printed() -> None:
 
 
 def test_several_webhook_secrets_can_be_active() -> None:
-    assert load_settings({"STRIPE_WEBHOOK_SECRET": "a, b,"}).webhook_secrets == (Secret("a"), Secret("b"))
+    assert load_settings({"STRIPE_WEBHOOK_SECRET": "whsec_a, whsec_b,"}).webhook_secrets == (
+        Secret("whsec_a"),
+        Secret("whsec_b"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,13 @@ def test_several_webhook_secrets_can_be_active() -> None:
 def test_trusted_proxies_are_addresses_and_networks(given: str, networks: list[str]) -> None:
     trusted = load_settings({"SURETY_TRUSTED_PROXIES": given}).trusted_proxies
     assert [str(network) for network in trusted.networks] == networks
+
+
+@pytest.mark.parametrize("given", ["sk_live_1", "whsec_a whsec_b", "whsec_a,pk_x", "whsec_"])
+def test_text_that_is_no_webhook_secret_is_refused_and_not_shown(given: str) -> None:
+    with pytest.raises(SettingsError, match="each begins with whsec_") as refusal:
+        assert load_settings({"STRIPE_WEBHOOK_SECRET": given}).webhook_secrets
+    assert not [part for part in given.replace(",", " ").split() if part != "whsec_" and part in str(refusal.value)]
 
 
 @pytest.mark.parametrize("given", [{}, {"STRIPE_WEBHOOK_SECRET": " , "}])

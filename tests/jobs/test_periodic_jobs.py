@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,3 +182,31 @@ def test_worker_that_starts_after_months_makes_partitions_before_it_works(
     with worker_process(database, sandbox.url):
         wait_for_worker(conn)
         assert conn.execute(entries).fetchone() == (True,)
+
+
+def test_webhooks_that_do_not_arrive_are_a_finding_until_one_arrives(conn: Connection) -> None:
+    def event(n: int, **headers: str) -> str:
+        event = {"n": 0, "provider": "stripe", "account": "", "livemode": False, "event_id": f"evt_{n}", "type": "x"}
+        return json.dumps([event | {"headers": headers, "body": "{}"}])
+
+    conn.execute("select surety.receive_webhooks(%s)", (event(0, signature="t=1"),))
+    for n in range(1, 3):
+        conn.execute("select surety.store_polled_events(%s)", (event(n),))
+    move_clock(conn, "10 minutes")
+    assert findings(conn, "webhooks-missing") == []
+    conn.execute("select surety.store_polled_events(%s)", (event(3),))
+    conn.execute("""select surety.count_refusals('webhook', '{"no-signature": 4}')""")
+    [(urgency, what)] = findings(conn, "webhooks-missing")
+    assert urgency == 1
+    assert what == (
+        "no webhook arrives (the last one 10 min ago): 3 events found by polling alone, the first 10 min ago"
+    )
+    conn.execute("""select surety.count_refusals('webhook', '{"wrong-signature": 4}')""")
+    move_clock(conn, "70 minutes")
+    [(urgency, what)] = findings(conn, "webhooks-missing")
+    assert urgency == 2
+    conn.execute("select surety.receive_webhooks(%s)", (event(4, signature="t=1"),))
+    assert findings(conn, "webhooks-missing") == []
+    for n in range(5, 8):
+        conn.execute("select surety.store_polled_events(%s)", (event(n),))
+    assert findings(conn, "webhooks-missing") == [], "webhooks may be slower than a poll"

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from db.logs import LineFormatter
+from jobs.stripe.client import PROVIDER_CONNECTIONS_MAX, StripeHttpClient
 from jobs.stripe.facts import FactOrigin, intent_facts
 from tests.support.payments import Connection, add_merchant, command, ledger_of, path_of, pay, state_of, violations
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
@@ -590,3 +591,31 @@ async def test_a_bounded_rate_holds_for_real_calls(
         await run_until_idle(worker, "submit")
         # Five go at once, the last of the other seven 0.7 s after the first.
         assert time.monotonic() - began > 0.69
+
+
+async def test_calls_that_ended_before_they_connected_leave_the_pool_usable() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                await asyncio.sleep(0.2)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                await writer.drain()
+        writer.close()
+
+    client = StripeHttpClient(20)
+
+    async def call(url: str, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await client.pool.get(url)
+        except TimeoutError:
+            return False
+        return True
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        url = "http://{}:{}/".format(*server.sockets[0].getsockname())
+        # More at once than the pool has connections, as with probes beside calls.
+        results = await asyncio.gather(*(call(url, 0.3) for _ in range(200)))
+        assert results.count(False) > PROVIDER_CONNECTIONS_MAX
+        assert await call(url, 10)
+        await client.pool.aclose()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from db.settings import Settings
 from jobs.watchdog import EXIT_STALLED
 from tests.support.payments import Connection
 from tests.support.sandbox_process import eventually
-from tests.support.workers import ROOT, shorten_delays, wait_for_worker, worker_process
+from tests.support.workers import ROOT, in_process_worker, shorten_delays, wait_for_worker, worker_process
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -70,3 +71,14 @@ def test_worker_does_not_exit_when_the_database_is_down() -> None:
     command = [sys.executable, "-c", WATCHED, "host=127.0.0.1 port=9"]
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run(command, cwd=ROOT, capture_output=True, timeout=4, check=False)
+
+
+async def test_reports_of_checked_accounts_show_that_the_database_answers(
+    database: str,
+) -> None:
+    async with in_process_worker(database, NOWHERE, judged=False) as worker:
+        circuit_breaker = worker.circuit_breaker
+        assert await circuit_breaker.report_and_probe(), "the first report is due"
+        for _ in range(3):
+            await circuit_breaker.check_accounts([("", time.monotonic())])
+            assert await circuit_breaker.report_and_probe()

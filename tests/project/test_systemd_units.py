@@ -99,6 +99,12 @@ def test_the_compose_file_names_variables_and_services_that_exist() -> None:
     output = compose()
     assert set(output["x-surety"]["environment"]) <= VARIABLES
     services = output["services"]
+    holders = {
+        secret: [name for name, service in services.items() if secret in service.get("environment", {})]
+        for secret in ("STRIPE_API_KEY", "STRIPE_WEBHOOK_SECRET")
+    }
+    assert holders == {"STRIPE_API_KEY": ["worker"], "STRIPE_WEBHOOK_SECRET": ["webhooks"]}
+    assert all(set(service["environment"]) <= VARIABLES for name, service in services.items() if name != "postgresql")
     for service in services.values():
         assert set(service.get("depends_on", {})) <= services.keys()
     assert {"deploy", "api", "webhooks", "worker", "postgresql"} <= services.keys()

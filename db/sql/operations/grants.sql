@@ -106,6 +106,8 @@ grant usage on all sequences in schema procrastinate to surety_worker;
 grant execute on all functions in schema procrastinate to surety_worker;
 
 grant select on all tables in schema report to surety_analyst, surety_auditor;
+grant usage on schema audit to surety_auditor;
+grant select on audit.trail to surety_auditor;
 grant execute on function surety.trace_payment(text), surety.payment_summary(text), surety.check_invariants() to
 surety_auditor;
 

@@ -148,6 +148,37 @@ comment on function surety.list_overdue_objects() is
 many, the oldest one, its payment and its age. A payment or refund is as old as its last change, a dispute as its
 creation. A refund without an id at the provider is overdue after an hour.';
 
+create or replace function surety.find_silent_webhooks() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Events of the provider's list have no headers. The last two hundred events are enough, and quick to find.
+    with recent as (
+        select
+            provider_events.received_at,
+            provider_events.headers = '{}' as is_polled
+        from surety.provider_events
+        order by provider_events.id desc
+        limit 200
+    ),
+
+    received as (
+        select max(recent.received_at) as last_at from recent where not recent.is_polled
+    )
+
+    select
+        jsonb_build_object(
+            'polled', count(*),
+            'seconds', round(extract(epoch from surety.time_now() - min(recent.received_at)), 3),
+            'last_seconds', round(extract(epoch from surety.time_now() - min(received.last_at)), 3)
+        )
+    from recent cross join received
+    where recent.is_polled and (received.last_at is null or recent.received_at > received.last_at);
+end;
+
+comment on function surety.find_silent_webhooks() is
+'The events of the provider that were found by polling since the last webhook: {"polled": their number, at most 200,
+"seconds": the age of the first, "last_seconds": the age of that webhook, null if none is among the last 200 events}.';
+
 create or replace function surety.list_waiting_events()
 returns table (
     cause text, meaning text, finding text, count bigint, first text, payment_id text, seconds double precision,

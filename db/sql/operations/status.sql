@@ -279,6 +279,7 @@ begin
         'refused_accounts', (
             select coalesce(jsonb_agg(to_jsonb(a)), '[]') from surety.list_refused_accounts() as a
         ),
+        'silent_webhooks', surety.find_silent_webhooks(),
         'waiting_events', (
             select coalesce(jsonb_agg(to_jsonb(w)), '[]') from surety.list_waiting_events() as w
         ),

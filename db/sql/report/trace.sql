@@ -181,6 +181,31 @@ end;
 comment on function surety.trace_payment(text) is
 'The history of a payment, oldest first: requests, steps, calls, webhooks, transfers, retries.';
 
+create or replace function surety.list_waits_of_payment(p_payment_id text) returns setof text
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+begin atomic
+    select
+        case
+            when retries.cause is not null
+                then retries.handler || ' waits since ' || surety.format_time(retries.waiting_since) || ': '
+                || release_causes.meaning
+            else retries.handler || ' failed, time ' || retries.failures
+                || coalesce(', next attempt at ' || surety.format_time(retries.due_at), '')
+        end
+    from outbox.retries
+    inner join outbox.events on retries.event_id = events.id
+    left join outbox.release_causes on retries.cause = release_causes.cause
+    where
+        -- No event is older than its payment.
+        retries.event_id >= 'evt_' || substr(p_payment_id, 5, 12)
+        and coalesce(events.payload ->> 'payment_id', events.aggregate_id) = p_payment_id
+    order by retries.handler, retries.event_id;
+end;
+
+comment on function surety.list_waits_of_payment(text) is
+'What the events of a payment, its refunds and its disputes wait for, if they were given back or failed: a line each.';
+
 create or replace function surety.payment_summary(p_payment_id text)
 returns table (
     amount text, state text, merchant text, reference text, provider_id text, charges bigint, refunds bigint,
@@ -221,6 +246,14 @@ begin atomic
             union all
             select surety.format_amount(payments.at_risk_minor, payments.currency) || ' disputed'
             where payments.at_risk_minor > 0
+            union all
+            select waiting.what
+            from surety.list_waits_of_payment(payments.id) as waiting (what)
+            union all
+            select 'not sent yet: it waits for a worker'
+            where
+                payments.state = 'initiated'
+                and not exists (select from surety.list_waits_of_payment(payments.id))
             union all
             select 'dead letter of ' || dead_letters.handler
             from outbox.dead_letters

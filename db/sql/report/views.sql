@@ -148,3 +148,25 @@ from surety.disputes;
 
 comment on view report.disputes is
 'One row per dispute or inquiry, as of its last fetch. withdrawn_minor is the part that the network holds or keeps.';
+
+create or replace view audit.trail as
+select
+    entries.id,
+    entries.at,
+    entries.kind,
+    entries.actor,
+    entries.address,
+    entries.request_id,
+    entries.payment_id,
+    entries.merchant_id,
+    entries.version,
+    entries.from_state,
+    entries.to_state,
+    entries.outcome,
+    entries.reason,
+    entries.duration_ms,
+    entries.snapshot
+from audit.entries;
+
+comment on view audit.trail is
+'The audit trail, one row per entry, for auditors. Entries are never changed; id and at increase with time.';
