@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncGenerator, Coroutine, Generator
+from importlib.metadata import version
 from typing import Any, Unpack
 
 import psycopg
@@ -50,6 +51,9 @@ class WorkerApp(App):
         by_signals = options.get("install_signal_handlers", True)
         async with open_worker(settings, name) as worker, checking_key_at_start(worker):
             worker.watchdog.start()
+            mode = "live" if worker.stripe.livemode else "test"
+            provider = settings.provider.url or "Stripe"
+            log.info("worker %s of Surety %s started: %s mode, provider %s", name, version("surety"), mode, provider)
             # Upkeep runs each hour. After months without a worker, the present month may have no partitions.
             await worker.database.value("select surety.maintain_partitions()")
             work: WorkerOptions = {
@@ -58,16 +62,16 @@ class WorkerApp(App):
                 "install_signal_handlers": False,
                 "additional_context": {"worker": worker},
             }
-            mode = ModeWatch(settings, worker.database)
+            watch = ModeWatch(settings, worker.database)
             while not worker.stopping.is_set():
                 running = asyncio.create_task(super().run_worker_async(**work))
                 with (
                     stop_on_signals(worker.stopping, running) if by_signals else contextlib.nullcontext(),
-                    mode.stop_on_other_mode(worker.stopping, running),
+                    watch.stop_on_other_mode(worker.stopping, running),
                 ):
                     await wait_until_worker_ends(worker.stopping, running)
-            if mode.mismatch is not None:
-                raise mode.mismatch
+            if watch.mismatch is not None:
+                raise watch.mismatch
 
 
 @contextlib.asynccontextmanager

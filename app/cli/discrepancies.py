@@ -48,7 +48,10 @@ def list_discrepancies(closed: bool, as_json: bool) -> None:
         (each["id"], each["kind"], each["subject"], each["payment_id"], each["opened_at"], state_of_discrepancy(each))
         for each in found
     ]
-    print_table(table, rows)
+    if rows:
+        print_table(table, rows)
+    else:
+        click.echo("no discrepancies" if closed else "no open discrepancies")
 
 
 @discrepancies.command("show")

@@ -13,7 +13,7 @@ from db.settings import load_settings
 
 MEANINGS = {
     "live": "live: every payment of this database moves real money. Workers need a live key of Stripe's (sk_live_… or"
-    " rk_live_…). The first merchant makes this final.",
+    " rk_live_…), or a sandbox in live mode (sk_live_sandbox). The first merchant makes this final.",
     "test": "test: no payment of this database moves real money. Workers need a test key of Stripe's (sk_test_… or"
     " rk_test_…), or a sandbox. The first merchant makes this final.",
 }

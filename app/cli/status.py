@@ -69,9 +69,7 @@ def connect_to_any(url: str) -> psycopg.Connection[tuple[Any, ...]]:
 def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
     """The reason why the status could not be read, and the next step."""
     if isinstance(error, SettingsError):
-        return Finding(
-            "settings-invalid", 2, str(error).splitlines()[0], "DATABASE_URL names the database to report on"
-        )
+        return Finding("settings-invalid", 2, str(error).splitlines()[0], "correct the variable that the text names")
     match kind_of(error):
         case "not_deployed":
             return Finding("not-deployed", 2, "this database has no Surety, or one of another version", "surety deploy")

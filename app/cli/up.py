@@ -78,6 +78,7 @@ def run_everything(
     if settings.database_url is None:
         server = stack.enter_context(EmbeddedServer(kept / "postgresql"))
     url = settings.database_url.reveal() if settings.database_url else server.url if server else ""
+    require_mode_if_deployed(url, settings, sandbox=sandbox)
     outcome, livemode = deploy(url).outcome, read_livemode(url)
     print_line("up", f"database: {outcome}, mode {describe_mode(livemode)}")
     require_mode(settings, livemode, sandbox=sandbox)
@@ -128,6 +129,15 @@ def read_livemode(url: str) -> bool:
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         [(livemode,)] = conn.execute("select surety.read_livemode()").fetchall()
     return bool(livemode)
+
+
+def require_mode_if_deployed(url: str, settings: Settings, *, sandbox: bool) -> None:
+    """Raises SettingsError as require_mode does, before the deploy of another version could change the database."""
+    try:
+        livemode = read_livemode(url)
+    except psycopg.Error:
+        return  # Surety was not deployed yet, or the database is away, which the deploy reports.
+    require_mode(settings, livemode, sandbox=sandbox)
 
 
 def require_mode(settings: Settings, livemode: bool, *, sandbox: bool) -> None:

@@ -322,7 +322,8 @@ def set_failure(queued: QueuedRequest, error: Exception) -> None:
 
 def describe_error(error: psycopg.Error) -> str:
     """An error in one line, without the values that a server's detail may carry."""
-    return f"{error.sqlstate or 'connection'} {message_of(error)}"
+    text = message_of(error)
+    return f"{error.sqlstate} {text}" if error.sqlstate else f"connection {text.removeprefix('connection ')}"
 
 
 def request_ids_of(batch: Sequence[QueuedRequest]) -> str:

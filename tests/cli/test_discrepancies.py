@@ -35,6 +35,7 @@ def test_closing_a_discrepancy_records_operator_and_reason(
     assert said(run("discrepancies", "close", found, "--reason", "a refund by hand")) == f"{found} is closed"
     assert said(run("discrepancies", "close", found, "--reason", "another")) == f"{found} is closed already"
     assert json.loads(said(run("discrepancies", "list", "--json"))) == []
+    assert said(run("discrepancies", "list")) == "no open discrepancies"
     shown = json.loads(said(run("discrepancies", "show", found, "--json")))
     assert shown in json.loads(said(run("discrepancies", "list", "--closed", "--json")))
     assert shown["closed_because"] == "a refund by hand"

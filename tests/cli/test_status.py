@@ -11,8 +11,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 from psycopg.conninfo import conninfo_to_dict
 
+from app.cli import cli
 from app.cli.status import find_broken_invariants
 from app.status_findings import find_problems, find_vacuum_blocker
 from tests.support.dead_letters import closed_as, end, never_sent_letter, refused, unanswered
@@ -46,6 +48,15 @@ def test_idle_system_with_a_worker_is_healthy(conn: Connection, database: str) -
     code, state = read_status(database)
     assert (code, state["verdict"], state["findings"]) == (0, "good", [])
     assert "all is well" in surety(database, "status").stdout
+
+
+def test_misspelt_variable_is_the_one_to_correct(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", database)
+    monkeypatch.setenv("SURETY_TRUSTED_PROXY", "1")
+    result = CliRunner().invoke(cli, ["status", "--json"])
+    [finding] = json.loads(result.output)["findings"]
+    assert (finding["id"], "SURETY_TRUSTED_PROXY" in finding["what"]) == ("settings-invalid", True)
+    assert finding["next"] == "correct the variable that the text names"
 
 
 def test_refused_keys_and_webhooks_are_countable(conn: Connection, database: str) -> None:

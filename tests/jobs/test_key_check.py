@@ -264,6 +264,7 @@ def test_worker_checks_its_key_at_the_start_and_logs_what_is_missing(
     with log.open("wb") as output, worker_process(database, sandbox.url, stderr=output, STRIPE_API_KEY=KEY):
         eventually(lambda: conn.execute("select from surety.provider_keys").fetchone() is not None, 20)
         eventually(lambda: "lacks permissions that are needed: rak_event_read" in log.read_text(), 20)
+        eventually(lambda: f"started: test mode, provider {sandbox.url}" in log.read_text(), 20)
     assert KEY not in log.read_text()
 
 
