@@ -12,7 +12,7 @@ import pytest
 from jobs.polling import poll_balance_transactions, poll_events, poll_unfinished
 from jobs.worker import Worker
 from tests.support.payments import Connection, add_merchant, command, fact, ledger_of, pay, record, state_of, violations
-from tests.support.sandbox_process import SandboxProcess, running_sandbox
+from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
 from tests.support.workers import NO_AUTOMATIC_RETRY, in_process_worker, run_until_idle, shorten_delays
 
 
@@ -210,6 +210,10 @@ async def test_balance_transaction_that_can_not_be_stored_is_a_critical_discrepa
     async with in_process_worker(database, sandbox.url, judged=False) as worker:
         pay(conn, key_hash, amount=1234)
         await charged(conn, worker, key_hash)
+        charges = {row[0] for row in conn.execute("select object_id from surety.facts where kind = 'captured'")}
+        listed = ("/v1/balance_transactions", {"limit": 100})
+        eventually(lambda: charges <= {line["source"] for line in sandbox.get(*listed)["data"]})
+        await poll_balance_transactions(worker)
     [(kind, subject, is_critical)] = conn.execute("select kind, subject, is_critical from surety.discrepancies")
     assert (kind, subject[:4], is_critical) == ("unrecorded", "txn_", True)
     assert one(conn, "select count(*) from surety.facts where kind = 'money'") == 1
