@@ -420,6 +420,10 @@ create table surety.merchants (
     constraint merchant_mode_can_be_referred_to unique (id, livemode),
     constraint merchant_id_is_a_merchant_id check (id ~ '^mer_[0-9a-f]{32}$'),
     constraint merchant_name_is_short check (char_length(name) between 1 and 200),
+    -- No control characters, and none that change the direction of a line.
+    constraint merchant_name_is_printable check (
+        name ~ '^\S' and name ~ '\S$' and name !~ '[\u0001-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]'
+    ),
     constraint provider_account_is_an_account_id check (provider_account ~ '^(acct_[0-9A-Za-z_]{1,200})?$'),
     constraint merchant_fee_is_a_part check (fee_basis_points between 0 and 10000)
 );

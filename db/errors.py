@@ -107,6 +107,11 @@ def is_unreachable(error: BaseException | None) -> bool:
     return isinstance(error, psycopg.Error) and kind_of(error) == "unreachable"
 
 
+def is_read_only(error: psycopg.Error) -> bool:
+    """Whether a server answered that writes nothing: a standby, or one whose transactions are read-only."""
+    return error.sqlstate == "25006" or "session is read-only" in str(error)
+
+
 def message_of(error: psycopg.Error) -> str:
     """An error in one line, without the values that a server's detail may carry."""
     if error.diag.message_primary:

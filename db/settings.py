@@ -76,7 +76,10 @@ class TrustedProxies:
 
 
 def parse_network(entry: str) -> IpNetwork:
-    """An address or a network; IPv4 written as IPv6 becomes IPv4. Raises ValueError that names the entry."""
+    """An address or a network; IPv4 written as IPv6 becomes IPv4. Raises ValueError that names the entry.
+
+    Private networks are allowed whole (10.0.0.0/8, fc00::/7), larger ones are not.
+    """
     try:
         network: IpNetwork = ip_network(entry)
     except ValueError:
@@ -89,7 +92,7 @@ def parse_network(entry: str) -> IpNetwork:
         ) from None
     if isinstance(network, IPv6Network) and network.subnet_of(IPV4_AS_IPV6):
         network = IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
-    if not network.prefixlen:
+    if network.prefixlen < (8 if isinstance(network, IPv4Network) else 7):
         raise ValueError(f"Expected the proxies' addresses, got {entry!r}, with which any client could forge its own")
     return network
 

@@ -5,13 +5,18 @@ To add one, write its file beside this one and a line in COMMANDS.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import click
 
-from db.errors import SuretyError, kind_of, message_of
+from db.errors import SuretyError, is_read_only, kind_of, message_of
+
+# Of a terminal or file that takes no more output.
+OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EBADF, errno.EIO})
 
 
 class CommandEntry(NamedTuple):
@@ -76,23 +81,49 @@ def cli() -> None:
 
 def main() -> None:
     """Run `surety`. An error that the user can correct is one line and status 1, not a traceback."""
+    for place, argument in enumerate(sys.argv[1:], start=1):
+        if not is_encodable(argument):
+            stop(f"argument {place} is not UTF-8")
+    if sys.stdout is None:
+        stop("standard output is closed, so that nothing could be shown")
     try:
         cli(prog_name="surety")
     except Exception as error:
         if (message := user_message(error)) is None:
             raise
-        click.echo(f"surety: {message}", err=True)
-        sys.exit(1)
+        if isinstance(error, OSError):
+            # The rest of the buffer would fail again at the end of the process.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        stop(message)
+
+
+def stop(message: str) -> NoReturn:
+    """End with a line and status 1."""
+    click.echo(f"surety: {message}", err=True)
+    sys.exit(1)
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text of the command line or the environment was valid UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def user_message(error: Exception) -> str | None:
     """The line for an error that the user can correct; None for a mistake of ours."""
     if isinstance(error, SuretyError):
         return str(error)
+    if isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT_ERRORS:
+        return f"the output can't be written ({error.strerror}); what the command did is done"
     psycopg = sys.modules.get("psycopg")
     if psycopg is None or not isinstance(error, psycopg.Error):
         return None
     match kind_of(error):
+        case "unreachable" if is_read_only(error):
+            return f"PostgreSQL is read-only here: {message_of(error)}"
         case "unreachable":
             return f"PostgreSQL can't be reached: {message_of(error)}"
         case "not_deployed":

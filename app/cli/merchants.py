@@ -64,7 +64,7 @@ def add(name: str, account: str | None, unchecked: bool) -> None:
         except psycopg.errors.CheckViolation as error:
             if error.diag.constraint_name == "merchant_has_no_account_of_the_platform":
                 raise own_account_refused(account) from None
-            raise SuretyError("a merchant's name has 1 to 200 characters") from None
+            raise SuretyError("a merchant's name has 1 to 200 printable characters, and no space at its ends") from None
     assert row is not None
     click.echo(row[0])
     if is_first:

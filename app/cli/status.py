@@ -15,7 +15,7 @@ from rich.table import Table
 from app.status_findings import RUNBOOK, VERDICTS, Finding, find_problems, verdict_of
 from app.wording import count_noun, describe_mode, format_age
 from db.connect import harden
-from db.errors import SettingsError, kind_of, message_of
+from db.errors import SettingsError, is_read_only, kind_of, message_of
 from db.settings import load_settings
 
 STATEMENT_TIMEOUT = "30s"
@@ -73,6 +73,9 @@ def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
     match kind_of(error):
         case "not_deployed":
             return Finding("not-deployed", 2, "this database has no Surety, or one of another version", "surety deploy")
+        case "unreachable" if is_read_only(error):
+            what = f"PostgreSQL is read-only: {message_of(error)}"
+            return Finding("database-unreachable", 2, what, "DATABASE_URL, and default_transaction_read_only")
         case "unreachable":
             what = f"PostgreSQL can't be reached: {message_of(error)}"
             return Finding("database-unreachable", 2, what, "the server, its log, and DATABASE_URL")

@@ -31,6 +31,7 @@ REFUND_KINDS = {
     "canceled": "refund_canceled",
 }
 
+FAILURE_CHARACTERS_MAX = 500
 FAILURE_UNKNOWN = {"code": "processing_error"}
 """The failure of an attempt without an error: Stripe may have cleared it."""
 
@@ -106,14 +107,19 @@ def id_of(reference: str | Json | None) -> str | None:
 
 
 def failure(error: Any) -> Json | None:
-    """Why an attempt failed, as merchants see it. An error without a code is named by its type."""
+    """Why an attempt failed, as merchants see it: texts of bounded length. An error without a code has its type's."""
     if not isinstance(error, dict):
         return None
-    shown = {name: error.get(name) for name in ("code", "decline_code", "message")}
-    if isinstance(shown["message"], str):
+    shown = {name: bounded_text(error.get(name)) for name in ("code", "decline_code", "message")}
+    if shown["message"] is not None:
         shown["message"] = without_addresses(shown["message"])
-    shown["code"] = shown["code"] or error.get("type") or "processing_error"
+    shown["code"] = shown["code"] or bounded_text(error.get("type")) or "processing_error"
     return {name: value for name, value in shown.items() if value is not None}
+
+
+def bounded_text(value: Any) -> str | None:
+    """A text of the provider's, cut to FAILURE_CHARACTERS_MAX; None for anything else."""
+    return value[:FAILURE_CHARACTERS_MAX] if isinstance(value, str) else None
 
 
 def next_action(action: Json | None) -> Json | None:

@@ -52,3 +52,31 @@ def test_user_error_is_one_line_without_a_traceback() -> None:
 def test_deploy_reports_its_changes(blank: str) -> None:
     assert surety("deploy", DATABASE_URL=blank).stdout.startswith("created in ")
     assert surety("deploy", DATABASE_URL=blank).stdout.startswith("unchanged in ")
+
+
+def test_argument_that_is_no_utf_8_is_named() -> None:
+    done = surety("trace", "pay_\udcff")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "surety: argument 2 is not UTF-8\n")
+
+
+def test_output_that_is_closed_or_full_is_one_line(database: str) -> None:
+    environment = {"PATH": os.defpath, "DATABASE_URL": database}
+    command = f"{sys.executable} -c 'from app.cli import main; main()' merchants list"
+    for output, message in (
+        (">&-", "surety: standard output is closed, so that nothing could be shown\n"),
+        (">/dev/full", "surety: the output can't be written (No space left on device); what the command did is done\n"),
+    ):
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {output}"], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_read_only_database_is_not_called_unreachable(database: str) -> None:
+    for address in (
+        "default_transaction_read_only%3Don",
+        "default_transaction_read_only%3Don&target_session_attrs=any",
+    ):
+        url = f"{database}{'&' if '?' in database else '?'}options=-c%20{address}"
+        done = surety("merchants", "add", "Acme", DATABASE_URL=url)
+        assert done.returncode == 1 and done.stderr.startswith("surety: PostgreSQL is read-only here: "), done.stderr

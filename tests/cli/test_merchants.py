@@ -84,7 +84,13 @@ def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: C
     ("words", "report"),
     [
         (("merchants", "suspend", "mer_none"), "there is no merchant mer_none"),
-        (("merchants", "add", ""), "a merchant's name has 1 to 200 characters"),
+        *(
+            (
+                ("merchants", "add", name),
+                "a merchant's name has 1 to 200 printable characters, and no space at its ends",
+            )
+            for name in ("", "   ", "Acme ", "Acme\nBooks", "Acme\tBooks", "Acme \u202eskooB", "a" * 201)
+        ),
         (("keys", "create", "mer_none"), "there is no merchant mer_none"),
         (("keys", "revoke", "key_none"), "there is no key key_none"),
         (("trace", "pay_none"), "there is no payment pay_none"),

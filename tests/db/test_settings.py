@@ -37,6 +37,7 @@ KINDS: tuple[ProcessKind, ...] = ("api", "webhook", "worker", "analyst", "audito
         ({"SURETY_TRUSTED_PROXIES": "10.0.0.1:443"}, "got '10.0.0.1:443'"),
         ({"SURETY_TRUSTED_PROXIES": "*"}, "got '*'"),
         ({"SURETY_TRUSTED_PROXIES": "0.0.0.0/0"}, "got '0.0.0.0/0', with which any client could forge its own"),
+        ({"SURETY_TRUSTED_PROXIES": "10.0.0.0/8,128.0.0.0/1"}, "got '128.0.0.0/1', with which any client could forge"),
         ({"SURETY_TRUSTED_PROXIES": "::/0"}, "got '::/0', with which any client could forge its own"),
         ({"SURETY_TRUSTED_PROXIES": "::ffff:0:0/96"}, "got '::ffff:0:0/96', with which any client could forge its own"),
     ],
