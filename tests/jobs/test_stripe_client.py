@@ -594,13 +594,18 @@ async def test_a_bounded_rate_holds_for_real_calls(
 
 
 async def test_calls_that_ended_before_they_connected_leave_the_pool_usable() -> None:
+    answering: set[asyncio.Task[None] | None] = set()
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answering.add(asyncio.current_task())
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             while await reader.readuntil(b"\r\n\r\n"):
                 await asyncio.sleep(0.2)
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
                 await writer.drain()
         writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
     client = StripeHttpClient(20)
 
@@ -619,3 +624,4 @@ async def test_calls_that_ended_before_they_connected_leave_the_pool_usable() ->
         assert results.count(False) > PROVIDER_CONNECTIONS_MAX
         assert await call(url, 10)
         await client.pool.aclose()
+        await asyncio.wait([task for task in answering if task is not None])
