@@ -31,7 +31,7 @@ from jobs.handlers.calls import (
 )
 from jobs.handlers.payments import intent_error_result, intent_result
 from jobs.handlers.webhooks import fetch_dispute, fetch_result, store_polled_events
-from jobs.stripe.client import CLOCK_SKEW_SECONDS, ListPage, ProviderResponse
+from jobs.stripe.client import CLOCK_AHEAD_SECONDS_MAX, CLOCK_SKEW_SECONDS, ListPage, ProviderResponse
 from jobs.stripe.errors import AccessRefused, ObjectAbsent, ObjectUnreadable, ProviderError
 from jobs.stripe.facts import Fact, FactOrigin, Json, balance_transaction_facts, payout_facts, refund_facts
 from jobs.stripe.webhook_events import POLLED_EVENTS, ProviderObject
@@ -45,7 +45,7 @@ PENDING_TRANSACTIONS_MAX = 1000
 OVERLAP_POLLS = 3
 RANGE_GAP_MAX = timedelta(hours=1)
 # A greater difference is a moved clock of a test, or an unusable Date header.
-CLOCK_AHEAD_MAX = timedelta(days=1)
+CLOCK_AHEAD_MAX = timedelta(seconds=CLOCK_AHEAD_SECONDS_MAX)
 
 
 class ObjectToPoll(CallSubject, kw_only=True):

@@ -33,6 +33,8 @@ LIST_WINDOW_SECONDS = 300
 LISTING_SHARED_SECONDS = 60.0
 # The provider's clock and ours may differ by this much when an intent is searched by its creation time.
 CLOCK_SKEW_SECONDS = 300
+# A larger difference is a test database's clock.
+CLOCK_AHEAD_SECONDS_MAX = 86_400.0
 
 OnCall = Callable[[str, ProviderError | None, bool], None]
 """Called after every call: its account, its error, whether it was a command."""
@@ -55,11 +57,18 @@ class ListPage(Struct, frozen=True):
     answered_at: datetime | None
 
 
+class ListedIntents(Struct, frozen=True):
+    """The ids of our intents by their payments' ids, and how far the provider's clock was ahead of the database's."""
+
+    ids: dict[str, str]
+    clock_ahead_seconds: float | None
+
+
 class IntentListing(Struct, frozen=True):
     """A reading of a list, under way or done; `begun` is on the monotonic clock."""
 
     begun: float
-    reading: asyncio.Task[dict[str, str]]
+    reading: asyncio.Task[ListedIntents]
 
 
 class StripeHttpClient(stripe.HTTPClient):
@@ -159,8 +168,23 @@ class StripeGateway:
     ) -> ProviderResponse | None:
         """The intent whose metadata name a payment, among all created while it was sent. Stripe's search would lag.
 
-        Calls of one time range share one reading of the list, if it began after `asked_at` (monotonic).
+        Calls of one time range share one reading of the list, if it began after `asked_at` (monotonic). If the answer
+        shows that the clocks differ otherwise than assumed, the list is read again: the range was another one.
         """
+        for _ in range(2):
+            assumed = self.clock_ahead_seconds
+            listing = self._intent_listing(account, first_sent_at, last_sent_at, asked_at)
+            listed = await asyncio.shield(listing.reading)
+            ahead = listed.clock_ahead_seconds
+            if ahead is None or abs(ahead - assumed) < CLOCK_SKEW_SECONDS / 2 or abs(ahead) > CLOCK_AHEAD_SECONDS_MAX:
+                break
+            self.clock_ahead_seconds = ahead
+        found = listed.ids.get(payment_id)
+        return None if found is None else await self.fetch_intent(account, found, urgent=True)
+
+    def _intent_listing(
+        self, account: str, first_sent_at: datetime, last_sent_at: datetime, asked_at: float
+    ) -> IntentListing:
         early = min(0.0, self.clock_ahead_seconds) - CLOCK_SKEW_SECONDS
         late = max(0.0, self.clock_ahead_seconds) + CLOCK_SKEW_SECONDS
         first = int(first_sent_at.timestamp() + early) // LIST_WINDOW_SECONDS
@@ -177,19 +201,22 @@ class StripeGateway:
             )
             kept = {one: known for one, known in self._listings.items() if known.begun > begun - LISTING_SHARED_SECONDS}
             self._listings = kept | {key: listing}
-        found = (await asyncio.shield(listing.reading)).get(payment_id)
-        return None if found is None else await self.fetch_intent(account, found, urgent=True)
+        return listing
 
-    async def _list_intents(self, account: str, first: int, last: int) -> dict[str, str]:
-        """The ids of our intents created in that time, by their payments' ids."""
+    async def _list_intents(self, account: str, first: int, last: int) -> ListedIntents:
+        """Our intents created in that time."""
         found: dict[str, str] = {}
+        ahead: float | None = None
+        clock: datetime = await self._database.value("select surety.read_clock()")
         asked = {"created": {"gte": first, "lte": last}}
         async for page in self._pages("/v1/payment_intents", account, asked, urgent=True):
+            if ahead is None and page.answered_at is not None:
+                ahead = (page.answered_at - clock).total_seconds()
             for intent in page.rows:
                 payment_id = metadata_of(intent).get("surety_payment")
                 if payment_id is not None:
                     found.setdefault(payment_id, intent["id"])
-        return found
+        return ListedIntents(found, ahead)
 
     def balance_transactions(
         self, account: str, since: datetime, until: datetime | None = None

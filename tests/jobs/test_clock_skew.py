@@ -39,15 +39,17 @@ async def test_refund_without_a_webhook_is_polled_whatever_the_clocks_say(
     assert state_of(conn, payment_id) == "partially_refunded"
 
 
+@pytest.mark.parametrize("is_measured", [True, False])
 @pytest.mark.parametrize("ahead", SKEWS[:4])
 async def test_intent_of_an_unanswered_call_is_found_whatever_the_clocks_say(
-    conn: Connection, database: str, sandbox: SandboxProcess, ahead: str
+    conn: Connection, database: str, sandbox: SandboxProcess, ahead: str, is_measured: bool
 ) -> None:
     move_clock(conn, ahead)
     shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key_hash = add_merchant(conn)
     async with in_process_worker(database, sandbox.url, judged=False, timeout_seconds=0.3) as worker:
-        await poll_events(worker)
+        if is_measured:
+            await poll_events(worker)
         [payment_id] = pay(conn, key_hash)
         sandbox.order("payment_intents.create", "timeout_after", match=payment_id)
         await run_until_idle(worker, "submit")
