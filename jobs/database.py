@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, LiteralString, TypeVar
@@ -63,6 +64,7 @@ class WorkerDatabase:
 
     def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:
         self._pool = pool
+        self._away_since: float | None = None
         self._locks: AdvisoryLocks | None = None
         self._locks_mutex = asyncio.Lock()
 
@@ -121,14 +123,31 @@ class WorkerDatabase:
         while True:
             try:
                 async with self._pool.connection() as connection:
-                    return await self._run_on(connection, work)
+                    result = await self._run_on(connection, work)
             except psycopg.Error as error:
                 turn += 1
-                if not is_retryable(error) or (turn >= ATTEMPTS_MAX and not is_unreachable(error)):
+                if is_unreachable(error):
+                    self._note_outage(error)
+                elif not is_retryable(error) or turn >= ATTEMPTS_MAX:
                     raise
-                level = logging.WARNING if turn == ATTEMPTS_MAX else logging.INFO
-                log.log(level, "try %s: %s", turn, message_of(error))
+                else:
+                    log.info("try %s: %s", turn, message_of(error))
                 await asyncio.sleep(min(PAUSE_SECONDS * 2 ** min(turn, 10), PAUSE_SECONDS_MAX))
+            else:
+                self._note_answer()
+                return result
+
+    def _note_outage(self, error: psycopg.Error) -> None:
+        """Log the first statement that finds no server."""
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            log.warning("the database is away: %s", message_of(error))
+
+    def _note_answer(self) -> None:
+        """Log the first statement that is answered after an outage."""
+        if self._away_since is not None:
+            log.warning("the database is back after %.1f s", time.monotonic() - self._away_since)
+            self._away_since = None
 
     async def _run_on(
         self, connection: AsyncConnection[Any], work: Callable[[AsyncConnection[Any]], Awaitable[T]]

@@ -293,6 +293,7 @@ def test_connection_losses_are_single_lines_in_the_logs_of_all_processes(
         with connect_as_owner(killable_server.url) as conn:
             eventually(lambda: settled(conn), 60)
         logs = {"api": api.stop()[1], "webhooks": receiver.stop()[1], "worker": worker_log.read_text()}
+    assert "surety.database: the database is back after " in logs["worker"]
     # Procrastinate prints this line, which is no entry of the log.
     logs["worker"] = logs["worker"].replace("Launching a worker on all queues\n", "")
     for name, log in logs.items():
