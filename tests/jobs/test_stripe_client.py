@@ -18,6 +18,7 @@ from db.logs import LineFormatter
 from jobs.stripe.client import PROVIDER_CONNECTIONS_MAX, StripeHttpClient
 from jobs.stripe.facts import FactOrigin, intent_facts
 from tests.support.payments import Connection, add_merchant, command, ledger_of, path_of, pay, state_of, violations
+from tests.support.postgres_proxy import turn_loop
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
 from tests.support.workers import NO_AUTOMATIC_RETRY, attempts, due, in_process_worker, run_until_idle, shorten_delays
 
@@ -625,3 +626,4 @@ async def test_calls_that_ended_before_they_connected_leave_the_pool_usable() ->
         assert await call(url, 10)
         await client.pool.aclose()
         await asyncio.wait([task for task in answering if task is not None])
+        await turn_loop()

@@ -66,17 +66,15 @@ class PostgresProxy:
         return int(self._listening.sockets[0].getsockname()[1])
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            server = await self._connect()
-        except OSError:
-            writer.transport.abort()
-            return
-        connection = ProxiedConnection(self, (reader, writer), server)
-        self._connections.add(connection)
         # A cancelled handler would be reported as an error by asyncio.
-        with suppress(asyncio.CancelledError):
-            await connection.carry(self._reset_seconds)
-        self._connections.discard(connection)
+        with suppress(asyncio.CancelledError, OSError):
+            try:
+                connection = ProxiedConnection(self, (reader, writer), await self._connect())
+                self._connections.add(connection)
+                await connection.carry(self._reset_seconds)
+                self._connections.discard(connection)
+            finally:
+                writer.transport.abort()
 
     async def _connect(self) -> Stream:
         if self._host.startswith("/"):
@@ -91,10 +89,20 @@ class PostgresProxy:
 
     async def _close(self) -> None:
         self._listening.close()
+        # A task that is canceled before its first turn closes nothing, so accepted connections begin first.
+        await turn_loop()
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # Sockets of aborted transports are closed in the next turns.
+        await turn_loop()
+
+
+async def turn_loop() -> None:
+    """Let the loop turn some times, for what is about to begin or to end."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 class ProxiedConnection:
