@@ -100,7 +100,7 @@ class PostgresProxy:
 
 
 async def turn_loop() -> None:
-    """Let the loop turn some times, for what is about to begin or to end."""
+    """Let the loop turn some times, so that begun and aborted work takes effect."""
     for _ in range(5):
         await asyncio.sleep(0)
 
