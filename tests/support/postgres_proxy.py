@@ -41,6 +41,7 @@ class PostgresProxy:
         self._host, self._server_port = str(target["host"]), int(target.get("port") or 5432)
         self._reset_seconds = reset_seconds
         self._connections: set[ProxiedConnection] = set()
+        self._writers: list[asyncio.StreamWriter] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -66,6 +67,7 @@ class PostgresProxy:
         return int(self._listening.sockets[0].getsockname()[1])
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
         # A cancelled handler would be reported as an error by asyncio.
         with suppress(asyncio.CancelledError, OSError):
             try:
@@ -78,8 +80,11 @@ class PostgresProxy:
 
     async def _connect(self) -> Stream:
         if self._host.startswith("/"):
-            return await asyncio.open_unix_connection(Path(self._host) / f".s.PGSQL.{self._server_port}")
-        return await asyncio.open_connection(self._host, self._server_port)
+            stream = await asyncio.open_unix_connection(Path(self._host) / f".s.PGSQL.{self._server_port}")
+        else:
+            stream = await asyncio.open_connection(self._host, self._server_port)
+        self._writers.append(stream[1])
+        return stream
 
     async def _silence(self, place: float) -> bool:
         open_connections = [connection for connection in self._connections if not connection.silent.is_set()]
@@ -91,10 +96,12 @@ class PostgresProxy:
         self._listening.close()
         # A task that is canceled before its first turn closes nothing, so accepted connections begin first.
         await turn_loop()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
         # Sockets of aborted transports are closed in the next turns.
         await turn_loop()
 
