@@ -194,7 +194,7 @@ class AdvisoryLocks:
             if not self.is_lost:
                 await self._ask(UNLOCK, key, f"{LOCK_IDLE_SECONDS:g}s" if self._keys else None)
         except psycopg.Error as error:
-            log.info("%s ends with its connection: %s", name, error)
+            log.info("%s ends with its connection: %s", name, message_of(error))
         finally:
             await self._return_connection_if_idle()
 
@@ -223,7 +223,7 @@ class AdvisoryLocks:
                 await asyncio.sleep(LOCK_IDLE_SECONDS / 3)
                 await self._ask("select 1")
         except psycopg.Error as error:
-            log.info("the locks end with their connection: %s", error)
+            log.info("the locks end with their connection: %s", message_of(error))
 
     async def _return_connection_if_idle(self) -> None:
         if self.is_lost or not self._keys:

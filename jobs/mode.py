@@ -13,7 +13,7 @@ from collections.abc import Generator
 
 import psycopg
 
-from db.errors import SettingsError
+from db.errors import SettingsError, message_of
 from db.settings import Settings
 from jobs.database import WorkerDatabase
 
@@ -55,6 +55,6 @@ class ModeWatch:
                 log.critical("this worker ends: %s", error)
                 self.mismatch = error
             except psycopg.Error as error:
-                log.warning("the mode of the database can't be read: %s", error)
+                log.warning("the mode of the database can't be read: %s", message_of(error))
         stopping.set()
         running.cancel()

@@ -286,3 +286,18 @@ def test_second_intent_does_not_change_the_payment(conn: Connection, key_hash: b
     record(conn, [fact(payment_id, "captured", "ch", 10000)])
     assert state_of(conn, payment_id) == "confirmed"
     assert not violations(conn)
+
+
+def test_intent_reported_with_another_amount_is_never_confirmed_and_its_cancellation_ends_the_payment(
+    conn: Connection, key_hash: bytes
+) -> None:
+    [payment_id] = pay(conn, key_hash, reference="order-1")
+    submitting(conn, payment_id)
+    record(conn, [fact(payment_id, "submitted", "pi", 9999)])
+    record(conn, [fact(payment_id, "submitted", "pi", 10000)])
+    assert state_of(conn, payment_id) == "submitting", "whichever of the reports was wrong"
+    record(conn, [fact(payment_id, "canceled", "pi")])
+    assert state_of(conn, payment_id) == "canceled"
+    assert discrepancies(conn, payment_id) == ["amount"]
+    assert state_of(conn, pay(conn, key_hash, reference="order-1")[0]) == "initiated"
+    assert violations(conn) == {}

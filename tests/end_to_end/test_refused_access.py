@@ -281,7 +281,7 @@ async def test_refused_key_during_an_outage_becomes_the_cause(
         await later(conn, worker, "10 seconds")
         assert circuits(conn) == dict.fromkeys(("", SHOP, OTHER_SHOP), "key_refused")
         conn.execute("select surety.open_circuit('stripe', '', 'outage', 'no answer', 'test')")
-        assert circuits(conn)[""] == "key_refused", "an outage afterwards says nothing about the key"
+        assert circuits(conn)[""] == "key_refused", "an outage does not prove that the key is accepted"
 
 
 async def test_account_refused_before_the_key_was_waits_for_the_key(

@@ -235,7 +235,7 @@ def test_off_session_payment_that_requires_authentication_is_declined(sandbox: S
 
 def test_receipt_goes_to_a_valid_address_that_may_be_removed(sandbox: SandboxProcess) -> None:
     form = {"amount": 4999, "currency": "usd"}
-    for invalid in ("nobody", "ada@nowhere", "ada@shop.example\n", "a b@shop.example"):
+    for invalid in ("ada", "ada@nowhere", "ada@shop.example\n", "a b@shop.example"):
         status, error = sandbox.refusal("POST", "/v1/payment_intents", {**form, "receipt_email": invalid})
         assert (status, error["code"], error["param"]) == (400, "email_invalid", "receipt_email")
         assert error["message"] == f"Invalid email address: {invalid}"

@@ -227,11 +227,13 @@ class SimulatedProvider:
         return doing
 
     def cancel_wrong_amounts(self) -> None:
-        """Cancel the intents of a wrong amount in the dashboard."""
+        """Cancel in the dashboard the intents that have, or were read with, a wrong amount, as the runbook says."""
         asked = dict(self.schedule.database.rows("select id, amount_minor from surety.payments"))
+        query = "select subject from surety.discrepancies where kind = 'amount' and closed_at is null"
+        reported = {subject for (subject,) in self.schedule.database.rows(query)}
         for intent in list(self.memory.all_of_kind("payment_intent")):
             is_wrong = intent.body["amount"] != asked.get(intent.body["metadata"]["surety_payment"])
-            if is_wrong and intent.body["status"] == "requires_confirmation":
+            if (is_wrong or f"{intent.id}:submitted" in reported) and intent.body["status"] == "requires_confirmation":
                 intents.cancel(self.sandbox, intent, "requested_by_customer")
                 self.commit()
 
