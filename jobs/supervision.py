@@ -96,6 +96,8 @@ async def log_failure(check: Coroutine[Any, Any, None]) -> None:
         await check
     except psycopg.Error as error:
         log.warning("the provider's key was not checked at the start: %s", message_of(error))
+    except Exception:
+        log.exception("the check of the provider's key at the start failed")
 
 
 async def wait_until_worker_ends(stopping: asyncio.Event, running: asyncio.Task[None]) -> None:

@@ -115,6 +115,8 @@ async def run_circuit_breaker(worker: Worker) -> None:
                 worker.watchdog.database_answered()
         except psycopg.Error as error:
             log.warning("the circuit breaker found no database: %s", message_of(error))
+        except Exception:  # Its end would be seen only when the watchdog ends the worker, which can't name the reason.
+            log.exception("the circuit breaker failed; it goes on")
         await asyncio.sleep(min(CIRCUIT_TURN_SECONDS, worker.settings.surety_stall_seconds / 10))
 
 

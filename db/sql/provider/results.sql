@@ -39,7 +39,8 @@ begin
     update surety.calls as c
     set refused_through = r.undone_send
     from jsonb_to_recordset(p_results) as r (payment_id text, operation text, undone_send integer)
-    where c.payment_id = r.payment_id and c.operation = r.operation and c.refused_through = r.undone_send - 1;
+    where r.undone_send is not null
+        and c.payment_id = r.payment_id and c.operation = r.operation and c.refused_through = r.undone_send - 1;
 
     select jsonb_agg(jsonb_build_object(
         'kind', 'answer', 'actor', p_actor, 'payment_id', r.payment_id, 'outcome', r.outcome,
