@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import errors
 
-from tests.db.test_races import Two, at_once
 from tests.support.http_client import Merchant, broken_rules, problem, running_server
 from tests.support.payments import (
     Connection,
@@ -27,16 +26,6 @@ from tests.support.payments import (
     record,
     violations,
 )
-from tests.support.sandbox_process import SandboxProcess, running_sandbox
-from tests.support.workers import NO_AUTOMATIC_RETRY, due, in_process_worker, run_until_idle, shorten_delays
-
-PIPELINE = ("submit", "confirm", "refund")
-
-
-@pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
-    with running_sandbox(tmp_path_factory.mktemp("refunds"), "--hang-seconds=1", "--slow-seconds=0.1") as sandbox:
-        yield sandbox
 
 
 def captured(conn: Connection, key: bytes, **fields: Any) -> str:
@@ -315,100 +304,6 @@ def test_two_captures_of_one_payment_credit_the_merchant_once(conn: Connection) 
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- races
-
-Doing = Callable[[Connection], object]
-
-
-def test_two_refunds_at_once_can_not_exceed_what_was_captured(conn: Connection, two: Two) -> None:
-    _, key = add_merchant(conn)
-    captured(conn, key)
-    payment_id = captured(conn, key)
-    outcomes: list[str | None] = []
-
-    def asked(connection: Connection) -> None:
-        outcomes.append(ask(connection, key, payment_id, 6000)["problem"])
-
-    at_once(conn, two, lambda: asked(two[0]), lambda: asked(two[1]))
-    assert outcomes == [None, "invalid-request"]
-    assert not violations(conn)
-
-
-def test_two_refunds_of_two_payments_at_once_can_not_exceed_the_balance(conn: Connection, two: Two) -> None:
-    _, key = add_merchant(conn)
-    first, second = captured(conn, key), captured(conn, key)
-    record(conn, [fact(captured(conn, key), "dispute_opened", "dp", 10000)])
-    outcomes: list[Any] = []
-    at_once(
-        conn,
-        two,
-        lambda: outcomes.append(ask(two[0], key, first)["problem"]),
-        lambda: outcomes.append(ask(two[1], key, second)["problem"]),
-    )
-    assert outcomes == [None, "balance-too-low"]
-    assert not violations(conn)
-
-
-OTHERS: dict[str, tuple[list[Callable[[str], Fact]], Callable[[str], Fact], Any, Any]] = {
-    # what came before, what crosses the refund; the refund's problem if it comes second, and if it comes first
-    "capture": ([lambda p: fact(p, "authorized", "ch", 10000)], lambda p: fact(p, "captured", "ch", 10000), None, None),
-    "dispute": (
-        [lambda p: fact(p, "captured", "ch", 10000)],
-        lambda p: fact(p, "dispute_opened", "dp", 10000),
-        "wrong-state",
-        None,
-    ),
-    "return": (
-        [lambda p: fact(p, "captured", "ch", 10000)],
-        lambda p: fact(p, "returned", "return", 10000),
-        "wrong-state",
-        None,
-    ),
-}
-
-
-@pytest.mark.parametrize("first", ["refund", "other"])
-@pytest.mark.parametrize("name", OTHERS)
-def test_refund_races_with_network_events(conn: Connection, two: Two, name: str, first: str) -> None:
-    before, crossing, problem_second, problem_first = OTHERS[name]
-    _, key = add_merchant(conn)
-    for _ in range(2):
-        captured(conn, key)
-    [payment_id] = pay(conn, key, capture_method="manual")
-    for make_fact in before:
-        record(conn, [make_fact(payment_id)])
-    outcomes: list[Any] = []
-
-    def refund(connection: Connection) -> None:
-        outcomes.append(ask(connection, key, payment_id, 4000)["problem"])
-
-    def other(connection: Connection) -> None:
-        record(connection, [crossing(payment_id)])
-
-    doings: list[Doing] = [refund, other] if first == "refund" else [other, refund]
-    at_once(conn, two, lambda: doings[0](two[0]), lambda: doings[1](two[1]))
-    if name == "capture" and first == "refund":
-        assert outcomes == ["wrong-state"]
-    else:
-        assert outcomes == [problem_second if first == "other" else problem_first]
-    assert not violations(conn)
-
-
-def test_refund_with_a_lost_response_is_retried_at_once(conn: Connection, two: Two) -> None:
-    """The client hangs up and repeats while the first is not committed: one refund, one answer."""
-    _, key = add_merchant(conn)
-    payment_id = captured(conn, key)
-    outcomes: list[dict[str, Any]] = []
-    at_once(
-        conn,
-        two,
-        lambda: outcomes.append(ask(two[0], key, payment_id, 2500, idempotency_key="mine")),
-        lambda: outcomes.append(ask(two[1], key, payment_id, 2500, idempotency_key="mine")),
-    )
-    assert outcomes[1] == outcomes[0] | {"is_replayed": True}
-    assert states(conn, payment_id) == [("pending", 2500)]
-
-
 # -------------------------------------------------------------------------------------------------------- the chain
 
 
@@ -467,73 +362,6 @@ def test_a_refunds_state_cannot_be_set_beside_its_steps(conn: Connection) -> Non
     with pytest.raises(errors.ForeignKeyViolation) as refused:
         conn.execute("update surety.refunds set state = 'succeeded'")
     assert refused.value.diag.constraint_name == "refund_state_is_its_last_step"
-
-
-# ------------------------------------------------------------------------------------------------- at the provider
-
-
-def made(sandbox: SandboxProcess, payment_id: str) -> list[dict[str, Any]]:
-    """The refunds of a payment by the sandbox's own memory."""
-    page = sandbox.get("/v1/refunds", {"limit": 100})["data"]
-    return [refund for refund in page if refund["metadata"].get("surety_payment") == payment_id]
-
-
-async def test_a_refund_is_made_at_the_provider(conn: Connection, database: str, sandbox: SandboxProcess) -> None:
-    shorten_delays(conn, NO_AUTOMATIC_RETRY)
-    _, key = add_merchant(conn)
-    [payment_id] = pay(conn, key)
-    async with in_process_worker(database, sandbox.url) as worker:
-        await run_until_idle(worker, *PIPELINE)
-        assert ask(conn, key, payment_id, 2500, reason="requested_by_customer")["status"] == 201
-        await run_until_idle(worker, *PIPELINE)
-    [refund] = made(sandbox, payment_id)
-    assert (refund["amount"], refund["reason"]) == (2500, "requested_by_customer")
-    assert amounts(conn, payment_id) == ("partially_refunded", 2500, 0)
-    assert states(conn, payment_id) == [("succeeded", 2500)]
-    assert not violations(conn)
-
-
-@pytest.mark.parametrize(
-    "fault", ["timeout_before", "timeout_after", "error_500_before", "error_500_after", "reset", "garbage_200"]
-)
-async def test_refund_with_a_lost_response_is_made_once(
-    conn: Connection, database: str, sandbox: SandboxProcess, fault: str
-) -> None:
-    shorten_delays(conn, NO_AUTOMATIC_RETRY)
-    _, key = add_merchant(conn)
-    [payment_id] = pay(conn, key)
-    async with in_process_worker(database, sandbox.url, timeout_seconds=0.5) as worker:
-        await run_until_idle(worker, *PIPELINE)
-        refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
-        sandbox.order("refunds.create", fault, match=refund_id)
-        await run_until_idle(worker, *PIPELINE)
-        assert amounts(conn, payment_id)[1:] == (0, 2500), "it is reserved while the outcome is unknown"
-        due(conn)
-        await run_until_idle(worker, *PIPELINE)
-    assert len(made(sandbox, payment_id)) == 1
-    assert states(conn, payment_id) == [("succeeded", 2500)]
-    assert not violations(conn)
-
-
-async def test_a_refund_that_the_provider_refuses_has_failed_and_reserves_nothing(
-    conn: Connection, database: str, sandbox: SandboxProcess
-) -> None:
-    """It was refunded in the provider's dashboard, and the event is still on its way."""
-    shorten_delays(conn, NO_AUTOMATIC_RETRY)
-    _, key = add_merchant(conn)
-    [payment_id] = pay(conn, key)
-    async with in_process_worker(database, sandbox.url) as worker:
-        await run_until_idle(worker, *PIPELINE)
-        row = conn.execute("select provider_id from surety.payments").fetchone()
-        assert row is not None
-        sandbox.post("/v1/refunds", {"payment_intent": row[0]}, key="dashboard")
-        assert ask(conn, key, payment_id, 2500)["status"] == 201
-        await run_until_idle(worker, *PIPELINE)
-    refund = conn.execute("select state, failure ->> 'code' from surety.refunds").fetchall()
-    assert refund == [("failed", "charge_already_refunded")]
-    assert amounts(conn, payment_id)[1:] == (0, 0)
-    assert "reserved_for_refunds" not in ledger_of(conn, payment_id)
-    assert not violations(conn)
 
 
 # -------------------------------------------------------------------------------------------------------- over HTTP

@@ -21,8 +21,8 @@ from tests.support.provider_faults import (
 from tests.support.sandbox_process import running_sandbox
 from tests.support.workers import in_process_worker
 
-# No answer comes and the connection is cut, long before the worker gives up by itself (see test_stripe_client.py): so
-# nothing fails but what was ordered, however busy the machine is.
+# No answer comes and the connection is cut, long before the worker gives up by itself (stripe/test_stripe_client.py).
+# So nothing fails but what was ordered, however busy the machine is.
 HANG_SECONDS = 0.1
 
 

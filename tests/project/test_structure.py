@@ -15,11 +15,7 @@ FOLDER_FILES_MAX = 12
 # Each exception has its reason.
 LONG_FILES = {
     "schema.sql": "the whole state of the database, read from top to bottom",
-    "tests/db/test_deploy.py": "to be divided",
-    "tests/db/test_ledger.py": "to be divided",
-    "tests/db/test_refunds.py": "to be divided",
-    "tests/jobs/test_stripe_client.py": "to be divided",
-    "tests/jobs/test_workers.py": "to be divided",
+    "tests/db/test_ledger.py": "a table: each history of a payment, and its balances",
     "tests/mutations/mutants.py": "one entry a mutant",
     "tests/support/provider_faults.py": "a table: each call, each fault, what comes of it",
 }

@@ -1,0 +1,239 @@
+"""Webhooks of every form and order, as the workers apply them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.jobs.conftest import Pay
+from tests.jobs.test_workers import count
+from tests.support.payments import Connection, state_of, violations
+from tests.support.sandbox_process import SandboxProcess, eventually
+from tests.support.workers import (
+    attempts,
+    due,
+    in_process_worker,
+    run_until_idle,
+)
+
+
+def received(conn: Connection, events: list[dict[str, Any]]) -> None:
+    """The receiver's part: stored, with an event for `apply_webhooks`."""
+    stored = [
+        {
+            "n": n,
+            "provider": "stripe",
+            "account": event.get("account", ""),
+            "livemode": event.get("livemode", False),
+            "event_id": event["id"],
+            "type": event["type"],
+            "headers": {},
+            "body": event.get("raw") or json.dumps(event),
+            "address": "127.0.0.1",
+        }
+        for n, event in enumerate(events)
+    ]
+    conn.execute("select from surety.receive_webhooks(%s)", (json.dumps(stored),))
+
+
+def events_about(sandbox: SandboxProcess, payment_id: str) -> list[dict[str, Any]]:
+    """The events of one payment, newest first, as webhooks bring them."""
+    page = sandbox.get("/v1/events", {"limit": 100})["data"]
+    return [
+        event for event in page if (event["data"]["object"].get("metadata") or {}).get("surety_payment") == payment_id
+    ]
+
+
+async def test_reordered_and_repeated_webhooks_end_in_the_same_state(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
+        assert state_of(conn, payment_id) == "requires_action"
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        sandbox.answer_as_payer(pi, "approve")
+        eventually(lambda: sandbox.read(pi)["status"] == "succeeded")
+        eventually(lambda: "charge.updated" in [event["type"] for event in events_about(sandbox, payment_id)])
+        events = events_about(sandbox, payment_id)
+        assert {"payment_intent.requires_action", "payment_intent.succeeded", "charge.succeeded"} <= {
+            event["type"] for event in events
+        }
+        received(conn, [*events, *events[::-1]])
+        await run_until_idle(worker)
+    assert state_of(conn, payment_id) in {"confirmed", "settled"}
+    assert count(conn, "select count(*) from surety.facts where kind = 'captured'") == 1
+    assert count(conn, "select count(*) from surety.facts where kind = 'money'") == 1, "charge.updated was fetched"
+    assert attempts(conn) == []
+    assert not violations(conn)
+
+
+async def test_decline_known_from_a_webhook_only_is_fetched_and_canceled(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        sandbox.answer_as_payer(pi, "decline")
+        [failed] = [e for e in events_about(sandbox, payment_id) if e["type"] == "payment_intent.payment_failed"]
+        received(conn, [failed])
+        await run_until_idle(worker)
+    assert state_of(conn, payment_id) == "failed"
+    assert sandbox.read(pi)["status"] == "canceled"
+    [(failure,)] = conn.execute("select failure ->> 'code' from surety.payments").fetchall()
+    assert failure == "payment_intent_authentication_failure"
+
+
+async def test_invalid_event_fails_three_times_without_its_batch(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    bodies = ("no json", "[]", '{"data": {}}', '{"api_version": "2026-10-28.endive", "data": {"object": {"id": 1}}}')
+    garbage = [{"id": f"evt_{n}", "type": "payment_intent.succeeded", "raw": body} for n, body in enumerate(bodies)]
+    unknown: dict[str, Any] = {
+        "id": "evt_unknown",
+        "type": "customer.created",
+        "api_version": None,
+        "data": {"object": {}},
+    }
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        [created] = [e for e in events_about(sandbox, payment_id) if e["type"] == "payment_intent.created"]
+        received(conn, [*garbage, created, unknown])
+        for _ in range(3):
+            await run_until_idle(worker, "apply_webhooks")
+            due(conn)
+    letters = conn.execute("select handler, jsonb_array_length(attempts) from outbox.dead_letters").fetchall()
+    assert letters == [("apply_webhooks", 3)] * len(bodies)
+    assert attempts(conn) == []
+
+
+async def test_event_without_meaning_here_ends_well_whatever_its_form(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    shop()
+    thin = {"object": "v2.core.event", "created": "2026-11-30T06:00:00Z"}
+    events: list[dict[str, Any]] = [
+        thin | {"id": "evt_ping", "type": "v2.core.event_destination.ping", "related_object": None},
+        thin | {"id": "evt_account", "type": "v2.core.account.updated", "related_object": {"id": "acct_1"}},
+        {"id": "evt_no_version", "type": "customer.created", "data": {"object": {}}},
+        {"id": "evt_no_data", "type": "customer.created"},
+    ]
+    async with in_process_worker(database, sandbox.url) as worker:
+        received(conn, events)
+        await run_until_idle(worker, "apply_webhooks")
+    assert attempts(conn) == []
+
+
+async def test_thin_event_brings_its_object(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    by_intent, by_charge = shop(2)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        intents: dict[str, str] = dict(conn.execute("select id, provider_id from surety.payments").fetchall())
+        charge = {payment_id: sandbox.confirm(pi)["latest_charge"] for payment_id, pi in intents.items()}
+        about = {
+            "v1.payment_intent.succeeded": intents[by_intent],
+            "v1.charge.succeeded": charge[by_charge],
+        }
+        events = [
+            {"id": f"evt_{n}", "object": "v2.core.event", "type": type, "related_object": {"id": named}}
+            for n, (type, named) in enumerate(about.items())
+        ]
+        received(conn, events)
+        await run_until_idle(worker, "apply_webhooks")
+    assert [state_of(conn, payment_id) for payment_id in (by_intent, by_charge)] == ["confirmed"] * 2
+    assert attempts(conn) == []
+
+
+async def test_event_without_version_or_previous_attributes_is_fetched(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        data = {"object": sandbox.confirm(pi), "previous_attributes": None}
+        received(conn, [{"id": "evt_1", "type": "payment_intent.succeeded", "data": data}])
+        await run_until_idle(worker, "apply_webhooks")
+    assert state_of(conn, payment_id) == "confirmed"
+
+
+async def test_event_of_the_other_mode_is_ignored_with_a_reason(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        types = ("payment_intent.succeeded", "payment_intent.payment_failed", "charge.dispute.created")
+        data = {"object": sandbox.read(pi)}
+        received(conn, [{"id": f"evt_{type}", "type": type, "livemode": True, "data": data} for type in types])
+        await run_until_idle(worker, "apply_webhooks")
+    assert state_of(conn, payment_id) == "provider_submitted"
+    assert attempts(conn) == []
+    query = "select snapshot ->> 'type', reason from audit.entries where kind = 'answer' and outcome = 'ignored'"
+    reason = "an event of live mode, and our key is of test mode"
+    assert sorted(conn.execute(query).fetchall()) == sorted((type, reason) for type in types)
+
+
+@pytest.mark.parametrize(("type", "handler"), [("payment.initiated", "submit"), ("webhook.received", "apply_webhooks")])
+async def test_event_about_an_unknown_object_is_dead_lettered(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay, type: str, handler: str
+) -> None:
+    shop()
+    conn.execute("select outbox.emit_event('payment', 'nothing', %s, '{}', null, 1)", (type,))
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, handler)
+    assert [row[:2] for row in attempts(conn)] == [(handler, 1)]
+    assert count(conn, "select count(*) from outbox.batches") == 0
+
+
+async def test_webhook_that_cannot_be_recorded_does_not_fail_its_batch(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    payments = shop(5)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        broken = (
+            "alter table surety.facts add constraint poison"
+            f" check (payment_id <> '{payments[2]}' or kind <> 'captured')"
+        )
+        conn.execute(broken.encode())
+        events = []
+        for payment_id in payments:
+            [(pi,)] = conn.execute("select provider_id from surety.payments where id = %s", (payment_id,)).fetchall()
+            sandbox.confirm(pi)
+            events += [e for e in events_about(sandbox, payment_id) if e["type"] == "payment_intent.succeeded"]
+        received(conn, events)
+        await run_until_idle(worker, "apply_webhooks")
+    states = [state_of(conn, payment_id) for payment_id in payments]
+    assert states == ["confirmed", "confirmed", "provider_submitted", "confirmed", "confirmed"]
+    [(handler, failures, errors)] = attempts(conn)
+    assert (handler, failures) == ("apply_webhooks", 1)
+    assert "poison" in errors[0]
+
+
+async def test_snapshot_of_another_api_version_is_fetched(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        lie = sandbox.read(pi) | {"status": "succeeded", "latest_charge": "ch_lie", "amount_received": 10000}
+        old = {
+            "id": "evt_old",
+            "type": "payment_intent.succeeded",
+            "api_version": "2019-02-19",
+            "data": {"object": lie},
+        }
+        received(conn, [old])
+        await run_until_idle(worker, "apply_webhooks")
+    assert state_of(conn, payment_id) == "provider_submitted"
+    query = "select kind, outcome from audit.entries where snapshot ->> 'operation' = 'fetch' order by id"
+    assert conn.execute(query).fetchall() == [("call", "asked"), ("answer", "answered")]
