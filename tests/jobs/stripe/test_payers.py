@@ -1,4 +1,4 @@
-"""Payers: their actions, and their data: the part that reaches the provider, and that which is neither stored nor logged."""
+"""Payers: their actions, and which of their data reach the provider, are stored and are logged."""
 
 from __future__ import annotations
 
