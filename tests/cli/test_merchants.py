@@ -5,37 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import pwd
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from app.cli import cli, identity
 from app.cli.identity import operator_identity
 from app.web.keys import KEY_PATTERN, checksum, key_hash_of, new_key
-from db.errors import SuretyError
+from tests.cli.conftest import Run, refused, said
 from tests.conftest import Connection
 from tests.support.payments import add_merchant, fact, pay, record
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(database: str, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`surety …` in the test's database."""
-    monkeypatch.setenv("DATABASE_URL", database)
-    return lambda *words: CliRunner().invoke(cli, list(words))
-
-
-def said(result: Result) -> str:
-    assert result.exit_code == 0, result.output
-    return result.stdout.strip()
-
-
-def refused(result: Result) -> str:
-    assert isinstance(result.exception, SuretyError), result.output
-    return str(result.exception)
 
 
 def test_new_api_key_is_stored_as_its_hash(run: Run, conn: Connection) -> None:

@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from click.testing import CliRunner, Result
 
-from app.cli import cli
 from app.cli.identity import operator_identity
-from db.errors import SuretyError
+from tests.cli.conftest import Run, refused, said
 from tests.conftest import Connection
 from tests.support.payments import money, record
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(database: str, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`surety …` in the test's database."""
-    monkeypatch.setenv("DATABASE_URL", database)
-    return lambda *words: CliRunner().invoke(cli, list(words))
-
-
-def said(result: Result) -> str:
-    assert result.exit_code == 0, result.output
-    return result.stdout.strip()
-
-
-def refused(result: Result) -> str:
-    assert isinstance(result.exception, SuretyError), result.output
-    return str(result.exception)
 
 
 def test_mode_is_decided_audibly_and_audited(run: Run, conn: Connection) -> None:
