@@ -7,10 +7,8 @@ import json
 import pytest
 
 from app.cli.identity import operator_identity
-from tests.cli.test_merchants import Run, refused, run, said
+from tests.cli.conftest import Run, refused, said
 from tests.support.payments import Connection, add_merchant, fact, pay, record
-
-__all__ = ["run"]
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 
 from app.cli.identity import operator_identity
-from tests.cli.test_merchants import Run, refused, run, said
+from tests.cli.conftest import Run, refused, said
 from tests.support.payments import Connection, add_merchant, pay
-
-__all__ = ["run"]
 
 
 def test_paused_handler_takes_no_events_until_it_is_resumed(run: Run, conn: Connection) -> None:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from app.cli import cli
-from tests.cli.test_merchants import refused, said
+from tests.cli.conftest import refused, said
 from tests.cli.test_status import add_live_worker, read_status
 from tests.support.payments import Connection, add_merchant
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
