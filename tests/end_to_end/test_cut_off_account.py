@@ -55,7 +55,12 @@ def test_merchant_that_is_cut_off_can_cancel_and_pay_again_later_and_others_noti
         assert "Stripe" not in detail and ACCOUNT not in detail, "merchants read nothing internal"
         again = merchant.post(accepted, key="order-1")
         assert (again.status_code, again.content) == (201, first.content), "an accepted request gets its answer again"
-        path = f"/v1/payments/{first.json()['id']}/cancel"
+        first_id = first.json()["id"]
+        # The probe may be refused before the refusal of its own call is recorded.
+        eventually(
+            lambda: conn.execute("select surety.is_surely_unexecuted(%s)", (first_id,)).fetchone() == (True,), 30
+        )
+        path = f"/v1/payments/{first_id}/cancel"
         canceled = merchant.client.post(path, json={}, headers={"Idempotency-Key": "cancel"})
         assert (canceled.status_code, canceled.json()["state"]) == (200, "canceled")
         paid = other.pay()["id"]
