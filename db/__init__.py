@@ -5,6 +5,9 @@ file above it defines. core/ comes first, api/ and the grants come last.
 
 LOCK_ORDER lists the tables that transactions write, in the order in which every transaction locks their rows. A deploy
 locks the tables that it alters in the same order. Tables that are not listed come last.
+
+Functions on every payment's way set plan_cache_mode to force_generic_plan, for themselves and for those that they call:
+planning a statement for each call's values would cost several times its execution.
 """
 
 BEHAVIOUR_FILES: tuple[str, ...] = (

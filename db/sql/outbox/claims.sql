@@ -190,6 +190,7 @@ returns table (
     batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, is_last boolean, leased_until timestamptz
 )
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 -- Locks the handler's row until the commit, so the caller commits at once.
 declare

@@ -3,6 +3,7 @@
 
 create or replace function outbox.complete_events(p_batch bigint, p_fence bigint, p_event_ids text[]) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 declare
     v_batch outbox.batches;

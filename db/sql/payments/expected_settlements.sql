@@ -2,6 +2,7 @@
 
 create or replace function surety.expect_settlement(p_batch bigint, p_fence bigint, p_event_ids text[])
 returns boolean language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 declare
     v_now timestamptz := surety.time_now();
@@ -23,6 +24,7 @@ Completes the events in the same transaction; false if the lease is lost.';
 
 create or replace function surety.meet_expected_settlement(p_batch bigint, p_fence bigint, p_event_ids text[])
 returns boolean language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 declare
     v_now timestamptz := surety.time_now();

@@ -64,6 +64,7 @@ create or replace function surety.record_facts(p_facts jsonb, p_actor text, p_re
 returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+set plan_cache_mode = force_generic_plan
 as $$
 -- Locks facts, payments, refunds and accounts, each sorted.
 declare

@@ -47,6 +47,7 @@ another payment has by now.';
 create or replace function surety.project_steps() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
     v_now timestamptz := surety.time_now();

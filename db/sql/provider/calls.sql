@@ -199,6 +199,7 @@ create or replace function surety.begin_calls(
     amount_minor bigint, currency text, livemode boolean
 )
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 declare
     v_now timestamptz := surety.time_now();

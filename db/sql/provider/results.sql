@@ -2,6 +2,7 @@
 
 create or replace function surety.record_call_results(p_actor text, p_results jsonb) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 -- Facts and refusals each lock their payments, so one array holds either: two transactions could deadlock otherwise.
 declare
@@ -67,6 +68,7 @@ in one array are an error (SU009). Returns the types of the events made.';
 create or replace function surety.record_event_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
 returns table (is_held boolean, event_types text[])
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 declare
     v_types text[] := surety.record_call_results(p_actor, p_results);
