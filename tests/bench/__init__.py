@@ -9,6 +9,9 @@ stdout is one object.
     bench.sql         the copying, and the handler that `drain` measures
     drain_processes   the processes that drain events: Surety's and Procrastinate's
     load              HTTP requests, by wrk (accept.lua) or by a Python client
-    api_server        the API that receives them
+    payment_client    posts payments and waits until they are settled
+    api_server        the API that `accept` measures
+    services          all processes of a deployment
     recording_proxy   records when the sandbox receives a payment
+    cpu_time          CPU time and memory of groups of processes
 """

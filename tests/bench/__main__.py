@@ -6,6 +6,7 @@ import click
 
 from tests.bench import databases
 
+warm_mb = click.option("--warm-mb", default=512, help="How much of the server's memory and log is used once before.")
 as_json = click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on the last line.")
 
 
@@ -57,7 +58,7 @@ def trace(*, as_json: bool, **sizes: int) -> None:
 )
 @click.option("--merchants", default=20)
 @click.option("--rounds", default=5)
-@click.option("--warm-mb", default=512, help="How much of the server's memory and log is used once before.")
+@warm_mb
 @as_json
 def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
     """Payments accepted per second over HTTP, against a no-op and against a transaction for each request."""
@@ -68,14 +69,15 @@ def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
 
 
 @bench.command()
-@click.option("--payments", default=2_000, help="Payments at once in each round.")
+@click.option("--payments", default=6_000, help="Payments at once in each round.")
 @click.option("--merchants", default=20)
 @click.option("--workers", default=2)
-@click.option("--idle-payments", default=43, help="Payments one after the other.")
+@click.option("--idle-payments", default=43, help="Payments one after the other; 0 leaves this out.")
 @click.option("--rounds", default=3)
+@warm_mb
 @as_json
 def lifecycle(*, as_json: bool, **sizes: int) -> None:
-    """Payments per second from POST to settled, and the delay until the provider receives one on an idle system."""
+    """Payments per second from POST to settled, their cost, and the delay until an idle system calls the provider."""
     from tests.bench.lifecycle import run
 
     results = run(**sizes)

@@ -2,31 +2,33 @@
 
     payments_per_second   from the first POST to the last settlement: each payment is created at the provider and
                           confirmed, reported by signed webhooks, and settled by the balance record that workers fetch
+    cpu_ms_per_payment    in that time, by group of processes; PostgreSQL is all processes of the server
+    wal_kb_per_payment    write-ahead log of the whole server in that time
+    commits_per_payment   transactions of the database in that time, except the benchmark's own
+    peak_rss_mb           the largest resident memory of a worker and of the API since they started
     idle_p50_ms           from the POST of one payment, while nothing else happens, until the request to create its
                           PaymentIntent arrives at the provider
 
 The sandbox takes 1.2 s from a charge until its money is available, and workers ask for it once a second, so one payment
-takes about three seconds. Many overlap.
+takes about three seconds. Many overlap. Before the first round the server's memory and log are used once, and some
+payments are made that are not measured.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import httpx
 
-from app.local.demo.checks import count_ended
-from app.local.demo.merchants import Order, TrafficResult, create_merchants, post_orders
+from app.local.demo.merchants import Order, create_merchants
 from app.local.demo.report import measure_state_durations
 from app.local.demo.sandbox_record import CHARGES_SUMMARY, read_sandbox
-from app.local.demo.workspace import demo_folder
-from app.local.output import LogFiles
-from app.local.processes import ProcessGroup, free_port
+from tests.bench.cpu_time import cpu_seconds, peak_rss_mb
 from tests.bench.databases import (
     Connection,
     Results,
@@ -36,132 +38,127 @@ from tests.bench.databases import (
     median,
     percentile,
     server,
+    touch_memory_and_log,
 )
+from tests.bench.payment_client import create_orders, post_orders, wait_until_settled
 from tests.bench.recording_proxy import RecordingProxy
+from tests.bench.services import Services, running_services, running_workers
 from tests.support.payments import violations
 
-WEBHOOK_SECRET = "whsec_of_the_benchmark"
 REQUEST_SECONDS_MAX = 10.0
-SECONDS_PER_PAYMENT_MAX = 0.2
-SECONDS_MAX = 60.0
+WARM_UP_SHARE = 0.1
+WARM_UP_PAYMENTS_MAX = 500
 
 
-def run(*, payments: int, merchants: int, workers: int, idle_payments: int, rounds: int) -> Results:
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The measurements of a round; costs are those of one payment."""
+
+    payments_per_second: float
+    accepted_per_second: float
+    cpu_ms: dict[str, float]
+    wal_kb: float
+    commits: float
+
+    def __str__(self) -> str:
+        cpu = ", ".join(f"{group} {value:.1f}" for group, value in self.cpu_ms.items())
+        return f"{self.payments_per_second:,.0f} payments/s, CPU ms per payment: {cpu}; log {self.wal_kb:.1f} kB"
+
+
+def run(*, payments: int, merchants: int, workers: int, idle_payments: int, rounds: int, warm_mb: int) -> Results:
     """`payments` at once in each round, then `idle_payments` one after the other."""
     with ExitStack() as stack:
         url = stack.enter_context(deployed_database(stack.enter_context(server())))
         conn = stack.enter_context(connection(url))
         keys = create_merchants(conn, merchants, seed=1)
-        process_group, ports = stack.enter_context(running_services(url))
-        rates: list[float] = []
-        accepted: list[float] = []
-        with running_workers(process_group, workers, f"http://127.0.0.1:{ports['sandbox']}"):
+        touch_memory_and_log(conn, warm_mb)
+        services = stack.enter_context(running_services(url))
+        with running_workers(services.process_group, workers, services.sandbox_url):
+            warm_up = min(WARM_UP_PAYMENTS_MAX, max(1, int(WARM_UP_SHARE * payments)))
+            measured = [measure_round(conn, services, create_orders(keys, warm_up, "warm-up"))]
+            log_progress(f"warm-up: {measured[0]}")
             for turn in range(rounds):
-                began = time.monotonic()
-                posted = post_until_settled(conn, ports["api"], create_orders(keys, payments, f"round-{turn}"))
-                rates.append(payments / (time.monotonic() - began))
-                accepted.append(payments / posted)
-                log_progress(f"round {turn + 1}: {rates[-1]:,.0f} payments/s, accepted {accepted[-1]:,.0f}/s")
+                conn.execute("vacuum (analyze)")
+                measured.append(measure_round(conn, services, create_orders(keys, payments, f"round-{turn}")))
+                log_progress(f"round {turn + 1}: {measured[-1]}")
+            pids = services.pids(conn)
+            peaks = {"worker": peak_rss_mb(pids["workers"]), "api": peak_rss_mb(pids["api"])}
         stages = measure_state_durations(conn)
-        with RecordingProxy(ports["sandbox"]) as proxy, running_workers(process_group, workers, proxy.url):
-            idle = measure_idle_latency(proxy, ports["api"], create_orders(keys, idle_payments, "idle"))
-            log_progress(f"idle: {percentile(idle, 0.5):.1f} ms at p50, {max(idle):.1f} ms at most")
-        charges = read_sandbox(f"http://127.0.0.1:{ports['sandbox']}", CHARGES_SUMMARY)
+        idle = measure_idle(services, workers, create_orders(keys, idle_payments, "idle"))
+        charges = read_sandbox(services.sandbox_url, CHARGES_SUMMARY)
         assert charges["double"] == []
         conn.execute("vacuum (analyze)")
         assert violations(conn) == {}
     return {
         "benchmark": "lifecycle",
-        "payments_per_second": median(rates, 1),
-        "accepted_per_second": median(accepted, 1),
-        "idle_p50_ms": round(percentile(idle, 0.5), 1),
-        "idle_p99_ms": round(percentile(idle, 0.99), 1),
+        **summarize(measured[1:]),
+        "peak_rss_mb": peaks,
+        **idle,
         "payments": payments * rounds,
         "double_charges": len(charges["double"]),
         "stages": {stage.name: {"p50_ms": round(stage.p50_ms), "p99_ms": round(stage.p99_ms)} for stage in stages},
         "workers": workers,
-        "rounds": [round(rate, 1) for rate in rates],
+        "rounds": [round(turn.payments_per_second, 1) for turn in measured[1:]],
     }
 
 
-@contextmanager
-def running_services(url: str) -> Generator[tuple[ProcessGroup, dict[str, int]]]:
-    """API, webhook receiver and sandbox, and where they listen."""
-    with demo_folder() as folder:
-        names = ("api", "webhooks", "sandbox")
-        ports = {name: free_port(0) for name in names}
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))
-        }
-        settings = {
-            "DATABASE_URL": url,
-            "STRIPE_WEBHOOK_SECRET": WEBHOOK_SECRET,
-            "SURETY_POLL_SECONDS": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
-        process_group = ProcessGroup(inherited | settings, LogFiles(folder))
-        try:
-            process_group.start("api", "-m", "app.cli", "api", "--port", str(ports["api"]))
-            process_group.start("webhooks", "-m", "app.cli", "webhooks", "--port", str(ports["webhooks"]))
-            process_group.start(
-                "sandbox",
-                *("-m", "app.sandbox", "--port", str(ports["sandbox"]), "--memory", str(folder / "sandbox.sqlite")),
-                *("--webhook-url", f"http://127.0.0.1:{ports['webhooks']}/stripe"),
-                *("--webhook-secret", WEBHOOK_SECRET),
-            )
-            for name in names:
-                process_group.wait_for_port(name, ports[name])
-            yield process_group, ports
-        finally:
-            process_group.stop()
+def summarize(rounds: Sequence[Round]) -> Results:
+    """The medians of the rounds."""
+    return {
+        "payments_per_second": median([turn.payments_per_second for turn in rounds], 1),
+        "accepted_per_second": median([turn.accepted_per_second for turn in rounds], 1),
+        "cpu_ms_per_payment": {group: median([turn.cpu_ms[group] for turn in rounds], 2) for group in rounds[0].cpu_ms},
+        "wal_kb_per_payment": median([turn.wal_kb for turn in rounds], 1),
+        "commits_per_payment": median([turn.commits for turn in rounds], 2),
+    }
 
 
-@contextmanager
-def running_workers(process_group: ProcessGroup, workers: int, provider: str) -> Generator[None]:
-    """Workers that call the provider at this address."""
-    names = [f"worker-{number}" for number in range(1, workers + 1)]
-    process_group.environment["SURETY_SANDBOX_URL"] = provider
-    for name in names:
-        process_group.start(name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"bench-{name}")
-    try:
-        yield
-    finally:
-        process_group.stop(*names)
-
-
-def create_orders(keys: list[str], count: int, run: str) -> list[Order]:
-    """Payments by cards that work."""
-    return [
-        Order(
-            keys[number % len(keys)],
-            f"bench-{run}-{number}",
-            {
-                "amount": 1000 + number,
-                "currency": "usd",
-                "payment_method": {"type": "card", "token": "pm_card_visa"},
-                "return_url": "https://shop.example/return",
-                "reference": f"bench-{run}-{number}",
-            },
-        )
-        for number in range(count)
-    ]
-
-
-def post_until_settled(conn: Connection, port: int, orders: list[Order]) -> float:
-    """Post all and wait until all are settled; returns the seconds until all were accepted."""
-    wanted = count_ended(conn) + len(orders)
+def measure_round(conn: Connection, services: Services, orders: Sequence[Order]) -> Round:
+    """Post all and wait until all are settled."""
+    pids = services.pids(conn)
+    log_before, commits_before = read_server_counters(conn)
+    cpu_before = cpu_seconds(pids)
     began = time.monotonic()
-    sold: TrafficResult = asyncio.run(post_orders(f"http://127.0.0.1:{port}", orders, lambda: None))
-    accepted = time.monotonic() - began
-    assert len(sold.acknowledged) == len(orders), sold.refused[:3]
-    deadline = time.monotonic() + SECONDS_MAX + SECONDS_PER_PAYMENT_MAX * len(orders)
-    while (ended := count_ended(conn)) < wanted:
-        assert time.monotonic() < deadline, f"{wanted - ended} payments have not ended"
-        time.sleep(0.02)
-    return accepted
+    payment_ids = asyncio.run(post_orders(services.ports["api"], orders))
+    accepted_seconds = time.monotonic() - began
+    own_queries = wait_until_settled(conn, payment_ids)
+    seconds = time.monotonic() - began
+    cpu_after = cpu_seconds(pids)
+    log_after, commits_after = read_server_counters(conn)
+    count = len(orders)
+    return Round(
+        payments_per_second=count / seconds,
+        accepted_per_second=count / accepted_seconds,
+        cpu_ms={group: (cpu_after[group] - cpu_before[group]) * 1000 / count for group in pids},
+        wal_kb=(log_after - log_before) / 1024 / count,
+        commits=(commits_after - commits_before - own_queries) / count,
+    )
 
 
-def measure_idle_latency(proxy: RecordingProxy, port: int, orders: list[Order]) -> list[float]:
+def read_server_counters(conn: Connection) -> tuple[int, int]:
+    """Bytes of write-ahead log of the server, and commits of the database."""
+    row = conn.execute(
+        "select pg_current_wal_lsn() - '0/0'::pg_lsn, xact_commit from pg_stat_database"
+        " where datname = current_database()"
+    ).fetchone()
+    assert row is not None
+    return int(row[0]), int(row[1])
+
+
+def measure_idle(services: Services, workers: int, orders: Sequence[Order]) -> dict[str, float]:
+    """Percentiles of the delay of single payments; nothing without payments."""
+    if not orders:
+        return {}
+    with (
+        RecordingProxy(services.ports["sandbox"]) as proxy,
+        running_workers(services.process_group, workers, proxy.url),
+    ):
+        delays = measure_delays(proxy, services.ports["api"], orders)
+    log_progress(f"idle: {percentile(delays, 0.5):.1f} ms at p50, {max(delays):.1f} ms at most")
+    return {"idle_p50_ms": round(percentile(delays, 0.5), 1), "idle_p99_ms": round(percentile(delays, 0.99), 1)}
+
+
+def measure_delays(proxy: RecordingProxy, port: int, orders: Sequence[Order]) -> list[float]:
     """Milliseconds from each POST until the provider hears of it, one at a time; the first ones only warm up."""
     chance = random.Random(1)
     times = []

@@ -62,6 +62,14 @@ def load(url: str, *, connections: int, seconds: float, run: str, keys: list[str
     return loaded
 
 
+async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[int, bytes]:
+    """Send a request on a connection that is kept; returns the answer's status and body."""
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
+    return int(head[9:12]), await reader.readexactly(int(length))
+
+
 @dataclass
 class LoadClient:
     """Connections that each send the next request as soon as the last was answered."""
@@ -81,12 +89,9 @@ class LoadClient:
         reader, writer = await asyncio.open_connection(where.hostname, where.port)
         while time.monotonic() < self.deadline:
             began = time.perf_counter()
-            writer.write(self.request(where.path, next(self.numbers)))
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
-            body = await reader.readexactly(int(length))
+            status, body = await exchange(reader, writer, self.request(where.path, next(self.numbers)))
             self.times.append((time.perf_counter() - began) * 1000)
-            if not head.startswith(b"HTTP/1.1 201 "):
+            if status != 201:
                 self.errors += 1
             elif body.startswith(b'{"id":"pay_'):
                 self.ids.append(body[7:43].decode())

@@ -1,0 +1,92 @@
+"""The processes of a deployment, with a sandbox as the provider: API, webhook receiver, workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from app.local.demo.workspace import demo_folder
+from app.local.output import LogFiles
+from app.local.processes import ProcessGroup, free_port
+from tests.bench.cpu_time import parent_of
+from tests.bench.databases import Connection
+
+WEBHOOK_SECRET = "whsec_of_the_benchmark"
+SERVICES = {"api": "api", "receiver": "webhooks", "sandbox": "sandbox"}
+"""Groups of processes, and the name of the process of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Running processes, and the port of each that listens."""
+
+    process_group: ProcessGroup
+    ports: dict[str, int]
+
+    @property
+    def sandbox_url(self) -> str:
+        """Where the sandbox listens."""
+        return f"http://127.0.0.1:{self.ports['sandbox']}"
+
+    def pids(self, conn: Connection) -> dict[str, list[int]]:
+        """Processes by group; this process is the client."""
+        processes = self.process_group.processes
+        return {
+            "workers": [process.pid for name, process in processes.items() if name.startswith("worker-")],
+            "postgres": server_pids(conn),
+            **{group: [processes[name].pid] for group, name in SERVICES.items()},
+            "client": [os.getpid()],
+        }
+
+
+@contextmanager
+def running_services(url: str) -> Generator[Services]:
+    """API, webhook receiver and sandbox."""
+    with demo_folder() as folder:
+        ports = {name: free_port(0) for name in SERVICES.values()}
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))
+        }
+        settings = {
+            "DATABASE_URL": url,
+            "STRIPE_WEBHOOK_SECRET": WEBHOOK_SECRET,
+            "SURETY_POLL_SECONDS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        process_group = ProcessGroup(inherited | settings, LogFiles(folder))
+        try:
+            process_group.start("api", "-m", "app.cli", "api", "--port", str(ports["api"]))
+            process_group.start("webhooks", "-m", "app.cli", "webhooks", "--port", str(ports["webhooks"]))
+            process_group.start(
+                "sandbox",
+                *("-m", "app.sandbox", "--port", str(ports["sandbox"]), "--memory", str(folder / "sandbox.sqlite")),
+                *("--webhook-url", f"http://127.0.0.1:{ports['webhooks']}/stripe"),
+                *("--webhook-secret", WEBHOOK_SECRET),
+            )
+            for name, port in ports.items():
+                process_group.wait_for_port(name, port)
+            yield Services(process_group, ports)
+        finally:
+            process_group.stop()
+
+
+@contextmanager
+def running_workers(process_group: ProcessGroup, workers: int, provider: str) -> Generator[None]:
+    """Workers that call the provider at this address."""
+    names = [f"worker-{number}" for number in range(1, workers + 1)]
+    process_group.environment["SURETY_SANDBOX_URL"] = provider
+    for name in names:
+        process_group.start(name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"bench-{name}")
+    try:
+        yield
+    finally:
+        process_group.stop(*names)
+
+
+def server_pids(conn: Connection) -> list[int]:
+    """The database server's first process, if it runs on this machine: the parent of this connection's backend."""
+    address, backend = conn.execute("select inet_server_addr(), pg_backend_pid()").fetchone() or (None, 0)
+    parent = parent_of(backend) if address is None else None
+    return [] if parent is None else [parent]
