@@ -13,5 +13,7 @@ stdout is one object.
     api_server        the API that `accept` measures
     services          all processes of a deployment
     recording_proxy   records when the sandbox receives a payment
+    comparison        `lifecycle` in turns with another revision's, which revisions.py runs
+    costs             CPU time, log and commits of a payment
     cpu_time          CPU time and memory of groups of processes
 """

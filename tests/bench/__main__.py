@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from app.local.processes import Interrupted
 from tests.bench import databases
 
 warm_mb = click.option("--warm-mb", default=512, help="How much of the server's memory and log is used once before.")
@@ -75,12 +76,21 @@ def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
 @click.option("--idle-payments", default=43, help="Payments one after the other; 0 leaves this out.")
 @click.option("--rounds", default=3)
 @warm_mb
+@click.option("--against", metavar="REV", help="Run this revision's own benchmark in turns; needs git and uv.")
+@click.option("--base-payments", default=2_000, help="Payments of its round, if it reports no costs by itself.")
+@click.option("--durable", is_flag=True, help="Keep the server's data on a disk (/var/tmp), not in memory.")
 @as_json
-def lifecycle(*, as_json: bool, **sizes: int) -> None:
+def lifecycle(*, as_json: bool, against: str | None, base_payments: int, durable: bool, **sizes: int) -> None:
     """Payments per second from POST to settled, their cost, and the delay until an idle system calls the provider."""
-    from tests.bench.lifecycle import run
+    from tests.bench import comparison, lifecycle
 
-    results = run(**sizes)
+    if against is None:
+        results = lifecycle.run(on_disk=durable, **sizes)
+    else:
+        try:
+            results = comparison.run(against=against, base_payments=base_payments, on_disk=durable, **sizes)
+        except Interrupted as interrupted:
+            raise click.ClickException(f"interrupted by {interrupted}") from None
     databases.print_results(results, as_json=as_json)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class ProcessTimes:
-    """A process as /proc/PID/stat shows it. `seconds`: user and system time, with that of children waited for."""
+    """A process as /proc/PID/stat shows it: seconds of user and system time, its own and that of ended children."""
 
     parent: int
-    seconds: float
+    own: float
+    ended: float
 
 
 def read_processes() -> dict[int, ProcessTimes]:
@@ -35,7 +35,8 @@ def read_processes() -> dict[int, ProcessTimes]:
 def parse_stat(line: str) -> ProcessTimes:
     """A line of /proc/PID/stat; the command's name, in parentheses, may contain anything."""
     words = line.rpartition(")")[2].split()
-    return ProcessTimes(int(words[1]), sum(map(int, words[11:15])) / CLOCK_HERTZ)
+    own, ended = (sum(map(int, words[place : place + 2])) / CLOCK_HERTZ for place in (11, 13))
+    return ProcessTimes(int(words[1]), own, ended)
 
 
 def process_tree(processes: Mapping[int, ProcessTimes], root: int) -> list[int]:
@@ -52,14 +53,14 @@ def process_tree(processes: Mapping[int, ProcessTimes], root: int) -> list[int]:
 def cpu_seconds(groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """CPU time by group. A group is given by its processes; their descendants are included, ended ones too.
 
-    This process is counted alone, without children.
+    The group `client` has the processes of the benchmark, which are counted without children.
     """
     processes = read_processes()
     return {
         name: sum(
-            time.process_time() if root == os.getpid() else processes[pid].seconds
+            processes[pid].own if name == "client" else processes[pid].own + processes[pid].ended
             for root in roots
-            for pid in ([root] if root == os.getpid() else process_tree(processes, root))
+            for pid in ([root] if name == "client" else process_tree(processes, root))
         )
         for name, roots in groups.items()
     }
@@ -82,3 +83,11 @@ def parent_of(pid: int) -> int | None:
         return parse_stat((PROC / str(pid) / "stat").read_text()).parent
     except FileNotFoundError:
         return None
+
+
+def command_of(pid: int) -> str:
+    """A process's command with its arguments; empty if there is no such process."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+    except FileNotFoundError:
+        return ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +20,15 @@ from psycopg.conninfo import conninfo_to_dict
 from db.connect import harden
 from db.deploy.deploy import deploy
 from db.embedded.databases import temporary_database
+from db.embedded.folders import OWNER_FILE, lock_folder, stop_abandoned_server
 from db.embedded.server import EmbeddedServer
+from db.errors import EmbeddedServerError
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Results = dict[str, Any]
 
 PREFIX = "surety_bench"
+DISK_FOLDER = Path("/var/tmp")  # noqa: S108  folders in it are made by mkdtemp
 ROOT = Path(__file__).parent.parent.parent
 
 # Commits wait for the log as in production. Vacuum and checkpoints run between measurements, so that none of them pays
@@ -38,13 +43,48 @@ SERVER_SETTINGS = {
 
 
 @contextlib.contextmanager
-def server() -> Generator[str]:
-    """The address of a server, by a superuser: DATABASE_URL's, else an embedded one whose commits are durable."""
+def server(*, on_disk: bool = False) -> Generator[str]:
+    """The address of a server, by a superuser: DATABASE_URL's, else an embedded one whose commits are durable.
+
+    `on_disk` puts its data on a disk instead of the folder for temporary files, which may be in memory.
+    """
     if given := os.environ.get("DATABASE_URL"):
         yield given
         return
-    with EmbeddedServer(durable=True, settings=SERVER_SETTINGS) as embedded:
-        yield embedded.url
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(scratch_folder(DISK_FOLDER)) / "server" if on_disk else None
+        yield stack.enter_context(EmbeddedServer(folder, durable=True, settings=SERVER_SETTINGS)).url
+
+
+@contextlib.contextmanager
+def warm_server(megabytes: int, *, on_disk: bool = False) -> Generator[str]:
+    """The address of a server that has used this much of its memory and log."""
+    with server(on_disk=on_disk) as url:
+        with temporary_database(url, PREFIX) as database, connection(database) as conn:
+            touch_memory_and_log(conn, megabytes)
+        yield url
+
+
+@contextlib.contextmanager
+def scratch_folder(base: Path) -> Generator[Path]:
+    """A folder that is removed at the end, or by a later run if this one is killed."""
+    for mark in base.glob(f"{PREFIX}-*/{OWNER_FILE}"):
+        with contextlib.suppress(OSError, EmbeddedServerError):
+            remove_scratch_folder(mark.parent, lock_folder(mark.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-", dir=base))
+    folder.chmod(0o711)
+    lock = lock_folder(folder)
+    try:
+        yield folder
+    finally:
+        remove_scratch_folder(folder, lock)
+
+
+def remove_scratch_folder(folder: Path, lock: int) -> None:
+    """Remove a locked folder; a server whose owner was killed still runs in it."""
+    stop_abandoned_server(folder / "server" / "data")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
 
 
 @contextlib.contextmanager
@@ -98,6 +138,21 @@ def print_results(results: Results, *, as_json: bool) -> None:
 def median(values: Sequence[float], digits: int = 3) -> float:
     """The median of several rounds, rounded."""
     return round(statistics.median(values), digits)
+
+
+def median_results(results: Sequence[Results]) -> Results:
+    """The median of each number in the results of several rounds; what is no number is the first round's."""
+    medians: Results = {}
+    for name, value in results[0].items():
+        values = [each[name] for each in results]
+        match value:
+            case dict():
+                medians[name] = median_results(values)
+            case float():
+                medians[name] = median(values)
+            case _:
+                medians[name] = value
+    return medians
 
 
 def median_ratio(these: Sequence[float], those: Sequence[float]) -> float:

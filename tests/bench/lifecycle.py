@@ -28,7 +28,8 @@ import httpx
 from app.local.demo.merchants import Order, create_merchants
 from app.local.demo.report import measure_state_durations
 from app.local.demo.sandbox_record import CHARGES_SUMMARY, read_sandbox
-from tests.bench.cpu_time import cpu_seconds, peak_rss_mb
+from tests.bench.costs import Costs, median_costs, read_counters
+from tests.bench.cpu_time import peak_rss_mb
 from tests.bench.databases import (
     Connection,
     Results,
@@ -37,8 +38,7 @@ from tests.bench.databases import (
     log_progress,
     median,
     percentile,
-    server,
-    touch_memory_and_log,
+    warm_server,
 )
 from tests.bench.payment_client import create_orders, post_orders, wait_until_settled
 from tests.bench.recording_proxy import RecordingProxy
@@ -52,26 +52,30 @@ WARM_UP_PAYMENTS_MAX = 500
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The measurements of a round; costs are those of one payment."""
+    """The measurements of a round."""
 
     payments_per_second: float
     accepted_per_second: float
-    cpu_ms: dict[str, float]
-    wal_kb: float
-    commits: float
+    costs: Costs
 
     def __str__(self) -> str:
-        cpu = ", ".join(f"{group} {value:.1f}" for group, value in self.cpu_ms.items())
-        return f"{self.payments_per_second:,.0f} payments/s, CPU ms per payment: {cpu}; log {self.wal_kb:.1f} kB"
+        return f"{self.payments_per_second:,.0f} payments/s, {self.costs}"
 
 
-def run(*, payments: int, merchants: int, workers: int, idle_payments: int, rounds: int, warm_mb: int) -> Results:
+def run(*, on_disk: bool, warm_mb: int, **sizes: int) -> Results:
     """`payments` at once in each round, then `idle_payments` one after the other."""
+    with warm_server(warm_mb, on_disk=on_disk) as server_url:
+        return measure(server_url, **sizes)
+
+
+def measure(
+    server_url: str, *, payments: int, merchants: int, workers: int, idle_payments: int, rounds: int
+) -> Results:
+    """The results of some rounds, in a new database of a server."""
     with ExitStack() as stack:
-        url = stack.enter_context(deployed_database(stack.enter_context(server())))
+        url = stack.enter_context(deployed_database(server_url))
         conn = stack.enter_context(connection(url))
         keys = create_merchants(conn, merchants, seed=1)
-        touch_memory_and_log(conn, warm_mb)
         services = stack.enter_context(running_services(url))
         with running_workers(services.process_group, workers, services.sandbox_url):
             warm_up = min(WARM_UP_PAYMENTS_MAX, max(1, int(WARM_UP_SHARE * payments)))
@@ -91,7 +95,9 @@ def run(*, payments: int, merchants: int, workers: int, idle_payments: int, roun
         assert violations(conn) == {}
     return {
         "benchmark": "lifecycle",
-        **summarize(measured[1:]),
+        "payments_per_second": median([turn.payments_per_second for turn in measured[1:]], 1),
+        "accepted_per_second": median([turn.accepted_per_second for turn in measured[1:]], 1),
+        **median_costs([turn.costs for turn in measured[1:]]),
         "peak_rss_mb": peaks,
         **idle,
         "payments": payments * rounds,
@@ -102,47 +108,17 @@ def run(*, payments: int, merchants: int, workers: int, idle_payments: int, roun
     }
 
 
-def summarize(rounds: Sequence[Round]) -> Results:
-    """The medians of the rounds."""
-    return {
-        "payments_per_second": median([turn.payments_per_second for turn in rounds], 1),
-        "accepted_per_second": median([turn.accepted_per_second for turn in rounds], 1),
-        "cpu_ms_per_payment": {group: median([turn.cpu_ms[group] for turn in rounds], 2) for group in rounds[0].cpu_ms},
-        "wal_kb_per_payment": median([turn.wal_kb for turn in rounds], 1),
-        "commits_per_payment": median([turn.commits for turn in rounds], 2),
-    }
-
-
 def measure_round(conn: Connection, services: Services, orders: Sequence[Order]) -> Round:
     """Post all and wait until all are settled."""
     pids = services.pids(conn)
-    log_before, commits_before = read_server_counters(conn)
-    cpu_before = cpu_seconds(pids)
+    before = read_counters(conn, pids)
     began = time.monotonic()
     payment_ids = asyncio.run(post_orders(services.ports["api"], orders))
     accepted_seconds = time.monotonic() - began
     own_queries = wait_until_settled(conn, payment_ids)
     seconds = time.monotonic() - began
-    cpu_after = cpu_seconds(pids)
-    log_after, commits_after = read_server_counters(conn)
-    count = len(orders)
-    return Round(
-        payments_per_second=count / seconds,
-        accepted_per_second=count / accepted_seconds,
-        cpu_ms={group: (cpu_after[group] - cpu_before[group]) * 1000 / count for group in pids},
-        wal_kb=(log_after - log_before) / 1024 / count,
-        commits=(commits_after - commits_before - own_queries) / count,
-    )
-
-
-def read_server_counters(conn: Connection) -> tuple[int, int]:
-    """Bytes of write-ahead log of the server, and commits of the database."""
-    row = conn.execute(
-        "select pg_current_wal_lsn() - '0/0'::pg_lsn, xact_commit from pg_stat_database"
-        " where datname = current_database()"
-    ).fetchone()
-    assert row is not None
-    return int(row[0]), int(row[1])
+    costs = before.costs_until(read_counters(conn, pids), len(orders), own_queries)
+    return Round(len(orders) / seconds, len(orders) / accepted_seconds, costs)
 
 
 def measure_idle(services: Services, workers: int, orders: Sequence[Order]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from app.local.demo.workspace import demo_folder
 from app.local.output import LogFiles
 from app.local.processes import ProcessGroup, free_port
-from tests.bench.cpu_time import parent_of
+from tests.bench.costs import server_pids
 from tests.bench.databases import Connection
 
 WEBHOOK_SECRET = "whsec_of_the_benchmark"
@@ -83,10 +83,3 @@ def running_workers(process_group: ProcessGroup, workers: int, provider: str) ->
         yield
     finally:
         process_group.stop(*names)
-
-
-def server_pids(conn: Connection) -> list[int]:
-    """The database server's first process, if it runs on this machine: the parent of this connection's backend."""
-    address, backend = conn.execute("select inet_server_addr(), pg_backend_pid()").fetchone() or (None, 0)
-    parent = parent_of(backend) if address is None else None
-    return [] if parent is None else [parent]

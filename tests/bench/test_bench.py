@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -38,16 +39,26 @@ REQUIRED_RESULTS = {
 }
 
 
+BASE = "62f8347"
+"""A revision that reports no costs by itself."""
+
+
 def measure(name: str, *options: str) -> dict[str, Any]:
     """A benchmark's results: the last line of its output."""
     environment = {key: value for key, value in os.environ.items() if key != "DATABASE_URL"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench", name, *options, "--json"],
-        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return results
+
+
+def is_revision(name: str) -> bool:
+    """Whether this repository has a commit."""
+    asked = subprocess.run(["git", "cat-file", "-e", f"{name}^{{commit}}"], cwd=ROOT, capture_output=True, check=False)
+    return asked.returncode == 0
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -63,3 +74,16 @@ def test_benchmark_reports_the_required_results(name: str) -> None:
     # The other groups may use less than 10 ms.
     cpu = results.get("cpu_ms_per_payment", {"workers": 1, "postgres": 1})
     assert min(cpu["workers"], cpu["postgres"], *results.get("peak_rss_mb", {}).values(), 1) > 0
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="uv installs the other revision")
+@pytest.mark.skipif(not is_revision(BASE), reason="the history is not here")
+def test_lifecycle_is_compared_with_another_revision() -> None:
+    sizes = ["--payments=20", "--base-payments=10", "--merchants=3", "--workers=1", "--rounds=1", "--warm-mb=1"]
+    results = measure("lifecycle", f"--against={BASE}", "--idle-payments=1", *sizes)
+    assert min(results["ratio_to_base"], results["cpu_ratio_to_base"], results["wal_ratio_to_base"]) > 0
+    assert results["base"]["cpu_ms_per_payment"].keys() == results["cpu_ms_per_payment"].keys() | {"waiting"}
+    assert results["base"]["wal_kb_per_payment"] > 0
+    assert results["base"]["peak_rss_mb"]["worker"] > 0
+    worktrees = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "surety_bench" not in worktrees.stdout
