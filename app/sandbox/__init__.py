@@ -5,7 +5,9 @@ It imports no other package of Surety.
 server             the process, and the routing of requests
 connections        HTTP connections, and the ways to break them
 state              the state that all operations share
-memory             objects, keys and scheduled actions in one SQLite file
+memory             objects, keys and scheduled actions
+commit_log         the file of the last commits
+tables             the tables in SQLite, which take many commits at once
 scheduled_actions  later changes without a request
 faults             which request or webhook gets which fault, derived from a seed
 control            the control API, `/sandbox/…`

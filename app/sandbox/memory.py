@@ -2,10 +2,12 @@
 
 `objects` holds every Stripe object and event as JSON, beside the columns that lists and sums use. A request changes
 records in memory. One commit writes them together with the answer under the idempotency key and the scheduled actions,
-so a killed process leaves all of it or nothing. Commits reach the file before the answer leaves. They are not synced
-to the disk: a power failure may lose the last of them.
+so a killed process leaves all of it or nothing. A commit is in the log (commit_log.py) before the answer leaves, and in
+SQLite before the next query that reads more than one row. Neither is synced to the disk: a power failure may lose the
+last commits.
 """
 
+import os
 import sqlite3
 import time
 from base64 import b64encode
@@ -17,51 +19,11 @@ from typing import Any
 
 import msgspec
 
+from app.sandbox.commit_log import ActionRow, Commit, CommitLog, KeyRow, LoggedCommit, ObjectRow, PendingCommits
+from app.sandbox.tables import COLUMNS, TABLES, write_commits
+
 CACHED_RECORDS_MAX = 50_000
-
-TABLES = """
-create table if not exists objects (
-    seq integer primary key,
-    id text not null unique,
-    kind text not null,
-    account text not null,
-    created integer not null,
-    parent text not null, -- a charge's intent, a refund's or dispute's charge, a line's source, an event's payment
-    label text not null, -- a charge's or payout's status, a balance transaction's or event's type
-    currency text not null,
-    net integer not null, -- what a balance transaction adds to the balance, a dispute's withheld money, minor units
-    available_on integer not null,
-    payout text not null,
-    body text not null
-);
-create index if not exists objects_newest on objects (kind, account, created, seq);
-create index if not exists objects_of_parent on objects (parent, kind) where parent <> '';
-create index if not exists objects_not_paid_out on objects (account, currency, available_on)
-    where kind = 'balance_transaction' and payout = '';
-create index if not exists objects_of_payout on objects (payout) where payout <> '';
-
-create table if not exists keys (
-    account text not null,
-    key text not null,
-    fingerprint blob not null,
-    status integer not null,
-    body blob not null,
-    request_id text not null,
-    created real not null,
-    primary key (account, key)
-) without rowid;
-
-create table if not exists scheduled_actions (
-    seq integer primary key,
-    due real not null,
-    what text not null,
-    subject text not null,
-    attempt integer not null
-);
-
-create table if not exists tallies (name text primary key, count integer not null) without rowid;
-create table if not exists numbers (name text primary key, value real not null) without rowid;
-"""
+PENDING_OBJECTS_MAX = 1_000
 
 
 @dataclass(slots=True)
@@ -112,24 +74,24 @@ class Bounds:
 
 @dataclass(slots=True)
 class _Changes:
+    """The changes since the last commit."""
+
     records: dict[str, StoredObject] = field(default_factory=dict)
-    events: list[tuple[StoredObject, str]] = field(default_factory=list)
-    event_ids: set[str] = field(default_factory=set)
-    keys: list[tuple[Any, ...]] = field(default_factory=list)
-    scheduled: list[ScheduledAction] = field(default_factory=list)
-    done: list[tuple[int]] = field(default_factory=list)
+    events: dict[str, ObjectRow] = field(default_factory=dict)
+    keys: list[KeyRow] = field(default_factory=list)
+    scheduled: list[ActionRow] = field(default_factory=list)
+    done: list[int] = field(default_factory=list)
     tallies: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.records or self.events or self.keys or self.scheduled or self.done or self.tallies)
 
+    def rows(self) -> Commit:
+        """The changes as rows."""
+        objects = [_row(record, encode(record.body).decode()) for record in self.records.values()]
+        objects += self.events.values()
+        return Commit(objects, self.keys, self.scheduled, self.done, self.tallies)
 
-COLUMNS = "seq, id, kind, account, created, parent, label, currency, net, available_on, payout, body"
-SAVE = f"""
-insert into objects ({COLUMNS}) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-on conflict (id) do update set parent = excluded.parent, label = excluded.label, net = excluded.net,
-    available_on = excluded.available_on, payout = excluded.payout, body = excluded.body
-"""
 
 encode = msgspec.json.encode
 decode = msgspec.json.decode
@@ -147,6 +109,11 @@ class Memory:
         )
         self._cache: dict[str, StoredObject] = {}
         self._changes = _Changes()
+        self._pending = PendingCommits()
+        self._log = CommitLog(None if str(path) == ":memory:" else path.with_name(f"{path.name}-commits"))
+        self._id = self._identity()
+        self._commits = self._number("select coalesce(max(value), 0) from numbers where name = 'commits'")
+        self._restore()
         self._object_seq = self._number("select coalesce(max(seq), 0) from objects")
         self._action_seq = self._number("select coalesce(max(seq), 0) from scheduled_actions")
         row = self._file.execute("select value from numbers where name = 'clock_offset'").fetchone()
@@ -154,7 +121,9 @@ class Memory:
 
     def close(self) -> None:
         self.commit()
+        self._write_pending()
         self._file.close()
+        self._log.close()
 
     def has_mode(self, *, livemode: bool) -> bool:
         """Whether this memory is of a mode; a new memory takes it."""
@@ -180,9 +149,14 @@ class Memory:
             text = ":".join(map(str, (self.seed, prefix, *identity, turn)))
             digest = b64encode(blake2b(text.encode(), digest_size=18).digest(), b"xy").decode()
             id = f"{prefix}_{digest}"
-            if id not in self._changes.event_ids and self.find(id) is None:
+            if not self._is_used(id):
                 return id
         raise AssertionError("a million ids of one identity")
+
+    def _is_used(self, id: str) -> bool:
+        if id in self._cache or id in self._changes.events or id in self._pending.objects:
+            return True
+        return self._file.execute("select 1 from objects where id = ?", (id,)).fetchone() is not None
 
     def next_seq(self) -> int:
         self._object_seq += 1
@@ -199,13 +173,12 @@ class Memory:
     def save_event(self, record: StoredObject, text: str) -> None:
         """Write an event at the next commit; its JSON is not kept decoded."""
         record.seq = self.next_seq()
-        self._changes.events.append((record, text))
-        self._changes.event_ids.add(record.id)
+        self._changes.events[record.id] = _row(record, text)
 
     def find(self, id: str) -> StoredObject | None:
         record = self._cache.get(id)
         if record is None:
-            row = self._file.execute(f"select {COLUMNS} from objects where id = ?", (id,)).fetchone()
+            row = self._committed_row(id)
             if row is None:
                 return None
             record = _record(row)
@@ -220,8 +193,16 @@ class Memory:
 
     def event(self, id: str) -> tuple[int, str, bytes]:
         """An event's sequence number, its payment (or other object), and its JSON."""
-        seq, parent, text = self._file.execute("select seq, parent, body from objects where id = ?", (id,)).fetchone()
-        return seq, parent, text.encode()
+        row = self._committed_row(id)
+        assert row is not None, id
+        return row[0], row[5], row[11].encode()
+
+    def _committed_row(self, id: str) -> ObjectRow | None:
+        row: ObjectRow | None = (
+            self._pending.objects.get(id)
+            or self._file.execute(f"select {COLUMNS} from objects where id = ?", (id,)).fetchone()
+        )
+        return row
 
     def list_newest(
         self,
@@ -250,11 +231,11 @@ class Memory:
                 where.append(f"(created, seq) {sign} (?, ?)")
                 values.extend((cursor.created, cursor.seq))
         direction = "asc" if before is not None and after is None else "desc"
-        rows = self._file.execute(
+        rows = self._query(
             f"select {COLUMNS} from objects where {' and '.join(where)}"
             f" order by created {direction}, seq {direction} limit ?",
             (*values, limit + 1),
-        ).fetchall()
+        )
         page = [self._current(row) for row in rows[:limit]]
         if direction == "asc":
             page.reverse()
@@ -262,9 +243,7 @@ class Memory:
 
     def children(self, parent: str, kind: str) -> list[StoredObject]:
         """Objects of a kind with this parent, oldest first, uncommitted changes included."""
-        rows = self._file.execute(
-            f"select {COLUMNS} from objects where parent = ? and kind = ? order by seq", (parent, kind)
-        ).fetchall()
+        rows = self._query(f"select {COLUMNS} from objects where parent = ? and kind = ? order by seq", (parent, kind))
         records = {row[1]: self._current(row) for row in rows}
         for record in self._changes.records.values():
             if record.parent == parent and record.kind == kind:
@@ -273,29 +252,32 @@ class Memory:
 
     def all_of_kind(self, kind: str) -> Iterator[StoredObject]:
         """All objects of a kind in all accounts, oldest first."""
+        self._write_pending()
         for row in self._file.execute(f"select {COLUMNS} from objects where kind = ? order by seq", (kind,)):
             yield self._current(row)
 
     def balance(self, account: str, now: float) -> Iterable[tuple[str, int, int]]:
         """Currency, available and pending amount, minor units."""
-        return self._file.execute(
+        return self._query(
             "select currency, coalesce(sum(net) filter (where available_on <= :now), 0),"
             " coalesce(sum(net) filter (where available_on > :now), 0) from objects"
             " where kind = 'balance_transaction' and account = :account group by currency order by currency",
             {"account": account, "now": now},
-        ).fetchall()
+        )
 
     def payable(self, now: float) -> list[tuple[str, str, int]]:
         """Account, currency and sum of the available lines without a payout, minor units."""
-        return self._file.execute(
+        return self._query(
             "select account, currency, sum(net) from objects where kind = 'balance_transaction' and payout = ''"
             " and available_on <= ? and label <> 'payout' group by account, currency having sum(net) > 0",
             (now,),
-        ).fetchall()
+        )
 
     def assign_to_payout(self, account: str, currency: str, payout: str, now: float) -> None:
         """Assign the lines that `payable` summed to a payout, as part of the next commit."""
-        self._begin()
+        if not self._file.in_transaction:
+            self._write_pending()
+            self._begin()
         self._file.execute(
             "update objects set payout = ? where kind = 'balance_transaction' and payout = '' and account = ?"
             " and currency = ? and available_on <= ? and label <> 'payout'",
@@ -308,6 +290,9 @@ class Memory:
     # Idempotency keys
 
     def stored_response(self, account: str, key: str) -> StoredResponse | None:
+        pending = self._pending.keys.get((account, key))
+        if pending is not None:
+            return StoredResponse(*pending[2:])
         row = self._file.execute(
             "select fingerprint, status, body, request_id, created from keys where account = ? and key = ?",
             (account, key),
@@ -324,16 +309,16 @@ class Memory:
     def schedule(self, due: float, what: str, subject: str, attempt: int = 1) -> ScheduledAction:
         self._action_seq += 1
         action = ScheduledAction(due, self._action_seq, what, subject, attempt)
-        self._changes.scheduled.append(action)
+        self._changes.scheduled.append((action.seq, due, what, subject, attempt))
         return action
 
     def finish(self, action: ScheduledAction) -> None:
-        self._changes.done.append((action.seq,))
+        self._changes.done.append(action.seq)
 
     def scheduled_actions(self) -> list[ScheduledAction]:
         return [
             ScheduledAction(*row)
-            for row in self._file.execute("select due, seq, what, subject, attempt from scheduled_actions")
+            for row in self._query("select due, seq, what, subject, attempt from scheduled_actions")
         ]
 
     # Tallies
@@ -344,40 +329,34 @@ class Memory:
     def tallies(self, prefix: str) -> dict[str, int]:
         """Counts by name, without the prefix."""
         self.commit()
-        rows = self._file.execute("select name, count from tallies where name >= ? order by name", (prefix,))
+        rows = self._query("select name, count from tallies where name >= ? order by name", (prefix,))
         return {name[len(prefix) :]: count for name, count in rows if name.startswith(prefix)}
 
     # Transactions
 
     def commit(self) -> None:
-        """Write all changes since the last commit in one transaction."""
-        changes = self._changes
-        if not changes and not self._file.in_transaction:
-            return
-        self._begin()
-        if changes.records:
-            self._file.executemany(SAVE, [_row(record, _text(record)) for record in changes.records.values()])
-        if changes.events:
-            self._file.executemany(SAVE, [_row(record, text) for record, text in changes.events])
-        if changes.keys:
-            self._file.executemany("replace into keys values (?, ?, ?, ?, ?, ?, ?)", changes.keys)
-        if changes.scheduled:
-            self._file.executemany(
-                "insert into scheduled_actions values (?, ?, ?, ?, ?)",
-                [(action.seq, action.due, action.what, action.subject, action.attempt) for action in changes.scheduled],
-            )
-        if changes.done:
-            self._file.executemany("delete from scheduled_actions where seq = ?", changes.done)
-        if changes.tallies:
-            self._file.executemany(
-                "insert into tallies values (?, ?) on conflict (name) do update set count = count + excluded.count",
-                changes.tallies.items(),
-            )
-        self._file.execute("commit")
-        self._changes = _Changes()
+        """Make all changes since the last commit outlive this process, together."""
+        if self._changes:
+            commit = self._changes.rows()
+            if not self._file.in_transaction:
+                self._log.append(LoggedCommit(self._id, self._commits + 1, commit))
+            self._commits += 1
+            self._pending.add(commit)
+            self._changes = _Changes()
+        if self._file.in_transaction or len(self._pending.objects) >= PENDING_OBJECTS_MAX:
+            self._write_pending()
         if len(self._cache) > CACHED_RECORDS_MAX:
             for id in list(self._cache)[: CACHED_RECORDS_MAX // 2]:
                 del self._cache[id]
+
+    def _write_pending(self) -> None:
+        """Write all commits to SQLite, in one transaction, and empty the log."""
+        if self._pending or self._file.in_transaction:
+            self._begin()
+            write_commits(self._file, self._pending, self._commits)
+            self._file.execute("commit")
+            self._log.clear()
+            self._pending = PendingCommits()
 
     def rollback(self) -> None:
         """Discard all changes since the last commit, except tallies and the completion of scheduled actions."""
@@ -387,24 +366,41 @@ class Memory:
             self._file.execute("rollback")
         self._changes = _Changes(done=self._changes.done, tallies=self._changes.tallies)
 
+    def _restore(self) -> None:
+        """Write the commits that a killed process left in the log."""
+        for logged in self._log.commits():
+            if logged.memory == self._id and logged.number > self._commits:
+                self._pending.add(logged.commit)
+                self._commits = logged.number
+        self._write_pending()
+
+    def _identity(self) -> str:
+        row = self._file.execute("select id from identity").fetchone()
+        if row is None:
+            row = (os.urandom(8).hex(),)
+            self._file.execute("insert into identity values (?)", row)
+        id: str = row[0]
+        return id
+
+    def _query(self, query: str, values: Any = ()) -> list[Any]:
+        """All rows of a query that sees every commit."""
+        if not self._file.in_transaction:
+            self._write_pending()
+        return self._file.execute(query, values).fetchall()
+
     def _begin(self) -> None:
         if not self._file.in_transaction:
             self._file.execute("begin immediate")
 
-    def _current(self, row: tuple[Any, ...]) -> StoredObject:
+    def _current(self, row: ObjectRow) -> StoredObject:
         return self._cache.get(row[1]) or _record(row)
 
     def _number(self, query: str) -> int:
         (number,) = self._file.execute(query).fetchone()
-        assert isinstance(number, int)
-        return number
+        return int(number)
 
 
-def _text(record: StoredObject) -> str:
-    return encode(record.body).decode()
-
-
-def _row(record: StoredObject, text: str) -> tuple[Any, ...]:
+def _row(record: StoredObject, text: str) -> ObjectRow:
     return (
         record.seq,
         record.id,
@@ -421,7 +417,7 @@ def _row(record: StoredObject, text: str) -> tuple[Any, ...]:
     )
 
 
-def _record(row: tuple[Any, ...]) -> StoredObject:
+def _record(row: ObjectRow) -> StoredObject:
     seq, id, kind, account, created, parent, label, currency, net, available_on, payout, body = row
     return StoredObject(
         id, kind, account, created, decode(body), parent, label, currency, net, available_on, payout, seq=seq

@@ -59,7 +59,7 @@ def test_the_limits_of_connections_import_nothing_of_ours() -> None:
 
 
 def test_the_sandboxs_shared_modules_know_no_provider() -> None:
-    shared = ("connections", "faults", "memory", "settings", "state")
+    shared = ("commit_log", "connections", "faults", "memory", "settings", "state", "tables")
     found = [(file, module) for file, module in imports_of("app/sandbox") if module.startswith("app.sandbox.stripe")]
     assert [(file, module) for file, module in found if file in {f"app/sandbox/{name}.py" for name in shared}] == []
 
