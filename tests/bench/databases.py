@@ -141,7 +141,7 @@ def median(values: Sequence[float], digits: int = 3) -> float:
 
 
 def median_results(results: Sequence[Results]) -> Results:
-    """The median of each number in the results of several rounds; what is no number is the first round's."""
+    """The median of each number in the results of several rounds; any other value is that of the first round."""
     medians: Results = {}
     for name, value in results[0].items():
         values = [each[name] for each in results]
