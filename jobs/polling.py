@@ -2,7 +2,7 @@
 
 poll_unfinished            fetches unfinished payments, refunds and disputes
 poll_events                reads the list of events, for those that no webhook brought
-poll_balance_transactions  reads the list of balance transactions
+poll_balance_transactions  reads the list of balance transactions, and the refunds that it shows
 recheck_pending_balance    reads balance transactions again that should be available by now
 poll_payouts               reads the list of payouts
 """
@@ -33,7 +33,7 @@ from jobs.handlers.payments import intent_error_result, intent_result
 from jobs.handlers.webhooks import fetch_dispute, fetch_result, store_polled_events
 from jobs.stripe.client import CLOCK_AHEAD_SECONDS_MAX, CLOCK_SKEW_SECONDS, ListPage, ProviderResponse
 from jobs.stripe.errors import AccessRefused, ObjectAbsent, ObjectUnreadable, ProviderError
-from jobs.stripe.facts import Fact, FactOrigin, Json, balance_transaction_facts, payout_facts, refund_facts
+from jobs.stripe.facts import Fact, FactOrigin, Json, listed_transaction_facts, payout_facts, refund_facts
 from jobs.stripe.webhook_events import POLLED_EVENTS, ProviderObject
 from jobs.worker import Worker
 
@@ -177,7 +177,7 @@ async def poll_balance_transactions(worker: Worker) -> None:
     """Balance transactions, which no webhook reports, by the time of their creation."""
     for window in await poll_windows(worker, "balance_transactions"):
         pages = worker.stripe.balance_transactions(window.account, window.read_from)
-        take = partial(record_page, worker, window.account, balance_transaction_facts)
+        take = partial(record_page, worker, window.account, listed_transaction_facts)
         await read_window(worker, "balance_transactions", window, pages, take)
 
 
@@ -194,7 +194,7 @@ async def recheck_pending_balance(worker: Worker) -> None:
             continue
         for since, until in merge_time_ranges([line.created_at for line in due if line.account == account]):
             pages = worker.stripe.balance_transactions(account, since, until)
-            take = partial(record_page, worker, account, balance_transaction_facts)
+            take = partial(record_page, worker, account, listed_transaction_facts)
             name = "pending_balance_transactions"
             if not await read_pages(worker, name, account, since, pages, take):
                 break

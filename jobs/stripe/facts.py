@@ -9,6 +9,7 @@ object that lacks a field that its facts need is no proof: `required` raises Obj
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any
@@ -23,7 +24,6 @@ Fact = dict[str, Any]
 
 INQUIRY_STATUSES = frozenset({"warning_needs_response", "warning_under_review", "warning_closed"})
 REFUND_KINDS = {
-    None: "refund_pending",
     "pending": "refund_pending",
     "requires_action": "refund_action",
     "succeeded": "refund_succeeded",
@@ -226,6 +226,18 @@ def balance_transaction_facts(line: Json, origin: FactOrigin, source: Json | Non
     return facts
 
 
+def listed_transaction_facts(line: Json, origin: FactOrigin) -> list[Fact]:
+    """The facts of a listed balance transaction, and those of the refund that it moves, if that is readable.
+
+    Events are listed for thirty days only. After them the line is the only news of a refund that was made or came back.
+    """
+    facts, refund = balance_transaction_facts(line, origin), line.get("source")
+    if isinstance(refund, dict) and refund.get("object") == "refund":
+        with suppress(ObjectUnreadable):
+            facts += refund_facts(refund, origin)
+    return facts
+
+
 def category_of(line: Json, source: Json | None) -> str:
     """A line's category. An adjustment of a dispute withdraws or returns a part of it, like the lines before it."""
     category: str = required(line, "reporting_category")
@@ -290,8 +302,9 @@ def refund_facts(refund: Json, origin: FactOrigin) -> list[Fact]:
         fact(
             origin,
             required(refund, "id"),
-            # A refund's status is an open set: an unknown one is undecided, so the refund is polled.
-            REFUND_KINDS.get(refund.get("status"), "refund_pending"),
+            # A refund's status is an open set: an unknown one is undecided, so the refund is polled. An absent one says
+            # nothing: the refund may have failed after it succeeded, and only unfinished refunds are polled.
+            REFUND_KINDS.get(required(refund, "status"), "refund_pending"),
             metadata_of=refund,
             intent=id_of(refund.get("payment_intent")),
             amount_minor=required(refund, "amount"),

@@ -89,6 +89,27 @@ async def test_late_refund_failure_without_a_webhook_is_polled(
     assert one(conn, "select state from surety.refunds") == "failed"
 
 
+async def test_refunds_whose_events_are_listed_no_longer_are_known_by_their_balance_transactions(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
+) -> None:
+    async with in_process_worker(database, sandbox.url) as worker:
+        payment_id, intent = await charged(conn, worker, key_hash)
+        made = sandbox.control("refunds", {"payment_intent": intent, "amount": 4000})["id"]
+        await poll_balance_transactions(worker)
+        assert state_of(conn, payment_id) == "partially_refunded"
+        assert command(conn, "create_refund", key_hash, payment_id=payment_id)["status"] == 201
+        await run_until_idle(worker, "refund")
+        assert state_of(conn, payment_id) == "refunded"
+        for (refund,) in conn.execute("select provider_id from surety.refunds").fetchall():
+            sandbox.control(f"refunds/{refund}", {"outcome": "failed"})
+        await poll_balance_transactions(worker)
+    assert state_of(conn, payment_id) in {"confirmed", "settled"}
+    refunds = conn.execute("select provider_id = %s, state from surety.refunds order by id", (made,)).fetchall()
+    assert refunds == [(True, "failed"), (False, "failed")]
+    assert "reserved_for_refunds" not in ledger_of(conn)
+    assert not violations(conn)
+
+
 async def test_polled_event_and_its_webhook_are_stored_once(
     conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:

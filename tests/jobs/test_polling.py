@@ -36,6 +36,7 @@ async def test_polling_finds_changes_whose_webhooks_were_lost(
         await run_until_idle(worker, "submit")
         [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
         sandbox.confirm(pi)
+        conn.execute("update surety.payments set poll_at = now() + interval '1 hour'")
         await poll_unfinished(worker)
         assert state_of(conn, payment_id) == "provider_submitted", "not due yet"
         conn.execute("update surety.payments set poll_at = now()")
