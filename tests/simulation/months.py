@@ -29,9 +29,9 @@ WEBHOOK_DAYS = 3.0
 # Partitions of events and webhooks are detached after so many days. Webhooks and retries refer to them for less.
 KEPT_DAYS = 45
 NEW_PAYMENTS_MAX = 4
-# The longest time between two probes of a circuit, and how many a visit waits for: of the key, then of the account.
+# The longest time between two probes of a circuit. A visit waits for three: of the key, of the account, and one more.
 PROBE_SECONDS = 301.0
-PROBES_MAX = 3
+READINGS_MAX = 4
 # The rounds of recovery are a day each at most.
 MONTHS_OF_RECOVERY = 3
 
@@ -115,16 +115,29 @@ async def read_list_of_events(schedule: Schedule) -> None:
 
     An outage or a refusal still prevents it.
     """
-    query = "select from surety.open_circuits limit 1"
+    began = int(schedule.provider.memory.now())
     schedule.has_faults = False
-    for _ in range(PROBES_MAX):
-        if schedule.provider.refused_until is not None or not schedule.database.rows(query):
+    for turn in range(READINGS_MAX):
+        if turn:
+            schedule.move_to(schedule.loop.seconds + PROBE_SECONDS)
+        await run_periodic_jobs(schedule, ("poll_events",))
+        if schedule.provider.refused_until is not None or not has_unread_events(schedule, began):
             break
-        schedule.move_to(schedule.loop.seconds + PROBE_SECONDS)
-        await run_periodic_jobs(schedule, ())
-    await run_periodic_jobs(schedule, ("poll_events",))
     schedule.has_faults = True
-    schedule.provider.is_unread = bool(schedule.database.rows(query))
+    schedule.provider.is_unread = has_unread_events(schedule, began)
+
+
+def has_unread_events(schedule: Schedule, began: int) -> bool:
+    """Whether an account's list of events was not read to its end since then, in Unix seconds of the provider's clock.
+
+    An open circuit is not the only reason: a worker may not have noticed yet that it is closed.
+    """
+    query = (
+        "select from (select provider_account from surety.merchants union select '') as a (account)"
+        " left join surety.poll_cursors as c on c.account = a.account and c.list = 'events'"
+        " where c.polled_to is null or c.polled_to < to_timestamp(%s) limit 1"
+    )
+    return bool(schedule.database.rows(query, began))
 
 
 def keep_partitions(schedule: Schedule) -> None:

@@ -103,7 +103,7 @@ class SimulatedProvider:
         self.was_refused = False
         """Whether our access was refused at any time."""
         self.is_unread = False
-        """Whether the list of events was not read since the last refusal."""
+        """Whether a list of events was not read at the last visit, or since the last refusal."""
         self.answered_at = 0.0
         """The time of the last answer, in the schedule's seconds."""
         self._requests = 0
