@@ -1242,6 +1242,7 @@ create table outbox.handlers (
     goal pg_snapshot,
     at_xid xid8 not null default '0',
     at_id text collate "C" not null default '',
+    claims_again_at timestamptz,
     paused_at timestamptz,
     constraint handlers_pkey primary key (handler),
     constraint handler_batch_is_bounded check (batch_size between 1 and 10000 and batches_at_once between 1 and 16),
@@ -1249,7 +1250,8 @@ create table outbox.handlers (
 );
 comment on table outbox.handlers is
 'Handlers, each with its cursor. All events visible in seen were claimed; events visible in goal are being claimed, up
-to (at_xid, at_id). A failed event is retried after each delay of retry_after, then it is a dead letter.';
+to (at_xid, at_id). A failed event is retried after each delay of retry_after, then it is a dead letter. Until
+claims_again_at no worker job is needed: a worker that drains the handler claims its new events then.';
 
 create table outbox.handler_events (
     handler text collate "C" not null,

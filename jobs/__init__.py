@@ -6,6 +6,7 @@ Run by `procrastinate --app jobs.app worker`, in any number of processes. A paym
     handlers/        table.py lists the handlers; calls.py makes a batch's calls; one file for each subject
     stripe/          the client, its errors, what Stripe's objects and webhooks say, the check of our key
     circuit_breaker  reports calls to the database's circuits, and probes
+    recorder         records the results of calls, in groups
     periodic         the periodic jobs and when they run
     polling          unfinished objects and lists that are read from the provider
     supervision      restarts Procrastinate's worker, stops it by signals

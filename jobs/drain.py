@@ -31,34 +31,39 @@ from jobs.worker import Batch, Worker, worker_of
 log = logging.getLogger("surety.drain")
 
 DRAIN_SECONDS = 5.0
+PACE_SECONDS = 0.1
 PAUSE_SECONDS = 1.0
 DATABASE_FAILED: ReleaseCause = "database_failed"
 
 
 async def drain(context: JobContext, handler: str) -> None:
-    """Handle due events until none is left, or for DRAIN_SECONDS; then another job continues."""
+    """Handle due events until none is left, or for DRAIN_SECONDS; then another job continues.
+
+    Each claim announces another one PACE_SECONDS later, so that events that arrive meanwhile need no job of their own
+    and make larger batches. The announced claim is made before this ends.
+    """
     worker = worker_of(context)
+    clock = asyncio.get_running_loop().time
     end = time.monotonic() + DRAIN_SECONDS
     full = worker.handlers[handler].batch_size
     while batch := await claim_batch(worker, handler):
-        claimed = len(batch.event_ids)
-        if claimed == full:
-            await worker.schedule_handlers([handler])
+        next_claim_at = clock() + PACE_SECONDS
+        if len(batch.event_ids) == full:
+            await worker.schedule_handlers([handler], is_urgent=True)
         async with keep_lease(worker, batch, worker.handlers[handler].lease_seconds):
             await handle_batch(worker, batch, HANDLERS[handler])
-        # After a small batch, another claim would cost as much as the batch did; after a large one it finds new events.
-        if batch.is_last and claimed <= full / 10:
-            return
         if worker.stopping.is_set() or time.monotonic() > end:
-            await worker.schedule_handlers([handler])
+            await worker.schedule_handlers([handler], is_urgent=True)
             return
+        await asyncio.sleep(next_claim_at - clock())
 
 
 async def claim_batch(worker: Worker, handler: str) -> Batch | None:
     """The next batch, if there are due events that no other worker has claimed."""
     claimed = await worker.database.rows(
-        Batch, "select batch_id, fence, event_ids, is_last from outbox.claim_batch(%s, %s)", handler, worker.name
-    )
+        Batch, "select batch_id, fence, event_ids from outbox.claim_batch(%s, %s, make_interval(secs => %s))",
+        handler, worker.name, PACE_SECONDS,
+    )  # fmt: skip
     return claimed[0] if claimed else None
 
 

@@ -20,17 +20,16 @@ from msgspec import Struct, field
 from psycopg.types.json import Jsonb
 
 from db.errors import error_text, is_retryable
-from jobs.database import bisect_on_error
 from jobs.handlers.calls import (
-    CallResult,
     CallSubject,
     call_result,
-    completed_groups,
     failed_call_result,
     not_sent_result,
+    run_calls,
 )
 from jobs.handlers.payments import intent_error_result, intent_result
 from jobs.handlers.webhooks import fetch_dispute, fetch_result, store_polled_events
+from jobs.recorder import CallResult, unreadable_object
 from jobs.stripe.client import CLOCK_AHEAD_SECONDS_MAX, CLOCK_SKEW_SECONDS, ListPage, ProviderResponse
 from jobs.stripe.errors import AccessRefused, ObjectAbsent, ObjectUnreadable, ProviderError
 from jobs.stripe.facts import Fact, FactOrigin, Json, listed_transaction_facts, payout_facts, refund_facts
@@ -91,8 +90,8 @@ async def poll_unfinished(worker: Worker) -> None:
     ):
         asked = [audit_entry_of_call(target.operation, target.payment_id) for target in targets]
         await write_audit_entries(worker, asked)
-        async for results in completed_groups([partial(poll_object, worker, target) for target in targets]):
-            await record_poll_results(worker, results)
+        works = [partial(poll_object, worker, target) for target in targets]
+        await run_calls(works, partial(record_poll_results, worker))
 
 
 async def poll_object(worker: Worker, target: ObjectToPoll) -> list[CallResult]:
@@ -295,12 +294,6 @@ def facts_of_row(line: Json, origin: FactOrigin, read: Callable[[Json, FactOrigi
         return unreadable_object(line["id"], error)
 
 
-def unreadable_object(object_id: str, error: Exception) -> CallResult:
-    """The discrepancy of an object that can't be read or stored. It closes when a later reading records the object."""
-    detail = f"{object_id} can't be recorded: {error_text(error)}"
-    return {"discrepancy": {"kind": "unrecorded", "subject": object_id, "detail": detail[:500]}}
-
-
 async def poll_windows(worker: Worker, name: str) -> list[PollWindow]:
     """The accounts whose list is to be read, and from when."""
     overlap = timedelta(seconds=OVERLAP_POLLS * worker.settings.surety_poll_seconds)
@@ -339,17 +332,8 @@ async def write_audit_entries(worker: Worker, entries: list[Json]) -> None:
 
 
 async def record_poll_results(worker: Worker, results: list[CallResult]) -> None:
-    """Record results that belong to no event, and schedule the handlers of the events they make."""
-
-    async def write(results: list[CallResult]) -> None:
-        query = "select surety.record_call_results(%s, %s)"
-        await worker.schedule_handlers_for(await worker.database.value(query, worker.actor, Jsonb(results)))
-
-    async def give_up(result: CallResult, error: Exception) -> None:
-        log.error("%s can't be recorded", result.get("payment_id", "a row"), exc_info=error)
-        await write([unreadable_object(fact["object_id"], error) for fact in result.get("facts", [])[:1]])
-
+    """Record results that belong to no event."""
     failed = [(result.pop("failed_call"), "access_refused" in result) for result in results if "failed_call" in result]
     await worker.circuit_breaker.check_accounts(call for call, is_refused in failed if is_refused)
     if results:
-        await bisect_on_error(results, write, give_up)
+        await worker.recorder.record(results)

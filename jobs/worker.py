@@ -18,6 +18,7 @@ from db.tasks import cancel_and_wait
 from jobs.circuit_breaker import CircuitBreaker
 from jobs.database import WorkerDatabase, open_database
 from jobs.mode import require_same_mode
+from jobs.recorder import ResultRecorder
 from jobs.stripe.client import StripeGateway, open_stripe
 from jobs.watchdog import Watchdog
 
@@ -43,7 +44,6 @@ class Batch(Struct):
     batch_id: int
     fence: int
     event_ids: list[str]
-    is_last: bool
     is_lost: bool = False
 
 
@@ -59,6 +59,7 @@ class Worker:
         self.circuit_breaker = CircuitBreaker(
             database, stripe, self.actor, min(CALL_REPORT_SECONDS_MAX, settings.surety_stall_seconds / 5)
         )
+        self.recorder = ResultRecorder(database, self.actor, self.schedule_handlers_for)
         self.handlers: dict[str, HandlerSettings] = {}
         self.stopping = asyncio.Event()
 
@@ -74,10 +75,10 @@ class Worker:
             [row.handler for row in self.handlers.values() if made.intersection(row.event_types)]
         )
 
-    async def schedule_handlers(self, handlers: list[str]) -> None:
-        """Schedule handlers; a free worker runs them."""
+    async def schedule_handlers(self, handlers: list[str], *, is_urgent: bool = False) -> None:
+        """Schedule handlers; a free worker runs them. Urgent: even if a worker has announced another claim."""
         if handlers:
-            await self.database.value("select outbox.schedule_handlers(%s)", handlers)
+            await self.database.value("select outbox.schedule_handlers(%s, %s)", handlers, is_urgent)
 
 
 def worker_of(context: JobContext) -> Worker:

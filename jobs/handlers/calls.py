@@ -1,7 +1,7 @@
 """The loop for all calls to a provider: a batch's calls are committed, made concurrently, and their results recorded.
 
-surety.begin_calls commits each call before it is sent. surety.record_event_results takes the results, also after the
-lease was lost. A slow call delays no other result: results that arrive while a group is recorded form the next group.
+surety.begin_calls commits each call before it is sent. The worker's recorder (jobs/recorder.py) takes the results, also
+after the lease was lost. A slow call delays no other result.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from functools import partial
-from typing import Any, Literal, assert_never
+from typing import Literal, assert_never
 
 from msgspec import Struct, field
-from psycopg.types.json import Jsonb
 
 from db.errors import error_text
 from jobs.circuit_breaker import circuit_key
-from jobs.database import bisect_on_error
+from jobs.recorder import CallResult
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import (
     AccessRefused,
@@ -37,15 +36,13 @@ from jobs.worker import Batch, Worker
 log = logging.getLogger("surety.calls")
 
 CONCURRENT_CALLS_MAX = 32
-# A group of results costs one commit, so the first result waits this long for others.
-GATHER_SECONDS = 0.025
 # How long an event waits for the outcome of an earlier call, or after a call was not sent.
 WAIT_SECONDS = 1.0
 
-CANCELED_BEFORE_CREATION = {"code": "canceled", "message": "canceled before the provider held it"}
+# How long after a failure the account is probed, if no other call was answered.
+PROBE_PAUSE_SECONDS = 0.025
 
-CallResult = dict[str, Any]
-"""As surety.record_event_results takes it."""
+CANCELED_BEFORE_CREATION = {"code": "canceled", "message": "canceled before the provider held it"}
 
 Verdict = Literal["send", "ask", "replace_key", "find", "wait", "skip"]
 """The rows of surety.call_verdicts, which explain each verdict."""
@@ -75,13 +72,6 @@ class ProviderCall(CallSubject, kw_only=True):
     last_sent_at: datetime | None
     send_number: int | None
     begun_at: float = field(default_factory=time.monotonic)
-
-
-class RecordedResults(Struct):
-    """The row of surety.record_event_results."""
-
-    is_held: bool
-    event_types: list[str]
 
 
 class CallOperation(Struct, frozen=True, kw_only=True):
@@ -198,29 +188,28 @@ async def missing_subject_results(
 
 
 async def record_as_completed(worker: Worker, batch: Batch, works: Iterable[CallWork]) -> None:
-    """Run the calls and record their results in groups, as they arrive."""
-    async for results in completed_groups(works):
+    """Run the calls of a batch, and record each one's results."""
+
+    async def record(results: list[CallResult]) -> None:
         await record_event_results(worker, batch, results)
 
+    await run_calls(works, record)
 
-async def completed_groups(works: Iterable[CallWork]) -> AsyncGenerator[list[CallResult]]:
-    """The results of calls, CONCURRENT_CALLS_MAX at once; each group holds the results since the last one."""
+
+async def run_calls(works: Iterable[CallWork], record: Callable[[list[CallResult]], Awaitable[None]]) -> None:
+    """Run calls, CONCURRENT_CALLS_MAX at once, and record the results of each when it ends. Raises the first error."""
     places = asyncio.Semaphore(CONCURRENT_CALLS_MAX)
 
-    async def do(work: CallWork) -> list[CallResult]:
+    async def run(work: CallWork) -> None:
         async with places:
-            return await work()
+            results = await work()
+        await record(results)
 
-    pending = {asyncio.create_task(do(work)) for work in works}
+    tasks = [asyncio.create_task(run(work)) for work in works]
     try:
-        while pending:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            if pending:
-                more, pending = await asyncio.wait(pending, timeout=GATHER_SECONDS)
-                done |= more
-            yield [result for task in done for result in task.result()]
+        await asyncio.gather(*tasks)
     finally:
-        for task in pending:
+        for task in tasks:
             task.cancel()
 
 
@@ -289,32 +278,12 @@ def discrepancy_result(subject: CallSubject, operation: str, error: ProviderErro
 
 
 async def record_event_results(worker: Worker, batch: Batch, results: list[CallResult]) -> None:
-    """Record results: refusals and facts in separate calls. A result that can't be recorded fails its event."""
+    """Record results of a batch's events, which finishes the events."""
     failed = [result.pop("failed_call") for result in results if "failed_call" in result]
     if failed:
+        # An answer to a call that was sent with it makes a probe unnecessary.
+        await asyncio.sleep(PROBE_PAUSE_SECONDS)
         await worker.circuit_breaker.check_accounts(failed)
-    refusals = [result for result in results if "refused" in result]
-    others = [result for result in results if "refused" not in result]
-
-    async def write(results: list[CallResult]) -> None:
-        recorded = await worker.database.rows(
-            RecordedResults, "select is_held, event_types from surety.record_event_results(%s, %s, %s, %s)",
-            batch.batch_id, batch.fence, worker.actor, Jsonb(results),
-        )  # fmt: skip
-        batch.is_lost = batch.is_lost or not recorded[0].is_held
-        await worker.schedule_handlers_for(recorded[0].event_types)
-
-    async def give_up(result: CallResult, error: Exception) -> None:
-        payment_id = result.get("payment_id", "no payment")
-        log.error("the result of %s (%s) can't be recorded", result["event_id"], payment_id, exc_info=error)
-        await write([unrecordable_result(result, error)])
-
-    for group in (refusals, others):
-        if group:
-            await bisect_on_error(group, write, give_up)
-
-
-def unrecordable_result(result: CallResult, error: Exception) -> CallResult:
-    """A result that the database refuses, as the failure of its event."""
-    kept = {name: result.get(name) for name in ("event_id", "payment_id", "operation", "status", "duration_ms")}
-    return kept | {"outcome": "unusable", "error": error_text(error)}
+    held = {"batch_id": batch.batch_id, "fence": batch.fence}
+    lost = await worker.recorder.record([result | held for result in results])
+    batch.is_lost = batch.is_lost or batch.batch_id in lost

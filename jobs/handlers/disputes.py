@@ -10,13 +10,13 @@ from contextlib import suppress
 
 from jobs.handlers.calls import (
     CallOperation,
-    CallResult,
     ProviderCall,
     answered_result,
     error_fields,
     failed_call_result,
 )
 from jobs.handlers.webhooks import fetch_dispute
+from jobs.recorder import CallResult
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import CallRefused, ProviderError, RequestRejected
 from jobs.stripe.facts import FactOrigin, Json, failure

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from jobs.handlers.calls import (
     CallOperation,
-    CallResult,
     CallSubject,
     ProviderCall,
     answered_result,
     discrepancy_result,
     error_fields,
 )
+from jobs.recorder import CallResult
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import (
     CallRefused,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from jobs.handlers.calls import (
     CallOperation,
-    CallResult,
     ProviderCall,
     answered_result,
     discrepancy_result,
     error_fields,
 )
+from jobs.recorder import CallResult
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import CallRefused, OutcomeUnknown, PaymentDeclined, ProviderError, ResponseMismatch
 from jobs.stripe.facts import FactOrigin, Json, failure, id_of, refund_facts, required

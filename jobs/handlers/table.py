@@ -74,7 +74,7 @@ HANDLER_TABLE: tuple[Handler, ...] = (
     ),
     Handler(
         "apply_webhooks", ("webhook.received",),
-        "surety.record_event_results", "fetch, where an event is no proof", "facts",
+        "surety.record_results", "fetch, where an event is no proof", "facts",
         apply_webhooks,
     ),
     Handler(

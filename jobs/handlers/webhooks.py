@@ -18,13 +18,13 @@ from db.redaction import without_secrets
 from jobs.circuit_breaker import circuit_key
 from jobs.handlers.calls import (
     WAIT_SECONDS,
-    CallResult,
     failed_call_result,
     missing_subject_results,
     record_as_completed,
     record_event_results,
     released_result,
 )
+from jobs.recorder import CallResult
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import ObjectUnreadable, OutcomeUnknown, ProviderBusy, ProviderError
 from jobs.stripe.facts import (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.databases import Connection, connection
-from tests.support.payments import add_merchant, fact, money, pay
+from tests.support.payments import add_merchant, fact, money, pay, record_results
 
 BENCH_SQL = Path(__file__).parent / "bench.sql"
 COPIES_AT_ONCE = 1000
@@ -68,10 +68,7 @@ def record_call(conn: Connection, handler: str, operation: str, facts: list[dict
         "snapshot": {"id": facts[0]["object_id"], "object": "payment_intent", "amount": AMOUNT_MINOR},
     }  # fmt: skip
     others = [{"event_id": event_id} for event_id in event_ids[:-1]]
-    conn.execute(
-        "select * from surety.record_event_results(%s, %s, 'worker:bench', %s)",
-        (batch_id, fence, json.dumps([*others, result])),
-    )
+    record_results(conn, batch_id, fence, [*others, result], actor="worker:bench")
 
 
 def claim_next(conn: Connection, handler: str) -> tuple[int, int, list[str]]:

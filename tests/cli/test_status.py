@@ -18,7 +18,7 @@ from app.cli import cli
 from app.cli.status import find_broken_invariants
 from app.status_findings import find_problems, find_vacuum_blocker
 from tests.support.dead_letters import closed_as, end, never_sent_letter, refused, unanswered
-from tests.support.payments import Connection, add_merchant, fact, pay, record
+from tests.support.payments import Connection, add_merchant, fact, pay, record, record_results
 
 
 def surety(database: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -258,7 +258,7 @@ def answer_creations(conn: Connection, key_hash: bytes, *statuses: int) -> list[
         result = {"event_id": events[payment_id], "payment_id": payment_id, "operation": "create", "status": status}
         refusal = {"code": "parameter_unknown", "message": "Received unknown parameter: colour"}
         result |= {"outcome": "refused", "refused": refusal} if status == 400 else {"outcome": "answered"}
-        conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (*row[:2], json.dumps([result])))
+        record_results(conn, row[0], row[1], [result])
     return ids
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.db.test_races import Two, at_once
-from tests.support.payments import Connection, add_merchant, pay
+from tests.support.payments import Connection, add_merchant, pay, record_results
 
 OPEN = "select surety.open_circuit('stripe', '', 'outage', 'no answer', 'test')"
 CLOSE = "select surety.close_circuit('stripe', '', 'it answers', 'test')"
@@ -50,8 +50,7 @@ def fail(conn: Connection, batch: Batch) -> None:
     """Record that all calls of a batch failed by an outage of the account."""
     batch_id, fence, event_ids = batch
     results = [{"event_id": event_id, "error": "500", "outage": "stripe:"} for event_id in event_ids]
-    query = "select surety.record_event_results(%s, %s, 'test', %s)"
-    conn.execute(query, (batch_id, fence, json.dumps(results)))
+    record_results(conn, batch_id, fence, results)
 
 
 def hold(conn: Connection, batch: Batch) -> None:

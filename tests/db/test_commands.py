@@ -145,7 +145,7 @@ def test_refused_capture_keeps_the_authorization_and_may_be_repeated(conn: Conne
     for _ in range(2):
         assert command(conn, "capture_payment", key, payment_id=payment_id)["status"] == 202
         conn.execute(
-            "select surety.record_call_results('worker:test', jsonb_build_array(jsonb_build_object("
+            "select surety.record_results('worker:test', jsonb_build_array(jsonb_build_object("
             "'payment_id', %s::text, 'operation', 'capture', 'outcome', 'refused', 'refused', '{}'::jsonb)))",
             (payment_id,),
         )

@@ -57,7 +57,7 @@ def submitting(conn: Connection, payment_id: str) -> None:
 def refuse(conn: Connection, payment_id: str) -> None:
     refused = {"payment_id": payment_id, "operation": "create", "status": 400, "outcome": "refused"}
     results = json.dumps([refused | {"refused": {"code": "amount_too_small"}}])
-    conn.execute("select surety.record_call_results('worker:test', %s)", (results,))
+    conn.execute("select surety.record_results('worker:test', %s)", (results,))
 
 
 def test_manual_payment_is_authorized_before_it_is_captured(conn: Connection, key_hash: bytes) -> None:
@@ -201,11 +201,11 @@ def test_object_that_could_not_be_read_is_a_discrepancy_until_it_is_recorded(con
     broken = {"kind": "unrecorded", "subject": charged["object_id"], "detail": "ch has no amount"}
     results = json.dumps([{"operation": "list", "outcome": "answered", "discrepancy": broken}])
     is_open = "select closed_at is null from surety.discrepancies"
-    conn.execute("select surety.record_call_results('worker:test', %s)", (results,))
+    conn.execute("select surety.record_results('worker:test', %s)", (results,))
     assert one(conn, is_open)
     record(conn, [charged])
     assert not one(conn, is_open)
-    conn.execute("select surety.record_call_results('worker:test', %s)", (results,))
+    conn.execute("select surety.record_results('worker:test', %s)", (results,))
     assert one(conn, is_open), "it is unreadable again"
     record(conn, [charged])
     assert not one(conn, is_open)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +14,7 @@ from tests.support.payments import (
     create,
     path_of,
     pay,
+    record_results,
     request,
     state_of,
     violations,
@@ -67,8 +67,7 @@ class Send:
         is_undone = result is not UNKNOWN
         known = {"event_id": self.event_id, "payment_id": self.payment_id, "operation": "create"}
         known |= {"access_refused": True, "undone_send": self.number} if is_undone else {}
-        query = "select surety.record_event_results(%s, %s, 'worker:w', %s)"
-        self.conn.execute(query, (self.batch, self.fence, json.dumps([known | result])))
+        record_results(self.conn, self.batch, self.fence, [known | result])
 
 
 def outcomes(conn: Connection, *requests: dict[str, Any]) -> list[str | int]:

@@ -301,7 +301,7 @@ class Merchant(RuleBasedStateMachine):
             self.apply_facts(payment, ["captured"])
             return payment
         refused = [{"payment_id": payment.id, "operation": "capture", "outcome": "refused", "refused": {}}]
-        self.conn.execute("select surety.record_call_results('worker:test', %s)", (json.dumps(refused),))
+        self.conn.execute("select surety.record_results('worker:test', %s)", (json.dumps(refused),))
         payment.capturing = None
         return multiple()
 

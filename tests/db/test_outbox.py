@@ -14,7 +14,7 @@ import pytest
 from db.connect import harden
 from db.deploy.deploy import deploy
 from db.embedded.databases import temporary_database
-from tests.support.payments import Connection, add_merchant, fact, pay
+from tests.support.payments import Connection, add_merchant, fact, pay, record_results
 
 HANDLER = "apply_webhooks"
 TYPE = "webhook.received"
@@ -150,8 +150,7 @@ def test_lost_lease_cannot_complete_events_but_records_results(conn: Connection)
             "facts": [fact(payment_id, "submitted", "pi", 10000, source="response")],
         }
     ]
-    query = "select is_held, event_types from surety.record_event_results(%s, %s, 'worker:slow', %s)"
-    answer = conn.execute(query, (*lost[:2], json.dumps(results))).fetchone()
+    answer = record_results(conn, *lost[:2], results, actor="worker:slow")
     assert answer == (False, ["payment.provider_submitted"])
     state = conn.execute("select state, provider_id is not null from surety.payments").fetchone()
     assert state == ("provider_submitted", True)
@@ -357,28 +356,27 @@ def test_periodic_check_skips_idle_handlers_until_many_events_passed(outbox: Con
     assert call(outbox, "outbox.schedule_due_handlers") == [HANDLER]
 
 
-def is_last(conn: Connection) -> bool:
-    """Claim and complete a batch; whether the claim reported that nothing else was due."""
-    [(batch, fence, event_ids, is_last)] = conn.execute(
-        "select batch_id, fence, event_ids, is_last from outbox.claim_batch(%s, 'w')", (HANDLER,)
-    ).fetchall()
-    assert complete(conn, (batch, fence, event_ids))
-    return bool(is_last)
+def claim_and_announce(conn: Connection, again_after: str) -> tuple[int, int, list[str]]:
+    """Claim a batch, and announce another claim after that time."""
+    query = "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'w', %s::interval)"
+    [batch] = conn.execute(query, (HANDLER, again_after)).fetchall()
+    return batch
 
 
-def test_claim_reports_whether_more_events_are_due(outbox: Connection) -> None:
+def test_no_job_is_scheduled_until_an_announced_claim(outbox: Connection) -> None:
     emit(outbox)
-    assert is_last(outbox)
-    for _ in range(4):
-        emit(outbox)
-    assert not is_last(outbox), "a full batch"
+    batch = claim_and_announce(outbox, "10 minutes")
     emit(outbox)
-    assert not is_last(outbox), "the rest of the events at the time of the full batch; a newer one is due"
-    assert is_last(outbox)
-    emit(outbox)
-    batch = claimed(outbox)
-    assert fail(outbox, batch, *batch[2])
-    emit(outbox)
-    assert not is_last(outbox), "a retry comes before new events"
-    assert is_last(outbox)
-    assert claim(outbox) is None
+    assert call(outbox, "outbox.schedule_handlers", [HANDLER]) == 0
+    assert outbox.execute("select outbox.schedule_handlers(%s, true)", ([HANDLER],)).fetchone() == (1,)
+    outbox.execute("set search_path = procrastinate")
+    outbox.execute("delete from procrastinate_jobs")
+    assert complete(outbox, batch)
+    claim_and_announce(outbox, "0")
+    assert call(outbox, "outbox.schedule_handlers", [HANDLER]) == 1
+
+
+def test_claim_that_finds_nothing_announces_nothing(outbox: Connection) -> None:
+    query = "select count(*) from outbox.claim_batch(%s, 'w', interval '10 minutes')"
+    assert outbox.execute(query, (HANDLER,)).fetchone() == (0,)
+    assert call(outbox, "outbox.schedule_handlers", [HANDLER]) == 1

@@ -12,7 +12,7 @@ import pytest
 from app.status_findings import FindingId, find_problems
 from db import BEHAVIOUR_FILES
 from jobs.stripe.errors import ReleaseCause
-from tests.support.payments import Connection, add_merchant, command, pay
+from tests.support.payments import Connection, add_merchant, command, pay, record_results
 
 ROOT = Path(__file__).parent.parent.parent
 CAUSES: tuple[ReleaseCause, ...] = get_args(ReleaseCause)
@@ -165,7 +165,7 @@ def test_cancellation_behind_a_call_of_unknown_outcome_is_tried_less_and_less_of
         planned = conn.execute("select verdict from surety.begin_calls(%s, %s, 'cancel', 'w')", (batch, fence))
         assert planned.fetchall() == [("wait",)]
         result = {"event_id": event_ids[0], "release_seconds": 1, "release_cause": "earlier_call", "error": "unknown"}
-        conn.execute("select surety.record_event_results(%s, %s, 'w', %s)", (batch, fence, json.dumps([result])))
+        record_results(conn, batch, fence, [result])
         query = "select extract(epoch from due_at - surety.time_now())::float from outbox.retries"
         [(seconds,)] = conn.execute(query).fetchall()
         delays.append(round(seconds))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from tests.support.payments import Connection, add_merchant, command, fact, pay, record
+from tests.support.payments import Connection, add_merchant, command, fact, pay, record, record_results
 
 REFUSAL = 'Stripe 400 parameter_invalid: currency "usx"'
 
@@ -30,7 +29,7 @@ def exhaust_retries(
             outcome = {"operation": operation, "outcome": "rejected" if status else "unknown", "status": status}
             payments: dict[str, str] = dict(begun)
             results = [result | outcome | {"payment_id": payments[result["event_id"]]} for result in results]
-        conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (batch, fence, json.dumps(results)))
+        record_results(conn, batch, fence, results)
     return [
         letter for (letter,) in conn.execute("select id from outbox.dead_letters order by id") if letter not in known
     ]
@@ -78,7 +77,7 @@ def held(conn: Connection, *, operation: str | None = None, status: int | None =
         "status": 200,
         "facts": [fact(payment_id, "submitted", "pi")],
     }
-    conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (*row[:2], json.dumps([answered])))
+    record_results(conn, row[0], row[1], [answered])
     exhaust_retries(conn, "confirm", operation=operation, status=status)
     return open_dead_letter(conn, payment_id), payment_id
 
@@ -120,7 +119,7 @@ def exhaust_command(
             conn.execute("select from surety.begin_calls(%s, %s, %s, 'worker:w')", (batch, fence, handler))
             output = {"payment_id": payment_id, "operation": operation, "outcome": "rejected", "status": status}
             result |= {name: value for name, value in output.items() if value is not None}
-        conn.execute("select surety.record_event_results(%s, %s, 'worker:w', %s)", (batch, fence, json.dumps([result])))
+        record_results(conn, batch, fence, [result])
     return open_dead_letter(conn, payment_id)
 
 

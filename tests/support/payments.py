@@ -51,6 +51,16 @@ def create(conn: Connection, requests: Sequence[dict[str, Any]]) -> list[dict[st
         return cursor.execute("select * from api.create_payments(%s)", (json.dumps(requests),)).fetchall()
 
 
+def record_results(
+    conn: Connection, batch: int, fence: int, results: Sequence[dict[str, Any]], actor: str = "worker:w"
+) -> tuple[bool, list[str]]:
+    """Record the results of one batch's events; returns whether its lease is held, and the types of events made."""
+    given = json.dumps([result | {"batch_id": batch, "fence": fence} for result in results])
+    row = conn.execute("select lost_batches, event_types from surety.record_results(%s, %s)", (actor, given)).fetchone()
+    assert row is not None
+    return row[0] == [], row[1]
+
+
 def pay(conn: Connection, key_hash: bytes, count: int = 1, **fields: Any) -> list[str]:
     """New payments' ids."""
     outcomes = create(conn, [request(key_hash, **fields) for _ in range(count)])

@@ -36,7 +36,7 @@ api.discard_dead_letter(bytea, text, text, boolean, text, text),
 api.get_status(bytea)
 to surety_api;
 grant usage on schema outbox to surety_api;
-grant execute on function outbox.schedule_handlers(text[]) to surety_api, surety_webhook, surety_worker;
+grant execute on function outbox.schedule_handlers(text[], boolean) to surety_api, surety_webhook, surety_worker;
 
 grant execute on function
 surety.receive_webhooks(jsonb),
@@ -49,8 +49,7 @@ grant execute on function surety.read_livemode() to surety_api, surety_worker;
 grant execute on function
 surety.maintain_partitions(integer),
 surety.record_facts(jsonb, text, text),
-surety.record_event_results(bigint, bigint, text, jsonb),
-surety.record_call_results(text, jsonb),
+surety.record_results(text, jsonb),
 surety.next_fetch_number(text, text, boolean, text),
 surety.begin_calls(bigint, bigint, text, text, text[]),
 surety.reserve_request_slot(text, text, double precision, boolean),
@@ -87,7 +86,7 @@ surety.record_key_check(text, boolean, boolean, text, text[], text),
 surety.note_failed_key_check(text, boolean, boolean, text, text),
 surety.note_unreadable_list(text, text, text, text, boolean),
 outbox.list_handlers(),
-outbox.claim_batch(text, text),
+outbox.claim_batch(text, text, interval),
 outbox.batch_events(bigint, bigint),
 outbox.complete_events(bigint, bigint, text[]),
 outbox.renew_lease(bigint, bigint),

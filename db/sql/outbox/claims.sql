@@ -109,7 +109,7 @@ $$;
 comment on function outbox.claim_due_retries(outbox.handlers) is
 'Claims due retries of a handler: one suspect alone, else up to a batch of others. event_ids is null if none is due.';
 
-create or replace function outbox.claim_new_events(p_handler outbox.handlers, out event_ids text[], out is_last boolean)
+create or replace function outbox.claim_new_events(p_handler outbox.handlers) returns text[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -123,8 +123,9 @@ declare
     v_last_id text;
     v_is_new boolean;
     v_moved boolean := false;
+    v_is_last boolean;
+    v_ids text[];
 begin
-    is_last := false;
     for v_turn in 1..8 loop
         v_is_new := v_handler.goal is null;
         v_goal := coalesce(v_handler.goal, pg_current_snapshot());
@@ -156,10 +157,10 @@ begin
         select
             (select count(*) from scanned), (select array_agg(m.id order by m.id) from matched as m),
             (select e.xid from ends as e), (select e.id from ends as e)
-        into v_scanned, event_ids, v_last_xid, v_last_id;
+        into v_scanned, v_ids, v_last_xid, v_last_id;
         exit when v_scanned = 0 and v_is_new;
         v_moved := true;
-        if v_scanned = v_scan_limit or cardinality(event_ids) = v_handler.batch_size then
+        if v_scanned = v_scan_limit or cardinality(v_ids) = v_handler.batch_size then
             v_handler.goal := v_goal;
             v_handler.at_xid := v_last_xid;
             v_handler.at_id := v_last_id;
@@ -169,25 +170,25 @@ begin
             v_handler.at_xid := '0';
             v_handler.at_id := '';
         end if;
-        is_last := v_is_new and v_handler.goal is null;
-        exit when event_ids is not null or is_last;
+        v_is_last := v_is_new and v_handler.goal is null;
+        exit when v_ids is not null or v_is_last;
     end loop;
     if v_moved then
         update outbox.handlers as h
         set seen = v_handler.seen, goal = v_handler.goal, at_xid = v_handler.at_xid, at_id = v_handler.at_id
         where h.handler = p_handler.handler;
     end if;
+    return v_ids;
 end;
 $$;
 
 comment on function outbox.claim_new_events(outbox.handlers) is
-'Moves a handler''s cursor to its next batch of new events of its types. event_ids is null if it reached the end
-without any; is_last: nothing else is new. A call walks at most eight scans. A cursor that does not move is not
-written.';
+'Moves a handler''s cursor to its next batch of new events of its types, and returns their ids; null if it reached the
+end without any. A call walks at most eight scans. A cursor that does not move is not written.';
 
-create or replace function outbox.claim_batch(p_handler text, p_worker text)
+create or replace function outbox.claim_batch(p_handler text, p_worker text, p_again_after interval default null)
 returns table (
-    batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, is_last boolean, leased_until timestamptz
+    batch_id bigint, fence bigint, event_ids text[], is_suspect boolean, leased_until timestamptz
 )
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
@@ -199,7 +200,6 @@ declare
     v_ids text[];
     v_is_retry boolean;
     v_is_suspect boolean;
-    v_is_last boolean := false;
 begin
     perform outbox.check_restore_generation();
     select h.* into v_handler from outbox.handlers as h where h.handler = p_handler for update;
@@ -227,10 +227,13 @@ begin
     select c.event_ids, c.is_suspect into v_ids, v_is_suspect from outbox.claim_due_retries(v_handler) as c;
     v_is_retry := v_ids is not null;
     if not v_is_retry then
-        select c.event_ids, c.is_last into v_ids, v_is_last from outbox.claim_new_events(v_handler) as c;
+        v_ids := outbox.claim_new_events(v_handler);
     end if;
     if v_ids is null then
         return;
+    end if;
+    if p_again_after is not null then
+        update outbox.handlers as h set claims_again_at = v_now + p_again_after where h.handler = p_handler;
     end if;
     return query
     insert into outbox.batches as b (
@@ -240,12 +243,12 @@ begin
         p_handler, v_ids, min(i.id collate "C"), max(i.id collate "C"), v_is_retry, v_is_suspect,
         nextval('outbox.fences'), p_worker, v_now + v_handler.lease, v_now
     from unnest(v_ids) as i (id)
-    returning b.id, b.fence, b.event_ids, b.is_suspect, v_is_last, b.leased_until;
+    returning b.id, b.fence, b.event_ids, b.is_suspect, b.leased_until;
 end;
 $$;
 
-comment on function outbox.claim_batch(text, text) is
+comment on function outbox.claim_batch(text, text, interval) is
 'Claims a batch of events for a handler and returns it; no row if nothing is due, if the handler is paused, if no
-account can be reached, or if batches_at_once batches are running. is_last: nothing else was due; later events schedule
-a worker job of their own. Raises SU004 for an unknown handler, SU005 in a restored database. An empty claim writes
-nothing.';
+account can be reached, or if batches_at_once batches are running. With p_again_after the caller announces another claim
+after that time, and until then outbox.schedule_handlers schedules no further job. Raises SU004 for an unknown handler,
+SU005 in a restored database. An empty claim writes and announces nothing.';

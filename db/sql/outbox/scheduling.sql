@@ -28,12 +28,14 @@ comment on function outbox.has_work(text) is
 'Whether the handler has events to claim, or its cursor is a hundred events of other handlers behind. A periodic job
 asks every second.';
 
-create or replace function outbox.schedule_handlers(p_handlers text[]) returns integer
+create or replace function outbox.schedule_handlers(p_handlers text[], p_is_urgent boolean default false)
+returns integer
 language plpgsql volatile security definer
 -- Procrastinate's triggers name no schema.
 set search_path = pg_catalog, procrastinate, pg_temp
 as $$
 declare
+    v_now timestamptz := surety.time_now();
     v_unknown text;
     v_scheduled integer;
 begin
@@ -47,6 +49,12 @@ begin
     select 'outbox', 'drain', 'drain:' || h.handler, jsonb_build_object('handler', h.handler)
     from outbox.handlers as h
     where h.handler = any(p_handlers) and h.paused_at is null
+        and (p_is_urgent or h.claims_again_at is null or h.claims_again_at <= v_now)
+        -- An insert beside a concurrent one would wait for its commit.
+        and not exists (
+            select from procrastinate.procrastinate_jobs as waiting
+            where waiting.queueing_lock = 'drain:' || h.handler and waiting.status = 'todo'
+        )
     order by h.handler
     on conflict (queueing_lock) where status = 'todo' do nothing;
     get diagnostics v_scheduled = row_count;
@@ -54,9 +62,10 @@ begin
 end;
 $$;
 
-comment on function outbox.schedule_handlers(text[]) is
+comment on function outbox.schedule_handlers(text[], boolean) is
 'Inserts a worker job for each handler that has none waiting and is not paused; returns how many. Call it after the
-commit of the events. Raises SU004 for an unknown handler.';
+commit of the events. A handler whose worker has announced another claim (outbox.claim_batch) needs none, unless
+p_is_urgent. Raises SU004 for an unknown handler.';
 
 create or replace function outbox.delete_orphaned_jobs() returns integer
 language sql volatile security definer

@@ -1,8 +1,8 @@
 -- Recording facts: the one way in for everything that a provider asserts about payments.
 --
 -- From the outside inwards:
---   surety.record_event_results   results of a batch of events: records them as below, then completes, releases or
---                                 fails the events
+--   surety.record_results         results of calls and polls: records them as below, then completes, releases or fails
+--                                 their events
 --   surety.record_call_results    results of calls: facts, refusals and discrepancies; closes the calls, audits the
 --                                 answers
 --   surety.record_facts           facts, whatever their source; here

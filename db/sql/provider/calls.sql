@@ -2,7 +2,7 @@
 --
 --   plan    surety.plan_payment_calls, plan_refund_calls, plan_evidence_calls: a verdict for each event of a batch
 --   begin   surety.begin_calls commits what will be sent; no transaction is open while it is sent
---   record  surety.record_event_results (db/sql/provider/results.sql) takes the results
+--   record  surety.record_results (db/sql/provider/results.sql) takes the results
 --
 -- A worker that dies in between leaves a call that was sent and not answered. The next worker sends the same request
 -- under the same key, or reads the object first. surety.call_verdicts lists the verdicts with their meanings.
@@ -199,6 +199,7 @@ create or replace function surety.begin_calls(
     amount_minor bigint, currency text, livemode boolean
 )
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare

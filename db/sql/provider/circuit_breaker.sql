@@ -338,13 +338,12 @@ comment on function surety.hold_blocked_events(bigint, bigint, text[]) is
 'Releases the events of a batch whose account has an open circuit, uncounted and before any call, unless their payment
 has ended without a charge. Returns their ids.';
 
-create or replace function surety.uncount_outage_failures(p_batch bigint, p_results jsonb) returns jsonb
+create or replace function surety.uncount_outage_failures(p_results jsonb) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_failing_min constant integer := 5;
     v_uncounted_max constant integer := 18;
-    v_handler text := (select b.handler from outbox.batches as b where b.id = p_batch);
 begin
     perform from surety.circuit_breakers as b where b.opened_at is not null order by b.provider, b.account for share;
     return (
@@ -359,12 +358,13 @@ begin
             order by r.n
         )
         from jsonb_array_elements(p_results) with ordinality as r (result, n)
+        left join outbox.batches as held on held.id = (r.result ->> 'batch_id')::bigint
         left join surety.circuit_breakers as b on surety.circuit_key(b.provider, b.account) = r.result ->> 'outage'
         left join lateral (
             select count(*)::integer as times
             from outbox.retries as t
             cross join lateral jsonb_array_elements(t.attempts) as a (attempt)
-            where t.handler = v_handler and t.event_id = r.result ->> 'event_id' and r.result ? 'outage'
+            where t.handler = held.handler and t.event_id = r.result ->> 'event_id' and r.result ? 'outage'
                 and a.attempt ? 'outage' and a.attempt ? 'counted'
         ) as uncounted on true
         cross join lateral (
@@ -386,8 +386,8 @@ begin
 end;
 $$;
 
-comment on function surety.uncount_outage_failures(bigint, jsonb) is
-'The results of surety.record_event_results, with "release_seconds" and "release_cause" for each that failed by an
+comment on function surety.uncount_outage_failures(jsonb) is
+'The results of surety.record_results, with "release_seconds" and "release_cause" for each that failed by an
 outage of its account ("outage": the circuit''s key), or was refused ("access_refused" as well). All are held while the
 circuit is open. While it is closed, a refused event is tried again by itself; and if fewer than five of the account''s
 calls failed lately, or after eighteen uncounted failures, a failure is the event''s own.';

@@ -2,7 +2,6 @@
 
 create or replace function surety.record_call_results(p_actor text, p_results jsonb) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
 as $$
 -- Facts and refusals each lock their payments, so one array holds either: two transactions could deadlock otherwise.
 declare
@@ -65,53 +64,98 @@ comment on function surety.record_call_results(text, jsonb) is
 "error"?, "undone_send"?: the number of a send that was refused for want of access or not made}]. Facts and refusals
 in one array are an error (SU009). Returns the types of the events made.';
 
-create or replace function surety.record_event_results(p_batch bigint, p_fence bigint, p_actor text, p_results jsonb)
-returns table (is_held boolean, event_types text[])
+create or replace function surety.release_unfinished(p_batch bigint, p_fence bigint, p_results jsonb) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
 as $$
 declare
-    v_types text[] := surety.record_call_results(p_actor, p_results);
-    v_results jsonb := p_results;
     v_held boolean := true;
-    v_failed jsonb;
-    v_done text[];
     v_released record;
 begin
-    if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'outage') then
-        v_results := surety.uncount_outage_failures(p_batch, p_results);
-    end if;
-    select
-        jsonb_agg(jsonb_build_object('event_id', r.event_id, 'error', r.error, 'outage', r.outage))
-            filter (where r.error is not null and r.release_seconds is null),
-        array_agg(r.event_id) filter (where r.error is null and r.release_seconds is null)
-    into v_failed, v_done
-    from jsonb_to_recordset(v_results) as r (event_id text, error text, outage text, release_seconds numeric);
     for v_released in
         select r.release_seconds, r.release_cause, r.outage, array_agg(r.event_id) as ids, min(r.error) as reason
-        from jsonb_to_recordset(v_results) as r (
-            event_id text, error text, outage text, release_seconds numeric, release_cause text
+        from jsonb_to_recordset(p_results) as r (
+            batch_id bigint, fence bigint, event_id text, error text, outage text, release_seconds numeric,
+            release_cause text
         )
-        where r.release_seconds is not null
+        where r.batch_id = p_batch and r.fence = p_fence and r.release_seconds is not null
         group by r.release_seconds, r.release_cause, r.outage
     loop
         v_held := outbox.release_events(
             p_batch, p_fence, v_released.ids, make_interval(secs => v_released.release_seconds::double precision),
             v_released.release_cause, coalesce(v_released.reason, 'given back'), v_released.outage) and v_held;
     end loop;
-    if v_failed is not null then
-        v_held := outbox.fail_events(p_batch, p_fence, v_failed) and v_held;
-    end if;
-    if v_done is not null then
-        v_held := outbox.complete_events(p_batch, p_fence, v_done) and v_held;
-    end if;
-    return query select v_held, v_types;
+    return v_held;
 end;
 $$;
 
-comment on function surety.record_event_results(bigint, bigint, text, jsonb) is
-'Records results as surety.record_call_results does, each with its "event_id" and perhaps "outage", or
-"release_seconds" and "release_cause".
-They are recorded even if the lease is lost; finishing the events needs it. An event with release_seconds is given back
+comment on function surety.release_unfinished(bigint, bigint, jsonb) is
+'Gives back uncounted those events of a batch whose results have release_seconds. False if the lease is lost.';
+
+create or replace function surety.finish_events(p_results jsonb) returns bigint[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Batches are the last locks of a transaction, in the order of their ids.
+declare
+    v_lost bigint[] := '{}';
+    v_batch record;
+    v_held boolean;
+begin
+    for v_batch in
+        select
+            r.batch_id, r.fence,
+            jsonb_agg(jsonb_build_object('event_id', r.event_id, 'error', r.error, 'outage', r.outage))
+                filter (where r.error is not null and r.release_seconds is null) as failed,
+            array_agg(r.event_id) filter (where r.error is null and r.release_seconds is null) as done,
+            bool_or(r.release_seconds is not null) as has_released
+        from jsonb_to_recordset(p_results) as r (
+            batch_id bigint, fence bigint, event_id text, error text, outage text, release_seconds numeric
+        )
+        where r.event_id is not null
+        group by r.batch_id, r.fence
+        order by r.batch_id, r.fence
+    loop
+        v_held := true;
+        if v_batch.has_released then
+            v_held := surety.release_unfinished(v_batch.batch_id, v_batch.fence, p_results);
+        end if;
+        if v_batch.failed is not null then
+            v_held := outbox.fail_events(v_batch.batch_id, v_batch.fence, v_batch.failed) and v_held;
+        end if;
+        if v_batch.done is not null then
+            v_held := outbox.complete_events(v_batch.batch_id, v_batch.fence, v_batch.done) and v_held;
+        end if;
+        if not v_held then
+            v_lost := v_lost || v_batch.batch_id;
+        end if;
+    end loop;
+    return v_lost;
+end;
+$$;
+
+comment on function surety.finish_events(jsonb) is
+'Finishes the events of results, given as surety.record_results takes them: completes, fails or releases each. Returns
+the batches whose lease is lost, whose events stay as they are.';
+
+create or replace function surety.record_results(p_actor text, p_results jsonb)
+returns table (lost_batches bigint[], event_types text[])
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+    v_types text[] := surety.record_call_results(p_actor, p_results);
+    v_results jsonb := p_results;
+begin
+    if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'outage') then
+        v_results := surety.uncount_outage_failures(p_results);
+    end if;
+    return query select surety.finish_events(v_results), v_types;
+end;
+$$;
+
+comment on function surety.record_results(text, jsonb) is
+'Records results as surety.record_call_results does. Those of events also have "batch_id", "fence", "event_id" and
+perhaps "outage", or "release_seconds" and "release_cause"; the batches may be of several handlers.
+They are recorded even if a lease is lost; finishing the events needs it. An event with release_seconds is given back
 uncounted. An event with an error has failed, unless surety.uncount_outage_failures finds an outage of its provider. All
-other events are finished. is_held is false when another worker holds the lease.';
+other events are finished. lost_batches are those that another worker holds.';
