@@ -13,7 +13,8 @@ stdout is one object.
     api_server        the API that `accept` measures
     services          all processes of a deployment
     recording_proxy   records when the sandbox receives a payment
-    comparison        `lifecycle` in turns with another revision's, which revisions.py runs
+    comparison        `lifecycle` in turns with another revision's (revisions.py) and with DBOS (dbos_services.py)
+    dbos_payments     the payments as DBOS workflows
     costs             CPU time, log and commits of a payment
     cpu_time          CPU time and memory of groups of processes
 """

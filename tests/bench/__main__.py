@@ -77,20 +77,23 @@ def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
 @click.option("--rounds", default=3)
 @warm_mb
 @click.option("--against", metavar="REV", help="Run this revision's own benchmark in turns; needs git and uv.")
-@click.option("--base-payments", default=2_000, help="Payments of its round, if it reports no costs by itself.")
+@click.option("--dbos", is_flag=True, help="Run the same payments as DBOS workflows in turns; needs uv.")
+@click.option("--base-payments", default=2_000, help="Payments in a round of DBOS, or of a REV that reports no costs.")
 @click.option("--durable", is_flag=True, help="Keep the server's data on a disk (/var/tmp), not in memory.")
 @as_json
-def lifecycle(*, as_json: bool, against: str | None, base_payments: int, durable: bool, **sizes: int) -> None:
+def lifecycle(
+    *, as_json: bool, against: str | None, dbos: bool, base_payments: int, durable: bool, **sizes: int
+) -> None:
     """Payments per second from POST to settled, their cost, and the delay until an idle system calls the provider."""
     from tests.bench import comparison, lifecycle
 
-    if against is None:
-        results = lifecycle.run(on_disk=durable, **sizes)
-    else:
-        try:
-            results = comparison.run(against=against, base_payments=base_payments, on_disk=durable, **sizes)
-        except Interrupted as interrupted:
-            raise click.ClickException(f"interrupted by {interrupted}") from None
+    try:
+        if against is None and not dbos:
+            results = lifecycle.run(on_disk=durable, **sizes)
+        else:
+            results = comparison.run(against=against, dbos=dbos, base_payments=base_payments, on_disk=durable, **sizes)
+    except Interrupted as interrupted:
+        raise click.ClickException(f"interrupted by {interrupted}") from None
     databases.print_results(results, as_json=as_json)
 
 

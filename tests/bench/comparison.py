@@ -1,11 +1,11 @@
-"""`lifecycle --against REV`: the present code and another revision's, in turns.
+"""`lifecycle --against REV --dbos`: the present code, another revision's and DBOS, in turns.
 
-Each measurement starts its processes anew, warms them up, and uses a new database on a server of its own, which runs
-all the time. Ratios are medians of the turns' ratios.
+Each measurement starts its processes anew, warms them up, and uses a new database. The other revision has a server of
+its own. Ratios are medians of the turns' ratios; NAME is `base` or `dbos`.
 
-    ratio_to_base       payments per second
-    cpu_ratio_to_base   CPU time of workers and PostgreSQL for a payment
-    wal_ratio_to_base   write-ahead log for a payment
+    ratio_to_NAME       payments per second
+    cpu_ratio_to_NAME   CPU time of workers and PostgreSQL for a payment
+    wal_ratio_to_NAME   write-ahead log for a payment
     idle_ratio_to_base  milliseconds until the provider receives a payment on an idle system
 """
 
@@ -16,29 +16,36 @@ from contextlib import ExitStack
 from functools import partial
 
 from app.local.processes import interruptible
-from tests.bench import lifecycle
+from tests.bench import dbos_services, lifecycle
 from tests.bench.databases import Results, log_progress, median_ratio, median_results, warm_server
+from tests.bench.dbos_services import installed_dbos
 from tests.bench.revisions import OtherRevision, checked_out
 
 OURS = "ours"
 
 
-def run(*, against: str, base_payments: int, on_disk: bool, rounds: int, warm_mb: int, **sizes: int) -> Results:
-    """The present code's results, the other's, and the ratios."""
+def run(
+    *, against: str | None, base_payments: int, dbos: bool, on_disk: bool, rounds: int, warm_mb: int, **sizes: int
+) -> Results:
+    """The present code's results, the others', and the ratios."""
     with interruptible(), ExitStack() as stack:
-        ours_url, base_url = (stack.enter_context(warm_server(warm_mb, on_disk=on_disk)) for _ in range(2))
-        base = OtherRevision(stack.enter_context(checked_out(against)), base_url)
-        measures = {
-            OURS: partial(lifecycle.measure, ours_url, rounds=1, **sizes),
-            "base": partial(base.measure, slow_payments=base_payments, **sizes),
-        }
+        server_url = stack.enter_context(warm_server(warm_mb, on_disk=on_disk))
+        measures = {OURS: partial(lifecycle.measure, server_url, rounds=1, **sizes)}
+        if against is not None:
+            base_url = stack.enter_context(warm_server(warm_mb, on_disk=on_disk))
+            base = OtherRevision(stack.enter_context(checked_out(against)), base_url)
+            measures["base"] = partial(base.measure, slow_payments=base_payments, **sizes)
+        if dbos:
+            packages = stack.enter_context(installed_dbos())
+            fewer = sizes | {"payments": base_payments}
+            measures["dbos"] = partial(dbos_services.measure, server_url, packages, rounds=1, **fewer)
         turns = measure_in_turns(measures, rounds)
     ours, others = turns.pop(OURS), turns
-    results = median_results(ours) | {"rounds": [each["payments_per_second"] for each in ours]}
+    results = median_results(ours) | {"rounds": [each["payments_per_second"] for each in ours], "against": against}
     for name, measured in others.items():
         results[name] = median_results(measured) | {"rounds": [each["payments_per_second"] for each in measured]}
         results |= compare_with(name, ours, measured)
-    return results | {"against": against}
+    return results
 
 
 def measure_in_turns(measures: Mapping[str, Callable[[], Results]], rounds: int) -> dict[str, list[Results]]:

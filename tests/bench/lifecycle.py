@@ -78,15 +78,7 @@ def measure(
         keys = create_merchants(conn, merchants, seed=1)
         services = stack.enter_context(running_services(url))
         with running_workers(services.process_group, workers, services.sandbox_url):
-            warm_up = min(WARM_UP_PAYMENTS_MAX, max(1, int(WARM_UP_SHARE * payments)))
-            measured = [measure_round(conn, services, create_orders(keys, warm_up, "warm-up"))]
-            log_progress(f"warm-up: {measured[0]}")
-            for turn in range(rounds):
-                conn.execute("vacuum (analyze)")
-                measured.append(measure_round(conn, services, create_orders(keys, payments, f"round-{turn}")))
-                log_progress(f"round {turn + 1}: {measured[-1]}")
-            pids = services.pids(conn)
-            peaks = {"worker": peak_rss_mb(pids["workers"]), "api": peak_rss_mb(pids["api"])}
+            results = measure_rounds(conn, services, keys, payments, rounds)
         stages = measure_state_durations(conn)
         idle = measure_idle(services, workers, create_orders(keys, idle_payments, "idle"))
         charges = read_sandbox(services.sandbox_url, CHARGES_SUMMARY)
@@ -95,16 +87,31 @@ def measure(
         assert violations(conn) == {}
     return {
         "benchmark": "lifecycle",
-        "payments_per_second": median([turn.payments_per_second for turn in measured[1:]], 1),
-        "accepted_per_second": median([turn.accepted_per_second for turn in measured[1:]], 1),
-        **median_costs([turn.costs for turn in measured[1:]]),
-        "peak_rss_mb": peaks,
+        **results,
         **idle,
-        "payments": payments * rounds,
         "double_charges": len(charges["double"]),
         "stages": {stage.name: {"p50_ms": round(stage.p50_ms), "p99_ms": round(stage.p99_ms)} for stage in stages},
         "workers": workers,
-        "rounds": [round(turn.payments_per_second, 1) for turn in measured[1:]],
+    }
+
+
+def measure_rounds(conn: Connection, services: Services, keys: Sequence[str], payments: int, rounds: int) -> Results:
+    """The medians of some rounds after a warm-up. Statistics are gathered before each, for autovacuum is off."""
+    warm_up = min(WARM_UP_PAYMENTS_MAX, max(1, int(WARM_UP_SHARE * payments)))
+    log_progress(f"warm-up: {measure_round(conn, services, create_orders(keys, warm_up, 'warm-up'))}")
+    measured = []
+    for turn in range(rounds):
+        conn.execute("vacuum (analyze)")
+        measured.append(measure_round(conn, services, create_orders(keys, payments, f"round-{turn}")))
+        log_progress(f"round {turn + 1}: {measured[-1]}")
+    pids = services.pids(conn)
+    return {
+        "payments_per_second": median([turn.payments_per_second for turn in measured], 1),
+        "accepted_per_second": median([turn.accepted_per_second for turn in measured], 1),
+        **median_costs([turn.costs for turn in measured]),
+        "peak_rss_mb": {"worker": peak_rss_mb(pids["workers"]), "api": peak_rss_mb(pids["api"])},
+        "payments": payments * rounds,
+        "rounds": [round(turn.payments_per_second, 1) for turn in measured],
     }
 
 
@@ -115,7 +122,7 @@ def measure_round(conn: Connection, services: Services, orders: Sequence[Order])
     began = time.monotonic()
     payment_ids = asyncio.run(post_orders(services.ports["api"], orders))
     accepted_seconds = time.monotonic() - began
-    own_queries = wait_until_settled(conn, payment_ids)
+    own_queries = wait_until_settled(conn, payment_ids, services.settled_query)
     seconds = time.monotonic() - began
     costs = before.costs_until(read_counters(conn, pids), len(orders), own_queries)
     return Round(len(orders) / seconds, len(orders) / accepted_seconds, costs)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from itertools import chain
+from typing import LiteralString
 
 from app.local.demo.merchants import Order
 from tests.bench.databases import Connection
@@ -76,7 +77,7 @@ async def post_order(reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
         await asyncio.sleep(REPEAT_PAUSE_SECONDS)
 
 
-def wait_until_settled(conn: Connection, payment_ids: Sequence[str]) -> int:
+def wait_until_settled(conn: Connection, payment_ids: Sequence[str], settled_query: LiteralString) -> int:
     """Wait until all payments are settled; returns how many queries it took.
 
     A query looks up the first few that are missing, so that waiting costs the server little.
@@ -86,8 +87,7 @@ def wait_until_settled(conn: Connection, payment_ids: Sequence[str]) -> int:
     queries = 0
     while missing:
         first = missing[-LOOKED_AT:]
-        rows = conn.execute("select id from surety.payments where id = any(%s) and state = 'settled'", (first,))
-        settled = {row[0] for row in rows}
+        settled = {row[0] for row in conn.execute(settled_query, (first,))}
         missing[-LOOKED_AT:] = [payment_id for payment_id in first if payment_id not in settled]
         queries += 1
         assert time.monotonic() < deadline, f"{len(missing)} payments are not settled"

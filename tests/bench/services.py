@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import LiteralString
 
 from app.local.demo.workspace import demo_folder
 from app.local.output import LogFiles
@@ -17,6 +18,8 @@ WEBHOOK_SECRET = "whsec_of_the_benchmark"
 SERVICES = {"api": "api", "receiver": "webhooks", "sandbox": "sandbox"}
 """Groups of processes, and the name of the process of each."""
 
+SETTLED = "select id from surety.payments where id = any(%s) and state = 'settled'"
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -24,6 +27,8 @@ class Services:
 
     process_group: ProcessGroup
     ports: dict[str, int]
+    settled_query: LiteralString = SETTLED
+    """Which of some payments are settled."""
 
     @property
     def sandbox_url(self) -> str:
@@ -42,8 +47,8 @@ class Services:
 
 
 @contextmanager
-def running_services(url: str) -> Generator[Services]:
-    """API, webhook receiver and sandbox."""
+def running_sandbox(url: str) -> Generator[Services]:
+    """The sandbox, and the ports where API and webhook receiver are going to listen. `url` is the database."""
     with demo_folder() as folder:
         ports = {name: free_port(0) for name in SERVICES.values()}
         inherited = {
@@ -57,19 +62,26 @@ def running_services(url: str) -> Generator[Services]:
         }
         process_group = ProcessGroup(inherited | settings, LogFiles(folder))
         try:
-            process_group.start("api", "-m", "app.cli", "api", "--port", str(ports["api"]))
-            process_group.start("webhooks", "-m", "app.cli", "webhooks", "--port", str(ports["webhooks"]))
             process_group.start(
                 "sandbox",
                 *("-m", "app.sandbox", "--port", str(ports["sandbox"]), "--memory", str(folder / "sandbox.sqlite")),
                 *("--webhook-url", f"http://127.0.0.1:{ports['webhooks']}/stripe"),
                 *("--webhook-secret", WEBHOOK_SECRET),
             )
-            for name, port in ports.items():
-                process_group.wait_for_port(name, port)
+            process_group.wait_for_port("sandbox", ports["sandbox"])
             yield Services(process_group, ports)
         finally:
             process_group.stop()
+
+
+@contextmanager
+def running_services(url: str) -> Generator[Services]:
+    """Sandbox, API and webhook receiver."""
+    with running_sandbox(url) as services:
+        for name in ("api", "webhooks"):
+            services.process_group.start(name, "-m", "app.cli", name, "--port", str(services.ports[name]))
+            services.process_group.wait_for_port(name, services.ports[name])
+        yield services
 
 
 @contextmanager

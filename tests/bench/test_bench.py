@@ -78,10 +78,12 @@ def test_benchmark_reports_the_required_results(name: str) -> None:
 
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv installs the other revision")
 @pytest.mark.skipif(not is_revision(BASE), reason="the history is not here")
-def test_lifecycle_is_compared_with_another_revision() -> None:
+def test_lifecycle_is_compared_with_another_revision_and_with_dbos() -> None:
     sizes = ["--payments=20", "--base-payments=10", "--merchants=3", "--workers=1", "--rounds=1", "--warm-mb=1"]
-    results = measure("lifecycle", f"--against={BASE}", "--idle-payments=1", *sizes)
-    assert min(results["ratio_to_base"], results["cpu_ratio_to_base"], results["wal_ratio_to_base"]) > 0
+    results = measure("lifecycle", f"--against={BASE}", "--dbos", "--idle-payments=1", *sizes)
+    for name in ("base", "dbos"):
+        assert min(results[f"ratio_to_{name}"], results[f"cpu_ratio_to_{name}"], results[f"wal_ratio_to_{name}"]) > 0
+    assert results["dbos"]["cpu_ms_per_payment"].keys() == results["cpu_ms_per_payment"].keys()
     assert results["base"]["cpu_ms_per_payment"].keys() == results["cpu_ms_per_payment"].keys() | {"waiting"}
     assert results["base"]["wal_kb_per_payment"] > 0
     assert results["base"]["peak_rss_mb"]["worker"] > 0
