@@ -141,7 +141,7 @@ def stop_on_signals(stopping: asyncio.Event, running: asyncio.Task[None]) -> Gen
 
 def quiet_library_logs() -> None:
     """Raise libraries' log levels: they log every job and request; Stripe's logs client secrets at debug level."""
-    for name in ("procrastinate", "httpx", "httpcore", "stripe"):
+    for name in ("procrastinate", "stripe"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # The pool logs each attempt to connect; jobs/database.py logs once.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)

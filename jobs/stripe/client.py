@@ -11,23 +11,38 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
-import httpx
+import msgspec
 import stripe
 from msgspec import Struct
 
 from db.settings import Settings
 from jobs.database import WorkerDatabase
-from jobs.stripe.errors import Json, ObjectUnreadable, OutcomeUnknown, ProviderError, ProviderOutage, provider_error
+from jobs.stripe.connections import (
+    CONNECT_SECONDS_MAX,
+    ConnectionPool,
+    NoAnswer,
+    OutgoingRequest,
+    RawResponse,
+    RequestSender,
+)
+from jobs.stripe.errors import (
+    Json,
+    ObjectUnreadable,
+    OutcomeUnknown,
+    ProviderError,
+    ProviderOutage,
+    provider_error,
+    senseless_answer,
+)
 
 API_VERSION = "2026-10-28.endive"
+STRIPE_URL = "https://api.stripe.com"
 PROVIDER_CONNECTIONS_MAX = 32
 PAGE_SIZE = 100
 LIVE_REQUESTS_PER_SECOND = 80.0
 TEST_REQUESTS_PER_SECOND = 20.0
 YIELD_SECONDS = 0.25
 PROBE_SECONDS = 5.0
-# For TCP, and again for TLS; both together are shorter than a probe.
-CONNECT_SECONDS_MAX = 2.0
 # Time ranges of lists begin and end at multiples of so many seconds, so that many calls share a reading.
 LIST_WINDOW_SECONDS = 300
 LISTING_SHARED_SECONDS = 60.0
@@ -71,47 +86,54 @@ class IntentListing(Struct, frozen=True):
     reading: asyncio.Task[ListedIntents]
 
 
-class StripeHttpClient(stripe.HTTPClient):
-    """The SDK's HTTP client: httpx with kept connections.
+class ResponseHeaders(dict[str, str]):
+    """The headers of a response by lower-case names, beside its content as it arrived."""
 
-    The pool has no maximum: call slots bound the calls. With one, httpcore 1.0.9 counts a connection for ever that it
-    had given to a waiting request which was canceled, and in the end no call gets one. Connecting has a time limit
-    below that of every call, so that it ends by itself.
+    def __init__(self, response: RawResponse) -> None:
+        super().__init__(response.headers)
+        self.content = response.content
+
+
+class StripeHttpClient(stripe.HTTPClient):
+    """The SDK's HTTP client. `sender` has its connections to the server at `url`.
+
+    The SDK would decode an object with the json module, in three to seven times msgspec's time. So it gets an empty
+    one, and the object's text arrives beside the headers. Errors are few: the SDK decodes them itself.
     """
 
-    name = "httpx"
+    name = "httptools"
 
-    def __init__(self, timeout_seconds: float) -> None:
+    def __init__(self, url: str, sender: RequestSender) -> None:
         super().__init__()
-        self.pool = httpx.AsyncClient(
-            limits=httpx.Limits(
-                max_connections=None,
-                max_keepalive_connections=PROVIDER_CONNECTIONS_MAX,
-                keepalive_expiry=30,
-            ),
-            verify=ssl.create_default_context(cafile=stripe.ca_bundle_path),
-            timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS_MAX, 0.4 * timeout_seconds)),
-        )
+        self.url = url
+        self.sender = sender
 
     async def request_async(
         self, method: str, url: str, headers: Mapping[str, str], post_data: str | None = None
-    ) -> tuple[bytes, int, Mapping[str, str]]:
-        """Send a request. Raises APIConnectionError if there is no complete answer."""
+    ) -> tuple[bytes, int, ResponseHeaders]:
+        """Send a request once. Raises APIConnectionError if there is no complete answer."""
+        request = OutgoingRequest(method.upper(), url.removeprefix(self.url), headers, (post_data or "").encode())
         try:
-            answer = await self.pool.request(method, url, headers=headers, content=post_data)
-        except httpx.HTTPError as error:
-            raise stripe.APIConnectionError(type(error).__name__) from error  # type: ignore[no-untyped-call]
-        return answer.content, answer.status_code, answer.headers
+            response = await self.sender.send(request)
+        except NoAnswer as error:
+            raise stripe.APIConnectionError(str(error)) from error  # type: ignore[no-untyped-call]
+        content = b"{}" if 200 <= response.status < 300 else response.content
+        return content, response.status, ResponseHeaders(response)
 
 
 class StripeGateway:
     """Calls to Stripe, paced and bounded. It belongs to the event loop that opened it."""
 
-    def __init__(
-        self, client: stripe.StripeClient, http: httpx.AsyncClient, settings: Settings, database: WorkerDatabase
-    ) -> None:
-        self._client = client
+    def __init__(self, http: StripeHttpClient, settings: Settings, database: WorkerDatabase) -> None:
+        stripe.enable_telemetry = False
         self.http = http
+        self._client = stripe.StripeClient(
+            settings.provider.key.reveal(),
+            base_addresses={"api": http.url},
+            http_client=http,
+            max_network_retries=0,
+            stripe_version=API_VERSION,
+        )
         self._database = database
         self._timeout_seconds = settings.surety_provider_timeout
         self._per_second = requests_per_second(settings)
@@ -292,9 +314,15 @@ class StripeGateway:
         except stripe.StripeError as error:
             # The SDK's own text may hold the whole answer, with its client secret.
             raise provider_error(error, writes=method == "post") from None
-        if not isinstance(reply.data, dict):
+        headers = reply.headers
+        assert isinstance(headers, ResponseHeaders)
+        try:
+            body = msgspec.json.decode(headers.content)
+        except msgspec.DecodeError:
+            raise senseless_answer(reply.code) from None
+        if not isinstance(body, dict):
             raise ProviderOutage("an answer that is no object", status=reply.code)
-        return ProviderResponse(reply.data, reply.code, reply.request_id, date_of(reply.headers))
+        return ProviderResponse(body, reply.code, reply.request_id, date_of(headers))
 
     async def _wait_for_slot(self, account: str, *, urgent: bool) -> None:
         """Wait for a request slot, which all workers share; urgent requests go first."""
@@ -316,10 +344,10 @@ def metadata_of(row: Json) -> Json:
     return metadata
 
 
-def date_of(headers: Mapping[str, str] | None) -> datetime | None:
+def date_of(headers: Mapping[str, str]) -> datetime | None:
     """The time in a Date header; None without a readable one."""
     try:
-        at = parsedate_to_datetime({name.lower(): value for name, value in (headers or {}).items()}["date"])
+        at = parsedate_to_datetime(headers["date"])
     except (KeyError, ValueError):
         return None
     return at if at.tzinfo else at.replace(tzinfo=UTC)
@@ -338,17 +366,10 @@ def requests_per_second(settings: Settings) -> float:
 @asynccontextmanager
 async def open_stripe(settings: Settings, database: WorkerDatabase) -> AsyncGenerator[StripeGateway]:
     """The gateway of this event loop. Raises SettingsError if neither a key nor a sandbox is named."""
-    provider = settings.provider
-    stripe.enable_telemetry = False
-    http = StripeHttpClient(settings.surety_provider_timeout)
-    client = stripe.StripeClient(
-        provider.key.reveal(),
-        base_addresses={"api": provider.url.rstrip("/")} if provider.url else None,
-        http_client=http,
-        max_network_retries=0,
-        stripe_version=API_VERSION,
-    )
+    url = (settings.provider.url or STRIPE_URL).rstrip("/")
+    tls = ssl.create_default_context(cafile=stripe.ca_bundle_path)
+    connections = ConnectionPool(url, tls, min(CONNECT_SECONDS_MAX, 0.8 * settings.surety_provider_timeout))
     try:
-        yield StripeGateway(client, http.pool, settings, database)
+        yield StripeGateway(StripeHttpClient(url, connections), settings, database)
     finally:
-        await http.pool.aclose()
+        await connections.close()

@@ -164,9 +164,7 @@ def provider_error(error: stripe.StripeError, *, writes: bool) -> ProviderError:
     if status is None:
         return ProviderOutage(f"no answer: {error.user_message or type(error).__name__}")
     if not isinstance(reported, dict):
-        return ProviderOutage(
-            f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None
-        )
+        return senseless_answer(status)
     code = reported.get("code")
     if isinstance(reported.get("message"), str):
         reported = reported | {"message": without_keys(without_addresses(reported["message"]))}
@@ -188,6 +186,11 @@ def provider_error(error: stripe.StripeError, *, writes: bool) -> ProviderError:
     if writes and is_refusal(status, reported):
         return CallRefused(message, status=status, body=body)
     return RequestRejected(message, status=status, body=body)
+
+
+def senseless_answer(status: int) -> ProviderOutage:
+    """The error for an answer that is no object of Stripe's. Its status below 500 is not Stripe's either."""
+    return ProviderOutage(f"Stripe {status}: an answer that makes no sense", status=status if status >= 500 else None)
 
 
 def is_refusal(status: int, reported: Json) -> bool:

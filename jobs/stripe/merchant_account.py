@@ -62,6 +62,5 @@ async def ask_about_account(stripe: StripeGateway, account: str) -> AccountCheck
 
 
 if __name__ == "__main__":
-    for name in ("httpx", "httpcore", "stripe"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("stripe").setLevel(logging.WARNING)
     sys.stdout.write(msgspec.json.encode(asyncio.run(check_merchant_account(sys.argv[1]))).decode())

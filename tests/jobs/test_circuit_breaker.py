@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from jobs.database import WORKER_CONNECTIONS_MAX
 from jobs.polling import poll_unfinished
+from jobs.stripe.connections import NoAnswer, OutgoingRequest, RawResponse, RequestSender
 from jobs.stripe.errors import ProviderOutage
 from jobs.worker import Worker
 from tests.support.payments import Connection, add_merchant, pay, state_of, violations
@@ -25,6 +25,7 @@ from tests.support.workers import (
     run_until_idle,
     shorten_delays,
     wait_for_worker,
+    watch_requests,
     worker_process,
 )
 
@@ -193,6 +194,22 @@ async def test_impossible_payment_is_dead_lettered_after_three_failures_and_open
     assert conn.execute(retried + " order by id", (bad,)).fetchall() == [("failed", str(n)) for n in (1, 2, 3)]
 
 
+class ImpatientSender:
+    """Gives up soon on the requests about one payment. A worker that gave up on all would fail on a busy machine."""
+
+    def __init__(self, sender: RequestSender, payment_id: str) -> None:
+        self.sender = sender
+        self.payment_id = payment_id.encode()
+
+    async def send(self, request: OutgoingRequest) -> RawResponse:
+        """Send it once. Raises NoAnswer."""
+        try:
+            async with asyncio.timeout(0.5 if self.payment_id in request.content else None):
+                return await self.sender.send(request)
+        except TimeoutError:
+            raise NoAnswer("no patience") from None
+
+
 @pytest.mark.parametrize("fault", ["timeout_after", "timeout_before"])
 async def test_a_dead_letter_that_is_replayed_after_25_hours_makes_no_second_charge(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]], fault: str
@@ -203,13 +220,9 @@ async def test_a_dead_letter_that_is_replayed_after_25_hours_makes_no_second_cha
     never = {"operation": "payment_intents.create", "fault": fault, "times": 99, "match": bad}
     sandbox.control("faults", {"next": [never]})
 
-    async def lose_patience(request: httpx.Request) -> None:
-        # With this one alone: a worker that lost it soon with all would be short with them on a busy machine.
-        if bad.encode() in request.content:
-            request.extensions["timeout"]["read"] = 0.5
-
     async with in_process_worker(database, sandbox.url, timeout_seconds=30) as worker:
-        worker.stripe.http.event_hooks["request"].append(lose_patience)
+        patient = worker.stripe.http.sender
+        worker.stripe.http.sender = ImpatientSender(patient, bad)
         await run_until_idle(worker)
         assert conn.execute(unknown).fetchall() == [(bad,)]
         for _ in range(2):
@@ -217,7 +230,7 @@ async def test_a_dead_letter_that_is_replayed_after_25_hours_makes_no_second_cha
             await run_until_idle(worker)
         assert conn.execute(unknown).fetchall() == [(bad,)]
         sandbox.control("faults", WELL)
-        worker.stripe.http.event_hooks["request"].remove(lose_patience)
+        worker.stripe.http.sender = patient
         pass_time(conn, "25 hours")
         sandbox.control("clock", {"advance": 25 * 3600})
         replay = (
@@ -235,20 +248,15 @@ async def test_lookups_of_many_payments_share_one_list_request(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     payments = shop(20)
-    lists: list[str] = []
-
-    async def remember(request: httpx.Request) -> None:
-        if request.method == "GET" and request.url.path == "/v1/payment_intents":
-            lists.append(str(request.url))
-
     async with in_process_worker(database, sandbox.url) as worker:
-        worker.stripe.http.event_hooks["request"].append(remember)
+        requests = watch_requests(worker)
         sandbox.control("faults", {"profile": {"error_500_after": 0.5, "error_500_before": 0.5}})
         await run_until_idle(worker, "submit")
         sandbox.control("faults", WELL)
         for _ in range(3):
             await later(conn, worker, "1 hour")
     assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+    lists = [request for request in requests if request.target.startswith("/v1/payment_intents?")]
     assert 1 <= len(lists) <= 4
     assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
 
@@ -314,13 +322,8 @@ async def test_calls_that_fail_together_share_one_probe_and_an_answer_since_spar
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
     shop(0)
-    probes: list[httpx.Request] = []
-
-    async def remember(request: httpx.Request) -> None:
-        probes.append(request)
-
     async with in_process_worker(database, sandbox.url) as worker:
-        worker.stripe.http.event_hooks["request"].append(remember)
+        probes = watch_requests(worker)
         breaker, a_minute_ago = worker.circuit_breaker, time.monotonic() - 60
         # Both want a probe before the first probe can be answered.
         await asyncio.gather(breaker._probe(""), breaker._probe(""))

@@ -13,7 +13,7 @@ from jobs.polling import poll_balance_transactions, poll_events, poll_unfinished
 from jobs.worker import Worker
 from tests.support.payments import Connection, add_merchant, command, fact, ledger_of, pay, record, state_of, violations
 from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
-from tests.support.workers import NO_AUTOMATIC_RETRY, in_process_worker, run_until_idle, shorten_delays
+from tests.support.workers import NO_AUTOMATIC_RETRY, in_process_worker, run_until_idle, shorten_delays, watch_requests
 
 
 @pytest.fixture(scope="module")
@@ -197,17 +197,11 @@ async def test_lookups_of_many_submissions_share_one_list_request(
     [batch] = conn.execute("select batch_id, fence from outbox.claim_batch('submit', 'worker:dead')").fetchall()
     conn.execute("select from surety.begin_calls(%s, %s, 'create', 'worker:dead')", batch)
     conn.execute("update surety.payments set poll_at = now()")
-    readings = 0
-
-    async def count(request: Any) -> None:
-        nonlocal readings
-        readings += request.url.path == "/v1/payment_intents"
-
     async with in_process_worker(database, sandbox.url) as worker:
-        worker.stripe.http.event_hooks["request"].append(count)
+        requests = watch_requests(worker)
         await poll_unfinished(worker)
     assert one(conn, "select count(*) from audit.entries where kind = 'answer' and outcome = 'absent'") == 40
-    assert readings == 1
+    assert [request.target.partition("?")[0] for request in requests].count("/v1/payment_intents") == 1
 
 
 async def test_intent_that_the_provider_does_not_have_is_a_critical_discrepancy(

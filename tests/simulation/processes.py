@@ -17,15 +17,14 @@ from jobs.database import WorkerDatabase
 from jobs.drain import drain
 from jobs.handlers.table import HANDLERS
 from jobs.periodic import PERIODIC_JOBS
-from jobs.stripe.client import API_VERSION, StripeGateway
+from jobs.stripe.client import StripeGateway, StripeHttpClient
 from jobs.worker import Batch, Worker, run_circuit_breaker
 from tests.simulation.clients import PATIENCE_SECONDS, RETRY_AFTER_SECONDS
 from tests.simulation.database import Pool
 from tests.simulation.loop import PROCESS, Process
-from tests.simulation.provider import make_client
+from tests.simulation.provider import SENDER
 
 if TYPE_CHECKING:
-    import httpx
     from procrastinate.jobs import Job
     from psycopg import AsyncConnection
     from psycopg_pool import AsyncConnectionPool
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
 SETTINGS = load_settings({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
-CLIENT = make_client(API_VERSION)
+HTTP_CLIENT = StripeHttpClient("http://provider", SENDER)
 PERIODIC_JOB_NAMES = tuple(name for name in PERIODIC_JOBS if name != "schedule_due_handlers")
 
 
@@ -56,7 +55,7 @@ class WorkerProcess(Process):
         super().__init__(name)
         self.schedule = schedule
         database = WorkerDatabase(cast("AsyncConnectionPool[AsyncConnection[Any]]", Pool(schedule, self)))
-        rail = StripeGateway(CLIENT, cast("httpx.AsyncClient", None), SETTINGS, database)
+        rail = StripeGateway(HTTP_CLIENT, SETTINGS, database)
         self.worker = Worker(name, SETTINGS, database, rail)
         self.worker.handlers = schedule.database.handlers
         self.context = JobContext(

@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
-from collections.abc import Mapping
 from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import msgspec
-import stripe
 
 from app.sandbox.connections import SandboxResponse
 from app.sandbox.faults import PASSING_FAULTS, FaultInjector, RequestFault
@@ -38,6 +35,7 @@ from app.sandbox.stripe.requests import (
     server_error,
 )
 from app.sandbox.stripe.variants import changed_event, sparse_answer
+from jobs.stripe.connections import NoAnswer, OutgoingRequest, RawResponse
 from tests.simulation.loop import PROCESS, Process
 from tests.simulation.outages import Outage, check_outage_failures_uncounted, start_outage
 from tests.simulation.refused_access import begin_refusal, end_refusal
@@ -245,14 +243,14 @@ class SimulatedProvider:
                 control.decide_dispute(self.sandbox, dispute.id, control.BankDecision(outcome=outcome))
                 self.commit()
 
-    def receive(self, method: str, url: str, headers: Mapping[str, str], form: str) -> StripeRequest | SandboxResponse:
+    def receive(self, request: OutgoingRequest) -> StripeRequest | SandboxResponse:
         """The parsed request, or the error response to an invalid one."""
         self._requests += 1
-        address = urlsplit(url)
-        named = {name.lower().encode(): value for name, value in headers.items()}
-        parameters = address.query if method == "GET" else form
+        path, _, query = request.target.partition("?")
+        named = {name.lower().encode(): value for name, value in request.headers.items()}
+        parameters = query if request.method == "GET" else request.content.decode()
         try:
-            return parse_request(self.sandbox, method, address.path, named, parameters, f"req_{self._requests:08d}")
+            return parse_request(self.sandbox, request.method, path, named, parameters, f"req_{self._requests:08d}")
         except StripeError as refusal:
             return error_response(refusal)
 
@@ -315,7 +313,7 @@ class SimulatedProvider:
             case "timeout_after":
                 return None
             case "reset":
-                raise stripe.APIConnectionError("ReadError")  # type: ignore[no-untyped-call]
+                raise NoAnswer("the connection ended")
             case "sparse_200" if answered.status == 200:
                 return SandboxResponse(200, sparse_answer(answered.body, self.schedule.chance), answered.headers)
             case "garbage_200":
@@ -347,27 +345,23 @@ class SimulatedProvider:
         return SandboxResponse(answered.status, msgspec.json.encode(body), answered.headers)
 
 
-class SimulatedHttpClient(stripe.HTTPClient):
-    """The SDK's HTTP client, connected to the provider of the running schedule."""
-
-    name = "httpx"
+class SimulatedSender:
+    """Connects the product's HTTP client to the provider of the running schedule."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.provider: SimulatedProvider | None = None
 
-    async def request_async(
-        self, method: str, url: str, headers: Mapping[str, str], post_data: str | None = None
-    ) -> tuple[bytes, int, Mapping[str, str]]:
+    async def send(self, request: OutgoingRequest) -> RawResponse:
         """Send one request, which may be lost or never answered."""
         provider = self.provider
         assert provider is not None
         schedule, process = provider.schedule, PROCESS.get()
         assert process is not None
-        path = "/".join(part for part in urlsplit(url).path.split("/") if "_" not in part or part == "payment_intents")
-        doing = f"{method} {path}"
+        path = request.target.partition("?")[0]
+        path = "/".join(part for part in path.split("/") if "_" not in part or part == "payment_intents")
+        doing = f"{request.method} {path}"
         await schedule.turn(process, doing)
-        received = provider.receive(method.upper(), url, headers, post_data or "")
+        received = provider.receive(request)
         is_well = provider.outage is None
         answered = (
             await provider.respond(received) if isinstance(received, StripeRequest) else received if is_well else None
@@ -384,19 +378,7 @@ class SimulatedHttpClient(stripe.HTTPClient):
             if provider.outage is not None:
                 provider.outage.silent_since = provider.answered_at
         named = {name.decode(): value.decode() for name, value in answered.headers}
-        return answered.body, answered.status, {"date": formatdate(answered_at, usegmt=True), **named}
+        return RawResponse(answered.status, {"date": formatdate(answered_at, usegmt=True), **named}, answered.body)
 
 
-HTTP_CLIENT = SimulatedHttpClient()
-
-
-def make_client(version: str) -> stripe.StripeClient:
-    """Stripe's SDK client, connected to the simulation."""
-    stripe.enable_telemetry = False
-    return stripe.StripeClient(
-        "sk_test_simulation",
-        base_addresses={"api": "http://provider"},
-        http_client=HTTP_CLIENT,
-        max_network_retries=0,
-        stripe_version=version,
-    )
+SENDER = SimulatedSender()

@@ -25,7 +25,7 @@ from tests.simulation.locks import Locks
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
 from tests.simulation.months import let_months_pass
 from tests.simulation.processes import PERIODIC_JOB_NAMES, ListeningProcess, WorkerProcess, deliver
-from tests.simulation.provider import HTTP_CLIENT, SimulatedProvider
+from tests.simulation.provider import SENDER, SimulatedProvider
 from tests.simulation.recovery import FEW, recover
 
 # The probability of each fault where it can occur, in schedules that have it seldom or often.
@@ -386,7 +386,7 @@ class Schedule:
 
     def run(self) -> Outcome:
         """Run the schedule; returns its outcome."""
-        HTTP_CLIENT.provider = None
+        SENDER.provider = None
         random.seed(self.plan.seed)
         self.database.empty(self.plan.seed)
         if self.plan.days:
@@ -403,7 +403,7 @@ class Schedule:
             vars(time)["monotonic"] = monotonic
             self.loop.close()
             asyncio.set_event_loop(None)
-            HTTP_CLIENT.provider = None
+            SENDER.provider = None
         for broken in self.loop.broken:
             self.report_violation("no task fails", broken)
         return Outcome(self.plan, self.steps, dict(self.faults), self.violations, self._digest.hexdigest()[:16])
@@ -422,7 +422,7 @@ class Schedule:
         self.enough: asyncio.Future[None] = self.loop.create_future()
         self.clients = Process("client")
         self.provider = SimulatedProvider(self)
-        HTTP_CLIENT.provider = self.provider
+        SENDER.provider = self.provider
         self.asking: list[asyncio.Task[Any]] = []
         self.merchants, self.keys = add_merchants(self.database)
         # The random part of their ids; the rest is the time.

@@ -6,16 +6,17 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import parse_qsl
 
-import httpx
+import msgspec
 
 from db.settings import load_settings
 from jobs.drain import claim_batch, handle_batch, keep_lease
 from jobs.handlers.table import HANDLERS
+from jobs.stripe.connections import OutgoingRequest, RawResponse, RequestSender
 from jobs.worker import Worker, open_worker
 from tests.support.payments import Connection
 from tests.support.sandbox_process import eventually
@@ -78,39 +79,55 @@ async def in_process_worker(
     **more: str,
 ) -> AsyncGenerator[Worker]:
     """A worker whose handlers the test runs. At the end, Stripe's description checks its requests and responses."""
-    exchanged: list[httpx.Response] = []
-
-    async def remember(response: httpx.Response) -> None:
-        exchanged.append(response)
-
     output = {"SURETY_PROVIDER_TIMEOUT": str(timeout_seconds), "SURETY_PROVIDER_RATE": str(per_second), **more}
     async with open_worker(load_settings(environment(database, sandbox_url, **output)), "here") as worker:
-        worker.stripe.http.event_hooks["response"].append(remember)
+        watching = WatchingSender(worker.stripe.http.sender)
+        worker.stripe.http.sender = watching
         yield worker
-    for response in exchanged if judged else ():
-        check_exchange(response)
+    for request, response in watching.exchanged if judged else ():
+        check_exchange(request, response)
 
 
-def check_exchange(response: httpx.Response) -> None:
+class WatchingSender:
+    """Sends the requests on, and keeps them and their answers."""
+
+    def __init__(self, sender: RequestSender) -> None:
+        self.sender = sender
+        self.requests: list[OutgoingRequest] = []
+        self.exchanged: list[tuple[OutgoingRequest, RawResponse]] = []
+
+    async def send(self, request: OutgoingRequest) -> RawResponse:
+        """Send it once. Raises NoAnswer."""
+        self.requests.append(request)
+        response = await self.sender.send(request)
+        self.exchanged.append((request, response))
+        return response
+
+
+def watch_requests(worker: Worker) -> list[OutgoingRequest]:
+    """The requests that the worker sends to Stripe from now on; the list grows."""
+    watching = WatchingSender(worker.stripe.http.sender)
+    worker.stripe.http.sender = watching
+    return watching.requests
+
+
+def check_exchange(request: OutgoingRequest, response: RawResponse) -> None:
     """Raises if Stripe would not accept the request, or could not have answered that.
 
     The description knows names, types and listed texts; what differs from something judged before in none of these is
     not judged again.
     """
-    request = response.request
-    path, form = request.url.raw_path.decode(), request.content.decode()
-    assert request.headers["stripe-version"] == "2026-10-28.endive"
-    answer = None
-    # A connection that broke in the middle of the answer left nothing to judge.
-    with suppress(httpx.ResponseNotRead):
-        answer = response.json() if response.content.startswith(b"{") else None
-    asked = parse_qsl(request.url.query.decode()), parse_qsl(form), list(request.headers)
-    likeness = (request.method, shape(path.partition("?")[0].split("/")), response.status_code, shape([*asked, answer]))
+    form = request.content.decode()
+    path, _, query = request.target.partition("?")
+    assert request.headers["Stripe-Version"] == "2026-10-28.endive"
+    answer = msgspec.json.decode(response.content) if response.content.startswith(b"{") else None
+    asked = parse_qsl(query), parse_qsl(form), list(request.headers)
+    likeness = (request.method, shape(path.split("/")), response.status, shape([*asked, answer]))
     if likeness in _checked:
         return
-    check_request(request.method, path, dict(request.headers), form)
+    check_request(request.method, request.target, dict(request.headers), form)
     if answer is not None:
-        check_answer(request.method, path, response.status_code, answer)
+        check_answer(request.method, request.target, response.status, answer)
     _checked.add(likeness)
 
 

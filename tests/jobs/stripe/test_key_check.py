@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import stripe
 
@@ -18,7 +17,7 @@ from jobs.stripe.key_check import PERMISSIONS, check_provider_key, check_provide
 from tests.cli.test_status import add_live_worker, read_status, surety
 from tests.support.payments import Connection, add_merchant
 from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
-from tests.support.workers import ROOT, environment, in_process_worker, worker_process
+from tests.support.workers import ROOT, environment, in_process_worker, watch_requests, worker_process
 
 KEY = "rk_test_9aKd0"
 OWN_ACCOUNT = "acct_1SuretyPlatform"
@@ -135,15 +134,10 @@ async def test_permissions_for_connected_accounts_are_checked_apart(
 
 
 async def test_secret_key_is_checked_by_one_read(database: str, conn: Connection, sandbox: SandboxProcess) -> None:
-    paths = []
-
-    async def remember(request: httpx.Request) -> None:
-        paths.append(request.url.path)
-
     async with in_process_worker(database, sandbox.url) as worker:
-        worker.stripe.http.event_hooks["request"].append(remember)
+        requests = watch_requests(worker)
         await check_provider_key(worker)
-    assert paths == ["/v1/account"]
+    assert [request.target for request in requests] == ["/v1/account"]
     assert (checked_key(conn)["account_id"], checked_key(conn)["is_restricted"]) == (OWN_ACCOUNT, False)
 
 

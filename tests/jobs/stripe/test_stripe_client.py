@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
-import httpx
 import pytest
 
-from jobs.stripe.client import PROVIDER_CONNECTIONS_MAX, StripeHttpClient
 from tests.support.payments import Connection, add_merchant, command, path_of, pay, state_of, violations
-from tests.support.postgres_proxy import turn_loop
 from tests.support.sandbox_process import SandboxProcess
-from tests.support.workers import NO_AUTOMATIC_RETRY, attempts, due, in_process_worker, run_until_idle, shorten_delays
+from tests.support.workers import (
+    NO_AUTOMATIC_RETRY,
+    attempts,
+    due,
+    in_process_worker,
+    run_until_idle,
+    shorten_delays,
+    watch_requests,
+)
 
 PIPELINE = ("submit", "confirm", "cancel")
 
@@ -151,17 +155,13 @@ async def test_same_request_is_sent_under_the_same_key_within_23_hours(
     conn.execute("update surety.environment set kind = 'test'")
     payment_id = payment()
     sandbox.order("payment_intents.create", "timeout_after", match=payment_id)
-    sent: list[tuple[str, bytes]] = []
-
-    async def remember(request: httpx.Request) -> None:
-        sent.append((request.headers["idempotency-key"], request.content))
-
     async with in_process_worker(database, sandbox.url, timeout_seconds=1) as worker:
-        worker.stripe.http.event_hooks["request"].append(remember)
+        requests = watch_requests(worker)
         await run_until_idle(worker, "submit")
         conn.execute("insert into surety.clock (ahead) values ('22 hours 58 minutes')")
         await run_until_idle(worker, "submit")
-    assert [key for key, _ in sent] == [f"{payment_id}:create"] * 2
+    sent = [request for request in requests if request.method == "POST"]
+    assert [request.headers["Idempotency-Key"] for request in sent] == [f"{payment_id}:create"] * 2
     assert sent[0] == sent[1]
     assert state_of(conn, payment_id) == "provider_submitted"
 
@@ -302,38 +302,3 @@ async def test_a_bounded_rate_holds_for_real_calls(
         await run_until_idle(worker, "submit")
         # Five go at once, the last of the other seven 0.7 s after the first.
         assert time.monotonic() - began > 0.69
-
-
-async def test_calls_that_ended_before_they_connected_leave_the_pool_usable() -> None:
-    answering: set[asyncio.Task[None] | None] = set()
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        answering.add(asyncio.current_task())
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            while await reader.readuntil(b"\r\n\r\n"):
-                await asyncio.sleep(0.2)
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-                await writer.drain()
-        writer.close()
-        with suppress(ConnectionError):
-            await writer.wait_closed()
-
-    client = StripeHttpClient(20)
-
-    async def call(url: str, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await client.pool.get(url)
-        except TimeoutError:
-            return False
-        return True
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        url = "http://{}:{}/".format(*server.sockets[0].getsockname())
-        # More at once than the pool has connections, as with probes beside calls.
-        results = await asyncio.gather(*(call(url, 0.3) for _ in range(200)))
-        assert results.count(False) > PROVIDER_CONNECTIONS_MAX
-        assert await call(url, 10)
-        await client.pool.aclose()
-        await asyncio.wait([task for task in answering if task is not None])
-        await turn_loop()
