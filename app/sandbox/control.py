@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from app.sandbox.connections import ClientConnection, json_response
+from app.sandbox.connections import AnswerByTask, SandboxResponse, json_response
 from app.sandbox.faults import PROFILES, WEBHOOK_FAULTS, FaultInjector, FaultProfile, FaultSettings
 from app.sandbox.state import Sandbox
 from app.sandbox.stripe import control as stripe_control
@@ -27,26 +27,22 @@ class Advance(Struct, forbid_unknown_fields=True):
     """Seconds."""
 
 
-async def handle_request(
-    sandbox: Sandbox, connection: ClientConnection, method: str, path: str, query: str, body: str
-) -> None:
-    """Answer `/sandbox/…`."""
+def handle_request(sandbox: Sandbox, method: str, path: str, query: str, body: str) -> SandboxResponse | AnswerByTask:
+    """The answer to `/sandbox/…`, or the function that sends it."""
     what, _, id = path.removeprefix("/sandbox/").partition("/")
     if method == "GET" and path == "/sandbox/charges":
-        await connection.send_chunks(stripe_control.stream_charges(sandbox))
-    elif method == "GET" and path.removeprefix("/sandbox/") in CONTROL_QUERIES:
-        result = CONTROL_QUERIES[path.removeprefix("/sandbox/")](sandbox, dict(decode_pairs(query)))
-        await connection.send(json_response(result))
-    elif method == "POST" and (route := CONTROL_ACTIONS.get(f"{what}/{{id}}" if id else what)):
+        return lambda connection: connection.send_chunks(stripe_control.stream_charges(sandbox))
+    if method == "GET" and path.removeprefix("/sandbox/") in CONTROL_QUERIES:
+        return json_response(CONTROL_QUERIES[path.removeprefix("/sandbox/")](sandbox, dict(decode_pairs(query))))
+    if method == "POST" and (route := CONTROL_ACTIONS.get(f"{what}/{{id}}" if id else what)):
         try:
             given = msgspec.json.decode(body or "{}", type=route.body)
         except msgspec.DecodeError as refusal:
             raise invalid_request(str(refusal)) from None
         result = route.run(sandbox, id, given) if id else route.run(sandbox, given)
         sandbox.commit()
-        await connection.send(json_response(result))
-    else:
-        raise StripeError(404, f"Unrecognized request URL ({method}: {path}).")
+        return json_response(result)
+    raise StripeError(404, f"Unrecognized request URL ({method}: {path}).")
 
 
 def webhook_counts(sandbox: Sandbox) -> dict[str, int]:

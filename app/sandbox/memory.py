@@ -104,8 +104,8 @@ class Memory:
         self.seed = seed
         self._file = sqlite3.connect(path, isolation_level=None)
         self._file.executescript(
-            "pragma journal_mode = wal; pragma synchronous = off; pragma cache_size = -65536;"
-            "pragma wal_autocheckpoint = 8000;" + TABLES
+            "pragma locking_mode = exclusive; pragma journal_mode = wal; pragma synchronous = off;"
+            "pragma cache_size = -65536; pragma wal_autocheckpoint = 8000;" + TABLES
         )
         self._cache: dict[str, StoredObject] = {}
         self._changes = _Changes()
@@ -336,13 +336,14 @@ class Memory:
 
     def commit(self) -> None:
         """Make all changes since the last commit outlive this process, together."""
-        if self._changes:
-            commit = self._changes.rows()
-            if not self._file.in_transaction:
-                self._log.append(LoggedCommit(self._id, self._commits + 1, commit))
-            self._commits += 1
-            self._pending.add(commit)
-            self._changes = _Changes()
+        if not self._changes:
+            return
+        commit = self._changes.rows()
+        if not self._file.in_transaction:
+            self._log.append(LoggedCommit(self._id, self._commits + 1, commit))
+        self._commits += 1
+        self._pending.add(commit)
+        self._changes = _Changes()
         if self._file.in_transaction or len(self._pending.objects) >= PENDING_OBJECTS_MAX:
             self._write_pending()
         if len(self._cache) > CACHED_RECORDS_MAX:

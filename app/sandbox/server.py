@@ -5,25 +5,20 @@ another.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
 import uvloop
 
 from app.sandbox import control, scheduled_actions
-from app.sandbox.connections import (
-    ClientConnection,
-    IncompleteRequest,
-    Message,
-    ProtocolWithTransport,
-    Receive,
-    SandboxResponse,
-    Send,
-)
+from app.sandbox.connections import AnswerByTask, Message, SandboxProtocol, SandboxResponse
 from app.sandbox.faults import DEMO_FAULTS, NO_FAULTS, FaultInjector, FaultProfile
 from app.sandbox.memory import Memory
 from app.sandbox.settings import WEBHOOK_SECRET, SandboxSettings
@@ -32,16 +27,26 @@ from app.sandbox.stripe import payer_page
 from app.sandbox.stripe.errors import StripeError
 from app.sandbox.stripe.parameters import decode_pairs
 from app.sandbox.stripe.request_faults import inject_fault
-from app.sandbox.stripe.requests import echoed_headers, error_response, execute_request, parse_request
+from app.sandbox.stripe.requests import (
+    READ_HEADERS,
+    echoed_headers,
+    error_response,
+    execute_request,
+    parse_request,
+    server_error,
+)
 from app.sandbox.stripe.webhooks import WebhookSender
 
 log = logging.getLogger("sandbox")
 
 BACKLOG = 2048
+# Cached records are most of all objects and have no cycles: with Python's own thresholds, a tenth of the process's time
+# is a search for cycles.
+GARBAGE_THRESHOLDS = (50_000, 20, 100)
 
 
 class SandboxApplication:
-    """The ASGI application."""
+    """Routes requests."""
 
     def __init__(self, sandbox: Sandbox, sender: WebhookSender) -> None:
         self.sandbox = sandbox
@@ -49,32 +54,28 @@ class SandboxApplication:
         self._requests = 0
         self._boot = os.urandom(4).hex()
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    def begin(self, scope: Message, body: str) -> SandboxResponse | AnswerByTask:
+        """The answer of a whole request, or the function that sends it."""
         method, path, query = scope["method"], scope["path"], scope["query_string"].decode()
-        connection = ClientConnection(scope, receive, send)
         try:
-            body = await connection.read()
-        except IncompleteRequest:
-            return
-        if path.startswith("/v1/"):
-            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-            await self._answer_stripe(connection, method, path, headers, query if method == "GET" else body)
-            return
-        try:
+            if path.startswith("/v1/"):
+                return self._answer_stripe(scope, method, path, query if method == "GET" else body)
             if path.startswith("/3ds/"):
-                await connection.send(self._answer_payer(method, path.removeprefix("/3ds/"), query, body))
-            else:
-                await control.handle_request(self.sandbox, connection, method, path, query, body)
+                return self._answer_payer(method, path.removeprefix("/3ds/"), query, body)
+            return control.handle_request(self.sandbox, method, path, query, body)
         except StripeError as refusal:
             self.sandbox.rollback()
-            await connection.send(error_response(refusal))
+            return error_response(refusal)
+        except Exception:
+            log.exception("%s %s", method, path)
+            self.sandbox.rollback()
+            return error_response(server_error())
 
-    async def _answer_stripe(
-        self, connection: ClientConnection, method: str, path: str, headers: dict[bytes, str], form: str
-    ) -> None:
+    def _answer_stripe(self, scope: Message, method: str, path: str, form: str) -> SandboxResponse | AnswerByTask:
         sandbox = self.sandbox
         self._requests += 1
         request_id = f"req_{self._boot}{self._requests:08d}"
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in READ_HEADERS}
         echoed = echoed_headers(headers, request_id, sandbox.memory.now())
         try:
             request = parse_request(sandbox, method, path, headers, form, request_id)
@@ -83,11 +84,10 @@ class SandboxApplication:
         else:
             fault = sandbox.faults.of_request(request.operation.name, request.identity, writes=request.writes)
             if fault is not None:
-                await inject_fault(fault, sandbox, self.sender, request, connection, echoed)
-                return
+                return partial(inject_fault, fault, sandbox, self.sender, request, echoed)
             response = execute_request(sandbox, request)
         response.headers += echoed
-        await connection.send(response)
+        return response
 
     def _answer_payer(self, method: str, intent_id: str, query: str, body: str) -> SandboxResponse:
         secret = dict(decode_pairs(query)).get("client_secret", "")
@@ -121,6 +121,8 @@ def serve_sandbox(
     settings = settings or SandboxSettings()
     settings.seed, settings.webhook_url, settings.webhook_secret = seed, webhook_url, webhook_secret
     settings.auto_payer = settings.auto_payer or faults is True
+    gc.freeze()
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     profile = faults if isinstance(faults, FaultProfile) else DEMO_FAULTS if faults else NO_FAULTS
     listening = socket.socket(fileno=fd) if fd is not None else socket.create_server((host, port), backlog=BACKLOG)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -138,8 +140,10 @@ async def _run(listening: socket.socket, path: Path, settings: SandboxSettings, 
     sandbox = Sandbox(settings, memory, FaultInjector(settings.seed, profile))
     sender = WebhookSender(sandbox)
     config = uvicorn.Config(
-        SandboxApplication(sandbox, sender),
-        http=ProtocolWithTransport,
+        # Only SandboxProtocol calls it.
+        cast(Any, SandboxApplication(sandbox, sender)),
+        interface="asgi3",
+        http=SandboxProtocol,
         ws="none",
         lifespan="off",
         log_level="error",

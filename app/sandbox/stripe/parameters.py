@@ -5,8 +5,9 @@ ignore it would hide a mistake until production.
 """
 
 import re
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import unquote_plus
 
 import msgspec
 from msgspec import Struct
@@ -15,6 +16,7 @@ from app.sandbox.memory import Bounds
 from app.sandbox.stripe.errors import invalid_request, missing
 
 Pairs = list[tuple[str, str]]
+PAIRS_MAX = 1000
 
 
 class Parameters(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -192,8 +194,18 @@ def merge_metadata(held: dict[str, str], given: Metadata) -> dict[str, str]:
 
 
 def decode_pairs(form: str) -> Pairs:
-    """Names and values of a form or query string, in its order."""
-    return parse_qsl(form, keep_blank_values=True, max_num_fields=1000)
+    """Names and values of a form or query string, in its order. Raises StripeError for too many."""
+    if form.count("&") >= PAIRS_MAX:
+        raise invalid_request(f"A request has at most {PAIRS_MAX} parameters.")
+    pairs = [pair.partition("=") for pair in form.split("&") if pair]
+    return [
+        (_decode_name(name), unquote_plus(value) if "%" in value or "+" in value else value) for name, _, value in pairs
+    ]
+
+
+@lru_cache(maxsize=1000)
+def _decode_name(name: str) -> str:
+    return unquote_plus(name)
 
 
 def nest(pairs: Pairs) -> dict[str, Any]:

@@ -29,8 +29,8 @@ async def inject_fault(
     sandbox: Sandbox,
     sender: WebhookSender,
     request: StripeRequest,
-    connection: ClientConnection,
     echoed: Headers,
+    connection: ClientConnection,
 ) -> None:
     """Execute the request if the fault permits, and answer as the fault prescribes."""
     response = await _execute(fault, sandbox, sender, request)

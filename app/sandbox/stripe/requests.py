@@ -11,6 +11,7 @@ import re
 from base64 import b64decode
 from contextlib import suppress
 from email.utils import formatdate
+from functools import lru_cache
 from hashlib import blake2b
 
 from msgspec import Struct
@@ -30,6 +31,9 @@ KEY_LENGTH_MAX = 255
 TEST_KEY = re.compile(r"[sr]k_test_.+")
 # No key of Stripe's has this form, so no real key is accepted.
 LIVE_KEY = re.compile(r"[sr]k_live_sandbox(_[0-9A-Za-z_]*)?")
+
+
+READ_HEADERS = frozenset({b"authorization", b"idempotency-key", b"stripe-account", b"stripe-version"})
 
 
 class StripeRequest(Struct):
@@ -52,12 +56,18 @@ class StripeRequest(Struct):
 def echoed_headers(headers: dict[bytes, str], request_id: str, now: float) -> Headers:
     """The time of the answer, and headers that repeat those of the request."""
     echoed = [
-        (b"date", formatdate(now, usegmt=True).encode()),
+        (b"date", http_date(int(now))),
         (b"request-id", request_id.encode()),
         (b"stripe-version", API_VERSION.encode()),
     ]
     given = [name for name in (b"idempotency-key", b"stripe-account") if name in headers]
     return echoed + [(name, headers[name].encode("latin-1")) for name in given]
+
+
+@lru_cache(maxsize=1)
+def http_date(seconds: int) -> bytes:
+    """Unix seconds as HTTP writes them."""
+    return formatdate(seconds, usegmt=True).encode()
 
 
 def parse_request(

@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import time
-from contextlib import suppress
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -49,7 +49,7 @@ class WebhookSender:
 
     async def _deliver_all(self) -> None:
         url = self.sandbox.settings.webhook_url
-        connection = ReceiverConnection(url) if url else None
+        connection = ReceiverConnection(url, self.sandbox.settings.webhook_timeout_seconds) if url else None
         while True:
             action = await self._queue.get()
             if connection is not None:
@@ -62,8 +62,7 @@ class WebhookSender:
         forged = action.what == "deliver_forged"
         secret = settings.webhook_secret + "?" * forged
         try:
-            async with asyncio.timeout(settings.webhook_timeout_seconds):
-                status = await connection.post(payload, signature(payload, secret, int(time.time())))
+            status = await connection.post(payload, signature(payload, secret, int(time.time())))
         except (OSError, httptools.HttpParserError):
             connection.close()
             status = 0
@@ -91,7 +90,7 @@ class WebhookSender:
 class ReceiverConnection:
     """One HTTP/1.1 connection to the receiver, opened when needed and kept while it lasts."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout_seconds: float = 10.0) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"webhooks go to http://host:port/path, not to {url!r}")
@@ -101,53 +100,85 @@ class ReceiverConnection:
             f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nUser-Agent: Stripe/1.0\r\nAccept: */*\r\n"
             "Content-Type: application/json; charset=utf-8\r\n"
         )
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._timeout_seconds = timeout_seconds
+        self._exchange: Exchange | None = None
 
     async def post(self, payload: bytes, signature: str) -> int:
-        """Send it and return the answer's status."""
-        request = f"{self._head}Stripe-Signature: {signature}\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
-        kept_alive = self._writer is not None
-        try:
-            return await self._exchange(request + payload)
-        except ConnectionError:
-            self.close()
-            if not kept_alive:
-                raise
-            # The receiver may close an idle connection at any time; the request is sent again.
-            return await self._exchange(request + payload)
-
-    async def _exchange(self, request: bytes) -> int:
-        if self._reader is None or self._writer is None:
-            self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
-        self._writer.write(request)
-        answer = DeliveryResponse()
-        while not answer.complete:
-            data = await self._reader.read(65536)
-            if not data:
-                raise ConnectionResetError("the receiver hung up before it answered")
-            answer.parser.feed_data(data)
-        if not answer.keeps_alive:
-            self.close()
-        return answer.parser.get_status_code()
+        """Send it and return the answer's status. Raises OSError or httptools.HttpParserError."""
+        head = f"{self._head}Stripe-Signature: {signature}\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
+        kept = self._exchange
+        if kept is not None and kept.is_open:
+            try:
+                return await kept.send(head + payload, self._timeout_seconds)
+            except ConnectionError:
+                # The receiver may close an idle connection at any time; the request is sent again.
+                kept.close()
+        async with asyncio.timeout(self._timeout_seconds):
+            _, opened = await asyncio.get_running_loop().create_connection(Exchange, self._host, self._port)
+        self._exchange = opened
+        return await opened.send(head + payload, self._timeout_seconds)
 
     def close(self) -> None:
         """Hang up; the next request opens another."""
-        if self._writer is not None:
-            with suppress(OSError, RuntimeError):
-                self._writer.close()
-        self._reader = self._writer = None
+        if self._exchange is not None:
+            self._exchange.close()
 
 
-class DeliveryResponse:
-    """The status of an answer, whether it is complete, and whether the connection stays open."""
+class Exchange(asyncio.Protocol):
+    """A request, its answer, and the next request on the same connection."""
 
     def __init__(self) -> None:
-        self.parser = httptools.HttpResponseParser(self)
-        self.complete = False
-        self.keeps_alive = False
+        self.is_open = False
+        self._loop = asyncio.get_running_loop()
+        self._status: asyncio.Future[int] | None = None
+
+    def send(self, request: bytes, timeout_seconds: float) -> asyncio.Future[int]:
+        """The status of the answer, once it is complete; else OSError or httptools.HttpParserError."""
+        self._parser = httptools.HttpResponseParser(self)
+        self._status = self._loop.create_future()
+        self._timer = self._loop.call_later(timeout_seconds, self._fail, TimeoutError("no complete answer in time"))
+        self._transport.write(request)
+        return self._status
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self._transport = cast(asyncio.Transport, transport)
+        self.is_open = True
+
+    def data_received(self, data: bytes) -> None:
+        """Parse a part of the answer."""
+        if self._status is None:
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(error)
 
     def on_message_complete(self) -> None:
-        """Called by the parser."""
-        self.complete = True
-        self.keeps_alive = self.parser.should_keep_alive()
+        """The answer is complete."""
+        if not self._parser.should_keep_alive():
+            self.close()
+        if self._status is not None and not self._status.done():
+            self._status.set_result(self._parser.get_status_code())
+        self._end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The receiver hung up, or this side closed the connection."""
+        self.is_open = False
+        self._fail(exc if isinstance(exc, OSError) else ConnectionResetError("closed before the answer was complete"))
+
+    def close(self) -> None:
+        """Hang up."""
+        self.is_open = False
+        self._transport.close()
+
+    def _fail(self, error: Exception) -> None:
+        if self._status is not None:
+            if not self._status.done():
+                self._status.set_exception(error)
+            self._end()
+
+    def _end(self) -> None:
+        self._status = None
+        self._timer.cancel()
