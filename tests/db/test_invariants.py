@@ -10,7 +10,18 @@ import pytest
 
 from db.connect import ProcessKind
 from tests.conftest import Connect
-from tests.support.payments import Connection, add_merchant, as_bank_fact, fact, money, pay, record, violations
+from tests.db.test_partitions import move_clock
+from tests.support.payments import (
+    Connection,
+    Fact,
+    add_merchant,
+    as_bank_fact,
+    fact,
+    money,
+    pay,
+    record,
+    violations,
+)
 
 OTHER_KINDS: tuple[ProcessKind, ...] = ("api", "webhook", "worker", "analyst")
 
@@ -19,6 +30,8 @@ REFUND = (
     " is_ours, created_at, updated_at, state)"
     " select 'ref_' || repeat('0', 32), id, merchant_id, 100, currency, provider, provider_account, true, now(), now(),"
 )
+
+LONG_AGO = "now() - interval '8 days'"
 
 # A change that violates the invariant; %(p)s is the newest settled payment.
 VIOLATIONS: dict[str, str] = {
@@ -61,6 +74,12 @@ VIOLATIONS: dict[str, str] = {
     "every refunded amount is the sum of its refunds": (f"{REFUND} 'succeeded' from surety.payments where id = %(p)s"),
     "every reserved balance is the sum of its live refunds": (
         f"{REFUND} 'pending' from surety.payments where id = %(p)s"
+    ),
+    "every refund that has ended has moved the money of its state": (
+        f"{REFUND.replace('now()', LONG_AGO)} 'succeeded' from surety.payments where id = %(p)s"
+    ),
+    "every dispute's withdrawn amount is the sum of its balance transactions": (
+        f"update surety.disputes set updated_at = {LONG_AGO}"
     ),
     "every dispute is as last fetched": "update surety.disputes set status = 'won'",
     "every dispute has posted what was last fetched": "delete from ledger.postings where rule = 'dispute_opened'",
@@ -128,6 +147,31 @@ def test_a_wrong_amount_and_a_wrong_state_each_differ_from_the_facts(conn: Conne
             assert subjects(conn, "payments_match_facts") == [payment_id]
     violate(conn, "update surety.payments set state = 'confirmed' where id = %(p)s", payment_id)
     assert subjects(conn, "payments_match_facts") == [payment_id]
+
+
+def test_money_that_came_back_without_its_news_is_found_after_a_week(conn: Connection) -> None:
+    [payment_id] = pay(conn, add_merchant(conn)[1])
+
+    def moved(category: str, source: str, amount: int) -> Fact:
+        origin = fact(payment_id, "money", source)["object_id"]
+        return money(payment_id, f"txn_{category}", category, amount, data={"source": origin})
+
+    record(conn, [fact(payment_id, "captured", "ch", 10000), fact(payment_id, "refund_succeeded", "re", 2500)])
+    record(conn, [fact(payment_id, "dispute_lost", "dp", 4000)])
+    record(conn, [moved("refund", "re", -2500), moved("dispute", "dp", -4000)])
+    move_clock(conn, "8 days")
+    assert not violations(conn)
+    record(conn, [moved("refund_failure", "re", 2500), moved("dispute_reversal", "dp", 4000)])
+    assert not violations(conn)
+    move_clock(conn, "16 days")
+    query = "select r.id, d.id from surety.refunds as r join surety.disputes as d using (payment_id)"
+    [(refund_id, dispute_id)] = conn.execute(query).fetchall()
+    assert subjects(conn, "refunds_match_balance_transactions") == [refund_id]
+    assert subjects(conn, "disputes_match_balance_transactions") == [dispute_id]
+    record(
+        conn, [fact(payment_id, "refund_failed", "re", 2500), fact(payment_id, "dispute_won", "dp", 4000, revision=1)]
+    )
+    assert not violations(conn)
 
 
 def test_the_views_of_the_schema_are_the_invariants(conn: Connection) -> None:

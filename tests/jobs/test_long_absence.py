@@ -60,6 +60,8 @@ def leave_everything_unfinished(conn: Connection) -> None:
     assert command(conn, "cancel_payment", key_hash, payment_id=payments["submitting"])["status"] in {200, 202}
     never_sent_letter(conn)
     record(conn, [money(payments["confirmed"], "txn", "charge", 10000, 320)])
+    dispute = {"source": fact(payments["disputed"], "dispute_opened", "dp")["object_id"]}
+    record(conn, [money(payments["disputed"], "txn_dispute", "dispute", -10000, 1500, data=dispute)])
     record(conn, [fact(None, "captured", "ch_unmatched", 10000, intent="pi_unmatched")])
     conn.execute(
         "insert into surety.expectations (payment_id, kind, opened_at, due_at) values (%s, 'settlement', now(), now())",

@@ -110,6 +110,27 @@ async def test_refunds_whose_events_are_listed_no_longer_are_known_by_their_bala
     assert not violations(conn)
 
 
+async def test_ended_refund_and_dispute_are_fetched_again_at_an_operator_s_word(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
+) -> None:
+    async with in_process_worker(database, sandbox.url) as worker:
+        payment_id, intent = await charged(conn, worker, key_hash)
+        refund = sandbox.control("refunds", {"payment_intent": intent, "amount": 4000})["id"]
+        dispute = sandbox.control("disputes", {"payment_intent": intent, "amount": 5000})["id"]
+        sandbox.control(f"disputes/{dispute}", {"outcome": "lost"})
+        await poll_events(worker)
+        await run_until_idle(worker, "apply_webhooks")
+        assert state_of(conn, payment_id) == "reversed"
+        sandbox.control(f"refunds/{refund}", {"outcome": "failed"})
+        sandbox.control(f"disputes/{dispute}", {"outcome": "reinstated"})
+        for table in ("refunds", "disputes"):
+            conn.execute(f"update surety.{table} set poll_at = now()".encode())
+        await poll_unfinished(worker)
+        assert one(conn, "select r.poll_at, d.poll_at from surety.refunds as r, surety.disputes as d") == (None, None)
+    assert one(conn, "select state from surety.refunds") == "failed"
+    assert state_of(conn, payment_id) in {"confirmed", "settled"}
+
+
 async def test_polled_event_and_its_webhook_are_stored_once(
     conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:

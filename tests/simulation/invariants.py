@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 # Statuses of refunds at the provider that took the money or will take it.
 ACTIVE_REFUND_STATUSES = frozenset({"pending", "requires_action", "succeeded"})
 # Invariants that hold only after the periodic jobs have run.
-ONLY_AT_THE_END = frozenset({"every lease is renewed or taken over", "every overdue settlement is a discrepancy"})
+ONLY_AT_THE_END = frozenset(
+    {
+        "every lease is renewed or taken over",
+        "every overdue settlement is a discrepancy",
+        "every refund that has ended has moved the money of its state",
+        "every dispute's withdrawn amount is the sum of its balance transactions",
+    }
+)
 OPEN_DISPUTE_STATUSES = frozenset({"needs_response", "under_review", "appeal_needs_response", "appeal_under_review"})
 KEPT_DISPUTE_STATUSES = frozenset({"lost", "prevented"})
 

@@ -64,3 +64,24 @@ from (
 where sums.amount_minor <> 0;
 
 comment on view invariant.disputed_balances_match_disputes is 'every disputed balance is the sum of its open disputes';
+
+create or replace view invariant.disputes_match_balance_transactions as
+select disputes.id as subject
+from surety.disputes
+left join lateral (
+    select
+        coalesce(sum(coalesce((facts.data ->> 'other_gross')::bigint, facts.amount_minor)), 0) as amount_minor,
+        max(facts.recorded_at) as recorded_at
+    from surety.facts
+    where
+        facts.payment_id = disputes.payment_id and facts.kind = 'money' and facts.disregarded is null
+        and facts.data ->> 'source' = disputes.provider_id
+        and facts.data ->> 'category' in ('dispute', 'dispute_reversal')
+) as moved on true
+where
+    -- The dispute and the money are read separately, so one may come later.
+    greatest(disputes.updated_at, moved.recorded_at) < surety.read_clock() - interval '7 days'
+    and greatest(0, -moved.amount_minor) <> disputes.withdrawn_minor;
+
+comment on view invariant.disputes_match_balance_transactions is
+'every dispute''s withdrawn amount is the sum of its balance transactions';

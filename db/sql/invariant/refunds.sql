@@ -78,3 +78,25 @@ from (
 where sums.amount_minor <> 0;
 
 comment on view invariant.reserved_balances_match_refunds is 'every reserved balance is the sum of its live refunds';
+
+create or replace view invariant.refunds_match_balance_transactions as
+select refunds.id as subject
+from surety.refunds
+left join lateral (
+    select
+        coalesce(sum(coalesce((facts.data ->> 'other_gross')::bigint, facts.amount_minor)), 0) as amount_minor,
+        max(facts.recorded_at) as recorded_at
+    from surety.facts
+    where
+        facts.payment_id = refunds.payment_id and facts.kind = 'money' and facts.disregarded is null
+        and facts.data ->> 'source' = refunds.provider_id
+        and facts.data ->> 'category' in ('refund', 'refund_failure')
+) as moved on true
+where
+    refunds.state in ('succeeded', 'failed', 'canceled')
+    -- The state and the money are read separately, so one may come later.
+    and greatest(refunds.updated_at, moved.recorded_at) < surety.read_clock() - interval '7 days'
+    and moved.amount_minor <> case refunds.state when 'succeeded' then -refunds.amount_minor else 0 end;
+
+comment on view invariant.refunds_match_balance_transactions is
+'every refund that has ended has moved the money of its state';
