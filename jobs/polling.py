@@ -28,7 +28,7 @@ from jobs.handlers.calls import (
     run_calls,
 )
 from jobs.handlers.payments import intent_error_result, intent_result
-from jobs.handlers.webhooks import fetch_dispute, fetch_result, store_polled_events
+from jobs.handlers.webhooks import facts_of_row, fetch_dispute, fetch_result, store_polled_events
 from jobs.recorder import CallResult, unreadable_object
 from jobs.stripe.client import CLOCK_AHEAD_SECONDS_MAX, CLOCK_SKEW_SECONDS, ListPage, ProviderResponse
 from jobs.stripe.errors import AccessRefused, ObjectAbsent, ObjectUnreadable, ProviderError
@@ -284,14 +284,6 @@ async def read_pages(
         query = "select surety.note_unreadable_list('stripe', %s, %s, %s, %s)"
         await worker.database.value(query, account, name, result["error"], is_refused)
     return "error" not in result
-
-
-def facts_of_row(line: Json, origin: FactOrigin, read: Callable[[Json, FactOrigin], list[Fact]]) -> CallResult:
-    """The facts of one object of a list; an object that can't be read becomes a discrepancy."""
-    try:
-        return {"facts": read(line, origin)}
-    except (ObjectUnreadable, KeyError, TypeError, AttributeError) as error:
-        return unreadable_object(line["id"], error)
 
 
 async def poll_windows(worker: Worker, name: str) -> list[PollWindow]:

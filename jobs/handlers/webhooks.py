@@ -5,10 +5,14 @@ jobs/stripe/webhook_events.py says what each type of event proves.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import defaultdict
+from contextlib import aclosing
+from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 
 import msgspec
 from psycopg.types.json import Jsonb
@@ -18,13 +22,14 @@ from db.redaction import without_secrets
 from jobs.circuit_breaker import circuit_key
 from jobs.handlers.calls import (
     WAIT_SECONDS,
+    CallWork,
     failed_call_result,
     missing_subject_results,
     record_as_completed,
     record_event_results,
     released_result,
 )
-from jobs.recorder import CallResult
+from jobs.recorder import CallResult, unreadable_object
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import ObjectUnreadable, OutcomeUnknown, ProviderBusy, ProviderError
 from jobs.stripe.facts import (
@@ -34,11 +39,13 @@ from jobs.stripe.facts import (
     dispute_facts,
     id_of,
     intent_facts,
+    listed_transaction_facts,
     payout_facts,
     redacted,
     refund_facts,
 )
 from jobs.stripe.webhook_events import (
+    MONEY_KNOWN,
     FactReader,
     ObjectToFetch,
     ProviderObject,
@@ -54,6 +61,13 @@ DISPUTE_PAUSE_SECONDS = 1.0
 FIELDS_OF_EVENTS = ("error", "release_seconds", "release_cause", "outage", "access_refused")
 """The fields of a fetch's result that concern each event that wanted it."""
 
+LIST_OPERATION = "list balance transactions"
+LISTED_MIN = 2
+"""Of so many balance transactions of one account, one list costs less than a fetch of each."""
+
+WantedObject = tuple[StoredWebhook, ObjectToFetch]
+Fetches = dict[ProviderObject, list[StoredWebhook]]
+
 FACT_READERS: dict[str, FactReader] = {"payment_intent": intent_facts, "refund": refund_facts, "payout": payout_facts}
 
 
@@ -67,7 +81,7 @@ async def apply_webhooks(worker: Worker, batch: Batch, event_ids: list[str]) -> 
         batch.batch_id, batch.fence, event_ids,
     )  # fmt: skip
     results = await missing_subject_results(worker, batch, event_ids, {webhook.event_id for webhook in webhooks})
-    wanted: list[tuple[StoredWebhook, ObjectToFetch]] = []
+    wanted: list[WantedObject] = []
     ignored = [webhook for webhook in webhooks if webhook.livemode != worker.stripe.livemode]
     await audit_ignored(worker, ignored)
     results += [{"event_id": webhook.event_id} for webhook in ignored]
@@ -85,19 +99,25 @@ async def apply_webhooks(worker: Worker, batch: Batch, event_ids: list[str]) -> 
         else:
             results.append({"event_id": webhook.event_id, "facts": meant})
     await probe_changed_accounts(worker, [webhook for webhook in webhooks if webhook not in ignored])
-    to_fetch = await objects_to_fetch(worker, wanted)
-    asking = [webhook for webhooks in to_fetch.values() for webhook in webhooks]
-    results += [{"event_id": webhook.event_id} for webhook, _ in wanted if webhook not in asking]
-    for source in [source for source in to_fetch if source.account in worker.circuit_breaker.blocked]:
+    unknown = await unknown_objects(worker, [want for _, want in wanted])
+    results += [{"event_id": webhook.event_id} for webhook, want in wanted if want.unless_object not in unknown]
+    wanted = [(webhook, want) for webhook, want in wanted if want.unless_object in unknown]
+    blocked = worker.circuit_breaker.blocked
+    for account in {want.source.account for _, want in wanted} & blocked:
         held = {
             "error": "not asked: the account's circuit is open",
-            "outage": circuit_key(source.account),
+            "outage": circuit_key(account),
         } | released_result("circuit_open", WAIT_SECONDS)
-        results += [held | {"event_id": webhook.event_id} for webhook in to_fetch.pop(source)]
+        results += [held | {"event_id": webhook.event_id} for webhook, want in wanted if want.source.account == account]
     if results:
         await record_event_results(worker, batch, results)
-    await audit_fetches(worker, to_fetch)
-    await record_as_completed(worker, batch, [partial(fetch_for_webhooks, worker, *one) for one in to_fetch.items()])
+    to_list, to_fetch = group_by_call(
+        [(webhook, want) for webhook, want in wanted if want.source.account not in blocked]
+    )
+    await audit_calls(worker, to_list, to_fetch)
+    works: list[CallWork] = [partial(list_for_webhooks, worker, *one) for one in to_list.items()]
+    works.extend(partial(fetch_for_webhooks, worker, *one) for one in to_fetch.items())
+    await record_as_completed(worker, batch, works)
 
 
 async def probe_changed_accounts(worker: Worker, webhooks: list[StoredWebhook]) -> None:
@@ -133,10 +153,8 @@ async def store_polled_events(worker: Worker, account: str, events: list[Json]) 
         await worker.schedule_handlers_for(["webhook.received"])
 
 
-async def objects_to_fetch(
-    worker: Worker, wanted: list[tuple[StoredWebhook, ObjectToFetch]]
-) -> dict[ProviderObject, list[StoredWebhook]]:
-    """The objects still to be fetched, each once, with the webhooks that refer to it."""
+async def unknown_objects(worker: Worker, wants: list[ObjectToFetch]) -> set[str]:
+    """Those of the objects about which no fact of the wanted kinds is known."""
     questions = [
         {
             "provider": "stripe",
@@ -145,16 +163,29 @@ async def objects_to_fetch(
             "object_id": want.unless_object,
             "kinds": want.unless_kinds,
         }
-        for _, want in wanted
+        for want in wants
     ]
     if not questions:
-        return {}
-    unknown = set(await worker.database.value("select surety.objects_without_facts(%s)", Jsonb(questions)))
-    groups: dict[ProviderObject, list[StoredWebhook]] = defaultdict(list)
+        return set()
+    return set(await worker.database.value("select surety.objects_without_facts(%s)", Jsonb(questions)))
+
+
+def group_by_call(wanted: list[WantedObject]) -> tuple[dict[str, list[WantedObject]], Fetches]:
+    """The calls that bring all objects: by account those to look for in one list, the others to be fetched, each once.
+
+    Balance transactions are listed if an account has LISTED_MIN of them or more.
+    """
+    to_list: dict[str, list[WantedObject]] = defaultdict(list)
+    fetches: Fetches = defaultdict(list)
     for webhook, want in wanted:
-        if want.unless_object in unknown:
-            groups[want.source].append(webhook)
-    return groups
+        if want.unless_kinds == MONEY_KNOWN and want.created is not None:
+            to_list[want.source.account].append((webhook, want))
+        else:
+            fetches[want.source].append(webhook)
+    for account in [account for account, wants in to_list.items() if len(wants) < LISTED_MIN]:
+        for webhook, want in to_list.pop(account):
+            fetches[want.source].append(webhook)
+    return to_list, fetches
 
 
 async def audit_ignored(worker: Worker, ignored: list[StoredWebhook]) -> None:
@@ -179,23 +210,62 @@ async def audit_ignored(worker: Worker, ignored: list[StoredWebhook]) -> None:
         await worker.database.value("select audit.write_entries(%s)", Jsonb(entries))
 
 
-async def audit_fetches(worker: Worker, to_fetch: dict[ProviderObject, list[StoredWebhook]]) -> None:
-    """Write an audit entry for each object that is going to be fetched."""
-    entries = [
-        {
-            "kind": "call",
-            "actor": worker.actor,
-            "outcome": "asked",
-            "snapshot": {
-                "operation": "fetch",
-                "object": source.id,
-                "because": [one.provider_event_id for one in webhooks],
-            },
-        }
+async def audit_calls(worker: Worker, to_list: dict[str, list[WantedObject]], to_fetch: Fetches) -> None:
+    """Write an audit entry for each list that is going to be read, and for each object that is going to be fetched."""
+    lists = [
+        {"operation": LIST_OPERATION, "account": account, "because": [one.provider_event_id for one, _ in wanted]}
+        for account, wanted in to_list.items()
+    ]
+    fetches = [
+        {"operation": "fetch", "object": source.id, "because": [one.provider_event_id for one in webhooks]}
         for source, webhooks in to_fetch.items()
+    ]
+    entries = [
+        {"kind": "call", "actor": worker.actor, "outcome": "asked", "snapshot": snapshot}
+        for snapshot in [*lists, *fetches]
     ]
     if entries:
         await worker.database.value("select audit.write_entries(%s)", Jsonb(entries))
+
+
+async def list_for_webhooks(worker: Worker, account: str, wanted: list[WantedObject]) -> list[CallResult]:
+    """Find the balance transactions that webhooks name in a list of their account's; fetch those that it lacks.
+
+    The list is read from its newest line until all are found, at most to the oldest of their charges.
+    """
+    began = time.monotonic()
+    since = min(want.created for _, want in wanted if want.created is not None)
+    missing: dict[str, list[WantedObject]] = defaultdict(list)
+    for webhook, want in wanted:
+        missing[want.unless_object].append((webhook, want))
+    results: list[CallResult] = []
+    rows = 0
+    try:
+        async with aclosing(worker.stripe.balance_transactions(account, datetime.fromtimestamp(since, UTC))) as pages:
+            async for page in pages:
+                rows += len(page.rows)
+                for line in page.rows:
+                    read = facts_of_row(
+                        line, FactOrigin(account, worker.stripe.livemode, "poll"), listed_transaction_facts
+                    )
+                    results.append(read)
+                    if "facts" in read:
+                        results += [{"event_id": webhook.event_id} for webhook, _ in missing.pop(line["id"], [])]
+                if not missing:
+                    break
+        listed: CallResult = {"outcome": "answered", "snapshot": {"account": account, "rows": rows}}
+    except ProviderError as error:
+        # What it leaves out is fetched: those calls decide what becomes of the events.
+        listed = {"outcome": error.outcome, "status": error.status, "error": str(error)}
+    duration_ms = round((time.monotonic() - began) * 1000, 3)
+    results.append({"operation": LIST_OPERATION, "duration_ms": duration_ms, **listed})
+    fetches: Fetches = defaultdict(list)
+    for webhook, want in chain.from_iterable(missing.values()):
+        fetches[want.source].append(webhook)
+    await audit_calls(worker, {}, fetches)
+    for fetched in await asyncio.gather(*(fetch_for_webhooks(worker, *one) for one in fetches.items())):
+        results += fetched
+    return results
 
 
 async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: list[StoredWebhook]) -> list[CallResult]:
@@ -286,6 +356,14 @@ async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrig
             made = await worker.database.value("select surety.record_facts(%s, %s)", Jsonb(facts), worker.actor)
             await worker.schedule_handlers_for(made)
     return answer
+
+
+def facts_of_row(line: Json, origin: FactOrigin, read: FactReader) -> CallResult:
+    """The facts of one object of a list; an object that can't be read becomes a discrepancy."""
+    try:
+        return {"facts": read(line, origin)}
+    except (ObjectUnreadable, KeyError, TypeError, AttributeError) as error:
+        return unreadable_object(line["id"], error)
 
 
 def fetch_result(answer: ProviderResponse) -> CallResult:

@@ -177,6 +177,31 @@ def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
     return facts
 
 
+def charge_facts(charge: Json, origin: FactOrigin) -> list[Fact]:
+    """The fact of a captured charge, as its intent would prove it; none of a charge that another system made alone.
+
+    Raises ObjectUnreadable for a charge that is not captured: what it holds is read from its intent.
+    """
+    if "payment_intent" in charge and charge["payment_intent"] is None:
+        return []
+    if required(charge, "status") != "succeeded" or not required(charge, "captured"):
+        raise ObjectUnreadable(f"{charge.get('id')} is not captured")
+    pi, ch = id_of(required(charge, "payment_intent")), required(charge, "id")
+    required(charge, "metadata")
+    return [
+        fact(
+            origin,
+            ch,
+            "captured",
+            metadata_of=charge,
+            intent=pi,
+            objects=[pi, ch],
+            amount_minor=required(charge, "amount_captured"),
+            currency=required(charge, "currency"),
+        )
+    ]
+
+
 def decline_fact(error: Json, origin: FactOrigin, intent_id: str, currency: str) -> Fact:
     """The fact of a declined confirmation: the attempt failed, the intent lives."""
     data = {"failure": failure(error)}

@@ -1,9 +1,9 @@
 """Stripe's events: the facts that each type proves, and the objects to fetch because of it. Pure functions.
 
-A signed snapshot counts as proof if its object can only advance, and if the snapshot has our API version and all fields
-that its facts need. Any other object is fetched: failures, disputes, snapshots that prove nothing, and objects that an
-event only refers to, unless their facts are known. A thin event (`v2.core.event`) has no snapshot, so the object that
-it names is fetched. Events of other types are ignored unread.
+A signed snapshot counts as proof if its object can only advance, as an intent or a captured charge does, and if it has
+our API version and all fields that its facts need. Any other object is fetched: failures, disputes, snapshots that
+prove nothing, and objects that an event only refers to, unless their facts are known. A thin event (`v2.core.event`)
+has no snapshot, so the object that it names is fetched. Events of other types are ignored unread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from msgspec import Struct
 
 from jobs.stripe.client import API_VERSION
 from jobs.stripe.errors import ObjectUnreadable
-from jobs.stripe.facts import Fact, FactOrigin, Json, id_of, intent_facts, payout_facts, refund_facts, required
+from jobs.stripe.facts import (
+    Fact,
+    FactOrigin,
+    Json,
+    charge_facts,
+    id_of,
+    intent_facts,
+    payout_facts,
+    refund_facts,
+    required,
+)
 
 FactReader = Callable[[Json, FactOrigin], list[Fact]]
 
@@ -36,6 +46,7 @@ SNAPSHOT_EVENTS: dict[str, FactReader] = {
 }
 
 # Events that refer to an intent, each with the kinds of facts any of which makes fetching unnecessary.
+MONEY_KNOWN = ("money",)
 FETCH_UNLESS_KNOWN: dict[str, tuple[str, ...]] = {
     "payment_intent.payment_failed": ("attempt_failed", "failed", "canceled"),
     "charge.failed": ("attempt_failed", "failed", "canceled"),
@@ -43,7 +54,7 @@ FETCH_UNLESS_KNOWN: dict[str, tuple[str, ...]] = {
     "charge.pending": ("processing",),
     "charge.succeeded": ("authorized", "captured"),
     "charge.captured": ("captured",),
-    "charge.updated": ("money",),
+    "charge.updated": MONEY_KNOWN,
 }
 CHARGE_EVENTS = frozenset({"charge.succeeded", "charge.captured"})
 
@@ -125,11 +136,16 @@ class ProviderObject(Struct, frozen=True):
 
 
 class ObjectToFetch(Struct):
-    """An object to fetch because of a webhook, unless one of these facts is known by then."""
+    """An object to fetch because of a webhook, unless one of these facts is known by then.
+
+    If the facts are about money, `created` is when its charge was made (seconds since 1970, by the provider's clock):
+    the list of balance transactions since then has them too.
+    """
 
     source: ProviderObject
     unless_object: str = ""
     unless_kinds: tuple[str, ...] = ()
+    created: int | None = None
 
 
 def about_access(webhook: StoredWebhook) -> bool:
@@ -153,12 +169,12 @@ def interpret_webhook(webhook: StoredWebhook) -> list[Fact] | ObjectToFetch:
         raise ObjectUnreadable(f"{webhook.provider_event_id} has no data")
     subject = envelope.data.object
     whole = ObjectToFetch(ProviderObject(webhook.account, webhook.livemode, kind, required(subject, "id")))
-    if type in SNAPSHOT_EVENTS and envelope.api_version == API_VERSION:
-        origin = FactOrigin(webhook.account, webhook.livemode, webhook.source, webhook.provider_event_id)
+    origin = FactOrigin(webhook.account, webhook.livemode, webhook.source, webhook.provider_event_id)
+    if envelope.api_version == API_VERSION and (type in SNAPSHOT_EVENTS or type in CHARGE_EVENTS):
         try:
-            return SNAPSHOT_EVENTS[type](subject, origin)
+            return charge_facts(subject, origin) if type in CHARGE_EVENTS else SNAPSHOT_EVENTS[type](subject, origin)
         except ObjectUnreadable:
-            return whole
+            pass
     if type in SNAPSHOT_EVENTS or type in FETCH_ALWAYS:
         return whole
     return referenced_intent(type, subject, whole)
@@ -182,4 +198,5 @@ def referenced_intent(type: str, subject: Json, whole: ObjectToFetch) -> list[Fa
     if intent is None or about is None:
         return []
     source = ProviderObject(whole.source.account, whole.source.livemode, "payment_intent", intent)
-    return ObjectToFetch(source, about, FETCH_UNLESS_KNOWN[type])
+    created = subject.get("created") if type == "charge.updated" else None
+    return ObjectToFetch(source, about, FETCH_UNLESS_KNOWN[type], created if isinstance(created, int) else None)

@@ -150,6 +150,85 @@ async def test_thin_event_brings_its_object(
     assert attempts(conn) == []
 
 
+def provider_calls(conn: Connection) -> dict[str, int]:
+    """How many calls of each operation were answered."""
+    query = "select snapshot ->> 'operation', count(*) from audit.entries where kind = 'answer' group by 1"
+    return dict(conn.execute(query).fetchall())
+
+
+async def wait_for_events(sandbox: SandboxProcess, payments: list[str], type: str) -> list[dict[str, Any]]:
+    """The events of this type, one of each payment, once the provider has made them all."""
+
+    def made() -> list[dict[str, Any]]:
+        events = [event for payment_id in payments for event in events_about(sandbox, payment_id)]
+        return [event for event in events if event["type"] == type]
+
+    eventually(lambda: len(made()) == len(payments))
+    return made()
+
+
+async def test_charged_money_of_several_payments_is_read_from_one_list(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    payments = shop(3)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit", "confirm")
+        events = await wait_for_events(sandbox, payments, "charge.updated")
+        received(conn, [*events, events[0] | {"id": "evt_again"}])
+        await run_until_idle(worker, "apply_webhooks")
+        assert count(conn, "select count(distinct payment_id) from surety.facts where kind = 'money'") == 3
+        assert provider_calls(conn) == {"create": 3, "confirm": 3, "list balance transactions": 1}
+    assert attempts(conn) == []
+
+
+async def test_charged_money_that_the_list_lacks_is_fetched(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    payments = shop(3)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit", "confirm")
+        events = await wait_for_events(sandbox, payments, "charge.updated")
+        for event in events:
+            # The list is read from the charges' time on, and shows nothing.
+            event["data"]["object"]["created"] += 3600
+        received(conn, events)
+        await run_until_idle(worker, "apply_webhooks")
+        assert count(conn, "select count(distinct payment_id) from surety.facts where kind = 'money'") == 3
+        assert provider_calls(conn) == {"create": 3, "confirm": 3, "list balance transactions": 1, "fetch": 3}
+    assert attempts(conn) == []
+
+
+async def test_charged_money_is_fetched_if_the_list_is_refused(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    payments = shop(2)
+    key = "rk_test_without_the_list"
+    permissions = ["rak_charge_write", "rak_payment_intent_write", "rak_balance_read"]
+    sandbox.control("keys", {"key": key, "permissions": permissions, "connect": []})
+    async with in_process_worker(database, sandbox.url, STRIPE_API_KEY=key) as worker:
+        await run_until_idle(worker, "submit", "confirm")
+        events = await wait_for_events(sandbox, payments, "charge.updated")
+        received(conn, events)
+        await run_until_idle(worker, "apply_webhooks")
+        assert count(conn, "select count(distinct payment_id) from surety.facts where kind = 'money'") == 2
+    assert attempts(conn) == []
+
+
+async def test_captured_charge_proves_the_capture_without_a_call(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop()
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit")
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        sandbox.confirm(pi)
+        received(conn, await wait_for_events(sandbox, [payment_id], "charge.succeeded"))
+        await run_until_idle(worker, "apply_webhooks")
+        assert state_of(conn, payment_id) == "confirmed"
+        assert provider_calls(conn) == {"create": 1}
+    assert violations(conn) == {}
+
+
 async def test_event_without_version_or_previous_attributes_is_fetched(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
 ) -> None:

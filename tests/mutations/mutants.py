@@ -140,7 +140,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "all events up to the goal are scanned",
         (
             "db/sql/outbox/claims.sql",
-            "if v_scanned = v_scan_limit or cardinality(event_ids) = v_handler.batch_size then",
+            "if v_scanned = v_scan_limit or cardinality(v_ids) = v_handler.batch_size then",
             "if v_scanned = v_scan_limit then",
         ),
     ),
