@@ -25,6 +25,7 @@ from jobs.stripe.connections import (
     RawResponse,
     RequestSender,
 )
+from jobs.stripe.egress_proxy import proxy_for
 from jobs.stripe.errors import (
     Json,
     ObjectUnreadable,
@@ -365,10 +366,11 @@ def requests_per_second(settings: Settings) -> float:
 
 @asynccontextmanager
 async def open_stripe(settings: Settings, database: WorkerDatabase) -> AsyncGenerator[StripeGateway]:
-    """The gateway of this event loop. Raises SettingsError if neither a key nor a sandbox is named."""
+    """The gateway of this event loop. Raises SettingsError for a wrong proxy, or without a key and a sandbox."""
     url = (settings.provider.url or STRIPE_URL).rstrip("/")
     tls = ssl.create_default_context(cafile=stripe.ca_bundle_path)
-    connections = ConnectionPool(url, tls, min(CONNECT_SECONDS_MAX, 0.8 * settings.surety_provider_timeout))
+    connect_seconds = min(CONNECT_SECONDS_MAX, 0.8 * settings.surety_provider_timeout)
+    connections = ConnectionPool(url, tls, connect_seconds, proxy_for(url))
     try:
         yield StripeGateway(StripeHttpClient(url, connections), settings, database)
     finally:

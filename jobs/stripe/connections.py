@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 import httptools
 from msgspec import Struct
 
+from jobs.stripe.egress_proxy import EgressProxy, ProxyRefusal
+
 CONNECTIONS_KEPT_MAX = 32
 IDLE_SECONDS_MAX = 30.0
 # For name, TCP and TLS together: shorter than a probe.
@@ -100,11 +102,13 @@ class KeptConnection(asyncio.Protocol):
             self.close()
         elif self._received > RESPONSE_BYTES_MAX:
             self._fail(f"an answer of more than {RESPONSE_BYTES_MAX} bytes")
+            self.close()
         else:
             try:
                 self._parser.feed_data(data)
             except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
                 self._fail(f"an unreadable answer: {type(error).__name__}")
+                self.close()
 
     def on_message_begin(self) -> None:
         if self._answer is None:
@@ -128,6 +132,7 @@ class KeptConnection(asyncio.Protocol):
         self._answer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.is_usable = False
         self._fail(f"the connection ended: {type(exc).__name__}" if exc else "the connection ended")
         self.lost.set_result(None)
 
@@ -135,7 +140,6 @@ class KeptConnection(asyncio.Protocol):
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(NoAnswer(reason))
         self._answer = None
-        self.close()
 
 
 class ConnectionPool:
@@ -144,12 +148,19 @@ class ConnectionPool:
     It has no maximum, and so no queue: its callers bound the requests. It belongs to the event loop that uses it first.
     """
 
-    def __init__(self, url: str, tls: ssl.SSLContext, connect_seconds: float = CONNECT_SECONDS_MAX) -> None:
+    def __init__(
+        self,
+        url: str,
+        tls: ssl.SSLContext,
+        connect_seconds: float = CONNECT_SECONDS_MAX,
+        proxy: EgressProxy | None = None,
+    ) -> None:
         address = urlsplit(url)
         self._host, self._netloc = address.hostname or "", address.netloc
         self._port = address.port or {"https": 443, "http": 80}[address.scheme]
         self._tls = tls if address.scheme == "https" else None
         self._connect_seconds = connect_seconds
+        self._proxy = proxy
         self._idle: deque[KeptConnection] = deque()
         self._open: set[KeptConnection] = set()
 
@@ -195,15 +206,35 @@ class ConnectionPool:
     async def _connect(self) -> KeptConnection:
         try:
             async with asyncio.timeout(self._connect_seconds):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    KeptConnection, self._host, self._port, ssl=self._tls, happy_eyeballs_delay=ADDRESS_SECONDS
-                )
+                connection = await self._open_connection()
         except TimeoutError:
             raise NoAnswer(f"no connection within {self._connect_seconds:g} s") from None
+        except ProxyRefusal as error:
+            raise NoAnswer(f"no connection: {error}") from None
         except OSError as error:
             raise NoAnswer(f"no connection: {type(error).__name__}") from error
         self._open.add(connection)
         connection.lost.add_done_callback(lambda _: self._open.discard(connection))
+        return connection
+
+    async def _open_connection(self) -> KeptConnection:
+        """Raises OSError."""
+        loop = asyncio.get_running_loop()
+        if self._proxy is None or self._tls is None:
+            _, connection = await loop.create_connection(
+                KeptConnection, self._host, self._port, ssl=self._tls, happy_eyeballs_delay=ADDRESS_SECONDS
+            )
+            return connection
+        tunnel = await self._proxy.open_tunnel(self._host, self._port)
+        connection = KeptConnection()
+        try:
+            transport = await loop.start_tls(tunnel, connection, self._tls, server_hostname=self._host)
+        except BaseException:
+            tunnel.abort()
+            raise
+        if transport is None:
+            raise ConnectionResetError("the connection ended")
+        connection.connection_made(transport)
         return connection
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 class ScriptedConnection:
@@ -109,3 +111,19 @@ def scripted_server(
         yield server
     finally:
         server.stop()
+
+
+def self_signed(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server with a certificate for an address, and a client that trusts it."""
+    certificate = folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=test", "-addext", f"subjectAltName=IP:{name}",
+         "-keyout", certificate, "-out", folder / "public"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with certificate.open("ab") as file:
+        file.write((folder / "public").read_bytes())
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate)
+    return server, ssl.create_default_context(cafile=folder / "public")

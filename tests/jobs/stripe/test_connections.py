@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import subprocess
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -21,7 +20,7 @@ from jobs.stripe.connections import (
     RawResponse,
 )
 from tests.support.sandbox_process import eventually
-from tests.support.scripted_server import ScriptedConnection, scripted_server
+from tests.support.scripted_server import ScriptedConnection, scripted_server, self_signed
 
 GET = OutgoingRequest("GET", "/v1/balance", {})
 POST = OutgoingRequest("POST", "/v1/refunds", {"Idempotency-Key": "key"}, b"amount=100")
@@ -307,22 +306,6 @@ async def test_connecting_has_a_time_limit_of_its_own() -> None:
         async with connections(silent, connect_seconds=0.2) as pool:
             with pytest.raises(NoAnswer, match=r"^no connection within 0\.2 s$"):
                 await pool.send(GET)
-
-
-def self_signed(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server with a certificate for an address, and a client that trusts it."""
-    certificate = folder / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", f"subjectAltName=IP:{name}",
-         "-keyout", certificate, "-out", folder / "public"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    with certificate.open("ab") as file:
-        file.write((folder / "public").read_bytes())
-    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    server.load_cert_chain(certificate)
-    return server, ssl.create_default_context(cafile=folder / "public")
 
 
 @pytest.mark.parametrize(("name", "is_trusted"), [("127.0.0.1", True), ("127.0.0.2", True), ("127.0.0.1", False)])
