@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m tests.bench accept | drain | lifecycle | overload | trace [--json]`.
+"""Benchmarks: `python -m tests.bench accept | drain | idle | lifecycle | overload | trace [--json]`.
 
 Every important figure is a ratio of two measurements of one run, taken in alternating rounds and reported as the median
 of the rounds, because machines differ and share their hardware. Progress goes to stderr; with --json the last line of
@@ -15,6 +15,7 @@ stdout is one object.
     recording_proxy   records when the sandbox receives a payment
     comparison        `lifecycle` in turns with another revision's (revisions.py) and with DBOS (dbos_services.py)
     dbos_payments     the payments as DBOS workflows
+    scale             `lifecycle` in a large database, with more workers, at half load
     costs             CPU time, log and commits of a payment
     cpu_time          CPU time and memory of groups of processes
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from app.local.processes import Interrupted
@@ -79,21 +81,39 @@ def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
 @click.option("--against", metavar="REV", help="Run this revision's own benchmark in turns; needs git and uv.")
 @click.option("--dbos", is_flag=True, help="Run the same payments as DBOS workflows in turns; needs uv.")
 @click.option("--base-payments", default=2_000, help="Payments in a round of DBOS, or of a REV that reports no costs.")
-@click.option("--durable", is_flag=True, help="Keep the server's data on a disk (/var/tmp), not in memory.")
+@click.option("--past", default=0, help="Settled payments in a database that is compared with a fresh one.")
+@click.option("--backlog", default=0, help="Payments that wait in it. A million past payments need 20 GB on a disk.")
+@click.option("--durable", "on_disk", is_flag=True, help="Keep the server's data on a disk (/var/tmp), not in memory.")
 @as_json
-def lifecycle(
-    *, as_json: bool, against: str | None, dbos: bool, base_payments: int, durable: bool, **sizes: int
-) -> None:
+def lifecycle(*, as_json: bool, past: int, backlog: int, **sizes: Any) -> None:
     """Payments per second from POST to settled, their cost, and the delay until an idle system calls the provider."""
-    from tests.bench import comparison, lifecycle
+    from tests.bench import comparison, lifecycle, scale
 
+    only_compared = {name: sizes.pop(name) for name in ("against", "dbos", "base_payments")}
     try:
-        if against is None and not dbos:
-            results = lifecycle.run(on_disk=durable, **sizes)
+        if past or backlog:
+            results = scale.run(past=past, backlog=backlog, **sizes)
+        elif only_compared["against"] or only_compared["dbos"]:
+            results = comparison.run(**only_compared, **sizes)
         else:
-            results = comparison.run(against=against, dbos=dbos, base_payments=base_payments, on_disk=durable, **sizes)
+            results = lifecycle.run(**sizes)
     except Interrupted as interrupted:
         raise click.ClickException(f"interrupted by {interrupted}") from None
+    databases.print_results(results, as_json=as_json)
+
+
+@bench.command()
+@click.option("--seconds", default=60.0, help="How long each pause is.")
+@click.option("--workers", default=2)
+@click.option("--poll-seconds", default=60.0, help="How often workers poll; the default is the product's.")
+@click.option("--rounds", default=3)
+@warm_mb
+@as_json
+def idle(*, as_json: bool, seconds: float, poll_seconds: float, **sizes: int) -> None:
+    """CPU time of idle workers and PostgreSQL, and the delay of a payment after a pause."""
+    from tests.bench.idle import run
+
+    results = run(seconds=seconds, poll_seconds=poll_seconds, **sizes)
     databases.print_results(results, as_json=as_json)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Sequence
 from itertools import chain
@@ -51,13 +52,17 @@ def encode_request(order: Order) -> bytes:
     return (head + body).encode()
 
 
-async def post_orders(port: int, orders: Sequence[Order]) -> list[str]:
-    """Post all orders, 32 at a time; returns the ids of the payments in their order."""
-    waiting = iter(orders)
+async def post_orders(port: int, orders: Sequence[Order], per_second: float = math.inf) -> list[str]:
+    """Post all orders, up to 32 at a time, at a rate; returns the ids of the payments in their order."""
+    waiting = iter(enumerate(orders))
+    began = time.monotonic()
 
     async def post_remaining() -> list[str]:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        ids = [await post_order(reader, writer, order) for order in waiting]
+        ids = []
+        for number, order in waiting:
+            await asyncio.sleep(max(0.0, began + number / per_second - time.monotonic()))
+            ids.append(await post_order(reader, writer, order))
         writer.close()
         return ids
 

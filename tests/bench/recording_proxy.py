@@ -8,6 +8,11 @@ import time
 from types import TracebackType
 from typing import Self
 
+import httpx
+
+from app.local.demo.merchants import Order
+
+REQUEST_SECONDS_MAX = 10.0
 CREATE = b"POST /v1/payment_intents HTTP/1.1\r\n"
 
 
@@ -71,3 +76,11 @@ class RecordingProxy:
             pass
         finally:
             writer.close()
+
+
+def post_and_listen(client: httpx.Client, proxy: RecordingProxy, number: int, order: Order) -> tuple[str, float]:
+    """Post the payment with that number; returns its id, and the milliseconds until the proxy hears of it."""
+    headers = {"Authorization": f"Bearer {order.api_key}", "Idempotency-Key": order.idempotency_key}
+    began = time.perf_counter()
+    answer = client.post("/v1/payments", json=order.body, headers=headers).raise_for_status()
+    return answer.json()["id"], (proxy.wait_for(number, REQUEST_SECONDS_MAX) - began) * 1000

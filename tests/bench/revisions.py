@@ -79,7 +79,8 @@ class OtherRevision:
     ) -> Results:
         """Its results for one round; of `slow_payments`, if it has to be measured from outside."""
         rounds = 1 if self.reports_costs else 2
-        payments = payments if self.reports_costs else slow_payments
+        if not self.reports_costs:
+            payments, idle_payments = slow_payments, max(1, idle_payments)
         options = [f"--payments={payments}", f"--merchants={merchants}", f"--workers={workers}"]
         options += [f"--idle-payments={idle_payments}", f"--rounds={rounds}", "--json"]
         options += ["--warm-mb=1"] if self.reports_costs else []

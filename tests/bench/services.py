@@ -47,8 +47,11 @@ class Services:
 
 
 @contextmanager
-def running_sandbox(url: str) -> Generator[Services]:
-    """The sandbox, and the ports where API and webhook receiver are going to listen. `url` is the database."""
+def running_sandbox(url: str, *, poll_seconds: float = 1) -> Generator[Services]:
+    """The sandbox, and the ports where API and webhook receiver are going to listen. `url` is the database.
+
+    `poll_seconds` is how often workers poll.
+    """
     with demo_folder() as folder:
         ports = {name: free_port(0) for name in SERVICES.values()}
         inherited = {
@@ -57,7 +60,7 @@ def running_sandbox(url: str) -> Generator[Services]:
         settings = {
             "DATABASE_URL": url,
             "STRIPE_WEBHOOK_SECRET": WEBHOOK_SECRET,
-            "SURETY_POLL_SECONDS": "1",
+            "SURETY_POLL_SECONDS": f"{poll_seconds:g}",
             "PYTHONUNBUFFERED": "1",
         }
         process_group = ProcessGroup(inherited | settings, LogFiles(folder))
@@ -75,9 +78,9 @@ def running_sandbox(url: str) -> Generator[Services]:
 
 
 @contextmanager
-def running_services(url: str) -> Generator[Services]:
+def running_services(url: str, *, poll_seconds: float = 1) -> Generator[Services]:
     """Sandbox, API and webhook receiver."""
-    with running_sandbox(url) as services:
+    with running_sandbox(url, poll_seconds=poll_seconds) as services:
         for name in ("api", "webhooks"):
             services.process_group.start(name, "-m", "app.cli", name, "--port", str(services.ports[name]))
             services.process_group.wait_for_port(name, services.ports[name])
