@@ -22,7 +22,7 @@ class SandboxSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     webhook_secret: str = WEBHOOK_SECRET
     webhook_events: tuple[str, ...] = ()
     """Event types to deliver; empty: all."""
-    webhook_connections: int = 8
+    webhook_connections: int = 16
     webhook_timeout_seconds: float = 10.0
     webhook_retry_seconds: float = 0.5
     """Delay before the second delivery; doubles with each further one, up to 16 s."""

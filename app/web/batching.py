@@ -1,7 +1,8 @@
 """Request batching (group commit): requests that wait together share one call of one SQL function, and one commit.
 
 A batching connection is a task with a connection of its own. It takes all queued requests, up to a bound, and calls the
-function; requests that arrive meanwhile form the next batch. A request that comes alone does not wait.
+function; requests that arrive meanwhile form the next batch. A request that comes alone does not wait, unless its kind
+gathers: then a batch begins after `gather_seconds` without a further request.
 
 A second connection starts while one works in two cases only. Either as many requests wait as are in progress, and
 enough of them to make a batch cheap; or the first has waited for QUEUED_SECONDS_MAX. Connections that started at once
@@ -99,11 +100,13 @@ class BatchingConnections:
         statement: bytes,
         *,
         connections: int = 2,
+        gather_seconds: float = 0.0,
         batch_max: int = 200,
         queue_max: int = 2000,
         sustained_max: int = 64,
         retry_seconds_max: float = 5.0,
     ) -> None:
+        self.gather_seconds = gather_seconds
         self.batch_max = batch_max
         self.queue_max = queue_max
         self.sustained_max = sustained_max
@@ -113,6 +116,7 @@ class BatchingConnections:
         self._queue: deque[QueuedRequest] = deque()
         self._idle: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._in_progress = 0
         self._overloaded_at = self._overloaded_since = float("-inf")
         self._is_starting = False
@@ -203,22 +207,28 @@ class BatchingConnections:
     def _is_worth_a_batch(self) -> bool:
         if not self._queue:
             return False
-        enough = (
-            0
-            if self._closing or not self._in_progress
-            else min(max(self._in_progress, PARALLEL_BATCH_MIN), self.batch_max)
-        )
-        return len(self._queue) >= enough or self._loop.time() >= self._queue[0].queued_at + QUEUED_SECONDS_MAX
+        enough = min(max(self._in_progress, PARALLEL_BATCH_MIN), self.batch_max)
+        return self._closing or len(self._queue) >= enough or self._loop.time() >= self._due_at()
+
+    def _due_at(self) -> float:
+        """The time from which the queue is worth a batch, whatever its length."""
+        overdue_at = self._queue[0].queued_at + QUEUED_SECONDS_MAX
+        if self._in_progress:
+            return overdue_at
+        return min(overdue_at, self._queue[-1].queued_at + self.gather_seconds)
 
     def _start_idle_connection(self) -> None:
-        """Start an idle connection if the queue is worth a batch; else check when the first request is overdue."""
+        """Start an idle connection if the queue is worth a batch; else check again when it is due."""
         if not self._queue or not self._idle or self._is_starting:
             return
         if self._is_worth_a_batch():
             self._is_starting = True
             self._idle.pop().set_result(None)
-        elif self._timer is None:
-            self._timer = self._loop.call_at(self._queue[0].queued_at + QUEUED_SECONDS_MAX, self._start_after_wait)
+        elif self._timer is None or self._due_at() < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = self._due_at()
+            self._timer = self._loop.call_at(self._timer_at, self._start_after_wait)
 
     def _start_after_wait(self) -> None:
         self._timer = None

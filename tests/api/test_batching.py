@@ -14,7 +14,15 @@ from psycopg import AsyncConnection
 
 from app.api.create_payment import CREATE_PAYMENTS
 from app.api.schemas.payments import PaymentRequest
-from app.web.batching import BatchingConnections, DatabaseAway, RefusedByDatabase, Row, Unavailable
+from app.web import batching as batching_module
+from app.web.batching import (
+    PARALLEL_BATCH_MIN,
+    BatchingConnections,
+    DatabaseAway,
+    RefusedByDatabase,
+    Row,
+    Unavailable,
+)
 from app.web.keys import NewKey, new_key
 from app.web.worker_scheduler import WorkerScheduler
 from db.connect import connect_async
@@ -24,6 +32,7 @@ from tests.conftest import Connection
 from tests.support.http_client import unique_name
 
 LOCK = 4711
+FAR_SECONDS = 1000.0
 ECHO = b"select n, size, session from public.echo(%s)"
 MAKE_ECHO = f"""
 create table public.echoed_texts (text text not null, constraint is_good check (text not like '%bad%'));
@@ -139,6 +148,43 @@ async def test_requests_that_wait_during_a_batch_form_the_next_batch(echo: Conne
         release_lock(echo)
         assert (await first)[1] == 1
         assert [row[1] for row in await asyncio.gather(*rest)] == [10] * 10
+
+
+async def test_gathered_requests_that_follow_each_other_share_a_batch(
+    echo: Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching_module, "QUEUED_SECONDS_MAX", FAR_SECONDS)
+    async with opened_batching(settings, connections=2, gather_seconds=0.3) as batching:
+        answers = []
+        for n in range(3):
+            answers.append(batching.submit(EchoRequest(f"w{n}")))
+            for _ in range(10):
+                await asyncio.sleep(0)
+        assert [(await answer)[1] for answer in answers] == [3, 3, 3]
+        assert (await batching.submit(EchoRequest("alone")))[1] == 1
+
+
+async def test_gathering_ends_when_requests_suffice(
+    echo: Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching_module, "QUEUED_SECONDS_MAX", FAR_SECONDS)
+    async with opened_batching(settings, connections=1, gather_seconds=FAR_SECONDS) as batching:
+        rows = await send_words(batching, *(f"w{n}" for n in range(PARALLEL_BATCH_MIN)))
+        assert [row[1] for row in rows] == [PARALLEL_BATCH_MIN] * PARALLEL_BATCH_MIN
+
+
+async def test_gathering_ends_when_the_first_request_is_overdue(echo: Connection, settings: Settings) -> None:
+    async with opened_batching(settings, connections=1, gather_seconds=FAR_SECONDS) as batching:
+        assert (await batching.submit(EchoRequest("first")))[1] == 1
+
+
+async def test_gathered_requests_are_sent_at_the_end(
+    echo: Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching_module, "QUEUED_SECONDS_MAX", FAR_SECONDS)
+    async with opened_batching(settings, connections=1, gather_seconds=FAR_SECONDS) as batching:
+        answer = batching.submit(EchoRequest("last"))
+    assert (await answer)[1] == 1
 
 
 async def test_batch_size_is_bounded(echo: Connection, settings: Settings) -> None:
