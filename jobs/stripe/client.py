@@ -35,6 +35,7 @@ from jobs.stripe.errors import (
     provider_error,
     senseless_answer,
 )
+from jobs.stripe.request_slots import RequestSlots
 
 API_VERSION = "2026-10-28.endive"
 STRIPE_URL = "https://api.stripe.com"
@@ -42,7 +43,6 @@ PROVIDER_CONNECTIONS_MAX = 32
 PAGE_SIZE = 100
 LIVE_REQUESTS_PER_SECOND = 80.0
 TEST_REQUESTS_PER_SECOND = 20.0
-YIELD_SECONDS = 0.25
 PROBE_SECONDS = 5.0
 # Time ranges of lists begin and end at multiples of so many seconds, so that many calls share a reading.
 LIST_WINDOW_SECONDS = 300
@@ -137,7 +137,7 @@ class StripeGateway:
         )
         self._database = database
         self._timeout_seconds = settings.surety_provider_timeout
-        self._per_second = requests_per_second(settings)
+        self._request_slots = RequestSlots(database, requests_per_second(settings))
         self._call_slots = asyncio.Semaphore(PROVIDER_CONNECTIONS_MAX)
         self.livemode = settings.provider.livemode
         self.has_restricted_key = settings.provider.key.reveal().startswith("rk_")
@@ -291,7 +291,7 @@ class StripeGateway:
         self, method: str, path: str, account: str, request: Json, *, key: str | None = None, urgent: bool = True
     ) -> ProviderResponse:
         """Send one request; return its answer or raise the error that describes its failure."""
-        await self._wait_for_slot(account, urgent=urgent)
+        await self._request_slots.wait(account, urgent=urgent)
         options: Json = {"stripe_version": API_VERSION, "max_network_retries": 0}
         if key is not None:
             options["idempotency_key"] = key
@@ -325,16 +325,9 @@ class StripeGateway:
             raise ProviderOutage("an answer that is no object", status=reply.code)
         return ProviderResponse(body, reply.code, reply.request_id, date_of(headers))
 
-    async def _wait_for_slot(self, account: str, *, urgent: bool) -> None:
-        """Wait for a request slot, which all workers share; urgent requests go first."""
-        if not self._per_second:
-            return
-        query = "select surety.reserve_request_slot('stripe', %s, %s, %s)"
-        while True:
-            seconds = await self._database.value(query, account, self._per_second, urgent)
-            await asyncio.sleep(YIELD_SECONDS if seconds is None else seconds)
-            if seconds is not None:
-                return
+    async def close(self) -> None:
+        """End the reservations under way."""
+        await self._request_slots.close()
 
 
 def metadata_of(row: Json) -> Json:
@@ -371,7 +364,9 @@ async def open_stripe(settings: Settings, database: WorkerDatabase) -> AsyncGene
     tls = ssl.create_default_context(cafile=stripe.ca_bundle_path)
     connect_seconds = min(CONNECT_SECONDS_MAX, 0.8 * settings.surety_provider_timeout)
     connections = ConnectionPool(url, tls, connect_seconds, proxy_for(url))
+    gateway = StripeGateway(StripeHttpClient(url, connections), settings, database)
     try:
-        yield StripeGateway(StripeHttpClient(url, connections), settings, database)
+        yield gateway
     finally:
+        await gateway.close()
         await connections.close()

@@ -70,32 +70,33 @@ end;
 comment on function surety.stripe_evidence_request(surety.disputes) is
 'All evidence given so far for a dispute, as Stripe names its parameters.';
 
-create or replace function surety.reserve_request_slot(
-    p_provider text, p_account text, p_per_second double precision, p_is_urgent boolean
-) returns double precision
+create or replace function surety.reserve_request_slots(
+    p_provider text, p_account text, p_per_second double precision, p_is_urgent boolean, p_count integer
+) returns double precision[]
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
     -- GCRA in one statement: each request moves next_at on by its share of a second; next_at lags by half a second at
-    -- most, which is the burst. A request that isn't urgent takes a slot only if it need not wait. The backlog is cut
+    -- most, which is the burst. Requests that aren't urgent take slots only if they need not wait. The backlog is cut
     -- to one minute, so a clock that was set back can't stop all requests.
     with taken as (
         insert into surety.request_slots as paces (provider, account, next_at)
         values (
             p_provider, p_account,
-            surety.time_now() - interval '500 milliseconds' + make_interval(secs => 1 / p_per_second)
+            surety.time_now() - interval '500 milliseconds' + make_interval(secs => p_count / p_per_second)
         )
         on conflict (provider, account) do update
         set next_at = greatest(
             least(paces.next_at, surety.time_now() + interval '1 minute'),
             surety.time_now() - interval '500 milliseconds'
-        ) + make_interval(secs => 1 / p_per_second)
+        ) + make_interval(secs => p_count / p_per_second)
         where p_is_urgent or paces.next_at < surety.time_now() - interval '250 milliseconds'
         returning extract(epoch from paces.next_at - surety.time_now())::double precision as seconds
     )
 
-    select greatest(0, taken.seconds) from taken;
+    select array_agg(greatest(0, taken.seconds - (p_count - slot.n) / p_per_second) order by slot.n)
+    from taken, generate_series(1, p_count) as slot (n);
 end;
 
-comment on function surety.reserve_request_slot(text, text, double precision, boolean) is
-'Reserves a slot for one request to a provider''s account. Returns the seconds to wait before sending; null when the
-request isn''t urgent and would have to wait, so that no slot was taken.';
+comment on function surety.reserve_request_slots(text, text, double precision, boolean, integer) is
+'Reserves slots for some requests to a provider''s account. Returns the seconds to wait before sending each; null when
+the requests aren''t urgent and would have to wait, so that no slot was taken.';

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -279,26 +278,3 @@ async def test_slow_call_does_not_delay_results_of_concurrent_calls(
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
     assert state_of(conn, slow) == "submitting"
-
-
-def test_request_slots_are_shared_and_commands_take_precedence(conn: Connection) -> None:
-    # One statement, so that its time stands still: 60 commands, then a request that isn't urgent.
-    query = "select surety.reserve_request_slot('stripe', '', 50, n <= 60) from generate_series(1, 61) as n"
-    *waits, last = [wait for (wait,) in conn.execute(query).fetchall()]
-    # A burst of half a second's requests goes at once; the last of 60 waits for the rest.
-    assert waits[:25] == [0] * 25
-    assert waits[-1] == pytest.approx(0.7)
-    assert last is None
-    assert conn.execute("select surety.reserve_request_slot('stripe', 'acct_other', 50, false)").fetchone() == (0,)
-
-
-async def test_a_bounded_rate_holds_for_real_calls(
-    conn: Connection, database: str, sandbox: SandboxProcess, payment: Callable[..., str]
-) -> None:
-    for _ in range(12):
-        payment()
-    async with in_process_worker(database, sandbox.url, per_second=10) as worker:
-        began = time.monotonic()
-        await run_until_idle(worker, "submit")
-        # Five go at once, the last of the other seven 0.7 s after the first.
-        assert time.monotonic() - began > 0.69
