@@ -65,6 +65,9 @@ ANSWER_SECONDS_MAX: dict[ProcessKind, float] = {
     "analyst": 905.0,
     "auditor": 65.0,
 }
+# How often a wait looks at its connection without an event. With psycopg's default, a tenth of a second, a listener
+# alone would take most of the time of an idle process.
+LOOK_SECONDS = 5.0
 READ_ONLY_KINDS: frozenset[ProcessKind] = frozenset({"analyst", "auditor"})
 
 
@@ -155,7 +158,7 @@ class BoundedWaitConnection(AsyncConnection[tuple[Any, ...]]):
     async def wait(
         self,
         gen: PQGen[Result],
-        interval: float = 0.1,
+        interval: float = LOOK_SECONDS,
         timeout: float | None = None,  # noqa: ASYNC109  psycopg's signature
     ) -> Result:
         """Wait as psycopg does, up to a limit."""

@@ -7,7 +7,8 @@ Run by `procrastinate --app jobs.app worker`, in any number of processes. A paym
     stripe/          the client, its errors, what Stripe's objects and webhooks say, the check of our key
     circuit_breaker  reports calls to the database's circuits, and probes
     recorder         records the results of calls, in groups
-    periodic         the periodic jobs and when they run
+    leader           the one worker that runs the periodic jobs and schedules handlers
+    periodic         the periodic jobs and how often they run
     polling          unfinished objects and lists that are read from the provider
     supervision      restarts Procrastinate's worker, stops it by signals
     mode             ends a worker whose key has another mode than the database
@@ -30,12 +31,18 @@ from jobs.supervision import WorkerApp, open_pool
 app = WorkerApp(
     connector=PsycopgConnector(pool_factory=open_pool),
     worker_defaults={
-        # Room for two drains of each handler and for every periodic job at once.
-        "concurrency": 2 * len(HANDLERS) + len(periodic.PERIODIC_JOBS),
+        # Room for two drains of each handler, and for the upkeep of its tables.
+        "concurrency": 2 * len(HANDLERS) + 1,
         "delete_jobs": "always",
         "fetch_job_polling_interval": 1.0,
         "shutdown_graceful_timeout": 30.0,
     },
 )
 app.task(name="drain", queue="outbox", pass_context=True)(drain.drain)
-periodic.add_periodic_tasks(app)
+# Procrastinate watches its side tasks only until the first of them ends, as its deferrer would without a periodic task.
+# Then it would not notice the end of its listener.
+app.periodic(cron="0 * * * *")(
+    app.task(name="delete_orphaned_jobs", queue="periodic", queueing_lock="delete_orphaned_jobs", pass_context=True)(
+        periodic.delete_orphaned_jobs
+    )
+)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -24,7 +24,8 @@ log = logging.getLogger("surety.database")
 T = TypeVar("T")
 Row = TypeVar("Row")
 
-WORKER_CONNECTIONS_MAX = 12
+# One of them is the leader's.
+WORKER_CONNECTIONS_MAX = 13
 # The pool doubles its pauses up to minutes, so it gives up early and is started again.
 POOL_SECONDS = 5.0
 START_SECONDS_MAX = 30.0
@@ -114,6 +115,21 @@ class WorkerDatabase:
                 async with self._locks_mutex:
                     await locks.release(name)
 
+    @asynccontextmanager
+    async def try_lead(self, name: str) -> AsyncGenerator[LeaderSession | None]:
+        """A session that holds the lock of that name; None if another worker has it. Raises psycopg.Error."""
+        async with self._pool.connection() as connection:
+            session = LeaderSession(connection)
+            key = await session.value(TAKE_LOCK, name, LOCK_IDLE_SECONDS)
+            if key is None:
+                yield None
+                return
+            try:
+                yield session
+            finally:
+                with suppress(psycopg.Error):
+                    await session.value(UNLOCK, key, None)
+
     async def _try(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         """Run the work on a connection of the pool, and again after a retryable error.
 
@@ -157,6 +173,31 @@ class WorkerDatabase:
         except psycopg.Error as error:
             if outdates_connection(error):
                 await connection.close()
+            raise
+
+
+class LeaderSession:
+    """A session whose lock makes its worker the leader. The lock ends with it, also after LOCK_IDLE_SECONDS without a
+    statement.
+    """
+
+    def __init__(self, connection: AsyncConnection[Any]) -> None:
+        self._connection = connection
+
+    @property
+    def is_lost(self) -> bool:
+        """The connection is gone, and with it the lock."""
+        return self._connection.closed
+
+    async def value(self, query: LiteralString, *values: Any) -> Any:
+        """The one value that a query gives. Raises psycopg.Error at once."""
+        try:
+            cursor = self._connection.cursor(row_factory=scalar_row)
+            return await (await cursor.execute(query, values)).fetchone()
+        except BaseException as error:
+            # Its lock must end, also when this call was canceled.
+            if not isinstance(error, psycopg.Error) or outdates_connection(error):
+                await self._connection.close()
             raise
 
 

@@ -1,9 +1,8 @@
-"""Periodic jobs: when each runs, and the upkeep among them.
+"""Periodic jobs: how often each runs, and the upkeep among them.
 
-A job runs in one worker at a time; a second start finds its lock taken and ends. Those without a time below run every
-SURETY_POLL_SECONDS.
+All run in one worker, the leader (leader.py). Those without a time below run every SURETY_POLL_SECONDS.
 
-    schedule_due_handlers      schedules handlers that have due work             every second
+    schedule_due_handlers      schedules handlers that have due work             every second (leader.py)
     poll_…, recheck_…          reads from the provider (jobs/polling.py)
     retry_unmatched_facts      matches facts again that found no payment
     check_deadlines            expected settlements, payers' actions, refused accounts, evidence
@@ -18,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import LiteralString
 
-from procrastinate import App, JobContext
+from procrastinate import JobContext
 
 from db.errors import error_text, is_retryable
 from db.settings import Settings
@@ -34,17 +33,12 @@ from jobs.worker import Worker, worker_of
 
 log = logging.getLogger("surety.periodic")
 
-MINUTE_SECONDS = 60
-HOUR_SECONDS = 3600
+SCHEDULING = "schedule_due_handlers"
+INTERVAL_SECONDS = {SCHEDULING: 1, "check_provider_key": 60, "maintain": 3600}
 # How long before its deadline a dispute's missing evidence is reported.
 EVIDENCE_REMINDER_LEAD = timedelta(days=3)
 
 PeriodicJob = Callable[[Worker], Awaitable[None]]
-
-
-async def schedule_due_handlers(worker: Worker) -> None:
-    """Schedule the handlers that have due work: missed notifications, retries, batches of dead workers."""
-    await worker.database.value("select outbox.schedule_due_handlers()")
 
 
 async def retry_unmatched_facts(worker: Worker) -> None:
@@ -68,11 +62,16 @@ async def check_deadlines(worker: Worker) -> None:
 
 
 async def maintain(worker: Worker) -> None:
-    """Make partitions for the months ahead; delete expired idempotency keys, old counts and orphaned jobs."""
+    """Make partitions for the months ahead; delete expired idempotency keys and old counts."""
     await worker.database.value("select surety.maintain_partitions()")
     await repeat_until_done(worker, "select surety.delete_expired_idempotency_keys()")
     await worker.database.value("select surety.delete_old_refusals()")
-    await worker.database.value("select outbox.delete_orphaned_jobs()")
+
+
+async def delete_orphaned_jobs(context: JobContext, timestamp: int) -> None:
+    """Delete jobs of dead workers from Procrastinate's tables."""
+    del timestamp
+    await worker_of(context).database.value("select outbox.delete_orphaned_jobs()")
 
 
 async def repeat_until_done(worker: Worker, query: LiteralString) -> None:
@@ -82,7 +81,6 @@ async def repeat_until_done(worker: Worker, query: LiteralString) -> None:
 
 
 PERIODIC_JOBS: dict[str, PeriodicJob] = {
-    "schedule_due_handlers": schedule_due_handlers,
     "poll_unfinished": poll_unfinished,
     "poll_events": poll_events,
     "poll_balance_transactions": poll_balance_transactions,
@@ -95,26 +93,11 @@ PERIODIC_JOBS: dict[str, PeriodicJob] = {
 }
 
 
-def add_periodic_tasks(workers: App) -> None:
-    """Make each periodic job a task of Procrastinate's: at most one waits, at most one runs."""
-    for name, job in PERIODIC_JOBS.items():
-        workers.task(name=name, queue="periodic", queueing_lock=name, pass_context=True)(run_alone(job, name))
+async def run_and_record(worker: Worker, name: str, job: PeriodicJob, *, success_is_recorded: bool = False) -> bool:
+    """Run a periodic job and record its end for `surety status`; returns whether it succeeded.
 
-
-def run_alone(job: PeriodicJob, name: str) -> Callable[..., Awaitable[None]]:
-    """A job that does nothing while another worker runs it."""
-
-    async def run(context: JobContext, /, timestamp: int) -> None:
-        worker = worker_of(context)
-        async with worker.database.try_lock(name) as is_locked:
-            if is_locked:
-                await run_and_record(worker, name, job)
-
-    return run
-
-
-async def run_and_record(worker: Worker, name: str, job: PeriodicJob) -> None:
-    """Run a periodic job and record its end for `surety status`. Procrastinate logs errors that it raises."""
+    Raises the errors that no repetition may mend.
+    """
     try:
         await job(worker)
     except Exception as error:
@@ -123,8 +106,10 @@ async def run_and_record(worker: Worker, name: str, job: PeriodicJob) -> None:
         if not is_retryable(error):
             raise
         log.warning("%s failed: %s", name, failure)
-    else:
+        return False
+    if not success_is_recorded:
         await record_end(worker, name, None)
+    return True
 
 
 async def record_end(worker: Worker, name: str, failure: str | None) -> None:
@@ -134,26 +119,6 @@ async def record_end(worker: Worker, name: str, failure: str | None) -> None:
     await worker.database.value(query, name, every, failure)
 
 
-def schedule_periodic_tasks(workers: App, settings: Settings) -> None:
-    """Set when each periodic job starts; a second call in the same process replaces the first."""
-    workers.periodic_registry.periodic_tasks.clear()
-    for name in PERIODIC_JOBS:
-        workers.periodic(cron=cron(interval_seconds(name, settings)))(workers.tasks[name])
-
-
 def interval_seconds(name: str, settings: Settings) -> int:
     """The seconds between two starts of a periodic job."""
-    fixed = {"schedule_due_handlers": 1, "check_provider_key": MINUTE_SECONDS, "maintain": HOUR_SECONDS}
-    return fixed.get(name, settings.surety_poll_seconds)
-
-
-def cron(seconds: int) -> str:
-    """The crontab of an interval. Procrastinate's has the seconds last.
-
-    Starts are at multiples of the interval in each minute or hour: an interval of 45 s starts at :00 and :45.
-    """
-    if seconds < MINUTE_SECONDS:
-        return f"* * * * * */{seconds}"
-    if seconds >= HOUR_SECONDS:
-        return "0 * * * *"
-    return f"*/{min(59, seconds // MINUTE_SECONDS)} * * * *"
+    return INTERVAL_SECONDS.get(name, settings.surety_poll_seconds)

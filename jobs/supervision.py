@@ -8,13 +8,16 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from importlib.metadata import version
 from typing import Any, Unpack
+from weakref import WeakKeyDictionary
 
 import psycopg
 from procrastinate import App
 from procrastinate.app import WorkerOptions
+from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from db.connect import bounded_connection, conninfo, find_undeployed
@@ -23,14 +26,15 @@ from db.logs import format_root_handlers
 from db.settings import load_settings
 from db.tasks import cancel_and_wait
 from jobs.database import POOL_SECONDS
+from jobs.leader import run_periodic_jobs
 from jobs.mode import ModeWatch
-from jobs.periodic import schedule_periodic_tasks
 from jobs.stripe.key_check import check_provider_key
 from jobs.worker import Worker, open_worker
 
 log = logging.getLogger("surety.worker")
 
 RESTART_SECONDS = 1.0
+CHECK_UNUSED_SECONDS = 10.0
 
 
 class WorkerApp(App):
@@ -46,7 +50,6 @@ class WorkerApp(App):
         are of different modes.
         """
         settings = load_settings()
-        schedule_periodic_tasks(self, settings)
         name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
         by_signals = options.get("install_signal_handlers", True)
         async with open_worker(settings, name) as worker, checking_key_at_start(worker):
@@ -63,15 +66,27 @@ class WorkerApp(App):
                 "additional_context": {"worker": worker},
             }
             watch = ModeWatch(settings, worker.database)
-            while not worker.stopping.is_set():
-                running = asyncio.create_task(super().run_worker_async(**work))
-                with (
-                    stop_on_signals(worker.stopping, running) if by_signals else contextlib.nullcontext(),
-                    watch.stop_on_other_mode(worker.stopping, running),
-                ):
-                    await wait_until_worker_ends(worker.stopping, running)
+            async with running_periodic_jobs(worker):
+                while not worker.stopping.is_set():
+                    running = asyncio.create_task(super().run_worker_async(**work))
+                    with (
+                        stop_on_signals(worker.stopping, running) if by_signals else contextlib.nullcontext(),
+                        watch.stop_on_other_mode(worker.stopping, running),
+                    ):
+                        await wait_until_worker_ends(worker.stopping, running)
             if watch.mismatch is not None:
                 raise watch.mismatch
+
+
+@contextlib.asynccontextmanager
+async def running_periodic_jobs(worker: Worker) -> AsyncGenerator[None]:
+    """Lead, or try to lead, beside Procrastinate's worker. After that has stopped, wait for the periodic jobs."""
+    jobs = asyncio.create_task(run_periodic_jobs(worker), name="periodic jobs")
+    try:
+        yield
+        await jobs
+    finally:
+        await cancel_and_wait(jobs)
 
 
 @contextlib.asynccontextmanager
@@ -160,12 +175,31 @@ def open_pool(**options: Any) -> AsyncConnectionPool:
     with contextlib.suppress(psycopg.Error):
         if (missing := find_undeployed("worker", settings, "surety.key_check_is_due(text, text)")) is not None:
             raise DatabaseNotReady(f"the database has no {missing}: run `surety deploy` first")
+    options["check"] = check_if_unused
     return AsyncConnectionPool(
         where,
         connection_class=bounded_connection("worker"),
+        configure=set_autocommit,
         min_size=1,
         max_size=4,
         timeout=POOL_SECONDS,
         reconnect_timeout=POOL_SECONDS,
         **options,
     )
+
+
+async def set_autocommit(connection: AsyncConnection[Any]) -> None:
+    """Make each statement a transaction: Procrastinate's are single function calls."""
+    await connection.set_autocommit(True)
+
+
+async def check_if_unused(connection: AsyncConnection[Any]) -> None:
+    """Check a connection that was not taken for a while. Raises psycopg.OperationalError if it is broken."""
+    now = time.monotonic()
+    if now - _taken_at.get(connection, 0.0) > CHECK_UNUSED_SECONDS:
+        await AsyncConnectionPool.check_connection(connection)
+    _taken_at[connection] = now
+
+
+_taken_at: WeakKeyDictionary[AsyncConnection[Any], float] = WeakKeyDictionary()
+"""When each of Procrastinate's connections was last taken from the pool, on the monotonic clock."""

@@ -26,7 +26,7 @@ log = logging.getLogger("surety.worker")
 
 CIRCUIT_TURN_SECONDS = 1.0
 CALL_REPORT_SECONDS_MAX = 5.0
-LOOP_SIGNALS_PER_STALL = 30
+LOOP_SIGNALS_PER_STALL = 10
 
 
 class HandlerSettings(Struct, frozen=True):

@@ -356,6 +356,43 @@ def test_periodic_check_skips_idle_handlers_until_many_events_passed(outbox: Con
     assert call(outbox, "outbox.schedule_due_handlers") == [HANDLER]
 
 
+def test_turn_of_the_leader_finds_work_that_came_since_its_idle_mark(outbox: Connection) -> None:
+    def turn(mark: str | None) -> str | None:
+        mark = call(outbox, "outbox.schedule_work_since", mark)
+        assert (mark is None) == (call(outbox, "outbox.schedule_due_handlers") is not None)
+        return mark
+
+    idle = turn(None)
+    assert idle is not None and turn(idle) == idle
+    event = emit(outbox)
+    assert turn(idle) is None, "an event"
+    batch = claimed(outbox)
+    idle = turn(idle)
+    assert idle is not None, "it is claimed"
+    expire_lease(outbox, batch)
+    assert turn(idle) is None, "a lease has expired"
+    assert fail(outbox, claimed(outbox), event)
+    assert turn(idle) is None, "a retry is due"
+    outbox.execute("update outbox.handlers set paused_at = now() where handler = %s", (HANDLER,))
+    idle = turn(idle)
+    assert idle is not None, "its handler is paused"
+    outbox.execute("update outbox.handlers set paused_at = null")
+    assert turn(idle) is None, "its handler is resumed"
+    assert complete(outbox, claimed(outbox))
+    assert turn(idle) is not None
+
+
+def test_turn_of_the_leader_sees_an_event_that_commits_late(outbox: Connection, connections: Connections) -> None:
+    late = connections()
+    emit(late)
+    emit(outbox)
+    assert complete(outbox, claimed(outbox))
+    idle = call(outbox, "outbox.schedule_work_since", None)
+    assert idle is not None
+    late.commit()
+    assert call(outbox, "outbox.schedule_work_since", idle) is None
+
+
 def claim_and_announce(conn: Connection, again_after: str) -> tuple[int, int, list[str]]:
     """Claim a batch, and announce another claim after that time."""
     query = "select batch_id, fence, event_ids from outbox.claim_batch(%s, 'w', %s::interval)"

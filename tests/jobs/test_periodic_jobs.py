@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from app.status_findings import FindingId, find_problems
-from jobs.periodic import PERIODIC_JOBS, run_and_record
+from jobs.leader import run_periodic_jobs
+from jobs.periodic import PERIODIC_JOBS, PeriodicJob, run_and_record
 from jobs.polling import poll_events
+from jobs.worker import Worker
 from tests.support.payments import Connection, add_merchant, fact, pay, record
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
 from tests.support.workers import in_process_worker, run_until_idle, wait_for_worker, worker_process
@@ -210,3 +212,115 @@ def test_webhooks_that_do_not_arrive_are_a_finding_until_one_arrives(conn: Conne
     for n in range(5, 8):
         conn.execute("select surety.store_polled_events(%s)", (event(n),))
     assert findings(conn, "webhooks-missing") == [], "webhooks may be slower than a poll"
+
+
+class RunningJobs:
+    """A periodic job that goes on until it is released, in each worker that runs it."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.canceled: list[str] = []
+        self.ended: list[str] = []
+        self.release = asyncio.Event()
+
+    async def run(self, worker: Worker) -> None:
+        """The job."""
+        self.begun.append(worker.name)
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.canceled.append(worker.name)
+            raise
+        self.ended.append(worker.name)
+
+
+async def until(check: Callable[[], bool]) -> None:
+    """Until a condition is true, while other tasks run."""
+    async with asyncio.timeout(30):
+        while not check():  # noqa: ASYNC110  the condition is in the database
+            await asyncio.sleep(0.02)
+
+
+def replace_jobs(monkeypatch: pytest.MonkeyPatch, **jobs: PeriodicJob) -> None:
+    """Other periodic jobs, under names of those that exist."""
+    monkeypatch.setattr("jobs.leader.PERIODIC_JOBS", jobs)
+
+
+LEADERS = (
+    "from pg_locks where locktype = 'advisory' and objsubid = 1 and granted"
+    " and database = (select oid from pg_database where datname = current_database())"
+)
+
+
+async def test_next_leader_starts_the_jobs_that_the_last_one_left(
+    conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = RunningJobs()
+    replace_jobs(monkeypatch, maintain=jobs.run)
+    async with (
+        in_process_worker(database, "http://unused") as here,
+        in_process_worker(database, "http://unused") as there,
+    ):
+        there.name = "there"
+        async with asyncio.TaskGroup() as group:
+            group.create_task(run_periodic_jobs(here))
+            await until(lambda: jobs.begun == ["here"])
+            group.create_task(run_periodic_jobs(there))
+            scheduled = "select count(*) from surety.periodic_jobs where job = 'schedule_due_handlers'"
+            await until(lambda: conn.execute(scheduled).fetchone() == (1,))
+            conn.execute(f"select pg_terminate_backend(pid) {LEADERS}".encode())
+            await until(lambda: len(jobs.begun) == 2)
+            await until(lambda: jobs.canceled == ["here"])
+            leader, other = (there, here) if jobs.begun[1] == "there" else (here, there)
+            leader.stopping.set()
+            await asyncio.sleep(0)
+            jobs.release.set()
+            await until(lambda: jobs.ended == [leader.name])
+            await until(lambda: len(jobs.begun) == 3)
+            assert jobs.begun[2] == other.name
+            other.stopping.set()
+    assert conn.execute(f"select count(*) {LEADERS}".encode()).fetchone() == (0,)
+
+
+async def test_failing_turn_of_the_leader_is_a_finding_and_its_jobs_go_on(
+    conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = RunningJobs()
+    replace_jobs(monkeypatch, maintain=jobs.run)
+    function = "execute on function outbox.schedule_work_since(text)"
+    conn.execute(f"revoke {function} from surety_worker".encode())
+    try:
+        async with in_process_worker(database, "http://unused") as worker, asyncio.TaskGroup() as group:
+            group.create_task(run_periodic_jobs(worker))
+            await until(lambda: findings(conn, "periodic-job-failing") != [])
+            [(_, what)] = findings(conn, "periodic-job-failing")
+            assert "schedule_due_handlers has failed" in what and "permission denied" in what
+            conn.execute(f"grant {function} to surety_worker".encode())
+            await until(lambda: findings(conn, "periodic-job-failing") == [])
+            jobs.release.set()
+            worker.stopping.set()
+        assert (jobs.begun, jobs.canceled) == (["here"], [])
+    finally:
+        conn.execute(f"grant {function} to surety_worker".encode())
+
+
+async def test_job_that_fails_unforeseen_is_recorded_and_started_again(
+    conn: Connection, database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun = []
+
+    async def fail(_worker: object) -> None:
+        await asyncio.sleep(0)
+        begun.append("job")
+        raise ValueError("a bad row")
+
+    replace_jobs(monkeypatch, check_deadlines=fail)
+    async with (
+        in_process_worker(database, "http://unused", SURETY_POLL_SECONDS="1") as worker,
+        asyncio.TaskGroup() as group,
+    ):
+        group.create_task(run_periodic_jobs(worker))
+        await until(lambda: len(begun) == 3)
+        worker.stopping.set()
+    assert conn.execute("select failures from surety.periodic_jobs where job = 'check_deadlines'").fetchone() == (3,)
+    assert "check_deadlines failed" in caplog.text and "a bad row" in caplog.text

@@ -16,7 +16,7 @@ from jobs import app
 from jobs.database import WorkerDatabase
 from jobs.drain import drain
 from jobs.handlers.table import HANDLERS
-from jobs.periodic import PERIODIC_JOBS
+from jobs.periodic import PERIODIC_JOBS, run_and_record
 from jobs.stripe.client import StripeGateway, StripeHttpClient
 from jobs.worker import Batch, Worker, run_circuit_breaker
 from tests.simulation.clients import PATIENCE_SECONDS, RETRY_AFTER_SECONDS
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SETTINGS = load_settings({"SURETY_SANDBOX_URL": "http://provider", "DATABASE_URL": "postgresql:///"})
 HTTP_CLIENT = StripeHttpClient("http://provider", SENDER)
-PERIODIC_JOB_NAMES = tuple(name for name in PERIODIC_JOBS if name != "schedule_due_handlers")
+PERIODIC_JOB_NAMES = tuple(PERIODIC_JOBS)
 
 
 async def probe(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
@@ -67,6 +67,7 @@ class WorkerProcess(Process):
         )
         self.running: dict[str, int] = {}
         self.jobs: dict[asyncio.Task[Any], None] = {}
+        self.idle_mark: str | None = None
         self.start(run_circuit_breaker(self.worker))
 
     def drain(self, handler: str) -> asyncio.Task[Any]:
@@ -75,7 +76,7 @@ class WorkerProcess(Process):
 
     def run_periodic_job(self, name: str) -> asyncio.Task[Any]:
         """Start a periodic job."""
-        return self._start_job(name, app.tasks[name](self.context, timestamp=0))
+        return self._start_job(name, self._run_periodic_job(name))
 
     def stop(self) -> None:
         """Stop as by SIGTERM: running jobs finish, then the process ends."""
@@ -88,6 +89,12 @@ class WorkerProcess(Process):
         self.jobs[task] = None
         task.add_done_callback(self.jobs.pop)
         return task
+
+    async def _run_periodic_job(self, name: str) -> None:
+        """Run a periodic job unless another process runs it. Leaders that change may leave it to any process."""
+        async with self.worker.database.try_lock(name) as is_locked:
+            if is_locked:
+                await run_and_record(self.worker, name, PERIODIC_JOBS[name])
 
     async def _run(self, name: str, job: Any) -> None:
         self.running[name] = self.running.get(name, 0) + 1

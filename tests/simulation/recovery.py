@@ -97,7 +97,11 @@ async def run_periodic_jobs(schedule: Schedule, names: Iterable[str]) -> None:
     for name in names:
         await worker.run_periodic_job(name)
     schedule.database.move_clock(schedule.loop.seconds)
+    [(mark,)] = schedule.database.rows("select outbox.schedule_work_since(%s)", worker.idle_mark)
     [(due,)] = schedule.database.rows("select outbox.schedule_due_handlers()")
+    if (mark is None) != (due is not None):
+        schedule.report_violation("the leader sees all work", f"{due} since {worker.idle_mark}")
+    worker.idle_mark = mark
     schedule.scheduled = dict.fromkeys(due or ())
     while schedule.scheduled:
         handler = min(schedule.scheduled, key=HANDLER_ORDER.index)

@@ -94,6 +94,7 @@ outbox.fail_events(bigint, bigint, jsonb),
 outbox.release_events(bigint, bigint, text[], interval, text, text, text, boolean),
 outbox.has_work(text),
 outbox.schedule_due_handlers(),
+outbox.schedule_work_since(text),
 outbox.delete_orphaned_jobs(),
 audit.write_entries(jsonb)
 to surety_worker;

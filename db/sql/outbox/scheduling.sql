@@ -25,8 +25,7 @@ end;
 $$;
 
 comment on function outbox.has_work(text) is
-'Whether the handler has events to claim, or its cursor is a hundred events of other handlers behind. A periodic job
-asks every second.';
+'Whether the handler has events to claim, or its cursor is a hundred events of other handlers behind.';
 
 create or replace function outbox.schedule_handlers(p_handlers text[], p_is_urgent boolean default false)
 returns integer
@@ -107,3 +106,41 @@ $$;
 
 comment on function outbox.schedule_due_handlers() is
 'Schedules the handlers that have work, and returns their names; null if there are none.';
+
+create or replace function outbox.schedule_work_since(p_idle_mark text) returns text
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_seen pg_snapshot := split_part(p_idle_mark, ' ', 1)::pg_snapshot;
+    v_mark_hash bigint := split_part(p_idle_mark, ' ', 2)::bigint;
+    v_goal pg_snapshot := pg_current_snapshot();
+    v_hash bigint := (
+        select hashtextextended(string_agg(h::text, '' order by h.handler), 0) from outbox.handlers as h);
+begin
+    -- The mark is taken before the handlers are asked, so a change beside this call is seen by the next one.
+    if v_hash is distinct from v_mark_hash
+        or exists (
+            select from outbox.handlers as h
+            where h.paused_at is null and (
+                exists (select from outbox.retries as r where r.handler = h.handler and r.due_at <= v_now)
+                or exists (select from outbox.batches as b where b.handler = h.handler and b.leased_until < v_now)
+            )
+        )
+        or exists (
+            select from outbox.scan_events(
+                (select max(h.generation) from outbox.handlers as h), v_seen, v_goal, '0', '', 1)
+        )
+    then
+        if outbox.schedule_due_handlers() is not null then
+            return null;
+        end if;
+    end if;
+    return v_goal || ' ' || v_hash;
+end;
+$$;
+
+comment on function outbox.schedule_work_since(text) is
+'Schedules the handlers that have work. Returns a mark if none has, else null. Given the mark of the last call, it asks
+handler by handler only if something has changed since: an event, a due retry, an expired lease, a handler. A worker
+calls it every second.';
