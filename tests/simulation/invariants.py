@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from tests.simulation.initial_state import CONNECTED_MERCHANT
@@ -242,8 +242,9 @@ def check_states(schedule: Schedule, charged: dict[str, int]) -> None:
 
 
 def paid_by(schedule: Schedule, record: StoredObject) -> str:
-    """The payment that a refund or dispute at the provider belongs to."""
-    payment_id: str = schedule.provider.memory.get(record.body["charge"]).body["metadata"]["surety_payment"]
+    """The payment that a charge, refund or dispute at the provider belongs to."""
+    charge = record if record.kind == "charge" else schedule.provider.memory.get(record.body["charge"])
+    payment_id: str = charge.body["metadata"]["surety_payment"]
     return payment_id
 
 
@@ -283,20 +284,8 @@ def check_disputes(schedule: Schedule) -> None:
 
 
 def check_ledger(schedule: Schedule) -> None:
-    """The ledger equals books kept independently from the provider's records and the agreed fees."""
-    expected: dict[str, int] = {}
-
-    def book(account: str, amount: int) -> None:
-        expected[account] = expected.get(account, 0) + amount
-
-    book_provider_records(schedule, book)
-    for payment_id, merchant, currency in schedule.database.rows(
-        "select id, merchant_id, currency from surety.payments where captured_minor > 0"
-    ):
-        [(amount,)] = schedule.database.rows("select captured_minor from surety.payments where id = %s", payment_id)
-        fee = (amount * 340 + 5000) // 10000 + 35
-        book(f"available {merchant} {currency}", amount - fee)
-        book(f"fee_revenue {currency}", fee)
+    """The ledger equals books kept independently, from nothing but the provider's balance lines and the agreed fees."""
+    expected = books_of_balance_lines(schedule)
     found: Counter[str] = Counter()
     for kind, owner, currency, total in schedule.database.rows(
         "select a.kind, a.owner_id, a.currency, sum(case when l.is_credit then l.amount_minor"
@@ -306,43 +295,38 @@ def check_ledger(schedule: Schedule) -> None:
     ):
         is_merchants = kind in {"available", "pending", "disputed", "reserved_for_refunds"}
         found[f"{kind} {owner} {currency}" if is_merchants else f"{kind} {currency}"] += int(total)
-    found = Counter({account: total for account, total in found.items() if total})
-    expected = {account: total for account, total in expected.items() if total}
-    if found != expected:
-        differing = {name: (expected.get(name), found.get(name)) for name in sorted(found.keys() | expected.keys())}
-        wrong = {name: both for name, both in differing.items() if both[0] != both[1]}
+    both = {name: (expected[name], found[name]) for name in sorted(found.keys() | expected.keys())}
+    if wrong := {name: totals for name, totals in both.items() if totals[0] != totals[1]}:
         schedule.report_violation("the ledger is what was agreed and what happened", f"expected and found: {wrong}")
 
 
-def book_provider_records(schedule: Schedule, book: Callable[[str, int], None]) -> None:
-    """Book the provider's balance transactions, and the merchants' amounts in refunds and disputes."""
-    memory = schedule.provider.memory
+def books_of_balance_lines(schedule: Schedule) -> Counter[str]:
+    """Each account's balance after all has ended: what came in and went out is the merchant's, less the fees.
+
+    No status counts, neither here nor there: nothing may stay reserved, withheld or due.
+    """
+    books: Counter[str] = Counter()
+    charged: Counter[tuple[str, str]] = Counter()
     merchants = dict(schedule.database.rows("select id, merchant_id from surety.payments"))
-    for line in memory.all_of_kind("balance_transaction"):
-        book(f"provider_balance {line.currency}", -line.body["net"])
-        book(f"provider_cost {line.currency}", -line.body["fee"])
-        source = memory.find(line.body["source"] or "")
-        if source is None or source.kind not in {"refund", "dispute"}:
-            continue
-        merchant = f"{merchants[paid_by(schedule, source)]} {line.currency}"
-        if source.kind == "refund":
-            book(f"reserved_for_refunds {merchant}", line.body["amount"])
-        else:
-            book(f"withheld_by_network {line.currency}", line.body["amount"])
+    for line in schedule.provider.memory.all_of_kind("balance_transaction"):
+        currency, amount, fee = line.currency, line.body["amount"], line.body["fee"]
+        books[f"provider_balance {currency}"] -= line.body["net"]
+        books[f"provider_cost {currency}"] -= fee
+        source = schedule.provider.memory.get(line.body["source"])
+        payment_id = paid_by(schedule, source)
+        available = f"available {merchants[payment_id]} {currency}"
+        books[available] += amount
+        if source.kind == "charge":
+            charged[payment_id, currency] += amount
+        elif source.kind == "dispute":
             # The network's fee is passed on.
-            book(f"available {merchant}", -line.body["fee"])
-            book(f"fee_revenue {line.currency}", line.body["fee"])
-    for refund in memory.all_of_kind("refund"):
-        if refund.body["status"] in ACTIVE_REFUND_STATUSES:
-            merchant = f"{merchants[paid_by(schedule, refund)]} {refund.body['currency']}"
-            book(f"available {merchant}", -refund.body["amount"])
-            book(f"reserved_for_refunds {merchant}", refund.body["amount"])
-    for dispute in memory.all_of_kind("dispute"):
-        is_lost, currency = dispute.body["status"] in KEPT_DISPUTE_STATUSES, dispute.body["currency"]
-        if is_lost or dispute.body["status"] in OPEN_DISPUTE_STATUSES:
-            merchant = f"{merchants[paid_by(schedule, dispute)]} {currency}"
-            book(f"available {merchant}", dispute.net)
-            book(f"withheld_by_network {currency}" if is_lost else f"disputed {merchant}", -dispute.net)
+            books[available] -= fee
+            books[f"fee_revenue {currency}"] += fee
+    for (payment_id, currency), amount in charged.items():
+        fee = (amount * 340 + 5000) // 10000 + 35
+        books[f"available {merchants[payment_id]} {currency}"] -= fee
+        books[f"fee_revenue {currency}"] += fee
+    return books
 
 
 def check_expectations(schedule: Schedule) -> None:

@@ -44,7 +44,7 @@ RATES: dict[str, tuple[float, float]] = {
     "worker_stopped": (0.01, 0.05),
     "api_killed": (0.01, 0.05),
     "stalled": (0.1, 0.6),
-    "deploy": (0.01, 0.05),
+    "deploy": (0.03, 0.15),
     "outage": (0.2, 1.0),
     "access_refused": (0.2, 1.0),
 }
