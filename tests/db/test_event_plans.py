@@ -47,13 +47,13 @@ def emit_many(conn: Connection, count: int, merchant: str | None = None) -> None
 
 
 @contextmanager
-def explained_plans(conn: Connection) -> Generator[list[dict[str, Any]]]:
-    """Collect the plans of statements that walk through events by snapshots."""
+def explained_plans(conn: Connection, words: str = "pg_visible_in_snapshot") -> Generator[list[dict[str, Any]]]:
+    """Collect the plans that have these words: those of statements that walk through events by snapshots."""
     plans: list[dict[str, Any]] = []
 
     def collect(notice: Diagnostic) -> None:
         message = notice.message_primary or ""
-        if "pg_visible_in_snapshot" in message:
+        if words in message and '"Plan"' in message:
             plans.append(json.loads(message[message.index("{") :])["Plan"])
 
     conn.add_notice_handler(collect)

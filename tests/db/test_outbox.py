@@ -402,7 +402,7 @@ def claim_and_announce(conn: Connection, again_after: str) -> tuple[int, int, li
 
 def test_no_job_is_scheduled_until_an_announced_claim(outbox: Connection) -> None:
     emit(outbox)
-    batch = claim_and_announce(outbox, "10 minutes")
+    batch = claim_and_announce(outbox, "9 seconds")
     emit(outbox)
     assert call(outbox, "outbox.schedule_handlers", [HANDLER]) == 0
     assert outbox.execute("select outbox.schedule_handlers(%s, true)", ([HANDLER],)).fetchone() == (1,)
@@ -411,6 +411,14 @@ def test_no_job_is_scheduled_until_an_announced_claim(outbox: Connection) -> Non
     assert complete(outbox, batch)
     claim_and_announce(outbox, "0")
     assert call(outbox, "outbox.schedule_handlers", [HANDLER]) == 1
+
+
+def test_announcement_from_before_the_clock_was_set_back_holds_up_no_job(outbox: Connection) -> None:
+    emit(outbox)
+    claim_and_announce(outbox, "1 hour")
+    emit(outbox)
+    assert call(outbox, "outbox.schedule_due_handlers") == [HANDLER]
+    assert outbox.execute("select count(*) from procrastinate.procrastinate_jobs").fetchone() == (1,)
 
 
 def test_claim_that_finds_nothing_announces_nothing(outbox: Connection) -> None:

@@ -34,6 +34,8 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, procrastinate, pg_temp
 as $$
 declare
+    -- A later claim was announced before the clock was set back.
+    v_announced_max constant interval := '10 seconds';
     v_now timestamptz := surety.time_now();
     v_unknown text;
     v_scheduled integer;
@@ -48,7 +50,10 @@ begin
     select 'outbox', 'drain', 'drain:' || h.handler, jsonb_build_object('handler', h.handler)
     from outbox.handlers as h
     where h.handler = any(p_handlers) and h.paused_at is null
-        and (p_is_urgent or h.claims_again_at is null or h.claims_again_at <= v_now)
+        and (
+            p_is_urgent or h.claims_again_at is null
+            or h.claims_again_at not between v_now and v_now + v_announced_max
+        )
         -- An insert beside a concurrent one would wait for its commit.
         and not exists (
             select from procrastinate.procrastinate_jobs as waiting
@@ -63,8 +68,8 @@ $$;
 
 comment on function outbox.schedule_handlers(text[], boolean) is
 'Inserts a worker job for each handler that has none waiting and is not paused; returns how many. Call it after the
-commit of the events. A handler whose worker has announced another claim (outbox.claim_batch) needs none, unless
-p_is_urgent. Raises SU004 for an unknown handler.';
+commit of the events. A handler whose worker has announced another claim (outbox.claim_batch) for the next ten seconds
+needs none, unless p_is_urgent. Raises SU004 for an unknown handler.';
 
 create or replace function outbox.delete_orphaned_jobs() returns integer
 language sql volatile security definer

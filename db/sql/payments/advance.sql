@@ -145,8 +145,9 @@ comment on function surety.missing_steps(
 'The steps from a payment''s state to its target, by their ordinal. A payment makes every mandatory step of its path
 once. No row if it stands at its target, or has ended and nothing was captured.';
 
-create or replace function surety.advance_payments(p_derived surety.derived[], p_cause text, p_actor text, p_request_id
-text) returns text[]
+create or replace function surety.advance_payments(
+    p_derived surety.derived[], p_cause text, p_actor text, p_request_id text, p_causes jsonb default '{}'
+) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
@@ -187,7 +188,8 @@ begin
     walked as (
         insert into surety.steps (payment_id, version, from_state, to_state, cause, implied, at, actor, request_id)
         select
-            path.id, path.version + path.n::integer, path.from_state, path.state, p_cause,
+            path.id, path.version + path.n::integer, path.from_state, path.state,
+            coalesce(p_causes ->> path.id, p_cause),
             path.state <> path.target_state and path.state <> all(coalesce(path.evidenced, '{}'))
             and not (path.state = 'settled' and path.is_settled),
             v_now, p_actor, p_request_id
@@ -230,7 +232,8 @@ begin
 end;
 $$;
 
-comment on function surety.advance_payments(surety.derived[], text, text, text) is
+comment on function surety.advance_payments(surety.derived[], text, text, text, jsonb) is
 'Brings payments, already locked, to the states and amounts derived from their facts: the mandatory steps not yet made,
 then one direct step. A payment with a loss never settles: payment.money_available is emitted when its money is there.
-p_cause is written to the steps; p_request_id may be null. Returns the types of the events made.';
+p_cause is written to the steps, or the payment''s own cause in p_causes, by its id; p_request_id may be null. Returns
+the types of the events made.';

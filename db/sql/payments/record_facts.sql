@@ -144,7 +144,8 @@ begin
     end if;
 
     select array_agg(distinct f.payment_id order by f.payment_id) into v_ids from unnest(v_new) as f;
-    perform from surety.payments as p where p.id = any(v_ids) order by p.id for update;
+    -- A join, so that only the partitions of these payments are searched; an array as a parameter excludes none.
+    perform from unnest(v_ids) as known (id) join surety.payments as p on p.id = known.id order by p.id for update of p;
 
     v_new := surety.mark_mismatched_facts(v_new, v_now);
     insert into surety.facts select f.* from unnest(v_new) as f;
@@ -153,7 +154,9 @@ begin
 
     v_types := surety.advance_refunds(v_new, p_actor, p_request_id) || surety.advance_disputes(v_new, p_actor);
     v_derived := array(select d from surety.derive_payments(v_ids) as d);
-    v_types := v_types || surety.advance_payments(v_derived, v_new[1].source, p_actor, p_request_id);
+    v_types := v_types || surety.advance_payments(
+        v_derived, v_new[1].source, p_actor, p_request_id,
+        (select jsonb_object_agg(f.payment_id, f.source) from unnest(v_new) as f));
     v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);
     v_types := v_types || surety.emit_declined_attempts(v_new);
     perform surety.post_facts(v_new, v_derived, v_now);

@@ -142,8 +142,12 @@ begin
     )
     select array_agg(a.id) into v_added from added as a;
     insert into surety.refund_steps (refund_id, version, from_state, to_state, cause, at, actor, request_id)
-    select a.id, 1, null, 'pending', p_facts[1].source, p_at, p_actor, p_request_id
-    from unnest(v_added) as a (id) order by a.id;
+    select r.id, 1, null, 'pending', f.source, p_at, p_actor, p_request_id
+    from unnest(p_facts) as f
+    join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
+        and r.provider_id = f.object_id
+    where r.id = any(v_added)
+    order by r.id;
     perform surety.open_discrepancy(
         'duplicate', f.object_id, f.payment_id,
         format('%s was made for %s, which was made or refused already', f.object_id, f.data ->> 'refund'),

@@ -28,19 +28,31 @@ begin
         r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', r.payment_id, r.discrepancy ->> 'detail', '{}', true,
         v_now)
     from jsonb_to_recordset(p_results) as r (payment_id text, discrepancy jsonb)
-    where r.discrepancy is not null
+    where r.discrepancy is not null and not (
+        -- Another result has recorded the object.
+        r.discrepancy ->> 'kind' = 'unrecorded' and exists (
+            select from jsonb_array_elements(v_facts) as f (fact)
+            where f.fact ->> 'object_id' = r.discrepancy ->> 'subject'
+        )
+    )
     order by r.discrepancy ->> 'kind', r.discrepancy ->> 'subject';
 
+    -- Sorted, because another worker may record results of the same calls. A refused send counts by its number: a
+    -- result that is recorded late, or twice, proves nothing about another send.
     update surety.calls as c
-    set answered_at = v_now, status = r.status
-    from jsonb_to_recordset(p_results) as r (payment_id text, operation text, status smallint)
-    where c.payment_id = r.payment_id and c.operation = r.operation and r.status is not null;
-    -- By number: a result that is recorded late, or twice, proves nothing about another send.
-    update surety.calls as c
-    set refused_through = r.undone_send
-    from jsonb_to_recordset(p_results) as r (payment_id text, operation text, undone_send integer)
-    where r.undone_send is not null
-        and c.payment_id = r.payment_id and c.operation = r.operation and c.refused_through = r.undone_send - 1;
+    set answered_at = case when r.status is null then c.answered_at else v_now end,
+        status = coalesce(r.status, c.status),
+        refused_through = case c.refused_through when r.undone_send - 1 then r.undone_send else c.refused_through end
+    from (
+        select g.payment_id, g.operation, max(g.status) as status, min(g.undone_send) as undone_send
+        from jsonb_to_recordset(p_results) as g (
+            payment_id text, operation text, status smallint, undone_send integer
+        )
+        where coalesce(g.status, g.undone_send) is not null
+        group by g.payment_id, g.operation
+        order by g.payment_id, g.operation
+    ) as r
+    where c.payment_id = r.payment_id and c.operation = r.operation;
 
     select jsonb_agg(jsonb_build_object(
         'kind', 'answer', 'actor', p_actor, 'payment_id', r.payment_id, 'outcome', r.outcome,
