@@ -123,7 +123,7 @@ async def test_ended_refund_and_dispute_are_fetched_again_at_an_operator_s_word(
         assert state_of(conn, payment_id) == "reversed"
         sandbox.control(f"refunds/{refund}", {"outcome": "failed"})
         sandbox.control(f"disputes/{dispute}", {"outcome": "reinstated"})
-        for table in ("refunds", "disputes"):
+        for table in ("payments", "refunds", "disputes"):
             conn.execute(f"update surety.{table} set poll_at = now()".encode())
         await poll_unfinished(worker)
         assert one(conn, "select r.poll_at, d.poll_at from surety.refunds as r, surety.disputes as d") == (None, None)
@@ -176,6 +176,23 @@ async def test_interrupted_list_is_read_again_from_its_start(
         await poll_events(worker)
     assert one(conn, "select count(*) from surety.poll_cursors where polled_to is not null and list = 'events'") == 1
     assert one(conn, "select count(*) from surety.provider_events") > 0
+
+
+async def test_events_that_are_listed_no_more_are_a_critical_discrepancy(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
+) -> None:
+    move_back = "update surety.poll_cursors set polled_to = polled_to - %s::interval where list = 'events'"
+    query = "select subject, is_critical from surety.discrepancies where kind = 'unrecorded'"
+    async with in_process_worker(database, sandbox.url) as worker:
+        await poll_events(worker)
+        conn.execute(move_back, ("29 days",))
+        await poll_events(worker)
+        assert not conn.execute(query).fetchall()
+        conn.execute(move_back, ("31 days",))
+        await poll_events(worker)
+        await poll_events(worker)
+    [(subject, is_critical)] = conn.execute(query).fetchall()
+    assert (subject.split(":")[:2], is_critical) == (["stripe/", "events"], True)
 
 
 @pytest.mark.parametrize("fault", ["timeout_after", "timeout_before"])

@@ -186,6 +186,22 @@ because a list may show a row late. read_to is the database''s time; surety.adva
 create or replace function surety.advance_poll_cursor(p_provider text, p_account text, p_list text, p_to timestamptz)
 returns void language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
+    -- The provider lists events of the last thirty days. Older ones are lost unless their webhooks came.
+    select
+        surety.open_discrepancy(
+            'unrecorded', p_provider || '/' || p_account || ':events:' || surety.format_time(poll_cursors.polled_to),
+            null,
+            format(
+                'events from %s to %s are not listed any more: what ended before may have changed',
+                surety.format_time(poll_cursors.polled_to), surety.format_time(p_to - interval '30 days')
+            ),
+            '{}', true, surety.time_now()
+        )
+    from surety.poll_cursors
+    where
+        poll_cursors.provider = p_provider and poll_cursors.account = p_account and poll_cursors.list = p_list
+        and p_list = 'events' and poll_cursors.polled_to < p_to - interval '30 days';
+
     insert into surety.poll_cursors (provider, account, list, polled_to)
     values (p_provider, p_account, p_list, p_to)
     on conflict (provider, account, list) do update
@@ -199,7 +215,8 @@ end;
 
 comment on function surety.advance_poll_cursor(text, text, text, timestamptz) is
 'Notes how far an account''s list was read, and that it is readable. The cursor follows
-the provider''s clock, also back: then more is read again.';
+the provider''s clock, also back: then more is read again. Events that are listed no more, after thirty days, are a
+critical discrepancy.';
 
 create or replace function surety.note_unreadable_list(
     p_provider text, p_account text, p_list text, p_error text, p_is_refused boolean default false
