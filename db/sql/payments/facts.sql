@@ -66,6 +66,7 @@ that the money came from, or the payment that our metadata names. Null if none i
 
 create or replace function surety.objects_without_facts(p_objects jsonb) returns text[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 begin atomic
     select coalesce(array_agg(asked.object_id), '{}')
     from jsonb_to_recordset(p_objects) as asked (

@@ -91,6 +91,7 @@ the body, which has p_body_bytes. True if it was stored.';
 
 create or replace function surety.events_not_received(p_provider text, p_account text, p_event_ids text[]) returns
 text[] language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 begin atomic
     select coalesce(array_agg(listed.event_id), '{}')
     from unnest(p_event_ids) as listed (event_id)
@@ -137,6 +138,7 @@ returns table (
     received_at timestamptz, failures integer
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 begin atomic
     select
         e.event_id,
