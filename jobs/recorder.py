@@ -11,10 +11,11 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import psycopg
 from msgspec import Struct
 from psycopg.types.json import Jsonb
 
-from db.errors import error_text
+from db.errors import error_text, is_retryable
 from jobs.database import WorkerDatabase, bisect_on_error
 
 log = logging.getLogger("surety.recorder")
@@ -22,6 +23,8 @@ log = logging.getLogger("surety.recorder")
 GATHER_SECONDS = 0.1
 # A transaction holds locks on the payments of all its results.
 RESULTS_MAX = 300
+# At the end of a worker the database may be away.
+FINISH_SECONDS_MAX = 5.0
 
 CallResult = dict[str, Any]
 """As surety.record_results takes it."""
@@ -39,6 +42,8 @@ class WaitingResults(Struct):
 
     results: list[CallResult]
     lost_batches: asyncio.Future[list[int]]
+    error: Exception | None = None
+    """Why one of the results is not recorded at all."""
 
 
 class ResultRecorder:
@@ -68,19 +73,22 @@ class ResultRecorder:
             self._recording = asyncio.create_task(self._record_waiting(), name="results")
         return await waiting.lost_batches
 
+    async def finish(self) -> None:
+        """Wait until all results are recorded, at most FINISH_SECONDS_MAX. Their callers may be canceled by now."""
+        if self._recording is not None:
+            await asyncio.wait({self._recording}, timeout=FINISH_SECONDS_MAX)
+
     async def _record_waiting(self) -> None:
         clock = asyncio.get_running_loop().time
         while self._waiting:
             await asyncio.sleep(self._begun_at + GATHER_SECONDS - clock())
             self._begun_at = clock()
             group = self._next_group()
-            recording = asyncio.create_task(
-                self._record_group([result for waiting in group for result in waiting.results])
-            )
+            recording = asyncio.create_task(self._record_group(group))
             try:
                 await asyncio.wait({recording})
-                error = recording.exception()
                 for waiting in group:
+                    error = recording.exception() or waiting.error
                     if waiting.lost_batches.done():  # Its caller was canceled.
                         continue
                     if error is None:
@@ -103,9 +111,14 @@ class ResultRecorder:
         group, self._waiting = self._waiting[:taken], self._waiting[taken:]
         return group
 
-    async def _record_group(self, results: list[CallResult]) -> list[int]:
-        """Record refusals and facts in transactions of their own. A result that can't be recorded is substituted."""
+    async def _record_group(self, group: list[WaitingResults]) -> list[int]:
+        """Record refusals and facts in transactions of their own. A result that can't be recorded is substituted.
+
+        If that fails as well, it is the error of that result's caller alone.
+        """
         lost: list[int] = []
+        event_types: set[str] = set()
+        callers = {id(result): waiting for waiting in group for result in waiting.results}
 
         async def write(results: list[CallResult]) -> None:
             [recorded] = await self._database.rows(
@@ -113,18 +126,29 @@ class ResultRecorder:
                 self._actor, Jsonb(results),
             )  # fmt: skip
             lost.extend(recorded.lost_batches)
-            await self._schedule_handlers_for(recorded.event_types)
+            event_types.update(recorded.event_types)
 
         async def give_up(result: CallResult, error: Exception) -> None:
             about = " ".join(str(result[name]) for name in ("event_id", "payment_id") if name in result) or "a row"
             log.error("the result of %s can't be recorded", about, exc_info=error)
-            await write([unrecordable_result(result, error)])
+            try:
+                await write([unrecordable_result(result, error)])
+            except Exception as failure:
+                if is_retryable(failure):
+                    raise
+                callers[id(result)].error = failure
 
+        results = [result for waiting in group for result in waiting.results]
         refusals = [result for result in results if "refused" in result]
         others = [result for result in results if "refused" not in result]
-        for group in (refusals, others):
-            if group:
-                await bisect_on_error(group, write, give_up)
+        for part in (refusals, others):
+            if part:
+                await bisect_on_error(part, write, give_up)
+        try:
+            await self._schedule_handlers_for(sorted(event_types))
+        except psycopg.Error as error:
+            # All is recorded. A periodic job schedules handlers with due work as well.
+            log.warning("handlers are not scheduled at once: %s", error_text(error))
         return lost
 
 

@@ -104,6 +104,7 @@ async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
         try:
             yield worker
         finally:
+            await worker.recorder.finish()
             worker.watchdog.stop()
             await cancel_and_wait(*tasks)
 

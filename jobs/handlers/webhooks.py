@@ -33,6 +33,7 @@ from jobs.recorder import CallResult, unreadable_object
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import ObjectUnreadable, OutcomeUnknown, ProviderBusy, ProviderError
 from jobs.stripe.facts import (
+    UNREADABLE,
     Fact,
     FactOrigin,
     Json,
@@ -90,7 +91,7 @@ async def apply_webhooks(worker: Worker, batch: Batch, event_ids: list[str]) -> 
             continue
         try:
             meant = interpret_webhook(webhook)
-        except (msgspec.MsgspecError, ObjectUnreadable, KeyError, TypeError, AttributeError) as error:
+        except (msgspec.MsgspecError, *UNREADABLE) as error:
             reason = f"no {webhook.type} as Stripe sends it: {error_text(error)}"
             results.append({"event_id": webhook.event_id, "error": reason})
             continue
@@ -231,7 +232,8 @@ async def audit_calls(worker: Worker, to_list: dict[str, list[WantedObject]], to
 async def list_for_webhooks(worker: Worker, account: str, wanted: list[WantedObject]) -> list[CallResult]:
     """Find the balance transactions that webhooks name in a list of their account's; fetch those that it lacks.
 
-    The list is read from its newest line until all are found, at most to the oldest of their charges.
+    The list is read from its newest line until all are found, at most to the oldest of their charges, and at most as
+    many pages as fetches would be necessary: an event may be about a charge of last year.
     """
     began = time.monotonic()
     since = min(want.created for _, want in wanted if want.created is not None)
@@ -239,7 +241,7 @@ async def list_for_webhooks(worker: Worker, account: str, wanted: list[WantedObj
     for webhook, want in wanted:
         missing[want.unless_object].append((webhook, want))
     results: list[CallResult] = []
-    rows = 0
+    rows, pages_left = 0, len(missing)
     try:
         async with aclosing(worker.stripe.balance_transactions(account, datetime.fromtimestamp(since, UTC))) as pages:
             async for page in pages:
@@ -251,7 +253,8 @@ async def list_for_webhooks(worker: Worker, account: str, wanted: list[WantedObj
                     results.append(read)
                     if "facts" in read:
                         results += [{"event_id": webhook.event_id} for webhook, _ in missing.pop(line["id"], [])]
-                if not missing:
+                pages_left -= 1
+                if not missing or not pages_left:
                     break
         listed: CallResult = {"outcome": "answered", "snapshot": {"account": account, "rows": rows}}
     except ProviderError as error:
@@ -287,7 +290,7 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
         result = failed_call_result(source.account, error)
         if "outage" in result:
             result["failed_call"] = (source.account, began)
-    except (KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         result = {"outcome": "unknown", "error": f"{source.id} can't be read: {error_text(error)}"}
     duration_ms = round((time.monotonic() - began) * 1000, 3)
     results: list[CallResult] = [
@@ -350,7 +353,7 @@ async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrig
         answer = await fetch_object(worker, source)
         try:
             facts = dispute_facts(answer.body, origin, revision)
-        except (KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             raise ObjectUnreadable(f"{source.id} can't be read: {error_text(error)}") from error
         if facts:
             made = await worker.database.value("select surety.record_facts(%s, %s)", Jsonb(facts), worker.actor)
@@ -362,7 +365,7 @@ def facts_of_row(line: Json, origin: FactOrigin, read: FactReader) -> CallResult
     """The facts of one object of a list; an object that can't be read becomes a discrepancy."""
     try:
         return {"facts": read(line, origin)}
-    except (ObjectUnreadable, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return unreadable_object(line["id"], error)
 
 

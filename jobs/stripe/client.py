@@ -277,7 +277,9 @@ class StripeGateway:
         while True:
             answer = await self._send("get", path, account, {**asked, "limit": PAGE_SIZE, **after}, urgent=urgent)
             page = answer.body.get("data")
-            if not isinstance(page, list) or not all(isinstance(one, dict) and "id" in one for one in page):
+            if not isinstance(page, list) or not all(
+                isinstance(one, dict) and isinstance(one.get("id"), str) for one in page
+            ):
                 raise OutcomeUnknown(f"no list of objects from {path}", status=answer.status)
             yield ListPage(page, answer.answered_at)
             has_more = answer.body.get("has_more")

@@ -86,6 +86,8 @@ class KeptConnection(asyncio.Protocol):
 
     async def exchange(self, request: bytes) -> RawResponse:
         """Send a request and return its answer. Raises NoAnswer."""
+        if self.lost.done():
+            raise NoAnswer("the connection ended")
         self._answer = asyncio.get_running_loop().create_future()
         self._received = 0
         self._transport.write(request)

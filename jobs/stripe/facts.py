@@ -61,6 +61,10 @@ COST_CATEGORIES = frozenset({"fee", "tax", "network_cost"})
 """Categories of a dispute's balance transactions that are the provider's costs, no part of the disputed amount."""
 
 
+UNREADABLE = (ObjectUnreadable, KeyError, TypeError, AttributeError, ValueError, ArithmeticError)
+"""What the reading of an object raises that is not as Stripe describes such objects."""
+
+
 class FactOrigin(Struct, frozen=True):
     """The origin of an object: account, mode, and the source that it was read from."""
 
@@ -71,8 +75,11 @@ class FactOrigin(Struct, frozen=True):
 
 
 def rfc3339(seconds: int | None) -> str | None:
-    """Stripe's time, seconds since 1970, as RFC 3339."""
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+    """Stripe's time, seconds since 1970, as RFC 3339. Raises ObjectUnreadable for a number beyond the year 9999."""
+    try:
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (ValueError, OverflowError, OSError):
+        raise ObjectUnreadable(f"{seconds} is no time") from None
 
 
 def fact(origin: FactOrigin, object_id: str, kind: str, *, metadata_of: Json | None = None, **more: Any) -> Fact:
@@ -258,7 +265,7 @@ def listed_transaction_facts(line: Json, origin: FactOrigin) -> list[Fact]:
     """
     facts, refund = balance_transaction_facts(line, origin), line.get("source")
     if isinstance(refund, dict) and refund.get("object") == "refund":
-        with suppress(ObjectUnreadable):
+        with suppress(*UNREADABLE):
             facts += refund_facts(refund, origin)
     return facts
 

@@ -56,6 +56,8 @@ FETCH_UNLESS_KNOWN: dict[str, tuple[str, ...]] = {
     "charge.captured": ("captured",),
     "charge.updated": MONEY_KNOWN,
 }
+LATEST_CREATED = 253_402_300_800
+"""The year 10000, in seconds since 1970."""
 CHARGE_EVENTS = frozenset({"charge.succeeded", "charge.captured"})
 
 FETCH_ALWAYS = frozenset(
@@ -199,4 +201,5 @@ def referenced_intent(type: str, subject: Json, whole: ObjectToFetch) -> list[Fa
         return []
     source = ProviderObject(whole.source.account, whole.source.livemode, "payment_intent", intent)
     created = subject.get("created") if type == "charge.updated" else None
-    return ObjectToFetch(source, about, FETCH_UNLESS_KNOWN[type], created if isinstance(created, int) else None)
+    is_time = isinstance(created, int) and 0 < created < LATEST_CREATED
+    return ObjectToFetch(source, about, FETCH_UNLESS_KNOWN[type], created if is_time else None)

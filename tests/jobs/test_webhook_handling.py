@@ -16,6 +16,7 @@ from tests.support.workers import (
     due,
     in_process_worker,
     run_until_idle,
+    watch_requests,
 )
 
 
@@ -208,6 +209,41 @@ async def test_charged_money_is_fetched_if_the_list_is_refused(
     async with in_process_worker(database, sandbox.url, STRIPE_API_KEY=key) as worker:
         await run_until_idle(worker, "submit", "confirm")
         events = await wait_for_events(sandbox, payments, "charge.updated")
+        received(conn, events)
+        await run_until_idle(worker, "apply_webhooks")
+        assert count(conn, "select count(distinct payment_id) from surety.facts where kind = 'money'") == 2
+    assert attempts(conn) == []
+
+
+async def test_list_is_left_after_as_many_pages_as_fetches_would_be_necessary(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payments = shop(6)
+    monkeypatch.setattr("jobs.stripe.client.PAGE_SIZE", 1)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit", "confirm")
+        events = await wait_for_events(sandbox, payments, "charge.updated")
+        oldest = [line["id"] for line in sandbox.get("/v1/balance_transactions", {"limit": 100})["data"]][-2:]
+        received(conn, [e for e in events if e["data"]["object"]["balance_transaction"] in oldest])
+        requests = watch_requests(worker)
+        await run_until_idle(worker, "apply_webhooks")
+        paths = sorted(request.target.split("?")[0].split("/")[2] for request in requests)
+        assert paths == ["balance_transactions"] * 2 + ["payment_intents"] * 2
+        query = "select count(*) from surety.facts where kind = 'money' and object_id = any(%s)"
+        assert conn.execute(query, (oldest,)).fetchone() == (2,)
+    assert attempts(conn) == []
+
+
+@pytest.mark.parametrize("created", [0, -1, True, 1.5, 10**18, "now"])
+async def test_money_of_a_charge_of_an_absurd_time_is_known_all_the_same(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay, created: Any
+) -> None:
+    payments = shop(2)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, "submit", "confirm")
+        events = await wait_for_events(sandbox, payments, "charge.updated")
+        for event in events:
+            event["data"]["object"]["created"] = created
         received(conn, events)
         await run_until_idle(worker, "apply_webhooks")
         assert count(conn, "select count(distinct payment_id) from surety.facts where kind = 'money'") == 2

@@ -2,7 +2,7 @@
 
 Each optional field of Stripe's description is taken from each object, removed and as null. What a reader then asserts
 must be what it asserts about the whole object; or it says by ObjectUnreadable which field it lacks. Less is enough only
-where another reading follows.
+where another reading follows. An absurd value makes its object unreadable, and no other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 from jobs.handlers.calls import ProviderCall
 from jobs.handlers.payments import intent_result
 from jobs.handlers.refunds import refund_result
+from jobs.handlers.webhooks import facts_of_row
 from jobs.stripe.client import API_VERSION, ProviderResponse
 from jobs.stripe.errors import ObjectUnreadable
 from jobs.stripe.facts import (
@@ -26,6 +27,7 @@ from jobs.stripe.facts import (
     balance_transaction_facts,
     dispute_facts,
     intent_facts,
+    listed_transaction_facts,
     payout_facts,
     redacted,
     refund_facts,
@@ -238,3 +240,28 @@ def test_event_with_only_the_id_of_its_object_is_fetched(type: str) -> None:
 def test_event_without_the_id_of_its_object_says_what_it_lacks() -> None:
     with pytest.raises(ObjectUnreadable, match="no id"):
         interpret_webhook(webhook("payment_intent.succeeded", {}))
+
+
+@pytest.mark.parametrize("change", [{"available_on": 10**18}, {"available_on": -(10**18)}, {"created": 1e300}])
+def test_line_with_an_absurd_time_is_a_discrepancy_of_its_own(change: Json) -> None:
+    line = {
+        "id": "txn_1", "object": "balance_transaction", "amount": 100, "currency": "usd", "fee": 0, "net": 100,
+        "created": 1, "available_on": 1, "status": "pending", "reporting_category": "topup", "source": None,
+    }  # fmt: skip
+    assert "facts" in facts_of_row(line, ORIGIN, listed_transaction_facts)
+    assert facts_of_row(line | change, ORIGIN, listed_transaction_facts)["discrepancy"]["subject"] == "txn_1"
+
+
+def test_line_exchanged_at_a_rate_of_zero_is_a_discrepancy_of_its_own() -> None:
+    charge = {"id": "ch_1", "object": "charge", "amount": 100, "currency": "eur", "payment_intent": "pi_1"}
+    line = {
+        "id": "txn_1", "object": "balance_transaction", "amount": 110, "currency": "usd", "fee": 0, "net": 110,
+        "created": 1, "available_on": 1, "status": "pending", "reporting_category": "charge", "source": charge,
+        "exchange_rate": 0,
+    }  # fmt: skip
+    assert facts_of_row(line, ORIGIN, listed_transaction_facts)["discrepancy"]["subject"] == "txn_1"
+
+
+def test_object_of_an_event_with_an_absurd_time_is_fetched() -> None:
+    payout = {"id": "po_1", "status": "paid", "amount": 100, "currency": "usd", "created": 10**18}
+    assert isinstance(interpret_webhook(webhook("payout.paid", payout)), ObjectToFetch)

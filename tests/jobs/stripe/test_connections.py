@@ -15,6 +15,7 @@ from jobs.stripe.connections import (
     CONNECTIONS_KEPT_MAX,
     RESPONSE_BYTES_MAX,
     ConnectionPool,
+    KeptConnection,
     NoAnswer,
     OutgoingRequest,
     RawResponse,
@@ -338,3 +339,12 @@ async def test_requests_under_way_end_with_the_pool() -> None:
         with pytest.raises(NoAnswer, match=r"^the connection ended$"):
             await request
         forever.set()
+
+
+async def test_request_on_a_connection_that_has_ended_waits_for_no_answer() -> None:
+    with scripted_server(lambda _: None) as server:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(KeptConnection, "127.0.0.1", server.port)
+        await connection.lost
+        with pytest.raises(NoAnswer):
+            await asyncio.wait_for(connection.exchange(b"GET / HTTP/1.1\r\n\r\n"), 5)
