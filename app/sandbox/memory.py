@@ -374,6 +374,8 @@ class Memory:
                 self._pending.add(logged.commit)
                 self._commits = logged.number
         self._write_pending()
+        # Its last commit may be cut off, and the next one must not follow that.
+        self._log.clear()
 
     def _identity(self) -> str:
         row = self._file.execute("select id from identity").fetchone()

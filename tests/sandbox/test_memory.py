@@ -81,6 +81,23 @@ def test_a_commit_that_was_cut_off_is_left_out_as_a_whole(tmp_path: Path) -> Non
         assert [one.id for one in Memory(killed, seed=1).all_of_kind("charge")] == ["ch_1", "ch_3"]
 
 
+def test_commits_after_one_that_was_cut_off_survive_the_next_kill(tmp_path: Path) -> None:
+    """The rest of a commit alone in the log would be taken for a part of the next one."""
+    (folder := tmp_path / "first").mkdir()
+    memory = Memory(folder / FILE, seed=1)
+    memory.save(charge(1))
+    memory.commit()
+    whole = (folder / LOG).read_bytes()
+    for size in (3, 5, len(whole) - 1):
+        killed = as_after_a_kill(folder, f"cut-at-{size}")
+        (killed.parent / LOG).write_bytes(whole[:size])
+        restarted = Memory(killed, seed=1)
+        restarted.save(charge(2))
+        restarted.commit()
+        again = Memory(as_after_a_kill(killed.parent, f"cut-at-{size}-again"), seed=1)
+        assert [one.id for one in again.all_of_kind("charge")] == ["ch_2"]
+
+
 def test_a_log_whose_commits_are_in_sqlite_already_is_not_written_again(tmp_path: Path) -> None:
     (folder := tmp_path / "first").mkdir()
     memory = Memory(folder / FILE, seed=1)
