@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, cast
 
 import httptools
@@ -49,6 +50,26 @@ class ClosingTransport(asyncio.Transport):
     def close(self) -> None:
         """Close it after the response."""
         self._protocol.close_connection()
+
+
+class WholeResponse(RequestResponseCycle):
+    """A response that the application may give as a whole: head and body are then one write."""
+
+    def respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Write the response, unless it needs what only `send` does. `headers` holds Content-Length."""
+        if self.response_started or self.disconnected or self.flow.write_paused or self.scope["method"] == "HEAD":
+            return False
+        lines = b"".join([name + b": " + value + b"\r\n" for name, value in (*self.default_headers, *headers)])
+        if lines.count(b"\n") != len(self.default_headers) + len(headers) or b"connection: " in lines:
+            return False
+        end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+        self.response_started = self.response_complete = True
+        self.transport.write(b"".join((STATUS_LINE[status], lines, end, body)))
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+        return True
 
 
 class UnaskedResponse(RequestResponseCycle):
@@ -282,8 +303,7 @@ class BoundedProtocol(HttpToolsProtocol, ABC):
         else:
             super().on_headers_complete()
             self.cycle.transport = self._response_transport
-            if self.expect_100_continue:
-                self.cycle.__class__ = UnaskedResponse
+            self.cycle.__class__ = UnaskedResponse if self.expect_100_continue else WholeResponse
         self.headers = []  # for trailers, which are ignored
 
     def _require_path_and_version(self) -> None:

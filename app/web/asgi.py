@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
+from app.bounded_http import WholeResponse
+
 Message = Mapping[str, Any]
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -36,6 +38,9 @@ class HttpResponse:
             (b"content-length", b"%d" % len(self.body)),
             (b"request-id", self.request_id.encode()),
         ]
+        cycle = getattr(send, "__self__", None)
+        if isinstance(cycle, WholeResponse) and cycle.respond(self.status, headers, self.body):
+            return
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
 

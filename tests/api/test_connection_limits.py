@@ -259,6 +259,31 @@ def test_whole_addresses_and_http_1_0_are_understood(patient: Served) -> None:
     assert b"connection: close" in answer
 
 
+def test_line_break_in_a_header_of_a_response_begins_no_header(
+    patient: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    answer = patient.answer(request("GET /split", "Connection: close"))
+    assert answer == b""
+
+
+def test_response_to_head_has_the_length_and_no_body(patient: Served) -> None:
+    answer = patient.answer(request("HEAD /" + 600 * "x", "Connection: close"))
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert re.search(rb"content-length: [1-9]", answer)
+    assert answer.endswith(b"\r\n\r\n")
+
+
+def test_response_announces_that_the_connection_closes_as_asked(patient: Served) -> None:
+    assert b"\r\nconnection: close\r\n" in patient.answer(request("GET /short", "Connection: close"))
+
+
+def test_response_that_closes_the_connection_ends_it(patient: Served) -> None:
+    with patient.connect() as connection:
+        connection.sendall(request("GET /last"))
+        assert read_to_end(connection).endswith(b"\r\n\r\nlast")
+
+
 def test_failed_application_gets_a_problem_document(patient: Served, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     answer = patient.answer(request("GET /broken", "Connection: close"))

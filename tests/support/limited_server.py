@@ -41,6 +41,21 @@ async def refuse(request: HttpRequest) -> HttpResponse:
     return HttpResponse(401, b"no", request.request_id, [])
 
 
+async def split(request: HttpRequest) -> HttpResponse:
+    """An answer whose header has a line break in its value."""
+    return HttpResponse(200, b"", request.request_id, [(b"x-given", b"a\r\nx-injected: b")])
+
+
+async def answer_shortly(request: HttpRequest) -> HttpResponse:
+    """An answer of five bytes."""
+    return HttpResponse(200, b"short", request.request_id, [])
+
+
+async def close_after(request: HttpRequest) -> HttpResponse:
+    """An answer that ends the connection."""
+    return HttpResponse(200, b"last", request.request_id, [(b"connection", b"close")])
+
+
 async def answer_much(request: HttpRequest) -> HttpResponse:
     """A large answer."""
     return HttpResponse(200, bytes(LARGE), request.request_id, [])
@@ -73,6 +88,9 @@ class Served:
             Route("POST", "/refuse", refuse),
             Route("GET", "/much", answer_much),
             Route("GET", "/wait", wait),
+            Route("GET", "/split", split, is_fast=True),
+            Route("GET", "/short", answer_shortly, is_fast=True),
+            Route("GET", "/last", close_after, is_fast=True),
             Route("GET", "/broken", refuse, is_fast=True),
             Route("GET", "/things/{thing}", refuse),
         ]
