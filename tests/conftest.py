@@ -40,6 +40,7 @@ LONGEST_FILES = (
     "test_payment_lives.py",
     "test_demo.py",
     "test_bench.py",
+    "test_comparisons.py",
     "test_up.py",
     "test_lint.py",
 )

@@ -18,4 +18,5 @@ stdout is one object.
     scale             `lifecycle` in a large database, with more workers, at half load
     costs             CPU time, log and commits of a payment
     cpu_time          CPU time and memory of groups of processes
+    command           runs a benchmark for a test
 """

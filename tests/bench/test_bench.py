@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from typing import Any
-
 import pytest
 
-from tests.bench.databases import ROOT
+from tests.bench.command import run_benchmark
 
 SIZES = {
     "drain": [
@@ -41,31 +34,9 @@ REQUIRED_RESULTS = {
 }
 
 
-BASE = "62f8347"
-"""A revision that reports no costs by itself."""
-
-
-def measure(name: str, *options: str) -> dict[str, Any]:
-    """A benchmark's results: the last line of its output."""
-    environment = {key: value for key, value in os.environ.items() if key != "DATABASE_URL"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench", name, *options, "--json"],
-        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return results
-
-
-def is_revision(name: str) -> bool:
-    """Whether this repository has a commit."""
-    asked = subprocess.run(["git", "cat-file", "-e", f"{name}^{{commit}}"], cwd=ROOT, capture_output=True, check=False)
-    return asked.returncode == 0
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_benchmark_reports_the_required_results(name: str) -> None:
-    results = measure(name, *SIZES[name])
+    results = run_benchmark(name, *SIZES[name])
     assert results["benchmark"] == name
     assert results.keys() >= REQUIRED_RESULTS[name]
     # Under so small a load there may be no refusal, and no probe may be accepted.
@@ -78,26 +49,3 @@ def test_benchmark_reports_the_required_results(name: str) -> None:
     # The other groups may use less than 10 ms.
     cpu = results.get("cpu_ms_per_payment", {"workers": 1, "postgres": 1})
     assert min(cpu["workers"], cpu["postgres"], *results.get("peak_rss_mb", {}).values(), 1) > 0
-
-
-@pytest.mark.skipif(shutil.which("uv") is None, reason="uv installs the other revision")
-@pytest.mark.skipif(not is_revision(BASE), reason="the history is not here")
-def test_lifecycle_is_compared_with_another_revision_and_with_dbos() -> None:
-    sizes = ["--payments=20", "--base-payments=10", "--merchants=3", "--workers=1", "--rounds=1", "--warm-mb=1"]
-    results = measure("lifecycle", f"--against={BASE}", "--dbos", "--idle-payments=0", *sizes)
-    for name in ("base", "dbos"):
-        assert min(results[f"ratio_to_{name}"], results[f"cpu_ratio_to_{name}"], results[f"wal_ratio_to_{name}"]) > 0
-    assert results["dbos"]["cpu_ms_per_payment"].keys() == results["cpu_ms_per_payment"].keys()
-    assert results["base"]["cpu_ms_per_payment"].keys() == results["cpu_ms_per_payment"].keys() | {"waiting"}
-    assert results["base"]["wal_kb_per_payment"] > 0
-    assert results["base"]["peak_rss_mb"]["worker"] > 0
-    worktrees = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "surety_bench" not in worktrees.stdout
-
-
-def test_lifecycle_is_compared_with_a_large_database_and_more_workers() -> None:
-    sizes = ["--payments=20", "--merchants=3", "--workers=1", "--rounds=1", "--warm-mb=1"]
-    results = measure("lifecycle", "--past=50", "--backlog=5", *sizes)
-    assert min(results[name] for name in ("ratio_to_fresh", "cpu_ratio_to_fresh", "more_workers_ratio")) > 0
-    assert results["half_load_submit_p50_ms"] > 0
-    assert results["aged"]["cpu_ms_per_payment"]["workers"] > 0
