@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
 DAY = 86_400.0
-# Intervals between visits, in days: a few hours, days, and weeks. Stripe's list of events reaches back thirty days, so
-# the longest interval and the longest outage together are shorter.
+# Intervals between visits, in days: a few hours, days, and weeks. Stripe's list of events reaches back thirty days. The
+# longest interval and then the longest outage are shorter by two, and the visit after it follows within one.
 INTERVALS = ((0.05, 0.5), (1.0, 8.0), (8.0, 16.0))
 INTERVAL_WEIGHTS = (1, 3, 6)
 # Stripe repeats a webhook for three days.
@@ -53,9 +53,14 @@ async def let_months_pass(schedule: Schedule) -> None:
 
 
 def draw_interval(schedule: Schedule) -> float:
-    """The seconds until the next visit."""
+    """The seconds until the next visit. While a list of events is unread, a visit follows the end of the fault."""
+    provider, now = schedule.provider, schedule.loop.seconds
     [(least, most)] = schedule.chance.choices(INTERVALS, INTERVAL_WEIGHTS)
-    return schedule.chance.uniform(least, most) * DAY
+    seconds = schedule.chance.uniform(least, most) * DAY
+    if provider.is_unread:
+        until = max(now, provider.refused_until or 0.0, provider.outage.until if provider.outage is not None else 0.0)
+        seconds = min(seconds, until - now + DAY)
+    return seconds
 
 
 async def pass_time(schedule: Schedule, seconds: float) -> None:
