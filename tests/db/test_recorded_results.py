@@ -77,6 +77,28 @@ def test_calls_are_locked_in_the_order_of_their_payments(conn: Connection, datab
     assert conn.execute("select status from surety.calls").fetchall() == [(200,)] * 2
 
 
+def test_discrepancies_of_recorded_objects_are_closed_in_the_order_of_their_subjects(
+    conn: Connection, database: str, key_hash: bytes
+) -> None:
+    payments = pay(conn, key_hash, 2)
+    facts = sorted((fact(one, "captured", "ch", 10000) for one in payments), key=lambda one: str(one["object_id"]))
+    first, second = (one["object_id"] for one in facts)
+    unreadable = {"kind": "unrecorded", "detail": "it has no amount"}
+    # The table holds them in this order.
+    record_group(conn, {"discrepancy": unreadable | {"subject": second}})
+    record_group(conn, {"discrepancy": unreadable | {"subject": first}})
+    with psycopg.connect(harden(database, "deploy")) as holder, psycopg.connect(harden(database, "deploy")) as worker:
+        holder.execute("select from surety.discrepancies where subject = %s for update", (first,))
+        with ThreadPoolExecutor(1) as pool:
+            recording = pool.submit(record_group, worker, *({"facts": [one]} for one in reversed(facts)))
+            eventually(lambda: waits(conn, worker))
+            conn.execute("select from surety.discrepancies where subject = %s for update nowait", (second,))
+            holder.commit()
+            recording.result(timeout=10)
+        worker.commit()
+    assert conn.execute("select closed_because from surety.discrepancies").fetchall() == [("it is recorded",)] * 2
+
+
 def test_a_refused_send_and_an_answer_of_one_call_in_a_group_both_count(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     insert = "insert into surety.calls (payment_id, operation, idempotency_key, request, first_sent_at, last_sent_at)"

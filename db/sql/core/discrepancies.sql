@@ -20,12 +20,23 @@ p_payment_id may be null. One that closed because its object was recorded opens 
 create or replace function surety.close_recorded(p_facts jsonb, p_at timestamptz) returns void
 language sql volatile set search_path = pg_catalog, pg_temp
 begin atomic
+    -- Locked in order, because another worker may record the same objects.
+    with recorded as (
+        select discrepancies.id
+        from surety.discrepancies
+        where
+            discrepancies.kind = 'unrecorded' and discrepancies.closed_at is null
+            and discrepancies.subject in (
+                select f.fact ->> 'object_id' from jsonb_array_elements(p_facts) as f (fact)
+            )
+        order by discrepancies.subject
+        for update
+    )
+
     update surety.discrepancies
     set closed_at = p_at, closed_because = 'it is recorded'
-    where discrepancies.kind = 'unrecorded' and discrepancies.closed_at is null
-        and discrepancies.subject in (
-            select f.fact ->> 'object_id' from jsonb_array_elements(p_facts) as f (fact)
-        );
+    from recorded
+    where discrepancies.id = recorded.id;
 end;
 
 comment on function surety.close_recorded(jsonb, timestamptz) is

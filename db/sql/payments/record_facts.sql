@@ -113,11 +113,11 @@ begin
     into v_facts, v_unmatched, v_objects
     from given as g;
 
-    perform surety.close_recorded(p_facts, v_now);
     if v_unmatched is not null then
         perform surety.store_unmatched_facts(to_jsonb(v_unmatched), v_now);
     end if;
     if v_facts is null then
+        perform surety.close_recorded(p_facts, v_now);
         return '{}';
     end if;
 
@@ -140,6 +140,7 @@ begin
         perform surety.report_contradicting_facts(v_facts, v_now);
     end if;
     if v_new is null then
+        perform surety.close_recorded(p_facts, v_now);
         return '{}';
     end if;
 
@@ -160,6 +161,7 @@ begin
     v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);
     v_types := v_types || surety.emit_declined_attempts(v_new);
     perform surety.post_facts(v_new, v_derived, v_now);
+    perform surety.close_recorded(p_facts, v_now);
     return v_types;
 end;
 $$;
