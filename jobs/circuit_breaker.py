@@ -113,7 +113,9 @@ class CircuitBreaker:
             return
         answered = await self._report_calls()
         unsure = [account for account, at in began.items() if answered.get(account, 0.0) < at]
-        await asyncio.gather(*(self._probe(account) for account in unsure if account not in self.blocked))
+        await asyncio.gather(
+            *(self._probe(account, may_close=False) for account in unsure if account not in self.blocked)
+        )
 
     async def probe_platform_if_open(self) -> None:
         """Probe the platform's own account if its circuit is open: a worker may have started with another key."""
@@ -153,17 +155,17 @@ class CircuitBreaker:
         """Probe accounts at once, also those whose circuit is open."""
         await asyncio.gather(*(self._probe(account) for account in accounts))
 
-    async def _probe(self, account: str) -> ProviderError | None:
+    async def _probe(self, account: str, *, may_close: bool = True) -> ProviderError | None:
         """Probe an account, and return the error. No answer and a refusal open its circuit, if it is not open already.
 
         An answer closes a circuit that was open before the probe. A circuit that opened during the probe, by calls that
-        failed beside it, stays open until the next one.
+        failed beside it, stays open until the next one; so it does if the probe was wanted while it was not open.
         """
         wanted_at = time.monotonic()
         async with self._probing[account]:
             if self._probed.get(account, (0.0, None))[0] > wanted_at:
                 return self._probed[account][1]
-            was_open = account in self.blocked
+            was_open = may_close and account in self.blocked
             error: ProviderError | None = None
             try:
                 await self._stripe.probe(account)
