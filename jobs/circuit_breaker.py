@@ -28,6 +28,7 @@ from jobs.stripe.errors import AccessRefused, PermissionMissing, ProviderBusy, P
 log = logging.getLogger("surety.circuit_breaker")
 
 PROVIDER = "stripe"
+FAILURES_GATHER_SECONDS = 0.1
 PLATFORM_ACCOUNT = ""
 
 CircuitCause = Literal["outage", "account_refused", "key_refused"]
@@ -73,6 +74,9 @@ class CircuitBreaker:
         self._probing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._probed: dict[str, tuple[float, ProviderError | None]] = {}
         """By account: the end of its last probe on the monotonic clock, and its error."""
+        self._failed: list[tuple[str, float]] = []
+        self._check: asyncio.Task[None] | None = None
+        """The check that takes all failed calls of the moment."""
         self._reported_at = 0.0
         self._is_reported = False
         stripe.on_call = self.count_call
@@ -105,12 +109,24 @@ class CircuitBreaker:
         return is_reported
 
     async def check_accounts(self, failed: Iterable[tuple[str, float]]) -> None:
-        """Probe accounts of failed calls, given as (account, call's begin, monotonic), unless they answered since."""
+        """Probe accounts of failed calls, given as (account, call's begin, monotonic), unless they answered since.
+
+        Calls that fail at about the same time are counted together: one probe decides about all of them.
+        """
+        calls = list(failed)
+        if not calls:
+            return
+        self._failed += calls
+        if self._check is None:
+            self._check = asyncio.create_task(self._check_failed())
+        await asyncio.shield(self._check)
+
+    async def _check_failed(self) -> None:
+        await asyncio.sleep(FAILURES_GATHER_SECONDS)
+        failed, self._failed, self._check = self._failed, [], None
         began: dict[str, float] = {}
         for account, at in failed:
             began[account] = max(at, began.get(account, at))
-        if not began:
-            return
         answered = await self._report_calls()
         unsure = [account for account, at in began.items() if answered.get(account, 0.0) < at]
         await asyncio.gather(

@@ -39,9 +39,6 @@ CONCURRENT_CALLS_MAX = 32
 # How long an event waits for the outcome of an earlier call, or after a call was not sent.
 WAIT_SECONDS = 1.0
 
-# How long after a failure the account is probed, if no other call was answered.
-PROBE_PAUSE_SECONDS = 0.025
-
 CANCELED_BEFORE_CREATION = {"code": "canceled", "message": "canceled before the provider held it"}
 
 Verdict = Literal["send", "ask", "replace_key", "find", "wait", "skip"]
@@ -280,10 +277,7 @@ def discrepancy_result(subject: CallSubject, operation: str, error: ProviderErro
 async def record_event_results(worker: Worker, batch: Batch, results: list[CallResult]) -> None:
     """Record results of a batch's events, which finishes the events."""
     failed = [result.pop("failed_call") for result in results if "failed_call" in result]
-    if failed:
-        # An answer to a call that was sent with it makes a probe unnecessary.
-        await asyncio.sleep(PROBE_PAUSE_SECONDS)
-        await worker.circuit_breaker.check_accounts(failed)
+    await worker.circuit_breaker.check_accounts(failed)
     held = {"batch_id": batch.batch_id, "fence": batch.fence}
     lost = await worker.recorder.record([result | held for result in results])
     batch.is_lost = batch.is_lost or batch.batch_id in lost
