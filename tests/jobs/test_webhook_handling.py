@@ -223,8 +223,10 @@ async def test_list_is_left_after_as_many_pages_as_fetches_would_be_necessary(
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker, "submit", "confirm")
         events = await wait_for_events(sandbox, payments, "charge.updated")
-        oldest = [line["id"] for line in sandbox.get("/v1/balance_transactions", {"limit": 100})["data"]][-2:]
-        received(conn, [e for e in events if e["data"]["object"]["balance_transaction"] in oldest])
+        named = {event["data"]["object"]["balance_transaction"]: event for event in events}
+        lines = sandbox.get("/v1/balance_transactions", {"limit": 100})["data"]
+        oldest = [line["id"] for line in lines if line["id"] in named][-2:]
+        received(conn, [named[line] for line in oldest])
         requests = watch_requests(worker)
         await run_until_idle(worker, "apply_webhooks")
         paths = sorted(request.target.split("?")[0].split("/")[2] for request in requests)

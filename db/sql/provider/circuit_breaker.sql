@@ -163,7 +163,9 @@ begin
             on b.provider = p_provider and b.account = c.account
         where c.failed > 0 and b.opened_at is null
             and (
+                -- Of calls made at once, those that fail end first: failures right after an answer are no outage.
                 b.consecutive_failures >= v_consecutive_failures_max
+                and coalesce(b.answered_at < v_now - interval '1 second', true)
                 or b.failed + b.prior_failed >= greatest(v_failed_min, b.answered + b.prior_answered)
             )
         order by b.account
