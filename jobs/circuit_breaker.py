@@ -28,6 +28,7 @@ from jobs.stripe.errors import AccessRefused, PermissionMissing, ProviderBusy, P
 log = logging.getLogger("surety.circuit_breaker")
 
 PROVIDER = "stripe"
+# Calls that fail at about the same time share a check.
 FAILURES_GATHER_SECONDS = 0.1
 PLATFORM_ACCOUNT = ""
 
