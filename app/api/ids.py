@@ -6,10 +6,10 @@ import re
 
 from app.web.requests import HttpRequest
 
-PAYMENT_ID = re.compile("pay_[0-9a-f]{32}")
-REFUND_ID = re.compile("ref_[0-9a-f]{32}")
-DISPUTE_ID = re.compile("dp_[0-9a-f]{32}")
-LETTER_ID = re.compile("dl_[0-9a-f]{32}")
+PAYMENT_ID = re.compile("pay_[0-9a-f]{24}")
+REFUND_ID = re.compile("ref_[0-9a-f]{24}")
+DISPUTE_ID = re.compile("dp_[0-9a-f]{24}")
+LETTER_ID = re.compile("dl_[0-9a-f]{24}")
 
 
 def id_or_empty(request: HttpRequest, pattern: re.Pattern[str]) -> str:

@@ -66,7 +66,7 @@ HEADERS: dict[str, JsonDocument] = {
     "Request-Id": {
         "description": "The request's id in the audit trail and in our logs.",
         "required": True,
-        "schema": {"type": "string", "pattern": "^req_[0-9a-f]{32}$"},
+        "schema": {"type": "string", "pattern": "^req_[0-9a-f]{24}$"},
     },
     "Location": {
         "description": "The address of the new object.",

@@ -17,8 +17,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 def new_request_id() -> str:
-    """`req_`, 12 hex digits of milliseconds, 20 random ones: unique, but no secret."""
-    return f"req_{int(time.time() * 1000):012x}{random.getrandbits(80):020x}"
+    """`req_`, 11 hex digits of milliseconds, 13 random ones: unique, but no secret."""
+    return f"req_{int(time.time() * 1000):011x}{random.getrandbits(52):013x}"
 
 
 class HttpResponse:

@@ -50,7 +50,7 @@ def test_acknowledged_payment_is_stored(merchant: Merchant) -> None:
     document = answer.json()
     assert answer.status_code == 201
     assert answer.headers["location"] == f"/v1/payments/{document['id']}"
-    assert re.fullmatch("req_[0-9a-f]{32}", answer.headers["request-id"])
+    assert re.fullmatch("req_[0-9a-f]{24}", answer.headers["request-id"])
     assert "idempotency-replayed" not in answer.headers
     assert_matches(document, PaymentDocument)
     sent = {name: value for name, value in body.items() if name != "payment_method"}

@@ -124,14 +124,14 @@ def test_bulk_action_decides_each_matching_dead_letter_separately(ada: Client, r
 
 
 def test_unknown_dead_letter_is_not_found(ada: Client) -> None:
-    for name in ("dl_17", f"dl_{'0' * 32}"):
+    for name in ("dl_17", f"dl_{'0' * 24}"):
         problem(ada.get(f"{LETTERS}/{name}"), 404, "not-found")
         problem(decide(ada, f"{name}/replay"), 404, "not-found")
         problem(decide(ada, f"{name}/discard"), 404, "not-found")
 
 
 def test_each_validation_error_is_reported(ada: Client) -> None:
-    path = f"{LETTERS}/dl_{'0' * 32}/replay"
+    path = f"{LETTERS}/dl_{'0' * 24}/replay"
     assert broken_rules(ada.post(path, json={})) == {("/reason", "required")}
     assert broken_rules(ada.post(path, json={"reason": "  ", "dry_run": 1, "x": 2})) == {
         ("/reason", "pattern"),

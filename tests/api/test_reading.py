@@ -99,7 +99,7 @@ def test_trace_contains_the_whole_history_of_a_payment(merchant: Merchant) -> No
     assert [(entry["kind"], entry["to"]) for entry in story["entries"]] == [("request", "initiated")]
     assert story["entries"][0]["actor"] == {"type": "key", "id": merchant.key_id}
     assert story["entries"][0]["data"]["address"] == "127.0.0.1"
-    assert re.fullmatch("req_[0-9a-f]{32}", story["entries"][0]["data"]["request_id"])
+    assert re.fullmatch("req_[0-9a-f]{24}", story["entries"][0]["data"]["request_id"])
 
 
 # ------------------------------------------------------------------------------------------------------------ events
@@ -382,7 +382,7 @@ def test_every_response_has_a_request_id(merchant: Merchant) -> None:
         "/v1/payments",
         "/assets/swagger-ui.css",
     ):
-        assert re.fullmatch("req_[0-9a-f]{32}", merchant.client.get(path).headers["request-id"]), path
+        assert re.fullmatch("req_[0-9a-f]{24}", merchant.client.get(path).headers["request-id"]), path
 
 
 def test_health_checks_the_database(api: ServerProcess) -> None:

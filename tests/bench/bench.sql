@@ -11,7 +11,7 @@ create schema bench;
 create function bench.copied_id(p_prefix text, p_at timestamptz, p_n bigint, p_place bigint) returns text
 language sql immutable parallel safe
 begin atomic
-    select surety.id_at(p_prefix, p_at) || substr(md5(p_n || ' ' || p_place), 1, 20);
+    select surety.id_at(p_prefix, p_at) || substr(md5(p_n || ' ' || p_place), 1, 13);
 end;
 
 -- Copies p_from to p_to of a payment, of all merchants in turn, a millisecond apart, beginning at p_at. Needs

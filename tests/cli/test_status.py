@@ -106,7 +106,7 @@ def test_a_critical_discrepancy_asks_for_action(conn: Connection, database: str)
 def test_suggested_command_creates_missing_partitions(conn: Connection, database: str) -> None:
     add_live_worker(conn)
     _, state = read_status(database)
-    state["partitions_until"] = "000000000000"
+    state["partitions_until"] = "00000000000"
     [finding] = [finding for finding in find_problems(state) if finding.what == "partitions run out"]
     conn.execute(finding.next.encode())
 

@@ -360,7 +360,7 @@ def test_api_shows_disputes_accepts_evidence_and_shows_the_balance(conn: Connect
     assert (shown["status"], shown["amount"], shown["payment"]) == ("needs_response", 10000, payment_id)
     assert merchant.get(f"/v1/disputes/{shown['id']}") == shown
     assert merchant.get("/v1/disputes", payment=payment_id)["data"] == [shown]
-    assert merchant.get("/v1/disputes", payment=f"pay_{32 * '0'}")["data"] == []
+    assert merchant.get("/v1/disputes", payment=f"pay_{24 * '0'}")["data"] == []
     path = f"/v1/disputes/{shown['id']}/evidence"
     body = {"evidence": {"uncategorized_text": "it was sent"}, "submit": True}
     answer = merchant.client.post(path, json=body, headers={"Idempotency-Key": "a"})
@@ -405,7 +405,7 @@ def test_api_shows_disputes_accepts_evidence_and_shows_the_balance(conn: Connect
     page = merchant.get("/v1/balance/transactions", limit=1)
     assert (page["data"], page["has_more"]) == (listed[:1], True)
     assert merchant.get("/v1/balance/transactions", starting_after=listed[0]["id"])["data"] == listed[1:]
-    problem(merchant.client.get(f"/v1/disputes/dp_{32 * '0'}"), 404, "not-found")
+    problem(merchant.client.get(f"/v1/disputes/dp_{24 * '0'}"), 404, "not-found")
 
 
 def shown_payment(conn: Connection, payment_id: str) -> dict[str, Any]:

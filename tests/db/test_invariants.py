@@ -28,7 +28,7 @@ OTHER_KINDS: tuple[ProcessKind, ...] = ("api", "webhook", "worker", "analyst")
 REFUND = (
     "insert into surety.refunds (id, payment_id, merchant_id, amount_minor, currency, provider, provider_account,"
     " is_ours, created_at, updated_at, state)"
-    " select 'ref_' || repeat('0', 32), id, merchant_id, 100, currency, provider, provider_account, true, now(), now(),"
+    " select 'ref_' || repeat('0', 24), id, merchant_id, 100, currency, provider, provider_account, true, now(), now(),"
 )
 
 LONG_AGO = "now() - interval '8 days'"

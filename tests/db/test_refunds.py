@@ -391,10 +391,10 @@ def test_api_creates_shows_and_lists_refunds(conn: Connection, merchant: Merchan
     page = merchant.get("/v1/refunds", payment=payment["id"], limit=1)
     assert (page["data"], page["has_more"]) == ([other], True)
     assert merchant.get("/v1/refunds", starting_after=other["id"])["data"] == [shown]
-    assert merchant.get("/v1/refunds", payment=f"pay_{32 * '0'}")["data"] == []
+    assert merchant.get("/v1/refunds", payment=f"pay_{24 * '0'}")["data"] == []
     result = [event for event in merchant.get("/v1/events")["data"] if event["type"] == "refund.pending"]
     assert [event["data"] for event in result] == [shown, other]
-    problem(merchant.client.get(f"/v1/refunds/ref_{32 * '0'}"), 404, "not-found")
+    problem(merchant.client.get(f"/v1/refunds/ref_{24 * '0'}"), 404, "not-found")
     problem(merchant.client.post(path, json={}, headers={"Idempotency-Key": "c"}), 409, "wrong-state")
     answer = merchant.client.post(path, json={"reason": "boredom", "amount": 1.5}, headers={"Idempotency-Key": "d"})
     assert broken_rules(answer) == {("/reason", "one_of"), ("/amount", "type")}

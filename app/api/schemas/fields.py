@@ -127,9 +127,9 @@ class Provider(Struct):
 
 Limit = Annotated[int, Meta(ge=1, le=100, description="How many at most.")]
 Instant = Annotated[datetime, Meta(tz=True, description="RFC 3339 with an offset.", examples=["2026-11-22T14:03:07Z"])]
-PaymentId = Annotated[str, Meta(pattern=whole("pay_[0-9a-f]{32}"), extra={"form": "must be a payment's id"})]
-RefundId = Annotated[str, Meta(pattern=whole("ref_[0-9a-f]{32}"), extra={"form": "must be a refund's id"})]
-DisputeId = Annotated[str, Meta(pattern=whole("dp_[0-9a-f]{32}"), extra={"form": "must be a dispute's id"})]
+PaymentId = Annotated[str, Meta(pattern=whole("pay_[0-9a-f]{24}"), extra={"form": "must be a payment's id"})]
+RefundId = Annotated[str, Meta(pattern=whole("ref_[0-9a-f]{24}"), extra={"form": "must be a refund's id"})]
+DisputeId = Annotated[str, Meta(pattern=whole("dp_[0-9a-f]{24}"), extra={"form": "must be a dispute's id"})]
 PostingId = Annotated[
-    str, Meta(pattern=whole("pst_[0-9a-f]{32}"), extra={"form": "must be a balance transaction's id"})
+    str, Meta(pattern=whole("pst_[0-9a-f]{24}"), extra={"form": "must be a balance transaction's id"})
 ]

@@ -11,7 +11,7 @@ from app.status_findings import FindingId
 
 DeadLetterAction = Literal["replay", "discard"]
 LetterStatus = Literal["open", "replayed", "discarded", "resolved"]
-LetterId = Annotated[str, Meta(pattern=whole("dl_[0-9a-f]{32}"), extra={"form": "must be a dead letter's id"})]
+LetterId = Annotated[str, Meta(pattern=whole("dl_[0-9a-f]{24}"), extra={"form": "must be a dead letter's id"})]
 HandlerName = Annotated[str, Meta(min_length=1, max_length=63, description="Only those of one handler.")]
 ErrorText = Annotated[
     str, Meta(min_length=1, max_length=500, description="Only dead letters whose last error contains this text.")

@@ -123,7 +123,7 @@ begin
             v_at_xid := v_parts[4]::bigint::text::xid8;
             v_at_id := nullif(v_parts[5], '-');
             if v_generation not between 1 and v_last_generation or v_parts[4]::bigint < 0
-                or v_at_id !~ '^evt_[0-9a-f]{32}$' then
+                or v_at_id !~ '^evt_[0-9a-f]{24}$' then
                 raise exception 'range' using errcode = 'invalid_text_representation';
             end if;
         exception

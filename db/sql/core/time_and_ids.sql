@@ -15,25 +15,23 @@ comment on function surety.time_now() is
 create or replace function surety.id_at(p_prefix text, p_at timestamptz) returns text
 language sql stable parallel safe
 begin atomic
-    select p_prefix || '_' || substr(encode(int8send(floor(date_part('epoch', p_at) * 1000)::bigint), 'hex'), 5);
+    select p_prefix || '_' || substr(encode(int8send(floor(date_part('epoch', p_at) * 1000)::bigint), 'hex'), 6);
 end;
 
 comment on function surety.id_at(text, timestamptz) is
-'The lower bound of the ids of an instant: prefix, underscore, 12 hex digits of milliseconds.';
+'The lower bound of the ids of an instant: prefix, underscore, 11 hex digits of milliseconds.';
 
 create or replace function surety.new_id(p_prefix text, p_at timestamptz) returns text
 language sql volatile parallel restricted
 begin atomic
     -- random() instead of gen_random_uuid(): a server without OpenSSL opens /dev/urandom for each uuid, which costs ten
-    -- times as much as everything else here. Ids must be unique, not secret.
-    select
-        surety.id_at(p_prefix, p_at)
-        || lpad(to_hex((random() * 1099511627775)::bigint), 10, '0')
-        || lpad(to_hex((random() * 1099511627775)::bigint), 10, '0');
+    -- times as much as everything else here. Ids must be unique, not secret. They are short, because most of a
+    -- payment's rows and index entries consist of them.
+    select surety.id_at(p_prefix, p_at) || lpad(to_hex((random() * 4503599627370495)::bigint), 13, '0');
 end;
 
 comment on function surety.new_id(text, timestamptz) is
-'A new id: prefix, underscore, 12 hex digits of milliseconds, 20 random ones. Ids of one prefix sort by time.';
+'A new id: prefix, underscore, 11 hex digits of milliseconds, 13 random ones. Ids of one prefix sort by time.';
 
 insert into surety.environment (id, kind) select surety.new_id('env', surety.time_now()), 'production'
 where not exists (select from surety.environment);

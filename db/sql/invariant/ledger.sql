@@ -30,14 +30,24 @@ select accounts.id as subject
 from ledger.accounts
 inner join ledger.account_kinds on accounts.kind = account_kinds.kind
 left join ledger.balances on accounts.id = balances.account_id
-where
-    account_kinds.keeps_balance
-    and coalesce(balances.balance_minor, 0) <> coalesce((
-        select sum(transfers.amount_minor) from ledger.transfers
-        where transfers.credit_account = accounts.id
-    ), 0) - coalesce((
-        select sum(transfers.amount_minor) from ledger.transfers where transfers.debit_account = accounts.id
-    ), 0);
+left join (
+    select
+        legs.account_id,
+        sum(legs.amount_minor) as total
+    from (
+        select
+            transfers.credit_account as account_id,
+            transfers.amount_minor
+        from ledger.transfers
+        union all
+        select
+            transfers.debit_account,
+            -transfers.amount_minor
+        from ledger.transfers
+    ) as legs
+    group by legs.account_id
+) as sums on accounts.id = sums.account_id
+where account_kinds.keeps_balance and coalesce(balances.balance_minor, 0) <> coalesce(sums.total, 0);
 
 comment on view invariant.balances_are_sums_of_transfers is 'every balance is the sum of its transfers';
 

@@ -26,7 +26,7 @@ begin
         (select count(*) from waiting),
         -- An id begins with its time.
         (
-            select to_timestamp(('x' || lpad(substr(min(w.id collate "C"), 5, 12), 16, '0'))::bit(64)::bigint / 1000.0)
+            select to_timestamp(('x' || lpad(substr(min(w.id collate "C"), 5, 11), 16, '0'))::bit(64)::bigint / 1000.0)
             from waiting as w
         ),
         (select count(*) from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now),
@@ -310,7 +310,7 @@ begin
         'partitions_until', (
             select min(ahead.until) from (
                 select
-                    max(substring(pg_get_expr(c.relpartbound, c.oid) from $x$TO \('\w+_([0-9a-f]{12})'\)$x$)) as until
+                    max(substring(pg_get_expr(c.relpartbound, c.oid) from $x$TO \('\w+_([0-9a-f]{11})'\)$x$)) as until
                 from surety.partitioned_tables as t
                 join pg_inherits as i on i.inhparent = t.parent
                 join pg_class as c on c.oid = i.inhrelid

@@ -98,7 +98,7 @@ begin atomic
         ) as entry
         left join surety.api_keys on entry.kind = 'request' and substr(entries.actor, 5) = api_keys.id
         -- No entry is older than the payment's id, so older partitions are not read.
-        where entries.payment_id = p_payment_id and entries.id >= 'aud_' || substr(p_payment_id, 5, 12)
+        where entries.payment_id = p_payment_id and entries.id >= 'aud_' || substr(p_payment_id, 5, 11)
     ),
 
     asserted as (
@@ -198,7 +198,7 @@ begin atomic
     left join outbox.release_causes on retries.cause = release_causes.cause
     where
         -- No event is older than its payment.
-        retries.event_id >= 'evt_' || substr(p_payment_id, 5, 12)
+        retries.event_id >= 'evt_' || substr(p_payment_id, 5, 11)
         and coalesce(events.payload ->> 'payment_id', events.aggregate_id) = p_payment_id
     order by retries.handler, retries.event_id;
 end;

@@ -95,7 +95,7 @@ def altering_proxy(sandbox: SandboxProcess, **lies: Any) -> Generator[str]:
         ({"amount": 9999}, "amount"),
         ({"currency": "eur"}, "currency"),
         ({"livemode": True}, "livemode"),
-        ({"metadata": {"surety_payment": "pay_" + "0" * 32}}, "foreign"),
+        ({"metadata": {"surety_payment": "pay_" + "0" * 24}}, "foreign"),
         ({"metadata": {}}, "foreign"),
     ],
 )
