@@ -118,6 +118,46 @@ def test_circuit_that_closes_during_a_hold_makes_the_held_events_due(
     assert is_due
 
 
+def test_failures_that_are_recorded_while_the_circuit_opens_do_not_count(conn: Connection, two: Two) -> None:
+    pay(conn, add_merchant(conn)[1])
+    batch = claim(conn)
+    assert not report(conn, failed=4)
+    one, other = two
+    at_once(conn, two, lambda: fail(one, batch), lambda: report(other, failed=6))
+    held = "select failures, due_at > surety.read_clock() + interval '9 minutes' from outbox.retries"
+    assert conn.execute(held).fetchall() == [(0, True)]
+
+
+def test_circuit_that_opens_while_failures_are_recorded_holds_their_events(conn: Connection, two: Two) -> None:
+    pay(conn, add_merchant(conn)[1])
+    batch = claim(conn)
+    assert not report(conn, failed=4)
+    one, other = two
+    at_once(conn, two, lambda: report(one, failed=6), lambda: fail(other, batch))
+    held = "select failures, due_at > surety.read_clock() + interval '9 minutes' from outbox.retries"
+    assert conn.execute(held).fetchall() == [(0, True)]
+
+
+@pytest.mark.parametrize("release", [hold, fail])
+def test_failure_of_an_event_that_is_claimed_while_the_circuit_opens_does_not_count(
+    conn: Connection, two: Two, release: Callable[[Connection, Batch], None]
+) -> None:
+    pay(conn, add_merchant(conn)[1])
+    assert not report(conn, failed=4)
+    fail(conn, claim(conn))
+    uncounted = "select failures, attempts -> 0 -> 'counted' from outbox.retries"
+    assert conn.execute(uncounted).fetchall() == [(1, None)]
+    conn.execute("update outbox.retries set due_at = surety.read_clock()")
+    one, other = two
+    claimed: list[Batch] = []
+    at_once(conn, two, lambda: claimed.append(claim(one)), lambda: report(other, failed=6))
+    release(conn, claimed[0])
+    assert conn.execute(uncounted).fetchall() == [(0, False)]
+    conn.execute(CLOSE)
+    conn.execute(OPEN)
+    assert conn.execute(uncounted).fetchall() == [(0, False)]
+
+
 @pytest.mark.parametrize("cause", ["outage", "key_refused"])
 def test_lists_that_fail_with_a_circuit_are_no_finding_while_it_is_open_nor_after_it_closed(
     conn: Connection, cause: str

@@ -268,12 +268,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "failures before a circuit opened are not counted",
         (
             "db/sql/provider/circuit_breaker.sql",
-            "        failures = greatest(0, r.failures - counted.times),\n",
+            "        failures = greatest(0, r.failures - uncounted.times),\n",
             "        failures = r.failures,\n",
         ),
         (
             "db/sql/provider/circuit_breaker.sql",
-            "        attempts = coalesce(counted.attempts, '[]'),\n",
+            "        attempts = uncounted.attempts,\n",
             "",
         ),
     ),

@@ -109,6 +109,35 @@ comment on function outbox.fail_events(bigint, bigint, jsonb) is
 due again after the handler''s next delay, plus or minus 20 %; after the last delay it is a dead letter. outage is the
 circuit key of the account whose outage failed it. False, and nothing done, if the lease is lost.';
 
+create or replace function outbox.uncount_attempts(
+    p_attempts jsonb, p_outage text, p_at timestamptz, out times integer, out attempts jsonb
+)
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        coalesce(count(*) filter (where listed.is_recent), 0)::integer,
+        -- An event that was held before any call has no attempts.
+        coalesce(
+            jsonb_agg(
+                case when listed.is_recent then listed.attempt || '{"counted": false}' else listed.attempt end
+                order by listed.n
+            ),
+            '[]'
+        )
+    from (
+        select
+            a.attempt,
+            a.n,
+            coalesce(a.attempt ->> 'outage' = p_outage, false) and not a.attempt ? 'counted'
+            and (a.attempt ->> 'at')::timestamptz > p_at - interval '2 minutes' as is_recent
+        from jsonb_array_elements(p_attempts) with ordinality as a (attempt, n)
+    ) as listed;
+end;
+
+comment on function outbox.uncount_attempts(jsonb, text, timestamptz) is
+'The attempts of outbox.retries, of which those that p_outage failed in the two minutes before p_at are marked as not
+counted, and their number. p_outage is a circuit''s key.';
+
 create or replace function outbox.release_events(
     p_batch bigint, p_fence bigint, p_event_ids text[], p_after interval, p_cause text, p_reason text,
     p_outage text default null, p_is_held boolean default false
@@ -139,9 +168,16 @@ begin
     order by held.event_id
     on conflict (handler, event_id) do update
     set
-        -- The last twenty, because a provider may be busy for hours.
-        attempts = case when jsonb_array_length(r.attempts) >= 20 then r.attempts - 0 else r.attempts end
-            || excluded.attempts,
+        -- The last twenty, because a provider may be busy for hours. An event that was being handled when its circuit
+        -- opened was skipped by surety.open_circuit.
+        (failures, attempts) = (
+            select
+                greatest(0, r.failures - u.times),
+                case when jsonb_array_length(u.attempts) >= 20 then u.attempts - 0 else u.attempts end
+                    || excluded.attempts
+            from outbox.uncount_attempts(
+                r.attempts, case when p_cause = 'circuit_open' then p_outage end, v_batch.claimed_at) as u
+        ),
         due_at = v_now
             + greatest(p_after, least(v_cause.delay_max, v_cause.first_delay * 2 ^ least(r.releases, 12))),
         blocked_by = excluded.blocked_by,

@@ -14,7 +14,8 @@
 -- permission for that call, and its event alone waits (release cause access_refused). If the platform's own account is
 -- refused as well, it is the key, and the circuits of all accounts open and close together.
 --
--- Locks: after payments and before the batch. Rows of outbox.retries that are locked are skipped.
+-- Locks: after payments and before the batch. Rows of outbox.retries that are locked are skipped: their events are
+-- being handled, and outbox.release_events uncounts their failures when it holds them.
 
 create or replace function surety.open_circuit(
     p_provider text, p_account text, p_cause text, p_reason text, p_actor text
@@ -23,7 +24,6 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_now timestamptz := surety.time_now();
-    v_window constant interval := '2 minutes';
     v_accounts text[] := array[p_account];
     v_keys text[];
     v_circuit surety.circuit_breakers;
@@ -71,25 +71,12 @@ begin
     )
     update outbox.retries as r
     set
-        failures = greatest(0, r.failures - counted.times),
-        -- An event that was held before any call has no attempts.
-        attempts = coalesce(counted.attempts, '[]'),
+        failures = greatest(0, r.failures - uncounted.times),
+        attempts = uncounted.attempts,
         due_at = case when r.due_at is not null then v_now + surety.hold_duration() end
     from blocked as b
     join outbox.retries as held on held.handler = b.handler and held.event_id = b.event_id
-    cross join lateral (
-        select
-            count(*) filter (where a.is_recent) as times,
-            jsonb_agg(case when a.is_recent then a.attempt || '{"counted": false}' else a.attempt end order by a.n)
-                as attempts
-        from (
-            select
-                e.attempt, e.n,
-                e.attempt ->> 'outage' = held.blocked_by and not e.attempt ? 'counted'
-                and (e.attempt ->> 'at')::timestamptz > v_now - v_window as is_recent
-            from jsonb_array_elements(held.attempts) with ordinality as e (attempt, n)
-        ) as a
-    ) as counted
+    cross join lateral outbox.uncount_attempts(held.attempts, held.blocked_by, v_now) as uncounted
     where r.handler = b.handler and r.event_id = b.event_id;
     select b.* into strict v_circuit
     from surety.circuit_breakers as b where b.provider = p_provider and b.account = p_account;
@@ -343,11 +330,18 @@ has ended without a charge. Returns their ids.';
 create or replace function surety.uncount_outage_failures(p_results jsonb) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
+-- The lock makes concurrent transactions that open or close the circuits wait, or waits for them. So a circuit that
+-- opens meanwhile uncounts the failures that are recorded here.
 declare
     v_failing_min constant integer := 5;
     v_uncounted_max constant integer := 18;
 begin
-    perform from surety.circuit_breakers as b where b.opened_at is not null order by b.provider, b.account for share;
+    perform
+    from surety.circuit_breakers as b
+    where surety.circuit_key(b.provider, b.account) in (
+        select r.result ->> 'outage' from jsonb_array_elements(p_results) as r (result))
+    order by b.provider, b.account
+    for share;
     return (
         select jsonb_agg(
             case
