@@ -27,6 +27,9 @@ from tests.support.workers import (
     shorten_delays,
 )
 
+# Automatic payouts would be lines of the balance as well.
+SETTLED_IN_DOLLARS = ("--settlement-currency=usd", "--available-seconds=0", "--payout-seconds=0")
+
 
 async def test_polling_finds_changes_whose_webhooks_were_lost(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
@@ -130,7 +133,7 @@ async def test_payouts_are_polled(conn: Connection, database: str, tmp_path: Pat
 async def test_a_euro_charge_that_settles_in_dollars_is_exchanged(
     conn: Connection, database: str, tmp_path: Path, shop: Pay
 ) -> None:
-    with running_sandbox(tmp_path, "--settlement-currency=usd", "--available-seconds=0") as sandbox:
+    with running_sandbox(tmp_path, *SETTLED_IN_DOLLARS) as sandbox:
         [payment_id] = shop(currency="eur")
         async with in_process_worker(database, sandbox.url) as worker:
             await run_until_idle(worker)
@@ -152,7 +155,7 @@ async def test_euros_that_settled_in_dollars_are_refunded_and_disputed(
     shorten_delays(conn, NO_AUTOMATIC_RETRY)
     _, key = add_merchant(conn)
     refunded, disputed = pay(conn, key, 2, currency="eur")
-    with running_sandbox(tmp_path, "--settlement-currency=usd", "--available-seconds=0") as sandbox:
+    with running_sandbox(tmp_path, *SETTLED_IN_DOLLARS) as sandbox:
         async with in_process_worker(database, sandbox.url) as worker:
             await run_until_idle(worker)
             eventually(lambda: len(sandbox.get("/v1/balance_transactions")["data"]) == 2)
