@@ -438,18 +438,32 @@ comment on index surety.merchants_account is
 create table surety.api_keys (
     id text collate "C" not null,
     merchant_id text collate "C" not null,
+    name text not null,
+    scopes text[] not null,
+    networks cidr[] not null,
     hash bytea not null,
     hint text not null,
+    created_by text not null,
     created_at timestamptz not null,
+    expires_at timestamptz,
     revoked_at timestamptz,
+    last_used_at timestamptz,
     constraint api_keys_pkey primary key (id),
     constraint api_key_id_is_a_key_id check (id ~ '^key_[0-9a-f]{24}$'),
     constraint api_key_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id),
     constraint api_key_hash_is_unique unique (hash),
-    constraint api_key_hash_is_sha256 check (length(hash) = 32)
-);
+    constraint api_key_hash_is_sha256 check (length(hash) = 32),
+    constraint api_key_name_is_short_and_plain check (name ~ '^[A-Za-z0-9._@-]{1,100}$'),
+    constraint api_key_scopes_are_known check (
+        scopes <> '{}' and scopes <@ array['disputes:write', 'payments:write', 'read', 'refunds:write']
+    ),
+    constraint api_key_networks_are_few check (cardinality(networks) <= 50),
+    constraint api_key_expires_after_its_creation check (expires_at > created_at)
+) with (fillfactor = 80);
 comment on table surety.api_keys is
-'API keys by their SHA-256; a key itself is shown once, when it is created. hint holds its last characters.';
+'API keys by their SHA-256; a key itself is shown once, when it is created. hint holds its last characters. scopes is
+sorted. Without networks a key is valid from every address, without expires_at until it is revoked. last_used_at is
+written at most once a minute.';
 
 create table surety.operator_keys (
     id text collate "C" not null,
@@ -1403,6 +1417,8 @@ create table audit.refusals (
     constraint refusal_reason_is_known check (
         (kind, reason) in (
             ('denied', 'unauthenticated'), ('denied', 'other-mode'), ('denied', 'forbidden'), ('denied', 'not-found'),
+            ('denied', 'key-revoked'), ('denied', 'key-expired'), ('denied', 'network-not-allowed'),
+            ('denied', 'scope-missing'),
             ('webhook', 'no-signature'), ('webhook', 'wrong-signature'), ('webhook', 'old-signature'),
             ('webhook', 'no-event')
         )

@@ -12,7 +12,7 @@ import msgspec
 from app.api.create_payment import BODY_BYTES_MAX, amount_violation
 from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest
 from app.web.asgi import HttpResponse
-from app.web.auth import Caller
+from app.web.auth import DENIALS, KEY_PROBLEMS, Caller
 from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.requests import encode_canonically, hash_of_request, struct_of
 from app.web.validation import violation_checker
@@ -22,6 +22,7 @@ COMMAND_PROBLEMS = (
     "invalid-request",
     "idempotency-key-missing",
     "unauthenticated",
+    *KEY_PROBLEMS,
     "forbidden",
     "not-found",
     "wrong-state",
@@ -57,7 +58,7 @@ async def execute_command(
         await caller.require_active_merchant()
         raise
     if not subject_id:
-        await caller.require_known_key()
+        await caller.require_valid_key()
         raise await caller.audit_denial("not-found")
     document = msgspec.to_builtins(command) | {
         "key_hash": caller.key_hash.hex(),
@@ -100,7 +101,7 @@ def evidence_violation(detail: dict[str, Any]) -> RuleViolation:
 async def problem_of_command(name: str, detail: Any, caller: Caller) -> Problem:
     """The refusal of a SQL function as a problem."""
     match name:
-        case "unauthenticated" | "forbidden" | "not-found":
+        case _ if name in DENIALS:
             return await caller.audit_denial(name)
         case "invalid-request":
             return invalid_request(

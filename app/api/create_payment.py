@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest
 from app.api.schemas.payments import NewPayment, PaymentRequest
 from app.web.asgi import HttpResponse
-from app.web.auth import Caller
+from app.web.auth import DENIALS, Caller
 from app.web.database import DatabasePool
 from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.requests import IDEMPOTENCY_KEY, encode_canonically, hash_of_request, struct_of
@@ -120,7 +120,7 @@ def return_violations(given: Any) -> list[RuleViolation]:
 async def problem_of_refusal(name: str, detail: Any, caller: Caller) -> Problem:
     """The refusal of api.create_payments as a problem."""
     match name:
-        case "unauthenticated" | "forbidden":
+        case _ if name in DENIALS:
             return await caller.audit_denial(name)
         case "invalid-request":
             return invalid_request([amount_violation(detail)])

@@ -12,7 +12,7 @@ from app.web.asgi import HttpResponse
 async def get_dispute(request: ApiRequest) -> HttpResponse:
     """Read a dispute."""
     caller = request.caller()
-    query = "select body from api.get_dispute(%s, %s)"
+    query = "select body from api.get_dispute(%s, %s, %s)"
     return request.respond(await caller.fetch(query, id_or_empty(request, DISPUTE_ID)))
 
 
@@ -20,7 +20,7 @@ async def list_disputes(request: ApiRequest) -> HttpResponse:
     """List disputes and inquiries, newest first."""
     caller = request.caller()
     asked = await request.merchant_query(caller, DisputesQuery)
-    query = "select body from api.list_disputes(%s, %s, %s, %s)"
+    query = "select body from api.list_disputes(%s, %s, %s, %s, %s)"
     return request.respond(await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))
 
 

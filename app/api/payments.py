@@ -11,14 +11,14 @@ from app.web.asgi import HttpResponse
 async def get_payment(request: ApiRequest) -> HttpResponse:
     """Read a payment."""
     caller = request.caller()
-    query = "select body from api.get_payment(%s, %s)"
+    query = "select body from api.get_payment(%s, %s, %s)"
     return request.respond(await caller.fetch(query, id_or_empty(request, PAYMENT_ID)))
 
 
 async def get_trace(request: ApiRequest) -> HttpResponse:
     """Read a payment's history: requests, steps, calls to the provider, webhooks, transfers."""
     caller = request.caller()
-    query = "select body from api.get_trace(%s, %s)"
+    query = "select body from api.get_trace(%s, %s, %s)"
     return request.respond(await caller.fetch(query, id_or_empty(request, PAYMENT_ID)))
 
 
@@ -27,7 +27,7 @@ async def list_payments(request: ApiRequest) -> HttpResponse:
     caller = request.caller()
     asked = await request.merchant_query(caller, PaymentsQuery)
     document = await caller.fetch(
-        "select body from api.list_payments(%s, %s, %s, %s, %s, %s, %s, %s)",
+        "select body from api.list_payments(%s, %s, %s, %s, %s, %s, %s, %s, %s)",
         asked.state,
         asked.status,
         asked.reference,

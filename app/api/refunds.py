@@ -27,7 +27,7 @@ async def create_refund(request: ApiRequest) -> HttpResponse:
 async def get_refund(request: ApiRequest) -> HttpResponse:
     """Read a refund."""
     caller = request.caller()
-    query = "select body from api.get_refund(%s, %s)"
+    query = "select body from api.get_refund(%s, %s, %s)"
     return request.respond(await caller.fetch(query, id_or_empty(request, REFUND_ID)))
 
 
@@ -35,5 +35,5 @@ async def list_refunds(request: ApiRequest) -> HttpResponse:
     """List refunds, newest first."""
     caller = request.caller()
     asked = await request.merchant_query(caller, RefundsQuery)
-    query = "select body from api.list_refunds(%s, %s, %s, %s)"
+    query = "select body from api.list_refunds(%s, %s, %s, %s, %s)"
     return request.respond(await caller.fetch(query, asked.payment, asked.limit, asked.starting_after))

@@ -44,7 +44,7 @@ class ApiRequest(HttpRequest):
 
     def caller(self) -> Caller:
         """The holder of the API key. Raises Problem for a malformed key; the database looks the key up later."""
-        return self.services.authenticator.read_caller(self.headers, self.address, self.request_id, self.route.name)
+        return self.services.authenticator.read_caller(self.headers, self.address, self.request_id, self.route)
 
     async def merchant_query(self, caller: Caller, struct: type[T]) -> T:
         """The query as a struct. Raises Problem: unauthenticated first, then the rules that the query breaks."""
@@ -52,7 +52,7 @@ class ApiRequest(HttpRequest):
         try:
             return read_query(self.scope["query_string"], struct)
         except Problem:
-            await caller.require_known_key()
+            await caller.require_valid_key()
             raise
 
     async def operator_query(self, caller: Caller, struct: type[T]) -> T:

@@ -48,14 +48,16 @@ from app.api.schemas.payments import (
 )
 from app.api.schemas.problems import Health, ProblemType
 from app.api.schemas.refunds import NewRefund, Refund, RefundList, RefundsQuery
+from app.web.auth import KEY_PROBLEMS
 from app.web.routing import Route
 
-READ_PROBLEMS = ("unauthenticated", "not-found", "overloaded", "unavailable")
-LIST_PROBLEMS = ("invalid-request", "unauthenticated", "overloaded", "unavailable")
+READ_PROBLEMS = ("unauthenticated", *KEY_PROBLEMS, "not-found", "overloaded", "unavailable")
+LIST_PROBLEMS = ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "overloaded", "unavailable")
 CREATE_PAYMENT_PROBLEMS = (
     "invalid-request",
     "idempotency-key-missing",
     "unauthenticated",
+    *KEY_PROBLEMS,
     "forbidden",
     "provider-account-refused",
     "reference-taken",
@@ -84,11 +86,12 @@ PAYMENT_ROUTES = [
         {201: Payment},
         CREATE_PAYMENT_PROBLEMS,
         body=NewPayment,
+        scope="payments:write",
         is_fast=True,
     ),
-    Route("GET", "/v1/payments", list_payments, {200: PaymentList}, LIST_PROBLEMS, query=PaymentsQuery),
-    Route("GET", "/v1/payments/{payment_id}", get_payment, {200: Payment}, READ_PROBLEMS),
-    Route("GET", "/v1/payments/{payment_id}/trace", get_trace, {200: Trace}, READ_PROBLEMS),
+    Route("GET", "/v1/payments", list_payments, {200: PaymentList}, LIST_PROBLEMS, query=PaymentsQuery, scope="read"),
+    Route("GET", "/v1/payments/{payment_id}", get_payment, {200: Payment}, READ_PROBLEMS, scope="read"),
+    Route("GET", "/v1/payments/{payment_id}/trace", get_trace, {200: Trace}, READ_PROBLEMS, scope="read"),
     Route(
         "POST",
         "/v1/payments/{payment_id}/capture",
@@ -96,6 +99,7 @@ PAYMENT_ROUTES = [
         {202: Payment},
         COMMAND_PROBLEMS,
         body=NewCapture,
+        scope="payments:write",
     ),
     Route(
         "POST",
@@ -104,6 +108,7 @@ PAYMENT_ROUTES = [
         {200: Payment, 202: Payment},
         COMMAND_PROBLEMS,
         body=NewCancellation,
+        scope="payments:write",
     ),
     Route(
         "POST",
@@ -112,15 +117,16 @@ PAYMENT_ROUTES = [
         {201: Refund},
         (*COMMAND_PROBLEMS, "balance-too-low"),
         body=NewRefund,
+        scope="refunds:write",
     ),
 ]
 
 MERCHANT_ROUTES = [
     *PAYMENT_ROUTES,
-    Route("GET", "/v1/refunds", list_refunds, {200: RefundList}, LIST_PROBLEMS, query=RefundsQuery),
-    Route("GET", "/v1/refunds/{refund_id}", get_refund, {200: Refund}, READ_PROBLEMS),
-    Route("GET", "/v1/disputes", list_disputes, {200: DisputeList}, LIST_PROBLEMS, query=DisputesQuery),
-    Route("GET", "/v1/disputes/{dispute_id}", get_dispute, {200: Dispute}, READ_PROBLEMS),
+    Route("GET", "/v1/refunds", list_refunds, {200: RefundList}, LIST_PROBLEMS, query=RefundsQuery, scope="read"),
+    Route("GET", "/v1/refunds/{refund_id}", get_refund, {200: Refund}, READ_PROBLEMS, scope="read"),
+    Route("GET", "/v1/disputes", list_disputes, {200: DisputeList}, LIST_PROBLEMS, query=DisputesQuery, scope="read"),
+    Route("GET", "/v1/disputes/{dispute_id}", get_dispute, {200: Dispute}, READ_PROBLEMS, scope="read"),
     Route(
         "POST",
         "/v1/disputes/{dispute_id}/evidence",
@@ -128,8 +134,16 @@ MERCHANT_ROUTES = [
         {202: Dispute},
         COMMAND_PROBLEMS,
         body=SubmittedEvidence,
+        scope="disputes:write",
     ),
-    Route("GET", "/v1/balance", get_balance, {200: Balance}, ("unauthenticated", "overloaded", "unavailable")),
+    Route(
+        "GET",
+        "/v1/balance",
+        get_balance,
+        {200: Balance},
+        ("unauthenticated", *KEY_PROBLEMS, "overloaded", "unavailable"),
+        scope="read",
+    ),
     Route(
         "GET",
         "/v1/balance/transactions",
@@ -137,8 +151,9 @@ MERCHANT_ROUTES = [
         {200: BalanceTransactionList},
         LIST_PROBLEMS,
         query=BalanceTransactionsQuery,
+        scope="read",
     ),
-    Route("GET", "/v1/events", list_events, {200: EventList}, LIST_PROBLEMS, query=EventsQuery),
+    Route("GET", "/v1/events", list_events, {200: EventList}, LIST_PROBLEMS, query=EventsQuery, scope="read"),
 ]
 
 OPERATOR_ROUTES = [

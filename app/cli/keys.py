@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
+import json
+from datetime import timedelta
 from typing import Any
 
 import click
@@ -9,29 +12,74 @@ import psycopg
 from rich.table import Table
 
 from app.cli.identity import operator_identity
+from app.cli.options import json_option
 from app.cli.tables import print_table
 from app.web.keys import new_key, new_operator_key
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load_settings
 
+SCOPES = ("disputes:write", "payments:write", "read", "refunds:write")
+TOO_MANY_KEYS = "SU010"
+DAYS_MAX = 3650
+OVERLAP_HOURS_MAX = 24 * 90
+
+LIST_KEYS = """
+select
+    k.id, k.hint as ends_in, m.id as of, m.name as merchant, k.name, k.scopes, k.networks::text[] as networks,
+    k.created_by, surety.format_time(k.created_at) as created_at, surety.format_time(k.expires_at) as expires_at,
+    surety.format_time(k.last_used_at) as last_used_at, surety.format_time(k.revoked_at) as revoked_at
+from surety.api_keys as k join surety.merchants as m on m.id = k.merchant_id
+where %(merchant)s::text is null or m.id = %(merchant)s
+union all
+select
+    o.id, o.hint, 'operator', null, o.operator, '{}', '{}', null, surety.format_time(o.created_at), null, null,
+    surety.format_time(o.revoked_at)
+from surety.operator_keys as o
+where %(merchant)s::text is null
+order by 1
+"""
+
 
 class NoSuchKey(SuretyError):
     """No key has this id."""
 
 
+def parse_key_networks(_context: click.Context, _parameter: click.Parameter, networks: tuple[str, ...]) -> list[str]:
+    """The networks in CIDR notation. Raises SuretyError for another text."""
+    try:
+        return [str(ipaddress.ip_network(network.strip())) for network in networks]
+    except ValueError as error:
+        raise SuretyError(f"--network: {error}") from None
+
+
 @click.group()
 def keys() -> None:
-    """Create, list and revoke keys of merchants and operators."""
+    """Create, rotate, list and revoke keys of merchants and operators."""
 
 
 @keys.command()
 @click.argument("merchant_id", required=False)
+@click.option("--name", default="default", show_default=True, help="The system that will hold the key.")
+@click.option("--scope", "scopes", multiple=True, type=click.Choice(SCOPES), help="A right of the key; default: all.")
+@click.option(
+    "--network", "networks", multiple=True, metavar="CIDR", callback=parse_key_networks,
+    help="Valid only from this network, such as 203.0.113.0/24; default: from everywhere.",
+)  # fmt: skip
+@click.option("--days", type=click.IntRange(1, DAYS_MAX), help="Expires after so many days; default: never.")
 @click.option("--operator", metavar="NAME", help="Create an operator's key instead of a merchant's.")
-def create(merchant_id: str | None, operator: str | None) -> None:
+def create(
+    merchant_id: str | None,
+    name: str,
+    scopes: tuple[str, ...],
+    networks: list[str],
+    days: int | None,
+    operator: str | None,
+) -> None:
     """Create a key for a merchant, or for an operator, and print it: it can't be shown again.
 
-    A merchant's key gives access to the merchant's payments only, an operator's key to /v1/operator only.
+    A merchant's key gives access to the merchant's payments only, an operator's key to /v1/operator only. A merchant
+    has at most two active keys of one name with the same scopes.
     """
     if (merchant_id is None) == (operator is None):
         raise SuretyError("give a MERCHANT_ID, or --operator NAME")
@@ -39,15 +87,39 @@ def create(merchant_id: str | None, operator: str | None) -> None:
         if operator is not None:
             click.echo(create_for_operator(conn, operator))
             return
-        environment = conn.execute("select livemode from surety.environment").fetchone()
-        key = new_key(livemode=bool(environment and environment[0]))
+        key = new_key(livemode=is_live(conn))
         try:
             conn.execute(
-                "select surety.add_api_key(%s, %s, %s, %s)", (merchant_id, key.hash, key.hint, operator_identity())
+                "select surety.add_api_key(%s, %s, %s, %s, %s, %s::text[], %s::cidr[],"
+                " surety.time_now() + make_interval(days => %s))",
+                (
+                    *(merchant_id, key.hash, key.hint, operator_identity()),
+                    *(name, list(scopes or SCOPES), networks, days),
+                ),
             )
-        except psycopg.errors.ForeignKeyViolation:
-            raise SuretyError(f"there is no merchant {merchant_id}") from None
+        except psycopg.Error as error:
+            raise refusal_of(error, merchant_id) from None
     click.echo(key.text)
+
+
+def is_live(conn: psycopg.Connection[tuple[Any, ...]]) -> bool:
+    """Whether the database's keys begin with sty_live_."""
+    row = conn.execute("select surety.read_livemode()").fetchone()
+    return bool(row and row[0])
+
+
+def refusal_of(error: psycopg.Error, merchant_id: str | None) -> Exception:
+    """The error of a new key as the user's, or itself."""
+    if error.sqlstate == TOO_MANY_KEYS:
+        return SuretyError(f"{error.diag.message_primary}: {error.diag.message_hint}")
+    match error.diag.constraint_name:
+        case "api_key_belongs_to_a_merchant":
+            return SuretyError(f"there is no merchant {merchant_id}")
+        case "api_key_name_is_short_and_plain":
+            return SuretyError("a key's name has 1 to 100 letters, digits and . _ @ -")
+        case "api_key_networks_are_few":
+            return SuretyError("a key has at most 50 networks")
+    return error
 
 
 def create_for_operator(conn: psycopg.Connection[tuple[Any, ...]], operator: str) -> str:
@@ -62,24 +134,56 @@ def create_for_operator(conn: psycopg.Connection[tuple[Any, ...]], operator: str
     return key.text
 
 
+@keys.command()
+@click.argument("key_id")
+@click.option(
+    "--overlap-hours", type=click.IntRange(0, OVERLAP_HOURS_MAX), default=72, show_default=True,
+    help="The old key stays valid for so long.",
+)  # fmt: skip
+def rotate(key_id: str, overlap_hours: int) -> None:
+    """Create the successor of a merchant's key, with the same name, scopes and networks, and print it.
+
+    The old key expires after the overlap. A key with an active successor is not rotated again.
+    """
+    with connect("deploy", load_settings()) as conn:
+        key = new_key(livemode=is_live(conn))
+        try:
+            row = conn.execute(
+                "select surety.rotate_api_key(%s, %s, %s, %s, %s)",
+                (key_id, key.hash, key.hint, timedelta(hours=overlap_hours), operator_identity()),
+            ).fetchone()
+        except psycopg.Error as error:
+            raise refusal_of(error, None) from None
+    if row is None or row[0] is None:
+        raise NoSuchKey(f"there is no active key {key_id} of a merchant")
+    click.echo(key.text)
+
+
 @keys.command(name="list")
 @click.option("--merchant", "merchant_id", help="Only this merchant's.")
-def list_keys(merchant_id: str | None) -> None:
+@json_option
+def list_keys(merchant_id: str | None, as_json: bool) -> None:
     """List keys, the oldest first, each by its last characters."""
-    table = Table("id", "ends in", "of", "name", "since", "revoked", box=None)
     with connect("deploy", load_settings()) as conn:
-        rows = conn.execute(
-            "select k.id, k.hint, m.id, m.name, surety.format_time(k.created_at), surety.format_time(k.revoked_at)"
-            " from surety.api_keys as k join surety.merchants as m on m.id = k.merchant_id"
-            " where %(merchant)s::text is null or m.id = %(merchant)s"
-            " union all"
-            " select o.id, o.hint, 'operator', o.operator, surety.format_time(o.created_at),"
-            " surety.format_time(o.revoked_at)"
-            " from surety.operator_keys as o where %(merchant)s::text is null"
-            " order by 1",
-            {"merchant": merchant_id},
-        ).fetchall()
-    print_table(table, rows)
+        cursor = conn.execute(LIST_KEYS, {"merchant": merchant_id})
+        names = [column.name for column in cursor.description or ()]
+        found = [dict(zip(names, row, strict=True)) for row in cursor]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    columns = ("id", "ends in", "of", "merchant", "name", "scopes", "networks", "created", "expires", "last used")
+    table = Table(*columns, "revoked", box=None)
+    print_table(
+        table,
+        (
+            (
+                *(key["id"], key["ends_in"], key["of"], key["merchant"], key["name"]),
+                *(" ".join(key["scopes"]), " ".join(key["networks"])),
+                *(key["created_at"], key["expires_at"], key["last_used_at"], key["revoked_at"]),
+            )
+            for key in found
+        ),
+    )
 
 
 @keys.command()

@@ -1,5 +1,8 @@
 """Authentication. The database finds the caller by the SHA-256 of the key; a text that can't be a key is not looked up.
 
+No process keeps what the database said about a key: the function that does the work checks it each time. So revoking a
+key needs no notice. Why a key is refused is said only to the holder of the whole secret.
+
 Every denial is counted. That of a key that exists is audited: the first hundred of an hour, up to
 DENIALS_PER_SECOND_MAX in a second and process.
 """
@@ -16,6 +19,7 @@ from app.web.database import DatabasePool, Row
 from app.web.keys import key_hash_of, livemode_of
 from app.web.problems import Problem
 from app.web.refusals import RefusalCounter
+from app.web.routing import Route
 from app.web.throttle import PerSecondThrottle
 from db.errors import error_text
 
@@ -27,11 +31,18 @@ OTHER_MODE_DETAILS = {
     True: "this is a live key, and no real money moves here: send a test key (sty_test_…)",
     False: "this is a test key, and real money moves here: send a live key (sty_live_…)",
 }
+KEY_PROBLEMS = ("key-revoked", "key-expired", "network-not-allowed", "scope-missing")
+"""Problems of a key that the database knows."""
 DENIAL_DETAILS = {
-    "unauthenticated": "the API key is missing, misspelt, unknown, revoked or an operator's",
+    "unauthenticated": "the API key is missing, misspelt, unknown or an operator's",
+    "key-revoked": "this API key was revoked",
+    "key-expired": "this API key has expired",
+    "network-not-allowed": "this API key may not be used from {address}",
+    "scope-missing": "this API key lacks the scope {scope}",
     "forbidden": "this merchant is suspended",
     "not-found": "this merchant has no object with that id",
 }
+DENIALS = frozenset(DENIAL_DETAILS)
 
 
 class Authenticator:
@@ -44,7 +55,7 @@ class Authenticator:
         self._hashes_of_known_keys: dict[bytes, bytes] = {}
         self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
-    def read_caller(self, headers: dict[bytes, bytes], address: str, request_id: str, route: str) -> Caller:
+    def read_caller(self, headers: dict[bytes, bytes], address: str, request_id: str, route: Route) -> Caller:
         """The caller, by the Authorization header alone. Raises Problem for a malformed key."""
         authorization = headers.get(b"authorization", b"")
         key_hash = self._hashes_of_known_keys.get(authorization) or key_hash_of(authorization)
@@ -64,7 +75,7 @@ class Authenticator:
 class Caller:
     """The sender of a well-formed API key, which the database has not checked yet."""
 
-    __slots__ = ("_authenticator", "_key_livemode", "address", "key_hash", "request_id", "route")
+    __slots__ = ("_authenticator", "_key_livemode", "address", "key_hash", "request_id", "route", "scope")
 
     def __init__(
         self,
@@ -73,38 +84,39 @@ class Caller:
         key_livemode: bool | None,
         address: str,
         request_id: str,
-        route: str,
+        route: Route,
     ) -> None:
         self._authenticator = authenticator
         self._key_livemode = key_livemode
         self.key_hash = key_hash
         self.address = address
         self.request_id = request_id
-        self.route = route
+        self.route = route.name
+        self.scope = route.scope
 
     async def fetch(self, query: LiteralString, *values: Any) -> str:
-        """The document that a function renders for this key. Raises Problem for an unknown key or no document."""
-        row = await self._authenticator.reading.fetch_row(query, self.key_hash, *values)
+        """The document that a function renders for this key. Raises Problem: the key may not read, or no document."""
+        row = await self._authenticator.reading.fetch_row(query, self.key_hash, *values, self.address)
         if row is None:
-            raise await self.audit_denial("unauthenticated")
+            raise await self.audit_denial(None)
         document: str | None = row[0]
         if document is None:
             raise await self.audit_denial("not-found")
         return document
 
-    async def require_known_key(self) -> None:
-        """Raises Problem unless the key is known."""
-        if await self._authenticator.database.fetch_row("select from api.identify_merchant(%s)", self.key_hash) is None:
-            raise await self.audit_denial("unauthenticated")
-
-    async def require_active_merchant(self) -> None:
-        """Raises Problem unless the key is known and its merchant may take payments."""
+    async def require_valid_key(self) -> bool:
+        """Whether the key's merchant is suspended. Raises Problem unless the key is valid for the route."""
         row = await self._authenticator.database.fetch_row(
-            "select is_suspended from api.identify_merchant(%s)", self.key_hash
+            "select is_suspended from api.identify_merchant(%s, %s, %s)", self.key_hash, self.scope, self.address
         )
         if row is None:
-            raise await self.audit_denial("unauthenticated")
-        if row[0]:
+            raise await self.audit_denial(None)
+        is_suspended: bool = row[0]
+        return is_suspended
+
+    async def require_active_merchant(self) -> None:
+        """Raises Problem unless the key is valid for the route and its merchant may take payments."""
+        if await self.require_valid_key():
             raise await self.audit_denial("forbidden")
 
     async def require_operator(self) -> None:
@@ -141,26 +153,48 @@ class Caller:
             self._authenticator.refusals.add(name)
         raise Problem(name, "this key is no operator's" if name == "forbidden" else DENIAL_DETAILS[name])
 
-    async def audit_denial(self, name: str) -> Problem:
-        """The refusal, counted, and audited if the key exists; a failure to audit it changes nothing."""
+    async def audit_denial(self, name: str | None) -> Problem:
+        """The refusal, counted, and audited if the key exists; a failure to audit it changes nothing.
+
+        Without a name, the database says why the key may not do what the route needs.
+        """
         is_counted, is_of_other_mode = False, False
-        if self._authenticator.denial_throttle.allows():
-            try:
+        try:
+            if self._authenticator.denial_throttle.allows():
                 row = await self._authenticator.database.fetch_row(
-                    "select api.audit_denial(%s, %s, %s, %s, %s)",
+                    "select reason, is_counted from api.audit_denial(%s, %s, %s, %s, %s, %s)",
                     self.key_hash,
                     self.request_id,
                     self.address,
                     self.route,
                     name,
+                    self.scope,
                 )
-                is_counted = bool(row and row[0])
+                assert row is not None
+                name, is_counted = row
                 is_of_other_mode = name == "unauthenticated" and not is_counted and await self._is_key_of_other_mode()
-            except (psycopg.Error, Unavailable) as error:
-                log.warning("%s: the denial could not be audited: %s", self.request_id, error_text(error))
+            elif name is None:
+                row = await self._authenticator.database.fetch_row(
+                    "select api.explain_denial(%s, %s, %s)", self.key_hash, self.scope, self.address
+                )
+                name = row[0] if row else None
+        except (psycopg.Error, Unavailable) as error:
+            log.warning("%s: the denial could not be audited: %s", self.request_id, error_text(error))
+        name = name or "unauthenticated"
         if not is_counted:
             self._authenticator.refusals.add("other-mode" if is_of_other_mode else name)
-        return Problem(name, OTHER_MODE_DETAILS[bool(self._key_livemode)] if is_of_other_mode else DENIAL_DETAILS[name])
+        if is_of_other_mode:
+            return Problem(name, OTHER_MODE_DETAILS[bool(self._key_livemode)])
+        return self._problem(name)
+
+    def _problem(self, name: str) -> Problem:
+        detail = DENIAL_DETAILS[name].format(address=self.address or "an unknown address", scope=self.scope)
+        match name:
+            case "network-not-allowed":
+                return Problem(name, detail, address=self.address)
+            case "scope-missing":
+                return Problem(name, detail, scope=self.scope)
+        return Problem(name, detail)
 
     async def _is_key_of_other_mode(self) -> bool:
         """Whether the key is a merchant's and of the other mode than the database."""

@@ -55,6 +55,27 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "Send `Authorization: Bearer sty_…` with a key that is neither misspelt nor revoked. Where real money moves, "
         "keys begin with `sty_live_`, else with `sty_test_`.",
     ),
+    "key-expired": ProblemDefinition(
+        401,
+        "The API key has expired",
+        "The key is one of ours, and its time is over. Use its successor, or ask the operator for a new key.",
+    ),
+    "key-revoked": ProblemDefinition(
+        401,
+        "The API key was revoked",
+        "The key is one of ours and was revoked, at once and permanently. Ask the operator for a new key.",
+    ),
+    "network-not-allowed": ProblemDefinition(
+        403,
+        "The API key may not be used from this address",
+        "The key is bound to networks, and `address`, from which the request came, is in none of them. Send the "
+        "request from an allowed one, or ask the operator.",
+    ),
+    "scope-missing": ProblemDefinition(
+        403,
+        "The API key lacks a scope",
+        "The key is valid, but not for this: `scope` names the scope that the route needs. Use a key that has it.",
+    ),
     "forbidden": ProblemDefinition(
         403,
         "This key may not do that",
@@ -227,6 +248,7 @@ PROBLEM_BY_SQLSTATE = {
     "SU007": "internal",  # an unknown event type
     "SU008": "internal",  # an audit entry of a kind that its caller may not write
     "SU009": "internal",  # facts and refusals in one call of record_call_results
+    "SU010": "internal",  # a third active key of one name and the same scopes
     "22P05": "invalid-request",  # text that PostgreSQL can't hold
     "22021": "invalid-request",  # likewise
 }

@@ -46,6 +46,8 @@ class Route:
     body: type[Struct] | None = None
     is_public: bool = False
     """No API key is needed."""
+    scope: str = ""
+    """The scope that a key needs, which the route's SQL function requires."""
     tag: str | None = None
     is_fast: bool = False
     """Matched before Litestar."""

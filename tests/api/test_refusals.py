@@ -249,12 +249,9 @@ def test_authentication_precedes_every_other_check(merchant: Merchant, authoriza
 def test_revoked_api_key_is_denied_and_its_use_is_audited(merchant: Merchant) -> None:
     merchant.pay()
     merchant.conn.execute("select surety.revoke_api_key(%s)", (merchant.key_id,))
-    problem(merchant.post(), 401, "unauthenticated")
-    problem(merchant.client.get("/v1/payments"), 401, "unauthenticated")
-    assert merchant.denials() == [
-        ("unauthenticated", "POST /v1/payments"),
-        ("unauthenticated", "GET /v1/payments"),
-    ]
+    problem(merchant.post(), 401, "key-revoked")
+    problem(merchant.client.get("/v1/payments"), 401, "key-revoked")
+    assert merchant.denials() == [("key-revoked", "POST /v1/payments"), ("key-revoked", "GET /v1/payments")]
 
 
 def test_unknown_and_malformed_keys_are_counted_but_leave_no_audit_entry(database: str) -> None:

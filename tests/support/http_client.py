@@ -7,7 +7,7 @@ import os
 import ssl
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import httpx
 import msgspec
 import psycopg
 
+from app.cli.keys import SCOPES
 from app.web.keys import new_key
 from db.connect import harden
 from db.embedded.processes import die_with_parent
@@ -79,11 +80,21 @@ class Merchant:
         headers = {"Authorization": f"Bearer {self.key}"}
         self.client = httpx.Client(base_url=url, timeout=30, headers=headers, verify=CONTEXT)
 
-    def another_key(self) -> str:
-        """A further key."""
+    def another_key(
+        self,
+        name: str | None = None,
+        scopes: Sequence[str] = SCOPES,
+        networks: Sequence[str] = (),
+        expires_in: str | None = None,
+    ) -> str:
+        """A further key, under a name of its own unless one is given."""
         [(livemode,)] = self.conn.execute("select surety.read_livemode()").fetchall()
         key = new_key(livemode=livemode)
-        row = self.conn.execute("select surety.add_api_key(%s, %s, %s)", (self.id, key.hash, key.hint)).fetchone()
+        row = self.conn.execute(
+            "select surety.add_api_key(%s, %s, %s, 'test', %s, %s::text[], %s::cidr[],"
+            " surety.time_now() + %s::interval)",
+            (self.id, key.hash, key.hint, name or unique_name("key"), list(scopes), list(networks), expires_in),
+        ).fetchone()
         assert row is not None
         self.key_id: str = row[0]
         return key.text

@@ -20,7 +20,8 @@ class BrokenRule(Struct, rename={"place": "in"}):
 
 class ProblemDocument(Struct):
     """The reason why a request was refused, as in RFC 9457. `payment` is the payment that has the reference already;
-    `state` is the state that does not allow the request.
+    `state` is the state that does not allow the request; `scope` the scope that the key lacks; `address` the one from
+    which the key may not be used.
     """
 
     type: str
@@ -31,6 +32,8 @@ class ProblemDocument(Struct):
     errors: list[BrokenRule] | None = None
     payment: str | None = None
     state: str | None = None
+    scope: str | None = None
+    address: str | None = None
 
 
 class ProblemType(Struct):

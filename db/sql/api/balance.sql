@@ -1,6 +1,7 @@
 -- The merchant's balance, and the postings that changed it.
 
-create or replace function api.get_balance(p_key_hash bytea) returns table (merchant_id text, body text)
+create or replace function api.get_balance(p_key_hash bytea, p_address text default '')
+returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -29,21 +30,21 @@ begin atomic
                 group by currencies.currency
             ) as totals
         ), '[]'::json))::text
-    from api.identify_merchant(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
 end;
 
-comment on function api.get_balance(bytea) is
+comment on function api.get_balance(bytea, text) is
 'The balance of the merchant by currency, in minor units: pending (not settled), available (may be negative), disputed,
-reserved_for_refunds. No row: unknown key.';
+reserved_for_refunds. No row: the key may not read.';
 
 create or replace function api.list_balance_transactions(
-    p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text
+    p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text, p_address text default ''
 ) returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
 declare
-    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash, 'read', p_address) as k);
     v_ids text [];
 begin
     if v_merchant is null then
@@ -108,6 +109,7 @@ begin
 end;
 $$;
 
-comment on function api.list_balance_transactions(bytea, text, integer, text) is
+comment on function api.list_balance_transactions(bytea, text, integer, text, text) is
 'A page of the postings that changed the merchant''s accounts, newest first, each with its changes by account and
-currency. p_payment: of one payment only; p_starting_after: the last id of the page before. No row: unknown key.';
+currency. p_payment: of one payment only; p_starting_after: the last id of the page before.
+No row: the key may not read.';

@@ -4,7 +4,7 @@ create or replace function api.cancel_payment(p_request jsonb) returns api.outco
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/cancel', p_request);
+    v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/cancel', 'payments:write', p_request);
     v_payment surety.payments;
     v_status integer := 202;
 begin

@@ -7,7 +7,7 @@
 --
 -- Locks: idempotency key, payment, refund, accounts.
 
-create or replace function api.admit_command(p_route text, p_request jsonb) returns api.admission
+create or replace function api.admit_command(p_route text, p_scope text, p_request jsonb) returns api.admission
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -18,9 +18,12 @@ declare
     v_outcome api.outcome;
 begin
     select k.key_id, k.merchant_id, k.is_suspended into v_who
-    from api.identify_merchant(decode(p_request ->> 'key_hash', 'hex')) as k;
+    from api.identify_merchant(decode(p_request ->> 'key_hash', 'hex'), p_scope, p_request ->> 'address') as k;
     if not found then
-        v_outcome := (null, 'unauthenticated', null, null, false);
+        v_outcome := (
+            null, api.explain_denial(decode(p_request ->> 'key_hash', 'hex'), p_scope, p_request ->> 'address'),
+            null, null, false
+        );
     elsif v_who.is_suspended then
         v_outcome := (null, 'forbidden', null, null, false);
     else
@@ -51,10 +54,10 @@ begin
 end;
 $$;
 
-comment on function api.admit_command(text, jsonb) is
-'Admits a command. p_request: key_hash (hex), request_id, address, idempotency_key, request_hash (hex, of the id and the
-body), and the id of the object. The outcome is set if the command ends here: an answer repeated, or one of the problems
-unauthenticated, forbidden, idempotency-key-reused.';
+comment on function api.admit_command(text, text, jsonb) is
+'Admits a command that needs p_scope. p_request: key_hash (hex), request_id, address, idempotency_key, request_hash
+(hex, of the id and the body), and the id of the object. The outcome is set if the command ends here: an answer
+repeated, or one of the problems of api.explain_denial, forbidden, idempotency-key-reused.';
 
 create or replace function api.refuse_command(p_admitted api.admission, p_problem text, p_detail jsonb)
 returns api.outcome

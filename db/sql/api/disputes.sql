@@ -4,7 +4,7 @@ create or replace function api.submit_evidence(p_request jsonb) returns api.outc
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_admitted api.admission := api.admit_command('POST /v1/disputes/{id}/evidence', p_request);
+    v_admitted api.admission := api.admit_command('POST /v1/disputes/{id}/evidence', 'disputes:write', p_request);
     v_dispute surety.disputes;
     v_takes_evidence boolean;
     v_characters_max constant integer := 150000;
@@ -59,7 +59,8 @@ A field given before is kept unless it is given again. With submit, the evidence
 dispute. Problems: not-found; wrong-state, detail {state, reason}: submitted, closed, or past its deadline;
 invalid-request, detail {field, rule, limit, given}: all evidence together is too long for the provider.';
 
-create or replace function api.get_dispute(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+create or replace function api.get_dispute(p_key_hash bytea, p_id text, p_address text default '')
+returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -69,20 +70,20 @@ begin atomic
             from surety.disputes cross join lateral api.show_dispute(disputes) as shown
             where disputes.id = p_id and disputes.merchant_id = who.merchant_id
         )
-    from api.identify_merchant(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
 end;
 
-comment on function api.get_dispute(bytea, text) is
-'A dispute of the merchant; body is null if the merchant has none of that id. No row: unknown key.';
+comment on function api.get_dispute(bytea, text, text) is
+'A dispute of the merchant; body is null if the merchant has none of that id. No row: the key may not read.';
 
 create or replace function api.list_disputes(
-    p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text
+    p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text, p_address text default ''
 ) returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
 declare
-    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash, 'read', p_address) as k);
     v_ids text [];
 begin
     if v_merchant is null then
@@ -115,6 +116,6 @@ begin
 end;
 $$;
 
-comment on function api.list_disputes(bytea, text, integer, text) is
+comment on function api.list_disputes(bytea, text, integer, text, text) is
 'A page of the merchant''s disputes, newest first. p_payment: of one payment only; p_starting_after: the last id of the
-page before. No row: unknown key.';
+page before. No row: the key may not read.';

@@ -84,7 +84,7 @@ comment on function api.bound_snapshot(pg_snapshot, integer) is
 'A snapshot whose text in a cursor has at most p_length_max characters. With more open transactions than fit, it ends
 before the first that does not: later transactions are visible to the next reading.';
 
-create or replace function api.list_events(p_key_hash bytea, p_after text, p_limit integer)
+create or replace function api.list_events(p_key_hash bytea, p_after text, p_limit integer, p_address text default '')
 returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
@@ -107,7 +107,7 @@ declare
     v_last_id text;
     v_next text;
 begin
-    select k.merchant_id into v_merchant from api.identify_merchant(p_key_hash) as k;
+    select k.merchant_id into v_merchant from api.identify_merchant(p_key_hash, 'read', p_address) as k;
     if not found then
         return;
     end if;
@@ -183,7 +183,7 @@ begin
 end;
 $$;
 
-comment on function api.list_events(bytea, text, integer) is
+comment on function api.list_events(bytea, text, integer, text) is
 'A page of the merchant''s events, oldest first, by restore generation. p_after: the cursor next of the last page. It
 holds two snapshots, as a handler''s position does, so that a reader misses no event, however late its transaction
-commits. No row: unknown key. Raises SU006 for a text that is no cursor.';
+commits. No row: the key may not read. Raises SU006 for a text that is no cursor.';

@@ -25,7 +25,10 @@ begin
             then 'forbidden'
         else 'unauthenticated'
     end;
-    is_counted := p_is_audited and api.audit_denial(p_key_hash, p_request_id, p_address, p_route, reason);
+    is_counted := p_is_audited and (
+        select done.is_counted
+        from api.audit_denial(p_key_hash, p_request_id, p_address, p_route, reason) as done
+    );
     return next;
 end;
 $$;

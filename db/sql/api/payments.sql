@@ -135,13 +135,15 @@ declare
     v_won text [];
     v_taken text [];
 begin
-    -- The merchant, as api.identify_merchant finds it, and the problem of the request, if any.
+    -- The merchant, as api.identify_merchant finds it, and the problem of the request, if any. Without a problem of
+    -- its key, a request has a merchant.
     with given as (
         select
             r.*, k.id as key_id, m.id as merchant_id, m.provider_account, m.livemode,
             surety.new_id('pay', v_now) as new_id,
             case
-                when m.id is null then 'unauthenticated'
+                when k.id is null then 'unauthenticated'
+                when k.problem is not null then k.problem
                 when m.suspended_at is not null then 'forbidden'
                 when c.currency is null or r.amount not between c.minimum_minor and c.maximum_minor
                     or r.amount % c.step_minor <> 0
@@ -153,8 +155,15 @@ begin
             description text, statement_descriptor_suffix text, return_url text, off_session boolean, customer jsonb,
             metadata jsonb
         )
-        left join surety.api_keys as k on k.hash = decode(r.key_hash, 'hex') and k.revoked_at is null
-        left join surety.merchants as m on m.id = k.merchant_id
+        left join lateral (
+            select
+                a.id, a.merchant_id,
+                api.find_key_problem(
+                    a.revoked_at, a.expires_at, a.networks, a.scopes, 'payments:write', r.address, v_now) as problem
+            from surety.api_keys as a
+            where a.hash = decode(r.key_hash, 'hex')
+        ) as k on true
+        left join surety.merchants as m on m.id = k.merchant_id and k.problem is null
         left join surety.currencies as c on c.currency = r.currency
     ),
     asked as (
@@ -327,14 +336,16 @@ $$;
 
 comment on function api.create_payments(json) is
 'Creates the payments of a batch of requests in one transaction; one row for each request, found by n.
-201 and the new payment''s document, or with is_replayed the first answer, byte for byte. Problems: unauthenticated;
-forbidden (suspended); provider-account-refused (surety.cut_off_accounts); invalid-request, detail {field, rule, limit,
+201 and the new payment''s document, or with is_replayed the first answer, byte for byte. Problems: those of
+api.explain_denial; forbidden
+(suspended); provider-account-refused (surety.cut_off_accounts); invalid-request, detail {field, rule, limit,
 given}; reference-taken, detail {payment_id};
 idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
 amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
 return_url, off_session, customer, metadata}].';
 
-create or replace function api.get_payment(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+create or replace function api.get_payment(p_key_hash bytea, p_id text, p_address text default '')
+returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -344,15 +355,15 @@ begin atomic
             from surety.payments cross join lateral api.show_payment(payments) as shown
             where payments.id = p_id and payments.merchant_id = who.merchant_id
         )
-    from api.identify_merchant(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
 end;
 
-comment on function api.get_payment(bytea, text) is
-'A payment of the merchant; body is null if the merchant has none of that id. No row: unknown key.';
+comment on function api.get_payment(bytea, text, text) is
+'A payment of the merchant; body is null if the merchant has none of that id. No row: the key may not read.';
 
 create or replace function api.list_payments(
     p_key_hash bytea, p_state text, p_status text, p_reference text, p_created_from timestamptz,
-    p_created_before timestamptz, p_limit integer, p_starting_after text
+    p_created_before timestamptz, p_limit integer, p_starting_after text, p_address text default ''
 ) returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
@@ -361,7 +372,7 @@ as $$
 -- The merchant and both bounds are found before payments are read. So the cost of a page does not depend on other
 -- merchants or on its age.
 declare
-    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash, 'read', p_address) as k);
     v_from text := surety.id_at('pay', greatest(p_created_from, 'epoch'));
     v_before text := case
         when p_created_before is null then 'pay_g' else surety.id_at('pay', greatest(p_created_before, 'epoch'))
@@ -424,6 +435,6 @@ begin
 end;
 $$;
 
-comment on function api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text) is
+comment on function api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text, text) is
 'A page of the merchant''s payments, newest first, by state, status, reference and time of creation (from, before). Ids
-sort by time, so p_starting_after is the last id of the page before. No row: unknown key.';
+sort by time, so p_starting_after is the last id of the page before. No row: the key may not read.';

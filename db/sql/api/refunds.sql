@@ -4,7 +4,7 @@ create or replace function api.create_refund(p_request jsonb) returns api.outcom
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/refunds', p_request);
+    v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/refunds', 'refunds:write', p_request);
     v_now timestamptz := v_admitted.admitted_at;
     v_payment surety.payments;
     v_refund surety.refunds;
@@ -103,7 +103,8 @@ multiple of the currency''s step; balance-too-low, detail {needed, balance, curr
 available balance must cover the refund, except for our fee of this payment, so that a merchant with no other money can
 refund it in full. A balance in the currency of an exchange counts at the payment''s own rate.';
 
-create or replace function api.get_refund(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+create or replace function api.get_refund(p_key_hash bytea, p_id text, p_address text default '')
+returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -113,20 +114,20 @@ begin atomic
             from surety.refunds cross join lateral api.show_refund(refunds) as shown
             where refunds.id = p_id and refunds.merchant_id = who.merchant_id
         )
-    from api.identify_merchant(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
 end;
 
-comment on function api.get_refund(bytea, text) is
-'A refund of the merchant; body is null if the merchant has none of that id. No row: unknown key.';
+comment on function api.get_refund(bytea, text, text) is
+'A refund of the merchant; body is null if the merchant has none of that id. No row: the key may not read.';
 
 create or replace function api.list_refunds(
-    p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text
+    p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text, p_address text default ''
 ) returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
 declare
-    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash) as k);
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash, 'read', p_address) as k);
     v_ids text [];
 begin
     if v_merchant is null then
@@ -159,6 +160,6 @@ begin
 end;
 $$;
 
-comment on function api.list_refunds(bytea, text, integer, text) is
+comment on function api.list_refunds(bytea, text, integer, text, text) is
 'A page of the merchant''s refunds, newest first. p_payment: of one payment only; p_starting_after: the last id of the
-page before. No row: unknown key.';
+page before. No row: the key may not read.';

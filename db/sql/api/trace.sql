@@ -38,7 +38,8 @@ comment on function api.select_trace_data(text, text, jsonb) is
 'The data of an entry of a trace for its merchant: of calls and retries only the named fields, of operators'' entries
 none, and no address or request but the merchant''s own.';
 
-create or replace function api.get_trace(p_key_hash bytea, p_id text) returns table (merchant_id text, body text)
+create or replace function api.get_trace(p_key_hash bytea, p_id text, p_address text default '')
+returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -71,9 +72,9 @@ begin atomic
             from surety.payments cross join lateral api.show_payment(payments) as shown
             where payments.id = p_id and payments.merchant_id = who.merchant_id
         )
-    from api.identify_merchant(p_key_hash) as who;
+    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
 end;
 
-comment on function api.get_trace(bytea, text) is
+comment on function api.get_trace(bytea, text, text) is
 'The history of a payment as its merchant may read it, oldest first; body is null if the merchant has none of that id.
-No row: unknown key.';
+No row: the key may not read.';
