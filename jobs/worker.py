@@ -60,6 +60,7 @@ class Worker:
             database, stripe, self.actor, min(CALL_REPORT_SECONDS_MAX, settings.surety_stall_seconds / 5)
         )
         self.recorder = ResultRecorder(database, self.actor, self.schedule_handlers_for)
+        self.circuit_turn_seconds = min(CIRCUIT_TURN_SECONDS, settings.surety_stall_seconds / 10)
         self.handlers: dict[str, HandlerSettings] = {}
         self.stopping = asyncio.Event()
 
@@ -119,7 +120,7 @@ async def run_circuit_breaker(worker: Worker) -> None:
             log.warning("the circuit breaker found no database: %s", message_of(error))
         except Exception:  # Its end would be seen only when the watchdog ends the worker, which can't name the reason.
             log.exception("the circuit breaker failed; it goes on")
-        await asyncio.sleep(min(CIRCUIT_TURN_SECONDS, worker.settings.surety_stall_seconds / 10))
+        await asyncio.sleep(worker.circuit_turn_seconds)
 
 
 async def signal_loop_turns(worker: Worker) -> None:

@@ -32,6 +32,8 @@ NEW_PAYMENTS_MAX = 4
 # The longest time between two probes of a circuit. A visit waits for three: of the key, of the account, and one more.
 PROBE_SECONDS = 301.0
 READINGS_MAX = 4
+# Workers report calls and send due probes at these intervals. All their turns between two probes would do the same.
+CIRCUIT_TURN_SECONDS = 20.0
 # The rounds of recovery are a day each at most.
 MONTHS_OF_RECOVERY = 3
 
@@ -40,6 +42,8 @@ async def let_months_pass(schedule: Schedule) -> None:
     """Let the plan's days pass. Processes do not take turns meanwhile; faults still occur."""
     schedule.is_calm = schedule.has_faults = True
     schedule.workers.append(WorkerProcess(schedule, "months"))
+    for process in schedule.workers:
+        process.worker.circuit_turn_seconds = CIRCUIT_TURN_SECONDS
     # Jobs and requests that are running by now end first: each waits for an answer for a minute at most.
     await asyncio.sleep(300)
     end = schedule.loop.seconds + schedule.plan.days * DAY
@@ -146,8 +150,14 @@ def has_unread_events(schedule: Schedule, began: int) -> bool:
 
 
 def keep_partitions(schedule: Schedule) -> None:
-    """Partition the months ahead, as each hour, and sometimes detach and drop old partitions, as an operator does."""
-    schedule.database.rows("select surety.maintain_partitions()")
+    """Partition the months ahead, as each hour, and sometimes detach and drop old partitions, as an operator does.
+
+    It repeats nothing within a month.
+    """
+    [(month,)] = schedule.database.rows("select to_char(surety.time_now() at time zone 'UTC', 'YYYYMM')")
+    if month != schedule.partitioned_month:
+        schedule.partitioned_month = month
+        schedule.database.rows("select surety.maintain_partitions()")
     if schedule.chance.random() < 0.2:
         query = "select partition, detach from surety.detachable_partitions(make_interval(days => %s))"
         for partition, detach in schedule.database.rows(query, KEPT_DAYS):

@@ -74,9 +74,10 @@ class WorkerProcess(Process):
         """Start draining a handler's events."""
         return self._start_job(handler, drain(self.context, handler))
 
-    def run_periodic_job(self, name: str) -> asyncio.Task[Any]:
-        """Start a periodic job."""
-        return self._start_job(name, self._run_periodic_job(name))
+    def run_periodic_job(self, name: str, *, is_leader: bool = False) -> asyncio.Task[Any]:
+        """Start a periodic job: as the leader, which runs all of them, or as any process."""
+        job = run_and_record(self.worker, name, PERIODIC_JOBS[name]) if is_leader else self._run_periodic_job(name)
+        return self._start_job(name, job)
 
     def stop(self) -> None:
         """Stop as by SIGTERM: running jobs finish, then the process ends."""

@@ -91,11 +91,11 @@ def periodic_jobs_with_work(schedule: Schedule, turn: int) -> list[str]:
 
 
 async def run_periodic_jobs(schedule: Schedule, names: Iterable[str]) -> None:
-    """Run periodic jobs, then drain all handlers that have work by then."""
+    """Run periodic jobs as the leader, then drain all handlers that have work by then."""
     worker = schedule.workers[-1]
     await worker.start(worker.worker.circuit_breaker.report_and_probe())
     for name in names:
-        await worker.run_periodic_job(name)
+        await worker.run_periodic_job(name, is_leader=True)
     schedule.database.move_clock(schedule.loop.seconds)
     [(mark,)] = schedule.database.rows("select outbox.schedule_work_since(%s)", worker.idle_mark)
     [(due,)] = schedule.database.rows("select outbox.schedule_due_handlers()")

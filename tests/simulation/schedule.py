@@ -139,7 +139,7 @@ class Schedule:
         self.locks = Locks(self)
         self.is_calm = False
         self.has_faults = True
-        self.period = 0
+        self.period, self.partitioned_month = 0, ""
         self.scheduled: dict[str, None] = {}
         self._verbose = verbose
         self._digest = hashlib.sha256()
