@@ -472,6 +472,7 @@ create table surety.operator_keys (
     hint text not null,
     created_at timestamptz not null,
     revoked_at timestamptz,
+    last_used_at timestamptz,
     constraint operator_keys_pkey primary key (id),
     constraint operator_key_id_is_a_key_id check (id ~ '^key_[0-9a-f]{24}$'),
     constraint operator_name_is_short_and_plain check (operator ~ '^[A-Za-z0-9._@-]{1,100}$'),

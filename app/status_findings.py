@@ -28,6 +28,7 @@ POLLED_EVENTS_MIN = 3
 WEBHOOKS_MISSING_SECONDS_MAX = 300
 WEBHOOKS_MISSING_URGENT_SECONDS_MAX = 3600
 OVERDUE_URGENT_SECONDS_MAX = 86_400
+KEY_EXPIRES_URGENT_SECONDS = 86_400
 STANDBY_WAIT_SECONDS_MAX = 5
 TAKEOVER_SECONDS = 60
 SIGNATURE_REFUSALS = frozenset({"wrong-signature", "old-signature"})
@@ -60,6 +61,7 @@ FindingId = Literal[
     "replication-slot",
     "standby-behind",
     "restored-elsewhere",
+    "expiring-keys",
     "partitions-run-out",
     "database-unreachable",
     "not-deployed",
@@ -90,6 +92,7 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         *find_refused_payments(state),
         *find_waiting_events(state),
         *find_key_problems(state),
+        *find_expiring_keys(state),
         *find_overdue_jobs(state),
         *find_unreadable_lists(state),
         *find_silent_webhooks(state),
@@ -256,6 +259,21 @@ def find_key_problems(state: dict[str, Any]) -> Iterator[Finding]:
         if merchant := key["merchant_on_own_account"]:
             what = f"{merchant} has the platform's own account as its own: its money is booked twice"
             yield Finding("merchant-on-own-account", 2, what, f"surety merchants suspend {merchant}")
+
+
+def find_expiring_keys(state: dict[str, Any]) -> Iterator[Finding]:
+    """Merchants' keys that expire within two weeks and have no successor."""
+    if not (expiring := state["expiring_keys"]):
+        return
+    first = expiring[0]
+    urgency = 2 if first["seconds"] < KEY_EXPIRES_URGENT_SECONDS else 1
+    what = f"{first['id']} ({first['name']}, …{first['hint']}) of {first['merchant_id']} expires in "
+    what += format_age(first["seconds"])
+    if len(expiring) > 1:
+        what += f", {count_noun(len(expiring) - 1, 'more key')} within 14 days"
+    yield Finding(
+        "expiring-keys", urgency, what, f"surety keys rotate {first['id']}, and give the merchant the new key"
+    )
 
 
 def find_overdue_jobs(state: dict[str, Any]) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from app.api.routes import ROUTES
 from app.web.auth import Authenticator
 from app.web.batching import BatchingConnections
 from app.web.database import DatabasePool
+from app.web.key_uses import KeyUses
 from app.web.load_shedding import OVERLOAD_CHECKS
 from app.web.refusals import RefusalCounter
 from app.web.routing import HttpApplication
@@ -54,13 +55,15 @@ async def open_api_services(settings: Settings, connections: int, batch_max: int
         command_scheduler = WorkerScheduler(partial(database.fetch_row, SCHEDULE_COMMAND_WORKERS))
         refusals = RefusalCounter("denied", database)
         closing.push_async_callback(refusals.close)
+        key_uses = KeyUses(database)
+        closing.push_async_callback(key_uses.close)
         closing.push_async_callback(payment_scheduler.close)
         closing.push_async_callback(command_scheduler.close)
         closing.push_async_callback(batching.close)
         await batching.open()
         OVERLOAD_CHECKS[b"POST", b"/v1/payments"] = batching.is_full
         closing.callback(OVERLOAD_CHECKS.pop, (b"POST", b"/v1/payments"))
-        authenticator = Authenticator(database, reading, refusals)
+        authenticator = Authenticator(database, reading, refusals, key_uses)
         yield ApiServices(
             database, health, authenticator, batching, payment_scheduler, command_scheduler, settings.trusted_proxies
         )

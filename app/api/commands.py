@@ -73,6 +73,7 @@ async def execute_command(
     status, problem, detail, answer, is_replayed = row
     if problem is not None:
         raise await problem_of_command(problem, detail, caller)
+    caller.note_use()
     headers = [JSON_CONTENT_TYPE]
     if location:
         headers.append((b"location", f"{location}{msgspec.json.decode(answer)['id']}".encode()))

@@ -77,6 +77,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
     _, status, problem, detail, document, is_replayed, payment_id = row
     if problem is not None:
         raise await problem_of_refusal(problem, detail, caller)
+    caller.note_use()
     request.services.authenticator.remember_key(request.headers[b"authorization"], caller.key_hash)
     headers = [JSON_CONTENT_TYPE, (b"location", b"/v1/payments/" + payment_id.encode())]
     if is_replayed:

@@ -33,8 +33,8 @@ from surety.api_keys as k join surety.merchants as m on m.id = k.merchant_id
 where %(merchant)s::text is null or m.id = %(merchant)s
 union all
 select
-    o.id, o.hint, 'operator', null, o.operator, '{}', '{}', null, surety.format_time(o.created_at), null, null,
-    surety.format_time(o.revoked_at)
+    o.id, o.hint, 'operator', null, o.operator, '{}', '{}', null, surety.format_time(o.created_at), null,
+    surety.format_time(o.last_used_at), surety.format_time(o.revoked_at)
 from surety.operator_keys as o
 where %(merchant)s::text is null
 order by 1

@@ -16,6 +16,7 @@ import psycopg
 
 from app.web.batching import Unavailable
 from app.web.database import DatabasePool, Row
+from app.web.key_uses import KeyUses
 from app.web.keys import key_hash_of, livemode_of
 from app.web.problems import Problem
 from app.web.refusals import RefusalCounter
@@ -48,10 +49,13 @@ DENIALS = frozenset(DENIAL_DETAILS)
 class Authenticator:
     """Finds the caller of a request, counts denials, and limits the audit entries about them."""
 
-    def __init__(self, database: DatabasePool, reading: DatabasePool, refusals: RefusalCounter) -> None:
+    def __init__(
+        self, database: DatabasePool, reading: DatabasePool, refusals: RefusalCounter, key_uses: KeyUses
+    ) -> None:
         self.database = database
         self.reading = reading
         self.refusals = refusals
+        self.key_uses = key_uses
         self._hashes_of_known_keys: dict[bytes, bytes] = {}
         self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
@@ -99,10 +103,15 @@ class Caller:
         row = await self._authenticator.reading.fetch_row(query, self.key_hash, *values, self.address)
         if row is None:
             raise await self.audit_denial(None)
+        self.note_use()
         document: str | None = row[0]
         if document is None:
             raise await self.audit_denial("not-found")
         return document
+
+    def note_use(self) -> None:
+        """Note that the database accepted the key."""
+        self._authenticator.key_uses.note(self.key_hash)
 
     async def require_valid_key(self) -> bool:
         """Whether the key's merchant is suspended. Raises Problem unless the key is valid for the route."""
@@ -137,6 +146,7 @@ class Caller:
     async def _operator_row(self, pool: DatabasePool, query: LiteralString, *values: Any) -> Row:
         row = await pool.fetch_row(query, self.key_hash, *values)
         if row is not None:
+            self.note_use()
             return row
         is_audited = self._authenticator.denial_throttle.allows()
         denied = await self._authenticator.database.fetch_row(

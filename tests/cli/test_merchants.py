@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from app.cli import cli, identity
 from app.cli.identity import operator_identity
+from app.status_findings import Finding, find_problems
 from app.web.keys import KEY_PATTERN, checksum, key_hash_of, new_key
 from tests.cli.conftest import Run, refused, said
 from tests.conftest import Connection
@@ -37,6 +38,36 @@ def test_merchants_and_keys_are_listed_without_truncation(run: Run) -> None:
     assert key not in listed
     assert all(part in listed for part in (merchant, key[-4:]))
     assert key[-4:] not in said(run("keys", "list", "--merchant", "mer_none"))
+
+
+def test_rotated_key_expires_after_its_successor_was_made(run: Run, conn: Connection) -> None:
+    merchant = said(run("merchants", "add", "Acme Books"))
+    options = ("--name", "shop", "--scope", "read", "--network", "203.0.113.0/24", "--days", "30")
+    said(run("keys", "create", merchant, *options))
+    [old] = json.loads(said(run("keys", "list", "--json")))
+    conn.execute(
+        "update surety.api_keys set created_at = created_at - interval '20 days', expires_at ="
+        " expires_at - interval '20 days'"
+    )
+    [finding] = [finding for finding in status_findings(conn) if finding.id == "expiring-keys"]
+    assert f"{old['id']} (shop, …{old['ends_in']}) of {merchant} expires in " in finding.what
+    assert finding.next.startswith(f"surety keys rotate {old['id']}")
+    new = said(run("keys", "rotate", old["id"], "--overlap-hours", "1"))
+    listed = json.loads(said(run("keys", "list", "--json")))
+    assert [{name: key[name] for name in ("name", "scopes", "networks", "of")} for key in listed] == [
+        {"name": "shop", "scopes": ["read"], "networks": ["203.0.113.0/24"], "of": merchant}
+    ] * 2
+    lives = conn.execute("select hint, round(extract(epoch from expires_at - now()) / 3600) from surety.api_keys")
+    assert dict(lives.fetchall()) == {old["ends_in"]: 1, new[-4:]: 30 * 24}
+    assert [finding for finding in status_findings(conn) if finding.id == "expiring-keys"] == []
+    assert "two active keys named shop" in refused(run("keys", "rotate", old["id"]))
+    said(run("keys", "revoke", old["id"]))
+    assert refused(run("keys", "rotate", old["id"])) == f"there is no active key {old['id']} of a merchant"
+
+
+def status_findings(conn: Connection) -> list[Finding]:
+    [(state,)] = conn.execute("select surety.read_status()").fetchall()
+    return find_problems(state)
 
 
 def test_an_account_belongs_to_one_merchant(run: Run, conn: Connection) -> None:
@@ -72,6 +103,9 @@ def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: C
             for name in ("", "   ", "Acme ", "Acme\nBooks", "Acme\tBooks", "Acme \u202eskooB", "a" * 201)
         ),
         (("keys", "create", "mer_none"), "there is no merchant mer_none"),
+        (("keys", "create", "mer_none", "--network", "203.0.113.7/24"), "--network: 203.0.113.7/24 has host bits set"),
+        (("keys", "create", "mer_none", "--name", "a b"), "a key's name has 1 to 100 letters, digits and . _ @ -"),
+        (("keys", "rotate", "key_none"), "there is no active key key_none of a merchant"),
         (("keys", "revoke", "key_none"), "there is no key key_none"),
         (("trace", "pay_none"), "there is no payment pay_none"),
     ],

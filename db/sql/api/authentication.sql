@@ -113,3 +113,30 @@ $$;
 comment on function api.audit_denial(bytea, text, text, text, text, text) is
 'Counts the denial of a request with an existing key, a merchant''s or an operator''s, and audits the first hundred of
 an hour. Nothing is counted for any other key. Without p_reason, it is that of api.explain_denial for p_scope.';
+
+create or replace function api.note_key_uses(p_key_hashes bytea[]) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+begin
+    -- Keys that another process is writing are skipped: it writes the same minute.
+    update surety.api_keys as k set last_used_at = v_now
+    where k.id in (
+        select u.id from surety.api_keys as u
+        where u.hash = any(p_key_hashes)
+            and (u.last_used_at is null or u.last_used_at <= v_now - interval '1 minute')
+        for no key update skip locked
+    );
+    update surety.operator_keys as k set last_used_at = v_now
+    where k.id in (
+        select u.id from surety.operator_keys as u
+        where u.hash = any(p_key_hashes)
+            and (u.last_used_at is null or u.last_used_at <= v_now - interval '1 minute')
+        for no key update skip locked
+    );
+end;
+$$;
+
+comment on function api.note_key_uses(bytea[]) is
+'Writes the current time as the last use of keys, unless their last one was written less than a minute ago.';

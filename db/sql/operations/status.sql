@@ -292,6 +292,9 @@ begin
         'keys', (
             select coalesce(jsonb_agg(to_jsonb(k)), '[]') from surety.list_provider_keys() as k
         ),
+        'expiring_keys', (
+            select coalesce(jsonb_agg(to_jsonb(k)), '[]') from surety.list_expiring_keys(interval '14 days') as k
+        ),
         'refusals', (
             select coalesce(jsonb_agg(to_jsonb(r)), '[]') from surety.list_refusals() as r
         ),

@@ -142,3 +142,42 @@ def test_key_has_one_successor_at_a_time(merchant: Merchant) -> None:
     ).fetchall()
     merchant.conn.execute("select surety.revoke_api_key(%s)", ids[0])
     merchant.another_key("shop")
+
+
+def last_uses(merchant: Merchant) -> list[tuple[bool, str]]:
+    """Of each used key: whether it was used within a minute, and the version of its row."""
+    return merchant.conn.execute(
+        "select last_used_at > now() - interval '1 minute', xmin::text from surety.api_keys"
+        " where merchant_id = %s and last_used_at is not null",
+        (merchant.id,),
+    ).fetchall()
+
+
+def test_last_use_is_written_once_a_minute_by_all_processes(merchant: Merchant, module_database: str) -> None:
+    with running_server("api", module_database) as running:
+        headers = {"Authorization": f"Bearer {merchant.key}"}
+        for _ in range(50):
+            assert httpx.get(f"{running.url}/v1/balance", headers=headers).status_code == 200
+    # A process that has ended has written what it noted.
+    [(is_recent, version)] = last_uses(merchant)
+    assert is_recent
+    with running_server("api", module_database) as running:
+        assert httpx.get(f"{running.url}/v1/balance", headers=headers).status_code == 200
+    assert last_uses(merchant) == [(True, version)]
+    merchant.conn.execute(
+        "update surety.api_keys set last_used_at = now() - interval '61 seconds' where merchant_id = %s", (merchant.id,)
+    )
+    with running_server("api", module_database) as running:
+        sent = headers | {"Idempotency-Key": unique_name("key")}
+        assert httpx.post(f"{running.url}/v1/payments", json=payment(), headers=sent).status_code == 201
+    [(is_recent, new_version)] = last_uses(merchant)
+    assert is_recent and new_version != version
+
+
+def test_refused_key_is_not_used(merchant: Merchant, module_database: str) -> None:
+    merchant.conn.execute("select surety.revoke_api_key(%s)", (merchant.key_id,))
+    with running_server("api", module_database) as running:
+        headers = {"Authorization": f"Bearer {merchant.key}", "Idempotency-Key": unique_name("key")}
+        assert httpx.get(f"{running.url}/v1/balance", headers=headers).status_code == 401
+        assert httpx.post(f"{running.url}/v1/payments", json=payment(), headers=headers).status_code == 401
+    assert last_uses(merchant) == []
