@@ -154,6 +154,7 @@ class CircuitBreaker:
                 "account": account,
                 "answered": tally.answered,
                 "failed": tally.failed,
+                "in_flight": self._stripe.commands_in_flight[account],
                 "consecutive_failures": tally.consecutive_failures,
                 "answered_at": clock
                 and tally.answered_at

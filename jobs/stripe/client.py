@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -145,6 +146,8 @@ class StripeGateway:
         self.clock_ahead_seconds = 0.0
         """How far the provider's clock is ahead of the database's, as last measured by a poll; at most a day."""
         self.on_call: OnCall = lambda *_: None
+        self.commands_in_flight: Counter[str] = Counter()
+        """By account: the commands that have neither an answer nor failed."""
 
     async def create_intent(self, account: str, key: str, request: Json) -> ProviderResponse:
         """A new payment intent, unconfirmed."""
@@ -299,13 +302,17 @@ class StripeGateway:
             options["idempotency_key"] = key
         if account:
             options["stripe_account"] = account
+        is_command = key is not None
         async with self._call_slots:
+            self.commands_in_flight[account] += is_command
             try:
                 answer = await self._exchange(method, path, request, options, self._timeout_seconds)
             except ProviderError as error:
-                self.on_call(account, error, key is not None)
+                self.on_call(account, error, is_command)
                 raise
-        self.on_call(account, None, key is not None)
+            finally:
+                self.commands_in_flight[account] -= is_command
+        self.on_call(account, None, is_command)
         return answer
 
     async def _exchange(self, method: str, path: str, request: Json, options: Json, seconds: float) -> ProviderResponse:

@@ -27,9 +27,9 @@ def pass_time(conn: Connection, seconds: float) -> None:
     )
 
 
-def report(conn: Connection, *, answered: int = 0, failed: int = 0, in_a_row: int = 1) -> bool:
+def report(conn: Connection, *, answered: int = 0, failed: int = 0, in_flight: int = 0, in_a_row: int = 1) -> bool:
     """Report a worker's calls; whether the circuit is open then."""
-    calls: dict[str, Any] = {"account": "", "answered": answered, "failed": failed}
+    calls: dict[str, Any] = {"account": "", "answered": answered, "failed": failed, "in_flight": in_flight}
     calls["consecutive_failures"] = min(failed, in_a_row)
     if answered:
         [(now,)] = conn.execute("select surety.read_clock()").fetchall()
@@ -66,6 +66,11 @@ def test_five_failures_open_a_circuit_if_no_more_commands_were_answered(conn: Co
 def test_five_failures_among_more_answers_open_no_circuit(conn: Connection) -> None:
     assert not report(conn, answered=6, failed=5)
     assert report(conn, failed=1)
+
+
+def test_commands_in_flight_may_be_answered(conn: Connection) -> None:
+    assert not report(conn, answered=2, failed=6, in_flight=5)
+    assert report(conn, failed=1, in_flight=5)
 
 
 def test_failures_are_compared_with_the_answers_of_the_bucket_before(conn: Connection) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -357,6 +356,21 @@ async def test_occasional_failures_open_no_breaker_and_are_not_counted(
     assert count(conn, "select count(*) from outbox.dead_letters") == 0
 
 
+async def test_failures_that_end_before_the_answers_to_other_calls_open_no_breaker(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
+) -> None:
+    payments = shop(30)
+    create = {"operation": "payment_intents.create"}
+    failing, slow = {"fault": "error_500_before", "times": 8}, {"fault": "slow", "times": 22}
+    sandbox.control("faults", {"slow_seconds": 1, "next": [create | failing, create | slow]})
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
+        assert transitions(conn) == []
+        assert [failures for _, failures, _ in attempts(conn)] == [0] * 8
+        await later(conn, worker, "1 hour")
+    assert {state_of(conn, payment_id) for payment_id in payments} <= set(ENDED)
+
+
 async def test_polling_stops_while_the_circuit_is_open(
     conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
 ) -> None:
@@ -425,24 +439,3 @@ def test_outage_under_load_ends_without_an_operator(
     assert count(conn, "select count(*) from outbox.dead_letters") == 0
     assert sandbox.control("charges/summary?metadata_key=surety_payment")["double"] == []
     assert not violations(conn)
-
-
-def test_event_that_kills_its_worker_three_times_is_dead_lettered_alone(
-    conn: Connection, database: str, sandbox: SandboxProcess, shop: Callable[..., list[str]]
-) -> None:
-    shorten_delays(conn)
-    payments = shop(20)
-    poison = payments[3]
-    for _ in range(3):
-        # If it took effect, the provider's list of events shows it, and no call is left to make.
-        hang = {"operation": "payment_intents.create", "fault": "timeout_before", "match": poison}
-        sandbox.control("faults", {"next": [hang]})
-        with worker_process(database, sandbox.url, SURETY_PROVIDER_TIMEOUT="60") as worker:
-            eventually(lambda: sandbox.control("faults")["next"] == [], 20)
-            worker.send_signal(signal.SIGKILL)
-    with worker_process(database, sandbox.url):
-        eventually(lambda: count(conn, "select count(*) from outbox.dead_letters") == 1, 20)
-        eventually(lambda: count(conn, "select count(*) from surety.payments where state = 'settled'") == 19, 30)
-        eventually(lambda: count(conn, "select count(*) from outbox.retries") == 0, 20)
-    [(payment_id, reason)] = conn.execute("select payment_id, reason from outbox.dead_letters").fetchall()
-    assert (payment_id, reason) == (poison, "its worker died 3 times")

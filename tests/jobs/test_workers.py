@@ -312,3 +312,24 @@ async def test_exclusive_job_runs_once_and_a_lost_lock_is_released(
             assert last
             assert very_last
     assert conn.execute(f"select count(*) from {locks}".encode(), (name,)).fetchone() == (0,)
+
+
+def test_event_that_kills_its_worker_three_times_is_dead_lettered_alone(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    shorten_delays(conn)
+    payments = shop(20)
+    poison = payments[3]
+    for _ in range(3):
+        # If it took effect, the provider's list of events shows it, and no call is left to make.
+        hang = {"operation": "payment_intents.create", "fault": "timeout_before", "match": poison}
+        sandbox.control("faults", {"next": [hang]})
+        with worker_process(database, sandbox.url, SURETY_PROVIDER_TIMEOUT="60") as worker:
+            eventually(lambda: sandbox.control("faults")["next"] == [], 20)
+            worker.send_signal(signal.SIGKILL)
+    with worker_process(database, sandbox.url):
+        eventually(lambda: count(conn, "select count(*) from outbox.dead_letters") == 1, 20)
+        eventually(lambda: count(conn, "select count(*) from surety.payments where state = 'settled'") == 19, 30)
+        eventually(lambda: count(conn, "select count(*) from outbox.retries") == 0, 20)
+    [(payment_id, reason)] = conn.execute("select payment_id, reason from outbox.dead_letters").fetchall()
+    assert (payment_id, reason) == (poison, "its worker died 3 times")

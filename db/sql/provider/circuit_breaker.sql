@@ -146,14 +146,16 @@ begin
         select b.account, b.consecutive_failures, b.failed + b.prior_failed as failed,
             b.answered + b.prior_answered as answered
         from surety.circuit_breakers as b
-        join jsonb_to_recordset(p_calls) as c (account text, failed integer)
+        join jsonb_to_recordset(p_calls) as c (account text, failed integer, in_flight integer)
             on b.provider = p_provider and b.account = c.account
         where c.failed > 0 and b.opened_at is null
             and (
-                -- Of calls made at once, those that fail end first: failures right after an answer are no outage.
+                -- Of calls made at once, those that fail end first: failures right after an answer are no outage, and
+                -- commands in flight may be answered.
                 b.consecutive_failures >= v_consecutive_failures_max
                 and coalesce(b.answered_at < v_now - interval '1 second', true)
-                or b.failed + b.prior_failed >= greatest(v_failed_min, b.answered + b.prior_answered)
+                or b.failed + b.prior_failed
+                >= greatest(v_failed_min, b.answered + b.prior_answered + coalesce(c.in_flight, 0))
             )
         order by b.account
     loop
@@ -179,9 +181,10 @@ $$;
 
 comment on function surety.count_call_results(text, jsonb, text) is
 'Counts the results of a worker''s calls, and opens circuits with too many failures. p_calls: [{"account", "answered",
-"failed", "consecutive_failures", "answered_at"?}]: commands answered, calls failed, calls failed since the last
-answer, and the time of that answer or an earlier one. Returns these accounts and all accounts whose circuit is open
-(is_refused: by a refusal), with the seconds since any worker had an answer from them.';
+"failed", "in_flight"?, "consecutive_failures", "answered_at"?}]: commands answered, calls failed, commands that have
+not ended, calls failed since the last answer, and the time of that answer or an earlier one. Returns these accounts and
+all accounts whose circuit is open (is_refused: by a refusal), with the seconds since any worker had an answer from
+them.';
 
 create or replace function surety.claim_circuit_probes(p_provider text) returns text[]
 language sql volatile security definer set search_path = pg_catalog, pg_temp
