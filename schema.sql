@@ -142,13 +142,14 @@ create table surety.states (
     constraint state_position_is_unique unique (position),
     constraint state_status_is_known check (
         status in (
-            'pending', 'action_required', 'succeeded', 'failed', 'canceled', 'partially_refunded', 'refunded',
-            'disputed', 'reversed'
+            'pending', 'requires_action', 'requires_capture', 'succeeded', 'failed', 'canceled',
+            'partially_refunded', 'refunded', 'disputed', 'lost'
         )
     )
 );
 comment on table surety.states is
-'The fourteen states. status is the coarse one that merchants see; poll_after is how long a payment may stay there
+'The fourteen states. status is the coarse one that merchants see (surety.payment_status shows the exception);
+poll_after is how long a payment may stay there
 before the provider is polled (null: there is nothing to ask), overdue_after how long before `surety status` reports
 it.';
 
@@ -216,15 +217,15 @@ insert into surety.states (state, position, status, is_final, poll_after, overdu
 ('initiated', 1, 'pending', false, null, null, 'accepted and stored; nothing sent'),
 ('submitting', 2, 'pending', false, '5 minutes', '1 hour', 'a provider call is in flight, or its outcome is unknown'),
 ('provider_submitted', 3, 'pending', false, '60 seconds', '1 hour', 'the provider''s id is held'),
-('requires_action', 4, 'action_required', false, '60 seconds', '8 days', 'the payer must act'),
-('authorized', 5, 'pending', false, '1 hour', '32 days', 'funds held, not captured'),
+('requires_action', 4, 'requires_action', false, '60 seconds', '8 days', 'the payer must act'),
+('authorized', 5, 'requires_capture', false, '1 hour', '32 days', 'funds held, not captured'),
 ('processing', 6, 'pending', false, '60 seconds', '1 hour', 'capture or the ACH network under way'),
 ('confirmed', 7, 'succeeded', false, null, null, 'the provider says that it succeeded'),
 ('settled', 8, 'succeeded', true, null, null, 'matched to money that arrived'),
 ('partially_refunded', 9, 'partially_refunded', true, null, null, 'a part of it was given back'),
 ('refunded', 10, 'refunded', true, null, null, 'all of it was given back'),
 ('disputed', 11, 'disputed', false, null, null, 'funds held back by the network'),
-('reversed', 12, 'reversed', true, null, null, 'all or a part was returned, or lost in a dispute'),
+('reversed', 12, 'lost', true, null, null, 'all or a part was returned, or lost in a dispute'),
 ('failed', 13, 'failed', true, null, null, 'it did not succeed'),
 ('canceled', 14, 'canceled', true, null, null, 'canceled before it succeeded');
 
@@ -827,6 +828,7 @@ create table surety.disputes (
     provider text not null,
     provider_account text not null,
     provider_id text collate "C" not null,
+    version integer not null default 1,
     revision integer not null,
     evidence jsonb not null default '{}',
     evidence_revision integer not null default 0,

@@ -10,7 +10,7 @@ from typing import Any, LiteralString
 import msgspec
 
 from app.api.create_payment import BODY_BYTES_MAX, amount_violation
-from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest
+from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest, compact
 from app.web.asgi import HttpResponse
 from app.web.auth import DENIALS, KEY_PROBLEMS, Caller
 from app.web.problems import Problem, RuleViolation, invalid_request
@@ -81,7 +81,7 @@ async def execute_command(
         headers.append(IDEMPOTENCY_REPLAYED)
     else:
         request.services.command_scheduler.schedule()
-    return HttpResponse(status, answer.encode(), request.request_id, headers)
+    return HttpResponse(status, compact(answer), request.request_id, headers)
 
 
 def read_command(request: ApiRequest, body: bytes, struct: type[msgspec.Struct]) -> msgspec.Struct:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest
+from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest, compact
 from app.api.schemas.payments import NewPayment, PaymentRequest
 from app.web.asgi import HttpResponse
 from app.web.auth import DENIALS, Caller
@@ -84,7 +84,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
         headers.append(IDEMPOTENCY_REPLAYED)
     else:
         request.services.payment_scheduler.schedule()
-    return HttpResponse(status, document.encode(), request.request_id, headers)
+    return HttpResponse(status, compact(document), request.request_id, headers)
 
 
 async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:

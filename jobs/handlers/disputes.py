@@ -19,7 +19,8 @@ from jobs.handlers.webhooks import fetch_dispute
 from jobs.recorder import CallResult
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import CallRefused, ProviderError, RequestRejected
-from jobs.stripe.facts import FactOrigin, Json, failure
+from jobs.stripe.facts import FactOrigin, Json
+from jobs.stripe.shown import failure
 from jobs.stripe.webhook_events import ProviderObject
 from jobs.worker import Worker
 

@@ -23,7 +23,8 @@ from jobs.stripe.errors import (
     RequestRejected,
     ResponseMismatch,
 )
-from jobs.stripe.facts import FactOrigin, Json, decline_fact, failure, intent_facts, required
+from jobs.stripe.facts import FactOrigin, Json, decline_fact, intent_facts, required
+from jobs.stripe.shown import failure
 from jobs.worker import Batch, Worker
 
 

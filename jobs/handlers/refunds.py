@@ -16,7 +16,8 @@ from jobs.handlers.calls import (
 from jobs.recorder import CallResult
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import CallRefused, OutcomeUnknown, PaymentDeclined, ProviderError, ResponseMismatch
-from jobs.stripe.facts import FactOrigin, Json, failure, id_of, refund_facts, required
+from jobs.stripe.facts import FactOrigin, Json, id_of, refund_facts, required
+from jobs.stripe.shown import failure
 from jobs.worker import Worker
 
 

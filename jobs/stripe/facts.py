@@ -10,14 +10,13 @@ object that lacks a field that its facts need is no proof: `required` raises Obj
 from __future__ import annotations
 
 from contextlib import suppress
-from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any
 
 from msgspec import Struct
 
-from db.redaction import without_addresses
 from jobs.stripe.errors import ObjectUnreadable
+from jobs.stripe.shown import FAILURE_UNKNOWN, action_facts, card_data, failure, refund_action, rfc3339
 
 Json = dict[str, Any]
 Fact = dict[str, Any]
@@ -30,16 +29,6 @@ REFUND_KINDS = {
     "failed": "refund_failed",
     "canceled": "refund_canceled",
 }
-
-FAILURE_CHARACTERS_MAX = 500
-FAILURE_UNKNOWN = {"code": "processing_error"}
-"""The failure of an attempt without an error: Stripe may have cleared it."""
-
-NO_RETURN = {
-    "code": "authentication_required",
-    "message": "The payer would have to act by a script of the provider, which needs a client secret.",
-}
-"""The failure of an attempt that asks for Stripe's script: the API gives no client secret, so no payer can act."""
 
 RATE_TOLERANCE = 1e-5
 """The relative error that an exchange rate may have."""
@@ -74,14 +63,6 @@ class FactOrigin(Struct, frozen=True):
     source_id: str | None = None
 
 
-def rfc3339(seconds: int | None) -> str | None:
-    """Stripe's time, seconds since 1970, as RFC 3339. Raises ObjectUnreadable for a number beyond the year 9999."""
-    try:
-        return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
-    except (ValueError, OverflowError, OSError):
-        raise ObjectUnreadable(f"{seconds} is no time") from None
-
-
 def fact(origin: FactOrigin, object_id: str, kind: str, *, metadata_of: Json | None = None, **more: Any) -> Fact:
     """One fact; `metadata_of` is the object whose metadata name the payment."""
     metadata = (metadata_of or {}).get("metadata") or {}
@@ -113,42 +94,6 @@ def id_of(reference: str | Json | None) -> str | None:
     return str(required(reference, "id")) if isinstance(reference, dict) else reference
 
 
-def failure(error: Any) -> Json | None:
-    """Why an attempt failed, as merchants see it: texts of bounded length. An error without a code has its type's."""
-    if not isinstance(error, dict):
-        return None
-    shown = {name: bounded_text(error.get(name)) for name in ("code", "decline_code", "message")}
-    if shown["message"] is not None:
-        shown["message"] = without_addresses(shown["message"])
-    shown["code"] = shown["code"] or bounded_text(error.get("type")) or "processing_error"
-    return {name: value for name, value in shown.items() if value is not None}
-
-
-def bounded_text(value: Any) -> str | None:
-    """A text of the provider's, cut to FAILURE_CHARACTERS_MAX; None for anything else."""
-    return value[:FAILURE_CHARACTERS_MAX] if isinstance(value, str) else None
-
-
-def next_action(action: Json | None) -> Json | None:
-    """The payer's next action, as merchants see it: a redirect with its URL, or a type without one.
-
-    None if the answer does not say it, so that the intent is asked for again.
-    """
-    kind = (action or {}).get("type")
-    if kind != "redirect_to_url":
-        return {"type": kind} if kind is not None else None
-    url = ((action or {}).get("redirect_to_url") or {}).get("url")
-    return {"type": "redirect", "url": url} if url is not None else None
-
-
-def action_facts(action: Json | None) -> list[tuple[str, Json]]:
-    """The kind and data of the fact that an intent's next action proves; none if the answer does not say it."""
-    shown = next_action(action)
-    if shown == {"type": "use_stripe_sdk"}:
-        return [("attempt_failed", {"failure": NO_RETURN})]
-    return [("action", {"next_action": shown})] if shown is not None else []
-
-
 def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
     """A payment intent's facts, and those of its charge and balance transaction where they are expanded."""
     pi, status, currency = (required(intent, name) for name in ("id", "status", "currency"))
@@ -171,10 +116,12 @@ def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
             facts.append(about(pi, "processing"))
         case "requires_capture":
             held = required(intent, "amount_capturable")
-            facts.append(about(ch or required(intent, "latest_charge"), "authorized", amount_minor=held))
+            id = ch or required(intent, "latest_charge")
+            facts.append(about(id, "authorized", amount_minor=held, data=card_data(charge)))
         case "succeeded":
             received = required(intent, "amount_received")
-            facts.append(about(ch or required(intent, "latest_charge"), "captured", amount_minor=received))
+            id = ch or required(intent, "latest_charge")
+            facts.append(about(id, "captured", amount_minor=received, data=card_data(charge)))
         case "canceled" if error is not None:
             facts.append(about(pi, "failed", data={"failure": error}))
         case "canceled":
@@ -205,6 +152,7 @@ def charge_facts(charge: Json, origin: FactOrigin) -> list[Fact]:
             objects=[pi, ch],
             amount_minor=required(charge, "amount_captured"),
             currency=required(charge, "currency"),
+            data=card_data(charge),
         )
     ]
 
@@ -329,6 +277,7 @@ def refund_facts(refund: Json, origin: FactOrigin) -> list[Fact]:
         "refund": required(refund, "metadata").get("surety_refund"),
         "reason": refund.get("reason"),
         "failure": {"code": refund["failure_reason"]} if refund.get("failure_reason") else None,
+        "next_action": refund_action(refund.get("next_action")),
     }
     return [
         fact(

@@ -26,7 +26,7 @@ from app.api.schemas.payments import (
     Trace,
     TraceEntry,
 )
-from app.api.schemas.refunds import RefundState
+from app.api.schemas.refunds import RefundStatus
 from app.receiver import RECEIVE_WEBHOOKS, WebhookRequest
 from app.web.problems import PROBLEM_BY_SQLSTATE, PROBLEM_TYPES, RULE_BY_CONSTRAINT
 from app.web.routing import Route
@@ -132,12 +132,17 @@ def parts_of(kind: Any) -> list[Any]:
 
 def test_states_and_statuses_match_the_database(owner: Connection) -> None:
     assert list(get_args(State)) == column(owner, "select state from surety.states order by position")
-    assert set(get_args(Status)) == set(column(owner, "select status from surety.states"))
+    assert set(get_args(Status)) == set(
+        column(
+            owner,
+            "select surety.payment_status(status, rail) from surety.states, (values ('card'), ('ach')) as r (rail)",
+        )
+    )
 
 
 def test_refund_states_match_the_database(owner: Connection) -> None:
     states = column(owner, "select state from surety.refund_states order by position")
-    assert list(get_args(RefundState)) == states
+    assert list(get_args(RefundStatus)) == states
 
 
 def test_capture_methods_match_the_database(owner: Connection) -> None:

@@ -340,7 +340,7 @@ class Merchant(RuleBasedStateMachine):
             for refund in payment.refunds:
                 if refund.id is not None:
                     shown = self.ask("api.get_refund(%s, %s)", refund.id)
-                    assert (shown["state"], shown["amount"]) == (refund.state, refund.amount)
+                    assert (shown["status"], shown["amount"]) == (refund.state, refund.amount)
 
     @invariant()
     def balance_matches_the_model(self) -> None:
@@ -361,7 +361,7 @@ class Merchant(RuleBasedStateMachine):
             result = event["data"]
             steps = self.heard.setdefault(result["id"], {})
             assert result["version"] not in steps
-            steps[result["version"]] = result["state"]
+            steps[result["version"]] = result.get("state") or result["status"]
         states = {payment.id: payment.state for payment in self.model.payments.values()}
         for payment in self.model.payments.values():
             states |= {refund.id: refund.state for refund in payment.refunds if refund.id is not None}

@@ -64,7 +64,7 @@ def test_refund_reserves_its_amount_at_once(conn: Connection) -> None:
     outcome = ask(conn, key, payment_id, 2500, reason="duplicate", metadata={"why": "twice"})
     assert outcome["status"] == 201
     shown = outcome["body"]
-    assert (shown["state"], shown["amount"], shown["payment"]) == ("pending", 2500, payment_id)
+    assert (shown["status"], shown["amount"], shown["payment"]) == ("pending", 2500, payment_id)
     assert (shown["reason"], shown["metadata"]) == ("duplicate", {"why": "twice"})
     assert amounts(conn, payment_id) == ("confirmed", 0, 2500)
     assert ledger_of(conn, payment_id) == {

@@ -61,6 +61,7 @@ class Dispute(Struct):
     id: str
     object: Literal["dispute"]
     status: str
+    version: int
     payment: str
     amount: int
     amount_withdrawn: int

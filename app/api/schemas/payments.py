@@ -42,14 +42,16 @@ State = Literal[
 ]
 Status = Literal[
     "pending",
-    "action_required",
+    "requires_action",
+    "requires_capture",
     "succeeded",
     "failed",
     "canceled",
     "partially_refunded",
     "refunded",
     "disputed",
-    "reversed",
+    "lost",
+    "returned",
 ]
 CaptureMethod = Literal["automatic", "manual"]
 
@@ -118,7 +120,12 @@ class PaymentRequest(Struct, omit_defaults=True):
 
 
 class PaymentMethod(Struct):
+    """How the payer pays. Brand, last digits and country of a card are known once it was charged."""
+
     type: Literal["card", "ach"]
+    brand: str | None
+    last4: str | None
+    country: str | None
 
 
 class NextAction(Struct):
@@ -139,20 +146,29 @@ class Failure(Struct):
 class Payment(Struct):
     """A payment. `status` is the coarse state, `state` the exact one; `version` counts its steps. Amounts are in minor
     units.
+
+    `amount_capturable` can be captured until `capture_before`. `fee` is ours, `net` the captured amount without it:
+    both are null before a capture, and neither counts refunds or losses.
     """
 
     id: str
     object: Literal["payment"]
+    livemode: bool
     status: Status
     state: State
     version: int
     amount: int
+    amount_capturable: int
     amount_captured: int
     amount_refunded: int
     amount_reversed: int
+    fee: int | None
+    net: int | None
     currency: str
     payment_method: PaymentMethod
     capture_method: CaptureMethod
+    capture_before: str | None
+    cancel_requested: bool
     next_action: NextAction | None
     failure: Failure | None
     provider: Provider | None

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from app.api.schemas.fields import Limit, Metadata, MinorUnits, PaymentId, Provider, RefundId
 
-RefundState = Literal["pending", "requires_action", "succeeded", "failed", "canceled"]
+RefundStatus = Literal["pending", "requires_action", "succeeded", "failed", "canceled"]
 RefundReason = Literal["duplicate", "fraudulent", "requested_by_customer"]
 
 
@@ -27,17 +27,26 @@ class RefundFailure(Struct):
     message: str | None = None
 
 
+class RefundAction(Struct):
+    """What the payer must do to get the refund, such as to answer an e-mail."""
+
+    type: str
+    email_sent_to: str | None = None
+    expires_at: str | None = None
+
+
 class Refund(Struct):
     """Money on its way back to the payer. The amount, in minor units, is reserved from the moment of the request."""
 
     id: str
     object: Literal["refund"]
-    state: RefundState
+    status: RefundStatus
     version: int
     payment: str
     amount: int
     currency: str
     reason: str | None
+    next_action: RefundAction | None
     failure: RefundFailure | None
     provider: Provider | None
     metadata: dict[str, str]

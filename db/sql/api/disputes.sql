@@ -39,8 +39,8 @@ begin
             'field', '/evidence', 'rule', 'max_length', 'limit', v_characters_max, 'given', v_characters));
     end if;
     update surety.disputes as d
-    set evidence = d.evidence || (p_request -> 'evidence'), evidence_revision = d.evidence_revision + 1,
-        evidence_failure = null,
+    set version = d.version + 1, evidence = d.evidence || (p_request -> 'evidence'),
+        evidence_revision = d.evidence_revision + 1, evidence_failure = null,
         submit_asked_at = case when (p_request ->> 'submit')::boolean then v_admitted.admitted_at end,
         updated_at = v_admitted.admitted_at
     where d.id = v_dispute.id

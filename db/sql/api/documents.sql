@@ -1,5 +1,37 @@
 -- Payments, refunds and disputes as the API shows them.
 
+create or replace function api.payment_card(p_payment_id text) returns jsonb
+language sql stable parallel safe
+begin atomic
+    select facts.data -> 'card'
+    from surety.facts
+    where facts.payment_id = p_payment_id and facts.data ? 'card' and facts.disregarded is null
+    order by facts.recorded_at desc, facts.id desc
+    limit 1;
+end;
+
+comment on function api.payment_card(text) is
+'The card that a payment was taken from, {brand, last4, country, capture_before}, as its last charge shows it; null if
+there is no charge.';
+
+create or replace function api.payment_fee(p_payment_id text) returns bigint
+language sql stable parallel safe
+begin atomic
+    select
+        coalesce(
+            sum(transfers.amount_minor) filter (where split_part(transfers.credit_account, ':', 1) = 'fee_revenue'), 0
+        )::bigint
+        - coalesce(
+            sum(transfers.amount_minor) filter (where split_part(transfers.debit_account, ':', 1) = 'fee_revenue'), 0
+        )::bigint
+    from ledger.postings
+    inner join ledger.transfers on postings.id = transfers.posting_id
+    where postings.payment_id = p_payment_id;
+end;
+
+comment on function api.payment_fee(text) is
+'The fees that the ledger took from a payment for us, in minor units of its currency.';
+
 create or replace function api.show_payment(p surety.payments) returns table (document json)
 language sql stable parallel safe
 begin atomic
@@ -8,16 +40,25 @@ begin atomic
         select
             p.id as id,
             'payment' as object,
-            states.status as status,
+            p.livemode as livemode,
+            surety.payment_status(states.status, p.rail) as status,
             p.state as state,
             p.version as version,
             p.amount_minor as amount,
+            case when p.state = 'authorized' then p.amount_minor - p.captured_minor else 0 end as amount_capturable,
             p.captured_minor as amount_captured,
             p.refunded_minor as amount_refunded,
             p.reversed_minor as amount_reversed,
+            charged.fee as fee,
+            p.captured_minor - charged.fee as net,
             p.currency as currency,
-            json_build_object('type', p.rail) as payment_method,
+            json_build_object(
+                'type', p.rail, 'brand', charged.card -> 'brand', 'last4', charged.card -> 'last4',
+                'country', charged.card -> 'country'
+            ) as payment_method,
             p.capture_method as capture_method,
+            case when p.state = 'authorized' then charged.card -> 'capture_before' end as capture_before,
+            p.flags ? 'cancel_requested_at' as cancel_requested,
             p.next_action as next_action,
             p.failure as failure,
             case when p.provider_id is not null then json_build_object('name', p.provider, 'id', p.provider_id) end
@@ -32,6 +73,15 @@ begin atomic
             surety.format_time(p.created_at) as created_at,
             surety.format_time(p.updated_at) as updated_at
         from surety.states
+        -- A payment that was just accepted has no charge: its card and fee are not looked up.
+        cross join lateral (
+            select
+                case when p.provider_id is not null then api.payment_card(p.id) end as card,
+                case when p.captured_minor > 0 then api.payment_fee(p.id) end as fee
+            -- offset 0: both are looked up once, not once per field that shows them.
+            from (values (1)) as once (n)
+            offset 0
+        ) as charged
         where states.state = p.state
     ) as shown;
 end;
@@ -46,12 +96,22 @@ begin atomic
         select
             r.id as id,
             'refund' as object,
-            r.state as state,
+            r.state as status,
             r.version as version,
             r.payment_id as payment,
             r.amount_minor as amount,
             r.currency as currency,
             r.reason as reason,
+            case
+                when r.state = 'requires_action' then (
+                    select facts.data -> 'next_action'
+                    from surety.facts
+                    where
+                        facts.payment_id = r.payment_id and facts.object_id = r.provider_id
+                        and facts.kind = 'refund_action'
+                    limit 1
+                )
+            end as next_action,
             r.failure as failure,
             case when r.provider_id is not null then json_build_object('name', r.provider, 'id', r.provider_id) end
                 as provider,
@@ -72,6 +132,7 @@ begin atomic
             d.id as id,
             'dispute' as object,
             d.status as status,
+            d.version as version,
             d.payment_id as payment,
             d.amount_minor as amount,
             d.withdrawn_minor as amount_withdrawn,
@@ -140,8 +201,8 @@ begin atomic
     select jsonb_populate_record(
         p_dispute,
         jsonb_build_object(
-            'status', p_payload -> 'status', 'withdrawn_minor', p_payload -> 'amount_withdrawn',
-            'updated_at', p_payload -> 'at'
+            'version', p_payload -> 'version', 'status', p_payload -> 'status',
+            'withdrawn_minor', p_payload -> 'amount_withdrawn', 'updated_at', p_payload -> 'at'
         )
     );
 end;

@@ -378,6 +378,8 @@ declare
         when p_created_before is null then 'pay_g' else surety.id_at('pay', greatest(p_created_before, 'epoch'))
     end;
     v_states text [];
+    -- A state whose status depends on the rail.
+    v_rails text [] := case p_status when 'returned' then '{ach}' when 'lost' then '{card}' end;
     v_ids text [];
 begin
     if v_merchant is null then
@@ -386,7 +388,9 @@ begin
     if p_state is not null or p_status is not null then
         v_states := array(
             select s.state from surety.states as s
-            where (p_state is null or s.state = p_state) and (p_status is null or s.status = p_status)
+            where (p_state is null or s.state = p_state)
+                and (p_status is null or p_status in (
+                    surety.payment_status(s.status, 'card'), surety.payment_status(s.status, 'ach')))
         );
     end if;
     v_before := least(v_before collate "C", p_starting_after collate "C");
@@ -408,6 +412,7 @@ begin
                 where (p.merchant_id, p.state, p.id) >= (v_merchant, s.state, v_from)
                     and (p.merchant_id, p.state, p.id) < (v_merchant, s.state, v_before)
                     and p.id >= v_from and p.id < v_before
+                    and (v_rails is null or p.rail = any(v_rails))
                 order by p.merchant_id desc, p.state desc, p.id desc
                 limit p_limit + 1
             ) as newest
@@ -418,7 +423,7 @@ begin
         v_ids := array(
             select p.id from surety.payments as p
             where p.merchant_id = v_merchant and p.reference = p_reference and p.id >= v_from and p.id < v_before
-                and (v_states is null or p.state = any(v_states))
+                and (v_states is null or p.state = any(v_states)) and (v_rails is null or p.rail = any(v_rails))
             order by p.id desc
             limit p_limit + 1
         );

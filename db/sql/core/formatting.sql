@@ -19,3 +19,13 @@ end;
 
 comment on function surety.format_amount(bigint, text) is
 'An amount in major units with its currency, for people: 49.99 USD.';
+
+create or replace function surety.payment_status(p_status text, p_rail text) returns text
+language sql immutable parallel safe
+begin atomic
+    select case when p_status = 'lost' and p_rail = 'ach' then 'returned' else p_status end;
+end;
+
+comment on function surety.payment_status(text, text) is
+'The status of a payment as merchants see it: that of its state. A payment that is reversed was lost in a dispute, on
+the ACH rail returned by the bank.';

@@ -53,7 +53,9 @@ begin
         for update of d skip locked
     ),
     reminded as (
-        update surety.disputes as d set reminded_at = v_now from due where d.id = due.id returning d
+        update surety.disputes as d set version = d.version + 1, reminded_at = v_now
+        from due where d.id = due.id
+        returning d
     )
     select array_agg(r.d) into v_due from reminded as r;
     if v_due is null then

@@ -14,14 +14,15 @@ begin atomic
         'dispute', d.id, p_type,
         jsonb_build_object(
             'payment_id', d.payment_id, 'dispute_id', d.id, 'status', d.status, 'at', surety.format_time(p_at),
-            'amount_withdrawn', d.withdrawn_minor, 'evidence_revision', d.evidence_revision
+            'amount_withdrawn', d.withdrawn_minor, 'evidence_revision', d.evidence_revision, 'version', d.version
         ),
-        d.merchant_id, null
+        d.merchant_id, d.version
     );
 end;
 
 comment on function surety.emit_dispute_event(surety.disputes, text, timestamptz) is
-'Emits an event of a type about a dispute as it is: status, amount withdrawn in minor units, revision of the evidence.';
+'Emits an event of a type about a dispute as it is: status, version, amount withdrawn in minor units, revision of the
+evidence.';
 
 create or replace function surety.dispute_status(p_kind text, p_data jsonb) returns text
 language sql immutable parallel safe
@@ -86,7 +87,7 @@ begin
         left join surety.dispute_statuses as k on k.status = s.status
         order by t.payment_id, t.object_id
         on conflict (provider, provider_account, provider_id) do update
-        set status = excluded.status, withdrawn_minor = excluded.withdrawn_minor,
+        set status = excluded.status, version = d.version + 1, withdrawn_minor = excluded.withdrawn_minor,
             reason = coalesce(excluded.reason, d.reason), revision = excluded.revision,
             -- A fetch without a deadline does not say that there is none.
             evidence_due_at = coalesce(

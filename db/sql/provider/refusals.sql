@@ -79,7 +79,7 @@ declare
     v_reopened surety.disputes;
 begin
     update surety.disputes as d
-    set submit_asked_at = null, evidence_failure = p_failure, updated_at = v_now
+    set version = d.version + 1, submit_asked_at = null, evidence_failure = p_failure, updated_at = v_now
     from surety.dispute_statuses as s
     where d.id = p_dispute_id and d.evidence_revision = p_revision
         -- A dispute that takes no evidence any more has it, or has ended.

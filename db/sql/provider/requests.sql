@@ -23,6 +23,8 @@ begin atomic
             )
         )
         when p_operation = 'confirm' then jsonb_build_object(
+            -- Its charge says which card was used.
+            'expand', jsonb_build_array('latest_charge'),
             'return_url', p_payment.return_url,
             -- An absent payer can't act: an attempt that needs an action fails.
             'off_session', case when p_payment.off_session then true end

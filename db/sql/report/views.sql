@@ -6,7 +6,7 @@ select
     payments.merchant_id,
     merchants.name as merchant_name,
     payments.state,
-    states.status,
+    surety.payment_status(states.status, payments.rail) as status,
     payments.version,
     payments.amount_minor,
     payments.captured_minor,

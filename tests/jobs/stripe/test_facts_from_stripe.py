@@ -17,11 +17,11 @@ from jobs.stripe.facts import (
     decline_fact,
     dispute_facts,
     intent_facts,
-    next_action,
     payout_facts,
     redacted,
     refund_facts,
 )
+from jobs.stripe.shown import next_action
 from jobs.stripe.webhook_events import SNAPSHOT_EVENTS, ObjectToFetch, StoredWebhook, interpret_webhook
 from tests.support.payments import Connection
 from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox

@@ -273,6 +273,8 @@ def _charge(sandbox: Sandbox, intent: StoredObject, card: Card, *, authenticated
     body.update(latest_charge=charge.id, last_payment_error=None, next_action=None)
     if body["capture_method"] == "manual":
         charge.body.update(paid=True, status="succeeded")
+        until = sandbox.unix_seconds() + int(sandbox.settings.hold_seconds)
+        charge.body["payment_method_details"]["card"]["capture_before"] = until
         body.update(amount_capturable=body["amount"], status="requires_capture")
         sandbox.memory.save(charge)
         sandbox.memory.save(intent)
