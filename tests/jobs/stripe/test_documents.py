@@ -39,8 +39,8 @@ async def test_card_fee_and_net_are_shown_once_they_are_known(
         await run_until_idle(worker, *PIPELINE)
     after = shown(conn, key, "get_payment", payment_id)
     assert after["payment_method"] == {"type": "card", "brand": "jcb", "last4": "0505", "country": "JP"}
-    # 2.9 % of 100.00 and 0.35.
-    assert (after["amount_captured"], after["fee"], after["net"]) == (10000, 325, 9675)
+    # Our fee: 3.40 % of 100.00 and 0.35.
+    assert (after["amount_captured"], after["fee"], after["net"]) == (10000, 375, 9625)
 
 
 async def test_hold_shows_what_can_be_captured_and_until_when(
