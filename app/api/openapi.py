@@ -21,7 +21,7 @@ from app.api.schemas.problems import ProblemDocument
 from app.web.asgi import Headers, HttpResponse
 from app.web.problems import PROBLEM_TYPES
 from app.web.requests import HttpRequest
-from app.web.routing import PATH_PARAMETER, Route, set_request_id
+from app.web.routing import PATH_PARAMETER, Route, complete_asset_response
 
 JsonDocument = dict[str, Any]
 
@@ -125,7 +125,7 @@ def documentation_routes(routes: Sequence[Route]) -> list[Route]:
 def documentation_assets() -> Router:
     """The static files of the page."""
     return create_static_files_router(
-        "/assets", [Path(str(SWAGGER_UI_FILES))], include_in_schema=False, after_request=set_request_id
+        "/assets", [Path(str(SWAGGER_UI_FILES))], include_in_schema=False, after_request=complete_asset_response
     )
 
 

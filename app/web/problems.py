@@ -8,6 +8,7 @@ that adding one is a decision.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -272,7 +273,16 @@ def problem_from_database_error(error: psycopg.Error) -> Problem:
     name = PROBLEM_BY_SQLSTATE.get(error.sqlstate or "", "internal")
     if name == "internal":
         return Problem("internal", "an error of ours; nothing took effect")
+    if name == "invalid-request":
+        message = f"a text can't be stored: {error.diag.message_primary}"
+        return invalid_request([RuleViolation("", "unicode", message)])
     return Problem(name, error.diag.message_primary or "the database refuses this")
+
+
+def allowed_methods(methods: Iterable[str]) -> str:
+    """The value of the header Allow for the methods of a path's routes: HEAD where GET is, and OPTIONS."""
+    allowed = {*methods, "OPTIONS"}
+    return ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed))
 
 
 def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
@@ -290,11 +300,11 @@ def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
             log.error("%s %s failed: %s", request_id, path[:200], message_of(error))
             return problem_from_database_error(error)
         case HTTPException(status_code=405):
-            allowed = (error.headers or {}).get("allow", "").replace("GET", "GET, HEAD")
+            allowed = allowed_methods((error.headers or {}).get("allow", "").split(", "))
             return Problem("method-not-allowed", f"here are only {allowed}", headers=[(b"allow", allowed.encode())])
         case HTTPException(status_code=404):
             return Problem("not-found", f"nothing is at {path[:200]}")
         case HTTPException(status_code=status) if status < 500:
-            return Problem("invalid-request", error.detail, errors=[])
+            return invalid_request([RuleViolation(path[:200], "request", error.detail, place="path")])
     log.error("%s %s failed", request_id, path[:200], exc_info=error)
     return Problem("internal", "an error of ours; nothing took effect")

@@ -21,7 +21,7 @@ from litestar.types import ASGIApp
 from msgspec import Struct
 
 from app.web.asgi import ClientDisconnected, HttpResponse, Receive, Scope, Send, new_request_id
-from app.web.problems import Problem, overloaded, problem_from_error
+from app.web.problems import Problem, allowed_methods, overloaded, problem_from_error
 
 Endpoint = Callable[[Any], Awaitable[HttpResponse]]
 """Answers a request, or raises Problem."""
@@ -78,11 +78,11 @@ class HttpApplication:
         self._fast_routes = {(row.method, row.path): row for row in routes if row.is_fast}
         methods: dict[str, set[str]] = {}
         for row in routes:
-            methods.setdefault(row.path, {"OPTIONS"}).update({row.method, "HEAD"} if row.method == "GET" else {"POST"})
+            methods.setdefault(row.path, set()).add(row.method)
         self._litestar = Litestar(
             [
                 # First, because Litestar adds an OPTIONS of its own, which knows one of a path's methods.
-                *(options_handler(path, ", ".join(sorted(allowed))) for path, allowed in methods.items()),
+                *(options_handler(path, allowed_methods(known)) for path, known in methods.items()),
                 *(self._handler_of(row) for row in routes),
                 *assets,
             ],
@@ -172,7 +172,12 @@ def problem_response(request: Request[Any, Any, Any], error: Exception) -> Respo
     return Response(answer.body, status_code=answer.status, headers=headers, media_type=headers["content-type"])
 
 
-async def set_request_id(response: Response[Any]) -> Response[Any]:
-    """Give a static file's response its Request-Id. A coroutine, because Litestar runs plain functions in a thread."""
+async def complete_asset_response(response: Response[Any]) -> Response[Any]:
+    """Give a static file's response its Request-Id, and one to OPTIONS all methods. Litestar's own lacks HEAD.
+
+    A coroutine, because Litestar runs plain functions in a thread.
+    """
     response.headers.setdefault("request-id", new_request_id())
+    if "Allow" in response.headers:
+        response.headers["Allow"] = allowed_methods(response.headers["Allow"].split(", "))
     return response
