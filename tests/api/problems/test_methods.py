@@ -25,10 +25,9 @@ def methods_by_path() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("ending", ["", "/", "?limit=1"])
-@pytest.mark.parametrize(("path", "methods"), methods_by_path().items(), ids=lambda value: str(value)[:60])
-def test_options_head_and_405_agree_on_every_path(
-    merchant: Merchant, path: str, methods: set[str], ending: str
-) -> None:
+@pytest.mark.parametrize("path", methods_by_path())
+def test_options_head_and_405_agree_on_every_path(merchant: Merchant, path: str, ending: str) -> None:
+    methods = methods_by_path()[path]
     known = methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
     allow = ", ".join(sorted(known))
     options = merchant.client.options(path + ending)
