@@ -31,8 +31,8 @@ from app.connection_limits import WATCHES, ConnectionLimits, ConnectionWatch, Re
 # A second field of such a name leaves open which of the values is meant.
 SINGLE_VALUED = frozenset(
     {
-        b"authorization", b"content-length", b"content-type", b"expect", b"host", b"idempotency-key",
-        b"stripe-account", b"stripe-signature", b"stripe-version", b"transfer-encoding",
+        b"authorization", b"content-encoding", b"content-length", b"content-type", b"expect", b"host",
+        b"idempotency-key", b"stripe-account", b"stripe-signature", b"stripe-version", b"transfer-encoding",
     }
 )  # fmt: skip
 HEAD_END = b"\r\n\r\n"

@@ -28,6 +28,7 @@ COMMAND_PROBLEMS = (
     "wrong-state",
     "too-large",
     "not-json",
+    "unsupported-encoding",
     "idempotency-key-reused",
     "overloaded",
     "unavailable",
@@ -86,8 +87,8 @@ async def execute_command(
 
 def read_command(request: ApiRequest, body: bytes, struct: type[msgspec.Struct]) -> msgspec.Struct:
     """The body as its struct; no body is an empty object. Raises Problem with every rule that the request breaks."""
-    if body and not request.is_json():
-        raise Problem("not-json", "the header Content-Type must be application/json")
+    if body:
+        request.require_json()
     key_violations = request.idempotency_key_violations()
     given = request.parse_json(body) if body else {}
     return struct_of(given, struct, violation_checker(struct)(given) + key_violations)

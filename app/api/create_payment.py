@@ -46,7 +46,8 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
         await caller.require_active_merchant()
         raise
     key = request.headers.get(b"idempotency-key", b"")
-    accepted = read_fast(body) if IDEMPOTENCY_KEY.fullmatch(key) and request.is_json() else None
+    is_plain = request.is_json() and not request.is_encoded()
+    accepted = read_fast(body) if is_plain and IDEMPOTENCY_KEY.fullmatch(key) else None
     if accepted is None:
         await caller.require_active_merchant()
         payment = await read_strictly(request, body)
@@ -89,8 +90,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
 
 async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:
     """Validate the request with all rules, and return the payment. Raises Problem with every broken rule."""
-    if not request.is_json():
-        raise Problem("not-json", "the header Content-Type must be application/json")
+    request.require_json()
     key_violations = request.idempotency_key_violations()
     given = request.parse_json(body)
     violations = await amount_violations(request.services.database, given)

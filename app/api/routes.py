@@ -63,6 +63,7 @@ CREATE_PAYMENT_PROBLEMS = (
     "reference-taken",
     "too-large",
     "not-json",
+    "unsupported-encoding",
     "idempotency-key-reused",
     "overloaded",
     "unavailable",
@@ -73,6 +74,7 @@ BULK_DECISION_PROBLEMS = (
     "forbidden",
     "too-large",
     "not-json",
+    "unsupported-encoding",
     "overloaded",
     "unavailable",
 )

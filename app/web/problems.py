@@ -131,6 +131,12 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "not-json": ProblemDefinition(
         415, "The body is not JSON", "Send `Content-Type: application/json`. Nothing was read, nothing stored."
     ),
+    "unsupported-encoding": ProblemDefinition(
+        415,
+        "The body is encoded",
+        "Send the body as it is, without the header Content-Encoding, in one piece or by `Transfer-Encoding: chunked`. "
+        "Nothing was read, nothing stored.",
+    ),
     "idempotency-key-reused": ProblemDefinition(
         422,
         "This Idempotency-Key belongs to another request",

@@ -53,6 +53,23 @@ class HttpRequest:
         given = self.headers.get(b"content-type", b"")
         return given == b"application/json" or given.partition(b";")[0].strip().lower() == b"application/json"
 
+    def is_encoded(self) -> bool:
+        """Whether the body is compressed or otherwise encoded, which no endpoint undoes."""
+        return (
+            self.headers.get(b"content-encoding", b"identity").strip().lower() != b"identity"
+            or self.headers.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked"
+        )
+
+    def require_json(self) -> None:
+        """Raises Problem unless the headers say that the body is JSON as it is."""
+        if not self.is_json():
+            raise Problem("not-json", "the header Content-Type must be application/json")
+        if self.is_encoded():
+            raise Problem(
+                "unsupported-encoding", "the body must be sent as it is, without Content-Encoding",
+                headers=[(b"accept-encoding", b"identity")],
+            )  # fmt: skip
+
     async def read_body(self, bytes_max: int) -> bytes:
         """The body. Raises Problem if it is too large, ClientDisconnected if it does not arrive.
 
@@ -86,8 +103,7 @@ class HttpRequest:
 
     def parse_json(self, body: bytes) -> Any:
         """The body's JSON, strictly. Raises Problem."""
-        if not self.is_json():
-            raise Problem("not-json", "the header Content-Type must be application/json")
+        self.require_json()
         return parse(body)
 
     def idempotency_key_violations(self) -> list[RuleViolation]:
