@@ -19,7 +19,7 @@ from app.web.auth import DENIALS, Caller
 from app.web.database import DatabasePool
 from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.requests import IDEMPOTENCY_KEY, encode_canonically, hash_of_request, struct_of
-from app.web.validation import parse, violation_checker
+from app.web.validation import echo, parse, violation_checker
 
 CREATE_PAYMENTS = b"""
 select n, status, problem, detail, body, is_replayed, payment_id from api.create_payments(%s)
@@ -77,7 +77,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
     )
     _, status, problem, detail, document, is_replayed, payment_id = row
     if problem is not None:
-        raise await problem_of_refusal(problem, detail, caller)
+        raise await problem_of_refusal(problem, detail, caller, body)
     caller.note_use()
     request.services.authenticator.remember_key(request.headers[b"authorization"], caller.key_hash)
     headers = [JSON_CONTENT_TYPE, (b"location", b"/v1/payments/" + payment_id.encode())]
@@ -96,7 +96,8 @@ async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:
     violations = await amount_violations(request.services.database, given)
     reported_fields = {violation.field for violation in violations}
     violations += [violation for violation in payment_violations(given) if violation.field not in reported_fields]
-    violations += return_violations(given)
+    if not any(violation.meant in {"/return_url", "/off_session"} for violation in violations):
+        violations += return_violations(given)
     return with_lowercase_currency(struct_of(given, NewPayment, violations + key_violations))
 
 
@@ -105,9 +106,14 @@ async def amount_violations(database: DatabasePool, given: Any) -> list[RuleViol
     amount, currency = (given.get("amount"), given.get("currency")) if isinstance(given, dict) else (None, None)
     if type(amount) is not int or not isinstance(currency, str) or not CURRENCY.fullmatch(currency):
         return []
-    amount = max(-AMOUNT_MAX, min(amount, AMOUNT_MAX))
-    row = await database.fetch_row("select api.check_amount_bounds(%s, %s)", amount, currency.lower())
-    return [amount_violation(row[0])] if row and row[0] else []
+    storable = max(-AMOUNT_MAX, min(amount, AMOUNT_MAX))
+    row = await database.fetch_row("select api.check_amount_bounds(%s, %s)", storable, currency.lower())
+    return [amount_violation(row[0] | given_in(given, row[0]["field"]))] if row and row[0] else []
+
+
+def given_in(sent: dict[str, Any], field: str) -> dict[str, Any]:
+    """The value of a field as it was sent: the amount in full, the currency in its own letters."""
+    return {"given": sent[field.removeprefix("/")]}
 
 
 def return_violations(given: Any) -> list[RuleViolation]:
@@ -118,13 +124,13 @@ def return_violations(given: Any) -> list[RuleViolation]:
     return [RuleViolation("/return_url", "required", message)]
 
 
-async def problem_of_refusal(name: str, detail: Any, caller: Caller) -> Problem:
+async def problem_of_refusal(name: str, detail: Any, caller: Caller, body: bytes) -> Problem:
     """The refusal of api.create_payments as a problem."""
     match name:
         case _ if name in DENIALS:
             return await caller.audit_denial(name)
         case "invalid-request":
-            return invalid_request([amount_violation(detail)])
+            return invalid_request([amount_violation(detail | given_in(parse(body), detail["field"]))])
         case "reference-taken":
             taken_by = detail["payment_id"]
             return Problem(name, f"{taken_by or 'another payment'} has this reference", payment=taken_by)
@@ -172,4 +178,5 @@ def amount_violation(detail: dict[str, Any]) -> RuleViolation:
     else:
         bound = {"minimum": "at least", "maximum": "at most", "multiple": "a multiple of"}[detail["rule"]]
         message = f"amount must be {bound} {detail['limit']} for {detail['currency']}"
-    return RuleViolation(detail["field"], detail["rule"], message, detail.get("limit", msgspec.UNSET), detail["given"])
+    limit = detail.get("limit", msgspec.UNSET)
+    return RuleViolation(detail["field"], detail["rule"], message, limit, echo(detail["given"]))

@@ -35,8 +35,9 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         400,
         "The request breaks a rule",
         "`errors` names each field that breaks a rule: `field` is a JSON pointer into the body (or the name of a query "
-        "parameter or header, as `in` says), `rule` the rule, `limit` its bound, `given` what was sent. Nothing was "
-        "stored. Correct the request and send it with the same or another Idempotency-Key.",
+        "parameter or header, as `in` says), `rule` the rule, `limit` its bound, `given` what was sent (as text, if it "
+        "is a number that a reader of JSON may round), `meant` the field that an unknown one may stand for. Nothing "
+        "was stored. Correct the request and send it with the same or another Idempotency-Key.",
     ),
     "malformed-request": ProblemDefinition(
         400,
@@ -172,7 +173,10 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
 
 
 class RuleViolation(msgspec.Struct, omit_defaults=True, rename={"place": "in"}):
-    """A broken rule: its place, name and bound, and the given value unless it must not be repeated."""
+    """A broken rule: its place, name and bound, and the given value unless it must not be repeated.
+
+    `meant` is the field that was probably meant by an unknown one.
+    """
 
     field: str
     rule: str
@@ -180,6 +184,7 @@ class RuleViolation(msgspec.Struct, omit_defaults=True, rename={"place": "in"}):
     limit: Any = msgspec.UNSET
     given: Any = msgspec.UNSET
     place: str = "body"
+    meant: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Problem(Exception):

@@ -7,10 +7,13 @@ types and collects every violation, each with a JSON pointer.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from decimal import Decimal, DecimalException
+from difflib import get_close_matches
 from itertools import islice
 from typing import Annotated, Any, TypeVar, cast
 from urllib.parse import parse_qsl
@@ -26,11 +29,22 @@ ERRORS_MAX = 50
 CARD_FIELDS = frozenset({"number", "card_number", "cvc", "cvv", "exp_month", "exp_year", "pan", "card"})
 SECRET_FIELDS = frozenset({"token"})
 ECHOED_CHARACTERS_MAX = 100
-INTEGER = re.compile("-?[0-9]{1,9}")
+# Readers of JSON that know only binary floating-point numbers round integers from here on.
+ROUNDED_INTEGERS_MIN = 2**53
+NAME_SIMILARITY_MIN = 0.75
+INTEGER = re.compile("-?[0-9]{1,100}")
+
+
+class JsonDecimal(float):
+    """A JSON number with a fraction or an exponent, which remembers its digits."""
+
+    digits: str
+
+
 TYPE_NAMES: dict[type, str] = {
     bool: "boolean",
     int: "integer",
-    float: "number",
+    JsonDecimal: "number",
     str: "string",
     list: "array",
     dict: "object",
@@ -47,7 +61,9 @@ class JsonObject(dict[str, Any]):
 def parse(body: bytes) -> Any:
     """JSON, strictly: in UTF-8, no NaN, nothing nested too deep. Raises Problem."""
     try:
-        return json.loads(body.decode(), object_pairs_hook=json_object, parse_constant=refuse_constant)
+        return json.loads(
+            body.decode(), object_pairs_hook=json_object, parse_float=json_decimal, parse_constant=refuse_constant
+        )
     except UnicodeDecodeError as error:
         raise malformed_json(f"byte {error.start} is not UTF-8") from None
     except RecursionError:
@@ -55,7 +71,14 @@ def parse(body: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise malformed_json(f"{error.msg.lower()} (line {error.lineno}, column {error.colno})") from None
     except ValueError:
-        raise malformed_json("a number is NaN, infinite or has thousands of digits") from None
+        raise invalid_request([RuleViolation("", "json", "a number in the body has thousands of digits")]) from None
+
+
+def json_decimal(digits: str) -> JsonDecimal:
+    """A JSON number that is no integer."""
+    made = JsonDecimal(digits)
+    made.digits = digits
+    return made
 
 
 def json_object(pairs: list[tuple[str, Any]]) -> JsonObject:
@@ -69,7 +92,7 @@ def json_object(pairs: list[tuple[str, Any]]) -> JsonObject:
 
 def refuse_constant(name: str) -> Any:
     """Refuse NaN and Infinity, which JSON does not have."""
-    raise ValueError(name)
+    raise malformed_json(f"it has no {name}")
 
 
 def malformed_json(why: str) -> Problem:
@@ -114,6 +137,7 @@ def struct_violations(value: Any, kind: inspect.StructType, at: str) -> Iterator
         return
     yield from duplicate_key_violations(value, at)
     fields = {field.encode_name: field for field in kind.fields}
+    meant: set[str] = set()
     for name, given in value.items():
         here = f"{at}/{escape_pointer(name)}"
         if name in fields:
@@ -123,10 +147,28 @@ def struct_violations(value: Any, kind: inspect.StructType, at: str) -> Iterator
                 here, "no_card_data", "must not be sent: card data is not accepted; send the provider's token, pm_…"
             )
         else:
-            yield violation(here, "known", "is not a field that we know")
+            yield unknown_field_violation(at, name, fields.keys() - value.keys(), meant)
     for name, field in fields.items():
-        if field.required and name not in value:
+        if field.required and name not in value and name not in meant:
             yield violation(f"{at}/{name}", "required", "is required")
+
+
+def unknown_field_violation(at: str, name: str, absent: Iterable[str], meant: set[str]) -> RuleViolation:
+    """An unknown field, with the absent field that was probably meant, which is added to `meant`."""
+    broken = violation(f"{at}/{escape_pointer(name)}", "known", "is not a field that we know")
+    if len(name) > ECHOED_CHARACTERS_MAX:
+        return broken
+    by_letters = {letters_of(field): field for field in sorted(absent) if field not in meant}
+    for letters in get_close_matches(letters_of(name), by_letters, 1, NAME_SIMILARITY_MIN):
+        meant.add(by_letters[letters])
+        broken.meant = f"{at}/{by_letters[letters]}"
+        broken.message += f"; {by_letters[letters]} may be meant"
+    return broken
+
+
+def letters_of(name: str) -> str:
+    """A name without its way of dividing words: returnUrl, return-url and return_url are alike."""
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def dict_violations(value: Any, kind: inspect.DictType, at: str) -> Iterator[RuleViolation]:
@@ -214,12 +256,37 @@ def type_violation(at: str, wanted: str, value: Any) -> RuleViolation:
 
 def violation(at: str, rule: str, text: str, limit: Any = msgspec.UNSET, given: Any = msgspec.UNSET) -> RuleViolation:
     """A rule broken at a place. The given value is repeated if it is short, well-formed and no secret."""
-    is_long = isinstance(given, str) and (len(given) > ECHOED_CHARACTERS_MAX or has_lone_surrogate(given))
-    is_big = isinstance(given, int) and not -(2**63) <= given < 2**63
-    if isinstance(given, dict | list) or is_long or is_big or at.rpartition("/")[2] in SECRET_FIELDS:
-        given = msgspec.UNSET
+    given = msgspec.UNSET if at.rpartition("/")[2] in SECRET_FIELDS else echo(given)
     subject = at.removeprefix("/").replace("/", ".") if at.isprintable() and len(at) < 200 else "a field"
     return RuleViolation(at.encode(errors="replace").decode(), rule, f"{subject or 'the body'} {text}", limit, given)
+
+
+def echo(given: Any) -> Any:
+    """A given value as a problem document repeats it: not if it is long or no text, and never rounded.
+
+    A number that some readers of JSON would round, or can't read, is repeated as text.
+    """
+    match given:
+        case dict() | list():
+            return msgspec.UNSET
+        case bool():
+            return given
+        case int():
+            given = given if abs(given) < ROUNDED_INTEGERS_MIN else str(given)
+        case JsonDecimal():
+            given = float(given) if is_kept(given) else given.digits
+    is_long = isinstance(given, str) and (len(given) > ECHOED_CHARACTERS_MAX or has_lone_surrogate(given))
+    return msgspec.UNSET if is_long else given
+
+
+def is_kept(number: JsonDecimal) -> bool:
+    """Whether a binary floating-point number has the value of these digits, as its shortest decimal form."""
+    if not math.isfinite(number) or len(number.digits) > ECHOED_CHARACTERS_MAX:
+        return False
+    try:
+        return Decimal(number.digits) == Decimal(repr(float(number)))
+    except DecimalException:
+        return False
 
 
 def escape_pointer(name: str) -> str:
@@ -248,6 +315,10 @@ def read_query(query: bytes, struct: type[T]) -> T:
     errors = violation_checker(struct)(given)
     for error in errors:
         error.field, error.place = error.field.removeprefix("/"), "query"
+        # In a query all values are strings.
+        error.message = error.message.removesuffix(", not string").replace("a field that", "a parameter that")
+        if error.meant is not msgspec.UNSET:
+            error.meant = error.meant.removeprefix("/")
     if errors:
         raise invalid_request(errors)
     return msgspec.convert(given, struct)

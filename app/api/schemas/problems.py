@@ -8,14 +8,17 @@ from msgspec import Struct
 
 
 class BrokenRule(Struct, rename={"place": "in"}):
-    """A rule that a request breaks. `field` is a JSON pointer into the body, or a header's or parameter's name."""
+    """A rule that a request breaks. `field` is a JSON pointer into the body, or a header's or parameter's name; `meant`
+    is the field that an unknown one may stand for. `given` is text for a number that a reader of JSON may round.
+    """
 
     field: str
     rule: str
     message: str
     limit: Any = None
     given: Any = None
-    place: Literal["body", "query", "header"] = "body"
+    place: Literal["body", "query", "header", "path"] = "body"
+    meant: str | None = None
 
 
 class ProblemDocument(Struct):
