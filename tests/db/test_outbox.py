@@ -356,6 +356,29 @@ def test_periodic_check_skips_idle_handlers_until_many_events_passed(outbox: Con
     assert call(outbox, "outbox.schedule_due_handlers") == [HANDLER]
 
 
+def test_periodic_check_finds_what_each_handler_would_find(outbox: Connection, connections: Connections) -> None:
+    def check() -> list[str]:
+        query = "select array_agg(handler order by handler) from outbox.handlers where outbox.has_work(handler)"
+        [(expected,)] = outbox.execute(query).fetchall()
+        assert call(outbox, "outbox.schedule_due_handlers") == expected
+        return expected or []
+
+    outbox.execute("select outbox.emit_event('payment', 'pay_1', 'payment.initiated', '{}', null, 1)")
+    emit(outbox)
+    assert complete(outbox, claimed(outbox))
+    found = check()
+    assert "submit" in found and HANDLER not in found
+    emit(late := connections())
+    emit(outbox)
+    assert complete(outbox, claimed(outbox))
+    assert check() == found
+    late.commit()
+    assert HANDLER in check()
+    for _ in range(250):
+        emit(outbox)
+    assert len(check()) > len(found) + 1
+
+
 def test_turn_of_the_leader_finds_work_that_came_since_its_idle_mark(outbox: Connection) -> None:
     def turn(mark: str | None) -> str | None:
         mark = call(outbox, "outbox.schedule_work_since", mark)

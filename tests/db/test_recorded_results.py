@@ -119,3 +119,16 @@ def test_facts_of_a_payment_are_recorded_without_a_look_into_other_months(conn: 
         if node["Actual Loops"] and re.fullmatch(r"(payments|facts|steps|calls)_\d+", node.get("Relation Name", ""))
     }
     assert len(months) == len({name.partition("_")[0] for name in months}) > 1, months
+
+
+def test_result_without_facts_is_recorded_by_statements_that_open_no_other_month(
+    conn: Connection, key_hash: bytes
+) -> None:
+    [payment_id] = pay(conn, key_hash)
+    answer = {"payment_id": payment_id, "operation": "create", "status": 200, "outcome": "answered"}
+    with explained_plans(conn, "") as plans:
+        record_group(conn, answer)
+        record_group(conn, answer | {"payment_id": None})
+    relations = [str(node.get("Relation Name", "")) for plan in plans for node in nodes_of(plan)]
+    months = [name for name in relations if re.fullmatch(r"(payments|calls)_\d+", name)]
+    assert sorted(name.partition("_")[0] for name in months) == ["calls", "payments"], months

@@ -59,12 +59,15 @@ as $$
 -- Entries of the other kinds are written by the functions whose actions they record; a worker cannot forge them.
 declare
     v_now timestamptz := surety.time_now();
-    v_kind text := (
-        select e.entry ->> 'kind' from jsonb_array_elements(p_entries) as e (entry)
-        where e.entry ->> 'kind' not in ('call', 'answer', 'system')
-        limit 1
-    );
+    v_kind text;
+    v_first_payment text;
+    v_last_payment text;
 begin
+    select
+        min(e.kind) filter (where e.kind not in ('call', 'answer', 'system')),
+        min(e.payment_id collate "C"), max(e.payment_id collate "C")
+    into v_kind, v_first_payment, v_last_payment
+    from jsonb_to_recordset(p_entries) as e (kind text, payment_id text);
     if v_kind is not null then
         raise exception 'entries of kind % are not written by workers', v_kind using errcode = 'SU008';
     end if;
@@ -78,7 +81,8 @@ begin
         kind text, actor text, address text, request_id text, payment_id text, merchant_id text, outcome text,
         reason text, duration_ms numeric, snapshot jsonb
     )
-    left join surety.payments as p on p.id = e.payment_id;
+    -- The bounds exclude partitions before the join begins.
+    left join surety.payments as p on p.id = e.payment_id and p.id between v_first_payment and v_last_payment;
 end;
 $$;
 

@@ -192,14 +192,24 @@ as $$
 declare
     v_entries ledger.entry [];
     v_new text [] := array(select f.id from unnest(p_facts) as f);
+    -- These bounds exclude partitions before the statement begins.
+    v_first_payment text;
+    v_last_payment text;
 begin
+    select min(given.payment_id collate "C"), max(given.payment_id collate "C")
+    into v_first_payment, v_last_payment
+    from (
+        select f.payment_id from unnest(p_facts) as f
+        union all
+        select d.payment_id from unnest(p_derived) as d
+    ) as given;
     with facts as (
         select
             f.id, f.provider, f.account, f.object_id, f.kind, f.revision, f.amount_minor, f.currency, f.data,
             p.id as payment_id, p.merchant_id, p.amount_minor as asked_minor, p.captured_minor,
             f.provider || '/' || f.account as provider_owner, m.fee_basis_points, c.fee_fixed_minor
         from unnest(p_facts) as f
-        join surety.payments as p on p.id = f.payment_id
+        join surety.payments as p on p.id = f.payment_id and p.id between v_first_payment and v_last_payment
         join surety.currencies as c on c.currency = p.currency
         join surety.merchants as m on m.id = p.merchant_id
         where f.disregarded is null
@@ -223,7 +233,8 @@ begin
                 least(f.asked_minor, coalesce(
                     sum(k.amount_minor) filter (where k.id <= f.id or k.id <> all(v_new)), 0)::bigint) as after
             from surety.facts as k
-            where k.payment_id = f.payment_id and k.kind = 'captured' and k.disregarded is null
+            where k.payment_id = f.payment_id and k.payment_id between v_first_payment and v_last_payment
+                and k.kind = 'captured' and k.disregarded is null
         ) as owed
         where f.kind = 'captured'
     ),
@@ -291,7 +302,8 @@ begin
             select distinct g.payment_id, g.merchant_id from facts as g
             where g.kind in ('captured', 'returned', 'dishonored', 'contested') and g.captured_minor > 0
         ) as f
-        join surety.facts as k on k.payment_id = f.payment_id
+        join surety.facts as k
+            on k.payment_id = f.payment_id and k.payment_id between v_first_payment and v_last_payment
         where k.kind in ('returned', 'dishonored', 'contested') and k.disregarded is null
     ),
     settlements as (
@@ -302,7 +314,7 @@ begin
             p_provider_owner => p.provider || '/' || p.provider_account, p_currency => s.currency, p_net => s.net,
             p_other_currency => s.other_currency, p_other_net => s.other_net) as entry
         from unnest(p_derived) as d
-        join surety.payments as p on p.id = d.payment_id
+        join surety.payments as p on p.id = d.payment_id and p.id between v_first_payment and v_last_payment
         join surety.merchants as m on m.id = p.merchant_id
         cross join lateral surety.settled_amounts(p, m) as s
         where d.is_settled

@@ -97,11 +97,45 @@ again by then.';
 create or replace function outbox.schedule_due_handlers() returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
+-- One scan for all handlers, from before the cursor that is furthest behind. If more events than a few wait, each
+-- handler is asked.
 declare
+    v_scan_max constant integer := 200;
+    v_behind_max constant integer := 100;
+    v_now timestamptz := surety.time_now();
+    v_generation integer;
+    v_before pg_snapshot;
     v_due text[];
 begin
+    select max(h.generation), format('%1$s:%1$s:', min(pg_snapshot_xmin(h.seen)))::pg_snapshot
+    into v_generation, v_before
+    from outbox.handlers as h;
+    with scanned as materialized (
+        select s.xid, s.type
+        from outbox.scan_events(v_generation, v_before, pg_current_snapshot(), '0', '', v_scan_max) as s
+    ),
+    typed as materialized (
+        select
+            h.handler, h.seen, h.goal, h.generation,
+            array(select t.event_type from outbox.handler_events as t where t.handler = h.handler) as event_types
+        from outbox.handlers as h
+        where h.paused_at is null
+    )
     select array_agg(h.handler order by h.handler) into v_due
-    from outbox.handlers as h where outbox.has_work(h.handler);
+    from typed as h
+    where case
+        when h.goal is not null
+            or exists (select from outbox.retries as r where r.handler = h.handler and r.due_at <= v_now)
+            or exists (select from outbox.batches as b where b.handler = h.handler and b.leased_until < v_now)
+            then true
+        when h.generation <> v_generation or (select count(*) from scanned) = v_scan_max
+            then outbox.has_work(h.handler)
+        else (
+            select count(*) >= v_behind_max or coalesce(bool_or(s.type = any(h.event_types)), false)
+            from scanned as s
+            where not pg_visible_in_snapshot(s.xid, h.seen)
+        )
+    end;
     if v_due is not null then
         perform outbox.schedule_handlers(v_due);
     end if;

@@ -11,13 +11,17 @@ declare
     v_ended record;
     v_opened text;
     v_types text [] := '{}';
+    -- These bounds exclude partitions before a statement begins.
+    v_first_payment text := (select min(d.payment_id collate "C") from unnest(p_derived) as d);
+    v_last_payment text := (select max(d.payment_id collate "C") from unnest(p_derived) as d);
 begin
     -- The payment has ended here, and at the provider it is live. No step leads there. Failed or canceled is one end:
     -- an intent that was canceled after a failed attempt does not always name the attempt's error.
     for v_ended in
         select p.id, p.version, p.state, d.target_state, p.provider_id is distinct from d.provider_id as is_another
         from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
-        where p.state in ('failed', 'canceled') and d.captured_minor = 0
+        where p.id between v_first_payment and v_last_payment
+            and p.state in ('failed', 'canceled') and d.captured_minor = 0
             and d.target_state not in ('failed', 'canceled')
         order by p.id
     loop
@@ -42,7 +46,8 @@ begin
     update surety.discrepancies as e
     set closed_at = p_at, closed_because = format('it is %s at the provider', d.target_state)
     from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
-    where p.state in ('failed', 'canceled') and d.target_state in ('failed', 'canceled')
+    where p.id between v_first_payment and v_last_payment
+        and p.state in ('failed', 'canceled') and d.target_state in ('failed', 'canceled')
         and e.kind = 'state' and e.subject = p.id and e.closed_at is null
         and e.data ->> 'provider_state' not in ('failed', 'canceled');
 
@@ -154,18 +159,25 @@ as $$
 declare
     v_now timestamptz := surety.time_now();
     v_types text [] := surety.report_contradictions(p_derived, v_now);
+    -- These bounds exclude partitions before a statement begins.
+    v_first_payment text := (select min(d.payment_id collate "C") from unnest(p_derived) as d);
+    v_last_payment text := (select max(d.payment_id collate "C") from unnest(p_derived) as d);
 begin
     with targets as materialized (
         select
             d.*, p.id, p.version, p.state, p.rail, p.capture_method,
             d.refunded_minor <> p.refunded_minor as is_refunded_otherwise,
-            array(select s.to_state from surety.steps as s where s.payment_id = p.id) as visited,
+            array(
+                select s.to_state from surety.steps as s
+                where s.payment_id = p.id and s.payment_id between v_first_payment and v_last_payment
+            ) as visited,
             array[p.captured_minor, p.refunded_minor, p.refund_pending_minor, p.at_risk_minor, p.reversed_minor]
             = array[d.captured_minor, d.refunded_minor, d.refund_pending_minor, d.at_risk_minor, d.reversed_minor]
             and p.provider_id is not distinct from d.provider_id
             and (p.next_action is not distinct from d.next_action or d.target_state <> 'requires_action')
             and p.failure is not distinct from d.failure as is_same
         from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
+        where p.id between v_first_payment and v_last_payment
     ),
     -- A row per step to make, numbered; a row without a step for a payment that stands at its target.
     path as materialized (
@@ -215,7 +227,8 @@ begin
             poll_count = case when t.state is null then p.poll_count else 0 end
         from (select distinct on (path.id) path.* from path order by path.id, path.ordinal desc) as t
         left join surety.states as s on s.state = t.state
-        where p.id = t.id and (not t.is_same or t.state is not null)
+        where p.id = t.id and p.id between v_first_payment and v_last_payment
+            and (not t.is_same or t.state is not null)
     )
     select v_types || coalesce(array_agg(distinct 'payment.' || w.to_state), '{}') into v_types from walked as w;
 

@@ -74,6 +74,8 @@ declare
     v_objects surety.provider_objects [];
     v_new surety.facts [];
     v_ids text [];
+    v_first_payment text;
+    v_last_payment text;
     v_derived surety.derived [];
     v_types text [];
 begin
@@ -144,9 +146,16 @@ begin
         return '{}';
     end if;
 
-    select array_agg(distinct f.payment_id order by f.payment_id) into v_ids from unnest(v_new) as f;
-    -- A join, so that only the partitions of these payments are searched; an array as a parameter excludes none.
-    perform from unnest(v_ids) as known (id) join surety.payments as p on p.id = known.id order by p.id for update of p;
+    select
+        array_agg(distinct f.payment_id order by f.payment_id),
+        min(f.payment_id collate "C"), max(f.payment_id collate "C")
+    into v_ids, v_first_payment, v_last_payment
+    from unnest(v_new) as f;
+    -- A join, so that only the partitions of these payments are searched; an array as a parameter excludes none. The
+    -- bounds exclude partitions before the join begins.
+    perform from unnest(v_ids) as known (id)
+    join surety.payments as p on p.id = known.id and p.id between v_first_payment and v_last_payment
+    order by p.id for update of p;
 
     v_new := surety.mark_mismatched_facts(v_new, v_now);
     insert into surety.facts select f.* from unnest(v_new) as f;

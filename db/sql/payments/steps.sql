@@ -53,9 +53,13 @@ declare
     v_now timestamptz := surety.time_now();
     v_generation integer := outbox.current_restore_generation();
     v_is_later boolean := exists (select from new_steps as n where n.version > 1);
+    -- These bounds exclude partitions before a statement begins.
+    v_first_payment text;
+    v_last_payment text;
     v_ended text [];
     v_revived text [];
 begin
+    select min(n.payment_id), max(n.payment_id) into v_first_payment, v_last_payment from new_steps as n;
     -- Statements that create payments or change their amounts set state and version themselves. Update the others.
     if v_is_later then
         update surety.payments as p
@@ -68,7 +72,7 @@ begin
             order by n.payment_id, n.version desc
         ) as last
         join surety.states as s on s.state = last.to_state
-        where p.id = last.payment_id and p.version < last.version;
+        where p.id = last.payment_id and p.id between v_first_payment and v_last_payment and p.version < last.version;
     end if;
 
     with made_steps as materialized (
@@ -77,6 +81,7 @@ begin
             p.merchant_id, p.captured_minor, p.refunded_minor, p.reversed_minor, p.provider_id, p.failure, p.next_action
         from new_steps as n
         join surety.payments as p on p.id = n.payment_id
+        where p.id between v_first_payment and v_last_payment
         order by n.payment_id, n.version
     ),
     emitted as (

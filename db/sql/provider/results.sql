@@ -9,6 +9,8 @@ declare
     v_facts jsonb;
     v_types text[] := '{}';
     v_entries jsonb;
+    v_first_payment text;
+    v_last_payment text;
 begin
     select jsonb_agg(f.fact) into v_facts
     from jsonb_array_elements(p_results) as r (result)
@@ -37,22 +39,31 @@ begin
     )
     order by r.discrepancy ->> 'kind', r.discrepancy ->> 'subject';
 
-    -- Sorted, because another worker may record results of the same calls. A refused send counts by its number: a
-    -- result that is recorded late, or twice, proves nothing about another send.
-    update surety.calls as c
-    set answered_at = case when r.status is null then c.answered_at else v_now end,
-        status = coalesce(r.status, c.status),
-        refused_through = case c.refused_through when r.undone_send - 1 then r.undone_send else c.refused_through end
-    from (
-        select g.payment_id, g.operation, max(g.status) as status, min(g.undone_send) as undone_send
-        from jsonb_to_recordset(p_results) as g (
-            payment_id text, operation text, status smallint, undone_send integer
-        )
-        where coalesce(g.status, g.undone_send) is not null
-        group by g.payment_id, g.operation
-        order by g.payment_id, g.operation
-    ) as r
-    where c.payment_id = r.payment_id and c.operation = r.operation;
+    select min(r.payment_id collate "C"), max(r.payment_id collate "C") into v_first_payment, v_last_payment
+    from jsonb_to_recordset(p_results) as r (payment_id text, operation text, status smallint, undone_send integer)
+    where r.operation is not null and coalesce(r.status, r.undone_send) is not null;
+    if v_first_payment is not null then
+        -- Sorted, because another worker may record results of the same calls. A refused send counts by its number: a
+        -- result that is recorded late, or twice, proves nothing about another send.
+        update surety.calls as c
+        set answered_at = case when r.status is null then c.answered_at else v_now end,
+            status = coalesce(r.status, c.status),
+            refused_through = case c.refused_through
+                when r.undone_send - 1 then r.undone_send else c.refused_through
+            end
+        from (
+            select g.payment_id, g.operation, max(g.status) as status, min(g.undone_send) as undone_send
+            from jsonb_to_recordset(p_results) as g (
+                payment_id text, operation text, status smallint, undone_send integer
+            )
+            where coalesce(g.status, g.undone_send) is not null
+            group by g.payment_id, g.operation
+            order by g.payment_id, g.operation
+        ) as r
+        where c.payment_id = r.payment_id and c.operation = r.operation
+            -- The bounds exclude partitions before the update begins.
+            and c.payment_id between v_first_payment and v_last_payment;
+    end if;
 
     select jsonb_agg(jsonb_build_object(
         'kind', 'answer', 'actor', p_actor, 'payment_id', r.payment_id, 'outcome', r.outcome,
@@ -157,11 +168,15 @@ as $$
 declare
     v_types text[] := surety.record_call_results(p_actor, p_results);
     v_results jsonb := p_results;
+    v_lost bigint[] := '{}';
 begin
     if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'outage') then
         v_results := surety.uncount_outage_failures(p_results);
     end if;
-    return query select surety.finish_events(v_results), v_types;
+    if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'event_id') then
+        v_lost := surety.finish_events(v_results);
+    end if;
+    return query select v_lost, v_types;
 end;
 $$;
 
