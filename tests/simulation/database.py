@@ -1,8 +1,8 @@
 """The database under a schedule, emptied between thousands of schedules.
 
-Two things differ from production. surety.time_now() reads a setting of the session that follows the schedule's clock,
-so a replay reads the very same instants. And there is one more handler, `probe`: it counts its effects, so a repeated
-effect is visible.
+Three things differ from production. surety.time_now() reads a setting of the session that follows the schedule's
+clock, so a replay reads the very same instants. There is one more handler, `probe`: it counts its effects, so a
+repeated effect is visible. And in most schedules of months a partition is for three months.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ SERVER = {
     # The schedule detects deadlocks itself. A periodic deadlock check would resume suspended backends.
     "deadlock_timeout": "1h",
     "plan_cache_mode": "force_generic_plan",
+    # What costs time and is of no use here.
+    "constraint_exclusion": "off",
+    "max_parallel_workers_per_gather": "0",
+    "track_activities": "off",
+    "track_counts": "off",
+    "update_process_title": "off",
     # Each process has about thirty at most. A refused connection would be a fault outside of the seed.
     "max_connections": "400",
 }
@@ -50,6 +56,12 @@ TIME = "select statement_timestamp() + coalesce((select clock.ahead from surety.
 CLOCK = """
     select timestamptz '{month}' + coalesce(nullif(current_setting('simulation.ahead', true), ''), '0')::interval;
 """
+# Plans take longer with each partition, so most schedules of months have one for three months.
+QUARTERS = (
+    ("date_trunc('month', surety.time_now()", "date_trunc('quarter', surety.time_now()"),
+    ("months => p_months_ahead), '1 month'", "months => 3 * p_months_ahead), '3 months'"),
+    ("v_month + interval '1 month'", "v_month + interval '3 months'"),
+)
 SETUP = (
     "update surety.environment set kind = 'test', created_at = date_trunc('month', now())",
     "create schema simulation",
@@ -110,28 +122,30 @@ $$
 """
 
 
-def simulated_source() -> VersionFiles:
-    """The source that is deployed in the simulation."""
+def simulated_source(partition_months: int = 1) -> VersionFiles:
+    """The source that is deployed in the simulation, with partitions for one month or for three."""
     source = VersionFiles.installed()
     month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     replace_function_text(source, "surety.time_now", TIME, CLOCK.format(month=month))
     # Each partition ahead makes every plan slower.
     replace_function_text(source, "surety.maintain_partitions", "default 3", "default 1")
+    for before, after in QUARTERS if partition_months > 1 else ():
+        replace_function_text(source, "surety.maintain_partitions", before, after)
     return source
 
 
 def replace_function_text(source: VersionFiles, function: str, before: str, after: str) -> None:
     """Deploy a function with another text."""
-    assert any(one.identity == function and before in one.text for one in source.statements), function
+    assert any(one.identity == function and before in one.text for one in source.statements), (function, before)
     vars(source)["statements"] = [
         replace(one, text=one.text.replace(before, after)) if one.identity == function else one
         for one in source.statements
     ]
 
 
-def prepare_template(url: str) -> None:
-    """Deploy the template database."""
-    deploy(url, simulated_source())
+def prepare_template(url: str, partition_months: int) -> None:
+    """Deploy a template database."""
+    deploy(url, simulated_source(partition_months))
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         for statement in SETUP:
             conn.execute(statement.encode())
@@ -155,11 +169,14 @@ class SimulatedDatabase:
     A schedule and the server's processes take turns, so keeping them on one processor avoids switching.
     """
 
-    def __init__(self, url: str, *, is_own_server: bool, processor: int | None = None) -> None:
+    def __init__(
+        self, url: str, *, is_own_server: bool, partition_months: int = 1, processor: int | None = None
+    ) -> None:
         self.is_own_server = is_own_server
+        self.partition_months = partition_months
         self.processor = processor
         self.url = harden(url, "deploy")
-        self._source = simulated_source()
+        self._source = simulated_source(partition_months)
         self.observer = psycopg.connect(self.url, autocommit=True, prepare_threshold=0)
         self.observer.prepared_max = None
         # Triggers stay disabled here: changing the setting would discard all plans.

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 DAY = 86_400.0
 # Intervals between visits, in days: a few hours, days, and weeks. Stripe's list of events reaches back thirty days. The
-# longest interval and then the longest outage are shorter by two, and the visit after it follows within one.
+# longest interval and then the longest outage are shorter by two, and the visit after it follows within one. A refusal
+# of access, which begins at a visit, is shorter than an outage, and the visit after it may be any time later.
 INTERVALS = ((0.05, 0.5), (1.0, 8.0), (8.0, 16.0))
 INTERVAL_WEIGHTS = (1, 3, 6)
+UNREAD_DAYS_MAX = 24.0
 # Stripe repeats a webhook for three days.
 WEBHOOK_DAYS = 3.0
 # Partitions of events and webhooks are detached after so many days. Webhooks and retries refer to them for less.
@@ -32,6 +34,9 @@ NEW_PAYMENTS_MAX = 4
 # The longest time between two probes of a circuit. A visit waits for three: of the key, of the account, and one more.
 PROBE_SECONDS = 301.0
 READINGS_MAX = 4
+# The probability of a periodic job at a visit. The provider makes no payouts here, and partitions are kept anyway.
+JOB_RATE = 0.8
+SELDOM_JOB_RATES = {"poll_payouts": 0.2, "maintain": 0.3}
 # Workers report calls and send due probes at these intervals. All their turns between two probes would do the same.
 CIRCUIT_TURN_SECONDS = 20.0
 # The rounds of recovery are a day each at most.
@@ -46,24 +51,29 @@ async def let_months_pass(schedule: Schedule) -> None:
         process.worker.circuit_turn_seconds = CIRCUIT_TURN_SECONDS
     # Jobs and requests that are running by now end first: each waits for an answer for a minute at most.
     await asyncio.sleep(300)
+    # One of the others goes on, and takes part in probing.
+    for process in schedule.workers[1:-1]:
+        process.stop()
+    schedule.workers = [schedule.workers[0], schedule.workers[-1]]
     end = schedule.loop.seconds + schedule.plan.days * DAY
     while schedule.loop.seconds < end:
         await visit(schedule)
         await pass_time(schedule, draw_interval(schedule))
     schedule.provider.lose_old_webhooks()
     schedule.provider.cancel_wrong_amounts()
-    schedule.database.rows("select surety.maintain_partitions(%s)", MONTHS_OF_RECOVERY)
+    ahead = MONTHS_OF_RECOVERY // schedule.database.partition_months
+    schedule.database.rows("select surety.maintain_partitions(%s)", ahead)
     schedule.has_faults = False
 
 
 def draw_interval(schedule: Schedule) -> float:
-    """The seconds until the next visit. While a list of events is unread, a visit follows the end of the fault."""
+    """The seconds until the next visit. If a list of events was not read for long, it follows the end of the fault."""
     provider, now = schedule.provider, schedule.loop.seconds
     [(least, most)] = schedule.chance.choices(INTERVALS, INTERVAL_WEIGHTS)
     seconds = schedule.chance.uniform(least, most) * DAY
     if provider.is_unread:
         until = max(now, provider.refused_until or 0.0, provider.outage.until if provider.outage is not None else 0.0)
-        seconds = min(seconds, until - now + DAY)
+        seconds = min(seconds, max(until + DAY, provider.read_at + UNREAD_DAYS_MAX * DAY) - now)
     return seconds
 
 
@@ -92,7 +102,32 @@ async def visit(schedule: Schedule) -> None:
     """Some actions of people, some runs of the workers, upkeep, and a look at the invariants."""
     chance, provider = schedule.chance, schedule.provider
     schedule.note("visit")
+    began = int(provider.memory.now())
     keep_partitions(schedule)
+    let_people_act(schedule)
+    if chance.random() < 0.6:
+        await schedule.deliver_all()
+    schedule.database.set_batch_size(chance.choice((FEW, ALL)))
+    rates = {name: SELDOM_JOB_RATES.get(name, JOB_RATE) for name in PERIODIC_JOB_NAMES}
+    await run_periodic_jobs(schedule, [name for name, rate in rates.items() if chance.random() < rate])
+    await asyncio.sleep(5)
+    if has_unread_events(schedule, began):
+        await read_list_of_events(schedule)
+    else:
+        provider.is_unread = False
+    if not provider.is_unread:
+        provider.read_at = schedule.loop.seconds
+    if not provider.is_unread and schedule.draw_fault("access_refused"):
+        provider.refuse_access()
+    if chance.random() < 0.2:
+        schedule.inspect()
+    if chance.random() < 0.2:
+        provider.decide_disputes()
+
+
+def let_people_act(schedule: Schedule) -> None:
+    """Merchants request payments and send commands, third parties and payers act."""
+    chance = schedule.chance
     if len(schedule.wanted) < schedule.plan.payments + NEW_PAYMENTS_MAX and chance.random() < 0.3:
         wanted = draw_wanted_payments(chance, 1, first=len(schedule.wanted))
         schedule.wanted += wanted
@@ -105,24 +140,13 @@ async def visit(schedule: Schedule) -> None:
         send_command(schedule)
     if chance.random() < 0.2:
         schedule.let_payer_act()
-    if chance.random() < 0.6:
-        await schedule.deliver_all()
-    schedule.database.set_batch_size(chance.choice((FEW, ALL)))
-    await run_periodic_jobs(schedule, [name for name in PERIODIC_JOB_NAMES if chance.random() < 0.8])
-    await asyncio.sleep(5)
-    await read_list_of_events(schedule)
-    if not provider.is_unread and schedule.draw_fault("access_refused"):
-        provider.refuse_access()
-    if chance.random() < 0.2:
-        schedule.inspect()
-    if chance.random() < 0.2:
-        provider.decide_disputes()
 
 
 async def read_list_of_events(schedule: Schedule) -> None:
-    """Read the list of events. A visit stands for many minutes: probes close circuits, and one reading succeeds.
+    """Read the list of events, which the visit's jobs have not read to its end.
 
-    An outage or a refusal still prevents it.
+    A visit stands for many minutes: probes close circuits, and one reading succeeds. An outage or a refusal still
+    prevents it.
     """
     began = int(schedule.provider.memory.now())
     schedule.has_faults = False

@@ -19,17 +19,22 @@ from db.embedded.server import EmbeddedServer
 from tests.simulation.database import PREFIX, SERVER, SimulatedDatabase, prepare_template
 from tests.simulation.schedule import Outcome, Schedule, SchedulePlan
 
-Assignment = tuple[str, str, int | None]
-_databases: dict[bool, SimulatedDatabase] = {}
-"""The database for schedules of minutes, and the one for months: many partitions make plans slower."""
+Kind = tuple[bool, int]
+"""Whether months pass, and for how many months a partition is."""
+KINDS: tuple[Kind, ...] = ((False, 1), (True, 1), (True, 3))
+Assignment = tuple[dict[Kind, str], int | None]
+_databases: dict[Kind, SimulatedDatabase] = {}
+"""A database for each kind of schedule, because many partitions make plans slower."""
 
 
 def initialize_process(assignments: SimpleQueue[Assignment], is_own_server: bool) -> None:
     """Give this process databases of its own, and a processor where affinity can be set."""
     logging.disable(logging.CRITICAL)
-    *urls, processor = assignments.get()
-    for has_months, url in zip((False, True), urls, strict=True):
-        _databases[has_months] = SimulatedDatabase(url, is_own_server=is_own_server, processor=processor)
+    urls, processor = assignments.get()
+    for kind, url in urls.items():
+        _databases[kind] = SimulatedDatabase(
+            url, is_own_server=is_own_server, partition_months=kind[1], processor=processor
+        )
     # Present objects stay. Most garbage of a schedule is freed by reference counts.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
@@ -37,7 +42,12 @@ def initialize_process(assignments: SimpleQueue[Assignment], is_own_server: bool
 
 def run_here(plan: SchedulePlan, *, verbose: bool = False) -> Outcome:
     """Run one schedule in one of this process's databases."""
-    return Schedule(plan, _databases[plan.days > 0], verbose=verbose).run()
+    return Schedule(plan, _databases[kind_of(plan)], verbose=verbose).run()
+
+
+def kind_of(plan: SchedulePlan) -> Kind:
+    """The kind of a schedule. In one of eight that let months pass, each month has a partition, as in production."""
+    return plan.days > 0, 3 if plan.days and plan.seed % 8 else 1
 
 
 @contextmanager
@@ -47,15 +57,18 @@ def process_pool(count: int) -> Generator[ProcessPoolExecutor]:
     with ExitStack() as stack:
         given = os.environ.get("DATABASE_URL")
         server = given or stack.enter_context(EmbeddedServer(settings=SERVER)).url
-        prepared = stack.enter_context(temporary_database(server, PREFIX))
-        prepare_template(prepared)
-        template = str(conninfo_to_dict(prepared)["dbname"])
+        templates = {}
+        for months in sorted({months for _, months in KINDS}):
+            prepared = stack.enter_context(temporary_database(server, PREFIX))
+            prepare_template(prepared, months)
+            templates[months] = str(conninfo_to_dict(prepared)["dbname"])
         assignments: SimpleQueue[Assignment] = context.SimpleQueue()
         for _, processor in zip(range(count), cycle(list_processors()), strict=False):
-            first, second = (
-                stack.enter_context(temporary_database(server, PREFIX, template=template)) for _ in range(2)
-            )
-            assignments.put((first, second, processor))
+            urls = {
+                kind: stack.enter_context(temporary_database(server, PREFIX, template=templates[kind[1]]))
+                for kind in KINDS
+            }
+            assignments.put((urls, processor))
         yield stack.enter_context(ProcessPoolExecutor(count, context, initialize_process, (assignments, not given)))
 
 

@@ -75,8 +75,10 @@ class WorkerProcess(Process):
         return self._start_job(handler, drain(self.context, handler))
 
     def run_periodic_job(self, name: str, *, is_leader: bool = False) -> asyncio.Task[Any]:
-        """Start a periodic job: as the leader, which runs all of them, or as any process."""
-        job = run_and_record(self.worker, name, PERIODIC_JOBS[name]) if is_leader else self._run_periodic_job(name)
+        """Start a periodic job: as the leader, which runs all of them and has recorded successes, or as any process."""
+        if not is_leader:
+            return self._start_job(name, self._run_periodic_job(name))
+        job = run_and_record(self.worker, name, PERIODIC_JOBS[name], success_is_recorded=True)
         return self._start_job(name, job)
 
     def stop(self) -> None:

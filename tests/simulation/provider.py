@@ -102,6 +102,8 @@ class SimulatedProvider:
         """Whether our access was refused at any time."""
         self.is_unread = False
         """Whether a list of events was not read at the last visit, or since the last refusal."""
+        self.read_at = 0.0
+        """When all lists of events were read at last, in the schedule's seconds."""
         self.answered_at = 0.0
         """The time of the last answer, in the schedule's seconds."""
         self._requests = 0
