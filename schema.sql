@@ -6,7 +6,8 @@
 --   roles            who owns the schemas, which roles connect; their rights are in db/sql/operations/grants.sql
 --   environment      the identity of this database, and the clock that only a test database can move
 --   rules            currencies, states, transitions, mandatory steps, kinds of facts: rows, not code
---   merchants        merchants, their API keys, operators' keys
+--   merchants        merchants, their API keys
+--   operators        accounts of operators, their roles and keys
 --   requests         idempotency keys and references in use: unique over all months, hence narrow and unpartitioned
 --   payments         payments, their steps, our calls to providers, circuits of provider accounts
 --   refunds          refunds and their steps
@@ -466,22 +467,97 @@ comment on table surety.api_keys is
 sorted. Without networks a key is valid from every address, without expires_at until it is revoked. last_used_at is
 written at most once a minute.';
 
+-- ------------------------------------------------------------------------------------------------------ operators
+
+create table surety.operator_roles (
+    role text not null,
+    position smallint not null,
+    meaning text not null,
+    constraint operator_roles_pkey primary key (role),
+    constraint operator_role_position_is_unique unique (position)
+);
+comment on table surety.operator_roles is
+'The roles of operators.';
+
+create table surety.role_scopes (
+    role text not null,
+    scope text not null,
+    constraint role_scopes_pkey primary key (role, scope),
+    constraint role_scope_belongs_to_a_role foreign key (role) references surety.operator_roles (role)
+);
+comment on table surety.role_scopes is
+'Which role may do what, by the API and by the command line. surety.check_operator decides by these rows.';
+
+insert into surety.operator_roles (role, position, meaning) values
+('viewer', 1, 'reads'),
+('support', 2, 'helps merchants: replays dead letters, revokes keys'),
+('finance', 3, 'decides about money: dead letters and discrepancies'),
+('admin', 4, 'everything');
+
+insert into surety.role_scopes (role, scope)
+select operator_roles.role, rights.scope
+from surety.operator_roles
+inner join (
+    values
+    ('status:read', array['viewer', 'support', 'finance', 'admin']),
+    ('dead-letters:read', array['viewer', 'support', 'finance', 'admin']),
+    ('dead-letters:replay', array['support', 'finance', 'admin']),
+    ('dead-letters:discard', array['finance', 'admin']),
+    ('discrepancies:close', array['finance', 'admin']),
+    ('keys:revoke', array['support', 'admin']),
+    ('keys:write', array['admin']),
+    ('merchants:write', array['admin']),
+    ('handlers:write', array['admin']),
+    ('mode:write', array['admin']),
+    ('operators:write', array['admin']),
+    ('operators:act-as', array['admin'])
+) as rights (scope, roles) on operator_roles.role = any(rights.roles);
+
+create table surety.operators (
+    id text collate "C" not null,
+    name text not null,
+    email text not null,
+    role text not null,
+    created_by text not null,
+    created_at timestamptz not null,
+    deactivated_at timestamptz,
+    constraint operators_pkey primary key (id),
+    constraint operator_id_is_an_operator_id check (id ~ '^opr_[0-9a-f]{24}$'),
+    constraint operator_name_is_unique unique (name),
+    constraint operator_name_is_short_and_plain check (name ~ '^[A-Za-z0-9._@-]{1,100}$'),
+    constraint operator_email_is_unique unique (email),
+    constraint operator_email_is_an_address check (
+        char_length(email) <= 254 and email ~ '^[^\s@<>]+@[^\s@<>]+$' and email = lower(email)
+    ),
+    constraint operator_role_is_known foreign key (role) references surety.operator_roles (role)
+);
+comment on table surety.operators is
+'The people who operate Surety. The audit trail names them, so a name never changes and no account is deleted.';
+
 create table surety.operator_keys (
     id text collate "C" not null,
-    operator text not null,
+    operator_id text collate "C" not null,
+    role text not null,
+    networks cidr[] not null,
     hash bytea not null,
     hint text not null,
+    created_by text not null,
     created_at timestamptz not null,
+    expires_at timestamptz,
     revoked_at timestamptz,
     last_used_at timestamptz,
     constraint operator_keys_pkey primary key (id),
     constraint operator_key_id_is_a_key_id check (id ~ '^key_[0-9a-f]{24}$'),
-    constraint operator_name_is_short_and_plain check (operator ~ '^[A-Za-z0-9._@-]{1,100}$'),
+    constraint operator_key_belongs_to_an_operator foreign key (operator_id) references surety.operators (id),
+    constraint operator_key_role_is_known foreign key (role) references surety.operator_roles (role),
     constraint operator_key_hash_is_unique unique (hash),
-    constraint operator_key_hash_is_sha256 check (length(hash) = 32)
-);
+    constraint operator_key_hash_is_sha256 check (length(hash) = 32),
+    constraint operator_key_networks_are_few check (cardinality(networks) <= 50),
+    constraint operator_key_expires_after_its_creation check (expires_at > created_at)
+) with (fillfactor = 80);
 comment on table surety.operator_keys is
-'Keys of operators, stored like merchants'' keys. They give access to the operators'' routes only.';
+'Personal keys of operators, stored like merchants'' keys, for the API and the command line. A key may do what both its
+role and its operator''s role may. networks apply to the API only.';
 
 -- ------------------------------------------------------------------------------------------------------- requests
 

@@ -163,6 +163,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     its role. STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while
     both are active. SURETY_TRUSTED_PROXIES names the proxies whose X-Forwarded-For is believed.
 
+    For the command line: SURETY_OPERATOR_KEY is an operator's personal key, SURETY_OPERATOR_KEY_FILE a file with it.
+
     For the workers, in seconds: SURETY_PROVIDER_TIMEOUT bounds a call to the provider. SURETY_POLL_SECONDS is the
     interval of polling. SURETY_ACTION_SECONDS is the time a payer has to act. SURETY_STALL_SECONDS is the time after
     which a stalled worker ends itself, so that its supervisor replaces it. SURETY_PROVIDER_RATE bounds the requests per
@@ -191,6 +193,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     surety_poll_seconds: PollSeconds = 60
     surety_action_seconds: Seconds = 86_400.0
     surety_stall_seconds: Annotated[float, msgspec.Meta(ge=1)] = 30.0
+
+    surety_operator_key: Secret | None = None
+    surety_operator_key_file: Path | None = None
 
     surety_pg_bin: Path | None = None
 

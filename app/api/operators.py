@@ -50,7 +50,7 @@ async def list_dead_letters(request: ApiRequest) -> HttpResponse:
 async def get_dead_letter(request: ApiRequest) -> HttpResponse:
     """Read a dead letter: its errors, its payment, the last known state at the provider, the possible actions."""
     operator = request.caller()
-    query = "select body from api.get_dead_letter(%s, %s)"
+    query = "select body from api.get_dead_letter(%s, %s, %s)"
     return request.respond(await operator.fetch_as_operator(query, id_or_empty(request, LETTER_ID)))
 
 
@@ -76,7 +76,7 @@ async def discard_dead_letters(request: ApiRequest) -> HttpResponse:
 
 async def get_status(request: ApiRequest) -> HttpResponse:
     """Report the state of the service and what to do next, as `surety status` does."""
-    state = msgspec.json.decode(await request.caller().fetch_as_operator("select body from api.get_status(%s)"))
+    state = msgspec.json.decode(await request.caller().fetch_as_operator("select body from api.get_status(%s, %s)"))
     findings = find_problems(state)
     document = {
         "object": "status",
@@ -129,16 +129,14 @@ async def apply_decision(
     operator: Caller, letter_id: str, action: DeadLetterAction, reason: str, dry_run: bool
 ) -> DecisionResult:
     """Apply the decision to one letter in one transaction. Repeating it has no further effect."""
-    row = await operator.row_as_operator(
-        API_STATEMENTS[action], letter_id, reason, dry_run, operator.request_id, operator.address
-    )
+    row = await operator.row_as_operator(API_STATEMENTS[action], letter_id, reason, dry_run, operator.request_id)
     return DecisionResult(letter_id, *row)
 
 
 async def fetch_letters_page(operator: Caller, asked: DeadLettersQuery) -> str:
     """A page of letters, as the database renders it."""
     return await operator.fetch_as_operator(
-        "select body from api.list_dead_letters(%s, %s, %s, %s, %s, %s)",
+        "select body from api.list_dead_letters(%s, %s, %s, %s, %s, %s, %s)",
         asked.status,
         asked.handler,
         asked.error,

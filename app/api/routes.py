@@ -71,6 +71,7 @@ CREATE_PAYMENT_PROBLEMS = (
 BULK_DECISION_PROBLEMS = (
     "invalid-request",
     "unauthenticated",
+    *KEY_PROBLEMS,
     "forbidden",
     "too-large",
     "not-json",
@@ -164,17 +165,19 @@ OPERATOR_ROUTES = [
         "/v1/operator/dead-letters",
         list_dead_letters,
         {200: DeadLetterList},
-        ("invalid-request", "unauthenticated", "forbidden", "overloaded", "unavailable"),
+        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "overloaded", "unavailable"),
         query=DeadLettersQuery,
         tag="operators",
+        scope="dead-letters:read",
     ),
     Route(
         "GET",
         "/v1/operator/dead-letters/{letter_id}",
         get_dead_letter,
         {200: DeadLetter},
-        ("unauthenticated", "forbidden", "not-found", "overloaded", "unavailable"),
+        ("unauthenticated", *KEY_PROBLEMS, "forbidden", "not-found", "overloaded", "unavailable"),
         tag="operators",
+        scope="dead-letters:read",
     ),
     Route(
         "POST",
@@ -184,6 +187,7 @@ OPERATOR_ROUTES = [
         DECISION_PROBLEMS,
         body=Decision,
         tag="operators",
+        scope="dead-letters:replay",
     ),
     Route(
         "POST",
@@ -193,6 +197,7 @@ OPERATOR_ROUTES = [
         DECISION_PROBLEMS,
         body=Decision,
         tag="operators",
+        scope="dead-letters:discard",
     ),
     Route(
         "POST",
@@ -202,6 +207,7 @@ OPERATOR_ROUTES = [
         BULK_DECISION_PROBLEMS,
         body=BulkDecision,
         tag="operators",
+        scope="dead-letters:replay",
     ),
     Route(
         "POST",
@@ -211,14 +217,16 @@ OPERATOR_ROUTES = [
         BULK_DECISION_PROBLEMS,
         body=BulkDecision,
         tag="operators",
+        scope="dead-letters:discard",
     ),
     Route(
         "GET",
         "/v1/operator/status",
         get_status,
         {200: StatusReport},
-        ("unauthenticated", "forbidden", "overloaded", "unavailable"),
+        ("unauthenticated", *KEY_PROBLEMS, "forbidden", "overloaded", "unavailable"),
         tag="operators",
+        scope="status:read",
     ),
 ]
 

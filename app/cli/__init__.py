@@ -37,7 +37,8 @@ COMMANDS = {
     "webhooks": CommandEntry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
     "mode": CommandEntry("app.cli.mode:mode", "Show or decide whether real money moves: live or test."),
     "merchants": CommandEntry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
-    "keys": CommandEntry("app.cli.keys:keys", "Create, list and revoke keys of merchants and operators."),
+    "keys": CommandEntry("app.cli.keys:keys", "Create, rotate, list and revoke keys of merchants and operators."),
+    "operators": CommandEntry("app.cli.operators:operators", "Accounts of operators, and what their roles may do."),
     "trace": CommandEntry("app.cli.trace:trace", "Show the history of a payment."),
     "status": CommandEntry("app.cli.status:status", "Report problems and the next step for each."),
     "dead-letters": CommandEntry(
@@ -75,8 +76,11 @@ class LazyCommandGroup(click.Group):
 
 @click.group(cls=LazyCommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="surety")
-def cli() -> None:
+@click.option("--as", "as_operator", metavar="NAME", help="Act for another operator; needs the scope operators:act-as.")
+@click.pass_context
+def cli(context: click.Context, as_operator: str | None) -> None:
     """A payment service that never loses a payment, never charges twice, and can prove what happened to every one."""
+    context.obj = as_operator
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.api.schemas.operators import DeadLetterAction
-from app.cli.identity import operator_identity
+from app.cli.identity import authorize
 from app.cli.options import reason_option
 from app.wording import count_noun, format_age
 from db.connect import connect
@@ -193,10 +193,9 @@ def apply_to_letters(
         raise DeadLetterError(f"select the letters to {action}: by ID, or by --handler or --error")
     outcomes: dict[str, int] = {}
     with connect("deploy", load_settings()) as conn:
+        actor = f"operator:{authorize(conn, f'dead-letters:{action}')}"
         for letter_id in letter_ids or [letter["id"] for letter in find_letters(conn, handler, error, status="open")]:
-            row = conn.execute(
-                DEAD_LETTER_STATEMENTS[action], (letter_id, f"operator:{operator_identity()}", reason, dry_run)
-            ).fetchone()
+            row = conn.execute(DEAD_LETTER_STATEMENTS[action], (letter_id, actor, reason, dry_run)).fetchone()
             assert row is not None
             outcome, detail = row
             if outcome == "not_found":

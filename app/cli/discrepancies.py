@@ -9,7 +9,7 @@ import click
 from psycopg.rows import dict_row
 from rich.table import Table
 
-from app.cli.identity import operator_identity
+from app.cli.identity import authorize
 from app.cli.options import json_option, reason_option
 from app.cli.tables import print_table
 from db.connect import connect
@@ -86,7 +86,8 @@ def close_discrepancy(discrepancy_id: str, reason: str) -> None:
     """Close a discrepancy with its explanation. One that is closed already keeps its first explanation."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
-            "select surety.close_discrepancy(%s, %s, %s)", (discrepancy_id, reason, operator_identity())
+            "select surety.close_discrepancy(%s, %s, %s)",
+            (discrepancy_id, reason, authorize(conn, "discrepancies:close")),
         ).fetchone()
     if row is None or row[0] is None:
         raise NoSuchDiscrepancy(discrepancy_id)

@@ -8,7 +8,7 @@ import click
 from psycopg.rows import dict_row
 from rich.table import Table
 
-from app.cli.identity import operator_identity
+from app.cli.identity import authorize
 from app.cli.options import json_option, reason_option
 from app.cli.tables import print_table
 from db.connect import connect
@@ -60,7 +60,8 @@ def set_paused(handler: str, reason: str, *, is_paused: bool) -> None:
     """Pause or resume. Raises NoSuchHandler."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
-            "select outbox.set_handler_paused(%s, %s, %s, %s)", (handler, is_paused, reason, operator_identity())
+            "select outbox.set_handler_paused(%s, %s, %s, %s)",
+            (handler, is_paused, reason, authorize(conn, "handlers:write")),
         ).fetchone()
         if row is None or row[0] is None:
             known = conn.execute("select string_agg(handler, ', ' order by handler) from outbox.handlers").fetchone()

@@ -1,18 +1,82 @@
-"""The operator's identity for the audit trail: the operating system's user, never a name from the environment."""
+"""The operator of a command: the holder of a personal key. No name of the environment or the system is an identity."""
 
 from __future__ import annotations
 
 import os
 import pwd
+import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import click
+import psycopg
+
+from app.web.keys import key_hash_of
+from db.errors import SuretyError
+from db.settings import Settings, load_settings
 
 LOGIN_UID = Path("/proc/self/loginuid")
 NOT_LOGGED_IN = 2**32 - 1
+DEFAULT_KEY_FILE = Path("~/.config/surety/operator-key")
+NO_KEY = (
+    "this needs your personal key: set SURETY_OPERATOR_KEY, or SURETY_OPERATOR_KEY_FILE to a file that only you may"
+    f" read (default: {DEFAULT_KEY_FILE}); `surety operators add` makes the first admin"
+)
+REFUSALS = {
+    "unauthenticated": "your personal key is no operator's key of this database",
+    "key-revoked": "{actor}: this personal key was revoked, or its operator is deactivated",
+    "key-expired": "{actor}: this personal key has expired",
+    "scope-missing": "{actor} may not do this: it needs the scope {scope} (surety operators roles)",
+    "forbidden": "--as: {as_operator} is no active operator who may do this (scope {scope})",
+}
 
 
-def operator_identity() -> str:
-    """The user of this process, and the one who logged in or called sudo if that is another."""
+class NotAuthorized(SuretyError):
+    """The personal key is missing, unreadable by rule, refused, or lacks the scope."""
+
+
+def authorize(conn: psycopg.Connection[tuple[Any, ...]], scope: str) -> str:
+    """The operator as the audit trail names it, whose personal key has the scope. Raises NotAuthorized."""
+    key = personal_key(load_settings())
+    if key is None:
+        raise NotAuthorized(NO_KEY)
+    key_hash = key_hash_of(b"Bearer " + key.encode())
+    if key_hash is None:
+        raise NotAuthorized("your personal key is misspelt: it begins with sty_operator_")
+    context = click.get_current_context(silent=True)
+    as_operator = context.find_root().obj if context else None
+    row = conn.execute(
+        "select actor, problem, scope from surety.authorize_operator(%s, %s, %s)", (key_hash, scope, as_operator)
+    ).fetchone()
+    assert row is not None
+    actor, problem, missing = row
+    if problem is not None:
+        raise NotAuthorized(REFUSALS[problem].format(actor=actor, scope=missing, as_operator=as_operator))
+    return str(actor)
+
+
+def personal_key(settings: Settings) -> str | None:
+    """The key of SURETY_OPERATOR_KEY, else of the file; None if there is neither. Raises NotAuthorized."""
+    if settings.surety_operator_key is not None:
+        return settings.surety_operator_key.reveal().strip()
+    named = settings.surety_operator_key_file
+    path = named or DEFAULT_KEY_FILE
+    try:
+        path = path.expanduser()
+        with path.open(encoding="ascii") as file:
+            status = os.fstat(file.fileno())
+            if stat.S_IMODE(status.st_mode) & 0o077 or status.st_uid != os.geteuid():
+                raise NotAuthorized(f"{path} must be your own and have mode 0600: chmod 600 {path}")
+            return file.read(200).strip()
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
+        if named is None:
+            return None
+        raise NotAuthorized(f"SURETY_OPERATOR_KEY_FILE: {path} can't be read ({error})") from None
+
+
+def local_user() -> str:
+    """The user of this process, and the one who logged in or called sudo if that is another: for the first admin."""
     user = os.getuid()
     person = login_user()
     if person is not None:

@@ -11,7 +11,8 @@ import click
 import psycopg
 from rich.table import Table
 
-from app.cli.identity import operator_identity
+from app.cli.identity import authorize
+from app.cli.operators import ROLES
 from app.cli.options import json_option
 from app.cli.tables import print_table
 from app.web.keys import new_key, new_operator_key
@@ -33,9 +34,10 @@ from surety.api_keys as k join surety.merchants as m on m.id = k.merchant_id
 where %(merchant)s::text is null or m.id = %(merchant)s
 union all
 select
-    o.id, o.hint, 'operator', null, o.operator, '{}', '{}', null, surety.format_time(o.created_at), null,
-    surety.format_time(o.last_used_at), surety.format_time(o.revoked_at)
-from surety.operator_keys as o
+    k.id, k.hint, 'operator', null, o.name, array['role:' || k.role], k.networks::text[], k.created_by,
+    surety.format_time(k.created_at), surety.format_time(k.expires_at), surety.format_time(k.last_used_at),
+    surety.format_time(k.revoked_at)
+from surety.operator_keys as k join surety.operators as o on o.id = k.operator_id
 where %(merchant)s::text is null
 order by 1
 """
@@ -68,6 +70,7 @@ def keys() -> None:
 )  # fmt: skip
 @click.option("--days", type=click.IntRange(1, DAYS_MAX), help="Expires after so many days; default: never.")
 @click.option("--operator", metavar="NAME", help="Create an operator's key instead of a merchant's.")
+@click.option("--role", type=click.Choice(ROLES), help="For an operator's key: a lesser role than the operator's.")
 def create(
     merchant_id: str | None,
     name: str,
@@ -75,6 +78,7 @@ def create(
     networks: list[str],
     days: int | None,
     operator: str | None,
+    role: str | None,
 ) -> None:
     """Create a key for a merchant, or for an operator, and print it: it can't be shown again.
 
@@ -85,15 +89,16 @@ def create(
         raise SuretyError("give a MERCHANT_ID, or --operator NAME")
     with connect("deploy", load_settings()) as conn:
         if operator is not None:
-            click.echo(create_for_operator(conn, operator))
+            click.echo(create_for_operator(conn, operator, role, networks, days))
             return
+        by = authorize(conn, "keys:write")
         key = new_key(livemode=is_live(conn))
         try:
             conn.execute(
                 "select surety.add_api_key(%s, %s, %s, %s, %s, %s::text[], %s::cidr[],"
                 " surety.time_now() + make_interval(days => %s))",
                 (
-                    *(merchant_id, key.hash, key.hint, operator_identity()),
+                    *(merchant_id, key.hash, key.hint, by),
                     *(name, list(scopes or SCOPES), networks, days),
                 ),
             )
@@ -122,15 +127,17 @@ def refusal_of(error: psycopg.Error, merchant_id: str | None) -> Exception:
     return error
 
 
-def create_for_operator(conn: psycopg.Connection[tuple[Any, ...]], operator: str) -> str:
-    """A new key for an operator. Raises SuretyError for an invalid name."""
+def create_for_operator(
+    conn: psycopg.Connection[tuple[Any, ...]], operator: str, role: str | None, networks: list[str], days: int | None
+) -> str:
+    """A new key for an operator. Raises SuretyError for an unknown name."""
     key = new_operator_key()
-    try:
-        conn.execute(
-            "select surety.add_operator_key(%s, %s, %s, %s)", (operator, key.hash, key.hint, operator_identity())
-        )
-    except psycopg.errors.CheckViolation:
-        raise SuretyError("an operator's name has 1 to 100 letters, digits and . _ @ -") from None
+    row = conn.execute(
+        "select surety.add_operator_key(%s, %s, %s, %s, %s, %s::cidr[], surety.time_now() + make_interval(days => %s))",
+        (operator, key.hash, key.hint, authorize(conn, "operators:write"), role, networks, days),
+    ).fetchone()
+    if row is None or row[0] is None:
+        raise SuretyError(f"there is no active operator {operator}")
     return key.text
 
 
@@ -146,11 +153,12 @@ def rotate(key_id: str, overlap_hours: int) -> None:
     The old key expires after the overlap. A key with an active successor is not rotated again.
     """
     with connect("deploy", load_settings()) as conn:
+        by = authorize(conn, "keys:write")
         key = new_key(livemode=is_live(conn))
         try:
             row = conn.execute(
                 "select surety.rotate_api_key(%s, %s, %s, %s, %s)",
-                (key_id, key.hash, key.hint, timedelta(hours=overlap_hours), operator_identity()),
+                (key_id, key.hash, key.hint, timedelta(hours=overlap_hours), by),
             ).fetchone()
         except psycopg.Error as error:
             raise refusal_of(error, None) from None
@@ -191,10 +199,15 @@ def list_keys(merchant_id: str | None, as_json: bool) -> None:
 def revoke(key_id: str) -> None:
     """Revoke a key at once and permanently."""
     with connect("deploy", load_settings()) as conn:
-        row = conn.execute(
-            "select coalesce(surety.revoke_api_key(%(key)s, %(by)s), surety.revoke_operator_key(%(key)s, %(by)s))",
-            {"key": key_id, "by": operator_identity()},
-        ).fetchone()
+        [(is_operators,)] = conn.execute(
+            "select exists (select from surety.operator_keys where id = %s)", (key_id,)
+        ).fetchall()
+        if is_operators:
+            by = authorize(conn, "operators:write")
+            row = conn.execute("select surety.revoke_operator_key(%s, %s)", (key_id, by)).fetchone()
+        else:
+            by = authorize(conn, "keys:revoke")
+            row = conn.execute("select surety.revoke_api_key(%s, %s)", (key_id, by)).fetchone()
     if row is None or row[0] is None:
         raise NoSuchKey(f"there is no key {key_id}")
     click.echo(f"{key_id} is revoked" + ("" if row[0] else " already"))

@@ -11,7 +11,7 @@ import msgspec
 import psycopg
 from rich.table import Table
 
-from app.cli.identity import operator_identity
+from app.cli.identity import authorize
 from app.cli.tables import print_table
 from app.wording import describe_mode
 from db.connect import connect
@@ -46,6 +46,7 @@ def add(name: str, account: str | None, unchecked: bool) -> None:
     if account is None:
         account = ""
     with connect("deploy", settings) as conn:
+        by = authorize(conn, "merchants:write")
         [(livemode, is_first)] = conn.execute(
             "select surety.read_livemode(), not exists (select from surety.merchants)"
         ).fetchall()
@@ -54,9 +55,7 @@ def add(name: str, account: str | None, unchecked: bool) -> None:
         if account:
             check_account(account, settings, may_stay_unchecked=unchecked)
         try:
-            row = conn.execute(
-                "select surety.add_merchant(%s, %s, %s)", (name, account, operator_identity())
-            ).fetchone()
+            row = conn.execute("select surety.add_merchant(%s, %s, %s)", (name, account, by)).fetchone()
         except psycopg.errors.UniqueViolation:
             raise SuretyError(f"--account: another merchant has the account {account}") from None
         except psycopg.errors.ForeignKeyViolation:
@@ -145,7 +144,8 @@ def set_suspended(merchant_id: str, *, is_suspended: bool) -> None:
     """Suspend or resume."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
-            "select surety.suspend_merchant(%s, %s, %s)", (merchant_id, is_suspended, operator_identity())
+            "select surety.suspend_merchant(%s, %s, %s)",
+            (merchant_id, is_suspended, authorize(conn, "merchants:write")),
         ).fetchone()
     if row is None or row[0] is None:
         raise NoSuchMerchant(f"there is no merchant {merchant_id}")

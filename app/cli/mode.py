@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import psycopg
 
-from app.cli.identity import operator_identity
+from app.cli.identity import authorize
 from app.wording import describe_mode
 from db.connect import connect
 from db.errors import SuretyError
@@ -41,7 +41,7 @@ def mode(new_mode: str | None) -> None:
             return
         try:
             row = conn.execute(
-                "select surety.set_livemode(%s, %s)", (new_mode == "live", operator_identity())
+                "select surety.set_livemode(%s, %s)", (new_mode == "live", authorize(conn, "mode:write"))
             ).fetchone()
         except psycopg.errors.ForeignKeyViolation as error:
             raise ModeIsFinal(FINAL[error.diag.constraint_name or ""]) from None

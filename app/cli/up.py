@@ -16,7 +16,7 @@ from rich.text import Text
 from app.local.output import PrintedLines
 from app.local.processes import Interrupted, ProcessGroup, free_port, interruptible
 from app.local.up import STOP_SECONDS_MAX, exclusive_folder, load_or_create_secret, supervise
-from app.web.keys import new_key
+from app.web.keys import new_key, new_operator_key
 from app.wording import describe_mode
 from db.connect import harden
 from db.deploy.deploy import deploy
@@ -115,7 +115,7 @@ def run_everything(
         process_group.start(
             name, "-m", "procrastinate", "--app", "jobs.app", "worker", "--name", f"{name}-{os.getpid()}"
         )
-    print_welcome(console, url, ports, create_first_key(url))
+    print_welcome(console, url, ports, create_first_key(url), create_first_admin(url, kept / "operator-key"))
     supervise(process_group, server, print_line)
 
 
@@ -160,6 +160,25 @@ def create_first_key(url: str) -> str | None:
     return key.text if made else None
 
 
+def create_first_admin(url: str, path: Path) -> Path | None:
+    """The file of the personal key of this machine's admin, `local`, in a test database; None without one.
+
+    It is made while no active admin has a valid key.
+    """
+    key = new_operator_key()
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn, conn.transaction():
+        made = conn.execute(
+            "select surety.add_first_admin('local', 'local@localhost', %s, %s, 'up')"
+            " from surety.environment where not livemode",
+            (key.hash, key.hint),
+        ).fetchone()
+        if made and made[0]:
+            path.unlink(missing_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+                new.write(f"{key.text}\n")
+    return path if path.exists() else None
+
+
 def line_printer(console: Console) -> Callable[[str, str], None]:
     """Returns a function that prints a line after the name of its process."""
     colors: dict[str, str] = {}
@@ -171,10 +190,14 @@ def line_printer(console: Console) -> Callable[[str, str], None]:
     return print_line
 
 
-def print_welcome(console: Console, url: str, ports: dict[str, int], key: str | None) -> None:
+def print_welcome(
+    console: Console, url: str, ports: dict[str, int], key: str | None, operator_key_file: Path | None
+) -> None:
     """Print the addresses, the key and an example request."""
     console.print("  ".join(f"{name} http://127.0.0.1:{port}" for name, port in ports.items()), markup=False)
     console.print(f"export DATABASE_URL='{url}'", markup=False)
+    if operator_key_file is not None:
+        console.print(f"export SURETY_OPERATOR_KEY_FILE='{operator_key_file}'", markup=False)
     if key is None:
         console.print("a key: surety merchants list, then surety keys create MERCHANT_ID", markup=False)
         return

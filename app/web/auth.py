@@ -130,7 +130,8 @@ class Caller:
 
     async def require_operator(self) -> None:
         """Raises Problem unless the key is an operator's."""
-        await self.row_as_operator("select operator from api.identify_operator(%s)")
+        query: LiteralString = "select operator from api.identify_operator(%s, %s, %s)"
+        await self.row_as_operator(query, self.scope)
 
     async def fetch_as_operator(self, query: LiteralString, *values: Any) -> str:
         """The document that a function renders for this operator's key. Raises Problem."""
@@ -144,24 +145,25 @@ class Caller:
         return await self._operator_row(self._authenticator.database, query, *values)
 
     async def _operator_row(self, pool: DatabasePool, query: LiteralString, *values: Any) -> Row:
-        row = await pool.fetch_row(query, self.key_hash, *values)
+        row = await pool.fetch_row(query, self.key_hash, *values, self.address)
         if row is not None:
             self.note_use()
             return row
         is_audited = self._authenticator.denial_throttle.allows()
         denied = await self._authenticator.database.fetch_row(
-            "select reason, is_counted from api.explain_operator_denial(%s, %s, %s, %s, %s)",
+            "select reason, is_counted from api.explain_operator_denial(%s, %s, %s, %s, %s, %s)",
             self.key_hash,
             self.request_id,
             self.address,
             self.route,
             is_audited,
+            self.scope,
         )
         assert denied is not None
         name: str = denied[0]
         if not denied[1]:
             self._authenticator.refusals.add(name)
-        raise Problem(name, "this key is no operator's" if name == "forbidden" else DENIAL_DETAILS[name])
+        raise Problem(name, "this key is no operator's") if name == "forbidden" else self._problem(name)
 
     async def audit_denial(self, name: str | None) -> Problem:
         """The refusal, counted, and audited if the key exists; a failure to audit it changes nothing.

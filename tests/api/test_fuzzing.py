@@ -21,7 +21,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.cli.test_status import surety
 from tests.support.http_client import (
     CONTEXT,
     SECRETS,
@@ -32,6 +31,7 @@ from tests.support.http_client import (
     running_server,
     unique_name,
 )
+from tests.support.operators import admin_key
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 SEED = "2026"
@@ -64,7 +64,7 @@ def receiver(module_database: str) -> Iterator[httpx.Client]:
 def test_every_response_matches_the_openapi_document(
     api: ServerProcess, merchant: Merchant, module_database: str, tmp_path: Path
 ) -> None:
-    operator = surety(module_database, "keys", "create", "--operator", "fuzzer").stdout.strip()
+    operator = admin_key(module_database)
     merchant.pay()
     (tmp_path / "schemathesis.toml").write_text(
         f"""

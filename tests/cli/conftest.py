@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 from app.cli import cli
 from db.errors import SuretyError
+from tests.support.operators import admin_key
 
 Run = Callable[..., Result]
 
@@ -17,6 +18,7 @@ Run = Callable[..., Result]
 def run(database: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`surety …` in the test's database."""
     monkeypatch.setenv("DATABASE_URL", database)
+    monkeypatch.setenv("SURETY_OPERATOR_KEY", admin_key(database))
     return lambda *words: CliRunner().invoke(cli, list(words))
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import pytest
 
 from app.cli import COMMANDS, LazyCommandGroup, cli
+from tests.support.operators import admin_key
 
 
 def surety(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -78,5 +79,5 @@ def test_read_only_database_is_not_called_unreachable(database: str) -> None:
         "default_transaction_read_only%3Don&target_session_attrs=any",
     ):
         url = f"{database}{'&' if '?' in database else '?'}options=-c%20{address}"
-        done = surety("merchants", "add", "Acme", DATABASE_URL=url)
+        done = surety("merchants", "add", "Acme", DATABASE_URL=url, SURETY_OPERATOR_KEY=admin_key(database))
         assert done.returncode == 1 and done.stderr.startswith("surety: PostgreSQL is read-only here: "), done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from app.cli.identity import operator_identity
 from tests.cli.conftest import Run, refused, said
 from tests.support.payments import Connection, add_merchant, pay
 
@@ -17,7 +16,7 @@ def test_paused_handler_takes_no_events_until_it_is_resumed(run: Run, conn: Conn
     assert said(run("handlers", "resume", "submit", "--reason", "done")) == "submit is active"
     assert said(run("handlers", "resume", "submit", "--reason", "again")) == "submit is active already"
     assert len(conn.execute("select event_ids from outbox.claim_batch('submit', 'worker-1')").fetchall()) == 1
-    actor = f"operator:{operator_identity()}"
+    actor = "operator:tester"
     entries = conn.execute(
         "select actor, outcome, reason, snapshot ->> 'handler' from audit.entries"
         " where kind = 'operator' and outcome like 'handler%' order by id"

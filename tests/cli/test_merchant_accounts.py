@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from app.cli import cli
 from tests.cli.conftest import refused, said
 from tests.cli.test_status import add_live_worker, read_status
+from tests.support.operators import admin_key
 from tests.support.payments import Connection, add_merchant
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
 
@@ -28,6 +29,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess
 def run(database: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`surety merchants add …` in the test's database, with these settings."""
     monkeypatch.setenv("DATABASE_URL", database)
+    monkeypatch.setenv("SURETY_OPERATOR_KEY", admin_key(database))
     for name in ("STRIPE_API_KEY", "SURETY_SANDBOX_URL"):
         monkeypatch.delenv(name, raising=False)
 

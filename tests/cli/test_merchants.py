@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 
 from app.cli import cli, identity
-from app.cli.identity import operator_identity
 from app.status_findings import Finding, find_problems
 from app.web.keys import KEY_PATTERN, checksum, key_hash_of, new_key
 from tests.cli.conftest import Run, refused, said
@@ -27,7 +26,7 @@ def test_new_api_key_is_stored_as_its_hash(run: Run, conn: Connection) -> None:
     assert row == (merchant, hashlib.sha256(key.encode()).digest(), key[-4:])
     assert key_hash_of(f"Bearer {key}".encode()) == row[1]
     actors = conn.execute("select distinct actor from audit.entries where kind = 'operator'").fetchall()
-    assert actors == [(f"operator:{operator_identity()}",)]
+    assert actors == [("operator:tester",)]
 
 
 def test_merchants_and_keys_are_listed_without_truncation(run: Run) -> None:
@@ -44,7 +43,7 @@ def test_rotated_key_expires_after_its_successor_was_made(run: Run, conn: Connec
     merchant = said(run("merchants", "add", "Acme Books"))
     options = ("--name", "shop", "--scope", "read", "--network", "203.0.113.0/24", "--days", "30")
     said(run("keys", "create", merchant, *options))
-    [old] = json.loads(said(run("keys", "list", "--json")))
+    [old] = json.loads(said(run("keys", "list", "--merchant", merchant, "--json")))
     conn.execute(
         "update surety.api_keys set created_at = created_at - interval '20 days', expires_at ="
         " expires_at - interval '20 days'"
@@ -53,7 +52,7 @@ def test_rotated_key_expires_after_its_successor_was_made(run: Run, conn: Connec
     assert f"{old['id']} (shop, …{old['ends_in']}) of {merchant} expires in " in finding.what
     assert finding.next.startswith(f"surety keys rotate {old['id']}")
     new = said(run("keys", "rotate", old["id"], "--overlap-hours", "1"))
-    listed = json.loads(said(run("keys", "list", "--json")))
+    listed = json.loads(said(run("keys", "list", "--merchant", merchant, "--json")))
     assert [{name: key[name] for name in ("name", "scopes", "networks", "of")} for key in listed] == [
         {"name": "shop", "scopes": ["read"], "networks": ["203.0.113.0/24"], "of": merchant}
     ] * 2
@@ -176,7 +175,7 @@ def test_operator_is_the_systems_user_not_a_name_of_the_environment(
     entries = conn.execute(
         "select actor, snapshot ->> 'database_user' = session_user from audit.entries where outcome = 'merchant added'"
     ).fetchall()
-    assert entries == [(f"operator:{operator_identity()}", True)]
+    assert entries == [("operator:tester", True)]
     assert "alice" not in entries[0][0]
 
 
@@ -186,10 +185,10 @@ def test_sudos_caller_is_shown_beside_root_only(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(identity, "LOGIN_UID", login)
     monkeypatch.setenv("SUDO_UID", str(daemon.pw_uid))
     monkeypatch.setattr("os.getuid", lambda: 0)
-    assert operator_identity() == "root (sudo by daemon)"
+    assert identity.local_user() == "root (sudo by daemon)"
     login.write_text(str(daemon.pw_uid))
-    assert operator_identity() == "root (logged in as daemon)"
+    assert identity.local_user() == "root (logged in as daemon)"
     login.write_text(str(identity.NOT_LOGGED_IN))
     monkeypatch.setattr("os.getuid", lambda: daemon.pw_uid)
     monkeypatch.setenv("SUDO_UID", "0")
-    assert operator_identity() == "daemon"
+    assert identity.local_user() == "daemon"

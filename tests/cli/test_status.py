@@ -18,14 +18,19 @@ from app.cli import cli
 from app.cli.status import find_broken_invariants
 from app.status_findings import find_problems, find_vacuum_blocker
 from tests.support.dead_letters import closed_as, end, never_sent_letter, refused, unanswered
+from tests.support.operators import admin_key
 from tests.support.payments import Connection, add_merchant, fact, pay, record, record_results
 
 
-def surety(database: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def surety(database: str, *arguments: str, operator_key: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`surety …` of a further admin, or of the holder of a key."""
+    # Reading needs no key, and works where no key can be made.
+    is_reading = arguments[0] in {"status", "trace", "deploy"}
+    settings = {} if is_reading else {"SURETY_OPERATOR_KEY": operator_key or admin_key(database)}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))}
     return subprocess.run(
         [sys.executable, "-m", "app.cli", *arguments],
-        env=inherited | {"DATABASE_URL": database},
+        env=inherited | {"DATABASE_URL": database} | settings,
         capture_output=True,
         text=True,
         timeout=30,

@@ -129,7 +129,8 @@ def repeatable_calls(conn: Connection) -> dict[str, Call]:
     record(conn, [fact(payment_id, "captured", "ch", 10000, currency="eur")])
     [(discrepancy,)] = conn.execute("select id from surety.discrepancies limit 1").fetchall()
     [(key_id,)] = conn.execute("select surety.add_api_key(%s, sha256('1'), 'x')", (merchant_id,)).fetchall()
-    [(operator_key,)] = conn.execute("select surety.add_operator_key('alice', sha256('2'), 'x')").fetchall()
+    conn.execute("select surety.add_operator('alice', 'alice@example.com', 'admin', sha256('2'), 'x')")
+    [(operator_key,)] = conn.execute("select id from surety.operator_keys").fetchall()
     cancellation = request(key_hash, payment_id=canceled) | {"address": "127.0.0.1"}
     webhook = {"n": 0, "provider": "stripe", "account": "", "livemode": False, "event_id": "evt_1", "type": "charge"}
     return {
@@ -144,6 +145,7 @@ def repeatable_calls(conn: Connection) -> dict[str, Call]:
         "discard": ("select from outbox.discard_dead_letter(%s, 'operator:a', 'why')", letters[1:]),
         "key": ("select surety.revoke_api_key(%s)", (key_id,)),
         "operator's key": ("select surety.revoke_operator_key(%s)", (operator_key,)),
+        "operator": ("select surety.set_operator('alice', null, null, false)", ()),
         "merchant": ("select surety.suspend_merchant(%s, true)", (add_merchant(conn)[0],)),
         "handler": ("select outbox.set_handler_paused('submit', true, 'why')", ()),
         "discrepancy": ("select surety.close_discrepancy(%s, 'why')", (discrepancy,)),

@@ -122,6 +122,15 @@ def test_up_restarts_dead_processes_leaves_nothing_and_keeps_its_data(folder: Pa
         first = pay(up, key)
         assert eventually(lambda: is_settled(up.database, first), 60), up.output()
 
+        [key_file] = re.findall("export SURETY_OPERATOR_KEY_FILE='([^']+)'", up.output())
+        assert Path(key_file).stat().st_mode & 0o777 == 0o600
+        added = subprocess.run(
+            [sys.executable, "-m", "app.cli", "merchants", "add", "Acme Toys"],
+            env=environment(DATABASE_URL=up.database, SURETY_OPERATOR_KEY_FILE=key_file),
+            capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+        assert added.returncode == 0 and added.stdout.startswith("mer_"), added.stderr
+
         second = subprocess.run(
             [sys.executable, "-m", "app.cli", "up", "--sandbox", "--folder", str(folder / ".surety")],
             env=environment(), capture_output=True, text=True, check=False, timeout=30,

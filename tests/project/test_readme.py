@@ -86,7 +86,7 @@ def command_exists(line: str) -> bool:
             if found is None:
                 return False
             command = found
-            options = {option for param in command.params for option in param.opts}
+            options = {option for param in command.params for option in [*param.opts, *param.secondary_opts]}
         elif word.startswith("--") and word not in options | {"--help"}:
             return False
     return True

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import httpx
 import psycopg
 
-from app.web.keys import new_key
+from app.web.keys import new_key, new_operator_key
 
 CONNECTIONS = 32
 REPEAT_SECONDS_MAX = 30.0
@@ -61,6 +61,13 @@ def create_merchants(
         conn.execute("select surety.add_api_key(%s, %s, %s)", (row[0], key.hash, key.hint))
         keys.append(key.text)
     return keys
+
+
+def create_admin(conn: psycopg.Connection[tuple[object, ...]]) -> str:
+    """Create an operator; returns its personal key."""
+    key = new_operator_key()
+    conn.execute("select surety.add_first_admin('demo', 'demo@localhost', %s, %s, 'demo')", (key.hash, key.hint))
+    return key.text
 
 
 def create_orders(keys: list[str], count: int, seed: int) -> list[Order]:

@@ -78,7 +78,7 @@ def run_demo(options: DemoOptions, progress: Console, show: ShowReport) -> Repor
         )
         show(report, conn)
         if options.keep:
-            keep_running(progress, services, url, keys[0])
+            keep_running(progress, services, url, keys[0], merchants.create_admin(conn))
     progress.print(f"cleared up after {time.monotonic() - started:.1f} s")
     return report
 
@@ -184,11 +184,12 @@ def replay_open_dead_letters(conn: Connection, services: DemoServices, payments:
         time.sleep(CHECK_SECONDS)
 
 
-def keep_running(progress: Console, services: DemoServices, url: str, key: str) -> None:
+def keep_running(progress: Console, services: DemoServices, url: str, key: str, operator_key: str) -> None:
     """Keep everything running until an interrupt."""
     progress.print(
         f"\nStill running, until Ctrl-C:\n"
         f"  DATABASE_URL='{url}'\n"
+        f"  SURETY_OPERATOR_KEY={operator_key}\n"
         f"  curl {services.url('api')}/v1/payments -H 'Authorization: Bearer {key}'\n"
         f"  {services.url('api')}/docs\n"
         f"  logs in {services.workspace}",

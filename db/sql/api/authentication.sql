@@ -95,7 +95,9 @@ begin
     from (
         select 'key:' || k.id as actor, k.merchant_id from surety.api_keys as k where k.hash = p_key_hash
         union all
-        select 'operator:' || o.operator, null from surety.operator_keys as o where o.hash = p_key_hash
+        select 'operator:' || o.name, null
+        from surety.operator_keys as k join surety.operators as o on o.id = k.operator_id
+        where k.hash = p_key_hash
     ) as known
     limit 1;
     -- Unknown keys cause no write here: the API counts them in memory and writes sums.

@@ -1,30 +1,39 @@
 -- The operators' part of the API, with keys of their own. Every function takes the SHA-256 of the key and finds the
--- operator itself, so that no caller can name one. No row: the key is not an operator's.
+-- operator itself, so that no caller can name one. No row: the key has not the scope; api.explain_operator_denial says
+-- why. surety.check_operator decides, for the command line as well.
 
-create or replace function api.identify_operator(p_key_hash bytea) returns table (key_id text, operator text)
+create or replace function api.identify_operator(p_key_hash bytea, p_scope text, p_address text)
+returns table (key_id text, operator text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
-        operator_keys.id,
-        operator_keys.operator
-    from surety.operator_keys
-    where operator_keys.hash = p_key_hash and operator_keys.revoked_at is null;
+        checked.key_id,
+        checked.operator
+    from surety.check_operator(p_key_hash, p_scope, coalesce(p_address, '')) as checked
+    where checked.problem is null;
 end;
 
-comment on function api.identify_operator(bytea) is
-'The operator with this key. No row: unknown or revoked.';
+comment on function api.identify_operator(bytea, text, text) is
+'The operator with this key. No row: not an operator''s key, or it may not be used for the scope from the address.';
 
 create or replace function api.explain_operator_denial(
-    p_key_hash bytea, p_request_id text, p_address text, p_route text, p_is_audited boolean
+    p_key_hash bytea, p_request_id text, p_address text, p_route text, p_is_audited boolean, p_scope text
 ) returns table (reason text, is_counted boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-    reason := case
-        when exists (select from surety.api_keys as k where k.hash = p_key_hash and k.revoked_at is null)
-            then 'forbidden'
-        else 'unauthenticated'
-    end;
+    reason := coalesce(
+        (select c.problem from surety.check_operator(p_key_hash, p_scope, coalesce(p_address, '')) as c),
+        (
+            select
+                coalesce(
+                    api.find_key_problem(
+                        k.revoked_at, k.expires_at, k.networks, array[p_scope], p_scope, p_address, surety.time_now()),
+                    'forbidden')
+            from surety.api_keys as k
+            where k.hash = p_key_hash
+        ),
+        'unauthenticated');
     is_counted := p_is_audited and (
         select done.is_counted
         from api.audit_denial(p_key_hash, p_request_id, p_address, p_route, reason) as done
@@ -33,17 +42,18 @@ begin
 end;
 $$;
 
-comment on function api.explain_operator_denial(bytea, text, text, text, boolean) is
-'Why a key is no operator''s: forbidden for a merchant''s key, unauthenticated for an unknown or revoked one. With
-p_is_audited, the denial is counted and audited as by api.audit_denial.';
+comment on function api.explain_operator_denial(bytea, text, text, text, boolean, text) is
+'Why a key may not do what an operator''s route needs: a reason of api.find_key_problem, forbidden for a merchant''s
+key, unauthenticated for an unknown one. With p_is_audited, the denial is counted and audited as by api.audit_denial.';
 
 create or replace function api.list_dead_letters(
-    p_key_hash bytea, p_status text, p_handler text, p_error text, p_limit integer, p_starting_after text
+    p_key_hash bytea, p_status text, p_handler text, p_error text, p_limit integer, p_starting_after text,
+    p_address text default ''
 ) returns table (operator text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     with who as (
-        select identified.operator from api.identify_operator(p_key_hash) as identified
+        select identified.operator from api.identify_operator(p_key_hash, 'dead-letters:read', p_address) as identified
     ),
 
     found as (
@@ -65,11 +75,12 @@ begin atomic
     from who;
 end;
 
-comment on function api.list_dead_letters(bytea, text, text, text, integer, text) is
+comment on function api.list_dead_letters(bytea, text, text, text, integer, text, text) is
 'A page of dead letters, oldest first, by status, handler and a part of the last error.
-No row: not an operator''s key.';
+No row: the key has not the scope.';
 
-create or replace function api.get_dead_letter(p_key_hash bytea, p_id text) returns table (operator text, body text)
+create or replace function api.get_dead_letter(p_key_hash bytea, p_id text, p_address text default '')
+returns table (operator text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -79,11 +90,11 @@ begin atomic
             from outbox.dead_letters cross join lateral outbox.show_dead_letter(dead_letters) as shown
             where dead_letters.id = p_id
         )
-    from api.identify_operator(p_key_hash) as who;
+    from api.identify_operator(p_key_hash, 'dead-letters:read', p_address) as who;
 end;
 
-comment on function api.get_dead_letter(bytea, text) is
-'A dead letter; body is null if there is none of that id. No row: not an operator''s key.';
+comment on function api.get_dead_letter(bytea, text, text) is
+'A dead letter; body is null if there is none of that id. No row: the key has not the scope.';
 
 create or replace function api.replay_dead_letter(
     p_key_hash bytea, p_id text, p_reason text, p_dry_run boolean, p_request_id text, p_address text
@@ -94,14 +105,14 @@ begin atomic
         who.operator,
         done.outcome,
         done.detail
-    from api.identify_operator(p_key_hash) as who
+    from api.identify_operator(p_key_hash, 'dead-letters:replay', p_address) as who
     cross join lateral outbox.replay_dead_letter(
         p_id, 'operator:' || who.operator, p_reason, p_dry_run, p_request_id, p_address
     ) as done;
 end;
 
 comment on function api.replay_dead_letter(bytea, text, text, boolean, text, text) is
-'outbox.replay_dead_letter on behalf of the operator with this key. No row: not an operator''s key.';
+'outbox.replay_dead_letter on behalf of the operator with this key. No row: the key has not the scope.';
 
 create or replace function api.discard_dead_letter(
     p_key_hash bytea, p_id text, p_reason text, p_dry_run boolean, p_request_id text, p_address text
@@ -112,23 +123,24 @@ begin atomic
         who.operator,
         done.outcome,
         done.detail
-    from api.identify_operator(p_key_hash) as who
+    from api.identify_operator(p_key_hash, 'dead-letters:discard', p_address) as who
     cross join lateral outbox.discard_dead_letter(
         p_id, 'operator:' || who.operator, p_reason, p_dry_run, p_request_id, p_address
     ) as done;
 end;
 
 comment on function api.discard_dead_letter(bytea, text, text, boolean, text, text) is
-'outbox.discard_dead_letter on behalf of the operator with this key. No row: not an operator''s key.';
+'outbox.discard_dead_letter on behalf of the operator with this key. No row: the key has not the scope.';
 
-create or replace function api.get_status(p_key_hash bytea) returns table (operator text, body text)
+create or replace function api.get_status(p_key_hash bytea, p_address text default '')
+returns table (operator text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
         who.operator,
         surety.read_status()::text
-    from api.identify_operator(p_key_hash) as who;
+    from api.identify_operator(p_key_hash, 'status:read', p_address) as who;
 end;
 
-comment on function api.get_status(bytea) is
-'The state of the service, as surety.read_status() reads it. No row: not an operator''s key.';
+comment on function api.get_status(bytea, text) is
+'The state of the service, as surety.read_status() reads it. No row: the key has not the scope.';

@@ -29,13 +29,13 @@ api.get_payment(bytea, text, text),
 api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text, text),
 api.list_events(bytea, text, integer, text),
 api.get_trace(bytea, text, text),
-api.identify_operator(bytea),
-api.explain_operator_denial(bytea, text, text, text, boolean),
-api.list_dead_letters(bytea, text, text, text, integer, text),
-api.get_dead_letter(bytea, text),
+api.identify_operator(bytea, text, text),
+api.explain_operator_denial(bytea, text, text, text, boolean, text),
+api.list_dead_letters(bytea, text, text, text, integer, text, text),
+api.get_dead_letter(bytea, text, text),
 api.replay_dead_letter(bytea, text, text, boolean, text, text),
 api.discard_dead_letter(bytea, text, text, boolean, text, text),
-api.get_status(bytea)
+api.get_status(bytea, text)
 to surety_api;
 grant usage on schema outbox to surety_api;
 grant execute on function outbox.schedule_handlers(text[], boolean) to surety_api, surety_webhook, surety_worker;

@@ -1,0 +1,229 @@
+-- Operators: their accounts, roles and personal keys. Every change writes an audit entry.
+
+create or replace function surety.check_operator(p_key_hash bytea, p_scope text, p_address text)
+returns table (key_id text, operator text, problem text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        operator_keys.id,
+        operators.name,
+        api.find_key_problem(
+            coalesce(operator_keys.revoked_at, operators.deactivated_at),
+            operator_keys.expires_at,
+            case when p_address is null then '{}' else operator_keys.networks end,
+            array(
+                select granted.scope
+                from surety.role_scopes as granted
+                inner join surety.role_scopes as kept on granted.scope = kept.scope
+                where granted.role = operators.role and kept.role = operator_keys.role
+            ),
+            p_scope,
+            p_address,
+            surety.time_now()
+        )
+    from surety.operator_keys
+    inner join surety.operators on operator_keys.operator_id = operators.id
+    where operator_keys.hash = p_key_hash;
+end;
+
+comment on function surety.check_operator(bytea, text, text) is
+'The operator with this key, and why it may not do what a scope stands for (api.find_key_problem); no problem: it may.
+An operator that is deactivated has no valid key. Without an address, on the command line, networks are not compared. No
+row: not an operator''s key. This is the one place that decides what an operator may do.';
+
+create or replace function surety.authorize_operator(p_key_hash bytea, p_scope text, p_as text default null)
+returns table (actor text, problem text, scope text)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_operator text;
+begin
+    scope := p_scope;
+    select c.operator, c.problem into v_operator, problem
+    from surety.check_operator(p_key_hash, p_scope, null) as c;
+    actor := v_operator;
+    if v_operator is null then
+        problem := 'unauthenticated';
+    elsif problem is null and p_as is not null then
+        select c.problem into problem from surety.check_operator(p_key_hash, 'operators:act-as', null) as c;
+        if problem is not null then
+            scope := 'operators:act-as';
+        elsif not exists (
+            select from surety.operators as o join surety.role_scopes as r on r.role = o.role
+            where o.name = p_as and o.deactivated_at is null and r.scope = p_scope
+        ) then
+            problem := 'forbidden';
+        else
+            actor := p_as || ' (by ' || v_operator || ')';
+        end if;
+    end if;
+    if problem is not null and v_operator is not null and audit.count_refusal(
+        'denied', problem, 'operator:' || v_operator
+    ) then
+        perform audit.write_entry(
+            'denied', 'operator:' || v_operator, 'denied', problem,
+            p_snapshot => jsonb_strip_nulls(jsonb_build_object('scope', scope, 'as', p_as)));
+    end if;
+    return next;
+end;
+$$;
+
+comment on function surety.authorize_operator(bytea, text, text) is
+'The operator with this key, as the audit trail names it, for a command that needs a scope. p_as: another operator, for
+whom an operator with operators:act-as acts; the other must have the scope too (else forbidden). A denial is counted and
+audited like those of the API. unauthenticated: not an operator''s key.';
+
+create or replace function surety.has_usable_admin() returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select count(*) > 0
+    from surety.operators
+    inner join surety.operator_keys on operators.id = operator_keys.operator_id
+    where operators.role = 'admin' and operator_keys.role = 'admin' and operators.deactivated_at is null
+        and operator_keys.revoked_at is null
+        and (operator_keys.expires_at is null or operator_keys.expires_at > surety.time_now());
+end;
+
+comment on function surety.has_usable_admin() is
+'Whether an active admin has a valid key. Without one, access to the owner''s login may make one.';
+
+create or replace function surety.add_operator_key(
+    p_operator text, p_hash bytea, p_hint text, p_actor text default session_user, p_role text default null,
+    p_networks cidr[] default '{}', p_expires_at timestamptz default null
+) returns text
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with added as (
+        insert into surety.operator_keys (
+            id, operator_id, role, networks, hash, hint, created_by, created_at, expires_at
+        )
+        select
+            surety.new_id('key', surety.time_now()), operators.id, coalesce(p_role, operators.role), p_networks, p_hash,
+            p_hint, p_actor, surety.time_now(), p_expires_at
+        from surety.operators
+        where operators.name = p_operator and operators.deactivated_at is null
+        returning operator_keys.id, operator_keys.role
+    )
+
+    select added.id
+    from added, surety.audit_operator_action(
+        p_actor, null, 'operator key created',
+        jsonb_build_object('key', added.id, 'operator', p_operator, 'hint', p_hint, 'role', added.role)
+    );
+end;
+
+comment on function surety.add_operator_key(text, bytea, text, text, text, cidr[], timestamptz) is
+'Stores an operator''s key by its SHA-256 and the characters to show, and returns its id; null if there is no active
+operator of that name. p_role: a lesser role than the operator''s.';
+
+create or replace function surety.add_operator(
+    p_name text, p_email text, p_role text, p_hash bytea, p_hint text, p_actor text default session_user
+) returns text
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_id text := surety.new_id('opr', surety.time_now());
+begin
+    insert into surety.operators (id, name, email, role, created_by, created_at)
+    values (v_id, p_name, lower(p_email), p_role, p_actor, surety.time_now());
+    perform surety.audit_operator_action(
+        p_actor, null, 'operator added',
+        jsonb_build_object('id', v_id, 'operator', p_name, 'email', lower(p_email), 'role', p_role));
+    perform surety.add_operator_key(p_name, p_hash, p_hint, p_actor);
+    return v_id;
+end;
+$$;
+
+comment on function surety.add_operator(text, text, text, bytea, text, text) is
+'Adds an operator with a first key, by its SHA-256 and the characters to show; returns the operator''s id.';
+
+create or replace function surety.add_first_admin(
+    p_name text, p_email text, p_hash bytea, p_hint text, p_actor text
+) returns text
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+    lock table surety.operators in share row exclusive mode;
+    if surety.has_usable_admin() then
+        return null;
+    end if;
+    if exists (select from surety.operators as o where o.name = p_name and o.role = 'admin') then
+        update surety.operators as o set deactivated_at = null where o.name = p_name;
+        return surety.add_operator_key(p_name, p_hash, p_hint, p_actor);
+    end if;
+    return surety.add_operator(p_name, p_email, 'admin', p_hash, p_hint, p_actor);
+end;
+$$;
+
+comment on function surety.add_first_admin(text, text, bytea, text, text) is
+'Adds an admin with a key while no active admin has a valid one; an admin of that name gets a new key. Null, and nothing
+is added, otherwise.';
+
+create or replace function surety.set_operator(
+    p_name text, p_email text, p_role text, p_is_active boolean, p_actor text default session_user
+) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with changed as (
+        update surety.operators
+        set
+            email = coalesce(lower(p_email), operators.email),
+            role = coalesce(p_role, operators.role),
+            deactivated_at = case
+                when p_is_active then null
+                when not p_is_active then coalesce(operators.deactivated_at, surety.time_now())
+                else operators.deactivated_at
+            end
+        where operators.name = p_name and (
+            lower(p_email) <> operators.email or p_role <> operators.role
+            or p_is_active <> (operators.deactivated_at is null)
+        )
+        returning operators.id, operators.email, operators.role, operators.deactivated_at is null as is_active
+    ),
+
+    audited as (
+        select changed.id
+        from changed, surety.audit_operator_action(
+            p_actor, null, 'operator changed',
+            jsonb_build_object(
+                'id', changed.id, 'operator', p_name, 'email', changed.email, 'role', changed.role,
+                'is_active', changed.is_active
+            )
+        )
+    )
+
+    select (select count(*) > 0 from audited)
+    from surety.operators cross join surety.await_standbys()
+    where operators.name = p_name;
+end;
+
+comment on function surety.set_operator(text, text, text, boolean, text) is
+'Changes an operator''s e-mail address, role or whether it is active; null keeps each. False if nothing changed, null
+for an unknown name. Keys of an operator that is not active are refused.';
+
+create or replace function surety.revoke_operator_key(p_key_id text, p_actor text default session_user) returns boolean
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with revoked as (
+        update surety.operator_keys set revoked_at = surety.time_now()
+        where operator_keys.id = p_key_id and operator_keys.revoked_at is null
+        returning operator_keys.id, operator_keys.operator_id, operator_keys.hint
+    ),
+
+    audited as (
+        select revoked.id
+        from revoked
+        inner join surety.operators on revoked.operator_id = operators.id
+        cross join surety.audit_operator_action(
+            p_actor, null, 'operator key revoked',
+            jsonb_build_object('key', revoked.id, 'operator', operators.name, 'hint', revoked.hint)
+        )
+    )
+
+    select (select count(*) > 0 from audited)
+    from surety.operator_keys cross join surety.await_standbys()
+    where operator_keys.id = p_key_id;
+end;
+
+comment on function surety.revoke_operator_key(text, text) is
+'Revokes an operator''s key. False if it was revoked, null for an unknown key.';
