@@ -23,7 +23,7 @@ from psycopg.types.json import Jsonb
 from app.web.asgi import HttpResponse
 from app.web.batching import BatchingConnections, RefusedByDatabase, Unavailable
 from app.web.database import DatabasePool
-from app.web.problems import Problem, overloaded
+from app.web.problems import RuleViolation, invalid_request, overloaded
 from app.web.refusals import RefusalCounter
 from app.web.requests import HttpRequest
 from app.web.routing import HttpApplication, Route
@@ -112,8 +112,9 @@ def verify_signature(body: bytes, signature: bytes, secrets: Sequence[bytes], no
     expected = [hmac.digest(secret, times[0] + b"." + body, "sha256").hex().encode() for secret in secrets]
     if not any(hmac.compare_digest(one, other) for one in expected for other in given):
         raise InvalidWebhook("wrong-signature", "the signature does not hold")
+    age = int(now) - int(times[0])
     if abs(now - int(times[0])) > CLOCK_SECONDS_MAX:
-        raise InvalidWebhook("old-signature", f"signed {int(now) - int(times[0])} s ago")
+        raise InvalidWebhook("old-signature", f"signed {age} s ago" if age > 0 else f"signed in {-age} s by our clock")
 
 
 class ReceiverServices(NamedTuple):
@@ -149,7 +150,8 @@ async def receive_stripe(request: ReceiverRequest) -> HttpResponse:
         event, text = parse_event(body)
     except InvalidWebhook as invalid:
         await store_rejected(request, invalid, kept_headers, body)
-        raise Problem("invalid-request", str(invalid)) from None
+        at, place = ("", "body") if invalid.reason == "no-event" else ("Stripe-Signature", "header")
+        raise invalid_request([RuleViolation(at, invalid.reason, str(invalid), place=place)]) from None
     try:
         row = await services.batching.submit(
             WebhookRequest(

@@ -55,9 +55,9 @@ class HttpRequest:
 
     def is_encoded(self) -> bool:
         """Whether the body is compressed or otherwise encoded, which no endpoint undoes."""
-        return (
-            self.headers.get(b"content-encoding", b"identity").strip().lower() != b"identity"
-            or self.headers.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked"
+        content, transfer = self.headers.get(b"content-encoding"), self.headers.get(b"transfer-encoding")
+        return (content is not None and content.strip().lower() != b"identity") or (
+            transfer is not None and transfer.strip().lower() != b"chunked"
         )
 
     def require_json(self) -> None:

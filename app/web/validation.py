@@ -257,7 +257,7 @@ def type_violation(at: str, wanted: str, value: Any) -> RuleViolation:
 def violation(at: str, rule: str, text: str, limit: Any = msgspec.UNSET, given: Any = msgspec.UNSET) -> RuleViolation:
     """A rule broken at a place. The given value is repeated if it is short, well-formed and no secret."""
     given = msgspec.UNSET if at.rpartition("/")[2] in SECRET_FIELDS else echo(given)
-    subject = at.removeprefix("/").replace("/", ".") if at.isprintable() and len(at) < 200 else "a field"
+    subject = ".".join(part or '""' for part in at.split("/")[1:]) if at.isprintable() and len(at) < 200 else "a field"
     return RuleViolation(at.encode(errors="replace").decode(), rule, f"{subject or 'the body'} {text}", limit, given)
 
 

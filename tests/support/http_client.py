@@ -164,6 +164,9 @@ def problem(answer: httpx.Response, status: int, name: str) -> Json:
     assert document["request_id"] == answer.headers["request-id"]
     assert document["title"]
     assert document["detail"]
+    if name == "invalid-request":
+        assert document["errors"]
+        assert all(error["rule"] and error["message"] for error in document["errors"])
     return document
 
 

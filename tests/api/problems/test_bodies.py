@@ -1,18 +1,31 @@
-"""Encoded bodies: no route decodes them, so none takes them."""
+"""Bodies and queries that no route takes: encoded, malformed, with unknown fields."""
 
 from __future__ import annotations
 
 import json
 from http.client import HTTPConnection
 
+import msgspec
 import pytest
 
 from app.api.routes import ROUTES
+from app.api.schemas.problems import ProblemDocument
 from app.web.keys import new_key_for
 from app.web.routing import PATH_PARAMETER, Route
 from tests.support.http_client import Connection, Merchant, problem, unique_name
 
 WITH_BODY = [row for row in ROUTES if row.body is not None]
+BROKEN_BODIES = (
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"unknown_field": 1}',
+    b'{"amount": 1e400, "reason": 5}',
+    b"\xff",
+    b"[" * 9999,
+)
+BROKEN_QUERIES = ("unknown_parameter=1", "limit=0", "limit=1&limit=2", "limit=%00", "limit=%ff", "=", "&&a")
 
 
 @pytest.fixture
@@ -46,3 +59,31 @@ def test_body_that_is_encoded_by_its_transfer_is_refused(merchant: Merchant) -> 
     answer = connection.getresponse()
     assert (answer.status, json.load(answer)["type"]) == (415, "/problems/unsupported-encoding")
     connection.close()
+
+
+@pytest.mark.parametrize("row", ROUTES, ids=lambda row: row.name)
+def test_every_invalid_request_names_field_and_rule(merchant: Merchant, operator_key: str, row: Route) -> None:
+    headers = {"Authorization": f"Bearer {operator_key}"} if row.tag == "operators" else {}
+    path = PATH_PARAMETER.sub("unknown_1", row.path)
+    answers = []
+    if row.query is not None:
+        answers += [merchant.client.get(f"{path}?{query}", headers=headers) for query in BROKEN_QUERIES]
+    if row.body is not None:
+        headers["Content-Type"] = "application/json"
+        for body in BROKEN_BODIES:
+            sent = headers | {"Idempotency-Key": unique_name("key")}
+            answers.append(merchant.client.post(path, content=body, headers=sent))
+        answers.append(merchant.client.post(path, content=b"{}", headers=headers | {"Idempotency-Key": "k" * 256}))
+    assert bool(answers) == ("invalid-request" in row.problems)
+    refused = [answer for answer in answers if answer.status_code == 400]
+    assert len(refused) >= len(answers) - 2, "no body is an empty object for some, and some ignore the key"
+    for answer in refused:
+        document = msgspec.convert(problem(answer, 400, "invalid-request"), ProblemDocument)
+        assert document.errors
+        for error in document.errors:
+            assert error.rule and error.message
+            # An empty pointer is the whole body; a parameter may have an empty name.
+            assert error.message.startswith(("the body", "a number in the body")) == (
+                error.field == "" and error.place == "body"
+            )
+        assert document.detail.startswith(document.errors[0].message)
