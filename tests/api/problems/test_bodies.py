@@ -10,9 +10,9 @@ import pytest
 
 from app.api.routes import ROUTES
 from app.api.schemas.problems import ProblemDocument
-from app.web.keys import new_key_for
 from app.web.routing import PATH_PARAMETER, Route
 from tests.support.http_client import Connection, Merchant, problem, unique_name
+from tests.support.operators import add_operator
 
 WITH_BODY = [row for row in ROUTES if row.body is not None]
 BROKEN_BODIES = (
@@ -28,12 +28,9 @@ BROKEN_BODIES = (
 BROKEN_QUERIES = ("unknown_parameter=1", "limit=0", "limit=1&limit=2", "limit=%00", "limit=%ff", "=", "&&a")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def operator_key(rights: Connection) -> str:
-    key = new_key_for("operator")
-    add = "select surety.add_operator_key(%s, %s, %s, 'test')"
-    rights.execute(add, (unique_name("operator"), key.hash, key.hint))
-    return key.text
+    return add_operator(rights, "ada@acme", "admin")
 
 
 @pytest.mark.parametrize("row", WITH_BODY, ids=lambda row: row.path)
