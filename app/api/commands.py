@@ -17,6 +17,8 @@ from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.requests import encode_canonically, hash_of_request, struct_of
 from app.web.validation import violation_checker
 
+WHOLE_UNITS = {"/evidence": "characters", "/metadata": "keys"}
+"""Fields that are merged with what was given before; the result is bounded in these units."""
 SCHEDULE_COMMAND_WORKERS = "select outbox.schedule_handlers('{capture,cancel,refund,evidence}')"
 COMMAND_PROBLEMS = (
     "invalid-request",
@@ -94,9 +96,12 @@ def read_command(request: ApiRequest, body: bytes, struct: type[msgspec.Struct])
     return struct_of(given, struct, violation_checker(struct)(given) + key_violations)
 
 
-def evidence_violation(detail: dict[str, Any]) -> RuleViolation:
-    """The refusal of evidence that is too long together with what was given before."""
-    message = f"evidence must have at most {detail['limit']} characters together with what was given before"
+def command_violation(detail: dict[str, Any]) -> RuleViolation:
+    """A rule that only the database can check, broken by a command."""
+    if detail["field"] not in WHOLE_UNITS:
+        return amount_violation(detail)
+    subject = detail["field"].removeprefix("/")
+    message = f"{subject} must have at most {detail['limit']} {WHOLE_UNITS[detail['field']]} with what was given before"
     return RuleViolation(detail["field"], detail["rule"], message, detail["limit"], detail["given"])
 
 
@@ -106,9 +111,7 @@ async def problem_of_command(name: str, detail: Any, caller: Caller) -> Problem:
         case _ if name in DENIALS:
             return await caller.audit_denial(name)
         case "invalid-request":
-            return invalid_request(
-                [evidence_violation(detail) if "evidence" in detail["field"] else amount_violation(detail)]
-            )
+            return invalid_request([command_violation(detail)])
         case "wrong-state":
             reason = f": {detail['reason']}" if detail.get("reason") else ""
             return Problem(name, f"it is {detail['state']}{reason}", state=detail["state"])

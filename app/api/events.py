@@ -1,7 +1,8 @@
-"""GET /v1/events."""
+"""GET /v1/events, GET /v1/events/{event_id}."""
 
 from __future__ import annotations
 
+from app.api.ids import EVENT_ID, id_or_empty
 from app.api.requests import ApiRequest
 from app.api.schemas.events import EventsQuery
 from app.web.asgi import HttpResponse
@@ -11,5 +12,12 @@ async def list_events(request: ApiRequest) -> HttpResponse:
     """List events, oldest first. A reader that always continues with `next` misses none."""
     caller = request.caller()
     asked = await request.merchant_query(caller, EventsQuery)
-    query = "select body from api.list_events(%s, %s, %s, %s)"
-    return request.respond(await caller.fetch(query, asked.after, asked.limit))
+    query = "select body from api.list_events(%s, %s, %s, %s, %s, %s)"
+    return request.respond(await caller.fetch(query, asked.starting_after, asked.limit, asked.type, asked.object))
+
+
+async def get_event(request: ApiRequest) -> HttpResponse:
+    """Read an event, with its object at that version."""
+    caller = request.caller()
+    query = "select body from api.get_event(%s, %s, %s)"
+    return request.respond(await caller.fetch(query, id_or_empty(request, EVENT_ID)))

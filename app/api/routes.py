@@ -5,13 +5,13 @@ Matching (app/web/routing.py), the OpenAPI document (app/api/openapi.py) and the
 
 from __future__ import annotations
 
-from app.api.balance import get_balance, list_balance_transactions
+from app.api.balance import get_balance, list_balance_transactions, list_currencies
 from app.api.cancellations import cancel_payment
 from app.api.captures import capture_payment
 from app.api.commands import COMMAND_PROBLEMS
 from app.api.create_payment import create_payment
 from app.api.disputes import get_dispute, list_disputes, submit_evidence
-from app.api.events import list_events
+from app.api.events import get_event, list_events
 from app.api.operators import (
     discard_dead_letter,
     discard_dead_letters,
@@ -24,9 +24,9 @@ from app.api.operators import (
 from app.api.payments import get_payment, get_trace, list_payments
 from app.api.problems import explain_problem, get_health, list_problems
 from app.api.refunds import create_refund, get_refund, list_refunds
-from app.api.schemas.balance import Balance, BalanceTransactionList, BalanceTransactionsQuery
+from app.api.schemas.balance import Balance, BalanceTransactionList, BalanceTransactionsQuery, CurrencyList
 from app.api.schemas.disputes import Dispute, DisputeList, DisputesQuery, SubmittedEvidence
-from app.api.schemas.events import EventList, EventsQuery
+from app.api.schemas.events import Event, EventList, EventsQuery
 from app.api.schemas.operators import (
     BulkDecision,
     DeadLetter,
@@ -44,10 +44,12 @@ from app.api.schemas.payments import (
     Payment,
     PaymentList,
     PaymentsQuery,
+    PaymentUpdate,
     Trace,
 )
 from app.api.schemas.problems import Health, ProblemType
 from app.api.schemas.refunds import NewRefund, Refund, RefundList, RefundsQuery
+from app.api.updates import update_payment
 from app.web.auth import KEY_PROBLEMS
 from app.web.routing import Route
 
@@ -94,6 +96,15 @@ PAYMENT_ROUTES = [
     ),
     Route("GET", "/v1/payments", list_payments, {200: PaymentList}, LIST_PROBLEMS, query=PaymentsQuery, scope="read"),
     Route("GET", "/v1/payments/{payment_id}", get_payment, {200: Payment}, READ_PROBLEMS, scope="read"),
+    Route(
+        "POST",
+        "/v1/payments/{payment_id}",
+        update_payment,
+        {200: Payment},
+        tuple(name for name in COMMAND_PROBLEMS if name != "wrong-state"),
+        body=PaymentUpdate,
+        scope="payments:write",
+    ),
     Route("GET", "/v1/payments/{payment_id}/trace", get_trace, {200: Trace}, READ_PROBLEMS, scope="read"),
     Route(
         "POST",
@@ -156,7 +167,16 @@ MERCHANT_ROUTES = [
         query=BalanceTransactionsQuery,
         scope="read",
     ),
+    Route(
+        "GET",
+        "/v1/currencies",
+        list_currencies,
+        {200: CurrencyList},
+        ("unauthenticated", *KEY_PROBLEMS, "overloaded", "unavailable"),
+        scope="read",
+    ),
     Route("GET", "/v1/events", list_events, {200: EventList}, LIST_PROBLEMS, query=EventsQuery, scope="read"),
+    Route("GET", "/v1/events/{event_id}", get_event, {200: Event}, READ_PROBLEMS, scope="read"),
 ]
 
 OPERATOR_ROUTES = [

@@ -276,8 +276,8 @@ def problem_from_database_error(error: psycopg.Error) -> Problem:
             what.limit = limit
         return invalid_request([what])
     if error.sqlstate == CURSOR_REFUSED:
-        text = "after is not a cursor of this API: send `next` of an earlier answer, or leave it out"
-        return invalid_request([RuleViolation("after", "cursor", text, place="query")])
+        text = "starting_after must be the last id of the page before; for events, `next` of the answer before"
+        return invalid_request([RuleViolation("starting_after", "cursor", text, place="query")])
     if error.sqlstate == QUERY_CANCELED or is_retryable(error):
         unavailable = unavailable_by(error)
         return database_away() if isinstance(unavailable, DatabaseAway) else overloaded()

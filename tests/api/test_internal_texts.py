@@ -89,7 +89,8 @@ def documents(merchant: Merchant, payment_ids: list[str]) -> dict[str, str]:
     """The text of every document that the merchant's routes give, by its path."""
     refunds = [refund["id"] for refund in merchant.get("/v1/refunds")["data"]]
     disputes = [dispute["id"] for dispute in merchant.get("/v1/disputes")["data"]]
-    ids = {"payment_id": payment_ids, "refund_id": refunds, "dispute_id": disputes}
+    events = [event["id"] for event in merchant.get("/v1/events")["data"]]
+    ids = {"payment_id": payment_ids, "refund_id": refunds, "dispute_id": disputes, "event_id": events}
     shown = {}
     for route in MERCHANT_ROUTES:
         parameter = re.search(r"{(\w+)}", route.path)

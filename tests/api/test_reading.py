@@ -109,7 +109,7 @@ def events(merchant: Merchant, after: str | None = None, limit: int = 100) -> tu
     """Read on until nothing is left: ids of the events' payments, and the cursor."""
     seen: list[str] = []
     while True:
-        query: dict[str, Any] = {"limit": limit} | ({"after": after} if after else {})
+        query: dict[str, Any] = {"limit": limit} | ({"starting_after": after} if after else {})
         page = merchant.get("/v1/events", **query)
         assert_matches(page, EventList)
         seen += [event["data"]["id"] for event in page["data"]]
@@ -187,8 +187,8 @@ def test_database_that_is_slow_or_away_is_a_503(sqlstate: str) -> None:
 
 @pytest.mark.parametrize("cursor", ["x", "MSAx", "1", "%00", "M" * 5000])
 def test_unknown_cursor_is_refused(merchant: Merchant, cursor: str) -> None:
-    [error] = problem(merchant.client.get(f"/v1/events?after={cursor}"), 400, "invalid-request")["errors"]
-    assert (error["field"], error["in"]) == ("after", "query")
+    [error] = problem(merchant.client.get(f"/v1/events?starting_after={cursor}"), 400, "invalid-request")["errors"]
+    assert (error["field"], error["in"]) == ("starting_after", "query")
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,10 @@ def test_unknown_cursor_is_refused(merchant: Merchant, cursor: str) -> None:
 )
 def test_forged_cursor_is_refused(merchant: Merchant, text: str) -> None:
     forged = b64encode(text.encode()).decode()
-    [error] = problem(merchant.client.get("/v1/events", params={"after": forged}), 400, "invalid-request")["errors"]
-    assert (error["field"], error["rule"], error["in"]) == ("after", "cursor", "query")
+    [error] = problem(merchant.client.get("/v1/events", params={"starting_after": forged}), 400, "invalid-request")[
+        "errors"
+    ]
+    assert (error["field"], error["rule"], error["in"]) == ("starting_after", "cursor", "query")
 
 
 def test_damaged_cursor_is_read_or_refused_but_no_error_of_ours(merchant: Merchant) -> None:
@@ -227,7 +229,7 @@ def test_damaged_cursor_is_read_or_refused_but_no_error_of_ours(merchant: Mercha
     _, cursor = events(merchant, limit=1)
     for place in range(len(cursor)):
         for damaged in (cursor[:place], cursor[:place] + "9" + cursor[place + 1 :]):
-            answer = merchant.client.get("/v1/events", params={"after": damaged})
+            answer = merchant.client.get("/v1/events", params={"starting_after": damaged})
             assert answer.status_code in {200, 400}, (damaged, answer.text)
 
 
@@ -291,7 +293,7 @@ def test_a_request_without_a_body_is_refused_where_the_documentation_requires_on
     shown = merchant.client.get("/docs/openapi.json").json()
     posts = {path: of["post"]["requestBody"]["required"] for path, of in shown["paths"].items() if "post" in of}
     required = {path: is_required for path, is_required in posts.items() if "/operator/" not in path}
-    assert len(required) == 5 and set(required.values()) == {True, False}
+    assert len(required) == 6 and set(required.values()) == {True, False}
     for path, is_required in required.items():
         url = re.sub(r"\{(\w{3})\w*\}", r"\1_01890000000000000000000000000000", path)
         headers = {"Idempotency-Key": unique_name("key"), "Content-Type": "application/json"}
@@ -315,7 +317,9 @@ def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
         "/v1/disputes/{dispute_id}/evidence",
         "/v1/balance",
         "/v1/balance/transactions",
+        "/v1/currencies",
         "/v1/events",
+        "/v1/events/{event_id}",
         "/v1/operator/dead-letters",
         "/v1/operator/dead-letters/{letter_id}",
         "/v1/operator/dead-letters/{letter_id}/replay",

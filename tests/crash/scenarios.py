@@ -136,7 +136,7 @@ class ScenarioRunner:
 
     async def _read(self, client: httpx.AsyncClient, after: str | None) -> Json | None:
         """A page of the feed. None if there was no answer."""
-        asked: dict[str, Any] = {"limit": PAGE_LIMIT} | ({"after": after} if after else {})
+        asked: dict[str, Any] = {"limit": PAGE_LIMIT} | ({"starting_after": after} if after else {})
         try:
             answer = await client.get("/v1/events", params=asked, headers={"Authorization": f"Bearer {self._api_key}"})
         except httpx.TransportError:

@@ -57,3 +57,24 @@ class BalanceTransactionsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     payment: PaymentId | None = None
     limit: Limit = 20
     starting_after: PostingId | None = None
+
+
+class Currency(Struct):
+    """A currency accepted. `exponent` is the number of decimal places; `minimum`, `maximum` and `step` bound the amount
+    of a payment in minor units.
+    """
+
+    id: str
+    object: Literal["currency"]
+    exponent: int
+    minimum: int
+    maximum: int
+    step: int
+
+
+class CurrencyList(Struct):
+    """All currencies, by their letters."""
+
+    object: Literal["list"]
+    data: list[Currency]
+    has_more: bool

@@ -47,10 +47,14 @@ class EvidenceFailure(Struct):
 
 
 class EvidenceGiven(Struct):
-    """The deadline, the fields given so far, the time of the request to submit, and why the last ones were refused."""
+    """The deadline, the fields given so far, the time of the request to submit, and why the last ones were refused.
+
+    `texts` holds the evidence itself where one dispute is read; elsewhere it is null.
+    """
 
     due_at: str | None
     given: list[str]
+    texts: dict[str, str] | None
     submit_asked_at: str | None
     failure: EvidenceFailure | None
 

@@ -94,6 +94,14 @@ Metadata = Annotated[
     dict[MetadataKey, MetadataValue],
     Meta(max_length=50, description="Up to 50 texts of your own, stored and returned.", examples=[{"cart": "9"}]),
 ]
+MetadataUpdate = Annotated[
+    dict[MetadataKey, MetadataValue | None],
+    Meta(
+        max_length=50,
+        description="Texts to set, and keys to remove, which have null. The payment may have 50 in all.",
+        examples=[{"cart": "9", "gift": None}],
+    ),
+]
 Email = Annotated[
     str,
     Meta(

@@ -13,6 +13,7 @@ from app.api.schemas.fields import (
     Instant,
     Limit,
     Metadata,
+    MetadataUpdate,
     MinorUnits,
     Name,
     OffSession,
@@ -94,6 +95,12 @@ class NewCapture(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
 
 class NewCancellation(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Cancel a payment. The body has no fields."""
+
+
+class PaymentUpdate(Struct, frozen=True, forbid_unknown_fields=True):
+    """New metadata of a payment."""
+
+    metadata: MetadataUpdate
 
 
 class PaymentRequest(Struct, omit_defaults=True):

@@ -151,7 +151,7 @@ class MerchantAgent:
         after: str | None = None
         headers = {"Authorization": f"Bearer {self.api_key}"}
         while self.plans or self.waits_for:
-            asked = {"limit": PAGE_LIMIT} | ({"after": after} if after else {})
+            asked = {"limit": PAGE_LIMIT} | ({"starting_after": after} if after else {})
             try:
                 page = (await client.get("/v1/events", params=asked, headers=headers)).raise_for_status().json()
             except httpx.HTTPError:

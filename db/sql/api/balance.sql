@@ -50,6 +50,11 @@ begin
     if v_merchant is null then
         return;
     end if;
+    if p_starting_after is not null and not exists (
+        select from ledger.postings as c where c.id = p_starting_after and c.merchant_id = v_merchant
+    ) then
+        perform api.refuse_cursor();
+    end if;
     if p_payment is null then
         v_ids := array(
             select g.id from ledger.postings as g
@@ -113,3 +118,33 @@ comment on function api.list_balance_transactions(bytea, text, integer, text, te
 'A page of the postings that changed the merchant''s accounts, newest first, each with its changes by account and
 currency. p_payment: of one payment only; p_starting_after: the last id of the page before.
 No row: the key may not read.';
+
+create or replace function api.list_currencies(p_key_hash bytea, p_address text default '')
+returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.merchant_id,
+        api.render_page(
+            array(
+                select row_to_json(shown.*)
+                from (
+                    select
+                        currencies.currency as id,
+                        'currency' as object,
+                        currencies.exponent as exponent,
+                        currencies.minimum_minor as minimum,
+                        currencies.maximum_minor as maximum,
+                        currencies.step_minor as step
+                    from surety.currencies
+                    order by currencies.currency
+                ) as shown
+            ),
+            1000
+        )
+    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
+end;
+
+comment on function api.list_currencies(bytea, text) is
+'The currencies accepted, with the exponent of the minor unit and the bounds of a payment''s amount in minor units. No
+row: the key may not read.';

@@ -67,7 +67,7 @@ begin atomic
         who.merchant_id,
         (
             select shown.document::text
-            from surety.disputes cross join lateral api.show_dispute(disputes) as shown
+            from surety.disputes cross join lateral api.show_dispute(disputes, true) as shown
             where disputes.id = p_id and disputes.merchant_id = who.merchant_id
         )
     from api.identify_merchant(p_key_hash, 'read', p_address) as who;
@@ -88,6 +88,11 @@ declare
 begin
     if v_merchant is null then
         return;
+    end if;
+    if p_starting_after is not null and not exists (
+        select from surety.disputes as c where c.id = p_starting_after and c.merchant_id = v_merchant
+    ) then
+        perform api.refuse_cursor();
     end if;
     if p_payment is null then
         v_ids := array(

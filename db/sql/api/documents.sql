@@ -124,7 +124,8 @@ end;
 comment on function api.show_refund(surety.refunds) is
 'The refund as a document of the API; columns in the order of the document.';
 
-create or replace function api.show_dispute(d surety.disputes) returns table (document json)
+create or replace function api.show_dispute(d surety.disputes, p_with_texts boolean default false)
+returns table (document json)
 language sql stable parallel safe
 begin atomic
     select row_to_json(shown.*) from (
@@ -147,6 +148,7 @@ begin atomic
                     ),
                     '[]'::json
                 ),
+                'texts', case when p_with_texts then d.evidence end,
                 'submit_asked_at', surety.format_time(d.submit_asked_at),
                 'failure', d.evidence_failure
             ) as evidence,
@@ -156,8 +158,8 @@ begin atomic
     ) as shown;
 end;
 
-comment on function api.show_dispute(surety.disputes) is
-'The dispute as a document of the API; columns in the order of the document.';
+comment on function api.show_dispute(surety.disputes, boolean) is
+'The dispute as a document of the API; columns in the order of the document. p_with_texts: with the evidence itself.';
 
 create or replace function api.payment_at_event(p_payment surety.payments, p_payload jsonb) returns surety.payments
 language sql stable
@@ -222,3 +224,14 @@ end;
 
 comment on function api.render_page(json[], integer) is
 'A page of a list: the first p_limit documents, and whether there are more. p_documents holds up to p_limit + 1.';
+
+create or replace function api.refuse_cursor() returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+begin
+    raise exception 'starting_after is not of this list' using errcode = 'SU006';
+end;
+$$;
+
+comment on function api.refuse_cursor() is
+'Raises SU006: the cursor of a request is not the id of an object of the list, or no cursor of events.';

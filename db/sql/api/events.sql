@@ -84,8 +84,64 @@ comment on function api.bound_snapshot(pg_snapshot, integer) is
 'A snapshot whose text in a cursor has at most p_length_max characters. With more open transactions than fit, it ends
 before the first that does not: later transactions are visible to the next reading.';
 
-create or replace function api.list_events(p_key_hash bytea, p_after text, p_limit integer, p_address text default '')
+create or replace function api.show_events(p_ids text[]) returns table (id text, document json)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+begin
+    return query
+    select e.id, row_to_json(built.*)
+    from unnest(p_ids) as asked (id)
+    join outbox.events as e on e.id = asked.id
+    left join surety.payments as p on p.id = e.aggregate_id
+    left join surety.refunds as r on r.id = e.aggregate_id
+    left join surety.disputes as d on d.id = e.aggregate_id
+    -- offset 0: each object is built once, not once per field of its document.
+    left join lateral (
+        select api.payment_at_event(p, e.payload) as payment where p.id is not null offset 0
+    ) as past_payment on true
+    left join lateral (
+        select api.refund_at_event(r, e.payload) as refund where r.id is not null offset 0
+    ) as past_refund on true
+    left join lateral (
+        select api.dispute_at_event(d, e.payload) as dispute where d.id is not null offset 0
+    ) as past_dispute on true
+    left join lateral api.show_payment(past_payment.payment) as shown on p.id is not null
+    left join lateral api.show_refund(past_refund.refund) as refund on r.id is not null
+    left join lateral api.show_dispute(past_dispute.dispute) as dispute on d.id is not null
+    cross join lateral (
+        select
+            e.id as id, 'event' as object, e.type as type, e.payload ->> 'at' as created_at,
+            coalesce(shown.document, refund.document, dispute.document) as data
+    ) as built
+    where built.data is not null;
+end;
+$$;
+
+comment on function api.show_events(text[]) is
+'Events as documents of the API, each with its payment, refund or dispute at that version; none without one.';
+
+create or replace function api.get_event(p_key_hash bytea, p_id text, p_address text default '')
 returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.merchant_id,
+        (
+            select shown.document::text
+            from outbox.events cross join lateral api.show_events(array[events.id]) as shown
+            where events.id = p_id and events.merchant_id = who.merchant_id
+        )
+    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
+end;
+
+comment on function api.get_event(bytea, text, text) is
+'An event of the merchant; body is null if the merchant has none of that id. No row: the key may not read.';
+
+create or replace function api.list_events(
+    p_key_hash bytea, p_starting_after text, p_limit integer, p_type text default null, p_object text default null,
+    p_address text default ''
+) returns table (merchant_id text, body text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
@@ -93,7 +149,7 @@ declare
     v_merchant text;
     v_seen pg_snapshot := '1:1:';
     v_goal pg_snapshot;
-    -- Two snapshots of 1400 characters, base64, are less than the limit of the parameter after.
+    -- Two snapshots of 1400 characters, base64, are less than the limit of the parameter starting_after.
     v_now_seen pg_snapshot := api.bound_snapshot(pg_current_snapshot(), 1400);
     v_all constant pg_snapshot := '9223372036854775807:9223372036854775807:';
     v_last_generation integer := outbox.current_restore_generation();
@@ -101,8 +157,12 @@ declare
     v_at_xid xid8 := '0';
     v_at_id text := '';
     v_parts text [];
+    v_ids text [];
     v_data json;
-    v_count bigint;
+    v_has_more boolean;
+    -- A page with a filter walks over more events than it shows, and may be empty although there are more.
+    v_walked_max integer := case when p_type is null and p_object is null then p_limit else 2000 end;
+    v_family text := case when p_type like '%.*' then rtrim(p_type, '*') || '%' end;
     v_last_xid xid8;
     v_last_id text;
     v_next text;
@@ -111,9 +171,10 @@ begin
     if not found then
         return;
     end if;
-    if p_after is not null then
+    if p_starting_after is not null then
         begin
-            v_parts := string_to_array(convert_from(decode(translate(p_after, '-_', '+/'), 'base64'), 'UTF8'), ' ');
+            v_parts := string_to_array(
+                convert_from(decode(translate(p_starting_after, '-_', '+/'), 'base64'), 'UTF8'), ' ');
             if cardinality(v_parts) <> 5 then
                 raise exception 'parts' using errcode = 'invalid_text_representation';
             end if;
@@ -128,48 +189,52 @@ begin
             end if;
         exception
             when data_exception then
-                raise exception 'after is not a cursor of this API' using errcode = 'SU006';
+                perform api.refuse_cursor();
         end;
         v_at_id := coalesce(v_at_id, '');
     end if;
     -- A restore generation that has ended gets no more events: all of them are visible.
     v_goal := coalesce(v_goal, case when v_generation < v_last_generation then v_all else v_now_seen end);
-    with page as (
-        select w.xid, w.id, w.type, e.payload, e.aggregate_id
+    with walked as materialized (
+        select w.xid, w.id, w.type
         from outbox.walk_events(
-            false, v_merchant, v_generation, v_seen, v_goal, v_at_xid, v_at_id, p_limit) as w
-        join outbox.events as e on e.id = w.id
+            false, v_merchant, v_generation, v_seen, v_goal, v_at_xid, v_at_id, v_walked_max) as w
+    ),
+    page as materialized (
+        select w.xid, w.id
+        from walked as w
+        where (p_type is null or w.type = p_type or w.type like v_family)
+            and (p_object is null or exists (
+                select from outbox.events as e where e.id = w.id and e.aggregate_id = p_object))
+        order by w.xid, w.id
+        limit p_limit
+    ),
+    -- The last event that need not be read again: that of a full page, else of all that were walked.
+    reached as (
+        select r.xid, r.id from (
+            select g.xid, g.id from page as g where p_limit = (select count(*) from page)
+            union all
+            select w.xid, w.id from walked as w where p_limit > (select count(*) from page)
+        ) as r
+        order by r.xid desc, r.id desc
+        limit 1
     )
     select
-        coalesce(json_agg(json_build_object(
-            'id', g.id, 'type', g.type, 'created_at', g.payload ->> 'at',
-            'data', coalesce(shown.document, refund.document, dispute.document)
-        ) order by g.xid, g.id) filter (where coalesce(p.id, r.id, d.id) is not null), '[]'::json),
-        count(*), max(g.xid), (array_agg(g.id order by g.xid desc, g.id desc))[1]
-    into v_data, v_count, v_last_xid, v_last_id
-    from page as g
-    left join surety.payments as p on p.id = g.aggregate_id
-    left join surety.refunds as r on r.id = g.aggregate_id
-    left join surety.disputes as d on d.id = g.aggregate_id
-    -- offset 0: each object is built once, not once per field of its document.
-    left join lateral (
-        select api.payment_at_event(p, g.payload) as payment where p.id is not null offset 0
-    ) as past_payment on true
-    left join lateral (
-        select api.refund_at_event(r, g.payload) as refund where r.id is not null offset 0
-    ) as past_refund on true
-    left join lateral (
-        select api.dispute_at_event(d, g.payload) as dispute where d.id is not null offset 0
-    ) as past_dispute on true
-    left join lateral api.show_payment(past_payment.payment) as shown on p.id is not null
-    left join lateral api.show_refund(past_refund.refund) as refund on r.id is not null
-    left join lateral api.show_dispute(past_dispute.dispute) as dispute on d.id is not null;
+        array(select g.id from page as g order by g.xid, g.id),
+        p_limit = (select count(*) from page) or v_walked_max = (select count(*) from walked), r.xid, r.id
+    into v_ids, v_has_more, v_last_xid, v_last_id
+    from (values (1)) as once (n) left join reached as r on true;
+    v_data := coalesce(
+        (
+            select json_agg(shown.document order by array_position(v_ids, shown.id))
+            from api.show_events(v_ids) as shown
+        ), '[]'::json);
     -- After a failover, transaction ids that the standby has not seen are assigned again. A cursor that counts them as
     -- seen would skip their events. This id is above all ids of the snapshot, and the answer waits until the standby
     -- has it.
     perform surety.await_standbys();
     v_next := case
-        when v_count = p_limit then concat_ws(
+        when v_has_more then concat_ws(
             ' ', v_generation, api.encode_snapshot(v_seen), api.encode_snapshot(v_goal), v_last_xid, v_last_id)
         when v_goal::text = v_all::text then concat_ws(' ', v_generation + 1, '1:0:', '-', '0', '-')
         else concat_ws(' ', v_generation, api.encode_snapshot(v_goal), '-', '0', '-')
@@ -178,12 +243,13 @@ begin
         v_merchant,
         json_build_object(
             'object', 'list', 'data', v_data,
-            'has_more', v_count = p_limit or v_generation < v_last_generation or v_goal::text <> v_now_seen::text,
+            'has_more', v_has_more or v_generation < v_last_generation or v_goal::text <> v_now_seen::text,
             'next', translate(encode(convert_to(v_next, 'UTF8'), 'base64'), E'+/\n', '-_'))::text;
 end;
 $$;
 
-comment on function api.list_events(bytea, text, integer, text) is
-'A page of the merchant''s events, oldest first, by restore generation. p_after: the cursor next of the last page. It
+comment on function api.list_events(bytea, text, integer, text, text, text) is
+'A page of the merchant''s events, oldest first, by restore generation. p_type: one type, or a family such as refund.*;
+p_object: the id of the payment, refund or dispute. p_starting_after: the cursor next of the last page. It
 holds two snapshots, as a handler''s position does, so that a reader misses no event, however late its transaction
 commits. No row: the key may not read. Raises SU006 for a text that is no cursor.';

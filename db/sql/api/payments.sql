@@ -385,6 +385,11 @@ begin
     if v_merchant is null then
         return;
     end if;
+    if p_starting_after is not null and not exists (
+        select from surety.payments as c where c.id = p_starting_after and c.merchant_id = v_merchant
+    ) then
+        perform api.refuse_cursor();
+    end if;
     if p_state is not null or p_status is not null then
         v_states := array(
             select s.state from surety.states as s

@@ -133,6 +133,11 @@ begin
     if v_merchant is null then
         return;
     end if;
+    if p_starting_after is not null and not exists (
+        select from surety.refunds as c where c.id = p_starting_after and c.merchant_id = v_merchant
+    ) then
+        perform api.refuse_cursor();
+    end if;
     if p_payment is null then
         v_ids := array(
             select r.id from surety.refunds as r

@@ -11,8 +11,15 @@ from app.cli.keys import SCOPES
 from app.web.routing import Route
 from tests.support.http_client import CONTEXT, Merchant, ServerProcess, payment, problem, running_server, unique_name
 
-UNKNOWN_IDS = {"payment_id": "pay_" + 32 * "0", "refund_id": "ref_" + 32 * "0", "dispute_id": "dp_" + 32 * "0"}
-BODIES = {"/v1/payments": payment(), "/v1/disputes/{dispute_id}/evidence": {"evidence": {"uncategorized_text": "x"}}}
+UNKNOWN_IDS = {
+    name: f"{prefix}_{24 * '0'}"
+    for name, prefix in {"payment_id": "pay", "refund_id": "ref", "dispute_id": "dp", "event_id": "evt"}.items()
+}
+BODIES = {
+    "/v1/payments": payment(),
+    "/v1/payments/{payment_id}": {"metadata": {}},
+    "/v1/disputes/{dispute_id}/evidence": {"evidence": {"uncategorized_text": "x"}},
+}
 
 
 def ask(merchant: Merchant, row: Route, key: str, **headers: str) -> httpx.Response:

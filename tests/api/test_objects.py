@@ -1,0 +1,177 @@
+"""Single events, filters of events, cursors, currencies, metadata: over real sockets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from app.api.routes import ROUTES
+from app.api.schemas.balance import CurrencyList
+from app.api.schemas.events import Event
+from app.api.schemas.payments import Payment
+from tests.support.http_client import Connection, Merchant, ServerProcess, assert_matches, problem, unique_name
+
+LISTS = sorted(
+    route.path
+    for route in ROUTES
+    if route.method == "GET" and route.query and "starting_after" in route.query.__struct_fields__ and not route.tag
+)
+PREFIXES = {"payments": "pay", "refunds": "ref", "disputes": "dp", "transactions": "pst"}
+
+
+@pytest.fixture
+def other(rights: Connection, api: ServerProcess) -> Any:
+    made = Merchant(rights, api.url)
+    yield made
+    made.client.close()
+
+
+def update(merchant: Merchant, payment_id: str, metadata: Any, key: str | None = None) -> Any:
+    headers = {"idempotency-key": key or unique_name("update")}
+    return merchant.client.post(f"/v1/payments/{payment_id}", json={"metadata": metadata}, headers=headers)
+
+
+def cancel(merchant: Merchant, payment_id: str) -> None:
+    headers = {"idempotency-key": unique_name("cancel")}
+    assert merchant.client.post(f"/v1/payments/{payment_id}/cancel", json={}, headers=headers).status_code == 200
+
+
+def test_event_is_read_by_its_id_as_it_is_listed_by_its_merchant_only(merchant: Merchant, other: Merchant) -> None:
+    made = merchant.pay()
+    cancel(merchant, made["id"])
+    first, second = merchant.get("/v1/events")["data"]
+    assert merchant.get(f"/v1/events/{first['id']}") == first
+    assert first["data"] == made
+    assert (second["type"], merchant.get(f"/v1/events/{second['id']}")["data"]["state"]) == (
+        "payment.canceled", "canceled",
+    )  # fmt: skip
+    assert_matches(first, Event)
+    unknown = problem(other.client.get("/v1/events/evt_" + 24 * "0"), 404, "not-found")
+    foreign = problem(other.client.get(f"/v1/events/{first['id']}"), 404, "not-found")
+    assert {k: v for k, v in unknown.items() if k != "request_id"} == {
+        k: v for k, v in foreign.items() if k != "request_id"
+    }
+    for path in ("/v1/events/evt_1", "/v1/events/x"):
+        problem(merchant.client.get(path), 404, "not-found")
+
+
+def test_events_are_filtered_by_type_family_and_object(merchant: Merchant) -> None:
+    one, two = (merchant.pay()["id"] for _ in range(2))
+    cancel(merchant, one)
+
+    def found(**query: Any) -> list[tuple[str, str]]:
+        page = merchant.get("/v1/events", **query)
+        assert not page["has_more"]
+        return [(event["type"], event["data"]["id"]) for event in page["data"]]
+
+    created = [("payment.initiated", one), ("payment.initiated", two)]
+    canceled = [("payment.canceled", one)]
+    assert found(type="payment.initiated") == created
+    assert found(type="payment.*") == [*created, *canceled]
+    assert found(type="refund.*") == found(type="payment.settled") == []
+    assert found(object=one) == [created[0], *canceled]
+    assert found(object=one, type="payment.canceled") == canceled
+    assert found(object=two, type="payment.canceled") == []
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("type=payment", "type"),
+        ("type=payment.%25", "type"),
+        ("type=.*", "type"),
+        ("object=pay_1", "object"),
+        ("object=evt_" + 24 * "0", "object"),
+    ],
+)
+def test_filter_of_events_of_another_form_is_refused(merchant: Merchant, query: str, field: str) -> None:
+    [error] = problem(merchant.client.get(f"/v1/events?{query}"), 400, "invalid-request")["errors"]
+    assert (error["field"], error["in"], error["rule"]) == (field, "query", "pattern")
+
+
+def test_reader_with_a_filter_reads_each_event_once(merchant: Merchant) -> None:
+    made = [merchant.pay()["id"] for _ in range(5)]
+    for id in made[::2]:
+        cancel(merchant, id)
+    for query, expected in (({"type": "payment.canceled"}, made[::2]), ({"type": "payment.initiated"}, made)):
+        seen: list[str] = []
+        after: dict[str, str] = {}
+        while True:
+            page = merchant.get("/v1/events", limit=2, **query, **after)
+            seen += [event["data"]["id"] for event in page["data"]]
+            after = {"starting_after": page["next"]}
+            if not page["has_more"]:
+                break
+        assert seen == expected
+
+
+@pytest.mark.parametrize("path", LISTS)
+def test_cursor_that_is_unknown_or_another_merchants_is_an_error(
+    merchant: Merchant, other: Merchant, path: str
+) -> None:
+    theirs = other.pay()["id"]
+    prefix = PREFIXES.get(path.rpartition("/")[2])
+    cursors = ["bm90aGluZw=="] if prefix is None else [f"{prefix}_{24 * '0'}"]
+    for cursor in [*cursors, *([theirs] if prefix == "pay" else [])]:
+        answer = merchant.client.get(path, params={"starting_after": cursor})
+        [error] = problem(answer, 400, "invalid-request")["errors"]
+        assert (error["field"], error["in"], error["rule"]) == ("starting_after", "query", "cursor")
+
+
+def test_currencies_have_their_bounds(merchant: Merchant) -> None:
+    page = merchant.get("/v1/currencies")
+    assert_matches(page, CurrencyList)
+    by_id = {currency["id"]: currency for currency in page["data"]}
+    assert list(by_id) == sorted(by_id)
+    assert by_id["kwd"] == {
+        "id": "kwd", "object": "currency", "exponent": 3, "minimum": 200, "maximum": 99999990, "step": 10,
+    }  # fmt: skip
+    for currency in by_id.values():
+        for amount, status in ((currency["minimum"] - 1, 400), (currency["minimum"], 201)):
+            body = {"amount": amount, "currency": currency["id"]}
+            assert merchant.post(body | PAID).status_code == status, (currency, amount)
+
+
+PAID = {"payment_method": {"type": "card", "token": "pm_card_visa"}, "return_url": "https://shop.example/return"}
+
+
+def test_metadata_is_merged_and_null_removes_a_key(merchant: Merchant) -> None:
+    made = merchant.pay(metadata={"cart": "9", "gift": "yes"})
+    answer = update(merchant, made["id"], {"gift": None, "note": "größer"})
+    assert answer.status_code == 200
+    assert_matches(answer.json(), Payment)
+    assert answer.json()["metadata"] == {"cart": "9", "note": "größer"}
+    assert {name for name, value in answer.json().items() if made[name] != value} <= {"metadata", "updated_at"}
+    assert merchant.get(f"/v1/payments/{made['id']}") == answer.json()
+
+
+def test_metadata_update_is_idempotent_and_audited(merchant: Merchant) -> None:
+    made = merchant.pay(metadata={"cart": "9"})
+    first = update(merchant, made["id"], {"cart": "10"}, key="update-1")
+    update(merchant, made["id"], {"cart": "11"})
+    again = update(merchant, made["id"], {"cart": "10"}, key="update-1")
+    assert (again.content, again.headers["idempotency-replayed"]) == (first.content, "true")
+    assert merchant.get(f"/v1/payments/{made['id']}")["metadata"] == {"cart": "11"}
+    problem(update(merchant, made["id"], {"cart": "12"}, key="update-1"), 422, "idempotency-key-reused")
+    entries = merchant.conn.execute(
+        "select snapshot -> 'metadata_keys' from audit.entries where payment_id = %s and kind = 'request' order by id",
+        (made["id"],),
+    ).fetchall()
+    assert entries == [(["cart"],), (["cart"],)]
+
+
+def test_metadata_beyond_its_bounds_is_refused_and_changes_nothing(merchant: Merchant) -> None:
+    made = merchant.pay(metadata={str(n): "x" for n in range(50)})
+    [error] = problem(update(merchant, made["id"], {"one more": "x"}), 400, "invalid-request")["errors"]
+    assert (error["field"], error["rule"], error["limit"], error["given"]) == ("/metadata", "max_entries", 50, 51)
+    assert "metadata" in error["message"]
+    assert update(merchant, made["id"], {"one more": "x", "0": None}).status_code == 200
+    for metadata, field in (
+        ({"a": 1}, "/metadata/a"),
+        (None, "/metadata"),
+        ({"[": "x"}, "/metadata/["),
+    ):
+        [error] = problem(update(merchant, made["id"], metadata), 400, "invalid-request")["errors"]
+        assert error["field"] == field
+    problem(update(merchant, "pay_" + 24 * "0", {"a": "b"}), 404, "not-found")
