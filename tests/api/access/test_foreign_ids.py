@@ -140,7 +140,7 @@ def test_foreign_idempotency_key_and_cursor_of_events_are_a_merchants_own(
     mine = merchant.post(key=key)
     assert mine.status_code == 201 and "idempotency-replayed" not in mine.headers
     assert mine.json()["id"] != foreign["id"]
-    # The same cursor, whoever read it, leads to one's own events.
+    # Another merchant's cursor leads to one's own events.
     cursor = other.get("/v1/events")["next"]
     second = merchant.pay()["id"]
     events = merchant.get("/v1/events", after=cursor)["data"]
