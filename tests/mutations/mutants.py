@@ -176,6 +176,11 @@ MUTANTS: tuple[Mutant, ...] = (
             "or exists (select from outbox.retries as r where r.handler = p_handler and r.due_at <= v_now)",
             "or false",
         ),
+        (
+            "db/sql/outbox/scheduling.sql",
+            "or exists (select from outbox.retries as r where r.handler = h.handler and r.due_at <= v_now)",
+            "or false",
+        ),
     ),
     mutant(
         "keys are locked in order",
