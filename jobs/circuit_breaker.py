@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -48,6 +48,16 @@ class CallCounts(Struct):
     failed: int = 0
     consecutive_failures: int = 0
     answered_at: float | None = None
+
+    def followed_by(self, later: CallCounts) -> CallCounts:
+        """The counts of both; `later` counts calls that ended after these."""
+        since_answer = later.consecutive_failures + (0 if later.answered_at else self.consecutive_failures)
+        return CallCounts(
+            self.answered + later.answered,
+            self.failed + later.failed,
+            since_answer,
+            later.answered_at or self.answered_at,
+        )
 
 
 class AccountState(Struct):
@@ -141,8 +151,19 @@ class CircuitBreaker:
             await self._probe(PLATFORM_ACCOUNT)
 
     async def _report_calls(self) -> dict[str, float]:
-        """Report calls. Returns by account the time of the last answer to any worker, on the monotonic clock."""
+        """Report calls. Returns by account the time of the last answer to any worker, on the monotonic clock.
+
+        Calls that the database did not take are reported again.
+        """
         tallies, self._tallies = self._tallies, defaultdict(CallCounts)
+        try:
+            return await self._report(tallies)
+        except BaseException:
+            for account, tally in tallies.items():
+                self._tallies[account] = tally.followed_by(self._tallies[account])
+            raise
+
+    async def _report(self, tallies: Mapping[str, CallCounts]) -> dict[str, float]:
         clock: datetime | None = None
         if any(tally.answered_at is not None for tally in tallies.values()):
             clock = await self._database.value("select surety.read_clock()")

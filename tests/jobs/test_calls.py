@@ -12,6 +12,7 @@ from jobs.drain import claim_batch
 from jobs.handlers.calls import ProviderCall, make_call, record_event_results
 from jobs.handlers.payments import CREATE
 from jobs.recorder import CallResult
+from jobs.stripe.errors import ProviderOutage
 from tests.support.payments import Connection, add_merchant, create, fact, pay, request, state_of
 from tests.support.sandbox_process import SandboxProcess, running_sandbox
 from tests.support.workers import attempts, in_process_worker, run_until_idle
@@ -99,3 +100,21 @@ async def test_result_is_recorded_once_even_if_no_handler_can_be_scheduled(
         assert await worker.recorder.record([captured(payment_id)]) == []
     assert state_of(conn, payment_id) == "confirmed"
     assert conn.execute("select * from surety.discrepancies").fetchall() == []
+
+
+async def test_calls_that_the_database_did_not_take_are_reported_again(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    report = "execute on function surety.count_call_results"
+    async with in_process_worker(database, sandbox.url) as worker:
+        breaker = worker.circuit_breaker
+        conn.execute(f"revoke {report} from surety_worker".encode())
+        for error in (None, ProviderOutage("no answer"), ProviderOutage("no answer")):
+            breaker.count_call("", error, is_command=True)
+        with pytest.raises(psycopg.Error):
+            await breaker.report_and_probe()
+        conn.execute(f"grant {report} to surety_worker".encode())
+        breaker.count_call("", ProviderOutage("no answer"), is_command=True)
+        await breaker.report_and_probe()
+    query = "select answered, failed, consecutive_failures, answered_at is null from surety.circuit_breakers"
+    assert conn.execute(query).fetchall() == [(1, 3, 3, False)]
