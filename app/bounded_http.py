@@ -8,6 +8,8 @@ document of the application's kind, and closes the connection so that the client
     body                413 above body_bytes; 408 after body_seconds
     response            reset if the client does not read it for write_seconds
     closing             what still arrives is discarded, up to discarded_bytes and close_seconds
+    held                a request that waits for an event, as its client wishes: no limit of seconds, and not counted
+                        among the connections; it ends at once when the client leaves or the server stops
 
 The sandbox and the services share this module, which imports nothing of either.
 """
@@ -17,16 +19,16 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
 from uvicorn import Config
-from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from app.connection_limits import WATCHES, ConnectionLimits, ConnectionWatch, Refusal, RefusalResponse
+from app.connection_responses import ShedResponse, UnaskedResponse, WholeResponse
 
 # A second field of such a name leaves open which of the values is meant.
 SINGLE_VALUED = frozenset(
@@ -43,51 +45,13 @@ class ClosingTransport(asyncio.Transport):
 
     def __init__(self, protocol: BoundedProtocol) -> None:
         super().__init__()
-        self._protocol = protocol
+        self.protocol = protocol
         self.is_closing = protocol.transport.is_closing  # type: ignore[method-assign]
         self.write = protocol.transport.write  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Close it after the response."""
-        self._protocol.close_connection()
-
-
-class WholeResponse(RequestResponseCycle):
-    """A response that the application may give as a whole: head and body are then one write."""
-
-    def respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
-        """Write the response, unless it needs what only `send` does. `headers` holds Content-Length."""
-        if self.response_started or self.disconnected or self.flow.write_paused or self.scope["method"] == "HEAD":
-            return False
-        lines = b"".join([name + b": " + value + b"\r\n" for name, value in (*self.default_headers, *headers)])
-        if lines.count(b"\n") != len(self.default_headers) + len(headers) or b"connection: " in lines:
-            return False
-        end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
-        self.response_started = self.response_complete = True
-        self.transport.write(b"".join((STATUS_LINE[status], lines, end, body)))
-        self.message_event.set()
-        if not self.keep_alive:
-            self.transport.close()
-        self.on_response()
-        return True
-
-
-class UnaskedResponse(RequestResponseCycle):
-    """The response to `Expect: 100-continue`. If the body was not asked for, the connection can't be used again."""
-
-    async def send(self, message: ASGISendEvent) -> None:
-        """Send a part of the response."""
-        if self.waiting_for_100_continue:
-            self.keep_alive = False
-        await super().send(message)
-
-
-class ShedResponse:
-    """Stands for the response of a request that was shed: uvicorn drops the body of a request with a response."""
-
-    response_complete = True
-    disconnected = False
-    message_event = asyncio.Event()
+        self.protocol.close_connection()
 
 
 class BoundedProtocol(HttpToolsProtocol, ABC):
@@ -108,8 +72,10 @@ class BoundedProtocol(HttpToolsProtocol, ABC):
         "_is_discarding",
         "_is_in_head",
         "_is_shed",
+        "_is_stopping",
         "_last_bytes",
         "_last_scope",
+        "_on_end",
         "_received",
         "_response_transport",
         "_watch",
@@ -136,6 +102,8 @@ class BoundedProtocol(HttpToolsProtocol, ABC):
         self._last_bytes = b""  # of an incomplete head
         self._last_scope: object = None  # of the last whole request
         self._completed = 0  # requests that have arrived whole
+        self._is_stopping = False
+        self._on_end: Callable[[bool], None] | None = None  # of a held request
 
     @abstractmethod
     def refusal_response(self, refusal: Refusal) -> RefusalResponse:
@@ -160,11 +128,40 @@ class BoundedProtocol(HttpToolsProtocol, ABC):
         if not watch.make_room(self):
             watch.refusals["connections"] += 1
             self._is_discarding = True
-            if len(self.connections) > 2 * self.limits.connections:
+            if watch.counted > 2 * self.limits.connections:
                 transport.abort()
                 return
             self._write_refusal(Refusal(503, "overloaded", "this process has no connection to spare"))
             self.close_connection()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End a held request: its client has left."""
+        super().connection_lost(exc)
+        if self._on_end is not None:
+            self._on_end(True)
+
+    def shutdown(self) -> None:
+        """The server stops: end a held request."""
+        self._is_stopping = True
+        super().shutdown()
+        if self._on_end is not None:
+            self._on_end(False)
+
+    def hold(self, on_end: Callable[[bool], None]) -> bool:
+        """Hold the current request until `release`; False if the server stops or the client has left.
+
+        `on_end` is called when the client leaves (True) or the server stops (False), possibly both.
+        """
+        if self._is_stopping or self._on_end is not None or self.transport.is_closing():
+            return False
+        self._on_end = on_end
+        self._watch.held += 1
+        return True
+
+    def release(self) -> None:
+        """The held request is being answered."""
+        self._on_end = None
+        self._watch.held -= 1
 
     @property
     def is_idle(self) -> bool:
@@ -436,3 +433,10 @@ class BoundedProtocol(HttpToolsProtocol, ABC):
             self.flow.resume_reading()
         else:
             self.transport.close()
+
+
+def connection_of(receive: object) -> BoundedProtocol | None:
+    """The connection of a request, by its ASGI `receive`; None if another server serves it."""
+    cycle = getattr(receive, "__self__", None)
+    transport = cycle.transport if isinstance(cycle, RequestResponseCycle) else None
+    return transport.protocol if isinstance(transport, ClosingTransport) else None

@@ -25,6 +25,8 @@ class ConnectionLimits(NamedTuple):
     """The bounds of one process. A proxy in front must close idle connections before the keep-alive time."""
 
     connections: int = 1000
+    held: int = 5000
+    """Requests of known clients that wait for an event, beside `connections`."""
     head_bytes: int = 16 * 1024
     target_bytes: int = 8 * 1024
     """Path and query, part of the head."""
@@ -89,12 +91,18 @@ class ConnectionWatch:
         self._timer: asyncio.TimerHandle | None = None
         self._logged_at = -math.inf
         self.refusals: Counter[str] = Counter()
+        self.held = 0
+
+    @property
+    def counted(self) -> int:
+        """How many connections count towards the bound: those of held requests have one of their own."""
+        return len(self._connections) - self.held
 
     def make_room(self, newest: WatchedConnection) -> bool:
         """Whether one more connection may stay. Above the bound, the longest idle ones are closed for it."""
         if self._timer is None:
             self._timer = self._loop.call_later(self._limits.check_seconds, self._check)
-        if len(self._connections) > self._limits.connections:
+        if self.counted > self._limits.connections:
             idle = [one for one in self._connections if one.is_idle and one is not newest]
             idle.sort(key=attrgetter("deadline"))
             # Several at once, because the search costs more than the closing.

@@ -78,6 +78,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "api/disputes",
     "api/balance",
     "api/events",
+    "api/waiting",
     "api/trace",
     "api/operators",
     "operations/grants",

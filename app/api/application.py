@@ -14,6 +14,7 @@ from app.api.create_payment import CREATE_PAYMENTS
 from app.api.openapi import documentation_assets, documentation_routes
 from app.api.requests import ApiRequest, ApiServices
 from app.api.routes import ROUTES
+from app.api.waiting import WaitingRequests
 from app.web.auth import Authenticator
 from app.web.batching import BatchingConnections
 from app.web.database import DatabasePool
@@ -26,19 +27,27 @@ from db.connect import connect_async
 from db.settings import Settings, load_settings
 
 
-def create_app(settings: Settings | None = None, *, connections: int = 2, batch_max: int = 200) -> HttpApplication:
-    """The application. `connections` and `batch_max` bound the batching connections of POST /v1/payments."""
+def create_app(
+    settings: Settings | None = None, *, connections: int = 2, batch_max: int = 200, waiting_max: int | None = None
+) -> HttpApplication:
+    """The application.
+
+    `connections` and `batch_max` bound the batching connections of POST /v1/payments, `waiting_max` the requests that
+    wait for an event.
+    """
     settings = settings or load_settings()
     return HttpApplication(
         [*ROUTES, *documentation_routes(ROUTES)],
         ApiRequest,
-        partial(open_api_services, settings, connections, batch_max),
+        partial(open_api_services, settings, connections, batch_max, waiting_max),
         assets=[documentation_assets()],
     )
 
 
 @asynccontextmanager
-async def open_api_services(settings: Settings, connections: int, batch_max: int) -> AsyncGenerator[ApiServices]:
+async def open_api_services(
+    settings: Settings, connections: int, batch_max: int, waiting_max: int | None
+) -> AsyncGenerator[ApiServices]:
     """The services, open. Each is closed even if another one's closing fails."""
     # Slow reads take no connection from commands, and neither takes one from the health check.
     database = DatabasePool("api", settings)
@@ -63,7 +72,10 @@ async def open_api_services(settings: Settings, connections: int, batch_max: int
         await batching.open()
         OVERLOAD_CHECKS[b"POST", b"/v1/payments"] = batching.is_full
         closing.callback(OVERLOAD_CHECKS.pop, (b"POST", b"/v1/payments"))
+        waiting = WaitingRequests(reading, requests_max=waiting_max)
+        closing.push_async_callback(waiting.close)
         authenticator = Authenticator(database, reading, refusals, key_uses)
         yield ApiServices(
-            database, health, authenticator, batching, payment_scheduler, command_scheduler, settings.trusted_proxies
-        )
+            database, health, authenticator, batching, payment_scheduler, command_scheduler, settings.trusted_proxies,
+            waiting,
+        )  # fmt: skip

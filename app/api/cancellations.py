@@ -20,5 +20,6 @@ async def cancel_payment(request: ApiRequest) -> HttpResponse:
         NewCancellation,
         "select status, problem, detail, body, is_replayed from api.cancel_payment(%s)",
         subject="payment_id",
+        awaits="cancellations",
         subject_id=id_or_empty(request, PAYMENT_ID),
     )

@@ -19,5 +19,6 @@ async def capture_payment(request: ApiRequest) -> HttpResponse:
         NewCapture,
         "select status, problem, detail, body, is_replayed from api.capture_payment(%s)",
         subject="payment_id",
+        awaits="payments",
         subject_id=id_or_empty(request, PAYMENT_ID),
     )

@@ -10,7 +10,9 @@ from typing import Any, LiteralString
 import msgspec
 
 from app.api.create_payment import BODY_BYTES_MAX, amount_violation
+from app.api.held_answers import document_after_command
 from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest, compact
+from app.api.waiting import AwaitedKind
 from app.web.asgi import HttpResponse
 from app.web.auth import DENIALS, KEY_PROBLEMS, Caller
 from app.web.problems import Problem, RuleViolation, invalid_request
@@ -44,13 +46,14 @@ async def execute_command(
     *,
     subject: str,
     subject_id: str,
+    awaits: AwaitedKind | None = None,
     location: str = "",
 ) -> HttpResponse:
     """The answer to a command. Raises Problem.
 
     `statement` takes a request as JSON and returns status, problem, detail, body, is_replayed. `subject` is the name of
     the path's id in that JSON; `subject_id` is empty if the path holds no id. `location` plus the new object's id is
-    the Location.
+    the Location. `awaits` says what a request with `Prefer: wait=N` waits for (app/api/held_answers.py).
     """
     assert struct is request.route.body
     caller = request.caller()
@@ -84,6 +87,9 @@ async def execute_command(
         headers.append(IDEMPOTENCY_REPLAYED)
     else:
         request.services.command_scheduler.schedule()
+    if awaits is not None and b"prefer" in request.headers:
+        answer, applied = await document_after_command(request, caller, awaits, answer, is_replayed=is_replayed)
+        headers += applied
     return HttpResponse(status, compact(answer), request.request_id, headers)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from app.api.held_answers import document_after_command
 from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest, compact
 from app.api.schemas.payments import NewPayment, PaymentRequest
 from app.web.asgi import HttpResponse
@@ -85,6 +86,9 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
         headers.append(IDEMPOTENCY_REPLAYED)
     else:
         request.services.payment_scheduler.schedule()
+    if b"prefer" in request.headers:
+        document, applied = await document_after_command(request, caller, "payments", document, is_replayed=is_replayed)
+        headers += applied
     return HttpResponse(status, compact(document), request.request_id, headers)
 
 

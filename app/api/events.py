@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from app.api.held_answers import respond_when_events
 from app.api.ids import EVENT_ID, id_or_empty
 from app.api.requests import ApiRequest
 from app.api.schemas.events import EventsQuery
@@ -9,11 +10,18 @@ from app.web.asgi import HttpResponse
 
 
 async def list_events(request: ApiRequest) -> HttpResponse:
-    """List events, oldest first. A reader that always continues with `next` misses none."""
+    """List events, oldest first. A reader that always continues with `next` misses none.
+
+    `Prefer: wait=N` waits while there is no event.
+    """
     caller = request.caller()
     asked = await request.merchant_query(caller, EventsQuery)
-    query = "select body from api.list_events(%s, %s, %s, %s, %s, %s)"
-    return request.respond(await caller.fetch(query, asked.starting_after, asked.limit, asked.type, asked.object))
+
+    async def fetch(after: str | None) -> str:
+        query = "select body from api.list_events(%s, %s, %s, %s, %s, %s)"
+        return await caller.fetch(query, after, asked.limit, asked.type, asked.object)
+
+    return await respond_when_events(request, caller, asked.starting_after, fetch)
 
 
 async def get_event(request: ApiRequest) -> HttpResponse:

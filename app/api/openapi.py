@@ -73,6 +73,11 @@ HEADERS: dict[str, JsonDocument] = {
         "required": True,
         "schema": {"type": "string"},
     },
+    "Preference-Applied": {
+        "description": "`wait=N`: the request was allowed to wait for N seconds, and is answered as it asked.",
+        "schema": {"type": "string", "pattern": "^wait=[0-9]+$"},
+    },
+    "Vary": {"description": "The answer depends on the header Prefer.", "schema": {"const": "Prefer"}},
     "Idempotency-Replayed": {
         "description": "Present if this is a repetition of the first answer.",
         "schema": {"const": "true"},
@@ -100,6 +105,15 @@ IDEMPOTENCY_KEY_PARAMETER: JsonDocument = {
     "required": True,
     "description": "1 to 255 printable characters: new for each request, the same for each repetition.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+
+
+PREFER_PARAMETER: JsonDocument = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": "`wait=N` (RFC 7240): wait up to N seconds, at most 30, for a result. Anything else is ignored.",
+    "schema": {"type": "string"},
 }
 
 
@@ -167,6 +181,8 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
     ]
     if is_idempotent:
         parameters.append(IDEMPOTENCY_KEY_PARAMETER)
+    if row.takes_wait:
+        parameters.append(PREFER_PARAMETER)
     if row.query is not None:
         parameters += query_parameters(components[row.query.__name__]["properties"])
     operation: JsonDocument = {
@@ -207,10 +223,13 @@ def described(schema: JsonDocument) -> JsonDocument:
 def describe_answers(row: Route, *, is_idempotent: bool) -> JsonDocument:
     """The successful answers of a route, by status."""
     schemas, _ = msgspec.json.schema_components(row.answers.values(), ref_template=REFERENCE)
+    more = ["Idempotency-Replayed"] if is_idempotent else []
+    if row.takes_wait:
+        more += ["Preference-Applied"] if is_idempotent else ["Preference-Applied", "Vary"]
     return {
         str(status): {
             "description": HTTPStatus(status).description,
-            "headers": headers_of(status, "Idempotency-Replayed" if is_idempotent else None),
+            "headers": headers_of(status, *more),
             "content": {"application/json": {"schema": schema}},
         }
         for status, schema in zip(row.answers, schemas, strict=True)
@@ -234,9 +253,9 @@ def describe_problems(names: Sequence[str]) -> JsonDocument:
     }
 
 
-def headers_of(status: int, more: str | None = None) -> JsonDocument:
+def headers_of(status: int, *more: str) -> JsonDocument:
     """The headers of an answer."""
-    names = ["Request-Id", *HEADERS_BY_STATUS.get(status, []), *([more] if more else [])]
+    names = ["Request-Id", *HEADERS_BY_STATUS.get(status, []), *more]
     return {name: HEADERS[name] for name in names}
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from app.api.held_answers import respond_when_decided
 from app.api.ids import PAYMENT_ID, id_or_empty
 from app.api.requests import ApiRequest
 from app.api.schemas.payments import PaymentsQuery
+from app.api.waiting import AwaitedObject
 from app.web.asgi import HttpResponse
 
 
 async def get_payment(request: ApiRequest) -> HttpResponse:
-    """Read a payment."""
-    caller = request.caller()
+    """Read a payment. `Prefer: wait=N` waits while its status is `pending`."""
     query = "select body from api.get_payment(%s, %s, %s)"
-    return request.respond(await caller.fetch(query, id_or_empty(request, PAYMENT_ID)))
+    return await respond_when_decided(request, AwaitedObject("payments", id_or_empty(request, PAYMENT_ID)), query)
 
 
 async def get_trace(request: ApiRequest) -> HttpResponse:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from app.api.commands import execute_command
+from app.api.held_answers import respond_when_decided
 from app.api.ids import PAYMENT_ID, REFUND_ID, id_or_empty
 from app.api.requests import ApiRequest
 from app.api.schemas.refunds import NewRefund, RefundsQuery
+from app.api.waiting import AwaitedObject
 from app.web.asgi import HttpResponse
 
 
@@ -20,15 +22,15 @@ async def create_refund(request: ApiRequest) -> HttpResponse:
         "select status, problem, detail, body, is_replayed from api.create_refund(%s)",
         subject="payment_id",
         subject_id=id_or_empty(request, PAYMENT_ID),
+        awaits="refunds",
         location="/v1/refunds/",
     )
 
 
 async def get_refund(request: ApiRequest) -> HttpResponse:
-    """Read a refund."""
-    caller = request.caller()
+    """Read a refund. `Prefer: wait=N` waits while its status is `pending`."""
     query = "select body from api.get_refund(%s, %s, %s)"
-    return request.respond(await caller.fetch(query, id_or_empty(request, REFUND_ID)))
+    return await respond_when_decided(request, AwaitedObject("refunds", id_or_empty(request, REFUND_ID)), query)
 
 
 async def list_refunds(request: ApiRequest) -> HttpResponse:

@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from app.api.waiting import WaitingRequests
 from app.web.asgi import HttpResponse
 from app.web.auth import Authenticator, Caller
 from app.web.batching import BatchingConnections
@@ -38,6 +39,7 @@ class ApiServices(NamedTuple):
     payment_scheduler: WorkerScheduler
     command_scheduler: WorkerScheduler
     proxies: TrustedProxies
+    waiting: WaitingRequests
 
 
 class ApiRequest(HttpRequest):

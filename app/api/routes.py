@@ -92,10 +92,13 @@ PAYMENT_ROUTES = [
         CREATE_PAYMENT_PROBLEMS,
         body=NewPayment,
         scope="payments:write",
+        takes_wait=True,
         is_fast=True,
     ),
     Route("GET", "/v1/payments", list_payments, {200: PaymentList}, LIST_PROBLEMS, query=PaymentsQuery, scope="read"),
-    Route("GET", "/v1/payments/{payment_id}", get_payment, {200: Payment}, READ_PROBLEMS, scope="read"),
+    Route(
+        "GET", "/v1/payments/{payment_id}", get_payment, {200: Payment}, READ_PROBLEMS, scope="read", takes_wait=True
+    ),
     Route(
         "POST",
         "/v1/payments/{payment_id}",
@@ -114,6 +117,7 @@ PAYMENT_ROUTES = [
         COMMAND_PROBLEMS,
         body=NewCapture,
         scope="payments:write",
+        takes_wait=True,
     ),
     Route(
         "POST",
@@ -123,6 +127,7 @@ PAYMENT_ROUTES = [
         COMMAND_PROBLEMS,
         body=NewCancellation,
         scope="payments:write",
+        takes_wait=True,
     ),
     Route(
         "POST",
@@ -132,13 +137,14 @@ PAYMENT_ROUTES = [
         (*COMMAND_PROBLEMS, "balance-too-low"),
         body=NewRefund,
         scope="refunds:write",
+        takes_wait=True,
     ),
 ]
 
 MERCHANT_ROUTES = [
     *PAYMENT_ROUTES,
     Route("GET", "/v1/refunds", list_refunds, {200: RefundList}, LIST_PROBLEMS, query=RefundsQuery, scope="read"),
-    Route("GET", "/v1/refunds/{refund_id}", get_refund, {200: Refund}, READ_PROBLEMS, scope="read"),
+    Route("GET", "/v1/refunds/{refund_id}", get_refund, {200: Refund}, READ_PROBLEMS, scope="read", takes_wait=True),
     Route("GET", "/v1/disputes", list_disputes, {200: DisputeList}, LIST_PROBLEMS, query=DisputesQuery, scope="read"),
     Route("GET", "/v1/disputes/{dispute_id}", get_dispute, {200: Dispute}, READ_PROBLEMS, scope="read"),
     Route(
@@ -175,7 +181,16 @@ MERCHANT_ROUTES = [
         ("unauthenticated", *KEY_PROBLEMS, "overloaded", "unavailable"),
         scope="read",
     ),
-    Route("GET", "/v1/events", list_events, {200: EventList}, LIST_PROBLEMS, query=EventsQuery, scope="read"),
+    Route(
+        "GET",
+        "/v1/events",
+        list_events,
+        {200: EventList},
+        LIST_PROBLEMS,
+        query=EventsQuery,
+        scope="read",
+        takes_wait=True,
+    ),
     Route("GET", "/v1/events/{event_id}", get_event, {200: Event}, READ_PROBLEMS, scope="read"),
 ]
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
-from app.bounded_http import WholeResponse
+from app.connection_responses import WholeResponse
 
 Message = Mapping[str, Any]
 Scope = Mapping[str, Any]

@@ -109,6 +109,14 @@ class Caller:
             raise await self.audit_denial("not-found")
         return document
 
+    async def read_position(self, cursor: str) -> Row:
+        """Merchant, restore generation and snapshot of a reader of events at this cursor. Raises Problem."""
+        query = "select merchant_id, generation, seen from api.read_position(%s, %s, %s)"
+        row = await self._authenticator.reading.fetch_row(query, self.key_hash, cursor, self.address)
+        if row is None:
+            raise await self.audit_denial(None)
+        return row
+
     def note_use(self) -> None:
         """Note that the database accepted the key."""
         self._authenticator.key_uses.note(self.key_hash)

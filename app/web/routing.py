@@ -49,6 +49,8 @@ class Route:
     scope: str = ""
     """The scope that a key needs, which the route's SQL function requires."""
     tag: str | None = None
+    takes_wait: bool = False
+    """`Prefer: wait=N` holds the answer (app/api/held_answers.py)."""
     is_fast: bool = False
     """Matched before Litestar."""
 

@@ -30,7 +30,7 @@ log = logging.getLogger("surety.serving")
 
 BACKLOG = 2048
 # Connections may exceed their bound while they are refused.
-OPEN_FILES = 3 * ConnectionLimits().connections
+OPEN_FILES = 3 * ConnectionLimits().connections + ConnectionLimits().held
 SHUTDOWN_SECONDS_MAX = 20
 GRACE_SECONDS = 5
 

@@ -53,9 +53,9 @@ def test_the_sandbox_imports_none_of_the_rest() -> None:
 
 
 def test_the_limits_of_connections_import_nothing_of_ours() -> None:
-    files = {"app/bounded_http.py", "app/connection_limits.py"}
+    files = {"app/bounded_http.py", "app/connection_limits.py", "app/connection_responses.py"}
     modules = {module for file, module in imports_of("app") if file in files and module.split(".")[0] in PACKAGES}
-    assert modules == {"app.connection_limits"}
+    assert modules == {"app.connection_limits", "app.connection_responses"}
 
 
 def test_the_sandboxs_shared_modules_know_no_provider() -> None:

@@ -26,6 +26,7 @@ LARGE_FOLDERS = {
     "app/api": "one file a resource",
     "app/cli": "one file a command",
     "app/web": "one file a concern of HTTP: authentication, batching, load shedding, problems, routing …",
+    "db/sql/api": "one file a resource, as in app/api",
     "tests/api": "one file a concern of the HTTP processes",
     "tests/bench": "one file a benchmark",
     "tests/db": "one file a subject, as in db/sql",

@@ -344,7 +344,7 @@ idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, id
 amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
 return_url, off_session, customer, metadata}].';
 
-create or replace function api.get_payment(p_key_hash bytea, p_id text, p_address text default '')
+create or replace function api.get_payment(p_key_hash bytea, p_id text, p_address text = '', p_scope text = 'read')
 returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -355,11 +355,11 @@ begin atomic
             from surety.payments cross join lateral api.show_payment(payments) as shown
             where payments.id = p_id and payments.merchant_id = who.merchant_id
         )
-    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
+    from api.identify_merchant(p_key_hash, p_scope, p_address) as who;
 end;
 
-comment on function api.get_payment(bytea, text, text) is
-'A payment of the merchant; body is null if the merchant has none of that id. No row: the key may not read.';
+comment on function api.get_payment(bytea, text, text, text) is
+'A payment of the merchant; body is null if it has none of that id. No row: the key may not be used for p_scope.';
 
 create or replace function api.list_payments(
     p_key_hash bytea, p_state text, p_status text, p_reference text, p_created_from timestamptz,

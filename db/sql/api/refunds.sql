@@ -103,8 +103,9 @@ multiple of the currency''s step; balance-too-low, detail {needed, balance, curr
 available balance must cover the refund, except for our fee of this payment, so that a merchant with no other money can
 refund it in full. A balance in the currency of an exchange counts at the payment''s own rate.';
 
-create or replace function api.get_refund(p_key_hash bytea, p_id text, p_address text default '')
-returns table (merchant_id text, body text)
+create or replace function api.get_refund(
+    p_key_hash bytea, p_id text, p_address text default '', p_scope text default 'read'
+) returns table (merchant_id text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
@@ -114,11 +115,11 @@ begin atomic
             from surety.refunds cross join lateral api.show_refund(refunds) as shown
             where refunds.id = p_id and refunds.merchant_id = who.merchant_id
         )
-    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
+    from api.identify_merchant(p_key_hash, p_scope, p_address) as who;
 end;
 
-comment on function api.get_refund(bytea, text, text) is
-'A refund of the merchant; body is null if the merchant has none of that id. No row: the key may not read.';
+comment on function api.get_refund(bytea, text, text, text) is
+'A refund of the merchant; body is null if it has none of that id. No row: the key may not be used for p_scope.';
 
 create or replace function api.list_refunds(
     p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text, p_address text default ''
