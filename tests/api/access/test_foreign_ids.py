@@ -14,11 +14,12 @@ import pytest
 
 from app.api.routes import MERCHANT_ROUTES, OPERATOR_ROUTES, ROUTES
 from app.web.routing import PATH_PARAMETER, Route
+from tests.api.access.test_keys import BODIES
 from tests.support.http_client import Connection, Merchant, ServerProcess, payment, unique_name
 from tests.support.payments import fact, record
 
 OWN_HEADERS = frozenset({"date", "request-id"})
-BODIES = {"/v1/payments": payment(), "/v1/disputes/{dispute_id}/evidence": {"evidence": {"uncategorized_text": "x"}}}
+NOT_IDS = frozenset({"type", "state", "status", "created_from", "created_before", "limit"})
 OBJECT_TABLES = {
     "refunded payment": "select payment_id from surety.refunds where merchant_id = %s",
     "disputed payment": "select payment_id from surety.disputes where merchant_id = %s",
@@ -80,15 +81,15 @@ def answer_to(client: httpx.Client, row: Route, path: str, query: dict[str, str]
 def test_every_route_with_an_id_is_tried() -> None:
     """A route of a new kind must be thought of here."""
     tried = {name for row in ROUTES for name in PATH_PARAMETER.findall(row.path)}
-    assert tried == {"payment_id", "refund_id", "dispute_id", "letter_id", "name"}
+    assert tried == {"payment_id", "refund_id", "dispute_id", "event_id", "letter_id", "name"}
     cursors = {
         field.name
         for row in MERCHANT_ROUTES
         if row.query
         for field in msgspec.structs.fields(row.query)
-        if field.name not in {"state", "status", "created_from", "created_before", "limit"}
+        if field.name not in NOT_IDS
     }
-    assert cursors == {"reference", "payment", "starting_after", "after"}
+    assert cursors == {"reference", "payment", "object", "starting_after"}
 
 
 @pytest.mark.parametrize("kind", OBJECT_TABLES)
@@ -117,7 +118,7 @@ def test_foreign_id_in_a_query_is_answered_as_an_unknown_one(
     known = victim[kind]
     for row in MERCHANT_ROUTES:
         for field in msgspec.structs.fields(row.query) if row.query else ():
-            if field.name in {"state", "status", "created_from", "created_before", "limit"}:
+            if field.name in NOT_IDS:
                 continue
             answers = []
             for each in (known, unknown(known)):
@@ -143,7 +144,7 @@ def test_foreign_idempotency_key_and_cursor_of_events_are_a_merchants_own(
     # Another merchant's cursor leads to one's own events.
     cursor = other.get("/v1/events")["next"]
     second = merchant.pay()["id"]
-    events = merchant.get("/v1/events", after=cursor)["data"]
+    events = merchant.get("/v1/events", starting_after=cursor)["data"]
     assert [event["data"]["id"] for event in events] == [second]
     assert merchant.post(payment(reference=victim["reference"])).status_code == 201
     other.client.close()
