@@ -602,6 +602,15 @@ create table surety.payment_references (
     payment_id text collate "C" not null,
     constraint payment_references_pkey primary key (merchant_id, reference)
 );
+create table surety.payment_labels (
+    merchant_id text collate "C" not null,
+    name text collate "C" not null,
+    value text collate "C" not null,
+    payment_id text collate "C" not null,
+    constraint payment_labels_pkey primary key (merchant_id, name, value, payment_id)
+);
+comment on table surety.payment_labels is
+'The texts by which merchants find their payments: metadata.KEY, and customer.email in lower case.';
 comment on table surety.payment_references is
 'References in use, by payments that are neither failed nor canceled.';
 

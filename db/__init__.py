@@ -79,7 +79,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "api/balance",
     "api/events",
     "api/waiting",
-    "api/trace",
+    "api/reading",
     "api/operators",
     "operations/grants",
 )
@@ -87,6 +87,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
 LOCK_ORDER: tuple[str, ...] = (
     "surety.idempotency_keys",
     "surety.payment_references",
+    "surety.payment_labels",
     "surety.provider_events",
     "surety.fact_keys",
     "surety.facts",

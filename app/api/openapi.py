@@ -209,7 +209,14 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
 def query_parameters(properties: JsonDocument) -> list[JsonDocument]:
     """The fields of a query's struct as parameters."""
     return [
-        {"name": name, "in": "query", "required": False, "schema": schema, **described(schema)}
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "schema": schema,
+            **described(schema),
+            **({"style": "deepObject", "explode": True} if schema.get("type") == "object" else {}),
+        }
         for name, schema in properties.items()
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from app.api.held_answers import respond_when_decided
 from app.api.ids import PAYMENT_ID, id_or_empty
 from app.api.requests import ApiRequest
@@ -28,7 +30,7 @@ async def list_payments(request: ApiRequest) -> HttpResponse:
     caller = request.caller()
     asked = await request.merchant_query(caller, PaymentsQuery)
     document = await caller.fetch(
-        "select body from api.list_payments(%s, %s, %s, %s, %s, %s, %s, %s, %s)",
+        "select body from api.list_payments(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
         asked.state,
         asked.status,
         asked.reference,
@@ -36,5 +38,14 @@ async def list_payments(request: ApiRequest) -> HttpResponse:
         asked.created_before,
         asked.limit,
         asked.starting_after,
+        msgspec.json.encode(labels_of(asked)).decode(),
     )
     return request.respond(document)
+
+
+def labels_of(asked: PaymentsQuery) -> dict[str, str]:
+    """The labels that payments must have, by name, as surety.labels_of_payment names them."""
+    labels = {f"metadata.{key}": value for key, value in asked.metadata.items()}
+    if asked.customer_email is not None:
+        labels["customer.email"] = asked.customer_email.lower()
+    return labels

@@ -32,6 +32,7 @@ ECHOED_CHARACTERS_MAX = 100
 # Readers of JSON that know only binary floating-point numbers round integers from here on.
 ROUNDED_INTEGERS_MIN = 2**53
 NAME_SIMILARITY_MIN = 0.75
+ENTRY = re.compile(r"(\w+)\[([^\[\]]*)\]")
 INTEGER = re.compile("-?[0-9]{1,100}")
 
 
@@ -305,10 +306,23 @@ def violation_checker(struct: type) -> Callable[[Any], list[RuleViolation]]:
     return lambda value: list(islice(rule_violations(value, kind), ERRORS_MAX))
 
 
+def flat_pairs(pairs: list[tuple[str, str]]) -> list[tuple[str, Any]]:
+    """The pairs of a query, those of `name[key]=value` gathered in one object under their name."""
+    flat: list[tuple[str, Any]] = []
+    entries: dict[str, list[tuple[str, str]]] = {}
+    for name, value in pairs:
+        parts = ENTRY.fullmatch(name)
+        if parts is None:
+            flat.append((name, value))
+        else:
+            entries.setdefault(parts[1], []).append((parts[2], value))
+    return [*flat, *((name, json_object(of)) for name, of in entries.items())]
+
+
 def read_query(query: bytes, struct: type[T]) -> T:
     """A query string as a struct. Raises Problem, with all broken rules, each under its parameter's name."""
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="replace")
-    given: dict[str, Any] = json_object(pairs)
+    given: dict[str, Any] = json_object(flat_pairs(pairs))
     for field in msgspec.structs.fields(cast(type[msgspec.Struct], struct)):
         if field.encode_name == "limit" and INTEGER.fullmatch(given.get("limit", "")):
             given["limit"] = int(given["limit"])

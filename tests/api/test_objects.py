@@ -136,6 +136,47 @@ def test_currencies_have_their_bounds(merchant: Merchant) -> None:
 PAID = {"payment_method": {"type": "card", "token": "pm_card_visa"}, "return_url": "https://shop.example/return"}
 
 
+def test_payments_are_found_by_metadata_and_email(merchant: Merchant, other: Merchant) -> None:
+    ada = merchant.pay(metadata={"cart": "9", "größe": "[x]=1&y"}, customer={"email": "Ada@Shop.example"})["id"]
+    bob = merchant.pay(metadata={"cart": "9"}, customer={"name": "Bob"})["id"]
+    other.pay(metadata={"cart": "9"}, customer={"email": "ada@shop.example"})
+    merchant.pay()
+
+    def found(**query: Any) -> list[str]:
+        return [payment["id"] for payment in merchant.get("/v1/payments", **query)["data"]]
+
+    assert found(**{"metadata[cart]": "9"}) == [bob, ada]
+    assert found(**{"metadata[cart]": "9", "metadata[größe]": "[x]=1&y"}) == [ada]
+    assert found(**{"metadata[cart]": "9", "metadata[other]": "9"}) == found(**{"metadata[cart]": "10"}) == []
+    assert (
+        found(customer_email="aDA@shop.example") == found(customer_email="ada@shop.example", status="pending") == [ada]
+    )
+    assert found(customer_email="ada@shop.example", state="settled") == found(customer_email="ada@shop") == []
+    assert found(**{"metadata[cart]": "9"}, limit=1) == [bob]
+    assert found(**{"metadata[cart]": "9"}, starting_after=bob) == [ada]
+    assert found(**{"metadata[cart]": "9"}, reference="none") == []
+    assert update(merchant, ada, {"cart": "10"}).status_code == 200
+    assert (found(**{"metadata[cart]": "9"}), found(**{"metadata[cart]": "10"})) == ([bob], [ada])
+    assert found(customer_email="ada@shop.example") == [ada]
+
+
+@pytest.mark.parametrize(
+    ("query", "field", "rule"),
+    [
+        ("metadata=9", "metadata", "type"),
+        ("metadata[cart]=9&metadata[cart]=9", "metadata/cart", "once"),
+        ("metadata[cart]=9&metadata=9", "metadata", "once"),
+        ("metadata[%5B]=9", "metadata[[]", "known"),
+        ("status[a]=9", "status", "one_of"),
+        ("&".join(f"metadata[{n}]=9" for n in range(6)), "metadata", "max_entries"),
+        ("customer_email=a", "customer_email", "min_length"),
+    ],
+)
+def test_filter_of_payments_of_another_form_is_refused(merchant: Merchant, query: str, field: str, rule: str) -> None:
+    errors = problem(merchant.client.get(f"/v1/payments?{query}"), 400, "invalid-request")["errors"]
+    assert (field, rule) in {(error["field"], error["rule"]) for error in errors}
+
+
 def test_metadata_is_merged_and_null_removes_a_key(merchant: Merchant) -> None:
     made = merchant.pay(metadata={"cart": "9", "gift": "yes"})
     answer = update(merchant, made["id"], {"gift": None, "note": "größer"})

@@ -65,6 +65,10 @@ VIOLATIONS: dict[str, str] = {
         "insert into surety.payment_references (merchant_id, reference, payment_id)"
         " select merchant_id, 'order-1', 'pay_that_never_was' from surety.payments where id = %(p)s"
     ),
+    "a payment is found by its metadata and e-mail address": (
+        "insert into surety.payment_labels (merchant_id, name, value, payment_id)"
+        " select merchant_id, 'metadata.cart', '9', id from surety.payments where id = %(p)s"
+    ),
     "every refund is in the state of its last step": f"{REFUND} 'succeeded' from surety.payments where id = %(p)s",
     "every refund step starts where the last ended": (
         f"with made as ({REFUND} 'pending' from surety.payments where id = %(p)s returning id)"

@@ -102,6 +102,18 @@ MetadataUpdate = Annotated[
         examples=[{"cart": "9", "gift": None}],
     ),
 ]
+SoughtMetadata = Annotated[
+    dict[MetadataKey, MetadataValue],
+    Meta(
+        max_length=5, description="`metadata[cart]=9`: payments with this text; up to five.", examples=[{"cart": "9"}]
+    ),
+]
+SoughtEmail = Annotated[
+    str,
+    Meta(
+        min_length=3, max_length=254, description="The payer's, in upper or lower case.", examples=["ada@shop.example"]
+    ),
+]
 Email = Annotated[
     str,
     Meta(

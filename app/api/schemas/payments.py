@@ -21,6 +21,8 @@ from app.api.schemas.fields import (
     Provider,
     Reference,
     ReturnUrl,
+    SoughtEmail,
+    SoughtMetadata,
     Suffix,
     Token,
 )
@@ -234,5 +236,7 @@ class PaymentsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     reference: Reference | None = None
     created_from: Instant | None = None
     created_before: Instant | None = None
+    customer_email: SoughtEmail | None = None
+    metadata: SoughtMetadata = {}
     limit: Limit = 20
     starting_after: PaymentId | None = None

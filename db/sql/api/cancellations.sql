@@ -78,10 +78,16 @@ begin
         return api.refuse_command(v_admitted, 'invalid-request', jsonb_build_object(
             'field', '/metadata', 'rule', 'max_entries', 'limit', v_keys_max, 'given', v_keys));
     end if;
+    delete from surety.payment_labels as l
+    using surety.labels_of_payment(v_payment) as old
+    where l.merchant_id = v_payment.merchant_id and l.name = old.name and l.value = old.value
+        and l.payment_id = v_payment.id;
     update surety.payments as p
     set metadata = v_metadata, updated_at = v_admitted.admitted_at
     where p.id = v_payment.id
     returning * into v_payment;
+    insert into surety.payment_labels (merchant_id, name, value, payment_id)
+    select v_payment.merchant_id, l.name, l.value, v_payment.id from surety.labels_of_payment(v_payment) as l;
     return api.complete_command(
         v_admitted, p_request, v_payment.id, 200,
         (select shown.document::text from api.show_payment(v_payment) as shown),

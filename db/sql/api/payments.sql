@@ -278,6 +278,12 @@ begin
         from unnest(v_entries) as e;
     end if;
 
+    if exists (select from unnest(v_payments) as p where p.metadata <> '{}' or p.customer is not null) then
+        insert into surety.payment_labels (merchant_id, name, value, payment_id)
+        select p.merchant_id, l.name, l.value, p.id
+        from unnest(v_payments) as p cross join lateral surety.labels_of_payment(p) as l;
+    end if;
+
     if cardinality(v_won) = cardinality(v_n) then
         -- All payments are new: the arrays hold the same requests in the same order.
         return query
@@ -343,108 +349,3 @@ given}; reference-taken, detail {payment_id};
 idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
 amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
 return_url, off_session, customer, metadata}].';
-
-create or replace function api.get_payment(p_key_hash bytea, p_id text, p_address text = '', p_scope text = 'read')
-returns table (merchant_id text, body text)
-language sql stable security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    select
-        who.merchant_id,
-        (
-            select shown.document::text
-            from surety.payments cross join lateral api.show_payment(payments) as shown
-            where payments.id = p_id and payments.merchant_id = who.merchant_id
-        )
-    from api.identify_merchant(p_key_hash, p_scope, p_address) as who;
-end;
-
-comment on function api.get_payment(bytea, text, text, text) is
-'A payment of the merchant; body is null if it has none of that id. No row: the key may not be used for p_scope.';
-
-create or replace function api.list_payments(
-    p_key_hash bytea, p_state text, p_status text, p_reference text, p_created_from timestamptz,
-    p_created_before timestamptz, p_limit integer, p_starting_after text, p_address text default ''
-) returns table (merchant_id text, body text)
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
-set enable_sort = off set enable_incremental_sort = off
-as $$
--- The merchant and both bounds are found before payments are read. So the cost of a page does not depend on other
--- merchants or on its age.
-declare
-    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash, 'read', p_address) as k);
-    v_from text := surety.id_at('pay', greatest(p_created_from, 'epoch'));
-    v_before text := case
-        when p_created_before is null then 'pay_g' else surety.id_at('pay', greatest(p_created_before, 'epoch'))
-    end;
-    v_states text [];
-    -- A state whose status depends on the rail.
-    v_rails text [] := case p_status when 'returned' then '{ach}' when 'lost' then '{card}' end;
-    v_ids text [];
-begin
-    if v_merchant is null then
-        return;
-    end if;
-    if p_starting_after is not null and not exists (
-        select from surety.payments as c where c.id = p_starting_after and c.merchant_id = v_merchant
-    ) then
-        perform api.refuse_cursor();
-    end if;
-    if p_state is not null or p_status is not null then
-        v_states := array(
-            select s.state from surety.states as s
-            where (p_state is null or s.state = p_state)
-                and (p_status is null or p_status in (
-                    surety.payment_status(s.status, 'card'), surety.payment_status(s.status, 'ach')))
-        );
-    end if;
-    v_before := least(v_before collate "C", p_starting_after collate "C");
-    if p_reference is null and v_states is null then
-        v_ids := array(
-            select p.id from surety.payments as p
-            where p.merchant_id = v_merchant and p.id >= v_from and p.id < v_before
-            order by p.id desc
-            limit p_limit + 1
-        );
-    elsif p_reference is null then
-        -- The newest of each state: a state without payments costs nothing. Only the index of states can serve the row
-        -- comparisons and the order; with equalities the planner may walk through all payments of the merchant.
-        v_ids := array(
-            select newest.id
-            from unnest(v_states) as s (state)
-            cross join lateral (
-                select p.id from surety.payments as p
-                where (p.merchant_id, p.state, p.id) >= (v_merchant, s.state, v_from)
-                    and (p.merchant_id, p.state, p.id) < (v_merchant, s.state, v_before)
-                    and p.id >= v_from and p.id < v_before
-                    and (v_rails is null or p.rail = any(v_rails))
-                order by p.merchant_id desc, p.state desc, p.id desc
-                limit p_limit + 1
-            ) as newest
-            order by newest.id desc
-            limit p_limit + 1
-        );
-    else
-        v_ids := array(
-            select p.id from surety.payments as p
-            where p.merchant_id = v_merchant and p.reference = p_reference and p.id >= v_from and p.id < v_before
-                and (v_states is null or p.state = any(v_states)) and (v_rails is null or p.rail = any(v_rails))
-            order by p.id desc
-            limit p_limit + 1
-        );
-    end if;
-    return query
-    select v_merchant, api.render_page(
-        array(
-            select shown.document
-            from surety.payments as p cross join lateral api.show_payment(p) as shown
-            where p.id = any(v_ids)
-            order by p.id desc
-        ),
-        p_limit);
-end;
-$$;
-
-comment on function api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text, text) is
-'A page of the merchant''s payments, newest first, by state, status, reference and time of creation (from, before). Ids
-sort by time, so p_starting_after is the last id of the page before. No row: the key may not read.';

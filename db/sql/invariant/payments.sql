@@ -169,3 +169,37 @@ where
     );
 
 comment on view invariant.overdue_expectations_are_discrepancies is 'every overdue settlement is a discrepancy';
+
+create or replace view invariant.labels_match_payments as
+with wanted as materialized (
+    select
+        payments.merchant_id,
+        labels.name,
+        labels.value,
+        payments.id as payment_id
+    from surety.payments
+    cross join lateral surety.labels_of_payment(payments) as labels
+),
+
+differing as (
+    (
+        select wanted.*
+        from wanted
+        except
+        select payment_labels.*
+        from surety.payment_labels
+    )
+    union all
+    (
+        select payment_labels.*
+        from surety.payment_labels
+        except
+        select wanted.*
+        from wanted
+    )
+)
+
+select distinct differing.payment_id as subject
+from differing;
+
+comment on view invariant.labels_match_payments is 'a payment is found by its metadata and e-mail address';

@@ -26,7 +26,7 @@ api.audit_denial(bytea, text, text, text, text, text),
 api.explain_denial(bytea, text, text),
 api.note_key_uses(bytea[]),
 api.get_payment(bytea, text, text, text),
-api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text, text),
+api.list_payments(bytea, text, text, text, timestamptz, timestamptz, integer, text, jsonb, text),
 api.list_events(bytea, text, integer, text, text, text),
 api.get_event(bytea, text, text),
 api.list_currencies(bytea, text),
@@ -123,6 +123,7 @@ grant usage on schema invariant to surety_auditor;
 grant select on all tables in schema invariant to surety_auditor;
 grant execute on function
 surety.derive_payments(text[]),
+surety.labels_of_payment(surety.payments),
 surety.read_clock(),
 surety.dispute_status(text, jsonb),
 surety.dispute_withdrawn(text, bigint),

@@ -75,7 +75,9 @@ def answer_to(client: httpx.Client, row: Route, path: str, query: dict[str, str]
         body = BODIES.get(row.path, {"reason": "why"} if "/operator/" in row.path else {})
         answer = client.post(path, json=body, headers={"Idempotency-Key": key})
     headers = {name: value for name, value in answer.headers.items() if name not in OWN_HEADERS}
-    return answer.status_code, headers, re.sub(r"req_[0-9a-f]+", "req_", answer.text)
+    # A cursor of events holds a snapshot, which goes on with every transaction.
+    text = re.sub(r'"next":"[^"]*"', '"next":""', answer.text)
+    return answer.status_code, headers, re.sub(r"req_[0-9a-f]+", "req_", text)
 
 
 def test_every_route_with_an_id_is_tried() -> None:
@@ -89,7 +91,7 @@ def test_every_route_with_an_id_is_tried() -> None:
         for field in msgspec.structs.fields(row.query)
         if field.name not in NOT_IDS
     }
-    assert cursors == {"reference", "payment", "object", "starting_after"}
+    assert cursors == {"reference", "customer_email", "metadata", "payment", "object", "starting_after"}
 
 
 @pytest.mark.parametrize("kind", OBJECT_TABLES)
