@@ -134,7 +134,7 @@ def test_each_event_is_listed_once_across_pages(merchant: Merchant) -> None:
     made = [merchant.pay()["id"] for _ in range(7)]
     seen, cursor = events(merchant, limit=2)
     assert seen == made
-    assert events(merchant, cursor) == ([], events(merchant, cursor)[1])
+    assert events(merchant, cursor)[0] == []
     later = merchant.pay()["id"]
     assert events(merchant, cursor)[0] == [later]
 
