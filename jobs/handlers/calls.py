@@ -140,7 +140,12 @@ async def provider_response(operation: CallOperation, worker: Worker, call: Prov
     assert call.idempotency_key is not None
     key = call.idempotency_key
     if call.verdict != "send":
-        found = await operation.find(worker, call)
+        try:
+            found = await operation.find(worker, call)
+        except ProviderError as error:
+            # The call keeps the status of its last send: 4xx would say that nothing was executed.
+            error.status = None
+            raise
         if found is not None:
             return found
         if call.verdict == "find":

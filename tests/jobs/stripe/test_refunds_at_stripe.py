@@ -70,6 +70,29 @@ async def test_refund_with_a_lost_response_is_made_once(
     assert not violations(conn)
 
 
+async def test_a_look_up_that_fails_does_not_hide_that_the_outcome_is_unknown(
+    conn: Connection, database: str, sandbox: SandboxProcess
+) -> None:
+    shorten_delays(conn, NO_AUTOMATIC_RETRY)
+    _, key = add_merchant(conn)
+    [payment_id] = pay(conn, key)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker, *PIPELINE)
+        refund_id = ask(conn, key, payment_id, 2500)["body"]["id"]
+        sandbox.order("refunds.create", "error_500_after", match=refund_id)
+        await run_until_idle(worker, *PIPELINE)
+        sandbox.order("refunds.list", "rate_limit_429")
+        due(conn)
+        await run_until_idle(worker, *PIPELINE)
+        assert sandbox.control("faults")["next"] == []
+        call = "select status from surety.calls where operation like 'refund:%'"
+        assert conn.execute(call).fetchall() == [(500,)]
+        due(conn)
+        await run_until_idle(worker, *PIPELINE)
+    assert len(made(sandbox, payment_id)) == 1
+    assert states(conn, payment_id) == [("succeeded", 2500)]
+
+
 async def test_a_refund_that_the_provider_refuses_has_failed_and_reserves_nothing(
     conn: Connection, database: str, sandbox: SandboxProcess
 ) -> None:
