@@ -48,6 +48,10 @@ begin
     select c.merchant_id, k.route, k.key || '-' || c.n, k.request_hash, c.id, k.status, k.response, c.at
     from copies as c cross join surety.idempotency_keys as k where k.payment_id = p_payment_id;
 
+    insert into surety.payment_labels (merchant_id, name, value, payment_id)
+    select c.merchant_id, l.name, l.value, c.id
+    from copies as c cross join surety.payment_labels as l where l.payment_id = p_payment_id;
+
     insert into surety.payment_references (merchant_id, reference, payment_id)
     select c.merchant_id, r.reference || '-' || c.n, c.id
     from copies as c cross join surety.payment_references as r where r.payment_id = p_payment_id;

@@ -94,7 +94,7 @@ class LoadClient:
             if status != 201:
                 self.errors += 1
             elif body.startswith(b'{"id":"pay_'):
-                self.ids.append(body[7:43].decode())
+                self.ids.append(body[7:35].decode())
         writer.close()
 
     def request(self, path: str, number: int) -> bytes:

@@ -76,7 +76,7 @@ class TimedClient(LoadClient):
             took_ms = (time.perf_counter() - began) * 1000
             if head.startswith(b"http/1.1 201 ") and body.startswith(b'{"id":"pay_'):
                 self.seen.accepted_ms.append(took_ms)
-                self.seen.ids.append(body[7:43].decode())
+                self.seen.ids.append(body[7:35].decode())
             elif head.startswith(b"http/1.1 503 ") and b"\r\nretry-after: " in head and b"/problems/overloaded" in body:
                 self.seen.refused_ms.append(took_ms)
                 await asyncio.sleep(float(head.partition(b"\r\nretry-after: ")[2].partition(b"\r\n")[0]))
