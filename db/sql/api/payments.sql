@@ -128,6 +128,7 @@ declare
     v_references text [];
     v_ids text [];
     v_are_cut_off boolean [];
+    v_labels jsonb [];
     -- One element per request that may become a payment, ordered by key.
     v_payments surety.payments [];
     v_keys surety.idempotency_keys [];
@@ -191,6 +192,10 @@ begin
         array_agg(case when a.problem = 'invalid-request' then api.check_amount_bounds(a.amount, a.currency) end),
         array_agg(a.reference), array_agg(case when a.is_first then a.new_id end),
         array_agg(coalesce(a.provider_account = any(v_cut_off), false)),
+        array_agg(case
+            when a.is_first and (a.metadata is not null or a.customer is not null)
+                then surety.label_object(a.metadata, a.customer)
+        end),
         array_agg(a.payment) filter (where a.is_first),
         array_agg((
             a.merchant_id, v_route, a.idempotency_key, decode(a.request_hash, 'hex'), a.new_id, 201,
@@ -205,7 +210,7 @@ begin
         )) filter (where a.is_first)
     into
         v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids,
-        v_are_cut_off, v_payments, v_keys, v_entries
+        v_are_cut_off, v_labels, v_payments, v_keys, v_entries
     from asked as a cross join lateral api.show_payment(a.payment) as shown;
 
     if v_payments is not null then
@@ -278,10 +283,12 @@ begin
         from unnest(v_entries) as e;
     end if;
 
-    if exists (select from unnest(v_payments) as p where p.metadata <> '{}' or p.customer is not null) then
+    if array_remove(v_labels, null) <> '{}' then
         insert into surety.payment_labels (merchant_id, name, value, payment_id)
-        select p.merchant_id, l.name, l.value, p.id
-        from unnest(v_payments) as p cross join lateral surety.labels_of_payment(p) as l;
+        select a.merchant_id, l.key, l.value, a.id
+        from unnest(v_merchants, v_ids, v_labels) as a (merchant_id, id, labels)
+        cross join lateral jsonb_each_text(a.labels) as l
+        where a.id = any(v_won);
     end if;
 
     if cardinality(v_won) = cardinality(v_n) then

@@ -30,24 +30,34 @@ comment on function surety.payment_status(text, text) is
 'The status of a payment as merchants see it: that of its state. A payment that is reversed was lost in a dispute, on
 the ACH rail returned by the bank.';
 
+create or replace function surety.label_object(p_metadata jsonb, p_customer jsonb) returns jsonb
+language sql immutable parallel safe
+begin atomic
+    select
+        coalesce(
+            (
+                select jsonb_object_agg('metadata.' || given.key, given.value)
+                from jsonb_each_text(p_metadata) as given
+            ),
+            '{}'::jsonb
+        )
+        || case
+            when p_customer ->> 'email' is null then '{}'::jsonb
+            else jsonb_build_object('customer.email', lower(p_customer ->> 'email'))
+        end;
+end;
+
+comment on function surety.label_object(jsonb, jsonb) is
+'The texts by which a merchant finds a payment, {name: value}: its metadata, and the payer''s e-mail address in lower
+case.';
+
 create or replace function surety.labels_of_payment(p surety.payments) returns table (name text, value text)
 language sql stable parallel safe
 begin atomic
-    -- One object instead of two parts by union all: inlined, PostgreSQL 18.6 can't plan those.
     select
         pairs.key as name,
         pairs.value
-    from jsonb_each_text(
-        (
-            select coalesce(jsonb_object_agg('metadata.' || given.key, given.value), '{}'::jsonb)
-            from jsonb_each_text(p.metadata) as given
-        )
-        || case
-            when p.customer ->> 'email' is null then '{}'::jsonb
-            else jsonb_build_object('customer.email', lower(p.customer ->> 'email'))
-        end
-    ) as pairs;
+    from jsonb_each_text(surety.label_object(p.metadata, p.customer)) as pairs;
 end;
 
-comment on function surety.labels_of_payment(surety.payments) is
-'The texts by which a merchant finds a payment: its metadata, and the payer''s e-mail address in lower case.';
+comment on function surety.labels_of_payment(surety.payments) is 'The labels of a payment, each in a row.';

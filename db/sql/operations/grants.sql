@@ -123,6 +123,7 @@ grant usage on schema invariant to surety_auditor;
 grant select on all tables in schema invariant to surety_auditor;
 grant execute on function
 surety.derive_payments(text[]),
+surety.label_object(jsonb, jsonb),
 surety.labels_of_payment(surety.payments),
 surety.read_clock(),
 surety.dispute_status(text, jsonb),
