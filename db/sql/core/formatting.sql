@@ -33,6 +33,8 @@ the ACH rail returned by the bank.';
 create or replace function surety.label_object(p_metadata jsonb, p_customer jsonb) returns jsonb
 language sql immutable parallel safe
 begin atomic
+    -- One object, because labels_of_payment can't be a union all of both parts: PostgreSQL 18.6 can't plan calls of a
+    -- stable function that is one and takes a row (findings/postgresql-inlined-union-over-row.sh).
     select
         coalesce(
             (
