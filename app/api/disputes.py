@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from app.api.commands import execute_command
+from app.api.expansion import part_with_payment
 from app.api.ids import DISPUTE_ID, id_or_empty
 from app.api.requests import ApiRequest
 from app.api.schemas.disputes import DisputesQuery, SubmittedEvidence
+from app.api.schemas.expanded import PartQuery
 from app.web.asgi import HttpResponse
 
 
 async def get_dispute(request: ApiRequest) -> HttpResponse:
     """Read a dispute."""
     caller = request.caller()
+    asked = await request.merchant_query(caller, PartQuery)
     query = "select body from api.get_dispute(%s, %s, %s)"
-    return request.respond(await caller.fetch(query, id_or_empty(request, DISPUTE_ID)))
+    answer = request.respond(await caller.fetch(query, id_or_empty(request, DISPUTE_ID)))
+    return await part_with_payment(caller, answer, asked.expand)
 
 
 async def list_disputes(request: ApiRequest) -> HttpResponse:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
+from app.api.expansion import payment_with_lists
 from app.api.held_answers import respond_when_decided
 from app.api.ids import PAYMENT_ID, id_or_empty
 from app.api.requests import ApiRequest
+from app.api.schemas.expanded import PaymentQuery
 from app.api.schemas.payments import PaymentsQuery
 from app.api.waiting import AwaitedObject
 from app.web.asgi import HttpResponse
@@ -14,8 +16,12 @@ from app.web.asgi import HttpResponse
 
 async def get_payment(request: ApiRequest) -> HttpResponse:
     """Read a payment. `Prefer: wait=N` waits while its status is `pending`."""
+    caller = request.caller()
+    asked = await request.merchant_query(caller, PaymentQuery)
+    payment_id = id_or_empty(request, PAYMENT_ID)
     query = "select body from api.get_payment(%s, %s, %s)"
-    return await respond_when_decided(request, AwaitedObject("payments", id_or_empty(request, PAYMENT_ID)), query)
+    answer = await respond_when_decided(request, AwaitedObject("payments", payment_id), query)
+    return await payment_with_lists(caller, answer, payment_id, asked.expand)
 
 
 async def get_trace(request: ApiRequest) -> HttpResponse:

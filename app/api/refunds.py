@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from app.api.commands import execute_command
+from app.api.expansion import part_with_payment
 from app.api.held_answers import respond_when_decided
 from app.api.ids import PAYMENT_ID, REFUND_ID, id_or_empty
 from app.api.requests import ApiRequest
+from app.api.schemas.expanded import PartQuery
 from app.api.schemas.refunds import NewRefund, RefundsQuery
 from app.api.waiting import AwaitedObject
 from app.web.asgi import HttpResponse
@@ -29,8 +31,11 @@ async def create_refund(request: ApiRequest) -> HttpResponse:
 
 async def get_refund(request: ApiRequest) -> HttpResponse:
     """Read a refund. `Prefer: wait=N` waits while its status is `pending`."""
+    caller = request.caller()
+    asked = await request.merchant_query(caller, PartQuery)
     query = "select body from api.get_refund(%s, %s, %s)"
-    return await respond_when_decided(request, AwaitedObject("refunds", id_or_empty(request, REFUND_ID)), query)
+    awaited = AwaitedObject("refunds", id_or_empty(request, REFUND_ID))
+    return await part_with_payment(caller, await respond_when_decided(request, awaited, query), asked.expand)
 
 
 async def list_refunds(request: ApiRequest) -> HttpResponse:

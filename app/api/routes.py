@@ -27,6 +27,7 @@ from app.api.refunds import create_refund, get_refund, list_refunds
 from app.api.schemas.balance import Balance, BalanceTransactionList, BalanceTransactionsQuery, CurrencyList
 from app.api.schemas.disputes import Dispute, DisputeList, DisputesQuery, SubmittedEvidence
 from app.api.schemas.events import Event, EventList, EventsQuery
+from app.api.schemas.expanded import ExpandedDispute, ExpandedPayment, ExpandedRefund, PartQuery, PaymentQuery
 from app.api.schemas.operators import (
     BulkDecision,
     DeadLetter,
@@ -54,6 +55,7 @@ from app.web.auth import KEY_PROBLEMS
 from app.web.routing import Route
 
 READ_PROBLEMS = ("unauthenticated", *KEY_PROBLEMS, "not-found", "overloaded", "unavailable")
+EXPAND_PROBLEMS = ("invalid-request", *READ_PROBLEMS)
 LIST_PROBLEMS = ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "overloaded", "unavailable")
 CREATE_PAYMENT_PROBLEMS = (
     "invalid-request",
@@ -97,7 +99,14 @@ PAYMENT_ROUTES = [
     ),
     Route("GET", "/v1/payments", list_payments, {200: PaymentList}, LIST_PROBLEMS, query=PaymentsQuery, scope="read"),
     Route(
-        "GET", "/v1/payments/{payment_id}", get_payment, {200: Payment}, READ_PROBLEMS, scope="read", takes_wait=True
+        "GET",
+        "/v1/payments/{payment_id}",
+        get_payment,
+        {200: ExpandedPayment},
+        EXPAND_PROBLEMS,
+        query=PaymentQuery,
+        scope="read",
+        takes_wait=True,
     ),
     Route(
         "POST",
@@ -144,9 +153,26 @@ PAYMENT_ROUTES = [
 MERCHANT_ROUTES = [
     *PAYMENT_ROUTES,
     Route("GET", "/v1/refunds", list_refunds, {200: RefundList}, LIST_PROBLEMS, query=RefundsQuery, scope="read"),
-    Route("GET", "/v1/refunds/{refund_id}", get_refund, {200: Refund}, READ_PROBLEMS, scope="read", takes_wait=True),
+    Route(
+        "GET",
+        "/v1/refunds/{refund_id}",
+        get_refund,
+        {200: ExpandedRefund},
+        EXPAND_PROBLEMS,
+        query=PartQuery,
+        scope="read",
+        takes_wait=True,
+    ),
     Route("GET", "/v1/disputes", list_disputes, {200: DisputeList}, LIST_PROBLEMS, query=DisputesQuery, scope="read"),
-    Route("GET", "/v1/disputes/{dispute_id}", get_dispute, {200: Dispute}, READ_PROBLEMS, scope="read"),
+    Route(
+        "GET",
+        "/v1/disputes/{dispute_id}",
+        get_dispute,
+        {200: ExpandedDispute},
+        EXPAND_PROBLEMS,
+        query=PartQuery,
+        scope="read",
+    ),
     Route(
         "POST",
         "/v1/disputes/{dispute_id}/evidence",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from app.api.routes import ROUTES
 from app.api.schemas.balance import CurrencyList
 from app.api.schemas.events import Event
+from app.api.schemas.expanded import ExpandedDispute, ExpandedPayment, ExpandedRefund
 from app.api.schemas.payments import Payment
 from tests.support.http_client import Connection, Merchant, ServerProcess, assert_matches, problem, unique_name
+from tests.support.payments import fact, record
 
 LISTS = sorted(
     route.path
@@ -175,6 +178,37 @@ def test_payments_are_found_by_metadata_and_email(merchant: Merchant, other: Mer
 def test_filter_of_payments_of_another_form_is_refused(merchant: Merchant, query: str, field: str, rule: str) -> None:
     errors = problem(merchant.client.get(f"/v1/payments?{query}"), 400, "invalid-request")["errors"]
     assert (field, rule) in {(error["field"], error["rule"]) for error in errors}
+
+
+def test_objects_are_expanded_within_one_answer(merchant: Merchant) -> None:
+    conn = merchant.conn
+    payment_id = merchant.pay(amount=10000)["id"]
+    record(conn, [fact(payment_id, "submitted", "pi", 10000), fact(payment_id, "captured", "ch", 10000)])
+    record(conn, [fact(payment_id, "refund_succeeded", "re", 1000)])
+    record(conn, [fact(payment_id, "dispute_opened", "du", 3000, revision=1, data={"status": "needs_response"})])
+    [refund] = merchant.get("/v1/refunds")["data"]
+    [dispute] = merchant.get("/v1/disputes")["data"]
+    plain = merchant.get(f"/v1/payments/{payment_id}")
+    refunds, disputes = (merchant.get(f"/v1/{name}", payment=payment_id) for name in ("refunds", "disputes"))
+    assert "refunds" not in plain
+    for expand, more in (
+        ("refunds", {"refunds": refunds}),
+        ("disputes,refunds", {"refunds": refunds, "disputes": disputes}),
+    ):
+        shown = merchant.get(f"/v1/payments/{payment_id}", expand=expand)
+        assert shown == plain | more
+        assert msgspec.convert(shown, ExpandedPayment).id == payment_id
+    for path, type in (
+        (f"/v1/refunds/{refund['id']}", ExpandedRefund),
+        (f"/v1/disputes/{dispute['id']}", ExpandedDispute),
+    ):
+        assert merchant.get(path)["payment"] == payment_id
+        shown = merchant.get(path, expand="payment")
+        assert shown == merchant.get(path) | {"payment": plain}
+        assert_matches(shown, type)
+    for path in (f"/v1/payments/{payment_id}", f"/v1/refunds/{refund['id']}", f"/v1/disputes/{dispute['id']}"):
+        [error] = problem(merchant.client.get(path, params={"expand": "all"}), 400, "invalid-request")["errors"]
+        assert (error["field"], error["in"], error["rule"]) == ("expand", "query", "pattern")
 
 
 def test_metadata_is_merged_and_null_removes_a_key(merchant: Merchant) -> None:

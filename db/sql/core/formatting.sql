@@ -39,7 +39,7 @@ begin atomic
         coalesce(
             (
                 select jsonb_object_agg('metadata.' || given.key, given.value)
-                from jsonb_each_text(p_metadata) as given
+                from jsonb_each_text(case when jsonb_typeof(p_metadata) = 'object' then p_metadata end) as given
             ),
             '{}'::jsonb
         )

@@ -19,7 +19,7 @@ from tests.support.http_client import Connection, Merchant, ServerProcess, payme
 from tests.support.payments import fact, record
 
 OWN_HEADERS = frozenset({"date", "request-id"})
-NOT_IDS = frozenset({"type", "state", "status", "created_from", "created_before", "limit"})
+NOT_IDS = frozenset({"expand", "type", "state", "status", "created_from", "created_before", "limit"})
 OBJECT_TABLES = {
     "refunded payment": "select payment_id from surety.refunds where merchant_id = %s",
     "disputed payment": "select payment_id from surety.disputes where merchant_id = %s",
