@@ -16,6 +16,7 @@ import msgspec
 from litestar import Router
 from litestar.static_files import create_static_files_router
 
+from app.api.field_descriptions import DESCRIPTIONS, is_instant
 from app.api.schemas.payments import NewPayment
 from app.api.schemas.problems import ProblemDocument
 from app.web.asgi import Headers, HttpResponse
@@ -154,9 +155,17 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
     for query in {row.query.__name__ for row in routes if row.query}:
         del components[query]
     components[NewPayment.__name__]["anyOf"] = PAYER_RETURNS_OR_IS_ABSENT
-    for component in components.values():
+    requests = {row.body.__name__ for row in routes if row.body}
+    for struct, component in components.items():
         if "description" in component:
             component["description"] = cleandoc(component["description"])
+        for field, schema in component.get("properties", {}).items():
+            describe_field(struct, field, schema)
+            if struct not in requests and is_instant(field):
+                mark_as_instant(schema)
+        # Problems have more fields by their type.
+        if component.get("type") == "object" and struct != ProblemDocument.__name__:
+            component.setdefault("additionalProperties", False)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -186,9 +195,10 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
     if row.query is not None:
         parameters += query_parameters(components[row.query.__name__]["properties"])
     operation: JsonDocument = {
-        "summary": name,
+        "summary": sentence_of(row),
         "description": cleandoc(row.endpoint.__doc__ or ""),
-        "operationId": camel_case(row.path) + name,
+        "operationId": name[0].lower() + name[1:],
+        "tags": [tag_of(row)],
         "responses": describe_answers(row, is_idempotent=is_idempotent)
         | describe_problems([*row.problems, *CONNECTION_PROBLEMS]),
     }
@@ -201,9 +211,32 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
         operation["requestBody"] = {"required": is_required, "content": {"application/json": {"schema": reference}}}
     if row.is_public:
         operation["security"] = [{}]
-    if row.tag:
-        operation["tags"] = [row.tag]
     return operation
+
+
+def sentence_of(row: Route) -> str:
+    """The first sentence about a route, without its period."""
+    return cleandoc(row.endpoint.__doc__ or "").partition("\n")[0].partition(". ")[0].rstrip(".")
+
+
+def describe_field(struct: str, field: str, schema: JsonDocument) -> None:
+    """Give a field its description, unless its type has one."""
+    own = described(schema).get("description")
+    text = DESCRIPTIONS.get(f"{struct}.{field}") or DESCRIPTIONS.get(field)
+    if own is None and text is not None:
+        schema["description"] = text
+
+
+def mark_as_instant(schema: JsonDocument) -> None:
+    """Say that a text, or the text beside null, is a time."""
+    for part in (schema, *schema.get("anyOf", [])):
+        if part.get("type") == "string":
+            part["format"] = "date-time"
+
+
+def tag_of(row: Route) -> str:
+    """The group of a route: that of operators, or the first noun of its path."""
+    return row.tag or row.path.removeprefix("/v1/").strip("/").partition("/")[0]
 
 
 def query_parameters(properties: JsonDocument) -> list[JsonDocument]:
@@ -267,5 +300,5 @@ def headers_of(status: int, *more: str) -> JsonDocument:
 
 
 def camel_case(text: str) -> str:
-    """`ListPayments` for `list_payments`, `V1PaymentsPaymentId` for `/v1/payments/{payment_id}`."""
+    """`ListPayments` for `list_payments`."""
     return "".join(word.capitalize() for word in re.split("[^A-Za-z0-9]+", text))

@@ -346,6 +346,16 @@ def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
         "431",
         "503",
     }
+    undescribed = {
+        f"{struct}.{field}"
+        for struct, schema in shown["components"]["schemas"].items()
+        for field, of in schema.get("properties", {}).items()
+        if not any("description" in part for part in (of, *of.get("anyOf", [])))
+    }
+    assert undescribed == set()
+    operations = [of for methods in shown["paths"].values() for of in methods.values()]
+    assert len({of["operationId"] for of in operations}) == len(operations)
+    assert all(of["tags"] and of["summary"] and not of["summary"].endswith(".") for of in operations)
     body = shown["components"]["schemas"]["NewPayment"]
     assert [rule["required"] for rule in body["anyOf"]] == [["return_url"], ["off_session"]]
     assert body["required"] == ["amount", "currency", "payment_method"]
