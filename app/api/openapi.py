@@ -10,15 +10,16 @@ from importlib.metadata import version
 from inspect import cleandoc
 from pathlib import Path
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import msgspec
 from litestar import Router
 from litestar.static_files import create_static_files_router
 
 from app.api.field_descriptions import DESCRIPTIONS, is_instant
-from app.api.schemas.payments import NewPayment
+from app.api.schemas.payments import CaptureMethod, NewPayment, State, Status
 from app.api.schemas.problems import ProblemDocument
+from app.api.schemas.refunds import RefundReason, RefundStatus
 from app.web.asgi import Headers, HttpResponse
 from app.web.problems import PROBLEM_TYPES
 from app.web.requests import HttpRequest
@@ -94,11 +95,22 @@ HEADERS: dict[str, JsonDocument] = {
 CONNECTION_PROBLEMS = ("request-timeout", "target-too-long", "head-too-large")
 HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
 
-PAYER_RETURNS_OR_IS_ABSENT: list[JsonDocument] = [
-    {"required": ["return_url"], "properties": {"return_url": {"type": "string"}}},
-    {"required": ["off_session"], "properties": {"off_session": {"const": True}}},
-]
-"""The rule of app/api/create_payment.py that no type of a field can state."""
+PAYER_RETURNS_OR_IS_ABSENT: JsonDocument = {
+    "if": {"required": ["off_session"], "properties": {"off_session": {"const": True}}},
+    "else": {"required": ["return_url"], "properties": {"return_url": {"type": "string"}}},
+}
+"""The rule of app/api/create_payment.py that no type of a field can state. Generators of clients make no type of the
+whole body of alternatives (anyOf).
+"""
+
+CHOICES: dict[str, Any] = {
+    "PaymentStatus": Status,
+    "PaymentState": State,
+    "CaptureMethod": CaptureMethod,
+    "RefundStatus": RefundStatus,
+    "RefundReason": RefundReason,
+}
+"""Texts of which several fields hold one: a type of their own in generated clients."""
 
 IDEMPOTENCY_KEY_PARAMETER: JsonDocument = {
     "name": "Idempotency-Key",
@@ -154,7 +166,10 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
         paths.setdefault(row.path, {})[row.method.lower()] = describe_route(row, components)
     for query in {row.query.__name__ for row in routes if row.query}:
         del components[query]
-    components[NewPayment.__name__]["anyOf"] = PAYER_RETURNS_OR_IS_ABSENT
+    name_choices(paths)
+    name_choices(components)
+    components |= {name: {"title": name, "type": "string", "enum": list(get_args(of))} for name, of in CHOICES.items()}
+    components[NewPayment.__name__] |= PAYER_RETURNS_OR_IS_ABSENT
     requests = {row.body.__name__ for row in routes if row.body}
     for struct, component in components.items():
         if "description" in component:
@@ -219,6 +234,26 @@ def sentence_of(row: Route) -> str:
     return cleandoc(row.endpoint.__doc__ or "").partition("\n")[0].partition(". ")[0].rstrip(".")
 
 
+def name_choices(document: Any) -> None:
+    """Replace the choices that have a name by references to it, and a single choice by a constant, at any depth."""
+    if isinstance(document, list):
+        for part in document:
+            name_choices(part)
+    elif isinstance(document, dict):
+        choices = document.get("enum")
+        if isinstance(choices, list):
+            name = next(
+                (name for name, of in CHOICES.items() if sorted(get_args(of)) == sorted(map(str, choices))), None
+            )
+            if name is not None:
+                del document["enum"]
+                document["$ref"] = REFERENCE.format(name=name)
+            elif len(choices) == 1:
+                document["const"] = document.pop("enum")[0]
+        for part in document.values():
+            name_choices(part)
+
+
 def describe_field(struct: str, field: str, schema: JsonDocument) -> None:
     """Give a field its description, unless its type has one."""
     own = described(schema).get("description")
@@ -246,12 +281,18 @@ def query_parameters(properties: JsonDocument) -> list[JsonDocument]:
             "name": name,
             "in": "query",
             "required": False,
-            "schema": schema,
+            "schema": without_null(schema),
             **described(schema),
             **({"style": "deepObject", "explode": True} if schema.get("type") == "object" else {}),
         }
         for name, schema in properties.items()
     ]
+
+
+def without_null(schema: JsonDocument) -> JsonDocument:
+    """A schema of a parameter: one that is left out is no null."""
+    parts = [part for part in schema.get("anyOf", []) if part != {"type": "null"}]
+    return parts[0] if len(parts) == 1 else schema
 
 
 def described(schema: JsonDocument) -> JsonDocument:

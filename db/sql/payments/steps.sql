@@ -124,14 +124,21 @@ begin
     set closed_at = v_now, closed_as = 'resolved', closed_by = 'system',
         closed_because = 'the payment is ' || n.to_state
     from new_steps as n join surety.states as s on s.state = n.to_state
-    where d.payment_id = n.payment_id and d.type like 'payment.%' and d.closed_at is null and s.is_final;
+    where d.payment_id = n.payment_id and d.closed_at is null and s.is_final
+        -- What was to be done about the payment's own intent. A second intent must still be canceled, and settlements
+        -- are still to be expected and met.
+        and d.type in (
+            'payment.initiated', 'payment.provider_submitted', 'payment.capture_requested', 'payment.cancel_requested',
+            'payment.attempt_failed', 'payment.action_overdue', 'payment.authorized_late'
+        );
     return null;
 end;
 $$;
 
 comment on function surety.project_steps() is
 'Trigger: sets payments'' state and version to their last new step, emits payment.<state> for each step and writes its
-audit entry. Releases the references of payments that ended, and closes dead letters of payments in a final state.';
+audit entry. Releases the references of payments that ended, and closes dead letters about the intents of payments in a
+final state.';
 
 create or replace trigger steps_are_projected after insert on surety.steps
 referencing new table as new_steps for each statement execute function surety.project_steps();

@@ -1,0 +1,53 @@
+"""Clients that others' generators make from the OpenAPI document work without a type error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.end_to_end.test_payment_lives import PaymentScenario, running_scenario
+
+PROGRAM = Path(__file__).parent / "clients" / "generated_python.py"
+TOOLS = Path(sys.executable).parent
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """What a command prints. Fails with its output."""
+    ran = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def scenario(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaymentScenario]:
+    with running_scenario(server, tmp_path_factory.mktemp("generated")) as running:
+        yield running
+
+
+def test_generated_python_client_makes_captures_refunds_and_lists(scenario: PaymentScenario, tmp_path: Path) -> None:
+    url = str(scenario.merchant.client.base_url).rstrip("/")
+    document = tmp_path / "openapi.json"
+    document.write_bytes(httpx.get(f"{url}/docs/openapi.json").content)
+    path = os.pathsep.join([str(TOOLS), os.environ["PATH"]])
+    said = run(TOOLS / "openapi-python-client", "generate", "--path", document, cwd=tmp_path, PATH=path)
+    assert "Warning" not in said
+    client = str(tmp_path / "surety-client")
+    run(TOOLS / "mypy", "--strict", "--cache-dir", tmp_path / "cache", PROGRAM, cwd=tmp_path, MYPYPATH=client)
+    answer = json.loads(run(sys.executable, PROGRAM, url, scenario.merchant.key, cwd=tmp_path, PYTHONPATH=client))
+    assert answer == {
+        "payment": answer["payment"],
+        "captured": 4000,
+        "refund": ["succeeded", [1000]],
+        "listed": [answer["payment"]],
+        "refused": "The request breaks a rule",
+    }
