@@ -176,6 +176,7 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
             component["description"] = cleandoc(component["description"])
         for field, schema in component.get("properties", {}).items():
             describe_field(struct, field, schema)
+            describe_default(schema)
             if struct not in requests and is_instant(field):
                 mark_as_instant(schema)
         # Problems have more fields by their type.
@@ -260,6 +261,14 @@ def describe_field(struct: str, field: str, schema: JsonDocument) -> None:
     text = DESCRIPTIONS.get(f"{struct}.{field}") or DESCRIPTIONS.get(field)
     if own is None and text is not None:
         schema["description"] = text
+
+
+def describe_default(schema: JsonDocument) -> None:
+    """Put a field's default into words: to some generators a field with a default is one that is never left out."""
+    value = schema.pop("default", None)
+    if value not in (None, {}, []):
+        given = msgspec.json.encode(value).decode().strip('"')
+        schema["description"] = f"{described(schema).get('description', '')} If left out: `{given}`.".lstrip()
 
 
 def mark_as_instant(schema: JsonDocument) -> None:
