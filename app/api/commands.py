@@ -48,12 +48,14 @@ async def execute_command(
     subject_id: str,
     awaits: AwaitedKind | None = None,
     location: str = "",
+    needs_worker: bool = True,
 ) -> HttpResponse:
     """The answer to a command. Raises Problem.
 
     `statement` takes a request as JSON and returns status, problem, detail, body, is_replayed. `subject` is the name of
     the path's id in that JSON; `subject_id` is empty if the path holds no id. `location` plus the new object's id is
     the Location. `awaits` says what a request with `Prefer: wait=N` waits for (app/api/held_answers.py).
+    `needs_worker`: the command makes an event that a worker handles.
     """
     assert struct is request.route.body
     caller = request.caller()
@@ -85,7 +87,7 @@ async def execute_command(
         headers.append((b"location", f"{location}{msgspec.json.decode(answer)['id']}".encode()))
     if is_replayed:
         headers.append(IDEMPOTENCY_REPLAYED)
-    else:
+    elif needs_worker:
         request.services.command_scheduler.schedule()
     if awaits is not None and b"prefer" in request.headers:
         answer, applied = await document_after_command(request, caller, awaits, answer, is_replayed=is_replayed)

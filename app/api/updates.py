@@ -17,4 +17,5 @@ async def update_payment(request: ApiRequest) -> HttpResponse:
         "select status, problem, detail, body, is_replayed from api.update_payment(%s)",
         subject="payment_id",
         subject_id=id_or_empty(request, PAYMENT_ID),
+        needs_worker=False,
     )

@@ -75,27 +75,27 @@ def card_data(charge: Any) -> Json:
     if not isinstance(card, dict):
         return {}
     shown = {name: bounded_text(card.get(name)) for name in ("brand", "last4", "country")}
-    until = card.get("capture_before")
-    if isinstance(until, int):
-        shown["capture_before"] = instant_text(until)
+    shown["capture_before"] = instant_text(card.get("capture_before"))
     return {"card": {name: value for name, value in shown.items() if value is not None}}
 
 
-def instant_text(seconds: int) -> str:
-    """Stripe's time as documents of the API show times: RFC 3339 in UTC with milliseconds. Raises ObjectUnreadable."""
-    return f"{str(rfc3339(seconds))[:19]}.000Z"
+def instant_text(seconds: Any) -> str | None:
+    """Stripe's time as documents of the API show times: RFC 3339 in UTC with milliseconds; None for anything else."""
+    if type(seconds) is not int:
+        return None
+    try:
+        return f"{str(rfc3339(seconds))[:19]}.000Z"
+    except ObjectUnreadable:
+        return None
 
 
 def refund_action(action: Any) -> Json | None:
-    """What the payer must do about a refund, as merchants see it: {type, email_sent_to?, expires_at?}."""
+    """What the payer must do about a refund, as merchants see it: {type, expires_at?}. No address of the payer."""
     if not isinstance(action, dict):
         return None
     details = action.get("display_details")
-    sent = details.get("email_sent") if isinstance(details, dict) else None
-    until = details.get("expires_at") if isinstance(details, dict) else None
     shown = {
         "type": bounded_text(action.get("type")),
-        "email_sent_to": bounded_text(sent.get("email_sent_to")) if isinstance(sent, dict) else None,
-        "expires_at": instant_text(until) if isinstance(until, int) else None,
+        "expires_at": instant_text(details.get("expires_at")) if isinstance(details, dict) else None,
     }
     return {name: value for name, value in shown.items() if value is not None} or None

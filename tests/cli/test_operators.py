@@ -144,7 +144,7 @@ def test_acting_for_another_names_both_and_needs_the_right_of_both(
     add_operator(conn, "eve", "viewer")
     said(run("--as", "ana", "merchants", "add", "Acme Books"))
     assert actors(conn, "merchant added") == ["operator:ana (by tester)"]
-    for name in ("eve", "nobody"):
+    for name in ("eve", "unknown"):
         report = refused(run("--as", name, "merchants", "add", "Acme Toys"))
         assert report == f"--as: {name} is no active operator who may do this (scope merchants:write)"
     monkeypatch.setenv("SURETY_OPERATOR_KEY", add_operator(conn, "bob", "finance"))

@@ -156,8 +156,8 @@ class Payment(Struct):
     """A payment. `status` is the coarse state, `state` the exact one; `version` counts its steps. Amounts are in minor
     units.
 
-    `amount_capturable` can be captured until `capture_before`. `fee` is ours, `net` the captured amount without it:
-    both are null before a capture, and neither counts refunds or losses.
+    `amount_capturable` can be captured until `capture_before`. `fee` is the sum of our fees, those of disputes
+    included, `net` the captured amount without it. Both are null before a capture. Neither counts refunds or losses.
     """
 
     id: str

@@ -31,7 +31,6 @@ class RefundAction(Struct):
     """What the payer must do to get the refund, such as to answer an e-mail."""
 
     type: str
-    email_sent_to: str | None = None
     expires_at: str | None = None
 
 

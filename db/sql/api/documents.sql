@@ -1,37 +1,5 @@
 -- Payments, refunds and disputes as the API shows them.
 
-create or replace function api.payment_card(p_payment_id text) returns jsonb
-language sql stable parallel safe
-begin atomic
-    select facts.data -> 'card'
-    from surety.facts
-    where facts.payment_id = p_payment_id and facts.data ? 'card' and facts.disregarded is null
-    order by facts.recorded_at desc, facts.id desc
-    limit 1;
-end;
-
-comment on function api.payment_card(text) is
-'The card that a payment was taken from, {brand, last4, country, capture_before}, as its last charge shows it; null if
-there is no charge.';
-
-create or replace function api.payment_fee(p_payment_id text) returns bigint
-language sql stable parallel safe
-begin atomic
-    select
-        coalesce(
-            sum(transfers.amount_minor) filter (where split_part(transfers.credit_account, ':', 1) = 'fee_revenue'), 0
-        )::bigint
-        - coalesce(
-            sum(transfers.amount_minor) filter (where split_part(transfers.debit_account, ':', 1) = 'fee_revenue'), 0
-        )::bigint
-    from ledger.postings
-    inner join ledger.transfers on postings.id = transfers.posting_id
-    where postings.payment_id = p_payment_id;
-end;
-
-comment on function api.payment_fee(text) is
-'The fees that the ledger took from a payment for us, in minor units of its currency.';
-
 create or replace function api.show_payment(p surety.payments) returns table (document json)
 language sql stable parallel safe
 begin atomic
@@ -49,8 +17,8 @@ begin atomic
             p.captured_minor as amount_captured,
             p.refunded_minor as amount_refunded,
             p.reversed_minor as amount_reversed,
-            charged.fee as fee,
-            p.captured_minor - charged.fee as net,
+            ours.fee as fee,
+            p.captured_minor - ours.fee as net,
             p.currency as currency,
             json_build_object(
                 'type', p.rail, 'brand', charged.card -> 'brand', 'last4', charged.card -> 'last4',
@@ -73,15 +41,31 @@ begin atomic
             surety.format_time(p.created_at) as created_at,
             surety.format_time(p.updated_at) as updated_at
         from surety.states
-        -- A payment that was just accepted has no charge: its card and fee are not looked up.
-        cross join lateral (
+        -- A payment that was just accepted has no charge: neither is looked up.
+        left join lateral (
+            select facts.data -> 'card' as card
+            from surety.facts
+            where
+                facts.payment_id = p.id and p.provider_id is not null and facts.data ? 'card'
+                and facts.disregarded is null
+            order by facts.recorded_at desc, facts.id desc
+            limit 1
+        ) as charged on true
+        left join lateral (
             select
-                case when p.provider_id is not null then api.payment_card(p.id) end as card,
-                case when p.captured_minor > 0 then api.payment_fee(p.id) end as fee
-            -- offset 0: both are looked up once, not once per field that shows them.
-            from (values (1)) as once (n)
-            offset 0
-        ) as charged
+                sum(
+                    case split_part(transfers.credit_account, ':', 1)
+                        when 'fee_revenue' then transfers.amount_minor
+                        else case split_part(transfers.debit_account, ':', 1)
+                            when 'fee_revenue' then -transfers.amount_minor
+                            else 0
+                        end
+                    end
+                )::bigint as fee
+            from ledger.postings
+            inner join ledger.transfers on postings.id = transfers.posting_id
+            where postings.payment_id = p.id and p.captured_minor > 0
+        ) as ours on true
         where states.state = p.state
     ) as shown;
 end;

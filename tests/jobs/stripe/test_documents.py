@@ -97,7 +97,7 @@ async def test_refund_that_waits_for_its_payer_shows_the_action(
     [[refund_id]] = conn.execute("select id from surety.refunds").fetchall()
     refund = shown(conn, key, "get_refund", refund_id)
     assert refund["status"] == "requires_action"
-    assert refund["next_action"].keys() == {"type", "email_sent_to", "expires_at"}
+    assert refund["next_action"].keys() == {"type", "expires_at"}
     assert refund["next_action"]["type"] == "display_details"
     conn.execute("set session_replication_role = replica")
     conn.execute("update surety.refunds set state = 'succeeded'")
@@ -123,6 +123,11 @@ async def test_refund_that_waits_for_its_payer_shows_the_action(
             {"card": {"last4": "4242", "capture_before": "2025-12-01T00:00:00.000Z"}},
         ),
         ({"payment_method_details": {"card": {"last4": "4242", "capture_before": None}}}, {"card": {"last4": "4242"}}),
+        (
+            {"payment_method_details": {"card": {"last4": "4242", "capture_before": 10**15}}},
+            {"card": {"last4": "4242"}},
+        ),
+        ({"payment_method_details": {"card": {"last4": "4242", "capture_before": True}}}, {"card": {"last4": "4242"}}),
     ],
 )
 def test_card_is_read_as_far_as_the_charge_shows_it(charge: Any, data: Json) -> None:
@@ -141,7 +146,7 @@ def test_card_is_read_as_far_as_the_charge_shows_it(charge: Any, data: Json) -> 
                 "type": "display_details",
                 "display_details": {"email_sent": {"email_sent_to": "a@b.c"}, "expires_at": None},
             },
-            {"type": "display_details", "email_sent_to": "a@b.c"},
+            {"type": "display_details"},
         ),
     ],
 )
