@@ -8,7 +8,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import socket
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from app.sandbox.stripe.requests import (
     server_error,
 )
 from app.sandbox.stripe.webhooks import WebhookSender
+from app.web.serving import stoppable_server
 
 log = logging.getLogger("sandbox")
 
@@ -154,9 +154,7 @@ async def _run(listening: socket.socket, path: Path, settings: SandboxSettings, 
         backlog=BACKLOG,
         timeout_graceful_shutdown=1,
     )
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises the signal that ended it again, which must not end the process before the memory is closed.
-        signal.signal(ending, lambda *_: None)
+    server = stoppable_server(config)
     print(f"listening on {host}:{port}", flush=True)  # noqa: T201  # the parent process waits for this line
     tasks = [
         asyncio.create_task(scheduled_actions.run_scheduled_actions(sandbox, sender)),
@@ -167,7 +165,7 @@ async def _run(listening: socket.socket, path: Path, settings: SandboxSettings, 
     for task in tasks:
         task.add_done_callback(_log_failure)
     try:
-        await uvicorn.Server(config).serve(sockets=[listening])
+        await server.serve(sockets=[listening])
     finally:
         for task in tasks:
             task.cancel()

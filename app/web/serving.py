@@ -7,13 +7,12 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
-from contextlib import suppress
 from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 import click
@@ -67,15 +66,14 @@ def serve(factory: str, *, name: str, host: str, port: int, processes: int = 1) 
         raise AddressUnavailable(f"can't listen on {host}:{port}: {error.strerror}") from None
     listening.set_inheritable(True)
     raise_open_files_limit()
-    # At its end, uvicorn raises the signal that stopped it again.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    server = ServingProcesses(config, sockets=[listening]) if processes > 1 else stoppable_server(config)
     address, taken = listening.getsockname()[:2]
     click.echo(f"listening on {f'[{address}]' if ':' in address else address}:{taken}")
-    with suppress(KeyboardInterrupt), listening:
-        if processes > 1:
-            ServingProcesses(config, sockets=[listening]).run()
+    with listening:
+        if isinstance(server, ServingProcesses):
+            server.run()
         else:
-            uvicorn.Server(config).run(sockets=[listening])
+            server.run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -84,6 +82,21 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), backlog=BACKLOG)
     both = host == "::" and socket.has_dualstack_ipv6()
     return socket.create_server((host, port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=both)
+
+
+def stoppable_server(config: uvicorn.Config) -> uvicorn.Server:
+    """A server that SIGINT and SIGTERM end in good order from here on: uvicorn hears of them only once its loop runs.
+
+    It raises the signal that stopped it again at its end, when the flag changes nothing.
+    """
+    server = uvicorn.Server(config)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return server
 
 
 def raise_open_files_limit() -> None:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import pytest
 from litestar import Litestar
 
 from db.embedded.processes import wait_until
@@ -22,6 +23,28 @@ from app.web import serving
 serving.SHUTDOWN_SECONDS_MAX, serving.GRACE_SECONDS = 1, 0.5
 serving.serve("tests.api.test_serving:create_stubborn", name="api", host="127.0.0.1", port=0, processes=2)
 """
+
+EARLY = """
+import os, pathlib, signal, sys, uvicorn
+from app.sandbox.server import serve_sandbox
+from app.web.serving import serve
+
+listens, number, memory = uvicorn.Server.capture_signals, int(sys.argv[1]), pathlib.Path(sys.argv[2])
+
+def capture_signals(server):
+    os.kill(os.getpid(), number)
+    return listens(server)
+
+uvicorn.Server.capture_signals = capture_signals
+"""
+STARTS = (
+    'serve("tests.api.test_serving:create_empty", name="api", host="127.0.0.1", port=0)',
+    "serve_sandbox(memory=memory)",
+)
+
+
+def create_empty() -> Litestar:
+    return Litestar([], openapi_config=None, logging_config=None)
 
 
 def create_stubborn() -> Litestar:
@@ -58,3 +81,14 @@ def test_processes_that_do_not_stop_are_killed_by_their_parent() -> None:
                 os.kill(pid, signal.SIGKILL)
             serving.kill()
             serving.communicate()
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_before_the_server_listens_for_signals_ends_it_in_good_order(
+    start: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", EARLY + start, str(int(number)), str(tmp_path / "memory.sqlite")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("listening on")
