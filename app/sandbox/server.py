@@ -16,6 +16,7 @@ from typing import Any, cast
 import uvicorn
 import uvloop
 
+from app.graceful_stop import stoppable_server
 from app.sandbox import control, scheduled_actions
 from app.sandbox.connections import AnswerByTask, Message, SandboxProtocol, SandboxResponse
 from app.sandbox.faults import DEMO_FAULTS, NO_FAULTS, FaultInjector, FaultProfile
@@ -35,7 +36,6 @@ from app.sandbox.stripe.requests import (
     server_error,
 )
 from app.sandbox.stripe.webhooks import WebhookSender
-from app.web.serving import stoppable_server
 
 log = logging.getLogger("sandbox")
 

@@ -12,7 +12,6 @@ import time
 from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any
 
 import click
@@ -21,6 +20,7 @@ from uvicorn.importer import import_from_string
 from uvicorn.supervisors import Multiprocess
 
 from app.connection_limits import ConnectionLimits
+from app.graceful_stop import stoppable_server
 from app.web.load_shedding import LoadSheddingProtocol
 from db.errors import SuretyError
 from db.logs import logging_config
@@ -82,21 +82,6 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), backlog=BACKLOG)
     both = host == "::" and socket.has_dualstack_ipv6()
     return socket.create_server((host, port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=both)
-
-
-def stoppable_server(config: uvicorn.Config) -> uvicorn.Server:
-    """A server that SIGINT and SIGTERM end in good order from here on: uvicorn hears of them only once its loop runs.
-
-    It raises the signal that stopped it again at its end, when the flag changes nothing.
-    """
-    server = uvicorn.Server(config)
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        server.should_exit = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    return server
 
 
 def raise_open_files_limit() -> None:

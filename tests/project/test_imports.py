@@ -49,7 +49,7 @@ def test_imports_run_from_app_and_jobs_to_db(folder: str, forbidden: tuple[str, 
 def test_the_sandbox_imports_none_of_the_rest() -> None:
     ours = [(file, module) for file, module in imports_of("app/sandbox") if module.split(".")[0] in PACKAGES]
     found = [(file, module) for file, module in ours if not f"{module}.".startswith("app.sandbox.")]
-    assert {module for _, module in found} == {"app.bounded_http", "app.connection_limits"}
+    assert {module for _, module in found} == {"app.bounded_http", "app.connection_limits", "app.graceful_stop"}
 
 
 def test_the_limits_of_connections_import_nothing_of_ours() -> None:
