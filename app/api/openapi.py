@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from importlib.metadata import version
 from inspect import cleandoc
@@ -17,6 +17,7 @@ from litestar import Router
 from litestar.static_files import create_static_files_router
 
 from app.api.field_descriptions import DESCRIPTIONS, is_instant
+from app.api.schemas.events import KINDS_OF_EVENTS, Event
 from app.api.schemas.payments import CaptureMethod, NewPayment, State, Status
 from app.api.schemas.problems import ProblemDocument
 from app.api.schemas.refunds import RefundReason, RefundStatus
@@ -30,6 +31,9 @@ JsonDocument = dict[str, Any]
 SWAGGER_UI_FILES = importlib.resources.files("openapi_ui_bundles") / "swagger_ui" / "vendor"
 DESCRIPTION = "Take payments. Amounts are integers in minor units, times RFC 3339 in UTC, errors RFC 9457."
 REFERENCE = "#/components/schemas/{name}"
+
+EXAMPLES: dict[str, JsonDocument] = msgspec.json.decode(Path(__file__).with_name("examples.json").read_bytes())
+"""Requests and answers of a running API: `python -m tests.support.api_examples` records them."""
 
 # The page's scripts can't load anything from other hosts.
 CONTENT_SECURITY_POLICY = (
@@ -160,6 +164,7 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
     """The description of the routes as OpenAPI 3.1."""
     types = [ProblemDocument, *(row.body for row in routes if row.body), *(row.query for row in routes if row.query)]
     types += [answer for row in routes for answer in row.answers.values()]
+    types += KINDS_OF_EVENTS
     _, components = msgspec.json.schema_components(types, ref_template=REFERENCE)
     paths: JsonDocument = {}
     for row in routes:
@@ -169,6 +174,7 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
     name_choices(paths)
     name_choices(components)
     components |= {name: {"title": name, "type": "string", "enum": list(get_args(of))} for name, of in CHOICES.items()}
+    components[Event.__name__] = choice_by_type(Event, KINDS_OF_EVENTS)
     components[NewPayment.__name__] |= PAYER_RETURNS_OR_IS_ABSENT
     requests = {row.body.__name__ for row in routes if row.body}
     for struct, component in components.items():
@@ -192,13 +198,17 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
         "servers": [{"url": "/"}],
         "security": [{"key": []}],
         "paths": paths,
-        "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": components,
+            "examples": {name: {"value": document} for name, document in EXAMPLES["problems"].items()},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
 def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
     """A row of the table as an operation."""
-    name = camel_case(cast(FunctionType, row.endpoint).__name__)
+    name = operation_id(row)
     is_idempotent = "idempotency-key-missing" in row.problems
     parameters = [
         {"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -213,7 +223,7 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
     operation: JsonDocument = {
         "summary": sentence_of(row),
         "description": cleandoc(row.endpoint.__doc__ or ""),
-        "operationId": name[0].lower() + name[1:],
+        "operationId": name,
         "tags": [tag_of(row)],
         "responses": describe_answers(row, is_idempotent=is_idempotent)
         | describe_problems([*row.problems, *CONNECTION_PROBLEMS]),
@@ -224,7 +234,11 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
         reference = {"$ref": REFERENCE.format(name=row.body.__name__)}
         # No body is read as an empty object.
         is_required = any(field.required for field in msgspec.structs.fields(row.body))
-        operation["requestBody"] = {"required": is_required, "content": {"application/json": {"schema": reference}}}
+        shown = example_of(EXAMPLES["requests"], name)
+        operation["requestBody"] = {
+            "required": is_required,
+            "content": {"application/json": {"schema": reference, **shown}},
+        }
     if row.is_public:
         operation["security"] = [{}]
     return operation
@@ -233,6 +247,20 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
 def sentence_of(row: Route) -> str:
     """The first sentence about a route, without its period."""
     return cleandoc(row.endpoint.__doc__ or "").partition("\n")[0].partition(". ")[0].rstrip(".")
+
+
+def choice_by_type(struct: type[msgspec.Struct], kinds: Mapping[type[msgspec.Struct], Any]) -> JsonDocument:
+    """A schema that is one of several, and `type` says which: each kind has its types."""
+    references = {kind: REFERENCE.format(name=kind.__name__) for kind in kinds}
+    return {
+        "title": struct.__name__,
+        "description": struct.__doc__,
+        "oneOf": [{"$ref": reference} for reference in references.values()],
+        "discriminator": {
+            "propertyName": "type",
+            "mapping": {name: references[kind] for kind, types in kinds.items() for name in get_args(types)},
+        },
+    }
 
 
 def name_choices(document: Any) -> None:
@@ -320,24 +348,42 @@ def describe_answers(row: Route, *, is_idempotent: bool) -> JsonDocument:
         str(status): {
             "description": HTTPStatus(status).description,
             "headers": headers_of(status, *more),
-            "content": {"application/json": {"schema": schema}},
+            "content": {
+                "application/json": {
+                    "schema": schema,
+                    **example_of(EXAMPLES["answers"].get(operation_id(row), {}), str(status)),
+                }
+            },
         }
         for status, schema in zip(row.answers, schemas, strict=True)
     }
 
 
+def example_of(examples: JsonDocument, name: str) -> JsonDocument:
+    """The member of a media type that shows an example, if there is one."""
+    return {"example": examples[name]} if name in examples else {}
+
+
 def describe_problems(names: Sequence[str]) -> JsonDocument:
     """The problem documents of a route, by status."""
     lines: dict[int, list[str]] = {}
+    examples: dict[int, JsonDocument] = {}
     for name in names:
         definition = PROBLEM_TYPES[name]
         lines.setdefault(definition.status, []).append(f"[{name}](/problems/{name}): {definition.title}")
+        if name in EXAMPLES["problems"]:
+            examples.setdefault(definition.status, {})[name] = {"$ref": f"#/components/examples/{name}"}
     reference = {"$ref": REFERENCE.format(name=ProblemDocument.__name__)}
     return {
         str(status): {
             "description": "\n\n".join(texts),
             "headers": headers_of(status),
-            "content": {"application/problem+json": {"schema": reference}},
+            "content": {
+                "application/problem+json": {
+                    "schema": reference,
+                    **({"examples": examples[status]} if status in examples else {}),
+                }
+            },
         }
         for status, texts in lines.items()
     }
@@ -347,6 +393,12 @@ def headers_of(status: int, *more: str) -> JsonDocument:
     """The headers of an answer."""
     names = ["Request-Id", *HEADERS_BY_STATUS.get(status, []), *more]
     return {name: HEADERS[name] for name in names}
+
+
+def operation_id(row: Route) -> str:
+    """The name of a route's operation in generated clients: `listPayments` for `list_payments`."""
+    name = camel_case(cast(FunctionType, row.endpoint).__name__)
+    return name[0].lower() + name[1:]
 
 
 def camel_case(text: str) -> str:

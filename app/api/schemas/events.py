@@ -6,7 +6,10 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from app.api.schemas.disputes import Dispute
 from app.api.schemas.fields import Limit, whole
+from app.api.schemas.payments import Payment
+from app.api.schemas.refunds import Refund
 
 EventType = Annotated[
     str,
@@ -27,6 +30,45 @@ ObjectId = Annotated[
 ]
 
 
+PaymentEventType = Literal[
+    "payment.initiated",
+    "payment.submitting",
+    "payment.provider_submitted",
+    "payment.requires_action",
+    "payment.authorized",
+    "payment.processing",
+    "payment.confirmed",
+    "payment.settled",
+    "payment.partially_refunded",
+    "payment.refunded",
+    "payment.disputed",
+    "payment.reversed",
+    "payment.failed",
+    "payment.canceled",
+]
+RefundEventType = Literal[
+    "refund.pending",
+    "refund.requires_action",
+    "refund.succeeded",
+    "refund.failed",
+    "refund.canceled",
+]
+DisputeEventType = Literal[
+    "dispute.warning_needs_response",
+    "dispute.warning_under_review",
+    "dispute.warning_closed",
+    "dispute.needs_response",
+    "dispute.under_review",
+    "dispute.won",
+    "dispute.lost",
+    "dispute.prevented",
+    "dispute.appeal_needs_response",
+    "dispute.appeal_under_review",
+    "dispute.evidence_due",
+    "dispute.evidence_refused",
+]
+
+
 class Event(Struct):
     """A step of a payment, a refund or a dispute. `data` is the object at that version; its `object` names the kind."""
 
@@ -35,6 +77,44 @@ class Event(Struct):
     type: str
     created_at: str
     data: dict[str, Any]
+
+
+class PaymentEvent(Struct):
+    """A step of a payment. `data` is the payment at that version."""
+
+    id: str
+    object: Literal["event"]
+    type: PaymentEventType
+    created_at: str
+    data: Payment
+
+
+class RefundEvent(Struct):
+    """A step of a refund. `data` is the refund at that version."""
+
+    id: str
+    object: Literal["event"]
+    type: RefundEventType
+    created_at: str
+    data: Refund
+
+
+class DisputeEvent(Struct):
+    """A step of a dispute, or news of its evidence. `data` is the dispute at that version."""
+
+    id: str
+    object: Literal["event"]
+    type: DisputeEventType
+    created_at: str
+    data: Dispute
+
+
+KINDS_OF_EVENTS: dict[type[Struct], Any] = {
+    PaymentEvent: PaymentEventType,
+    RefundEvent: RefundEventType,
+    DisputeEvent: DisputeEventType,
+}
+"""The OpenAPI document shows an Event as one of these, by its `type`."""
 
 
 class EventList(Struct):
