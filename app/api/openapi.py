@@ -29,7 +29,7 @@ from app.web.routing import PATH_PARAMETER, Route, complete_asset_response
 JsonDocument = dict[str, Any]
 
 SWAGGER_UI_FILES = importlib.resources.files("openapi_ui_bundles") / "swagger_ui" / "vendor"
-DESCRIPTION = "Take payments. Amounts are integers in minor units, times RFC 3339 in UTC, errors RFC 9457."
+INTRODUCTION = re.sub("<!--.*?-->\n", "", Path(__file__).with_name("introduction.md").read_text(encoding="utf-8"))
 REFERENCE = "#/components/schemas/{name}"
 
 EXAMPLES: dict[str, JsonDocument] = msgspec.json.decode(Path(__file__).with_name("examples.json").read_bytes())
@@ -193,7 +193,7 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
         "info": {
             "title": "Surety",
             "version": version("surety"),
-            "description": DESCRIPTION,
+            "description": INTRODUCTION,
         },
         "servers": [{"url": "/"}],
         "security": [{"key": []}],

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "findings" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "app" / "api" / "introduction.md",
+    ROOT / "findings" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 LINE_CHARACTERS_MAX = 120
 SENTENCE_WORDS_MAX = 25
 

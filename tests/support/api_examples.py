@@ -159,6 +159,15 @@ class ExampleClient:
 
         return eventually(look, WITHIN_SECONDS)
 
+    def wait_for_card(self, payment_id: str) -> None:
+        """Return once a payment is authorized and shows its card."""
+
+        def look() -> bool:
+            document = self.client.get(f"/v1/payments/{payment_id}").json()
+            return document["status"] == "requires_capture" and document["payment_method"]["brand"] is not None
+
+        eventually(look, WITHIN_SECONDS)
+
 
 def payment(**fields: Any) -> Json:
     """A payment's request."""
@@ -198,10 +207,10 @@ def record_merchant(
     client.get(f"/v1/payments/{made}/trace")
     client.get("/v1/payments", reference="order-1001", limit=1)
     held = client.post("/v1/payments", payment(capture_method="manual"), is_example=False)["id"]
-    client.wait_for(f"/v1/payments/{held}", "requires_capture")
+    client.wait_for_card(held)
     client.post(f"/v1/payments/{held}/capture", {"amount": 4000})
     released = client.post("/v1/payments", payment(capture_method="manual"), is_example=False)["id"]
-    client.wait_for(f"/v1/payments/{released}", "requires_capture")
+    client.wait_for_card(released)
     client.post(f"/v1/payments/{released}/cancel")
     record_dispute(client, dispute)
     client.get("/v1/balance")

@@ -23,7 +23,7 @@ from jobs.stripe.key_check import PERMISSIONS, KeyPermission
 from jobs.stripe.webhook_events import ACCESS_EVENTS, RELEVANT_EVENTS
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+DOCUMENTS = (ROOT / "README.md", ROOT / "app" / "api" / "introduction.md", *sorted((ROOT / "docs").rglob("*.md")))
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- generated end -->)", re.DOTALL)
 CAPTURED_POSITION = 7
 """surety.states.position of confirmed: the first state in which money was captured."""
@@ -67,6 +67,17 @@ def states(conn: Connection) -> str:
         diagram(after),
         table(("state", "status", "meaning"), meanings),
     ))  # fmt: skip
+
+
+def statuses(conn: Connection) -> str:
+    """The statuses of payments, with the meanings of their states."""
+    rows = conn.execute(
+        """
+        select '`' || status || '`', string_agg(meaning, '; or ' order by position) from surety.states
+        group by status order by min(position)
+        """
+    ).fetchall()
+    return table(("status", "meaning"), rows)
 
 
 def refund_states(conn: Connection) -> str:
@@ -217,8 +228,8 @@ def decisions(_: Connection) -> str:
 PARTS: dict[str, Callable[[Connection], str]] = {
     part.__name__: part
     for part in (
-        states, refund_states, dispute_statuses, fact_kinds, currencies, mandatory_steps, account_kinds, rules, events,
-        merchant_events, invariants, problems, key_permissions, webhook_endpoint,
+        states, statuses, refund_states, dispute_statuses, fact_kinds, currencies, mandatory_steps, account_kinds,
+        rules, events, merchant_events, invariants, problems, key_permissions, webhook_endpoint,
         decisions,
     )
 }  # fmt: skip
