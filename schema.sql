@@ -186,7 +186,7 @@ create table surety.fact_kinds (
     meaning text not null,
     constraint fact_kinds_pkey primary key (kind),
     constraint fact_family_is_known check (
-        family in ('intent', 'charge', 'command', 'refund', 'dispute', 'return', 'money', 'payout')
+        family in ('intent', 'charge', 'command', 'refund', 'dispute', 'warning', 'return', 'money', 'payout')
     ),
     constraint fact_evidences_a_state foreign key (evidences) references surety.states (state)
 );
@@ -328,6 +328,8 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('dispute_opened', 'dispute', 1, 'disputed', 'the network withdrew the amount'),
 ('dispute_lost', 'dispute', 1, 'reversed', 'the network keeps it'),
 ('dispute_won', 'dispute', 1, null, 'the network gave it back'),
+('fraud_warning', 'warning', 1, null, 'the card''s issuer suspects fraud; a refund may avoid a dispute'),
+('fraud_warning_closed', 'warning', 2, null, 'the same, after a refund of all or a dispute'),
 ('returned', 'return', 1, 'processing', 'an ACH entry came back; if it was captured, that is reversed'),
 ('dishonored', 'return', 2, 'processing', 'the return was refused: the entry stands'),
 ('contested', 'return', 3, 'processing', 'the return was made again, and stands'),
@@ -649,6 +651,7 @@ create table surety.payments (
     updated_at timestamptz not null,
     poll_at timestamptz,
     poll_count integer not null default 0,
+    fraud_warning jsonb,
     constraint payments_pkey primary key (id),
     -- A bound within the pattern would cost thirty times as much.
     constraint payment_id_is_a_payment_id check (length(id) = 28 and id ~ '^pay_[0-9a-f]+$'),
@@ -685,6 +688,8 @@ comment on column surety.payments.refund_pending_minor is
 'Refunds asked for and not ended; reserved from captured_minor.';
 comment on column surety.payments.at_risk_minor is 'Withdrawn in disputes that are not decided.';
 comment on column surety.payments.reversed_minor is 'Lost in disputes or returned.';
+comment on column surety.payments.fraud_warning is
+'The newest warning of the card''s issuer: {type, actionable, at}. It moves neither state nor money.';
 comment on column surety.payments.flags is
 'Times of two events that make no step: cancel_requested_at (the merchant asked), overdue_at (the payer did not act).';
 

@@ -38,6 +38,7 @@ from jobs.stripe.facts import (
     FactOrigin,
     Json,
     dispute_facts,
+    fraud_warning_facts,
     id_of,
     intent_facts,
     listed_transaction_facts,
@@ -69,7 +70,12 @@ LISTED_MIN = 2
 WantedObject = tuple[StoredWebhook, ObjectToFetch]
 Fetches = dict[ProviderObject, list[StoredWebhook]]
 
-FACT_READERS: dict[str, FactReader] = {"payment_intent": intent_facts, "refund": refund_facts, "payout": payout_facts}
+FACT_READERS: dict[str, FactReader] = {
+    "payment_intent": intent_facts,
+    "refund": refund_facts,
+    "payout": payout_facts,
+    "radar.early_fraud_warning": fraud_warning_facts,
+}
 
 
 async def apply_webhooks(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
@@ -306,7 +312,7 @@ async def fetch_object(worker: Worker, source: ProviderObject) -> ProviderRespon
     if source.kind == "payment_intent":
         answer = await worker.stripe.fetch_intent(source.account, source.id)
     else:
-        answer = await worker.stripe.fetch(source.account, f"{source.kind}s", source.id)
+        answer = await worker.stripe.fetch(source.account, f"{source.kind.replace('.', '/')}s", source.id)
     if (answer.body.get("object"), answer.body.get("id")) != (source.kind, source.id):
         raise OutcomeUnknown(f"another object was answered for {source.id}")
     return answer

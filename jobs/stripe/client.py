@@ -186,7 +186,7 @@ class StripeGateway:
         return await self._send("get", f"/v1/payment_intents/{intent_id}", account, expand, urgent=urgent)
 
     async def fetch(self, account: str, kind: str, object_id: str) -> ProviderResponse:
-        """A refund, dispute or payout as it is now; `kind` as in Stripe's paths, `disputes`."""
+        """A refund, dispute, payout or fraud warning as it is now; `kind` as in Stripe's paths, `disputes`."""
         return await self._send("get", f"/v1/{kind}/{object_id}", account, {}, urgent=False)
 
     async def find_intent(

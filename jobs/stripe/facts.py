@@ -16,7 +16,7 @@ from typing import Any
 from msgspec import Struct
 
 from jobs.stripe.errors import ObjectUnreadable
-from jobs.stripe.shown import FAILURE_UNKNOWN, action_facts, card_data, failure, refund_action, rfc3339
+from jobs.stripe.shown import FAILURE_UNKNOWN, action_facts, bounded_text, card_data, failure, refund_action, rfc3339
 
 Json = dict[str, Any]
 Fact = dict[str, Any]
@@ -342,6 +342,24 @@ def dispute_facts(dispute: Json, origin: FactOrigin, revision: int) -> list[Fact
     return [
         dispute_fact,
         *(money for line in lines for money in balance_transaction_facts(line, origin, source=dispute)),
+    ]
+
+
+def fraud_warning_facts(warning: Json, origin: FactOrigin) -> list[Fact]:
+    """An early fraud warning's fact. It can be acted on until its charge is disputed or refunded completely."""
+    is_actionable, charge = required(warning, "actionable"), id_of(required(warning, "charge"))
+    if not isinstance(is_actionable, bool):
+        raise ObjectUnreadable(f"{warning.get('id')} is neither actionable nor not")
+    return [
+        fact(
+            origin,
+            required(warning, "id"),
+            "fraud_warning" if is_actionable else "fraud_warning_closed",
+            intent=id_of(warning.get("payment_intent")),
+            objects=[warning["id"]],
+            occurred_at=rfc3339(required(warning, "created")),
+            data={"type": bounded_text(required(warning, "fraud_type")), "source": charge},
+        )
     ]
 
 

@@ -20,6 +20,7 @@ from jobs.stripe.facts import (
     FactOrigin,
     Json,
     charge_facts,
+    fraud_warning_facts,
     id_of,
     intent_facts,
     payout_facts,
@@ -43,6 +44,8 @@ SNAPSHOT_EVENTS: dict[str, FactReader] = {
     "payout.paid": payout_facts,
     "payout.failed": payout_facts,
     "payout.canceled": payout_facts,
+    "radar.early_fraud_warning.created": fraud_warning_facts,
+    "radar.early_fraud_warning.updated": fraud_warning_facts,
 }
 
 # Events that refer to an intent, each with the kinds of facts any of which makes fetching unnecessary.
@@ -80,6 +83,8 @@ POLLED_EVENTS = FETCH_ALWAYS | {
     "charge.expired",
     "refund.created",
     "refund.updated",
+    "radar.early_fraud_warning.created",
+    "radar.early_fraud_warning.updated",
 }
 
 
@@ -103,8 +108,6 @@ RELEVANT_EVENTS = frozenset(SNAPSHOT_EVENTS) | frozenset(FETCH_UNLESS_KNOWN) | F
 
 THIN_EVENT_PREFIX = "v1."
 """Before the type of a thin event about an object of the API's first version: `v1.payment_intent.succeeded`."""
-EVENT_OBJECTS = {"payment_intent": "payment_intent", "charge": "charge", "refund": "refund", "payout": "payout"}
-"""What an event's type begins with, and the kind of object that it is about; disputes begin with `charge`."""
 
 
 class EventData(Struct):
@@ -129,7 +132,10 @@ class EventEnvelope(Struct):
 
 
 class ProviderObject(Struct, frozen=True):
-    """An object at Stripe; `kind` is its own name for itself, such as `payment_intent`."""
+    """An object at Stripe; `kind` is its own name for itself, such as `payment_intent`.
+
+    An event's type begins with it, except for disputes: `charge.dispute.created`.
+    """
 
     account: str
     livemode: bool
@@ -164,7 +170,8 @@ def interpret_webhook(webhook: StoredWebhook) -> list[Fact] | ObjectToFetch:
     if type not in RELEVANT_EVENTS:
         return []
     envelope = msgspec.json.decode(webhook.body, type=EventEnvelope)
-    kind = "dispute" if type.startswith("charge.dispute.") else EVENT_OBJECTS[type.partition(".")[0]]
+    prefix = type.rpartition(".")[0]
+    kind = "dispute" if prefix == "charge.dispute" else prefix
     if envelope.related_object is not None:
         return ObjectToFetch(ProviderObject(webhook.account, webhook.livemode, kind, envelope.related_object.id))
     if envelope.data is None:

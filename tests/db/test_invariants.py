@@ -43,6 +43,9 @@ VIOLATIONS: dict[str, str] = {
         "update surety.steps set from_state = 'settled' where payment_id = %(p)s and to_state = 'submitting'"
     ),
     "every state and amount is what its facts say": "delete from surety.facts where payment_id = %(p)s",
+    "every payment shows its newest warning of fraud": (
+        "update surety.payments set fraud_warning = '{\"actionable\": true}' where id = %(p)s"
+    ),
     "every step has one audit entry": "delete from audit.entries where payment_id = %(p)s and version = 2",
     "every step has one event": "delete from outbox.events where aggregate_id = %(p)s and version = 2",
     "debits equal credits, per currency": (

@@ -74,6 +74,26 @@ async def test_refund_and_dispute_without_webhooks_are_polled(
     assert not violations(conn)
 
 
+async def test_warning_of_fraud_without_webhooks_is_polled_and_closed_by_a_refund(
+    conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
+) -> None:
+    async with in_process_worker(database, sandbox.url) as worker:
+        payment_id, intent = await charged(conn, worker, key_hash)
+        sandbox.control("fraud-warnings", {"payment_intent": intent})
+        await poll_events(worker)
+        await run_until_idle(worker, "apply_webhooks")
+        query = "select fraud_warning - 'at' from surety.payments"
+        assert one(conn, query) == {"type": "misc", "actionable": True}
+        sandbox.control("refunds", {"payment_intent": intent})
+        await poll_events(worker)
+        await run_until_idle(worker, "apply_webhooks")
+        assert one(conn, query) == {"type": "misc", "actionable": False}
+    summaries = [row[0] for row in conn.execute("select summary from surety.trace_payment(%s)", (payment_id,))]
+    types = [line.split()[0] for line in summaries if "fraud warning" in line]
+    assert types == ["radar.early_fraud_warning.created", "radar.early_fraud_warning.updated"]
+    assert not violations(conn)
+
+
 async def test_late_refund_failure_without_a_webhook_is_polled(
     conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:

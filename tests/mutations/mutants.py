@@ -76,6 +76,22 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
+        "a warning of fraud without a webhook is polled",
+        (
+            "jobs/stripe/webhook_events.py",
+            '    "radar.early_fraud_warning.created",\n    "radar.early_fraud_warning.updated",\n}\n',
+            "}\n",
+        ),
+    ),
+    mutant(
+        "a closed warning of fraud stays closed",
+        (
+            "db/sql/payments/disputes.sql",
+            "order by f.payment_id, f.occurred_at desc, f.object_id desc, f.kind desc",
+            "order by f.payment_id, f.recorded_at desc",
+        ),
+    ),
+    mutant(
         "a cause posts once",
         ("schema.sql", "cause_posts_once unique (cause)", "cause_posts_once unique (cause, id)"),
         ("db/sql/ledger/postings.sql", "on conflict (cause) do nothing", "on conflict do nothing"),

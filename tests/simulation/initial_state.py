@@ -28,6 +28,7 @@ TOKENS = ("pm_card_visa",) * 8 + (
     "pm_card_refundFail",
     "pm_card_createDispute",
     "pm_card_createDisputeInquiry",
+    "pm_card_createIssuerFraudRecord",
     "pm_card_chargeDeclined",
     "pm_card_authenticationRequired",
     "pm_card_authenticationRequiredChargeDeclinedInsufficientFunds",

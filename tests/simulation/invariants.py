@@ -42,6 +42,7 @@ def check(schedule: Schedule) -> None:
     check_refused_payments(schedule)
     check_refunds(schedule)
     check_disputes(schedule)
+    check_fraud_warnings(schedule)
     check_ledger(schedule)
     check_expectations(schedule)
     check_discrepancies(schedule)
@@ -281,6 +282,18 @@ def check_disputes(schedule: Schedule) -> None:
     }
     if found != expected:
         schedule.report_violation("a dispute stands as the provider has it", f"{found}, there {expected}")
+
+
+def check_fraud_warnings(schedule: Schedule) -> None:
+    """Each warning of fraud at the provider is shown by its payment, and is closed here if it is closed there."""
+    query = "select id, fraud_warning ->> 'actionable' from surety.payments where fraud_warning is not null"
+    found = {payment_id: actionable == "true" for payment_id, actionable in schedule.database.rows(query)}
+    expected = {
+        paid_by(schedule, warning): warning.body["actionable"]
+        for warning in schedule.provider.memory.all_of_kind("radar.early_fraud_warning")
+    }
+    if found != expected:
+        schedule.report_violation("a warning of fraud stands as the provider has it", f"{found}, there {expected}")
 
 
 def check_ledger(schedule: Schedule) -> None:

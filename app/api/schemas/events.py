@@ -45,6 +45,7 @@ PaymentEventType = Literal[
     "payment.reversed",
     "payment.failed",
     "payment.canceled",
+    "payment.fraud_warning",
 ]
 RefundEventType = Literal[
     "refund.pending",
@@ -70,7 +71,10 @@ DisputeEventType = Literal[
 
 
 class Event(Struct):
-    """A step of a payment, a refund or a dispute. `data` is the object at that version; its `object` names the kind."""
+    """A step of a payment, a refund or a dispute, or news about it.
+
+    `data` is the object at that version; its `object` names the kind.
+    """
 
     id: str
     object: Literal["event"]
@@ -80,7 +84,7 @@ class Event(Struct):
 
 
 class PaymentEvent(Struct):
-    """A step of a payment. `data` is the payment at that version."""
+    """A step of a payment, or a warning of fraud. `data` is the payment at that version."""
 
     id: str
     object: Literal["event"]

@@ -152,6 +152,14 @@ class Failure(Struct):
     message: str | None = None
 
 
+class FraudWarning(Struct):
+    """The card's issuer suspects that the payment is fraudulent, before any dispute."""
+
+    type: str
+    actionable: bool
+    at: str
+
+
 class Payment(Struct):
     """A payment. `status` is the coarse state, `state` the exact one; `version` counts its steps. Amounts are in minor
     units.
@@ -180,6 +188,7 @@ class Payment(Struct):
     cancel_requested: bool
     next_action: NextAction | None
     failure: Failure | None
+    fraud_warning: FraudWarning | None
     provider: Provider | None
     reference: str | None
     description: str | None

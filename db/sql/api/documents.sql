@@ -29,6 +29,7 @@ begin atomic
             p.flags ? 'cancel_requested_at' as cancel_requested,
             p.next_action as next_action,
             p.failure as failure,
+            p.fraud_warning as fraud_warning,
             case when p.provider_id is not null then json_build_object('name', p.provider, 'id', p.provider_id) end
                 as provider,
             p.reference as reference,
@@ -156,7 +157,8 @@ begin atomic
             'refunded_minor', coalesce(p_payload -> 'amount_refunded', '0'),
             'reversed_minor', coalesce(p_payload -> 'amount_reversed', '0'),
             'provider_id', p_payload -> 'provider_id', 'next_action', p_payload -> 'next_action',
-            'failure', p_payload -> 'failure', 'updated_at', p_payload -> 'at'
+            'failure', p_payload -> 'failure', 'updated_at', p_payload -> 'at',
+            'fraud_warning', coalesce(p_payload -> 'fraud_warning', p_payment.fraud_warning)
         )
     );
 end;

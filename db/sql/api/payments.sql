@@ -78,7 +78,7 @@ begin atomic
         p_id, p_merchant_id, 1, 'initiated', p_amount_minor, p_currency, 0, 0, 0, 0, 0, p_rail, p_capture_method,
         p_method_token, p_reference, p_description, p_statement_descriptor_suffix, p_return_url, p_off_session,
         p_customer, p_metadata, p_provider, p_provider_account, p_livemode, null, null, null, '{}', p_created_at,
-        p_created_at, null, 0
+        p_created_at, null, 0, null
     )::surety.payments;
 end;
 

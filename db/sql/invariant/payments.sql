@@ -203,3 +203,19 @@ select distinct differing.payment_id as subject
 from differing;
 
 comment on view invariant.labels_match_payments is 'a payment is found by its metadata and e-mail address';
+
+create or replace view invariant.fraud_warnings_match_facts as
+select payments.id as subject
+from surety.payments
+left join lateral (
+    select facts.kind = 'fraud_warning' as is_actionable
+    from surety.facts
+    where
+        facts.payment_id = payments.id and facts.kind in ('fraud_warning', 'fraud_warning_closed')
+        and facts.disregarded is null
+    order by facts.occurred_at desc, facts.object_id desc, facts.kind desc
+    limit 1
+) as newest on true
+where newest.is_actionable is distinct from (payments.fraud_warning ->> 'actionable')::boolean;
+
+comment on view invariant.fraud_warnings_match_facts is 'every payment shows its newest warning of fraud';

@@ -33,6 +33,7 @@ from (
     ('payment.authorized_late', false, 'The provider still holds an object of a payment that has ended here.'),
     ('payment.money_available', false, 'The money of a payment with a loss has arrived: its settlement is met.'),
     ('payment.orphan_found', false, 'The provider has a second object for a payment.'),
+    ('payment.fraud_warning', true, 'The card''s issuer suspects fraud, or the warning can no more be acted on.'),
     ('dispute.evidence_given', false, 'The merchant asked to submit evidence.'),
     ('dispute.evidence_due', true, 'Evidence is due soon and was not submitted.'),
     ('dispute.evidence_refused', true, 'The evidence was not taken, for `evidence.failure`; it is open again.'),

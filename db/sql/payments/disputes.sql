@@ -1,5 +1,7 @@
--- Disputes. A row holds the dispute as of its last fetch; merchants read it and submit evidence.
+-- Disputes. A row holds the dispute as of its last fetch; merchants read it and submit evidence. A warning of fraud
+-- comes before a dispute, and is a column of its payment.
 --
+--   surety.advance_fraud_warnings     shows a payment's warning and emits its event; here
 --   surety.advance_disputes           the fetch with the highest number wins; a changed status is an event; here
 --   api.submit_evidence               merges evidence into the row
 --   surety.begin_calls                commits what will be sent before it is sent
@@ -136,3 +138,55 @@ comment on function surety.advance_disputes(surety.facts[], text) is
 'Updates disputes to the fetch with the highest revision, and emits dispute.<status> for each changed status. Closes
 dead letters of evidence once its dispute takes none any more. The payments are locked. Returns the types of the events
 made.';
+
+create or replace function surety.advance_fraud_warnings(p_facts surety.facts[]) returns text[]
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_warned text [] := array(
+        select distinct f.payment_id from unnest(p_facts) as f
+        where f.kind in ('fraud_warning', 'fraud_warning_closed') and f.disregarded is null
+    );
+    -- These bounds exclude partitions before a statement begins.
+    v_first_payment text := (select min(w.id collate "C") from unnest(v_warned) as w (id));
+    v_last_payment text := (select max(w.id collate "C") from unnest(v_warned) as w (id));
+begin
+    if v_warned = '{}' then
+        return '{}';
+    end if;
+    -- From all facts, so that the order in which they come has no effect: a closed warning stays closed.
+    with newest as (
+        select distinct on (f.payment_id)
+            f.payment_id,
+            jsonb_build_object(
+                'type', f.data -> 'type', 'actionable', f.kind = 'fraud_warning',
+                'at', surety.format_time(f.occurred_at)) as warning
+        from unnest(v_warned) as warned (id) join surety.facts as f on f.payment_id = warned.id
+        where f.payment_id between v_first_payment and v_last_payment and f.disregarded is null
+            and f.kind in ('fraud_warning', 'fraud_warning_closed')
+        order by f.payment_id, f.occurred_at desc, f.object_id desc, f.kind desc
+    ),
+    written as (
+        update surety.payments as p set fraud_warning = n.warning, updated_at = v_now
+        from newest as n
+        where p.id = n.payment_id and p.id between v_first_payment and v_last_payment
+            and p.fraud_warning is distinct from n.warning
+        returning p.*
+    )
+    select array_agg(outbox.emit_event(
+        'payment', w.id, 'payment.fraud_warning',
+        jsonb_strip_nulls(jsonb_build_object(
+            'payment_id', w.id, 'state', w.state, 'version', w.version, 'at', surety.format_time(v_now),
+            'amount_captured', nullif(w.captured_minor, 0), 'amount_refunded', nullif(w.refunded_minor, 0),
+            'amount_reversed', nullif(w.reversed_minor, 0), 'provider_id', w.provider_id, 'failure', w.failure,
+            'next_action', w.next_action, 'fraud_warning', w.fraud_warning)),
+        w.merchant_id, w.version))
+    into v_warned from written as w;
+    return case when v_warned is null then '{}' else array['payment.fraud_warning'] end;
+end;
+$$;
+
+comment on function surety.advance_fraud_warnings(surety.facts[]) is
+'Shows the newest warning of fraud of each payment that facts warn of, and emits payment.fraud_warning if it is new or
+has been closed. The payments are locked and advanced. Returns the types of the events made.';

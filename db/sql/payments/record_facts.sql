@@ -15,7 +15,7 @@
 --   check        facts that can't be about their payment are disregarded
 --   store        facts, and the balance transactions whose money is not available yet
 --   advance      refunds and disputes, then payments: derive state and amounts from all facts, make the missing steps
---   follow up    cancel second and declined intents
+--   follow up    cancel second and declined intents; show warnings of fraud
 --   post         the ledger's transfers for each new cause
 
 create or replace function surety.link_objects(p_objects surety.provider_objects[]) returns void
@@ -169,6 +169,7 @@ begin
         (select jsonb_object_agg(f.payment_id, f.source) from unnest(v_new) as f));
     v_types := v_types || surety.cancel_duplicate_intents(v_new, v_now);
     v_types := v_types || surety.emit_declined_attempts(v_new);
+    v_types := v_types || surety.advance_fraud_warnings(v_new);
     perform surety.post_facts(v_new, v_derived, v_now);
     perform surety.close_recorded(p_facts, v_now);
     return v_types;

@@ -12,6 +12,8 @@ begin atomic
                 then concat_ws(' ', replace(p_data ->> 'category', '_', ' '), surety.format_amount(p_amount_minor,
                     p_currency))
             || ', fee ' || surety.format_amount((p_data ->> 'fee')::bigint, p_currency)
+            when p_kind in ('fraud_warning', 'fraud_warning_closed')
+                then replace(p_kind, '_', ' ') || ', ' || (p_data ->> 'type')
             when p_kind in ('submitted', 'action', 'processing', 'attempt_failed', 'failed', 'canceled')
                 then replace(p_kind, '_', ' ')
             else concat_ws(' ', replace(p_kind, '_', ' '), surety.format_amount(p_amount_minor, p_currency))
@@ -110,7 +112,7 @@ begin atomic
             facts.provider as actor,
             case
                 when provider_events.id is null then described.fact
-                when facts.kind in ('money', 'available') or fact_kinds.family in ('refund', 'dispute')
+                when facts.kind in ('money', 'available') or fact_kinds.family in ('refund', 'dispute', 'warning')
                     then provider_events.type || ' (' || provider_events.event_id || '), '
                         || source.how || ': ' || described.fact
                 else provider_events.type || ' (' || provider_events.event_id || '), ' || source.how
@@ -246,6 +248,9 @@ begin atomic
             union all
             select surety.format_amount(payments.at_risk_minor, payments.currency) || ' disputed'
             where payments.at_risk_minor > 0
+            union all
+            select 'fraud warning, ' || (payments.fraud_warning ->> 'type') || ': a refund may avoid a dispute'
+            where (payments.fraud_warning ->> 'actionable')::boolean
             union all
             select waiting.what
             from surety.list_waits_of_payment(payments.id) as waiting (what)

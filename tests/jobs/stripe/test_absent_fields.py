@@ -26,6 +26,7 @@ from jobs.stripe.facts import (
     FactOrigin,
     balance_transaction_facts,
     dispute_facts,
+    fraud_warning_facts,
     intent_facts,
     listed_transaction_facts,
     payout_facts,
@@ -42,7 +43,9 @@ Reader = Callable[[Json], list[Fact]]
 
 ORIGIN = FactOrigin("", livemode=False, source="poll")
 # Fields whose null says something: no intent was used, a balance transaction stems from no object.
-MEANINGFUL = {("charge", "payment_intent"), ("refund", "payment_intent"), ("dispute", "payment_intent")}
+# A warning names its charge as well.
+WARNING = "radar.early_fraud_warning"
+MEANINGFUL = {(kind, "payment_intent") for kind in ("charge", "refund", "dispute", WARNING)}
 # What an absent field may change: a canceled intent may have lost its error.
 ALSO = {"payment_intent": {"canceled", "attempt_failed"}}
 # Fields without which less is asserted, because another reading follows: of the list of balance transactions, of a
@@ -88,8 +91,10 @@ def objects(sandbox: SandboxProcess) -> list[Json]:
     disputed = [sandbox.control("disputes", {"payment_intent": sandbox.pay()["id"]})["id"] for _ in range(2)]
     sandbox.control(f"disputes/{disputed[1]}", {"outcome": "lost"})
     inquiry = sandbox.control("disputes", {"payment_intent": sandbox.pay()["id"], "inquiry": True})["id"]
+    warned = [sandbox.control("fraud-warnings", {"payment_intent": intent["id"]}) for intent in (paid, sandbox.pay())]
     eventually(lambda: sandbox.get("/v1/payouts")["data"])
     return [
+        *warned,
         *(sandbox.get(f"/v1/payment_intents/{id}", form) for id in ids for form in ({}, expand)),
         *(sandbox.get(f"/v1/refunds/{refund['id']}") for refund in (back, failed)),
         *(sandbox.get(f"/v1/disputes/{dispute}") for dispute in (*disputed, inquiry)),
@@ -138,6 +143,7 @@ READERS: dict[str, Reader] = {
     "dispute": lambda dispute: dispute_facts(dispute, ORIGIN, 1),
     "payout": lambda payout: payout_facts(payout, ORIGIN),
     "balance_transaction": lambda line: balance_transaction_facts(line, ORIGIN),
+    WARNING: lambda warning: fraud_warning_facts(warning, ORIGIN),
 }
 
 
@@ -145,11 +151,11 @@ def assertions(facts: list[Fact]) -> set[Any]:
     """What facts assert about money: object, kind, amounts, currencies."""
     return {
         (
-            one["object_id"], one["kind"], one.get("amount_minor"), one["currency"], one.get("revision"),
+            one["object_id"], one["kind"], one.get("amount_minor"), one.get("currency"), one.get("revision"),
             # Money finds its payment by the intent, too.
             one.get("intent"), one.get("metadata_payment") if one["kind"] not in {"money", "available"} else None,
             *(one.get("data", {}).get(name) for name in ("category", "fee", "net", "other_currency", "other_gross")),
-            *(one.get("data", {}).get(name) for name in ("available_at", "refund", "source")),
+            *(one.get("data", {}).get(name) for name in ("available_at", "refund", "source", "type")),
         )
         for one in facts
     }  # fmt: skip

@@ -421,6 +421,9 @@ def test_snapshot_event_is_trusted_only_in_our_api_version(type: str) -> None:
         "amount_received": 1,
         "object": type.partition(".")[0],
         "created": 1,
+        "actionable": True,
+        "fraud_type": "misc",
+        "charge": "ch_1",
     }
     assert isinstance(interpret_webhook(webhook(type, result)), list)
     for other in ("2024-06-20", None):
