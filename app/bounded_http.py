@@ -279,14 +279,15 @@ class BoundedProtocol(HttpToolsProtocol, ABC):
     def on_headers_complete(self) -> None:
         """Check the whole head, then start the request or shed it."""
         headers, limits = self.headers, self.limits
-        if len(dict(headers)) != len(headers):
+        names = dict(headers)
+        if len(names) != len(headers):
             self._require_single_values()
         if len(headers) > limits.head_fields:
             detail = f"the request has more than {limits.head_fields} headers"
             raise Refusal(431, "head-too-large", detail, limit=limits.head_fields)
         if len(self.url) > limits.target_bytes:
             raise self._target_too_long()
-        self._require_path_and_version()
+        self._require_path_and_version(has_host=b"host" in names)
         if len(self.pipeline) >= limits.pipelined:
             raise Refusal(400, "malformed-request", f"more than {limits.pipelined} requests wait for a response")
         self._is_in_head = False
@@ -303,12 +304,18 @@ class BoundedProtocol(HttpToolsProtocol, ABC):
             self.cycle.__class__ = UnaskedResponse if self.expect_100_continue else WholeResponse
         self.headers = []  # for trailers, which are ignored
 
-    def _require_path_and_version(self) -> None:
-        """Raises Refusal unless the target is a path or a whole address with one, and the version is known."""
+    def _require_path_and_version(self, *, has_host: bool) -> None:
+        """Raises Refusal unless the target is a path or a whole address with one, and the version known.
+
+        RFC 9112 requires the refusal of a request of HTTP/1.1 without Host.
+        """
         parser = self.parser
         assert parser is not None
-        if parser.get_http_version() not in {"1.1", "1.0"}:
+        http_version = parser.get_http_version()
+        if http_version not in {"1.1", "1.0"}:
             raise Refusal(400, "malformed-request", "only HTTP/1.1 and HTTP/1.0 are understood")
+        if http_version == "1.1" and not has_host:
+            raise Refusal(400, "malformed-request", "a request of HTTP/1.1 needs the header Host")
         if not self.url.startswith(b"/"):
             try:
                 path = httptools.parse_url(self.url).path

@@ -58,6 +58,7 @@ def impatient() -> Iterator[Served]:
         request("GET http://x"),
         request("GET /a b"),
         b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
         request("GET /", "A\x00: b"),
         request("GET /", "Folded: a", " b"),
         request("POST /echo", "Content-Length: 3", "Content-Length: 3", body=b"abc"),
