@@ -8,6 +8,7 @@
 --   rules            currencies, states, transitions, mandatory steps, kinds of facts: rows, not code
 --   merchants        merchants, their API keys
 --   operators        accounts of operators, their roles and keys
+--   customers        merchants' customers, their saved payment methods, our calls about them
 --   requests         idempotency keys and references in use: unique over all months, hence narrow and unpartitioned
 --   payments         payments, their steps, our calls to providers, circuits of provider accounts
 --   refunds          refunds and their steps
@@ -616,6 +617,105 @@ comment on table surety.payment_labels is
 comment on table surety.payment_references is
 'References in use, by payments that are neither failed nor canceled.';
 
+-- ------------------------------------------------------------------------------------------------------ customers
+
+create table surety.customers (
+    id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    livemode boolean not null,
+    version integer not null default 1,
+    email text,
+    name text,
+    phone text,
+    description text,
+    shipping jsonb,
+    metadata jsonb not null default '{}',
+    provider text not null,
+    provider_account text not null,
+    provider_id text collate "C",
+    provider_version integer not null default 0,
+    provider_failure jsonb,
+    created_at timestamptz not null,
+    updated_at timestamptz not null,
+    erased_at timestamptz,
+    constraint customers_pkey primary key (id),
+    constraint customer_id_is_a_customer_id check (id ~ '^cus_[0-9a-f]{24}$'),
+    constraint customer_belongs_to_a_merchant foreign key (merchant_id, livemode)
+    references surety.merchants (id, livemode),
+    constraint customer_of_its_merchant_can_be_referred_to unique (merchant_id, id),
+    constraint customer_email_is_short check (char_length(email) between 3 and 254),
+    constraint customer_name_is_short check (char_length(name) between 1 and 200),
+    constraint customer_phone_is_short check (char_length(phone) between 1 and 20),
+    constraint customer_description_is_short check (char_length(description) between 1 and 1000),
+    constraint customer_metadata_is_an_object check (jsonb_typeof(metadata) = 'object'),
+    constraint customer_version_is_positive check (version >= 1),
+    constraint provider_holds_a_version_of_the_customer check (provider_version between 0 and version),
+    constraint erased_customer_has_no_personal_data check (
+        erased_at is null or num_nonnulls(email, name, phone, description, shipping) = 0
+    )
+);
+create index customers_by_email on surety.customers (merchant_id, lower(email), id) where email is not null;
+create unique index customer_is_one_at_its_provider on surety.customers (provider, provider_account, provider_id)
+where provider_id is not null;
+comment on table surety.customers is
+'Merchants'' customers. A worker creates one at the provider before its first payment (provider_id), and passes later
+changes on: provider_version is the last version that the provider took, provider_failure why it did not take a later
+one. erased_at: the personal data are erased.';
+
+create table surety.payment_methods (
+    id text collate "C" not null,
+    customer_id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    type text not null,
+    brand text,
+    last4 text,
+    exp_month smallint,
+    exp_year smallint,
+    country text,
+    fingerprint text,
+    provider_id text collate "C" not null,
+    usage text not null,
+    mandate jsonb not null,
+    payment_id text collate "C" not null,
+    created_at timestamptz not null,
+    detached_at timestamptz,
+    constraint payment_methods_pkey primary key (id),
+    constraint payment_method_id_is_a_payment_method_id check (id ~ '^spm_[0-9a-f]{24}$'),
+    constraint payment_method_belongs_to_its_merchants_customer foreign key (merchant_id, customer_id)
+    references surety.customers (merchant_id, id),
+    constraint payment_method_of_its_customer_can_be_referred_to unique (customer_id, id),
+    constraint payment_method_is_saved_once unique (customer_id, provider_id),
+    constraint payment_method_is_a_card check (type = 'card'),
+    constraint payment_method_usage_is_known check (usage in ('off_session')),
+    constraint payment_method_expires_in_a_month check (exp_month between 1 and 12)
+);
+comment on table surety.payment_methods is
+'Payment methods saved for later payments, as the provider shows them once a payment has proved them. mandate: when,
+from where and to which text the payer agreed. detached_at: the merchant removed it.';
+create index payment_methods_of_a_payment on surety.payment_methods (payment_id);
+
+create table surety.customer_calls (
+    customer_id text collate "C" not null,
+    operation text not null,
+    idempotency_key text collate "C" not null,
+    customer_version integer not null,
+    first_sent_at timestamptz not null,
+    last_sent_at timestamptz not null,
+    sends integer not null default 1,
+    answered_at timestamptz,
+    status smallint,
+    constraint customer_calls_pkey primary key (customer_id, operation),
+    constraint customer_call_belongs_to_a_customer foreign key (customer_id) references surety.customers (id),
+    constraint customer_call_operation_is_known check (
+        operation in ('create_customer', 'update_customer')
+        or operation ~ '^(save_method:pay|detach_method:spm)_[0-9a-f]{24}$'
+    ),
+    constraint customer_call_answer_has_a_status check (answered_at is not null or status is null)
+);
+comment on table surety.customer_calls is
+'What we send to providers about customers, written before it is sent. The request itself is not stored: it follows from
+the customer at customer_version. answered_at is null while the outcome is unknown.';
+
 -- ------------------------------------------------------------------------------------------------------- payments
 
 create table surety.payments (
@@ -652,6 +752,9 @@ create table surety.payments (
     poll_at timestamptz,
     poll_count integer not null default 0,
     fraud_warning jsonb,
+    customer_id text collate "C",
+    saved_method_id text collate "C",
+    save_method jsonb,
     constraint payments_pkey primary key (id),
     -- A bound within the pattern would cost thirty times as much.
     constraint payment_id_is_a_payment_id check (length(id) = 28 and id ~ '^pay_[0-9a-f]+$'),
@@ -673,7 +776,15 @@ create table surety.payments (
     constraint payment_return_url_is_short check (char_length(return_url) between 1 and 2048),
     -- Otherwise a card's payer could not act.
     constraint payment_returns_its_payer check (rail <> 'card' or return_url is not null or off_session),
-    constraint payment_metadata_is_an_object check (jsonb_typeof(metadata) = 'object')
+    constraint payment_metadata_is_an_object check (jsonb_typeof(metadata) = 'object'),
+    constraint payment_customer_belongs_to_its_merchant foreign key (merchant_id, customer_id)
+    references surety.customers (merchant_id, id),
+    constraint payment_method_belongs_to_its_customer foreign key (customer_id, saved_method_id)
+    references surety.payment_methods (customer_id, id),
+    constraint payment_has_one_kind_of_customer check (customer_id is null or customer is null),
+    constraint saved_method_has_a_customer check (
+        customer_id is not null or (saved_method_id is null and save_method is null)
+    )
 ) partition by range (id);
 create index payments_of_a_merchant on surety.payments (merchant_id, id);
 create index payments_in_a_state on surety.payments (merchant_id, state, id);
@@ -690,6 +801,11 @@ comment on column surety.payments.at_risk_minor is 'Withdrawn in disputes that a
 comment on column surety.payments.reversed_minor is 'Lost in disputes or returned.';
 comment on column surety.payments.fraud_warning is
 'The newest warning of the card''s issuer: {type, actionable, at}. It moves neither state nor money.';
+comment on column surety.payments.customer_id is 'The stored customer. customer holds a payer who is given inline.';
+comment on column surety.payments.saved_method_id is
+'The saved payment method that is charged; method_token is its id at the provider.';
+comment on column surety.payments.save_method is
+'Saves the payment method once the payment has proved it: {usage, mandate}.';
 comment on column surety.payments.flags is
 'Times of two events that make no step: cancel_requested_at (the merchant asked), overdue_at (the payer did not act).';
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from app.api.held_answers import document_after_command
 from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest, compact
-from app.api.schemas.payments import NewPayment, PaymentRequest
+from app.api.schemas.payments import MethodToSave, NewPayment, PaymentRequest
 from app.web.asgi import HttpResponse
 from app.web.auth import DENIALS, Caller
 from app.web.database import DatabasePool
@@ -29,6 +29,15 @@ BODY_BYTES_MAX = 64 * 1024
 CURRENCY = re.compile("[A-Za-z]{3}")
 JSON_KEY_PATTERN = re.compile(rb'"\s*:')
 AMOUNT_MAX = 2**63 - 1
+CUSTOMER_FIELDS = {"/customer_id": "customer", "/payment_method/saved": "saved payment method"}
+CUSTOMER_RULES = {
+    "known": "is no {noun} of yours",
+    "erased": "is a {noun} whose data are erased",
+    "owner": "is a {noun} of another customer",
+    "detached": "is a {noun} that was removed",
+    "expired": "is a {noun} whose card has expired",
+}
+"""What a rule of api.check_customer says."""
 
 decode_payment = msgspec.json.Decoder(NewPayment).decode
 payment_violations = violation_checker(NewPayment)
@@ -74,6 +83,9 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
             off_session=payment.off_session,
             customer=payment.customer,
             metadata=payment.metadata,
+            customer_id=payment.customer_id,
+            saved_method=payment.payment_method.saved,
+            save_method=method_to_save(payment),
         )
     )
     _, status, problem, detail, document, is_replayed, payment_id = row
@@ -102,6 +114,7 @@ async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:
     violations += [violation for violation in payment_violations(given) if violation.field not in reported_fields]
     if not any(violation.meant in {"/return_url", "/off_session"} for violation in violations):
         violations += return_violations(given)
+    violations += customer_violations(given)
     return with_lowercase_currency(struct_of(given, NewPayment, violations + key_violations))
 
 
@@ -128,12 +141,85 @@ def return_violations(given: Any) -> list[RuleViolation]:
     return [RuleViolation("/return_url", "required", message)]
 
 
+def method_to_save(payment: NewPayment) -> MethodToSave | None:
+    """The use and mandate of a payment method that is to be saved; None if it is not."""
+    if payment.save_payment_method is None or payment.mandate is None:
+        return None
+    return MethodToSave(payment.save_payment_method, payment.mandate)
+
+
+def customer_violations(given: Any) -> list[RuleViolation]:
+    """The rules about a payment's customer and payment method that a body of any form breaks."""
+    if not isinstance(given, dict):
+        return []
+    named = {name for name, value in given.items() if value is not None}
+    method = given.get("payment_method")
+    named |= (
+        {f"payment_method/{name}" for name, value in method.items() if value is not None}
+        if isinstance(method, dict)
+        else {"payment_method/token"}
+    )
+    return [
+        RuleViolation(f"/{field}", rule, message)
+        for is_broken, field, rule, message in (
+            (
+                {"customer_id", "customer"} <= named, "customer", "exclusive",
+                "customer must not be sent with customer_id: the payer is one or the other",
+            ),
+            (
+                {"payment_method/token", "payment_method/saved"} <= named, "payment_method/saved", "exclusive",
+                "payment_method.saved must not be sent with payment_method.token",
+            ),
+            (
+                not {"payment_method/token", "payment_method/saved"} & named, "payment_method/token", "required",
+                "payment_method.token is required, unless payment_method.saved is sent",
+            ),
+            (
+                "save_payment_method" in named and "customer_id" not in named, "customer_id", "required",
+                "customer_id is required with save_payment_method: the method is saved for a customer",
+            ),
+            (
+                "save_payment_method" in named and "mandate" not in named, "mandate", "required",
+                "mandate is required with save_payment_method: the payer must agree to later payments",
+            ),
+            (
+                "mandate" in named and "save_payment_method" not in named, "mandate", "exclusive",
+                "mandate must not be sent without save_payment_method",
+            ),
+            (
+                {"save_payment_method", "payment_method/saved"} <= named, "save_payment_method", "exclusive",
+                "save_payment_method must not be sent with payment_method.saved, which is saved already",
+            ),
+            (
+                "save_payment_method" in named and bool(given.get("off_session")), "off_session", "exclusive",
+                "off_session must not be true with save_payment_method: an absent payer agrees to nothing",
+            ),
+        )
+        if is_broken
+    ]  # fmt: skip
+
+
+def is_consistent(payment: NewPayment) -> bool:
+    """Whether a body breaks none of the rules of `return_violations` and `customer_violations`."""
+    method = payment.payment_method
+    if payment.return_url is None and not payment.off_session:
+        return False
+    if (method.token is None) is (method.saved is None) or (payment.customer and payment.customer_id):
+        return False
+    if payment.save_payment_method is None and payment.mandate is None:
+        return True
+    is_complete = None not in (payment.save_payment_method, payment.mandate, payment.customer_id, method.token)
+    return is_complete and not payment.off_session
+
+
 async def problem_of_refusal(name: str, detail: Any, caller: Caller, body: bytes) -> Problem:
     """The refusal of api.create_payments as a problem."""
     match name:
         case _ if name in DENIALS:
             return await caller.audit_denial(name)
         case "invalid-request":
+            if detail["field"] in CUSTOMER_FIELDS:
+                return invalid_request([customer_violation(detail)])
             return invalid_request([amount_violation(detail | given_in(parse(body), detail["field"]))])
         case "reference-taken":
             taken_by = detail["payment_id"]
@@ -156,7 +242,7 @@ def read_fast(body: bytes) -> tuple[NewPayment, bytes] | None:
         payment = with_lowercase_currency(decode_payment(body))
     except (ValueError, RecursionError):
         return None
-    if payment.return_url is None and not payment.off_session:
+    if not is_consistent(payment):
         return None
     encoded = encode_canonically(payment)
     if b"\\u" in body or len(JSON_KEY_PATTERN.findall(body)) != len(JSON_KEY_PATTERN.findall(encoded)):
@@ -184,3 +270,10 @@ def amount_violation(detail: dict[str, Any]) -> RuleViolation:
         message = f"amount must be {bound} {detail['limit']} for {detail['currency']}"
     limit = detail.get("limit", msgspec.UNSET)
     return RuleViolation(detail["field"], detail["rule"], message, limit, echo(detail["given"]))
+
+
+def customer_violation(detail: dict[str, Any]) -> RuleViolation:
+    """The result of api.check_customer as a violation."""
+    field, rule, given = detail["field"], detail["rule"], detail["given"]
+    message = f"{given} {CUSTOMER_RULES[rule].format(noun=CUSTOMER_FIELDS[field])}"
+    return RuleViolation(field, rule, message, given=given)

@@ -9,6 +9,7 @@ from app.web.requests import HttpRequest
 PAYMENT_ID = re.compile("pay_[0-9a-f]{24}")
 REFUND_ID = re.compile("ref_[0-9a-f]{24}")
 DISPUTE_ID = re.compile("dp_[0-9a-f]{24}")
+CUSTOMER_ID = re.compile("cus_[0-9a-f]{24}")
 EVENT_ID = re.compile("evt_[0-9a-f]{24}")
 LETTER_ID = re.compile("dl_[0-9a-f]{24}")
 

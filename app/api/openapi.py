@@ -18,7 +18,7 @@ from litestar.static_files import create_static_files_router
 
 from app.api.field_descriptions import DESCRIPTIONS, is_instant
 from app.api.schemas.events import KINDS_OF_EVENTS, Event
-from app.api.schemas.payments import CaptureMethod, NewPayment, State, Status
+from app.api.schemas.payments import CaptureMethod, NewCard, NewPayment, State, Status
 from app.api.schemas.problems import ProblemDocument
 from app.api.schemas.refunds import RefundReason, RefundStatus
 from app.web.asgi import Headers, HttpResponse
@@ -107,6 +107,11 @@ PAYER_RETURNS_OR_IS_ABSENT: JsonDocument = {
 whole body of alternatives (anyOf).
 """
 
+CARD_IS_NEW_OR_SAVED: JsonDocument = {
+    "if": {"required": ["saved"], "properties": {"saved": {"type": "string"}}},
+    "else": {"required": ["token"], "properties": {"token": {"type": "string"}}},
+}
+
 CHOICES: dict[str, Any] = {
     "PaymentStatus": Status,
     "PaymentState": State,
@@ -175,6 +180,7 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
     name_choices(components)
     components |= {name: {"title": name, "type": "string", "enum": list(get_args(of))} for name, of in CHOICES.items()}
     components[Event.__name__] = choice_by_type(Event, KINDS_OF_EVENTS)
+    components[NewCard.__name__] |= CARD_IS_NEW_OR_SAVED
     components[NewPayment.__name__] |= PAYER_RETURNS_OR_IS_ABSENT
     requests = {row.body.__name__ for row in routes if row.body}
     for struct, component in components.items():

@@ -54,4 +54,6 @@ def labels_of(asked: PaymentsQuery) -> dict[str, str]:
     labels = {f"metadata.{key}": value for key, value in asked.metadata.items()}
     if asked.customer_email is not None:
         labels["customer.email"] = asked.customer_email.lower()
+    if asked.customer_id is not None:
+        labels["customer.id"] = asked.customer_id
     return labels

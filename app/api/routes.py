@@ -10,6 +10,7 @@ from app.api.cancellations import cancel_payment
 from app.api.captures import capture_payment
 from app.api.commands import COMMAND_PROBLEMS
 from app.api.create_payment import create_payment
+from app.api.customers import create_customer, get_customer, list_customers, update_customer
 from app.api.disputes import get_dispute, list_disputes, submit_evidence
 from app.api.events import get_event, list_events
 from app.api.operators import (
@@ -25,6 +26,7 @@ from app.api.payments import get_payment, get_trace, list_payments
 from app.api.problems import explain_problem, get_health, list_problems
 from app.api.refunds import create_refund, get_refund, list_refunds
 from app.api.schemas.balance import Balance, BalanceTransactionList, BalanceTransactionsQuery, CurrencyList
+from app.api.schemas.customers import Customer, CustomerList, CustomersQuery, CustomerUpdate, NewCustomer
 from app.api.schemas.disputes import Dispute, DisputeList, DisputesQuery, SubmittedEvidence
 from app.api.schemas.events import Event, EventList, EventsQuery
 from app.api.schemas.expanded import ExpandedDispute, ExpandedPayment, ExpandedRefund, PartQuery, PaymentQuery
@@ -150,8 +152,34 @@ PAYMENT_ROUTES = [
     ),
 ]
 
+CUSTOMER_ROUTES = [
+    Route(
+        "POST",
+        "/v1/customers",
+        create_customer,
+        {201: Customer},
+        tuple(name for name in COMMAND_PROBLEMS if name not in ("not-found", "wrong-state")),
+        body=NewCustomer,
+        scope="payments:write",
+    ),
+    Route(
+        "GET", "/v1/customers", list_customers, {200: CustomerList}, LIST_PROBLEMS, query=CustomersQuery, scope="read"
+    ),
+    Route("GET", "/v1/customers/{customer_id}", get_customer, {200: Customer}, READ_PROBLEMS, scope="read"),
+    Route(
+        "POST",
+        "/v1/customers/{customer_id}",
+        update_customer,
+        {200: Customer},
+        COMMAND_PROBLEMS,
+        body=CustomerUpdate,
+        scope="payments:write",
+    ),
+]
+
 MERCHANT_ROUTES = [
     *PAYMENT_ROUTES,
+    *CUSTOMER_ROUTES,
     Route("GET", "/v1/refunds", list_refunds, {200: RefundList}, LIST_PROBLEMS, query=RefundsQuery, scope="read"),
     Route(
         "GET",

@@ -55,7 +55,7 @@ def test_acknowledged_payment_is_stored(merchant: Merchant) -> None:
     assert_matches(document, PaymentDocument)
     sent = {name: value for name, value in body.items() if name != "payment_method"}
     assert {name: document[name] for name in sent} == sent
-    assert document["payment_method"] == {"type": "card", "brand": None, "last4": None, "country": None}
+    assert document["payment_method"] == {"type": "card", "brand": None, "last4": None, "country": None, "saved": None}
     assert (document["state"], document["status"], document["version"]) == ("initiated", "pending", 1)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", document["created_at"])
     assert merchant.get(answer.headers["location"]) == document

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from msgspec import Struct, field
 
-from app.api.schemas.payments import Customer, PaymentRequest
+from app.api.schemas.payments import PayerDetails, PaymentRequest
 from app.web.batching import RefusedByDatabase, Unavailable
 from tests.simulation.database import Pool
 from tests.simulation.loop import Killed
@@ -86,7 +86,7 @@ class WantedPayment(Struct):
             statement_descriptor_suffix=None,
             return_url="https://shop.example/return",
             off_session=False,
-            customer=Customer(email=self.email, name=f"Payer {self.number}"),
+            customer=PayerDetails(email=self.email, name=f"Payer {self.number}"),
             metadata={},
         )
 

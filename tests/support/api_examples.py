@@ -213,6 +213,7 @@ def record_merchant(
     client.wait_for_card(released)
     client.post(f"/v1/payments/{released}/cancel")
     record_dispute(client, dispute)
+    record_customer(client)
     client.get("/v1/balance")
     client.get("/v1/balance/transactions", payment=made, limit=2)
     client.get("/v1/currencies")
@@ -230,6 +231,21 @@ def record_dispute(client: ExampleClient, dispute: Callable[[str], Any]) -> None
     evidence = {"evidence": {"uncategorized_text": "Both books were handed over on 12 November."}, "submit": False}
     client.post(f"/v1/disputes/{found}/evidence", evidence)
     client.get(f"/v1/disputes/{found}")
+
+
+def record_customer(client: ExampleClient) -> None:
+    """The routes of customers."""
+    address = {"line1": "1 Main Street", "city": "Springfield", "postal_code": "62701", "country": "US"}
+    ada = {
+        "email": "ada@shop.example",
+        "name": "Ada Miller",
+        "shipping": {"name": "Ada Miller", "address": address},
+        "metadata": {"tier": "gold"},
+    }
+    made = client.post("/v1/customers", ada)["id"]
+    client.get(f"/v1/customers/{made}")
+    client.post(f"/v1/customers/{made}", {"phone": "+1 555 0100", "metadata": {"tier": None}})
+    client.get("/v1/customers", email="ada@shop.example", limit=1)
 
 
 def record_problems(client: ExampleClient, merchant: Merchant, recorder: Recorder) -> None:

@@ -1,4 +1,4 @@
-"""Events: the steps of payments, refunds and disputes, in the order of a cursor."""
+"""Events: the steps of payments, refunds and disputes, and changes of customers, in the order of a cursor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from app.api.schemas.customers import Customer
 from app.api.schemas.disputes import Dispute
 from app.api.schemas.fields import Limit, whole
 from app.api.schemas.payments import Payment
@@ -14,7 +15,7 @@ from app.api.schemas.refunds import Refund
 EventType = Annotated[
     str,
     Meta(
-        pattern=whole(r"(payment|refund|dispute)\.([a-z_]{1,60}|\*)"),
+        pattern=whole(r"(payment|refund|dispute|customer)\.([a-z_]{1,60}|\*)"),
         description="One type, or all of a family: `refund.*`.",
         extra={"form": "must be a type of event, such as payment.confirmed, or a family, such as refund.*"},
         examples=["payment.confirmed"],
@@ -23,9 +24,9 @@ EventType = Annotated[
 ObjectId = Annotated[
     str,
     Meta(
-        pattern=whole("(pay|ref|dp)_[0-9a-f]{24}"),
-        description="Events about this payment, refund or dispute only.",
-        extra={"form": "must be the id of a payment, a refund or a dispute"},
+        pattern=whole("(pay|ref|dp|cus)_[0-9a-f]{24}"),
+        description="Events about this payment, refund, dispute or customer only.",
+        extra={"form": "must be the id of a payment, a refund, a dispute or a customer"},
     ),
 ]
 
@@ -68,12 +69,13 @@ DisputeEventType = Literal[
     "dispute.evidence_due",
     "dispute.evidence_refused",
 ]
+CustomerEventType = Literal["customer.created", "customer.updated"]
 
 
 class Event(Struct):
-    """A step of a payment, a refund or a dispute, or news about it.
+    """A step of a payment, a refund or a dispute, or news about it, or a change of a customer.
 
-    `data` is the object at that version; its `object` names the kind.
+    `data` is the object at that version, a customer as it is; its `object` names the kind.
     """
 
     id: str
@@ -113,10 +115,21 @@ class DisputeEvent(Struct):
     data: Dispute
 
 
+class CustomerEvent(Struct):
+    """A change of a customer. `data` is the customer as it is."""
+
+    id: str
+    object: Literal["event"]
+    type: CustomerEventType
+    created_at: str
+    data: Customer
+
+
 KINDS_OF_EVENTS: dict[type[Struct], Any] = {
     PaymentEvent: PaymentEventType,
     RefundEvent: RefundEventType,
     DisputeEvent: DisputeEventType,
+    CustomerEvent: CustomerEventType,
 }
 """The OpenAPI document shows an Event as one of these, by its `type`."""
 

@@ -133,6 +133,37 @@ Name = Annotated[
         examples=["Ada Lovelace"],
     ),
 ]
+CustomerEmail = Annotated[
+    str,
+    Meta(
+        max_length=254,
+        pattern=whole(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+"),
+        extra={"form": "must be an e-mail address"},
+        description="Given to the provider with the customer.",
+        examples=["ada@shop.example"],
+    ),
+]
+CustomerName = Annotated[str, Meta(min_length=1, max_length=200, examples=["Ada Lovelace"])]
+Phone = Annotated[str, Meta(min_length=1, max_length=20, examples=["+1 555 0100"])]
+AddressLine = Annotated[str, Meta(min_length=1, max_length=200)]
+Country = Annotated[
+    str,
+    Meta(
+        pattern=whole("[A-Z]{2}"),
+        extra={"form": "must be a country's two capital letters"},
+        description="ISO 3166-1, two capital letters.",
+        examples=["US"],
+    ),
+]
+IpAddress = Annotated[
+    str,
+    Meta(
+        max_length=45,
+        pattern=whole(r"([0-9]{1,3}(\.[0-9]{1,3}){3}|(?=.*:)[0-9A-Fa-f:.]{2,45})"),
+        extra={"form": "must be an IPv4 or IPv6 address"},
+        examples=["203.0.113.7"],
+    ),
+]
 Description = Annotated[str, Meta(min_length=1, max_length=1000)]
 Text = Annotated[str, Meta(min_length=1, max_length=5000)]
 LongText = Annotated[str, Meta(min_length=1, max_length=20000)]
@@ -150,6 +181,24 @@ Instant = Annotated[datetime, Meta(tz=True, description="RFC 3339 with an offset
 PaymentId = Annotated[str, Meta(pattern=whole("pay_[0-9a-f]{24}"), extra={"form": "must be a payment's id"})]
 RefundId = Annotated[str, Meta(pattern=whole("ref_[0-9a-f]{24}"), extra={"form": "must be a refund's id"})]
 DisputeId = Annotated[str, Meta(pattern=whole("dp_[0-9a-f]{24}"), extra={"form": "must be a dispute's id"})]
+CustomerId = Annotated[
+    str,
+    Meta(
+        pattern=whole("cus_[0-9a-f]{24}"),
+        extra={"form": "must be a customer's id"},
+        description="A customer of yours.",
+        examples=["cus_019a2b3c4d5e6f708192a3b4"],
+    ),
+]
+SavedMethodId = Annotated[
+    str,
+    Meta(
+        pattern=whole("spm_[0-9a-f]{24}"),
+        extra={"form": "must be the id of a saved payment method"},
+        description="A payment method that a customer of yours has saved.",
+        examples=["spm_019a2b3c4d5e6f708192a3b4"],
+    ),
+]
 PostingId = Annotated[
     str, Meta(pattern=whole("pst_[0-9a-f]{24}"), extra={"form": "must be a balance transaction's id"})
 ]

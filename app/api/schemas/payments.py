@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from app.api.schemas.fields import (
     Currency,
+    CustomerId,
     Description,
     Email,
     Instant,
+    IpAddress,
     Limit,
     Metadata,
     MetadataUpdate,
@@ -21,6 +23,7 @@ from app.api.schemas.fields import (
     Provider,
     Reference,
     ReturnUrl,
+    SavedMethodId,
     SoughtEmail,
     SoughtMetadata,
     Suffix,
@@ -57,17 +60,28 @@ Status = Literal[
     "returned",
 ]
 CaptureMethod = Literal["automatic", "manual"]
+MethodUsage = Literal["off_session"]
 
 
-class NewCard(Struct, frozen=True, forbid_unknown_fields=True):
-    """A card, by the token that the provider gave for it."""
+class NewCard(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A card: by the token that the provider gave for it, or a saved one."""
 
     type: Literal["card"]
-    token: Token
+    token: Token | None = None
+    saved: SavedMethodId | None = None
 
 
-class Customer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The payer; all fields are optional."""
+class Mandate(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The payer's consent to later payments without it: when, from where, and to which text it agreed."""
+
+    accepted_at: Instant
+    ip_address: IpAddress
+    user_agent: Annotated[str, Meta(min_length=1, max_length=1000)]
+    text: Annotated[str, Meta(min_length=1, max_length=5000)] | None = None
+
+
+class PayerDetails(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The payer of one payment; all fields are optional."""
 
     email: Email | None = None
     name: Name | None = None
@@ -85,7 +99,10 @@ class NewPayment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     statement_descriptor_suffix: Suffix | None = None
     return_url: ReturnUrl | None = None
     off_session: OffSession = False
-    customer: Customer | None = None
+    customer: PayerDetails | None = None
+    customer_id: CustomerId | None = None
+    save_payment_method: MethodUsage | None = None
+    mandate: Mandate | None = None
     metadata: Metadata = {}
 
 
@@ -105,6 +122,13 @@ class PaymentUpdate(Struct, frozen=True, forbid_unknown_fields=True):
     metadata: MetadataUpdate
 
 
+class MethodToSave(Struct):
+    """What becomes of a payment method once its payment has succeeded."""
+
+    usage: MethodUsage
+    mandate: Mandate
+
+
 class PaymentRequest(Struct, omit_defaults=True):
     """A request as api.create_payments takes it."""
 
@@ -117,24 +141,31 @@ class PaymentRequest(Struct, omit_defaults=True):
     amount: int
     currency: str
     rail: str
-    method_token: str
+    method_token: str | None
     capture_method: str
     reference: str | None
     description: str | None
     statement_descriptor_suffix: str | None
     return_url: str | None
     off_session: bool
-    customer: Customer | None
+    customer: PayerDetails | None
     metadata: dict[str, str]
+    customer_id: str | None = None
+    saved_method: str | None = None
+    save_method: MethodToSave | None = None
 
 
 class PaymentMethod(Struct):
-    """How the payer pays. Brand, last digits and country of a card are known once it was charged."""
+    """How the payer pays. Brand, last digits and country of a card are known once it was charged.
+
+    `saved` is the saved payment method that is charged.
+    """
 
     type: Literal["card", "ach"]
     brand: str | None
     last4: str | None
     country: str | None
+    saved: str | None
 
 
 class NextAction(Struct):
@@ -195,7 +226,9 @@ class Payment(Struct):
     statement_descriptor_suffix: str | None
     return_url: str | None
     off_session: bool
-    customer: Customer | None
+    customer: PayerDetails | None
+    customer_id: str | None
+    save_payment_method: MethodUsage | None
     metadata: dict[str, str]
     created_at: str
     updated_at: str
@@ -246,6 +279,7 @@ class PaymentsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     created_from: Instant | None = None
     created_before: Instant | None = None
     customer_email: SoughtEmail | None = None
+    customer_id: CustomerId | None = None
     metadata: SoughtMetadata = {}
     limit: Limit = 20
     starting_after: PaymentId | None = None

@@ -80,7 +80,7 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
     update surety.idempotency_keys as i
-    set payment_id = p_payment_id, status = p_status, response = p_body
+    set payment_id = coalesce(p_payment_id, p_snapshot ->> 'customer', ''), status = p_status, response = p_body
     where i.merchant_id = p_admitted.merchant_id and i.route = p_admitted.route and i.key = p_admitted.key;
     perform audit.write_entry(
         'request', p_admitted.actor, 'accepted',
@@ -92,7 +92,8 @@ end;
 $$;
 
 comment on function api.complete_command(api.admission, jsonb, text, integer, text, jsonb) is
-'Completes an admitted command: stores status and body under its Idempotency-Key, and audits it with p_snapshot.';
+'Completes an admitted command: stores status and body under its Idempotency-Key, and audits it with p_snapshot. The key
+keeps the id of the payment, or without one that of the customer in p_snapshot.';
 
 create or replace function surety.delete_expired_idempotency_keys(p_limit integer default 10000) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp

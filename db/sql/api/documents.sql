@@ -1,4 +1,4 @@
--- Payments, refunds and disputes as the API shows them.
+-- Payments, refunds, disputes and customers as the API shows them.
 
 create or replace function api.show_payment(p surety.payments) returns table (document json)
 language sql stable parallel safe
@@ -22,7 +22,7 @@ begin atomic
             p.currency as currency,
             json_build_object(
                 'type', p.rail, 'brand', charged.card -> 'brand', 'last4', charged.card -> 'last4',
-                'country', charged.card -> 'country'
+                'country', charged.card -> 'country', 'saved', p.saved_method_id
             ) as payment_method,
             p.capture_method as capture_method,
             case when p.state = 'authorized' then charged.card -> 'capture_before' end as capture_before,
@@ -38,6 +38,8 @@ begin atomic
             p.return_url as return_url,
             p.off_session as off_session,
             p.customer as customer,
+            p.customer_id as customer_id,
+            p.save_method ->> 'usage' as save_payment_method,
             p.metadata as metadata,
             surety.format_time(p.created_at) as created_at,
             surety.format_time(p.updated_at) as updated_at
@@ -145,6 +147,33 @@ end;
 
 comment on function api.show_dispute(surety.disputes, boolean) is
 'The dispute as a document of the API; columns in the order of the document. p_with_texts: with the evidence itself.';
+
+create or replace function api.show_customer(c surety.customers) returns table (document json)
+language sql stable parallel safe
+begin atomic
+    select row_to_json(shown.*) from (
+        select
+            c.id as id,
+            'customer' as object,
+            c.livemode as livemode,
+            c.version as version,
+            c.email as email,
+            c.name as name,
+            c.phone as phone,
+            c.description as description,
+            c.shipping as shipping,
+            c.metadata as metadata,
+            case when c.provider_id is not null then json_build_object('name', c.provider, 'id', c.provider_id) end
+                as provider,
+            c.provider_failure as failure,
+            surety.format_time(c.created_at) as created_at,
+            surety.format_time(c.updated_at) as updated_at,
+            surety.format_time(c.erased_at) as erased_at
+    ) as shown;
+end;
+
+comment on function api.show_customer(surety.customers) is
+'The customer as a document of the API; columns in the order of the document.';
 
 create or replace function api.payment_at_event(p_payment surety.payments, p_payload jsonb) returns surety.payments
 language sql stable

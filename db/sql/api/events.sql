@@ -96,6 +96,7 @@ begin
     left join surety.payments as p on p.id = e.aggregate_id
     left join surety.refunds as r on r.id = e.aggregate_id
     left join surety.disputes as d on d.id = e.aggregate_id
+    left join surety.customers as c on c.id = e.aggregate_id
     -- offset 0: each object is built once, not once per field of its document.
     left join lateral (
         select api.payment_at_event(p, e.payload) as payment where p.id is not null offset 0
@@ -109,17 +110,19 @@ begin
     left join lateral api.show_payment(past_payment.payment) as shown on p.id is not null
     left join lateral api.show_refund(past_refund.refund) as refund on r.id is not null
     left join lateral api.show_dispute(past_dispute.dispute) as dispute on d.id is not null
+    left join lateral api.show_customer(c) as customer on c.id is not null
     cross join lateral (
         select
             e.id as id, 'event' as object, e.type as type, e.payload ->> 'at' as created_at,
-            coalesce(shown.document, refund.document, dispute.document) as data
+            coalesce(shown.document, refund.document, dispute.document, customer.document) as data
     ) as built
     where built.data is not null;
 end;
 $$;
 
 comment on function api.show_events(text[]) is
-'Events as documents of the API, each with its payment, refund or dispute at that version; none without one.';
+'Events as documents of the API, each with its payment, refund or dispute at that version, or its customer as it is;
+none without one.';
 
 create or replace function api.get_event(p_key_hash bytea, p_id text, p_address text default '')
 returns table (merchant_id text, body text)
@@ -250,6 +253,6 @@ $$;
 
 comment on function api.list_events(bytea, text, integer, text, text, text) is
 'A page of the merchant''s events, oldest first, by restore generation. p_type: one type, or a family such as refund.*;
-p_object: the id of the payment, refund or dispute. p_starting_after: the cursor next of the last page. It
+p_object: the id of the payment, refund, dispute or customer. p_starting_after: the cursor next of the last page. It
 holds two snapshots, as a handler''s position does, so that a reader misses no event, however late its transaction
 commits. No row: the key may not read. Raises SU006 for a text that is no cursor.';

@@ -65,11 +65,46 @@ end;
 comment on function api.whole_steps(bigint, text) is
 'The largest amount up to p_amount that the provider accepts in this currency, in minor units.';
 
+create or replace function api.check_customer(
+    p_merchant_id text, p_customer_id text, p_saved_method text, p_at timestamptz
+) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        case
+            when p_customer_id is not null and customers.id is null
+                then jsonb_build_object('field', '/customer_id', 'rule', 'known', 'given', p_customer_id)
+            when customers.erased_at is not null
+                then jsonb_build_object('field', '/customer_id', 'rule', 'erased', 'given', customers.id)
+            when p_saved_method is not null and methods.id is null
+                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'known', 'given', p_saved_method)
+            when methods.customer_id <> customers.id
+                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'owner', 'given', p_saved_method)
+            when methods.detached_at is not null
+                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'detached', 'given', p_saved_method)
+            -- A day of grace: the card is valid until its month has ended everywhere.
+            when
+                make_date(methods.exp_year, methods.exp_month, 1) + interval '1 month 1 day' < p_at at time zone 'UTC'
+                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'expired', 'given', p_saved_method)
+        end
+    from (values (p_merchant_id)) as asked (merchant_id)
+    left join surety.payment_methods as methods
+        on asked.merchant_id = methods.merchant_id and methods.id = p_saved_method
+    left join surety.customers
+        on
+            asked.merchant_id = customers.merchant_id
+            and customers.id = coalesce(p_customer_id, methods.customer_id);
+end;
+
+comment on function api.check_customer(text, text, text, timestamptz) is
+'The rule that a payment''s customer or saved payment method breaks: {field, rule, given}; null if none. Either id may
+be null. The rule is known, erased, owner (the method is another customer''s), detached or expired.';
+
 create or replace function api.new_payment(
     p_id text, p_merchant_id text, p_amount_minor bigint, p_currency text, p_rail text, p_capture_method text,
     p_method_token text, p_reference text, p_description text, p_statement_descriptor_suffix text, p_return_url text,
     p_off_session boolean, p_customer jsonb, p_metadata jsonb, p_provider text, p_provider_account text,
-    p_livemode boolean, p_created_at timestamptz
+    p_livemode boolean, p_created_at timestamptz, p_customer_id text, p_saved_method_id text, p_save_method jsonb
 ) returns surety.payments
 language sql immutable parallel safe
 begin atomic
@@ -78,13 +113,13 @@ begin atomic
         p_id, p_merchant_id, 1, 'initiated', p_amount_minor, p_currency, 0, 0, 0, 0, 0, p_rail, p_capture_method,
         p_method_token, p_reference, p_description, p_statement_descriptor_suffix, p_return_url, p_off_session,
         p_customer, p_metadata, p_provider, p_provider_account, p_livemode, null, null, null, '{}', p_created_at,
-        p_created_at, null, 0, null
+        p_created_at, null, 0, null, p_customer_id, p_saved_method_id, p_save_method
     )::surety.payments;
 end;
 
 comment on function api.new_payment(
     text, text, bigint, text, text, text, text, text, text, text, text, boolean, jsonb, jsonb, text, text, boolean,
-    timestamptz
+    timestamptz, text, text, jsonb
 ) is
 'A payment at its first step, initiated, by named arguments; not stored. p_amount_minor is in minor units of
 p_currency.';
@@ -141,6 +176,7 @@ begin
     with given as (
         select
             r.*, k.id as key_id, m.id as merchant_id, m.provider_account, m.livemode,
+            s.customer_id as customer_of_method, s.provider_id as saved_token,
             surety.new_id('pay', v_now) as new_id,
             case
                 when k.id is null then 'unauthenticated'
@@ -149,12 +185,15 @@ begin
                 when c.currency is null or r.amount not between c.minimum_minor and c.maximum_minor
                     or r.amount % c.step_minor <> 0
                     then 'invalid-request'
+                when (r.customer_id is not null or r.saved_method is not null) and m.id is not null
+                    and api.check_customer(m.id, r.customer_id, r.saved_method, v_now) is not null
+                    then 'invalid-request'
             end as problem
         from json_to_recordset(p_requests) as r (
             n integer, key_hash text, request_id text, address text, idempotency_key text, request_hash text,
             amount bigint, currency text, rail text, method_token text, capture_method text, reference text,
             description text, statement_descriptor_suffix text, return_url text, off_session boolean, customer jsonb,
-            metadata jsonb
+            metadata jsonb, customer_id text, saved_method text, save_method jsonb
         )
         left join lateral (
             select
@@ -166,6 +205,7 @@ begin
         ) as k on true
         left join surety.merchants as m on m.id = k.merchant_id and k.problem is null
         left join surety.currencies as c on c.currency = r.currency
+        left join surety.payment_methods as s on s.id = r.saved_method and s.merchant_id = m.id
     ),
     asked as (
         select
@@ -175,13 +215,15 @@ begin
                 partition by g.merchant_id, g.idempotency_key, g.problem is null order by g.n) as is_first,
             api.new_payment(
                 p_id => g.new_id, p_merchant_id => g.merchant_id, p_amount_minor => g.amount, p_currency => g.currency,
-                p_rail => g.rail, p_capture_method => g.capture_method, p_method_token => g.method_token,
+                p_rail => g.rail, p_capture_method => g.capture_method,
+                p_method_token => coalesce(g.saved_token, g.method_token),
                 p_reference => g.reference, p_description => g.description,
                 p_statement_descriptor_suffix => g.statement_descriptor_suffix, p_return_url => g.return_url,
                 p_off_session => coalesce(g.off_session, false), p_customer => g.customer,
                 p_metadata => coalesce(g.metadata, '{}'),
                 p_provider => 'stripe', p_provider_account => g.provider_account, p_livemode => g.livemode,
-                p_created_at => v_now
+                p_created_at => v_now, p_customer_id => coalesce(g.customer_id, g.customer_of_method),
+                p_saved_method_id => g.saved_method, p_save_method => g.save_method
             ) as payment
         from given as g
         order by g.merchant_id, g.idempotency_key, g.n
@@ -189,12 +231,17 @@ begin
     select
         array_agg(a.n), array_agg(a.merchant_id), array_agg(a.idempotency_key),
         array_agg(decode(a.request_hash, 'hex')), array_agg(a.problem),
-        array_agg(case when a.problem = 'invalid-request' then api.check_amount_bounds(a.amount, a.currency) end),
+        array_agg(case
+            when a.problem = 'invalid-request' then coalesce(
+                api.check_amount_bounds(a.amount, a.currency),
+                api.check_customer(a.merchant_id, a.customer_id, a.saved_method, v_now))
+        end),
         array_agg(a.reference), array_agg(case when a.is_first then a.new_id end),
         array_agg(coalesce(a.provider_account = any(v_cut_off), false)),
         array_agg(case
-            when a.is_first and (a.metadata is not null or a.customer is not null)
-                then surety.label_object(a.metadata, a.customer)
+            when a.is_first
+                and (a.metadata is not null or a.customer is not null or (a.payment).customer_id is not null)
+                then surety.label_object(a.metadata, a.customer, (a.payment).customer_id)
         end),
         array_agg(a.payment) filter (where a.is_first),
         array_agg((
@@ -355,4 +402,5 @@ api.explain_denial; forbidden
 given}; reference-taken, detail {payment_id};
 idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
 amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
-return_url, off_session, customer, metadata}].';
+return_url, off_session, customer, metadata, customer_id, saved_method, save_method {usage, mandate}}]. Without
+customer_id, the customer is that of saved_method.';

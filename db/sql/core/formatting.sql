@@ -30,7 +30,9 @@ comment on function surety.payment_status(text, text) is
 'The status of a payment as merchants see it: that of its state. A payment that is reversed was lost in a dispute, on
 the ACH rail returned by the bank.';
 
-create or replace function surety.label_object(p_metadata jsonb, p_customer jsonb) returns jsonb
+create or replace function surety.label_object(
+    p_metadata jsonb, p_customer jsonb, p_customer_id text
+) returns jsonb
 language sql immutable parallel safe
 begin atomic
     -- One object, because labels_of_payment can't be a union all of both parts: PostgreSQL 18.6 can't plan calls of a
@@ -46,12 +48,13 @@ begin atomic
         || case
             when p_customer ->> 'email' is null then '{}'::jsonb
             else jsonb_build_object('customer.email', lower(p_customer ->> 'email'))
-        end;
+        end
+        || case when p_customer_id is null then '{}'::jsonb else jsonb_build_object('customer.id', p_customer_id) end;
 end;
 
-comment on function surety.label_object(jsonb, jsonb) is
-'The texts by which a merchant finds a payment, {name: value}: its metadata, and the payer''s e-mail address in lower
-case.';
+comment on function surety.label_object(jsonb, jsonb, text) is
+'The texts by which a merchant finds a payment, {name: value}: its metadata, the payer''s e-mail address in lower case,
+and the id of its customer.';
 
 create or replace function surety.labels_of_payment(p surety.payments) returns table (name text, value text)
 language sql stable parallel safe
@@ -59,7 +62,7 @@ begin atomic
     select
         pairs.key as name,
         pairs.value
-    from jsonb_each_text(surety.label_object(p.metadata, p.customer)) as pairs;
+    from jsonb_each_text(surety.label_object(p.metadata, p.customer, p.customer_id)) as pairs;
 end;
 
 comment on function surety.labels_of_payment(surety.payments) is 'The labels of a payment, each in a row.';

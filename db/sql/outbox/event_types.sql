@@ -34,6 +34,8 @@ from (
     ('payment.money_available', false, 'The money of a payment with a loss has arrived: its settlement is met.'),
     ('payment.orphan_found', false, 'The provider has a second object for a payment.'),
     ('payment.fraud_warning', true, 'The card''s issuer suspects fraud, or the warning can no more be acted on.'),
+    ('customer.created', true, 'The merchant created a customer.'),
+    ('customer.updated', true, 'A customer was changed.'),
     ('dispute.evidence_given', false, 'The merchant asked to submit evidence.'),
     ('dispute.evidence_due', true, 'Evidence is due soon and was not submitted.'),
     ('dispute.evidence_refused', true, 'The evidence was not taken, for `evidence.failure`; it is open again.'),

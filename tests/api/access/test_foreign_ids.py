@@ -15,6 +15,7 @@ import pytest
 from app.api.routes import MERCHANT_ROUTES, OPERATOR_ROUTES, ROUTES
 from app.web.routing import PATH_PARAMETER, Route
 from tests.api.access.test_keys import BODIES
+from tests.api.test_customers import new_customer, save_method
 from tests.support.http_client import Connection, Merchant, ServerProcess, payment, unique_name
 from tests.support.payments import fact, record
 
@@ -23,6 +24,8 @@ NOT_IDS = frozenset({"expand", "type", "state", "status", "created_from", "creat
 OBJECT_TABLES = {
     "refunded payment": "select payment_id from surety.refunds where merchant_id = %s",
     "disputed payment": "select payment_id from surety.disputes where merchant_id = %s",
+    "customer": "select id from surety.customers where merchant_id = %s",
+    "saved payment method": "select id from surety.payment_methods where merchant_id = %s",
     "refund": "select id from surety.refunds where merchant_id = %s",
     "dispute": "select id from surety.disputes where merchant_id = %s",
     "event": "select id from outbox.events where merchant_id = %s",
@@ -53,6 +56,7 @@ def victim(rights: Connection, api: ServerProcess) -> Iterator[dict[str, str]]:
     headers = {"Idempotency-Key": unique_name("key")}
     refund = other.client.post(f"/v1/payments/{refunded}/refunds", json={"amount": 500}, headers=headers)
     assert refund.status_code == 201, refund.text
+    save_method(rights, other, new_customer(other)["id"])
     ids = {}
     for kind, query in OBJECT_TABLES.items():
         found = [value for (value,) in rights.execute(query.encode(), (other.id,)) if value]
@@ -83,7 +87,7 @@ def answer_to(client: httpx.Client, row: Route, path: str, query: dict[str, str]
 def test_every_route_with_an_id_is_tried() -> None:
     """A route of a new kind must be thought of here."""
     tried = {name for row in ROUTES for name in PATH_PARAMETER.findall(row.path)}
-    assert tried == {"payment_id", "refund_id", "dispute_id", "event_id", "letter_id", "name"}
+    assert tried == {"payment_id", "refund_id", "dispute_id", "event_id", "letter_id", "name", "customer_id"}
     cursors = {
         field.name
         for row in MERCHANT_ROUTES
@@ -91,7 +95,16 @@ def test_every_route_with_an_id_is_tried() -> None:
         for field in msgspec.structs.fields(row.query)
         if field.name not in NOT_IDS
     }
-    assert cursors == {"reference", "customer_email", "metadata", "payment", "object", "starting_after"}
+    assert cursors == {
+        "reference",
+        "customer_email",
+        "email",
+        "customer_id",
+        "metadata",
+        "payment",
+        "object",
+        "starting_after",
+    }
 
 
 @pytest.mark.parametrize("kind", OBJECT_TABLES)
@@ -129,7 +142,7 @@ def test_foreign_id_in_a_query_is_answered_as_an_unknown_one(
             (status, headers, text), other = answers
             assert status == other[0], (row.name, field.name)
             assert text.replace(known, "ID") == other[2].replace(unknown(known), "ID"), (row.name, field.name)
-            shown = set(re.findall(r"\b(?:pay|ref|dp|evt|pst|key|mer)_[0-9a-f]{24}\b", text)) - {known, own}
+            shown = set(re.findall(r"\b(?:pay|ref|dp|evt|pst|key|mer|cus|spm)_[0-9a-f]{24}\b", text)) - {known, own}
             assert not shown & set(victim.values()), (row.name, field.name)
             assert headers == other[1]
 

@@ -13,7 +13,13 @@ from tests.support.http_client import CONTEXT, Merchant, ServerProcess, payment,
 
 UNKNOWN_IDS = {
     name: f"{prefix}_{24 * '0'}"
-    for name, prefix in {"payment_id": "pay", "refund_id": "ref", "dispute_id": "dp", "event_id": "evt"}.items()
+    for name, prefix in {
+        "payment_id": "pay",
+        "refund_id": "ref",
+        "dispute_id": "dp",
+        "event_id": "evt",
+        "customer_id": "cus",
+    }.items()
 }
 BODIES = {
     "/v1/payments": payment(),

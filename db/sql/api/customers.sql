@@ -1,0 +1,155 @@
+-- Customers and their saved payment methods: create, read, list, update, detach.
+
+create or replace function api.create_customer(p_request jsonb) returns api.outcome
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_admitted api.admission := api.admit_command('POST /v1/customers', 'payments:write', p_request);
+    v_now timestamptz := v_admitted.admitted_at;
+    v_customer surety.customers;
+begin
+    if not v_admitted.outcome is null then
+        return v_admitted.outcome;
+    end if;
+    insert into surety.customers (
+        id, merchant_id, livemode, email, name, phone, description, shipping, metadata, provider, provider_account,
+        created_at, updated_at
+    )
+    select
+        surety.new_id('cus', v_now), m.id, m.livemode, p_request ->> 'email', p_request ->> 'name',
+        p_request ->> 'phone', p_request ->> 'description', nullif(p_request -> 'shipping', 'null'),
+        coalesce(p_request -> 'metadata', '{}'), 'stripe', m.provider_account, v_now, v_now
+    from surety.merchants as m where m.id = v_admitted.merchant_id
+    returning * into v_customer;
+    perform surety.emit_customer_event(v_customer, 'customer.created', v_now);
+    return api.complete_command(
+        v_admitted, p_request, null, 201, (select shown.document::text from api.show_customer(v_customer) as shown),
+        jsonb_build_object('customer', v_customer.id));
+end;
+$$;
+
+comment on function api.create_customer(jsonb) is
+'Creates a customer; p_request as for api.admit_command, with email, name, phone, description, shipping and metadata,
+all optional. 201 and the customer. The provider gets it with its first payment.';
+
+create or replace function api.update_customer(p_request jsonb) returns api.outcome
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_admitted api.admission := api.admit_command('POST /v1/customers/{id}', 'payments:write', p_request);
+    v_keys_max constant integer := 50;
+    v_customer surety.customers;
+    v_metadata jsonb;
+    v_keys integer;
+begin
+    if not v_admitted.outcome is null then
+        return v_admitted.outcome;
+    end if;
+    select c.* into v_customer from surety.customers as c
+    where c.id = p_request ->> 'customer_id' and c.merchant_id = v_admitted.merchant_id
+    for no key update;
+    if not found then
+        return api.refuse_command(v_admitted, 'not-found', null);
+    end if;
+    if v_customer.erased_at is not null then
+        return api.refuse_command(v_admitted, 'wrong-state', '{"state": "erased"}');
+    end if;
+    v_metadata := jsonb_strip_nulls(v_customer.metadata || coalesce(nullif(p_request -> 'metadata', 'null'), '{}'));
+    v_keys := (select count(*) from jsonb_object_keys(v_metadata));
+    if v_keys > v_keys_max then
+        return api.refuse_command(v_admitted, 'invalid-request', jsonb_build_object(
+            'field', '/metadata', 'rule', 'max_entries', 'limit', v_keys_max, 'given', v_keys));
+    end if;
+    update surety.customers as c
+    set
+        version = c.version + 1, updated_at = v_admitted.admitted_at, metadata = v_metadata,
+        email = case when p_request ? 'email' then p_request ->> 'email' else c.email end,
+        name = case when p_request ? 'name' then p_request ->> 'name' else c.name end,
+        phone = case when p_request ? 'phone' then p_request ->> 'phone' else c.phone end,
+        description = case when p_request ? 'description' then p_request ->> 'description' else c.description end,
+        shipping = case
+            when p_request ? 'shipping' then nullif(p_request -> 'shipping', 'null') else c.shipping
+        end
+    where c.id = v_customer.id
+    returning * into v_customer;
+    perform surety.emit_customer_event(v_customer, 'customer.updated', v_admitted.admitted_at);
+    return api.complete_command(
+        v_admitted, p_request, null, 200, (select shown.document::text from api.show_customer(v_customer) as shown),
+        jsonb_build_object('customer', v_customer.id, 'fields', to_jsonb(array(
+            select given.name
+            from unnest(array['email', 'name', 'phone', 'description', 'shipping', 'metadata']) as given (name)
+            where p_request ? given.name))));
+end;
+$$;
+
+comment on function api.update_customer(jsonb) is
+'Changes the given fields of a customer: null removes one, metadata are merged. p_request as for api.admit_command, with
+customer_id and the fields. 200 and the customer. Problems: not-found; wrong-state, detail {state: erased};
+invalid-request, detail {field, rule, limit, given}: it would have more than 50 keys of metadata.';
+
+create or replace function api.get_customer(p_key_hash bytea, p_id text, p_address text default '')
+returns table (merchant_id text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.merchant_id,
+        (
+            select shown.document::text
+            from surety.customers cross join lateral api.show_customer(customers) as shown
+            where customers.id = p_id and customers.merchant_id = who.merchant_id
+        )
+    from api.identify_merchant(p_key_hash, 'read', p_address) as who;
+end;
+
+comment on function api.get_customer(bytea, text, text) is
+'A customer of the merchant; body is null if it has none of that id. No row: the key may not read.';
+
+create or replace function api.list_customers(
+    p_key_hash bytea, p_email text, p_limit integer, p_starting_after text, p_address text default ''
+) returns table (merchant_id text, body text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+declare
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash, 'read', p_address) as k);
+    v_before text := coalesce(p_starting_after, 'cus_g');
+    v_ids text [];
+begin
+    if v_merchant is null then
+        return;
+    end if;
+    if p_starting_after is not null and not exists (
+        select from surety.customers as c where c.id = p_starting_after and c.merchant_id = v_merchant
+    ) then
+        perform api.refuse_cursor();
+    end if;
+    if p_email is null then
+        v_ids := array(
+            select c.id from surety.customers as c
+            where c.merchant_id = v_merchant and c.id < v_before
+            order by c.id desc
+            limit p_limit + 1
+        );
+    else
+        v_ids := array(
+            select c.id from surety.customers as c
+            where c.merchant_id = v_merchant and lower(c.email) = lower(p_email) and c.id < v_before
+            order by c.id desc
+            limit p_limit + 1
+        );
+    end if;
+    return query
+    select v_merchant, api.render_page(
+        array(
+            select shown.document
+            from surety.customers as c cross join lateral api.show_customer(c) as shown
+            where c.id = any(v_ids)
+            order by c.id desc
+        ),
+        p_limit);
+end;
+$$;
+
+comment on function api.list_customers(bytea, text, integer, text, text) is
+'A page of the merchant''s customers, newest first; p_email: those with this address, in upper or lower case.
+p_starting_after: the last id of the page before. No row: the key may not read.';

@@ -1,0 +1,18 @@
+-- Customers: their events.
+
+create or replace function surety.emit_customer_event(p_customer surety.customers, p_type text, p_at timestamptz)
+returns text
+language sql volatile set search_path = pg_catalog, pg_temp
+begin atomic
+    -- An event outlives an erasure, so it holds no personal data.
+    select outbox.emit_event(
+        'customer', p_customer.id, p_type,
+        jsonb_build_object(
+            'customer_id', p_customer.id, 'version', p_customer.version, 'at', surety.format_time(p_at)
+        ),
+        p_customer.merchant_id, p_customer.version
+    );
+end;
+
+comment on function surety.emit_customer_event(surety.customers, text, timestamptz) is
+'Emits an event about a customer and returns its id. The event names the customer and its version only.';

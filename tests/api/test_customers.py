@@ -1,0 +1,247 @@
+"""Customers, and payments that name one: what the API accepts, stores and shows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.http_client import Connection, Json, Merchant, payment, unique_name
+
+ADA: Json = {
+    "email": "Ada@shop.example",
+    "name": "Ada Lovelace",
+    "phone": "+1 555 0100",
+    "description": "met at the fair",
+    "shipping": {"name": "Ada", "address": {"line1": "1 Main Street", "city": "Springfield", "country": "US"}},
+    "metadata": {"tier": "gold"},
+}
+MANDATE: Json = {"accepted_at": "2026-11-22T14:03:07Z", "ip_address": "203.0.113.7", "user_agent": "Firefox/150"}
+
+
+def send(merchant: Merchant, path: str, body: Json, key: str | None = None) -> httpx.Response:
+    return merchant.client.post(path, json=body, headers={"Idempotency-Key": key or unique_name("key")})
+
+
+def new_customer(merchant: Merchant, **fields: Any) -> Json:
+    answer = send(merchant, "/v1/customers", fields)
+    assert answer.status_code == 201, answer.text
+    document: Json = answer.json()
+    return document
+
+
+def save_method(conn: Connection, merchant: Merchant, customer_id: str, **columns: Any) -> str:
+    """A saved card of a customer, as a worker saves it."""
+    values = {"exp_month": 11, "exp_year": 2030, "detached_at": None} | columns
+    row = conn.execute(
+        "insert into surety.payment_methods (id, customer_id, merchant_id, type, brand, last4, exp_month, exp_year,"
+        " provider_id, usage, mandate, payment_id, created_at, detached_at)"
+        " select i.id, %s, %s, 'card', 'visa', '4242', %s, %s, 'pm_of_' || i.id, 'off_session', '{}', 'pay_0',"
+        " now(), %s"
+        " from surety.new_id('spm', surety.time_now()) as i (id) returning id",
+        (customer_id, merchant.id, values["exp_month"], values["exp_year"], values["detached_at"]),
+    ).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def errors_of(answer: httpx.Response) -> list[tuple[str, str]]:
+    assert answer.status_code == 400, answer.text
+    return [(error["field"], error["rule"]) for error in answer.json()["errors"]]
+
+
+def test_new_customer_is_shown_as_it_was_given(merchant: Merchant) -> None:
+    answer = send(merchant, "/v1/customers", ADA)
+    assert answer.status_code == 201
+    document = answer.json()
+    assert {name: document[name] for name in ADA} == ADA
+    assert (document["object"], document["version"], document["provider"]) == ("customer", 1, None)
+    assert answer.headers["location"] == f"/v1/customers/{document['id']}"
+    assert merchant.get(f"/v1/customers/{document['id']}") == document
+
+
+def test_repeated_request_creates_one_customer(merchant: Merchant) -> None:
+    key = unique_name("key")
+    first, second = send(merchant, "/v1/customers", ADA, key), send(merchant, "/v1/customers", ADA, key)
+    assert (first.text, second.headers["idempotency-replayed"]) == (second.text, "true")
+    assert [each["id"] for each in merchant.get("/v1/customers")["data"]] == [first.json()["id"]]
+
+
+def test_update_changes_the_given_fields_only(merchant: Merchant) -> None:
+    id = new_customer(merchant, **ADA)["id"]
+    answer = send(merchant, f"/v1/customers/{id}", {"phone": None, "name": "Ada King", "metadata": {"since": "1843"}})
+    assert answer.status_code == 200
+    changed = answer.json()
+    assert (changed["phone"], changed["name"], changed["version"]) == (None, "Ada King", 2)
+    assert (changed["email"], changed["shipping"]) == (ADA["email"], ADA["shipping"])
+    assert changed["metadata"] == {"tier": "gold", "since": "1843"}
+    assert send(merchant, f"/v1/customers/{id}", {"metadata": {"tier": None}}).json()["metadata"] == {"since": "1843"}
+
+
+def test_customers_are_listed_newest_first_and_by_email(merchant: Merchant) -> None:
+    ada, bob, again = (
+        new_customer(merchant, email=email)["id"] for email in ("a@x.example", "b@x.example", "A@x.example")
+    )
+    first = merchant.get("/v1/customers", limit=2)
+    assert ([each["id"] for each in first["data"]], first["has_more"]) == ([again, bob], True)
+    rest = merchant.get("/v1/customers", limit=2, starting_after=bob)
+    assert ([each["id"] for each in rest["data"]], rest["has_more"]) == ([ada], False)
+    assert [each["id"] for each in merchant.get("/v1/customers", email="a@X.example")["data"]] == [again, ada]
+
+
+def test_invalid_customer_is_refused_with_every_broken_rule(merchant: Merchant) -> None:
+    answer = send(
+        merchant, "/v1/customers", {"email": "nobody", "phone": "5" * 21, "shipping": {"address": {"country": "usa"}}}
+    )
+    assert sorted(errors_of(answer)) == [
+        ("/email", "pattern"),
+        ("/phone", "max_length"),
+        ("/shipping/address/country", "pattern"),
+        ("/shipping/address/line1", "required"),
+        ("/shipping/name", "required"),
+    ]
+
+
+def test_erased_customer_is_not_changed_and_takes_no_payments(merchant: Merchant, rights: Connection) -> None:
+    id = new_customer(merchant)["id"]
+    rights.execute("update surety.customers set erased_at = now() where id = %s", (id,))
+    answer = send(merchant, f"/v1/customers/{id}", {"name": "Ada"})
+    assert (answer.status_code, answer.json()["state"]) == (409, "erased")
+    assert errors_of(merchant.post(payment(customer_id=id))) == [("/customer_id", "erased")]
+
+
+def test_events_about_customers_show_them(merchant: Merchant) -> None:
+    id = new_customer(merchant, email="ada@shop.example")["id"]
+    send(merchant, f"/v1/customers/{id}", {"name": "Ada"})
+    events = merchant.get("/v1/events", object=id)["data"]
+    assert [event["type"] for event in events] == ["customer.created", "customer.updated"]
+    assert {event["data"]["name"] for event in events} == {"Ada"}
+    assert len(merchant.get("/v1/events", type="customer.*")["data"]) == 2
+
+
+def test_personal_data_of_a_customer_are_in_its_row_and_its_answers_only(
+    merchant: Merchant, rights: Connection
+) -> None:
+    email, name = f"{unique_name('ada')}@shop.example", unique_name("Ada")
+    id = new_customer(merchant, email=email, name=name)["id"]
+    send(merchant, f"/v1/customers/{id}", {"phone": "+1 555 0199"})
+    merchant.pay(customer_id=id)
+    kept = rights.execute(
+        "select e.snapshot::text || coalesce(e.reason, '') from audit.entries as e where e.merchant_id = %(id)s"
+        " union all select e.payload::text from outbox.events as e where e.merchant_id = %(id)s"
+        " union all select to_jsonb(p)::text from surety.payments as p where p.merchant_id = %(id)s"
+        " union all select to_jsonb(l)::text from surety.payment_labels as l where l.merchant_id = %(id)s",
+        {"id": merchant.id},
+    ).fetchall()
+    assert len(kept) >= 6
+    assert not [text for (text,) in kept if email in text or name in text or "0199" in text]
+
+
+def test_payment_names_its_customer_and_is_found_by_it(merchant: Merchant) -> None:
+    id = new_customer(merchant)["id"]
+    paid = merchant.pay(customer_id=id)
+    merchant.pay()
+    assert (paid["customer_id"], paid["customer"]) == (id, None)
+    assert [each["id"] for each in merchant.get("/v1/payments", customer_id=id)["data"]] == [paid["id"]]
+
+
+def test_payment_with_a_customer_of_another_merchant_is_refused(merchant: Merchant, rights: Connection) -> None:
+    other = Merchant(rights, str(merchant.client.base_url))
+    foreign = new_customer(other)["id"]
+    saved = save_method(rights, other, foreign)
+    other.client.close()
+    absent = "cus_" + "0" * 24
+    for id in (foreign, absent):
+        answer = merchant.post(payment(customer_id=id))
+        assert (errors_of(answer), answer.json()["errors"][0]["given"]) == ([("/customer_id", "known")], id)
+    method = {"type": "card", "saved": saved}
+    assert errors_of(merchant.post(payment(payment_method=method))) == [("/payment_method/saved", "known")]
+    assert merchant.count() == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "rule"),
+    [
+        ({"detached_at": "2026-01-01T00:00:00Z"}, "detached"),
+        ({"exp_month": 1, "exp_year": 2024}, "expired"),
+    ],
+)
+def test_saved_method_that_cannot_be_charged_is_refused(
+    merchant: Merchant, rights: Connection, columns: Json, rule: str
+) -> None:
+    saved = save_method(rights, merchant, new_customer(merchant)["id"], **columns)
+    answer = merchant.post(payment(payment_method={"type": "card", "saved": saved}, off_session=True))
+    assert errors_of(answer) == [("/payment_method/saved", rule)]
+
+
+def test_saved_method_of_another_customer_is_refused(merchant: Merchant, rights: Connection) -> None:
+    saved = save_method(rights, merchant, new_customer(merchant)["id"])
+    body = payment(payment_method={"type": "card", "saved": saved}, customer_id=new_customer(merchant)["id"])
+    assert errors_of(merchant.post(body)) == [("/payment_method/saved", "owner")]
+
+
+def test_payment_by_a_saved_method_takes_its_customer_and_the_providers_token(
+    merchant: Merchant, rights: Connection
+) -> None:
+    customer = new_customer(merchant)["id"]
+    saved = save_method(rights, merchant, customer)
+    body = payment(payment_method={"type": "card", "saved": saved}, off_session=True)
+    del body["return_url"]
+    answer = merchant.post(body)
+    assert answer.status_code == 201, answer.text
+    paid = answer.json()
+    assert (paid["customer_id"], paid["payment_method"]["saved"], paid["off_session"]) == (customer, saved, True)
+    token = rights.execute("select method_token from surety.payments where id = %s", (paid["id"],)).fetchone()
+    assert token == (f"pm_of_{saved}",)
+
+
+INCONSISTENT: list[tuple[Json, list[tuple[str, str]]]] = [
+    ({"customer_id": "cus_" + "0" * 24, "customer": {"name": "Ada"}}, [("/customer", "exclusive")]),
+    ({"payment_method": {"type": "card"}}, [("/payment_method/token", "required")]),
+    (
+        {"payment_method": {"type": "card", "token": "pm_card_visa", "saved": "spm_" + "0" * 24}},
+        [("/payment_method/saved", "exclusive")],
+    ),
+    ({"save_payment_method": "off_session"}, [("/customer_id", "required"), ("/mandate", "required")]),
+    ({"mandate": MANDATE}, [("/mandate", "exclusive")]),
+    (
+        {
+            "save_payment_method": "off_session",
+            "mandate": MANDATE,
+            "customer_id": "cus_" + "0" * 24,
+            "off_session": True,
+        },
+        [("/off_session", "exclusive")],
+    ),
+    (
+        {
+            "save_payment_method": "off_session",
+            "mandate": MANDATE,
+            "payment_method": {"type": "card", "saved": "spm_" + "0" * 24},
+            "customer_id": "cus_" + "0" * 24,
+        },
+        [("/save_payment_method", "exclusive")],
+    ),
+    (
+        {"save_payment_method": "off_session", "mandate": MANDATE | {"ip_address": "home"}, "customer_id": None},
+        [("/customer_id", "required"), ("/mandate/ip_address", "pattern")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), INCONSISTENT, ids=lambda value: json.dumps(value)[:60])
+def test_fields_that_contradict_each_other_are_refused(
+    merchant: Merchant, fields: Json, expected: list[tuple[str, str]]
+) -> None:
+    assert sorted(errors_of(merchant.post(payment(**fields)))) == expected
+
+
+def test_payment_that_saves_its_method_keeps_the_mandate(merchant: Merchant, rights: Connection) -> None:
+    id = new_customer(merchant)["id"]
+    paid = merchant.pay(customer_id=id, save_payment_method="off_session", mandate=MANDATE)
+    assert paid["save_payment_method"] == "off_session"
+    assert "203.0.113.7" not in json.dumps(paid)
+    row = rights.execute("select save_method from surety.payments where id = %s", (paid["id"],)).fetchone()
+    assert row == ({"usage": "off_session", "mandate": MANDATE},)
