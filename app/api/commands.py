@@ -11,7 +11,7 @@ import msgspec
 
 from app.api.create_payment import BODY_BYTES_MAX, amount_violation
 from app.api.held_answers import document_after_command
-from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest, compact
+from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_HEADERS, ApiRequest, compact
 from app.api.waiting import AwaitedKind
 from app.web.asgi import HttpResponse
 from app.web.auth import DENIALS, KEY_PROBLEMS, Caller
@@ -72,6 +72,7 @@ async def execute_command(
         "key_hash": caller.key_hash.hex(),
         "request_id": request.request_id,
         "address": caller.address,
+        "api_version": request.version,
         "idempotency_key": request.headers[b"idempotency-key"].decode(),
         "request_hash": hash_of_request(encode_canonically(command), subject_id),
         subject: subject_id,
@@ -82,7 +83,7 @@ async def execute_command(
     if problem is not None:
         raise await problem_of_command(problem, detail, caller)
     caller.note_use()
-    headers = [JSON_CONTENT_TYPE]
+    headers = [*JSON_HEADERS]
     if location:
         headers.append((b"location", f"{location}{msgspec.json.decode(answer)['id']}".encode()))
     if is_replayed:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from app.api.held_answers import document_after_command
-from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_CONTENT_TYPE, ApiRequest, compact
+from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_HEADERS, ApiRequest, compact
 from app.api.schemas.payments import MethodToSave, NewPayment, PaymentRequest
 from app.web.asgi import HttpResponse
 from app.web.auth import DENIALS, Caller
@@ -69,6 +69,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
             request_id=request.request_id,
             key_hash=caller.key_hash.hex(),
             address=caller.address,
+            api_version=request.version,
             idempotency_key=key.decode(),
             request_hash=hash_of_request(encoded),
             amount=payment.amount,
@@ -93,7 +94,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
         raise await problem_of_refusal(problem, detail, caller, body)
     caller.note_use()
     request.services.authenticator.remember_key(request.headers[b"authorization"], caller.key_hash)
-    headers = [JSON_CONTENT_TYPE, (b"location", b"/v1/payments/" + payment_id.encode())]
+    headers = [*JSON_HEADERS, (b"location", b"/v1/payments/" + payment_id.encode())]
     if is_replayed:
         headers.append(IDEMPOTENCY_REPLAYED)
     else:

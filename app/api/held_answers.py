@@ -13,7 +13,7 @@ from typing import LiteralString
 import msgspec
 import psycopg
 
-from app.api.requests import JSON_CONTENT_TYPE, ApiRequest, compact
+from app.api.requests import JSON_HEADERS, ApiRequest, compact
 from app.api.waiting import AwaitedKind, AwaitedObject, ReaderPosition, Waiter
 from app.web.asgi import ClientDisconnected, HttpResponse
 from app.web.auth import Caller
@@ -56,7 +56,7 @@ async def respond_when_decided(request: ApiRequest, awaited: AwaitedObject, quer
     """The answer to a GET of a payment or refund, held while it is pending if the request asks for that."""
     caller = request.caller()
     document = await caller.fetch(query, awaited.id)
-    headers = [JSON_CONTENT_TYPE, VARY]
+    headers = [*JSON_HEADERS, VARY]
     if b"prefer" in request.headers and (seconds := read_wait_seconds(request.scope["headers"])) is not None:
         shown = msgspec.json.decode(document, type=ShownObject)
         is_decided = shown.status not in UNDECIDED[awaited.kind]
@@ -125,7 +125,7 @@ async def respond_when_events(
     `fetch` gives the page after a cursor.
     """
     document = await fetch(after)
-    headers = [JSON_CONTENT_TYPE, VARY]
+    headers = [*JSON_HEADERS, VARY]
     if b"prefer" in request.headers and (seconds := read_wait_seconds(request.scope["headers"])) is not None:
         document, is_applied = await held_page(request, caller, document, seconds, fetch)
         if is_applied:

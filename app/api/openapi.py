@@ -21,6 +21,7 @@ from app.api.schemas.events import KINDS_OF_EVENTS, Event
 from app.api.schemas.payments import CaptureMethod, NewCard, NewPayment, State, Status
 from app.api.schemas.problems import ProblemDocument
 from app.api.schemas.refunds import RefundReason, RefundStatus
+from app.api.versions import VERSION_HEADER, VERSIONS
 from app.web.asgi import Headers, HttpResponse
 from app.web.problems import PROBLEM_TYPES
 from app.web.requests import HttpRequest
@@ -74,6 +75,7 @@ HEADERS: dict[str, JsonDocument] = {
         "required": True,
         "schema": {"type": "string", "pattern": "^req_[0-9a-f]{24}$"},
     },
+    VERSION_HEADER: {"description": "The version of this answer.", "required": True, "schema": {"enum": VERSIONS}},
     "Location": {
         "description": "The address of the new object.",
         "required": True,
@@ -130,6 +132,13 @@ IDEMPOTENCY_KEY_PARAMETER: JsonDocument = {
 }
 
 
+VERSION_PARAMETER: JsonDocument = {
+    "name": VERSION_HEADER,
+    "in": "header",
+    "required": False,
+    "description": f"The version of the API, by its date; without it `{VERSIONS[0]}`, and so for ever.",
+    "schema": {"type": "string", "enum": VERSIONS},
+}
 PREFER_PARAMETER: JsonDocument = {
     "name": "Prefer",
     "in": "header",
@@ -224,6 +233,8 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
         parameters.append(IDEMPOTENCY_KEY_PARAMETER)
     if row.takes_wait:
         parameters.append(PREFER_PARAMETER)
+    if not row.is_public:
+        parameters.append(VERSION_PARAMETER)
     if row.query is not None:
         parameters += query_parameters(components[row.query.__name__]["properties"])
     operation: JsonDocument = {
@@ -347,7 +358,8 @@ def described(schema: JsonDocument) -> JsonDocument:
 def describe_answers(row: Route, *, is_idempotent: bool) -> JsonDocument:
     """The successful answers of a route, by status."""
     schemas, _ = msgspec.json.schema_components(row.answers.values(), ref_template=REFERENCE)
-    more = ["Idempotency-Replayed"] if is_idempotent else []
+    more = [] if row.is_public else [VERSION_HEADER]
+    more += ["Idempotency-Replayed"] if is_idempotent else []
     if row.takes_wait:
         more += ["Preference-Applied"] if is_idempotent else ["Preference-Applied", "Vary"]
     return {

@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from app.api.versions import ANSWERED_VERSION, version_of
 from app.api.waiting import WaitingRequests
 from app.web.asgi import HttpResponse
 from app.web.auth import Authenticator, Caller
@@ -19,7 +20,7 @@ from db.settings import TrustedProxies
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-JSON_CONTENT_TYPE = (b"content-type", b"application/json")
+JSON_HEADERS = ((b"content-type", b"application/json"), ANSWERED_VERSION)
 IDEMPOTENCY_REPLAYED = (b"idempotency-replayed", b"true")
 
 
@@ -45,13 +46,18 @@ class ApiServices(NamedTuple):
 class ApiRequest(HttpRequest):
     """A request to one of the API's routes."""
 
-    __slots__ = ()
+    __slots__ = ("version",)
 
     services: ApiServices
 
     def caller(self) -> Caller:
-        """The holder of the API key. Raises Problem for a malformed key; the database looks the key up later."""
-        return self.services.authenticator.read_caller(self.headers, self.address, self.request_id, self.route)
+        """The holder of the API key, which the database looks up later.
+
+        Raises Problem for a malformed key or an unknown version of the API.
+        """
+        caller = self.services.authenticator.read_caller(self.headers, self.address, self.request_id, self.route)
+        self.version = version_of(self.headers)
+        return caller
 
     async def merchant_query(self, caller: Caller, struct: type[T]) -> T:
         """The query as a struct. Raises Problem: unauthenticated first, then the rules that the query breaks."""
@@ -77,4 +83,4 @@ class ApiRequest(HttpRequest):
 
     def respond(self, body: str | bytes, status: int = 200) -> HttpResponse:
         """A JSON document, rendered already."""
-        return HttpResponse(status, compact(body), self.request_id, [JSON_CONTENT_TYPE])
+        return HttpResponse(status, compact(body), self.request_id, JSON_HEADERS)

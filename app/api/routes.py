@@ -56,8 +56,7 @@ from app.api.updates import update_payment
 from app.web.auth import KEY_PROBLEMS
 from app.web.routing import Route
 
-READ_PROBLEMS = ("unauthenticated", *KEY_PROBLEMS, "not-found", "overloaded", "unavailable")
-EXPAND_PROBLEMS = ("invalid-request", *READ_PROBLEMS)
+READ_PROBLEMS = ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "not-found", "overloaded", "unavailable")
 LIST_PROBLEMS = ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "overloaded", "unavailable")
 CREATE_PAYMENT_PROBLEMS = (
     "invalid-request",
@@ -105,7 +104,7 @@ PAYMENT_ROUTES = [
         "/v1/payments/{payment_id}",
         get_payment,
         {200: ExpandedPayment},
-        EXPAND_PROBLEMS,
+        READ_PROBLEMS,
         query=PaymentQuery,
         scope="read",
         takes_wait=True,
@@ -186,7 +185,7 @@ MERCHANT_ROUTES = [
         "/v1/refunds/{refund_id}",
         get_refund,
         {200: ExpandedRefund},
-        EXPAND_PROBLEMS,
+        READ_PROBLEMS,
         query=PartQuery,
         scope="read",
         takes_wait=True,
@@ -197,7 +196,7 @@ MERCHANT_ROUTES = [
         "/v1/disputes/{dispute_id}",
         get_dispute,
         {200: ExpandedDispute},
-        EXPAND_PROBLEMS,
+        READ_PROBLEMS,
         query=PartQuery,
         scope="read",
     ),
@@ -215,7 +214,7 @@ MERCHANT_ROUTES = [
         "/v1/balance",
         get_balance,
         {200: Balance},
-        ("unauthenticated", *KEY_PROBLEMS, "overloaded", "unavailable"),
+        LIST_PROBLEMS,
         scope="read",
     ),
     Route(
@@ -232,7 +231,7 @@ MERCHANT_ROUTES = [
         "/v1/currencies",
         list_currencies,
         {200: CurrencyList},
-        ("unauthenticated", *KEY_PROBLEMS, "overloaded", "unavailable"),
+        LIST_PROBLEMS,
         scope="read",
     ),
     Route(
@@ -264,7 +263,7 @@ OPERATOR_ROUTES = [
         "/v1/operator/dead-letters/{letter_id}",
         get_dead_letter,
         {200: DeadLetter},
-        ("unauthenticated", *KEY_PROBLEMS, "forbidden", "not-found", "overloaded", "unavailable"),
+        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "not-found", "overloaded", "unavailable"),
         tag="operators",
         scope="dead-letters:read",
     ),
@@ -313,7 +312,7 @@ OPERATOR_ROUTES = [
         "/v1/operator/status",
         get_status,
         {200: StatusReport},
-        ("unauthenticated", *KEY_PROBLEMS, "forbidden", "overloaded", "unavailable"),
+        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "overloaded", "unavailable"),
         tag="operators",
         scope="status:read",
     ),

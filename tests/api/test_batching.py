@@ -14,6 +14,7 @@ from psycopg import AsyncConnection
 
 from app.api.create_payment import CREATE_PAYMENTS
 from app.api.schemas.payments import PaymentRequest
+from app.api.versions import VERSIONS
 from app.web import batching as batching_module
 from app.web.batching import (
     PARALLEL_BATCH_MIN,
@@ -70,6 +71,7 @@ def create_request(key: NewKey, description: str | None = None) -> PaymentReques
         request_id=unique_name("req"),
         key_hash=key.hash.hex(),
         address="127.0.0.1",
+        api_version=VERSIONS[0],
         idempotency_key=unique_name("key"),
         request_hash="00",
         amount=100,

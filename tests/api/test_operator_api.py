@@ -221,4 +221,4 @@ def test_openapi_document_describes_every_body_and_response(api: ServerProcess) 
     assert one["requestBody"]["content"]["application/json"]["schema"]["$ref"] == "#/components/schemas/Decision"
     assert document["components"]["schemas"]["Decision"]["required"] == ["reason"]
     query = {parameter["name"] for parameter in document["paths"][LETTERS]["get"]["parameters"]}
-    assert query == {"status", "handler", "error", "limit", "starting_after"}
+    assert query == {"status", "handler", "error", "limit", "starting_after", "Surety-Version"}

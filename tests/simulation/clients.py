@@ -11,6 +11,7 @@ import psycopg
 from msgspec import Struct, field
 
 from app.api.schemas.payments import PayerDetails, PaymentRequest
+from app.api.versions import VERSIONS
 from app.web.batching import RefusedByDatabase, Unavailable
 from tests.simulation.database import Pool
 from tests.simulation.loop import Killed
@@ -74,6 +75,7 @@ class WantedPayment(Struct):
             request_id=f"req_{self.number}",
             key_hash=key_hash.hex(),
             address="127.0.0.1",
+            api_version=VERSIONS[0],
             idempotency_key=self.key,
             request_hash=hashlib.sha256(body.encode()).hexdigest(),
             amount=self.amount,

@@ -92,6 +92,8 @@ class Replacements:
             return "MXwxOjE6fC18MHwt"
         if name == "duration_ms" and value is not None:
             return 84.1
+        if name.endswith("seconds") and isinstance(value, float):
+            return 1.5
         return self.replace(value)
 
     def replace_text(self, text: str) -> str:

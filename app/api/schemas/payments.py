@@ -136,6 +136,7 @@ class PaymentRequest(Struct, omit_defaults=True):
     request_id: str
     key_hash: str
     address: str
+    api_version: str
     idempotency_key: str
     request_hash: str
     amount: int

@@ -55,9 +55,9 @@ end;
 $$;
 
 comment on function api.admit_command(text, text, jsonb) is
-'Admits a command that needs p_scope. p_request: key_hash (hex), request_id, address, idempotency_key, request_hash
-(hex, of the id and the body), and the id of the object. The outcome is set if the command ends here: an answer
-repeated, or one of the problems of api.explain_denial, forbidden, idempotency-key-reused.';
+'Admits a command that needs p_scope. p_request: key_hash (hex), request_id, address, api_version, idempotency_key,
+request_hash (hex, of the id and the body), and the id of the object. The outcome is set if the command ends here: an
+answer repeated, or one of the problems of api.explain_denial, forbidden, idempotency-key-reused.';
 
 create or replace function api.refuse_command(p_admitted api.admission, p_problem text, p_detail jsonb)
 returns api.outcome
@@ -86,7 +86,9 @@ begin
         'request', p_admitted.actor, 'accepted',
         p_payment_id => p_payment_id, p_merchant_id => p_admitted.merchant_id,
         p_address => p_request ->> 'address', p_request_id => p_request ->> 'request_id',
-        p_snapshot => jsonb_build_object('route', p_admitted.route, 'idempotency_key', p_admitted.key) || p_snapshot);
+        p_snapshot => jsonb_build_object(
+            'route', p_admitted.route, 'api_version', p_request ->> 'api_version', 'idempotency_key', p_admitted.key
+        ) || p_snapshot);
     return (p_status::smallint, null, null, p_body, false)::api.outcome;
 end;
 $$;

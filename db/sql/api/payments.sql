@@ -190,10 +190,10 @@ begin
                     then 'invalid-request'
             end as problem
         from json_to_recordset(p_requests) as r (
-            n integer, key_hash text, request_id text, address text, idempotency_key text, request_hash text,
-            amount bigint, currency text, rail text, method_token text, capture_method text, reference text,
-            description text, statement_descriptor_suffix text, return_url text, off_session boolean, customer jsonb,
-            metadata jsonb, customer_id text, saved_method text, save_method jsonb
+            n integer, key_hash text, request_id text, address text, api_version text, idempotency_key text,
+            request_hash text, amount bigint, currency text, rail text, method_token text, capture_method text,
+            reference text, description text, statement_descriptor_suffix text, return_url text, off_session boolean,
+            customer jsonb, metadata jsonb, customer_id text, saved_method text, save_method jsonb
         )
         left join lateral (
             select
@@ -253,7 +253,8 @@ begin
             p_address => a.address, p_request_id => a.request_id, p_payment_id => a.new_id,
             p_merchant_id => a.merchant_id,
             p_snapshot => jsonb_build_object(
-                'route', v_route, 'idempotency_key', a.idempotency_key, 'amount', a.amount, 'currency', a.currency)
+                'route', v_route, 'api_version', a.api_version, 'idempotency_key', a.idempotency_key,
+                'amount', a.amount, 'currency', a.currency)
         )) filter (where a.is_first)
     into
         v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids,
