@@ -262,18 +262,20 @@ def find_key_problems(state: dict[str, Any]) -> Iterator[Finding]:
 
 
 def find_expiring_keys(state: dict[str, Any]) -> Iterator[Finding]:
-    """Merchants' keys that expire within two weeks and have no successor."""
+    """Keys that expire within two weeks and have no successor."""
     if not (expiring := state["expiring_keys"]):
         return
     first = expiring[0]
     urgency = 2 if first["seconds"] < KEY_EXPIRES_URGENT_SECONDS else 1
-    what = f"{first['id']} ({first['name']}, …{first['hint']}) of {first['merchant_id']} expires in "
+    if first["operator"] is None:
+        shown, holder, given = f"{first['name']}, …{first['hint']}", first["merchant_id"], "merchant"
+    else:
+        shown, holder, given = f"…{first['hint']}", f"operator {first['operator']}", "operator"
+    what = f"{first['id']} ({shown}) of {holder} expires in "
     what += format_age(first["seconds"])
     if len(expiring) > 1:
         what += f", {count_noun(len(expiring) - 1, 'more key')} within 14 days"
-    yield Finding(
-        "expiring-keys", urgency, what, f"surety keys rotate {first['id']}, and give the merchant the new key"
-    )
+    yield Finding("expiring-keys", urgency, what, f"surety keys rotate {first['id']}, and give the {given} the new key")
 
 
 def find_overdue_jobs(state: dict[str, Any]) -> Iterator[Finding]:

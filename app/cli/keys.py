@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import psycopg
+from psycopg import sql
 from rich.table import Table
 
 from app.cli.identity import authorize
@@ -148,23 +149,31 @@ def create_for_operator(
     help="The old key stays valid for so long.",
 )  # fmt: skip
 def rotate(key_id: str, overlap_hours: int) -> None:
-    """Create the successor of a merchant's key, with the same name, scopes and networks, and print it.
+    """Create the successor of a key, with the same rights and networks and as long a life, and print it.
 
-    The old key expires after the overlap. A key with an active successor is not rotated again.
+    The old key expires after the overlap. A merchant's key with an active successor is not rotated again.
     """
     with connect("deploy", load_settings()) as conn:
-        by = authorize(conn, "keys:write")
-        key = new_key(livemode=is_live(conn))
+        is_operators = is_key_of_operator(conn, key_id)
+        by = authorize(conn, "operators:write" if is_operators else "keys:write")
+        key = new_operator_key() if is_operators else new_key(livemode=is_live(conn))
+        rotate_key = "rotate_operator_key" if is_operators else "rotate_api_key"
         try:
             row = conn.execute(
-                "select surety.rotate_api_key(%s, %s, %s, %s, %s)",
+                sql.SQL("select surety.{}(%s, %s, %s, %s, %s)").format(sql.Identifier(rotate_key)),
                 (key_id, key.hash, key.hint, timedelta(hours=overlap_hours), by),
             ).fetchone()
         except psycopg.Error as error:
             raise refusal_of(error, None) from None
     if row is None or row[0] is None:
-        raise NoSuchKey(f"there is no active key {key_id} of a merchant")
+        raise NoSuchKey(f"there is no active key {key_id}")
     click.echo(key.text)
+
+
+def is_key_of_operator(conn: psycopg.Connection[tuple[Any, ...]], key_id: str) -> bool:
+    """Whether it is an operator's key."""
+    row = conn.execute("select exists (select from surety.operator_keys where id = %s)", (key_id,)).fetchone()
+    return bool(row and row[0])
 
 
 @keys.command(name="list")
@@ -199,10 +208,7 @@ def list_keys(merchant_id: str | None, as_json: bool) -> None:
 def revoke(key_id: str) -> None:
     """Revoke a key at once and permanently."""
     with connect("deploy", load_settings()) as conn:
-        [(is_operators,)] = conn.execute(
-            "select exists (select from surety.operator_keys where id = %s)", (key_id,)
-        ).fetchall()
-        if is_operators:
+        if is_key_of_operator(conn, key_id):
             by = authorize(conn, "operators:write")
             row = conn.execute("select surety.revoke_operator_key(%s, %s)", (key_id, by)).fetchone()
         else:

@@ -61,7 +61,7 @@ def test_rotated_key_expires_after_its_successor_was_made(run: Run, conn: Connec
     assert [finding for finding in status_findings(conn) if finding.id == "expiring-keys"] == []
     assert "two active keys named shop" in refused(run("keys", "rotate", old["id"]))
     said(run("keys", "revoke", old["id"]))
-    assert refused(run("keys", "rotate", old["id"])) == f"there is no active key {old['id']} of a merchant"
+    assert refused(run("keys", "rotate", old["id"])) == f"there is no active key {old['id']}"
 
 
 def status_findings(conn: Connection) -> list[Finding]:
@@ -104,7 +104,7 @@ def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: C
         (("keys", "create", "mer_none"), "there is no merchant mer_none"),
         (("keys", "create", "mer_none", "--network", "203.0.113.7/24"), "--network: 203.0.113.7/24 has host bits set"),
         (("keys", "create", "mer_none", "--name", "a b"), "a key's name has 1 to 100 letters, digits and . _ @ -"),
-        (("keys", "rotate", "key_none"), "there is no active key key_none of a merchant"),
+        (("keys", "rotate", "key_none"), "there is no active key key_none"),
         (("keys", "revoke", "key_none"), "there is no key key_none"),
         (("trace", "pay_none"), "there is no payment pay_none"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from app.cli.operators import ROLES
+from app.status_findings import Finding, find_problems
 from tests.cli.conftest import Run, refused, said
 from tests.conftest import Connection
 from tests.support.http_client import unique_name
@@ -184,3 +185,30 @@ def test_key_file_must_be_readable_by_its_owner_alone(
 )
 def test_account_that_breaks_a_rule_is_refused(run: Run, options: tuple[str, ...], report: str) -> None:
     assert refused(run("operators", "add", *options, "--role", "viewer")).startswith(report)
+
+
+def test_expiring_key_of_an_operator_is_a_finding_until_it_is_rotated(run: Run, conn: Connection) -> None:
+    add_operator(conn, "eve", "support")
+    said(run("keys", "create", "--operator", "eve", "--role", "viewer", "--network", "203.0.113.0/24", "--days", "30"))
+    conn.execute(
+        "update surety.operator_keys set created_at = created_at - interval '20 days',"
+        " expires_at = expires_at - interval '20 days' where role = 'viewer'"
+    )
+    [(old, hint)] = conn.execute("select id, hint from surety.operator_keys where role = 'viewer'").fetchall()
+    [finding] = expiring_keys(conn)
+    assert finding.what.startswith(f"{old} (…{hint}) of operator eve expires in ")
+    assert finding.next == f"surety keys rotate {old}, and give the operator the new key"
+    new = said(run("keys", "rotate", old, "--overlap-hours", "1"))
+    assert expiring_keys(conn) == []
+    lives = conn.execute(
+        "select hint, role, networks::text[], round(extract(epoch from expires_at - now()) / 3600)"
+        " from surety.operator_keys where role = 'viewer' order by id"
+    ).fetchall()
+    assert lives == [(hint, "viewer", ["203.0.113.0/24"], 1), (new[-4:], "viewer", ["203.0.113.0/24"], 30 * 24)]
+    said(run("operators", "set", "eve", "--inactive"))
+    assert refused(run("keys", "rotate", old)) == f"there is no active key {old}"
+
+
+def expiring_keys(conn: Connection) -> list[Finding]:
+    [(state,)] = conn.execute("select surety.read_status()").fetchall()
+    return [finding for finding in find_problems(state) if finding.id == "expiring-keys"]

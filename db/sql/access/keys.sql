@@ -92,34 +92,6 @@ comment on function surety.rotate_api_key(text, bytea, text, interval, text) is
 p_overlap at the latest. Returns the successor''s id; null for a key that is unknown, revoked or expired. Raises SU010
 if the key has an active successor.';
 
-create or replace function surety.list_expiring_keys(p_within interval)
-returns table (id text, merchant_id text, name text, hint text, seconds numeric)
-language sql stable security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    select
-        api_keys.id,
-        api_keys.merchant_id,
-        api_keys.name,
-        api_keys.hint,
-        round(extract(epoch from api_keys.expires_at - surety.time_now()), 3)
-    from surety.api_keys
-    where api_keys.revoked_at is null
-        and api_keys.expires_at > surety.time_now() and api_keys.expires_at <= surety.time_now() + p_within
-        -- A key that its holder has replaced may expire.
-        and not exists (
-            select from surety.api_keys as successors
-            where successors.merchant_id = api_keys.merchant_id and successors.name = api_keys.name
-                and successors.scopes = api_keys.scopes and successors.revoked_at is null
-                and successors.id > api_keys.id
-                and (successors.expires_at is null or successors.expires_at > api_keys.expires_at)
-        )
-    order by api_keys.expires_at;
-end;
-
-comment on function surety.list_expiring_keys(interval) is
-'Merchants'' API keys that expire within the interval and have no successor (same name and scopes, longer life), the
-first to expire first.';
-
 create or replace function surety.revoke_api_key(p_key_id text, p_actor text default session_user) returns boolean
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic

@@ -227,3 +227,93 @@ end;
 
 comment on function surety.revoke_operator_key(text, text) is
 'Revokes an operator''s key. False if it was revoked, null for an unknown key.';
+
+create or replace function surety.rotate_operator_key(
+    p_key_id text, p_hash bytea, p_hint text, p_overlap interval, p_actor text default session_user
+) returns text
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_id text := surety.new_id('key', v_now);
+    v_old surety.operator_keys;
+    v_operator text;
+begin
+    select o.name into v_operator
+    from surety.operator_keys as k join surety.operators as o on o.id = k.operator_id
+    where k.id = p_key_id and o.deactivated_at is null
+    for update of o;
+    -- The operator's row is locked, so no other rotation changes the key meanwhile.
+    select k.* into v_old from surety.operator_keys as k
+    where k.id = p_key_id and k.revoked_at is null and (k.expires_at is null or k.expires_at > v_now)
+    for update;
+    if v_operator is null or not found then
+        return null;
+    end if;
+    insert into surety.operator_keys (
+        id, operator_id, role, networks, hash, hint, created_by, created_at, expires_at
+    )
+    values (
+        v_id, v_old.operator_id, v_old.role, v_old.networks, p_hash, p_hint, p_actor, v_now,
+        v_now + (v_old.expires_at - v_old.created_at)
+    );
+    update surety.operator_keys as k set expires_at = least(k.expires_at, v_now + p_overlap) where k.id = p_key_id;
+    perform surety.audit_operator_action(
+        p_actor, null, 'operator key rotated',
+        jsonb_build_object(
+            'key', p_key_id, 'operator', v_operator, 'hint', v_old.hint, 'successor', v_id, 'successor_hint', p_hint,
+            'expires_at', surety.format_time(least(v_old.expires_at, v_now + p_overlap))));
+    return v_id;
+end;
+$$;
+
+comment on function surety.rotate_operator_key(text, bytea, text, interval, text) is
+'Stores a successor of an operator''s key, with its role, networks and as long a life. The old key expires after
+p_overlap at the latest. Returns the successor''s id; null for a key that is unknown, revoked or expired, or of an
+operator that is deactivated.';
+
+create or replace function surety.list_expiring_keys(p_within interval)
+returns table (id text, merchant_id text, operator text, name text, hint text, seconds numeric)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        expiring.id,
+        expiring.merchant_id,
+        expiring.operator,
+        expiring.name,
+        expiring.hint,
+        round(extract(epoch from expiring.expires_at - surety.time_now()), 3)
+    from (
+        select
+            api_keys.id, api_keys.merchant_id, null as operator, api_keys.name, api_keys.hint, api_keys.expires_at
+        from surety.api_keys
+        where api_keys.revoked_at is null
+            -- A key that its holder has replaced may expire.
+            and not exists (
+                select from surety.api_keys as successors
+                where successors.merchant_id = api_keys.merchant_id and successors.name = api_keys.name
+                    and successors.scopes = api_keys.scopes and successors.revoked_at is null
+                    and successors.id > api_keys.id
+                    and (successors.expires_at is null or successors.expires_at > api_keys.expires_at)
+            )
+        union all
+        select
+            operator_keys.id, null, operators.name, null, operator_keys.hint, operator_keys.expires_at
+        from surety.operator_keys
+        inner join surety.operators on operator_keys.operator_id = operators.id
+        where operator_keys.revoked_at is null and operators.deactivated_at is null
+            and not exists (
+                select from surety.operator_keys as successors
+                where successors.operator_id = operator_keys.operator_id and successors.role = operator_keys.role
+                    and successors.revoked_at is null and successors.id > operator_keys.id
+                    and (successors.expires_at is null or successors.expires_at > operator_keys.expires_at)
+            )
+    ) as expiring
+    where expiring.expires_at > surety.time_now() and expiring.expires_at <= surety.time_now() + p_within
+    order by expiring.expires_at;
+end;
+
+comment on function surety.list_expiring_keys(interval) is
+'Keys that expire within the interval and have no successor of a longer life, the first to expire first. A merchant''s
+key is succeeded by one of the same name and scopes, an operator''s by one of the same role. Of a merchant''s, operator
+is null; of an operator''s, merchant_id and name are.';
