@@ -8,6 +8,7 @@
 --   rules            currencies, states, transitions, mandatory steps, kinds of facts: rows, not code
 --   merchants        merchants, their API keys
 --   operators        accounts of operators, their roles and keys
+--   rate limits      requests per second of keys and merchants, and how much of it they have used
 --   customers        merchants' customers, their saved payment methods, our calls about them
 --   requests         idempotency keys and references in use: unique over all months, hence narrow and unpartitioned
 --   payments         payments, their steps, our calls to providers, circuits of provider accounts
@@ -561,6 +562,42 @@ create table surety.operator_keys (
 comment on table surety.operator_keys is
 'Personal keys of operators, stored like merchants'' keys, for the API and the command line. A key may do what both its
 role and its operator''s role may. networks apply to the API only.';
+
+-- ---------------------------------------------------------------------------------------------------- rate limits
+
+create table surety.rate_limits (
+    subject text collate "C" not null,
+    requests_per_second integer not null,
+    burst integer not null,
+    constraint rate_limits_pkey primary key (subject),
+    constraint rate_limit_subject_is_known check (
+        subject ~ '^(key|mer)_[0-9a-f]{24}$' or subject in ('keys', 'merchants', 'operator-keys')
+    ),
+    constraint rate_limit_is_bounded check (
+        requests_per_second between 0 and 1000000 and burst between 0 and 1000000
+    ),
+    constraint rate_limit_has_a_burst check ((requests_per_second = 0) = (burst = 0))
+);
+comment on table surety.rate_limits is
+'How many requests a second a key or a merchant may send, and how many at once after a pause (burst). Zero is no limit.
+subject is the id of a key or merchant. A key or merchant without a row has the limit of keys, operator-keys or
+merchants.';
+
+insert into surety.rate_limits (subject, requests_per_second, burst) values
+('keys', 500, 1000),
+('merchants', 1000, 2000),
+('operator-keys', 100, 200);
+
+-- Half of each page is left free, so that an update finds room on it and writes no index entry.
+create unlogged table surety.rate_limit_uses (
+    subject text collate "C" not null,
+    whole_at timestamptz not null,
+    constraint rate_limit_uses_pkey primary key (subject)
+) with (fillfactor = 50);
+comment on table surety.rate_limit_uses is
+'When the burst of each limited key and merchant is whole again if no more permits are taken (the theoretical arrival
+time of GCRA). A row whose time has passed means the same as none. A crash of the server empties the table: all bursts
+are whole then.';
 
 -- ------------------------------------------------------------------------------------------------------- requests
 
@@ -1629,13 +1666,15 @@ create table audit.refusals (
             ('denied', 'key-revoked'), ('denied', 'key-expired'), ('denied', 'network-not-allowed'),
             ('denied', 'scope-missing'),
             ('webhook', 'no-signature'), ('webhook', 'wrong-signature'), ('webhook', 'old-signature'),
-            ('webhook', 'no-event')
+            ('webhook', 'no-event'),
+            ('limited', 'key'), ('limited', 'merchant'), ('limited', 'address')
         )
     )
 );
 comment on table audit.refusals is
-'How many requests with a wrong API key and how many webhooks were refused in an hour. actor is an existing key or
-operator, or empty, so that senders without a key can''t add rows. Rows are deleted after 30 days.';
+'How many requests with a wrong API key, how many webhooks, and how many requests beyond a rate limit were refused in an
+hour. actor is an existing key, merchant or operator, or empty, so that senders without a key can''t add rows. Rows are
+deleted after 30 days.';
 
 -- ------------------------------------------------------------------------------------------------- reconciliation
 

@@ -163,6 +163,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     its role. STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while
     both are active. SURETY_TRUSTED_PROXIES names the proxies whose X-Forwarded-For is believed.
 
+    SURETY_ADDRESS_RATE bounds the failed authentications per second of a client's address in a process of the API; 0
+    means no bound.
+
     For the command line: SURETY_OPERATOR_KEY is an operator's personal key, SURETY_OPERATOR_KEY_FILE a file with it.
 
     For the workers, in seconds: SURETY_PROVIDER_TIMEOUT bounds a call to the provider. SURETY_POLL_SECONDS is the
@@ -187,6 +190,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     surety_webhook_port: Port = 8001
     surety_sandbox_port: Port = 8002
     surety_trusted_proxies: TrustedProxies | None = None
+    surety_address_rate: Annotated[float, msgspec.Meta(ge=0)] = 20.0
 
     surety_provider_timeout: Seconds = 20.0
     surety_provider_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None

@@ -62,10 +62,11 @@ async def check_deadlines(worker: Worker) -> None:
 
 
 async def maintain(worker: Worker) -> None:
-    """Make partitions for the months ahead; delete expired idempotency keys and old counts."""
+    """Make partitions for the months ahead; delete expired idempotency keys, old counts and unused rate limits."""
     await worker.database.value("select surety.maintain_partitions()")
     await repeat_until_done(worker, "select surety.delete_expired_idempotency_keys()")
     await worker.database.value("select surety.delete_old_refusals()")
+    await worker.database.value("select surety.delete_whole_bursts()")
 
 
 async def delete_orphaned_jobs(context: JobContext, timestamp: int) -> None:

@@ -20,6 +20,8 @@ from app.web.batching import BatchingConnections
 from app.web.database import DatabasePool
 from app.web.key_uses import KeyUses
 from app.web.load_shedding import OVERLOAD_CHECKS
+from app.web.rate_limits.addresses import FailedAuthentications
+from app.web.rate_limits.leases import PermitLeases
 from app.web.refusals import RefusalCounter
 from app.web.routing import HttpApplication
 from app.web.worker_scheduler import WorkerScheduler
@@ -72,10 +74,15 @@ async def open_api_services(
         await batching.open()
         OVERLOAD_CHECKS[b"POST", b"/v1/payments"] = batching.is_full
         closing.callback(OVERLOAD_CHECKS.pop, (b"POST", b"/v1/payments"))
+        limited = RefusalCounter("limited", database)
+        closing.push_async_callback(limited.close)
+        permits = PermitLeases(lambda: connect_async("api", settings), limited)
+        closing.push_async_callback(permits.close)
+        await permits.open()
         waiting = WaitingRequests(reading, requests_max=waiting_max)
         closing.push_async_callback(waiting.close)
         authenticator = Authenticator(database, reading, refusals, key_uses)
         yield ApiServices(
             database, health, authenticator, batching, payment_scheduler, command_scheduler, settings.trusted_proxies,
-            waiting,
+            waiting, permits, FailedAuthentications(settings.surety_address_rate, limited),
         )  # fmt: skip

@@ -95,11 +95,20 @@ HEADERS: dict[str, JsonDocument] = {
         "required": True,
         "schema": {"type": "string", "pattern": "^[0-9]+$"},
     },
+    "RateLimit-Policy": {
+        "description": "The rate limits of the key and its merchant, a structured list. Missing without one.",
+        "schema": {"type": "string"},
+    },
+    "RateLimit": {
+        "description": "The number of requests that is left of each rate limit, and for how many seconds.",
+        "schema": {"type": "string"},
+    },
     "WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}},
 }
 # Any request may be refused for its form, before its route is known.
 CONNECTION_PROBLEMS = ("request-timeout", "target-too-long", "head-too-large")
-HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 503: ["Retry-After"]}
+HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}
+RATE_LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
 
 PAYER_RETURNS_OR_IS_ABSENT: JsonDocument = {
     "if": {"required": ["off_session"], "properties": {"off_session": {"const": True}}},
@@ -162,8 +171,8 @@ def documentation_routes(routes: Sequence[Route]) -> list[Route]:
         return endpoint
 
     return [
-        Route("GET", "/docs", static(PAGE, b"text/html; charset=utf-8")),
-        Route("GET", "/docs/openapi.json", static(document, b"application/vnd.oai.openapi+json")),
+        Route("GET", "/docs", static(PAGE, b"text/html; charset=utf-8"), is_public=True),
+        Route("GET", "/docs/openapi.json", static(document, b"application/vnd.oai.openapi+json"), is_public=True),
     ]
 
 
@@ -242,8 +251,7 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
         "description": cleandoc(row.endpoint.__doc__ or ""),
         "operationId": name,
         "tags": [tag_of(row)],
-        "responses": describe_answers(row, is_idempotent=is_idempotent)
-        | describe_problems([*row.problems, *CONNECTION_PROBLEMS]),
+        "responses": describe_answers(row, is_idempotent=is_idempotent) | describe_problems(row),
     }
     if parameters:
         operation["parameters"] = parameters
@@ -358,7 +366,7 @@ def described(schema: JsonDocument) -> JsonDocument:
 def describe_answers(row: Route, *, is_idempotent: bool) -> JsonDocument:
     """The successful answers of a route, by status."""
     schemas, _ = msgspec.json.schema_components(row.answers.values(), ref_template=REFERENCE)
-    more = [] if row.is_public else [VERSION_HEADER]
+    more = [] if row.is_public else [VERSION_HEADER, *RATE_LIMIT_HEADERS]
     more += ["Idempotency-Replayed"] if is_idempotent else []
     if row.takes_wait:
         more += ["Preference-Applied"] if is_idempotent else ["Preference-Applied", "Vary"]
@@ -382,11 +390,12 @@ def example_of(examples: JsonDocument, name: str) -> JsonDocument:
     return {"example": examples[name]} if name in examples else {}
 
 
-def describe_problems(names: Sequence[str]) -> JsonDocument:
+def describe_problems(row: Route) -> JsonDocument:
     """The problem documents of a route, by status."""
+    limits = [] if row.is_public else ["rate-limited"]
     lines: dict[int, list[str]] = {}
     examples: dict[int, JsonDocument] = {}
-    for name in names:
+    for name in (*row.problems, *limits, *CONNECTION_PROBLEMS):
         definition = PROBLEM_TYPES[name]
         lines.setdefault(definition.status, []).append(f"[{name}](/problems/{name}): {definition.title}")
         if name in EXAMPLES["problems"]:
@@ -395,7 +404,7 @@ def describe_problems(names: Sequence[str]) -> JsonDocument:
     return {
         str(status): {
             "description": "\n\n".join(texts),
-            "headers": headers_of(status),
+            "headers": headers_of(status, *(() if row.is_public else RATE_LIMIT_HEADERS)),
             "content": {
                 "application/problem+json": {
                     "schema": reference,

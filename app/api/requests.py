@@ -8,12 +8,16 @@ import msgspec
 
 from app.api.versions import ANSWERED_VERSION, version_of
 from app.api.waiting import WaitingRequests
-from app.web.asgi import HttpResponse
+from app.web.asgi import HttpResponse, Receive, Scope
 from app.web.auth import Authenticator, Caller
 from app.web.batching import BatchingConnections
 from app.web.database import DatabasePool
+from app.web.load_shedding import slow_down
 from app.web.problems import Problem
+from app.web.rate_limits.addresses import FailedAuthentications
+from app.web.rate_limits.leases import KeyLease, PermitLeases
 from app.web.requests import HttpRequest, struct_of
+from app.web.routing import Route
 from app.web.validation import read_query, violation_checker
 from app.web.worker_scheduler import WorkerScheduler
 from db.settings import TrustedProxies
@@ -41,23 +45,56 @@ class ApiServices(NamedTuple):
     command_scheduler: WorkerScheduler
     proxies: TrustedProxies
     waiting: WaitingRequests
+    permits: PermitLeases
+    failed_authentications: FailedAuthentications
 
 
 class ApiRequest(HttpRequest):
     """A request to one of the API's routes."""
 
-    __slots__ = ("version",)
+    __slots__ = ("_caller", "_lease", "version")
 
     services: ApiServices
 
-    def caller(self) -> Caller:
-        """The holder of the API key, which the database looks up later.
+    def __init__(self, route: Route, services: ApiServices, scope: Scope, receive: Receive) -> None:
+        super().__init__(route, services, scope, receive)
+        self._caller: Caller | None = None
+        self._lease: KeyLease | None = None
 
-        Raises Problem for a malformed key or an unknown version of the API.
+    async def admit(self) -> None:
+        """Find the caller, and take a permit of the key and its merchant. Raises Problem for a malformed key.
+
+        An unknown key needs no permit: the route refuses it, unless its address has failed too often.
         """
-        caller = self.services.authenticator.read_caller(self.headers, self.address, self.request_id, self.route)
+        services = self.services
+        address = self.address
+        self._caller = caller = services.authenticator.read_caller(self.headers, address, self.request_id, self.route)
+        if caller is None:
+            services.failed_authentications.require_room(address)
+            raise services.authenticator.refuse_malformed_key()
+        key_hash, request_id = caller.key_hash, self.request_id
+        self._lease = services.permits.take(key_hash, request_id) or await services.permits.wait(key_hash, request_id)
+        if self._lease is None:
+            services.failed_authentications.require_room(address)
+
+    def complete(self, response: HttpResponse) -> HttpResponse:
+        """Add RateLimit-Policy and RateLimit. Note a failed authentication; slow a limited client down."""
+        if self._lease is not None:
+            response.headers = [*response.headers, *self._lease.fields()]
+        if response.status == 401:
+            self.services.failed_authentications.note(self.address)
+        elif response.status == 429 and not self.is_forwarded():
+            slow_down(self.receive)
+        return response
+
+    def caller(self) -> Caller:
+        """The holder of the API key, which the database has not checked yet.
+
+        Raises Problem for an unknown version of the API.
+        """
+        assert self._caller is not None
         self.version = version_of(self.headers)
-        return caller
+        return self._caller
 
     async def merchant_query(self, caller: Caller, struct: type[T]) -> T:
         """The query as a struct. Raises Problem: unauthenticated first, then the rules that the query breaks."""

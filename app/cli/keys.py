@@ -13,6 +13,7 @@ from psycopg import sql
 from rich.table import Table
 
 from app.cli.identity import authorize
+from app.cli.limits import describe_rate_limit, key_limits
 from app.cli.operators import ROLES
 from app.cli.options import json_option
 from app.cli.tables import print_table
@@ -30,15 +31,19 @@ LIST_KEYS = """
 select
     k.id, k.hint as ends_in, m.id as of, m.name as merchant, k.name, k.scopes, k.networks::text[] as networks,
     k.created_by, surety.format_time(k.created_at) as created_at, surety.format_time(k.expires_at) as expires_at,
-    surety.format_time(k.last_used_at) as last_used_at, surety.format_time(k.revoked_at) as revoked_at
+    surety.format_time(k.last_used_at) as last_used_at, surety.format_time(k.revoked_at) as revoked_at,
+    nullif(l.requests_per_second, 0) as requests_per_second, nullif(l.burst, 0) as burst,
+    l.is_default as has_default_limit
 from surety.api_keys as k join surety.merchants as m on m.id = k.merchant_id
+cross join lateral surety.find_rate_limit(k.id, 'keys') as l
 where %(merchant)s::text is null or m.id = %(merchant)s
 union all
 select
     k.id, k.hint, 'operator', null, o.name, array['role:' || k.role], k.networks::text[], k.created_by,
     surety.format_time(k.created_at), surety.format_time(k.expires_at), surety.format_time(k.last_used_at),
-    surety.format_time(k.revoked_at)
+    surety.format_time(k.revoked_at), nullif(l.requests_per_second, 0), nullif(l.burst, 0), l.is_default
 from surety.operator_keys as k join surety.operators as o on o.id = k.operator_id
+cross join lateral surety.find_rate_limit(k.id, 'operator-keys') as l
 where %(merchant)s::text is null
 order by 1
 """
@@ -59,6 +64,9 @@ def parse_key_networks(_context: click.Context, _parameter: click.Parameter, net
 @click.group()
 def keys() -> None:
     """Create, rotate, list and revoke keys of merchants and operators."""
+
+
+keys.add_command(key_limits)
 
 
 @keys.command()
@@ -189,7 +197,7 @@ def list_keys(merchant_id: str | None, as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     columns = ("id", "ends in", "of", "merchant", "name", "scopes", "networks", "created", "expires", "last used")
-    table = Table(*columns, "revoked", box=None)
+    table = Table(*columns, "revoked", "rate limit", box=None)
     print_table(
         table,
         (
@@ -197,6 +205,7 @@ def list_keys(merchant_id: str | None, as_json: bool) -> None:
                 *(key["id"], key["ends_in"], key["of"], key["merchant"], key["name"]),
                 *(" ".join(key["scopes"]), " ".join(key["networks"])),
                 *(key["created_at"], key["expires_at"], key["last_used_at"], key["revoked_at"]),
+                describe_rate_limit(key["requests_per_second"], key["burst"], is_default=key["has_default_limit"]),
             )
             for key in found
         ),

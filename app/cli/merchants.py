@@ -12,6 +12,7 @@ import psycopg
 from rich.table import Table
 
 from app.cli.identity import authorize
+from app.cli.limits import describe_rate_limit, merchant_limits
 from app.cli.tables import print_table
 from app.wording import describe_mode
 from db.connect import connect
@@ -29,6 +30,9 @@ class NoSuchMerchant(SuretyError):
 @click.group()
 def merchants() -> None:
     """Add, list, suspend and resume merchants."""
+
+
+merchants.add_command(merchant_limits)
 
 
 @merchants.command()
@@ -115,15 +119,16 @@ def own_account_refused(account: str) -> SuretyError:
 @merchants.command(name="list")
 def list_merchants() -> None:
     """List all merchants, the oldest first."""
-    table = Table("id", "name", "account", "keys", "since", "suspended", box=None)
+    table = Table("id", "name", "account", "keys", "since", "suspended", "rate limit", box=None)
     with connect("deploy", load_settings()) as conn:
         rows = conn.execute(
             "select m.id, m.name, m.provider_account, count(k.id) filter (where k.revoked_at is null),"
-            " surety.format_time(m.created_at), surety.format_time(m.suspended_at)"
+            " surety.format_time(m.created_at), surety.format_time(m.suspended_at), l.*"
             " from surety.merchants as m left join surety.api_keys as k on k.merchant_id = m.id"
-            " group by m.id order by m.id"
+            " cross join lateral surety.find_rate_limit(m.id, 'merchants') as l"
+            " group by m.id, l.requests_per_second, l.burst, l.is_default order by m.id"
         ).fetchall()
-    print_table(table, rows)
+    print_table(table, ((*row[:-3], describe_rate_limit(*row[-3:-1], is_default=row[-1])) for row in rows))
 
 
 @merchants.command()

@@ -137,6 +137,7 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
     if unknown["count"]:
         lines.append(("unknown outcomes", f"{unknown['count']}, the oldest {format_age(unknown['oldest_seconds'])}"))
     lines += [("refused", describe_refusals(refused)) for refused in state["refusals"]]
+    lines += [("limited", describe_limited_merchant(limited)) for limited in state["limited_merchants"]]
     lines += [("waiting", describe_waiting_events(waiting)) for waiting in state["waiting_events"]]
     if unfinished := state["unfinished"]:
         lines.append((
@@ -166,9 +167,15 @@ def describe_waiting_events(waiting: dict[str, Any]) -> str:
 
 def describe_refusals(refused: dict[str, Any]) -> str:
     """API keys: 3 unauthenticated this hour, 41 in 24 h, by keys of ours."""
-    what = "webhooks" if refused["kind"] == "webhook" else "API keys"
+    what = {"webhook": "webhooks", "denied": "API keys", "limited": "by rate limit"}[refused["kind"]]
     known = ", by keys of ours" if refused["is_known_key"] else ""
     return f"{what}: {refused['hour_count']} {refused['reason']} this hour, {refused['day_count']} in 24 h{known}"
+
+
+def describe_limited_merchant(limited: dict[str, Any]) -> str:
+    """Acme Books (mer_1…): 12 requests refused this hour, 40 in 24 h."""
+    counts = f"{count_noun(limited['hour_count'], 'request')} refused this hour, {limited['day_count']} in 24 h"
+    return f"{limited['name']} ({limited['merchant_id']}): {counts}"
 
 
 def describe_key(key: dict[str, Any]) -> str:

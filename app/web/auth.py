@@ -59,14 +59,18 @@ class Authenticator:
         self._hashes_of_known_keys: dict[bytes, bytes] = {}
         self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
-    def read_caller(self, headers: dict[bytes, bytes], address: str, request_id: str, route: Route) -> Caller:
-        """The caller, by the Authorization header alone. Raises Problem for a malformed key."""
+    def read_caller(self, headers: dict[bytes, bytes], address: str, request_id: str, route: Route) -> Caller | None:
+        """The caller, by the Authorization header alone; None for a malformed key."""
         authorization = headers.get(b"authorization", b"")
         key_hash = self._hashes_of_known_keys.get(authorization) or key_hash_of(authorization)
         if key_hash is None:
-            self.refusals.add("unauthenticated")
-            raise Problem("unauthenticated", DENIAL_DETAILS["unauthenticated"])
+            return None
         return Caller(self, key_hash, livemode_of(authorization), address, request_id, route)
+
+    def refuse_malformed_key(self) -> Problem:
+        """The refusal of a malformed key, counted."""
+        self.refusals.add("unauthenticated")
+        return Problem("unauthenticated", DENIAL_DETAILS["unauthenticated"])
 
     def remember_key(self, authorization: bytes, key_hash: bytes) -> None:
         """Keep the hash of a key that the database knows. Other keys are not kept."""

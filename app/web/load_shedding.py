@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from app.bounded_http import BoundedProtocol
+from app.bounded_http import BoundedProtocol, connection_of
 from app.connection_limits import Refusal, RefusalResponse
 from app.web.asgi import HttpResponse, new_request_id
 from app.web.problems import Problem, RuleViolation, invalid_request, overloaded
@@ -50,6 +50,8 @@ def response_to_refusal(refusal: Refusal) -> HttpResponse:
 class LoadSheddingProtocol(BoundedProtocol):
     """The bounded protocol with a check before each request. Unusual requests (pipelined, HTTP/1.0) are not checked."""
 
+    _is_pausing = False
+
     def refusal_response(self, refusal: Refusal) -> RefusalResponse:
         """A refusal as a problem document."""
         answer = response_to_refusal(refusal)
@@ -71,6 +73,21 @@ class LoadSheddingProtocol(BoundedProtocol):
             and is_overloaded()
         )
 
+    def pause_after_response(self) -> None:
+        """Read nothing for a while once the current request has its response."""
+        self._is_pausing = True
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, now or after the pause."""
+        super().on_response_complete()
+        if self._is_pausing:
+            self._is_pausing = False
+            self._pause_reading()
+
+    def _pause_reading(self) -> None:
+        self.flow.pause_reading()
+        self.loop.call_later(READ_PAUSE_SECONDS, self._resume_reading)
+
     def write_shed_response(self) -> None:
         """Write 503, and read nothing for a while."""
         if self.flow.write_paused:
@@ -84,5 +101,14 @@ class LoadSheddingProtocol(BoundedProtocol):
             )
         )
         self.on_response_complete()
-        self.flow.pause_reading()
-        self.loop.call_later(READ_PAUSE_SECONDS, self._resume_reading)
+        self._pause_reading()
+
+
+def slow_down(receive: object) -> None:
+    """Read nothing for a while from the connection of a request once it has its response.
+
+    A client that ignores Retry-After takes less time from others so.
+    """
+    connection = connection_of(receive)
+    if isinstance(connection, LoadSheddingProtocol):
+        connection.pause_after_response()

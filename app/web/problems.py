@@ -144,6 +144,14 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "The key was sent before with another body. A key names one request for 30 days: choose a new one for a new "
         "payment. Nothing was stored.",
     ),
+    "rate-limited": ProblemDefinition(
+        429,
+        "Too many requests",
+        "A rate limit is reached: `given.limit` is `key` (of this API key), `merchant` (of all its merchant's keys) or "
+        "`address` (failed authentications of the client's address). Nothing was stored. Repeat the request with the "
+        "same Idempotency-Key after as many seconds as the header Retry-After and `given.retry_after` say. The headers "
+        "RateLimit-Policy and RateLimit show the limits and how much is left.",
+    ),
     "head-too-large": ProblemDefinition(
         431,
         "The head of the request is too large",

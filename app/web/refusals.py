@@ -24,7 +24,7 @@ class RefusalCounter:
     """
 
     def __init__(
-        self, kind: Literal["denied", "webhook"], database: DatabasePool, *, interval_seconds: float = 1.0
+        self, kind: Literal["denied", "limited", "webhook"], database: DatabasePool, *, interval_seconds: float = 1.0
     ) -> None:
         self._kind = kind
         self._database = database
@@ -36,7 +36,7 @@ class RefusalCounter:
         self._task = asyncio.create_task(self._run())
 
     def add(self, reason: str) -> None:
-        """Count one refusal."""
+        """Count one refusal. An actor may follow the reason after a space."""
         self._counts[reason] += 1
         self._wanted.set()
 

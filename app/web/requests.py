@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from app.web.asgi import ClientDisconnected, Message, Receive, Scope, new_request_id
+from app.web.asgi import ClientDisconnected, HttpResponse, Message, Receive, Scope, new_request_id
 from app.web.client_address import client_address
 from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.routing import Route
 from app.web.validation import parse
+from db.settings import parse_address
 
 T = TypeVar("T")
 
@@ -37,11 +38,24 @@ class HttpRequest:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = new_request_id()
 
+    async def admit(self) -> None:
+        """Called before the endpoint of a route that is not public. Raises Problem to refuse the request."""
+
+    def complete(self, response: HttpResponse) -> HttpResponse:
+        """Called with each response of a route, a refusal as well; returns the one to send."""
+        return response
+
     @property
     def address(self) -> str:
         """The client's address, past trusted proxies; empty if the server knows none."""
         peer = self.scope.get("client")
         return client_address(peer[0], self.scope["headers"], self.services.proxies) if peer else ""
+
+    def is_forwarded(self) -> bool:
+        """Whether the connection is a trusted proxy's, which other clients use as well."""
+        peer = self.scope.get("client")
+        proxies = self.services.proxies
+        return peer is not None and bool(proxies.networks) and proxies.trusts(parse_address(peer[0]))
 
     def path_parameter(self) -> str:
         """The only parameter of the path."""

@@ -135,12 +135,16 @@ class HttpApplication:
 
     async def _answer(self, row: Route, scope: Scope, receive: Receive) -> AsgiApplication:
         request = self._new_request(row, self._services, scope, receive)
+        response: HttpResponse
         try:
-            return await row.endpoint(request)
+            if not row.is_public:
+                await request.admit()
+            response = await row.endpoint(request)
         except ClientDisconnected:
             return no_response
         except Exception as error:  # noqa: BLE001  problem_from_error logs unexpected errors
-            return problem_from_error(error, request.request_id, scope["path"]).response(request.request_id)
+            response = problem_from_error(error, request.request_id, scope["path"]).response(request.request_id)
+        return cast(AsgiApplication, request.complete(response))
 
     def _handler_of(self, row: Route) -> HTTPRouteHandler:
         async def handler(request: Request[Any, Any, Any]) -> ASGIApp:

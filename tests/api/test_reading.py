@@ -345,6 +345,7 @@ def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
         "414",
         "415",
         "422",
+        "429",
         "431",
         "503",
     }

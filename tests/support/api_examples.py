@@ -278,6 +278,11 @@ def record_problems(client: ExampleClient, merchant: Merchant, recorder: Recorde
         client.client.get("/v1/payments", headers={"X-Long": "a" * 100_000}),
     ):
         recorder.record(answer)
+    limited = {"Authorization": f"Bearer {merchant.another_key()}"}
+    merchant.conn.execute("select surety.set_rate_limit(%s, 1, 1, 'test')", (merchant.key_id,))
+    while (answer := client.client.get("/v1/balance", headers=limited)).status_code == 200:
+        pass
+    recorder.record(answer)
     expired, bound, reading, revoked = (
         merchant.another_key(expires_in="1 millisecond"),
         merchant.another_key(networks=["203.0.113.0/24"]),

@@ -77,6 +77,8 @@ begin
         v_id, v_old.merchant_id, v_old.name, v_old.scopes, v_old.networks, p_hash, p_hint, p_actor, v_now,
         v_now + (v_old.expires_at - v_old.created_at)
     );
+    insert into surety.rate_limits (subject, requests_per_second, burst)
+    select v_id, l.requests_per_second, l.burst from surety.rate_limits as l where l.subject = p_key_id;
     update surety.api_keys as k set expires_at = least(k.expires_at, v_now + p_overlap) where k.id = p_key_id;
     perform surety.audit_operator_action(
         p_actor, v_old.merchant_id, 'key rotated',
@@ -88,9 +90,9 @@ end;
 $$;
 
 comment on function surety.rotate_api_key(text, bytea, text, interval, text) is
-'Stores a successor of an API key, with its name, scopes, networks and as long a life. The old key expires after
-p_overlap at the latest. Returns the successor''s id; null for a key that is unknown, revoked or expired. Raises SU010
-if the key has an active successor.';
+'Stores a successor of an API key, with its name, scopes, networks and rate limit, and as long a life. The old key
+expires after p_overlap at the latest. Returns the successor''s id; null for a key that is unknown, revoked or expired.
+Raises SU010 if the key has an active successor.';
 
 create or replace function surety.revoke_api_key(p_key_id text, p_actor text default session_user) returns boolean
 language sql volatile security definer set search_path = pg_catalog, pg_temp

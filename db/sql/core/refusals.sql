@@ -16,13 +16,16 @@ comment on function audit.count_refusal(text, text, text, bigint) is
 create or replace function surety.count_refusals(p_kind text, p_counts jsonb) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    select audit.count_refusal(p_kind, counts.reason, '', counts.count::bigint)
+    select
+        audit.count_refusal(
+            p_kind, split_part(counts.reason, ' ', 1), split_part(counts.reason, ' ', 2), counts.count::bigint
+        )
     from jsonb_each_text(p_counts) as counts (reason, count)
     order by counts.reason;
 end;
 
 comment on function surety.count_refusals(text, jsonb) is
-'Counts refusals that are not audited one by one: {reason: count}.';
+'Counts refusals that are not audited one by one: {reason: count}. An actor may follow the reason after a space.';
 
 create or replace function surety.list_refusals()
 returns table (kind text, reason text, is_known_key boolean, hour_count bigint, day_count bigint)

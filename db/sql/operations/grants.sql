@@ -10,6 +10,7 @@ grant usage on schema surety to surety_auditor;
 
 grant execute on function
 api.identify_merchant(bytea, text, text),
+api.lease_permits(jsonb),
 api.check_amount_bounds(bigint, text),
 api.create_payments(json),
 api.capture_payment(jsonb),
@@ -90,6 +91,7 @@ surety.claim_pending_money(integer, interval),
 surety.retry_unmatched_facts(integer),
 surety.delete_expired_idempotency_keys(integer),
 surety.delete_old_refusals(),
+surety.delete_whole_bursts(),
 surety.record_periodic_job(text, interval, text),
 surety.accounts_to_check(text),
 surety.key_check_is_due(text, text),

@@ -298,6 +298,9 @@ begin
         'refusals', (
             select coalesce(jsonb_agg(to_jsonb(r)), '[]') from surety.list_refusals() as r
         ),
+        'limited_merchants', (
+            select coalesce(jsonb_agg(to_jsonb(m)), '[]') from surety.list_limited_merchants() as m
+        ),
         'refused_payments', (
             select coalesce(jsonb_agg(to_jsonb(p)), '[]') from surety.list_refused_payments() as p
         ),

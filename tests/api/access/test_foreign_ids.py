@@ -19,7 +19,7 @@ from tests.api.test_customers import new_customer, save_method
 from tests.support.http_client import Connection, Merchant, ServerProcess, payment, unique_name
 from tests.support.payments import fact, record
 
-OWN_HEADERS = frozenset({"date", "request-id"})
+OWN_HEADERS = frozenset({"date", "ratelimit", "request-id"})
 NOT_IDS = frozenset({"expand", "type", "state", "status", "created_from", "created_before", "limit"})
 OBJECT_TABLES = {
     "refunded payment": "select payment_id from surety.refunds where merchant_id = %s",

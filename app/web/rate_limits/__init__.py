@@ -1,0 +1,1 @@
+"""Rate limits: permits for API keys and merchants, failed authentications of addresses, response fields."""
