@@ -435,11 +435,32 @@ create table surety.merchants (
 );
 comment on table surety.merchants is
 'The businesses that are paid. provider_account is their account at the provider, empty for the platform''s own. Our
-fee is amount * fee_basis_points / 10000, rounded half up, plus the fixed fee of the currency.';
+fee is amount * fee_basis_points / 10000, rounded half up, plus the fixed fee of the currency, until surety.fee_rates
+says otherwise.';
 
 create unique index merchants_account on surety.merchants (provider_account) where provider_account <> '';
 comment on index surety.merchants_account is
 'Two merchants on one account would book its money twice.';
+
+create table surety.fee_rates (
+    merchant_id text collate "C" not null,
+    currency text collate "C" not null,
+    effective_at timestamptz not null,
+    basis_points integer not null,
+    fixed_minor bigint not null,
+    set_by text not null,
+    set_at timestamptz not null,
+    constraint fee_rates_pkey primary key (merchant_id, currency, effective_at),
+    constraint fee_rate_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint fee_rate_currency_is_known foreign key (currency) references surety.currencies (currency),
+    constraint fee_rate_is_a_part check (basis_points between 0 and 10000),
+    constraint fee_rate_fixed_part_is_not_negative check (fixed_minor >= 0),
+    constraint fee_rate_begins_later_than_it_is_set check (effective_at >= set_at + interval '1 minute')
+);
+comment on table surety.fee_rates is
+'Changes of merchants'' fees, append-only. A payment pays the rate that is in force at its created_at. A rate begins a
+minute or more after it is set, so it alters no accepted payment, whatever was committed first. Without a row, the rate
+of the merchant and its currency is in force.';
 
 create table surety.api_keys (
     id text collate "C" not null,

@@ -63,7 +63,7 @@ async def execute_command(
         body = await request.read_body(BODY_BYTES_MAX)
         command = read_command(request, body, struct)
     except Problem:
-        await caller.require_active_merchant()
+        await caller.require_valid_key()
         raise
     if not subject_id:
         await caller.require_valid_key()

@@ -36,7 +36,9 @@ COMMANDS = {
     "api": CommandEntry("app.cli.api:api", "Serve the HTTP API."),
     "webhooks": CommandEntry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
     "mode": CommandEntry("app.cli.mode:mode", "Show or decide whether real money moves: live or test."),
-    "merchants": CommandEntry("app.cli.merchants:merchants", "Add, list, suspend and resume merchants."),
+    "merchants": CommandEntry(
+        "app.cli.merchants:merchants", "Add, change, list, suspend and resume merchants; their fees."
+    ),
     "keys": CommandEntry("app.cli.keys:keys", "Create, rotate, list and revoke keys of merchants and operators."),
     "operators": CommandEntry("app.cli.operators:operators", "Accounts of operators, and what their roles may do."),
     "trace": CommandEntry("app.cli.trace:trace", "Show the history of a payment."),

@@ -10,7 +10,7 @@ from db.settings import load_settings
 @click.command()
 @click.option("--host", help="Default: SURETY_HOST, else 127.0.0.1.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Default: SURETY_API_PORT, else 8000; 0 takes a free one.")
-@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many processes.")
 def api(host: str | None, port: int | None, processes: int) -> None:
     """Serve the HTTP API until interrupted; requests that wait are finished first."""
     from app.web.database import require_deployed

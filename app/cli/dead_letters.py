@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from app.api.schemas.operators import DeadLetterAction
 from app.cli.identity import authorize
-from app.cli.options import reason_option
+from app.cli.options import json_option, reason_option
 from app.wording import count_noun, format_age
 from db.connect import connect
 from db.errors import SuretyError
@@ -58,8 +59,13 @@ def decision_options(command: CommandFunction) -> CommandFunction:
 @dead_letters.command("list")
 @letter_filters
 @click.option("--closed", is_flag=True, help="Those that are closed, too.")
-def list_letters(handler: str | None, error: str | None, closed: bool) -> None:
-    """List dead letters, the oldest first."""
+@json_option
+def list_letters(handler: str | None, error: str | None, closed: bool, as_json: bool) -> None:
+    """List dead letters, the oldest first. With --json, each as `show --json` shows it."""
+    if as_json:
+        with connect("deploy", load_settings()) as conn:
+            click.echo(json.dumps(list(find_letters(conn, handler, error, status=None if closed else "open"))))
+        return
     table = Table(box=None, pad_edge=False)
     for heading in ("letter", "handler", "payment", "since", "last error"):
         table.add_column(heading, no_wrap=heading != "last error")
@@ -79,7 +85,8 @@ def list_letters(handler: str | None, error: str | None, closed: bool) -> None:
 
 @dead_letters.command("show")
 @click.argument("letter_id", metavar="ID")
-def show_letter(letter_id: str) -> None:
+@json_option
+def show_letter(letter_id: str, as_json: bool) -> None:
     """Show a dead letter: its attempts, the state of its payment, the effects of a replay and of a discard."""
     with connect("deploy", load_settings()) as conn:
         row = conn.execute(
@@ -90,6 +97,9 @@ def show_letter(letter_id: str) -> None:
         ).fetchone()
     if row is None:
         raise DeadLetterError(f"there is no dead letter {letter_id}")
+    if as_json:
+        click.echo(json.dumps(row[0]))
+        return
     Console(highlight=False, markup=False, soft_wrap=True).print("\n".join(render_letter(*row)))
 
 

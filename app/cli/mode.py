@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 import psycopg
 
 from app.cli.identity import authorize
+from app.cli.options import json_option
 from app.wording import describe_mode
 from db.connect import connect
 from db.errors import SuretyError
@@ -32,12 +35,13 @@ class ModeIsFinal(SuretyError):
 
 @click.command()
 @click.argument("new_mode", metavar="[live|test]", required=False, type=click.Choice(list(MEANINGS)))
-def mode(new_mode: str | None) -> None:
+@json_option
+def mode(new_mode: str | None, as_json: bool) -> None:
     """Show the mode of the database, or decide it before the first merchant: live (real money moves) or test."""
     with connect("deploy", load_settings()) as conn:
         if new_mode is None:
             [(livemode,)] = conn.execute("select surety.read_livemode()").fetchall()
-            click.echo(describe_mode(livemode))
+            click.echo(json.dumps({"livemode": livemode}) if as_json else describe_mode(livemode))
             return
         try:
             row = conn.execute(

@@ -46,7 +46,7 @@ def operators() -> None:
 @operators.command(name="add")
 @click.argument("name")
 @click.option("--email", required=True, help="The operator's e-mail address.")
-@click.option("--role", required=True, type=click.Choice(ROLES))
+@click.option("--role", required=True, type=click.Choice(ROLES), help="What it may do: `surety operators roles`.")
 def add_account(name: str, email: str, role: str) -> None:
     """Add an operator and print a first personal key: it can't be shown again. NAME stands in the audit trail.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +19,7 @@ def wide_console() -> Console:
     return console
 
 
-def print_table(table: Table, rows: Iterable[Sequence[Any]]) -> None:
+def print_table(table: Table, rows: Iterable[Iterable[Any]]) -> None:
     """Print rows under the table's columns."""
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))

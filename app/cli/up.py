@@ -39,19 +39,27 @@ EXAMPLE_REQUEST_OPTIONS = (
     help="Holds the data of the embedded PostgreSQL and the sandbox's memory.",
 )  # fmt: skip
 @click.option("--sandbox", is_flag=True, help="Start a sandbox of Stripe as well; no real money moves.")
+@click.option(
+    "--auto-payer/--no-auto-payer", default=True, show_default=True,
+    help="Whether the sandbox completes 3-D Secure by itself; without, open the payer's page in a browser.",
+)  # fmt: skip
 @click.option("--workers", type=click.IntRange(1, 16), default=1, show_default=True, help="How many workers.")
-def up(folder: Path, sandbox: bool, workers: int) -> None:
+def up(folder: Path, sandbox: bool, auto_payer: bool, workers: int) -> None:
     """Run the API, the webhook receiver and the workers on this machine until Ctrl-C.
 
     Uses the database of DATABASE_URL, else an embedded PostgreSQL that keeps its data in the folder. Deploys first.
     Restarts processes that end. Stripe needs STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET; --sandbox needs nothing.
     """
+    if not (sandbox or auto_payer):
+        raise SettingsError("--no-auto-payer is about the sandbox: add --sandbox")
     settings = load_settings()
     require_provider_settings(settings, sandbox=sandbox)
     console = Console(highlight=False, soft_wrap=True)
     try:
         with interruptible(), ExitStack() as stack:
-            run_everything(stack, settings, folder.absolute(), console, sandbox=sandbox, workers=workers)
+            run_everything(
+                stack, settings, folder.absolute(), console, sandbox=sandbox, auto_payer=auto_payer, workers=workers
+            )
     except Interrupted as interruption:
         console.print(f"{interruption}: all has ended; the data are kept")
         sys.exit(130)
@@ -69,7 +77,14 @@ def require_provider_settings(settings: Settings, *, sandbox: bool) -> None:
 
 
 def run_everything(
-    stack: ExitStack, settings: Settings, folder: Path, console: Console, *, sandbox: bool, workers: int
+    stack: ExitStack,
+    settings: Settings,
+    folder: Path,
+    console: Console,
+    *,
+    sandbox: bool,
+    auto_payer: bool,
+    workers: int,
 ) -> None:
     """Start every service and supervise them until an interrupt."""
     kept = stack.enter_context(exclusive_folder(folder))
@@ -102,7 +117,7 @@ def run_everything(
             "SURETY_POLL_SECONDS": os.environ.get("SURETY_POLL_SECONDS") or "5",
         }
         process_group.start(
-            "sandbox", "-m", "app.sandbox", "--port", str(ports["sandbox"]), "--auto-payer",
+            "sandbox", "-m", "app.sandbox", "--port", str(ports["sandbox"]), *(["--auto-payer"] if auto_payer else []),
             "--memory", str(kept / "sandbox.sqlite"), "--webhook-secret", secret,
             "--webhook-url", f"http://127.0.0.1:{ports['webhooks']}/stripe",
         )  # fmt: skip

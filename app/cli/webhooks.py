@@ -12,7 +12,7 @@ from db.settings import load_settings
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="Default: SURETY_WEBHOOK_PORT, else 8001; 0 takes a free one."
 )
-@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many processes.")
 def webhooks(host: str | None, port: int | None, processes: int) -> None:
     """Receive providers' webhooks (POST /stripe) until interrupted."""
     from app.web.database import require_deployed

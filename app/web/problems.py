@@ -81,8 +81,9 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "forbidden": ProblemDefinition(
         403,
         "This key may not do that",
-        "The key is valid but has no right to this: its merchant is suspended and may not take payments at present, or "
-        "the route is for operators and needs an operator's key (`sty_operator_…`). Ask the operator who issued it.",
+        "The key is valid but has no right to this: its merchant is suspended and may not take payments at present: "
+        "new payments and captures are refused, while refunds, cancels and evidence are not. Or the route is for "
+        "operators and needs an operator's key (`sty_operator_…`). Ask the operator who issued it.",
     ),
     "provider-account-refused": ProblemDefinition(
         403,

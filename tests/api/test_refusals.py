@@ -13,6 +13,7 @@ from app.web.keys import new_key
 from tests.support.http_client import (
     CONTEXT,
     Connection,
+    Json,
     Merchant,
     ServerProcess,
     broken_rules,
@@ -22,6 +23,7 @@ from tests.support.http_client import (
     running_server,
     unique_name,
 )
+from tests.support.payments import fact, record
 
 # ---------------------------------------------------------------------------------------------------- validation errors
 
@@ -294,6 +296,33 @@ def test_suspended_merchant_can_read_but_not_create_payments(merchant: Merchant)
     assert merchant.get(f"/v1/payments/{made['id']}") == made
     merchant.conn.execute("select surety.suspend_merchant(%s, false)", (merchant.id,))
     assert merchant.post().status_code == 201
+
+
+def test_suspended_merchant_can_give_back_but_not_take(merchant: Merchant) -> None:
+    held, paid, disputed, waiting = (merchant.pay(capture_method=how)["id"] for how in ("manual", *["automatic"] * 3))
+    facts = [fact(payment_id, "submitted", "pi", 4999) for payment_id in (held, paid, disputed)]
+    facts += [fact(held, "authorized", "ch", 4999)]
+    facts += [fact(payment_id, "captured", "ch", 4999) for payment_id in (paid, disputed)]
+    facts += [fact(disputed, "dispute_opened", "dp", 1000, revision=1, data={"status": "needs_response"})]
+    record(merchant.conn, facts)
+    merchant.conn.execute("select surety.suspend_merchant(%s, true)", (merchant.id,))
+
+    def send(path: str, body: Json) -> httpx.Response:
+        return merchant.client.post(path, json=body, headers={"Idempotency-Key": unique_name("key")})
+
+    problem(send(f"/v1/payments/{held}/capture", {}), 403, "forbidden")
+    [dispute] = merchant.get("/v1/disputes")["data"]
+    for path, body, status in (
+        (f"/v1/payments/{held}/cancel", {}, 202),
+        (f"/v1/payments/{waiting}/cancel", {}, 200),
+        (f"/v1/payments/{paid}/refunds", {"amount": 1000}, 201),
+        (f"/v1/payments/{paid}", {"metadata": {"note": "1"}}, 200),
+        (f"/v1/disputes/{dispute['id']}/evidence", {"evidence": {"uncategorized_text": "Delivered."}}, 202),
+    ):
+        assert send(path, body).status_code == status, path
+    # What the provider reports is booked, and the merchant gets the events.
+    record(merchant.conn, [fact(disputed, "dispute_won", "dp", 1000, revision=2, data={"status": "won"})])
+    assert "dispute.won" in [event["type"] for event in merchant.get("/v1/events")["data"]]
 
 
 def test_payment_of_another_merchant_is_not_found_and_the_attempt_is_audited(

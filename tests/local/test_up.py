@@ -36,11 +36,11 @@ def environment(**more: str) -> dict[str, str]:
 class Up:
     """`surety up --sandbox` in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.log = folder / "up.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "app.cli", "up", "--sandbox", "--folder", str(folder / ".surety")],
+                [sys.executable, "-m", "app.cli", "up", "--sandbox", "--folder", str(folder / ".surety"), *options],
                 env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -93,15 +93,23 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def pay(up: Up, key: str) -> str:
+def pay(up: Up, key: str, token: str = "pm_card_visa") -> str:
     answer = httpx.post(
         f"{up.api}/v1/payments",
-        json=payment(),
+        json=payment(payment_method={"type": "card", "token": token}),
         headers={"Authorization": f"Bearer {key}", "Idempotency-Key": os.urandom(8).hex()},
         verify=CONTEXT,
         timeout=30,
     )
     return str(answer.json()["id"]) if answer.status_code == 201 else ""
+
+
+def payer_page(database: str, payment_id: str) -> str:
+    """The page where the payer must act; empty while there is none."""
+    with psycopg.connect(database) as conn:
+        query = "select next_action ->> 'url' from surety.payments where id = %s"
+        [(url,)] = conn.execute(query, (payment_id,)).fetchall()
+    return url or ""
 
 
 def is_settled(database: str, payment_id: str) -> bool:
@@ -152,11 +160,17 @@ def test_up_restarts_dead_processes_leaves_nothing_and_keeps_its_data(folder: Pa
         assert up.end(signal.SIGKILL) == -signal.SIGKILL
         assert eventually(lambda: not any(map(parent_of, left)), 20), left
 
-        up = Up(folder)
+        up = Up(folder, "--no-auto-payer")
         assert KEY.findall(up.output()) == []
         assert is_settled(up.database, first)
         last = pay(up, key)
         assert eventually(lambda: is_settled(up.database, last), 60), up.output()
+        asked = pay(up, key, "pm_card_threeDSecure2Required")
+        page = eventually(lambda: payer_page(up.database, asked), 60)
+        assert "Do you approve the payment" in httpx.get(page, verify=CONTEXT).text
+        answered = httpx.post(page, data={"outcome": "approve"}, verify=CONTEXT)
+        assert answered.headers["Location"].startswith("https://shop.example/")
+        assert eventually(lambda: is_settled(up.database, asked), 60), up.output()
         left = up.children()
         assert up.end(signal.SIGINT) == 130
         assert not any(map(parent_of, left)), up.output()
@@ -180,6 +194,7 @@ def try_to_pay(up: Up, key: str) -> str:
     [
         ((), {}, "set STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET, or use a sandbox: surety up --sandbox"),
         ((), {"STRIPE_API_KEY": "sk_test_1"}, "STRIPE_WEBHOOK_SECRET is not set"),
+        (("--no-auto-payer",), {}, "--no-auto-payer is about the sandbox: add --sandbox"),
         ((), {"STRIPE_API_KEY": "pk_test_1"}, "STRIPE_API_KEY is a publishable key"),
         (("--sandbox",), {"STRIPE_API_KEY": "sk_live_1"}, "must not go to a sandbox"),
         (("--sandbox",), {"STRIPE_API_KEY": "sk_live_sandbox"}, "must not go to a sandbox"),

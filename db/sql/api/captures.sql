@@ -4,7 +4,9 @@ create or replace function api.capture_payment(p_request jsonb) returns api.outc
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_admitted api.admission := api.admit_command('POST /v1/payments/{id}/capture', 'payments:write', p_request);
+    v_admitted api.admission := api.admit_command(
+        'POST /v1/payments/{id}/capture', 'payments:write', p_request, p_takes_money => true
+    );
     v_payment surety.payments;
     v_authorized bigint;
     v_amount bigint;

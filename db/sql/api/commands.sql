@@ -7,7 +7,9 @@
 --
 -- Locks: idempotency key, payment, refund, accounts.
 
-create or replace function api.admit_command(p_route text, p_scope text, p_request jsonb) returns api.admission
+create or replace function api.admit_command(
+    p_route text, p_scope text, p_request jsonb, p_takes_money boolean default false
+) returns api.admission
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -24,7 +26,7 @@ begin
             null, api.explain_denial(decode(p_request ->> 'key_hash', 'hex'), p_scope, p_request ->> 'address'),
             null, null, false
         );
-    elsif v_who.is_suspended then
+    elsif v_who.is_suspended and p_takes_money then
         v_outcome := (null, 'forbidden', null, null, false);
     else
         -- Waits for another request with this key; if that one was refused, the key is free again.
@@ -54,10 +56,11 @@ begin
 end;
 $$;
 
-comment on function api.admit_command(text, text, jsonb) is
-'Admits a command that needs p_scope. p_request: key_hash (hex), request_id, address, api_version, idempotency_key,
-request_hash (hex, of the id and the body), and the id of the object. The outcome is set if the command ends here: an
-answer repeated, or one of the problems of api.explain_denial, forbidden, idempotency-key-reused.';
+comment on function api.admit_command(text, text, jsonb, boolean) is
+'Admits a command that needs p_scope; a suspended merchant''s only if it takes no money from a payer. p_request:
+key_hash (hex), request_id, address, api_version, idempotency_key, request_hash (hex, of the id and the body), and the
+id of the object. The outcome is set if the command ends here: an answer repeated, or one of the problems of
+api.explain_denial, forbidden, idempotency-key-reused.';
 
 create or replace function api.refuse_command(p_admitted api.admission, p_problem text, p_detail jsonb)
 returns api.outcome

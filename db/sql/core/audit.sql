@@ -18,6 +18,9 @@ for each statement execute function audit.refuse_change();
 create or replace trigger steps_are_append_only before update or delete or truncate on surety.steps
 for each statement execute function audit.refuse_change();
 
+create or replace trigger fee_rates_are_append_only before update or delete or truncate on surety.fee_rates
+for each statement execute function audit.refuse_change();
+
 create or replace trigger facts_are_append_only before update or delete or truncate on surety.facts
 for each statement execute function audit.refuse_change();
 

@@ -59,11 +59,41 @@ comment on function surety.charge_exchange_rate(text) is
 arrived in its own. The rate is the provider''s, or the one that the amounts imply if it names none. Refunds and
 disputes have rates of their own.';
 
-create or replace function surety.settled_amounts(p_payment surety.payments, p_merchant surety.merchants)
+create or replace function surety.fee_terms(p_merchant_id text, p_currency text, p_at timestamptz)
+returns table (basis_points integer, fixed_minor bigint, effective_at timestamptz)
+language sql stable
+begin atomic
+    -- No set clause, so that PostgreSQL can inline the function.
+    select
+        coalesce(agreed.basis_points, merchants.fee_basis_points),
+        coalesce(agreed.fixed_minor, currencies.fee_fixed_minor),
+        agreed.effective_at
+    from surety.merchants
+    cross join surety.currencies
+    left join lateral (
+        select
+            fee_rates.basis_points,
+            fee_rates.fixed_minor,
+            fee_rates.effective_at
+        from surety.fee_rates
+        where
+            fee_rates.merchant_id = merchants.id and fee_rates.currency = currencies.currency
+            and fee_rates.effective_at <= p_at
+        order by fee_rates.effective_at desc
+        limit 1
+    ) as agreed on true
+    where merchants.id = p_merchant_id and currencies.currency = p_currency;
+end;
+
+comment on function surety.fee_terms(text, text, timestamptz) is
+'Our fee for payments that are accepted at p_at: basis points of the amount, and a fixed part in minor units.
+effective_at is null for the rate that a merchant begins with.';
+
+create or replace function surety.settled_amounts(p_payment surety.payments)
 returns table (exchanged boolean, currency text, net bigint, other_currency text, other_net bigint)
 language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    -- If the capture has posted, its fee counts: the merchant's present fee may differ.
+    -- If the capture has posted, its fee counts.
     with owed as (
         select
             p_payment.captured_minor - coalesce(
@@ -76,12 +106,9 @@ begin atomic
                         postings.payment_id = p_payment.id and postings.rule in ('captured', 'captured_ach')
                     group by postings.payment_id
                 ),
-                ledger.platform_fee(
-                    p_payment.captured_minor, p_merchant.fee_basis_points,
-                    (
-                        select currencies.fee_fixed_minor from surety.currencies
-                        where currencies.currency = p_payment.currency
-                    )
+                (
+                    select ledger.platform_fee(p_payment.captured_minor, terms.basis_points, terms.fixed_minor)
+                    from surety.fee_terms(p_payment.merchant_id, p_payment.currency, p_payment.created_at) as terms
                 )
             )::bigint as net
     )
@@ -96,7 +123,7 @@ begin atomic
     left join surety.charge_exchange_rate(p_payment.id) as exchange on true;
 end;
 
-comment on function surety.settled_amounts(surety.payments, surety.merchants) is
+comment on function surety.settled_amounts(surety.payments) is
 'The amount owed to the merchant for a settled payment after our fee, in minor units: net in the currency that arrived,
 other_net in the payment''s. exchanged says whether they differ. One row.';
 
@@ -207,11 +234,9 @@ begin
         select
             f.id, f.provider, f.account, f.object_id, f.kind, f.revision, f.amount_minor, f.currency, f.data,
             p.id as payment_id, p.merchant_id, p.amount_minor as asked_minor, p.captured_minor,
-            f.provider || '/' || f.account as provider_owner, m.fee_basis_points, c.fee_fixed_minor
+            f.provider || '/' || f.account as provider_owner, p.currency as asked_currency, p.created_at
         from unnest(p_facts) as f
         join surety.payments as p on p.id = f.payment_id and p.id between v_first_payment and v_last_payment
-        join surety.currencies as c on c.currency = p.currency
-        join surety.merchants as m on m.id = p.merchant_id
         where f.disregarded is null
     ),
     -- The merchant is owed the sum of all captures, up to the amount asked for. An excess goes to suspense.
@@ -222,8 +247,8 @@ begin
             p_payment_id => f.payment_id, p_merchant_id => f.merchant_id, p_provider_owner => f.provider_owner,
             p_currency => f.currency,
             p_gross => owed.after - owed.before,
-            p_platform_fee => ledger.platform_fee(owed.after, f.fee_basis_points, f.fee_fixed_minor)
-                - ledger.platform_fee(owed.before, f.fee_basis_points, f.fee_fixed_minor),
+            p_platform_fee => ledger.platform_fee(owed.after, t.basis_points, t.fixed_minor)
+                - ledger.platform_fee(owed.before, t.basis_points, t.fixed_minor),
             p_excess => f.amount_minor - owed.after + owed.before) as entry
         from facts as f
         cross join lateral (
@@ -236,6 +261,7 @@ begin
             where k.payment_id = f.payment_id and k.payment_id between v_first_payment and v_last_payment
                 and k.kind = 'captured' and k.disregarded is null
         ) as owed
+        cross join lateral surety.fee_terms(f.merchant_id, f.asked_currency, f.created_at) as t
         where f.kind = 'captured'
     ),
     balance_transactions as (
@@ -315,8 +341,7 @@ begin
             p_other_currency => s.other_currency, p_other_net => s.other_net) as entry
         from unnest(p_derived) as d
         join surety.payments as p on p.id = d.payment_id and p.id between v_first_payment and v_last_payment
-        join surety.merchants as m on m.id = p.merchant_id
-        cross join lateral surety.settled_amounts(p, m) as s
+        cross join lateral surety.settled_amounts(p) as s
         where d.is_settled
     ),
     -- A money fact with the wrong currency or account is real money, so it is posted. A fact of the other mode is not.

@@ -1,4 +1,5 @@
--- Merchants: added, suspended and resumed by operators. Every change writes an audit entry.
+-- Merchants: added, changed, suspended and resumed by operators, with the fees that they pay. Every change writes an
+-- audit entry.
 
 create or replace function surety.audit_operator_action(
     p_actor text, p_merchant_id text, p_outcome text, p_snapshot jsonb
@@ -63,3 +64,138 @@ end;
 
 comment on function surety.suspend_merchant(text, boolean, text) is
 'Suspends or resumes a merchant. False if nothing changed, null for an unknown merchant.';
+
+create or replace function surety.set_merchant(
+    p_merchant_id text, p_name text, p_provider_account text, p_actor text default session_user
+) returns text
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_before surety.merchants;
+    v_now timestamptz := surety.time_now();
+begin
+    -- The same lock as that of a new key, so no key is made meanwhile.
+    select m.* into v_before from surety.merchants as m where m.id = p_merchant_id for update;
+    if not found then
+        return null;
+    elsif coalesce(p_name, v_before.name) = v_before.name
+        and coalesce(p_provider_account, v_before.provider_account) = v_before.provider_account
+    then
+        return 'unchanged';
+    elsif p_provider_account <> v_before.provider_account then
+        -- Payments name the account that they were made on, and accounts of merchants are polled. A request that has
+        -- read the old account ends within a minute.
+        if exists (select from surety.payments as p where p.merchant_id = p_merchant_id)
+            or exists (select from surety.customers as c where c.merchant_id = p_merchant_id)
+        then
+            return 'has-payments';
+        elsif exists (select from surety.api_keys as k where k.merchant_id = p_merchant_id)
+            and coalesce(v_before.suspended_at > v_now - interval '1 minute', true)
+        then
+            return 'has-keys';
+        end if;
+        perform surety.require_merchants_account(p_provider_account);
+    end if;
+    update surety.merchants as m
+    set name = coalesce(p_name, m.name), provider_account = coalesce(p_provider_account, m.provider_account)
+    where m.id = p_merchant_id;
+    perform surety.audit_operator_action(
+        p_actor, p_merchant_id, 'merchant changed',
+        jsonb_strip_nulls(jsonb_build_object(
+            'name', nullif(p_name, v_before.name),
+            'name_before', case when p_name <> v_before.name then v_before.name end,
+            'provider_account', nullif(p_provider_account, v_before.provider_account),
+            'provider_account_before',
+            case when p_provider_account <> v_before.provider_account then v_before.provider_account end)));
+    return 'changed';
+end;
+$$;
+
+comment on function surety.set_merchant(text, text, text, text) is
+'Changes a merchant''s name or account; null leaves it. changed, unchanged, or a refusal of another account:
+has-payments (or customers), or has-keys if it is not suspended for a minute. Null for an unknown merchant.';
+
+create or replace function surety.set_fee_rates(
+    p_merchant_id text, p_currencies text[], p_basis_points integer, p_fixed_minor bigint,
+    p_effective_at timestamptz, p_actor text default session_user
+) returns integer
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_from timestamptz := coalesce(p_effective_at, v_now + interval '1 minute');
+    v_count integer;
+begin
+    perform from surety.merchants as m where m.id = p_merchant_id for no key update;
+    if not found then
+        return null;
+    end if;
+    if exists (
+        select from surety.currencies as c where c.currency = any(p_currencies) and p_fixed_minor >= c.minimum_minor
+    ) then
+        raise exception 'the fixed part is no less than the smallest amount' using
+            errcode = 'check_violation', schema = 'surety', table = 'fee_rates',
+            constraint = 'fee_rate_is_below_the_smallest_amount';
+    end if;
+    insert into surety.fee_rates (merchant_id, currency, effective_at, basis_points, fixed_minor, set_by, set_at)
+    select
+        p_merchant_id, asked.currency, v_from, coalesce(p_basis_points, t.basis_points),
+        coalesce(p_fixed_minor, t.fixed_minor), p_actor, v_now
+    from unnest(p_currencies) as asked (currency)
+    left join lateral surety.fee_terms(p_merchant_id, asked.currency, v_from) as t on true
+    order by asked.currency;
+    get diagnostics v_count = row_count;
+    perform surety.audit_operator_action(
+        p_actor, p_merchant_id, 'fees changed',
+        jsonb_build_object('rates', (
+            select jsonb_agg(jsonb_build_object(
+                'currency', r.currency, 'basis_points', r.basis_points, 'fixed_minor', r.fixed_minor,
+                'effective_at', surety.format_time(r.effective_at)) order by r.currency)
+            from surety.fee_rates as r
+            where r.merchant_id = p_merchant_id and r.effective_at = v_from and r.currency = any(p_currencies)
+        )));
+    return v_count;
+end;
+$$;
+
+comment on function surety.set_fee_rates(text, text[], integer, bigint, timestamptz, text) is
+'Sets a merchant''s fees in some currencies from a time on, at least a minute ahead, or in a minute; a part that is null
+stays as it is then. Returns for how many currencies, null for an unknown merchant.';
+
+create or replace function surety.list_fee_rates(p_merchant_id text)
+returns table (
+    currency text, basis_points integer, fixed_minor bigint, effective_at timestamptz, is_in_force boolean,
+    is_past boolean
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        currencies.currency,
+        rates.basis_points,
+        rates.fixed_minor,
+        rates.effective_at,
+        coalesce(rates.effective_at, '-infinity') = coalesce(present.effective_at, '-infinity'),
+        coalesce(rates.effective_at, '-infinity') < coalesce(present.effective_at, '-infinity')
+    from surety.merchants
+    cross join surety.currencies
+    cross join lateral surety.fee_terms(merchants.id, currencies.currency, surety.read_clock()) as present
+    cross join lateral (
+        select
+            merchants.fee_basis_points as basis_points,
+            currencies.fee_fixed_minor as fixed_minor,
+            null::timestamptz as effective_at
+        union all
+        select
+            fee_rates.basis_points,
+            fee_rates.fixed_minor,
+            fee_rates.effective_at
+        from surety.fee_rates
+        where fee_rates.merchant_id = merchants.id and fee_rates.currency = currencies.currency
+    ) as rates
+    where merchants.id = p_merchant_id
+    order by currencies.currency asc, rates.effective_at asc nulls first;
+end;
+
+comment on function surety.list_fee_rates(text) is
+'The fees of a merchant in each currency, with those of the past and of the future. effective_at is null for the rate
+that it began with. fixed_minor is in minor units.';

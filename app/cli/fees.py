@@ -1,0 +1,145 @@
+"""`surety merchants fees`: what a merchant pays us for a payment, and from when on."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+import psycopg
+from psycopg.rows import dict_row
+from rich.table import Table
+
+from app.cli.identity import authorize
+from app.cli.options import json_option
+from app.cli.tables import print_table
+from db.connect import connect
+from db.errors import SuretyError
+from db.settings import load_settings
+
+BASIS_POINTS_MAX = 10_000
+LIST_RATES = """
+    select
+        %(merchant)s as merchant, currency, basis_points, fixed_minor, surety.format_time(effective_at) as effective_at,
+        is_in_force
+    from surety.list_fee_rates(%(merchant)s)
+    where (%(currencies)s::text[] = '{}' or currency = any(%(currencies)s)) and (%(with_past)s or not is_past)
+"""
+RULES = {
+    "fee_rates_pkey": "--from: these fees change at this very time already; choose another",
+    "fee_rate_begins_later_than_it_is_set": "--from must be a minute ahead or more, for payments to come",
+    "fee_rate_is_below_the_smallest_amount": "--fixed-minor must be less than the smallest amount of a payment",
+}
+
+
+def parse_instant(_context: click.Context, _parameter: click.Parameter, text: str | None) -> datetime | None:
+    """A time with its offset from UTC. Raises SuretyError."""
+    if text is None:
+        return None
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None:
+        raise SuretyError("--from: a time with its offset, such as 2027-01-01T00:00:00Z")
+    return at.astimezone(UTC)
+
+
+@click.command()
+@click.argument("merchant_id", metavar="MERCHANT")
+@click.option("--currency", "currencies", multiple=True, metavar="CODE", help="Only in this currency; default: in all.")
+@click.option(
+    "--basis-points", type=click.IntRange(0, BASIS_POINTS_MAX),
+    help="Set the part of the amount: 290 is 2.9 %.",
+)  # fmt: skip
+@click.option(
+    "--fixed-minor", type=click.IntRange(min=0),
+    help="Set the fixed part, in minor units of the currencies, which --currency must name.",
+)  # fmt: skip
+@click.option(
+    "--from", "effective_at", metavar="TIME", callback=parse_instant,
+    help="When a change takes effect, such as 2027-01-01T00:00:00Z; default: in a minute.",
+)  # fmt: skip
+@click.option("--all", "with_past", is_flag=True, help="Show the fees of the past, too.")
+@json_option
+def fees(
+    merchant_id: str,
+    currencies: tuple[str, ...],
+    basis_points: int | None,
+    fixed_minor: int | None,
+    effective_at: datetime | None,
+    with_past: bool,
+    as_json: bool,
+) -> None:
+    """Show a merchant's fees, or set them by --basis-points and --fixed-minor.
+
+    A fee is amount × basis points / 10000, rounded half up to a minor unit, plus the fixed part, and at most the
+    amount. It is taken when a payment is captured, by the rate that was in force when the payment was accepted. So a
+    change alters no payment that was accepted before it.
+    """
+    is_change = basis_points is not None or fixed_minor is not None
+    if effective_at is not None and not is_change:
+        raise SuretyError("--from: give --basis-points or --fixed-minor, which take effect then")
+    if fixed_minor is not None and not currencies:
+        raise SuretyError("--fixed-minor: name the currencies of its minor units by --currency")
+    with connect("deploy", load_settings()) as conn:
+        require_currencies(conn, currencies)
+        if is_change:
+            by = authorize(conn, "merchants:write")
+            set_rates(conn, merchant_id, currencies, basis_points, fixed_minor, effective_at, by)
+        found = read_rates(conn, merchant_id, currencies, with_past=with_past)
+    if not found:
+        raise SuretyError(f"there is no merchant {merchant_id}")
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    table = Table("currency", "basis points", "fixed", "in force", "since", box=None)
+    print_table(
+        table,
+        (
+            (
+                *(each["currency"], each["basis_points"], each["fixed_minor"]),
+                *("yes" if each["is_in_force"] else "", each["effective_at"] or "the beginning"),
+            )
+            for each in found
+        ),
+    )
+
+
+def require_currencies(conn: psycopg.Connection[Any], currencies: tuple[str, ...]) -> None:
+    """Raises SuretyError for a currency that is not accepted."""
+    accepted = [row[0] for row in conn.execute("select currency from surety.currencies order by currency")]
+    for unknown in set(currencies).difference(accepted):
+        raise SuretyError(f"--currency: {unknown} is not accepted; accepted are {', '.join(accepted)}")
+
+
+def set_rates(
+    conn: psycopg.Connection[Any],
+    merchant_id: str,
+    currencies: tuple[str, ...],
+    basis_points: int | None,
+    fixed_minor: int | None,
+    effective_at: datetime | None,
+    by: str,
+) -> None:
+    """Set fees in these currencies, or in all. Raises SuretyError."""
+    chosen = sorted(set(currencies)) or [row[0] for row in conn.execute("select currency from surety.currencies")]
+    try:
+        row = conn.execute(
+            "select surety.set_fee_rates(%s, %s, %s, %s, %s, %s)",
+            (merchant_id, chosen, basis_points, fixed_minor, effective_at, by),
+        ).fetchone()
+    except psycopg.errors.IntegrityError as error:
+        raise SuretyError(RULES.get(error.diag.constraint_name or "", str(error))) from None
+    if row is None or row[0] is None:
+        raise SuretyError(f"there is no merchant {merchant_id}")
+
+
+def read_rates(
+    conn: psycopg.Connection[Any], merchant_id: str, currencies: tuple[str, ...], *, with_past: bool
+) -> list[dict[str, Any]]:
+    """The merchant's rates in force and those to come, by currency and time."""
+    chosen = {"merchant": merchant_id, "currencies": list(currencies), "with_past": with_past}
+    with conn.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(LIST_RATES, chosen).fetchall()

@@ -1,0 +1,1 @@
+"""Merchants: their accounts, their fees."""

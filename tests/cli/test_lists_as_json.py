@@ -1,0 +1,100 @@
+"""Every command either prints what it shows as JSON, in one shape, or is named here as one that acts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import pytest
+
+from app.cli import cli
+from tests.cli.conftest import Run, said
+from tests.support.dead_letters import exhaust_retries
+from tests.support.payments import Connection, add_merchant, fact, pay, record
+
+ACTING = frozenset(
+    {
+        *("api", "deploy", "restored", "sandbox", "up", "webhooks"),
+        *("dead-letters discard", "dead-letters replay", "discrepancies close", "handlers pause", "handlers resume"),
+        *("keys create", "keys revoke", "keys rotate", "operators add", "operators set"),
+        *("merchants add", "merchants resume", "merchants set", "merchants suspend"),
+    }
+)
+INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+def leaves(command: click.Command, names: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """The commands of the tree that are no groups, by their words."""
+    if not isinstance(command, click.Group):
+        yield " ".join(names), command
+        return
+    context = click.Context(command)
+    for name in command.list_commands(context):
+        part = command.get_command(context, name)
+        assert part is not None
+        yield from leaves(part, (*names, name))
+
+
+COMMANDS = dict(leaves(cli))
+
+
+def has_json(command: click.Command) -> bool:
+    return any("--json" in parameter.opts for parameter in command.params)
+
+
+@pytest.mark.parametrize("words", sorted(COMMANDS))
+def test_command_that_shows_something_has_json(words: str) -> None:
+    assert has_json(COMMANDS[words]) != (words in ACTING), f"{words}: neither --json nor in ACTING, or both"
+
+
+def test_acting_commands_exist() -> None:
+    assert COMMANDS.keys() >= ACTING
+
+
+@pytest.mark.parametrize("words", sorted(COMMANDS.keys() - {"sandbox"}))
+def test_command_has_help_for_itself_and_its_options(words: str) -> None:
+    command = COMMANDS[words]
+    assert command.help
+    options = [one for one in command.params if isinstance(one, click.Option)]
+    assert [one.name for one in options if not one.help] == []
+
+
+def check_shape(value: Any, name: str = "") -> None:
+    """Names in lower case with underscores; times in UTC to the millisecond."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            assert re.fullmatch(r"[a-z][a-z0-9_]*", key), key
+            check_shape(part, key)
+    elif isinstance(value, list):
+        for part in value:
+            check_shape(part, name)
+    elif isinstance(value, str) and (name.endswith("_at") or name == "at"):
+        assert INSTANT.fullmatch(value), f"{name}: {value}"
+
+
+def test_lists_are_arrays_of_objects_with_times_in_utc(run: Run, conn: Connection) -> None:
+    merchant, key_hash = add_merchant(conn)
+    conn.execute("select surety.suspend_merchant(%s, true)", (merchant,))
+    conn.execute("select surety.suspend_merchant(%s, false)", (merchant,))
+    [payment_id, _] = pay(conn, key_hash, 2)
+    record(conn, [fact(payment_id, "submitted", "pi", 10000), fact(payment_id, "captured", "ch", 20000)])
+    exhaust_retries(conn, "submit")
+    lists = [words for words in COMMANDS if words.endswith(" list")]
+    assert len(lists) >= 6
+    shown = {words: json.loads(said(run(*words.split(), "--json"))) for words in lists}
+    shown["merchants fees"] = json.loads(said(run("merchants", "fees", merchant, "--json")))
+    for words, found in shown.items():
+        assert isinstance(found, list) and all(isinstance(one, dict) for one in found), words
+        check_shape(found)
+    expected = {"dead-letters list", "discrepancies list", "handlers list", "keys list", "merchants list"}
+    assert {words for words, found in shown.items() if found} >= expected
+    letter, [broken] = shown["dead-letters list"][0], shown["discrepancies list"]
+    for subject, found in (("dead-letters", letter), ("discrepancies", broken)):
+        one = json.loads(said(run(subject, "show", found["id"], "--json")))
+        assert one["id"] == found["id"]
+        check_shape(one)
+    for command in (("trace", payment_id), ("mode",), ("operators", "roles")):
+        check_shape(json.loads(said(run(*command, "--json"))))
