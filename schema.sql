@@ -12,6 +12,7 @@
 --   customers        merchants' customers, their saved payment methods, our calls about them
 --   requests         idempotency keys and references in use: unique over all months, hence narrow and unpartitioned
 --   payments         payments, their steps, our calls to providers, circuits of provider accounts
+--   limits           money limits and their counters, velocity rules, payments on hold
 --   refunds          refunds and their steps
 --   disputes         disputes as last fetched, with the merchant's evidence
 --   facts            stored provider events, the facts read from them, and facts without a payment
@@ -33,8 +34,9 @@
 --   a cause posts once                       postings.cause is unique
 --   a fact counts once                       the primary key of fact_keys
 --
--- Every transaction locks in this order, each kind sorted and once: idempotency keys, references, provider events and
--- facts, payments, refunds, disputes, balances, batch. db/__init__.py has the order by tables.
+-- Every transaction locks in this order, each kind sorted and once: idempotency keys, references, money limits,
+-- subjects of velocity rules (advisory locks), provider events and facts, payments, refunds, disputes, balances, batch.
+-- db/__init__.py has the order by tables.
 
 -- ---------------------------------------------------------------------------------------------------------- roles
 
@@ -529,6 +531,9 @@ inner join (
     ('dead-letters:replay', array['support', 'finance', 'admin']),
     ('dead-letters:discard', array['finance', 'admin']),
     ('discrepancies:close', array['finance', 'admin']),
+    ('holds:read', array['viewer', 'support', 'finance', 'admin']),
+    ('holds:decide', array['finance', 'admin']),
+    ('limits:write', array['admin']),
     ('keys:revoke', array['support', 'admin']),
     ('keys:write', array['admin']),
     ('merchants:write', array['admin']),
@@ -865,7 +870,8 @@ comment on column surety.payments.saved_method_id is
 comment on column surety.payments.save_method is
 'Saves the payment method once the payment has proved it: {usage, mandate}.';
 comment on column surety.payments.flags is
-'Times of two events that make no step: cancel_requested_at (the merchant asked), overdue_at (the payer did not act).';
+'What makes no step. Times: cancel_requested_at (the merchant asked), overdue_at (the payer did not act). hold: the row
+of surety.payment_holds as merchants see it.';
 
 create table surety.steps (
     payment_id text collate "C" not null,
@@ -1015,6 +1021,93 @@ comment on column surety.circuit_breakers.cause is
 key_refused: it refuses our key, so all accounts are open, and the platform''s alone is probed for them.';
 comment on column surety.circuit_breakers.reason is
 'The error that opened it, with the provider''s words.';
+
+-- --------------------------------------------------------------------------------------------------------- limits
+
+create table surety.money_limits (
+    merchant_id text collate "C" not null,
+    currency text collate "C" not null,
+    count_max bigint,
+    amount_max_minor bigint,
+    set_by text not null,
+    set_at timestamptz not null,
+    constraint money_limits_pkey primary key (merchant_id, currency),
+    constraint money_limit_is_of_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint money_limit_currency_is_known foreign key (currency) references surety.currencies (currency),
+    constraint money_limit_bounds_something check (count_max is not null or amount_max_minor is not null),
+    constraint money_limit_is_not_negative check (count_max >= 0 and amount_max_minor >= 0)
+) with (fillfactor = 80);
+comment on table surety.money_limits is
+'How many payments, and how much in minor units, a merchant''s accepted payments in a currency may come to in a UTC day.
+A null bounds nothing. The row''s lock serializes the transactions that accept payments under the limit.';
+
+create table surety.accepted_money (
+    merchant_id text collate "C" not null,
+    currency text collate "C" not null,
+    day date not null,
+    payments bigint not null,
+    amount_minor bigint not null,
+    constraint accepted_money_pkey primary key (merchant_id, currency, day),
+    constraint accepted_money_is_of_a_limit foreign key (merchant_id, currency)
+    references surety.money_limits (merchant_id, currency) on delete cascade
+) with (fillfactor = 50);
+comment on table surety.accepted_money is
+'The payments that were accepted under a money limit, by their UTC day: number and sum in minor units, whatever became
+of them. Written under the lock of the limit''s row. A day that has no row yet is computed from the payments.';
+
+create table surety.velocity_rules (
+    id text collate "C" not null,
+    merchant_id text collate "C",
+    subject text not null,
+    period interval not null,
+    count_max bigint,
+    amount_max_minor bigint,
+    currency text collate "C",
+    action text not null,
+    created_by text not null,
+    created_at timestamptz not null,
+    removed_at timestamptz,
+    constraint velocity_rules_pkey primary key (id),
+    constraint velocity_rule_is_of_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint velocity_currency_is_known foreign key (currency) references surety.currencies (currency),
+    constraint velocity_subject_is_known check (subject in ('customer', 'email')),
+    constraint velocity_action_is_known check (action in ('refuse', 'hold')),
+    constraint velocity_period_is_bounded check (period between interval '1 second' and interval '90 days'),
+    constraint velocity_rule_bounds_something check (count_max is not null or amount_max_minor is not null),
+    constraint velocity_bound_is_not_negative check (count_max >= 0 and amount_max_minor >= 0),
+    constraint velocity_amount_has_a_currency check (amount_max_minor is null or currency is not null)
+);
+create index velocity_rules_in_force on surety.velocity_rules (merchant_id) where removed_at is null;
+comment on table surety.velocity_rules is
+'How many payments of one subject (a payer''s e-mail address, or a stored customer) a merchant may accept within a
+period that ends with each new payment, and how much in minor units of currency. Without a merchant a rule is for each
+merchant, whose payments count apart from those of others. With a currency it is about payments in it alone. action:
+refuse or hold a payment beyond it.';
+
+create table surety.payment_holds (
+    payment_id text collate "C" not null,
+    rule_id text collate "C" not null,
+    detail jsonb not null,
+    opened_at timestamptz not null,
+    expires_at timestamptz not null,
+    closed_at timestamptz,
+    outcome text,
+    closed_by text,
+    reason text,
+    constraint payment_holds_pkey primary key (payment_id),
+    constraint hold_is_of_a_payment foreign key (payment_id) references surety.payments (id),
+    constraint hold_follows_a_rule foreign key (rule_id) references surety.velocity_rules (id),
+    constraint hold_outcome_is_known check (outcome in ('released', 'refused', 'expired', 'canceled', 'overtaken')),
+    constraint closed_hold_has_an_outcome check (
+        (closed_at is null) = (outcome is null) and (closed_at is null) = (closed_by is null)
+    ),
+    constraint hold_decision_has_a_reason check (outcome <> 'refused' or btrim(reason) <> '')
+);
+create index payment_holds_that_are_open on surety.payment_holds (expires_at) where closed_at is null;
+comment on table surety.payment_holds is
+'Accepted payments that a velocity rule holds: nothing is sent to the provider until an operator releases them. outcome:
+released or refused by an operator, expired by time, canceled (the payment ended otherwise), overtaken (the provider
+held it already). detail: what the rule found.';
 
 -- -------------------------------------------------------------------------------------------------------- refunds
 

@@ -29,6 +29,7 @@ WEBHOOKS_MISSING_SECONDS_MAX = 300
 WEBHOOKS_MISSING_URGENT_SECONDS_MAX = 3600
 OVERDUE_URGENT_SECONDS_MAX = 86_400
 KEY_EXPIRES_URGENT_SECONDS = 86_400
+HOLD_EXPIRES_URGENT_SECONDS = 86_400
 STANDBY_WAIT_SECONDS_MAX = 5
 TAKEOVER_SECONDS = 60
 SIGNATURE_REFUSALS = frozenset({"wrong-signature", "old-signature"})
@@ -49,6 +50,7 @@ FindingId = Literal[
     "key-of-another-account",
     "merchant-on-own-account",
     "refused-payments",
+    "held-payments",
     "waiting-events",
     "unfinished-objects",
     "periodic-job-failing",
@@ -90,6 +92,7 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         *find_refused_accounts(state),
         *find_refused_calls(state),
         *find_refused_payments(state),
+        *find_held_payments(state),
         *find_waiting_events(state),
         *find_key_problems(state),
         *find_expiring_keys(state),
@@ -229,6 +232,17 @@ def find_refused_payments(state: dict[str, Any]) -> Iterator[Finding]:
         what = f"{one['provider']} refused {one['refused']} of the last {count_noun(one['answered'], 'payment')}"
         what += f" of {whose}, since {format_age(one['seconds'])} ago: {one['error']}"
         yield Finding("refused-payments", 2, what, f"surety trace {one['payment_id']}")
+
+
+def find_held_payments(state: dict[str, Any]) -> Iterator[Finding]:
+    """Payments that a velocity rule holds until an operator decides."""
+    holds = state["holds"]
+    if not holds["open"]:
+        return
+    what = f"{count_noun(holds['open'], 'payment')} on hold, the oldest for {format_age(holds['oldest_seconds'])}; "
+    what += f"{holds['first']} is canceled in {format_age(max(0, holds['expires_seconds']))}"
+    urgency = 2 if holds["expires_seconds"] < HOLD_EXPIRES_URGENT_SECONDS else 1
+    yield Finding("held-payments", urgency, what, f"surety holds show {holds['first']}")
 
 
 def find_waiting_events(state: dict[str, Any]) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ All run in one worker, the leader (leader.py). Those without a time below run ev
     schedule_due_handlers      schedules handlers that have due work             every second (leader.py)
     poll_…, recheck_…          reads from the provider (jobs/polling.py)
     retry_unmatched_facts      matches facts again that found no payment
-    check_deadlines            expected settlements, payers' actions, refused accounts, evidence
+    check_deadlines            expected settlements, payers' actions, refused accounts, holds, evidence
     check_provider_key         permissions of the provider's key, own account     every minute, if due (ten minutes)
     maintain                   makes partitions ahead, deletes expired rows       every hour
 """
@@ -47,8 +47,8 @@ async def retry_unmatched_facts(worker: Worker) -> None:
 
 
 async def check_deadlines(worker: Worker) -> None:
-    """Report overdue settlements, cancel payments whose payer did not act, end those whose account is refused, remind
-    merchants of missing evidence.
+    """Report overdue settlements, cancel payments whose payer did not act or that were on hold for too long, end those
+    whose account is refused, remind merchants of missing evidence.
     """
     await repeat_until_done(worker, "select surety.open_overdue_discrepancies()")
     # Each call takes a bounded number of payments or disputes, and returns no event types once none is left.
@@ -56,6 +56,8 @@ async def check_deadlines(worker: Worker) -> None:
     while made := await worker.database.value(query, worker.settings.surety_action_seconds):
         await worker.schedule_handlers_for(made)
     while made := await worker.database.value("select surety.end_refused_payments(%s)", worker.actor):
+        await worker.schedule_handlers_for(made)
+    while made := await worker.database.value("select surety.expire_holds(%s)", worker.actor):
         await worker.schedule_handlers_for(made)
     while made := await worker.database.value("select surety.emit_evidence_reminders(%s)", EVIDENCE_REMINDER_LEAD):
         await worker.schedule_handlers_for(made)
@@ -67,6 +69,7 @@ async def maintain(worker: Worker) -> None:
     await repeat_until_done(worker, "select surety.delete_expired_idempotency_keys()")
     await worker.database.value("select surety.delete_old_refusals()")
     await worker.database.value("select surety.delete_whole_bursts()")
+    await worker.database.value("select surety.delete_old_accepted_money()")
 
 
 async def delete_orphaned_jobs(context: JobContext, timestamp: int) -> None:

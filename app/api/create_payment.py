@@ -21,6 +21,7 @@ from app.web.database import DatabasePool
 from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.requests import IDEMPOTENCY_KEY, encode_canonically, hash_of_request, struct_of
 from app.web.validation import echo, parse, violation_checker
+from app.wording import count_noun
 
 CREATE_PAYMENTS = b"""
 select n, status, problem, detail, body, is_replayed, payment_id from api.create_payments(%s)
@@ -227,10 +228,33 @@ async def problem_of_refusal(name: str, detail: Any, caller: Caller, body: bytes
             return Problem(name, f"{taken_by or 'another payment'} has this reference", payment=taken_by)
         case "provider-account-refused":
             return Problem(name, "the provider does not accept payments for this merchant at present")
+        case "limit-exceeded":
+            return Problem(name, limit_text(detail), **detail)
+        case "velocity-exceeded":
+            what = f"{detail['subject']}: more than {bound_text(detail)} within {detail['period_seconds']} s"
+            return Problem(name, f"rule {detail['rule']} refuses the payment; its {what}", **detail)
         case "idempotency-key-reused":
             return Problem(name, "this Idempotency-Key was sent before with another body")
         case _:
             raise AssertionError(f"SQL refused a payment for an unknown reason: {name}")
+
+
+def limit_text(detail: dict[str, Any]) -> str:
+    """The limit of a day that a request exceeds, the rest of it and when it starts anew."""
+    left = f"{detail['remaining']} left on {detail['day']}, anew at {detail['resets_at']}"
+    return f"the limit of {bound_text(detail)} per day is reached: {left}"
+
+
+def bound_text(detail: dict[str, Any]) -> str:
+    """The bound of a limit or a rule: a number of payments, or an amount in minor units."""
+    currency = f" in {detail['currency']}" if detail["currency"] else ""
+    match detail["exceeded"]:
+        case "count":
+            return f"{count_noun(detail['maximum'], 'payment')}{currency}"
+        case "amount":
+            return f"{detail['maximum']} minor units{currency}"
+        case other:
+            raise AssertionError(f"SQL named an unknown limit: {other}")
 
 
 def read_fast(body: bytes) -> tuple[NewPayment, bytes] | None:

@@ -13,6 +13,7 @@ from app.api.create_payment import create_payment
 from app.api.customers import create_customer, get_customer, list_customers, update_customer
 from app.api.disputes import get_dispute, list_disputes, submit_evidence
 from app.api.events import get_event, list_events
+from app.api.holds import get_hold, list_holds, refuse_hold, release_hold
 from app.api.operators import (
     discard_dead_letter,
     discard_dead_letters,
@@ -30,6 +31,7 @@ from app.api.schemas.customers import Customer, CustomerList, CustomersQuery, Cu
 from app.api.schemas.disputes import Dispute, DisputeList, DisputesQuery, SubmittedEvidence
 from app.api.schemas.events import Event, EventList, EventsQuery
 from app.api.schemas.expanded import ExpandedDispute, ExpandedPayment, ExpandedRefund, PartQuery, PaymentQuery
+from app.api.schemas.holds import HeldPayment, HeldPaymentList, HoldDecision, HoldDecisionResult, HoldsQuery
 from app.api.schemas.operators import (
     BulkDecision,
     DeadLetter,
@@ -65,6 +67,8 @@ CREATE_PAYMENT_PROBLEMS = (
     *KEY_PROBLEMS,
     "forbidden",
     "provider-account-refused",
+    "limit-exceeded",
+    "velocity-exceeded",
     "reference-taken",
     "too-large",
     "not-json",
@@ -306,6 +310,38 @@ OPERATOR_ROUTES = [
         body=BulkDecision,
         tag="operators",
         scope="dead-letters:discard",
+    ),
+    Route(
+        "GET",
+        "/v1/operator/holds",
+        list_holds,
+        {200: HeldPaymentList},
+        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "overloaded", "unavailable"),
+        query=HoldsQuery,
+        tag="operators",
+        scope="holds:read",
+    ),
+    Route(
+        "GET",
+        "/v1/operator/holds/{payment_id}",
+        get_hold,
+        {200: HeldPayment},
+        ("unauthenticated", *KEY_PROBLEMS, "forbidden", "not-found", "overloaded", "unavailable"),
+        tag="operators",
+        scope="holds:read",
+    ),
+    *(
+        Route(
+            "POST",
+            f"/v1/operator/holds/{{payment_id}}/{action}",
+            endpoint,
+            {200: HoldDecisionResult},
+            DECISION_PROBLEMS,
+            body=HoldDecision,
+            tag="operators",
+            scope="holds:decide",
+        )
+        for action, endpoint in (("release", release_hold), ("refuse", refuse_hold))
     ),
     Route(
         "GET",

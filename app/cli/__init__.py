@@ -37,7 +37,7 @@ COMMANDS = {
     "webhooks": CommandEntry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
     "mode": CommandEntry("app.cli.mode:mode", "Show or decide whether real money moves: live or test."),
     "merchants": CommandEntry(
-        "app.cli.merchants:merchants", "Add, change, list, suspend and resume merchants; their fees."
+        "app.cli.merchants:merchants", "Add, change, list, suspend and resume merchants; their fees and limits."
     ),
     "keys": CommandEntry("app.cli.keys:keys", "Create, rotate, list and revoke keys of merchants and operators."),
     "operators": CommandEntry("app.cli.operators:operators", "Accounts of operators, and what their roles may do."),
@@ -49,6 +49,8 @@ COMMANDS = {
     "discrepancies": CommandEntry(
         "app.cli.discrepancies:discrepancies", "Differences from the provider's records: list, show, close."
     ),
+    "velocity": CommandEntry("app.cli.velocity:velocity", "Rules about many payments of one payer: list, add, remove."),
+    "holds": CommandEntry("app.cli.holds:holds", "Payments on hold: list, show, release, refuse."),
     "handlers": CommandEntry("app.cli.handlers:handlers", "Handlers of events: list, pause, resume."),
     "restored": CommandEntry("app.cli.restored:restored", "Open a database that was restored from a dump."),
 }

@@ -16,6 +16,7 @@ from rich.table import Table
 from app.cli.fees import fees
 from app.cli.identity import authorize
 from app.cli.limits import describe_rate_limit, merchant_limits
+from app.cli.money_limits import money_limits
 from app.cli.options import json_option
 from app.cli.tables import print_table
 from app.wording import describe_mode
@@ -45,9 +46,10 @@ class NoSuchMerchant(SuretyError):
 
 @click.group()
 def merchants() -> None:
-    """Add, change, list, suspend and resume merchants; show and set what they pay us."""
+    """Add, change, list, suspend and resume merchants; show and set their fees and limits."""
 
 
+merchants.add_command(money_limits)
 merchants.add_command(merchant_limits)
 merchants.add_command(fees)
 

@@ -93,6 +93,22 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "canceled, and their references used again. New payments are accepted once the account is connected again: ask "
         "the operator.",
     ),
+    "limit-exceeded": ProblemDefinition(
+        403,
+        "The merchant's limit of the day is reached",
+        "The operator has set how many payments (`exceeded` is `count`) or how much money (`amount`, in minor units) "
+        "may be accepted in `currency` in a day, by UTC. `maximum` is the limit, `remaining` the rest of it on `day`. "
+        "It starts anew at `resets_at`. Nothing was stored, and the Idempotency-Key is free: the same request can be "
+        "accepted then. Every accepted payment counts, whatever became of it.",
+    ),
+    "velocity-exceeded": ProblemDefinition(
+        403,
+        "Too many payments of one payer",
+        "A rule of the operator bounds how many payments (`exceeded` is `count`) or how much money (`amount`, in minor "
+        "units) of one `subject`, such as an e-mail address, may be accepted within `period_seconds`. `maximum` is the "
+        "bound, `rule` the rule's id. Nothing was stored, and the Idempotency-Key is free: the same request can be "
+        "accepted once earlier payments of the payer are older than the period.",
+    ),
     "not-found": ProblemDefinition(
         404,
         "No such path or object",

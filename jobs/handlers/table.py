@@ -42,7 +42,7 @@ CANCEL_EVENTS = (
 
 HANDLER_TABLE: tuple[Handler, ...] = (
     Handler(
-        "submit", ("payment.initiated",),
+        "submit", ("payment.initiated", "payment.released"),
         "surety.begin_calls", "create PaymentIntent, unconfirmed", "provider_submitted, failed",
         partial(make_calls, CREATE),
     ),

@@ -21,6 +21,8 @@ COMMANDS = {
     "dead-letters:replay": ("dead-letters", "replay", "dl_none", "--reason", "why"),
     "dead-letters:discard": ("dead-letters", "discard", "dl_none", "--reason", "why"),
     "discrepancies:close": ("discrepancies", "close", "dsc_none", "--reason", "why"),
+    "holds:decide": ("holds", "release", "pay_none", "--reason", "why"),
+    "limits:write": ("velocity", "remove", "vel_none"),
     "keys:write": ("keys", "create", "mer_none"),
     "keys:revoke": ("keys", "revoke", "key_none"),
     "merchants:write": ("merchants", "suspend", "mer_none"),
@@ -104,7 +106,7 @@ def test_command_is_allowed_to_the_roles_of_the_table(
 
 def test_every_scope_of_the_table_has_a_command_or_a_route(conn: Connection) -> None:
     scopes = {scope for (scope,) in conn.execute("select scope from surety.role_scopes")}
-    assert scopes == set(COMMANDS) | {"status:read", "dead-letters:read"}
+    assert scopes == set(COMMANDS) | {"status:read", "dead-letters:read", "holds:read"}
     assert [role for (role,) in conn.execute("select role from surety.operator_roles order by position")] == list(ROLES)
 
 

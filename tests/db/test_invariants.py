@@ -31,6 +31,11 @@ REFUND = (
     " select 'ref_' || repeat('0', 24), id, merchant_id, 100, currency, provider, provider_account, true, now(), now(),"
 )
 
+HOLD = (
+    "insert into surety.payment_holds (payment_id, rule_id, detail, opened_at, expires_at)"
+    " values (%(p)s, 'vel_none', '{}', now(), now())"
+)
+
 LONG_AGO = "now() - interval '8 days'"
 
 # A change that violates the invariant; %(p)s is the newest settled payment.
@@ -114,6 +119,12 @@ VIOLATIONS: dict[str, str] = {
         "insert into surety.expectations (payment_id, kind, opened_at, due_at, met_at)"
         " select id, 'settlement', now(), now(), now() from surety.payments where state = 'disputed' and id <> %(p)s"
     ),
+    "the counters of money limits are what was accepted": (
+        "insert into surety.accepted_money (merchant_id, currency, day, payments, amount_minor)"
+        " select merchant_id, 'usd', '2020-01-01', 1, 1 from surety.payments where id = %(p)s"
+    ),
+    "no payment on hold was sent to the provider": HOLD,
+    "merchants see every hold as it is": HOLD,
     "every overdue settlement is a discrepancy": (
         "insert into surety.expectations (payment_id, kind, opened_at, due_at)"
         " values (%(p)s, 'settlement', now() - interval '1 day', now() - interval '11 minutes')"

@@ -29,6 +29,7 @@ LARGE_FOLDERS = {
     "db/sql/api": "one file a resource, as in app/api",
     "tests/api": "one file a concern of the HTTP processes",
     "tests/bench": "one file a benchmark",
+    "tests/cli": "one file a command, as in app/cli",
     "tests/db": "one file a subject, as in db/sql",
     "tests/simulation": "one file a part of the simulated world",
     "tests/support": "helpers of all tests, one subject each",

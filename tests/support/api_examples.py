@@ -28,7 +28,7 @@ from db.embedded.server import EmbeddedServer
 from tests.support.dead_letters import never_sent_letter
 from tests.support.http_client import SECRETS, Merchant, running_server
 from tests.support.operators import admin_key
-from tests.support.payments import Connection
+from tests.support.payments import Connection, add_merchant, pay
 from tests.support.sandbox_process import eventually, running_sandbox
 from tests.support.workers import shorten_delays, worker_process
 
@@ -283,6 +283,10 @@ def record_problems(client: ExampleClient, merchant: Merchant, recorder: Recorde
     while (answer := client.client.get("/v1/balance", headers=limited)).status_code == 200:
         pass
     recorder.record(answer)
+    merchant.conn.execute("select surety.set_money_limit(%s, 'chf', 0, null, 'test')", (merchant.id,))
+    client.post("/v1/payments", payment(currency="chf"))
+    add_velocity_rule(merchant.conn, "refuse", currency="sek")
+    client.post("/v1/payments", payment(currency="sek", customer={"email": "ada@shop.example"}))
     expired, bound, reading, revoked = (
         merchant.another_key(expires_in="1 millisecond"),
         merchant.another_key(networks=["203.0.113.0/24"]),
@@ -297,7 +301,18 @@ def record_problems(client: ExampleClient, merchant: Merchant, recorder: Recorde
     client.post("/v1/payments", payment())
 
 
-def record_operators(client: httpx.Client, letters: list[str], recorder: Recorder) -> None:
+def add_velocity_rule(conn: Connection, action: str, *, currency: str | None = None) -> None:
+    """A rule that no payment with an e-mail address keeps."""
+    conn.execute("select surety.add_velocity_rule(null, 'email', '1 day', 0, null, %s, %s, 'test')", (currency, action))
+
+
+def held_payments(conn: Connection, count: int) -> list[str]:
+    """Payments on hold."""
+    add_velocity_rule(conn, "hold")
+    return pay(conn, add_merchant(conn)[1], count, customer={"email": "ada@shop.example"})
+
+
+def record_operators(client: httpx.Client, letters: list[str], held: list[str], recorder: Recorder) -> None:
     """The routes of operators, and those that need no key."""
     reason = {"reason": "The currency is accepted from today on."}
     for path in ("", f"/{letters[0]}"):
@@ -308,6 +323,11 @@ def record_operators(client: httpx.Client, letters: list[str], recorder: Recorde
     recorder.record(client.post(f"/v1/operator/dead-letters/{letters[0]}/replay", json=reason))
     recorder.record(client.post(f"/v1/operator/dead-letters/{letters[1]}/discard", json=reason))
     recorder.record(client.post("/v1/operator/dead-letters/discard", json=reason | {"error": "parameter_invalid"}))
+    reason = {"reason": "The payer is known."}
+    for path in ("", f"/{held[0]}"):
+        recorder.record(client.get(f"/v1/operator/holds{path}"))
+    recorder.record(client.post(f"/v1/operator/holds/{held[0]}/release", json=reason))
+    recorder.record(client.post(f"/v1/operator/holds/{held[1]}/refuse", json=reason))
     recorder.record(client.get("/v1/operator/status"))
     for path in ("/problems", "/problems/reference-taken", "/health"):
         recorder.record(client.get(path))
@@ -348,9 +368,8 @@ def record_examples(server: str) -> Json:
         letters = [never_sent_letter(conn)[0] for _ in range(ELEMENTS_MAX)]
         api = stack.enter_context(running_server("api", database))
         headers = {"Authorization": f"Bearer {admin_key(database)}"}
-        record_operators(
-            stack.enter_context(httpx.Client(base_url=api.url, headers=headers, timeout=30)), letters, recorder
-        )
+        operators = stack.enter_context(httpx.Client(base_url=api.url, headers=headers, timeout=30))
+        record_operators(operators, letters, held_payments(conn, ELEMENTS_MAX), recorder)
     return recorder.document()
 
 

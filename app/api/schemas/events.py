@@ -46,6 +46,8 @@ PaymentEventType = Literal[
     "payment.reversed",
     "payment.failed",
     "payment.canceled",
+    "payment.held",
+    "payment.released",
     "payment.fraud_warning",
 ]
 RefundEventType = Literal[

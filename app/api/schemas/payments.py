@@ -192,6 +192,19 @@ class FraudWarning(Struct):
     at: str
 
 
+class Hold(Struct):
+    """A hold of the operator: while its status is `open`, nothing is sent to the provider and nothing is charged.
+
+    `released`: the payment went on. `refused`, `expired` (without a decision until `expires_at`): it has ended, and
+    `failure` says so. `canceled`: it ended otherwise. `overtaken`: the provider turned out to hold it already.
+    """
+
+    status: Literal["open", "released", "refused", "expired", "canceled", "overtaken"]
+    opened_at: str
+    expires_at: str
+    closed_at: str | None
+
+
 class Payment(Struct):
     """A payment. `status` is the coarse state, `state` the exact one; `version` counts its steps. Amounts are in minor
     units.
@@ -218,6 +231,7 @@ class Payment(Struct):
     capture_method: CaptureMethod
     capture_before: str | None
     cancel_requested: bool
+    hold: Hold | None
     next_action: NextAction | None
     failure: Failure | None
     fraud_warning: FraudWarning | None

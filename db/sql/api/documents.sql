@@ -27,6 +27,7 @@ begin atomic
             p.capture_method as capture_method,
             case when p.state = 'authorized' then charged.card -> 'capture_before' end as capture_before,
             p.flags ? 'cancel_requested_at' as cancel_requested,
+            p.flags -> 'hold' as hold,
             p.next_action as next_action,
             p.failure as failure,
             p.fraud_warning as fraud_warning,

@@ -132,6 +132,64 @@ end;
 comment on function api.discard_dead_letter(bytea, text, text, boolean, text, text) is
 'outbox.discard_dead_letter on behalf of the operator with this key. No row: the key has not the scope.';
 
+create or replace function api.list_holds(
+    p_key_hash bytea, p_status text, p_merchant_id text, p_limit integer, p_starting_after text,
+    p_address text default ''
+) returns table (operator text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.operator,
+        api.render_page(
+            array(
+                select shown.document
+                from surety.find_holds(p_status, p_merchant_id, p_starting_after, p_limit + 1) as found
+                cross join lateral surety.show_payment_hold(found) as shown
+                order by found.payment_id
+            ),
+            p_limit
+        )
+    from api.identify_operator(p_key_hash, 'holds:read', p_address) as who;
+end;
+
+comment on function api.list_holds(bytea, text, text, integer, text, text) is
+'A page of holds, oldest first, by status and merchant. No row: the key has not the scope.';
+
+create or replace function api.get_hold(p_key_hash bytea, p_id text, p_address text default '')
+returns table (operator text, body text)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.operator,
+        (
+            select shown.document::text
+            from surety.payment_holds cross join lateral surety.show_payment_hold(payment_holds) as shown
+            where payment_holds.payment_id = p_id
+        )
+    from api.identify_operator(p_key_hash, 'holds:read', p_address) as who;
+end;
+
+comment on function api.get_hold(bytea, text, text) is
+'The hold of a payment; body is null if it has none. No row: the key has not the scope.';
+
+create or replace function api.decide_hold(
+    p_key_hash bytea, p_id text, p_decision text, p_reason text, p_request_id text, p_address text
+) returns table (operator text, outcome text, detail text)
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        who.operator,
+        done.outcome,
+        done.detail
+    from api.identify_operator(p_key_hash, 'holds:decide', p_address) as who
+    cross join lateral surety.decide_hold(
+        p_id, p_decision, 'operator:' || who.operator, p_reason, p_request_id, p_address
+    ) as done;
+end;
+
+comment on function api.decide_hold(bytea, text, text, text, text, text) is
+'surety.decide_hold on behalf of the operator with this key. No row: the key has not the scope.';
+
 create or replace function api.get_status(p_key_hash bytea, p_address text default '')
 returns table (operator text, body text)
 language sql stable security definer set search_path = pg_catalog, pg_temp

@@ -147,8 +147,8 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 set plan_cache_mode = force_generic_plan
 as $$
--- Locks: idempotency keys, references, each sorted; the payments are new. Rows are kept in parallel arrays, because
--- joins would cost more than all other work.
+-- Locks: idempotency keys, references, money limits, subjects of velocity rules, each sorted; the payments are new.
+-- Rows are kept in parallel arrays, because joins would cost more than all other work.
 declare
     v_route constant text := 'POST /v1/payments';
     v_now timestamptz := surety.time_now();
@@ -170,6 +170,10 @@ declare
     v_entries audit.entries [];
     v_won text [];
     v_taken text [];
+    v_limits text [] := '{}';
+    -- By the ids of payments: {problem, detail}, and what a velocity rule found.
+    v_refusals jsonb := '{}';
+    v_holds jsonb := '{}';
 begin
     -- The merchant, as api.identify_merchant finds it, and the problem of the request, if any. Without a problem of
     -- its key, a request has a merchant.
@@ -299,6 +303,23 @@ begin
                 where p.id = any(v_won) and p.provider_account = any(v_cut_off)
             ), '{}');
         end if;
+        v_limits := surety.list_limits(v_merchants);
+        if v_limits <> '{}' then
+            select j.refusals, j.holds into v_refusals, v_holds
+            from surety.judge_new_payments(
+                array(
+                    select p
+                    from unnest(v_n, v_ids) as a (n, id) join unnest(v_payments) as p on p.id = a.id
+                    where p.id = any(v_won) and p.id <> all(coalesce(v_taken, '{}')) and surety.is_limited(p, v_limits)
+                    order by p.merchant_id, p.currency, a.n
+                ), v_now) as j;
+            if v_refusals <> '{}' then
+                delete from surety.payment_references as r using unnest(v_payments) as p
+                where v_refusals ? p.id
+                    and (r.merchant_id, r.reference, r.payment_id) = (p.merchant_id, p.reference, p.id);
+                v_taken := coalesce(v_taken, '{}') || array(select jsonb_object_keys(v_refusals));
+            end if;
+        end if;
         if v_taken is not null then
             delete from surety.idempotency_keys as i
             using unnest(v_keys) as k
@@ -309,6 +330,9 @@ begin
         if cardinality(v_won) is distinct from cardinality(v_payments) then
             v_payments := array(select p from unnest(v_payments) as p where p.id = any(v_won));
             v_entries := array(select e from unnest(v_entries) as e where e.payment_id = any(v_won));
+        end if;
+        if v_holds <> '{}' then
+            v_payments := api.hold_new_payments(v_payments, v_keys, v_holds, v_now);
         end if;
 
         with paid as (
@@ -329,6 +353,17 @@ begin
             e.id, e.at, e.kind, e.actor, e.address, e.request_id, e.payment_id, e.merchant_id, e.version, e.to_state,
             e.outcome, e.reason, e.snapshot
         from unnest(v_entries) as e;
+        if v_holds <> '{}' then
+            perform surety.open_holds(v_holds, v_now);
+        end if;
+        -- A new money limit waits for the payments stored here, by their merchants' rows (surety.set_money_limit).
+        -- One that was set before them is found here: the batch is repeated, and judged by it.
+        if exists (
+            select from surety.money_limits as l
+            where l.merchant_id = any(v_merchants) and l.merchant_id || ':' || l.currency <> all(v_limits)
+        ) then
+            raise exception 'a money limit was set meanwhile' using errcode = 'serialization_failure';
+        end if;
     end if;
 
     if array_remove(v_labels, null) <> '{}' then
@@ -339,7 +374,7 @@ begin
         where a.id = any(v_won);
     end if;
 
-    if cardinality(v_won) = cardinality(v_n) then
+    if cardinality(v_won) = cardinality(v_n) and v_holds = '{}' then
         -- All payments are new: the arrays hold the same requests in the same order.
         return query
         select a.n, a.status, null::text, null::jsonb, a.response, false, a.payment_id
@@ -364,12 +399,19 @@ begin
             -- A refused request stores no key, but its hash still binds later requests of the batch.
             when coalesce(i.request_hash, first_value(a.request_hash) over same_key) <> a.request_hash
                 then 'idempotency-key-reused'
-            when i.key is null then case when a.is_cut_off then 'provider-account-refused' else 'reference-taken' end
+            when i.key is null
+                then case
+                    when a.is_cut_off then 'provider-account-refused'
+                    else coalesce(
+                        v_refusals #>> array[first_value(a.new_id) over same_key, 'problem'], 'reference-taken')
+                end
         end,
         case
             when a.problem is not null then a.detail
             when i.key is null and not a.is_cut_off and first_value(a.request_hash) over same_key = a.request_hash
-                then jsonb_build_object('payment_id', t.payment_id)
+                then coalesce(
+                    v_refusals #> array[first_value(a.new_id) over same_key, 'detail'],
+                    jsonb_build_object('payment_id', t.payment_id))
         end,
         case when i.request_hash = a.request_hash then i.response end,
         i.request_hash = a.request_hash and i.payment_id is distinct from a.new_id,
@@ -400,7 +442,7 @@ comment on function api.create_payments(json) is
 201 and the new payment''s document, or with is_replayed the first answer, byte for byte. Problems: those of
 api.explain_denial; forbidden
 (suspended); provider-account-refused (surety.cut_off_accounts); invalid-request, detail {field, rule, limit,
-given}; reference-taken, detail {payment_id};
+given}; reference-taken, detail {payment_id}; limit-exceeded, velocity-exceeded (surety.judge_new_payments);
 idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
 amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
 return_url, off_session, customer, metadata, customer_id, saved_method, save_method {usage, mandate}}]. Without

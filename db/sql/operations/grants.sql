@@ -45,6 +45,9 @@ api.list_dead_letters(bytea, text, text, text, integer, text, text),
 api.get_dead_letter(bytea, text, text),
 api.replay_dead_letter(bytea, text, text, boolean, text, text),
 api.discard_dead_letter(bytea, text, text, boolean, text, text),
+api.list_holds(bytea, text, text, integer, text, text),
+api.get_hold(bytea, text, text),
+api.decide_hold(bytea, text, text, text, text, text),
 api.get_status(bytea, text)
 to surety_api;
 grant usage on schema outbox to surety_api;
@@ -67,6 +70,8 @@ surety.begin_calls(bigint, bigint, text, text, text[]),
 surety.reserve_request_slots(text, text, double precision, boolean, integer),
 surety.emit_expired_actions(interval, integer),
 surety.end_refused_payments(text, integer),
+surety.expire_holds(text, integer),
+surety.delete_old_accepted_money(),
 surety.objects_without_facts(jsonb),
 surety.events_not_received(text, text, text[]),
 surety.accounts_of_merchants(text[]),
@@ -135,5 +140,8 @@ surety.read_clock(),
 surety.dispute_status(text, jsonb),
 surety.dispute_withdrawn(text, bigint),
 surety.missing_dispute_postings(text, text),
-surety.id_at(text, timestamptz)
+surety.id_at(text, timestamptz),
+surety.count_accepted_money(text, text, date),
+surety.show_hold(text, timestamptz, timestamptz, timestamptz),
+surety.format_time(timestamptz)
 to surety_auditor;

@@ -241,6 +241,7 @@ begin
                 'first_id', (array_agg(x.id order by x.is_critical desc, x.opened_at))[1])
             from surety.discrepancies as x where x.closed_at is null
         ),
+        'holds', surety.summarize_open_holds(),
         'unfinished', (
             select jsonb_build_object(
                 'id', p.id, 'state', p.state, 'seconds', round(extract(epoch from v_now - p.created_at), 3),

@@ -26,6 +26,8 @@ select
     listed.meaning
 from (
     values
+    ('payment.held', true, 'The payment is on hold: it waits for a review, and nothing was sent.'),
+    ('payment.released', true, 'The payment on hold was released: it is sent to the provider.'),
     ('payment.capture_requested', false, 'The merchant asked to capture an authorized payment.'),
     ('payment.cancel_requested', false, 'The merchant asked to cancel a payment that the provider holds.'),
     ('payment.attempt_failed', false, 'The payer''s attempt was declined; the payment can be canceled.'),

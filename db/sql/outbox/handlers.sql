@@ -52,6 +52,7 @@ where (handlers.meaning, handlers.calls_provider) <> (excluded.meaning, excluded
 with listed (event_type, handler) as (
     values
     ('payment.initiated', 'submit'),
+    ('payment.released', 'submit'),
     ('payment.provider_submitted', 'confirm'),
     ('payment.capture_requested', 'capture'),
     ('payment.cancel_requested', 'cancel'),

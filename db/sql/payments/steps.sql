@@ -58,6 +58,7 @@ declare
     v_last_payment text;
     v_ended text [];
     v_revived text [];
+    v_held text [];
 begin
     select min(n.payment_id), max(n.payment_id) into v_first_payment, v_last_payment from new_steps as n;
     -- Statements that create payments or change their amounts set state and version themselves. Update the others.
@@ -111,6 +112,16 @@ begin
         return null;
     end if;
 
+    v_held := array(
+        select n.payment_id
+        from new_steps as n join surety.payment_holds as h on h.payment_id = n.payment_id
+        where n.from_state = 'initiated' and h.closed_at is null
+        order by n.payment_id
+    );
+    if v_held <> '{}' then
+        perform surety.end_hold_of_step(n.payment_id, n.to_state, n.cause, n.actor, v_now)
+        from new_steps as n where n.payment_id = any(v_held) and n.from_state = 'initiated';
+    end if;
     v_ended := array(select n.payment_id from new_steps as n where n.to_state in ('failed', 'canceled'));
     if v_ended <> '{}' then
         perform surety.release_references(v_ended);
@@ -128,8 +139,8 @@ begin
         -- What was to be done about the payment's own intent. A second intent must still be canceled, and settlements
         -- are still to be expected and met.
         and d.type in (
-            'payment.initiated', 'payment.provider_submitted', 'payment.capture_requested', 'payment.cancel_requested',
-            'payment.attempt_failed', 'payment.action_overdue', 'payment.authorized_late'
+            'payment.initiated', 'payment.released', 'payment.provider_submitted', 'payment.capture_requested',
+            'payment.cancel_requested', 'payment.attempt_failed', 'payment.action_overdue', 'payment.authorized_late'
         );
     return null;
 end;
@@ -137,8 +148,8 @@ $$;
 
 comment on function surety.project_steps() is
 'Trigger: sets payments'' state and version to their last new step, emits payment.<state> for each step and writes its
-audit entry. Releases the references of payments that ended, and closes dead letters about the intents of payments in a
-final state.';
+audit entry. Releases the references of payments that ended, closes their holds, and closes dead letters about the
+intents of payments in a final state.';
 
 create or replace trigger steps_are_projected after insert on surety.steps
 referencing new table as new_steps for each statement execute function surety.project_steps();

@@ -44,11 +44,14 @@ begin
         with events as (
             select
                 e.event_id, e.type, p as payment, p.state, p.captured_minor,
-                p.flags ? 'cancel_requested_at' as is_cancel_requested, requested.revision as capture_revision,
+                p.flags ? 'cancel_requested_at' as is_cancel_requested, p.flags #>> '{hold,status}' as hold,
+                requested.revision as capture_revision,
                 c.first_sent_at, c.last_sent_at, c.answered_at, c.status, c.payment_id is not null as was_sent,
                 named.operation, coalesce(e.payload ->> 'object_id', p.provider_id) as object_id,
                 row_number() over (
-                    partition by p.id, named.operation, e.type = 'payment.authorized_late' order by e.event_id
+                    partition by
+                        p.id, named.operation, e.type = 'payment.authorized_late', e.type = 'payment.released'
+                    order by e.event_id
                 ) as turn
             from outbox.batch_events(p_batch, p_fence) as e
             join surety.payments as p on p.id = e.aggregate_id
@@ -67,6 +70,12 @@ begin
                     -- Two events may request the same cancellation.
                     when e.turn > 1 then 'skip'
                     when p_operation = 'create' and e.state not in ('initiated', 'submitting') then 'skip'
+                    -- Only the event of its release sends a payment that is or was on hold: so it is sent once.
+                    when p_operation = 'create' and e.hold is not null
+                        and (e.hold <> 'released' or e.type <> 'payment.released')
+                        then 'skip'
+                    -- The provider held it before a decision: it must not charge it.
+                    when p_operation = 'confirm' and e.hold = 'overtaken' then 'skip'
                     when p_operation = 'create' and e.is_cancel_requested and e.was_sent then 'find'
                     when p_operation = 'confirm' and (e.state <> 'provider_submitted' or e.is_cancel_requested)
                         then 'skip'
