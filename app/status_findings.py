@@ -61,6 +61,8 @@ FindingId = Literal[
     "old-transaction",
     "prepared-transaction",
     "replication-slot",
+    "lost-slot",
+    "event-publication",
     "standby-behind",
     "restored-elsewhere",
     "expiring-keys",
@@ -87,6 +89,7 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
     """The problems of a status report, the most urgent first."""
     found = [
         *find_replication_problems(state),
+        *find_publication_problems(state["publication"]),
         *find_work_problems(state),
         *find_money_problems(state),
         *find_refused_accounts(state),
@@ -145,6 +148,16 @@ def find_missing_worker(state: dict[str, Any], *, has_work: bool) -> Finding | N
         what = f"the database took over {format_age(primary_seconds)} ago, and no worker has reported since"
         return Finding("no-worker", 1, what, f"wait a minute, then {start}")
     return Finding("no-worker", 2 if has_work else 1, "no worker is alive", start)
+
+
+def find_publication_problems(publication: dict[str, Any]) -> Iterator[Finding]:
+    """Events that readers of change data capture miss, without an error anywhere."""
+    for slot in publication["lost_slots"]:
+        what = f"the log for the replication slot {slot} is gone: its reader has missed events"
+        yield Finding("lost-slot", 2, what, f"select pg_drop_replication_slot('{slot}'), then a new snapshot")
+    if publication["exists"] and not publication["is_whole"]:
+        what = "the publication surety_events leaves events out, or names their partitions"
+        yield Finding("event-publication", 2, what, "drop publication surety_events, then surety deploy")
 
 
 def find_work_problems(state: dict[str, Any]) -> Iterator[Finding]:

@@ -34,6 +34,7 @@ from psycopg import errors, sql
 
 from db.connect import harden
 from db.deploy.inventory import Connection, DatabaseObject, DeployRecord, read_objects
+from db.deploy.publication import publish_events
 from db.deploy.source import BOOKKEEPING, Migration, VersionFiles, location_of, lock_rank
 from db.deploy.statements import Statement, read_statements
 from db.errors import DeployError, kind_of
@@ -78,6 +79,7 @@ def deploy(
             run.create()
         elif (pending := record.pending_migrations(source)) or record.digest != source.digest or force:
             run.upgrade(pending)
+        publish_events(conn, say)
     return DeployResult(
         outcome="created" if record is None else "changed" if run.attempts else "unchanged",
         migrations=run.migrated,

@@ -12,7 +12,15 @@ import pytest
 POSTGRESQL_15 = Path("/usr/lib/postgresql/15/bin")
 # Orders of facts depend on the core's own code, not on the version.
 SELECTED = "not every_order and not fact_order"
-CORE = ("test_states.py", "test_facts.py", "test_ledger.py", "test_races.py", "test_outbox.py", "test_restore.py")
+CORE = (
+    "test_states.py",
+    "test_facts.py",
+    "test_ledger.py",
+    "test_races.py",
+    "test_outbox.py",
+    "test_restore.py",
+    "test_publication.py",
+)
 
 
 @pytest.mark.skipif(not POSTGRESQL_15.is_dir(), reason="PostgreSQL 15 is not installed here")

@@ -114,6 +114,35 @@ comment on function surety.vacuum_blockers() is
 'The transactions with a snapshot or an id, commits that wait for a standby, prepared transactions, replication slots
 and standbys that prevent vacuuming in any database of the cluster, those that hold back most transactions first.';
 
+create or replace function surety.publication_status() returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        jsonb_build_object(
+            'exists', count(p.oid) > 0,
+            'is_whole', coalesce(bool_and(
+                p.pubviaroot and p.pubinsert and (
+                    p.puballtables or exists (
+                        select from pg_publication_rel as r
+                        where r.prpubid = p.oid and r.prrelid = 'outbox.events'::regclass and r.prqual is null
+                            and r.prattrs is null
+                    )
+                )
+            ), false),
+            'lost_slots', array(
+                select s.slot_name::text from pg_replication_slots as s
+                where s.slot_type = 'logical' and s.database = current_database() and s.wal_status = 'lost'
+                order by s.slot_name
+            )
+        )
+    from pg_publication as p
+    where p.pubname = 'surety_events';
+end;
+
+comment on function surety.publication_status() is
+'The publication surety_events. is_whole: each event is published, by the name outbox.events. lost_slots: logical slots
+of this database whose log is gone, so that their readers miss events.';
+
 create or replace function surety.replication_status() returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -313,6 +342,7 @@ begin
             from surety.vacuum_blockers() as h
         ),
         'replication', surety.replication_status(),
+        'publication', surety.publication_status(),
         'sees_all', pg_has_role('surety_owner', 'pg_read_all_stats', 'usage'),
         'partitions_until', (
             select min(ahead.until) from (
