@@ -16,7 +16,7 @@ from app.api.requests import ApiRequest, ApiServices
 from app.api.routes import ROUTES
 from app.api.waiting import WaitingRequests
 from app.web.auth import Authenticator
-from app.web.batching import BatchingConnections
+from app.web.batching import PARALLEL_BATCH_MIN, BatchingConnections
 from app.web.database import DatabasePool
 from app.web.key_uses import KeyUses
 from app.web.load_shedding import OVERLOAD_CHECKS
@@ -56,7 +56,11 @@ async def open_api_services(
     reading = DatabasePool("api", settings)
     health = DatabasePool("api", settings, connections_max=1)
     batching = BatchingConnections(
-        lambda: connect_async("api", settings), CREATE_PAYMENTS, connections=connections, batch_max=batch_max
+        lambda: connect_async("api", settings),
+        CREATE_PAYMENTS,
+        connections=connections,
+        batch_max=batch_max,
+        batch_max_of_sender=PARALLEL_BATCH_MIN,
     )
     async with AsyncExitStack() as closing:
         for pool in (database, reading, health):

@@ -18,6 +18,7 @@ from app.api.schemas.payments import MethodToSave, NewPayment, PaymentRequest
 from app.web.asgi import HttpResponse
 from app.web.auth import DENIALS, Caller
 from app.web.database import DatabasePool
+from app.web.fair_queue import sender_of
 from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.requests import IDEMPOTENCY_KEY, encode_canonically, hash_of_request, struct_of
 from app.web.validation import echo, parse, violation_checker
@@ -88,7 +89,8 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
             customer_id=payment.customer_id,
             saved_method=payment.payment_method.saved,
             save_method=method_to_save(payment),
-        )
+        ),
+        sender_of(request.headers[b"authorization"]),
     )
     _, status, problem, detail, document, is_replayed, payment_id = row
     if problem is not None:

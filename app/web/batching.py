@@ -13,6 +13,9 @@ would divide the queue into small batches, and a batch of sixteen costs little m
     a lost connection, a server that       the same batch again on a new connection until retry_seconds_max, then
     restarts, a replaced function          Unavailable; repeating is safe, because requests are idempotent
     a full queue, sustained overload       Unavailable at once; nothing was accepted
+
+Senders are served in turn (app/web/fair_queue.py). Under sustained overload each may have its share of requests under
+way, so the one that causes it is refused, and others are not.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -29,6 +32,7 @@ import msgspec
 import psycopg
 from psycopg import AsyncConnection
 
+from app.web.fair_queue import FairQueue
 from db.errors import is_retryable, kind_of, message_of
 
 log = logging.getLogger("surety.batching")
@@ -80,9 +84,12 @@ class RefusedByDatabase(Exception):
 class QueuedRequest:
     """A request in the queue."""
 
-    __slots__ = ("answer", "queued_at", "request")
+    __slots__ = ("answer", "queued_at", "request", "sender")
 
-    def __init__(self, request: BatchedRequest, answer: asyncio.Future[Row], queued_at: float) -> None:
+    def __init__(
+        self, request: BatchedRequest, answer: asyncio.Future[Row], queued_at: float, sender: bytes = b""
+    ) -> None:
+        self.sender = sender
         self.request = request
         self.answer = answer
         self.queued_at = queued_at
@@ -102,18 +109,21 @@ class BatchingConnections:
         connections: int = 2,
         gather_seconds: float = 0.0,
         batch_max: int = 200,
+        batch_max_of_sender: int | None = None,
         queue_max: int = 2000,
         sustained_max: int = 64,
         retry_seconds_max: float = 5.0,
     ) -> None:
         self.gather_seconds = gather_seconds
         self.batch_max = batch_max
+        self.batch_max_of_sender = batch_max_of_sender or batch_max
         self.queue_max = queue_max
         self.sustained_max = sustained_max
         self.retry_seconds_max = retry_seconds_max
         self._connect = connect
         self._statement = statement
-        self._queue: deque[QueuedRequest] = deque()
+        self._queue: FairQueue[QueuedRequest] = FairQueue()
+        self._of_sender: Counter[bytes] = Counter()
         self._idle: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -152,23 +162,25 @@ class BatchingConnections:
         for connection in self._connections:
             await connection.close()
 
-    def submit(self, request: BatchedRequest) -> asyncio.Future[Row]:
+    def submit(self, request: BatchedRequest, sender: bytes = b"") -> asyncio.Future[Row]:
         """Join the queue. The future gets the function's row, RefusedByDatabase or Unavailable.
 
         Raises Unavailable at once when the queue is full.
         """
-        if self._closing or self.is_full():
+        if self._closing or self.is_full(sender):
             raise Unavailable
         answer: asyncio.Future[Row] = self._loop.create_future()
-        self._queue.append(QueuedRequest(request, answer, self._loop.time()))
+        self._queue.append(sender, QueuedRequest(request, answer, self._loop.time(), sender))
+        self._of_sender[sender] += 1
         self._start_idle_connection()
         return answer
 
-    def is_full(self) -> bool:
-        """Whether one more request would wait too long.
+    def is_full(self, sender: bytes = b"") -> bool:
+        """Whether one more request of a sender would wait too long.
 
         A burst may fill the whole queue, because it is served soon. A load that lasts longer than BURST_SECONDS is more
-        than this process serves. Then `sustained_max` requests may be under way: a long queue would delay all of them.
+        than this process serves. Then `sustained_max` requests may be under way, because a long queue would delay all
+        of them, and each sender has a share of that.
         """
         under_way = len(self._queue) + self._in_progress
         if under_way >= self.sustained_max:
@@ -177,7 +189,10 @@ class BatchingConnections:
                 self._overloaded_since = now
             self._overloaded_at = now
             if now > self._overloaded_since + BURST_SECONDS:
-                return True
+                of_sender = self._of_sender[sender]
+                senders = len(self._of_sender) + (not of_sender)
+                if senders > self.sustained_max or of_sender >= self.sustained_max // senders:
+                    return True
         return len(self._queue) >= self.queue_max
 
     async def next_batch(self) -> list[QueuedRequest]:
@@ -195,7 +210,7 @@ class BatchingConnections:
                     self._idle.remove(idle)
                 else:
                     self._is_starting = False
-        batch = [self._queue.popleft() for _ in range(min(len(self._queue), self.batch_max))]
+        batch = self._queue.take(self.batch_max, self.batch_max_of_sender)
         self._in_progress += len(batch)
         self._start_idle_connection()
         return batch
@@ -203,6 +218,10 @@ class BatchingConnections:
     def finish_batch(self, batch: Sequence[QueuedRequest]) -> None:
         """Mark the batch as finished: each of its requests has its answer."""
         self._in_progress -= len(batch)
+        for queued in batch:
+            self._of_sender[queued.sender] -= 1
+            if not self._of_sender[queued.sender]:
+                del self._of_sender[queued.sender]
 
     def _is_worth_a_batch(self) -> bool:
         if not self._queue:
@@ -212,10 +231,10 @@ class BatchingConnections:
 
     def _due_at(self) -> float:
         """The time from which the queue is worth a batch, whatever its length."""
-        overdue_at = self._queue[0].queued_at + QUEUED_SECONDS_MAX
+        overdue_at = self._queue.oldest.queued_at + QUEUED_SECONDS_MAX
         if self._in_progress:
             return overdue_at
-        return min(overdue_at, self._queue[-1].queued_at + self.gather_seconds)
+        return min(overdue_at, self._queue.newest.queued_at + self.gather_seconds)
 
     def _start_idle_connection(self) -> None:
         """Start an idle connection if the queue is worth a batch; else check again when it is due."""

@@ -7,17 +7,21 @@ then not read for READ_PAUSE_SECONDS, so that a client that ignores Retry-After 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 from app.bounded_http import BoundedProtocol, connection_of
 from app.connection_limits import Refusal, RefusalResponse
 from app.web.asgi import HttpResponse, new_request_id
+from app.web.fair_queue import sender_of
 from app.web.problems import Problem, RuleViolation, invalid_request, overloaded
 
-IsOverloaded = Callable[[], bool]
+IsOverloaded = Callable[[bytes], bool]
+"""Whether a sender (app/web/fair_queue.py) must be refused."""
 
 # Below one second, the value of Retry-After.
 READ_PAUSE_SECONDS = 0.25
+LIMITED_PAUSE_SECONDS = (0.5, 1.0)
 
 OVERLOAD_CHECKS: dict[tuple[bytes, bytes], IsOverloaded] = {}
 """The check by method and path. An application adds its own when it opens and removes it when it closes."""
@@ -70,7 +74,7 @@ class LoadSheddingProtocol(BoundedProtocol):
             and not parser.should_upgrade()
             and parser.get_http_version() == "1.1"
             and parser.should_keep_alive()
-            and is_overloaded()
+            and is_overloaded(sender_of(dict(self.headers).get(b"authorization", b"")))
         )
 
     def pause_after_response(self) -> None:
@@ -82,11 +86,12 @@ class LoadSheddingProtocol(BoundedProtocol):
         super().on_response_complete()
         if self._is_pausing:
             self._is_pausing = False
-            self._pause_reading()
+            # Connections that were refused together do not come back together.
+            self._pause_reading(random.uniform(*LIMITED_PAUSE_SECONDS))
 
-    def _pause_reading(self) -> None:
+    def _pause_reading(self, seconds: float) -> None:
         self.flow.pause_reading()
-        self.loop.call_later(READ_PAUSE_SECONDS, self._resume_reading)
+        self.loop.call_later(seconds, self._resume_reading)
 
     def write_shed_response(self) -> None:
         """Write 503, and read nothing for a while."""
@@ -101,7 +106,7 @@ class LoadSheddingProtocol(BoundedProtocol):
             )
         )
         self.on_response_complete()
-        self._pause_reading()
+        self._pause_reading(READ_PAUSE_SECONDS)
 
 
 def slow_down(receive: object) -> None:

@@ -62,12 +62,13 @@ def trace(*, as_json: bool, **sizes: int) -> None:
 @click.option("--merchants", default=20)
 @click.option("--rounds", default=5)
 @warm_mb
+@click.option("--limits", is_flag=True, help="Also with a rate limit for each key and merchant, by turns.")
 @as_json
-def accept(*, as_json: bool, seconds: float, **sizes: int) -> None:
+def accept(*, as_json: bool, seconds: float, limits: bool, **sizes: int) -> None:
     """Payments accepted per second over HTTP, against a no-op and against a transaction for each request."""
     from tests.bench.accept import run
 
-    results = run(seconds=seconds, **sizes)
+    results = run(seconds=seconds, limits=limits, **sizes)
     databases.print_results(results, as_json=as_json)
 
 
@@ -140,6 +141,21 @@ def overload(*, as_json: bool, seconds: float, **sizes: int) -> None:
 def hostile(*, as_json: bool, seconds: float, **sizes: int) -> None:
     """A well-behaved client's latency, and the process's memory, beside clients that exceed every limit."""
     from tests.bench.hostile import run
+
+    results = run(seconds=seconds, **sizes)
+    databases.print_results(results, as_json=as_json)
+
+
+@bench.command()
+@click.option("--seconds", default=6.0, help="How long each measurement takes.")
+@click.option("--probes", default=4, help="Connections of the quiet merchant, which time their requests.")
+@click.option("--connections", default=64, help="Connections of the noisy merchant.")
+@click.option("--rate", default=500, help="The noisy merchant's limit: requests per second, and as many at once.")
+@click.option("--rounds", default=5)
+@as_json
+def fairness(*, as_json: bool, seconds: float, **sizes: int) -> None:
+    """A quiet merchant's latency, alone and beside a noisy one at its rate limit and far above it."""
+    from tests.bench.fairness import run
 
     results = run(seconds=seconds, **sizes)
     databases.print_results(results, as_json=as_json)

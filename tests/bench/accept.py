@@ -15,7 +15,8 @@ number after each round, and by id after a last round in which the generator kee
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 
 import httpx
@@ -24,6 +25,7 @@ from app.local.demo.merchants import create_merchants
 from app.local.demo.workspace import demo_folder
 from app.local.output import LogFiles
 from app.local.processes import ProcessGroup, free_port
+from tests.bench.cpu_time import command_of, cpu_seconds, parent_of, process_tree, read_processes
 from tests.bench.databases import (
     Connection,
     Results,
@@ -34,6 +36,7 @@ from tests.bench.databases import (
     median_ratio,
     round_all,
     server,
+    set_rate_limits,
     touch_memory_and_log,
 )
 from tests.bench.load import LoadResults, generator, load
@@ -42,10 +45,19 @@ from tests.support.payments import violations
 BATCHING_CONNECTIONS = 2
 BATCH_MAX = 200
 SINGLE_CONNECTIONS = (2, 8)
+LIMIT_PER_SECOND = 2000
+LIMITS_ACT_SECONDS = 1.1
 
 
 def run(
-    *, seconds: float, connections: int, merchants: int, single_connections: int, rounds: int, warm_mb: int
+    *,
+    seconds: float,
+    connections: int,
+    merchants: int,
+    single_connections: int,
+    rounds: int,
+    warm_mb: int,
+    limits: bool = False,
 ) -> Results:
     """Measure each for `seconds` in each round. `single_connections` 0: the fastest number."""
     with ExitStack() as stack:
@@ -68,12 +80,9 @@ def run(
                 assert count_payments(conn) - before >= loaded.answers, f"{name}: fewer payments than were acknowledged"
             return loaded
 
-        count = single_connections or max(
-            choices, key=lambda n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second
-        )
-        log_progress(
-            f"load by {generator()}; a transaction for each request is fastest with {count} batching connections"
-        )
+        tuned = {n: measure(f"tune-{n}", singles[n], "/v1/payments").per_second for n in choices if len(choices) > 1}
+        count = max(choices, key=lambda n: tuned.get(n, 0.0))
+        log_progress(f"load by {generator()}; transactions of a request are fastest with {count} batching connections")
         rates: dict[str, list[float]] = {"noop": [], "bare": [], "accepted": [], "single": []}
         p50: list[float] = []
         p99: list[float] = []
@@ -90,6 +99,7 @@ def run(
             log_progress(
                 f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items())
             )
+        compared = compare_limits(conn, lambda name: measure(name, batched, "/v1/payments"), rounds) if limits else {}
         last = measure("ids", batched, "/v1/payments", ids=True)
         lost = count_missing(conn, last.ids)
         assert lost == 0, f"{lost} acknowledged payments are not there"
@@ -97,13 +107,8 @@ def run(
         assert violations(conn) == {}
     return {
         "benchmark": "accept",
-        "accepted_per_second": median(rates["accepted"], 0),
-        "noop_per_second": median(rates["noop"], 0),
-        "bare_per_second": median(rates["bare"], 0),
-        "single_per_second": median(rates["single"], 0),
-        "ratio_to_noop": median_ratio(rates["accepted"], rates["noop"]),
-        "ratio_to_single": median_ratio(rates["accepted"], rates["single"]),
-        "ratio_to_bare": median_ratio(rates["accepted"], rates["bare"]),
+        **summarize(rates),
+        **compared,
         "p50_ms": median(p50, 2),
         "p99_ms": median(p99, 2),
         "errors": 0,
@@ -114,6 +119,54 @@ def run(
         "generator": generator(),
         "rounds": round_all(rates),
     }
+
+
+def summarize(rates: dict[str, list[float]]) -> Results:
+    """Medians of the rates, and their ratios."""
+    return {
+        "accepted_per_second": median(rates["accepted"], 0),
+        "noop_per_second": median(rates["noop"], 0),
+        "bare_per_second": median(rates["bare"], 0),
+        "single_per_second": median(rates["single"], 0),
+        "ratio_to_noop": median_ratio(rates["accepted"], rates["noop"]),
+        "ratio_to_single": median_ratio(rates["accepted"], rates["single"]),
+        "ratio_to_bare": median_ratio(rates["accepted"], rates["bare"]),
+    }
+
+
+def compare_limits(conn: Connection, measure: Callable[[str], LoadResults], rounds: int) -> Results:
+    """Rates and CPU time with a rate limit for each key and merchant, which no request reaches, and without one."""
+    per_second: dict[bool, list[float]] = {True: [], False: []}
+    cpu_ms: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(2 * rounds):
+        # With, without, without, with: a drift of the machine's speed meets both alike.
+        is_limited = turn % 4 in {0, 3}
+        rate = LIMIT_PER_SECOND if is_limited else 0
+        set_rate_limits(conn, rate, 2 * rate)
+        time.sleep(LIMITS_ACT_SECONDS)
+        before = service_cpu_seconds(conn)
+        loaded = measure(f"limits-{turn}")
+        cpu_ms[is_limited].append(1000 * (service_cpu_seconds(conn) - before) / loaded.answers)
+        per_second[is_limited].append(loaded.per_second)
+        log_progress(f"{'with' if is_limited else 'without'} limits {loaded.per_second:,.0f}/s")
+    set_rate_limits(conn, 0, 0)
+    time.sleep(LIMITS_ACT_SECONDS)
+    return {
+        "ratio_with_limits": median_ratio(per_second[True], per_second[False]),
+        "cpu_ratio_with_limits": median_ratio(cpu_ms[True], cpu_ms[False]),
+        "cpu_ms_with_limits": median(cpu_ms[True], 3),
+    }
+
+
+def service_cpu_seconds(conn: Connection) -> float:
+    """CPU time of PostgreSQL and of the API processes that this process started."""
+    row = conn.execute("select pg_backend_pid()").fetchone()
+    assert row is not None
+    postmaster = parent_of(row[0])
+    assert postmaster is not None
+    ours = process_tree(read_processes(), os.getpid())
+    apis = [pid for pid in ours if "tests.bench.api_server" in command_of(pid)]
+    return sum(cpu_seconds({"postgres": [postmaster], "api": apis}).values())
 
 
 @contextmanager

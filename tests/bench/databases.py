@@ -89,9 +89,11 @@ def remove_scratch_folder(folder: Path, lock: int) -> None:
 
 @contextlib.contextmanager
 def deployed_database(server_url: str) -> Generator[str]:
-    """The address of a temporary database with everything deployed."""
+    """The address of a temporary database with everything deployed, without rate limits."""
     with temporary_database(server_url, PREFIX) as url:
         deploy(url, say=log_progress)
+        with connection(url) as conn:
+            set_rate_limits(conn, 0, 0)
         yield url
 
 
@@ -108,6 +110,12 @@ def connection(url: str) -> Generator[Connection]:
     """A connection in autocommit mode, with all rights."""
     with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
         yield conn
+
+
+def set_rate_limits(conn: Connection, requests_per_second: int, burst: int) -> None:
+    """Set the limits of all keys and merchants; 0: none. Processes that run know them after a second."""
+    for subject in ("keys", "merchants"):
+        conn.execute("select surety.set_rate_limit(%s, %s, %s)", (subject, requests_per_second, burst))
 
 
 def touch_memory_and_log(conn: Connection, megabytes: int) -> None:

@@ -20,17 +20,20 @@ SIZES = {
     "lifecycle": ["--payments=20", "--merchants=3", "--workers=1", "--idle-payments=4", "--rounds=1", "--warm-mb=1"],
     "idle": ["--seconds=1", "--workers=1", "--poll-seconds=1", "--rounds=1", "--warm-mb=1"],
     "overload": ["--seconds=0.4", "--connections=32", "--probes=4", "--merchants=3", "--rounds=1"],
+    "fairness": ["--seconds=0.5", "--probes=2", "--connections=8", "--rate=20", "--rounds=1"],
     "hostile": ["--seconds=0.3", "--oversized=5", "--rounds=1"],
-    "accept": ["--seconds=0.3", "--connections=8", "--single-lanes=2", "--merchants=3", "--rounds=1", "--warm-mb=1"],
+    "accept": ["--seconds=0.3", "--connections=8", "--single-lanes=2", "--merchants=3", "--rounds=1"],
 }
+SIZES["accept"] += ["--warm-mb=1", "--limits"]
 REQUIRED_RESULTS = {
     "drain": {"ratio_to_procrastinate", "flatness", "blocked_ratio"},
     "trace": {"p99_ms"},
     "lifecycle": {"payments_per_second", "wal_kb_per_payment", "commits_per_payment", "idle_p50_ms"},
     "idle": {"delay_after_pause_ms", "delay_after_second_ms", "pause_ratio"},
     "overload": {"p99_ratio", "goodput_ratio", "refused_share"},
+    "fairness": {"p99_ratio", "at_limit_ratio", "flood_ratio", "quiet_p99_ms", "refused"},
     "hostile": {"p99_ratio", "memory_growth_mb", "refused"},
-    "accept": {"ratio_to_noop", "ratio_to_single", "p99_ms"},
+    "accept": {"ratio_to_noop", "ratio_to_single", "ratio_with_limits", "p99_ms"},
 }
 
 

@@ -234,9 +234,10 @@ def test_changes_are_audited_once_and_only_for_what_exists(conn: Connection) -> 
     assert limit(conn, "keys", None, None) is False
     entries = conn.execute(
         "select actor, merchant_id, snapshot ->> 'requests_per_second', snapshot -> 'before' ->> 'burst'"
-        " from audit.entries where outcome = 'rate limit changed' order by id"
+        " from audit.entries where outcome = 'rate limit changed'"
     ).fetchall()
-    assert entries == [("operator:test", merchant_id, "10", None), ("operator:test", merchant_id, None, "20")]
+    assert set(entries) == {("operator:test", merchant_id, "10", None), ("operator:test", merchant_id, None, "20")}
+    assert len(entries) == 2
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(-1, 1), (1, 0), (0, 1), (1_000_001, 1), (1, 1_000_001)])
@@ -253,6 +254,13 @@ def test_a_successor_keeps_the_limit_of_its_key(conn: Connection) -> None:
     conn.execute("select surety.rotate_api_key(%s, %s, %s, '1 day')", (key_id, successor.hash, successor.hint))
     [answer] = lease(conn, (successor.hash, 1))
     assert (answer["key_rate"], answer["key_burst"]) == (3, 4)
+    first, second = new_operator_key(), new_operator_key()
+    conn.execute("select surety.add_operator('ana', 'a@example.com', 'admin', %s, %s, 'ana')", (first.hash, first.hint))
+    [(key_id,)] = conn.execute("select id from surety.operator_keys").fetchall()
+    limit(conn, key_id, 5, 6)
+    conn.execute("select surety.rotate_operator_key(%s, %s, %s, '1 day')", (key_id, second.hash, second.hint))
+    [answer] = lease(conn, (second.hash, 1))
+    assert (answer["key_rate"], answer["key_burst"]) == (5, 6)
 
 
 def counts(conn: Connection) -> Sequence[Any]:

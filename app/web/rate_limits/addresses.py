@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import time
 
-from app.web.rate_limits.fields import Policy, RateLimited, rate_limit_fields
+from app.web.rate_limits.fields import FieldsTemplate, LimitState, Policy, RateLimited
 from app.web.refusals import RefusalCounter
 
 BURST_SECONDS = 5
@@ -48,8 +48,8 @@ class FailedAuthentications:
         wait_seconds = whole_at - time.monotonic() - (burst - 1) / rate
         if wait_seconds > 0:
             self._refusals.add("address")
-            fields = rate_limit_fields(self._policy.item, self._policy.limit_item(0, wait_seconds))
-            raise RateLimited(self._policy, wait_seconds, fields)
+            template = FieldsTemplate([LimitState(self._policy, 0, wait_seconds)])
+            raise RateLimited(self._policy, wait_seconds, template.render(0))
 
 
 def client_network(address: str) -> str:

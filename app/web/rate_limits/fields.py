@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from app.web.asgi import Headers
@@ -34,9 +35,9 @@ class Policy(NamedTuple):
         window = max(1, math.ceil(self.burst / self.requests_per_second))
         return f'"{self.name}";q={self.burst};w={window}{self._partition_key}'
 
-    def limit_item(self, left: int, wait_seconds: float) -> str:
-        """The rest as an item of RateLimit; `wait_seconds` pass until the next permit, if none is left."""
-        return f'"{self.name}";r={min(left, self.burst)};t={whole_seconds(wait_seconds)}{self._partition_key}'
+    def limit_item(self, wait_seconds: float) -> str:
+        """An item of RateLimit, with %d for the rest; `wait_seconds` pass until the next permit, if none is left."""
+        return f'"{self.name}";r=%d;t={whole_seconds(wait_seconds)}{self._partition_key}'
 
     @property
     def meaning(self) -> str:
@@ -53,20 +54,39 @@ class Policy(NamedTuple):
         return f";pk=:{base64.b64encode(self.partition[:PARTITION_BYTES]).decode()}:"
 
 
+class LimitState(NamedTuple):
+    """A limit as it was seen last: the permits left, and the seconds until the next."""
+
+    policy: Policy
+    left: int
+    wait_seconds: float
+
+
 def whole_seconds(seconds: float) -> int:
     """Seconds rounded up, at least one."""
     return max(1, math.ceil(seconds))
 
 
-def rate_limit_fields(policies: str, limits: str) -> Headers:
-    """Both fields; none without a policy."""
-    if not policies:
-        return ()
-    return (b"ratelimit-policy", policies.encode()), (b"ratelimit", limits.encode())
+class FieldsTemplate:
+    """Both fields of a caller, made once for many responses; none without a policy."""
+
+    __slots__ = ("_lefts", "_limits", "_policies")
+
+    def __init__(self, limits: Sequence[LimitState] = ()) -> None:
+        self._policies = (b"ratelimit-policy", ", ".join(state.policy.item for state in limits).encode())
+        self._limits = ", ".join(state.policy.limit_item(state.wait_seconds) for state in limits).encode()
+        self._lefts = [(state.left, state.policy.burst) for state in limits]
+
+    def render(self, permits: int) -> Headers:
+        """The fields while so many leased permits are left, besides those in the database."""
+        if not self._lefts:
+            return ()
+        lefts = tuple([min(burst, left + permits) for left, burst in self._lefts])
+        return self._policies, (b"ratelimit", self._limits % lefts)
 
 
 class RateLimited(Problem):
-    """A request beyond a limit. `fields` are those of rate_limit_fields."""
+    """A request beyond a limit."""
 
     def __init__(self, policy: Policy, wait_seconds: float, fields: Headers) -> None:
         seconds = whole_seconds(wait_seconds)

@@ -19,13 +19,12 @@ import asyncio
 import hashlib
 import logging
 from contextlib import suppress
-from typing import NamedTuple
 
 import msgspec
 
 from app.web.asgi import Headers
 from app.web.batching import BatchingConnections, Connect, Row, Unavailable
-from app.web.rate_limits.fields import Policy, RateLimited, rate_limit_fields
+from app.web.rate_limits.fields import FieldsTemplate, LimitState, Policy, RateLimited
 from app.web.refusals import RefusalCounter
 
 log = logging.getLogger("surety.rate_limits")
@@ -40,7 +39,7 @@ LEASE_SECONDS = 1.0
 # How much of a key's demand is leased ahead. api.lease_permits leases as much of the rate while there is plenty.
 AHEAD_SECONDS = 0.1
 # A key at its limit asks this seldom, and gets the permits of the pause together.
-PAUSE_SECONDS_MAX = 0.05
+PAUSE_SECONDS_MAX = 0.02
 KEPT_KEYS_MAX = 10_000
 WITHOUT_LIMIT = 1 << 60
 
@@ -55,20 +54,12 @@ class PermitRequest(msgspec.Struct):
     held: int
 
 
-class LimitState(NamedTuple):
-    """A limit as the last answer showed it: the permits left in the database, and the seconds until the next."""
-
-    policy: Policy
-    left: int
-    wait_seconds: float
-
-
 class KeyLease:
     """The permits of one key."""
 
     __slots__ = (
-        "answered", "asked_at", "ends_at", "held_min", "is_known", "key_hash", "limits", "merchant_id", "permits",
-        "policies", "refused_by", "refused_until", "request", "used", "waiting",
+        "answered", "asked_at", "ends_at", "held_min", "is_known", "key_hash", "merchant_id", "permits", "refused_by",
+        "refused_until", "request", "template", "used", "waiting",
     )  # fmt: skip
 
     def __init__(self, key_hash: bytes) -> None:
@@ -85,16 +76,13 @@ class KeyLease:
         self.waiting = 0
         self.request: PermitRequest | None = None
         self.answered: asyncio.Future[None] | None = None
-        self.limits: tuple[LimitState, ...] = ()
-        self.policies = ""
+        self.template = FieldsTemplate()
         self.refused_until = float("-inf")
         self.refused_by: LimitState | None = None
 
     def fields(self) -> Headers:
         """RateLimit-Policy and RateLimit of a response."""
-        permits = self.permits
-        limits = ", ".join(state.policy.limit_item(state.left + permits, state.wait_seconds) for state in self.limits)
-        return rate_limit_fields(self.policies, limits)
+        return self.template.render(self.permits)
 
 
 class PermitLeases:
@@ -215,8 +203,7 @@ class PermitLeases:
             partition = hashlib.sha256(merchant_id.encode()).digest()
             policy = Policy("merchant", merchant_rate, merchant_burst, partition)
             limits.append(LimitState(policy, merchant_left, merchant_wait))
-        lease.limits = tuple(limits)
-        lease.policies = ", ".join(state.policy.item for state in limits)
+        lease.template = FieldsTemplate(limits)
         lease.ends_at = now + LEASE_SECONDS
         if not limits:
             lease.permits, lease.held_min = WITHOUT_LIMIT, 0

@@ -257,6 +257,8 @@ begin
         v_id, v_old.operator_id, v_old.role, v_old.networks, p_hash, p_hint, p_actor, v_now,
         v_now + (v_old.expires_at - v_old.created_at)
     );
+    insert into surety.rate_limits (subject, requests_per_second, burst)
+    select v_id, l.requests_per_second, l.burst from surety.rate_limits as l where l.subject = p_key_id;
     update surety.operator_keys as k set expires_at = least(k.expires_at, v_now + p_overlap) where k.id = p_key_id;
     perform surety.audit_operator_action(
         p_actor, null, 'operator key rotated',
@@ -268,9 +270,9 @@ end;
 $$;
 
 comment on function surety.rotate_operator_key(text, bytea, text, interval, text) is
-'Stores a successor of an operator''s key, with its role, networks and as long a life. The old key expires after
-p_overlap at the latest. Returns the successor''s id; null for a key that is unknown, revoked or expired, or of an
-operator that is deactivated.';
+'Stores a successor of an operator''s key, with its role, networks and rate limit, and as long a life. The old key
+expires after p_overlap at the latest. Returns the successor''s id; null for a key that is unknown, revoked or expired,
+or of an operator that is deactivated.';
 
 create or replace function surety.list_expiring_keys(p_within interval)
 returns table (id text, merchant_id text, operator text, name text, hint text, seconds numeric)
