@@ -96,7 +96,9 @@ begin
                     when p_operation = 'create' and e.first_sent_at > v_now - surety.call_key_lifetime()
                         and coalesce(e.status, 0) < 500
                         then 'send'
+                    -- The last send was refused. An earlier one may have been executed, so the key must still be known.
                     when p_operation <> 'create' and e.answered_at is not null and e.status between 400 and 499
+                        and e.first_sent_at > v_now - surety.call_key_lifetime()
                         then 'send'
                     else 'replace_key'
                 end as verdict
@@ -138,8 +140,10 @@ begin
             p_subject_id => r.id,
             p_verdict => case
                 when r.state <> 'pending' or r.provider_id is not null then 'skip'
-                when c.payment_id is null or c.status between 400 and 499 then 'send'
-                when c.status >= 500 or c.first_sent_at < v_now - surety.call_key_lifetime() then 'replace_key'
+                when c.payment_id is null then 'send'
+                when c.status >= 500 or c.first_sent_at <= v_now - surety.call_key_lifetime() then 'replace_key'
+                -- The last send was refused. An earlier one may have been executed: the same key finds its answer.
+                when c.status between 400 and 499 then 'send'
                 else 'ask'
             end,
             p_operation => 'refund:' || r.id,
@@ -176,7 +180,7 @@ begin
             p_subject_id => d.id,
             p_verdict => case
                 when (e.payload ->> 'evidence_revision')::integer <> d.evidence_revision or s.status is null then 'skip'
-                when c.status >= 500 or c.first_sent_at < v_now - surety.call_key_lifetime() then 'replace_key'
+                when c.status >= 500 or c.first_sent_at <= v_now - surety.call_key_lifetime() then 'replace_key'
                 else 'send'
             end,
             p_operation => named.operation,
