@@ -722,8 +722,8 @@ create unique index customer_is_one_at_its_provider on surety.customers (provide
 where provider_id is not null;
 comment on table surety.customers is
 'Merchants'' customers. A worker creates one at the provider before its first payment (provider_id), and passes later
-changes on: provider_version is the last version that the provider took, provider_failure why it did not take a later
-one. erased_at: the personal data are erased.';
+changes on: provider_version is the last version that it answered about, provider_failure why it did not take that one.
+erased_at: the personal data are erased.';
 
 create table surety.payment_methods (
     id text collate "C" not null,
@@ -959,6 +959,7 @@ insert into surety.call_verdicts (verdict, meaning) values
 ('ask', 'look for the effect of an earlier send; if it is absent, send the request again under the same key'),
 ('replace_key', 'look for an earlier send''s effect, unless a repeated call does no harm; send under a new key'),
 ('find', 'look for the effect of an earlier send; if it is absent, the payment ends: it was canceled meanwhile'),
+('needs_customer', 'create the payment''s customer first, then plan the call again'),
 ('wait', 'an earlier call decides whether the provider holds the payment: try again later'),
 ('skip', 'nothing is left to do');
 

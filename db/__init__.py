@@ -47,6 +47,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "provider/requests",
     "provider/calls",
     "provider/refusals",
+    "customers/calls",
     "provider/results",
     "provider/polling",
     "provider/webhooks",

@@ -23,11 +23,22 @@ from app.api.operators import (
     replay_dead_letter,
     replay_dead_letters,
 )
+from app.api.payment_methods import detach_payment_method, list_payment_methods
 from app.api.payments import get_payment, get_trace, list_payments
 from app.api.problems import explain_problem, get_health, list_problems
 from app.api.refunds import create_refund, get_refund, list_refunds
 from app.api.schemas.balance import Balance, BalanceTransactionList, BalanceTransactionsQuery, CurrencyList
-from app.api.schemas.customers import Customer, CustomerList, CustomersQuery, CustomerUpdate, NewCustomer
+from app.api.schemas.customers import (
+    Customer,
+    CustomerList,
+    CustomersQuery,
+    CustomerUpdate,
+    MethodRemoval,
+    NewCustomer,
+    PaymentMethodsQuery,
+    SavedPaymentMethod,
+    SavedPaymentMethodList,
+)
 from app.api.schemas.disputes import Dispute, DisputeList, DisputesQuery, SubmittedEvidence
 from app.api.schemas.events import Event, EventList, EventsQuery
 from app.api.schemas.expanded import ExpandedDispute, ExpandedPayment, ExpandedRefund, PartQuery, PaymentQuery
@@ -176,6 +187,24 @@ CUSTOMER_ROUTES = [
         {200: Customer},
         COMMAND_PROBLEMS,
         body=CustomerUpdate,
+        scope="payments:write",
+    ),
+    Route(
+        "GET",
+        "/v1/customers/{customer_id}/payment_methods",
+        list_payment_methods,
+        {200: SavedPaymentMethodList},
+        ("invalid-request", *READ_PROBLEMS),
+        query=PaymentMethodsQuery,
+        scope="read",
+    ),
+    Route(
+        "DELETE",
+        "/v1/customers/{customer_id}/payment_methods/{payment_method_id}",
+        detach_payment_method,
+        {200: SavedPaymentMethod},
+        tuple(name for name in COMMAND_PROBLEMS if name != "wrong-state"),
+        body=MethodRemoval,
         scope="payments:write",
     ),
 ]

@@ -57,8 +57,10 @@ class HttpRequest:
         proxies = self.services.proxies
         return peer is not None and bool(proxies.networks) and proxies.trusts(parse_address(peer[0]))
 
-    def path_parameter(self) -> str:
-        """The only parameter of the path."""
+    def path_parameter(self, name: str | None = None) -> str:
+        """The parameter of the path with this name, or the only one."""
+        if name is not None:
+            return str(self.scope["path_params"][name])
         (value,) = self.scope["path_params"].values()
         return str(value)
 

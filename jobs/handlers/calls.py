@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from functools import partial
-from typing import Literal, assert_never
+from typing import Literal, Protocol, assert_never
 
 from msgspec import Struct, field
 
@@ -41,8 +41,18 @@ WAIT_SECONDS = 1.0
 
 CANCELED_BEFORE_CREATION = {"code": "canceled", "message": "canceled before the provider held it"}
 
-Verdict = Literal["send", "ask", "replace_key", "find", "wait", "skip"]
+Verdict = Literal["send", "ask", "replace_key", "find", "needs_customer", "wait", "skip"]
 """The rows of surety.call_verdicts, which explain each verdict."""
+
+
+class AccountSubject(Protocol):
+    """The subject of a call to an account of the provider."""
+
+    @property
+    def payment_id(self) -> str | None: ...
+
+    @property
+    def account(self) -> str: ...
 
 
 class CallSubject(Struct, kw_only=True):
@@ -89,9 +99,16 @@ CallWork = Callable[[], Awaitable[list[CallResult]]]
 
 async def make_calls(operation: CallOperation, worker: Worker, batch: Batch, event_ids: list[str]) -> None:
     """Make the calls of these events and record the result of each."""
+    await begin_and_make_calls(operation, worker, batch, event_ids)
+
+
+async def begin_and_make_calls(
+    operation: CallOperation, worker: Worker, batch: Batch, event_ids: list[str]
+) -> list[str]:
+    """As make_calls; returns the events that are left, as the provider has not got their customers."""
     event_ids = await unblocked_events(worker, batch, event_ids)
     if not event_ids:
-        return
+        return []
     calls = await worker.database.rows(
         ProviderCall,
         "select event_id, subject_id, payment_id, verdict, operation, idempotency_key, request, account, provider_id,"
@@ -102,7 +119,10 @@ async def make_calls(operation: CallOperation, worker: Worker, batch: Batch, eve
     missing = await missing_subject_results(worker, batch, event_ids, {call.event_id for call in calls})
     if missing:
         await record_event_results(worker, batch, missing)
-    await record_as_completed(worker, batch, [partial(make_call, operation, worker, batch, call) for call in calls])
+    left = [call.event_id for call in calls if call.verdict == "needs_customer"]
+    ready = (call for call in calls if call.verdict != "needs_customer") if left else calls
+    await record_as_completed(worker, batch, [partial(make_call, operation, worker, batch, call) for call in ready])
+    return left
 
 
 async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call: ProviderCall) -> list[CallResult]:
@@ -116,22 +136,33 @@ async def make_call(operation: CallOperation, worker: Worker, batch: Batch, call
             return [event | released_result("earlier_call", WAIT_SECONDS) | {"error": reason}]
         case "send" | "ask" | "replace_key" | "find":
             undone = {"undone_send": call.send_number}
-            about = {"payment_id": call.payment_id, "operation": call.operation}
-            if batch.is_lost or worker.stopping.is_set():
-                return [event | released_result("worker_stopped", 0) | about | undone | {"error": "its worker stopped"}]
-            if call.livemode != worker.stripe.livemode:
-                # The dump of another database was restored beneath this worker, which ends soon (jobs/mode.py).
-                released = released_result("worker_stopped", WAIT_SECONDS) | about | undone
-                return [event | released | {"error": "its worker's key is of the other mode"}]
-            if call.account in worker.circuit_breaker.blocked:
-                held = released_result("circuit_open", WAIT_SECONDS)
-                return [event | not_sent_result(call, call.operation) | held | undone]
+            prevented = prevented_result(worker, batch, call, call.operation, livemode=call.livemode)
+            if prevented is not None:
+                return [event | prevented | undone]
             response = provider_response(operation, worker, call)
             read, explain = partial(operation.read, call), partial(operation.explain, call)
             result = await call_result(call, call.operation, response, read=read, explain=explain)
             return [event | result | (undone if "access_refused" in result else {})]
+        case "needs_customer":
+            raise AssertionError("the customer of a payment is created before its call is made")
         case _:
             assert_never(call.verdict)
+
+
+def prevented_result(
+    worker: Worker, batch: Batch, subject: AccountSubject, operation: str, *, livemode: bool
+) -> CallResult | None:
+    """The result of a committed call that must not be sent; None if it may be sent."""
+    about = {"payment_id": subject.payment_id, "operation": operation}
+    if batch.is_lost or worker.stopping.is_set():
+        return released_result("worker_stopped", 0) | about | {"error": "its worker stopped"}
+    if livemode != worker.stripe.livemode:
+        # The dump of another database was restored beneath this worker, which ends soon (jobs/mode.py).
+        released = released_result("worker_stopped", WAIT_SECONDS) | about
+        return released | {"error": "its worker's key is of the other mode"}
+    if subject.account in worker.circuit_breaker.blocked:
+        return not_sent_result(subject, operation) | released_result("circuit_open", WAIT_SECONDS)
+    return None
 
 
 async def provider_response(operation: CallOperation, worker: Worker, call: ProviderCall) -> ProviderResponse:
@@ -165,7 +196,7 @@ async def unblocked_events(worker: Worker, batch: Batch, event_ids: list[str]) -
     return [event_id for event_id in event_ids if event_id not in held]
 
 
-def not_sent_result(subject: CallSubject, operation: str) -> CallResult:
+def not_sent_result(subject: AccountSubject, operation: str) -> CallResult:
     """The result of a committed call that was not sent, because its account's circuit has opened."""
     return {
         "payment_id": subject.payment_id,
@@ -216,7 +247,7 @@ async def run_calls(works: Iterable[CallWork], record: Callable[[list[CallResult
 
 
 async def call_result(
-    subject: CallSubject,
+    subject: AccountSubject,
     operation: str,
     response: Awaitable[ProviderResponse],
     *,

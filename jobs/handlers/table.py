@@ -12,8 +12,15 @@ from functools import partial
 from msgspec import Struct
 
 from jobs.handlers.calls import make_calls
+from jobs.handlers.customers import (
+    DETACH_METHOD,
+    SAVE_METHOD,
+    UPDATE_CUSTOMER,
+    make_customer_calls,
+    submit_payments,
+)
 from jobs.handlers.disputes import EVIDENCE
-from jobs.handlers.payments import CANCEL, CAPTURE, CONFIRM, CREATE, expect_settlement, meet_expected_settlement
+from jobs.handlers.payments import CANCEL, CAPTURE, CONFIRM, expect_settlement, meet_expected_settlement
 from jobs.handlers.refunds import REFUND
 from jobs.handlers.webhooks import apply_webhooks
 from jobs.worker import Batch, Worker
@@ -44,7 +51,7 @@ HANDLER_TABLE: tuple[Handler, ...] = (
     Handler(
         "submit", ("payment.initiated", "payment.released"),
         "surety.begin_calls", "create PaymentIntent, unconfirmed", "provider_submitted, failed",
-        partial(make_calls, CREATE),
+        submit_payments,
     ),
     Handler(
         "confirm", ("payment.provider_submitted",),
@@ -71,6 +78,21 @@ HANDLER_TABLE: tuple[Handler, ...] = (
         "surety.begin_calls", "update dispute",
         "dispute.under_review, dispute.warning_under_review, dispute.appeal_under_review",
         partial(make_calls, EVIDENCE),
+    ),
+    Handler(
+        "update_customer", ("customer.out_of_date",),
+        "surety.begin_customer_calls", "update customer", "its data at the provider",
+        partial(make_customer_calls, UPDATE_CUSTOMER),
+    ),
+    Handler(
+        "save_method", ("payment.method_usable",),
+        "surety.begin_customer_calls", "read PaymentIntent with its method", "customer.payment_method_saved",
+        partial(make_customer_calls, SAVE_METHOD),
+    ),
+    Handler(
+        "detach_method", ("customer.payment_method_detached",),
+        "surety.begin_customer_calls", "detach payment method", "nothing is charged by it any more",
+        partial(make_customer_calls, DETACH_METHOD),
     ),
     Handler(
         "apply_webhooks", ("webhook.received",),

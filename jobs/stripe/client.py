@@ -176,6 +176,37 @@ class StripeGateway:
                     return ProviderResponse(refund, 200, None)
         return None
 
+    async def create_customer(self, account: str, key: str, request: Json) -> ProviderResponse:
+        """A new customer."""
+        return await self._send("post", "/v1/customers", account, request, key=key)
+
+    async def update_customer(self, account: str, key: str, customer_id: str, request: Json) -> ProviderResponse:
+        """A customer after a change."""
+        return await self._send("post", f"/v1/customers/{customer_id}", account, request, key=key)
+
+    async def find_customer(
+        self, account: str, customer_id: str, first_sent_at: datetime, last_sent_at: datetime
+    ) -> ProviderResponse | None:
+        """The customer whose metadata name one of ours, among all created while it was sent."""
+        early = min(0.0, self.clock_ahead_seconds) - CLOCK_SKEW_SECONDS
+        late = max(0.0, self.clock_ahead_seconds) + CLOCK_SKEW_SECONDS
+        first, last = first_sent_at.timestamp() + early, last_sent_at.timestamp() + late
+        asked = {"created": {"gte": int(first), "lte": int(last) + 1}}
+        async for page in self._pages("/v1/customers", account, asked, urgent=True):
+            for customer in page.rows:
+                if metadata_of(customer).get("surety_customer") == customer_id:
+                    return ProviderResponse(customer, 200, None)
+        return None
+
+    async def detach_method(self, account: str, key: str, method_id: str) -> ProviderResponse:
+        """A payment method that no customer can pay by any more."""
+        return await self._send("post", f"/v1/payment_methods/{method_id}/detach", account, {}, key=key)
+
+    async def fetch_intent_with_method(self, account: str, intent_id: str) -> ProviderResponse:
+        """An intent as it is now, with its payment method."""
+        expand = {"expand": ["payment_method"]}
+        return await self._send("get", f"/v1/payment_intents/{intent_id}", account, expand, urgent=False)
+
     async def update_dispute(self, account: str, key: str, dispute_id: str, request: Json) -> ProviderResponse:
         """Evidence for a dispute."""
         return await self._send("post", f"/v1/disputes/{dispute_id}", account, request, key=key)

@@ -52,7 +52,10 @@ BUSY_SECONDS_MAX = 60.0
 
 # Parameters that a merchant's request decides: an absent object that one of them names is the payment's failure.
 PAYMENT_PARAMETERS = frozenset(
-    {"amount", "amount_to_capture", "payment_method", "return_url", "statement_descriptor_suffix", "description"}
+    {
+        *("amount", "amount_to_capture", "customer", "description", "mandate_data", "payment_method", "return_url"),
+        *("setup_future_usage", "statement_descriptor_suffix"),
+    }
 )
 # Types of a 400 that prove that nothing was executed. An `idempotency_error` does not: the first request with the key
 # may have taken effect.

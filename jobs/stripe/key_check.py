@@ -22,6 +22,8 @@ log = logging.getLogger("surety.key")
 
 # Stripe's own ids have no underscore after the prefix.
 ABSENT_INTENT = "pi_surety_permission_check"
+ABSENT_CUSTOMER = "cus_surety_permission_check"
+ABSENT_METHOD = "pm_surety_permission_check"
 ABSENT_DISPUTE = "du_surety_permission_check"
 
 
@@ -54,6 +56,19 @@ PERMISSIONS = (
         "post", "/v1/refunds", {"payment_intent": ABSENT_INTENT},
     ),
     KeyPermission("rak_charge_read", "Charges and Refunds", "Read", "read refunds", "get", "/v1/refunds", ONE),
+    KeyPermission(
+        "rak_customer_write", "Customers", "Write", "create and update customers",
+        "post", f"/v1/customers/{ABSENT_CUSTOMER}", {"description": ""},
+    ),
+    KeyPermission("rak_customer_read", "Customers", "Read", "find a customer again", "get", "/v1/customers", ONE),
+    KeyPermission(
+        "rak_payment_method_write", "Payment Methods", "Write", "detach saved payment methods",
+        "post", f"/v1/payment_methods/{ABSENT_METHOD}/detach", {},
+    ),
+    KeyPermission(
+        "rak_payment_method_read", "Payment Methods", "Read", "read saved payment methods",
+        "get", f"/v1/payment_methods/{ABSENT_METHOD}", {},
+    ),
     KeyPermission(
         "rak_dispute_write", "Disputes", "Write", "submit evidence",
         "post", f"/v1/disputes/{ABSENT_DISPUTE}", {"submit": False},

@@ -79,6 +79,16 @@ def card_data(charge: Any) -> Json:
     return {"card": {name: value for name, value in shown.items() if value is not None}}
 
 
+def saved_card(method: Json) -> Json:
+    """A payment method as it is saved: its id, and its card where it shows one."""
+    card = method.get("card")
+    if not isinstance(card, dict):
+        card = {}
+    shown: Json = {name: bounded_text(card.get(name)) for name in ("brand", "last4", "country", "fingerprint")}
+    shown |= {name: card.get(name) for name in ("exp_month", "exp_year") if type(card.get(name)) is int}
+    return {"id": method["id"]} | {name: value for name, value in shown.items() if value is not None}
+
+
 def instant_text(seconds: Any) -> str | None:
     """Stripe's time as documents of the API show times: RFC 3339 in UTC with milliseconds; None for anything else."""
     if type(seconds) is not int:

@@ -245,3 +245,29 @@ def test_payment_that_saves_its_method_keeps_the_mandate(merchant: Merchant, rig
     assert "203.0.113.7" not in json.dumps(paid)
     row = rights.execute("select save_method from surety.payments where id = %s", (paid["id"],)).fetchone()
     assert row == ({"usage": "off_session", "mandate": MANDATE},)
+
+
+def test_saved_methods_of_a_customer_are_listed_until_they_are_removed(merchant: Merchant, rights: Connection) -> None:
+    customer = new_customer(merchant)["id"]
+    path = f"/v1/customers/{customer}/payment_methods"
+    first, second = save_method(rights, merchant, customer), save_method(rights, merchant, customer)
+    assert [each["id"] for each in merchant.get(path)["data"]] == [second, first]
+    assert [each["id"] for each in merchant.get(path, starting_after=second)["data"]] == [first]
+    for _ in range(2):
+        headers = {"Idempotency-Key": unique_name("key")}
+        answer = merchant.client.delete(f"{path}/{first}", headers=headers)
+        assert (answer.status_code, answer.json()["id"]) == (200, first)
+        assert answer.json()["detached_at"]
+    assert [each["id"] for each in merchant.get(path)["data"]] == [second]
+    types = [event["type"] for event in merchant.get("/v1/events", object=customer)["data"]]
+    assert types == ["customer.created", "customer.payment_method_detached"]
+    body = payment(payment_method={"type": "card", "saved": first}, off_session=True)
+    assert errors_of(merchant.post(body)) == [("/payment_method/saved", "detached")]
+
+
+def test_saved_method_is_removed_by_its_own_customer_only(merchant: Merchant, rights: Connection) -> None:
+    owner, other = new_customer(merchant)["id"], new_customer(merchant)["id"]
+    saved = save_method(rights, merchant, owner)
+    path = f"/v1/customers/{other}/payment_methods/{saved}"
+    assert merchant.client.delete(path, headers={"Idempotency-Key": unique_name("key")}).status_code == 404
+    assert len(merchant.get(f"/v1/customers/{owner}/payment_methods")["data"]) == 1

@@ -212,7 +212,8 @@ def test_handler_table_matches_the_database(owner: Connection) -> None:
     assert {row.name: sorted(row.events) for row in HANDLER_TABLE} == {name: sorted(types) for name, types in rows}
     assert [row.function for row in HANDLER_TABLE if one(owner, "select to_regproc(%s)", row.function) is None] == []
     calling = column(owner, "select handler from outbox.handlers where calls_provider")
-    assert {row.name for row in HANDLER_TABLE if row.function == "surety.begin_calls"} == set(calling)
+    beginning = {"surety.begin_calls", "surety.begin_customer_calls"}
+    assert {row.name for row in HANDLER_TABLE if row.function in beginning} == set(calling)
 
 
 def test_worker_has_room_for_all_batches_at_once(owner: Connection) -> None:
@@ -348,7 +349,7 @@ def test_constraint_violation_is_reported_as_its_rule(owner: Connection, key: by
 
 def test_routes_in_the_sql_sources_are_rows_of_the_table_of_routes() -> None:
     routes = {route.name for route in ROUTES}
-    named = {name for text in SQL.values() for name in re.findall(r"'((?:GET|POST) /v1/[^']+)'", text)}
+    named = {name for text in SQL.values() for name in re.findall(r"'((?:GET|POST|DELETE) /v1/[^']+)'", text)}
     assert named == {row.name for row in ROUTES if "idempotency-key-missing" in row.problems}
     assert len(routes) == len(ROUTES), "two routes have one name"
 

@@ -6,9 +6,11 @@ import pytest
 
 from tests.support.payments import Connection, add_merchant, pay
 
-# A second intent lives on when the payment has ended. Settlements are expected and met after it.
+# A second intent lives on when the payment has ended. Settlements are expected and met after it, and a payment method
+# that was proved is saved.
 OUTLIVE_THE_PAYMENT = {
     "payment.orphan_found", "payment.confirmed", "payment.settled", "payment.money_available",
+    "payment.method_usable",
 }  # fmt: skip
 
 

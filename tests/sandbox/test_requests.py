@@ -48,8 +48,9 @@ def test_list_is_paged_in_both_directions(sandbox: SandboxProcess) -> None:
 
 
 def test_list_is_filtered_by_customer(sandbox: SandboxProcess) -> None:
-    mine, _ = sandbox.create(customer="cus_mine"), sandbox.create(customer="cus_other")
-    listed = sandbox.get("/v1/payment_intents", {"customer": "cus_mine"})["data"]
+    ours, other = (sandbox.post("/v1/customers")["id"] for _ in range(2))
+    mine, _ = sandbox.create(customer=ours), sandbox.create(customer=other)
+    listed = sandbox.get("/v1/payment_intents", {"customer": ours})["data"]
     assert [intent["id"] for intent in listed] == [mine]
 
 

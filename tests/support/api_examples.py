@@ -152,6 +152,11 @@ class ExampleClient:
         sent = {"Idempotency-Key": key or f"example-{self._keys}"}
         return self.recorder.record(self.client.post(path, json=body or {}, headers=sent), is_example=is_example)
 
+    def delete(self, path: str) -> Any:
+        """The document of a DELETE, under a key of its own."""
+        self._keys += 1
+        return self.recorder.record(self.client.delete(path, headers={"Idempotency-Key": f"example-{self._keys}"}))
+
     def wait_for(self, path: str, *statuses: str, member: str = "status") -> Any:
         """The object at a path, once it has one of the statuses."""
 
@@ -248,6 +253,20 @@ def record_customer(client: ExampleClient) -> None:
     client.get(f"/v1/customers/{made}")
     client.post(f"/v1/customers/{made}", {"phone": "+1 555 0100", "metadata": {"tier": None}})
     client.get("/v1/customers", email="ada@shop.example", limit=1)
+    mandate = {
+        "accepted_at": "2026-11-30T09:29:51.000Z",
+        "ip_address": "203.0.113.7",
+        "user_agent": "Mozilla/5.0",
+        "text": "I agree that Acme Books charges this card for my orders.",
+    }
+    saving = payment(customer_id=made, save_payment_method="off_session", mandate=mandate)
+    client.post("/v1/payments", saving, is_example=False)
+    path = f"/v1/customers/{made}/payment_methods"
+    saved = eventually(lambda: client.client.get(path).json()["data"], WITHIN_SECONDS)[0]["id"]
+    client.get(path)
+    method = {"type": "card", "saved": saved}
+    client.post("/v1/payments", payment(payment_method=method, off_session=True), is_example=False)
+    client.delete(f"{path}/{saved}")
 
 
 def record_problems(client: ExampleClient, merchant: Merchant, recorder: Recorder) -> None:

@@ -18,6 +18,7 @@ from app.api.schemas.fields import (
     MetadataUpdate,
     Phone,
     Provider,
+    SavedMethodId,
     SoughtEmail,
 )
 
@@ -104,3 +105,52 @@ class CustomersQuery(Struct, frozen=True, forbid_unknown_fields=True):
     email: SoughtEmail | None = None
     limit: Limit = 20
     starting_after: CustomerId | None = None
+
+
+class SavedMandate(Struct):
+    """The payer's consent to payments without it, as you gave it."""
+
+    accepted_at: str
+    ip_address: str
+    user_agent: str
+    text: str | None = None
+
+
+class SavedPaymentMethod(Struct):
+    """A payment method that a payment has saved. A payment names it by `payment_method.saved`."""
+
+    id: str
+    object: Literal["payment_method"]
+    customer_id: str
+    type: Literal["card"]
+    brand: str | None
+    last4: str | None
+    exp_month: int | None
+    exp_year: int | None
+    country: str | None
+    fingerprint: str | None
+    usage: Literal["off_session"]
+    mandate: SavedMandate
+    payment: str
+    provider: Provider
+    created_at: str
+    detached_at: str | None
+
+
+class SavedPaymentMethodList(Struct):
+    """Newest first. The next page starts after the last id: `starting_after`."""
+
+    object: Literal["list"]
+    data: list[SavedPaymentMethod]
+    has_more: bool
+
+
+class PaymentMethodsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which saved payment methods to list."""
+
+    limit: Limit = 20
+    starting_after: SavedMethodId | None = None
+
+
+class MethodRemoval(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Remove a saved payment method. The body has no fields."""

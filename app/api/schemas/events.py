@@ -71,7 +71,12 @@ DisputeEventType = Literal[
     "dispute.evidence_due",
     "dispute.evidence_refused",
 ]
-CustomerEventType = Literal["customer.created", "customer.updated"]
+CustomerEventType = Literal[
+    "customer.created",
+    "customer.updated",
+    "customer.payment_method_saved",
+    "customer.payment_method_detached",
+]
 
 
 class Event(Struct):

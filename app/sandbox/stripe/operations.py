@@ -8,9 +8,10 @@ from msgspec import Struct
 from app.sandbox.memory import StoredObject
 from app.sandbox.settings import PLATFORM_ACCOUNT
 from app.sandbox.state import Sandbox
-from app.sandbox.stripe.errors import invalid_request
-from app.sandbox.stripe.objects import balance, disputes, intents, refunds
+from app.sandbox.stripe.errors import invalid_request, missing
+from app.sandbox.stripe.objects import balance, customers, disputes, intents, refunds
 from app.sandbox.stripe.parameters import (
+    AttachMethod,
     CancelIntent,
     CaptureIntent,
     ConfirmIntent,
@@ -18,12 +19,15 @@ from app.sandbox.stripe.parameters import (
     CreateRefund,
     ListBalanceTransactions,
     ListCharges,
+    ListCustomers,
     ListEvents,
     ListIntents,
+    ListMethods,
     ListOfCharge,
     ListPayouts,
     Parameters,
     RetrieveIntent,
+    SetCustomer,
     UpdateDispute,
     UpdateIntent,
     UpdateRefund,
@@ -84,6 +88,23 @@ def _retrieve_intent(sandbox: Sandbox, account: str, id: str, given: RetrieveInt
 
 def _list_intents(sandbox: Sandbox, account: str, id: str, given: ListIntents) -> dict[str, Any]:
     return list_page(sandbox, "payment_intent", account, given, "/v1/payment_intents", parent=given.customer)
+
+
+def _list_customers(sandbox: Sandbox, account: str, id: str, given: ListCustomers) -> dict[str, Any]:
+    return list_page(sandbox, "customer", account, given, "/v1/customers", label=given.email)
+
+
+def _list_methods(sandbox: Sandbox, account: str, id: str, given: ListMethods) -> dict[str, Any]:
+    customer = id or given.customer
+    if not customer:
+        raise missing("customer")
+    find_owned(sandbox, "customer", account, customer, param="customer", status=404 if id else 400)
+    url = f"/v1/customers/{id}/payment_methods" if id else "/v1/payment_methods"
+    return list_page(sandbox, "payment_method", account, given, url, parent=customer)
+
+
+def _attach(sandbox: Sandbox, account: str, id: str, given: AttachMethod) -> dict[str, Any]:
+    return render_object(sandbox, customers.attach(sandbox, account, id, given), given.expand)
 
 
 def _list_charges(sandbox: Sandbox, account: str, id: str, given: ListCharges) -> dict[str, Any]:
@@ -159,6 +180,18 @@ OPERATIONS = {
         "payment_intents.cancel", CancelIntent, _on_intent(intents.cancel)
     ),
     "GET /v1/payment_methods/{id}": Operation("payment_methods.retrieve", Parameters, _retrieve("payment_method")),
+    "POST /v1/payment_methods/{id}/attach": Operation("payment_methods.attach", AttachMethod, _attach),
+    "POST /v1/payment_methods/{id}/detach": Operation(
+        "payment_methods.detach", Parameters, _change("payment_method", customers.detach, param="payment_method")
+    ),
+    "GET /v1/payment_methods": Operation("payment_methods.list", ListMethods, _list_methods),
+    "POST /v1/customers": Operation("customers.create", SetCustomer, _create(customers.create)),
+    "GET /v1/customers": Operation("customers.list", ListCustomers, _list_customers),
+    "GET /v1/customers/{id}": Operation("customers.retrieve", Parameters, _retrieve("customer")),
+    "POST /v1/customers/{id}": Operation(
+        "customers.update", SetCustomer, _change("customer", customers.update, param="customer")
+    ),
+    "GET /v1/customers/{id}/payment_methods": Operation("customers.list_payment_methods", ListMethods, _list_methods),
     "GET /v1/charges": Operation("charges.list", ListCharges, _list_charges),
     "GET /v1/charges/{id}": Operation("charges.retrieve", Parameters, _retrieve("charge")),
     "POST /v1/refunds": Operation("refunds.create", CreateRefund, _create(refunds.create)),

@@ -91,6 +91,51 @@ Metadata = dict[str, str] | str | None
 """Merged into the stored metadata; an empty value removes its key, an empty string all keys."""
 
 
+class CustomerShipping(Struct, forbid_unknown_fields=True):
+    name: str
+    address: dict[str, str]
+    phone: str | None = None
+
+
+class SetCustomer(Parameters, kw_only=True):
+    """A customer's fields; an empty text removes one."""
+
+    description: str | None = None
+    email: str | None = None
+    metadata: Metadata = None
+    name: str | None = None
+    phone: str | None = None
+    shipping: CustomerShipping | str | None = None
+
+
+class ListCustomers(Page):
+    email: str | None = None
+
+
+class AttachMethod(Parameters, kw_only=True):
+    customer: str
+
+
+class ListMethods(Page):
+    customer: str | None = None
+    type: str | None = None
+
+
+class OnlineAcceptance(Struct, forbid_unknown_fields=True):
+    ip_address: str
+    user_agent: str
+
+
+class CustomerAcceptance(Struct, forbid_unknown_fields=True):
+    type: Literal["online", "offline"]
+    accepted_at: int | None = None
+    online: OnlineAcceptance | None = None
+
+
+class MandateData(Struct, forbid_unknown_fields=True):
+    customer_acceptance: CustomerAcceptance
+
+
 class AutomaticMethods(Struct, forbid_unknown_fields=True):
     enabled: bool
     allow_redirects: Literal["always", "never"] = "always"
@@ -114,6 +159,7 @@ class ConfirmIntent(Parameters, kw_only=True):
     allowed_payment_method_types: list[str] | None = None
     payment_method_types: list[str] | None = None
     capture_method: CaptureMethod | None = None
+    mandate_data: MandateData | None = None
     off_session: bool = False
     receipt_email: str | None = None
     return_url: str | None = None

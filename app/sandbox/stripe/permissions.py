@@ -22,6 +22,7 @@ RESOURCES = {
     "balance": "balance",
     "balance_transactions": "balance_transaction_source",
     "charges": "charge",
+    "customers": "customer",
     "disputes": "dispute",
     "events": "event",
     "payment_intents": "payment_intent",

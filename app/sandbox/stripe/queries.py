@@ -9,7 +9,7 @@ from app.sandbox.stripe.objects.cards import CARD_BY_FINGERPRINT, Card
 from app.sandbox.stripe.parameters import Page
 
 EXPANDABLE = {
-    "payment_intent": {"latest_charge", "payment_method"},
+    "payment_intent": {"customer", "latest_charge", "payment_method"},
     "charge": {"balance_transaction", "payment_intent", "failure_balance_transaction"},
     "refund": {"balance_transaction", "charge", "failure_balance_transaction", "payment_intent"},
     "dispute": {"charge", "payment_intent"},
@@ -17,7 +17,8 @@ EXPANDABLE = {
     "balance_transaction": {"source"},
     "payout": {"balance_transaction", "failure_balance_transaction"},
     "event": set[str](),
-    "payment_method": set[str](),
+    "payment_method": {"customer"},
+    "customer": set[str](),
     "account": set[str](),
     "balance": set[str](),
 }

@@ -73,6 +73,9 @@ begin
     where c.id = v_customer.id
     returning * into v_customer;
     perform surety.emit_customer_event(v_customer, 'customer.updated', v_admitted.admitted_at);
+    if v_customer.provider_id is not null then
+        perform surety.emit_customer_event(v_customer, 'customer.out_of_date', v_admitted.admitted_at);
+    end if;
     return api.complete_command(
         v_admitted, p_request, null, 200, (select shown.document::text from api.show_customer(v_customer) as shown),
         jsonb_build_object('customer', v_customer.id, 'fields', to_jsonb(array(
@@ -153,3 +156,85 @@ $$;
 comment on function api.list_customers(bytea, text, integer, text, text) is
 'A page of the merchant''s customers, newest first; p_email: those with this address, in upper or lower case.
 p_starting_after: the last id of the page before. No row: the key may not read.';
+
+create or replace function api.list_payment_methods(
+    p_key_hash bytea, p_customer_id text, p_limit integer, p_starting_after text, p_address text default ''
+) returns table (merchant_id text, body text)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_merchant text := (select k.merchant_id from api.identify_merchant(p_key_hash, 'read', p_address) as k);
+begin
+    if v_merchant is null then
+        return;
+    end if;
+    if not exists (select from surety.customers as c where c.id = p_customer_id and c.merchant_id = v_merchant) then
+        return query select v_merchant, null::text;
+        return;
+    end if;
+    if p_starting_after is not null and not exists (
+        select from surety.payment_methods as m where m.id = p_starting_after and m.customer_id = p_customer_id
+    ) then
+        perform api.refuse_cursor();
+    end if;
+    return query
+    select v_merchant, api.render_page(
+        array(
+            select shown.document
+            from (
+                select m.* from surety.payment_methods as m
+                where m.customer_id = p_customer_id and m.detached_at is null
+                    and m.id < coalesce(p_starting_after, 'spm_g')
+                order by m.id desc
+                limit p_limit + 1
+            ) as m
+            cross join lateral api.show_payment_method(m::surety.payment_methods) as shown
+            order by m.id desc
+        ),
+        p_limit);
+end;
+$$;
+
+comment on function api.list_payment_methods(bytea, text, integer, text, text) is
+'A page of a customer''s saved payment methods, newest first, without those that are detached; body is null if the
+merchant has no such customer. p_starting_after: the last id of the page before. No row: the key may not read.';
+
+create or replace function api.detach_payment_method(p_request jsonb) returns api.outcome
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_admitted api.admission := api.admit_command(
+        'DELETE /v1/customers/{id}/payment_methods/{id}', 'payments:write', p_request);
+    v_ids text [] := string_to_array(p_request ->> 'payment_method_id', '/');
+    v_customer surety.customers;
+    v_method surety.payment_methods;
+begin
+    if not v_admitted.outcome is null then
+        return v_admitted.outcome;
+    end if;
+    select c.* into v_customer from surety.customers as c
+    where c.id = v_ids[1] and c.merchant_id = v_admitted.merchant_id
+    for no key update;
+    select m.* into v_method from surety.payment_methods as m
+    where m.id = v_ids[2] and m.customer_id = v_customer.id
+    for no key update;
+    if not found then
+        return api.refuse_command(v_admitted, 'not-found', null);
+    end if;
+    if v_method.detached_at is null then
+        update surety.payment_methods as m set detached_at = v_admitted.admitted_at where m.id = v_method.id
+        returning m.* into v_method;
+        perform surety.emit_method_event(
+            v_customer, v_method.id, 'customer.payment_method_detached', v_admitted.admitted_at);
+    end if;
+    return api.complete_command(
+        v_admitted, p_request, null, 200,
+        (select shown.document::text from api.show_payment_method(v_method) as shown),
+        jsonb_build_object('customer', v_customer.id, 'payment_method', v_method.id));
+end;
+$$;
+
+comment on function api.detach_payment_method(jsonb) is
+'Removes a saved payment method: no payment can name it any more, and a worker detaches it at the provider. p_request as
+for api.admit_command, with payment_method_id, the ids of customer and method with / between. 200 and the method,
+also if it was removed before. Problems: not-found.';

@@ -176,6 +176,33 @@ end;
 comment on function api.show_customer(surety.customers) is
 'The customer as a document of the API; columns in the order of the document.';
 
+create or replace function api.show_payment_method(m surety.payment_methods) returns table (document json)
+language sql stable parallel safe
+begin atomic
+    select row_to_json(shown.*) from (
+        select
+            m.id as id,
+            'payment_method' as object,
+            m.customer_id as customer_id,
+            m.type as type,
+            m.brand as brand,
+            m.last4 as last4,
+            m.exp_month as exp_month,
+            m.exp_year as exp_year,
+            m.country as country,
+            m.fingerprint as fingerprint,
+            m.usage as usage,
+            m.mandate as mandate,
+            m.payment_id as payment,
+            json_build_object('name', 'stripe', 'id', m.provider_id) as provider,
+            surety.format_time(m.created_at) as created_at,
+            surety.format_time(m.detached_at) as detached_at
+    ) as shown;
+end;
+
+comment on function api.show_payment_method(surety.payment_methods) is
+'The saved payment method as a document of the API; columns in the order of the document.';
+
 create or replace function api.payment_at_event(p_payment surety.payments, p_payload jsonb) returns surety.payments
 language sql stable
 begin atomic

@@ -16,3 +16,21 @@ end;
 
 comment on function surety.emit_customer_event(surety.customers, text, timestamptz) is
 'Emits an event about a customer and returns its id. The event names the customer and its version only.';
+
+create or replace function surety.emit_method_event(
+    p_customer surety.customers, p_method_id text, p_type text, p_at timestamptz
+) returns text
+language sql volatile set search_path = pg_catalog, pg_temp
+begin atomic
+    select outbox.emit_event(
+        'customer', p_customer.id, p_type,
+        jsonb_build_object(
+            'customer_id', p_customer.id, 'version', p_customer.version, 'at', surety.format_time(p_at),
+            'payment_method', p_method_id
+        ),
+        p_customer.merchant_id, p_customer.version
+    );
+end;
+
+comment on function surety.emit_method_event(surety.customers, text, text, timestamptz) is
+'Emits an event about a saved payment method of a customer and returns its id.';

@@ -40,7 +40,10 @@ begin atomic
             case
                 when
                     subject.id is null
-                    or p_letter.handler in ('expect_settlement', 'meet_settlement', 'apply_webhooks', 'evidence')
+                    or p_letter.handler in (
+                        'expect_settlement', 'meet_settlement', 'apply_webhooks', 'evidence', 'update_customer',
+                        'save_method', 'detach_method'
+                    )
                     then 'forget'
                 when p_letter.type = 'payment.orphan_found' then 'forget'
                 when p_letter.handler = 'refund' and subject.is_refund_open is not true then 'forget'
@@ -81,6 +84,11 @@ begin atomic
                 || coalesce('; the payment stays ' || judged.state, '')
                 || case
                     when p_letter.handler = 'expect_settlement' then ', and a missing settlement opens no discrepancy'
+                    when p_letter.handler = 'save_method' then ', and the payment method is not saved'
+                    when p_letter.handler = 'detach_method'
+                        then ', and the provider keeps the payment method, which can''t be charged here'
+                    when p_letter.handler = 'update_customer'
+                        then ', and the provider gets the customer''s data with the next change'
                     when p_letter.handler = 'evidence' then ', and the evidence is open again for its merchant'
                     when p_letter.type = 'payment.orphan_found'
                         then ', and ' || (p_letter.payload ->> 'object_id') || ', which was never confirmed, stays'
@@ -119,6 +127,9 @@ begin atomic
         when 'capture' then 'reads the intent first, and captures it only if its amount is still authorized'
         when 'refund' then 'looks for the refund among those of the payment first: at most one will exist'
         when 'evidence' then 'sends all evidence again, which the provider accepts as an update'
+        when 'update_customer' then 'passes the customer''s present data on'
+        when 'save_method' then 'reads the payment method at the provider again, and saves it once'
+        when 'detach_method' then 'reads the payment method first, and detaches it only if it is attached'
         when 'apply_webhooks' then 'reads the webhook again; facts that are known change nothing'
         when 'expect_settlement' then 'opens the expected settlement, unless it is open'
         when 'meet_settlement' then 'closes the expected settlement, unless it is closed'

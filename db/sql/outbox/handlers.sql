@@ -40,6 +40,9 @@ from (
     ('cancel', 'Cancels at the provider what must not be charged any more.', 200, 2, true),
     ('refund', 'Creates the refund at the provider.', 200, 2, true),
     ('evidence', 'Submits a dispute''s evidence to the provider.', 200, 2, true),
+    ('update_customer', 'Passes a customer''s data on to the provider.', 200, 2, true),
+    ('save_method', 'Saves the payment method of a payment that succeeded.', 200, 2, true),
+    ('detach_method', 'Detaches a removed payment method at the provider.', 200, 2, true),
     ('apply_webhooks', 'Reads facts from a stored event of the provider.', 200, 2, false),
     ('expect_settlement', 'Opens the expected settlement of a confirmed payment.', 500, 2, false),
     ('meet_settlement', 'Closes the expected settlement of a payment whose money has arrived.', 500, 2, false)
@@ -65,6 +68,9 @@ with listed (event_type, handler) as (
     ('payment.money_available', 'meet_settlement'),
     ('refund.pending', 'refund'),
     ('dispute.evidence_given', 'evidence'),
+    ('customer.out_of_date', 'update_customer'),
+    ('payment.method_usable', 'save_method'),
+    ('customer.payment_method_detached', 'detach_method'),
     ('webhook.received', 'apply_webhooks')
 ),
 

@@ -162,6 +162,7 @@ declare
     -- These bounds exclude partitions before a statement begins.
     v_first_payment text := (select min(d.payment_id collate "C") from unnest(p_derived) as d);
     v_last_payment text := (select max(d.payment_id collate "C") from unnest(p_derived) as d);
+    v_proved text [];
 begin
     with targets as materialized (
         select
@@ -207,7 +208,7 @@ begin
             v_now, p_actor, p_request_id
         from path where path.state is not null
         order by path.id, path.ordinal
-        returning to_state
+        returning payment_id, to_state
     ),
     -- State and amounts in one update: the steps' trigger finds the projection already made.
     projected as (
@@ -230,7 +231,21 @@ begin
         where p.id = t.id and p.id between v_first_payment and v_last_payment
             and (not t.is_same or t.state is not null)
     )
-    select v_types || coalesce(array_agg(distinct 'payment.' || w.to_state), '{}') into v_types from walked as w;
+    select
+        v_types || coalesce(array_agg(distinct 'payment.' || w.to_state), '{}'),
+        array_agg(w.payment_id) filter (where w.to_state in ('authorized', 'confirmed'))
+    into v_types, v_proved
+    from walked as w;
+
+    if v_proved is not null then
+        perform outbox.emit_event(
+            'payment', p.id, 'payment.method_usable', jsonb_build_object('payment_id', p.id), null, null)
+        from surety.payments as p
+        where p.id = any(v_proved) and p.save_method is not null and p.id between v_first_payment and v_last_payment;
+        if found then
+            v_types := v_types || array['payment.method_usable'];
+        end if;
+    end if;
 
     -- The settlement of a payment with a loss is met by its money, without the step. Once: its posting comes next.
     perform outbox.emit_event(

@@ -91,6 +91,10 @@ begin
                         e.captured_minor > 0 or e.capture_revision is not null
                         or e.state not in ('provider_submitted', 'requires_action', 'authorized', 'processing')
                     ) then 'skip'
+                    when p_operation = 'create' and not e.was_sent and exists (
+                        select from surety.customers as u
+                        where u.id = (e.payment).customer_id and u.provider_id is null
+                    ) then 'needs_customer'
                     when not e.was_sent then 'send'
                     -- A key's first answer is replayed, server errors included.
                     when p_operation = 'create' and e.first_sent_at > v_now - surety.call_key_lifetime()
@@ -113,7 +117,8 @@ begin
                 || case when p_operation = 'capture' and j.capture_revision > 0 then ':' || j.capture_revision else ''
                 end,
             p_request => case
-                when j.verdict not in ('skip', 'wait') then surety.stripe_request(j.payment, j.operation)
+                when j.verdict not in ('skip', 'wait', 'needs_customer')
+                    then surety.stripe_request(j.payment, j.operation)
             end,
             p_provider_id => j.object_id,
             p_last_sent_at => j.last_sent_at,
@@ -239,7 +244,7 @@ begin
     end case;
     return query
     with planned as (
-        select j.*, (j.payment).id as payment_id, j.verdict not in ('skip', 'wait') as is_sent
+        select j.*, (j.payment).id as payment_id, j.verdict not in ('skip', 'wait', 'needs_customer') as is_sent
         from unnest(v_planned) as j
     ),
     written as (

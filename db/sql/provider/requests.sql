@@ -9,6 +9,8 @@ begin atomic
             'amount', p_payment.amount_minor,
             'currency', p_payment.currency,
             'payment_method', p_payment.method_token,
+            'customer', (select customers.provider_id from surety.customers where customers.id = p_payment.customer_id),
+            'setup_future_usage', p_payment.save_method ->> 'usage',
             'automatic_payment_methods', jsonb_build_object('enabled', true, 'allow_redirects', 'never'),
             'allowed_payment_method_types', jsonb_build_array('card'),
             'capture_method', case p_payment.capture_method when 'manual' then 'manual' else 'automatic_async' end,
@@ -27,7 +29,18 @@ begin atomic
             'expand', jsonb_build_array('latest_charge'),
             'return_url', p_payment.return_url,
             -- An absent payer can't act: an attempt that needs an action fails.
-            'off_session', case when p_payment.off_session then true end
+            'off_session', case when p_payment.off_session then true end,
+            'mandate_data', case when p_payment.save_method is not null then jsonb_build_object(
+                'customer_acceptance', jsonb_build_object(
+                    'type', 'online',
+                    'accepted_at',
+                    extract(epoch from (p_payment.save_method -> 'mandate' ->> 'accepted_at')::timestamptz)::bigint,
+                    'online', jsonb_build_object(
+                        'ip_address', p_payment.save_method -> 'mandate' -> 'ip_address',
+                        'user_agent', p_payment.save_method -> 'mandate' -> 'user_agent'
+                    )
+                )
+            ) end
         )
         when p_operation = 'capture' then jsonb_build_object(
             'amount_to_capture', (select requested.amount_minor from surety.pending_capture(p_payment.id) as requested)

@@ -26,6 +26,9 @@ begin
         end if;
         v_types := surety.record_refused_calls(p_results, p_actor);
     end if;
+    if exists (select from jsonb_array_elements(p_results) as r (result) where r.result ? 'customer') then
+        v_types := v_types || surety.record_customer_results(p_results);
+    end if;
     perform surety.open_discrepancy(
         r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', r.payment_id, r.discrepancy ->> 'detail', '{}', true,
         v_now)
@@ -83,7 +86,8 @@ $$;
 
 comment on function surety.record_call_results(text, jsonb) is
 'Records results of calls: [{"payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?,
-"facts"?: [], "refused"?: {code, decline_code, message}, "refund_id"?, "discrepancy"?: {kind, subject, detail},
+"facts"?: [], "refused"?: {code, decline_code, message}, "customer"?: as for
+surety.record_customer_results, "refund_id"?, "discrepancy"?: {kind, subject, detail},
 "error"?, "undone_send"?: the number of a send that was refused for want of access or not made}]. Facts and refusals
 in one array are an error (SU009). Returns the types of the events made.';
 

@@ -19,6 +19,7 @@ UNKNOWN_IDS = {
         "dispute_id": "dp",
         "event_id": "evt",
         "customer_id": "cus",
+        "payment_method_id": "spm",
     }.items()
 }
 BODIES = {
@@ -34,6 +35,8 @@ def ask(merchant: Merchant, row: Route, key: str, **headers: str) -> httpx.Respo
     path = row.path.format(**UNKNOWN_IDS)
     if row.method == "GET":
         return merchant.client.get(path, headers=sent)
+    if row.method == "DELETE":
+        return merchant.client.delete(path, headers=sent)
     return merchant.client.post(path, json=BODIES.get(row.path, {}), headers=sent)
 
 
@@ -43,11 +46,11 @@ def test_route_needs_its_scope_and_no_other(merchant: Merchant, row: Route) -> N
     others = merchant.another_key(scopes=[scope for scope in SCOPES if scope != row.scope])
     refused = problem(ask(merchant, row, others), 403, "scope-missing")
     assert refused["scope"] == row.scope
-    if row.method == "POST":
+    if row.method != "GET":
         # Who lacks the scope does not get the body's errors.
         headers = {"Authorization": f"Bearer {others}"}
         problem(
-            merchant.client.post(row.path.format(**UNKNOWN_IDS), content=b"no json", headers=headers),
+            merchant.client.request(row.method, row.path.format(**UNKNOWN_IDS), content=b"no json", headers=headers),
             403,
             "scope-missing",
         )

@@ -16,7 +16,7 @@ from tests.support.workers import in_process_worker, run_until_idle
 
 Json = dict[str, Any]
 PIPELINE = ("submit", "confirm", "capture", "refund", "apply_webhooks")
-NOTHING_KNOWN = {"type": "card", "brand": None, "last4": None, "country": None}
+NOTHING_KNOWN = {"type": "card", "brand": None, "last4": None, "country": None, "saved": None}
 
 
 def shown(conn: Connection, key: bytes, function: str, id: str) -> Json:
@@ -38,7 +38,7 @@ async def test_card_fee_and_net_are_shown_once_they_are_known(
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker, *PIPELINE)
     after = shown(conn, key, "get_payment", payment_id)
-    assert after["payment_method"] == {"type": "card", "brand": "jcb", "last4": "0505", "country": "JP"}
+    assert after["payment_method"] == NOTHING_KNOWN | {"brand": "jcb", "last4": "0505", "country": "JP"}
     # Our fee: 3.40 % of 100.00 and 0.35.
     assert (after["amount_captured"], after["fee"], after["net"]) == (10000, 375, 9625)
 

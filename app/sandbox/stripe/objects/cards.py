@@ -30,6 +30,8 @@ class Card(Struct, frozen=True):
     decline: Decline | None = None
     challenge: Literal["required", "optional", "unsupported"] = "unsupported"
     """Whether 3-D Secure is required by the issuer, possible on request, or impossible."""
+    challenged_when_saved: bool = True
+    """Whether an attached payment method still requires 3-D Secure without the payer."""
     challenge_fails: bool = False
     """3-D Secure fails, whatever the payer does."""
     available_at_once: bool = False
@@ -100,8 +102,13 @@ CARDS = {
         Card("pm_card_riskLevelHighest", last4="4954", risk="highest"),
         Card("pm_card_riskLevelElevated", last4="9235", risk="elevated"),
         Card("pm_card_authenticationRequired", last4="3184", challenge="required"),
-        Card("pm_card_authenticationRequiredOnSetup", last4="3155", challenge="required"),
-        Card("pm_card_authenticationRequiredSetupForOffSession", last4="0446", challenge="required"),
+        Card("pm_card_authenticationRequiredOnSetup", last4="3155", challenge="required", challenged_when_saved=False),
+        Card(
+            "pm_card_authenticationRequiredSetupForOffSession",
+            last4="0446",
+            challenge="required",
+            challenged_when_saved=False,
+        ),
         Card(
             "pm_card_authenticationRequiredChargeDeclinedInsufficientFunds",
             last4="3178",

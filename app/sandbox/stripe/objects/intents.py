@@ -10,10 +10,10 @@ from typing import Any
 
 from app.sandbox.memory import StoredObject
 from app.sandbox.state import Sandbox
-from app.sandbox.stripe.errors import StripeError, invalid_request, missing, not_found, unsupported, wrong_state
+from app.sandbox.stripe.errors import StripeError, invalid_request, missing, unsupported, wrong_state
 from app.sandbox.stripe.events import emit
-from app.sandbox.stripe.objects import balance, disputes, payloads
-from app.sandbox.stripe.objects.cards import AUTHENTICATION_NEEDED, CARDS, Card, Decline
+from app.sandbox.stripe.objects import balance, disputes, methods, payloads
+from app.sandbox.stripe.objects.cards import AUTHENTICATION_NEEDED, Card, Decline
 from app.sandbox.stripe.objects.currencies import check_amount, check_step
 from app.sandbox.stripe.parameters import (
     AutomaticMethods,
@@ -25,7 +25,7 @@ from app.sandbox.stripe.parameters import (
     UpdateIntent,
     merge_metadata,
 )
-from app.sandbox.stripe.queries import card_of
+from app.sandbox.stripe.queries import card_of, find_owned
 
 AUTHENTICATION_FAILED = Decline(
     "payment_intent_authentication_failure",
@@ -46,8 +46,10 @@ def create(sandbox: Sandbox, account: str, given: CreateIntent) -> StoredObject:
     currency = given.currency.lower()
     check_amount(given.amount, currency)
     _check_common(given)
-    card = _card(given.payment_method)
-    if given.confirm and not card:
+    if given.customer:
+        find_owned(sandbox, "customer", account, given.customer, param="customer", status=400)
+    method = methods.method_to_charge(sandbox, account, given.payment_method, given.customer)
+    if given.confirm and not method:
         raise missing("payment_method")
     memory, created = sandbox.memory, sandbox.unix_seconds()
     id = memory.unused_id("pi", account, (sandbox.call and sandbox.call.key) or f"#{memory.next_seq()}")
@@ -57,14 +59,14 @@ def create(sandbox: Sandbox, account: str, given: CreateIntent) -> StoredObject:
     body["metadata"] = merge_metadata({}, given.metadata)
     body["payment_method_options"] = _options(None, given.payment_method_options)
     intent = StoredObject(id, "payment_intent", account, created, body, parent=given.customer or "")
-    if card:
-        _attach(sandbox, intent, card)
+    if method:
+        card = methods.give_method(sandbox, intent, method)
         body["status"] = "requires_confirmation"
     if given.confirm:
         _check_return_url(body, given)
     memory.save(intent)
     emit(sandbox, "payment_intent.created", intent)
-    if card and given.confirm:
+    if method and given.confirm:
         _pay(sandbox, intent, card, off_session=given.off_session, return_url=given.return_url)
     return intent
 
@@ -73,7 +75,9 @@ def update(sandbox: Sandbox, intent: StoredObject, given: UpdateIntent) -> Store
     """Change an intent; amount, currency and payment method only before it is confirmed."""
     body = intent.body
     _check_common(given)
-    card = _card(given.payment_method)
+    if given.customer:
+        find_owned(sandbox, "customer", intent.account, given.customer, param="customer", status=400)
+    method = methods.method_to_charge(sandbox, intent.account, given.payment_method, given.customer or body["customer"])
     touches_money = (given.amount, given.currency, given.payment_method, given.capture_method) != (None,) * 4
     if touches_money and body["status"] not in CONFIRMABLE | {"requires_action"}:
         raise wrong_state("update", body)
@@ -87,13 +91,16 @@ def update(sandbox: Sandbox, intent: StoredObject, given: UpdateIntent) -> Store
         metadata=merge_metadata(body["metadata"], given.metadata),
         payment_method_options=_options(body["payment_method_options"], given.payment_method_options),
     )
-    for name in ("customer", "description", "receipt_email", "statement_descriptor_suffix", "transfer_group"):
+    for name in (
+        *("customer", "description", "receipt_email", "setup_future_usage", "statement_descriptor_suffix"),
+        "transfer_group",
+    ):
         value = getattr(given, name)
         if value is not None:
             body[name] = value or None
     intent.parent = body["customer"] or ""
-    if card:
-        _attach(sandbox, intent, card)
+    if method:
+        methods.give_method(sandbox, intent, method)
         body.update(status="requires_confirmation", next_action=None)
     sandbox.memory.save(intent)
     return intent
@@ -102,12 +109,14 @@ def update(sandbox: Sandbox, intent: StoredObject, given: UpdateIntent) -> Store
 def confirm(sandbox: Sandbox, intent: StoredObject, given: ConfirmIntent) -> StoredObject:
     """Charge the intent's payment method, or ask for 3-D Secure first."""
     body = intent.body
-    card = _card(given.payment_method)
     _check_method_types(given)
     _check_receipt_email(given)
     if body["status"] not in CONFIRMABLE:
         raise wrong_state("confirm", body)
-    if not card and not body["payment_method"]:
+    method = methods.method_to_charge(
+        sandbox, intent.account, given.payment_method or body["payment_method"], body["customer"]
+    )
+    if not method:
         raise StripeError(
             400,
             "You cannot confirm this PaymentIntent because it's missing a payment method. You can either update the"
@@ -123,10 +132,9 @@ def confirm(sandbox: Sandbox, intent: StoredObject, given: ConfirmIntent) -> Sto
     if given.receipt_email is not None:
         body["receipt_email"] = given.receipt_email or None
     body["payment_method_options"] = _options(body["payment_method_options"], given.payment_method_options)
-    if card:
-        _attach(sandbox, intent, card)
-    else:
-        card = card_of(sandbox, body["payment_method"])
+    if given.setup_future_usage:
+        body["setup_future_usage"] = given.setup_future_usage
+    card = methods.give_method(sandbox, intent, method)
     sandbox.memory.save(intent)
     _pay(sandbox, intent, card, off_session=given.off_session, return_url=given.return_url)
     return intent
@@ -225,6 +233,8 @@ def _pay(sandbox: Sandbox, intent: StoredObject, card: Card, *, off_session: boo
     body = intent.body
     options = (body["payment_method_options"].get("card") or {}).get("request_three_d_secure")
     challenged = card.challenge == "required" or (card.challenge == "optional" and options in ("any", "challenge"))
+    if off_session and not card.challenged_when_saved and sandbox.memory.get(body["payment_method"]).body["customer"]:
+        challenged = False
     if not challenged:
         _charge(sandbox, intent, card, authenticated=False)
     elif off_session:
@@ -271,6 +281,7 @@ def _charge(sandbox: Sandbox, intent: StoredObject, card: Card, *, authenticated
     charge = _new_charge(sandbox, intent, card, authenticated=authenticated)
     charge.label = "succeeded"
     body.update(latest_charge=charge.id, last_payment_error=None, next_action=None)
+    methods.keep_method(sandbox, intent)
     if body["capture_method"] == "manual":
         charge.body.update(paid=True, status="succeeded")
         until = sandbox.unix_seconds() + int(sandbox.settings.hold_seconds)
@@ -357,22 +368,6 @@ def _new_charge(sandbox: Sandbox, intent: StoredObject, card: Card, *, authentic
     return sandbox.memory.save(
         StoredObject(id, "charge", intent.account, created, body, parent=intent.id, label="pending")
     )
-
-
-def _attach(sandbox: Sandbox, intent: StoredObject, card: Card) -> None:
-    """Give the intent a payment method of its own, made from the test card."""
-    id, created = sandbox.memory.unused_id("pm", intent.id), sandbox.unix_seconds()
-    body = payloads.method(id, card, created, livemode=intent.body["livemode"])
-    sandbox.memory.save(StoredObject(id, "payment_method", intent.account, created, body))
-    intent.body["payment_method"] = id
-
-
-def _card(token: str | None) -> Card | None:
-    if token is None:
-        return None
-    if token not in CARDS:
-        raise not_found("PaymentMethod", token, param="payment_method", status=400)
-    return CARDS[token]
 
 
 def _check_common(given: UpdateIntent) -> None:

@@ -1,0 +1,220 @@
+"""Customers at the provider: created once, before their first payment; saved methods, charged and detached."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from jobs.drain import claim_batch, handle_batch
+from jobs.handlers.table import HANDLERS
+from jobs.polling import poll_unfinished
+from jobs.worker import Worker
+from tests.support.payments import Connection, add_merchant, create, pay, request, state_of
+from tests.support.sandbox_process import Json, SandboxProcess, running_sandbox
+from tests.support.workers import attempts, in_process_worker, run_until_idle, shorten_delays
+
+MANDATE: Json = {"accepted_at": "2026-11-22T14:03:07Z", "ip_address": "203.0.113.7", "user_agent": "Firefox/150"}
+SAVING: Json = {"save_method": {"usage": "off_session", "mandate": MANDATE}}
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
+    with running_sandbox(tmp_path_factory.mktemp("customers"), "--hang-seconds=30") as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+async def worker(database: str, sandbox: SandboxProcess) -> AsyncIterator[Worker]:
+    async with in_process_worker(database, sandbox.url, timeout_seconds=1) as worker:
+        yield worker
+
+
+@pytest.fixture
+def key_hash(conn: Connection) -> bytes:
+    shorten_delays(conn, "{0 s,0 s,0 s,0 s,0 s}")
+    conn.execute("update outbox.release_causes set first_delay = '0', delay_max = '0'")
+    return add_merchant(conn)[1]
+
+
+def command(conn: Connection, function: str, key_hash: bytes, **fields: object) -> Json:
+    """The document that a command of the API answers."""
+    given = {"key_hash": key_hash.hex(), "idempotency_key": f"key-{next(_numbers)}", "request_hash": "00"} | fields
+    row = conn.execute(f"select problem, body from api.{function}(%s)".encode(), (json.dumps(given),)).fetchone()
+    assert row is not None
+    assert row[0] is None, row
+    document: Json = json.loads(row[1])
+    return document
+
+
+def at_provider(conn: Connection, customer_id: str) -> tuple[str | None, int, int, Json | None]:
+    row = conn.execute(
+        "select provider_id, provider_version, version, provider_failure from surety.customers where id = %s",
+        (customer_id,),
+    ).fetchone()
+    assert row is not None
+    return row
+
+
+def methods_of(conn: Connection, customer_id: str) -> list[tuple[str, str, str]]:
+    return conn.execute(
+        "select id, last4, provider_id from surety.payment_methods where customer_id = %s order by id", (customer_id,)
+    ).fetchall()
+
+
+async def run(worker: Worker, *handlers: str) -> None:
+    for handler in handlers or ("submit", "update_customer", "confirm", "save_method", "detach_method"):
+        await run_until_idle(worker, handler)
+
+
+async def test_customer_is_created_before_its_first_payment_and_once(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    ada = {"email": "ada@shop.example", "name": "Ada", "shipping": {"name": "Ada", "address": {"line1": "1 Main St"}}}
+    customer = command(conn, "create_customer", key_hash, **ada)["id"]
+    assert sandbox.get("/v1/customers")["data"] == []
+    payments = pay(conn, key_hash, 3, customer_id=customer)
+    await run(worker)
+    [found] = sandbox.get("/v1/customers")["data"]
+    assert (found["email"], found["name"], found["shipping"]["address"]["line1"]) == (
+        "ada@shop.example",
+        "Ada",
+        "1 Main St",
+    )
+    assert found["metadata"]["surety_customer"] == customer
+    assert [state_of(conn, id) for id in payments] == ["confirmed"] * 3
+    assert {intent["customer"] for intent in sandbox.get("/v1/payment_intents")["data"]} == {found["id"]}
+    assert at_provider(conn, customer) == (found["id"], 1, 1, None)
+
+
+async def test_two_workers_create_one_customer(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    customer = command(conn, "create_customer", key_hash)["id"]
+    conn.execute("update outbox.handlers set batch_size = 1")
+    payments = pay(conn, key_hash, 2, customer_id=customer)
+    batches = [await claim_batch(worker, "submit") for _ in payments]
+    await asyncio.gather(*(handle_batch(worker, batch, HANDLERS["submit"]) for batch in batches if batch))
+    await run(worker)
+    assert len(sandbox.get("/v1/customers")["data"]) == 1
+    assert [state_of(conn, id) for id in payments] == ["confirmed"] * 2
+    assert conn.execute("select * from surety.discrepancies").fetchall() == []
+
+
+@pytest.mark.parametrize(("fault", "age"), [("reset", "0 h"), ("reset", "25 h"), ("error_500_after", "0 h")])
+async def test_customer_whose_answer_was_lost_is_found_again(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes, fault: str, age: str
+) -> None:
+    customer = command(conn, "create_customer", key_hash)["id"]
+    [payment] = pay(conn, key_hash, customer_id=customer)
+    sandbox.order("customers.create", fault)
+    batch = await claim_batch(worker, "submit")
+    assert batch is not None
+    await handle_batch(worker, batch, HANDLERS["submit"])
+    assert at_provider(conn, customer)[0] is None
+    assert len(sandbox.get("/v1/customers")["data"]) == 1
+    # As if the key had been forgotten: the send is a day old, by the clocks of both sides.
+    query = "update surety.customer_calls set first_sent_at = first_sent_at - %s::interval"
+    conn.execute(query.encode(), (age,))
+    await run(worker)
+    [found] = sandbox.get("/v1/customers")["data"]
+    assert (at_provider(conn, customer)[0], state_of(conn, payment)) == (found["id"], "confirmed")
+
+
+async def test_changes_are_passed_on_and_removed_fields_too(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    customer = command(conn, "create_customer", key_hash, phone="+1 555 0100", name="Ada")["id"]
+    pay(conn, key_hash, customer_id=customer)
+    await run(worker)
+    command(conn, "update_customer", key_hash, customer_id=customer, phone=None)
+    command(conn, "update_customer", key_hash, customer_id=customer, name="Ada King")
+    await run(worker, "update_customer")
+    [found] = sandbox.get("/v1/customers")["data"]
+    assert (found["phone"], found["name"]) == (None, "Ada King")
+    assert at_provider(conn, customer) == (found["id"], 3, 3, None)
+
+
+async def test_change_that_the_provider_refuses_is_shown_without_the_address(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    customer = command(conn, "create_customer", key_hash, email="ada@shop.invalid")["id"]
+    [payment] = pay(conn, key_hash, customer_id=customer)
+    await run(worker)
+    provider_id, passed_on, version, failure = at_provider(conn, customer)
+    assert (passed_on, version, failure and failure["code"]) == (1, 1, "email_invalid")
+    assert provider_id is not None
+    assert "shop.invalid" not in json.dumps(failure)
+    assert state_of(conn, payment) == "confirmed"
+    assert conn.execute("select 1 from audit.entries where snapshot::text like '%shop.invalid%'").fetchall() == []
+
+
+async def test_saved_method_is_charged_without_the_payer(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    customer = command(conn, "create_customer", key_hash)["id"]
+    [first] = pay(conn, key_hash, customer_id=customer, **SAVING)
+    assert methods_of(conn, customer) == []
+    await run(worker)
+    [(saved, last4, method)] = methods_of(conn, customer)
+    assert last4 == "4242"
+    row = conn.execute("select mandate, payment_id, exp_year from surety.payment_methods").fetchone()
+    assert row == (MANDATE, first, 2030)
+    [second] = pay(conn, key_hash, method_token=None, saved_method=saved, off_session=True, return_url=None)
+    await run(worker)
+    assert [state_of(conn, id) for id in (first, second)] == ["confirmed"] * 2
+    newest = sandbox.get("/v1/payment_intents")["data"][0]
+    assert (newest["payment_method"], newest["customer"]) == (method, at_provider(conn, customer)[0])
+    assert methods_of(conn, customer) == [(saved, last4, method)]
+
+
+async def test_failed_payment_saves_nothing(conn: Connection, worker: Worker, key_hash: bytes) -> None:
+    customer = command(conn, "create_customer", key_hash)["id"]
+    [payment] = pay(conn, key_hash, customer_id=customer, method_token="pm_card_chargeDeclined", **SAVING)
+    await run(worker)
+    await run(worker, "cancel")
+    assert (state_of(conn, payment), methods_of(conn, customer)) == ("failed", [])
+
+
+async def test_bank_that_asks_an_absent_payer_fails_the_payment(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    customer = command(conn, "create_customer", key_hash)["id"]
+    [first] = pay(conn, key_hash, customer_id=customer, method_token="pm_card_authenticationRequired", **SAVING)
+    await run(worker)
+    assert state_of(conn, first) == "requires_action"
+    [intent] = sandbox.get("/v1/payment_intents")["data"]
+    sandbox.answer_as_payer(intent["id"], "approve")
+    conn.execute("update surety.payments set poll_at = surety.time_now()")
+    await poll_unfinished(worker)
+    await run(worker)
+    [(saved, _, _)] = methods_of(conn, customer)
+    [second] = pay(conn, key_hash, method_token=None, saved_method=saved, off_session=True, return_url=None)
+    await run(worker)
+    await run(worker, "cancel")
+    row = conn.execute("select state, failure ->> 'code' from surety.payments where id = %s", (second,)).fetchone()
+    assert row == ("failed", "authentication_required")
+
+
+@pytest.mark.parametrize("fault", [None, "reset", "error_500_after"])
+async def test_removed_method_is_detached_at_the_provider(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes, fault: str | None
+) -> None:
+    customer = command(conn, "create_customer", key_hash)["id"]
+    pay(conn, key_hash, customer_id=customer, **SAVING)
+    await run(worker)
+    [(saved, _, method)] = methods_of(conn, customer)
+    if fault:
+        sandbox.order("payment_methods.detach", fault)
+    command(conn, "detach_payment_method", key_hash, payment_method_id=f"{customer}/{saved}")
+    await run(worker)
+    assert sandbox.get(f"/v1/payment_methods/{method}")["customer"] is None
+    assert attempts(conn) == []
+    problems = create(conn, [request(key_hash, method_token=None, saved_method=saved, off_session=True)])
+    assert problems[0]["detail"]["rule"] == "detached"
