@@ -66,6 +66,7 @@ def hold_of(conn: Connection, payment_id: str) -> tuple[Any, ...]:
 def test_a_held_payment_is_not_sent_and_is_sent_once_after_its_release(conn: Connection, held: str) -> None:
     assert verdicts(conn) == [("payment.initiated", "skip")]
     assert state_of(conn, held) == "initiated"
+    assert not violations(conn)
     assert [decide(conn, held), decide(conn, held)] == ["released", "unchanged"]
     assert verdicts(conn) == [("payment.released", "send")]
     assert state_of(conn, held) == "submitting"

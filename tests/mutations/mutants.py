@@ -51,6 +51,19 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/sql/payments/steps.sql", "on conflict (merchant_id, reference) do nothing", "on conflict do nothing"),
     ),
     mutant(
+        "batches of a limited merchant are accepted one after another",
+        (
+            "db/sql/limits/new_payments.sql",
+            "        for no key update\n",
+            "",
+        ),
+    ),
+    mutant(
+        "a payment on hold is not sent",
+        ("db/sql/provider/calls.sql", "when p_operation = 'create' and e.hold is not null", "when false"),
+        ("db/sql/limits/holds.sql", "when p_cause = 'command' then", "when false then"),
+    ),
+    mutant(
         "a repeated webhook is recognized",
         (
             "schema.sql",

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from tests.simulation.initial_state import CONNECTED_MERCHANT
+from tests.simulation.limits import REFUSALS, check_limits
 from tests.simulation.refused_access import check_refusals_uncounted, check_refused_payments
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def check(schedule: Schedule) -> None:
     check_database_invariants(schedule)
     check_acknowledgements(schedule)
     check_uniqueness(schedule)
+    check_limits(schedule)
     check_effects(schedule)
     check_payers(schedule)
     check_charges(schedule)
@@ -64,11 +66,7 @@ def check_acknowledgements(schedule: Schedule) -> None:
     made: dict[str, str] = {}
     keys = Counter((wanted.merchant, wanted.key) for wanted in schedule.wanted)
     for wanted in schedule.wanted:
-        refusals = {"reference-taken"} | (
-            {"idempotency-key-reused"} if keys[wanted.merchant, wanted.key] > 1 else set()
-        )
-        if schedule.provider.was_refused and wanted.merchant == CONNECTED_MERCHANT:
-            refusals.add("provider-account-refused")
+        refusals = acceptable_refusals(schedule, wanted, is_reused=keys[wanted.merchant, wanted.key] > 1)
         answers = {(row[1], row[2], row[4]) for row in wanted.answers}
         if len({answer for answer in answers if answer[0] == 201}) > 1:
             schedule.report_violation("a repeated request gets the first answer", f"{wanted.key}: {answers}")
@@ -87,6 +85,14 @@ def check_acknowledgements(schedule: Schedule) -> None:
         check_commands(schedule, wanted)
     if strange := present.keys() - made.keys():
         schedule.report_violation("a key makes one payment", ", ".join(sorted(strange)))
+
+
+def acceptable_refusals(schedule: Schedule, wanted: WantedPayment, *, is_reused: bool) -> set[str]:
+    """The problems that a sound request may meet in this schedule."""
+    refusals = {"reference-taken"} | ({"idempotency-key-reused"} if is_reused else set())
+    if schedule.provider.was_refused and wanted.merchant == CONNECTED_MERCHANT:
+        refusals.add("provider-account-refused")
+    return refusals | (REFUSALS if schedule.limits.count_max else set())
 
 
 def check_commands(schedule: Schedule, wanted: WantedPayment) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from jobs.handlers.table import HANDLERS
+from tests.simulation.limits import decide_left_holds
 from tests.simulation.loop import Killed
 from tests.simulation.processes import PERIODIC_JOB_NAMES, WorkerProcess
 
@@ -43,6 +44,7 @@ async def recover(schedule: Schedule) -> None:
         if turn == BANKS_DECIDE_TURN:
             schedule.provider.decide_disputes()
             schedule.provider.cancel_wrong_amounts()
+            decide_left_holds(schedule)
         schedule.provider.mailbox += schedule.provider.late
         schedule.provider.late = []
         await schedule.deliver_all()
@@ -73,7 +75,8 @@ def periodic_jobs_with_work(schedule: Schedule, turn: int) -> list[str]:
     """The jobs that have work, and those that poll for it."""
     [found] = schedule.database.rows(
         "select exists (select from surety.pending_money), exists (select from surety.unmatched_facts where ended_at"
-        " is null), exists (select from surety.payments where state in ('confirmed', 'requires_action')),"
+        " is null), exists (select from surety.payments where state in ('confirmed', 'requires_action'))"
+        " or exists (select from surety.payment_holds where closed_at is null),"
         " exists (select from surety.payments where poll_at <= surety.time_now())"
         " or exists (select from surety.refunds where poll_at <= surety.time_now())"
         " or exists (select from surety.disputes where poll_at <= surety.time_now())"

@@ -21,6 +21,7 @@ from tests.simulation.clients import WantedPayment, request_until_answered, send
 from tests.simulation.database import SimulatedDatabase
 from tests.simulation.initial_state import add_merchants, advance_some_payments, draw_wanted_payments
 from tests.simulation.invariants import ONLY_AT_THE_END, check, check_database_invariants
+from tests.simulation.limits import add_limits, decide_some_hold
 from tests.simulation.locks import Locks
 from tests.simulation.loop import PROCESS, Killed, Loop, Process
 from tests.simulation.months import let_months_pass
@@ -131,15 +132,13 @@ class Schedule:
         self.poison_position = self.chance.randrange(8) if self.chance.random() < 0.25 else None
         self.poison: str | None = None
         self.handled_events: dict[str, None] = {}
-        self.steps = 0
         self.faults: Counter[str] = Counter()
         self.violations: dict[str, str] = {}
         self.turns: list[Turn] = []
         self.api: ListeningProcess
         self.locks = Locks(self)
-        self.is_calm = False
-        self.has_faults = True
-        self.period, self.partitioned_month = 0, ""
+        self.is_calm, self.has_faults = False, True
+        self.steps, self.period, self.partitioned_month = 0, 0, ""
         self.scheduled: dict[str, None] = {}
         self._verbose = verbose
         self._digest = hashlib.sha256()
@@ -266,6 +265,7 @@ class Schedule:
             (0.6, self.let_third_party_act),
             (0.5, self.inject_process_faults),
             (0.1, self.inspect),
+            (0.8 if self.limits.has_holds else 0.0, lambda: decide_some_hold(self)),
         ]
         [way] = self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])
         way()
@@ -425,8 +425,7 @@ class Schedule:
         SENDER.provider = self.provider
         self.asking: list[asyncio.Task[Any]] = []
         self.merchants, self.keys = add_merchants(self.database)
-        # The random part of their ids; the rest is the time.
-        self.note("shops", *(merchant[-20:] for merchant in self.merchants))
+        self.note("shops", *(merchant[-20:] for merchant in self.merchants))  # the random part of their ids
         self.unasked = draw_wanted_payments(self.chance, self.plan.payments)
         self.wanted = list(self.unasked)
         self.workers = [WorkerProcess(self, f"worker-{number}") for number in range(self.plan.workers)]
@@ -434,6 +433,7 @@ class Schedule:
         self.is_calm, self.has_faults = True, False
         await self.api.open()
         await advance_some_payments(self)
+        self.limits = add_limits(self, draw_wanted_payments(random.Random(self.plan.seed), 4, first=500)[:4])
         self.is_calm, self.has_faults = False, True
         # Faults begin when jobs are running.
         for name in list(self.scheduled)[: JOBS_MAX * self.plan.workers]:

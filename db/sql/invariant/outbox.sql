@@ -54,7 +54,7 @@ select payments.id as subject
 from surety.payments
 inner join surety.states on payments.state = states.state
 where
-    -- It is not polled, expects no settlement, and has no open dispute, pending event or open dead letter.
+    -- It is not polled, expects no settlement, and has no open dispute, pending event, open dead letter or hold.
     not states.is_final and payments.poll_at is null
     and not exists (
         select from surety.expectations
@@ -68,6 +68,10 @@ where
     and not exists (
         select from outbox.dead_letters
         where dead_letters.payment_id = payments.id and dead_letters.closed_at is null
+    )
+    and not exists (
+        select from surety.payment_holds
+        where payment_holds.payment_id = payments.id and payment_holds.closed_at is null
     );
 
 comment on view invariant.payments_are_not_forgotten is 'no payment is forgotten';
