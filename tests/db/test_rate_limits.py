@@ -144,6 +144,18 @@ def test_two_keys_share_the_merchants_limit_and_each_has_its_own(conn: Connectio
     assert granted(conn, (first, 1), (second.hash, 1)) == [0, 0]
 
 
+def test_keys_of_a_merchant_in_one_batch_get_no_more_than_its_limit(conn: Connection) -> None:
+    no_defaults(conn)
+    merchant_id, first = add_merchant(conn)
+    others = [new_key(livemode=False) for _ in range(2)]
+    for number, key in enumerate(others):
+        add = "select surety.add_api_key(%s, %s, 'test', p_name => %s)"
+        conn.execute(add, (merchant_id, key.hash, f"other{number}"))
+    limit(conn, merchant_id, 1, 10)
+    # Those that want least come first.
+    assert granted(conn, (first, 8), (others[0].hash, 3), (others[1].hash, 1)) == [6, 3, 1]
+
+
 def test_permits_are_leased_ahead_only_while_half_of_each_burst_is_left(clock: FrozenClock) -> None:
     conn = clock.conn
     no_defaults(conn)
