@@ -538,6 +538,7 @@ inner join (
     ('keys:write', array['admin']),
     ('merchants:write', array['admin']),
     ('handlers:write', array['admin']),
+    ('customers:erase', array['admin']),
     ('mode:write', array['admin']),
     ('operators:write', array['admin']),
     ('operators:act-as', array['admin'])
@@ -1236,6 +1237,14 @@ create table surety.provider_events (
 comment on table surety.provider_events is
 'The provider''s events, each once: webhooks with a valid signature, and events read from its list (without headers).
 body is the event''s text without client secrets.';
+
+create table surety.erasures (
+    subject_id text collate "C" not null,
+    begun_at timestamptz not null,
+    constraint erasures_pkey primary key (subject_id)
+);
+comment on table surety.erasures is
+'Payments and customers whose data are erased. What a provider reports about them is stored without such data.';
 
 create table surety.provider_event_keys (
     provider text not null,

@@ -17,10 +17,11 @@ from tests.support.payments import Connection, add_merchant, fact, pay, record
 
 ACTING = frozenset(
     {
-        *("api", "deploy", "restored", "sandbox", "up", "webhooks"),
+        *("api", "customers erase", "deploy", "restored", "sandbox", "up", "webhooks"),
         *("dead-letters discard", "dead-letters replay", "discrepancies close", "handlers pause", "handlers resume"),
         *("keys create", "keys revoke", "keys rotate", "operators add", "operators set"),
         *("merchants add", "merchants resume", "merchants set", "merchants suspend"),
+        *("holds refuse", "holds release", "velocity add", "velocity remove"),
     }
 )
 INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")

@@ -27,6 +27,7 @@ COMMANDS = {
     "keys:revoke": ("keys", "revoke", "key_none"),
     "merchants:write": ("merchants", "suspend", "mer_none"),
     "handlers:write": ("handlers", "pause", "none", "--reason", "why"),
+    "customers:erase": ("customers", "erase", "--merchant", "mer_none", "--email", "a@b.example"),
     "mode:write": ("mode", "test"),
     "operators:write": ("operators", "set", "none", "--inactive"),
     "operators:act-as": ("--as", "viewer", "merchants", "suspend", "mer_none"),

@@ -30,6 +30,31 @@ comment on function surety.payment_status(text, text) is
 'The status of a payment as merchants see it: that of its state. A payment that is reversed was lost in a dispute, on
 the ACH rail returned by the bank.';
 
+create or replace function surety.address_without_query(p_url text) returns text
+language sql immutable parallel safe
+begin atomic
+    select regexp_replace(p_url, '[?#].*$', '');
+end;
+
+comment on function surety.address_without_query(text) is
+'A URL without its query and fragment, which may name a payer.';
+
+create or replace function surety.replace_words(p_text text, p_words text[]) returns text
+language plpgsql immutable parallel safe
+as $$
+declare
+    v_word text;
+begin
+    foreach v_word in array p_words loop
+        -- As JSON spells it.
+        p_text := replace(p_text, trim(both '"' from to_json(v_word)::text), '(erased)');
+    end loop;
+    return p_text;
+end;
+$$;
+
+comment on function surety.replace_words(text, text[]) is 'A JSON text in which words are replaced by (erased).';
+
 create or replace function surety.label_object(
     p_metadata jsonb, p_customer jsonb, p_customer_id text
 ) returns jsonb

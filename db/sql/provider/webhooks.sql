@@ -1,5 +1,5 @@
--- The provider's events, from webhooks or from its list: each is stored once, without client secrets, with an event for
--- the handler `apply_webhooks`.
+-- The provider's events, from webhooks or from its list: each is stored once, without client secrets and the data of
+-- erased payers, with an event for the handler `apply_webhooks`.
 
 create or replace function surety.receive_webhooks(p_webhooks jsonb) returns table (n integer, is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -8,10 +8,15 @@ as $$
 declare
     v_now timestamptz := surety.time_now();
     v_generation integer := outbox.current_restore_generation();
+    -- A statement of its own: the next one sees what was erased before this one got its lock.
+    v_has_erased boolean := exists (select from surety.erasures);
 begin
     return query
     with given as (
-        select w.*, surety.new_id('whk', v_now) as id
+        select
+            w.n, w.provider, w.account, w.livemode, w.event_id, w.type, w.headers, w.address,
+            surety.new_id('whk', v_now) as id,
+            case when v_has_erased then surety.redact_new_event(w.provider, w.account, w.body) else w.body end as body
         from jsonb_to_recordset(p_webhooks) as w (
             n integer, provider text, account text, livemode boolean, event_id text, type text, headers jsonb,
             body text, address text

@@ -1,0 +1,145 @@
+"""`surety customers erase`: a payer asks to be forgotten."""
+
+from __future__ import annotations
+
+import hmac
+from collections import Counter
+from typing import Any
+
+import click
+import psycopg
+from psycopg.types.json import Jsonb
+from rich.table import Table
+
+from app.cli.identity import authorize
+from app.cli.tables import print_table
+from app.wording import count_noun
+from db.connect import connect
+from db.errors import SuretyError
+from db.settings import load_settings
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+EVENTS_AT_ONCE = 1000
+ID_DIGITS = 11
+"""Digits of an id that are its time, all but the last one."""
+
+
+class NotErased(SuretyError):
+    """Some payments are in progress, so their data were not erased."""
+
+
+@click.command()
+@click.option("--merchant", "merchant_id", required=True, metavar="MERCHANT", help="Whose payer it is.")
+@click.option("--email", metavar="ADDRESS", help="Payments and customers with this address, in upper or lower case.")
+@click.option("--payment", "payment_id", metavar="PAYMENT", help="One payment.")
+@click.option("--customer", "customer_id", metavar="CUSTOMER", help="One customer, with its payments.")
+@click.option("--dry-run", is_flag=True, help="Only count the rows that would change.")
+def erase(
+    merchant_id: str, email: str | None, payment_id: str | None, customer_id: str | None, *, dry_run: bool
+) -> None:
+    """Erase a payer's data: e-mail address, name, descriptions, metadata, evidence, and all that the provider sent.
+
+    Amounts, states, the ledger and the audit trail stay, and so do references, ids and a card's last digits. Repeated
+    requests get their first answer without the data. What the provider reports later is stored without them, too. A
+    payment in progress is left, because its data are still needed: repeat the command when it has ended (exit status
+    1). What the provider itself holds is erased there; the command names its ids.
+    """
+    if [email, payment_id, customer_id].count(None) != 2:
+        raise SuretyError("give one of --email, --payment and --customer")
+    with connect("deploy", load_settings()) as conn:
+        by = authorize(conn, "customers:erase")
+        require_merchant(conn, merchant_id)
+        with conn.transaction(force_rollback=True) if dry_run else conn.cursor():
+            counts, refused, provider_ids = erase_all(conn, by, merchant_id, email, payment_id, customer_id)
+    show(counts, provider_ids, dry_run=dry_run)
+    if refused:
+        named = "; ".join(f"{payment}: {reason}" for payment, reason in sorted(refused.items()))
+        raise NotErased(f"{count_noun(len(refused), 'payment')} in progress, not erased: {named}")
+
+
+def require_merchant(conn: Connection, merchant_id: str) -> None:
+    """Raises SuretyError for an unknown merchant."""
+    if conn.execute("select from surety.merchants where id = %s", (merchant_id,)).fetchone() is None:
+        raise SuretyError(f"--merchant: there is no merchant {merchant_id}")
+
+
+def erase_all(
+    conn: Connection,
+    by: str,
+    merchant_id: str,
+    email: str | None,
+    payment_id: str | None,
+    customer_id: str | None,
+) -> tuple[Counter[str], dict[str, str], list[str]]:
+    """Erase all that matches: the rows changed by table, the payments in progress with the reason, the provider's ids.
+
+    Raises SuretyError if nothing is found.
+    """
+    [(payments, customers, provider_ids)] = conn.execute(
+        "select * from surety.find_erasable(%s, %s, %s, %s)", (merchant_id, email, payment_id, customer_id)
+    ).fetchall()
+    if not payments and not customers:
+        raise SuretyError(f"nothing of {merchant_id} was found: no payment and no customer")
+    rows = conn.execute(
+        "select p.id, surety.why_not_erasable(p) from surety.payments as p where p.id = any(%s)", (payments,)
+    ).fetchall()
+    refused = {payment: reason for payment, reason in rows if reason is not None}
+    erasable = [payment for payment in payments if payment not in refused]
+    counts: Counter[str] = Counter()
+    # In this order a repetition after a kill finds the rest: first the ids with which later events are compared, last
+    # the labels and addresses by which payments and customers are found.
+    conn.execute("select surety.begin_erasure(%s)", ([*erasable, *customers],))
+    oldest = min(id.partition("_")[2] for id in [*payments, *customers])
+    counts["provider_events"] += redact_events(conn, f"whk_{oldest[:ID_DIGITS]}")
+    for payment in erasable:
+        changed = count(counts, conn, "select surety.erase_payment(%s)", payment)
+        if "refused" in changed:
+            refused[payment] = changed["refused"]
+    if not refused:
+        for customer in customers:
+            count(counts, conn, "select surety.erase_customer(%s, surety.time_now())", customer)
+    subject = {"payment": payment_id, "customer": customer_id, "email_digest": digest_of(conn, email)}
+    found = {"rows": dict(counts), "payments": len(payments), "in_progress": len(refused)}
+    snapshot = found | {name: value for name, value in subject.items() if value is not None}
+    conn.execute(
+        "select surety.audit_operator_action(%s, %s, 'payer erased', %s)",
+        (by, merchant_id, Jsonb(snapshot)),
+    )
+    return counts, refused, provider_ids
+
+
+def count(counts: Counter[str], conn: Connection, query: str, subject: str) -> dict[str, Any]:
+    """The rows that a function changed, added to the counts."""
+    [(changed,)] = conn.execute(query.encode(), (subject,)).fetchall()
+    counts.update({table: number for table, number in changed.items() if table != "refused"})
+    return dict(changed)
+
+
+def redact_events(conn: Connection, after: str) -> int:
+    """Redact the provider's events since an id, a page at a time; returns how many have changed."""
+    total = 0
+    while True:
+        [(last, redacted)] = conn.execute(
+            "select last_id, redacted from surety.redact_events(%s, %s)", (after, EVENTS_AT_ONCE)
+        ).fetchall()
+        total += int(redacted)
+        if last is None:
+            return total
+        after = last
+
+
+def digest_of(conn: Connection, email: str | None) -> str | None:
+    """A keyed digest of the address, by which the audit trail answers whether it was erased, without naming it."""
+    if email is None:
+        return None
+    [(environment,)] = conn.execute("select id from surety.environment").fetchall()
+    return hmac.digest(environment.encode(), email.lower().encode(), "sha256").hex()
+
+
+def show(counts: Counter[str], provider_ids: list[str], *, dry_run: bool) -> None:
+    """The rows by table, and the provider's ids."""
+    table = Table("table", "rows to change" if dry_run else "rows changed", box=None)
+    print_table(table, sorted((name, number) for name, number in counts.items() if number))
+    if provider_ids:
+        click.echo(f"the provider still holds: {' '.join(provider_ids)}")

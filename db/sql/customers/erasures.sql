@@ -1,0 +1,397 @@
+-- Erasures: a payer's data are removed; ledger, steps, facts and the audit trail stay, which hold none.
+--
+--   begin_erasure        marks payments and customers: events about them are stored without a payer's data from then on
+--   redact_events        removes the data from events that are stored already, a page at a time
+--   erase_payment        removes the data from a payment and from what belongs to it
+--   erase_customer       the same for a customer
+--   redact_new_event     what surety.receive_webhooks stores of an event about an erased payment or customer
+--
+-- Each is a transaction of its own. The command finds payments by their labels, which erase_payment deletes last. So a
+-- repetition after a kill finds the others.
+
+create or replace function surety.redact_json(p_value jsonb, p_name text default '') returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return case jsonb_typeof(p_value)
+        when 'object' then (
+            select coalesce(jsonb_object_agg(part.key, surety.redact_json(part.value, part.key)), '{}')
+            from jsonb_each(p_value) as part
+            where p_name <> 'metadata' or part.key like 'surety\_%'
+        )
+        when 'array' then (
+            select coalesce(jsonb_agg(surety.redact_json(part.value, p_name) order by part.n), '[]')
+            from jsonb_array_elements(p_value) with ordinality as part (value, n)
+        )
+        when 'string' then case
+            when p_name like 'surety\_%' or (p_value #>> '{}')
+                ~ '^(acct|ch|cus|dp|du|env|evt|issfr|pay|pi|pm|po|py|pyr|re|ref|req|src|txn)_[0-9A-Za-z]{1,200}$'
+            or p_name in (
+                'object', 'status', 'currency', 'type', 'reason', 'api_version', 'reporting_category', 'capture_method',
+                'confirmation_method', 'code', 'decline_code', 'fraud_type', 'cancellation_reason', 'failure_reason',
+                'network_status'
+            ) and (p_value #>> '{}') ~ '^[a-z0-9_.-]{1,100}$'
+            then p_value
+            else 'null'
+        end
+        else p_value
+    end;
+end;
+$$;
+
+comment on function surety.redact_json(jsonb, text) is
+'A provider''s object without what may be a payer''s: of its texts only ids and words of fixed lists are left, of its
+metadata only ours. Numbers, times and the names of fields stay. p_name is the field that holds the value.';
+
+create or replace function surety.parse_event(p_body text) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- jsonb can't hold a zero character, which JSON may name.
+    return replace(p_body, '\u0000', '')::jsonb;
+exception
+    when data_exception then return null;
+end;
+$$;
+
+comment on function surety.parse_event(text) is 'The body of a provider''s event; null if it is no JSON.';
+
+create or replace function surety.is_about_erased(p_provider text, p_account text, p_event jsonb) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    with about as (
+        select
+            p_event #> '{data,object}' as object,
+            p_event #>> '{related_object,id}' as related
+    ),
+
+    named as (
+        select
+            array_remove(array[
+                about.related, about.object ->> 'id',
+                coalesce(about.object #>> '{payment_intent,id}', about.object ->> 'payment_intent'),
+                coalesce(about.object #>> '{charge,id}', about.object ->> 'charge'),
+                coalesce(about.object #>> '{latest_charge,id}', about.object ->> 'latest_charge'),
+                coalesce(about.object #>> '{customer,id}', about.object ->> 'customer')
+            ], null) as ids,
+            about.object #>> '{metadata,surety_payment}' as payment_id
+        from about
+    )
+
+    select count(*) > 0
+    from named
+    where
+        exists (
+            select from surety.provider_objects as o
+            inner join surety.erasures as e on o.payment_id = e.subject_id
+            where o.provider = p_provider and o.account = p_account and o.object_id = any(named.ids)
+        )
+        or exists (select from surety.erasures as e where e.subject_id = named.payment_id)
+        or exists (
+            select from surety.customers as c
+            inner join surety.erasures as e on c.id = e.subject_id
+            where
+                c.provider = p_provider and c.provider_account = p_account
+                and c.provider_id = any(named.ids)
+        );
+end;
+
+comment on function surety.is_about_erased(text, text, jsonb) is
+'Whether a provider''s event is about an erased payment or customer, by the ids of its object and the metadata.';
+
+create or replace function surety.redact_new_event(p_provider text, p_account text, p_body text) returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_event jsonb := surety.parse_event(p_body);
+begin
+    return case
+        when surety.is_about_erased(p_provider, p_account, v_event) then surety.redact_json(v_event)::text
+        else p_body
+    end;
+end;
+$$;
+
+comment on function surety.redact_new_event(text, text, text) is
+'The body of a provider''s event as it is stored: without a payer''s data, if those were erased before it came.';
+
+create or replace function surety.begin_erasure(p_subject_ids text[]) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- Waits for the transactions that store events and have not seen these rows; later ones see them.
+    lock table surety.erasures in access exclusive mode;
+    insert into surety.erasures (subject_id, begun_at)
+    select asked.id, surety.time_now() from unnest(p_subject_ids) as asked (id)
+    order by asked.id
+    on conflict (subject_id) do nothing;
+end;
+$$;
+
+comment on function surety.begin_erasure(text[]) is
+'Marks payments and customers, so that what their provider reports from now on is stored without the payer''s data.';
+
+create or replace function surety.redact_events(p_after text, p_limit integer)
+returns table (last_id text, redacted bigint)
+language sql volatile security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with page as materialized (
+        select
+            listed.id,
+            listed.provider,
+            listed.account,
+            listed.body
+        from surety.provider_events as listed
+        where listed.id > p_after
+        order by listed.id
+        limit p_limit
+    ),
+
+    redacted as (
+        update surety.provider_events
+        set body = changed.body
+        from (
+            select
+                page.id,
+                surety.redact_new_event(page.provider, page.account, page.body) as body,
+                page.body as body_before
+            from page
+        ) as changed
+        where
+            provider_events.id = changed.id and provider_events.id > p_after
+            and changed.body <> changed.body_before
+        returning provider_events.id
+    )
+
+    select
+        (select max(page.id) from page),
+        (select count(*) from redacted);
+end;
+
+comment on function surety.redact_events(text, integer) is
+'Removes the data of erased payments from the next p_limit events of providers after an id. last_id is the last one that
+was read, null at the end.';
+
+create or replace function surety.redact_answer(p_answer text) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        json_object_agg(
+            part.key,
+            case
+                when part.key in ('customer', 'description', 'email', 'name', 'phone', 'shipping') then 'null'
+                when part.key = 'metadata' then '{}'
+                when part.key = 'return_url' then to_json(surety.address_without_query(part.value #>> '{}'))
+                else part.value
+            end
+            order by part.n
+        )::text
+    from json_each(p_answer::json) with ordinality as part (key, value, n);
+end;
+
+comment on function surety.redact_answer(text) is
+'A document of the API without a payer''s data, its fields in the same order.';
+
+create or replace function surety.erase_answers(p_keys surety.idempotency_keys[]) returns bigint
+language sql volatile set search_path = pg_catalog, pg_temp
+begin atomic
+    with changed as (
+        update surety.idempotency_keys
+        set response = surety.redact_answer(idempotency_keys.response)
+        from unnest(p_keys) as old
+        where
+            idempotency_keys.merchant_id = old.merchant_id and idempotency_keys.route = old.route
+            and idempotency_keys.key = old.key and idempotency_keys.response like '{%'
+            and idempotency_keys.response <> surety.redact_answer(idempotency_keys.response)
+        returning idempotency_keys.key
+    )
+
+    select count(*) from changed;
+end;
+
+comment on function surety.erase_answers(surety.idempotency_keys[]) is
+'Removes payers'' data from stored answers: a repeated request gets the rest. The hash of the request stays, by which a
+repetition is known, until the key is deleted after 30 days. Returns how many have changed.';
+
+create or replace function surety.why_not_erasable(p surety.payments) returns text
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select case
+        when p.state not in (
+            'confirmed', 'settled', 'partially_refunded', 'refunded', 'reversed', 'failed', 'canceled'
+        ) then p.state
+        when exists (
+            select from surety.calls where calls.payment_id = p.id and calls.answered_at is null
+        ) then 'a call to the provider has no known outcome'
+        when exists (
+            select from surety.disputes
+            inner join surety.dispute_statuses on disputes.status = dispute_statuses.status
+            where disputes.payment_id = p.id and dispute_statuses.poll_after is not null
+        ) then 'disputed'
+        when exists (
+            select from outbox.dead_letters
+            where dead_letters.payment_id = p.id and dead_letters.closed_at is null
+        ) then 'an open dead letter'
+    end;
+end;
+
+comment on function surety.why_not_erasable(surety.payments) is
+'Why a payment is in progress, so that its data are still needed; null if it is not.';
+
+create or replace function surety.erase_payment(p_payment_id text) returns jsonb
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_payment surety.payments;
+    v_words text [];
+    v_counts jsonb := '{}';
+    v_count bigint;
+begin
+    select p.* into v_payment from surety.payments as p where p.id = p_payment_id for update;
+    if surety.why_not_erasable(v_payment) is not null then
+        return jsonb_build_object('refused', surety.why_not_erasable(v_payment));
+    end if;
+    v_words := array(
+        select w.word from unnest(array[
+            v_payment.customer ->> 'email', v_payment.customer ->> 'name', v_payment.description]) as w (word)
+        where length(w.word) > 2
+    );
+    -- The audit trail knows the keys of a payment's requests.
+    v_count := surety.erase_answers(array(
+        select i from audit.entries as e
+        join surety.idempotency_keys as i
+            on i.merchant_id = v_payment.merchant_id and i.route = e.snapshot ->> 'route'
+            and i.key = e.snapshot ->> 'idempotency_key'
+        where e.payment_id = p_payment_id and e.id >= 'aud_' || substr(p_payment_id, 5, 11)
+    ));
+    v_counts := v_counts || jsonb_build_object('idempotency_keys', v_count);
+    update surety.calls set request = '{}' where payment_id = p_payment_id and request <> '{}';
+    get diagnostics v_count = row_count;
+    v_counts := v_counts || jsonb_build_object('calls', v_count);
+    update surety.refunds set metadata = '{}' where payment_id = p_payment_id and metadata <> '{}';
+    get diagnostics v_count = row_count;
+    v_counts := v_counts || jsonb_build_object('refunds', v_count);
+    update surety.disputes set evidence = '{}', evidence_failure = null
+    where payment_id = p_payment_id and (evidence <> '{}' or evidence_failure is not null);
+    get diagnostics v_count = row_count;
+    v_counts := v_counts || jsonb_build_object('disputes', v_count);
+    update outbox.dead_letters as d set attempts = surety.replace_words(d.attempts::text, v_words)::jsonb
+    where d.payment_id = p_payment_id and d.attempts::text <> surety.replace_words(d.attempts::text, v_words);
+    get diagnostics v_count = row_count;
+    v_counts := v_counts || jsonb_build_object('dead_letters', v_count);
+    delete from surety.rejected_webhooks as r
+    where exists (
+        select from unnest(v_words || p_payment_id || v_payment.provider_id) as w (word)
+        where position(convert_to(w.word, 'UTF8') in r.body) > 0
+    );
+    get diagnostics v_count = row_count;
+    v_counts := v_counts || jsonb_build_object('rejected_webhooks', v_count);
+    update surety.payments as p
+    set customer = null, description = null, metadata = '{}',
+        return_url = surety.address_without_query(p.return_url),
+        save_method = case when p.save_method is not null then p.save_method - 'mandate' end
+    where p.id = p_payment_id and (
+        p.customer is not null or p.description is not null or p.metadata <> '{}' or p.return_url ~ '[?#]'
+        or p.save_method ? 'mandate');
+    get diagnostics v_count = row_count;
+    v_counts := v_counts || jsonb_build_object('payments', v_count);
+    delete from surety.payment_labels as l
+    using (
+        select given.name, given.value
+        from jsonb_each_text(surety.label_object(v_payment.metadata, v_payment.customer, null)) as given (name, value)
+    ) as old
+    where (l.merchant_id, l.name, l.value, l.payment_id)
+        = (v_payment.merchant_id, old.name, old.value, p_payment_id);
+    get diagnostics v_count = row_count;
+    return v_counts || jsonb_build_object('payment_labels', v_count);
+end;
+$$;
+
+comment on function surety.erase_payment(text) is
+'Removes a payer''s data from a payment and from its answers, calls, refunds, disputes, dead letters and labels. Returns
+how many rows of which table, or {"refused": why} for a payment in progress.';
+
+create or replace function surety.erase_customer(p_customer_id text, p_at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_counts jsonb;
+    v_count bigint;
+begin
+    v_count := surety.erase_answers(array(
+        select i from surety.customers as c
+        join surety.idempotency_keys as i on i.merchant_id = c.merchant_id and i.route like 'POST /v1/customers%'
+        where c.id = p_customer_id and i.response like '{%' and i.response::json ->> 'id' = c.id
+    ));
+    v_counts := jsonb_build_object('idempotency_keys', v_count);
+    update surety.payment_methods
+    set mandate = '{}', fingerprint = null, detached_at = coalesce(detached_at, p_at)
+    where customer_id = p_customer_id and (mandate <> '{}' or fingerprint is not null or detached_at is null);
+    get diagnostics v_count = row_count;
+    v_counts := v_counts || jsonb_build_object('payment_methods', v_count);
+    -- No worker passes this on: the provider has requests of its own for erasures.
+    update surety.customers
+    set email = null, name = null, phone = null, description = null, shipping = null, metadata = '{}',
+        provider_failure = null, version = version + 1, provider_version = version + 1, erased_at = p_at,
+        updated_at = p_at
+    where id = p_customer_id and erased_at is null;
+    get diagnostics v_count = row_count;
+    return v_counts || jsonb_build_object('customers', v_count);
+end;
+$$;
+
+comment on function surety.erase_customer(text, timestamptz) is
+'Removes a customer''s data, and detaches its saved payment methods. Its payments are erased by surety.erase_payment.
+Returns how many rows of which table.';
+
+create or replace function surety.find_erasable(p_merchant_id text, p_email text, p_payment_id text, p_customer_id text)
+returns table (payment_ids text[], customer_ids text[], provider_ids text[])
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    with found_customers as (
+        select
+            customers.id,
+            customers.provider_id
+        from surety.customers
+        where
+            customers.merchant_id = p_merchant_id
+            and (customers.id = p_customer_id or lower(customers.email) = lower(p_email))
+    ),
+
+    found_payments as (
+        select payments.id, payments.provider_id
+        from surety.payments
+        where payments.id = p_payment_id and payments.merchant_id = p_merchant_id
+        union
+        select payments.id, payments.provider_id
+        from surety.payment_labels
+        inner join surety.payments on payment_labels.payment_id = payments.id
+        where
+            payment_labels.merchant_id = p_merchant_id
+            and (
+                (payment_labels.name = 'customer.email' and payment_labels.value = lower(p_email))
+                or (
+                    payment_labels.name = 'customer.id'
+                    and payment_labels.value in (select found_customers.id from found_customers)
+                )
+            )
+    )
+
+    select
+        array(select found_payments.id from found_payments order by found_payments.id),
+        array(select found_customers.id from found_customers order by found_customers.id),
+        array(
+            select named.id
+            from (
+                select found_payments.provider_id as id from found_payments
+                union all
+                select found_customers.provider_id from found_customers
+            ) as named
+            where named.id is not null
+            order by named.id
+        );
+end;
+
+comment on function surety.find_erasable(text, text, text, text) is
+'A merchant''s payments and customers with an e-mail address, or one payment, or one customer with its payments; and the
+ids of their objects at the provider.';
