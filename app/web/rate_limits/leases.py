@@ -39,7 +39,7 @@ LEASE_SECONDS = 1.0
 # How much of a key's demand is leased ahead. api.lease_permits leases as much of the rate while there is plenty.
 AHEAD_SECONDS = 0.1
 # A key at its limit asks this seldom, and gets the permits of the pause together.
-PAUSE_SECONDS_MAX = 0.02
+PAUSE_SECONDS_MAX = 0.01
 KEPT_KEYS_MAX = 10_000
 WITHOUT_LIMIT = 1 << 60
 
