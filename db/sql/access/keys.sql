@@ -1,4 +1,4 @@
--- API keys of merchants. Every change writes an audit entry.
+-- API keys of merchants, and the keys of anyone that expire soon. Every change writes an audit entry.
 
 create or replace function surety.require_room_for_key(p_merchant_id text, p_name text, p_scopes text[])
 returns void
@@ -117,3 +117,49 @@ end;
 
 comment on function surety.revoke_api_key(text, text) is
 'Revokes a merchant''s API key. False if it was revoked, null for an unknown key.';
+
+create or replace function surety.list_expiring_keys(p_within interval)
+returns table (id text, merchant_id text, operator text, name text, hint text, seconds numeric)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        expiring.id,
+        expiring.merchant_id,
+        expiring.operator,
+        expiring.name,
+        expiring.hint,
+        round(extract(epoch from expiring.expires_at - surety.time_now()), 3)
+    from (
+        select
+            api_keys.id, api_keys.merchant_id, null as operator, api_keys.name, api_keys.hint, api_keys.expires_at
+        from surety.api_keys
+        where api_keys.revoked_at is null
+            -- A key that its holder has replaced may expire.
+            and not exists (
+                select from surety.api_keys as successors
+                where successors.merchant_id = api_keys.merchant_id and successors.name = api_keys.name
+                    and successors.scopes = api_keys.scopes and successors.revoked_at is null
+                    and successors.id > api_keys.id
+                    and (successors.expires_at is null or successors.expires_at > api_keys.expires_at)
+            )
+        union all
+        select
+            operator_keys.id, null, operators.name, null, operator_keys.hint, operator_keys.expires_at
+        from surety.operator_keys
+        inner join surety.operators on operator_keys.operator_id = operators.id
+        where operator_keys.revoked_at is null and operators.deactivated_at is null
+            and not exists (
+                select from surety.operator_keys as successors
+                where successors.operator_id = operator_keys.operator_id and successors.role = operator_keys.role
+                    and successors.revoked_at is null and successors.id > operator_keys.id
+                    and (successors.expires_at is null or successors.expires_at > operator_keys.expires_at)
+            )
+    ) as expiring
+    where expiring.expires_at > surety.time_now() and expiring.expires_at <= surety.time_now() + p_within
+    order by expiring.expires_at;
+end;
+
+comment on function surety.list_expiring_keys(interval) is
+'Keys that expire within the interval and have no successor of a longer life, the first to expire first. A merchant''s
+key is succeeded by one of the same name and scopes, an operator''s by one of the same role. Of a merchant''s, operator
+is null; of an operator''s, merchant_id and name are.';
