@@ -70,6 +70,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "invariant/limits",
     "invariant/refunds",
     "invariant/disputes",
+    "invariant/customers",
     "invariant/ledger",
     "invariant/outbox",
     "operations/invariants",

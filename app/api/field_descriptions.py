@@ -32,7 +32,7 @@ DESCRIPTIONS = {
     "exp_year": "The year in which the card expires.",
     "fingerprint": "The same for each payment method of one card.",
     "usage": "`off_session`: for payments without the payer.",
-    "SavedPaymentMethod.mandate": "The payer's consent.",
+    "SavedPaymentMethod.mandate": "The payer's consent. Null once the customer's data are erased.",
     "SavedPaymentMethod.payment": "The payment that saved it.",
     "SavedPaymentMethod.customer_id": "The customer.",
     "SavedPaymentMethod.brand": "The card's network, such as `visa`.",

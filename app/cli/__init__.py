@@ -39,7 +39,7 @@ COMMANDS = {
     "merchants": CommandEntry(
         "app.cli.merchants:merchants", "Add, change, list, suspend and resume merchants; their fees and limits."
     ),
-    "customers": CommandEntry("app.cli.customers:customers", "A payer asks to be forgotten: erase."),
+    "customers": CommandEntry("app.cli.customers:customers", "Merchants' customers: list, show, erase a payer's data."),
     "keys": CommandEntry("app.cli.keys:keys", "Create, rotate, list and revoke keys of merchants and operators."),
     "operators": CommandEntry("app.cli.operators:operators", "Accounts of operators, and what their roles may do."),
     "trace": CommandEntry("app.cli.trace:trace", "Show the history of a payment."),

@@ -38,10 +38,13 @@ def save_method(conn: Connection, merchant: Merchant, customer_id: str, **column
     row = conn.execute(
         "insert into surety.payment_methods (id, customer_id, merchant_id, type, brand, last4, exp_month, exp_year,"
         " provider_id, usage, mandate, payment_id, created_at, detached_at)"
-        " select i.id, %s, %s, 'card', 'visa', '4242', %s, %s, 'pm_of_' || i.id, 'off_session', '{}', 'pay_0',"
+        " select i.id, %s, %s, 'card', 'visa', '4242', %s, %s, 'pm_of_' || i.id, 'off_session', %s, 'pay_0',"
         " now(), %s"
         " from surety.new_id('spm', surety.time_now()) as i (id) returning id",
-        (customer_id, merchant.id, values["exp_month"], values["exp_year"], values["detached_at"]),
+        (
+            *(customer_id, merchant.id, values["exp_month"], values["exp_year"], json.dumps(MANDATE)),
+            values["detached_at"],
+        ),
     ).fetchone()
     assert row is not None
     return str(row[0])
@@ -271,3 +274,13 @@ def test_saved_method_is_removed_by_its_own_customer_only(merchant: Merchant, ri
     path = f"/v1/customers/{other}/payment_methods/{saved}"
     assert merchant.client.delete(path, headers={"Idempotency-Key": unique_name("key")}).status_code == 404
     assert len(merchant.get(f"/v1/customers/{owner}/payment_methods")["data"]) == 1
+
+
+def test_erased_customer_leaves_no_mandate_in_stored_answers(merchant: Merchant, rights: Connection) -> None:
+    customer = new_customer(merchant)["id"]
+    saved = save_method(rights, merchant, customer)
+    path, headers = f"/v1/customers/{customer}/payment_methods/{saved}", {"Idempotency-Key": unique_name("key")}
+    assert MANDATE["ip_address"] in merchant.client.delete(path, headers=headers).text
+    rights.execute("select surety.erase_customer(%s, now())", (customer,))
+    again = merchant.client.delete(path, headers=headers)
+    assert (again.headers["idempotency-replayed"], again.json()["mandate"]) == ("true", None)

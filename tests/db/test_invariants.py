@@ -51,6 +51,14 @@ VIOLATIONS: dict[str, str] = {
     "every payment shows its newest warning of fraud": (
         "update surety.payments set fraud_warning = '{\"actionable\": true}' where id = %(p)s"
     ),
+    "every saved payment method was proved by a payment of its customer": (
+        "insert into surety.payment_methods (id, customer_id, merchant_id, type, provider_id, usage, mandate,"
+        " payment_id, created_at) select 'spm_' || repeat('0', 24), 'cus_none', merchant_id, 'card', 'pm_1',"
+        " 'off_session', '{}', id, now() from surety.payments where id = %(p)s"
+    ),
+    "every payment by a saved payment method charges that one": (
+        "update surety.payments set customer_id = 'cus_none', saved_method_id = 'spm_none' where id = %(p)s"
+    ),
     "every step has one audit entry": "delete from audit.entries where payment_id = %(p)s and version = 2",
     "every step has one event": "delete from outbox.events where aggregate_id = %(p)s and version = 2",
     "debits equal credits, per currency": (

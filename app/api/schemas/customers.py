@@ -130,7 +130,7 @@ class SavedPaymentMethod(Struct):
     country: str | None
     fingerprint: str | None
     usage: Literal["off_session"]
-    mandate: SavedMandate
+    mandate: SavedMandate | None
     payment: str
     provider: Provider
     created_at: str

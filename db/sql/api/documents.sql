@@ -192,7 +192,7 @@ begin atomic
             m.country as country,
             m.fingerprint as fingerprint,
             m.usage as usage,
-            m.mandate as mandate,
+            nullif(m.mandate, '{}') as mandate,
             m.payment_id as payment,
             json_build_object('name', 'stripe', 'id', m.provider_id) as provider,
             surety.format_time(m.created_at) as created_at,

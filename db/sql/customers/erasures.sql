@@ -179,7 +179,9 @@ begin atomic
         json_object_agg(
             part.key,
             case
-                when part.key in ('customer', 'description', 'email', 'name', 'phone', 'shipping') then 'null'
+                when part.key in (
+                    'customer', 'description', 'email', 'fingerprint', 'mandate', 'name', 'phone', 'shipping'
+                ) then 'null'
                 when part.key = 'metadata' then '{}'
                 when part.key = 'return_url' then to_json(surety.address_without_query(part.value #>> '{}'))
                 else part.value
@@ -320,8 +322,9 @@ declare
 begin
     v_count := surety.erase_answers(array(
         select i from surety.customers as c
-        join surety.idempotency_keys as i on i.merchant_id = c.merchant_id and i.route like 'POST /v1/customers%'
-        where c.id = p_customer_id and i.response like '{%' and i.response::json ->> 'id' = c.id
+        -- api.complete_command keeps the customer's id with the answers about it and its payment methods.
+        join surety.idempotency_keys as i on i.merchant_id = c.merchant_id and i.payment_id = c.id
+        where c.id = p_customer_id
     ));
     v_counts := jsonb_build_object('idempotency_keys', v_count);
     update surety.payment_methods
