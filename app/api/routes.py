@@ -355,7 +355,7 @@ OPERATOR_ROUTES = [
         "/v1/operator/holds/{payment_id}",
         get_hold,
         {200: HeldPayment},
-        ("unauthenticated", *KEY_PROBLEMS, "forbidden", "not-found", "overloaded", "unavailable"),
+        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "not-found", "overloaded", "unavailable"),
         tag="operators",
         scope="holds:read",
     ),
