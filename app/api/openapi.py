@@ -185,7 +185,8 @@ def documentation_assets() -> Router:
 
 def openapi_document(routes: Sequence[Route]) -> JsonDocument:
     """The description of the routes as OpenAPI 3.1."""
-    types = [ProblemDocument, *(row.body for row in routes if row.body), *(row.query for row in routes if row.query)]
+    bodies = [row.body for row in routes if row.body and row.method != "DELETE"]
+    types = [ProblemDocument, *bodies, *(row.query for row in routes if row.query)]
     types += [answer for row in routes for answer in row.answers.values()]
     types += KINDS_OF_EVENTS
     _, components = msgspec.json.schema_components(types, ref_template=REFERENCE)
@@ -200,7 +201,7 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
     components[Event.__name__] = choice_by_type(Event, KINDS_OF_EVENTS)
     components[NewCard.__name__] |= CARD_IS_NEW_OR_SAVED
     components[NewPayment.__name__] |= PAYER_RETURNS_OR_IS_ABSENT
-    requests = {row.body.__name__ for row in routes if row.body}
+    requests = {body.__name__ for body in bodies}
     for struct, component in components.items():
         if "description" in component:
             component["description"] = cleandoc(component["description"])
@@ -255,7 +256,8 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
     }
     if parameters:
         operation["parameters"] = parameters
-    if row.body is not None:
+    # A body without fields, which a DELETE may leave out, is not shown: some clients can't send one.
+    if row.body is not None and row.method != "DELETE":
         reference = {"$ref": REFERENCE.format(name=row.body.__name__)}
         # No body is read as an empty object.
         is_required = any(field.required for field in msgspec.structs.fields(row.body))
