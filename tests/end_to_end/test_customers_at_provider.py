@@ -218,3 +218,29 @@ async def test_removed_method_is_detached_at_the_provider(
     assert attempts(conn) == []
     problems = create(conn, [request(key_hash, method_token=None, saved_method=saved, off_session=True)])
     assert problems[0]["detail"]["rule"] == "detached"
+
+
+@pytest.mark.parametrize("is_erased_before_its_method_is_saved", [False, True])
+async def test_erased_customer_keeps_no_method_at_the_provider(
+    conn: Connection,
+    sandbox: SandboxProcess,
+    worker: Worker,
+    key_hash: bytes,
+    *,
+    is_erased_before_its_method_is_saved: bool,
+) -> None:
+    customer = command(conn, "create_customer", key_hash)["id"]
+    [payment] = pay(conn, key_hash, customer_id=customer, **SAVING)
+    await run(worker, "submit", "confirm", *(() if is_erased_before_its_method_is_saved else ("save_method",)))
+    for _ in range(2):
+        conn.execute("select surety.erase_payment(%s)", (payment,))
+        conn.execute("select surety.erase_customer(%s, surety.time_now())", (customer,))
+    await run(worker)
+    [(_, _, method)] = methods_of(conn, customer)
+    assert sandbox.get(f"/v1/payment_methods/{method}")["customer"] is None
+    row = conn.execute("select mandate, fingerprint, detached_at is not null from surety.payment_methods").fetchone()
+    assert row == ({}, None, True)
+    types = conn.execute("select type from outbox.events where aggregate_id = %s order by xid, id", (customer,))
+    made = [type for (type,) in types if type not in ("customer.created", "customer.payment_method_saved")]
+    assert sorted(made) == ["customer.payment_method_detached", "customer.updated"]
+    assert attempts(conn) == []

@@ -203,16 +203,25 @@ as $$
 declare
     v_method surety.payment_methods;
     v_customer surety.customers;
+    v_type text;
 begin
     insert into surety.payment_methods as m (
         id, customer_id, merchant_id, type, brand, last4, exp_month, exp_year, country, fingerprint, provider_id, usage,
-        mandate, payment_id, created_at
+        mandate, payment_id, created_at, detached_at
     )
     select
         surety.new_id('spm', p_at), p.customer_id, p.merchant_id, 'card', p_method ->> 'brand', p_method ->> 'last4',
         (p_method ->> 'exp_month')::smallint, (p_method ->> 'exp_year')::smallint, p_method ->> 'country',
-        p_method ->> 'fingerprint', p_method ->> 'id', p.save_method ->> 'usage', p.save_method -> 'mandate', p.id, p_at
-    from surety.payments as p where p.id = p_payment_id and p.save_method is not null
+        case when not erased.is_erased then p_method ->> 'fingerprint' end, p_method ->> 'id',
+        p.save_method ->> 'usage', case when erased.is_erased then '{}' else p.save_method -> 'mandate' end, p.id,
+        p_at, case when erased.is_erased then p_at end
+    from surety.payments as p
+    join surety.customers as c on c.id = p.customer_id
+    -- An erasure has removed the payer's consent: the method is not kept, and a worker detaches it at the provider.
+    cross join lateral (
+        select c.erased_at is not null or not coalesce(p.save_method ? 'mandate', false) as is_erased
+    ) as erased
+    where p.id = p_payment_id and p.save_method is not null
     -- The method is saved already: of another payment, or by another worker.
     on conflict (customer_id, provider_id) do nothing
     returning m.* into v_method;
@@ -220,14 +229,19 @@ begin
         return '{}';
     end if;
     select c.* into v_customer from surety.customers as c where c.id = v_method.customer_id;
-    perform surety.emit_method_event(v_customer, v_method.id, 'customer.payment_method_saved', p_at);
-    return array['customer.payment_method_saved'];
+    v_type := case
+        when v_method.detached_at is null then 'customer.payment_method_saved'
+        else 'customer.payment_method_detached'
+    end;
+    perform surety.emit_method_event(v_customer, v_method.id, v_type, p_at);
+    return array[v_type];
 end;
 $$;
 
 comment on function surety.record_saved_method(text, jsonb, timestamptz) is
 'Saves the payment method of a payment that asked for it, as the provider shows it: {id, brand?, last4?, exp_month?,
-exp_year?, country?, fingerprint?}. Returns the types of the events made.';
+exp_year?, country?, fingerprint?}. If the payer''s data were erased since, it is detached instead. Returns the types of
+the events made.';
 
 create or replace function surety.record_customer_results(p_results jsonb) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp

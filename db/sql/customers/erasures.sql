@@ -317,9 +317,17 @@ create or replace function surety.erase_customer(p_customer_id text, p_at timest
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+    v_customer surety.customers;
+    v_detached text [];
     v_counts jsonb;
     v_count bigint;
 begin
+    select c.* into v_customer from surety.customers as c where c.id = p_customer_id for no key update;
+    v_detached := array(
+        select m.id from surety.payment_methods as m
+        where m.customer_id = p_customer_id and m.detached_at is null
+        order by m.id
+    );
     v_count := surety.erase_answers(array(
         select i from surety.customers as c
         -- api.complete_command keeps the customer's id with the answers about it and its payment methods.
@@ -337,15 +345,22 @@ begin
     set email = null, name = null, phone = null, description = null, shipping = null, metadata = '{}',
         provider_failure = null, version = version + 1, provider_version = version + 1, erased_at = p_at,
         updated_at = p_at
-    where id = p_customer_id and erased_at is null;
+    where id = p_customer_id and erased_at is null
+    returning * into v_customer;
     get diagnostics v_count = row_count;
+    -- A worker detaches the methods at the provider.
+    perform surety.emit_method_event(v_customer, d.id, 'customer.payment_method_detached', p_at)
+    from unnest(v_detached) as d (id);
+    if v_count > 0 then
+        perform surety.emit_customer_event(v_customer, 'customer.updated', p_at);
+    end if;
     return v_counts || jsonb_build_object('customers', v_count);
 end;
 $$;
 
 comment on function surety.erase_customer(text, timestamptz) is
-'Removes a customer''s data, and detaches its saved payment methods. Its payments are erased by surety.erase_payment.
-Returns how many rows of which table.';
+'Removes a customer''s data, and detaches its saved payment methods, with events about both. Its payments are erased by
+surety.erase_payment. Returns how many rows of which table.';
 
 create or replace function surety.find_erasable(p_merchant_id text, p_email text, p_payment_id text, p_customer_id text)
 returns table (payment_ids text[], customer_ids text[], provider_ids text[])
