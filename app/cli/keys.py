@@ -23,6 +23,7 @@ from db.errors import SuretyError
 from db.settings import load_settings
 
 SCOPES = ("disputes:write", "payments:write", "read", "refunds:write")
+DEFAULT_NAME = "default"
 TOO_MANY_KEYS = "SU010"
 DAYS_MAX = 3650
 OVERLAP_HOURS_MAX = 24 * 90
@@ -71,8 +72,10 @@ keys.add_command(key_limits)
 
 @keys.command()
 @click.argument("merchant_id", required=False)
-@click.option("--name", default="default", show_default=True, help="The system that will hold the key.")
-@click.option("--scope", "scopes", multiple=True, type=click.Choice(SCOPES), help="A right of the key; default: all.")
+@click.option("--name", help=f"The system that will hold a merchant's key; default: {DEFAULT_NAME}.")
+@click.option(
+    "--scope", "scopes", multiple=True, type=click.Choice(SCOPES), help="A right of a merchant's key; default: all."
+)
 @click.option(
     "--network", "networks", multiple=True, metavar="CIDR", callback=parse_key_networks,
     help="Valid only from this network, such as 203.0.113.0/24; default: from everywhere.",
@@ -82,7 +85,7 @@ keys.add_command(key_limits)
 @click.option("--role", type=click.Choice(ROLES), help="For an operator's key: a lesser role than the operator's.")
 def create(
     merchant_id: str | None,
-    name: str,
+    name: str | None,
     scopes: tuple[str, ...],
     networks: list[str],
     days: int | None,
@@ -94,8 +97,7 @@ def create(
     A merchant's key gives access to the merchant's payments only, an operator's key to /v1/operator only. A merchant
     has at most two active keys of one name with the same scopes.
     """
-    if (merchant_id is None) == (operator is None):
-        raise SuretyError("give a MERCHANT_ID, or --operator NAME")
+    require_fitting_options(merchant_id, operator, name, scopes, role)
     with connect("deploy", load_settings()) as conn:
         if operator is not None:
             click.echo(create_for_operator(conn, operator, role, networks, days))
@@ -108,12 +110,28 @@ def create(
                 " surety.time_now() + make_interval(days => %s))",
                 (
                     *(merchant_id, key.hash, key.hint, by),
-                    *(name, list(scopes or SCOPES), networks, days),
+                    *(DEFAULT_NAME if name is None else name, list(scopes or SCOPES), networks, days),
                 ),
             )
         except psycopg.Error as error:
             raise refusal_of(error, merchant_id) from None
     click.echo(key.text)
+
+
+def require_fitting_options(
+    merchant_id: str | None, operator: str | None, name: str | None, scopes: tuple[str, ...], role: str | None
+) -> None:
+    """Raises SuretyError unless the key is for one holder, and for options of the other kind of key."""
+    if merchant_id is not None and operator is not None:
+        raise SuretyError("give a MERCHANT_ID or --operator NAME, not both: a key belongs to one of them")
+    if merchant_id is None and operator is None:
+        raise SuretyError("give a MERCHANT_ID, or --operator NAME")
+    if operator is None and role is not None:
+        raise SuretyError("--role: only an operator's key has a role; limit a merchant's key by --scope")
+    if operator is not None and scopes:
+        raise SuretyError("--scope: only a merchant's key has scopes; limit an operator's key by --role")
+    if operator is not None and name is not None:
+        raise SuretyError("--name: only a merchant's key has a name; an operator's key has its operator's")
 
 
 def is_live(conn: psycopg.Connection[tuple[Any, ...]]) -> bool:
