@@ -76,37 +76,64 @@ def erase_all(
 
     Raises SuretyError if nothing is found.
     """
-    [(payments, customers, provider_ids)] = conn.execute(
-        "select * from surety.find_erasable(%s, %s, %s, %s)", (merchant_id, email, payment_id, customer_id)
-    ).fetchall()
-    if not payments and not customers:
-        raise SuretyError(f"nothing of {merchant_id} was found: no payment and no customer")
-    rows = conn.execute(
-        "select p.id, surety.why_not_erasable(p) from surety.payments as p where p.id = any(%s)", (payments,)
-    ).fetchall()
-    refused = {payment: reason for payment, reason in rows if reason is not None}
-    erasable = [payment for payment in payments if payment not in refused]
     counts: Counter[str] = Counter()
-    # In this order a repetition after a kill finds the rest: first the ids with which later events are compared, last
-    # the labels and addresses by which payments and customers are found.
-    conn.execute("select surety.begin_erasure(%s)", ([*erasable, *customers],))
-    oldest = min(id.partition("_")[2] for id in [*payments, *customers])
-    counts["provider_events"] += redact_events(conn, f"whk_{oldest[:ID_DIGITS]}")
-    for payment in erasable:
-        changed = count(counts, conn, "select surety.erase_payment(%s)", payment)
-        if "refused" in changed:
-            refused[payment] = changed["refused"]
-    if not refused:
-        for customer in customers:
-            count(counts, conn, "select surety.erase_customer(%s, surety.time_now())", customer)
+    found: set[str] = set()
+    named: set[str] = set()
+    erased: set[str] = set()
+    # Until nothing new is found: a payment can be accepted meanwhile.
+    while True:
+        payments, customers, provider_ids = find(conn, merchant_id, email, payment_id, customer_id)
+        if not erased and not payments and not customers:
+            raise SuretyError(f"nothing of {merchant_id} was found: no payment and no customer")
+        found.update(payments)
+        named.update(provider_ids)
+        rows = conn.execute(
+            "select p.id, surety.why_not_erasable(p) from surety.payments as p where p.id = any(%s)", (payments,)
+        ).fetchall()
+        refused = {payment: reason for payment, reason in rows if reason is not None}
+        new_payments = [payment for payment in payments if payment not in refused and payment not in erased]
+        new_customers = [customer for customer in customers if not refused and customer not in erased]
+        if not new_payments and not new_customers:
+            break
+        erased |= erase_found(conn, counts, new_payments, new_customers)
     subject = {"payment": payment_id, "customer": customer_id, "email_digest": digest_of(conn, email)}
-    found = {"rows": dict(counts), "payments": len(payments), "in_progress": len(refused)}
-    snapshot = found | {name: value for name, value in subject.items() if value is not None}
+    totals = {"rows": dict(counts), "payments": len(found), "in_progress": len(refused)}
+    snapshot = totals | {name: value for name, value in subject.items() if value is not None}
     conn.execute(
         "select surety.audit_operator_action(%s, %s, 'payer erased', %s)",
         (by, merchant_id, Jsonb(snapshot)),
     )
-    return counts, refused, provider_ids
+    return counts, refused, sorted(named)
+
+
+def find(
+    conn: Connection, merchant_id: str, email: str | None, payment_id: str | None, customer_id: str | None
+) -> tuple[list[str], list[str], list[str]]:
+    """The ids of the payments and customers that match, and of their objects at the provider."""
+    [row] = conn.execute(
+        "select * from surety.find_erasable(%s, %s, %s, %s)", (merchant_id, email, payment_id, customer_id)
+    ).fetchall()
+    return row
+
+
+def erase_found(conn: Connection, counts: Counter[str], payments: list[str], customers: list[str]) -> set[str]:
+    """Erase payments and customers, and count the rows; returns the ids of those that were not refused."""
+    # In this order a repetition after a kill finds the rest: first the ids with which later events are compared, last
+    # the labels and addresses by which payments and customers are found.
+    conn.execute("select surety.begin_erasure(%s)", ([*payments, *customers],))
+    oldest = min(id.partition("_")[2] for id in [*payments, *customers])
+    counts["provider_events"] += redact_events(conn, f"whk_{oldest[:ID_DIGITS]}")
+    erased = {
+        payment
+        for payment in payments
+        if "refused" not in count(counts, conn, "select surety.erase_payment(%s)", payment)
+    }
+    erased |= {
+        customer
+        for customer in customers
+        if "refused" not in count(counts, conn, "select surety.erase_customer(%s, surety.time_now())", customer)
+    }
+    return erased
 
 
 def count(counts: Counter[str], conn: Connection, query: str, subject: str) -> dict[str, Any]:

@@ -233,6 +233,7 @@ async def test_erased_customer_keeps_no_method_at_the_provider(
     [payment] = pay(conn, key_hash, customer_id=customer, **SAVING)
     await run(worker, "submit", "confirm", *(() if is_erased_before_its_method_is_saved else ("save_method",)))
     for _ in range(2):
+        conn.execute("select surety.begin_erasure(%s)", ([payment, customer],))
         conn.execute("select surety.erase_payment(%s)", (payment,))
         conn.execute("select surety.erase_customer(%s, surety.time_now())", (customer,))
     await run(worker)

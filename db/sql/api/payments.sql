@@ -367,6 +367,7 @@ begin
     end if;
 
     if array_remove(v_labels, null) <> '{}' then
+        perform surety.refuse_erased_customers(v_labels);
         insert into surety.payment_labels (merchant_id, name, value, payment_id)
         select a.merchant_id, l.key, l.value, a.id
         from unnest(v_merchants, v_ids, v_labels) as a (merchant_id, id, labels)

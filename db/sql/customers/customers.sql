@@ -1,4 +1,4 @@
--- Customers: their events.
+-- Customers: their events, and payments that meet their erasure.
 
 create or replace function surety.emit_customer_event(p_customer surety.customers, p_type text, p_at timestamptz)
 returns text
@@ -34,3 +34,21 @@ end;
 
 comment on function surety.emit_method_event(surety.customers, text, text, timestamptz) is
 'Emits an event about a saved payment method of a customer and returns its id.';
+
+create or replace function surety.refuse_erased_customers(p_labels jsonb[]) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- An erasure locks its customer against the foreign keys of new payments (surety.erase_customer). One that was
+    -- committed before them is found here: the batch is repeated, and refuses them.
+    if exists (
+        select from unnest(p_labels) as l (label) join surety.customers as c on c.id = l.label ->> 'customer.id'
+        where c.erased_at is not null
+    ) then
+        raise exception 'a customer was erased meanwhile' using errcode = 'serialization_failure';
+    end if;
+end;
+$$;
+
+comment on function surety.refuse_erased_customers(jsonb[]) is
+'Raises serialization_failure if a customer of new payments, given by their labels, was erased while they were stored.';

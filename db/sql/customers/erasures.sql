@@ -318,11 +318,25 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_customer surety.customers;
+    v_refused text;
     v_detached text [];
     v_counts jsonb;
     v_count bigint;
 begin
-    select c.* into v_customer from surety.customers as c where c.id = p_customer_id for no key update;
+    -- Waits for payments that are being stored, by the locks of their foreign keys: the next statement sees them. Later
+    -- ones wait for this transaction, and are refused (surety.refuse_erased_customers).
+    select c.* into v_customer from surety.customers as c where c.id = p_customer_id for update;
+    select p.id || ': ' || coalesce(surety.why_not_erasable(p), 'not erased yet') into v_refused
+    from surety.payment_labels as l
+    join surety.payments as p on p.id = l.payment_id
+    where (l.merchant_id, l.name, l.value) = (v_customer.merchant_id, 'customer.id', p_customer_id) and (
+        surety.why_not_erasable(p) is not null
+        or not exists (select from surety.erasures as e where e.subject_id = p.id))
+    order by p.id
+    limit 1;
+    if found then
+        return jsonb_build_object('refused', v_refused);
+    end if;
     v_detached := array(
         select m.id from surety.payment_methods as m
         where m.customer_id = p_customer_id and m.detached_at is null
@@ -360,7 +374,8 @@ $$;
 
 comment on function surety.erase_customer(text, timestamptz) is
 'Removes a customer''s data, and detaches its saved payment methods, with events about both. Its payments are erased by
-surety.erase_payment. Returns how many rows of which table.';
+surety.erase_payment before. Returns how many rows of which table, or {"refused": "id: why"} for a customer that has a
+payment in progress, or one that is not erased.';
 
 create or replace function surety.find_erasable(p_merchant_id text, p_email text, p_payment_id text, p_customer_id text)
 returns table (payment_ids text[], customer_ids text[], provider_ids text[])
