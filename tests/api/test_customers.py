@@ -253,7 +253,7 @@ def test_payment_that_saves_its_method_keeps_the_mandate(merchant: Merchant, rig
 def test_saved_methods_of_a_customer_are_listed_until_they_are_removed(merchant: Merchant, rights: Connection) -> None:
     customer = new_customer(merchant)["id"]
     path = f"/v1/customers/{customer}/payment_methods"
-    first, second = save_method(rights, merchant, customer), save_method(rights, merchant, customer)
+    first, second = sorted(save_method(rights, merchant, customer) for _ in range(2))
     assert [each["id"] for each in merchant.get(path)["data"]] == [second, first]
     assert [each["id"] for each in merchant.get(path, starting_after=second)["data"]] == [first]
     for _ in range(2):
@@ -266,6 +266,32 @@ def test_saved_methods_of_a_customer_are_listed_until_they_are_removed(merchant:
     assert types == ["customer.created", "customer.payment_method_detached"]
     body = payment(payment_method={"type": "card", "saved": first}, off_session=True)
     assert errors_of(merchant.post(body)) == [("/payment_method/saved", "detached")]
+
+
+@pytest.mark.parametrize("change", ["detached_at = now()", "exp_year = 2024"])
+def test_repeated_payment_gets_its_first_answer_after_its_method_has_gone(
+    merchant: Merchant, rights: Connection, change: str
+) -> None:
+    saved = save_method(rights, merchant, new_customer(merchant)["id"])
+    body, key = payment(payment_method={"type": "card", "saved": saved}, off_session=True), unique_name("key")
+    first = merchant.post(body, key=key)
+    rights.execute(f"update surety.payment_methods set {change} where id = %s".encode(), (saved,))
+    again = merchant.post(body, key=key)
+    assert (first.status_code, again.status_code, again.content) == (201, 201, first.content)
+    other = body | {"amount": body["amount"] + 1}
+    assert merchant.post(other, key=key).json()["type"].endswith("idempotency-key-reused")
+    assert errors_of(merchant.post(other))[0][0] == "/payment_method/saved"
+    assert merchant.count() == 1
+
+
+def test_payment_by_a_removed_method_keeps_no_key_and_no_reference(merchant: Merchant, rights: Connection) -> None:
+    customer, key, reference = new_customer(merchant)["id"], unique_name("key"), unique_name("order")
+    saved = save_method(rights, merchant, customer, detached_at="2026-01-01T00:00:00Z")
+    by_saved = payment(payment_method={"type": "card", "saved": saved}, off_session=True, reference=reference)
+    for _ in range(2):
+        assert errors_of(merchant.post(by_saved, key=key)) == [("/payment_method/saved", "detached")]
+    assert merchant.post(payment(reference=reference), key=key).status_code == 201
+    assert merchant.count() == 1
 
 
 def test_saved_method_is_removed_by_its_own_customer_only(merchant: Merchant, rights: Connection) -> None:

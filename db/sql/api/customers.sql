@@ -238,3 +238,38 @@ comment on function api.detach_payment_method(jsonb) is
 'Removes a saved payment method: no payment can name it any more, and a worker detaches it at the provider. p_request as
 for api.admit_command, with payment_method_id, the ids of customer and method with / between. 200 and the method,
 also if it was removed before. Problems: not-found.';
+
+create or replace function api.check_customer(
+    p_merchant_id text, p_customer_id text, p_saved_method text, p_at timestamptz
+) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select
+        case
+            when p_customer_id is not null and customers.id is null
+                then jsonb_build_object('field', '/customer_id', 'rule', 'known', 'given', p_customer_id)
+            when customers.erased_at is not null
+                then jsonb_build_object('field', '/customer_id', 'rule', 'erased', 'given', customers.id)
+            when p_saved_method is not null and methods.id is null
+                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'known', 'given', p_saved_method)
+            when methods.customer_id <> customers.id
+                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'owner', 'given', p_saved_method)
+            when methods.detached_at is not null
+                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'detached', 'given', p_saved_method)
+            -- A day of grace: the card is valid until its month has ended everywhere.
+            when
+                make_date(methods.exp_year, methods.exp_month, 1) + interval '1 month 1 day' < p_at at time zone 'UTC'
+                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'expired', 'given', p_saved_method)
+        end
+    from (values (p_merchant_id)) as asked (merchant_id)
+    left join surety.payment_methods as methods
+        on asked.merchant_id = methods.merchant_id and methods.id = p_saved_method
+    left join surety.customers
+        on
+            asked.merchant_id = customers.merchant_id
+            and customers.id = coalesce(p_customer_id, methods.customer_id);
+end;
+
+comment on function api.check_customer(text, text, text, timestamptz) is
+'The rule that a payment''s customer or saved payment method breaks: {field, rule, given}; null if none. Either id may
+be null. The rule is known, erased, owner (the method is another customer''s), detached or expired.';

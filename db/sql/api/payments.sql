@@ -65,41 +65,6 @@ end;
 comment on function api.whole_steps(bigint, text) is
 'The largest amount up to p_amount that the provider accepts in this currency, in minor units.';
 
-create or replace function api.check_customer(
-    p_merchant_id text, p_customer_id text, p_saved_method text, p_at timestamptz
-) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp
-begin atomic
-    select
-        case
-            when p_customer_id is not null and customers.id is null
-                then jsonb_build_object('field', '/customer_id', 'rule', 'known', 'given', p_customer_id)
-            when customers.erased_at is not null
-                then jsonb_build_object('field', '/customer_id', 'rule', 'erased', 'given', customers.id)
-            when p_saved_method is not null and methods.id is null
-                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'known', 'given', p_saved_method)
-            when methods.customer_id <> customers.id
-                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'owner', 'given', p_saved_method)
-            when methods.detached_at is not null
-                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'detached', 'given', p_saved_method)
-            -- A day of grace: the card is valid until its month has ended everywhere.
-            when
-                make_date(methods.exp_year, methods.exp_month, 1) + interval '1 month 1 day' < p_at at time zone 'UTC'
-                then jsonb_build_object('field', '/payment_method/saved', 'rule', 'expired', 'given', p_saved_method)
-        end
-    from (values (p_merchant_id)) as asked (merchant_id)
-    left join surety.payment_methods as methods
-        on asked.merchant_id = methods.merchant_id and methods.id = p_saved_method
-    left join surety.customers
-        on
-            asked.merchant_id = customers.merchant_id
-            and customers.id = coalesce(p_customer_id, methods.customer_id);
-end;
-
-comment on function api.check_customer(text, text, text, timestamptz) is
-'The rule that a payment''s customer or saved payment method breaks: {field, rule, given}; null if none. Either id may
-be null. The rule is known, erased, owner (the method is another customer''s), detached or expired.';
-
 create or replace function api.new_payment(
     p_id text, p_merchant_id text, p_amount_minor bigint, p_currency text, p_rail text, p_capture_method text,
     p_method_token text, p_reference text, p_description text, p_statement_descriptor_suffix text, p_return_url text,
@@ -173,6 +138,7 @@ declare
     v_limits text [] := '{}';
     -- By the ids of payments: {problem, detail}, and what a velocity rule found.
     v_refusals jsonb := '{}';
+    v_unpayable jsonb;
     v_holds jsonb := '{}';
 begin
     -- The merchant, as api.identify_merchant finds it, and the problem of the request, if any. Without a problem of
@@ -189,10 +155,11 @@ begin
                 when c.currency is null or r.amount not between c.minimum_minor and c.maximum_minor
                     or r.amount % c.step_minor <> 0
                     then 'invalid-request'
-                when (r.customer_id is not null or r.saved_method is not null) and m.id is not null
-                    and api.check_customer(m.id, r.customer_id, r.saved_method, v_now) is not null
-                    then 'invalid-request'
-            end as problem
+            end as problem,
+            case
+                when r.customer_id is not null or r.saved_method is not null
+                    then api.check_customer(m.id, r.customer_id, r.saved_method, v_now)
+            end as broken_rule
         from json_to_recordset(p_requests) as r (
             n integer, key_hash text, request_id text, address text, api_version text, idempotency_key text,
             request_hash text, amount bigint, currency text, rail text, method_token text, capture_method text,
@@ -236,9 +203,7 @@ begin
         array_agg(a.n), array_agg(a.merchant_id), array_agg(a.idempotency_key),
         array_agg(decode(a.request_hash, 'hex')), array_agg(a.problem),
         array_agg(case
-            when a.problem = 'invalid-request' then coalesce(
-                api.check_amount_bounds(a.amount, a.currency),
-                api.check_customer(a.merchant_id, a.customer_id, a.saved_method, v_now))
+            when a.problem = 'invalid-request' then api.check_amount_bounds(a.amount, a.currency)
         end),
         array_agg(a.reference), array_agg(case when a.is_first then a.new_id end),
         array_agg(coalesce(a.provider_account = any(v_cut_off), false)),
@@ -259,15 +224,19 @@ begin
             p_snapshot => jsonb_build_object(
                 'route', v_route, 'api_version', a.api_version, 'idempotency_key', a.idempotency_key,
                 'amount', a.amount, 'currency', a.currency)
-        )) filter (where a.is_first)
+        )) filter (where a.is_first),
+        coalesce(
+            jsonb_object_agg(a.new_id, jsonb_build_object('problem', 'invalid-request', 'detail', a.broken_rule))
+            filter (where a.is_first and a.broken_rule is not null), '{}')
     into
         v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids,
-        v_are_cut_off, v_labels, v_payments, v_keys, v_entries
+        v_are_cut_off, v_labels, v_payments, v_keys, v_entries, v_unpayable
     from asked as a cross join lateral api.show_payment(a.payment) as shown;
 
     if v_payments is not null then
-        -- A reference in use, or an account that is cut off, refuses the request: its key must not be kept, as nothing
-        -- took effect. Both are decided behind the key, so that a repetition gets its first answer.
+        -- A reference in use, an account that is cut off, or a payment method that was removed refuses the request: its
+        -- key must not be kept, as nothing took effect. All are decided behind the key, so that a repetition gets its
+        -- first answer.
         with keyed as (
             insert into surety.idempotency_keys as i (
                 merchant_id, route, key, request_hash, payment_id, status, response, created_at
@@ -285,6 +254,7 @@ begin
             select p.merchant_id, p.reference, p.id
             from won cross join unnest(v_payments) as p
             where p.reference is not null and p.id = any(won.ids) and p.provider_account <> all(v_cut_off)
+                and not v_unpayable ? p.id
         ),
         referred as (
             insert into surety.payment_references as r (merchant_id, reference, payment_id)
@@ -297,6 +267,10 @@ begin
             (select w.ids from won as w),
             (select array_agg(w.id) from wanted as w where w.id not in (select r.payment_id from referred as r))
         into v_won, v_taken;
+        if v_unpayable <> '{}' then
+            v_taken := nullif(array(select w.id from unnest(v_won) as w (id) where v_unpayable ? w.id), '{}')
+                || v_taken;
+        end if;
         if v_cut_off <> '{}' then
             v_taken := nullif(v_taken || array(
                 select p.id from unnest(v_payments) as p
@@ -320,6 +294,7 @@ begin
                 v_taken := coalesce(v_taken, '{}') || array(select jsonb_object_keys(v_refusals));
             end if;
         end if;
+        v_refusals := v_refusals || v_unpayable;
         if v_taken is not null then
             delete from surety.idempotency_keys as i
             using unnest(v_keys) as k
