@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from jobs.drain import claim_batch, handle_batch
+from jobs.handlers.calls import record_event_results
+from jobs.handlers.customers import UPDATE_CUSTOMER, begin, make_customer_call
 from jobs.handlers.table import HANDLERS
 from jobs.polling import poll_unfinished
 from jobs.worker import Worker
@@ -139,6 +141,28 @@ async def test_changes_are_passed_on_and_removed_fields_too(
     [found] = sandbox.get("/v1/customers")["data"]
     assert (found["phone"], found["name"]) == (None, "Ada King")
     assert at_provider(conn, customer) == (found["id"], 3, 3, None)
+
+
+async def test_change_that_arrives_after_a_newer_one_is_followed_by_the_present_data(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    customer = command(conn, "create_customer", key_hash, name="Ada")["id"]
+    pay(conn, key_hash, customer_id=customer)
+    await run(worker)
+    command(conn, "update_customer", key_hash, customer_id=customer, name="Ada King")
+    batch = await claim_batch(worker, "update_customer")
+    assert batch is not None
+    [call] = await begin(UPDATE_CUSTOMER, worker, batch, list(batch.event_ids))
+    # The worker stands still here, for longer than any request is under way.
+    conn.execute("update surety.customer_calls set last_sent_at = last_sent_at - interval '3 minutes'")
+    command(conn, "update_customer", key_hash, customer_id=customer, name="Ada Lovelace")
+    await run(worker, "update_customer")
+    result = await make_customer_call(UPDATE_CUSTOMER, worker, batch, call)
+    assert sandbox.get("/v1/customers")["data"][0]["name"] == "Ada King"
+    await record_event_results(worker, batch, [{"event_id": call.event_id} | result])
+    await run(worker, "update_customer")
+    [found] = sandbox.get("/v1/customers")["data"]
+    assert (found["name"], at_provider(conn, customer)[1:]) == ("Ada Lovelace", (3, 3, None))
 
 
 async def test_change_that_the_provider_refuses_is_shown_without_the_address(

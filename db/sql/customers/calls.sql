@@ -243,6 +243,28 @@ comment on function surety.record_saved_method(text, jsonb, timestamptz) is
 exp_year?, country?, fingerprint?}. If the payer''s data were erased since, it is detached instead. Returns the types of
 the events made.';
 
+create or replace function surety.repeat_overtaken_update(p_customer_id text, p_version integer, p_at timestamptz)
+returns text[]
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_customer surety.customers;
+begin
+    update surety.customers as c set provider_version = p_version
+    where c.id = p_customer_id and c.provider_version > p_version
+    returning c.* into v_customer;
+    if not found then
+        return '{}';
+    end if;
+    perform surety.emit_customer_event(v_customer, 'customer.out_of_date', p_at);
+    return array['customer.out_of_date'];
+end;
+$$;
+
+comment on function surety.repeat_overtaken_update(text, integer, timestamptz) is
+'After the result of an update with an older version than the provider has answered about: it may have arrived late, at
+a worker or at the provider, so the present data are passed on again. Returns the types of the events made.';
+
 create or replace function surety.record_customer_results(p_results jsonb) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -271,6 +293,9 @@ begin
         update surety.customer_calls as k
         set answered_at = v_now, status = v_result.status
         where k.customer_id = v_result.id and k.operation = v_result.operation and v_result.status is not null;
+        if v_result.operation = 'update_customer' and v_result.outcome in ('answered', 'unknown') then
+            v_types := v_types || surety.repeat_overtaken_update(v_result.id, v_result.version, v_now);
+        end if;
         continue when v_result.outcome not in ('answered', 'refused');
         case
             when v_result.operation = 'create_customer' then
