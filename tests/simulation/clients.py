@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from msgspec import Struct, field
 
-from app.api.schemas.payments import PayerDetails, PaymentRequest
+from app.api.schemas.payments import MethodToSave, PayerDetails, PaymentRequest
 from app.api.versions import VERSIONS
 from app.web.batching import RefusedByDatabase, Unavailable
 from tests.simulation.database import Pool
 from tests.simulation.loop import Killed
 
 if TYPE_CHECKING:
+    from tests.simulation.customers import KnownCustomer
     from tests.simulation.schedule import Schedule
 
 PATIENCE_SECONDS = 30.0
@@ -37,6 +38,7 @@ HANDLER = {
     "submit_evidence": "evidence",
 }
 COMMANDS = tuple(HANDLER)
+CUSTOMER_HANDLER = {"update_customer": "update_customer", "detach_payment_method": "detach_method"}
 EVIDENCE_TEXTS = ("winning_evidence", "losing_evidence", "escalate_inquiry_evidence", "no more than the truth")
 
 
@@ -51,6 +53,10 @@ class WantedPayment(Struct):
     token: str
     capture_method: str
     reference: str | None
+    customer_id: str | None = None
+    saved_method: str | None = None
+    save_method: MethodToSave | None = None
+    off_session: bool = False
     answers: list[tuple[Any, ...]] = []
     """Rows of api.create_payments that were acknowledged."""
 
@@ -70,6 +76,7 @@ class WantedPayment(Struct):
     def request(self, key_hash: bytes) -> PaymentRequest:
         """The request."""
         body = f"{self.amount} {self.currency} {self.token} {self.capture_method} {self.reference}"
+        is_inline = self.customer_id is None and self.saved_method is None
         return PaymentRequest(
             n=0,
             request_id=f"req_{self.number}",
@@ -81,15 +88,18 @@ class WantedPayment(Struct):
             amount=self.amount,
             currency=self.currency,
             rail="card",
-            method_token=self.token,
+            method_token=self.token or None,
             capture_method=self.capture_method,
             reference=self.reference,
             description=None,
             statement_descriptor_suffix=None,
-            return_url="https://shop.example/return",
-            off_session=False,
-            customer=PayerDetails(email=self.email, name=f"Payer {self.number}"),
+            return_url=None if self.off_session else "https://shop.example/return",
+            off_session=self.off_session,
+            customer=PayerDetails(email=self.email, name=f"Payer {self.number}") if is_inline else None,
             metadata={},
+            customer_id=self.customer_id,
+            saved_method=self.saved_method,
+            save_method=self.save_method,
         )
 
 
@@ -154,8 +164,10 @@ def send_command(schedule: Schedule) -> None:
     )
 
 
-async def command(schedule: Schedule, wanted: WantedPayment, function: str, key: str, fields: dict[str, Any]) -> None:
-    """Send a command about a payment until it is answered."""
+async def command(
+    schedule: Schedule, wanted: WantedPayment | KnownCustomer, function: str, key: str, fields: dict[str, Any]
+) -> None:
+    """Send a command about a payment or a customer until it is answered."""
     asked = {
         "key_hash": schedule.keys[wanted.merchant].hex(),
         "request_id": f"req_{wanted.number}",
@@ -176,5 +188,5 @@ async def command(schedule: Schedule, wanted: WantedPayment, function: str, key:
         assert row is not None
         if row[1] is not None:
             wanted.command_answers.setdefault(key, []).append((row[0], row[1]))
-        schedule.schedule_handlers(HANDLER[function])
+        schedule.schedule_handlers((HANDLER | CUSTOMER_HANDLER)[function])
         return

@@ -12,7 +12,7 @@ import psycopg
 from msgspec.structs import replace
 
 from app.sandbox.settings import PLATFORM_ACCOUNT
-from tests.simulation.clients import WantedPayment
+from tests.simulation.clients import WantedPayment, send_command
 from tests.simulation.database import SimulatedDatabase
 from tests.simulation.recovery import ALL, FEW, RECOVERY_JOBS, run_periodic_jobs
 from tests.simulation.refused_access import CONNECTED_ACCOUNT
@@ -106,6 +106,6 @@ async def advance_some_payments(schedule: Schedule) -> None:
     if chance.random() < 0.5:
         await schedule.deliver_all()
     for _ in range(chance.randint(payments, 3 * payments)):
-        schedule.send_command()
+        send_command(schedule)
     await asyncio.wait(schedule.asking)
     schedule.database.set_batch_size(FEW)

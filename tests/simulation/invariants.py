@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from tests.simulation.customers import check_customers
 from tests.simulation.initial_state import CONNECTED_MERCHANT
 from tests.simulation.limits import REFUSALS, check_limits
 from tests.simulation.refused_access import check_refusals_uncounted, check_refused_payments
@@ -37,6 +38,7 @@ def check(schedule: Schedule) -> None:
     check_acknowledgements(schedule)
     check_uniqueness(schedule)
     check_limits(schedule)
+    check_customers(schedule)
     check_effects(schedule)
     check_payers(schedule)
     check_charges(schedule)
@@ -92,6 +94,9 @@ def acceptable_refusals(schedule: Schedule, wanted: WantedPayment, *, is_reused:
     refusals = {"reference-taken"} | ({"idempotency-key-reused"} if is_reused else set())
     if schedule.provider.was_refused and wanted.merchant == CONNECTED_MERCHANT:
         refusals.add("provider-account-refused")
+    if wanted.saved_method is not None:
+        # It may have been removed.
+        refusals.add("invalid-request")
     return refusals | (REFUSALS if schedule.limits.count_max else set())
 
 
@@ -169,11 +174,13 @@ def check_payers(schedule: Schedule) -> None:
     """Payers can act where they must. Their addresses reach the provider, and not the audit trail."""
     rows = schedule.database.rows(
         "select p.id from surety.payments as p where p.failure ->> 'code' = 'authentication_required'"
+        " and not p.off_session"
         " or p.state = 'requires_action' and p.next_action ->> 'url' is null"
     )
     if rows:
         schedule.report_violation("a payer can act", rows[0][0])
-    given = dict(schedule.database.rows("select id, customer from surety.payments"))
+    absent = {"email": None, "name": None}
+    given = {id: payer or absent for id, payer in schedule.database.rows("select id, customer from surety.payments")}
     for intent in schedule.provider.memory.all_of_kind("payment_intent"):
         customer = given.get(intent.body["metadata"]["surety_payment"])
         sent = {"email": intent.body["receipt_email"], "name": intent.body["metadata"].get("customer_name")}

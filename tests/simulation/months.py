@@ -12,6 +12,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from tests.simulation.clients import send_command
+from tests.simulation.customers import act_on_customer
 from tests.simulation.initial_state import draw_wanted_payments
 from tests.simulation.processes import PERIODIC_JOB_NAMES, WorkerProcess
 from tests.simulation.recovery import ALL, FEW, run_periodic_jobs
@@ -138,6 +139,7 @@ def let_people_act(schedule: Schedule) -> None:
         schedule.let_third_party_act()
     for _ in range(chance.choice((0, 1, 3))):
         send_command(schedule)
+        act_on_customer(schedule)
     if chance.random() < 0.2:
         schedule.let_payer_act()
 

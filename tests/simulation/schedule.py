@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from app.sandbox.faults import PASSING_FAULTS
 from tests.simulation.clients import WantedPayment, request_until_answered, send_command
+from tests.simulation.customers import act_on_customer, add_customers
 from tests.simulation.database import SimulatedDatabase
 from tests.simulation.initial_state import add_merchants, advance_some_payments, draw_wanted_payments
 from tests.simulation.invariants import ONLY_AT_THE_END, check, check_database_invariants
@@ -261,11 +262,12 @@ class Schedule:
             (0.5 if len(self.unasked) < len(self.wanted) else 0.0, self.request_again),
             (2.0 if self.provider.mailbox else 0.0, self.deliver_webhook),
             (0.5, self.let_payer_act),
-            (1.2, self.send_command),
+            (1.2, lambda: send_command(self)),
             (0.6, self.let_third_party_act),
             (0.5, self.inject_process_faults),
             (0.1, self.inspect),
             (0.8 if self.limits.has_holds else 0.0, lambda: decide_some_hold(self)),
+            (1.2 if self.customers else 0.0, lambda: act_on_customer(self)),
         ]
         [way] = self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])
         way()
@@ -343,10 +345,6 @@ class Schedule:
         """A payer completes or fails the requested authentication."""
         if self.provider.payer_acts():
             self.note("payer")
-
-    def send_command(self) -> None:
-        """A merchant sends a command about one of its payments."""
-        send_command(self)
 
     def let_third_party_act(self) -> None:
         """A cardholder, a bank or a dashboard user acts at the provider."""
@@ -434,6 +432,7 @@ class Schedule:
         await self.api.open()
         await advance_some_payments(self)
         self.limits = add_limits(self, draw_wanted_payments(random.Random(self.plan.seed), 4, first=500)[:4])
+        self.customers = await add_customers(self)
         self.is_calm, self.has_faults = False, True
         # Faults begin when jobs are running.
         for name in list(self.scheduled)[: JOBS_MAX * self.plan.workers]:

@@ -11,7 +11,7 @@ from tests.simulation.process_pool import process_pool, run_all, run_here
 from tests.simulation.schedule import RATES, Outcome, SchedulePlan
 
 # Smaller schedules than the command's; each recovers in full.
-SCHEDULES = 110
+SCHEDULES = 126
 STEPS = 60
 PAYMENTS = 2
 PROCESSES = 2
