@@ -23,10 +23,14 @@ NO_KEY = (
     "this needs your personal key: set SURETY_OPERATOR_KEY, or SURETY_OPERATOR_KEY_FILE to a file that only you may"
     f" read (default: {DEFAULT_KEY_FILE}); `surety operators add` makes the first admin"
 )
+LOCKED_OUT = (
+    "if no admin has a valid key, unset SURETY_OPERATOR_KEY and SURETY_OPERATOR_KEY_FILE, move"
+    f" {DEFAULT_KEY_FILE} away, and run `surety operators add NAME --email ADDRESS --role admin`"
+)
 REFUSALS = {
-    "unauthenticated": "your personal key is no operator's key of this database",
-    "key-revoked": "{actor}: this personal key was revoked, or its operator is deactivated",
-    "key-expired": "{actor}: this personal key has expired",
+    "unauthenticated": "your personal key is no operator's key of this database; " + LOCKED_OUT,
+    "key-revoked": "{actor}: this personal key was revoked, or its operator is deactivated; " + LOCKED_OUT,
+    "key-expired": "{actor}: this personal key has expired; " + LOCKED_OUT,
     "scope-missing": "{actor} may not do this: it needs the scope {scope} (surety operators roles)",
     "forbidden": "--as: {as_operator} is no active operator who may do this (scope {scope})",
 }

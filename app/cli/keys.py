@@ -25,6 +25,7 @@ from db.settings import load_settings
 SCOPES = ("disputes:write", "payments:write", "read", "refunds:write")
 DEFAULT_NAME = "default"
 TOO_MANY_KEYS = "SU010"
+ROLE_TOO_GREAT = "SU011"
 DAYS_MAX = 3650
 OVERLAP_HOURS_MAX = 24 * 90
 
@@ -78,11 +79,14 @@ keys.add_command(key_limits)
 )
 @click.option(
     "--network", "networks", multiple=True, metavar="CIDR", callback=parse_key_networks,
-    help="Valid only from this network, such as 203.0.113.0/24; default: from everywhere.",
+    help="Valid only from this network, such as 203.0.113.0/24; default: from everywhere. An operator's key is bound"
+    " for the API only, not for the command line.",
 )  # fmt: skip
 @click.option("--days", type=click.IntRange(1, DAYS_MAX), help="Expires after so many days; default: never.")
 @click.option("--operator", metavar="NAME", help="Create an operator's key instead of a merchant's.")
-@click.option("--role", type=click.Choice(ROLES), help="For an operator's key: a lesser role than the operator's.")
+@click.option(
+    "--role", type=click.Choice(ROLES), help="For an operator's key: its operator's role (default) or a lesser one."
+)
 def create(
     merchant_id: str | None,
     name: str | None,
@@ -144,12 +148,14 @@ def refusal_of(error: psycopg.Error, merchant_id: str | None) -> Exception:
     """The error of a new key as the user's, or itself."""
     if error.sqlstate == TOO_MANY_KEYS:
         return SuretyError(f"{error.diag.message_primary}: {error.diag.message_hint}")
+    if error.sqlstate == ROLE_TOO_GREAT:
+        return SuretyError(f"--role: {error.diag.message_primary}")
     match error.diag.constraint_name:
         case "api_key_belongs_to_a_merchant":
             return SuretyError(f"there is no merchant {merchant_id}")
         case "api_key_name_is_short_and_plain":
             return SuretyError("a key's name has 1 to 100 letters, digits and . _ @ -")
-        case "api_key_networks_are_few":
+        case "api_key_networks_are_few" | "operator_key_networks_are_few":
             return SuretyError("a key has at most 50 networks")
     return error
 
@@ -157,12 +163,17 @@ def refusal_of(error: psycopg.Error, merchant_id: str | None) -> Exception:
 def create_for_operator(
     conn: psycopg.Connection[tuple[Any, ...]], operator: str, role: str | None, networks: list[str], days: int | None
 ) -> str:
-    """A new key for an operator. Raises SuretyError for an unknown name."""
+    """A new key for an operator. Raises SuretyError for an unknown name and for a role greater than the operator's."""
     key = new_operator_key()
-    row = conn.execute(
-        "select surety.add_operator_key(%s, %s, %s, %s, %s, %s::cidr[], surety.time_now() + make_interval(days => %s))",
-        (operator, key.hash, key.hint, authorize(conn, "operators:write"), role, networks, days),
-    ).fetchone()
+    by = authorize(conn, "operators:write")
+    try:
+        row = conn.execute(
+            "select surety.add_operator_key(%s, %s, %s, %s, %s, %s::cidr[],"
+            " surety.time_now() + make_interval(days => %s))",
+            (operator, key.hash, key.hint, by, role, networks, days),
+        ).fetchone()
+    except psycopg.Error as error:
+        raise refusal_of(error, None) from None
     if row is None or row[0] is None:
         raise SuretyError(f"there is no active operator {operator}")
     return key.text

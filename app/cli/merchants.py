@@ -30,7 +30,9 @@ PLATFORM = "platform"
 LIST_MERCHANTS = """
     select
         m.id, m.name, nullif(m.provider_account, '') as account,
-        count(k.id) filter (where k.revoked_at is null) as keys, surety.format_time(m.created_at) as created_at,
+        count(k.id) filter (
+            where k.revoked_at is null and (k.expires_at is null or k.expires_at > surety.time_now())) as keys,
+        surety.format_time(m.created_at) as created_at,
         surety.format_time(m.suspended_at) as suspended_at,
         nullif(l.requests_per_second, 0) as requests_per_second, nullif(l.burst, 0) as burst,
         l.is_default as has_default_limit

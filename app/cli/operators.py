@@ -30,7 +30,8 @@ select
     o.id, o.name, o.email, o.role, o.deactivated_at is null as is_active, o.created_by,
     surety.format_time(o.created_at) as created_at,
     count(k.id) filter (
-        where k.revoked_at is null and (k.expires_at is null or k.expires_at > surety.time_now())) as keys,
+        where o.deactivated_at is null and k.revoked_at is null
+            and (k.expires_at is null or k.expires_at > surety.time_now())) as keys,
     surety.format_time(max(k.last_used_at)) as last_used_at
 from surety.operators as o left join surety.operator_keys as k on k.operator_id = o.id
 group by o.id

@@ -84,6 +84,29 @@ def test_admin_who_lost_every_key_gets_a_new_one_by_access_to_the_database(alone
     assert conn.execute("select count(*) from surety.operators").fetchall() == [(1,)]
 
 
+def test_recovery_of_a_deactivated_admin_revokes_its_old_keys(
+    alone: Run, monkeypatch: pytest.MonkeyPatch, conn: Connection
+) -> None:
+    old = add(alone, "ana")
+    monkeypatch.setenv("SURETY_OPERATOR_KEY", old)
+    said(alone("operators", "set", "ana", "--inactive"))
+    [listed] = json.loads(said(alone("operators", "list", "--json")))
+    assert (listed["is_active"], listed["keys"]) == (False, 0)
+    report = refused(alone("merchants", "add", "Acme Books"))
+    assert "if no admin has a valid key, unset SURETY_OPERATOR_KEY and SURETY_OPERATOR_KEY_FILE" in report
+    assert report.endswith("`surety operators add NAME --email ADDRESS --role admin`")
+    monkeypatch.delenv("SURETY_OPERATOR_KEY")
+    new = add(alone, "ana")
+    monkeypatch.setenv("SURETY_OPERATOR_KEY", old)
+    assert "this personal key was revoked" in refused(alone("merchants", "add", "Acme Books"))
+    monkeypatch.setenv("SURETY_OPERATOR_KEY", new)
+    said(alone("merchants", "add", "Acme Books"))
+    [listed] = json.loads(said(alone("operators", "list", "--json")))
+    assert (listed["is_active"], listed["keys"]) == (True, 1)
+    assert len(actors(conn, "operator key revoked")) == 1
+    assert len(actors(conn, "operator changed")) == 2
+
+
 @pytest.mark.parametrize("scope", COMMANDS)
 @pytest.mark.parametrize("role", ROLES)
 def test_command_is_allowed_to_the_roles_of_the_table(

@@ -87,34 +87,53 @@ end;
 comment on function surety.has_usable_admin() is
 'Whether an active admin has a valid key. Without one, access to the owner''s login may make one.';
 
+create or replace function surety.lesser_role(p_role text, p_other text) returns text
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select operator_roles.role from surety.operator_roles
+    where operator_roles.role in (p_role, p_other)
+    order by operator_roles.position limit 1;
+end;
+
+comment on function surety.lesser_role(text, text) is
+'The role that stands first in surety.operator_roles; null for unknown roles.';
+
 create or replace function surety.add_operator_key(
     p_operator text, p_hash bytea, p_hint text, p_actor text default session_user, p_role text default null,
     p_networks cidr[] default '{}', p_expires_at timestamptz default null
 ) returns text
-language sql volatile security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    with added as (
-        insert into surety.operator_keys (
-            id, operator_id, role, networks, hash, hint, created_by, created_at, expires_at
-        )
-        select
-            surety.new_id('key', surety.time_now()), operators.id, coalesce(p_role, operators.role), p_networks, p_hash,
-            p_hint, p_actor, surety.time_now(), p_expires_at
-        from surety.operators
-        where operators.name = p_operator and operators.deactivated_at is null
-        returning operator_keys.id, operator_keys.role
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_id text := surety.new_id('key', v_now);
+    v_operator surety.operators;
+    v_role text;
+begin
+    select o.* into v_operator from surety.operators as o
+    where o.name = p_operator and o.deactivated_at is null for share;
+    if not found then
+        return null;
+    end if;
+    v_role := coalesce(p_role, v_operator.role);
+    if surety.lesser_role(v_role, v_operator.role) <> v_role then
+        raise exception 'operator % has the role %, which is less than %', p_operator, v_operator.role, v_role
+            using errcode = 'SU011';
+    end if;
+    insert into surety.operator_keys (
+        id, operator_id, role, networks, hash, hint, created_by, created_at, expires_at
     )
-
-    select added.id
-    from added, surety.audit_operator_action(
+    values (v_id, v_operator.id, v_role, p_networks, p_hash, p_hint, p_actor, v_now, p_expires_at);
+    perform surety.audit_operator_action(
         p_actor, null, 'operator key created',
-        jsonb_build_object('key', added.id, 'operator', p_operator, 'hint', p_hint, 'role', added.role)
-    );
+        jsonb_build_object('key', v_id, 'operator', p_operator, 'hint', p_hint, 'role', v_role));
+    return v_id;
 end;
+$$;
 
 comment on function surety.add_operator_key(text, bytea, text, text, text, cidr[], timestamptz) is
 'Stores an operator''s key by its SHA-256 and the characters to show, and returns its id; null if there is no active
-operator of that name. p_role: a lesser role than the operator''s.';
+operator of that name. p_role: the operator''s role or a lesser one. Raises SU011 for a greater one.';
 
 create or replace function surety.add_operator(
     p_name text, p_email text, p_role text, p_hash bytea, p_hint text, p_actor text default session_user
@@ -148,7 +167,11 @@ begin
         return null;
     end if;
     if exists (select from surety.operators as o where o.name = p_name and o.role = 'admin') then
-        update surety.operators as o set deactivated_at = null where o.name = p_name;
+        -- Keys that were refused since the deactivation stay refused, except the new one.
+        perform surety.revoke_operator_key(k.id, p_actor)
+        from surety.operator_keys as k join surety.operators as o on o.id = k.operator_id
+        where o.name = p_name and o.deactivated_at is not null and k.revoked_at is null;
+        perform surety.set_operator(p_name, null, null, true, p_actor);
         return surety.add_operator_key(p_name, p_hash, p_hint, p_actor);
     end if;
     return surety.add_operator(p_name, p_email, 'admin', p_hash, p_hint, p_actor);
@@ -156,8 +179,8 @@ end;
 $$;
 
 comment on function surety.add_first_admin(text, text, bytea, text, text) is
-'Adds an admin with a key while no active admin has a valid one; an admin of that name gets a new key. Null, and nothing
-is added, otherwise.';
+'Adds an admin with a key while no active admin has a valid one; an admin of that name gets a new key,
+and is active again. If it was deactivated, its old keys are revoked. Null, and nothing is added, otherwise.';
 
 create or replace function surety.set_operator(
     p_name text, p_email text, p_role text, p_is_active boolean, p_actor text default session_user
@@ -237,9 +260,9 @@ declare
     v_now timestamptz := surety.time_now();
     v_id text := surety.new_id('key', v_now);
     v_old surety.operator_keys;
-    v_operator text;
+    v_operator surety.operators;
 begin
-    select o.name into v_operator
+    select o.* into v_operator
     from surety.operator_keys as k join surety.operators as o on o.id = k.operator_id
     where k.id = p_key_id and o.deactivated_at is null
     for update of o;
@@ -247,15 +270,15 @@ begin
     select k.* into v_old from surety.operator_keys as k
     where k.id = p_key_id and k.revoked_at is null and (k.expires_at is null or k.expires_at > v_now)
     for update;
-    if v_operator is null or not found then
+    if v_operator.id is null or not found then
         return null;
     end if;
     insert into surety.operator_keys (
         id, operator_id, role, networks, hash, hint, created_by, created_at, expires_at
     )
     values (
-        v_id, v_old.operator_id, v_old.role, v_old.networks, p_hash, p_hint, p_actor, v_now,
-        v_now + (v_old.expires_at - v_old.created_at)
+        v_id, v_old.operator_id, surety.lesser_role(v_old.role, v_operator.role), v_old.networks, p_hash, p_hint,
+        p_actor, v_now, v_now + (v_old.expires_at - v_old.created_at)
     );
     insert into surety.rate_limits (subject, requests_per_second, burst)
     select v_id, l.requests_per_second, l.burst from surety.rate_limits as l where l.subject = p_key_id;
@@ -263,13 +286,13 @@ begin
     perform surety.audit_operator_action(
         p_actor, null, 'operator key rotated',
         jsonb_build_object(
-            'key', p_key_id, 'operator', v_operator, 'hint', v_old.hint, 'successor', v_id, 'successor_hint', p_hint,
-            'expires_at', surety.format_time(least(v_old.expires_at, v_now + p_overlap))));
+            'key', p_key_id, 'operator', v_operator.name, 'hint', v_old.hint, 'successor', v_id,
+            'successor_hint', p_hint, 'expires_at', surety.format_time(least(v_old.expires_at, v_now + p_overlap))));
     return v_id;
 end;
 $$;
 
 comment on function surety.rotate_operator_key(text, bytea, text, interval, text) is
-'Stores a successor of an operator''s key, with its role, networks and rate limit, and as long a life. The old key
-expires after p_overlap at the latest. Returns the successor''s id; null for a key that is unknown, revoked or expired,
-or of an operator that is deactivated.';
+'Stores a successor of an operator''s key, with its networks and rate limit, as long a life, and its role, or the
+operator''s if that is less. The old key expires after p_overlap at the latest. Returns the successor''s id;
+null for a key that is unknown, revoked or expired, or of an operator that is deactivated.';
