@@ -10,7 +10,7 @@ from psycopg.rows import dict_row
 from rich.table import Table
 
 from app.cli.erasures import erase
-from app.cli.options import json_option
+from app.cli.options import json_option, require_merchant
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -62,6 +62,8 @@ customers.add_command(erase)
 def print_customers(merchant: str | None, email: str | None, limit: int, as_json: bool) -> None:
     """List customers, the newest first."""
     with connect("deploy", load_settings()) as conn, conn.cursor(row_factory=dict_row) as cursor:
+        if merchant is not None:
+            require_merchant(conn, merchant, "--merchant")
         asked = {"merchant": merchant, "email": email, "limit": limit}
         found = cursor.execute(LIST_CUSTOMERS, asked).fetchall()
     if as_json:

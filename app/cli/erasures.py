@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 from rich.table import Table
 
 from app.cli.identity import authorize
+from app.cli.options import require_merchant
 from app.cli.tables import print_table
 from app.wording import count_noun
 from db.connect import connect
@@ -49,19 +50,13 @@ def erase(
         raise SuretyError("give one of --email, --payment and --customer")
     with connect("deploy", load_settings()) as conn:
         by = authorize(conn, "customers:erase")
-        require_merchant(conn, merchant_id)
+        require_merchant(conn, merchant_id, "--merchant")
         with conn.transaction(force_rollback=True) if dry_run else conn.cursor():
             counts, refused, provider_ids = erase_all(conn, by, merchant_id, email, payment_id, customer_id)
     show(counts, provider_ids, dry_run=dry_run)
     if refused:
         named = "; ".join(f"{payment}: {reason}" for payment, reason in sorted(refused.items()))
         raise NotErased(f"{count_noun(len(refused), 'payment')} in progress, not erased: {named}")
-
-
-def require_merchant(conn: Connection, merchant_id: str) -> None:
-    """Raises SuretyError for an unknown merchant."""
-    if conn.execute("select from surety.merchants where id = %s", (merchant_id,)).fetchone() is None:
-        raise SuretyError(f"--merchant: there is no merchant {merchant_id}")
 
 
 def erase_all(

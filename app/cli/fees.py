@@ -12,7 +12,7 @@ from psycopg.rows import dict_row
 from rich.table import Table
 
 from app.cli.identity import authorize
-from app.cli.options import json_option
+from app.cli.options import json_option, require_currencies
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -78,6 +78,7 @@ def fees(
     amount. It is taken when a payment is captured, by the rate that was in force when the payment was accepted. So a
     change alters no payment that was accepted before it.
     """
+    currencies = tuple(currency.lower() for currency in currencies)
     is_change = basis_points is not None or fixed_minor is not None
     if effective_at is not None and not is_change:
         raise SuretyError("--from: give --basis-points or --fixed-minor, which take effect then")
@@ -105,13 +106,6 @@ def fees(
             for each in found
         ),
     )
-
-
-def require_currencies(conn: psycopg.Connection[Any], currencies: tuple[str, ...]) -> None:
-    """Raises SuretyError for a currency that is not accepted."""
-    accepted = [row[0] for row in conn.execute("select currency from surety.currencies order by currency")]
-    for unknown in set(currencies).difference(accepted):
-        raise SuretyError(f"--currency: {unknown} is not accepted; accepted are {', '.join(accepted)}")
 
 
 def set_rates(

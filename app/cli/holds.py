@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from app.cli.identity import authorize
-from app.cli.options import json_option, reason_option
+from app.cli.options import json_option, reason_option, require_merchant
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -47,6 +47,8 @@ def holds() -> None:
 def print_holds(closed: bool, merchant_id: str | None, as_json: bool) -> None:
     """List payments on hold, the oldest first; at most a thousand."""
     with connect("deploy", load_settings()) as conn:
+        if merchant_id is not None:
+            require_merchant(conn, merchant_id, "--merchant")
         rows = conn.execute(SHOW_HOLDS, (None if closed else "open", merchant_id, LISTED_MAX)).fetchall()
     found = [row[0] for row in rows]
     if as_json:

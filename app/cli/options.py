@@ -1,8 +1,12 @@
-"""Options that several commands share."""
+"""Options, and checks of them, that several commands share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import click
+import psycopg
 
 from db.errors import SuretyError
 
@@ -12,6 +16,19 @@ def require_text(_context: click.Context, _parameter: click.Parameter, reason: s
     if not reason.strip():
         raise SuretyError("--reason must say why")
     return reason
+
+
+def require_merchant(conn: psycopg.Connection[Any], merchant_id: str, option: str = "") -> None:
+    """Raises SuretyError for an unknown merchant, with the name of its option; an argument has none."""
+    if conn.execute("select from surety.merchants where id = %s", (merchant_id,)).fetchone() is None:
+        raise SuretyError(f"{option and option + ': '}there is no merchant {merchant_id}")
+
+
+def require_currencies(conn: psycopg.Connection[Any], currencies: Iterable[str]) -> None:
+    """Raises SuretyError for a currency that is not accepted."""
+    accepted = [row[0] for row in conn.execute("select currency from surety.currencies order by currency")]
+    for unknown in set(currencies).difference(accepted):
+        raise SuretyError(f"--currency: {unknown} is not accepted; accepted are {', '.join(accepted)}")
 
 
 reason_option = click.option("--reason", required=True, callback=require_text, help="The reason, for the audit trail.")

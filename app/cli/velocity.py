@@ -7,13 +7,12 @@ import re
 from datetime import timedelta
 
 import click
-import psycopg
 from psycopg.rows import dict_row
 from rich.table import Table
 
 from app.cli.identity import authorize
 from app.cli.money_limits import BIGINT_MAX
-from app.cli.options import json_option
+from app.cli.options import json_option, require_currencies, require_merchant
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -95,13 +94,13 @@ def add_velocity_rule(
         raise SuretyError("--currency: an amount is in one currency")
     with connect("deploy", load_settings()) as conn:
         by = authorize(conn, "limits:write")
-        values = merchant_id, subject, period, count, amount, currency and currency.lower(), action, by
-        try:
-            row = conn.execute(ADD_RULE, values).fetchone()
-        except psycopg.errors.ForeignKeyViolation as error:
-            if error.diag.constraint_name == "velocity_currency_is_known":
-                raise SuretyError(f"--currency: {currency} is not accepted") from None
-            raise SuretyError(f"--merchant: there is no merchant {merchant_id}") from None
+        currency = currency and currency.lower()
+        if currency is not None:
+            require_currencies(conn, [currency])
+        if merchant_id is not None:
+            require_merchant(conn, merchant_id, "--merchant")
+        values = merchant_id, subject, period, count, amount, currency, action, by
+        row = conn.execute(ADD_RULE, values).fetchone()
     assert row is not None
     click.echo(row[0])
 

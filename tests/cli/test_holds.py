@@ -42,13 +42,26 @@ def test_a_money_limit_is_set_shown_and_removed(run: Run, conn: Connection, merc
     assert audited(conn, "money limit removed") == [("operator:tester", None)]
 
 
+def test_a_part_of_a_money_limit_that_is_not_named_stays(run: Run, conn: Connection) -> None:
+    merchant_id, _ = add_merchant(conn)
+    usd = ("merchants", "money-limits", merchant_id, "--currency", "usd")
+    said(run(*usd, "--amount", "5000"))
+    assert said(run(*usd, "--count", "9")) == f"{merchant_id} usd: at most 9 payments and 5000 minor units a day"
+    assert said(run(*usd, "--count", "9")).endswith("a day already")
+    [changed] = json.loads(said(run(*usd, "--amount", "0", "--json")))
+    assert (changed["merchant"], changed["count"], changed["amount"]) == (merchant_id, 9, 0)
+    assert json.loads(said(run(*usd, "--none", "--json"))) == []
+
+
 def test_a_mistaken_money_limit_is_refused_with_the_option(run: Run, merchant: tuple[str, bytes]) -> None:
     merchant_id, _ = merchant
     limit = ("merchants", "money-limits", merchant_id)
     assert refused(run(*limit, "--count", "2")).startswith("--currency:")
     assert refused(run(*limit, "--currency", "usd")) == "give --count, --amount or both, or --none"
     assert refused(run(*limit, "--currency", "usd", "--count", "1", "--none")).startswith("give --count")
-    assert refused(run(*limit, "--currency", "xyz", "--count", "1")) == "--currency: xyz is not accepted"
+    assert refused(run(*limit, "--currency", "xyz", "--count", "1")).startswith(
+        "--currency: xyz is not accepted; accepted are aud, cad, "
+    )
     nowhere = ("merchants", "money-limits", "mer_none", "--currency", "usd", "--count", "1")
     assert refused(run(*nowhere)) == "there is no merchant mer_none"
 
@@ -78,7 +91,8 @@ def test_a_mistaken_velocity_rule_is_refused_with_the_option(run: Run) -> None:
     assert refused(run(*start, "--per", "91d", "--count", "1")).startswith("--per:")
     assert refused(run(*start, "--per", "1d")) == "give --count, --amount or both"
     assert refused(run(*start, "--per", "1d", "--amount", "1")).startswith("--currency:")
-    assert refused(run(*start, "--per", "1d", "--count", "1", "--currency", "xyz")) == "--currency: xyz is not accepted"
+    report = refused(run(*start, "--per", "1d", "--count", "1", "--currency", "xyz"))
+    assert report.startswith("--currency: xyz is not accepted; accepted are ")
     assert refused(run(*start, "--per", "1d", "--count", "1", "--merchant", "mer_none")).startswith("--merchant:")
     assert refused(run("velocity", "remove", "vel_none")).startswith("ID: there is no rule vel_none")
 

@@ -11,7 +11,7 @@ import click
 import pytest
 
 from app.cli import cli
-from tests.cli.conftest import Run, said
+from tests.cli.conftest import Run, refused, said
 from tests.support.dead_letters import exhaust_retries
 from tests.support.payments import Connection, add_merchant, fact, pay, record
 
@@ -99,3 +99,33 @@ def test_lists_are_arrays_of_objects_with_times_in_utc(run: Run, conn: Connectio
         check_shape(one)
     for command in (("trace", payment_id), ("mode",), ("operators", "roles")):
         check_shape(json.loads(said(run(*command, "--json"))))
+
+
+FURTHER_WORDS = {
+    "customers erase": ("--email", "ada@example.com"),
+    "merchants set": ("--name", "Acme Toys"),
+    "velocity add": ("--subject", "email", "--per", "1h", "--count", "1", "--action", "hold"),
+}
+
+
+def merchant_words(command: click.Command) -> list[str] | None:
+    """The words by which a command names an unknown merchant; None for a command that names none."""
+    for parameter in command.params:
+        is_argument = isinstance(parameter, click.Argument)
+        if parameter.name in {"merchant", "merchant_id"} or str(parameter.metavar).strip("[]") == "MERCHANT":
+            return ["mer_none"] if is_argument else [parameter.opts[0], "mer_none"]
+    return None
+
+
+OF_A_MERCHANT = {words: named for words, command in COMMANDS.items() if (named := merchant_words(command))}
+
+
+@pytest.mark.parametrize("words", sorted(OF_A_MERCHANT))
+def test_command_refuses_an_unknown_merchant(run: Run, words: str) -> None:
+    report = refused(run(*words.split(), *OF_A_MERCHANT[words], *FURTHER_WORDS.get(words, ())))
+    assert report in {"there is no merchant mer_none", "--merchant: there is no merchant mer_none"}
+
+
+def test_commands_of_merchants_are_found() -> None:
+    assert len(OF_A_MERCHANT) >= 12
+    assert OF_A_MERCHANT.keys() >= FURTHER_WORDS.keys()

@@ -250,3 +250,17 @@ def test_batches_of_several_limited_merchants_in_opposite_order_do_not_deadlock(
             answers = list(pool.map(create, connections, batches))
             assert {row["status"] for rows in answers for row in rows} == {201}
     assert not violations(conn)
+
+
+def test_two_at_once_who_set_one_part_each_set_both(conn: Connection, connect: Connect) -> None:
+    merchant_id, _ = add_merchant(conn)
+    one, other = connect("deploy"), connect("deploy")
+    for first, second in (((5, None), (None, 700)), ((None, 800), (6, None))):
+        with ThreadPoolExecutor(1) as pool:
+            with one.transaction():
+                one.execute(LIMIT_QUERY, (merchant_id, "usd", *first))
+                waiting = pool.submit(limit, other, merchant_id, count=second[0], amount=second[1])
+                until_waiting(conn, other)
+            assert waiting.result(60) is True
+        bounds = conn.execute("select count_max, amount_max_minor from surety.money_limits").fetchall()
+        assert bounds == [(first[0] or second[0], first[1] or second[1])]

@@ -33,29 +33,40 @@ as $$
 declare
     v_now timestamptz := surety.time_now();
     v_old surety.money_limits;
+    v_is_removal boolean := p_count_max is null and p_amount_max_minor is null;
 begin
     select l.* into v_old from surety.money_limits as l
     where l.merchant_id = p_merchant_id and l.currency = p_currency for update;
-    if not found and not exists (select from surety.merchants as m where m.id = p_merchant_id) then
-        return null;
-    elsif (v_old.count_max, v_old.amount_max_minor) is not distinct from (p_count_max, p_amount_max_minor) then
+    if not found then
+        -- Waits for the transactions that have stored payments of the merchant: each holds its row by a foreign key.
+        perform from surety.merchants as m where m.id = p_merchant_id for update;
+        if not found then
+            return null;
+        end if;
+        -- A transaction that held the merchant's row may have set a first limit.
+        select l.* into v_old from surety.money_limits as l
+        where l.merchant_id = p_merchant_id and l.currency = p_currency for update;
+    end if;
+    if not v_is_removal then
+        p_count_max := coalesce(p_count_max, v_old.count_max);
+        p_amount_max_minor := coalesce(p_amount_max_minor, v_old.amount_max_minor);
+    end if;
+    if (v_old.count_max, v_old.amount_max_minor) is not distinct from (p_count_max, p_amount_max_minor) then
         perform surety.await_standbys();
         return false;
-    elsif p_count_max is null and p_amount_max_minor is null then
+    elsif v_is_removal then
         delete from surety.money_limits as l where l.merchant_id = p_merchant_id and l.currency = p_currency;
     elsif v_old.merchant_id is not null then
         update surety.money_limits as l
         set count_max = p_count_max, amount_max_minor = p_amount_max_minor, set_by = p_actor, set_at = v_now
         where l.merchant_id = p_merchant_id and l.currency = p_currency;
     else
-        -- Waits for the transactions that have stored payments of the merchant: each holds its row by a foreign key.
-        perform from surety.merchants as m where m.id = p_merchant_id for update;
         insert into surety.money_limits (merchant_id, currency, count_max, amount_max_minor, set_by, set_at)
         values (p_merchant_id, p_currency, p_count_max, p_amount_max_minor, p_actor, v_now);
     end if;
     perform surety.audit_operator_action(
         p_actor, p_merchant_id,
-        'money limit ' || case when coalesce(p_count_max, p_amount_max_minor) is null then 'removed' else 'set' end,
+        'money limit ' || case when v_is_removal then 'removed' else 'set' end,
         jsonb_build_object('currency', p_currency, 'count', p_count_max, 'amount', p_amount_max_minor));
     return true;
 end;
@@ -63,7 +74,8 @@ $$;
 
 comment on function surety.set_money_limit(text, text, bigint, bigint, text) is
 'Sets how many payments, and how much in minor units, a merchant may accept in a currency in a UTC day. What was
-accepted today counts. Both null: removes the limit. False if nothing changed, null for an unknown merchant.';
+accepted today counts. Null keeps that part of the limit; both null remove it. False if nothing changed, null for an
+unknown merchant.';
 
 create or replace function surety.list_money_limits(p_merchant_id text)
 returns table (
