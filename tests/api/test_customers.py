@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from app.api.schemas.events import PaymentMethodEvent
 from tests.support.http_client import Connection, Json, Merchant, payment, unique_name
 
 ADA: Json = {
@@ -121,6 +123,8 @@ def test_events_about_customers_show_them(merchant: Merchant) -> None:
     events = merchant.get("/v1/events", object=id)["data"]
     assert [event["type"] for event in events] == ["customer.created", "customer.updated"]
     assert {event["data"]["name"] for event in events} == {"Ada"}
+    assert [event["data"]["version"] for event in events] == [1, 2]
+    assert [event["data"]["updated_at"] for event in events] == [event["created_at"] for event in events]
     assert len(merchant.get("/v1/events", type="customer.*")["data"]) == 2
 
 
@@ -262,8 +266,10 @@ def test_saved_methods_of_a_customer_are_listed_until_they_are_removed(merchant:
         assert (answer.status_code, answer.json()["id"]) == (200, first)
         assert answer.json()["detached_at"]
     assert [each["id"] for each in merchant.get(path)["data"]] == [second]
-    types = [event["type"] for event in merchant.get("/v1/events", object=customer)["data"]]
-    assert types == ["customer.created", "customer.payment_method_detached"]
+    created, detached = merchant.get("/v1/events", object=customer)["data"]
+    assert (created["type"], detached["type"]) == ("customer.created", "customer.payment_method_detached")
+    assert detached["data"] == answer.json()
+    assert msgspec.convert(detached, PaymentMethodEvent).data.id == first
     body = payment(payment_method={"type": "card", "saved": first}, off_session=True)
     assert errors_of(merchant.post(body)) == [("/payment_method/saved", "detached")]
 

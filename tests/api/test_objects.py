@@ -20,7 +20,14 @@ LISTS = sorted(
     for route in ROUTES
     if route.method == "GET" and route.query and "starting_after" in route.query.__struct_fields__ and not route.tag
 )
-PREFIXES = {"payments": "pay", "refunds": "ref", "disputes": "dp", "transactions": "pst"}
+PREFIXES = {
+    "payments": "pay",
+    "refunds": "ref",
+    "disputes": "dp",
+    "transactions": "pst",
+    "customers": "cus",
+    "payment_methods": "spm",
+}
 
 
 @pytest.fixture
@@ -114,6 +121,9 @@ def test_cursor_that_is_unknown_or_another_merchants_is_an_error(
     merchant: Merchant, other: Merchant, path: str
 ) -> None:
     theirs = other.pay()["id"]
+    key = {"Idempotency-Key": unique_name("key")}
+    customer = merchant.client.post("/v1/customers", json={}, headers=key).json()["id"]
+    path = path.format(customer_id=customer)
     prefix = PREFIXES.get(path.rpartition("/")[2])
     cursors = ["bm90aGluZw=="] if prefix is None else [f"{prefix}_{24 * '0'}"]
     for cursor in [*cursors, *([theirs] if prefix == "pay" else [])]:

@@ -70,6 +70,15 @@ def methods_of(conn: Connection, customer_id: str) -> list[tuple[str, str, str]]
     ).fetchall()
 
 
+def shown(conn: Connection, payment_id: str) -> Json:
+    """A payment as the API shows it."""
+    query = "select shown.document from surety.payments as p, api.show_payment(p) as shown where p.id = %s"
+    row = conn.execute(query, (payment_id,)).fetchone()
+    assert row is not None
+    document: Json = row[0]
+    return document
+
+
 async def run(worker: Worker, *handlers: str) -> None:
     for handler in handlers or ("submit", "update_customer", "confirm", "save_method", "detach_method"):
         await run_until_idle(worker, handler)
@@ -184,12 +193,21 @@ async def test_saved_method_is_charged_without_the_payer(
 ) -> None:
     customer = command(conn, "create_customer", key_hash)["id"]
     [first] = pay(conn, key_hash, customer_id=customer, **SAVING)
-    assert methods_of(conn, customer) == []
+    assert (methods_of(conn, customer), shown(conn, first)["payment_method"]["saved"]) == ([], None)
     await run(worker)
     [(saved, last4, method)] = methods_of(conn, customer)
     assert last4 == "4242"
     row = conn.execute("select mandate, payment_id, exp_year from surety.payment_methods").fetchone()
     assert row == (MANDATE, first, 2030)
+    assert shown(conn, first)["payment_method"]["saved"] == saved
+    rows = conn.execute(
+        "select shown.document from outbox.events as e, api.show_events(array[e.id]) as shown"
+        " where e.aggregate_id = %s and e.type = 'customer.payment_method_saved'",
+        (customer,),
+    ).fetchall()
+    [(event,)] = rows
+    assert (event["data"]["object"], event["data"]["id"], event["data"]["payment"]) == ("payment_method", saved, first)
+    assert event["data"]["detached_at"] is None
     [second] = pay(conn, key_hash, method_token=None, saved_method=saved, off_session=True, return_url=None)
     await run(worker)
     assert [state_of(conn, id) for id in (first, second)] == ["confirmed"] * 2

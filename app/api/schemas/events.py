@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from app.api.schemas.customers import Customer
+from app.api.schemas.customers import Customer, SavedPaymentMethod
 from app.api.schemas.disputes import Dispute
 from app.api.schemas.fields import Limit, whole
 from app.api.schemas.payments import Payment
@@ -74,6 +74,8 @@ DisputeEventType = Literal[
 CustomerEventType = Literal[
     "customer.created",
     "customer.updated",
+]
+PaymentMethodEventType = Literal[
     "customer.payment_method_saved",
     "customer.payment_method_detached",
 ]
@@ -82,7 +84,8 @@ CustomerEventType = Literal[
 class Event(Struct):
     """A step of a payment, a refund or a dispute, or news about it, or a change of a customer.
 
-    `data` is the object at that version, a customer as it is; its `object` names the kind.
+    `data` is the object at that version; its `object` names the kind. Of a customer, only the version is that of the
+    event, and the other fields are as they are.
     """
 
     id: str
@@ -123,7 +126,7 @@ class DisputeEvent(Struct):
 
 
 class CustomerEvent(Struct):
-    """A change of a customer. `data` is the customer as it is."""
+    """A change of a customer. `data` is the customer as it is, with the version and time of the event."""
 
     id: str
     object: Literal["event"]
@@ -132,11 +135,22 @@ class CustomerEvent(Struct):
     data: Customer
 
 
+class PaymentMethodEvent(Struct):
+    """A payment method of a customer was saved or removed. `data` is the saved payment method."""
+
+    id: str
+    object: Literal["event"]
+    type: PaymentMethodEventType
+    created_at: str
+    data: SavedPaymentMethod
+
+
 KINDS_OF_EVENTS: dict[type[Struct], Any] = {
     PaymentEvent: PaymentEventType,
     RefundEvent: RefundEventType,
     DisputeEvent: DisputeEventType,
     CustomerEvent: CustomerEventType,
+    PaymentMethodEvent: PaymentMethodEventType,
 }
 """The OpenAPI document shows an Event as one of these, by its `type`."""
 

@@ -159,7 +159,7 @@ class PaymentRequest(Struct, omit_defaults=True):
 class PaymentMethod(Struct):
     """How the payer pays. Brand, last digits and country of a card are known once it was charged.
 
-    `saved` is the saved payment method that is charged.
+    `saved` is the saved payment method that is charged, or that this payment has saved.
     """
 
     type: Literal["card", "ach"]

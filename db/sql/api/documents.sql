@@ -22,7 +22,19 @@ begin atomic
             p.currency as currency,
             json_build_object(
                 'type', p.rail, 'brand', charged.card -> 'brand', 'last4', charged.card -> 'last4',
-                'country', charged.card -> 'country', 'saved', p.saved_method_id
+                'country', charged.card -> 'country', 'saved', case
+                    when p.save_method is null then p.saved_method_id
+                    else (
+                        select payment_methods.id
+                        from surety.payment_methods
+                        where
+                            payment_methods.customer_id = p.customer_id
+                            -- An earlier payment may have saved it.
+                            and (payment_methods.payment_id = p.id or payment_methods.provider_id = p.method_token)
+                        order by payment_methods.id
+                        limit 1
+                    )
+                end
             ) as payment_method,
             p.capture_method as capture_method,
             case when p.state = 'authorized' then charged.card -> 'capture_before' end as capture_before,
@@ -223,6 +235,33 @@ end;
 comment on function api.payment_at_event(surety.payments, jsonb) is
 'The payment as it was when one of its events was made, for api.show_payment: the columns that the event''s payload
 carries, the others as they are.';
+
+create or replace function api.customer_at_event(p_customer surety.customers, p_payload jsonb) returns surety.customers
+language sql stable
+begin atomic
+    select jsonb_populate_record(
+        p_customer, jsonb_build_object('version', p_payload -> 'version', 'updated_at', p_payload -> 'at'));
+end;
+
+comment on function api.customer_at_event(surety.customers, jsonb) is
+'The customer for api.show_customer, with the version and time of one of its events. Its other columns are as they are,
+because events hold no personal data.';
+
+create or replace function api.method_at_event(p_method surety.payment_methods, p_type text, p_payload jsonb)
+returns surety.payment_methods
+language sql stable
+begin atomic
+    select jsonb_populate_record(
+        p_method,
+        jsonb_build_object(
+            'detached_at', case when p_type = 'customer.payment_method_detached' then p_payload -> 'at' end
+        )
+    );
+end;
+
+comment on function api.method_at_event(surety.payment_methods, text, jsonb) is
+'The saved payment method as it was when one of its events was made, for api.show_payment_method. An erased mandate is
+not shown.';
 
 create or replace function api.refund_at_event(p_refund surety.refunds, p_payload jsonb) returns surety.refunds
 language sql stable

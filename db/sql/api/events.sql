@@ -97,6 +97,7 @@ begin
     left join surety.refunds as r on r.id = e.aggregate_id
     left join surety.disputes as d on d.id = e.aggregate_id
     left join surety.customers as c on c.id = e.aggregate_id
+    left join surety.payment_methods as m on m.id = e.payload ->> 'payment_method' and m.customer_id = c.id
     -- offset 0: each object is built once, not once per field of its document.
     left join lateral (
         select api.payment_at_event(p, e.payload) as payment where p.id is not null offset 0
@@ -107,22 +108,30 @@ begin
     left join lateral (
         select api.dispute_at_event(d, e.payload) as dispute where d.id is not null offset 0
     ) as past_dispute on true
+    left join lateral (
+        select api.customer_at_event(c, e.payload) as customer where c.id is not null and m.id is null offset 0
+    ) as past_customer on true
+    left join lateral (
+        select api.method_at_event(m, e.type, e.payload) as method where m.id is not null offset 0
+    ) as past_method on true
     left join lateral api.show_payment(past_payment.payment) as shown on p.id is not null
     left join lateral api.show_refund(past_refund.refund) as refund on r.id is not null
     left join lateral api.show_dispute(past_dispute.dispute) as dispute on d.id is not null
-    left join lateral api.show_customer(c) as customer on c.id is not null
+    left join lateral api.show_customer(past_customer.customer) as customer on c.id is not null and m.id is null
+    left join lateral api.show_payment_method(past_method.method) as method on m.id is not null
     cross join lateral (
         select
             e.id as id, 'event' as object, e.type as type, e.payload ->> 'at' as created_at,
-            coalesce(shown.document, refund.document, dispute.document, customer.document) as data
+            coalesce(
+                shown.document, refund.document, dispute.document, customer.document, method.document) as data
     ) as built
     where built.data is not null;
 end;
 $$;
 
 comment on function api.show_events(text[]) is
-'Events as documents of the API, each with its payment, refund or dispute at that version, or its customer as it is;
-none without one.';
+'Events as documents of the API, each with its payment, refund, dispute, customer or saved payment method at that
+version; none without one. A customer''s fields, except its version, are as they are.';
 
 create or replace function api.get_event(p_key_hash bytea, p_id text, p_address text default '')
 returns table (merchant_id text, body text)

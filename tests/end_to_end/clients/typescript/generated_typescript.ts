@@ -22,7 +22,7 @@ function documentOf<T>(answer: { data?: T; error?: { detail?: string } }): T {
   return answer.data;
 }
 
-/** The amount of an event: `type` says which object its data is. A customer has none. */
+/** The amount of an event: `type` says which object its data is. Customers and saved payment methods have none. */
 function amountOf(event: Event): number {
   switch (event.type) {
     case "payment.confirmed":
@@ -30,7 +30,7 @@ function amountOf(event: Event): number {
     case "dispute.needs_response":
       return event.data.amount_withdrawn;
     default:
-      return event.data.object === "customer" ? 0 : event.data.amount;
+      return "amount" in event.data ? event.data.amount : 0;
   }
 }
 
