@@ -208,7 +208,7 @@ begin
         array_agg(a.reference), array_agg(case when a.is_first then a.new_id end),
         array_agg(coalesce(a.provider_account = any(v_cut_off), false)),
         array_agg(case
-            when a.is_first
+            when a.is_first and a.broken_rule is null
                 and (a.metadata is not null or a.customer is not null or (a.payment).customer_id is not null)
                 then surety.label_object(a.metadata, a.customer, (a.payment).customer_id)
         end),
