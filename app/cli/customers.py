@@ -71,8 +71,8 @@ def print_customers(merchant: str | None, email: str | None, limit: int, as_json
     elif not found:
         click.echo("no customers")
     else:
-        columns = ("id", "merchant", "email", "name", "provider_id", "payment_methods", "created_at")
-        table = Table("id", "merchant", "email", "name", "at the provider", "methods", "since", box=None)
+        columns = ("id", "merchant", "email", "name", "provider_id", "payment_methods", "created_at", "erased_at")
+        table = Table("id", "merchant", "email", "name", "at the provider", "methods", "since", "erased", box=None)
         print_table(table, [tuple(each[column] for column in columns) for each in found])
 
 

@@ -84,17 +84,20 @@ def fees(
         raise SuretyError("--from: give --basis-points or --fixed-minor, which take effect then")
     if fixed_minor is not None and not currencies:
         raise SuretyError("--fixed-minor: name the currencies of its minor units by --currency")
+    changed = None
     with connect("deploy", load_settings()) as conn:
         require_currencies(conn, currencies)
         if is_change:
             by = authorize(conn, "merchants:write")
-            set_rates(conn, merchant_id, currencies, basis_points, fixed_minor, effective_at, by)
+            changed = set_rates(conn, merchant_id, currencies, basis_points, fixed_minor, effective_at, by)
         found = read_rates(conn, merchant_id, currencies, with_past=with_past)
     if not found:
         raise SuretyError(f"there is no merchant {merchant_id}")
     if as_json:
         click.echo(json.dumps(found))
         return
+    if changed == 0:
+        click.echo(f"{merchant_id}: these fees are set already")
     table = Table("currency", "basis points", "fixed", "in force", "since", box=None)
     print_table(
         table,
@@ -116,8 +119,11 @@ def set_rates(
     fixed_minor: int | None,
     effective_at: datetime | None,
     by: str,
-) -> None:
-    """Set fees in these currencies, or in all. Raises SuretyError."""
+) -> int:
+    """Set fees in these currencies, or in all; returns in how many they differ from those in force then.
+
+    Raises SuretyError.
+    """
     chosen = sorted(set(currencies)) or [row[0] for row in conn.execute("select currency from surety.currencies")]
     try:
         row = conn.execute(
@@ -128,6 +134,7 @@ def set_rates(
         raise SuretyError(RULES.get(error.diag.constraint_name or "", str(error))) from None
     if row is None or row[0] is None:
         raise SuretyError(f"there is no merchant {merchant_id}")
+    return int(row[0])
 
 
 def read_rates(

@@ -11,6 +11,7 @@ from rich.table import Table
 from app.cli.identity import authorize
 from app.cli.options import json_option, reason_option, require_merchant
 from app.cli.tables import print_table
+from app.cli.velocity import describe_period
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load_settings
@@ -88,9 +89,10 @@ def show_hold(payment_id: str, as_json: bool) -> None:
     what = "payments" if detail["exceeded"] == "count" else "minor units"
     click.echo(
         f"rule      {shown['rule']}: more than {detail['maximum']} {what}{currency} of one {detail['subject']}"
-        f" within {detail['period_seconds']} s"
+        f" within {describe_period(detail['period_seconds'])}"
     )
-    click.echo(f"since     {shown['opened_at']}, canceled at {shown['expires_at']} without a decision")
+    end = "" if closed else f", canceled at {shown['expires_at']} without a decision"
+    click.echo(f"since     {shown['opened_at']}{end}")
     if closed:
         click.echo(
             f"closed    {closed['at']} by {closed['by']}" + (f": {closed['because']}" if closed["because"] else "")

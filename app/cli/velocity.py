@@ -43,6 +43,16 @@ def parse_period(_context: click.Context, _parameter: click.Parameter, text: str
     return period
 
 
+def describe_period(seconds: int) -> str:
+    """90 s, 15 m, 24 h, 7 d: in the largest unit of --per without a remainder, and days from two on."""
+    if seconds >= 2 * 86_400 and seconds % 86_400 == 0:
+        return f"{seconds // 86_400} d"
+    for length, unit in ((3600, "h"), (60, "m")):
+        if seconds % length == 0:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
 @click.group()
 def velocity() -> None:
     """Rules about many payments of one payer: list, add, remove.
@@ -64,7 +74,7 @@ def print_velocity_rules(removed: bool, as_json: bool) -> None:
     table = Table("id", "merchant", "subject", "per", "count", "amount", "currency", "action", "removed", box=None)
     rows = [
         (
-            *(each["id"], each["merchant"] or "each", each["subject"], timedelta(seconds=each["period_seconds"])),
+            *(each["id"], each["merchant"] or "each", each["subject"], describe_period(each["period_seconds"])),
             *(each["count"], each["amount"], each["currency"], each["action"], each["removed_at"]),
         )
         for each in found

@@ -39,6 +39,16 @@ def test_customers_are_listed_by_merchant_and_address(run: Run, conn: Connection
         assert [each["id"] for each in json.loads(said(run("customers", "list", "--json", *words)))] == [ada]
 
 
+def test_erased_customers_are_marked_in_the_list(run: Run, conn: Connection) -> None:
+    merchant = add_merchant(conn)[0]
+    ada = new_customer(conn, merchant, "ada@shop.example")
+    said(run("customers", "erase", "--merchant", merchant, "--customer", ada))
+    [listed] = json.loads(said(run("customers", "list", "--json")))
+    head, line = said(run("customers", "list")).splitlines()
+    assert "erased" in head
+    assert line.endswith(listed["erased_at"])
+
+
 def test_customer_is_shown_with_its_saved_methods(run: Run, conn: Connection) -> None:
     merchant = add_merchant(conn)[0]
     ada = new_customer(conn, merchant, "ada@shop.example")

@@ -85,6 +85,15 @@ def test_a_velocity_rule_is_added_listed_and_removed(run: Run, conn: Connection,
     assert [actor for actor, _ in audited(conn, "velocity rule removed")] == ["operator:tester"]
 
 
+@pytest.mark.parametrize(
+    ("per", "shown"),
+    [("90s", "90 s"), ("60m", "1 h"), ("15m", "15 m"), ("24h", "24 h"), ("1d", "24 h"), ("7d", "7 d"), ("25h", "25 h")],
+)
+def test_period_of_a_rule_is_shown_in_a_unit_of_its_option(run: Run, per: str, shown: str) -> None:
+    said(run("velocity", "add", "--subject", "email", "--per", per, "--count", "1", "--action", "hold"))
+    assert f" {shown} " in said(run("velocity", "list"))
+
+
 def test_a_mistaken_velocity_rule_is_refused_with_the_option(run: Run) -> None:
     start = ("velocity", "add", "--subject", "email", "--action", "hold")
     assert refused(run(*start, "--per", "1 week", "--count", "1")).startswith("--per:")
@@ -115,8 +124,12 @@ def test_payments_on_hold_are_found_released_and_refused(
     listed = json.loads(said(run("holds", "list", "--merchant", merchant_id, "--json")))
     assert {(each["id"], each["status"]) for each in listed} == {(first, "open"), (second, "open")}
     assert first in said(run("holds", "list"))
-    assert "more than 0 payments of one email within 3600 s" in said(run("holds", "show", first))
+    open_hold = said(run("holds", "show", first))
+    assert "more than 0 payments of one email within 1 h" in open_hold
+    assert "without a decision" in open_hold
     assert said(run("holds", "release", first, "--reason", "known")) == f"{first}: it is sent to the provider"
+    ended = said(run("holds", "show", first))
+    assert "by operator:tester: known" in ended and "without a decision" not in ended
     assert "already" in said(run("holds", "release", first, "--reason", "known"))
     assert "released by operator:tester" in refused(run("holds", "refuse", first, "--reason", "fraud"))
     assert "failed" in said(run("holds", "refuse", second, "--reason", "fraud"))

@@ -143,8 +143,14 @@ begin
         coalesce(p_fixed_minor, t.fixed_minor), p_actor, v_now
     from unnest(p_currencies) as asked (currency)
     left join lateral surety.fee_terms(p_merchant_id, asked.currency, v_from) as t on true
+    where (coalesce(p_basis_points, t.basis_points), coalesce(p_fixed_minor, t.fixed_minor))
+        is distinct from (t.basis_points, t.fixed_minor)
     order by asked.currency;
     get diagnostics v_count = row_count;
+    if v_count = 0 then
+        perform surety.await_standbys();
+        return 0;
+    end if;
     perform surety.audit_operator_action(
         p_actor, p_merchant_id, 'fees changed',
         jsonb_build_object('rates', (
@@ -152,7 +158,8 @@ begin
                 'currency', r.currency, 'basis_points', r.basis_points, 'fixed_minor', r.fixed_minor,
                 'effective_at', surety.format_time(r.effective_at)) order by r.currency)
             from surety.fee_rates as r
-            where r.merchant_id = p_merchant_id and r.effective_at = v_from and r.currency = any(p_currencies)
+            where r.merchant_id = p_merchant_id and r.effective_at = v_from and r.set_at = v_now
+                and r.currency = any(p_currencies)
         )));
     return v_count;
 end;
@@ -160,7 +167,8 @@ $$;
 
 comment on function surety.set_fee_rates(text, text[], integer, bigint, timestamptz, text) is
 'Sets a merchant''s fees in some currencies from a time on, at least a minute ahead, or in a minute; a part that is null
-stays as it is then. Returns for how many currencies, null for an unknown merchant.';
+stays as it is then. Returns for how many currencies the fees differ from those in force then, null for an unknown
+merchant.';
 
 create or replace function surety.list_fee_rates(p_merchant_id text)
 returns table (

@@ -120,7 +120,24 @@ def test_fees_of_an_unknown_merchant_or_currency_are_refused(run: Run, conn: Con
     assert "--currency: xyz is not accepted" in refused(run("merchants", "fees", merchant, "--currency", "xyz"))
     later = ("--basis-points", "1", "--from", "2099-01-01T00:00Z")
     said(run("merchants", "fees", merchant, *later))
-    assert "at this very time already" in refused(run("merchants", "fees", merchant, *later))
+    other = ("--basis-points", "2", *later[2:])
+    assert "at this very time already" in refused(run("merchants", "fees", merchant, *other))
+
+
+def test_repeated_fees_change_nothing(run: Run, conn: Connection) -> None:
+    merchant, _ = add_merchant(conn)
+    change = ("merchants", "fees", merchant, "--currency", "USD", "--basis-points", "1")
+    later = ("--from", "2099-01-01T00:00Z")
+    assert "already" not in said(run(*change, *later))
+    assert said(run(*change, *later)).startswith(f"{merchant}: these fees are set already")
+    assert len(json.loads(said(run(*change, "--from", "2099-01-02T00:00Z", "--json")))) == 2
+    assert conn.execute("select count(*) from surety.fee_rates").fetchone() == (1,)
+    said(run("merchants", "fees", merchant, "--currency", "eur", *change[3:], *later))
+    audited = conn.execute(
+        "select snapshot -> 'rates' -> 0 ->> 'currency', jsonb_array_length(snapshot -> 'rates') from audit.entries"
+        " where outcome = 'fees changed' order by at"
+    ).fetchall()
+    assert audited == [("usd", 1), ("eur", 1)]
 
 
 def test_fee_rates_are_append_only(run: Run, conn: Connection) -> None:
