@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from app.wording import count_noun, format_age
@@ -422,10 +422,10 @@ def find_vacuum_blocker(holder: dict[str, Any], *, are_commits_waiting: bool = F
 
 
 def days_ahead(state: dict[str, Any]) -> float:
-    """For how many days partitions exist. Their bounds are ids, which begin with hexadecimal milliseconds."""
-    until = int(state["partitions_until"], 16) / 1000
-    now = datetime.fromisoformat(state["at"]).astimezone(UTC).timestamp()
-    return (until - now) / 86_400
+    """For how many days partitions exist."""
+    until = datetime.fromisoformat(state["partitions_until"])
+    now = datetime.fromisoformat(state["at"])
+    return (until - now).total_seconds() / 86_400
 
 
 def verdict_of(findings: Sequence[Finding]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,7 @@ from psycopg.types.json import Jsonb
 from rich.table import Table
 
 from app.cli.identity import authorize
-from app.cli.options import require_merchant
+from app.cli.options import json_option, require_merchant
 from app.cli.tables import print_table
 from app.wording import count_noun
 from db.connect import connect
@@ -36,8 +37,15 @@ class NotErased(SuretyError):
 @click.option("--payment", "payment_id", metavar="PAYMENT", help="One payment.")
 @click.option("--customer", "customer_id", metavar="CUSTOMER", help="One customer, with its payments.")
 @click.option("--dry-run", is_flag=True, help="Only count the rows that would change.")
+@json_option
 def erase(
-    merchant_id: str, email: str | None, payment_id: str | None, customer_id: str | None, *, dry_run: bool
+    merchant_id: str,
+    email: str | None,
+    payment_id: str | None,
+    customer_id: str | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Erase a payer's data: e-mail address, name, descriptions, metadata, evidence, and all that the provider sent.
 
@@ -53,7 +61,13 @@ def erase(
         require_merchant(conn, merchant_id, "--merchant")
         with conn.transaction(force_rollback=True) if dry_run else conn.cursor():
             counts, refused, provider_ids = erase_all(conn, by, merchant_id, email, payment_id, customer_id)
-    show(counts, provider_ids, dry_run=dry_run)
+    if as_json:
+        rows = {name: number for name, number in sorted(counts.items()) if number}
+        click.echo(
+            json.dumps({"is_dry_run": dry_run, "rows": rows, "in_progress": refused, "kept_by_provider": provider_ids})
+        )
+    else:
+        show(counts, provider_ids, dry_run=dry_run)
     if refused:
         named = "; ".join(f"{payment}: {reason}" for payment, reason in sorted(refused.items()))
         raise NotErased(f"{count_noun(len(refused), 'payment')} in progress, not erased: {named}")

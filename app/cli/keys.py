@@ -87,6 +87,7 @@ keys.add_command(key_limits)
 @click.option(
     "--role", type=click.Choice(ROLES), help="For an operator's key: its operator's role (default) or a lesser one."
 )
+@json_option
 def create(
     merchant_id: str | None,
     name: str | None,
@@ -95,6 +96,7 @@ def create(
     days: int | None,
     operator: str | None,
     role: str | None,
+    as_json: bool,
 ) -> None:
     """Create a key for a merchant, or for an operator, and print it: it can't be shown again.
 
@@ -104,22 +106,28 @@ def create(
     require_fitting_options(merchant_id, operator, name, scopes, role)
     with connect("deploy", load_settings()) as conn:
         if operator is not None:
-            click.echo(create_for_operator(conn, operator, role, networks, days))
+            print_key(*create_for_operator(conn, operator, role, networks, days), as_json=as_json)
             return
         by = authorize(conn, "keys:write")
         key = new_key(livemode=is_live(conn))
         try:
-            conn.execute(
+            row = conn.execute(
                 "select surety.add_api_key(%s, %s, %s, %s, %s, %s::text[], %s::cidr[],"
                 " surety.time_now() + make_interval(days => %s))",
                 (
                     *(merchant_id, key.hash, key.hint, by),
                     *(DEFAULT_NAME if name is None else name, list(scopes or SCOPES), networks, days),
                 ),
-            )
+            ).fetchone()
         except psycopg.Error as error:
             raise refusal_of(error, merchant_id) from None
-    click.echo(key.text)
+    assert row is not None
+    print_key(row[0], key.text, as_json=as_json)
+
+
+def print_key(key_id: str, text: str, *, as_json: bool) -> None:
+    """A new key, with its id as JSON."""
+    click.echo(json.dumps({"id": key_id, "key": text}) if as_json else text)
 
 
 def require_fitting_options(
@@ -162,8 +170,11 @@ def refusal_of(error: psycopg.Error, merchant_id: str | None) -> Exception:
 
 def create_for_operator(
     conn: psycopg.Connection[tuple[Any, ...]], operator: str, role: str | None, networks: list[str], days: int | None
-) -> str:
-    """A new key for an operator. Raises SuretyError for an unknown name and for a role greater than the operator's."""
+) -> tuple[str, str]:
+    """The id and the text of a new key for an operator.
+
+    Raises SuretyError for an unknown name and for a role greater than the operator's.
+    """
     key = new_operator_key()
     by = authorize(conn, "operators:write")
     try:
@@ -176,7 +187,7 @@ def create_for_operator(
         raise refusal_of(error, None) from None
     if row is None or row[0] is None:
         raise SuretyError(f"there is no active operator {operator}")
-    return key.text
+    return row[0], key.text
 
 
 @keys.command()
@@ -185,7 +196,8 @@ def create_for_operator(
     "--overlap-hours", type=click.IntRange(0, OVERLAP_HOURS_MAX), default=72, show_default=True,
     help="The old key stays valid for so long.",
 )  # fmt: skip
-def rotate(key_id: str, overlap_hours: int) -> None:
+@json_option
+def rotate(key_id: str, overlap_hours: int, as_json: bool) -> None:
     """Create the successor of a key, with the same rights and networks and as long a life, and print it.
 
     The old key expires after the overlap. A merchant's key with an active successor is not rotated again.
@@ -204,7 +216,7 @@ def rotate(key_id: str, overlap_hours: int) -> None:
             raise refusal_of(error, None) from None
     if row is None or row[0] is None:
         raise NoSuchKey(f"there is no active key {key_id}")
-    click.echo(key.text)
+    print_key(row[0], key.text, as_json=as_json)
 
 
 def is_key_of_operator(conn: psycopg.Connection[tuple[Any, ...]], key_id: str) -> bool:

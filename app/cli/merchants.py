@@ -60,7 +60,8 @@ merchants.add_command(fees)
 @click.argument("name")
 @click.option("--account", help="Its own account at the provider (acct_…). Default: the platform's.")
 @click.option("--unchecked", is_flag=True, help="Add it even if the provider can't be asked about its account.")
-def add(name: str, account: str | None, unchecked: bool) -> None:
+@json_option
+def add(name: str, account: str | None, unchecked: bool, as_json: bool) -> None:
     """Add a merchant; prints its id. The first one makes the mode of the database final.
 
     An account of its own is checked at the provider, by STRIPE_API_KEY.
@@ -81,7 +82,7 @@ def add(name: str, account: str | None, unchecked: bool) -> None:
         except psycopg.errors.IntegrityError as error:
             raise refused_merchant(error, account) from None
     assert row is not None
-    click.echo(row[0])
+    click.echo(json.dumps({"id": row[0]}) if as_json else row[0])
     if is_first:
         click.echo(f"the first merchant makes the mode of this database final: {describe_mode(livemode)}", err=True)
 

@@ -48,7 +48,8 @@ def operators() -> None:
 @click.argument("name")
 @click.option("--email", required=True, help="The operator's e-mail address.")
 @click.option("--role", required=True, type=click.Choice(ROLES), help="What it may do: `surety operators roles`.")
-def add_account(name: str, email: str, role: str) -> None:
+@json_option
+def add_account(name: str, email: str, role: str, as_json: bool) -> None:
     """Add an operator and print a first personal key: it can't be shown again. NAME stands in the audit trail.
 
     The first admin needs no personal key, only access to the database, as long as no active admin has a valid key.
@@ -73,7 +74,7 @@ def add_account(name: str, email: str, role: str) -> None:
                     raise NotAuthorized(f"there is an admin already, so {NO_KEY}")
         except psycopg.errors.IntegrityError as error:
             raise SuretyError(RULES.get(error.diag.constraint_name or "", str(error))) from None
-    click.echo(key.text)
+    click.echo(json.dumps({"operator": name, "key": key.text}) if as_json else key.text)
 
 
 @operators.command(name="list")

@@ -40,8 +40,8 @@ def trace(payment_id: str, as_json: bool) -> None:
 def read_summary(conn: Connection, payment_id: str) -> dict[str, Any]:
     """The summary of a payment. Raises NoSuchPayment."""
     cursor = conn.execute(
-        "select amount, state, merchant, reference, provider_id, charges, refunds, disputes, steps, transfers,"
-        " still_open from surety.payment_summary(%s)",
+        "select amount, amount_minor, currency, state, merchant, reference, provider_id, charges, refunds, disputes,"
+        " steps, transfers, still_open from surety.payment_summary(%s)",
         (payment_id,),
     )
     row = cursor.fetchone()

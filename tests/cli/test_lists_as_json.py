@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -17,10 +18,10 @@ from tests.support.payments import Connection, add_merchant, fact, pay, record
 
 ACTING = frozenset(
     {
-        *("api", "customers erase", "deploy", "restored", "sandbox", "up", "webhooks"),
+        *("api", "deploy", "restored", "sandbox", "up", "webhooks"),
         *("dead-letters discard", "dead-letters replay", "discrepancies close", "handlers pause", "handlers resume"),
-        *("keys create", "keys revoke", "keys rotate", "operators add", "operators set"),
-        *("merchants add", "merchants resume", "merchants set", "merchants suspend"),
+        *("keys revoke", "operators set"),
+        *("merchants resume", "merchants set", "merchants suspend"),
         *("holds refuse", "holds release", "velocity add", "velocity remove"),
     }
 )
@@ -99,6 +100,40 @@ def test_lists_are_arrays_of_objects_with_times_in_utc(run: Run, conn: Connectio
         check_shape(one)
     for command in (("trace", payment_id), ("mode",), ("operators", "roles")):
         check_shape(json.loads(said(run(*command, "--json"))))
+
+
+def test_new_merchants_keys_and_operators_are_printed_as_json(run: Run, conn: Connection) -> None:
+    merchant = json.loads(said(run("merchants", "add", "Acme Books", "--json")))
+    assert conn.execute("select id from surety.merchants").fetchall() == [(merchant["id"],)]
+    shop = json.loads(said(run("keys", "create", merchant["id"], "--json")))
+    desk = json.loads(said(run("keys", "create", "--operator", "tester", "--json")))
+    for made, table in ((shop, "api_keys"), (desk, "operator_keys")):
+        next_one = json.loads(said(run("keys", "rotate", made["id"], "--json")))
+        for key in (made, next_one):
+            found = conn.execute(f"select hash from surety.{table} where id = %s".encode(), (key["id"],)).fetchall()
+            assert found == [(hashlib.sha256(key["key"].encode()).digest(),)]
+    added = json.loads(said(run("operators", "add", "eve", "--email", "eve@example.com", "--role", "viewer", "--json")))
+    assert added["operator"] == "eve"
+    assert added["key"].startswith("sty_operator_")
+
+
+def test_erasure_is_printed_as_json(run: Run, conn: Connection) -> None:
+    merchant, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash, customer={"email": "ada@example.com"})
+    erase = ("customers", "erase", "--merchant", merchant, "--email", "ada@example.com")
+    result = run(*erase, "--json")
+    found = json.loads(result.stdout)
+    assert (found["is_dry_run"], list(found["in_progress"]), found["kept_by_provider"]) == (False, [payment_id], [])
+    assert f"1 payment in progress, not erased: {payment_id}" in refused(result)
+    assert json.loads(run(*erase, "--dry-run", "--json").stdout)["is_dry_run"] is True
+
+
+def test_trace_as_json_has_amounts_as_numbers(run: Run, conn: Connection) -> None:
+    _, key_hash = add_merchant(conn)
+    [payment_id] = pay(conn, key_hash)
+    record(conn, [fact(payment_id, "submitted", "pi", 10000), fact(payment_id, "captured", "ch", 10000)])
+    shown = json.loads(said(run("trace", payment_id, "--json")))
+    assert (shown["amount"], shown["amount_minor"], shown["currency"]) == ("100.00 USD", 10000, "usd")
 
 
 FURTHER_WORDS = {

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -111,7 +112,10 @@ def test_a_critical_discrepancy_asks_for_action(conn: Connection, database: str)
 def test_suggested_command_creates_missing_partitions(conn: Connection, database: str) -> None:
     add_live_worker(conn)
     _, state = read_status(database)
-    state["partitions_until"] = "00000000000"
+    until = datetime.fromisoformat(state["partitions_until"]) - datetime.fromisoformat(state["at"])
+    assert state["partitions_until"].endswith("-01T00:00:00.000Z")
+    assert timedelta(days=60) < until < timedelta(days=125)
+    state["partitions_until"] = "1970-01-01T00:00:00.000Z"
     [finding] = [finding for finding in find_problems(state) if finding.what == "partitions run out"]
     conn.execute(finding.next.encode())
 

@@ -345,7 +345,11 @@ begin
         'publication', surety.publication_status(),
         'sees_all', pg_has_role('surety_owner', 'pg_read_all_stats', 'usage'),
         'partitions_until', (
-            select min(ahead.until) from (
+            select
+                surety.format_time(to_timestamp(
+                    (('x' || lpad(min(ahead.until), 16, '0'))::bit(64)::bigint / 1000.0)::double precision
+                ))
+            from (
                 select
                     max(substring(pg_get_expr(c.relpartbound, c.oid) from $x$TO \('\w+_([0-9a-f]{11})'\)$x$)) as until
                 from surety.partitioned_tables as t

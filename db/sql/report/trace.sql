@@ -210,13 +210,15 @@ comment on function surety.list_waits_of_payment(text) is
 
 create or replace function surety.payment_summary(p_payment_id text)
 returns table (
-    amount text, state text, merchant text, reference text, provider_id text, charges bigint, refunds bigint,
-    disputes bigint, steps integer, transfers bigint, still_open text[]
+    amount text, amount_minor bigint, currency text, state text, merchant text, reference text, provider_id text,
+    charges bigint, refunds bigint, disputes bigint, steps integer, transfers bigint, still_open text[]
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
     select
         surety.format_amount(payments.amount_minor, payments.currency),
+        payments.amount_minor,
+        payments.currency,
         payments.state,
         merchants.name,
         payments.reference,
