@@ -124,6 +124,14 @@ def test_fees_of_an_unknown_merchant_or_currency_are_refused(run: Run, conn: Con
     assert "at this very time already" in refused(run("merchants", "fees", merchant, *other))
 
 
+def test_change_is_undone_by_the_former_fees_from_a_microsecond_later(run: Run, conn: Connection) -> None:
+    merchant, _ = add_merchant(conn)
+    said(run("merchants", "fees", merchant, "--basis-points", "1", "--from", "2099-01-01T00:00:00Z"))
+    said(run("merchants", "fees", merchant, "--basis-points", "340", "--from", "2099-01-01T00:00:00.000001Z"))
+    move_clock(conn, "80 years")
+    assert {one["basis_points"] for one in rates(run, merchant)} == {340}
+
+
 def test_repeated_fees_change_nothing(run: Run, conn: Connection) -> None:
     merchant, _ = add_merchant(conn)
     change = ("merchants", "fees", merchant, "--currency", "USD", "--basis-points", "1")
