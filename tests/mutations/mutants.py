@@ -412,6 +412,52 @@ MUTANTS: tuple[Mutant, ...] = (
             "p_reversed_minor >= p_captured_minor and p_captured_minor > 0",
         ),
     ),
+    mutant(
+        "a customer has the same key at the provider",
+        ("db/sql/customers/calls.sql", "                else ''\n", "                else ':' || random()\n"),
+        (
+            "db/sql/customers/calls.sql",
+            "when p_operation = 'create_customer' then k.idempotency_key else",
+            "when false then k.idempotency_key else",
+        ),
+    ),
+    mutant(
+        "a customer is searched for before its key is replaced",
+        (
+            "jobs/handlers/customers.py",
+            "found = await worker.stripe.find_customer(call.account, call.customer_id, *sent)",
+            "found = None if sent else await worker.stripe.find_customer(call.account, call.customer_id, *sent)",
+        ),
+    ),
+    mutant(
+        "a payment has its customer at the provider",
+        (
+            "db/sql/provider/requests.sql",
+            "'customer', (select customers.provider_id from",
+            "'customer', (select null from",
+        ),
+    ),
+    mutant(
+        "a payment method is saved when a payment has proved it",
+        (
+            "db/sql/payments/advance.sql",
+            "filter (where w.to_state in ('authorized', 'confirmed'))",
+            "filter (where w.to_state in ('provider_submitted', 'authorized', 'confirmed'))",
+        ),
+        (
+            "jobs/handlers/customers.py",
+            '{"method": saved_card(method)} if owner is not None else {}',
+            '{"method": saved_card(method)}',
+        ),
+    ),
+    mutant(
+        "a detachment whose outcome is unknown is repeated",
+        (
+            "db/sql/customers/calls.sql",
+            "when k.customer_id is null then 'send'\n                else 'ask'\n",
+            "when k.customer_id is null then 'send'\n                else 'skip'\n",
+        ),
+    ),
 )
 
 
