@@ -13,6 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from app.api.held_answers import document_after_command
+from app.api.mandates import is_acceptable, mandate_violations
 from app.api.requests import IDEMPOTENCY_REPLAYED, JSON_HEADERS, ApiRequest, compact
 from app.api.schemas.payments import MethodToSave, NewPayment, PaymentRequest
 from app.web.asgi import HttpResponse
@@ -119,6 +120,9 @@ async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:
     if not any(violation.meant in {"/return_url", "/off_session"} for violation in violations):
         violations += return_violations(given)
     violations += customer_violations(given)
+    reported_fields = {violation.field for violation in violations}
+    mandate = given.get("mandate") if isinstance(given, dict) else None
+    violations += [found for found in mandate_violations(mandate) if found.field not in reported_fields]
     return with_lowercase_currency(struct_of(given, NewPayment, violations + key_violations))
 
 
@@ -204,7 +208,7 @@ def customer_violations(given: Any) -> list[RuleViolation]:
 
 
 def is_consistent(payment: NewPayment) -> bool:
-    """Whether a body breaks none of the rules of `return_violations` and `customer_violations`."""
+    """Whether a body breaks no rule of return_violations, customer_violations and mandate_violations."""
     method = payment.payment_method
     if payment.return_url is None and not payment.off_session:
         return False
@@ -213,7 +217,7 @@ def is_consistent(payment: NewPayment) -> bool:
     if payment.save_payment_method is None and payment.mandate is None:
         return True
     is_complete = None not in (payment.save_payment_method, payment.mandate, payment.customer_id, method.token)
-    return is_complete and not payment.off_session
+    return is_complete and not payment.off_session and payment.mandate is not None and is_acceptable(payment.mandate)
 
 
 async def problem_of_refusal(name: str, detail: Any, caller: Caller, body: bytes) -> Problem:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 DESCRIPTIONS = {
     "accepted_at": "When the payer agreed.",
+    "Mandate.accepted_at": "When the payer agreed: not before 2000, and not more than five minutes ahead of our clock.",
     "city": "The city.",
     "line1": "The street and number, or the post-office box.",
     "line2": "The flat, floor or company.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -20,7 +21,7 @@ ADA: Json = {
     "shipping": {"name": "Ada", "address": {"line1": "1 Main Street", "city": "Springfield", "country": "US"}},
     "metadata": {"tier": "gold"},
 }
-MANDATE: Json = {"accepted_at": "2026-11-22T14:03:07Z", "ip_address": "203.0.113.7", "user_agent": "Firefox/150"}
+MANDATE: Json = {"accepted_at": "2025-11-22T14:03:07Z", "ip_address": "203.0.113.7", "user_agent": "Firefox/150"}
 
 
 def send(merchant: Merchant, path: str, body: Json, key: str | None = None) -> httpx.Response:
@@ -83,6 +84,23 @@ def test_update_changes_the_given_fields_only(merchant: Merchant) -> None:
     assert (changed["email"], changed["shipping"]) == (ADA["email"], ADA["shipping"])
     assert changed["metadata"] == {"tier": "gold", "since": "1843"}
     assert send(merchant, f"/v1/customers/{id}", {"metadata": {"tier": None}}).json()["metadata"] == {"since": "1843"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {}, {"metadata": {}}, {"metadata": {"absent": None}}, ADA,
+        {"name": ADA["name"], "shipping": dict(reversed(ADA["shipping"].items()))},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_update_without_effect_changes_nothing(merchant: Merchant, body: Json) -> None:
+    made = new_customer(merchant, **ADA)
+    answer = send(merchant, f"/v1/customers/{made['id']}", body)
+    assert (answer.status_code, answer.json()) == (200, made)
+    assert merchant.get(f"/v1/customers/{made['id']}") == made
+    events = merchant.get("/v1/events", object=made["id"])["data"]
+    assert [event["type"] for event in events] == ["customer.created"]
 
 
 def test_customers_are_listed_newest_first_and_by_email(merchant: Merchant) -> None:
@@ -243,6 +261,40 @@ def test_fields_that_contradict_each_other_are_refused(
     merchant: Merchant, fields: Json, expected: list[tuple[str, str]]
 ) -> None:
     assert sorted(errors_of(merchant.post(payment(**fields)))) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"accepted_at": "2999-01-01T00:00:00Z"}, [("/mandate/accepted_at", "past")]),
+        ({"accepted_at": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}, [("/mandate/accepted_at", "past")]),
+        ({"accepted_at": "1999-12-31T23:59:59Z"}, [("/mandate/accepted_at", "minimum")]),
+        ({"ip_address": "999.999.999.999"}, [("/mandate/ip_address", "format")]),
+        ({"ip_address": "1:2:3"}, [("/mandate/ip_address", "format")]),
+        ({"ip_address": "home"}, [("/mandate/ip_address", "pattern")]),
+        (
+            {"accepted_at": "1999-01-01T00:00:00Z", "ip_address": "10.0.0.256"},
+            [("/mandate/accepted_at", "minimum"), ("/mandate/ip_address", "format")],
+        ),
+    ],
+)
+def test_consent_from_no_possible_time_or_address_is_refused(
+    merchant: Merchant, fields: Json, expected: list[tuple[str, str]]
+) -> None:
+    body = payment(
+        customer_id=new_customer(merchant)["id"], save_payment_method="off_session", mandate=MANDATE | fields
+    )
+    assert sorted(errors_of(merchant.post(body))) == expected
+
+
+@pytest.mark.parametrize("address", ["203.0.113.7", "2001:db8::1", "::ffff:203.0.113.7"])
+def test_consent_by_a_clock_that_is_a_minute_ahead_is_taken(merchant: Merchant, address: str) -> None:
+    id = new_customer(merchant)["id"]
+    mandate = MANDATE | {
+        "accepted_at": (datetime.now(UTC) + timedelta(minutes=1)).isoformat(),
+        "ip_address": address,
+    }
+    assert merchant.pay(customer_id=id, save_payment_method="off_session", mandate=mandate)["state"] == "initiated"
 
 
 def test_payment_that_saves_its_method_keeps_the_mandate(merchant: Merchant, rights: Connection) -> None:

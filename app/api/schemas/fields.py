@@ -161,6 +161,7 @@ IpAddress = Annotated[
         max_length=45,
         pattern=whole(r"([0-9]{1,3}(\.[0-9]{1,3}){3}|(?=.*:)[0-9A-Fa-f:.]{2,45})"),
         extra={"form": "must be an IPv4 or IPv6 address"},
+        description="An IPv4 or IPv6 address.",
         examples=["203.0.113.7"],
     ),
 ]

@@ -39,6 +39,7 @@ declare
     v_admitted api.admission := api.admit_command('POST /v1/customers/{id}', 'payments:write', p_request);
     v_keys_max constant integer := 50;
     v_customer surety.customers;
+    v_changed surety.customers;
     v_metadata jsonb;
     v_keys integer;
 begin
@@ -60,21 +61,29 @@ begin
         return api.refuse_command(v_admitted, 'invalid-request', jsonb_build_object(
             'field', '/metadata', 'rule', 'max_entries', 'limit', v_keys_max, 'given', v_keys));
     end if;
-    update surety.customers as c
-    set
-        version = c.version + 1, updated_at = v_admitted.admitted_at, metadata = v_metadata,
-        email = case when p_request ? 'email' then p_request ->> 'email' else c.email end,
-        name = case when p_request ? 'name' then p_request ->> 'name' else c.name end,
-        phone = case when p_request ? 'phone' then p_request ->> 'phone' else c.phone end,
-        description = case when p_request ? 'description' then p_request ->> 'description' else c.description end,
-        shipping = case
-            when p_request ? 'shipping' then nullif(p_request -> 'shipping', 'null') else c.shipping
-        end
-    where c.id = v_customer.id
-    returning * into v_customer;
-    perform surety.emit_customer_event(v_customer, 'customer.updated', v_admitted.admitted_at);
-    if v_customer.provider_id is not null then
-        perform surety.emit_customer_event(v_customer, 'customer.out_of_date', v_admitted.admitted_at);
+    v_changed := v_customer;
+    v_changed.metadata := v_metadata;
+    v_changed.email := case when p_request ? 'email' then p_request ->> 'email' else v_customer.email end;
+    v_changed.name := case when p_request ? 'name' then p_request ->> 'name' else v_customer.name end;
+    v_changed.phone := case when p_request ? 'phone' then p_request ->> 'phone' else v_customer.phone end;
+    v_changed.description := case
+        when p_request ? 'description' then p_request ->> 'description' else v_customer.description
+    end;
+    v_changed.shipping := case
+        when p_request ? 'shipping' then nullif(p_request -> 'shipping', 'null') else v_customer.shipping
+    end;
+    if v_changed is distinct from v_customer then
+        update surety.customers as c
+        set
+            version = c.version + 1, updated_at = v_admitted.admitted_at, metadata = v_changed.metadata,
+            email = v_changed.email, name = v_changed.name, phone = v_changed.phone,
+            description = v_changed.description, shipping = v_changed.shipping
+        where c.id = v_customer.id
+        returning * into v_customer;
+        perform surety.emit_customer_event(v_customer, 'customer.updated', v_admitted.admitted_at);
+        if v_customer.provider_id is not null then
+            perform surety.emit_customer_event(v_customer, 'customer.out_of_date', v_admitted.admitted_at);
+        end if;
     end if;
     return api.complete_command(
         v_admitted, p_request, null, 200, (select shown.document::text from api.show_customer(v_customer) as shown),
@@ -87,8 +96,9 @@ $$;
 
 comment on function api.update_customer(jsonb) is
 'Changes the given fields of a customer: null removes one, metadata are merged. p_request as for api.admit_command, with
-customer_id and the fields. 200 and the customer. Problems: not-found; wrong-state, detail {state: erased};
-invalid-request, detail {field, rule, limit, given}: it would have more than 50 keys of metadata.';
+customer_id and the fields. 200 and the customer; without an effect its version stays, and no event is made. Problems:
+not-found; wrong-state, detail {state: erased}; invalid-request, detail {field, rule, limit, given}: it would have more
+than 50 keys of metadata.';
 
 create or replace function api.get_customer(p_key_hash bytea, p_id text, p_address text default '')
 returns table (merchant_id text, body text)
