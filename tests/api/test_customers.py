@@ -172,6 +172,22 @@ def test_payment_names_its_customer_and_is_found_by_it(merchant: Merchant) -> No
     assert [each["id"] for each in merchant.get("/v1/payments", customer_id=id)["data"]] == [paid["id"]]
 
 
+def test_payments_of_a_stored_customer_are_found_by_its_id_not_by_its_address(merchant: Merchant) -> None:
+    id = new_customer(merchant, email="ada@shop.example")["id"]
+    merchant.pay(customer_id=id)
+    inline = merchant.pay(customer={"email": "Ada@shop.example"})
+    found = merchant.get("/v1/payments", customer_email="ada@shop.example")["data"]
+    assert [each["id"] for each in found] == [inline["id"]]
+
+
+def test_one_idempotency_key_is_another_one_at_another_route(merchant: Merchant) -> None:
+    key = unique_name("key")
+    id = send(merchant, "/v1/customers", {}, key).json()["id"]
+    assert send(merchant, f"/v1/customers/{id}", {"name": "Ada"}, key).status_code == 200
+    other = new_customer(merchant)["id"]
+    assert send(merchant, f"/v1/customers/{other}", {"name": "Ada"}, key).status_code == 422
+
+
 def test_payment_with_a_customer_of_another_merchant_is_refused(merchant: Merchant, rights: Connection) -> None:
     other = Merchant(rights, str(merchant.client.base_url))
     foreign = new_customer(other)["id"]

@@ -293,7 +293,10 @@ class PaymentsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     reference: Reference | None = None
     created_from: Instant | None = None
     created_before: Instant | None = None
-    customer_email: SoughtEmail | None = None
+    customer_email: (
+        Annotated[SoughtEmail, Meta(description="That of `customer`, in upper or lower case; see also `customer_id`.")]
+        | None
+    ) = None
     customer_id: CustomerId | None = None
     metadata: SoughtMetadata = {}
     limit: Limit = 20
