@@ -110,7 +110,11 @@ def read_command(request: ApiRequest, body: bytes, struct: type[msgspec.Struct])
 def command_violation(detail: dict[str, Any]) -> RuleViolation:
     """A rule that only the database can check, broken by a command."""
     if detail["field"] not in WHOLE_UNITS:
-        return amount_violation(detail)
+        broken = amount_violation(detail)
+        # The bounds of a part are those of its payment, not of the currency.
+        if detail["rule"] == "maximum":
+            broken.message = f"amount must be at most {detail['limit']}, which is left of the payment"
+        return broken
     subject = detail["field"].removeprefix("/")
     message = f"{subject} must have at most {detail['limit']} {WHOLE_UNITS[detail['field']]} with what was given before"
     return RuleViolation(detail["field"], detail["rule"], message, detail["limit"], detail["given"])
@@ -124,8 +128,9 @@ async def problem_of_command(name: str, detail: Any, caller: Caller) -> Problem:
         case "invalid-request":
             return invalid_request([command_violation(detail)])
         case "wrong-state":
-            reason = f": {detail['reason']}" if detail.get("reason") else ""
-            return Problem(name, f"it is {detail['state']}{reason}", state=detail["state"])
+            state = f"its state is {detail['state']}"
+            text = f"{detail['reason']} ({state})" if detail.get("reason") else state
+            return Problem(name, text, state=detail["state"])
         case "balance-too-low":
             text = f"{detail['needed']} is needed, the balance is {detail['balance']} {detail['currency']}"
             return Problem(name, text, **detail)

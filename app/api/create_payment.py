@@ -62,8 +62,13 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
     is_plain = request.is_json() and not request.is_encoded()
     accepted = read_fast(body) if is_plain and IDEMPOTENCY_KEY.fullmatch(key) else None
     if accepted is None:
-        await caller.require_active_merchant()
-        payment = await read_strictly(request, body)
+        is_suspended = await caller.require_valid_key()
+        try:
+            payment = await read_strictly(request, body)
+        except Problem:
+            if is_suspended:
+                raise await caller.audit_denial("forbidden") from None
+            raise
         accepted = payment, encode_canonically(payment)
     payment, encoded = accepted
     row = await request.services.payment_batching.submit(
@@ -171,6 +176,10 @@ def customer_violations(given: Any) -> list[RuleViolation]:
         RuleViolation(f"/{field}", rule, message)
         for is_broken, field, rule, message in (
             (
+                {"payment_method/saved", "customer"} <= named, "customer", "exclusive",
+                "customer must not be sent with payment_method.saved, which belongs to a stored customer",
+            ),
+            (
                 {"customer_id", "customer"} <= named, "customer", "exclusive",
                 "customer must not be sent with customer_id: the payer is one or the other",
             ),
@@ -212,7 +221,9 @@ def is_consistent(payment: NewPayment) -> bool:
     method = payment.payment_method
     if payment.return_url is None and not payment.off_session:
         return False
-    if (method.token is None) is (method.saved is None) or (payment.customer and payment.customer_id):
+    if (method.token is None) is (method.saved is None):
+        return False
+    if payment.customer is not None and (payment.customer_id or method.saved):
         return False
     if payment.save_payment_method is None and payment.mandate is None:
         return True
@@ -248,7 +259,7 @@ async def problem_of_refusal(name: str, detail: Any, caller: Caller, body: bytes
 def limit_text(detail: dict[str, Any]) -> str:
     """The limit of a day that a request exceeds, the rest of it and when it starts anew."""
     left = f"{detail['remaining']} left on {detail['day']}, anew at {detail['resets_at']}"
-    return f"the limit of {bound_text(detail)} per day is reached: {left}"
+    return f"the payment exceeds the limit of {bound_text(detail)} per day: {left}"
 
 
 def bound_text(detail: dict[str, Any]) -> str:

@@ -33,6 +33,10 @@ def compact(document: str | bytes) -> bytes:
     return msgspec.json.format(document.encode() if isinstance(document, str) else document, indent=-1)
 
 
+class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A query without parameters."""
+
+
 class ApiServices(NamedTuple):
     """The services that endpoints use, one of each per process."""
 
@@ -90,9 +94,11 @@ class ApiRequest(HttpRequest):
     def caller(self) -> Caller:
         """The holder of the API key, which the database has not checked yet.
 
-        Raises Problem for an unknown version of the API.
+        Raises Problem for an unknown version of the API, and for a query on a route without parameters.
         """
         assert self._caller is not None
+        if self.route.query is None and self.scope["query_string"]:
+            read_query(self.scope["query_string"], NoQuery)
         self.version = version_of(self.headers)
         return self._caller
 

@@ -95,7 +95,7 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     ),
     "limit-exceeded": ProblemDefinition(
         403,
-        "The merchant's limit of the day is reached",
+        "The payment exceeds the merchant's limit of the day",
         "The operator has set how many payments (`exceeded` is `count`) or how much money (`amount`, in minor units) "
         "may be accepted in `currency` in a day, by UTC. `maximum` is the limit, `remaining` the rest of it on `day`. "
         "It starts anew at `resets_at`. Nothing was stored, and the Idempotency-Key is free: the same request can be "
@@ -164,9 +164,9 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "rate-limited": ProblemDefinition(
         429,
         "Too many requests",
-        "A rate limit is reached: `given.limit` is `key` (of this API key), `merchant` (of all its merchant's keys) or "
+        "A rate limit is reached: `rate_limit` is `key` (of this API key), `merchant` (of all its merchant's keys) or "
         "`address` (failed authentications of the client's address). Nothing was stored. Repeat the request with the "
-        "same Idempotency-Key after as many seconds as the header Retry-After and `given.retry_after` say. The headers "
+        "same Idempotency-Key after as many seconds as the header Retry-After and `retry_after` say. The headers "
         "RateLimit-Policy and RateLimit show the limits and how much is left.",
     ),
     "head-too-large": ProblemDefinition(

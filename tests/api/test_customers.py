@@ -247,6 +247,13 @@ INCONSISTENT: list[tuple[Json, list[tuple[str, str]]]] = [
     ),
     ({"save_payment_method": "off_session"}, [("/customer_id", "required"), ("/mandate", "required")]),
     ({"mandate": MANDATE}, [("/mandate", "exclusive")]),
+    *(
+        (
+            {"payment_method": {"type": "card", "saved": "spm_" + "0" * 24}, "customer": customer},
+            [("/customer", "exclusive")],
+        )
+        for customer in ({}, {"email": "ada@shop.example"})
+    ),
     (
         {
             "save_payment_method": "off_session",

@@ -8,6 +8,7 @@ from typing import Any
 
 from app.api.routes import MERCHANT_ROUTES
 from app.cli.trace import read_trace
+from tests.api.test_customers import save_method
 from tests.support.http_client import Connection, Merchant
 from tests.support.payments import fact, money, record
 
@@ -90,15 +91,24 @@ def documents(merchant: Merchant, payment_ids: list[str]) -> dict[str, str]:
     refunds = [refund["id"] for refund in merchant.get("/v1/refunds")["data"]]
     disputes = [dispute["id"] for dispute in merchant.get("/v1/disputes")["data"]]
     events = [event["id"] for event in merchant.get("/v1/events")["data"]]
-    ids = {"payment_id": payment_ids, "refund_id": refunds, "dispute_id": disputes, "event_id": events}
+    customer = merchant.client.post("/v1/customers", headers={"Idempotency-Key": "customer"}).json()["id"]
+    method = save_method(merchant.conn, merchant, customer)
+    ids = {
+        "customer_id": [customer],
+        "payment_method_id": [method],
+        "payment_id": payment_ids,
+        "refund_id": refunds,
+        "dispute_id": disputes,
+        "event_id": events,
+    }
     shown = {}
     for route in MERCHANT_ROUTES:
-        parameter = re.search(r"{(\w+)}", route.path)
-        for one in ids[parameter[1]] if parameter else [""]:
-            path = re.sub(r"{\w+}", one, route.path)
+        parameters = re.findall(r"{(\w+)}", route.path)
+        for one in ids[parameters[-1]] if parameters else [""]:
+            path = re.sub(r"{\w+}$|{\w+}(?=/[a-z_]+$)", one, route.path).replace("{customer_id}", customer)
             # A POST without a body is refused: its problem document is shown too.
             answer = merchant.client.request(route.method, path, headers={"Idempotency-Key": "key-of-" + one})
-            assert answer.status_code < 500 and (answer.status_code == 200 or route.method == "POST"), answer.text
+            assert answer.status_code < 500 and (answer.status_code == 200 or route.method != "GET"), answer.text
             shown[f"{route.method} {path}"] = answer.text
     assert refunds and disputes
     return shown

@@ -106,7 +106,9 @@ def test_list_and_trace_schemas_match_the_database(owner: Connection, key: bytes
     assert listed["data"] == [happened["data"][0]["data"]] == [traced["payment"]] == [document]
 
 
-@pytest.mark.parametrize("route", [route for route in ROUTES if route.body], ids=lambda route: route.name)
+@pytest.mark.parametrize(
+    "route", [route for route in ROUTES if route.body and route.method != "DELETE"], ids=lambda route: route.name
+)
 def test_openapi_says_that_unknown_fields_of_bodies_are_refused(route: Route) -> None:
     schemas = openapi_document(ROUTES)["components"]["schemas"]
     assert route.body is not None

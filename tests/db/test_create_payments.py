@@ -102,7 +102,8 @@ def test_second_of_two_requests_with_one_key_and_different_bodies_is_refused(con
 
 
 def test_invalid_request_does_not_use_up_its_key(conn: Connection, key: bytes) -> None:
-    rows = create(conn, [request(key, idempotency_key="k", amount=1), request(key, idempotency_key="k")])
+    refused = request(key, idempotency_key="k", amount=1, request_hash="01")
+    rows = create(conn, [refused, request(key, idempotency_key="k")])
     assert [outcome(row) for row in rows] == [(None, "invalid-request"), (201, None)]
 
 

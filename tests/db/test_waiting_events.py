@@ -26,6 +26,7 @@ SETTERS_OF_CAUSES = {
     "db/sql/provider/circuit_breaker.sql",
     "db/sql/provider/results.sql",
     "jobs/handlers/calls.py",
+    "jobs/handlers/customers.py",
     "jobs/handlers/webhooks.py",
 }
 

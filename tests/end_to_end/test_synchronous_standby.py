@@ -47,7 +47,7 @@ def test_repeated_payment_waits_for_the_standby_as_its_first_request_did(
                 second = pool.submit(merchant.post, payment(), key="order-1")
                 eventually(lambda: second.done() or len(servers.waiting_sessions()) == 2, 10)
                 assert not first.done()
-                assert not second.done()
+                assert not second.done(), (second.result().status_code, second.result().text)
             answers = [first.result(), second.result()]
         assert [answer.status_code for answer in answers] == [201, 201]
         [payment_id] = {answer.json()["id"] for answer in answers}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct
 
@@ -12,15 +13,6 @@ from app.api.schemas.fields import Limit, whole
 from app.api.schemas.payments import Payment
 from app.api.schemas.refunds import Refund
 
-EventType = Annotated[
-    str,
-    Meta(
-        pattern=whole(r"(payment|refund|dispute|customer)\.([a-z_]{1,60}|\*)"),
-        description="One type, or all of a family: `refund.*`.",
-        extra={"form": "must be a type of event, such as payment.confirmed, or a family, such as refund.*"},
-        examples=["payment.confirmed"],
-    ),
-]
 ObjectId = Annotated[
     str,
     Meta(
@@ -78,6 +70,23 @@ CustomerEventType = Literal[
 PaymentMethodEventType = Literal[
     "customer.payment_method_saved",
     "customer.payment_method_detached",
+]
+
+
+EVENT_TYPES: tuple[str, ...] = tuple(
+    name
+    for types in (PaymentEventType, RefundEventType, DisputeEventType, CustomerEventType)
+    for name in get_args(types)
+)
+EVENT_FAMILIES = sorted({f"{name.partition('.')[0]}.*" for name in EVENT_TYPES})
+EventType = Annotated[
+    str,
+    Meta(
+        pattern=whole(f"({'|'.join(re.escape(name) for name in (*EVENT_TYPES, *EVENT_FAMILIES))})"),
+        description="One type, or all of a family: `refund.*`.",
+        extra={"form": f"must be a type of event, such as payment.confirmed, or one of {', '.join(EVENT_FAMILIES)}"},
+        examples=["payment.confirmed"],
+    ),
 ]
 
 

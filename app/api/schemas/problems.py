@@ -21,19 +21,11 @@ class BrokenRule(Struct, rename={"place": "in"}):
     meant: str | None = None
 
 
-class ReachedLimit(Struct):
-    """The rate limit that a request exceeded: of the `key`, of its `merchant` or of failed authentications of the
-    client's `address`; and the seconds after which it may be repeated.
-    """
-
-    limit: Literal["key", "merchant", "address"]
-    retry_after: int
-
-
 class ProblemDocument(Struct):
     """The reason why a request was refused, as in RFC 9457. `payment` is the payment that has the reference already;
     `state` is the state that does not allow the request; `scope` the scope that the key lacks; `address` the one from
-    which the key may not be used; `given` the rate limit that was exceeded.
+    which the key may not be used; `rate_limit` the exceeded limit: of the `key`, of its `merchant` or of failed
+    authentications of the client's `address`; `retry_after` the seconds after which the request may be repeated.
     """
 
     type: str
@@ -46,7 +38,8 @@ class ProblemDocument(Struct):
     state: str | None = None
     scope: str | None = None
     address: str | None = None
-    given: ReachedLimit | None = None
+    rate_limit: Literal["key", "merchant", "address"] | None = None
+    retry_after: int | None = None
 
 
 class ProblemType(Struct):

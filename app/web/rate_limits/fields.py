@@ -92,4 +92,4 @@ class RateLimited(Problem):
         seconds = whole_seconds(wait_seconds)
         detail = f"{policy.meaning}; repeat after {seconds} s"
         headers = [*fields, (b"retry-after", b"%d" % seconds)]
-        super().__init__("rate-limited", detail, headers=headers, given={"limit": policy.name, "retry_after": seconds})
+        super().__init__("rate-limited", detail, headers=headers, rate_limit=policy.name, retry_after=seconds)

@@ -26,8 +26,6 @@ begin
             null, api.explain_denial(decode(p_request ->> 'key_hash', 'hex'), p_scope, p_request ->> 'address'),
             null, null, false
         );
-    elsif v_who.is_suspended and p_takes_money then
-        v_outcome := (null, 'forbidden', null, null, false);
     else
         -- Waits for another request with this key; if that one was refused, the key is free again.
         loop
@@ -49,6 +47,12 @@ begin
             end if;
             exit;
         end loop;
+        -- Behind the key, so that a repetition gets its first answer.
+        if v_outcome is null and v_who.is_suspended and p_takes_money then
+            delete from surety.idempotency_keys as i
+            where i.merchant_id = v_who.merchant_id and i.route = p_route and i.key = p_request ->> 'idempotency_key';
+            v_outcome := (null, 'forbidden', null, null, false);
+        end if;
     end if;
     return (
         v_who.merchant_id, 'key:' || v_who.key_id, p_route, p_request ->> 'idempotency_key', v_now, v_outcome

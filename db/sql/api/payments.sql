@@ -116,6 +116,9 @@ as $$
 -- Rows are kept in parallel arrays, because joins would cost more than all other work.
 declare
     v_route constant text := 'POST /v1/payments';
+    -- A merchant can be suspended, a customer erased, a payment method removed, after a request was accepted. Its
+    -- repetition gets the first answer all the same.
+    v_later_problems constant text [] := array['forbidden', 'invalid-request'];
     v_now timestamptz := surety.time_now();
     v_cut_off text [] := surety.cut_off_accounts();
     -- One element per request.
@@ -362,7 +365,7 @@ begin
     end if;
 
     -- A batch of replays only reads: its commit would not wait for a standby.
-    if array_position(v_problems, null) is not null then
+    if array_position(v_problems, null) is not null or v_problems && v_later_problems then
         perform surety.await_standbys();
     end if;
     -- A new statement: only its snapshot includes the rows of transactions that the insert waited for.
@@ -371,7 +374,7 @@ begin
         a.n,
         case when i.request_hash = a.request_hash then i.status end,
         case
-            when a.problem is not null then a.problem
+            when a.problem is not null and i.request_hash is distinct from a.request_hash then a.problem
             -- A refused request stores no key, but its hash still binds later requests of the batch.
             when coalesce(i.request_hash, first_value(a.request_hash) over same_key) <> a.request_hash
                 then 'idempotency-key-reused'
@@ -383,7 +386,7 @@ begin
                 end
         end,
         case
-            when a.problem is not null then a.detail
+            when a.problem is not null and i.request_hash is distinct from a.request_hash then a.detail
             when i.key is null and not a.is_cut_off and first_value(a.request_hash) over same_key = a.request_hash
                 then coalesce(
                     v_refusals #> array[first_value(a.new_id) over same_key, 'detail'],
@@ -399,7 +402,8 @@ begin
     left join lateral (
         select k.key, k.request_hash, k.status, k.response, k.payment_id
         from surety.idempotency_keys as k
-        where a.problem is null and k.merchant_id = a.merchant_id and k.route = v_route and k.key = a.idempotency_key
+        where (a.problem is null or a.problem = any(v_later_problems))
+            and k.merchant_id = a.merchant_id and k.route = v_route and k.key = a.idempotency_key
         offset 0
     ) as i on true
     left join lateral (

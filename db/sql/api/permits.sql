@@ -107,6 +107,8 @@ declare
     v_key_hashes bytea[];
     v_subjects text[];
 begin
+    -- Permits need no standby: a request that may run must not be refused because another one's commit waits.
+    perform set_config('synchronous_commit', 'off', true);
     select array_agg(decode(r.key_hash, 'hex')) into v_key_hashes
     from jsonb_to_recordset(p_requests) as r (key_hash text);
     select array_agg(distinct s.subject) into v_subjects

@@ -57,44 +57,30 @@ $$;
 comment on function surety.parse_event(text) is 'The body of a provider''s event; null if it is no JSON.';
 
 create or replace function surety.is_about_erased(p_provider text, p_account text, p_event jsonb) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp
-begin atomic
-    with about as (
-        select
-            p_event #> '{data,object}' as object,
-            p_event #>> '{related_object,id}' as related
-    ),
-
-    named as (
-        select
-            array_remove(array[
-                about.related, about.object ->> 'id',
-                coalesce(about.object #>> '{payment_intent,id}', about.object ->> 'payment_intent'),
-                coalesce(about.object #>> '{charge,id}', about.object ->> 'charge'),
-                coalesce(about.object #>> '{latest_charge,id}', about.object ->> 'latest_charge'),
-                coalesce(about.object #>> '{customer,id}', about.object ->> 'customer')
-            ], null) as ids,
-            about.object #>> '{metadata,surety_payment}' as payment_id
-        from about
-    )
-
-    select count(*) > 0
-    from named
-    where
-        exists (
-            select from surety.provider_objects as o
-            inner join surety.erasures as e on o.payment_id = e.subject_id
-            where o.provider = p_provider and o.account = p_account and o.object_id = any(named.ids)
-        )
-        or exists (select from surety.erasures as e where e.subject_id = named.payment_id)
-        or exists (
-            select from surety.customers as c
-            inner join surety.erasures as e on c.id = e.subject_id
-            where
-                c.provider = p_provider and c.provider_account = p_account
-                and c.provider_id = any(named.ids)
-        );
+language plpgsql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+as $$
+-- By keys, one table after the other: an erasure asks this of every stored event.
+declare
+    v_object jsonb := p_event #> '{data,object}';
+    v_ids text [] := array_remove(array[
+        p_event #>> '{related_object,id}', v_object ->> 'id',
+        coalesce(v_object #>> '{payment_intent,id}', v_object ->> 'payment_intent'),
+        coalesce(v_object #>> '{charge,id}', v_object ->> 'charge'),
+        coalesce(v_object #>> '{latest_charge,id}', v_object ->> 'latest_charge'),
+        coalesce(v_object #>> '{customer,id}', v_object ->> 'customer')
+    ], null);
+    v_subjects text [] := array(
+        select o.payment_id from surety.provider_objects as o
+        where o.provider = p_provider and o.account = p_account and o.object_id = any(v_ids)
+    ) || array(
+        select c.id from surety.customers as c
+        where c.provider = p_provider and c.provider_account = p_account and c.provider_id = any(v_ids)
+    ) || (v_object #>> '{metadata,surety_payment}');
+begin
+    return exists (select from surety.erasures as e where e.subject_id = any(v_subjects));
 end;
+$$;
 
 comment on function surety.is_about_erased(text, text, jsonb) is
 'Whether a provider''s event is about an erased payment or customer, by the ids of its object and the metadata.';

@@ -40,10 +40,10 @@ def test_encoded_body_is_refused_on_every_route(merchant: Merchant, operator_key
     if row.tag == "operators":
         sent["Authorization"] = f"Bearer {operator_key}"
     for encoding in ("gzip", "identity, gzip", ""):
-        answer = merchant.client.post(path, content=b"{}", headers=sent | {"Content-Encoding": encoding})
+        answer = merchant.client.request(row.method, path, content=b"{}", headers=sent | {"Content-Encoding": encoding})
         problem(answer, 415, "unsupported-encoding")
         assert answer.headers["accept-encoding"] == "identity"
-    identity = merchant.client.post(path, content=b"{}", headers=sent | {"Content-Encoding": "Identity"})
+    identity = merchant.client.request(row.method, path, content=b"{}", headers=sent | {"Content-Encoding": "Identity"})
     assert identity.status_code in {201, 400, 404}
     assert "unsupported-encoding" in row.problems
 
@@ -58,6 +58,19 @@ def test_body_that_is_encoded_by_its_transfer_is_refused(merchant: Merchant) -> 
     connection.close()
 
 
+@pytest.mark.parametrize("row", [row for row in ROUTES if not row.is_public], ids=lambda row: row.name)
+def test_unknown_parameter_of_a_query_is_refused_on_every_route(
+    merchant: Merchant, operator_key: str, row: Route
+) -> None:
+    headers = {"Authorization": f"Bearer {operator_key}"} if row.tag == "operators" else {}
+    path = PATH_PARAMETER.sub("unknown_1", row.path)
+    answer = merchant.client.request(
+        row.method, f"{path}?surprise=1", headers=headers | {"Idempotency-Key": unique_name("key")}
+    )
+    [error] = problem(answer, 400, "invalid-request")["errors"]
+    assert (error["field"], error["in"], error["rule"]) == ("surprise", "query", "known")
+
+
 @pytest.mark.parametrize("row", ROUTES, ids=lambda row: row.name)
 def test_every_invalid_request_names_field_and_rule(merchant: Merchant, operator_key: str, row: Route) -> None:
     headers = {"Authorization": f"Bearer {operator_key}"} if row.tag == "operators" else {}
@@ -69,8 +82,9 @@ def test_every_invalid_request_names_field_and_rule(merchant: Merchant, operator
         headers["Content-Type"] = "application/json"
         for body in BROKEN_BODIES:
             sent = headers | {"Idempotency-Key": unique_name("key")}
-            answers.append(merchant.client.post(path, content=body, headers=sent))
-        answers.append(merchant.client.post(path, content=b"{}", headers=headers | {"Idempotency-Key": "k" * 256}))
+            answers.append(merchant.client.request(row.method, path, content=body, headers=sent))
+        asked = headers | {"Idempotency-Key": "k" * 256}
+        answers.append(merchant.client.request(row.method, path, content=b"{}", headers=asked))
     if not row.is_public:
         asked = headers | {"Surety-Version": "2026-02-30", "Idempotency-Key": unique_name("key")}
         answers.append(merchant.client.request(row.method, path, headers=asked))

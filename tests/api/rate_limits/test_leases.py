@@ -117,7 +117,7 @@ async def test_ipv6_addresses_of_one_network_are_one_client(refusals: RefusalCou
     assert refused.value.name == "rate-limited"
     failed.require_room("2001:db8:0:1::1")
     failed.note("not an address:")
-    assert refused.value.more["given"]["limit"] == "address"
+    assert refused.value.more["rate_limit"] == "address"
 
 
 async def test_a_rate_of_zero_is_no_limit_for_addresses(refusals: RefusalCounter) -> None:

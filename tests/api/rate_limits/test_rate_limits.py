@@ -140,7 +140,7 @@ def test_a_refusal_says_which_limit_and_when_to_come_again_and_stores_nothing(me
     assert statuses == [201] * 5
     refused = merchant.post(key="the key")
     document = problem(refused, 429, "rate-limited")
-    assert document["given"] == {"limit": "merchant", "retry_after": int(refused.headers["retry-after"])}
+    assert (document["rate_limit"], document["retry_after"]) == ("merchant", int(refused.headers["retry-after"]))
     assert int(refused.headers["retry-after"]) >= parse(refused, "ratelimit")["merchant"]["t"] >= 1
     assert parse(refused, "ratelimit")["merchant"]["r"] == 0
     assert merchant.count() == 5
@@ -156,12 +156,12 @@ def test_keys_of_a_merchant_share_its_limit_and_a_key_may_have_a_lower_one(merch
     assert statuses == [200, 200, 429]
     refused = merchant.client.get("/v1/balance", headers=slow)
     if refused.status_code == 429:
-        assert problem(refused, 429, "rate-limited")["given"]["limit"] == "key"
+        assert problem(refused, 429, "rate-limited")["rate_limit"] == "key"
     admitted = 0
     while (answer := merchant.client.get("/v1/balance")).status_code == 200:
         admitted += 1
     assert 4 <= admitted + (refused.status_code == 200) <= 10
-    assert problem(answer, 429, "rate-limited")["given"]["limit"] == "merchant"
+    assert problem(answer, 429, "rate-limited")["rate_limit"] == "merchant"
 
 
 def test_a_new_limit_acts_soon_on_a_running_process(merchant: Merchant) -> None:
@@ -194,7 +194,7 @@ def test_an_operators_key_is_limited(api: ServerProcess, rights: Connection) -> 
     with httpx.Client(base_url=api.url, verify=CONTEXT, headers={"Authorization": f"Bearer {key}"}) as client:
         assert [client.get("/v1/operator/dead-letters").status_code for _ in range(3)] == [200] * 3
         refused = client.get("/v1/operator/dead-letters")
-    assert problem(refused, 429, "rate-limited")["given"]["limit"] == "key"
+    assert problem(refused, 429, "rate-limited")["rate_limit"] == "key"
     assert set(parse(refused, "ratelimit")) == {"key"}
 
 
@@ -224,8 +224,9 @@ def test_failed_authentications_of_an_address_are_limited_and_a_valid_key_is_not
         assert [answer.status_code for answer in answers[:10]] == [401] * 10
         limited = [answer for answer in answers if answer.status_code == 429]
         assert limited
-        given = problem(limited[0], 429, "rate-limited")["given"]
-        assert given == {"limit": "address", "retry_after": int(limited[0].headers["retry-after"])}
+        document = problem(limited[0], 429, "rate-limited")
+        seconds = int(limited[0].headers["retry-after"])
+        assert (document["rate_limit"], document["retry_after"]) == ("address", seconds)
         assert parse(limited[0], "ratelimit-policy") == {"address": {"q": 10, "w": 5}}
         assert merchant.client.get("/v1/balance").status_code == 200
         assert merchant.post().status_code == 201
