@@ -50,6 +50,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "customers/calls",
     "provider/results",
     "provider/polling",
+    "customers/erasable",
     "customers/erasures",
     "provider/webhooks",
     "provider/key_checks",

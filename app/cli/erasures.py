@@ -60,14 +60,14 @@ def erase(
         by = authorize(conn, "customers:erase")
         require_merchant(conn, merchant_id, "--merchant")
         with conn.transaction(force_rollback=True) if dry_run else conn.cursor():
-            counts, refused, provider_ids = erase_all(conn, by, merchant_id, email, payment_id, customer_id)
+            counts, refused, provider_ids, payments = erase_all(conn, by, merchant_id, email, payment_id, customer_id)
+            methods = find_kept_mandates(conn, payments)
     if as_json:
         rows = {name: number for name, number in sorted(counts.items()) if number}
-        click.echo(
-            json.dumps({"is_dry_run": dry_run, "rows": rows, "in_progress": refused, "kept_by_provider": provider_ids})
-        )
+        kept = {"kept_by_provider": provider_ids, "methods_with_mandate": methods}
+        click.echo(json.dumps({"is_dry_run": dry_run, "rows": rows, "in_progress": refused} | kept))
     else:
-        show(counts, provider_ids, dry_run=dry_run)
+        show(counts, provider_ids, methods, dry_run=dry_run)
     if refused:
         named = "; ".join(f"{payment}: {reason}" for payment, reason in sorted(refused.items()))
         raise NotErased(f"{count_noun(len(refused), 'payment')} in progress, not erased: {named}")
@@ -80,8 +80,10 @@ def erase_all(
     email: str | None,
     payment_id: str | None,
     customer_id: str | None,
-) -> tuple[Counter[str], dict[str, str], list[str]]:
-    """Erase all that matches: the rows changed by table, the payments in progress with the reason, the provider's ids.
+) -> tuple[Counter[str], dict[str, str], list[str], list[str]]:
+    """Erase all that matches.
+
+    Returns the rows changed by table, the payments in progress with the reason, the provider's ids and all payments.
 
     Raises SuretyError if nothing is found.
     """
@@ -112,7 +114,7 @@ def erase_all(
         "select surety.audit_operator_action(%s, %s, 'payer erased', %s)",
         (by, merchant_id, Jsonb(snapshot)),
     )
-    return counts, refused, sorted(named)
+    return counts, refused, sorted(named), sorted(found)
 
 
 def find(
@@ -155,9 +157,11 @@ def count(counts: Counter[str], conn: Connection, query: str, subject: str) -> d
 def redact_events(conn: Connection, after: str) -> int:
     """Redact the provider's events since an id, a page at a time; returns how many have changed."""
     total = 0
+    # Events that are stored from here on are redacted when they are received.
+    [(until,)] = conn.execute("select max(id) from surety.provider_events").fetchall()
     while True:
         [(last, redacted)] = conn.execute(
-            "select last_id, redacted from surety.redact_events(%s, %s)", (after, EVENTS_AT_ONCE)
+            "select last_id, redacted from surety.redact_events(%s, %s, %s)", (after, until, EVENTS_AT_ONCE)
         ).fetchall()
         total += int(redacted)
         if last is None:
@@ -173,9 +177,19 @@ def digest_of(conn: Connection, email: str | None) -> str | None:
     return hmac.digest(environment.encode(), email.lower().encode(), "sha256").hex()
 
 
-def show(counts: Counter[str], provider_ids: list[str], *, dry_run: bool) -> None:
-    """The rows by table, and the provider's ids."""
+def find_kept_mandates(conn: Connection, payments: list[str]) -> list[str]:
+    """The methods that payments saved and that can be charged, so that they keep the payer's mandate."""
+    rows = conn.execute(
+        "select id from surety.payment_methods where payment_id = any(%s) and mandate <> '{}' order by id", (payments,)
+    ).fetchall()
+    return [method for (method,) in rows]
+
+
+def show(counts: Counter[str], provider_ids: list[str], methods: list[str], *, dry_run: bool) -> None:
+    """The rows by table, the methods with a mandate, and the provider's ids."""
     table = Table("table", "rows to change" if dry_run else "rows changed", box=None)
     print_table(table, sorted((name, number) for name, number in counts.items() if number))
+    if methods:
+        click.echo(f"kept until the customer is erased: the mandate of {' '.join(methods)}")
     if provider_ids:
         click.echo(f"the provider still holds: {' '.join(provider_ids)}")

@@ -39,21 +39,38 @@ end;
 comment on function surety.address_without_query(text) is
 'A URL without its query and fragment, which may name a payer.';
 
-create or replace function surety.replace_words(p_text text, p_words text[]) returns text
-language plpgsql immutable parallel safe
+create or replace function surety.replace_words(p_value jsonb, p_words text[]) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
+    v_text text := p_value #>> '{}';
     v_word text;
 begin
-    foreach v_word in array p_words loop
-        -- As JSON spells it.
-        p_text := replace(p_text, trim(both '"' from to_json(v_word)::text), '(erased)');
-    end loop;
-    return p_text;
+    case jsonb_typeof(p_value)
+        when 'object' then
+            return (
+                select coalesce(jsonb_object_agg(part.key, surety.replace_words(part.value, p_words)), '{}')
+                from jsonb_each(p_value) as part);
+        when 'array' then
+            return (
+                select coalesce(jsonb_agg(surety.replace_words(part.value, p_words) order by part.n), '[]')
+                from jsonb_array_elements(p_value) with ordinality as part (value, n));
+        when 'string' then
+            foreach v_word in array p_words loop
+                -- Also as JSON within the text spells it, without the quotes around it.
+                v_text := replace(
+                    replace(v_text, v_word, '(erased)'), regexp_replace(to_json(v_word)::text, '^"|"$', '', 'g'),
+                    '(erased)');
+            end loop;
+            return to_jsonb(v_text);
+        else
+            return p_value;
+    end case;
 end;
 $$;
 
-comment on function surety.replace_words(text, text[]) is 'A JSON text in which words are replaced by (erased).';
+comment on function surety.replace_words(jsonb, text[]) is
+'A JSON value with (erased) in place of words in its texts; names of fields stay.';
 
 create or replace function surety.label_object(
     p_metadata jsonb, p_customer jsonb, p_customer_id text

@@ -117,7 +117,7 @@ $$;
 comment on function surety.begin_erasure(text[]) is
 'Marks payments and customers, so that what their provider reports from now on is stored without the payer''s data.';
 
-create or replace function surety.redact_events(p_after text, p_limit integer)
+create or replace function surety.redact_events(p_after text, p_until text, p_limit integer)
 returns table (last_id text, redacted bigint)
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -128,7 +128,7 @@ begin atomic
             listed.account,
             listed.body
         from surety.provider_events as listed
-        where listed.id > p_after
+        where listed.id > p_after and listed.id <= p_until
         order by listed.id
         limit p_limit
     ),
@@ -144,7 +144,7 @@ begin atomic
             from page
         ) as changed
         where
-            provider_events.id = changed.id and provider_events.id > p_after
+            provider_events.id = changed.id and provider_events.id > p_after and provider_events.id <= p_until
             and changed.body <> changed.body_before
         returning provider_events.id
     )
@@ -154,9 +154,9 @@ begin atomic
         (select count(*) from redacted);
 end;
 
-comment on function surety.redact_events(text, integer) is
-'Removes the data of erased payments from the next p_limit events of providers after an id. last_id is the last one that
-was read, null at the end.';
+comment on function surety.redact_events(text, text, integer) is
+'Removes the data of erased payments from the next p_limit events of providers after an id, up to another. last_id is
+the last one that was read, null at the end.';
 
 create or replace function surety.redact_answer(p_answer text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -201,30 +201,29 @@ comment on function surety.erase_answers(surety.idempotency_keys[]) is
 'Removes payers'' data from stored answers: a repeated request gets the rest. The hash of the request stays, by which a
 repetition is known, until the key is deleted after 30 days. Returns how many have changed.';
 
-create or replace function surety.why_not_erasable(p surety.payments) returns text
-language sql stable set search_path = pg_catalog, pg_temp
+create or replace function surety.delete_rejected_webhooks(p_email text, p_name text, p_ids text[]) returns bigint
+language sql volatile set search_path = pg_catalog, pg_temp
 begin atomic
-    select case
-        when p.state not in (
-            'confirmed', 'settled', 'partially_refunded', 'refunded', 'reversed', 'failed', 'canceled'
-        ) then p.state
-        when exists (
-            select from surety.calls where calls.payment_id = p.id and calls.answered_at is null
-        ) then 'a call to the provider has no known outcome'
-        when exists (
-            select from surety.disputes
-            inner join surety.dispute_statuses on disputes.status = dispute_statuses.status
-            where disputes.payment_id = p.id and dispute_statuses.poll_after is not null
-        ) then 'disputed'
-        when exists (
-            select from outbox.dead_letters
-            where dead_letters.payment_id = p.id and dead_letters.closed_at is null
-        ) then 'an open dead letter'
-    end;
+    with deleted as (
+        delete from surety.rejected_webhooks
+        where exists (
+            select from unnest(
+                p_ids
+                -- Shorter ones may be words of any webhook.
+                || case when length(p_email) >= 5 and p_email like '%_@_%' then array[p_email, lower(p_email)] end
+                || case when length(p_name) >= 5 and trim(p_name) like '% %' then array[p_name] end
+            ) as words (word)
+            where position(convert_to(words.word, 'UTF8') in rejected_webhooks.body) > 0
+        )
+        returning rejected_webhooks.id
+    )
+
+    select count(*) from deleted;
 end;
 
-comment on function surety.why_not_erasable(surety.payments) is
-'Why a payment is in progress, so that its data are still needed; null if it is not.';
+comment on function surety.delete_rejected_webhooks(text, text, text[]) is
+'Deletes rejected webhooks that hold a payer''s address, its full name or one of our or the provider''s ids. Returns how
+many.';
 
 create or replace function surety.erase_payment(p_payment_id text) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -237,12 +236,15 @@ declare
 begin
     select p.* into v_payment from surety.payments as p where p.id = p_payment_id for update;
     if surety.why_not_erasable(v_payment) is not null then
+        -- What its provider reports is needed as it is.
+        delete from surety.erasures as e where e.subject_id = p_payment_id;
         return jsonb_build_object('refused', surety.why_not_erasable(v_payment));
     end if;
     v_words := array(
         select w.word from unnest(array[
             v_payment.customer ->> 'email', v_payment.customer ->> 'name', v_payment.description]) as w (word)
         where length(w.word) > 2
+        order by length(w.word) desc
     );
     -- The audit trail knows the keys of a payment's requests.
     v_count := surety.erase_answers(array(
@@ -263,17 +265,21 @@ begin
     where payment_id = p_payment_id and (evidence <> '{}' or evidence_failure is not null);
     get diagnostics v_count = row_count;
     v_counts := v_counts || jsonb_build_object('disputes', v_count);
-    update outbox.dead_letters as d set attempts = surety.replace_words(d.attempts::text, v_words)::jsonb
-    where d.payment_id = p_payment_id and d.attempts::text <> surety.replace_words(d.attempts::text, v_words);
+    update outbox.dead_letters as d set attempts = surety.replace_words(d.attempts, v_words)
+    where d.payment_id = p_payment_id and d.attempts <> surety.replace_words(d.attempts, v_words);
     get diagnostics v_count = row_count;
     v_counts := v_counts || jsonb_build_object('dead_letters', v_count);
-    delete from surety.rejected_webhooks as r
-    where exists (
-        select from unnest(v_words || p_payment_id || v_payment.provider_id) as w (word)
-        where position(convert_to(w.word, 'UTF8') in r.body) > 0
-    );
-    get diagnostics v_count = row_count;
+    v_count := surety.delete_rejected_webhooks(
+        v_payment.customer ->> 'email', v_payment.customer ->> 'name',
+        array_remove(array[p_payment_id, v_payment.provider_id], null)
+        || array(
+            select f.object_id from surety.facts as f where f.payment_id = p_payment_id and length(f.object_id) > 8));
     v_counts := v_counts || jsonb_build_object('rejected_webhooks', v_count);
+    -- The mandate is the proof of consent for later charges, so a method keeps it as long as it can be charged.
+    update surety.payment_methods set mandate = '{}', fingerprint = null
+    where payment_id = p_payment_id and detached_at is not null and (mandate <> '{}' or fingerprint is not null);
+    get diagnostics v_count = row_count;
+    v_counts := v_counts || jsonb_build_object('payment_methods', v_count);
     update surety.payments as p
     set customer = null, description = null, metadata = '{}',
         return_url = surety.address_without_query(p.return_url),
@@ -297,7 +303,8 @@ $$;
 
 comment on function surety.erase_payment(text) is
 'Removes a payer''s data from a payment and from its answers, calls, refunds, disputes, dead letters and labels. Returns
-how many rows of which table, or {"refused": why} for a payment in progress.';
+how many rows of which table, or {"refused": why} for a payment in progress, whose mark is taken back. A saved method
+keeps its mandate as long as it can be charged.';
 
 create or replace function surety.erase_customer(p_customer_id text, p_at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -321,8 +328,12 @@ begin
     order by p.id
     limit 1;
     if found then
+        delete from surety.erasures as e where e.subject_id = p_customer_id and v_customer.erased_at is null;
         return jsonb_build_object('refused', v_refused);
     end if;
+    v_count := surety.delete_rejected_webhooks(
+        v_customer.email, v_customer.name, array_remove(array[p_customer_id, v_customer.provider_id], null));
+    v_counts := jsonb_build_object('rejected_webhooks', v_count);
     v_detached := array(
         select m.id from surety.payment_methods as m
         where m.customer_id = p_customer_id and m.detached_at is null
@@ -334,7 +345,7 @@ begin
         join surety.idempotency_keys as i on i.merchant_id = c.merchant_id and i.payment_id = c.id
         where c.id = p_customer_id
     ));
-    v_counts := jsonb_build_object('idempotency_keys', v_count);
+    v_counts := v_counts || jsonb_build_object('idempotency_keys', v_count);
     update surety.payment_methods
     set mandate = '{}', fingerprint = null, detached_at = coalesce(detached_at, p_at)
     where customer_id = p_customer_id and (mandate <> '{}' or fingerprint is not null or detached_at is null);
@@ -361,56 +372,5 @@ $$;
 comment on function surety.erase_customer(text, timestamptz) is
 'Removes a customer''s data, and detaches its saved payment methods, with events about both. Its payments are erased by
 surety.erase_payment before. Returns how many rows of which table, or {"refused": "id: why"} for a customer that has a
-payment in progress, or one that is not erased.';
-
-create or replace function surety.find_erasable(p_merchant_id text, p_email text, p_payment_id text, p_customer_id text)
-returns table (payment_ids text[], customer_ids text[], provider_ids text[])
-language sql stable security definer set search_path = pg_catalog, pg_temp
-begin atomic
-    with found_customers as (
-        select
-            customers.id,
-            customers.provider_id
-        from surety.customers
-        where
-            customers.merchant_id = p_merchant_id
-            and (customers.id = p_customer_id or lower(customers.email) = lower(p_email))
-    ),
-
-    found_payments as (
-        select payments.id, payments.provider_id
-        from surety.payments
-        where payments.id = p_payment_id and payments.merchant_id = p_merchant_id
-        union
-        select payments.id, payments.provider_id
-        from surety.payment_labels
-        inner join surety.payments on payment_labels.payment_id = payments.id
-        where
-            payment_labels.merchant_id = p_merchant_id
-            and (
-                (payment_labels.name = 'customer.email' and payment_labels.value = lower(p_email))
-                or (
-                    payment_labels.name = 'customer.id'
-                    and payment_labels.value in (select found_customers.id from found_customers)
-                )
-            )
-    )
-
-    select
-        array(select found_payments.id from found_payments order by found_payments.id),
-        array(select found_customers.id from found_customers order by found_customers.id),
-        array(
-            select named.id
-            from (
-                select found_payments.provider_id as id from found_payments
-                union all
-                select found_customers.provider_id from found_customers
-            ) as named
-            where named.id is not null
-            order by named.id
-        );
-end;
-
-comment on function surety.find_erasable(text, text, text, text) is
-'A merchant''s payments and customers with an e-mail address, or one payment, or one customer with its payments; and the
-ids of their objects at the provider.';
+payment in progress, or one that is not erased. The mark of a
+refused customer is taken back.';

@@ -42,6 +42,11 @@ def erased_at(conn: Connection, customer: str) -> object:
     return at
 
 
+def marked(conn: Connection) -> list[str]:
+    """The payments and customers whose events are stored without the payer's data."""
+    return [subject for (subject,) in conn.execute("select subject_id from surety.erasures order by subject_id")]
+
+
 def until_waiting(conn: Connection, waiting: Connection) -> None:
     """Returns once a connection is held up by a lock."""
     deadline = time.monotonic() + 30
@@ -97,9 +102,45 @@ def test_payment_accepted_while_its_customer_is_erased_is_named_and_both_are_lef
     conn.execute("drop trigger meanwhile on surety.erasures")
     [(payment,)] = conn.execute("select id from surety.payments where description = 'meanwhile'").fetchall()
     assert report == f"1 payment in progress, not erased: {payment}: initiated"
+    # What Stripe reports about the payment and its customer is needed, so only the other one is marked.
+    assert marked(conn) == [ended]
     assert erased_at(conn, customer) is None
     record(conn, [fact(payment, "submitted", "pi_2", 10000), fact(payment, "failed", "pi_2")])
     assert run("customers", "erase", "--merchant", merchant, "--customer", customer).exit_code == 0
     assert erased_at(conn, customer) is not None
     assert conn.execute("select description from surety.payments").fetchall() == [(None,), (None,)]
     assert not violations(conn)
+
+
+def test_payment_that_is_refused_loses_its_mark(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    [payment] = pay(conn, key)
+    conn.execute("select surety.begin_erasure(%s)", ([payment],))
+    [(changed,)] = conn.execute("select surety.erase_payment(%s)", (payment,)).fetchall()
+    assert (changed, marked(conn)) == ({"refused": "initiated"}, [])
+
+
+def test_events_that_arrive_meanwhile_do_not_keep_the_command_from_its_end(run: Run, conn: Connection) -> None:
+    merchant, key = add_merchant(conn)
+    [payment] = pay(conn, key)
+    record(conn, [fact(payment, "submitted", "pi", 10000), fact(payment, "failed", "pi")])
+    event = (
+        "{'n': 0, 'provider': 'stripe', 'account': '', 'livemode': false, 'type': 'charge.updated', 'headers': {},"
+        " 'body': '{}', 'address': '', 'event_id': 'evt_'}"
+    ).replace("'", '"')
+    receive = "perform surety.receive_webhooks(jsonb_build_array('{}'::jsonb || jsonb_build_object('event_id', n)))"
+    body = (
+        "declare n text := (select count(*) from surety.provider_events);"
+        f" begin {receive.replace('{}', event)};"
+        " if n::int > 20 then raise exception 'it follows new events'; end if; return null; end"
+    )
+    conn.execute(f"create function surety.meanwhile() returns trigger language plpgsql as $${body}$$".encode())
+    conn.execute(
+        "create trigger meanwhile after update on surety.provider_events for each statement"
+        " execute function surety.meanwhile()"
+    )
+    conn.execute("select surety.redact_events('', '', 1)")
+    result = run("customers", "erase", "--merchant", merchant, "--payment", payment)
+    assert result.exit_code == 0, result.output
+    [(received,)] = conn.execute("select count(*) from surety.provider_events").fetchall()
+    assert 2 <= received < 20
