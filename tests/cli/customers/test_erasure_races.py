@@ -85,6 +85,21 @@ def test_payment_that_met_an_erasure_is_judged_again_and_refused(conn: Connectio
     assert conn.execute("select count(*) from surety.payments").fetchone() == (0,)
 
 
+def test_answer_of_a_change_that_is_being_stored_is_erased_too(conn: Connection, connect: Connect) -> None:
+    _, key = add_merchant(conn)
+    customer = new_customer(conn, key)
+    merchant, operator = connect("api"), connect("deploy")
+    with ThreadPoolExecutor(1) as pool:
+        with merchant.transaction():
+            changed = command(merchant, "update_customer", key, customer_id=customer, name="Countess")
+            assert changed["status"] == 200
+            waiting = pool.submit(erase, operator, customer)
+            until_waiting(conn, operator)
+        assert waiting.result()["idempotency_keys"] == 2
+    [(answers,)] = conn.execute("select string_agg(response, '') from surety.idempotency_keys").fetchall()
+    assert "Countess" not in answers and "Ada" not in answers
+
+
 def test_payment_accepted_while_its_customer_is_erased_is_named_and_both_are_left(run: Run, conn: Connection) -> None:
     merchant, key = add_merchant(conn)
     customer = new_customer(conn, key)
