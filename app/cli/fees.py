@@ -12,6 +12,7 @@ from psycopg.rows import dict_row
 from rich.table import Table
 
 from app.cli.identity import authorize
+from app.cli.money_limits import BIGINT_MAX
 from app.cli.options import json_option, require_currencies
 from app.cli.tables import print_table
 from db.connect import connect
@@ -54,7 +55,7 @@ def parse_instant(_context: click.Context, _parameter: click.Parameter, text: st
     help="Set the part of the amount: 290 is 2.9 %.",
 )  # fmt: skip
 @click.option(
-    "--fixed-minor", type=click.IntRange(min=0),
+    "--fixed-minor", type=click.IntRange(0, BIGINT_MAX),
     help="Set the fixed part, in minor units of the currencies, which --currency must name.",
 )  # fmt: skip
 @click.option(

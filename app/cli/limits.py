@@ -40,7 +40,9 @@ def merchant_limits(merchant_id: str | None, *, as_json: bool, **given: Any) -> 
 
     A new limit acts within about a second on running processes.
     """
-    show_or_set(merchant_id or "merchants", "merchants", as_json=as_json, **given)
+    show_or_set(
+        "merchants" if merchant_id is None else one_of(merchant_id, "merchant"), "merchants", as_json=as_json, **given
+    )
 
 
 @click.command(name="limits")
@@ -58,7 +60,15 @@ def key_limits(key_id: str | None, *, operators: bool, as_json: bool, **given: A
     """
     if operators and key_id is not None:
         raise SuretyError("--operators is for all operators' keys: leave KEY_ID out")
-    show_or_set(key_id or ("operator-keys" if operators else "keys"), "keys", as_json=as_json, **given)
+    all_keys = "operator-keys" if operators else "keys"
+    show_or_set(all_keys if key_id is None else one_of(key_id, "key"), "keys", as_json=as_json, **given)
+
+
+def one_of(subject: str, kind: str) -> str:
+    """An id that was given. Raises SuretyError for a name that stands for all, which an argument must not be."""
+    if subject in DEFAULTS:
+        raise SuretyError(f"there is no {kind} {subject}")
+    return subject
 
 
 def show_or_set(

@@ -123,7 +123,7 @@ def set_merchant(merchant_id: str, name: str | None, account: str | None, unchec
     if name is None and account is None:
         raise SuretyError("give --name, --account or both")
     settings = load_settings()
-    account = "" if account == PLATFORM else account and require_account_id(account)
+    account = "" if account == PLATFORM else None if account is None else require_account_id(account)
     with connect("deploy", settings) as conn:
         by = authorize(conn, "merchants:write")
         if account:

@@ -334,8 +334,11 @@ def problem_from_error(error: Exception, request_id: str, path: str) -> Problem:
         case RefusedByDatabase():
             return problem_from_database_error(error.error)
         case psycopg.Error():
-            log.error("%s %s failed: %s", request_id, path[:200], message_of(error))
-            return problem_from_database_error(error)
+            problem = problem_from_database_error(error)
+            # A request that breaks a rule is its sender's affair, who could fill the log.
+            if PROBLEM_TYPES[problem.name].status >= 500:
+                log.error("%s %s failed: %s", request_id, path[:200], message_of(error))
+            return problem
         case HTTPException(status_code=405):
             allowed = allowed_methods((error.headers or {}).get("allow", "").split(", "))
             return Problem("method-not-allowed", f"here are only {allowed}", headers=[(b"allow", allowed.encode())])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.cli.conftest import Run, refused, said
 from tests.conftest import Connection
 from tests.support.payments import add_merchant
@@ -59,3 +61,12 @@ def test_status_shows_the_merchants_that_were_limited_lately(run: Run, conn: Con
     shown = run("status").output
     assert f"limited  Noisy ({merchant}): 3 requests refused this hour, 3 in 24 h" in shown
     assert "refused  by rate limit: 2 address this hour, 2 in 24 h" in shown
+
+
+@pytest.mark.parametrize("command", ["merchants", "keys"])
+@pytest.mark.parametrize("subject", ["", "merchants", "keys", "operator-keys"])
+def test_argument_that_names_none_sets_no_default(run: Run, conn: Connection, command: str, subject: str) -> None:
+    noun = "merchant" if command == "merchants" else "key"
+    report = refused(run(command, "limits", subject, "--requests-per-second", "50"))
+    assert report == f"there is no {noun} {subject}"
+    assert conn.execute("select count(*) from audit.entries where outcome like '%limit%'").fetchone() == (0,)

@@ -88,3 +88,9 @@ def test_change_that_breaks_a_rule_is_refused(run: Run, words: tuple[str, ...], 
     said(run("merchants", "add", "Acme Toys", "--account", "acct_2", "--unchecked"))
     assert refused(run("merchants", "set", merchant, *words)) == report
     assert refused(run("merchants", "set", "mer_none", "--name", "Acme")) == "there is no merchant mer_none"
+
+
+def test_empty_account_is_refused_and_changes_nothing(run: Run) -> None:
+    merchant = said(run("merchants", "add", "Acme Books", "--account", "acct_1", "--unchecked"))
+    assert refused(run("merchants", "set", merchant, "--account", "")).startswith("--account: an id of the provider's")
+    assert merchant_of(run)["account"] == "acct_1"
