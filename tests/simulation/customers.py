@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 
@@ -126,9 +126,11 @@ def act_on_customer(schedule: Schedule) -> None:
 def change_customer(schedule: Schedule, customer: KnownCustomer) -> None:
     """Change or remove some data of a customer."""
     chance = schedule.chance
-    fields: dict[str, str | None] = {
+    fields: dict[str, Any] = {
         name: chance.choice((None, *texts)) for name, texts in FIELDS.items() if chance.random() < 0.5
     }
+    # A change without effect would make no version.
+    fields["metadata"] = {"change": str(chance.getrandbits(40))}
     send(schedule, customer, "update_customer", {"customer_id": customer.id, **fields})
 
 
