@@ -10,11 +10,17 @@ import psycopg
 
 from db.errors import SuretyError
 
+REASON_CHARACTERS_MAX = 1000
+
 
 def require_text(_context: click.Context, _parameter: click.Parameter, reason: str) -> str:
-    """The reason. Raises SuretyError if it is blank."""
+    """The reason. Raises SuretyError if it is blank, too long, or would control a terminal."""
     if not reason.strip():
         raise SuretyError("--reason must say why")
+    if len(reason) > REASON_CHARACTERS_MAX:
+        raise SuretyError(f"--reason must have at most {REASON_CHARACTERS_MAX} characters")
+    if not reason.isprintable():
+        raise SuretyError("--reason must be one line without control characters")
     return reason
 
 

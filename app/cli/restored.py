@@ -5,12 +5,18 @@ from __future__ import annotations
 import click
 import psycopg
 
+from app.cli.options import require_text
 from db.connect import harden
 from db.settings import load_settings
 
 
 @click.command()
-@click.option("--reason", required=True, help="The reason for the restore; it is stored with the restore generation.")
+@click.option(
+    "--reason",
+    required=True,
+    callback=require_text,
+    help="The reason for the restore; it is stored with the restore generation.",
+)
 def restored(reason: str) -> None:
     """Open the database of DATABASE_URL after it was restored.
 

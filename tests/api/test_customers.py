@@ -116,7 +116,9 @@ def test_customers_are_listed_newest_first_and_by_email(merchant: Merchant) -> N
 
 def test_invalid_customer_is_refused_with_every_broken_rule(merchant: Merchant) -> None:
     answer = send(
-        merchant, "/v1/customers", {"email": "no address", "phone": "5" * 21, "shipping": {"address": {"country": "usa"}}}
+        merchant,
+        "/v1/customers",
+        {"email": "no address", "phone": "5" * 21, "shipping": {"address": {"country": "usa"}}},
     )
     assert sorted(errors_of(answer)) == [
         ("/email", "pattern"),

@@ -134,6 +134,8 @@ def test_unknown_dead_letter_is_not_found(ada: Client) -> None:
 def test_each_validation_error_is_reported(ada: Client) -> None:
     path = f"{LETTERS}/dl_{'0' * 24}/replay"
     assert broken_rules(ada.post(path, json={})) == {("/reason", "required")}
+    for reason in ("two\nlines", "\x1b[2Jgone", "a\x9b", "  \n"):
+        assert broken_rules(ada.post(path, json={"reason": reason})) == {("/reason", "pattern")}
     assert broken_rules(ada.post(path, json={"reason": "  ", "dry_run": 1, "x": 2})) == {
         ("/reason", "pattern"),
         ("/dry_run", "type"),

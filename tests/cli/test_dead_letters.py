@@ -256,6 +256,8 @@ def test_refusal_is_printed_and_sets_the_exit_status(conn: Connection, database:
         (("discard", "dl_17", "--reason", "x"), "there is no dead letter dl_17"),
         (("replay", "dl_17"), "--reason"),
         (("replay", "dl_17", "--reason", " "), "--reason must say why"),
+        (("replay", "dl_17", "--reason", "a" * 1001), "--reason must have at most 1000 characters"),
+        (("replay", "dl_17", "--reason", "\x1b[2Jgone"), "--reason must be one line without control characters"),
         (("discard", "--reason", "x"), "select the letters to discard"),
         (("discard", "dl_17", "--error", "x", "--reason", "x"), "select the letters to discard"),
     ],

@@ -17,7 +17,14 @@ ErrorText = Annotated[
     str, Meta(min_length=1, max_length=500, description="Only dead letters whose last error contains this text.")
 ]
 Reason = Annotated[
-    str, Meta(min_length=1, max_length=1000, pattern=r"\S", description="The reason, for the audit trail.")
+    str,
+    Meta(
+        min_length=1,
+        max_length=1000,
+        pattern=whole(r"(?=.*\S)[^\x00-\x1f\x7f-\x9f]+"),
+        description="The reason, for the audit trail.",
+        extra={"form": "must be one line of text without control characters"},
+    ),
 ]
 DryRun = Annotated[bool, Meta(description="Only report what would happen.")]
 
