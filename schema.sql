@@ -190,7 +190,7 @@ create table surety.fact_kinds (
     meaning text not null,
     constraint fact_kinds_pkey primary key (kind),
     constraint fact_family_is_known check (
-        family in ('intent', 'charge', 'command', 'refund', 'dispute', 'warning', 'return', 'money', 'payout')
+        family in ('intent', 'charge', 'card', 'command', 'refund', 'dispute', 'warning', 'return', 'money', 'payout')
     ),
     constraint fact_evidences_a_state foreign key (evidences) references surety.states (state)
 );
@@ -321,6 +321,7 @@ insert into surety.fact_kinds (kind, family, rank, evidences, meaning) values
 ('canceled', 'intent', 4, 'canceled', 'the intent was canceled'),
 ('authorized', 'charge', 1, 'authorized', 'funds are held'),
 ('captured', 'charge', 2, 'confirmed', 'the amount was captured'),
+('card', 'card', 1, null, 'the charged card as merchants see it, which the charge''s first fact did not show'),
 ('capture_requested', 'command', 1, 'processing', 'the merchant asked us to capture'),
 ('capture_refused', 'command', 2, null, 'the provider would not capture that; the hold lives'),
 ('refund_pending', 'refund', 1, null, 'a refund is under way'),

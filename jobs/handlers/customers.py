@@ -179,7 +179,7 @@ async def send_new_customer(worker: Worker, call: CustomerCall) -> ProviderRespo
     if call.verdict == "replace_key":
         assert call.first_sent_at is not None
         sent = call.first_sent_at, call.last_sent_at
-        found = await worker.stripe.find_customer(call.account, call.customer_id, *sent)
+        found = await worker.stripe.find_customer(call.account, call.customer_id, *sent, call.begun_at)
         if found is not None:
             return found
         query = "select surety.replace_customer_call_key(%s, %s)"

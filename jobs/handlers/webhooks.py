@@ -107,7 +107,11 @@ async def apply_webhooks(worker: Worker, batch: Batch, event_ids: list[str]) -> 
             results.append({"event_id": webhook.event_id, "facts": meant})
     await probe_changed_accounts(worker, [webhook for webhook in webhooks if webhook not in ignored])
     unknown = await unknown_objects(worker, [want for _, want in wanted])
-    results += [{"event_id": webhook.event_id} for webhook, want in wanted if want.unless_object not in unknown]
+    results += [
+        {"event_id": webhook.event_id, "facts": want.facts}
+        for webhook, want in wanted
+        if want.unless_object not in unknown
+    ]
     wanted = [(webhook, want) for webhook, want in wanted if want.unless_object in unknown]
     blocked = worker.circuit_breaker.blocked
     for account in {want.source.account for _, want in wanted} & blocked:

@@ -48,10 +48,14 @@ PROBE_SECONDS = 5.0
 # Time ranges of lists begin and end at multiples of so many seconds, so that many calls share a reading.
 LIST_WINDOW_SECONDS = 300
 LISTING_SHARED_SECONDS = 60.0
-# The provider's clock and ours may differ by this much when an intent is searched by its creation time.
+# The provider's clock and ours may differ by this much when an object is looked for by its creation time.
 CLOCK_SKEW_SECONDS = 300
 # A larger difference is a test database's clock.
 CLOCK_AHEAD_SECONDS_MAX = 86_400.0
+
+FoundKind = Literal["payment", "customer"]
+"""Objects that are looked for by our id in their metadata, as that names them."""
+LISTED_AT: dict[FoundKind, str] = {"payment": "/v1/payment_intents", "customer": "/v1/customers"}
 
 OnCall = Callable[[str, ProviderError | None, bool], None]
 """Called after every call: its account, its error, whether it was a command."""
@@ -74,18 +78,18 @@ class ListPage(Struct, frozen=True):
     answered_at: datetime | None
 
 
-class ListedIntents(Struct, frozen=True):
-    """The ids of our intents by their payments' ids, and how far the provider's clock was ahead of the database's."""
+class ListedObjects(Struct, frozen=True):
+    """The ids of objects by our ids in their metadata, and how far the provider's clock was ahead of the database's."""
 
     ids: dict[str, str]
     clock_ahead_seconds: float | None
 
 
-class IntentListing(Struct, frozen=True):
+class Listing(Struct, frozen=True):
     """A reading of a list, under way or done; `begun` is on the monotonic clock."""
 
     begun: float
-    reading: asyncio.Task[ListedIntents]
+    reading: asyncio.Task[ListedObjects]
 
 
 class ResponseHeaders(dict[str, str]):
@@ -142,7 +146,7 @@ class StripeGateway:
         self._call_slots = asyncio.Semaphore(PROVIDER_CONNECTIONS_MAX)
         self.livemode = settings.provider.livemode
         self.has_restricted_key = settings.provider.key.reveal().startswith("rk_")
-        self._listings: dict[tuple[str, int, int], IntentListing] = {}
+        self._listings: dict[tuple[FoundKind, str, int, int], Listing] = {}
         self.clock_ahead_seconds = 0.0
         """How far the provider's clock is ahead of the database's, as last measured by a poll; at most a day."""
         self.on_call: OnCall = lambda *_: None
@@ -185,18 +189,13 @@ class StripeGateway:
         return await self._send("post", f"/v1/customers/{customer_id}", account, request, key=key)
 
     async def find_customer(
-        self, account: str, customer_id: str, first_sent_at: datetime, last_sent_at: datetime
+        self, account: str, customer_id: str, first_sent_at: datetime, last_sent_at: datetime, asked_at: float
     ) -> ProviderResponse | None:
         """The customer whose metadata name one of ours, among all created while it was sent."""
-        early = min(0.0, self.clock_ahead_seconds) - CLOCK_SKEW_SECONDS
-        late = max(0.0, self.clock_ahead_seconds) + CLOCK_SKEW_SECONDS
-        first, last = first_sent_at.timestamp() + early, last_sent_at.timestamp() + late
-        asked = {"created": {"gte": int(first), "lte": int(last) + 1}}
-        async for page in self._pages("/v1/customers", account, asked, urgent=True):
-            for customer in page.rows:
-                if metadata_of(customer).get("surety_customer") == customer_id:
-                    return ProviderResponse(customer, 200, None)
-        return None
+        found = await self._find("customer", account, customer_id, first_sent_at, last_sent_at, asked_at)
+        if found is None:
+            return None
+        return await self._send("get", f"/v1/customers/{found}", account, {})
 
     async def detach_method(self, account: str, key: str, method_id: str) -> ProviderResponse:
         """A payment method that no customer can pay by any more."""
@@ -223,57 +222,69 @@ class StripeGateway:
     async def find_intent(
         self, account: str, payment_id: str, first_sent_at: datetime, last_sent_at: datetime, asked_at: float
     ) -> ProviderResponse | None:
-        """The intent whose metadata name a payment, among all created while it was sent. Stripe's search would lag.
+        """The intent whose metadata name a payment, among all created while it was sent."""
+        found = await self._find("payment", account, payment_id, first_sent_at, last_sent_at, asked_at)
+        return None if found is None else await self.fetch_intent(account, found, urgent=True)
+
+    async def _find(
+        self,
+        kind: FoundKind,
+        account: str,
+        our_id: str,
+        first_sent_at: datetime,
+        last_sent_at: datetime,
+        asked_at: float,
+    ) -> str | None:
+        """The id of the object made for one of ours, among all created while it was sent. Stripe's search would lag.
 
         Calls of one time range share one reading of the list, if it began after `asked_at` (monotonic). If the answer
         shows that the clocks differ otherwise than assumed, the list is read again: the range was another one.
         """
         for _ in range(2):
             assumed = self.clock_ahead_seconds
-            listing = self._intent_listing(account, first_sent_at, last_sent_at, asked_at)
+            listing = self._listing(kind, account, first_sent_at, last_sent_at, asked_at)
             listed = await asyncio.shield(listing.reading)
             ahead = listed.clock_ahead_seconds
             if ahead is None or abs(ahead - assumed) < CLOCK_SKEW_SECONDS / 2 or abs(ahead) > CLOCK_AHEAD_SECONDS_MAX:
                 break
             self.clock_ahead_seconds = ahead
-        found = listed.ids.get(payment_id)
-        return None if found is None else await self.fetch_intent(account, found, urgent=True)
+        return listed.ids.get(our_id)
 
-    def _intent_listing(
-        self, account: str, first_sent_at: datetime, last_sent_at: datetime, asked_at: float
-    ) -> IntentListing:
+    def _listing(
+        self, kind: FoundKind, account: str, first_sent_at: datetime, last_sent_at: datetime, asked_at: float
+    ) -> Listing:
         early = min(0.0, self.clock_ahead_seconds) - CLOCK_SKEW_SECONDS
         late = max(0.0, self.clock_ahead_seconds) + CLOCK_SKEW_SECONDS
         first = int(first_sent_at.timestamp() + early) // LIST_WINDOW_SECONDS
         last = int(last_sent_at.timestamp() + late) // LIST_WINDOW_SECONDS + 1
-        key = (account, first, last)
+        key = (kind, account, first, last)
         listing = self._listings.get(key)
         if listing is None or listing.begun < asked_at:
             begun = time.monotonic()
-            listing = IntentListing(
+            listing = Listing(
                 begun,
                 asyncio.create_task(
-                    self._list_intents(account, first * LIST_WINDOW_SECONDS, last * LIST_WINDOW_SECONDS)
+                    self._list_created(kind, account, first * LIST_WINDOW_SECONDS, last * LIST_WINDOW_SECONDS)
                 ),
             )
             kept = {one: known for one, known in self._listings.items() if known.begun > begun - LISTING_SHARED_SECONDS}
             self._listings = kept | {key: listing}
         return listing
 
-    async def _list_intents(self, account: str, first: int, last: int) -> ListedIntents:
-        """Our intents created in that time."""
+    async def _list_created(self, kind: FoundKind, account: str, first: int, last: int) -> ListedObjects:
+        """Our objects of a kind created in that time."""
         found: dict[str, str] = {}
         ahead: float | None = None
         clock: datetime = await self._database.value("select surety.read_clock()")
         asked = {"created": {"gte": first, "lte": last}}
-        async for page in self._pages("/v1/payment_intents", account, asked, urgent=True):
+        async for page in self._pages(LISTED_AT[kind], account, asked, urgent=True):
             if ahead is None and page.answered_at is not None:
                 ahead = (page.answered_at - clock).total_seconds()
-            for intent in page.rows:
-                payment_id = metadata_of(intent).get("surety_payment")
-                if payment_id is not None:
-                    found.setdefault(payment_id, intent["id"])
-        return ListedIntents(found, ahead)
+            for one in page.rows:
+                our_id = metadata_of(one).get(f"surety_{kind}")
+                if our_id is not None:
+                    found.setdefault(our_id, one["id"])
+        return ListedObjects(found, ahead)
 
     def balance_transactions(
         self, account: str, since: datetime, until: datetime | None = None

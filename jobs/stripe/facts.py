@@ -157,6 +157,14 @@ def charge_facts(charge: Json, origin: FactOrigin) -> list[Fact]:
     ]
 
 
+def uncaptured_card_facts(charge: Json, origin: FactOrigin) -> list[Fact]:
+    """The fact of an uncaptured charge's card, if its snapshot shows one: what is held is read from its intent."""
+    intent, data = charge.get("payment_intent"), card_data(charge)
+    if intent is None or not data:
+        return []
+    return [fact(origin, required(charge, "id"), "card", metadata_of=charge, intent=id_of(intent), data=data)]
+
+
 def decline_fact(error: Json, origin: FactOrigin, intent_id: str, currency: str) -> Fact:
     """The fact of a declined confirmation: the attempt failed, the intent lives."""
     data = {"failure": failure(error)}

@@ -76,7 +76,8 @@ def card_data(charge: Any) -> Json:
         return {}
     shown = {name: bounded_text(card.get(name)) for name in ("brand", "last4", "country")}
     shown["capture_before"] = instant_text(card.get("capture_before"))
-    return {"card": {name: value for name, value in shown.items() if value is not None}}
+    shown = {name: value for name, value in shown.items() if value is not None}
+    return {"card": shown} if shown else {}
 
 
 def saved_card(method: Json) -> Json:

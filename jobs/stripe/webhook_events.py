@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from jobs.stripe.client import API_VERSION
 from jobs.stripe.errors import ObjectUnreadable
@@ -26,6 +26,7 @@ from jobs.stripe.facts import (
     payout_facts,
     refund_facts,
     required,
+    uncaptured_card_facts,
 )
 
 FactReader = Callable[[Json, FactOrigin], list[Fact]]
@@ -147,13 +148,15 @@ class ObjectToFetch(Struct):
     """An object to fetch because of a webhook, unless one of these facts is known by then.
 
     If the facts are about money, `created` is when its charge was made (seconds since 1970, by the provider's clock):
-    the list of balance transactions since then has them too.
+    the list of balance transactions since then has them too. `facts` are those that the event proves by itself: they
+    are recorded if nothing is fetched.
     """
 
     source: ProviderObject
     unless_object: str = ""
     unless_kinds: tuple[str, ...] = ()
     created: int | None = None
+    facts: list[Fact] = field(default_factory=list)
 
 
 def about_access(webhook: StoredWebhook) -> bool:
@@ -186,7 +189,10 @@ def interpret_webhook(webhook: StoredWebhook) -> list[Fact] | ObjectToFetch:
             pass
     if type in SNAPSHOT_EVENTS or type in FETCH_ALWAYS:
         return whole
-    return referenced_intent(type, subject, whole)
+    meant = referenced_intent(type, subject, whole)
+    if isinstance(meant, ObjectToFetch) and envelope.api_version == API_VERSION and type in CHARGE_EVENTS:
+        meant.facts = uncaptured_card_facts(subject, origin)
+    return meant
 
 
 def referenced_intent(type: str, subject: Json, whole: ObjectToFetch) -> list[Fact] | ObjectToFetch:

@@ -15,6 +15,7 @@ from jobs.handlers.customers import UPDATE_CUSTOMER, begin, make_customer_call
 from jobs.handlers.table import HANDLERS
 from jobs.polling import poll_unfinished
 from jobs.worker import Worker
+from tests.jobs.test_periodic_jobs import move_clock
 from tests.support.payments import Connection, add_merchant, create, pay, request, state_of
 from tests.support.sandbox_process import Json, SandboxProcess, running_sandbox
 from tests.support.workers import attempts, in_process_worker, run_until_idle, shorten_delays
@@ -119,9 +120,11 @@ async def test_two_workers_create_one_customer(
 
 
 @pytest.mark.parametrize(("fault", "age"), [("reset", "0 h"), ("reset", "25 h"), ("error_500_after", "0 h")])
-async def test_customer_whose_answer_was_lost_is_found_again(
-    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes, fault: str, age: str
+@pytest.mark.parametrize("ahead", ["0 s", "20 minutes", "-20 minutes"])
+async def test_customer_whose_answer_was_lost_is_found_again_whatever_the_clocks_say(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes, fault: str, age: str, ahead: str
 ) -> None:
+    move_clock(conn, ahead)
     customer = command(conn, "create_customer", key_hash)["id"]
     [payment] = pay(conn, key_hash, customer_id=customer)
     sandbox.order("customers.create", fault)

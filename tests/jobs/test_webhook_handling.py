@@ -355,3 +355,49 @@ async def test_snapshot_of_another_api_version_is_fetched(
     assert state_of(conn, payment_id) == "provider_submitted"
     query = "select kind, outcome from audit.entries where snapshot ->> 'operation' = 'fetch' order by id"
     assert conn.execute(query).fetchall() == [("call", "asked"), ("answer", "answered")]
+
+
+@pytest.mark.parametrize("capture_method", ["automatic", "manual"])
+@pytest.mark.parametrize("intents_first", [True, False])
+async def test_card_is_shown_after_the_payer_acted_whichever_event_comes_first(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay, capture_method: str, intents_first: bool
+) -> None:
+    [payment_id] = shop(method_token="pm_card_threeDSecure2Required", capture_method=capture_method)
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        sandbox.answer_as_payer(pi, "approve")
+        proof = "succeeded" if capture_method == "automatic" else "amount_capturable_updated"
+        wanted = {f"payment_intent.{proof}", "charge.succeeded"}
+        eventually(lambda: wanted <= {event["type"] for event in events_about(sandbox, payment_id)})
+        events = [event for event in events_about(sandbox, payment_id) if event["type"] in wanted]
+        assert all(isinstance(event["data"]["object"].get("latest_charge", ""), str) for event in events)
+        for event in sorted(events, key=lambda event: event["type"], reverse=intents_first):
+            received(conn, [event])
+            await run_until_idle(worker)
+        received(conn, [event | {"id": f"{event['id']}_again"} for event in events])
+        await run_until_idle(worker)
+    [(card,)] = conn.execute(
+        "select data -> 'card' from surety.facts where data ? 'card' and payment_id = %s", (payment_id,)
+    ).fetchall()
+    assert (card["last4"], card["country"]) == ("3220", "IE")
+    assert ("capture_before" in card) == (capture_method == "manual")
+    assert attempts(conn) == []
+    assert not violations(conn)
+
+
+async def test_card_that_comes_with_its_intent_in_one_batch_is_shown(
+    conn: Connection, database: str, sandbox: SandboxProcess, shop: Pay
+) -> None:
+    [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
+    async with in_process_worker(database, sandbox.url) as worker:
+        await run_until_idle(worker)
+        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+        sandbox.answer_as_payer(pi, "approve")
+        wanted = {"payment_intent.succeeded", "charge.succeeded"}
+        eventually(lambda: wanted <= {event["type"] for event in events_about(sandbox, payment_id)})
+        events = [event for event in events_about(sandbox, payment_id) if event["type"] in wanted]
+        received(conn, sorted(events, key=lambda event: event["type"], reverse=True))
+        await run_until_idle(worker)
+    shown = conn.execute("select kind from surety.facts where data ? 'card'").fetchall()
+    assert shown == [("captured",)]

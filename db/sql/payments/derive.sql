@@ -70,13 +70,14 @@ begin atomic
     ) as facts
     inner join surety.fact_kinds on facts.kind = fact_kinds.kind
     where
-        fact_kinds.family <> 'warning' and (fact_kinds.family <> 'intent' or facts.object_id = asked.intent);
+        fact_kinds.family not in ('warning', 'card')
+        and (fact_kinds.family <> 'intent' or facts.object_id = asked.intent);
 end;
 
 comment on function surety.counted_facts(text[]) is
 'The facts that count for payments, with their kind''s family, rank and proven state. A payment has one intent: the one
 it holds, else the first that a fact names. Facts of another intent don''t count; charges do, whatever their intent.
-Warnings change neither state nor amounts.';
+Warnings and cards change neither state nor amounts.';
 
 create or replace function surety.state_of_amounts(
     p_capture_method text, p_captured_minor bigint, p_refunded_minor bigint, p_at_risk_minor bigint,

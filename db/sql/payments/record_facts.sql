@@ -12,6 +12,7 @@
 --   link         the provider's objects to their payment, for later facts
 --   key          one fact per (provider, account, livemode, object, kind, revision); a known key changes nothing, and
 --                is a discrepancy if it contradicts
+--   cards        what a charge's first fact did not show of its card becomes a fact of its own
 --   check        facts that can't be about their payment are disregarded
 --   store        facts, and the balance transactions whose money is not available yet
 --   advance      refunds and disputes, then payments: derive state and amounts from all facts, make the missing steps
@@ -60,6 +61,56 @@ $$;
 comment on function surety.track_pending_money(surety.facts[]) is
 'Notes new balance transactions whose money is not available yet, and forgets those that are available by now.';
 
+create or replace function surety.late_cards(p_facts surety.facts[], p_new surety.facts[], p_at timestamptz)
+returns surety.facts[]
+language plpgsql volatile set search_path = pg_catalog, pg_temp
+as $$
+-- After the payer's authentication the intent's event often comes first, and names its charge by its id only.
+declare
+    v_cards surety.facts [];
+begin
+    select array_agg(surety.new_fact(
+        p_id => surety.new_id('fct', p_at), p_payment_id => c.payment_id, p_provider => c.provider,
+        p_account => c.account, p_livemode => c.livemode, p_object_id => c.object_id, p_kind => 'card',
+        p_data => jsonb_build_object('card', c.data -> 'card'), p_source => c.source, p_source_id => c.source_id,
+        p_occurred_at => c.occurred_at, p_recorded_at => p_at))
+    into v_cards
+    from (
+        select distinct on (f.provider, f.account, f.livemode, f.object_id) f.*
+        from unnest(p_facts) as f
+        where f.data ? 'card' and not exists (
+                select from surety.facts as k
+                where k.payment_id = f.payment_id and k.object_id = f.object_id and k.data ? 'card'
+                    and k.disregarded is null
+            )
+            and not exists (
+                select from unnest(p_new) as n
+                where n.payment_id = f.payment_id and n.object_id = f.object_id and n.data ? 'card'
+            )
+        order by f.provider, f.account, f.livemode, f.object_id, f.id
+    ) as c;
+    if v_cards is null then
+        return '{}';
+    end if;
+    with keyed as (
+        insert into surety.fact_keys (provider, account, livemode, object_id, kind, revision, fact_id)
+        select f.provider, f.account, f.livemode, f.object_id, f.kind, f.revision, f.id
+        from unnest(v_cards) as f
+        order by f.provider, f.account, f.livemode, f.object_id
+        on conflict (provider, account, livemode, object_id, kind, revision) do nothing
+        returning fact_id
+    )
+    select array_agg(f order by f.object_id) filter (where f.id in (select k.fact_id from keyed as k))
+    into v_cards
+    from unnest(v_cards) as f;
+    return coalesce(v_cards, '{}');
+end;
+$$;
+
+comment on function surety.late_cards(surety.facts[], surety.facts[], timestamptz) is
+'Facts of the kind card, with their keys, for the charges among p_facts whose card no fact shows yet, neither stored nor
+in p_new.';
+
 create or replace function surety.record_facts(p_facts jsonb, p_actor text, p_request_id text default null)
 returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -99,7 +150,7 @@ begin
             p_revision => coalesce(g.revision, 0), p_amount_minor => g.amount_minor, p_currency => g.currency,
             p_data => coalesce(g.data, '{}'), p_source => g.source, p_source_id => g.source_id,
             p_occurred_at => g.occurred_at, p_recorded_at => v_now
-        ) order by g.provider, g.account, g.livemode, g.object_id, g.kind, g.revision)
+        ) order by g.provider, g.account, g.livemode, g.object_id, g.kind, g.revision, not g.data ? 'card')
             filter (where g.matched is not null),
         array_agg(g.fact) filter (where g.matched is null),
         (
@@ -128,6 +179,7 @@ begin
         insert into surety.fact_keys (provider, account, livemode, object_id, kind, revision, fact_id)
         select f.provider, f.account, f.livemode, f.object_id, f.kind, f.revision, f.id
         from unnest(v_facts) as f
+        where f.kind <> 'card'
         order by f.provider, f.account, f.livemode, f.object_id, f.kind, f.revision
         on conflict (provider, account, livemode, object_id, kind, revision) do nothing
         returning fact_id
@@ -140,6 +192,7 @@ begin
 
     if coalesce(cardinality(v_new), 0) < cardinality(v_facts) then
         perform surety.report_contradicting_facts(v_facts, v_now);
+        v_new := v_new || surety.late_cards(v_facts, v_new, v_now);
     end if;
     if v_new is null then
         perform surety.close_recorded(p_facts, v_now);

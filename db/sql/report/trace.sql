@@ -12,6 +12,7 @@ begin atomic
                 then concat_ws(' ', replace(p_data ->> 'category', '_', ' '), surety.format_amount(p_amount_minor,
                     p_currency))
             || ', fee ' || surety.format_amount((p_data ->> 'fee')::bigint, p_currency)
+            when p_kind = 'card' then concat_ws(' ', 'card', p_data -> 'card' ->> 'brand', p_data -> 'card' ->> 'last4')
             when p_kind in ('fraud_warning', 'fraud_warning_closed')
                 then replace(p_kind, '_', ' ') || ', ' || (p_data ->> 'type')
             when p_kind in ('submitted', 'action', 'processing', 'attempt_failed', 'failed', 'canceled')

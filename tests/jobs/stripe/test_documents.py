@@ -113,7 +113,8 @@ async def test_refund_that_waits_for_its_payer_shows_the_action(
         ({}, {}),
         ({"payment_method_details": None}, {}),
         ({"payment_method_details": {"type": "card", "card": None}}, {}),
-        ({"payment_method_details": {"card": {}}}, {"card": {}}),
+        ({"payment_method_details": {"card": {}}}, {}),
+        ({"payment_method_details": {"card": {"brand": None, "last4": 4242}}}, {}),
         (
             {"payment_method_details": {"card": {"brand": None, "last4": 4242, "country": "US"}}},
             {"card": {"country": "US"}},
