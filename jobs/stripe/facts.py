@@ -158,7 +158,7 @@ def charge_facts(charge: Json, origin: FactOrigin) -> list[Fact]:
 
 
 def uncaptured_card_facts(charge: Json, origin: FactOrigin) -> list[Fact]:
-    """The fact of an uncaptured charge's card, if its snapshot shows one: what is held is read from its intent."""
+    """The fact of an uncaptured charge's card, if its snapshot shows one: the held amount is read from its intent."""
     intent, data = charge.get("payment_intent"), card_data(charge)
     if intent is None or not data:
         return []
