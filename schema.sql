@@ -1690,6 +1690,7 @@ insert into outbox.release_causes (cause, finding, first_delay, delay_max, meani
 ('access_refused', 'access-refused', '1 minute', '5 minutes', 'the provider refuses its call, but no other ones'),
 ('fetched_elsewhere', 'waiting-events', '1 second', '1 minute', 'another worker fetches the same dispute'),
 ('earlier_call', 'waiting-events', '1 second', '5 minutes', 'the outcome of an earlier call is unknown'),
+('method_needed', 'waiting-events', '1 second', '5 minutes', 'a payment that was accepted needs the saved method'),
 ('worker_stopped', 'waiting-events', '0', '0', 'its worker was stopped'),
 ('database_failed', 'waiting-events', '1 second', '1 minute', 'the database failed while it was handled');
 

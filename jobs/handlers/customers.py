@@ -64,11 +64,15 @@ class CustomerCall(Struct, kw_only=True):
 
 
 class CustomerOperation(Struct, frozen=True, kw_only=True):
-    """One kind of call. `send` returns the response; `read` what surety.record_customer_results takes of it."""
+    """One kind of call. `send` returns the response; `read` what surety.record_customer_results takes of it.
+
+    `wait` is the result of a call that must wait.
+    """
 
     name: str
     send: Callable[[Worker, CustomerCall], Awaitable[ProviderResponse]]
     read: Callable[[CustomerCall, ProviderResponse], Json]
+    wait: CallResult = field(default_factory=dict)
 
 
 async def submit_payments(worker: Worker, batch: Batch, event_ids: list[str]) -> None:
@@ -125,7 +129,7 @@ async def make_customer_calls(operation: CustomerOperation, worker: Worker, batc
         if call.verdict == "skip":
             return [event]
         if call.verdict == "wait":
-            return [event | released_result("earlier_call", WAIT_SECONDS) | {"error": "an earlier call is under way"}]
+            return [event | operation.wait]
         return [event | await make_customer_call(operation, worker, batch, call)]
 
     calls = await begin(operation, worker, batch, event_ids)
@@ -279,6 +283,16 @@ def check_object(body: Json, kind: str) -> None:
 
 
 CREATE_CUSTOMER = CustomerOperation(name="create_customer", send=send_new_customer, read=read_new_customer)
-UPDATE_CUSTOMER = CustomerOperation(name="update_customer", send=send_update, read=read_update)
+UPDATE_CUSTOMER = CustomerOperation(
+    name="update_customer",
+    send=send_update,
+    read=read_update,
+    wait=released_result("earlier_call", WAIT_SECONDS) | {"error": "an earlier call is under way"},
+)
 SAVE_METHOD = CustomerOperation(name="save_method", send=fetch_method_of_payment, read=read_saved_method)
-DETACH_METHOD = CustomerOperation(name="detach_method", send=send_detachment, read=read_detachment)
+DETACH_METHOD = CustomerOperation(
+    name="detach_method",
+    send=send_detachment,
+    read=read_detachment,
+    wait=released_result("method_needed", WAIT_SECONDS) | {"error": "a payment that was accepted needs it"},
+)

@@ -35,6 +35,7 @@ ReleaseCause = Literal[
     "access_refused",
     "fetched_elsewhere",
     "earlier_call",
+    "method_needed",
     "worker_stopped",
     "database_failed",
 ]

@@ -265,6 +265,28 @@ async def test_removed_method_is_detached_at_the_provider(
     assert problems[0]["detail"]["rule"] == "detached"
 
 
+async def test_removed_method_stays_at_the_provider_until_accepted_payments_have_used_it(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    customer = command(conn, "create_customer", key_hash)["id"]
+    pay(conn, key_hash, customer_id=customer, **SAVING)
+    await run(worker)
+    [(saved, _, method)] = methods_of(conn, customer)
+    [payment] = pay(conn, key_hash, method_token=None, saved_method=saved, off_session=True, return_url=None)
+    command(conn, "detach_payment_method", key_hash, payment_method_id=f"{customer}/{saved}")
+    batch = await claim_batch(worker, "detach_method")
+    assert batch is not None
+    await handle_batch(worker, batch, HANDLERS["detach_method"])
+    assert sandbox.get(f"/v1/payment_methods/{method}")["customer"] is not None
+    [waiting] = conn.execute("select cause, releases, failures from outbox.retries").fetchall()
+    assert waiting == ("method_needed", 1, 0)
+    await run(worker, "submit", "confirm")
+    assert state_of(conn, payment) == "confirmed"
+    conn.execute("update outbox.retries set due_at = surety.time_now()")
+    await run(worker)
+    assert sandbox.get(f"/v1/payment_methods/{method}")["customer"] is None
+
+
 @pytest.mark.parametrize("is_erased_before_its_method_is_saved", [False, True])
 async def test_erased_customer_keeps_no_method_at_the_provider(
     conn: Connection,

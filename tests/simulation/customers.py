@@ -253,6 +253,11 @@ def check_saved_methods(schedule: Schedule) -> None:
 
 def check_charged_methods(schedule: Schedule) -> None:
     """Payments have their customers at the provider, and charge the saved methods that they name."""
+    refused = schedule.database.rows(
+        "select id from surety.payments where saved_method_id is not null and failure ->> 'message' like '%%detached%%'"
+    )
+    if refused:
+        schedule.report_violation("a saved payment method stays until accepted payments have used it", refused[0][0])
     rows = schedule.database.rows(
         "select p.id, c.provider_id, m.provider_id from surety.payments as p join surety.customers as c"
         " on c.id = p.customer_id left join surety.payment_methods as m on m.id = p.saved_method_id order by p.id"

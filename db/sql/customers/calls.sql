@@ -3,7 +3,7 @@
 --   create_customer   before the first payment of a customer. The request holds our id only, so it is the same for ever
 --   update_customer   passes the customer's present data on; the last version counts
 --   save_method       reads the payment method of a payment that succeeded
---   detach_method     detaches a payment method that the merchant removed
+--   detach_method     detaches a payment method that the merchant removed, once no accepted payment needs it
 
 create or replace function surety.stripe_customer_request(p_customer surety.customers, p_operation text) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp
@@ -27,6 +27,21 @@ end;
 
 comment on function surety.stripe_customer_request(surety.customers, text) is
 'The parameters of an operation on a customer, as Stripe names them.';
+
+create or replace function surety.is_method_needed(p_customer surety.customers, p_method_id text) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select count(*) > 0
+    from surety.payment_labels as l
+    inner join surety.payments as p on l.payment_id = p.id
+    where
+        (l.merchant_id, l.name, l.value) = (p_customer.merchant_id, 'customer.id', p_customer.id)
+        and p.saved_method_id = p_method_id
+        and p.state in ('initiated', 'submitting', 'provider_submitted', 'requires_action');
+end;
+
+comment on function surety.is_method_needed(surety.customers, text) is
+'Whether a payment was accepted with a saved payment method and is not confirmed at the provider yet.';
 
 create or replace function surety.begin_customer_calls(
     p_batch bigint, p_fence bigint, p_operation text, p_actor text, p_event_ids text[] default null
@@ -91,6 +106,7 @@ begin
                     else 'send'
                 end
                 when k.status between 200 and 299 then 'skip'
+                when surety.is_method_needed(c, e.method_id) then 'wait'
                 when k.customer_id is null then 'send'
                 else 'ask'
             end as verdict
