@@ -1790,7 +1790,7 @@ create table audit.refusals (
         (kind, reason) in (
             ('denied', 'unauthenticated'), ('denied', 'other-mode'), ('denied', 'forbidden'), ('denied', 'not-found'),
             ('denied', 'key-revoked'), ('denied', 'key-expired'), ('denied', 'network-not-allowed'),
-            ('denied', 'scope-missing'),
+            ('denied', 'scope-missing'), ('denied', 'merchant-suspended'),
             ('webhook', 'no-signature'), ('webhook', 'wrong-signature'), ('webhook', 'old-signature'),
             ('webhook', 'no-event'),
             ('limited', 'key'), ('limited', 'merchant'), ('limited', 'address')

@@ -29,7 +29,6 @@ COMMAND_PROBLEMS = (
     "idempotency-key-missing",
     "unauthenticated",
     *KEY_PROBLEMS,
-    "forbidden",
     "not-found",
     "wrong-state",
     "too-large",

@@ -67,7 +67,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
             payment = await read_strictly(request, body)
         except Problem:
             if is_suspended:
-                raise await caller.audit_denial("forbidden") from None
+                raise await caller.audit_denial("merchant-suspended") from None
             raise
         accepted = payment, encode_canonically(payment)
     payment, encoded = accepted

@@ -75,7 +75,7 @@ class ApiRequest(HttpRequest):
         self._caller = caller = services.authenticator.read_caller(self.headers, address, self.request_id, self.route)
         if caller is None:
             services.failed_authentications.require_room(address)
-            raise services.authenticator.refuse_malformed_key()
+            raise services.authenticator.refuse_malformed_key(self.headers)
         key_hash, request_id = caller.key_hash, self.request_id
         self._lease = services.permits.take(key_hash, request_id) or await services.permits.wait(key_hash, request_id)
         if self._lease is None:

@@ -17,7 +17,7 @@ import psycopg
 from app.web.batching import Unavailable
 from app.web.database import DatabasePool, Row
 from app.web.key_uses import KeyUses
-from app.web.keys import key_hash_of, livemode_of
+from app.web.keys import key_hash_of, livemode_of, why_no_key
 from app.web.problems import Problem
 from app.web.refusals import RefusalCounter
 from app.web.routing import Route
@@ -32,15 +32,16 @@ OTHER_MODE_DETAILS = {
     True: "this is a live key, and no real money moves here: send a test key (sty_test_…)",
     False: "this is a test key, and real money moves here: send a live key (sty_live_…)",
 }
+OPERATOR_KEY_DETAIL = "this is an operator's key: send a merchant's (sty_test_… or sty_live_…)"
 KEY_PROBLEMS = ("key-revoked", "key-expired", "network-not-allowed", "scope-missing")
 """Problems of a key that the database knows."""
 DENIAL_DETAILS = {
-    "unauthenticated": "the API key is missing, misspelt, unknown or an operator's",
+    "unauthenticated": "no such API key is known here: it is of another installation, or was copied with an error",
     "key-revoked": "this API key was revoked",
     "key-expired": "this API key has expired",
     "network-not-allowed": "this API key may not be used from {address}",
     "scope-missing": "this API key lacks the scope {scope}",
-    "forbidden": "this merchant is suspended",
+    "merchant-suspended": "this merchant is suspended",
     "not-found": "this merchant has no object with that id",
 }
 DENIALS = frozenset(DENIAL_DETAILS)
@@ -67,10 +68,10 @@ class Authenticator:
             return None
         return Caller(self, key_hash, livemode_of(authorization), address, request_id, route)
 
-    def refuse_malformed_key(self) -> Problem:
-        """The refusal of a malformed key, counted."""
+    def refuse_malformed_key(self, headers: dict[bytes, bytes]) -> Problem:
+        """The refusal of a missing or malformed key, counted."""
         self.refusals.add("unauthenticated")
-        return Problem("unauthenticated", DENIAL_DETAILS["unauthenticated"])
+        return Problem("unauthenticated", why_no_key(headers.get(b"authorization", b"")))
 
     def remember_key(self, authorization: bytes, key_hash: bytes) -> None:
         """Keep the hash of a key that the database knows. Other keys are not kept."""
@@ -138,7 +139,7 @@ class Caller:
     async def require_active_merchant(self) -> None:
         """Raises Problem unless the key is valid for the route and its merchant may take payments."""
         if await self.require_valid_key():
-            raise await self.audit_denial("forbidden")
+            raise await self.audit_denial("merchant-suspended")
 
     async def require_operator(self) -> None:
         """Raises Problem unless the key is an operator's."""
@@ -209,6 +210,8 @@ class Caller:
             self._authenticator.refusals.add("other-mode" if is_of_other_mode else name)
         if is_of_other_mode:
             return Problem(name, OTHER_MODE_DETAILS[bool(self._key_livemode)])
+        if name == "unauthenticated" and self._key_livemode is None:
+            return Problem(name, OPERATOR_KEY_DETAIL)
         return self._problem(name)
 
     def _problem(self, name: str) -> Problem:

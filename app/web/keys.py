@@ -69,6 +69,23 @@ def key_hash_of(authorization: bytes) -> bytes | None:
     return hashlib.sha256(given[1]).digest()
 
 
+def why_no_key(authorization: bytes) -> str:
+    """Why the text of an Authorization header can't be a key. The text itself, a secret, is not repeated."""
+    scheme, _, text = authorization.strip().partition(b" ")
+    if not scheme:
+        return "the header Authorization is missing: send `Authorization: Bearer sty_…`"
+    if scheme.lower() != b"bearer":
+        return "the header Authorization has another scheme than Bearer: send `Authorization: Bearer sty_…`"
+    if not text.strip():
+        return "the header Authorization has no key after Bearer"
+    if not text.strip().startswith(b"sty_"):
+        return "the key in the header Authorization is not of this service: its keys begin with sty_"
+    return (
+        "the API key is misspelt: after sty_test_, sty_live_ or sty_operator_ it has 38 letters and digits, "
+        "the last six a checksum of the others"
+    )
+
+
 def livemode_of(authorization: bytes) -> bool | None:
     """The mode of the merchant's key in an Authorization header; None for an operator's key or no key."""
     given = AUTHORIZATION_PATTERN.fullmatch(authorization)

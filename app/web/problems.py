@@ -78,12 +78,17 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "The API key lacks a scope",
         "The key is valid, but not for this: `scope` names the scope that the route needs. Use a key that has it.",
     ),
+    "merchant-suspended": ProblemDefinition(
+        403,
+        "The merchant is suspended",
+        "The key is valid, but its merchant may not take payments at present: new payments and captures are refused, "
+        "while refunds, cancels and evidence are not. Nothing was stored, and the Idempotency-Key is free. Ask the "
+        "operator.",
+    ),
     "forbidden": ProblemDefinition(
         403,
-        "This key may not do that",
-        "The key is valid but has no right to this: its merchant is suspended and may not take payments at present: "
-        "new payments and captures are refused, while refunds, cancels and evidence are not. Or the route is for "
-        "operators and needs an operator's key (`sty_operator_…`). Ask the operator who issued it.",
+        "The route is for operators",
+        "The key is valid, but a merchant's. Use an operator's personal key (`sty_operator_…`).",
     ),
     "provider-account-refused": ProblemDefinition(
         403,

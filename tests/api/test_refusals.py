@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from app.api.create_payment import BODY_BYTES_MAX
-from app.web.keys import new_key
+from app.web.keys import new_key, new_operator_key
 from tests.support.http_client import (
     CONTEXT,
     Connection,
@@ -248,6 +248,29 @@ def test_authentication_precedes_every_other_check(merchant: Merchant, authoriza
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no header", "Authorization is missing"),
+        ("no key", "no key after Bearer"),
+        ("another scheme", "another scheme than Bearer"),
+        ("misspelt", "misspelt"),
+        ("unknown", "no such API key is known here"),
+        ("not ours", "keys begin with sty_"),
+    ],
+)
+def test_refusal_of_credentials_says_what_is_wrong_with_them(merchant: Merchant, name: str, words: str) -> None:
+    authorization = invalid_credentials()[name]
+    detail = merchant.client.get("/v1/payments", headers={"Authorization": authorization}).json()["detail"]
+    assert words in detail
+    assert authorization[-12:] not in detail or len(authorization) < 12
+
+
+def test_operators_key_at_a_merchants_route_is_called_one(merchant: Merchant) -> None:
+    answer = merchant.client.get("/v1/payments", headers={"Authorization": f"Bearer {new_operator_key().text}"})
+    assert "operator's key" in problem(answer, 401, "unauthenticated")["detail"]
+
+
 def test_revoked_api_key_is_denied_and_its_use_is_audited(merchant: Merchant) -> None:
     merchant.pay()
     merchant.conn.execute("select surety.revoke_api_key(%s)", (merchant.key_id,))
@@ -290,9 +313,9 @@ def test_refusal_of_an_unknown_key_names_the_other_mode_and_counts_it(database: 
 def test_suspended_merchant_can_read_but_not_create_payments(merchant: Merchant) -> None:
     made = merchant.pay()
     merchant.conn.execute("select surety.suspend_merchant(%s, true)", (merchant.id,))
-    problem(merchant.post(), 403, "forbidden")
-    problem(merchant.post(b"no json"), 403, "forbidden")
-    assert merchant.denials() == [("forbidden", "POST /v1/payments")] * 2
+    problem(merchant.post(), 403, "merchant-suspended")
+    problem(merchant.post(b"no json"), 403, "merchant-suspended")
+    assert merchant.denials() == [("merchant-suspended", "POST /v1/payments")] * 2
     assert merchant.get(f"/v1/payments/{made['id']}") == made
     merchant.conn.execute("select surety.suspend_merchant(%s, false)", (merchant.id,))
     assert merchant.post().status_code == 201
@@ -310,7 +333,7 @@ def test_suspended_merchant_can_give_back_but_not_take(merchant: Merchant) -> No
     def send(path: str, body: Json) -> httpx.Response:
         return merchant.client.post(path, json=body, headers={"Idempotency-Key": unique_name("key")})
 
-    problem(send(f"/v1/payments/{held}/capture", {}), 403, "forbidden")
+    problem(send(f"/v1/payments/{held}/capture", {}), 403, "merchant-suspended")
     [dispute] = merchant.get("/v1/disputes")["data"]
     for path, body, status in (
         (f"/v1/payments/{held}/cancel", {}, 202),

@@ -49,7 +49,7 @@ def test_repeated_capture_of_a_suspended_merchant_gets_its_first_answer(rights: 
     again = merchant.client.post(f"/v1/payments/{made[0]}/capture", headers=key)
     assert (again.status_code, again.content) == (202, first.content)
     refused = merchant.client.post(f"/v1/payments/{made[1]}/capture", headers={"Idempotency-Key": "capture-2"})
-    problem(refused, 403, "forbidden")
+    problem(refused, 403, "merchant-suspended")
     rights.execute("select surety.suspend_merchant(%s, false, 'test')", (merchant.id,))
     assert merchant.client.post(f"/v1/payments/{made[1]}/capture", headers={"Idempotency-Key": "capture-2"}).is_success
 
@@ -57,5 +57,5 @@ def test_repeated_capture_of_a_suspended_merchant_gets_its_first_answer(rights: 
 def test_repetition_in_one_batch_with_a_new_request_gets_the_first_answer(merchant: Merchant) -> None:
     first = merchant.post(payment(), key="batch-1")
     merchant.conn.execute(SUSPENDED.encode(), {"merchant": merchant.id})
-    problem(merchant.post(payment(amount=5000), key="batch-1"), 403, "forbidden")
+    problem(merchant.post(payment(amount=5000), key="batch-1"), 403, "merchant-suspended")
     assert merchant.post(payment(), key="batch-1").content == first.content

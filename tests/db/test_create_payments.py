@@ -78,7 +78,7 @@ def test_one_batch_serves_many_merchants_and_unknown_keys(conn: Connection, key:
             (201, None),
             (None, "unauthenticated"),
             (None, "invalid-request"),
-            (None, "forbidden"),
+            (None, "merchant-suspended"),
             (201, None),
             (None, "invalid-request"),
         ],

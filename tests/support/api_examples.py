@@ -292,6 +292,7 @@ def record_problems(client: ExampleClient, merchant: Merchant, recorder: Recorde
             headers={"Content-Encoding": "gzip", "Content-Type": "application/json", "Idempotency-Key": "gzip"},
         ),
         client.client.get("/v1/payments", headers={"Authorization": "Bearer sty_test_misspelt"}),
+        client.client.get("/v1/operator/dead-letters"),
         client.client.delete("/v1/payments"),
         client.client.get("/v1/payments/" + "a" * 20_000),
         client.client.get("/v1/payments", headers={"X-Long": "a" * 100_000}),

@@ -51,7 +51,7 @@ begin
         if v_outcome is null and v_who.is_suspended and p_takes_money then
             delete from surety.idempotency_keys as i
             where i.merchant_id = v_who.merchant_id and i.route = p_route and i.key = p_request ->> 'idempotency_key';
-            v_outcome := (null, 'forbidden', null, null, false);
+            v_outcome := (null, 'merchant-suspended', null, null, false);
         end if;
     end if;
     return (
@@ -64,7 +64,7 @@ comment on function api.admit_command(text, text, jsonb, boolean) is
 'Admits a command that needs p_scope; a suspended merchant''s only if it takes no money from a payer. p_request:
 key_hash (hex), request_id, address, api_version, idempotency_key, request_hash (hex, of the id and the body), and the
 id of the object. The outcome is set if the command ends here: an answer repeated, or one of the problems of
-api.explain_denial, forbidden, idempotency-key-reused.';
+api.explain_denial, merchant-suspended, idempotency-key-reused.';
 
 create or replace function api.refuse_command(p_admitted api.admission, p_problem text, p_detail jsonb)
 returns api.outcome

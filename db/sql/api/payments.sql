@@ -118,7 +118,7 @@ declare
     v_route constant text := 'POST /v1/payments';
     -- A merchant can be suspended, a customer erased, a payment method removed, after a request was accepted. Its
     -- repetition gets the first answer all the same.
-    v_later_problems constant text [] := array['forbidden', 'invalid-request'];
+    v_later_problems constant text [] := array['merchant-suspended', 'invalid-request'];
     v_now timestamptz := surety.time_now();
     v_cut_off text [] := surety.cut_off_accounts();
     -- One element per request.
@@ -154,7 +154,7 @@ begin
             case
                 when k.id is null then 'unauthenticated'
                 when k.problem is not null then k.problem
-                when m.suspended_at is not null then 'forbidden'
+                when m.suspended_at is not null then 'merchant-suspended'
                 when c.currency is null or r.amount not between c.minimum_minor and c.maximum_minor
                     or r.amount % c.step_minor <> 0
                     then 'invalid-request'
@@ -420,7 +420,7 @@ $$;
 comment on function api.create_payments(json) is
 'Creates the payments of a batch of requests in one transaction; one row for each request, found by n.
 201 and the new payment''s document, or with is_replayed the first answer, byte for byte. Problems: those of
-api.explain_denial; forbidden
+api.explain_denial; merchant-suspended
 (suspended); provider-account-refused (surety.cut_off_accounts); invalid-request, detail {field, rule, limit,
 given}; reference-taken, detail {payment_id}; limit-exceeded, velocity-exceeded (surety.judge_new_payments);
 idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
