@@ -7,14 +7,17 @@ from pathlib import Path
 from msgspec import Struct
 
 FACT_KEY = "(provider, account, livemode, object_id, kind, revision)"
+PAYMENT_MODE = """payment_belongs_to_a_merchant foreign key (merchant_id, livemode)
+    references surety.merchants (id, livemode)"""
 
 
 class Patch(Struct, frozen=True):
-    """Replaces the first occurrence of a text in a file."""
+    """Replaces a text in a file, which must occur there so often: another occurrence may be another guard."""
 
     path: str
     before: str
     after: str
+    occurrences: int = 1
 
 
 class Mutant(Struct, frozen=True):
@@ -24,8 +27,8 @@ class Mutant(Struct, frozen=True):
     patches: tuple[Patch, ...]
 
 
-def mutant(guard: str, *patches: tuple[str, str, str]) -> Mutant:
-    """A mutant by its patches: path, before, after."""
+def mutant(guard: str, *patches: tuple[str, str, str] | tuple[str, str, str, int]) -> Mutant:
+    """A mutant by its patches: path, before, after, and how often the text occurs if more than once."""
     return Mutant(guard, tuple(Patch(*patch) for patch in patches))
 
 
@@ -37,7 +40,7 @@ MUTANTS: tuple[Mutant, ...] = (
             f"fact_keys_pkey primary key {FACT_KEY}",
             f"fact_keys_pkey primary key {FACT_KEY[:-1]}, fact_id)",
         ),
-        ("db/sql/payments/record_facts.sql", f"on conflict {FACT_KEY} do nothing", "on conflict do nothing"),
+        ("db/sql/payments/record_facts.sql", f"on conflict {FACT_KEY} do nothing", "on conflict do nothing", 2),
     ),
     mutant(
         "a key makes one payment",
@@ -84,8 +87,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "a payment has the mode of its merchant",
         (
             "schema.sql",
-            "foreign key (merchant_id, livemode)\n    references surety.merchants (id, livemode)",
-            "foreign key (merchant_id) references surety.merchants (id)",
+            PAYMENT_MODE,
+            "payment_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id)",
         ),
     ),
     mutant(
@@ -462,10 +465,10 @@ MUTANTS: tuple[Mutant, ...] = (
 
 
 def apply(mutant: Mutant, folder: Path) -> None:
-    """Remove the guard in a copy of the code. Raises ValueError if a patch doesn't apply."""
+    """Remove the guard in a copy of the code. Raises ValueError if a patch doesn't fit the code."""
     for patch in mutant.patches:
         file = folder / patch.path
         text = file.read_text()
-        if patch.before not in text:
-            raise ValueError(f"{mutant.guard}: {patch.path} has no {patch.before!r}")
-        file.write_text(text.replace(patch.before, patch.after, 1))
+        if (found := text.count(patch.before)) != patch.occurrences:
+            raise ValueError(f"{mutant.guard}: {patch.path} has {found} times {patch.before!r}")
+        file.write_text(text.replace(patch.before, patch.after))
