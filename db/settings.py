@@ -15,6 +15,7 @@ from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
 from db.errors import SettingsError
+from db.secret_files import read_secret_files
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -157,7 +158,7 @@ class ProviderEndpoint(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="upper", kw_only=True):
-    """The variables, each under its own name in lower case.
+    """The variables, each under its own name in lower case. A secret may be in the file that NAME_FILE names.
 
     The addresses of the processes are those of logins of their own; without one a process uses DATABASE_URL and takes
     its role. STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while
@@ -250,14 +251,27 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
         return value
 
 
+# The secrets of the processes. A person's key has rules of its own (app/cli/identity.py).
+SECRETS = tuple(
+    field.encode_name
+    for field in msgspec.structs.fields(Settings)
+    if "Secret" in str(field.type) or "DatabaseAddress" in str(field.type)
+    if field.encode_name != "SURETY_OPERATOR_KEY"
+)
+SECRET_FILES = frozenset(f"{name}_FILE" for name in SECRETS)
+
+
 def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings; an empty variable counts as not set. Raises SettingsError."""
     known = {field.encode_name for field in msgspec.structs.fields(Settings)}
     given = {
-        name: value for name, value in environment.items() if value and (name in known or name.startswith("SURETY_"))
+        name: value
+        for name, value in environment.items()
+        if value and (name in known or (name.startswith("SURETY_") and name not in SECRET_FILES))
     }
+    given |= read_secret_files(SECRETS, environment)
     for name in sorted(given.keys() - known):
-        likely = difflib.get_close_matches(name, known, n=1)
+        likely = difflib.get_close_matches(name, known | SECRET_FILES, n=1)
         raise SettingsError(f"{name} is not a variable of Surety" + (f"; did you mean {likely[0]}?" if likely else ""))
     try:
         return msgspec.convert(given, Settings, strict=False, dec_hook=convert_text)

@@ -101,6 +101,7 @@ def run_everything(
     environment = {
         name: value for name, value in os.environ.items() if server is None or not is_database_variable(name)
     }
+    environment.pop("DATABASE_URL_FILE", None)
     environment |= {"DATABASE_URL": url, "PYTHONUNBUFFERED": "1"}
     process_group = ProcessGroup(environment, PrintedLines(print_line), STOP_SECONDS_MAX)
     stack.callback(process_group.stop)
@@ -111,6 +112,7 @@ def run_everything(
             if settings.stripe_webhook_secret
             else load_or_create_secret(kept / "webhook-secret")
         )
+        process_group.environment.pop("STRIPE_WEBHOOK_SECRET_FILE", None)
         process_group.environment |= {
             "STRIPE_WEBHOOK_SECRET": secret,
             "SURETY_SANDBOX_URL": f"http://127.0.0.1:{ports['sandbox']}",
@@ -136,7 +138,7 @@ def run_everything(
 
 def is_database_variable(name: str) -> bool:
     """Whether a variable addresses a database; with an embedded server, none may lead elsewhere."""
-    return name.startswith("PG") or name.endswith("_DATABASE_URL")
+    return name.startswith("PG") or name.removesuffix("_FILE").endswith("_DATABASE_URL")
 
 
 def read_livemode(url: str) -> bool:

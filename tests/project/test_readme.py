@@ -18,7 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 from app.cli import cli
 from app.local.processes import free_port
 from app.status_findings import RUNBOOK, FindingId
-from db.settings import Settings
+from db.settings import SECRET_FILES, Settings
 from tests.db.test_ledger import HISTORIES
 from tests.mutations.mutants import MUTANTS
 from tests.project.test_prose import DOCUMENTS, ROOT, name_of
@@ -101,7 +101,7 @@ def test_every_python_command_exists() -> None:
 
 
 def test_every_environment_variable_exists() -> None:
-    known = {field.encode_name for field in msgspec.structs.fields(Settings)}
+    known = {field.encode_name for field in msgspec.structs.fields(Settings)} | SECRET_FILES | {"SURETY_SECRETS"}
     named = {name for text in TEXTS.values() for name in re.findall(r"\b((?:SURETY|STRIPE)_[A-Z_]+)\b", text)}
     assert named - known == set()
 

@@ -50,7 +50,7 @@ def inherited_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name == "SURETY_PG_BIN" or not name.startswith(("SURETY_", "STRIPE_", "PG"))
+        if name == "SURETY_PG_BIN" or not name.startswith(("SURETY_", "STRIPE_", "PG", "DATABASE_URL"))
     }
 
 
