@@ -48,11 +48,14 @@ begin
     foreach v_role in array array[
         'surety_owner', 'surety_api', 'surety_webhook', 'surety_worker', 'surety_analyst', 'surety_auditor'
     ] loop
-        begin
-            execute format('create role %I nologin', v_role);
-        exception
-            when duplicate_object or unique_violation then null;
-        end;
+        -- Where a superuser has made the roles, the login that deploys needs no right to create any.
+        if not exists (select from pg_roles as r where r.rolname = v_role) then
+            begin
+                execute format('create role %I nologin', v_role);
+            exception
+                when duplicate_object or unique_violation then null;
+            end;
+        end if;
         -- The login that deploys may act as each role, so one login that is no superuser serves all processes.
         if not pg_has_role(current_user, v_role, 'usage') then
             execute format('grant %I to %I', v_role, current_user);
@@ -1575,13 +1578,27 @@ comment on table ledger.balances is
 create table outbox.restore_generations (
     generation integer not null,
     system_identifier bigint not null,
+    timeline bigint not null,
+    is_drill boolean not null default false,
     started_at timestamptz not null,
     reason text not null,
     constraint restore_generations_pkey primary key (generation)
 );
 comment on table outbox.restore_generations is
-'Transaction ids are comparable only within one restore generation. `surety restored` opens a new one after a
-restore.';
+'Transaction ids are comparable only within one restore generation. `surety restored` opens a new one after a restore,
+`surety drill` in a copy that can do no business (is_drill). The identifier of the cluster and its timeline at that time
+show later that the database was restored again.';
+
+create table outbox.business_servers (
+    address text collate "C" not null,
+    constraint business_servers_pkey primary key (address),
+    constraint business_server_has_a_plain_address check (
+        case when address <> 'local' then address = host(address::inet) else true end
+    )
+);
+comment on table outbox.business_servers is
+'The addresses of the servers that may do business in live mode. While none is listed, the timeline must be that of the
+newest restore generation. `local` stands for a Unix socket.';
 
 create table outbox.event_types (
     type text collate "C" not null,

@@ -36,6 +36,12 @@ SIGNATURE_REFUSALS = frozenset({"wrong-signature", "old-signature"})
 VERDICTS = ("GOOD", "LOOK", "ACT")
 RUNBOOK = "docs/operations.md"
 
+CLOSED_DATABASES = {
+    "cluster": "restored from a dump: nothing is accepted or handled",
+    "timeline": "restored from a backup, or a standby took over: nothing is accepted or handled",
+    "server": "this server is none of the servers of business: nothing is accepted or handled",
+}
+
 FindingId = Literal[
     "commits-wait-for-standby",
     "no-worker",
@@ -65,6 +71,7 @@ FindingId = Literal[
     "event-publication",
     "standby-behind",
     "restored-elsewhere",
+    "drill-copy",
     "expiring-keys",
     "partitions-run-out",
     "database-unreachable",
@@ -110,12 +117,19 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
         ),
         *(finding for provider in state["providers"] if (finding := find_provider_problem(provider))),
     ]
-    if state["is_restored"]:
-        what = "restored from a dump or to an earlier time: nothing is handled"
-        found.append(Finding("restored-elsewhere", 2, what, 'surety restored --reason "…"'))
+    found += find_restore(state)
     if days_ahead(state) < PARTITIONS_DAYS_MIN:
         found.append(Finding("partitions-run-out", 2, "partitions run out", "select surety.maintain_partitions()"))
     return sorted(found, key=lambda finding: -finding.urgency)
+
+
+def find_restore(state: dict[str, Any]) -> Iterator[Finding]:
+    """A database that was restored and is closed, or a copy that was opened for a drill."""
+    if state["is_restored"]:
+        what = CLOSED_DATABASES.get(state["closed_because"], "restored to an earlier time: nothing is handled")
+        yield Finding("restored-elsewhere", 2, what, 'surety restored --reason "…", in a copy surety drill')
+    if state["is_drill"]:
+        yield Finding("drill-copy", 1, "a copy, opened for a drill: workers call no provider", "surety sandbox")
 
 
 def are_commits_waiting(state: dict[str, Any]) -> bool:

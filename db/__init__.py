@@ -58,6 +58,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "report/views",
     "operations/merchants",
     "operations/mode",
+    "operations/restores",
     "access/keys",
     "access/rate_limits",
     "limits/money_limits",

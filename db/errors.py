@@ -5,6 +5,7 @@ The command line shows the text of a SuretyError without a traceback.
 SuretyError
 ├── SettingsError        an environment variable is wrong
 ├── DatabaseNotReady     the database can't be reached, or Surety was not deployed there
+├── DatabaseClosed       the database was restored, or is a copy: it does no business
 ├── EmbeddedServerError  the embedded PostgreSQL did not start
 └── DeployError          a deploy failed
 """
@@ -61,6 +62,10 @@ class SettingsError(SuretyError):
 
 class DatabaseNotReady(SuretyError):
     """The database can't be reached, or Surety was not deployed there."""
+
+
+class DatabaseClosed(SuretyError):
+    """The database was restored and no one has said what it is, or it is a copy: no provider may be called from it."""
 
 
 class EmbeddedServerError(SuretyError):

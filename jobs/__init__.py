@@ -11,7 +11,7 @@ Run by `procrastinate --app jobs.app worker`, in any number of processes. A paym
     periodic         the periodic jobs and how often they run
     polling          unfinished objects and lists that are read from the provider
     supervision      restarts Procrastinate's worker, stops it by signals
-    mode             ends a worker whose key has another mode than the database
+    mode             ends a worker that may not call the provider from its database
     watchdog         ends a worker process that hangs
     worker           what all tasks share: name, database, Stripe client, handlers
     database         the workers' connections to PostgreSQL

@@ -47,7 +47,7 @@ class WorkerApp(App):
         """Work until asked to stop.
 
         Raises SettingsError if no provider or no database is named, and as soon as the provider's key and the database
-        are of different modes.
+        are of different modes. Raises DatabaseClosed as soon as the database is one that was restored, and not opened.
         """
         settings = load_settings()
         name = options.get("name") or f"{socket.gethostname()}-{os.getpid()}"
@@ -71,7 +71,7 @@ class WorkerApp(App):
                     running = asyncio.create_task(super().run_worker_async(**work))
                     with (
                         stop_on_signals(worker.stopping, running) if by_signals else contextlib.nullcontext(),
-                        watch.stop_on_other_mode(worker.stopping, running),
+                        watch.stop_on_mismatch(worker.stopping, running),
                     ):
                         await wait_until_worker_ends(worker.stopping, running)
             if watch.mismatch is not None:

@@ -17,7 +17,7 @@ from db.settings import Settings
 from db.tasks import cancel_and_wait
 from jobs.circuit_breaker import CircuitBreaker
 from jobs.database import WorkerDatabase, open_database
-from jobs.mode import require_same_mode
+from jobs.mode import require_open_database
 from jobs.recorder import ResultRecorder
 from jobs.stripe.client import StripeGateway, open_stripe
 from jobs.watchdog import Watchdog
@@ -92,10 +92,11 @@ def worker_of(context: JobContext) -> Worker:
 async def open_worker(settings: Settings, name: str) -> AsyncGenerator[Worker]:
     """A worker with its connections, its circuit breaker and its watchdog.
 
-    Raises SettingsError if no provider is named, or if its key has another mode than the database.
+    Raises SettingsError if no provider is named, or if its key has another mode than the database. Raises
+    DatabaseClosed in a restored database that is not open.
     """
     async with open_database(settings) as database, open_stripe(settings, database) as stripe:
-        await require_same_mode(settings, database)
+        await require_open_database(settings, database)
         worker = Worker(name, settings, database, stripe)
         found = await database.rows(
             HandlerSettings, "select handler, event_types, batch_size, lease_seconds from outbox.list_handlers()"

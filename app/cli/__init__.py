@@ -35,6 +35,7 @@ COMMANDS = {
     "deploy": CommandEntry("app.cli.deploy:deploy", "Bring the database to this version, beside traffic."),
     "api": CommandEntry("app.cli.api:api", "Serve the HTTP API."),
     "webhooks": CommandEntry("app.cli.webhooks:webhooks", "Receive providers' webhooks."),
+    "health": CommandEntry("app.cli.health:health", "Check one process for its supervisor: api, webhooks or worker."),
     "mode": CommandEntry("app.cli.mode:mode", "Show or decide whether real money moves: live or test."),
     "merchants": CommandEntry(
         "app.cli.merchants:merchants", "Add, change, list, suspend and resume merchants; their fees and limits."
@@ -53,7 +54,9 @@ COMMANDS = {
     "velocity": CommandEntry("app.cli.velocity:velocity", "Rules about many payments of one payer: list, add, remove."),
     "holds": CommandEntry("app.cli.holds:holds", "Payments on hold: list, show, release, refuse."),
     "handlers": CommandEntry("app.cli.handlers:handlers", "Handlers of events: list, pause, resume."),
-    "restored": CommandEntry("app.cli.restored:restored", "Open a database that was restored from a dump."),
+    "restored": CommandEntry("app.cli.restored:restored", "Open a database that was restored, for business."),
+    "drill": CommandEntry("app.cli.restored:drill", "Open a restored copy for a drill: it can never do business."),
+    "servers": CommandEntry("app.cli.servers:servers", "Servers that may do business: show or set them."),
 }
 
 

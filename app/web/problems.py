@@ -292,6 +292,7 @@ PROBLEM_BY_SQLSTATE = {
     "SU009": "internal",  # facts and refusals in one call of record_call_results
     "SU010": "internal",  # a third active key of one name and the same scopes
     "SU011": "internal",  # an operator's key with a greater role than the operator's
+    "SU012": "internal",  # a command after a restore that this database refuses
     "22P05": "invalid-request",  # text that PostgreSQL can't hold
     "22021": "invalid-request",  # likewise
 }

@@ -14,10 +14,10 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from db.errors import SettingsError
+from db.errors import DatabaseClosed, SettingsError
 from db.settings import load_settings
 from jobs.database import open_database
-from jobs.mode import require_same_mode
+from jobs.mode import require_open_database
 from jobs.stripe.client import StripeGateway, open_stripe
 from jobs.stripe.errors import PermissionMissing, ProviderError
 from jobs.stripe.key_check import find_own_account
@@ -41,9 +41,9 @@ async def check_merchant_account(account: str) -> AccountCheck:
     try:
         settings = load_settings()
         async with open_database(settings) as database, open_stripe(settings, database) as stripe:
-            await require_same_mode(settings, database)
+            await require_open_database(settings, database)
             return await ask_about_account(stripe, account)
-    except SettingsError as error:
+    except (SettingsError, DatabaseClosed) as error:
         return AccountCheck("unknown", str(error))
 
 

@@ -18,7 +18,7 @@ from tests.support.payments import Connection, add_merchant, fact, pay, record
 
 ACTING = frozenset(
     {
-        *("api", "deploy", "restored", "sandbox", "up", "webhooks"),
+        *("api", "deploy", "drill", "health", "restored", "sandbox", "up", "webhooks"),
         *("dead-letters discard", "dead-letters replay", "discrepancies close", "handlers pause", "handlers resume"),
         *("keys revoke", "operators set"),
         *("merchants resume", "merchants set", "merchants suspend"),

@@ -62,6 +62,7 @@ to surety_webhook;
 
 grant execute on function surety.count_refusals(text, jsonb) to surety_api, surety_webhook;
 grant execute on function surety.read_livemode() to surety_api, surety_worker;
+grant execute on function outbox.provider_refusal(boolean) to surety_worker;
 
 grant execute on function
 surety.maintain_partitions(integer),

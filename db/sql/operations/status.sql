@@ -236,9 +236,11 @@ begin
     return jsonb_build_object(
         'at', surety.format_time(v_now),
         'livemode', surety.read_livemode(),
+        'is_drill', (outbox.restore_generation()).is_drill,
+        'closed_because', outbox.closed_because(outbox.restore_generation()),
         'is_restored', (
             select
-                e.system_identifier <> outbox.system_identifier()
+                outbox.closed_because(e) is not null
                 or outbox.has_future_transactions(e.generation) is true
             from outbox.restore_generations as e order by e.generation desc limit 1
         ),
