@@ -119,6 +119,7 @@ CONTROL_ACTIONS = {
     "clock": ControlRoute(Advance, advance_clock),
     "foreign-charge": ControlRoute(stripe_control.ForeignCharge, stripe_control.create_foreign_charge),
     "refunds": ControlRoute(stripe_control.DashboardRefund, stripe_control.refund_charge),
+    "payment-methods/{id}": ControlRoute(stripe_control.ReplacedCard, stripe_control.replace_card),
     "refunds/{id}": ControlRoute(stripe_control.RefundOutcome, stripe_control.decide_refund),
     "disputes": ControlRoute(stripe_control.CardholderDispute, stripe_control.dispute_charge),
     "disputes/{id}": ControlRoute(stripe_control.BankDecision, stripe_control.decide_dispute),

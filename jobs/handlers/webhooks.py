@@ -46,6 +46,7 @@ from jobs.stripe.facts import (
     redacted,
     refund_facts,
 )
+from jobs.stripe.shown import saved_card
 from jobs.stripe.webhook_events import (
     MONEY_KNOWN,
     FactReader,
@@ -59,7 +60,7 @@ from jobs.worker import Batch, Worker
 
 log = logging.getLogger("surety.webhooks")
 
-DISPUTE_PAUSE_SECONDS = 1.0
+FETCH_PAUSE_SECONDS = 1.0
 FIELDS_OF_EVENTS = ("error", "release_seconds", "release_cause", "outage", "access_refused")
 """The fields of a fetch's result that concern each event that wanted it."""
 
@@ -106,6 +107,9 @@ async def apply_webhooks(worker: Worker, batch: Batch, event_ids: list[str]) -> 
         else:
             results.append({"event_id": webhook.event_id, "facts": meant})
     await probe_changed_accounts(worker, [webhook for webhook in webhooks if webhook not in ignored])
+    foreign = await methods_not_saved(worker, [want.source for _, want in wanted])
+    results += [{"event_id": webhook.event_id} for webhook, want in wanted if want.source in foreign]
+    wanted = [(webhook, want) for webhook, want in wanted if want.source not in foreign]
     unknown = await unknown_objects(worker, [want for _, want in wanted])
     results += [
         {"event_id": webhook.event_id, "facts": want.facts}
@@ -179,6 +183,20 @@ async def unknown_objects(worker: Worker, wants: list[ObjectToFetch]) -> set[str
     if not questions:
         return set()
     return set(await worker.database.value("select surety.objects_without_facts(%s)", Jsonb(questions)))
+
+
+async def methods_not_saved(worker: Worker, sources: list[ProviderObject]) -> set[ProviderObject]:
+    """The payment methods among these objects that are not saved here, of other systems or of single payments."""
+    methods: dict[str, set[ProviderObject]] = defaultdict(set)
+    for source in sources:
+        if source.kind == "payment_method":
+            methods[source.account].add(source)
+    found: set[ProviderObject] = set()
+    for account, asked in methods.items():
+        query = "select surety.saved_methods_among(%s, %s)"
+        saved = await worker.database.value(query, account, sorted(method.id for method in asked))
+        found |= {method for method in asked if method.id not in saved}
+    return found
 
 
 def group_by_call(wanted: list[WantedObject]) -> tuple[dict[str, list[WantedObject]], Fetches]:
@@ -293,6 +311,8 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
             result = fetch_result(await fetch_dispute(worker, source, origin))
         elif source.kind == "charge":
             result = await fetch_intent_of_charge(worker, source, origin)
+        elif source.kind == "payment_method":
+            result = fetch_result(await fetch_saved_method(worker, source)) | {"snapshot": {"id": source.id}}
         else:
             answer = await fetch_object(worker, source)
             result = fetch_result(answer) | {"facts": facts_of_object(answer.body, origin)}
@@ -356,7 +376,7 @@ async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrig
     async with worker.database.try_lock(f"dispute:{source.id}") as is_locked:
         if not is_locked:
             reason = "another worker is fetching it"
-            raise ProviderBusy(reason, seconds=DISPUTE_PAUSE_SECONDS, cause="fetched_elsewhere")
+            raise ProviderBusy(reason, seconds=FETCH_PAUSE_SECONDS, cause="fetched_elsewhere")
         revision = await worker.database.value(
             "select surety.next_fetch_number('stripe', %s, %s, %s)", source.account, source.livemode, source.id
         )
@@ -368,6 +388,22 @@ async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrig
         if facts:
             made = await worker.database.value("select surety.record_facts(%s, %s)", Jsonb(facts), worker.actor)
             await worker.schedule_handlers_for(made)
+    return answer
+
+
+async def fetch_saved_method(worker: Worker, source: ProviderObject) -> ProviderResponse:
+    """Fetch a saved payment method and record its state, under a lock: the last fetch wins, as for disputes."""
+    async with worker.database.try_lock(f"payment_method:{source.id}") as is_locked:
+        if not is_locked:
+            reason = "another worker is fetching it"
+            raise ProviderBusy(reason, seconds=FETCH_PAUSE_SECONDS, cause="fetched_elsewhere")
+        answer = await fetch_object(worker, source)
+        if "customer" not in answer.body:
+            raise ObjectUnreadable(f"{source.id} has no customer")
+        query = "select surety.record_method_state(%s, %s, %s)"
+        is_detached = answer.body["customer"] is None
+        method = Jsonb(saved_card(answer.body))
+        await worker.schedule_handlers_for(await worker.database.value(query, source.account, method, is_detached))
     return answer
 
 

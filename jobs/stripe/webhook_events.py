@@ -64,7 +64,10 @@ LATEST_CREATED = 253_402_300_800
 """The year 10000, in seconds since 1970."""
 CHARGE_EVENTS = frozenset({"charge.succeeded", "charge.captured"})
 
-FETCH_ALWAYS = frozenset(
+# A saved payment method was removed in the dashboard, or its card was replaced by the network.
+METHOD_EVENTS = frozenset({"payment_method.automatically_updated", "payment_method.detached", "payment_method.updated"})
+
+FETCH_ALWAYS = METHOD_EVENTS | frozenset(
     {
         "refund.failed",
         "charge.dispute.created",

@@ -13,12 +13,13 @@ from jobs.drain import claim_batch, handle_batch
 from jobs.handlers.calls import record_event_results
 from jobs.handlers.customers import UPDATE_CUSTOMER, begin, make_customer_call
 from jobs.handlers.table import HANDLERS
-from jobs.polling import poll_unfinished
+from jobs.polling import poll_events, poll_unfinished
 from jobs.worker import Worker
 from tests.jobs.test_periodic_jobs import move_clock
+from tests.jobs.test_webhook_handling import received
 from tests.support.payments import Connection, add_merchant, create, pay, request, state_of
 from tests.support.sandbox_process import Json, SandboxProcess, running_sandbox
-from tests.support.workers import attempts, in_process_worker, run_until_idle, shorten_delays
+from tests.support.workers import attempts, in_process_worker, run_until_idle, shorten_delays, watch_requests
 
 MANDATE: Json = {"accepted_at": "2026-11-22T14:03:07Z", "ip_address": "203.0.113.7", "user_agent": "Firefox/150"}
 SAVING: Json = {"save_method": {"usage": "off_session", "mandate": MANDATE}}
@@ -285,6 +286,78 @@ async def test_removed_method_stays_at_the_provider_until_accepted_payments_have
     conn.execute("update outbox.retries set due_at = surety.time_now()")
     await run(worker)
     assert sandbox.get(f"/v1/payment_methods/{method}")["customer"] is None
+
+
+async def saved_method(conn: Connection, worker: Worker, key_hash: bytes) -> tuple[str, str, str]:
+    """A new customer with a saved payment method: their ids, and the method's at the provider."""
+    customer = command(conn, "create_customer", key_hash)["id"]
+    pay(conn, key_hash, customer_id=customer, **SAVING)
+    await run(worker)
+    [(saved, _, method)] = methods_of(conn, customer)
+    return customer, saved, method
+
+
+def events_of_method(conn: Connection, saved: str) -> list[tuple[str, Json]]:
+    """The events about a saved payment method, with their data as the API shows them, oldest first."""
+    return conn.execute(
+        "select e.type, shown.document -> 'data' from outbox.events as e, api.show_events(array[e.id]) as shown"
+        " where e.payload ->> 'payment_method' = %s order by e.xid, e.id",
+        (saved,),
+    ).fetchall()
+
+
+@pytest.mark.parametrize("is_webhook_lost", [False, True])
+async def test_card_that_the_network_replaced_is_shown(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes, *, is_webhook_lost: bool
+) -> None:
+    _, saved, method = await saved_method(conn, worker, key_hash)
+    _, _, of_another = await saved_method(conn, worker, key_hash)
+    await poll_events(worker)
+    sandbox.control(f"payment-methods/{method}", {"exp_month": 7, "exp_year": 2034, "last4": "1881"})
+    for _ in range(2):
+        if is_webhook_lost:
+            await poll_events(worker)
+        else:
+            [event] = sandbox.get("/v1/events", {"type": "payment_method.automatically_updated"})["data"]
+            received(conn, [event])
+        await run(worker, "apply_webhooks")
+    row = conn.execute("select last4, exp_month, exp_year, brand from surety.payment_methods where id = %s", (saved,))
+    assert row.fetchone() == ("1881", 7, 2034, "visa")
+    assert conn.execute(
+        "select last4 from surety.payment_methods where provider_id = %s", (of_another,)
+    ).fetchone() == ("4242",)
+    (first, _), (second, data) = events_of_method(conn, saved)
+    assert (first, second) == ("customer.payment_method_saved", "customer.payment_method_updated")
+    assert (data["last4"], data["detached_at"]) == ("1881", None)
+    assert attempts(conn) == []
+
+
+async def test_method_that_is_removed_at_the_provider_is_removed_here(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    customer, saved, method = await saved_method(conn, worker, key_hash)
+    sandbox.post(f"/v1/payment_methods/{method}/detach", {})
+    received(conn, sandbox.get("/v1/events", {"type": "payment_method.detached"})["data"])
+    await run(worker, "apply_webhooks", "detach_method")
+    assert [type for type, _ in events_of_method(conn, saved)][1:] == ["customer.payment_method_detached"]
+    problems = create(conn, [request(key_hash, method_token=None, saved_method=saved, off_session=True)])
+    assert problems[0]["detail"]["rule"] == "detached"
+    assert command(conn, "detach_payment_method", key_hash, payment_method_id=f"{customer}/{saved}")["detached_at"]
+    assert attempts(conn) == []
+
+
+async def test_method_of_another_system_is_not_fetched(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    _, _, method = await saved_method(conn, worker, key_hash)
+    sandbox.control(f"payment-methods/{method}", {"exp_month": 7, "exp_year": 2034, "last4": "1881"})
+    [event] = sandbox.get("/v1/events", {"type": "payment_method.automatically_updated"})["data"]
+    event["data"]["object"]["id"] = "pm_of_another_system"
+    calls = watch_requests(worker)
+    received(conn, [event])
+    await run(worker, "apply_webhooks")
+    assert [path for path in calls if "payment_methods" in str(path)] == []
+    assert attempts(conn) == []
 
 
 @pytest.mark.parametrize("is_erased_before_its_method_is_saved", [False, True])

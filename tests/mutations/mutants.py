@@ -454,6 +454,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
+        "a payment method that is removed at the provider is removed here",
+        ("jobs/stripe/webhook_events.py", '{"payment_method.automatically_updated", "payment_method.detached", ', "{"),
+    ),
+    mutant(
+        "a removed payment method stays until accepted payments have used it",
+        ("db/sql/customers/calls.sql", "when surety.is_method_needed(c, e.method_id) then 'wait'", ""),
+    ),
+    mutant(
         "a detachment whose outcome is unknown is repeated",
         (
             "db/sql/customers/calls.sql",

@@ -14,6 +14,8 @@ from msgspec import Struct, field
 
 from app.api.schemas.payments import Mandate, MethodToSave
 from app.sandbox.settings import PLATFORM_ACCOUNT
+from app.sandbox.stripe.objects.customers import detach
+from app.sandbox.stripe.objects.methods import replace_card
 from tests.simulation.clients import WantedPayment, command, request_until_answered
 from tests.simulation.initial_state import draw_wanted_payments
 from tests.simulation.recovery import run_periodic_jobs
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 CUSTOMERS_SHARE = 0.25
 CUSTOMERS, CUSTOMERS_MAX = 2, 5
 # Schedules in which methods are saved before faults begin.
-SAVED_SHARE = 0.6
+SAVED_SHARE = 0.8
 PAYMENTS_MAX = 5
 TOKENS = ("pm_card_visa",) * 4 + (
     "pm_card_authenticationRequired",
@@ -51,6 +53,8 @@ class KnownCustomer(Struct):
     commands: int = 0
     command_answers: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     """Status and document of each answered command that took effect, by key."""
+    methods_removed_elsewhere: set[str] = field(default_factory=set)
+    """By the provider's ids."""
 
 
 def has_customers(seed: int) -> bool:
@@ -65,7 +69,7 @@ async def add_customers(schedule: Schedule) -> list[KnownCustomer]:
     chance = random.Random(f"{schedule.plan.seed}:customers' payments")
     merchant = chance.randrange(len(schedule.merchants))
     customers = [add_customer(schedule, chance, merchant, number) for number in range(CUSTOMERS)]
-    early = [draw_payment(chance, customers[0], 800), draw_payment(chance, customers[0], 801)]
+    early = [draw_payment(chance, customers[0], number) for number in (799, 800, 801)]
     late = [draw_payment(chance, customers[1], 802)]
     schedule.wanted += early + late
     if chance.random() < SAVED_SHARE:
@@ -73,7 +77,7 @@ async def add_customers(schedule: Schedule) -> list[KnownCustomer]:
         await run_periodic_jobs(schedule, ())
         early = []
         charge_saved_method(schedule, customers[0])
-        for act in chance.sample((change_customer, remove_method, remove_method), 2):
+        for act in chance.sample((change_customer, remove_method, change_method_elsewhere), 2):
             act(schedule, customers[0])
     # When faults begin, the second customer is still to be created at the provider.
     await asyncio.gather(*(request_until_answered(schedule, wanted) for wanted in early + late), *schedule.asking)
@@ -96,7 +100,7 @@ def draw_payment(chance: random.Random, customer: KnownCustomer, number: int) ->
     [wanted] = draw_wanted_payments(chance, 1, first=number)[:1]
     wanted.merchant, wanted.customer_id = customer.merchant, customer.id
     wanted.token = chance.choice(TOKENS)
-    wanted.save_method = SAVING if chance.random() < 0.7 else None
+    wanted.save_method = SAVING if chance.random() < 0.9 else None
     return wanted
 
 
@@ -105,8 +109,9 @@ def act_on_customer(schedule: Schedule) -> None:
     if not schedule.customers:
         return
     chance = schedule.chance
-    customer = chance.choice(schedule.customers)
-    match chance.choice(("create", "charge", "charge", "update", "detach", "detach")):
+    with_methods = [customer for customer in schedule.customers if saved_methods(schedule, customer)]
+    customer = chance.choice(with_methods or schedule.customers)
+    match chance.choice(("create", "charge", "charge", "update", "detach", "detach", "elsewhere")):
         case "create":
             number = len(schedule.customers)
             if number < CUSTOMERS_MAX:
@@ -121,6 +126,8 @@ def act_on_customer(schedule: Schedule) -> None:
             change_customer(schedule, customer)
         case "detach":
             remove_method(schedule, customer)
+        case "elsewhere":
+            change_method_elsewhere(schedule, customer)
 
 
 def change_customer(schedule: Schedule, customer: KnownCustomer) -> None:
@@ -139,6 +146,27 @@ def remove_method(schedule: Schedule, customer: KnownCustomer) -> None:
     if methods := saved_methods(schedule, customer):
         asked = {"payment_method_id": f"{customer.id}/{schedule.chance.choice(methods)}"}
         send(schedule, customer, "detach_payment_method", asked)
+
+
+def change_method_elsewhere(schedule: Schedule, customer: KnownCustomer) -> None:
+    """The network replaces the card of a saved payment method, or somebody removes the method in the dashboard."""
+    methods = schedule.database.rows(
+        "select provider_id from surety.payment_methods where customer_id = %s and detached_at is null order by id",
+        customer.id,
+    )
+    if not methods:
+        return
+    chance, provider = schedule.chance, schedule.provider
+    method = provider.memory.get(chance.choice(methods)[0])
+    if method.body["customer"] is None:
+        return
+    if chance.random() < 0.3:
+        detach(provider.sandbox, method, None)
+        customer.methods_removed_elsewhere.add(method.id)
+    else:
+        replaced = {"last4": f"{chance.randrange(10_000):04}", "exp_month": chance.randrange(1, 13), "exp_year": 2034}
+        replace_card(provider.sandbox, method, replaced)
+    provider.commit()
 
 
 def saved_methods(schedule: Schedule, customer: KnownCustomer) -> list[str]:
@@ -232,10 +260,14 @@ def check_saved_methods(schedule: Schedule) -> None:
         if method.body["customer"] is not None
     }
     rows = schedule.database.rows(
-        "select m.id, m.provider_id, c.provider_id, m.detached_at is not null from surety.payment_methods as m"
+        "select m.id, m.provider_id, c.provider_id, m.detached_at is not null, m.last4, m.exp_month"
+        " from surety.payment_methods as m"
         " join surety.customers as c on c.id = m.customer_id order by m.id"
     )
-    for method_id, provider_id, owner, is_detached in rows:
+    for method_id, provider_id, owner, is_detached, *shown in rows:
+        card = schedule.provider.memory.get(provider_id).body["card"]
+        if not is_detached and shown != [card["last4"], card["exp_month"]]:
+            schedule.report_violation("a saved payment method has its present card", f"{method_id}: {shown}")
         attached_to = there.pop(provider_id, None)
         if is_detached and attached_to is not None:
             schedule.report_violation("a removed payment method is detached", method_id)
@@ -253,8 +285,11 @@ def check_saved_methods(schedule: Schedule) -> None:
 
 def check_charged_methods(schedule: Schedule) -> None:
     """Payments have their customers at the provider, and charge the saved methods that they name."""
+    removed = set().union(*(customer.methods_removed_elsewhere for customer in schedule.customers))
     refused = schedule.database.rows(
-        "select id from surety.payments where saved_method_id is not null and failure ->> 'message' like '%%detached%%'"
+        "select p.id from surety.payments as p join surety.payment_methods as m on m.id = p.saved_method_id"
+        " where p.failure ->> 'message' like '%%detached%%' and m.provider_id <> all(%s)",
+        sorted(removed),
     )
     if refused:
         schedule.report_violation("a saved payment method stays until accepted payments have used it", refused[0][0])

@@ -70,12 +70,13 @@ CustomerEventType = Literal[
 PaymentMethodEventType = Literal[
     "customer.payment_method_saved",
     "customer.payment_method_detached",
+    "customer.payment_method_updated",
 ]
 
 
 EVENT_TYPES: tuple[str, ...] = tuple(
     name
-    for types in (PaymentEventType, RefundEventType, DisputeEventType, CustomerEventType)
+    for types in (PaymentEventType, RefundEventType, DisputeEventType, CustomerEventType, PaymentMethodEventType)
     for name in get_args(types)
 )
 EVENT_FAMILIES = sorted({f"{name.partition('.')[0]}.*" for name in EVENT_TYPES})
@@ -145,7 +146,7 @@ class CustomerEvent(Struct):
 
 
 class PaymentMethodEvent(Struct):
-    """A payment method of a customer was saved or removed. `data` is the saved payment method."""
+    """A payment method of a customer was saved, changed or removed. `data` is the saved payment method."""
 
     id: str
     object: Literal["event"]

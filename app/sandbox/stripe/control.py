@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from msgspec import Struct
+from msgspec import Struct, to_builtins
 
 from app.sandbox.memory import StoredObject, encode
 from app.sandbox.settings import PLATFORM_ACCOUNT
 from app.sandbox.state import Sandbox
 from app.sandbox.stripe.errors import invalid_request, not_found
-from app.sandbox.stripe.objects import disputes, fraud_warnings, intents, refunds
+from app.sandbox.stripe.objects import disputes, fraud_warnings, intents, methods, refunds
 from app.sandbox.stripe.parameters import AutomaticMethods, CreateIntent, CreateRefund
 from app.sandbox.stripe.queries import render_object
 
@@ -45,6 +45,14 @@ class RefundOutcome(Struct, forbid_unknown_fields=True):
 
     outcome: Literal["succeeded", "failed"]
     failure_reason: str = "expired_or_canceled_card"
+
+
+class ReplacedCard(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/payment-methods/{id}`: what the network says of the card that replaces the old one."""
+
+    exp_month: int
+    exp_year: int
+    last4: str
 
 
 class CardholderDispute(ChargeReference, kw_only=True):
@@ -108,6 +116,13 @@ def refund_charge(sandbox: Sandbox, given: DashboardRefund) -> dict[str, Any]:
     charge = _charge(sandbox, given)
     asked = CreateRefund(charge=charge.id, amount=given.amount, reason=given.reason)
     return render_object(sandbox, refunds.create(sandbox, charge.account, asked))
+
+
+def replace_card(sandbox: Sandbox, id: str, given: ReplacedCard) -> dict[str, Any]:
+    """The card of a payment method was replaced: its number or its expiry is another one."""
+    found = _found(sandbox, "payment_method", id)
+    methods.replace_card(sandbox, found, to_builtins(given))
+    return render_object(sandbox, found)
 
 
 def decide_refund(sandbox: Sandbox, id: str, given: RefundOutcome) -> dict[str, Any]:

@@ -281,6 +281,64 @@ comment on function surety.repeat_overtaken_update(text, integer, timestamptz) i
 'After the result of an update with an older version than the provider has answered about: it may have arrived late, at
 a worker or at the provider, so the present data are passed on again. Returns the types of the events made.';
 
+create or replace function surety.saved_methods_among(p_account text, p_provider_ids text[]) returns text[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+begin atomic
+    select coalesce(array_agg(distinct m.provider_id), '{}')
+    from surety.payment_methods as m
+    inner join surety.customers as c on m.customer_id = c.id
+    where m.provider_id = any(p_provider_ids) and c.provider_account = p_account and m.detached_at is null;
+end;
+
+comment on function surety.saved_methods_among(text, text[]) is
+'Those of an account''s payment methods, by the provider''s ids, that are saved here and not detached.';
+
+create or replace function surety.record_method_state(p_account text, p_method jsonb, p_is_detached boolean)
+returns text[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := surety.time_now();
+    v_customer surety.customers;
+    v_method surety.payment_methods;
+    v_shown surety.payment_methods;
+    v_type text;
+    v_types text [] := '{}';
+begin
+    for v_customer in
+        select c.* from surety.customers as c
+        where c.provider_account = p_account and c.id in (
+            select m.customer_id from surety.payment_methods as m where m.provider_id = p_method ->> 'id'
+        )
+        order by c.id for no key update
+    loop
+        select m.* into v_method from surety.payment_methods as m
+        where m.customer_id = v_customer.id and m.provider_id = p_method ->> 'id' and m.detached_at is null
+        for no key update;
+        continue when not found;
+        v_shown := jsonb_populate_record(v_method, p_method - 'id');
+        continue when not p_is_detached and v_shown = v_method;
+        update surety.payment_methods as m
+        set
+            brand = v_shown.brand, last4 = v_shown.last4, exp_month = v_shown.exp_month, exp_year = v_shown.exp_year,
+            country = v_shown.country, fingerprint = v_shown.fingerprint,
+            detached_at = case when p_is_detached then v_now end
+        where m.id = v_method.id;
+        v_type := case
+            when p_is_detached then 'customer.payment_method_detached' else 'customer.payment_method_updated'
+        end;
+        perform surety.emit_method_event(v_customer, v_method.id, v_type, v_now);
+        v_types := v_types || v_type;
+    end loop;
+    return v_types;
+end;
+$$;
+
+comment on function surety.record_method_state(text, jsonb, boolean) is
+'Records what the provider shows of a saved payment method: {id, brand?, last4?, exp_month?, exp_year?, country?,
+fingerprint?}, a part that is absent stays as it is; and whether it is detached there. A change has an event. Methods
+that are not saved here, or are detached, are left as they are. Returns the types of the events made.';
+
 create or replace function surety.record_customer_results(p_results jsonb) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -41,6 +41,7 @@ from (
     ('customer.out_of_date', false, 'The provider has not got the customer''s present data.'),
     ('customer.payment_method_saved', true, 'A payment method of the customer was saved.'),
     ('customer.payment_method_detached', true, 'A saved payment method of the customer was removed.'),
+    ('customer.payment_method_updated', true, 'The card network replaced the card of a saved payment method.'),
     ('payment.method_usable', false, 'The payment has proved a payment method that is to be saved.'),
     ('dispute.evidence_given', false, 'The merchant asked to submit evidence.'),
     ('dispute.evidence_due', true, 'Evidence is due soon and was not submitted.'),

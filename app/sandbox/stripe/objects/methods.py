@@ -4,6 +4,8 @@ A payment method is attached by a payment with `setup_future_usage` that succeed
 without a customer, or was detached, can't be used again.
 """
 
+from typing import Any
+
 from app.sandbox.memory import StoredObject
 from app.sandbox.state import Sandbox
 from app.sandbox.stripe.errors import invalid_request, not_found
@@ -65,6 +67,15 @@ def link(sandbox: Sandbox, method: StoredObject, customer: str) -> None:
     method.body["customer"] = method.parent = customer
     sandbox.memory.save(method)
     emit(sandbox, "payment_method.attached", method)
+
+
+def replace_card(sandbox: Sandbox, method: StoredObject, replaced: dict[str, Any]) -> None:
+    """The network replaces the card of a payment method: another number or expiry."""
+    card = method.body["card"]
+    previous = {name: card[name] for name in replaced}
+    card.update(replaced)
+    sandbox.memory.save(method)
+    emit(sandbox, "payment_method.automatically_updated", method, {"card": previous})
 
 
 def refuse_used(method: StoredObject) -> None:
