@@ -759,7 +759,7 @@ create table surety.payment_methods (
 );
 comment on table surety.payment_methods is
 'Payment methods saved for later payments, as the provider shows them once a payment has proved them. mandate: when,
-from where and to which text the payer agreed. detached_at: the merchant removed it, or it was removed at the provider.';
+from where and to which text the payer agreed. detached_at: it was removed, by the merchant or at the provider.';
 create index payment_methods_of_a_payment on surety.payment_methods (payment_id);
 create index payment_methods_at_the_provider on surety.payment_methods (provider_id);
 

@@ -149,7 +149,7 @@ def remove_method(schedule: Schedule, customer: KnownCustomer) -> None:
 
 
 def change_method_elsewhere(schedule: Schedule, customer: KnownCustomer) -> None:
-    """The network replaces the card of a saved payment method, or somebody removes the method in the dashboard."""
+    """The network replaces the card of a saved payment method, or the method is removed in the dashboard."""
     methods = schedule.database.rows(
         "select provider_id from surety.payment_methods where customer_id = %s and detached_at is null order by id",
         customer.id,
