@@ -43,6 +43,7 @@ CLOSED_DATABASES = {
 }
 
 FindingId = Literal[
+    "no-primary",
     "commits-wait-for-standby",
     "no-worker",
     "handler-behind",

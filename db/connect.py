@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, Connection
@@ -21,6 +21,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import Diagnostic
 from psycopg.pq import TransactionStatus
 
+from db.errors import SettingsError
+from db.poolers import open_session, require_login_settings, restore_session
 from db.settings import Settings
 
 Result = TypeVar("Result")
@@ -68,6 +70,8 @@ ANSWER_SECONDS_MAX: dict[ProcessKind, float] = {
 # How often a wait looks at its connection without an event. With psycopg's default, a tenth of a second, a listener
 # alone would take most of the time of an idle process.
 LOOK_SECONDS = 5.0
+# Without prepared statements they need no session of their own: a pooler may give each transaction another one.
+SHARING_KINDS: frozenset[ProcessKind] = frozenset({"api", "webhook"})
 READ_ONLY_KINDS: frozenset[ProcessKind] = frozenset({"analyst", "auditor"})
 
 
@@ -82,6 +86,11 @@ def conninfo(kind: ProcessKind, settings: Settings, *, search_path: str | None =
     `search_path` is for Procrastinate alone, whose statements name no schema.
     """
     own = getattr(settings, f"surety_{kind}_database_url", None)
+    if is_sharing_sessions(kind, settings):
+        if own is None:
+            variable = f"SURETY_{kind.upper()}_DATABASE_URL"
+            raise SettingsError(f"SURETY_POOL_MODE=transaction needs a login of the process's own: set {variable}")
+        return without_options(own.reveal(), kind)
     if own is not None:
         return harden(own.reveal(), kind, search_path=search_path)
     return harden(settings.require("database_url").reveal(), kind, role=role_of(kind), search_path=search_path)
@@ -90,45 +99,75 @@ def conninfo(kind: ProcessKind, settings: Settings, *, search_path: str | None =
 def harden(url: str, kind: ProcessKind, *, role: str | None = None, search_path: str | None = None) -> str:
     """An address with the timeouts of a kind of process, its name and optionally a role; its own parameters win."""
     given = conninfo_to_dict(url)
-    statement, lock, idle = TIMEOUTS[kind]
     options = {
-        "statement_timeout": statement,
-        "lock_timeout": lock,
-        "idle_in_transaction_session_timeout": idle,
-        "TimeZone": "UTC",
+        **session_settings(kind),
         **SERVER_KEEPALIVES,
         **({"role": role} if role else {}),
         **({"search_path": search_path} if search_path else {}),
     }
-    defaults: dict[str, Any] = {
+    words = [f"-c {name}={value}" for name, value in options.items()]
+    if given.get("options"):
+        words.append(str(given["options"]))
+    return make_conninfo("", **{**client_settings(kind), **given, "options": " ".join(words)})
+
+
+def without_options(url: str, kind: ProcessKind) -> str:
+    """An address for a pooler in transaction mode: the settings of the session are those of the login."""
+    return make_conninfo("", **{**client_settings(kind), **conninfo_to_dict(url)})
+
+
+def session_settings(kind: ProcessKind) -> dict[str, str]:
+    """The settings of a session, by their names in PostgreSQL."""
+    statement, lock, idle = TIMEOUTS[kind]
+    return {
+        "statement_timeout": statement,
+        "lock_timeout": lock,
+        "idle_in_transaction_session_timeout": idle,
+        "TimeZone": "UTC",
+    }
+
+
+def client_settings(kind: ProcessKind) -> dict[str, Any]:
+    """The settings of the client's end."""
+    return {
         **NETWORK_DEFAULTS,
         "application_name": f"surety-{kind}",
         "target_session_attrs": "any" if kind in READ_ONLY_KINDS else "read-write",
     }
-    words = [f"-c {name}={value}" for name, value in options.items()]
-    if given.get("options"):
-        words.append(str(given["options"]))
-    return make_conninfo("", **{**defaults, **given, "options": " ".join(words)})
+
+
+def is_sharing_sessions(kind: ProcessKind, settings: Settings) -> bool:
+    """Whether a kind of process uses a pooler in transaction mode: it needs no session of its own."""
+    return settings.surety_pool_mode == "transaction" and kind in SHARING_KINDS
+
+
+def connection_options(kind: ProcessKind, settings: Settings) -> dict[str, Any]:
+    """The options of psycopg's connections: autocommit, and no prepared statements where sessions are shared."""
+    return {"autocommit": True} | ({"prepare_threshold": None} if is_sharing_sessions(kind, settings) else {})
 
 
 def connect(kind: ProcessKind, settings: Settings) -> Connection[tuple[Any, ...]]:
     """A connection in autocommit mode: each transaction is a block in the code."""
-    return psycopg.connect(conninfo(kind, settings), autocommit=True)
+    return open_session(conninfo(kind, settings))
 
 
 def find_undeployed(kind: ProcessKind, settings: Settings, function: str) -> str | None:
     """What `surety deploy` has to make first: the role of a kind of process, or a function that it calls.
 
-    Raises psycopg.Error if the database can't be used for another reason.
+    Raises psycopg.Error if the database can't be used for another reason, DatabaseNotReady for a pooler that can't be.
     """
     address, role = conninfo(kind, settings), role_of(kind)
+    is_sharing = is_sharing_sessions(kind, settings)
     try:
-        with psycopg.connect(address, autocommit=True) as connection:
+        with psycopg.connect(address, autocommit=True) if is_sharing else open_session(address) as connection:
+            if is_sharing:
+                require_login_settings(connection, session_settings(kind))
             row = connection.execute("select to_regprocedure(%s) is not null", (function,)).fetchone()
-    except psycopg.OperationalError as error:
-        # A failed login has no SQLSTATE. It names the role in any language; a login's own name is another matter.
+    except psycopg.Error as error:
+        # A failed login has no SQLSTATE. It names the role in any language, as does setting the role behind a pooler;
+        # a login's own name is another matter.
         given = conninfo_to_dict(address)
-        if f"role={role}" in str(given["options"]) and given.get("user") != role and f'"{role}"' in str(error):
+        if f"role={role}" in str(given.get("options")) and given.get("user") != role and f'"{role}"' in str(error):
             return f"role {role}"
         raise
     return None if row == (True,) else function
@@ -154,6 +193,17 @@ class BoundedWaitConnection(AsyncConnection[tuple[Any, ...]]):
         super().__init__(*arguments, **options)
         self._is_commit_uncertain = False
         self.add_notice_handler(self._note_canceled_wait)
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", **options: Any) -> Self:
+        """Connect, with the settings of `conninfo` also through a pooler. Raises psycopg.Error, DatabaseNotReady."""
+        connection = await super().connect(conninfo, **options)
+        try:
+            await restore_session(connection, conninfo)
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
 
     async def wait(
         self,
@@ -193,4 +243,4 @@ def bounded_connection(kind: ProcessKind) -> type[BoundedWaitConnection]:
 
 async def connect_async(kind: ProcessKind, settings: Settings) -> AsyncConnection[tuple[Any, ...]]:
     """A connection for asyncio in autocommit mode, whose waiting is bounded."""
-    return await bounded_connection(kind).connect(conninfo(kind, settings), autocommit=True)
+    return await bounded_connection(kind).connect(conninfo(kind, settings), **connection_options(kind, settings))

@@ -4,7 +4,7 @@ The command line shows the text of a SuretyError without a traceback.
 
 SuretyError
 ├── SettingsError        an environment variable is wrong
-├── DatabaseNotReady     the database can't be reached, or Surety was not deployed there
+├── DatabaseNotReady     the database can't be reached or not used, or Surety was not deployed there
 ├── DatabaseClosed       the database was restored, or is a copy: it does no business
 ├── EmbeddedServerError  the embedded PostgreSQL did not start
 └── DeployError          a deploy failed
@@ -61,7 +61,7 @@ class SettingsError(SuretyError):
 
 
 class DatabaseNotReady(SuretyError):
-    """The database can't be reached, or Surety was not deployed there."""
+    """The database can't be reached, a pooler before it can't be used, or Surety was not deployed there."""
 
 
 class DatabaseClosed(SuretyError):

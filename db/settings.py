@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from psycopg import ProgrammingError
@@ -164,6 +164,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     its role. STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while
     both are active. SURETY_TRUSTED_PROXIES names the proxies whose X-Forwarded-For is believed.
 
+    SURETY_POOL_MODE=transaction lets API and receiver use a connection pooler in transaction mode.
+
     SURETY_ADDRESS_RATE bounds the failed authentications per second of a client's address in a process of the API; 0
     means no bound.
 
@@ -181,6 +183,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     surety_worker_database_url: DatabaseAddress | None = None
     surety_analyst_database_url: DatabaseAddress | None = None
     surety_auditor_database_url: DatabaseAddress | None = None
+    surety_pool_mode: Literal["session", "transaction"] = "session"
 
     stripe_api_key: Secret | None = None
     stripe_webhook_secret: Secret | None = None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
 import psycopg
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from rich.console import Console
 from rich.table import Table
 
 from app.status_findings import RUNBOOK, VERDICTS, Finding, find_problems, verdict_of
 from app.wording import count_noun, describe_mode, format_age
 from db.connect import harden
-from db.errors import SettingsError, is_read_only, kind_of, message_of
+from db.errors import DatabaseNotReady, SettingsError, is_read_only, kind_of, message_of
+from db.poolers import open_session
 from db.settings import load_settings
 
 STATEMENT_TIMEOUT = "30s"
@@ -28,9 +30,10 @@ def status(as_json: bool, check: bool) -> None:
     """Report problems and the next step for each. Exit status: 0 good, 1 look, 2 act or not readable."""
     state: dict[str, Any] = {}
     try:
-        state = read_state(check=check)
-        findings = [*find_broken_invariants(state), *find_problems(state)]
-    except (psycopg.Error, SettingsError) as error:
+        address = load_settings().require("database_url").reveal()
+        state = read_state(address, check=check)
+        findings = [*find_missing_primary(state, address), *find_broken_invariants(state), *find_problems(state)]
+    except (psycopg.Error, SettingsError, DatabaseNotReady) as error:
         findings = [finding_for_error(error)]
     urgency = verdict_of(findings)
     if as_json:
@@ -41,9 +44,9 @@ def status(as_json: bool, check: bool) -> None:
     sys.exit(urgency)
 
 
-def read_state(*, check: bool) -> dict[str, Any]:
-    """The status report of the database of DATABASE_URL. Raises psycopg.Error, SettingsError."""
-    with connect_to_any(load_settings().require("database_url").reveal()) as conn:
+def read_state(address: str, *, check: bool) -> dict[str, Any]:
+    """The status report of the database at an address. Raises psycopg.Error, DatabaseNotReady."""
+    with connect_to_any(address) as conn:
         if not check:
             conn.execute(f"set statement_timeout = '{STATEMENT_TIMEOUT}'")
         state: dict[str, Any] = {}
@@ -57,19 +60,21 @@ def read_state(*, check: bool) -> dict[str, Any]:
 def connect_to_any(url: str) -> psycopg.Connection[tuple[Any, ...]]:
     """A connection to the primary, or to a standby if no server of the address is one."""
     try:
-        return psycopg.connect(harden(url, "deploy"), autocommit=True)
+        return open_session(harden(url, "deploy"))
     except psycopg.OperationalError as unreachable:
         address = harden(make_conninfo(url, target_session_attrs="standby"), "deploy")
         try:
-            return psycopg.connect(address, autocommit=True)
+            return open_session(address)
         except psycopg.OperationalError:
             raise unreachable from None
 
 
-def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
+def finding_for_error(error: psycopg.Error | SettingsError | DatabaseNotReady) -> Finding:
     """The reason why the status could not be read, and the next step."""
     if isinstance(error, SettingsError):
         return Finding("settings-invalid", 2, str(error).splitlines()[0], "correct the variable that the text names")
+    if isinstance(error, DatabaseNotReady):
+        return Finding("database-unreachable", 2, str(error), "the settings of the pooler, and DATABASE_URL")
     match kind_of(error):
         case "not_deployed":
             return Finding("not-deployed", 2, "this database has no Surety, or one of another version", "surety deploy")
@@ -82,6 +87,14 @@ def finding_for_error(error: psycopg.Error | SettingsError) -> Finding:
     return Finding(
         "status-unreadable", 2, f"PostgreSQL refused the query: {message_of(error)}", "the server and its log"
     )
+
+
+def find_missing_primary(state: dict[str, Any], address: str) -> Iterator[Finding]:
+    """No primary among several hosts. An address of a standby alone is one to read from."""
+    hosts = str(conninfo_to_dict(address).get("host") or "")
+    if state["replication"]["replayed_seconds"] is not None and "," in hosts:
+        what = "no server of DATABASE_URL is the primary: nothing is accepted or handled; this is read from a standby"
+        yield Finding("no-primary", 2, what, "wait a minute for a failover, then the servers and their cluster manager")
 
 
 def find_broken_invariants(state: dict[str, Any]) -> list[Finding]:

@@ -9,7 +9,7 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from app.web.batching import DatabaseAway, Unavailable, unavailable_by
-from db.connect import ProcessKind, bounded_connection, conninfo, find_undeployed
+from db.connect import ProcessKind, bounded_connection, connection_options, conninfo, find_undeployed
 from db.errors import DatabaseNotReady, is_retryable, message_of, outdates_connection
 from db.settings import Settings
 
@@ -31,7 +31,7 @@ class DatabasePool:
         self._pool: AsyncConnectionPool[AsyncConnection[Row]] = AsyncConnectionPool(
             conninfo(kind, settings),
             connection_class=bounded_connection(kind),
-            kwargs={"autocommit": True},
+            kwargs=connection_options(kind, settings),
             min_size=1,
             max_size=connections_max,
             max_waiting=WAITING_MAX,

@@ -38,6 +38,7 @@ from db.deploy.publication import publish_events
 from db.deploy.source import BOOKKEEPING, Migration, VersionFiles, location_of, lock_rank
 from db.deploy.statements import Statement, read_statements
 from db.errors import DeployError, kind_of
+from db.poolers import open_session
 
 ShowProgress = Callable[[str], None]
 
@@ -72,7 +73,7 @@ def deploy(
     """
     started = time.monotonic()
     source = source or VersionFiles.installed()
-    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn, one_deploy_at_a_time(conn, say):
+    with open_session(harden(url, "deploy")) as conn, one_deploy_at_a_time(conn, say):
         run = DeployRun(conn, source, lock_seconds_max, say)
         record = DeployRecord.read(conn)
         if record is None:
