@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from app.local.demo.checks import ENDED, REFUNDED_TWICE, count_differences, count_violations, query_count
 from app.local.demo.sandbox_record import CHARGES_SUMMARY, REFUNDS_SUMMARY, read_record, read_sandbox
-from tests.crash.processes import Connection, SystemUnderTest
+from tests.crash.processes import Connection, SuretyProcesses
 from tests.crash.retrying_client import RetryingClient
 
 
-def find_violations(system: SystemUnderTest, client: RetryingClient) -> tuple[dict[str, int], list[str]]:
+def find_violations(system: SuretyProcesses, client: RetryingClient) -> tuple[dict[str, int], list[str]]:
     """The violated invariants, and lines that explain those of the database, from one snapshot."""
     sandbox = system.http("sandbox")
     charges = read_sandbox(sandbox, CHARGES_SUMMARY)

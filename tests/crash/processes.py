@@ -34,24 +34,19 @@ PROVIDER_TIMEOUT_SECONDS = "5"
 EVIDENCE_SECONDS = "5"
 
 
-class SystemUnderTest:
-    """PostgreSQL, the proxy in front of it, and Surety's processes."""
+class SuretyProcesses:
+    """Surety's processes, the sandbox, and the database that they share.
 
-    def __init__(self, scene: Path, seed: int) -> None:
-        self.server = EmbeddedServer(durable=True)
-        self.server.start()
-        with psycopg.connect(self.server.url, autocommit=True) as conn:
-            create_database(conn, DATABASE)
-        self.url = with_database(self.server.url, DATABASE)
-        deploy(self.url)
-        with self.connect() as conn:
-            shorten_delays(conn)
-        self.proxy = PostgresProxy(self.url, reset_seconds=KEEPALIVE_SECONDS)
+    `database_url` is the database as the processes reach it, `url` as the checks do.
+    """
+
+    def __init__(self, scene: Path, seed: int, database_url: str, url: str) -> None:
+        self.url = url
         chance = random.Random(os.getpid())
         self.ports = {name: free_port(chance.choice(PORTS)) for name in ("api", "webhooks", "sandbox")}
         secret = f"whsec_{secrets.token_hex(16)}"
         variables = {
-            "DATABASE_URL": self.proxy.url,
+            "DATABASE_URL": database_url,
             "STRIPE_WEBHOOK_SECRET": secret,
             "SURETY_SANDBOX_URL": self.http("sandbox"),
             "SURETY_PROVIDER_TIMEOUT": PROVIDER_TIMEOUT_SECONDS,
@@ -86,8 +81,38 @@ class SystemUnderTest:
             self.process_group.wait_for(WORKERS[0], lambda: count_workers(conn) >= len(WORKERS))
 
     def connect(self) -> Connection:
-        """A connection that bypasses the proxy."""
+        """A connection of the checks."""
         return psycopg.connect(harden(self.url, "deploy"), autocommit=True)
+
+    def revive(self) -> list[str]:
+        """Restart the processes that ended; returns their names."""
+        return self.process_group.revive()
+
+    def close(self) -> None:
+        """End everything."""
+        self.process_group.stop()
+
+
+def prepare_database(server_url: str) -> str:
+    """Create the database of a run on a server, with short delays; returns its address."""
+    with psycopg.connect(harden(server_url, "deploy"), autocommit=True) as conn:
+        create_database(conn, DATABASE)
+    url = with_database(server_url, DATABASE)
+    deploy(url)
+    with psycopg.connect(harden(url, "deploy"), autocommit=True) as conn:
+        shorten_delays(conn)
+    return url
+
+
+class SystemUnderTest(SuretyProcesses):
+    """PostgreSQL, the proxy between it and Surety's processes, which the checks bypass, and these processes."""
+
+    def __init__(self, scene: Path, seed: int) -> None:
+        self.server = EmbeddedServer(durable=True)
+        self.server.start()
+        url = prepare_database(self.server.url)
+        self.proxy = PostgresProxy(url, reset_seconds=KEEPALIVE_SECONDS)
+        super().__init__(scene, seed, self.proxy.url, url)
 
     def kill_server(self) -> None:
         """Kill PostgreSQL's first process. Its backends end by themselves, some of them late."""
@@ -110,6 +135,6 @@ class SystemUnderTest:
 
     def close(self) -> None:
         """End everything."""
-        self.process_group.stop()
+        super().close()
         self.proxy.close()
         self.server.stop()

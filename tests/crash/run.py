@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import msgspec
+import psycopg
 
 from app.local.demo.checks import ACKNOWLEDGED_PRESENT, CHARGED_TWICE, REFUNDED_TWICE
 from app.local.demo.merchants import create_merchants
@@ -20,7 +21,7 @@ from app.local.demo.sandbox_record import read_sandbox
 from tests.crash.background_load import BackgroundLoad
 from tests.crash.checks import count_by_state, count_unfinished, find_differences, find_violations
 from tests.crash.kills import KINDS, draw, kill_and_restart
-from tests.crash.processes import SystemUnderTest
+from tests.crash.processes import SuretyProcesses, SystemUnderTest
 
 MERCHANTS = 10
 HEAL_SECONDS_MAX = 60.0
@@ -147,7 +148,7 @@ def kill_under_load(
     return phase
 
 
-def finish(system: SystemUnderTest, background_load: BackgroundLoad, say: Say) -> dict[str, int]:
+def finish(system: SuretyProcesses, background_load: BackgroundLoad, say: Say) -> dict[str, int]:
     """The invariants violated once everything that was begun has ended, the comparison with the provider included."""
     closed_at = time.monotonic()
     differing = wait_for_end(system, background_load)
@@ -159,7 +160,7 @@ def finish(system: SystemUnderTest, background_load: BackgroundLoad, say: Say) -
     return violated | differing
 
 
-def wait_for_end(system: SystemUnderTest, background_load: BackgroundLoad) -> dict[str, int]:
+def wait_for_end(system: SuretyProcesses, background_load: BackgroundLoad) -> dict[str, int]:
     """The differences from the provider once everything has ended, or after END_SECONDS_MAX.
 
     Dead letters are replayed, as an operator would.
@@ -167,7 +168,7 @@ def wait_for_end(system: SystemUnderTest, background_load: BackgroundLoad) -> di
     deadline = time.monotonic() + END_SECONDS_MAX
     with system.connect() as conn:
         while True:
-            system.process_group.revive()
+            system.revive()
             conn.execute(
                 "select outbox.replay_dead_letter(id, 'operator:crash', 'its workers were killed')"
                 " from outbox.dead_letters where closed_at is null"
@@ -180,15 +181,17 @@ def wait_for_end(system: SystemUnderTest, background_load: BackgroundLoad) -> di
             time.sleep(0.2)
 
 
-def heal(system: SystemUnderTest, background_load: BackgroundLoad) -> float | None:
-    """Seconds until a payment made after the kill was confirmed. None if that takes longer than HEAL_SECONDS_MAX."""
+def heal(
+    system: SuretyProcesses, background_load: BackgroundLoad, seconds_max: float = HEAL_SECONDS_MAX
+) -> float | None:
+    """Seconds until a payment made after the kill was confirmed. None if that takes longer than `seconds_max`."""
     began = time.monotonic()
     request, payment_id = background_load.create_probe(), None
-    while time.monotonic() < began + HEAL_SECONDS_MAX:
-        died = system.process_group.revive()
+    while time.monotonic() < began + seconds_max:
+        died = system.revive()
         payment_id = payment_id or background_load.probe(request)
         if payment_id is not None:
-            with contextlib.suppress(OSError), system.connect() as conn:
+            with contextlib.suppress(OSError, psycopg.OperationalError), system.connect() as conn:
                 row = conn.execute("select state from surety.payments where id = %s", (payment_id,)).fetchone()
                 if row and row[0] in PROCESSED_STATES and not died:
                     return time.monotonic() - began
