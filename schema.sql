@@ -11,7 +11,7 @@
 --   rate limits      requests per second of keys and merchants, and how much of it they have used
 --   customers        merchants' customers, their saved payment methods, our calls about them
 --   requests         idempotency keys and references in use: unique over all months, hence narrow and unpartitioned
---   payments         payments, their steps, our calls to providers, circuits of provider accounts
+--   payments         payments, their steps, requests for client secrets, our calls to providers, circuits of accounts
 --   limits           money limits and their counters, velocity rules, payments on hold
 --   refunds          refunds and their steps
 --   disputes         disputes as last fetched, with the merchant's evidence
@@ -824,6 +824,7 @@ create table surety.payments (
     customer_id text collate "C",
     saved_method_id text collate "C",
     save_method jsonb,
+    authentication text not null default 'redirect',
     constraint payments_pkey primary key (id),
     -- A bound within the pattern would cost thirty times as much.
     constraint payment_id_is_a_payment_id check (length(id) = 28 and id ~ '^pay_[0-9a-f]+$'),
@@ -844,7 +845,13 @@ create table surety.payments (
     constraint payment_descriptor_suffix_is_short check (char_length(statement_descriptor_suffix) between 1 and 22),
     constraint payment_return_url_is_short check (char_length(return_url) between 1 and 2048),
     -- Otherwise a card's payer could not act.
-    constraint payment_returns_its_payer check (rail <> 'card' or return_url is not null or off_session),
+    constraint payment_returns_its_payer check (
+        rail <> 'card' or return_url is not null or off_session or authentication = 'script'
+    ),
+    constraint payment_authentication_is_known check (authentication in ('redirect', 'script')),
+    constraint payment_by_script_keeps_its_payer check (
+        authentication <> 'script' or (return_url is null and not off_session)
+    ),
     constraint payment_metadata_is_an_object check (jsonb_typeof(metadata) = 'object'),
     constraint payment_customer_belongs_to_its_merchant foreign key (merchant_id, customer_id)
     references surety.customers (merchant_id, id),
@@ -875,9 +882,31 @@ comment on column surety.payments.saved_method_id is
 'The saved payment method that is charged; method_token is its id at the provider.';
 comment on column surety.payments.save_method is
 'Saves the payment method once the payment has proved it: {usage, mandate}.';
+comment on column surety.payments.authentication is
+'How a payer who must act does so: redirect (the provider''s page, then return_url) or script (the provider''s script on
+the merchant''s page, by the intent''s client secret).';
 comment on column surety.payments.flags is
 'What makes no step. Times: cancel_requested_at (the merchant asked), overdue_at (the payer did not act). hold: the row
 of surety.payment_holds as merchants see it.';
+
+create unlogged table surety.client_secret_requests (
+    id text collate "C" not null,
+    payment_id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    public_key bytea not null,
+    requested_at timestamptz not null,
+    sealed bytea,
+    failure text,
+    constraint client_secret_requests_pkey primary key (id),
+    constraint client_secret_request_has_a_public_key check (octet_length(public_key) = 32),
+    constraint sealed_client_secret_is_short check (octet_length(sealed) between 1 and 1000),
+    constraint client_secret_failure_is_known check (failure in ('ended', 'unanswered')),
+    constraint client_secret_request_has_one_answer check (sealed is null or failure is null)
+);
+comment on table surety.client_secret_requests is
+'Requests for client secrets that wait for a worker, for seconds. sealed is the secret, encrypted for public_key, whose
+private key only the asking process holds, in memory. failure: ended (the payer need not act any more), unanswered. Not
+in the write-ahead log: a crash of the server and a failover empty the table, and merchants ask again.';
 
 create table surety.steps (
     payment_id text collate "C" not null,

@@ -70,6 +70,7 @@ async def maintain(worker: Worker) -> None:
     await worker.database.value("select surety.delete_old_refusals()")
     await worker.database.value("select surety.delete_whole_bursts()")
     await worker.database.value("select surety.delete_old_accepted_money()")
+    await worker.database.value("select surety.delete_old_secret_requests()")
 
 
 async def delete_orphaned_jobs(context: JobContext, timestamp: int) -> None:

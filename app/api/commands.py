@@ -22,7 +22,7 @@ from app.web.validation import violation_checker
 WHOLE_UNITS = {"/evidence": "characters", "/metadata": "keys"}
 """Fields that are merged with what was given before; the result is bounded in these units."""
 SCHEDULE_COMMAND_WORKERS = (
-    "select outbox.schedule_handlers('{capture,cancel,refund,evidence,update_customer,detach_method}')"
+    "select outbox.schedule_handlers('{capture,cancel,refund,evidence,update_customer,detach_method,seal_secret}')"
 )
 COMMAND_PROBLEMS = (
     "invalid-request",

@@ -32,6 +32,7 @@ BODY_BYTES_MAX = 64 * 1024
 CURRENCY = re.compile("[A-Za-z]{3}")
 JSON_KEY_PATTERN = re.compile(rb'"\s*:')
 AMOUNT_MAX = 2**63 - 1
+ACTION_FIELDS = frozenset({"/return_url", "/off_session", "/authentication"})
 CUSTOMER_FIELDS = {"/customer_id": "customer", "/payment_method/saved": "saved payment method"}
 CUSTOMER_RULES = {
     "known": "is no {noun} of yours",
@@ -95,6 +96,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
             customer_id=payment.customer_id,
             saved_method=payment.payment_method.saved,
             save_method=method_to_save(payment),
+            authentication=payment.authentication,
         ),
         sender_of(request.headers[b"authorization"]),
     )
@@ -122,8 +124,8 @@ async def read_strictly(request: ApiRequest, body: bytes) -> NewPayment:
     violations = await amount_violations(request.services.database, given)
     reported_fields = {violation.field for violation in violations}
     violations += [violation for violation in payment_violations(given) if violation.field not in reported_fields]
-    if not any(violation.meant in {"/return_url", "/off_session"} for violation in violations):
-        violations += return_violations(given)
+    if not any({violation.meant, violation.field} & ACTION_FIELDS for violation in violations):
+        violations += action_violations(given)
     violations += customer_violations(given)
     reported_fields = {violation.field for violation in violations}
     mandate = given.get("mandate") if isinstance(given, dict) else None
@@ -146,11 +148,24 @@ def given_in(sent: dict[str, Any], field: str) -> dict[str, Any]:
     return {"given": sent[field.removeprefix("/")]}
 
 
-def return_violations(given: Any) -> list[RuleViolation]:
-    """The rule that a payer who may have to act must be able to return, if a body of that form breaks it."""
-    if not isinstance(given, dict) or given.get("return_url") is not None or given.get("off_session"):
+def action_violations(given: Any) -> list[RuleViolation]:
+    """The rules about how a payer acts that a body of any form breaks."""
+    if not isinstance(given, dict):
         return []
-    message = "return_url is required, as the payer may have to act at the bank; set off_session if no payer is present"
+    returns, is_absent = given.get("return_url") is not None, bool(given.get("off_session"))
+    if given.get("authentication") == "script":
+        messages = {
+            "return_url": "return_url must not be sent with authentication script: the payer stays on your page",
+            "off_session": "off_session must not be true with authentication script: an absent payer can't act",
+        }
+        broken = [name for name, is_sent in (("return_url", returns), ("off_session", is_absent)) if is_sent]
+        return [RuleViolation(f"/{name}", "exclusive", messages[name]) for name in broken]
+    if returns or is_absent:
+        return []
+    message = (
+        "return_url is required, as the payer may have to act at the bank; set off_session if no payer is present, or"
+        " authentication to script if your page runs the provider's script"
+    )
     return [RuleViolation("/return_url", "required", message)]
 
 
@@ -217,9 +232,10 @@ def customer_violations(given: Any) -> list[RuleViolation]:
 
 
 def is_consistent(payment: NewPayment) -> bool:
-    """Whether a body breaks no rule of return_violations, customer_violations and mandate_violations."""
+    """Whether a body breaks no rule of action_violations, customer_violations and mandate_violations."""
     method = payment.payment_method
-    if payment.return_url is None and not payment.off_session:
+    returns_or_is_absent = payment.return_url is not None or payment.off_session
+    if returns_or_is_absent is (payment.authentication == "script"):
         return False
     if (method.token is None) is (method.saved is None):
         return False

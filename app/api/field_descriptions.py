@@ -140,6 +140,13 @@ DESCRIPTIONS = {
     "next": "The cursor of the next page: `starting_after`.",
     "FindingDocument.next": "The command or the heading of the runbook that comes next.",
     "next_action": "What the payer must do. Null if nothing.",
+    "authentication": "How a payer acts if the bank asks for it: `redirect` or `script`.",
+    "NewPayment.authentication": "How a payer acts if the bank asks for it: `redirect`, to the bank's page and back to "
+    "`return_url`; or `script`, by Stripe's script on your page, with the payment's client secret. `script` excludes "
+    "`return_url` and `off_session`.",
+    "client_secret": "The secret for `stripe.handleNextAction`. Anyone who has it can act as the payer.",
+    "ClientSecret.payment": "The payment.",
+    "provider_account": "The merchant's connected account, for `Stripe(key, {stripeAccount})`. Null without one.",
     "object": "The kind of object.",
     "off_session": "Whether the payer is absent and can't act.",
     "on_discard": "What discarding it would do. Null if it is closed.",
@@ -157,7 +164,7 @@ DESCRIPTIONS = {
     "pending": "Captured and not settled yet.",
     "product_description": "What was sold.",
     "provider": "The provider's own object. Null before it has one.",
-    "rate_limit": "The limit that was exceeded: of the key, of its merchant or of the client's address.",
+    "rate_limit": "The limit that was exceeded: of the key, its merchant, the client's address or the payment.",
     "reason": "The reason.",
     "reference": "Your own name for the payment.",
     "refund_policy_disclosure": "How and when the payer was shown the refund policy.",

@@ -14,7 +14,7 @@ import msgspec
 import psycopg
 
 from app.api.requests import JSON_HEADERS, ApiRequest, compact
-from app.api.waiting import AwaitedKind, AwaitedObject, ReaderPosition, Waiter
+from app.api.waiting import AnyKind, AwaitedKind, AwaitedObject, ReaderPosition, Waiter
 from app.web.asgi import ClientDisconnected, HttpResponse
 from app.web.auth import Caller
 from app.web.batching import DatabaseAway, Unavailable
@@ -24,7 +24,7 @@ from app.web.problems import Problem
 Header = tuple[bytes, bytes]
 
 VARY: Header = (b"vary", b"Prefer")
-UNDECIDED: dict[AwaitedKind, frozenset[str]] = {
+UNDECIDED: dict[AnyKind, frozenset[str]] = {
     "payments": frozenset({"pending"}),
     "cancellations": frozenset({"pending", "requires_action", "requires_capture"}),
     "refunds": frozenset({"pending"}),

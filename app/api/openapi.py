@@ -18,7 +18,7 @@ from litestar.static_files import create_static_files_router
 
 from app.api.field_descriptions import DESCRIPTIONS, is_instant
 from app.api.schemas.events import KINDS_OF_EVENTS, Event
-from app.api.schemas.payments import CaptureMethod, NewCard, NewPayment, State, Status
+from app.api.schemas.payments import Authentication, CaptureMethod, NewCard, NewPayment, State, Status
 from app.api.schemas.problems import ProblemDocument
 from app.api.schemas.refunds import RefundReason, RefundStatus
 from app.api.versions import VERSION_HEADER, VERSIONS
@@ -85,6 +85,7 @@ HEADERS: dict[str, JsonDocument] = {
         "description": "`wait=N`: the request was allowed to wait for N seconds, and is answered as it asked.",
         "schema": {"type": "string", "pattern": "^wait=[0-9]+$"},
     },
+    "Cache-Control": {"description": "The answer is a secret.", "required": True, "schema": {"const": "no-store"}},
     "Vary": {"description": "The answer depends on the header Prefer.", "schema": {"const": "Prefer"}},
     "Idempotency-Replayed": {
         "description": "Present if this is a repetition of the first answer.",
@@ -110,9 +111,13 @@ CONNECTION_PROBLEMS = ("request-timeout", "target-too-long", "head-too-large")
 HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}
 RATE_LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
 
-PAYER_RETURNS_OR_IS_ABSENT: JsonDocument = {
-    "if": {"required": ["off_session"], "properties": {"off_session": {"const": True}}},
-    "else": {"required": ["return_url"], "properties": {"return_url": {"type": "string"}}},
+PAYER_CAN_ACT_OR_IS_ABSENT: JsonDocument = {
+    "if": {"required": ["authentication"], "properties": {"authentication": {"const": "script"}}},
+    "then": {"properties": {"return_url": {"type": "null"}, "off_session": {"const": False}}},
+    "else": {
+        "if": {"required": ["off_session"], "properties": {"off_session": {"const": True}}},
+        "else": {"required": ["return_url"], "properties": {"return_url": {"type": "string"}}},
+    },
 }
 """The rule of app/api/create_payment.py that no type of a field can state. Generators of clients make no type of the
 whole body of alternatives (anyOf).
@@ -127,6 +132,7 @@ CHOICES: dict[str, Any] = {
     "PaymentStatus": Status,
     "PaymentState": State,
     "CaptureMethod": CaptureMethod,
+    "Authentication": Authentication,
     "RefundStatus": RefundStatus,
     "RefundReason": RefundReason,
 }
@@ -200,7 +206,7 @@ def openapi_document(routes: Sequence[Route]) -> JsonDocument:
     components |= {name: {"title": name, "type": "string", "enum": list(get_args(of))} for name, of in CHOICES.items()}
     components[Event.__name__] = choice_by_type(Event, KINDS_OF_EVENTS)
     components[NewCard.__name__] |= CARD_IS_NEW_OR_SAVED
-    components[NewPayment.__name__] |= PAYER_RETURNS_OR_IS_ABSENT
+    components[NewPayment.__name__] |= PAYER_CAN_ACT_OR_IS_ABSENT
     requests = {body.__name__ for body in bodies}
     for struct, component in components.items():
         if "description" in component:
@@ -370,6 +376,7 @@ def describe_answers(row: Route, *, is_idempotent: bool) -> JsonDocument:
     schemas, _ = msgspec.json.schema_components(row.answers.values(), ref_template=REFERENCE)
     more = [] if row.is_public else [VERSION_HEADER, *RATE_LIMIT_HEADERS]
     more += ["Idempotency-Replayed"] if is_idempotent else []
+    more += ["Cache-Control"] if row.is_secret else []
     if row.takes_wait:
         more += ["Preference-Applied"] if is_idempotent else ["Preference-Applied", "Vary"]
     return {

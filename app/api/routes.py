@@ -8,6 +8,7 @@ from __future__ import annotations
 from app.api.balance import get_balance, list_balance_transactions, list_currencies
 from app.api.cancellations import cancel_payment
 from app.api.captures import capture_payment
+from app.api.client_secrets import create_client_secret
 from app.api.commands import COMMAND_PROBLEMS
 from app.api.create_payment import create_payment
 from app.api.customers import create_customer, get_customer, list_customers, update_customer
@@ -54,8 +55,10 @@ from app.api.schemas.operators import (
     StatusReport,
 )
 from app.api.schemas.payments import (
+    ClientSecret,
     NewCancellation,
     NewCapture,
+    NewClientSecret,
     NewPayment,
     Payment,
     PaymentList,
@@ -100,6 +103,12 @@ BULK_DECISION_PROBLEMS = (
     "unavailable",
 )
 DECISION_PROBLEMS = (*BULK_DECISION_PROBLEMS, "not-found", "wrong-state")
+
+CLIENT_SECRET_PROBLEMS = (
+    *(name for name in COMMAND_PROBLEMS if not name.startswith("idempotency-key")),
+    "merchant-suspended",
+    "provider-unavailable",
+)
 
 PAYMENT_ROUTES = [
     Route(
@@ -153,6 +162,16 @@ PAYMENT_ROUTES = [
         body=NewCancellation,
         scope="payments:write",
         takes_wait=True,
+    ),
+    Route(
+        "POST",
+        "/v1/payments/{payment_id}/client_secret",
+        create_client_secret,
+        {200: ClientSecret},
+        CLIENT_SECRET_PROBLEMS,
+        body=NewClientSecret,
+        scope="payments:write",
+        is_secret=True,
     ),
     Route(
         "POST",

@@ -44,17 +44,21 @@ FETCHES_AT_ONCE = 2
 AWAY_SECONDS = 3.0
 
 FIND_ENDED_WAITS = (
-    "select payments, cancellations, refunds, readers from api.find_ended_waits(%s, %s, %s, %s, %s::integer[], %s)"
+    "select payments, cancellations, refunds, readers, secret_requests"
+    " from api.find_ended_waits(%s, %s, %s, %s, %s::integer[], %s, %s)"
 )
 
 AwaitedKind = Literal["payments", "cancellations", "refunds"]
+AnyKind = AwaitedKind | Literal["secret_requests"]
 Outcome = Literal["changed", "over", "stopped", "failed", "left"]
 
 
 class AwaitedObject(NamedTuple):
-    """A payment that is to leave `pending`, one whose cancellation is to be decided, or a refund to leave `pending`."""
+    """A payment that is to leave `pending`, one whose cancellation is to be decided, a refund to leave `pending`, or a
+    request for a client secret that is to be answered.
+    """
 
-    kind: AwaitedKind
+    kind: AnyKind
     id: str
 
 
@@ -195,11 +199,14 @@ class WaitingRequests:
 
     async def _look(self) -> None:
         """Ask the database for all waiting requests, and end the waits whose event has happened."""
-        objects: dict[str, list[str]] = {"payments": [], "cancellations": [], "refunds": []}
+        objects: dict[AnyKind, list[str]] = {"payments": [], "cancellations": [], "refunds": []}
+        secrets: list[str] = []
         readers: list[ReaderPosition] = []
         for awaited in self._waiters:
             if isinstance(awaited, ReaderPosition):
                 readers.append(awaited)
+            elif awaited.kind == "secret_requests":
+                secrets.append(awaited.id)
             else:
                 objects[awaited.kind].append(awaited.id)
         row = await self._reading.fetch_row(
@@ -208,12 +215,14 @@ class WaitingRequests:
             [reader.merchant_id for reader in readers],
             [reader.generation for reader in readers],
             [reader.seen for reader in readers],
+            secrets,
         )
         assert row is not None
-        payments, cancellations, refunds, places = row
+        payments, cancellations, refunds, places, answered = row
         happened: list[Awaited] = [AwaitedObject("payments", one) for one in payments]
         happened += [AwaitedObject("cancellations", one) for one in cancellations]
         happened += [AwaitedObject("refunds", one) for one in refunds]
+        happened += [AwaitedObject("secret_requests", one) for one in answered]
         happened += [readers[place - 1] for place in places]
         for awaited in happened:
             for waiter in self._waiters.get(awaited, ()):

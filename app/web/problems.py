@@ -48,8 +48,9 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "idempotency-key-missing": ProblemDefinition(
         400,
         "The Idempotency-Key is missing",
-        "Every POST of a merchant needs the header Idempotency-Key with 1 to 255 printable ASCII characters, chosen "
-        "by you, new for each payment and the same for each repetition: that is what makes repeating safe.",
+        "Every POST of a merchant, except that for a client secret, needs the header Idempotency-Key with 1 to 255 "
+        "printable ASCII characters, chosen by you, new for each payment and the same for each repetition: that is "
+        "what makes repeating safe.",
     ),
     "unauthenticated": ProblemDefinition(
         401,
@@ -169,10 +170,11 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
     "rate-limited": ProblemDefinition(
         429,
         "Too many requests",
-        "A rate limit is reached: `rate_limit` is `key` (of this API key), `merchant` (of all its merchant's keys) or "
-        "`address` (failed authentications of the client's address). Nothing was stored. Repeat the request with the "
-        "same Idempotency-Key after as many seconds as the header Retry-After and `retry_after` say. The headers "
-        "RateLimit-Policy and RateLimit show the limits and how much is left.",
+        "A rate limit is reached: `rate_limit` is `key` (of this API key), `merchant` (of all its merchant's keys), "
+        "`address` (failed authentications of the client's address) or `payment` (client secrets of a payment). "
+        "Nothing was stored. Repeat the request with the same Idempotency-Key after as many seconds as the header "
+        "Retry-After and `retry_after` say. The headers RateLimit-Policy and RateLimit show the limits and how much is "
+        "left.",
     ),
     "head-too-large": ProblemDefinition(
         431,
@@ -191,6 +193,12 @@ PROBLEM_TYPES: dict[str, ProblemDefinition] = {
         "Busy at present",
         "Repeat the request with the same Idempotency-Key after as many seconds as the header Retry-After says. If it "
         "did take effect, the repetition brings its answer; it can't take effect twice.",
+    ),
+    "provider-unavailable": ProblemDefinition(
+        503,
+        "The provider can't be asked at present",
+        "The answer has to be read at the provider, which gave none in time, or no worker runs that would ask it. "
+        "Nothing changed. Repeat the request after as many seconds as the header Retry-After says.",
     ),
     "unavailable": ProblemDefinition(
         503,
@@ -276,6 +284,8 @@ RULE_BY_CONSTRAINT: dict[str, tuple[str, str, int | None]] = {
     "payment_descriptor_suffix_is_short": ("/statement_descriptor_suffix", "max_length", 22),
     "payment_return_url_is_short": ("/return_url", "max_length", 2048),
     "payment_returns_its_payer": ("/return_url", "required", None),
+    "payment_authentication_is_known": ("/authentication", "one_of", None),
+    "payment_by_script_keeps_its_payer": ("/authentication", "exclusive", None),
     "payment_metadata_is_an_object": ("/metadata", "type", None),
     "refund_metadata_is_an_object": ("/metadata", "type", None),
     "idempotency_key_is_printable": ("Idempotency-Key", "pattern", None),

@@ -51,6 +51,8 @@ class Route:
     tag: str | None = None
     takes_wait: bool = False
     """`Prefer: wait=N` holds the answer (app/api/held_answers.py)."""
+    is_secret: bool = False
+    """The answer must not be cached."""
     is_fast: bool = False
     """Matched before Litestar."""
 

@@ -12,6 +12,7 @@ from functools import partial
 from msgspec import Struct
 
 from jobs.handlers.calls import make_calls
+from jobs.handlers.client_secrets import seal_secrets
 from jobs.handlers.customers import (
     DETACH_METHOD,
     SAVE_METHOD,
@@ -93,6 +94,11 @@ HANDLER_TABLE: tuple[Handler, ...] = (
         "detach_method", ("customer.payment_method_detached",),
         "surety.begin_customer_calls", "detach payment method", "nothing is charged by it any more",
         partial(make_customer_calls, DETACH_METHOD),
+    ),
+    Handler(
+        "seal_secret", ("payment.client_secret_requested",),
+        "surety.answer_secret_requests", "read PaymentIntent", "a sealed client secret for the process that asked",
+        seal_secrets,
     ),
     Handler(
         "apply_webhooks", ("webhook.received",),

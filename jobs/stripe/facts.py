@@ -99,7 +99,7 @@ def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
     pi, status, currency = (required(intent, name) for name in ("id", "status", "currency"))
     charge, ch = intent.get("latest_charge"), id_of(intent.get("latest_charge"))
     objects = [pi, ch] if ch else [pi]
-    required(intent, "metadata")
+    metadata = required(intent, "metadata")
 
     def about(object_id: str, kind: str, **more: Any) -> Fact:
         return fact(origin, object_id, kind, metadata_of=intent, intent=pi, objects=objects, currency=currency, **more)
@@ -111,7 +111,7 @@ def intent_facts(intent: Json, origin: FactOrigin) -> list[Fact]:
             # Our intents are created with a payment method, so they lose it by a failed attempt only.
             facts.append(about(pi, "attempt_failed", data={"failure": error or FAILURE_UNKNOWN}))
         case "requires_action":
-            facts += [about(pi, kind, data=data) for kind, data in action_facts(intent.get("next_action"))]
+            facts += [about(pi, kind, data=data) for kind, data in action_facts(intent.get("next_action"), metadata)]
         case "processing":
             facts.append(about(pi, "processing"))
         case "requires_capture":

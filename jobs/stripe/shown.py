@@ -19,9 +19,10 @@ FAILURE_UNKNOWN = {"code": "processing_error"}
 
 NO_RETURN = {
     "code": "authentication_required",
-    "message": "The payer would have to act by a script of the provider, which needs a client secret.",
+    "message": "The payer would have to act by a script of the provider, which this payment did not ask for.",
 }
-"""The failure of an attempt that asks for Stripe's script: the API gives no client secret, so no payer can act."""
+"""The failure of an attempt that asks for Stripe's script although its payment did not: its payer can't act."""
+SCRIPT_ACTION: Json = {"type": "script"}
 
 
 def rfc3339(seconds: int | None) -> str | None:
@@ -49,21 +50,26 @@ def bounded_text(value: Any) -> str | None:
 
 
 def next_action(action: Json | None) -> Json | None:
-    """The payer's next action, as merchants see it: a redirect with its URL, or a type without one.
+    """The payer's next action, as merchants see it: a redirect with its URL, Stripe's script, or another type.
 
     None if the answer does not say it, so that the intent is asked for again.
     """
     kind = (action or {}).get("type")
+    if kind == "use_stripe_sdk":
+        return SCRIPT_ACTION
     if kind != "redirect_to_url":
         return {"type": kind} if kind is not None else None
     url = ((action or {}).get("redirect_to_url") or {}).get("url")
     return {"type": "redirect", "url": url} if url is not None else None
 
 
-def action_facts(action: Json | None) -> list[tuple[str, Json]]:
-    """The kind and data of the fact that an intent's next action proves; none if the answer does not say it."""
+def action_facts(action: Json | None, metadata: Json) -> list[tuple[str, Json]]:
+    """The kind and data of the fact that an intent's next action proves; none if the answer does not say it.
+
+    The intent's metadata show whether its payment lets the payer act by script.
+    """
     shown = next_action(action)
-    if shown == {"type": "use_stripe_sdk"}:
+    if shown == SCRIPT_ACTION and metadata.get("surety_authentication") != "script":
         return [("attempt_failed", {"failure": NO_RETURN})]
     return [("action", {"next_action": shown})] if shown is not None else []
 

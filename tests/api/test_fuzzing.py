@@ -115,7 +115,7 @@ VALUES = st.recursive(
 FIELDS = st.sampled_from(
     [
         *("amount", "currency", "payment_method", "capture_method", "reference", "description", "return_url"),
-        *("statement_descriptor_suffix", "off_session", "customer", "metadata", "unknown"),
+        *("statement_descriptor_suffix", "off_session", "authentication", "customer", "metadata", "unknown"),
     ]
 )
 DEEP = [b"[" * 40_000, b'{"a":' * 9_000 + b"1" + b"}" * 9_000, b'{"metadata":' + b"[" * 10_000]

@@ -19,7 +19,8 @@ Json = dict[str, Any]
 DOCUMENT: Json = msgspec.json.decode(msgspec.json.encode(openapi_document(ROUTES)))
 OPERATIONS = [of for methods in DOCUMENT["paths"].values() for of in methods.values()]
 NOT_CAUSED_BY_ONE_REQUEST = {
-    "overloaded", "unavailable", "request-timeout", "provider-account-refused", "balance-too-low"
+    "overloaded", "unavailable", "request-timeout", "provider-account-refused", "balance-too-low",
+    "provider-unavailable",
 }  # fmt: skip
 
 

@@ -309,6 +309,7 @@ def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
         "/v1/payments/{payment_id}/cancel",
         "/v1/payments/{payment_id}/capture",
         "/v1/payments/{payment_id}/refunds",
+        "/v1/payments/{payment_id}/client_secret",
         "/v1/payments/{payment_id}/trace",
         "/v1/customers",
         "/v1/customers/{customer_id}",
@@ -368,7 +369,8 @@ def test_the_documentation_describes_every_field_and_operation(api: ServerProces
     assert len({of["operationId"] for of in operations}) == len(operations)
     assert all(of["tags"] and of["summary"] and not of["summary"].endswith(".") for of in operations)
     body = shown["components"]["schemas"]["NewPayment"]
-    assert (body["if"]["required"], body["else"]["required"]) == (["off_session"], ["return_url"])
+    assert body["if"]["properties"] == {"authentication": {"const": "script"}}
+    assert (body["else"]["if"]["required"], body["else"]["else"]["required"]) == (["off_session"], ["return_url"])
     card = shown["components"]["schemas"]["NewCard"]
     assert (card["if"]["required"], card["else"]["required"]) == (["saved"], ["token"])
     assert body["required"] == ["amount", "currency", "payment_method"]

@@ -34,12 +34,13 @@ begin
     insert into surety.payments (
         id, merchant_id, version, state, amount_minor, currency, captured_minor, refunded_minor, rail, capture_method,
         method_token, reference, description, return_url, off_session, customer, metadata, provider, provider_account,
-        livemode, provider_id, created_at, updated_at, poll_at
+        livemode, provider_id, created_at, updated_at, poll_at, authentication
     )
     select
         c.id, c.merchant_id, p.version, p.state, p.amount_minor, p.currency, p.captured_minor, p.refunded_minor, p.rail,
         p.capture_method, p.method_token, p.reference || '-' || c.n, p.description, p.return_url, p.off_session,
-        p.customer, p.metadata, p.provider, p.provider_account, p.livemode, p.provider_id || c.n, c.at, c.at, p.poll_at
+        p.customer, p.metadata, p.provider, p.provider_account, p.livemode, p.provider_id || c.n, c.at, c.at, p.poll_at,
+        p.authentication
     from copies as c cross join surety.payments as p where p.id = p_payment_id;
 
     insert into surety.idempotency_keys (

@@ -339,6 +339,9 @@ def test_constraint_violation_is_reported_as_its_rule(owner: Connection, key: by
         ({"statement_descriptor_suffix": "s" * 23}, "payment_descriptor_suffix_is_short"),
         ({"return_url": "u" * 2049}, "payment_return_url_is_short"),
         ({"return_url": None}, "payment_returns_its_payer"),
+        ({"authentication": "later"}, "payment_authentication_is_known"),
+        ({"authentication": "script"}, "payment_by_script_keeps_its_payer"),
+        ({"authentication": "script", "return_url": None, "off_session": True}, "payment_by_script_keeps_its_payer"),
         ({"metadata": []}, "payment_metadata_is_an_object"),
         ({"capture_method": "later"}, "payment_rail_has_a_path"),
         ({"idempotency_key": "é"}, "idempotency_key_is_printable"),
@@ -352,7 +355,7 @@ def test_constraint_violation_is_reported_as_its_rule(owner: Connection, key: by
 def test_routes_in_the_sql_sources_are_rows_of_the_table_of_routes() -> None:
     routes = {route.name for route in ROUTES}
     named = {name for text in SQL.values() for name in re.findall(r"'((?:GET|POST|DELETE) /v1/[^']+)'", text)}
-    assert named == {row.name for row in ROUTES if "idempotency-key-missing" in row.problems}
+    assert named == {row.name for row in ROUTES if "idempotency-key-missing" in row.problems or row.is_secret}
     assert len(routes) == len(ROUTES), "two routes have one name"
 
 

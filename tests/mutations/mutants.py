@@ -384,6 +384,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ("db/sql/provider/requests.sql", "'return_url', p_payment.return_url,", "'return_url', null,"),
     ),
     mutant(
+        "a payer can act by script",
+        (
+            "db/sql/provider/requests.sql",
+            "'surety_authentication', case when p_payment.authentication = 'script' then 'script' end,",
+            "",
+        ),
+    ),
+    mutant(
         "the payer's address reaches the provider",
         ("db/sql/provider/requests.sql", "'receipt_email', p_payment.customer ->> 'email',", ""),
     ),

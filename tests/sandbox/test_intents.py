@@ -227,6 +227,26 @@ def test_payer_page_requires_the_client_secret(sandbox: SandboxProcess) -> None:
     assert httpx.get(url.replace("_secret_", "_guess_")).status_code == 404
 
 
+def test_payer_of_a_script_answers_by_the_client_secret(sandbox: SandboxProcess) -> None:
+    intent = sandbox.create("pm_card_threeDSecure2Required")
+    asked = sandbox.confirm(intent, {"use_stripe_sdk": "true", "return_url": "https://shop.example"})
+    assert (asked["status"], asked["next_action"]["type"]) == ("requires_action", "use_stripe_sdk")
+    assert sandbox.answer_by_script(asked["client_secret"], "approve")["status"] == "succeeded"
+
+
+def test_publishable_key_only_reads_an_intent_by_its_secret(sandbox: SandboxProcess) -> None:
+    intent = sandbox.create("pm_card_visa")
+    headers = {"Authorization": "Bearer pk_test_page"}
+
+    def status(path: str) -> int:
+        return sandbox.client.get(path, headers=headers).status_code
+
+    assert status(f"/v1/payment_intents/{intent}") == status("/v1/charges") == 401
+    assert status(f"/v1/payment_intents/{intent}?client_secret={intent}_secret_guess") == 400
+    secret = sandbox.read(intent)["client_secret"]
+    assert status(f"/v1/payment_intents/{intent}?client_secret={secret}") == 200
+
+
 def test_off_session_payment_that_requires_authentication_is_declined(sandbox: SandboxProcess) -> None:
     intent = sandbox.create("pm_card_authenticationRequired")
     status, error = sandbox.refusal("POST", f"/v1/payment_intents/{intent}/confirm", {"off_session": "true"})

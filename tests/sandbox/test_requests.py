@@ -65,7 +65,7 @@ def test_account_can_be_read(sandbox: SandboxProcess) -> None:
 
 
 def test_request_without_a_test_key_is_401(sandbox: SandboxProcess) -> None:
-    for authorization in ("", "Bearer sk_live_123", "Bearer sk_live_sandbox", "Bearer pk_test_123", "Bearer sk_test_"):
+    for authorization in ("", "Bearer sk_live_123", "Bearer sk_live_sandbox", "Bearer pk_live_123", "Bearer sk_test_"):
         answered = sandbox.client.get("/v1/balance", headers={"Authorization": authorization})
         assert (answered.status_code, answered.json()["error"]["type"]) == (401, "invalid_request_error")
     for key in (KEY, "rk_test_123"):

@@ -64,6 +64,11 @@ class WantedPayment(Struct):
     """Status and document of each answered command that took effect, by key."""
 
     @property
+    def is_by_script(self) -> bool:
+        """Whether its payer acts by the provider's script if it must."""
+        return not self.off_session and self.number % 3 == 0
+
+    @property
     def email(self) -> str:
         """The payer's address, which the provider refuses for some."""
         return f"payer{self.number}@{'nowhere' if self.amount % 16 == 0 else 'shop.example'}"
@@ -93,13 +98,14 @@ class WantedPayment(Struct):
             reference=self.reference,
             description=None,
             statement_descriptor_suffix=None,
-            return_url=None if self.off_session else "https://shop.example/return",
+            return_url=None if self.off_session or self.is_by_script else "https://shop.example/return",
             off_session=self.off_session,
             customer=PayerDetails(email=self.email, name=f"Payer {self.number}") if is_inline else None,
             metadata={},
             customer_id=self.customer_id,
             saved_method=self.saved_method,
             save_method=self.save_method,
+            authentication="script" if self.is_by_script else "redirect",
         )
 
 

@@ -38,6 +38,7 @@ WRITTEN = Path(__file__).parent.parent.parent / "app" / "api" / "examples.json"
 ELEMENTS_MAX = 2
 WAIT = {"Prefer": "wait=30"}
 WITHIN_SECONDS = 60.0
+CHALLENGED = "pm_card_threeDSecure2Required"
 OUR_ID = re.compile(r"\b(?!sty_)([a-z]{2,4})_[0-9a-f]{24}\b")
 THEIR_ID = re.compile(r"\b(pi|ch|py|pm|re|du|dp|evt|txn|acct|req|cus|issfr)_(?![0-9a-f]{24}\b)[0-9A-Za-z]{8,}\b")
 TIME = re.compile(r"\b20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -90,6 +91,8 @@ class Replacements:
         """The value of a member: a cursor and a duration differ in each run."""
         if name == "next" and isinstance(value, str) and len(value) > 20 and " " not in value:
             return "MXwxOjE6fC18MHwt"
+        if name == "client_secret":
+            return "pi_3SYk3a1f0c9e77_secret_Zm9yIFN0cmlwZS5qcw"
         if name == "duration_ms" and value is not None:
             return 84.1
         if name.endswith("seconds") and isinstance(value, float):
@@ -219,6 +222,10 @@ def record_merchant(
     released = client.post("/v1/payments", payment(capture_method="manual"), is_example=False)["id"]
     client.wait_for_card(released)
     client.post(f"/v1/payments/{released}/cancel")
+    by_script = payment(return_url=None, authentication="script", payment_method={"type": "card", "token": CHALLENGED})
+    challenged = client.post("/v1/payments", by_script, is_example=False)["id"]
+    client.wait_for(f"/v1/payments/{challenged}", "requires_action")
+    client.post(f"/v1/payments/{challenged}/client_secret")
     record_dispute(client, dispute)
     record_customer(client)
     client.get("/v1/balance")

@@ -172,6 +172,17 @@ class SandboxProcess:
         """Approve or decline on the page that the payer is sent to."""
         self.client.post(self.read(intent)["next_action"]["redirect_to_url"]["url"], data={"outcome": outcome})
 
+    def answer_by_script(
+        self, client_secret: str, outcome: str, *, key: str = "pk_test_page", account: str | None = None
+    ) -> Json:
+        """Act as Stripe.js on a page: read the intent by its client secret, answer its challenge; the intent after."""
+        intent = client_secret.partition("_secret_")[0]
+        path = f"/v1/payment_intents/{intent}?{urlencode({'client_secret': client_secret})}"
+        headers = {"Authorization": f"Bearer {key}", **({"Stripe-Account": account} if account else {})}
+        asked = self._accepted(self.client.get(path, headers=headers))
+        self.client.post(asked["next_action"]["use_stripe_sdk"]["stripe_js"], data={"outcome": outcome})
+        return self._accepted(self.client.get(path, headers=headers))
+
     def read(self, intent: str, **more: Any) -> Json:
         return self.get(f"/v1/payment_intents/{intent}", **more)
 

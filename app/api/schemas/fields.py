@@ -75,7 +75,7 @@ ReturnUrl = Annotated[
         ),
         extra={"form": "must be an absolute address, https://… or http://…, or an app's link in lower case, myapp://…"},
         description="Where the payer returns to after an action at the card's bank (3-D Secure): an absolute http(s) "
-        "address, or an app's link. Required unless `off_session` is true.",
+        "address, or an app's link. Required, unless `off_session` is true or `authentication` is `script`.",
         examples=["https://shop.example/return", "myapp://paid"],
     ),
 ]

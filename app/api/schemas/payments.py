@@ -61,6 +61,7 @@ Status = Literal[
 ]
 CaptureMethod = Literal["automatic", "manual"]
 MethodUsage = Literal["off_session"]
+Authentication = Literal["redirect", "script"]
 
 
 class NewCard(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -88,7 +89,9 @@ class PayerDetails(Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 class NewPayment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A payment to take. The payer returns to `return_url`, unless `off_session` is true."""
+    """A payment to take. A payer who must act is sent to the bank and back to `return_url`, or acts by a script on your
+    page if `authentication` is `script`. No payer is present if `off_session` is true.
+    """
 
     amount: MinorUnits
     currency: Currency
@@ -99,6 +102,7 @@ class NewPayment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     statement_descriptor_suffix: Suffix | None = None
     return_url: ReturnUrl | None = None
     off_session: OffSession = False
+    authentication: Authentication = "redirect"
     customer: PayerDetails | None = None
     customer_id: CustomerId | None = None
     save_payment_method: MethodUsage | None = None
@@ -114,6 +118,19 @@ class NewCapture(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
 
 class NewCancellation(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Cancel a payment. The body has no fields."""
+
+
+class NewClientSecret(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Get a client secret. The body has no fields."""
+
+
+class ClientSecret(Struct):
+    """What Stripe's script on the payer's page needs for the payer's action. Store and log it nowhere."""
+
+    object: Literal["client_secret"]
+    payment: str
+    client_secret: str
+    provider_account: str | None
 
 
 class PaymentUpdate(Struct, frozen=True, forbid_unknown_fields=True):
@@ -154,6 +171,7 @@ class PaymentRequest(Struct, omit_defaults=True):
     customer_id: str | None = None
     saved_method: str | None = None
     save_method: MethodToSave | None = None
+    authentication: str = "redirect"
 
 
 class PaymentMethod(Struct):
@@ -170,7 +188,9 @@ class PaymentMethod(Struct):
 
 
 class NextAction(Struct):
-    """The action that the payer must take."""
+    """The action that the payer must take: `redirect`, to `url`, or `script`, by the client secret. Any other type
+    asks nothing of your page.
+    """
 
     type: str
     url: str | None = None
@@ -241,6 +261,7 @@ class Payment(Struct):
     statement_descriptor_suffix: str | None
     return_url: str | None
     off_session: bool
+    authentication: Authentication
     customer: PayerDetails | None
     customer_id: str | None
     save_payment_method: MethodUsage | None

@@ -24,8 +24,9 @@ class BrokenRule(Struct, rename={"place": "in"}):
 class ProblemDocument(Struct):
     """The reason why a request was refused, as in RFC 9457. `payment` is the payment that has the reference already;
     `state` is the state that does not allow the request; `scope` the scope that the key lacks; `address` the one from
-    which the key may not be used; `rate_limit` the exceeded limit: of the `key`, of its `merchant` or of failed
-    authentications of the client's `address`; `retry_after` the seconds after which the request may be repeated.
+    which the key may not be used; `rate_limit` the exceeded limit: of the `key`, of its `merchant`, of failed
+    authentications of the client's `address` or of client secrets of the `payment`; `retry_after` the seconds after
+    which the request may be repeated.
     """
 
     type: str
@@ -38,7 +39,7 @@ class ProblemDocument(Struct):
     state: str | None = None
     scope: str | None = None
     address: str | None = None
-    rate_limit: Literal["key", "merchant", "address"] | None = None
+    rate_limit: Literal["key", "merchant", "address", "payment"] | None = None
     retry_after: int | None = None
 
 

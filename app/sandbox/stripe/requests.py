@@ -29,6 +29,9 @@ log = logging.getLogger("sandbox")
 
 KEY_LENGTH_MAX = 255
 TEST_KEY = re.compile(r"[sr]k_test_.+")
+# The key of Stripe.js on a page. It reads an intent by its client secret, and does nothing else here.
+PUBLISHABLE_TEST_KEY = re.compile(r"pk_test_.+")
+PUBLISHABLE_LIVE_KEY = re.compile(r"pk_live_sandbox(_[0-9A-Za-z_]*)?")
 # No key of Stripe's has this form, so no real key is accepted.
 LIVE_KEY = re.compile(r"[sr]k_live_sandbox(_[0-9A-Za-z_]*)?")
 
@@ -79,8 +82,10 @@ def parse_request(
     if version != API_VERSION:
         raise invalid_request(f"The sandbox speaks API version {API_VERSION}, not {version}.", param="Stripe-Version")
     operation, id = find_operation(method, path)
-    check_access(sandbox, api_key, headers.get(b"stripe-account", PLATFORM_ACCOUNT), method, path)
     pairs = decode_pairs(form)
+    if api_key.startswith("pk_"):
+        _check_publishable(operation, pairs)
+    check_access(sandbox, api_key, headers.get(b"stripe-account", PLATFORM_ACCOUNT), method, path)
     key = headers.get(b"idempotency-key") if method == "POST" else None
     request = StripeRequest(
         operation,
@@ -102,12 +107,24 @@ def _authenticate(sandbox: Sandbox, headers: dict[bytes, str]) -> str:
             credentials = b64decode(credentials).decode().partition(":")[0]
     if not credentials:
         raise StripeError(401, "You did not provide an API key.")
-    known = LIVE_KEY if sandbox.settings.livemode else TEST_KEY
-    if not known.fullmatch(credentials) or sandbox.key_state == "revoked":
+    live, test = (LIVE_KEY, PUBLISHABLE_LIVE_KEY), (TEST_KEY, PUBLISHABLE_TEST_KEY)
+    is_known = any(form.fullmatch(credentials) for form in (live if sandbox.settings.livemode else test))
+    if not is_known or sandbox.key_state == "revoked":
         raise StripeError(401, f"Invalid API Key provided: {shown_key(credentials)}")
     if sandbox.key_state == "expired":
         raise StripeError(401, f"Expired API Key provided: {shown_key(credentials)}", code="api_key_expired")
     return credentials
+
+
+def _check_publishable(operation: Operation, pairs: Pairs) -> None:
+    """Raises StripeError unless a publishable key may send this request: an intent is read by its client secret."""
+    if operation.name != "payment_intents.retrieve" or "client_secret" not in dict(pairs):
+        raise StripeError(
+            401,
+            "This API call cannot be made with a publishable API key. Please use a secret API key. You can find a list"
+            " of your API keys at https://dashboard.stripe.com/account/apikeys.",
+            code="secret_key_required",
+        )
 
 
 def _stored_response(sandbox: Sandbox, request: StripeRequest) -> SandboxResponse | None:

@@ -50,6 +50,7 @@ begin atomic
             p.statement_descriptor_suffix as statement_descriptor_suffix,
             p.return_url as return_url,
             p.off_session as off_session,
+            p.authentication as authentication,
             p.customer as customer,
             p.customer_id as customer_id,
             p.save_method ->> 'usage' as save_payment_method,

@@ -69,7 +69,8 @@ create or replace function api.new_payment(
     p_id text, p_merchant_id text, p_amount_minor bigint, p_currency text, p_rail text, p_capture_method text,
     p_method_token text, p_reference text, p_description text, p_statement_descriptor_suffix text, p_return_url text,
     p_off_session boolean, p_customer jsonb, p_metadata jsonb, p_provider text, p_provider_account text,
-    p_livemode boolean, p_created_at timestamptz, p_customer_id text, p_saved_method_id text, p_save_method jsonb
+    p_livemode boolean, p_created_at timestamptz, p_customer_id text, p_saved_method_id text, p_save_method jsonb,
+    p_authentication text
 ) returns surety.payments
 language sql immutable parallel safe
 begin atomic
@@ -78,13 +79,13 @@ begin atomic
         p_id, p_merchant_id, 1, 'initiated', p_amount_minor, p_currency, 0, 0, 0, 0, 0, p_rail, p_capture_method,
         p_method_token, p_reference, p_description, p_statement_descriptor_suffix, p_return_url, p_off_session,
         p_customer, p_metadata, p_provider, p_provider_account, p_livemode, null, null, null, '{}', p_created_at,
-        p_created_at, null, 0, null, p_customer_id, p_saved_method_id, p_save_method
+        p_created_at, null, 0, null, p_customer_id, p_saved_method_id, p_save_method, p_authentication
     )::surety.payments;
 end;
 
 comment on function api.new_payment(
     text, text, bigint, text, text, text, text, text, text, text, text, boolean, jsonb, jsonb, text, text, boolean,
-    timestamptz, text, text, jsonb
+    timestamptz, text, text, jsonb, text
 ) is
 'A payment at its first step, initiated, by named arguments; not stored. p_amount_minor is in minor units of
 p_currency.';
@@ -167,7 +168,8 @@ begin
             n integer, key_hash text, request_id text, address text, api_version text, idempotency_key text,
             request_hash text, amount bigint, currency text, rail text, method_token text, capture_method text,
             reference text, description text, statement_descriptor_suffix text, return_url text, off_session boolean,
-            customer jsonb, metadata jsonb, customer_id text, saved_method text, save_method jsonb
+            customer jsonb, metadata jsonb, customer_id text, saved_method text, save_method jsonb,
+            authentication text
         )
         left join lateral (
             select
@@ -197,7 +199,8 @@ begin
                 p_metadata => coalesce(g.metadata, '{}'),
                 p_provider => 'stripe', p_provider_account => g.provider_account, p_livemode => g.livemode,
                 p_created_at => v_now, p_customer_id => coalesce(g.customer_id, g.customer_of_method),
-                p_saved_method_id => g.saved_method, p_save_method => g.save_method
+                p_saved_method_id => g.saved_method, p_save_method => g.save_method,
+                p_authentication => coalesce(g.authentication, 'redirect')
             ) as payment
         from given as g
         order by g.merchant_id, g.idempotency_key, g.n
@@ -425,5 +428,5 @@ api.explain_denial; merchant-suspended
 given}; reference-taken, detail {payment_id}; limit-exceeded, velocity-exceeded (surety.judge_new_payments);
 idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
 amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
-return_url, off_session, customer, metadata, customer_id, saved_method, save_method {usage, mandate}}]. Without
-customer_id, the customer is that of saved_method.';
+return_url, off_session, customer, metadata, customer_id, saved_method, save_method {usage, mandate}, authentication
+(by default redirect)}]. Without customer_id, the customer is that of saved_method.';

@@ -2,8 +2,10 @@
 
 create or replace function api.find_ended_waits(
     p_payments text[], p_cancellations text[], p_refunds text[], p_readers text[], p_generations integer[],
-    p_snapshots text[]
-) returns table (payments text[], cancellations text[], refunds text[], readers bigint[])
+    p_snapshots text[], p_secret_requests text[]
+) returns table (
+    payments text[], cancellations text[], refunds text[], readers bigint[], secret_requests text[]
+)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
 set plan_cache_mode = force_generic_plan
@@ -42,12 +44,21 @@ begin
                     select from outbox.walk_events(
                         false, w.merchant_id, w.generation, w.seen::pg_snapshot, v_now_seen, '0', '', 1)
                 )
+        ),
+        array(
+            select w.id
+            from unnest(p_secret_requests) as w (id)
+            where not exists (
+                select from surety.client_secret_requests as s
+                where s.id = w.id and s.sealed is null and s.failure is null
+            )
         );
 end;
 $$;
 
-comment on function api.find_ended_waits(text[], text[], text[], text[], integer[], text[]) is
-'Of the ids given: payments that are not pending, payments whose cancellation is decided, refunds that are not pending.
+comment on function api.find_ended_waits(text[], text[], text[], text[], integer[], text[], text[]) is
+'Of the ids given: payments that are not pending, payments whose cancellation is decided, refunds that are not pending,
+requests for client secrets that are answered or gone.
 Of the readers of events (merchant, restore generation, snapshot, as api.read_position has them), the places, from 1, of
 those with an event that their snapshot does not include.';
 

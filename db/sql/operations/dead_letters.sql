@@ -42,7 +42,7 @@ begin atomic
                     subject.id is null
                     or p_letter.handler in (
                         'expect_settlement', 'meet_settlement', 'apply_webhooks', 'evidence', 'update_customer',
-                        'save_method', 'detach_method'
+                        'save_method', 'detach_method', 'seal_secret'
                     )
                     then 'forget'
                 when p_letter.type = 'payment.orphan_found' then 'forget'
@@ -130,6 +130,7 @@ begin atomic
         when 'update_customer' then 'passes the customer''s present data on'
         when 'save_method' then 'reads the payment method at the provider again, and saves it once'
         when 'detach_method' then 'reads the payment method first, and detaches it only if it is attached'
+        when 'seal_secret' then 'reads the client secret, if the merchant''s request still waits for it'
         when 'apply_webhooks' then 'reads the webhook again; facts that are known change nothing'
         when 'expect_settlement' then 'opens the expected settlement, unless it is open'
         when 'meet_settlement' then 'closes the expected settlement, unless it is closed'

@@ -42,6 +42,7 @@ from (
     ('customer.payment_method_saved', true, 'A payment method of the customer was saved.'),
     ('customer.payment_method_detached', true, 'A saved payment method of the customer was removed.'),
     ('customer.payment_method_updated', true, 'The card network replaced the card of a saved payment method.'),
+    ('payment.client_secret_requested', false, 'The merchant asked for the client secret of a payment.'),
     ('payment.method_usable', false, 'The payment has proved a payment method that is to be saved.'),
     ('dispute.evidence_given', false, 'The merchant asked to submit evidence.'),
     ('dispute.evidence_due', true, 'Evidence is due soon and was not submitted.'),

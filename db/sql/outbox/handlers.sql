@@ -43,6 +43,7 @@ from (
     ('update_customer', 'Passes a customer''s data on to the provider.', 200, 2, true),
     ('save_method', 'Saves the payment method of a payment that succeeded.', 200, 2, true),
     ('detach_method', 'Detaches a removed payment method at the provider.', 200, 2, true),
+    ('seal_secret', 'Seals a client secret for the API process that asked for it.', 200, 2, false),
     ('apply_webhooks', 'Reads facts from a stored event of the provider.', 200, 2, false),
     ('expect_settlement', 'Opens the expected settlement of a confirmed payment.', 500, 2, false),
     ('meet_settlement', 'Closes the expected settlement of a payment whose money has arrived.', 500, 2, false)
@@ -71,6 +72,7 @@ with listed (event_type, handler) as (
     ('customer.out_of_date', 'update_customer'),
     ('payment.method_usable', 'save_method'),
     ('customer.payment_method_detached', 'detach_method'),
+    ('payment.client_secret_requested', 'seal_secret'),
     ('webhook.received', 'apply_webhooks')
 ),
 

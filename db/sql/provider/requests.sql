@@ -20,6 +20,8 @@ begin atomic
             'metadata', jsonb_build_object(
                 'surety_payment', p_payment.id,
                 'surety_environment', (select environment.id from surety.environment),
+                -- So that a fact of the intent shows whether its payer can act by script.
+                'surety_authentication', case when p_payment.authentication = 'script' then 'script' end,
                 -- An intent for a payment method that exists has no field of its own for a name.
                 'customer_name', p_payment.customer ->> 'name'
             )
@@ -28,6 +30,7 @@ begin atomic
             -- Its charge says which card was used.
             'expand', jsonb_build_array('latest_charge'),
             'return_url', p_payment.return_url,
+            'use_stripe_sdk', case when p_payment.authentication = 'script' then true end,
             -- An absent payer can't act: an attempt that needs an action fails.
             'off_session', case when p_payment.off_session then true end,
             'mandate_data', case when p_payment.save_method is not null then jsonb_build_object(

@@ -15,7 +15,8 @@ begin atomic
             when p_kind = 'card' then concat_ws(' ', 'card', p_data -> 'card' ->> 'brand', p_data -> 'card' ->> 'last4')
             when p_kind in ('fraud_warning', 'fraud_warning_closed')
                 then replace(p_kind, '_', ' ') || ', ' || (p_data ->> 'type')
-            when p_kind in ('submitted', 'action', 'processing', 'attempt_failed', 'failed', 'canceled')
+            when p_kind = 'action' then concat_ws(' by ', 'action', p_data -> 'next_action' ->> 'type')
+            when p_kind in ('submitted', 'processing', 'attempt_failed', 'failed', 'canceled')
                 then replace(p_kind, '_', ' ')
             else concat_ws(' ', replace(p_kind, '_', ' '), surety.format_amount(p_amount_minor, p_currency))
         end,
@@ -64,7 +65,7 @@ begin atomic
                         )
                     end
                     || coalesce(', key sty_…' || api_keys.hint, '')
-                    || ', Idempotency-Key ' || (entries.snapshot ->> 'idempotency_key')
+                    || coalesce(', Idempotency-Key ' || (entries.snapshot ->> 'idempotency_key'), '')
                 when 'step' then entries.to_state || coalesce(' by ' || entries.reason, '')
                 when 'dispute' then
                     'dispute of ' || surety.format_amount(

@@ -91,12 +91,16 @@ def test_requires_action_fact_contains_the_next_action(sandbox: SandboxProcess) 
     assert (action["type"], action["url"].split("?")[0]) == ("redirect", f"{sandbox.url}/3ds/{id}")
 
 
-def test_action_by_the_providers_script_is_a_failed_attempt(sandbox: SandboxProcess) -> None:
-    id = sandbox.create("pm_card_threeDSecure2Required")
-    intent = sandbox.confirm(id)
+def test_script_is_an_action_only_of_a_payment_that_asked_for_it(sandbox: SandboxProcess) -> None:
+    card = "pm_card_threeDSecure2Required"
+    id = sandbox.create(card, **{"metadata[surety_authentication]": "script"})
+    submitted, action = intent_facts(sandbox.confirm(id, {"use_stripe_sdk": "true"}), ORIGIN)
+    assert (submitted["kind"], action["kind"], action["object_id"]) == ("submitted", "action", id)
+    assert action["data"] == {"next_action": {"type": "script"}}
+    intent = sandbox.confirm(other := sandbox.create(card))
     assert intent["next_action"]["type"] == "use_stripe_sdk"
     facts = intent_facts(intent, ORIGIN)
-    assert kinds(facts) == {"submitted": id, "attempt_failed": id}
+    assert kinds(facts) == {"submitted": other, "attempt_failed": other}
     assert facts[1]["data"]["failure"]["code"] == "authentication_required"
 
 

@@ -67,7 +67,7 @@ def create(sandbox: Sandbox, account: str, given: CreateIntent) -> StoredObject:
     memory.save(intent)
     emit(sandbox, "payment_intent.created", intent)
     if method and given.confirm:
-        _pay(sandbox, intent, card, off_session=given.off_session, return_url=given.return_url)
+        _pay(sandbox, intent, card, off_session=given.off_session, return_url=_return_url(given))
     return intent
 
 
@@ -136,7 +136,7 @@ def confirm(sandbox: Sandbox, intent: StoredObject, given: ConfirmIntent) -> Sto
         body["setup_future_usage"] = given.setup_future_usage
     card = methods.give_method(sandbox, intent, method)
     sandbox.memory.save(intent)
-    _pay(sandbox, intent, card, off_session=given.off_session, return_url=given.return_url)
+    _pay(sandbox, intent, card, off_session=given.off_session, return_url=_return_url(given))
     return intent
 
 
@@ -264,6 +264,11 @@ def _challenge(sandbox: Sandbox, intent: StoredObject, return_url: str | None) -
     emit(sandbox, "payment_intent.requires_action", intent)
     if sandbox.settings.auto_payer:
         sandbox.schedule(sandbox.settings.payer_seconds, "payer_answers", intent.id)
+
+
+def _return_url(given: CreateIntent | ConfirmIntent) -> str | None:
+    """Where the payer is sent back to; None if Stripe's script handles the action on the merchant's page."""
+    return None if given.use_stripe_sdk else given.return_url
 
 
 def page_secret(intent: StoredObject) -> str:
