@@ -83,6 +83,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "api/documents",
     "api/authentication",
     "access/operators",
+    "access/logins",
     "operations/status",
     "api/permits",
     "api/commands",

@@ -112,6 +112,11 @@ def is_unreachable(error: BaseException | None) -> bool:
     return isinstance(error, psycopg.Error) and kind_of(error) == "unreachable"
 
 
+def is_canceled_by_server(error: psycopg.Error) -> bool:
+    """Whether the server canceled a statement for reasons of its own: the replay of a standby, or its end."""
+    return error.sqlstate is not None and error.sqlstate.startswith(("40", "57P"))
+
+
 def is_read_only(error: psycopg.Error) -> bool:
     """Whether a server answered that writes nothing: a standby, or one whose transactions are read-only."""
     return error.sqlstate == "25006" or "session is read-only" in str(error)

@@ -43,6 +43,7 @@ COMMANDS = {
     "customers": CommandEntry("app.cli.customers:customers", "Merchants' customers: list, show, erase a payer's data."),
     "keys": CommandEntry("app.cli.keys:keys", "Create, rotate, list and revoke keys of merchants and operators."),
     "operators": CommandEntry("app.cli.operators:operators", "Accounts of operators, and what their roles may do."),
+    "roles": CommandEntry("app.cli.roles:database_roles", "Logins of analysts and auditors: grant, list, revoke."),
     "trace": CommandEntry("app.cli.trace:trace", "Show the history of a payment."),
     "status": CommandEntry("app.cli.status:status", "Report problems and the next step for each."),
     "dead-letters": CommandEntry(
@@ -135,7 +136,7 @@ def user_message(error: Exception) -> str | None:
         return None
     match kind_of(error):
         case "unreachable" if is_read_only(error):
-            return f"PostgreSQL is read-only here: {message_of(error)}"
+            return f"this command needs the primary, and PostgreSQL is read-only here: {message_of(error)}"
         case "unreachable":
             return f"PostgreSQL can't be reached: {message_of(error)}"
         case "not_deployed":

@@ -11,10 +11,9 @@ from rich.table import Table
 
 from app.cli.erasures import erase
 from app.cli.options import json_option, require_merchant
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
-from db.connect import connect
 from db.errors import SuretyError
-from db.settings import load_settings
 
 LIST_CUSTOMERS = """
     select
@@ -59,9 +58,10 @@ customers.add_command(erase)
 @click.option("--email", metavar="ADDRESS", help="Those with this e-mail address.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="How many at most.")
 @json_option
+@reads
 def print_customers(merchant: str | None, email: str | None, limit: int, as_json: bool) -> None:
     """List customers, the newest first."""
-    with connect("deploy", load_settings()) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
         if merchant is not None:
             require_merchant(conn, merchant, "--merchant")
         asked = {"merchant": merchant, "email": email, "limit": limit}
@@ -79,9 +79,10 @@ def print_customers(merchant: str | None, email: str | None, limit: int, as_json
 @customers.command("show")
 @click.argument("customer_id", metavar="ID")
 @json_option
+@reads
 def print_customer(customer_id: str, as_json: bool) -> None:
     """Show a customer with its saved payment methods, those that were removed too."""
-    with connect("deploy", load_settings()) as conn:
+    with connect_to_read() as conn:
         row = conn.execute(SHOW_CUSTOMER, (customer_id,)).fetchone()
     if row is None:
         raise NoSuchCustomer(f"ID: there is no customer {customer_id}; `surety customers list` shows their ids")

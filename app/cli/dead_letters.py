@@ -16,6 +16,7 @@ from rich.table import Table
 from app.api.schemas.operators import DeadLetterAction
 from app.cli.identity import authorize
 from app.cli.options import json_option, reason_option
+from app.cli.reading import connect_to_read, reads
 from app.wording import count_noun, format_age
 from db.connect import connect
 from db.errors import SuretyError
@@ -60,16 +61,17 @@ def decision_options(command: CommandFunction) -> CommandFunction:
 @letter_filters
 @click.option("--closed", is_flag=True, help="Those that are closed, too.")
 @json_option
+@reads
 def list_letters(handler: str | None, error: str | None, closed: bool, as_json: bool) -> None:
     """List dead letters, the oldest first. With --json, each as `show --json` shows it."""
     if as_json:
-        with connect("deploy", load_settings()) as conn:
+        with connect_to_read() as conn:
             click.echo(json.dumps(list(find_letters(conn, handler, error, status=None if closed else "open"))))
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("letter", "handler", "payment", "since", "last error"):
         table.add_column(heading, no_wrap=heading != "last error")
-    with connect("deploy", load_settings()) as conn:
+    with connect_to_read() as conn:
         for letter in find_letters(conn, handler, error, status=None if closed else "open"):
             closed_as = f" ({letter['status']})" if letter["closed"] else ""
             table.add_row(
@@ -86,9 +88,10 @@ def list_letters(handler: str | None, error: str | None, closed: bool, as_json: 
 @dead_letters.command("show")
 @click.argument("letter_id", metavar="ID")
 @json_option
+@reads
 def show_letter(letter_id: str, as_json: bool) -> None:
     """Show a dead letter: its attempts, the state of its payment, the effects of a replay and of a discard."""
-    with connect("deploy", load_settings()) as conn:
+    with connect_to_read() as conn:
         row = conn.execute(
             "select shown.document,"
             " extract(epoch from surety.time_now() - d.died_at)::float8"

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from app.cli.identity import authorize
 from app.cli.options import json_option, reason_option
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -94,9 +95,10 @@ def close_discrepancy(discrepancy_id: str, reason: str) -> None:
     click.echo(f"{discrepancy_id} is closed" + ("" if row[0] else " already"))
 
 
+@reads
 def read_discrepancies(condition: str, *values: Any) -> list[dict[str, Any]]:
     """The discrepancies that meet a condition; times in UTC."""
-    with connect("deploy", load_settings()) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(f"select {COLUMNS} from report.discrepancies {condition}".encode(), values).fetchall()
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from app.cli.identity import authorize
 from app.cli.money_limits import BIGINT_MAX
 from app.cli.options import json_option, require_currencies
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -86,12 +87,9 @@ def fees(
     if fixed_minor is not None and not currencies:
         raise SuretyError("--fixed-minor: name the currencies of its minor units by --currency")
     changed = None
-    with connect("deploy", load_settings()) as conn:
-        require_currencies(conn, currencies)
-        if is_change:
-            by = authorize(conn, "merchants:write")
-            changed = set_rates(conn, merchant_id, currencies, basis_points, fixed_minor, effective_at, by)
-        found = read_rates(conn, merchant_id, currencies, with_past=with_past)
+    if is_change:
+        changed = set_rates(merchant_id, currencies, basis_points, fixed_minor, effective_at)
+    found = read_rates(merchant_id, currencies, with_past=with_past)
     if not found:
         raise SuretyError(f"there is no merchant {merchant_id}")
     if as_json:
@@ -113,24 +111,27 @@ def fees(
 
 
 def set_rates(
-    conn: psycopg.Connection[Any],
     merchant_id: str,
     currencies: tuple[str, ...],
     basis_points: int | None,
     fixed_minor: int | None,
     effective_at: datetime | None,
-    by: str,
 ) -> int:
     """Set fees in these currencies, or in all; returns in how many they differ from those in force then.
 
     Raises SuretyError.
     """
-    chosen = sorted(set(currencies)) or [row[0] for row in conn.execute("select currency from surety.currencies")]
     try:
-        row = conn.execute(
-            "select surety.set_fee_rates(%s, %s, %s, %s, %s, %s)",
-            (merchant_id, chosen, basis_points, fixed_minor, effective_at, by),
-        ).fetchone()
+        with connect("deploy", load_settings()) as conn:
+            require_currencies(conn, currencies)
+            by = authorize(conn, "merchants:write")
+            chosen = sorted(set(currencies)) or [
+                row[0] for row in conn.execute("select currency from surety.currencies")
+            ]
+            row = conn.execute(
+                "select surety.set_fee_rates(%s, %s, %s, %s, %s, %s)",
+                (merchant_id, chosen, basis_points, fixed_minor, effective_at, by),
+            ).fetchone()
     except psycopg.errors.IntegrityError as error:
         raise SuretyError(RULES.get(error.diag.constraint_name or "", str(error))) from None
     if row is None or row[0] is None:
@@ -138,10 +139,10 @@ def set_rates(
     return int(row[0])
 
 
-def read_rates(
-    conn: psycopg.Connection[Any], merchant_id: str, currencies: tuple[str, ...], *, with_past: bool
-) -> list[dict[str, Any]]:
-    """The merchant's rates in force and those to come, by currency and time."""
+@reads
+def read_rates(merchant_id: str, currencies: tuple[str, ...], *, with_past: bool) -> list[dict[str, Any]]:
+    """The merchant's rates in force and those to come, by currency and time. Raises SuretyError."""
     chosen = {"merchant": merchant_id, "currencies": list(currencies), "with_past": with_past}
-    with conn.cursor(row_factory=dict_row) as cursor:
+    with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
+        require_currencies(conn, currencies)
         return cursor.execute(LIST_RATES, chosen).fetchall()

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from app.cli.identity import authorize
 from app.cli.options import json_option, reason_option
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -27,9 +28,10 @@ def handlers() -> None:
 
 @handlers.command("list")
 @json_option
+@reads
 def list_handlers(as_json: bool) -> None:
     """List the handlers: the work of each, and the time since which it is paused."""
-    with connect("deploy", load_settings()) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
         found = cursor.execute(
             "select handler, meaning, surety.format_time(paused_at) as paused_at from outbox.handlers order by handler"
         ).fetchall()

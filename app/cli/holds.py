@@ -10,6 +10,7 @@ from rich.table import Table
 
 from app.cli.identity import authorize
 from app.cli.options import json_option, reason_option, require_merchant
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from app.cli.velocity import describe_period
 from db.connect import connect
@@ -45,9 +46,10 @@ def holds() -> None:
 @click.option("--closed", is_flag=True, help="Those that have ended, too.")
 @click.option("--merchant", "merchant_id", metavar="MERCHANT", help="Only those of one merchant.")
 @json_option
+@reads
 def print_holds(closed: bool, merchant_id: str | None, as_json: bool) -> None:
     """List payments on hold, the oldest first; at most a thousand."""
-    with connect("deploy", load_settings()) as conn:
+    with connect_to_read() as conn:
         if merchant_id is not None:
             require_merchant(conn, merchant_id, "--merchant")
         rows = conn.execute(SHOW_HOLDS, (None if closed else "open", merchant_id, LISTED_MAX)).fetchall()
@@ -72,9 +74,10 @@ def print_holds(closed: bool, merchant_id: str | None, as_json: bool) -> None:
 @holds.command("show")
 @click.argument("payment_id", metavar="PAYMENT")
 @json_option
+@reads
 def show_hold(payment_id: str, as_json: bool) -> None:
     """Show a hold: the rule, what it found, the payment, and how the hold ended."""
-    with connect("deploy", load_settings()) as conn:
+    with connect_to_read() as conn:
         row = conn.execute(SHOW_HOLD, (payment_id,)).fetchone()
     if row is None:
         raise NoSuchHold(payment_id)

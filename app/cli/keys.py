@@ -16,6 +16,7 @@ from app.cli.identity import authorize
 from app.cli.limits import describe_rate_limit, key_limits
 from app.cli.operators import ROLES
 from app.cli.options import json_option, require_merchant
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from app.web.keys import new_key, new_operator_key
 from db.connect import connect
@@ -228,9 +229,10 @@ def is_key_of_operator(conn: psycopg.Connection[tuple[Any, ...]], key_id: str) -
 @keys.command(name="list")
 @click.option("--merchant", "merchant_id", help="Only this merchant's.")
 @json_option
+@reads
 def list_keys(merchant_id: str | None, as_json: bool) -> None:
     """List keys, the oldest first, each by its last characters."""
-    with connect("deploy", load_settings()) as conn:
+    with connect_to_read() as conn:
         if merchant_id is not None:
             require_merchant(conn, merchant_id, "--merchant")
         cursor = conn.execute(LIST_KEYS, {"merchant": merchant_id})

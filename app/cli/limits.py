@@ -10,6 +10,7 @@ import psycopg
 
 from app.cli.identity import authorize
 from app.cli.options import json_option
+from app.cli.reading import connect_to_read, reads
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load_settings
@@ -81,23 +82,35 @@ def show_or_set(
         raise SuretyError("--burst needs --requests-per-second")
     if is_default and subject in DEFAULTS:
         raise SuretyError(f"--default: give the id of one of the {kind}; this is the default itself")
-    with connect("deploy", load_settings()) as conn:
-        default = find_default(conn, subject, kind)
-        if rate is not None or unlimited or is_default:
-            scope = {"merchants": "merchants:write", "keys": "keys:write", "operator-keys": "operators:write"}
-            by = authorize(conn, scope[default])
-            if rate is not None and burst is None:
-                burst = min(RATE_MAX, BURST_SECONDS * rate)
-            numbers = (None, None) if is_default else (0, 0) if unlimited else (rate, burst)
-            conn.execute("select surety.set_rate_limit(%s, %s::integer, %s::integer, %s)", (subject, *numbers, by))
-        row = conn.execute("select * from surety.find_rate_limit(%s, %s)", (subject, default)).fetchone()
-    assert row is not None
-    shown_rate, shown_burst, applies_by_default = row
+    if rate is not None or unlimited or is_default:
+        if rate is not None and burst is None:
+            burst = min(RATE_MAX, BURST_SECONDS * rate)
+        set_limit(subject, kind, (None, None) if is_default else (0, 0) if unlimited else (rate, burst))
+    shown_rate, shown_burst, applies_by_default = read_limit(subject, kind)
     if as_json:
         print_limit_as_json(subject, shown_rate, shown_burst, applies_by_default=applies_by_default)
         return
     text = describe_rate_limit(shown_rate, shown_burst, is_default=applies_by_default and subject not in DEFAULTS)
     click.echo(f"{DEFAULTS.get(subject, subject)}: {text}")
+
+
+def set_limit(subject: str, kind: str, limit: tuple[int | None, int | None]) -> None:
+    """Set requests per second and burst; 0 is no limit, None that of the default."""
+    with connect("deploy", load_settings()) as conn:
+        default = find_default(conn, subject, kind)
+        scope = {"merchants": "merchants:write", "keys": "keys:write", "operator-keys": "operators:write"}
+        by = authorize(conn, scope[default])
+        conn.execute("select surety.set_rate_limit(%s, %s::integer, %s::integer, %s)", (subject, *limit, by))
+
+
+@reads
+def read_limit(subject: str, kind: str) -> tuple[int, int, bool]:
+    """Requests per second and burst that apply, and whether by default. Raises SuretyError for an unknown subject."""
+    with connect_to_read() as conn:
+        default = find_default(conn, subject, kind)
+        row = conn.execute("select * from surety.find_rate_limit(%s, %s)", (subject, default)).fetchone()
+    assert row is not None
+    return row[0], row[1], row[2]
 
 
 def find_default(conn: psycopg.Connection[tuple[Any, ...]], subject: str, kind: str) -> str:

@@ -18,6 +18,7 @@ from app.cli.identity import authorize
 from app.cli.limits import describe_rate_limit, merchant_limits
 from app.cli.money_limits import money_limits
 from app.cli.options import json_option
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from app.wording import describe_mode
 from db.connect import connect
@@ -197,9 +198,10 @@ def own_account_refused(account: str) -> SuretyError:
 
 @merchants.command(name="list")
 @json_option
+@reads
 def list_merchants(as_json: bool) -> None:
     """List all merchants, the oldest first. Without an account, a merchant is on the platform's."""
-    with connect("deploy", load_settings()) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
         found = cursor.execute(LIST_MERCHANTS).fetchall()
     if as_json:
         click.echo(json.dumps(found))

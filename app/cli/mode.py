@@ -9,6 +9,7 @@ import psycopg
 
 from app.cli.identity import authorize
 from app.cli.options import json_option
+from app.cli.reading import connect_to_read, reads
 from app.wording import describe_mode
 from db.connect import connect
 from db.errors import SuretyError
@@ -38,11 +39,11 @@ class ModeIsFinal(SuretyError):
 @json_option
 def mode(new_mode: str | None, as_json: bool) -> None:
     """Show the mode of the database, or decide it before the first merchant: live (real money moves) or test."""
+    if new_mode is None:
+        livemode = read_mode()
+        click.echo(json.dumps({"livemode": livemode}) if as_json else describe_mode(livemode))
+        return
     with connect("deploy", load_settings()) as conn:
-        if new_mode is None:
-            [(livemode,)] = conn.execute("select surety.read_livemode()").fetchall()
-            click.echo(json.dumps({"livemode": livemode}) if as_json else describe_mode(livemode))
-            return
         try:
             row = conn.execute(
                 "select surety.set_livemode(%s, %s)", (new_mode == "live", authorize(conn, "mode:write"))
@@ -55,3 +56,11 @@ def mode(new_mode: str | None, as_json: bool) -> None:
             ) from None
     assert row is not None
     click.echo(MEANINGS[new_mode] if row[0] else f"{new_mode} already")
+
+
+@reads
+def read_mode() -> bool:
+    """Whether real money moves."""
+    with connect_to_read() as conn:
+        [(livemode,)] = conn.execute("select surety.read_livemode()").fetchall()
+    return bool(livemode)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from app.cli.identity import authorize
 from app.cli.options import json_option, require_currencies, require_merchant
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -82,9 +83,10 @@ def describe_bounds(found: list[dict[str, Any]]) -> str:
     return f"at most {' and '.join(f'{most} {what}' for what, most in bounds.items() if most is not None)} a day"
 
 
+@reads
 def list_money_limits(merchant_id: str | None, *, as_json: bool) -> None:
     """Print the limits of a merchant, or all. Raises SuretyError for an unknown merchant."""
-    with connect("deploy", load_settings()) as conn:
+    with connect_to_read() as conn:
         if merchant_id is not None:
             require_merchant(conn, merchant_id)
         found = read_money_limits(conn, merchant_id)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from app.cli.identity import NO_KEY, NotAuthorized, authorize, local_user, personal_key
 from app.cli.options import json_option
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from app.web.keys import new_operator_key
 from db.connect import connect
@@ -79,9 +80,10 @@ def add_account(name: str, email: str, role: str, as_json: bool) -> None:
 
 @operators.command(name="list")
 @json_option
+@reads
 def list_operators(as_json: bool) -> None:
     """List operators by name."""
-    with connect("deploy", load_settings()) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
         found = cursor.execute(LIST_OPERATORS).fetchall()
     if as_json:
         click.echo(json.dumps(found))
@@ -121,9 +123,10 @@ def set_operator(name: str, email: str | None, role: str | None, is_active: bool
 
 @operators.command()
 @json_option
+@reads
 def roles(as_json: bool) -> None:
     """Show the scopes of each role."""
-    with connect("deploy", load_settings()) as conn:
+    with connect_to_read() as conn:
         rows = conn.execute(
             "select s.scope, array_agg(s.role) from surety.role_scopes as s group by s.scope order by s.scope"
         ).fetchall()

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from app.cli.reading import reads
 from app.cli.tables import wide_console
 from app.wording import count_noun
 from db.connect import connect
@@ -28,6 +29,7 @@ class NoSuchPayment(SuretyError):
 @click.command()
 @click.argument("payment_id")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: the summary and all entries.")
+@reads
 def trace(payment_id: str, as_json: bool) -> None:
     """Show a payment's history, from its request to its settlement."""
     with connect("auditor", load_settings()) as conn:

@@ -13,6 +13,7 @@ from rich.table import Table
 from app.cli.identity import authorize
 from app.cli.money_limits import BIGINT_MAX
 from app.cli.options import json_option, require_currencies, require_merchant
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.connect import connect
 from db.errors import SuretyError
@@ -64,9 +65,10 @@ def velocity() -> None:
 @velocity.command("list")
 @click.option("--removed", is_flag=True, help="Those that were removed, too.")
 @json_option
+@reads
 def print_velocity_rules(removed: bool, as_json: bool) -> None:
     """List the rules, the oldest first."""
-    with connect("deploy", load_settings()) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
         found = cursor.execute(LIST_RULES, (removed,)).fetchall()
     if as_json:
         click.echo(json.dumps(found))

@@ -10,7 +10,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from app.web.batching import DatabaseAway, Unavailable, unavailable_by
 from db.connect import ProcessKind, bounded_connection, connection_options, conninfo, find_undeployed
-from db.errors import DatabaseNotReady, is_retryable, message_of, outdates_connection
+from db.errors import DatabaseNotReady, is_read_only, is_retryable, message_of, outdates_connection
 from db.settings import Settings
 
 Row = tuple[Any, ...]
@@ -85,6 +85,11 @@ def require_deployed(kind: ProcessKind, settings: Settings, function: str) -> No
     try:
         missing = find_undeployed(kind, settings, function)
     except psycopg.Error as error:
-        raise DatabaseNotReady(f"the database can't be used: {message_of(error)}") from None
+        need = (
+            "this process needs the primary, and PostgreSQL is read-only here"
+            if is_read_only(error)
+            else ("the database can't be used")
+        )
+        raise DatabaseNotReady(f"{need}: {message_of(error)}") from None
     if missing is not None:
         raise DatabaseNotReady(f"the database has no {missing}: run `surety deploy` first")

@@ -80,4 +80,5 @@ def test_read_only_database_is_not_called_unreachable(database: str) -> None:
     ):
         url = f"{database}{'&' if '?' in database else '?'}options=-c%20{address}"
         done = surety("merchants", "add", "Acme", DATABASE_URL=url, SURETY_OPERATOR_KEY=admin_key(database))
-        assert done.returncode == 1 and done.stderr.startswith("surety: PostgreSQL is read-only here: "), done.stderr
+        refusal = "surety: this command needs the primary, and PostgreSQL is read-only here: "
+        assert done.returncode == 1 and done.stderr.startswith(refusal), done.stderr

@@ -20,7 +20,7 @@ ACTING = frozenset(
     {
         *("api", "deploy", "drill", "health", "restored", "sandbox", "up", "webhooks"),
         *("dead-letters discard", "dead-letters replay", "discrepancies close", "handlers pause", "handlers resume"),
-        *("keys revoke", "operators set"),
+        *("keys revoke", "operators set", "roles revoke-login"),
         *("merchants resume", "merchants set", "merchants suspend"),
         *("holds refuse", "holds release", "velocity add", "velocity remove"),
     }

@@ -55,7 +55,7 @@ def test_analysts_read_the_views(conn: Connection, connect: Connect) -> None:
     create(conn, [request(key_hash)])
     views = conn.execute("select table_name from information_schema.views where table_schema = 'report'").fetchall()
     for (view,) in views:
-        connect("analyst").execute(f"select count(*) from report.{view}".encode())
+        connect("analyst").execute(f"select * from report.{view}".encode())
     assert connect("analyst").execute("select state from report.payments").fetchall() == [("initiated",)]
 
 

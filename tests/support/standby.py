@@ -53,6 +53,13 @@ class ReplicatedServers:
         with psycopg.connect(self.standby.url, autocommit=True) as conn:
             conn.execute("select pg_promote()")
 
+    def catch_up(self) -> None:
+        """Wait until the standby has replayed what the primary has written so far."""
+        [(position,)] = self.conn.execute("select pg_current_wal_flush_lsn()").fetchall()
+        with connect_as_owner(f"{self.standby.url}&target_session_attrs=any") as conn:
+            replayed = "select pg_last_wal_replay_lsn() >= %s"
+            eventually(lambda: conn.execute(replayed, (position,)).fetchone() == (True,), 30)
+
     def waiting_sessions(self) -> list[int]:
         """The sessions whose commit waits for the standby."""
         waiting = "select pid from pg_stat_activity where wait_event = 'SyncRep' order by pid"

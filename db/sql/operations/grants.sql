@@ -135,13 +135,14 @@ grant select, insert, update, delete on all tables in schema procrastinate to su
 grant usage on all sequences in schema procrastinate to surety_worker;
 grant execute on all functions in schema procrastinate to surety_worker;
 
+-- A view reads tables by its owner's rights, but calls functions by its reader's.
 grant select on all tables in schema report to surety_analyst, surety_auditor;
+grant execute on function surety.payment_status(text, text) to surety_analyst, surety_auditor;
 grant usage on schema audit to surety_auditor;
 grant select on audit.trail to surety_auditor;
 grant execute on function surety.trace_payment(text), surety.payment_summary(text), surety.check_invariants() to
 surety_auditor;
 
--- A view reads tables by its owner's rights, but calls functions by its reader's.
 grant usage on schema invariant to surety_auditor;
 grant select on all tables in schema invariant to surety_auditor;
 grant execute on function
