@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from app.wording import count_noun, format_age
+from db.replication import REPLICA_PROBLEMS
 
 BACKLOG_SECONDS_MAX = 300
 TRANSACTION_SECONDS_MAX = 600
@@ -23,13 +24,11 @@ WAITING_SECONDS_MAX = 600
 WAITING_URGENT_SECONDS_MAX = 3600
 JOB_FAILING_SECONDS_MAX = 600
 LIST_UNREADABLE_SECONDS_MAX = 900
-LIST_URGENT_SECONDS_MAX = 3600
+URGENT_SECONDS_MAX = 3600
 POLLED_EVENTS_MIN = 3
 WEBHOOKS_MISSING_SECONDS_MAX = 300
-WEBHOOKS_MISSING_URGENT_SECONDS_MAX = 3600
 OVERDUE_URGENT_SECONDS_MAX = 86_400
-KEY_EXPIRES_URGENT_SECONDS = 86_400
-HOLD_EXPIRES_URGENT_SECONDS = 86_400
+EXPIRES_URGENT_SECONDS = 86_400
 STANDBY_WAIT_SECONDS_MAX = 5
 TAKEOVER_SECONDS = 60
 SIGNATURE_REFUSALS = frozenset({"wrong-signature", "old-signature"})
@@ -71,6 +70,7 @@ FindingId = Literal[
     "lost-slot",
     "event-publication",
     "standby-behind",
+    "replica-unusable",
     "restored-elsewhere",
     "drill-copy",
     "expiring-keys",
@@ -121,6 +121,8 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
     found += find_restore(state)
     if days_ahead(state) < PARTITIONS_DAYS_MIN:
         found.append(Finding("partitions-run-out", 2, "partitions run out", "select surety.maintain_partitions()"))
+    if problem := REPLICA_PROBLEMS.get(state.get("replica", "ok")):
+        found.append(Finding("replica-unusable", 1, f"the replica for reads {problem}", "SURETY_READER_DATABASE_URL"))
     return sorted(found, key=lambda finding: -finding.urgency)
 
 
@@ -269,7 +271,7 @@ def find_held_payments(state: dict[str, Any]) -> Iterator[Finding]:
         return
     what = f"{count_noun(holds['open'], 'payment')} on hold, the oldest for {format_age(holds['oldest_seconds'])}; "
     what += f"{holds['first']} is canceled in {format_age(max(0, holds['expires_seconds']))}"
-    urgency = 2 if holds["expires_seconds"] < HOLD_EXPIRES_URGENT_SECONDS else 1
+    urgency = 2 if holds["expires_seconds"] < EXPIRES_URGENT_SECONDS else 1
     yield Finding("held-payments", urgency, what, f"surety holds show {holds['first']}")
 
 
@@ -308,7 +310,7 @@ def find_expiring_keys(state: dict[str, Any]) -> Iterator[Finding]:
     if not (expiring := state["expiring_keys"]):
         return
     first = expiring[0]
-    urgency = 2 if first["seconds"] < KEY_EXPIRES_URGENT_SECONDS else 1
+    urgency = 2 if first["seconds"] < EXPIRES_URGENT_SECONDS else 1
     if first["operator"] is None:
         shown, holder, given = f"{first['name']}, …{first['hint']}", first["merchant_id"], "merchant"
     else:
@@ -345,7 +347,7 @@ def find_unreadable_lists(state: dict[str, Any]) -> Iterator[Finding]:
         what += f" (account {first['account'] or 'of the platform'}): {first['error']}"
         if len(failing_lists) > 1:
             what += f"; and {count_noun(len(failing_lists) - 1, 'other account')}"
-        urgency = 2 if first["seconds"] > LIST_URGENT_SECONDS_MAX else 1
+        urgency = 2 if first["seconds"] > URGENT_SECONDS_MAX else 1
         yield Finding("list-unreadable", urgency, what, "select * from surety.list_unreadable_lists()")
 
 
@@ -367,9 +369,7 @@ def find_silent_webhooks(state: dict[str, Any]) -> Iterator[Finding]:
         if rejected
         else "the receiver (surety webhooks), the proxy before it, and the endpoint at the provider"
     )
-    yield Finding(
-        "webhooks-missing", 2 if silent["seconds"] > WEBHOOKS_MISSING_URGENT_SECONDS_MAX else 1, what, next_step
-    )
+    yield Finding("webhooks-missing", 2 if silent["seconds"] > URGENT_SECONDS_MAX else 1, what, next_step)
 
 
 def find_overdue_objects(state: dict[str, Any]) -> Iterator[Finding]:

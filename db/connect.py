@@ -96,6 +96,14 @@ def conninfo(kind: ProcessKind, settings: Settings, *, search_path: str | None =
     return harden(settings.require("database_url").reveal(), kind, role=role_of(kind), search_path=search_path)
 
 
+def reader_conninfo(settings: Settings) -> str | None:
+    """The connection string of the API's replica, a standby if one of its hosts is; None if no address is set."""
+    if settings.surety_reader_database_url is None:
+        return None
+    url = make_conninfo(settings.surety_reader_database_url.reveal(), target_session_attrs="prefer-standby")
+    return harden(url, "api")
+
+
 def harden(url: str, kind: ProcessKind, *, role: str | None = None, search_path: str | None = None) -> str:
     """An address with the timeouts of a kind of process, its name and optionally a role; its own parameters win."""
     given = conninfo_to_dict(url)

@@ -161,8 +161,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     """The variables, each under its own name in lower case. A secret may be in the file that NAME_FILE names.
 
     The addresses of the processes are those of logins of their own; without one a process uses DATABASE_URL and takes
-    its role. STRIPE_WEBHOOK_SECRET may hold several secrets, separated by commas, so that one can be replaced while
-    both are active. SURETY_TRUSTED_PROXIES names the proxies whose X-Forwarded-For is believed.
+    its role. SURETY_READER_DATABASE_URL is a replica from which the API answers reads. STRIPE_WEBHOOK_SECRET may hold
+    several secrets, separated by commas, so that one can be replaced while both are active. SURETY_TRUSTED_PROXIES
+    names the proxies whose X-Forwarded-For is believed.
 
     SURETY_POOL_MODE=transaction lets API and receiver use a connection pooler in transaction mode.
 
@@ -179,6 +180,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
 
     database_url: DatabaseAddress | None = None
     surety_api_database_url: DatabaseAddress | None = None
+    surety_reader_database_url: DatabaseAddress | None = None
     surety_webhook_database_url: DatabaseAddress | None = None
     surety_worker_database_url: DatabaseAddress | None = None
     surety_analyst_database_url: DatabaseAddress | None = None

@@ -23,6 +23,7 @@ from app.web.load_shedding import OVERLOAD_CHECKS
 from app.web.rate_limits.addresses import FailedAuthentications
 from app.web.rate_limits.leases import PermitLeases
 from app.web.refusals import RefusalCounter
+from app.web.replica import replica_of
 from app.web.routing import HttpApplication
 from app.web.worker_scheduler import WorkerScheduler
 from db.connect import connect_async
@@ -85,8 +86,13 @@ async def open_api_services(
         await permits.open()
         waiting = WaitingRequests(reading, requests_max=waiting_max)
         closing.push_async_callback(waiting.close)
-        authenticator = Authenticator(database, reading, refusals, key_uses)
+        replica = replica_of(settings)
+        if replica is not None:
+            closing.push_async_callback(replica.close)
+            await replica.open()
+        authenticator = Authenticator(database, reading, refusals, key_uses, replica)
         yield ApiServices(
             database, health, authenticator, batching, payment_scheduler, command_scheduler, settings.trusted_proxies,
             waiting, permits, FailedAuthentications(settings.surety_address_rate, limited),
+            replica,
         )  # fmt: skip

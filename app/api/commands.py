@@ -94,6 +94,7 @@ async def execute_command(
     if awaits is not None and b"prefer" in request.headers:
         answer, applied = await document_after_command(request, caller, awaits, answer, is_replayed=is_replayed)
         headers += applied
+    headers += await request.position_headers()
     return HttpResponse(status, compact(answer), request.request_id, headers)
 
 

@@ -113,6 +113,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
     if b"prefer" in request.headers:
         document, applied = await document_after_command(request, caller, "payments", document, is_replayed=is_replayed)
         headers += applied
+    headers += await request.position_headers()
     return HttpResponse(status, compact(document), request.request_id, headers)
 
 

@@ -6,6 +6,7 @@ Fields whose type has a description of its own (app/api/schemas/fields.py) are n
 from __future__ import annotations
 
 DESCRIPTIONS = {
+    "Health.replica": "Whether reads use the replica (`ok`), or why the primary answers them; absent without one.",
     "accepted_at": "When the payer agreed.",
     "Mandate.accepted_at": "When the payer agreed: not before 2000, and not more than five minutes ahead of our clock.",
     "city": "The city.",

@@ -101,7 +101,8 @@ async def held_document(
     with waiting.admit(request.receive, caller.key_hash) as waiter:
         if waiter is None or not await waits(waiter, awaited, until):
             return None
-        return await waiting.fetch(lambda: caller.fetch(query, awaited.id))
+        # What ended the wait was seen on the primary.
+        return await waiting.fetch(lambda: caller.fetch_from_primary(query, awaited.id))
 
 
 async def waits(waiter: Waiter, awaited: AwaitedObject | ReaderPosition, until: float) -> bool:

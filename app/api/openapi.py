@@ -17,6 +17,7 @@ from litestar import Router
 from litestar.static_files import create_static_files_router
 
 from app.api.field_descriptions import DESCRIPTIONS, is_instant
+from app.api.positions import POSITION_PARAMETER, POSITION_PATTERN
 from app.api.schemas.events import KINDS_OF_EVENTS, Event
 from app.api.schemas.payments import Authentication, CaptureMethod, NewCard, NewPayment, State, Status
 from app.api.schemas.problems import ProblemDocument
@@ -91,6 +92,10 @@ HEADERS: dict[str, JsonDocument] = {
         "description": "Present if this is a repetition of the first answer.",
         "schema": {"const": "true"},
     },
+    "Surety-Position": {
+        "description": "For reads that must show this change. Missing where reads use no replica.",
+        "schema": {"type": "string", "pattern": POSITION_PATTERN},
+    },
     "Retry-After": {
         "description": "Seconds to wait.",
         "required": True,
@@ -145,8 +150,6 @@ IDEMPOTENCY_KEY_PARAMETER: JsonDocument = {
     "description": "1 to 255 printable characters: new for each request, the same for each repetition.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
 }
-
-
 VERSION_PARAMETER: JsonDocument = {
     "name": VERSION_HEADER,
     "in": "header",
@@ -249,6 +252,8 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
         parameters.append(IDEMPOTENCY_KEY_PARAMETER)
     if row.takes_wait:
         parameters.append(PREFER_PARAMETER)
+    if row.scope == "read":
+        parameters.append(POSITION_PARAMETER)
     if not row.is_public:
         parameters.append(VERSION_PARAMETER)
     if row.query is not None:
@@ -375,7 +380,7 @@ def describe_answers(row: Route, *, is_idempotent: bool) -> JsonDocument:
     """The successful answers of a route, by status."""
     schemas, _ = msgspec.json.schema_components(row.answers.values(), ref_template=REFERENCE)
     more = [] if row.is_public else [VERSION_HEADER, *RATE_LIMIT_HEADERS]
-    more += ["Idempotency-Replayed"] if is_idempotent else []
+    more += ["Idempotency-Replayed", "Surety-Position"] if is_idempotent else []
     more += ["Cache-Control"] if row.is_secret else []
     if row.takes_wait:
         more += ["Preference-Applied"] if is_idempotent else ["Preference-Applied", "Vary"]

@@ -77,6 +77,8 @@ async def discard_dead_letters(request: ApiRequest) -> HttpResponse:
 async def get_status(request: ApiRequest) -> HttpResponse:
     """Report the state of the service and what to do next, as `surety status` does."""
     state = msgspec.json.decode(await request.caller().fetch_as_operator("select body from api.get_status(%s, %s)"))
+    if (replica := request.services.replica) is not None:
+        state["replica"] = replica.state or "away"
     findings = find_problems(state)
     document = {
         "object": "status",

@@ -26,7 +26,9 @@ async def explain_problem(request: ApiRequest) -> HttpResponse:
 async def get_health(request: ApiRequest) -> HttpResponse:
     """Report whether this process can take payments, by a query to its database."""
     await request.services.health.fetch_row("select from api.identify_merchant('')")
-    return request.respond(msgspec.json.encode(Health("ok")))
+    replica = request.services.replica
+    state = None if replica is None else replica.state or "away"
+    return request.respond(msgspec.json.encode(Health("ok", state)))
 
 
 def problem_type_document(name: str) -> ProblemType:

@@ -16,6 +16,7 @@ from app.web.load_shedding import slow_down
 from app.web.problems import Problem
 from app.web.rate_limits.addresses import FailedAuthentications
 from app.web.rate_limits.leases import KeyLease, PermitLeases
+from app.web.replica import POSITION_HEADER, Replica
 from app.web.requests import HttpRequest, struct_of
 from app.web.routing import Route
 from app.web.validation import read_query, violation_checker
@@ -51,6 +52,7 @@ class ApiServices(NamedTuple):
     waiting: WaitingRequests
     permits: PermitLeases
     failed_authentications: FailedAuthentications
+    replica: Replica | None = None
 
 
 class ApiRequest(HttpRequest):
@@ -123,6 +125,12 @@ class ApiRequest(HttpRequest):
         await caller.require_operator()
         given = self.parse_json(await self.read_body(bytes_max))
         return struct_of(given, struct, violation_checker(struct)(given))
+
+    async def position_headers(self) -> list[tuple[bytes, bytes]]:
+        """The header Surety-Position of an answer to a write, if reads may use a replica."""
+        replica = self.services.replica
+        position = await replica.position_after_write() if replica is not None else None
+        return [] if position is None else [(POSITION_HEADER, position.token)]
 
     def respond(self, body: str | bytes, status: int = 200) -> HttpResponse:
         """A JSON document, rendered already."""

@@ -17,6 +17,7 @@ from psycopg.conninfo import make_conninfo
 
 from db.connect import conninfo, harden
 from db.errors import SuretyError, is_canceled_by_server, kind_of, message_of
+from db.poolers import open_session
 from db.settings import load_settings
 
 P = ParamSpec("P")
@@ -62,11 +63,11 @@ def connect_to_read() -> psycopg.Connection[tuple[Any, ...]]:
     """A connection in autocommit mode to the primary of DATABASE_URL, or to a standby if none of its servers is one."""
     settings = load_settings()
     try:
-        return psycopg.connect(conninfo("deploy", settings), autocommit=True)
+        return open_session(conninfo("deploy", settings))
     except psycopg.OperationalError as unreachable:
         url = settings.require("database_url").reveal()
         address = harden(make_conninfo(url, target_session_attrs="standby"), "deploy")
         try:
-            return psycopg.connect(address, autocommit=True)
+            return open_session(address)
         except psycopg.OperationalError:
             raise unreachable from None

@@ -10,6 +10,7 @@ import psycopg
 
 from app.cli.identity import authorize
 from app.cli.options import json_option
+from app.cli.reading import connect_to_read, reads
 from app.cli.restored import RESTORE_REFUSED, RestoreRefused
 from db.connect import connect
 from db.errors import message_of
@@ -30,17 +31,9 @@ def servers(addresses: tuple[str, ...], *, ends_list: bool, as_json: bool) -> No
     if addresses and ends_list:
         raise click.UsageError("give addresses or --none, not both")
     wanted = [plain_address(address) for address in addresses]
-    with connect("deploy", load_settings()) as conn:
-        if wanted or ends_list:
-            actor = authorize(conn, "mode:write")
-            try:
-                conn.execute("select outbox.set_business_servers(%s, %s)", (wanted, actor))
-            except psycopg.DatabaseError as error:
-                if error.sqlstate != RESTORE_REFUSED:
-                    raise
-                raise RestoreRefused(message_of(error)) from None
-        found = [row[0] for row in conn.execute("select address from outbox.business_servers order by address")]
-        [(here,)] = conn.execute("select outbox.server_address()").fetchall()
+    if wanted or ends_list:
+        set_servers(wanted)
+    found, here = read_servers()
     if as_json:
         click.echo(json.dumps({"servers": found, "here": here}))
         return
@@ -48,6 +41,27 @@ def servers(addresses: tuple[str, ...], *, ends_list: bool, as_json: bool) -> No
         click.echo(address + (" (this server)" if address == here else ""))
     if not found:
         click.echo(f"none: a change of the timeline closes the database; this server is {here}")
+
+
+def set_servers(addresses: list[str]) -> None:
+    """Set the list. Raises RestoreRefused."""
+    with connect("deploy", load_settings()) as conn:
+        actor = authorize(conn, "mode:write")
+        try:
+            conn.execute("select outbox.set_business_servers(%s, %s)", (addresses, actor))
+        except psycopg.DatabaseError as error:
+            if error.sqlstate != RESTORE_REFUSED:
+                raise
+            raise RestoreRefused(message_of(error)) from None
+
+
+@reads
+def read_servers() -> tuple[list[str], str]:
+    """The list, and the address of the server that answers."""
+    with connect_to_read() as conn:
+        found = [row[0] for row in conn.execute("select address from outbox.business_servers order by address")]
+        [(here,)] = conn.execute("select outbox.server_address()").fetchall()
+    return found, here
 
 
 def plain_address(text: str) -> str:

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import click
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 from rich.console import Console
 from rich.table import Table
 
+from app.cli.reading import CanceledOnStandby, connect_to_read, reads
 from app.status_findings import RUNBOOK, VERDICTS, Finding, find_problems, verdict_of
 from app.wording import count_noun, describe_mode, format_age
-from db.connect import harden
+from db.connect import reader_conninfo
 from db.errors import DatabaseNotReady, SettingsError, is_read_only, kind_of, message_of
-from db.poolers import open_session
-from db.settings import load_settings
+from db.replication import PRIMARY_POSITION, REPLICA_POSITION, Position, ReplicaState, judge_replica
+from db.settings import Settings, load_settings
 
 STATEMENT_TIMEOUT = "30s"
+REPLAY_SECONDS_MAX = 1.0
+LOOK_SECONDS = 0.02
+INVARIANT_VIEWS = (
+    "select relname from pg_class where relnamespace = 'invariant'::regnamespace and relkind = 'v' order by relname"
+)
+CHECK_INVARIANT = """
+select obj_description(%(view)s::regclass, 'pg_class'), count(subject), %(view)s from {}
+"""
 
 
 @click.command()
@@ -30,10 +41,15 @@ def status(as_json: bool, check: bool) -> None:
     """Report problems and the next step for each. Exit status: 0 good, 1 look, 2 act or not readable."""
     state: dict[str, Any] = {}
     try:
-        address = load_settings().require("database_url").reveal()
-        state = read_state(address, check=check)
+        settings = load_settings()
+        address = settings.require("database_url").reveal()
+        state = read_state()
+        if (replica := check_replica(settings)) is not None:
+            state["replica"] = replica
+        if check:
+            state["invariants"] = check_invariants()
         findings = [*find_missing_primary(state, address), *find_broken_invariants(state), *find_problems(state)]
-    except (psycopg.Error, SettingsError, DatabaseNotReady) as error:
+    except (psycopg.Error, SettingsError, DatabaseNotReady, CanceledOnStandby) as error:
         findings = [finding_for_error(error)]
     urgency = verdict_of(findings)
     if as_json:
@@ -44,33 +60,86 @@ def status(as_json: bool, check: bool) -> None:
     sys.exit(urgency)
 
 
-def read_state(address: str, *, check: bool) -> dict[str, Any]:
-    """The status report of the database at an address. Raises psycopg.Error, DatabaseNotReady."""
-    with connect_to_any(address) as conn:
-        if not check:
-            conn.execute(f"set statement_timeout = '{STATEMENT_TIMEOUT}'")
-        state: dict[str, Any] = {}
+@reads
+def read_state() -> dict[str, Any]:
+    """The status report of the database of DATABASE_URL. Raises psycopg.Error, SuretyError."""
+    state: dict[str, Any] = {}
+    with connect_to_read() as conn:
+        conn.execute(f"set statement_timeout = '{STATEMENT_TIMEOUT}'")
         [(state,)] = conn.execute("select surety.read_status()").fetchall()
-        if check:
-            checked = conn.execute("select name, violations, view_name from surety.check_invariants()").fetchall()
-            state["invariants"] = [dict(zip(("name", "violations", "view"), row, strict=True)) for row in checked]
     return state
 
 
-def connect_to_any(url: str) -> psycopg.Connection[tuple[Any, ...]]:
-    """A connection to the primary, or to a standby if no server of the address is one."""
+def check_replica(settings: Settings) -> ReplicaState | None:
+    """The state of the replica for reads; None if the settings name none, or no primary answers for comparison."""
+    address = reader_conninfo(settings)
+    required = None if address is None else read_position()
+    if address is None or required is None:
+        return None
+    until = time.monotonic() + REPLAY_SECONDS_MAX
     try:
-        return open_session(harden(url, "deploy"))
-    except psycopg.OperationalError as unreachable:
-        address = harden(make_conninfo(url, target_session_attrs="standby"), "deploy")
-        try:
-            return open_session(address)
-        except psycopg.OperationalError:
-            raise unreachable from None
+        with psycopg.connect(address, autocommit=True) as conn:
+            while True:
+                [row] = conn.execute(REPLICA_POSITION).fetchall()
+                state = judge_replica(required, row)
+                if state != "behind" or time.monotonic() > until:
+                    return state
+                time.sleep(LOOK_SECONDS)
+    except psycopg.Error:
+        return "away"
 
 
-def finding_for_error(error: psycopg.Error | SettingsError | DatabaseNotReady) -> Finding:
+def read_position() -> Position | None:
+    """The primary's position; None if only a standby answers."""
+    with connect_to_read() as conn:
+        if conn.execute("select pg_is_in_recovery()").fetchone() == (True,):
+            return None
+        [row] = conn.execute(PRIMARY_POSITION).fetchall()
+    return Position(*row)
+
+
+def check_invariants() -> list[dict[str, Any]]:
+    """Each invariant with the number of its violations. Raises psycopg.Error, SuretyError.
+
+    On a standby, each invariant has a snapshot of its own: replay may cancel a long one.
+    """
+    checked = check_at_once()
+    if checked is None:
+        checked = [check_one(view) for view in list_invariants()]
+    return [dict(zip(("name", "violations", "view"), row, strict=True)) for row in checked]
+
+
+@reads
+def check_at_once() -> list[tuple[Any, ...]] | None:
+    """Name, violations and view of each invariant, by one snapshot; None on a standby."""
+    with connect_to_read() as conn:
+        if conn.execute("select pg_is_in_recovery()").fetchone() == (True,):
+            return None
+        return conn.execute("select name, violations, view_name from surety.check_invariants()").fetchall()
+
+
+@reads
+def list_invariants() -> list[str]:
+    """The names of the views of the schema `invariant`."""
+    with connect_to_read() as conn:
+        return [view for (view,) in conn.execute(INVARIANT_VIEWS)]
+
+
+@reads
+def check_one(view: str) -> tuple[Any, ...]:
+    """Name, violations and view of one invariant."""
+    count = sql.SQL(CHECK_INVARIANT).format(sql.Identifier("invariant", view))
+    with connect_to_read() as conn:
+        [row] = conn.execute(count, {"view": f"invariant.{view}"}).fetchall()
+    return row
+
+
+def finding_for_error(
+    error: psycopg.Error | SettingsError | DatabaseNotReady | CanceledOnStandby,
+) -> Finding:
     """The reason why the status could not be read, and the next step."""
+    if isinstance(error, CanceledOnStandby):
+        return Finding("status-unreadable", 2, str(error), "run it again, or against the primary")
     if isinstance(error, SettingsError):
         return Finding("settings-invalid", 2, str(error).splitlines()[0], "correct the variable that the text names")
     if isinstance(error, DatabaseNotReady):
@@ -147,6 +216,7 @@ def print_state(console: Console, state: dict[str, Any]) -> None:
     ]
     lines += [("key", describe_key(key)) for key in state["keys"]]
     lines.append(("synchronous standby", describe_replication(state)))
+    lines += [("replica for reads", state["replica"])] if "replica" in state else []
     if unknown["count"]:
         lines.append(("unknown outcomes", f"{unknown['count']}, the oldest {format_age(unknown['oldest_seconds'])}"))
     lines += [("refused", describe_refusals(refused)) for refused in state["refusals"]]

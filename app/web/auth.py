@@ -18,11 +18,13 @@ from app.web.batching import Unavailable
 from app.web.database import DatabasePool, Row
 from app.web.key_uses import KeyUses
 from app.web.keys import key_hash_of, livemode_of, why_no_key
-from app.web.problems import Problem
+from app.web.problems import Problem, RuleViolation, invalid_request
 from app.web.refusals import RefusalCounter
+from app.web.replica import POSITION_HEADER, Replica
 from app.web.routing import Route
 from app.web.throttle import PerSecondThrottle
 from db.errors import error_text
+from db.replication import GivenPosition, parse_position
 
 log = logging.getLogger("surety.auth")
 
@@ -51,12 +53,18 @@ class Authenticator:
     """Finds the caller of a request, counts denials, and limits the audit entries about them."""
 
     def __init__(
-        self, database: DatabasePool, reading: DatabasePool, refusals: RefusalCounter, key_uses: KeyUses
+        self,
+        database: DatabasePool,
+        reading: DatabasePool,
+        refusals: RefusalCounter,
+        key_uses: KeyUses,
+        replica: Replica | None = None,
     ) -> None:
         self.database = database
         self.reading = reading
         self.refusals = refusals
         self.key_uses = key_uses
+        self.replica = replica
         self._hashes_of_known_keys: dict[bytes, bytes] = {}
         self.denial_throttle = PerSecondThrottle(DENIALS_PER_SECOND_MAX)
 
@@ -66,7 +74,9 @@ class Authenticator:
         key_hash = self._hashes_of_known_keys.get(authorization) or key_hash_of(authorization)
         if key_hash is None:
             return None
-        return Caller(self, key_hash, livemode_of(authorization), address, request_id, route)
+        caller = Caller(self, key_hash, livemode_of(authorization), address, request_id, route)
+        caller.position = headers.get(POSITION_HEADER)
+        return caller
 
     def refuse_malformed_key(self, headers: dict[bytes, bytes]) -> Problem:
         """The refusal of a missing or malformed key, counted."""
@@ -84,7 +94,7 @@ class Authenticator:
 class Caller:
     """The sender of a well-formed API key, which the database has not checked yet."""
 
-    __slots__ = ("_authenticator", "_key_livemode", "address", "key_hash", "request_id", "route", "scope")
+    __slots__ = ("_authenticator", "_key_livemode", "address", "key_hash", "position", "request_id", "route", "scope")
 
     def __init__(
         self,
@@ -102,9 +112,24 @@ class Caller:
         self.request_id = request_id
         self.route = route.name
         self.scope = route.scope
+        self.position: bytes | None = None
 
     async def fetch(self, query: LiteralString, *values: Any) -> str:
-        """The document that a function renders for this key. Raises Problem: the key may not read, or no document."""
+        """The document that a function renders for this key, from a replica if there is one that may answer.
+
+        Raises Problem: the key may not read, or no document.
+        """
+        given = await self.given_position()
+        if (replica := self._authenticator.replica) is not None:
+            row = await replica.fetch_row(given, query, self.key_hash, *values, self.address)
+            # A replica may lack a new key or object: only the primary refuses.
+            if row is not None and row[0] is not None:
+                self.note_use()
+                return str(row[0])
+        return await self.fetch_from_primary(query, *values)
+
+    async def fetch_from_primary(self, query: LiteralString, *values: Any) -> str:
+        """The document as the primary has it now. Raises Problem."""
         row = await self._authenticator.reading.fetch_row(query, self.key_hash, *values, self.address)
         if row is None:
             raise await self.audit_denial(None)
@@ -113,6 +138,17 @@ class Caller:
         if document is None:
             raise await self.audit_denial("not-found")
         return document
+
+    async def given_position(self) -> GivenPosition | None:
+        """The position that the request names. Raises Problem: unauthenticated first, then one that no answer has."""
+        if self.position is None:
+            return None
+        given = parse_position(self.position)
+        if given is None:
+            await self.require_valid_key()
+            message = "Surety-Position must be the value of that header in an earlier answer"
+            raise invalid_request([RuleViolation("Surety-Position", "pattern", message, place="header")])
+        return given
 
     async def read_position(self, cursor: str) -> Row:
         """Merchant, restore generation and snapshot of a reader of events at this cursor. Raises Problem."""

@@ -377,7 +377,9 @@ def test_the_documentation_describes_every_field_and_operation(api: ServerProces
     assert body["properties"]["amount"]["minimum"] == 1
     query = {parameter["name"] for parameter in shown["paths"]["/v1/payments"]["get"]["parameters"]}
     found_by = {"state", "status", "reference", "customer_email", "customer_id", "metadata"}
-    assert query == found_by | {"created_from", "created_before", "limit", "starting_after", "Surety-Version"}
+    assert query == found_by | {
+        *("created_from", "created_before", "limit", "starting_after", "Surety-Version", "Surety-Position")
+    }
 
 
 def test_unknown_paths_and_methods_get_problem_documents(merchant: Merchant) -> None:

@@ -47,6 +47,7 @@ READING = {
     "operators list": (),
     "operators roles": (),
     "roles list": (),
+    "servers": (),
     "status": ("--check",),
     "trace": ("PAYMENT",),
     "velocity list": (),
@@ -59,6 +60,8 @@ WRITING = {
     "dead-letters replay": ("LETTER", *WHY),
     "deploy": (),
     "discrepancies close": ("DISCREPANCY", *WHY),
+    "drill": WHY,
+    "health": ("worker",),
     "handlers pause": ("submit", *WHY),
     "handlers resume": ("submit", *WHY),
     "holds refuse": ("HELD", *WHY),
@@ -80,6 +83,7 @@ WRITING = {
     "restored": WHY,
     "roles grant-login": ("analyst", "ana"),
     "roles revoke-login": ("ana",),
+    "servers": ("local",),
     "velocity add": ("--subject", "email", "--per", "1h", "--count", "1", "--action", "hold"),
     "velocity remove": ("1",),
     "webhooks": (),
@@ -111,6 +115,7 @@ def standby() -> Iterator[Standby]:
                 "DATABASE_URL": servers.standby.url,
                 "SURETY_OPERATOR_KEY": key,
                 "STRIPE_WEBHOOK_SECRET": "whsec_1",
+                "SURETY_SANDBOX_URL": "http://127.0.0.1:1",
             }
             yield Standby(servers, environment, ids)
 

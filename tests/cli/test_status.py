@@ -23,15 +23,17 @@ from tests.support.operators import admin_key
 from tests.support.payments import Connection, add_merchant, fact, pay, record, record_results
 
 
-def surety(database: str, *arguments: str, operator_key: str | None = None) -> subprocess.CompletedProcess[str]:
-    """`surety …` of a further admin, or of the holder of a key."""
+def surety(
+    database: str, *arguments: str, operator_key: str | None = None, reader: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """`surety …` of a further admin, or of the holder of a key; `reader` is the address of a replica."""
     # Reading needs no key, and works where no key can be made.
     is_reading = arguments[0] in {"status", "trace", "deploy"}
     settings = {} if is_reading else {"SURETY_OPERATOR_KEY": operator_key or admin_key(database)}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SURETY_", "STRIPE_", "PG"))}
     return subprocess.run(
         [sys.executable, "-m", "app.cli", *arguments],
-        env=inherited | {"DATABASE_URL": database} | settings,
+        env=inherited | {"DATABASE_URL": database, "SURETY_READER_DATABASE_URL": reader} | settings,
         capture_output=True,
         text=True,
         timeout=30,
@@ -44,8 +46,8 @@ def add_live_worker(conn: Connection) -> None:
     conn.execute("insert into procrastinate.procrastinate_workers default values")
 
 
-def read_status(database: str) -> tuple[int, dict[str, Any]]:
-    done = surety(database, "status", "--json")
+def read_status(database: str, *, reader: str = "") -> tuple[int, dict[str, Any]]:
+    done = surety(database, "status", "--json", reader=reader)
     return done.returncode, json.loads(done.stdout)
 
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from db.replication import ReplicaState
+
 
 class BrokenRule(Struct, rename={"place": "in"}):
     """A rule that a request breaks. `field` is a JSON pointer into the body, or a header's or parameter's name; `meant`
@@ -52,5 +54,8 @@ class ProblemType(Struct):
     explanation: str
 
 
-class Health(Struct):
+class Health(Struct, omit_defaults=True):
+    """Whether this process can take payments."""
+
     status: Literal["ok"]
+    replica: ReplicaState | None = None
