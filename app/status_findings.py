@@ -7,8 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
+from app.finding import Finding, FindingId
+from app.replication_findings import (
+    are_commits_waiting,
+    find_publication_problems,
+    find_replication_problems,
+    find_restore,
+)
 from app.wording import count_noun, format_age
 from db.replication import REPLICA_PROBLEMS
 
@@ -29,68 +36,10 @@ POLLED_EVENTS_MIN = 3
 WEBHOOKS_MISSING_SECONDS_MAX = 300
 OVERDUE_URGENT_SECONDS_MAX = 86_400
 EXPIRES_URGENT_SECONDS = 86_400
-STANDBY_WAIT_SECONDS_MAX = 5
 TAKEOVER_SECONDS = 60
 SIGNATURE_REFUSALS = frozenset({"wrong-signature", "old-signature"})
 VERDICTS = ("GOOD", "LOOK", "ACT")
 RUNBOOK = "docs/operations.md"
-
-CLOSED_DATABASES = {
-    "cluster": "restored from a dump: nothing is accepted or handled",
-    "timeline": "restored from a backup, or a standby took over: nothing is accepted or handled",
-    "server": "this server is none of the servers of business: nothing is accepted or handled",
-}
-
-FindingId = Literal[
-    "no-primary",
-    "commits-wait-for-standby",
-    "no-worker",
-    "handler-behind",
-    "handler-paused",
-    "dead-letters",
-    "critical-discrepancies",
-    "discrepancies",
-    "unknown-outcomes",
-    "access-refused",
-    "key-permissions",
-    "key-of-another-account",
-    "merchant-on-own-account",
-    "refused-payments",
-    "held-payments",
-    "waiting-events",
-    "unfinished-objects",
-    "periodic-job-failing",
-    "periodic-job-late",
-    "list-unreadable",
-    "webhooks-missing",
-    "circuit-open",
-    "old-transaction",
-    "prepared-transaction",
-    "replication-slot",
-    "lost-slot",
-    "event-publication",
-    "standby-behind",
-    "replica-unusable",
-    "restored-elsewhere",
-    "drill-copy",
-    "expiring-keys",
-    "partitions-run-out",
-    "database-unreachable",
-    "not-deployed",
-    "status-unreadable",
-    "settings-invalid",
-    "invariant-violated",
-]
-"""Each is a heading of the runbook, which a test compares."""
-
-
-class Finding(NamedTuple):
-    """A problem: its heading in the runbook, its urgency (1 look, 2 act), a description, and the next step."""
-
-    id: FindingId
-    urgency: int
-    what: str
-    next: str
 
 
 def find_problems(state: dict[str, Any]) -> list[Finding]:
@@ -126,35 +75,6 @@ def find_problems(state: dict[str, Any]) -> list[Finding]:
     return sorted(found, key=lambda finding: -finding.urgency)
 
 
-def find_restore(state: dict[str, Any]) -> Iterator[Finding]:
-    """A database that was restored and is closed, or a copy that was opened for a drill."""
-    if state["is_restored"]:
-        what = CLOSED_DATABASES.get(state["closed_because"], "restored to an earlier time: nothing is handled")
-        yield Finding("restored-elsewhere", 2, what, 'surety restored --reason "…", in a copy surety drill')
-    if state["is_drill"]:
-        yield Finding("drill-copy", 1, "a copy, opened for a drill: workers call no provider", "surety sandbox")
-
-
-def are_commits_waiting(state: dict[str, Any]) -> bool:
-    """Whether commits wait for a synchronous standby that is missing or does not keep up."""
-    replication = state["replication"]
-    is_missing = state["sees_all"] and replication["present"] < replication["needed"]
-    return is_missing or (replication["waiting_seconds"] or 0) > STANDBY_WAIT_SECONDS_MAX
-
-
-def find_replication_problems(state: dict[str, Any]) -> Iterator[Finding]:
-    """Commits that wait for a synchronous standby. A session that is ended meanwhile leaves an unreplicated commit."""
-    if not are_commits_waiting(state):
-        return
-    replication = state["replication"]
-    what = f"commits wait for the standby: {replication['present']} of {replication['needed']} present"
-    if replication["waiting"]:
-        waiting = count_noun(replication["waiting"], "commit")
-        what += f", {waiting} for {format_age(replication['waiting_seconds'])}"
-    next_step = f"bring back the standby ({replication['names']}), or change synchronous_standby_names and reload"
-    yield Finding("commits-wait-for-standby", 2, what, next_step)
-
-
 def find_missing_worker(state: dict[str, Any], *, has_work: bool) -> Finding | None:
     """No live worker. A server that has just taken over, or commits that wait, are no sign of that."""
     if state["workers"]["alive"] or are_commits_waiting(state):
@@ -165,16 +85,6 @@ def find_missing_worker(state: dict[str, Any], *, has_work: bool) -> Finding | N
         what = f"the database took over {format_age(primary_seconds)} ago, and no worker has reported since"
         return Finding("no-worker", 1, what, f"wait a minute, then {start}")
     return Finding("no-worker", 2 if has_work else 1, "no worker is alive", start)
-
-
-def find_publication_problems(publication: dict[str, Any]) -> Iterator[Finding]:
-    """Events that readers of change data capture miss, without an error anywhere."""
-    for slot in publication["lost_slots"]:
-        what = f"the log for the replication slot {slot} is gone: its reader has missed events"
-        yield Finding("lost-slot", 2, what, f"select pg_drop_replication_slot('{slot}'), then a new snapshot")
-    if publication["exists"] and not publication["is_whole"]:
-        what = "the publication surety_events leaves events out, or names their partitions"
-        yield Finding("event-publication", 2, what, "drop publication surety_events, then surety deploy")
 
 
 def find_work_problems(state: dict[str, Any]) -> Iterator[Finding]:

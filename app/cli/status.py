@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli.reading import CanceledOnStandby, connect_to_read, reads
-from app.status_findings import RUNBOOK, VERDICTS, Finding, find_problems, verdict_of
+from app.finding import Finding
+from app.status_findings import RUNBOOK, VERDICTS, find_problems, verdict_of
 from app.wording import count_noun, describe_mode, format_age
 from db.connect import reader_conninfo
 from db.errors import DatabaseNotReady, SettingsError, is_read_only, kind_of, message_of

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from app.cli import cli, identity
-from app.status_findings import Finding, find_problems
+from app.finding import Finding
+from app.status_findings import find_problems
 from app.web.keys import KEY_PATTERN, checksum, key_hash_of, new_key
 from tests.cli.conftest import Run, refused, said
 from tests.conftest import Connection

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from app.cli.operators import ROLES
-from app.status_findings import Finding, find_problems
+from app.finding import Finding
+from app.status_findings import find_problems
 from tests.cli.conftest import Run, refused, said
 from tests.conftest import Connection
 from tests.support.http_client import unique_name

@@ -9,7 +9,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from app.status_findings import Finding, find_problems
+from app.finding import Finding
+from app.status_findings import find_problems
 from db.connect import harden
 from db.deploy.deploy import deploy
 from db.deploy.publication import CREATE_PUBLICATION, publish_events

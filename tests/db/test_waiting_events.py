@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
-from app.status_findings import FindingId, find_problems
+from app.finding import FindingId
+from app.status_findings import find_problems
 from db import BEHAVIOUR_FILES
 from jobs.stripe.errors import ReleaseCause
 from tests.support.payments import Connection, add_merchant, command, pay, record_results

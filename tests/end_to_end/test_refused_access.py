@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from app.status_findings import Finding, find_problems
+from app.finding import Finding
+from app.status_findings import find_problems
 from jobs.polling import poll_events
 from jobs.stripe.connections import OutgoingRequest
 from jobs.worker import Worker

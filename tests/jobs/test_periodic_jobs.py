@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from app.status_findings import FindingId, find_problems
+from app.finding import FindingId
+from app.status_findings import find_problems
 from jobs.leader import run_periodic_jobs
 from jobs.periodic import PERIODIC_JOBS, PeriodicJob, run_and_record
 from jobs.polling import poll_events

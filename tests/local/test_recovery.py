@@ -174,6 +174,7 @@ def test_standby_takes_over_by_itself_only_where_servers_are_listed(standby: tup
     key = admin_key(url)
     refused = surety(url, "servers", "10.0.0.7", SURETY_OPERATOR_KEY=key)
     assert refused.returncode == 1 and "this server, local, must be one of them" in refused.stderr
+    assert "unlisted-standby" in [finding["id"] for finding in read_status(url)[1]["findings"]]
     # Both servers are reached over Unix sockets, so one name stands for both.
     done = surety(url, "servers", "local", "10.0.0.7", SURETY_OPERATOR_KEY=key)
     assert (done.returncode, done.stdout) == (0, "10.0.0.7\nlocal (this server)\n"), done.stderr
@@ -181,6 +182,7 @@ def test_standby_takes_over_by_itself_only_where_servers_are_listed(standby: tup
         _, key_hash = add_merchant(conn)
         done_by_operators = conn.execute("select outcome from audit.entries where kind = 'operator'").fetchall()
         assert ("servers of business set",) in done_by_operators
+        assert "unlisted-standby" not in [finding["id"] for finding in read_status(url)[1]["findings"]]
         [(end,)] = conn.execute("select pg_current_wal_lsn()").fetchall()
     over = other.database_url("surety")
     with psycopg.connect(over, autocommit=True) as conn:

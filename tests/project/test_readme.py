@@ -16,8 +16,9 @@ import msgspec
 from psycopg.conninfo import conninfo_to_dict
 
 from app.cli import cli
+from app.finding import FindingId
 from app.local.processes import free_port
-from app.status_findings import RUNBOOK, FindingId
+from app.status_findings import RUNBOOK
 from db.settings import SECRET_FILES, Settings
 from tests.db.test_ledger import HISTORIES
 from tests.mutations.mutants import MUTANTS
@@ -139,8 +140,8 @@ def test_runbook_has_a_heading_for_every_finding() -> None:
 
 
 def test_every_finding_is_reported_by_the_code() -> None:
-    code = (ROOT / "app" / "status_findings.py").read_text().partition("class Finding(")[2]
-    code += (ROOT / "app" / "cli" / "status.py").read_text()
+    files = ("status_findings.py", "replication_findings.py", "cli/status.py")
+    code = "".join((ROOT / "app" / name).read_text() for name in files)
     assert [finding for finding in get_args(FindingId) if f'"{finding}"' not in code] == []
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from app.api.schemas.fields import Limit, whole
-from app.status_findings import FindingId
+from app.finding import FindingId
 
 DeadLetterAction = Literal["replay", "discard"]
 LetterStatus = Literal["open", "replayed", "discarded", "resolved"]

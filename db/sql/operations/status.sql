@@ -163,6 +163,17 @@ begin atomic
                 select count(*) from pg_stat_replication
                 where pg_stat_replication.sync_state in ('sync', 'quorum') and pg_stat_replication.state = 'streaming'
             ),
+            -- In live mode a standby that takes over does business at once only if servers are listed.
+            'unlisted_standbys', (
+                select count(*) from pg_stat_replication as r
+                where
+                    r.state in ('streaming', 'catchup') and r.application_name <> 'pg_receivewal'
+                    and surety.read_livemode() and not exists (select from outbox.business_servers)
+                    and not exists (
+                        select from pg_replication_slots as s
+                        where r.pid = s.active_pid and s.slot_type = 'logical'
+                    )
+            ),
             'waiting', count(*) filter (where sessions.wait_event = 'SyncRep'),
             'waiting_seconds', round(extract(epoch from clock_timestamp() - min(sessions.query_start) filter (
                 where sessions.wait_event = 'SyncRep'
@@ -179,8 +190,9 @@ end;
 
 comment on function surety.replication_status() is
 'Replication. On a standby, the age of the last replayed commit (replayed_seconds, else null). On a primary,
-synchronous_standby_names (empty: none), how many standbys a commit needs and how many are present, the commits that
-wait for them and for how long, and since when this server is the primary. Without the rights of pg_read_all_stats
+synchronous_standby_names (empty: none), how many standbys a commit needs and how many are present, the standbys that
+`surety servers` does not list in live mode because it lists none, the commits that wait and for how long, and since
+when this server is the primary. Without the rights of pg_read_all_stats
 everything but the names is unknown and looks like zero or null.';
 
 create or replace function surety.unfinished_payments_in_retry(p_limit integer)
