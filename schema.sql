@@ -468,6 +468,21 @@ comment on table surety.fee_rates is
 minute or more after it is set, so it alters no accepted payment, whatever was committed first. Without a row, the rate
 of the merchant and its currency is in force.';
 
+create table surety.fee_rate_withdrawals (
+    merchant_id text collate "C" not null,
+    currency text collate "C" not null,
+    effective_at timestamptz not null,
+    withdrawn_by text not null,
+    withdrawn_at timestamptz not null,
+    constraint fee_rate_withdrawals_pkey primary key (merchant_id, currency, effective_at),
+    constraint fee_rate_withdrawal_is_of_a_rate foreign key (merchant_id, currency, effective_at)
+    references surety.fee_rates (merchant_id, currency, effective_at),
+    constraint fee_rate_is_withdrawn_before_it_begins check (effective_at >= withdrawn_at + interval '1 minute')
+);
+comment on table surety.fee_rate_withdrawals is
+'Changes of merchants'' fees that were withdrawn before they began, append-only: they are never in force. A change that
+has begun, or begins within a minute, stays, so a withdrawal alters no accepted payment.';
+
 create table surety.api_keys (
     id text collate "C" not null,
     merchant_id text collate "C" not null,
@@ -562,7 +577,7 @@ create table surety.operators (
     constraint operator_name_is_short_and_plain check (name ~ '^[A-Za-z0-9._@-]{1,100}$'),
     constraint operator_email_is_unique unique (email),
     constraint operator_email_is_an_address check (
-        char_length(email) <= 254 and email ~ '^[^\s@<>]+@[^\s@<>]+$' and email = lower(email)
+        char_length(email) <= 254 and email ~ '^[^\s@<>]+@[^\s@<>]+$' and email = lower(email collate "C")
     ),
     constraint operator_role_is_known foreign key (role) references surety.operator_roles (role)
 );
@@ -681,7 +696,8 @@ create table surety.payment_labels (
     constraint payment_labels_pkey primary key (merchant_id, name, value, payment_id)
 );
 comment on table surety.payment_labels is
-'The texts by which merchants find their payments: metadata.KEY, and customer.email in lower case.';
+'The texts by which merchants find their payments: metadata.KEY, and customer.email as it is compared
+(surety.fold_email).';
 comment on table surety.payment_references is
 'References in use, by payments that are neither failed nor canceled.';
 
@@ -693,6 +709,7 @@ create table surety.customers (
     livemode boolean not null,
     version integer not null default 1,
     email text,
+    folded_email text collate "C",
     name text,
     phone text,
     description text,
@@ -712,6 +729,7 @@ create table surety.customers (
     references surety.merchants (id, livemode),
     constraint customer_of_its_merchant_can_be_referred_to unique (merchant_id, id),
     constraint customer_email_is_short check (char_length(email) between 3 and 254),
+    constraint customer_email_has_a_form_to_compare check ((email is null) = (folded_email is null)),
     constraint customer_name_is_short check (char_length(name) between 1 and 200),
     constraint customer_phone_is_short check (char_length(phone) between 1 and 20),
     constraint customer_description_is_short check (char_length(description) between 1 and 1000),
@@ -722,13 +740,13 @@ create table surety.customers (
         erased_at is null or num_nonnulls(email, name, phone, description, shipping) = 0
     )
 );
-create index customers_by_email on surety.customers (merchant_id, lower(email), id) where email is not null;
+create index customers_by_email on surety.customers (merchant_id, folded_email, id) where folded_email is not null;
 create unique index customer_is_one_at_its_provider on surety.customers (provider, provider_account, provider_id)
 where provider_id is not null;
 comment on table surety.customers is
-'Merchants'' customers. A worker creates one at the provider before its first payment (provider_id), and passes later
-changes on: provider_version is the last version that it answered about, provider_failure why it did not take that one.
-erased_at: the personal data are erased.';
+'Merchants'' customers. folded_email is the address as it is compared (surety.fold_email). A worker creates one at the
+provider before its first payment (provider_id), and passes later changes on: provider_version is the last version that
+it answered about, provider_failure why it did not take that one. erased_at: the personal data are erased.';
 
 create table surety.payment_methods (
     id text collate "C" not null,
@@ -762,6 +780,8 @@ comment on table surety.payment_methods is
 from where and to which text the payer agreed. detached_at: it was removed, by the merchant or at the provider.';
 create index payment_methods_of_a_payment on surety.payment_methods (payment_id);
 create index payment_methods_at_the_provider on surety.payment_methods (provider_id);
+create index payment_methods_of_a_card on surety.payment_methods (merchant_id, fingerprint)
+where fingerprint is not null;
 
 create table surety.customer_calls (
     customer_id text collate "C" not null,
@@ -1106,7 +1126,7 @@ create table surety.velocity_rules (
     constraint velocity_rules_pkey primary key (id),
     constraint velocity_rule_is_of_a_merchant foreign key (merchant_id) references surety.merchants (id),
     constraint velocity_currency_is_known foreign key (currency) references surety.currencies (currency),
-    constraint velocity_subject_is_known check (subject in ('customer', 'email')),
+    constraint velocity_subject_is_known check (subject in ('card', 'customer', 'email')),
     constraint velocity_action_is_known check (action in ('refuse', 'hold')),
     constraint velocity_period_is_bounded check (period between interval '1 second' and interval '90 days'),
     constraint velocity_rule_bounds_something check (count_max is not null or amount_max_minor is not null),
@@ -1115,10 +1135,10 @@ create table surety.velocity_rules (
 );
 create index velocity_rules_in_force on surety.velocity_rules (merchant_id) where removed_at is null;
 comment on table surety.velocity_rules is
-'How many payments of one subject (a payer''s e-mail address, or a stored customer) a merchant may accept within a
-period that ends with each new payment, and how much in minor units of currency. Without a merchant a rule is for each
-merchant, whose payments count apart from those of others. With a currency it is about payments in it alone. action:
-refuse or hold a payment beyond it.';
+'How many payments of one subject (a payer''s e-mail address, a stored customer, the card of a saved payment method) a
+merchant may accept within a period that ends with each new payment, and how much in minor units of currency. Without a
+merchant a rule is for each merchant, whose payments count apart from those of others. With a currency it is about
+payments in it alone. action: refuse or hold a payment beyond it.';
 
 create table surety.payment_holds (
     payment_id text collate "C" not null,

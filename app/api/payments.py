@@ -12,6 +12,7 @@ from app.api.schemas.expanded import PaymentQuery
 from app.api.schemas.payments import PaymentsQuery
 from app.api.waiting import AwaitedObject
 from app.web.asgi import HttpResponse
+from app.web.problems import Problem, RuleViolation, invalid_request
 
 
 async def get_payment(request: ApiRequest) -> HttpResponse:
@@ -35,6 +36,11 @@ async def list_payments(request: ApiRequest) -> HttpResponse:
     """List payments, newest first."""
     caller = request.caller()
     asked = await request.merchant_query(caller, PaymentsQuery)
+    try:
+        labels = labels_of(asked)
+    except Problem:
+        await caller.require_valid_key()
+        raise
     document = await caller.fetch(
         "select body from api.list_payments(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
         asked.state,
@@ -44,16 +50,25 @@ async def list_payments(request: ApiRequest) -> HttpResponse:
         asked.created_before,
         asked.limit,
         asked.starting_after,
-        msgspec.json.encode(labels_of(asked)).decode(),
+        msgspec.json.encode(labels).decode(),
     )
     return request.respond(document)
 
 
 def labels_of(asked: PaymentsQuery) -> dict[str, str]:
-    """The labels that payments must have, by name, as surety.labels_of_payment names them."""
+    """The labels that payments must have, by name, as surety.labels_of_payment names them.
+
+    Raises Problem if a key of metadata is given twice.
+    """
     labels = {f"metadata.{key}": value for key, value in asked.metadata.items()}
+    for text in asked.metadata_is:
+        key, _, value = text.partition("=")
+        if labels.setdefault(f"metadata.{key}", value) != value:
+            broken = RuleViolation("metadata_is", "once", "metadata_is must give each key once, with one text")
+            broken.place = "query"
+            raise invalid_request([broken])
     if asked.customer_email is not None:
-        labels["customer.email"] = asked.customer_email.lower()
+        labels["customer.email"] = asked.customer_email
     if asked.customer_id is not None:
         labels["customer.id"] = asked.customer_id
     return labels

@@ -23,7 +23,7 @@ LIST_CUSTOMERS = """
         surety.format_time(c.created_at) as created_at, surety.format_time(c.erased_at) as erased_at
     from surety.customers as c
     where (%(merchant)s::text is null or c.merchant_id = %(merchant)s)
-        and (%(email)s::text is null or lower(c.email) = lower(%(email)s))
+        and (%(email)s::text is null or c.folded_email = surety.fold_email(%(email)s))
     order by c.id desc limit %(limit)s
 """
 SHOW_CUSTOMER = """

@@ -59,9 +59,11 @@ def erase(
     with connect("deploy", load_settings()) as conn:
         by = authorize(conn, "customers:erase")
         require_merchant(conn, merchant_id, "--merchant")
-        with conn.transaction(force_rollback=True) if dry_run else conn.cursor():
+        if dry_run:
+            counts, refused, provider_ids, payments = count_all(conn, merchant_id, email, payment_id, customer_id)
+        else:
             counts, refused, provider_ids, payments = erase_all(conn, by, merchant_id, email, payment_id, customer_id)
-            methods = find_kept_mandates(conn, payments)
+        methods = find_kept_mandates(conn, payments)
     if as_json:
         rows = {name: number for name, number in sorted(counts.items()) if number}
         kept = {"kept_by_provider": provider_ids, "methods_with_mandate": methods}
@@ -95,13 +97,10 @@ def erase_all(
     while True:
         payments, customers, provider_ids = find(conn, merchant_id, email, payment_id, customer_id)
         if not erased and not payments and not customers:
-            raise SuretyError(f"nothing of {merchant_id} was found: no payment and no customer")
+            raise nothing_found(merchant_id)
         found.update(payments)
         named.update(provider_ids)
-        rows = conn.execute(
-            "select p.id, surety.why_not_erasable(p) from surety.payments as p where p.id = any(%s)", (payments,)
-        ).fetchall()
-        refused = {payment: reason for payment, reason in rows if reason is not None}
+        refused = find_refused(conn, payments)
         new_payments = [payment for payment in payments if payment not in refused and payment not in erased]
         new_customers = [customer for customer in customers if not refused and customer not in erased]
         if not new_payments and not new_customers:
@@ -115,6 +114,50 @@ def erase_all(
         (by, merchant_id, Jsonb(snapshot)),
     )
     return counts, refused, sorted(named), sorted(found)
+
+
+def count_all(
+    conn: Connection, merchant_id: str, email: str | None, payment_id: str | None, customer_id: str | None
+) -> tuple[Counter[str], dict[str, str], list[str], list[str]]:
+    """What erase_all would return if nothing happened meanwhile. Changes and locks nothing.
+
+    Raises SuretyError if nothing is found.
+    """
+    counts: Counter[str] = Counter()
+    with conn.transaction():
+        conn.execute("set transaction isolation level repeatable read, read only")
+        payments, customers, provider_ids = find(conn, merchant_id, email, payment_id, customer_id)
+        if not payments and not customers:
+            raise nothing_found(merchant_id)
+        refused = find_refused(conn, payments)
+        erasable = [payment for payment in payments if payment not in refused]
+        erasable_customers = customers if not refused else []
+        if subjects := [*erasable, *erasable_customers]:
+            [(rows, events)] = conn.execute(
+                "select surety.count_erasable_rows(%s, %s), surety.count_erasable_events(%s, %s)",
+                (erasable, erasable_customers, subjects, first_event_id(subjects)),
+            ).fetchall()
+            counts.update(rows | {"provider_events": events})
+    return counts, refused, provider_ids, payments
+
+
+def find_refused(conn: Connection, payments: list[str]) -> dict[str, str]:
+    """Those of the payments that are in progress, with the reason."""
+    rows = conn.execute(
+        "select p.id, surety.why_not_erasable(p) from surety.payments as p where p.id = any(%s)", (payments,)
+    ).fetchall()
+    return {payment: reason for payment, reason in rows if reason is not None}
+
+
+def nothing_found(merchant_id: str) -> SuretyError:
+    """The merchant has no such payer."""
+    return SuretyError(f"nothing of {merchant_id} was found: no payment and no customer")
+
+
+def first_event_id(subjects: list[str]) -> str:
+    """An id before those of all events about these payments and customers."""
+    oldest = min(id.partition("_")[2] for id in subjects)
+    return f"whk_{oldest[:ID_DIGITS]}"
 
 
 def find(
@@ -132,8 +175,7 @@ def erase_found(conn: Connection, counts: Counter[str], payments: list[str], cus
     # In this order a repetition after a kill finds the rest: first the ids with which later events are compared, last
     # the labels and addresses by which payments and customers are found.
     conn.execute("select surety.begin_erasure(%s)", ([*payments, *customers],))
-    oldest = min(id.partition("_")[2] for id in [*payments, *customers])
-    counts["provider_events"] += redact_events(conn, f"whk_{oldest[:ID_DIGITS]}")
+    counts["provider_events"] += redact_events(conn, first_event_id([*payments, *customers]))
     erased = {
         payment
         for payment in payments
@@ -173,8 +215,9 @@ def digest_of(conn: Connection, email: str | None) -> str | None:
     """A keyed digest of the address, by which the audit trail answers whether it was erased, without naming it."""
     if email is None:
         return None
-    [(environment,)] = conn.execute("select id from surety.environment").fetchall()
-    return hmac.digest(environment.encode(), email.lower().encode(), "sha256").hex()
+    query = "select id, surety.fold_email(%s) from surety.environment"
+    [(environment, folded)] = conn.execute(query, (email,)).fetchall()
+    return hmac.digest(environment.encode(), folded.encode(), "sha256").hex()
 
 
 def find_kept_mandates(conn: Connection, payments: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load_settings
 
-SUBJECTS = ("customer", "email")
+SUBJECTS = ("card", "customer", "email")
 PERIOD = re.compile(r"([1-9][0-9]{0,6})([smhd])")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 PERIOD_MAX = timedelta(days=90)
@@ -89,7 +89,7 @@ def print_velocity_rules(removed: bool, as_json: bool) -> None:
 
 @velocity.command("add")
 @click.option("--merchant", "merchant_id", metavar="MERCHANT", help="Default: each merchant, counted apart.")
-@click.option("--subject", type=click.Choice(SUBJECTS), required=True, help="By what payments are counted.")
+@click.option("--subject", type=click.Choice(SUBJECTS), required=True, help="By what payments are counted; see above.")
 @click.option("--per", "period", metavar="TIME", required=True, callback=parse_period, help="Such as 15m, 24h, 7d.")
 @click.option("--count", type=click.IntRange(0, BIGINT_MAX), help="The most payments of one payer in that time.")
 @click.option("--amount", type=click.IntRange(0, BIGINT_MAX), help="The most money, in minor units of --currency.")
@@ -99,7 +99,14 @@ def add_velocity_rule(
     merchant_id: str | None, subject: str, period: timedelta, count: int | None, amount: int | None,
     currency: str | None, action: str,
 ) -> None:  # fmt: skip
-    """Add a rule; prints its id. Payments of the period before it count at once."""
+    r"""Add a rule; prints its id. Payments of the period before it count at once.
+
+    \b
+    email     the payer's address, given with the payment
+    customer  the stored customer
+    card      the card of a saved payment method: payments by methods of it, whichever customer's, and those that saved
+              one. Payments by a new token are neither judged nor counted: their card is not known beforehand.
+    """
     if count is None and amount is None:
         raise SuretyError("give --count, --amount or both")
     if amount is not None and currency is None:

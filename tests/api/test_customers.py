@@ -105,13 +105,13 @@ def test_update_without_effect_changes_nothing(merchant: Merchant, body: Json) -
 
 def test_customers_are_listed_newest_first_and_by_email(merchant: Merchant) -> None:
     ada, bob, again = (
-        new_customer(merchant, email=email)["id"] for email in ("a@x.example", "b@x.example", "A@x.example")
+        new_customer(merchant, email=email)["id"] for email in ("á@x.example", "b@x.example", "Á@x.example")
     )
     first = merchant.get("/v1/customers", limit=2)
     assert ([each["id"] for each in first["data"]], first["has_more"]) == ([again, bob], True)
     rest = merchant.get("/v1/customers", limit=2, starting_after=bob)
     assert ([each["id"] for each in rest["data"]], rest["has_more"]) == ([ada], False)
-    assert [each["id"] for each in merchant.get("/v1/customers", email="a@X.example")["data"]] == [again, ada]
+    assert [each["id"] for each in merchant.get("/v1/customers", email="a\u0301@X.example")["data"]] == [again, ada]
 
 
 def test_invalid_customer_is_refused_with_every_broken_rule(merchant: Merchant) -> None:
@@ -177,8 +177,8 @@ def test_payment_names_its_customer_and_is_found_by_it(merchant: Merchant) -> No
 def test_payments_of_a_stored_customer_are_found_by_its_id_not_by_its_address(merchant: Merchant) -> None:
     id = new_customer(merchant, email="ada@shop.example")["id"]
     merchant.pay(customer_id=id)
-    inline = merchant.pay(customer={"email": "Ada@shop.example"})
-    found = merchant.get("/v1/payments", customer_email="ada@shop.example")["data"]
+    inline = merchant.pay(customer={"email": "Zoë@shop.example"})
+    found = merchant.get("/v1/payments", customer_email="ZOË@shop.example")["data"]
     assert [each["id"] for each in found] == [inline["id"]]
 
 

@@ -11,8 +11,8 @@ from tests.support.payments import fact, record
 REMOVED = "update surety.payment_methods set detached_at = surety.time_now() where id = %(method)s"
 EXPIRED = "update surety.payment_methods set exp_year = 2020 where id = %(method)s"
 ERASED = (
-    "update surety.customers set erased_at = surety.time_now(), email = null, name = null, phone = null,"
-    " description = null, shipping = null where id = %(customer)s"
+    "update surety.customers set erased_at = surety.time_now(), email = null, folded_email = null, name = null,"
+    " phone = null, description = null, shipping = null where id = %(customer)s"
 )
 SUSPENDED = "select surety.suspend_merchant(%(merchant)s, true, 'test')"
 

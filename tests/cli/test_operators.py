@@ -214,6 +214,12 @@ def test_account_that_breaks_a_rule_is_refused(run: Run, options: tuple[str, ...
     assert refused(run("operators", "add", *options, "--role", "viewer")).startswith(report)
 
 
+def test_address_belongs_to_one_operator_whatever_its_case(run: Run) -> None:
+    said(run("operators", "add", "zoe", "--email", "zoë@example.com", "--role", "viewer"))
+    again = refused(run("operators", "add", "zoe2", "--email", "ZOË@example.com", "--role", "viewer"))
+    assert again == "--email: another operator has this address"
+
+
 def test_expiring_key_of_an_operator_is_a_finding_until_it_is_rotated(run: Run, conn: Connection) -> None:
     add_operator(conn, "eve", "support")
     said(run("keys", "create", "--operator", "eve", "--role", "viewer", "--network", "203.0.113.0/24", "--days", "30"))

@@ -81,6 +81,11 @@ VIOLATIONS: dict[str, str] = {
         "insert into surety.payment_references (merchant_id, reference, payment_id)"
         " select merchant_id, 'order-1', 'pay_that_never_was' from surety.payments where id = %(p)s"
     ),
+    "a customer is found by its e-mail address": (
+        "insert into surety.customers (id, merchant_id, livemode, email, folded_email, provider, provider_account,"
+        " created_at, updated_at) select 'cus_' || substr(id, 5), merchant_id, livemode, 'ZO\u00cb@shop.example',"
+        " 'zo\u00cb@shop.example', 'stripe', '', now(), now() from surety.payments where id = %(p)s"
+    ),
     "a payment is found by its metadata and e-mail address": (
         "insert into surety.payment_labels (merchant_id, name, value, payment_id)"
         " select merchant_id, 'metadata.cart', '9', id from surety.payments where id = %(p)s"

@@ -47,13 +47,14 @@ def of(payer: str | None, key: bytes, **fields: Any) -> dict[str, Any]:
 def test_payments_of_one_address_beyond_the_count_are_refused(conn: Connection, merchant: tuple[str, bytes]) -> None:
     merchant_id, key = merchant
     rule = add_rule(conn, merchant_id=merchant_id, count=2)
-    asked = [of(payer, key) for payer in ("ada@example.com", "ADA@Example.com", "ada@example.com", "bob@example.com")]
+    payers = ("zoë@example.com", "ZOË@Example.com", "Zoe\u0308@example.com", "bob@example.com")
+    asked = [of(payer, key) for payer in payers]
     rows = create(conn, [*asked, of(None, key), of(None, key), of(None, key)])
     assert problems(rows) == [None, None, "velocity-exceeded", None, None, None, None]
     assert rows[2]["detail"] == {
         "rule": rule, "subject": "email", "exceeded": "count", "maximum": 2, "period_seconds": 3600, "currency": None,
     }  # fmt: skip
-    assert problems(create(conn, [of("ada@example.com", key)])) == ["velocity-exceeded"]
+    assert problems(create(conn, [of("ZOË@example.com", key)])) == ["velocity-exceeded"]
     assert conn.execute("select count(*) from surety.idempotency_keys").fetchone() == (6,)
 
 
@@ -133,6 +134,72 @@ def test_second_transaction_waits_for_the_first_of_the_same_payer(
             create(first, [of("ada@example.com", key)])
             assert problems(create(second, [of("bob@example.com", key)])) == [None], "another payer waits for nothing"
             waiting = pool.submit(create, second, [of("ada@example.com", key)])
+            until_waiting(conn, second)
+        assert problems(waiting.result()) == ["velocity-exceeded"]
+
+
+def save_card(conn: Connection, merchant_id: str, key: bytes, fingerprint: str) -> str:
+    """A saved payment method of a new customer, saved by a payment of it."""
+    customer = command(conn, "create_customer", key)["body"]["id"]
+    [saving] = create(conn, [request(key, customer_id=customer)])
+    [(method,)] = conn.execute(
+        "insert into surety.payment_methods (id, customer_id, merchant_id, type, fingerprint, provider_id, usage,"
+        " mandate, payment_id, created_at) select surety.new_id('spm', surety.time_now()), %s, %s, 'card', %s, 'pm_1',"
+        " 'off_session', '{}', %s, now() returning id",
+        (customer, merchant_id, fingerprint, saving["payment_id"]),
+    ).fetchall()
+    return str(method)
+
+
+def by(method: str, key: bytes, **fields: Any) -> dict[str, Any]:
+    """A request by a saved payment method."""
+    return request(key, saved_method=method, method_token=None, off_session=True, return_url=None, **fields)
+
+
+def test_payments_of_one_card_are_counted_whichever_customer_saved_it(
+    conn: Connection, merchant: tuple[str, bytes]
+) -> None:
+    merchant_id, key = merchant
+    other_id, other_key = add_merchant(conn)
+    first, again, different = (save_card(conn, merchant_id, key, card) for card in ("card_1", "card_1", "card_2"))
+    elsewhere = save_card(conn, other_id, other_key, "card_1")
+    rule = add_rule(conn, count=4, subject="card")
+    # Two payments saved the card.
+    rows = create(conn, [by(first, key), by(again, key), by(different, key), by(first, key), request(key)])
+    assert problems(rows) == [None, None, None, "velocity-exceeded", None], "a new token is not judged"
+    assert (rows[3]["detail"]["rule"], rows[3]["detail"]["subject"]) == (rule, "card")
+    assert problems(create(conn, [by(again, key), by(elsewhere, other_key)])) == ["velocity-exceeded", None]
+    conn.execute("update surety.payment_methods set detached_at = now() where id = %s", (first,))
+    assert problems(create(conn, [by(again, key)])) == ["velocity-exceeded"], "a removed method counts"
+    conn.execute("update surety.payment_methods set fingerprint = null where id = %s", (first,))
+    assert problems(create(conn, [by(again, key)])) == [None], "an erased card is unknown"
+
+
+def test_amount_of_one_card_is_bounded_in_its_currency_and_period(
+    conn: Connection, merchant: tuple[str, bytes]
+) -> None:
+    merchant_id, key = merchant
+    move_clock(conn, "10:00:00")
+    method = save_card(conn, merchant_id, key, "card_1")
+    add_rule(conn, "hold", amount=1000, currency="usd", subject="card", per="30 minutes")
+    move_clock(conn, "10:30:10")
+    asked = [by(method, key, amount=amount, currency=currency) for amount, currency in ((700, "usd"), (5000, "eur"))]
+    assert [json.loads(row["body"])["hold"] for row in create(conn, asked)] == [None, None]
+    [held] = create(conn, [by(method, key, amount=301)])
+    assert json.loads(held["body"])["hold"]["status"] == "open"
+
+
+def test_second_transaction_waits_for_the_first_of_the_same_card(
+    conn: Connection, connect: Connect, merchant: tuple[str, bytes]
+) -> None:
+    merchant_id, key = merchant
+    first_method, second_method = (save_card(conn, merchant_id, key, "card_1") for _ in range(2))
+    add_rule(conn, count=3, subject="card")
+    first, second = connect("api"), connect("api")
+    with ThreadPoolExecutor(1) as pool:
+        with first.transaction():
+            create(first, [by(first_method, key)])
+            waiting = pool.submit(create, second, [by(second_method, key)])
             until_waiting(conn, second)
         assert problems(waiting.result()) == ["velocity-exceeded"]
 

@@ -23,7 +23,7 @@ MerchantId = Annotated[
 class HoldFinding(Struct):
     """The bound of a velocity rule that the payment exceeded: `count` of payments, or `amount` in minor units."""
 
-    subject: Literal["customer", "email"]
+    subject: Literal["card", "customer", "email"]
     exceeded: Literal["count", "amount"]
     maximum: int
     period_seconds: int

@@ -144,10 +144,10 @@ declare
     v_id text := surety.new_id('opr', surety.time_now());
 begin
     insert into surety.operators (id, name, email, role, created_by, created_at)
-    values (v_id, p_name, lower(p_email), p_role, p_actor, surety.time_now());
+    values (v_id, p_name, surety.fold_email(p_email), p_role, p_actor, surety.time_now());
     perform surety.audit_operator_action(
         p_actor, null, 'operator added',
-        jsonb_build_object('id', v_id, 'operator', p_name, 'email', lower(p_email), 'role', p_role));
+        jsonb_build_object('id', v_id, 'operator', p_name, 'email', surety.fold_email(p_email), 'role', p_role));
     perform surety.add_operator_key(p_name, p_hash, p_hint, p_actor);
     return v_id;
 end;
@@ -190,7 +190,7 @@ begin atomic
     with changed as (
         update surety.operators
         set
-            email = coalesce(lower(p_email), operators.email),
+            email = coalesce(surety.fold_email(p_email), operators.email),
             role = coalesce(p_role, operators.role),
             deactivated_at = case
                 when p_is_active then null
@@ -198,7 +198,7 @@ begin atomic
                 else operators.deactivated_at
             end
         where operators.name = p_name and (
-            lower(p_email) <> operators.email or p_role <> operators.role
+            surety.fold_email(p_email) <> operators.email or p_role <> operators.role
             or p_is_active <> (operators.deactivated_at is null)
         )
         returning operators.id, operators.email, operators.role, operators.deactivated_at is null as is_active

@@ -12,12 +12,13 @@ begin
         return v_admitted.outcome;
     end if;
     insert into surety.customers (
-        id, merchant_id, livemode, email, name, phone, description, shipping, metadata, provider, provider_account,
-        created_at, updated_at
+        id, merchant_id, livemode, email, folded_email, name, phone, description, shipping, metadata, provider,
+        provider_account, created_at, updated_at
     )
     select
-        surety.new_id('cus', v_now), m.id, m.livemode, p_request ->> 'email', p_request ->> 'name',
-        p_request ->> 'phone', p_request ->> 'description', nullif(p_request -> 'shipping', 'null'),
+        surety.new_id('cus', v_now), m.id, m.livemode, p_request ->> 'email',
+        surety.fold_email(p_request ->> 'email'), p_request ->> 'name', p_request ->> 'phone',
+        p_request ->> 'description', nullif(p_request -> 'shipping', 'null'),
         coalesce(p_request -> 'metadata', '{}'), 'stripe', m.provider_account, v_now, v_now
     from surety.merchants as m where m.id = v_admitted.merchant_id
     returning * into v_customer;
@@ -76,8 +77,8 @@ begin
         update surety.customers as c
         set
             version = c.version + 1, updated_at = v_admitted.admitted_at, metadata = v_changed.metadata,
-            email = v_changed.email, name = v_changed.name, phone = v_changed.phone,
-            description = v_changed.description, shipping = v_changed.shipping
+            email = v_changed.email, folded_email = surety.fold_email(v_changed.email), name = v_changed.name,
+            phone = v_changed.phone, description = v_changed.description, shipping = v_changed.shipping
         where c.id = v_customer.id
         returning * into v_customer;
         perform surety.emit_customer_event(v_customer, 'customer.updated', v_admitted.admitted_at);
@@ -146,7 +147,7 @@ begin
     else
         v_ids := array(
             select c.id from surety.customers as c
-            where c.merchant_id = v_merchant and lower(c.email) = lower(p_email) and c.id < v_before
+            where c.merchant_id = v_merchant and c.folded_email = surety.fold_email(p_email) and c.id < v_before
             order by c.id desc
             limit p_limit + 1
         );

@@ -37,6 +37,11 @@ declare
     v_states text [];
     -- A state whose status depends on the rail.
     v_rails text [] := case p_status when 'returned' then '{ach}' when 'lost' then '{card}' end;
+    v_labels jsonb := p_labels || case
+        when p_labels ? 'customer.email'
+            then jsonb_build_object('customer.email', surety.fold_email(p_labels ->> 'customer.email'))
+        else '{}'
+    end;
     v_name text;
     v_value text;
     v_ids text [];
@@ -58,9 +63,9 @@ begin
         );
     end if;
     v_before := least(v_before collate "C", p_starting_after collate "C");
-    if p_labels <> '{}' then
+    if v_labels <> '{}' then
         -- Through the payments with one of the labels. The others are looked up.
-        select l.key, l.value into v_name, v_value from jsonb_each_text(p_labels) as l order by l.key limit 1;
+        select l.key, l.value into v_name, v_value from jsonb_each_text(v_labels) as l order by l.key limit 1;
         v_ids := array(
             select p.id
             from surety.payment_labels as l
@@ -70,7 +75,7 @@ begin
                 and (p_reference is null or p.reference = p_reference)
                 and (v_states is null or p.state = any(v_states)) and (v_rails is null or p.rail = any(v_rails))
                 and not exists (
-                    select from jsonb_each_text(p_labels) as other
+                    select from jsonb_each_text(v_labels) as other
                     where not exists (
                         select from surety.payment_labels as found
                         where found.merchant_id = v_merchant and found.name = other.key and found.value = other.value

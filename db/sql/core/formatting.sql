@@ -12,7 +12,9 @@ comment on function surety.format_time(timestamptz) is
 create or replace function surety.format_amount(p_amount_minor bigint, p_currency text) returns text
 language sql stable parallel safe set search_path = pg_catalog, pg_temp
 begin atomic
-    select round(p_amount_minor / 10.0 ^ currencies.exponent, currencies.exponent) || ' ' || upper(p_currency)
+    select
+        round(p_amount_minor / 10.0 ^ currencies.exponent, currencies.exponent)
+        || ' ' || upper(p_currency collate "C")
     from surety.currencies
     where currencies.currency = p_currency;
 end;
@@ -89,14 +91,14 @@ begin atomic
         )
         || case
             when p_customer ->> 'email' is null then '{}'::jsonb
-            else jsonb_build_object('customer.email', lower(p_customer ->> 'email'))
+            else jsonb_build_object('customer.email', surety.fold_email(p_customer ->> 'email'))
         end
         || case when p_customer_id is null then '{}'::jsonb else jsonb_build_object('customer.id', p_customer_id) end;
 end;
 
 comment on function surety.label_object(jsonb, jsonb, text) is
-'The texts by which a merchant finds a payment, {name: value}: its metadata, the payer''s e-mail address in lower case,
-and the id of its customer.';
+'The texts by which a merchant finds a payment, {name: value}: its metadata, the payer''s e-mail address as it
+is compared, and the id of its customer.';
 
 create or replace function surety.labels_of_payment(p surety.payments) returns table (name text, value text)
 language sql stable parallel safe

@@ -11,7 +11,7 @@ begin atomic
         from surety.customers
         where
             customers.merchant_id = p_merchant_id
-            and (customers.id = p_customer_id or lower(customers.email) = lower(p_email))
+            and (customers.id = p_customer_id or customers.folded_email = surety.fold_email(p_email))
     ),
 
     found_payments as (
@@ -25,7 +25,7 @@ begin atomic
         where
             payment_labels.merchant_id = p_merchant_id
             and (
-                (payment_labels.name = 'customer.email' and payment_labels.value = lower(p_email))
+                (payment_labels.name = 'customer.email' and payment_labels.value = surety.fold_email(p_email))
                 or (
                     payment_labels.name = 'customer.id'
                     and payment_labels.value in (select found_customers.id from found_customers)

@@ -56,7 +56,9 @@ $$;
 
 comment on function surety.parse_event(text) is 'The body of a provider''s event; null if it is no JSON.';
 
-create or replace function surety.is_about_erased(p_provider text, p_account text, p_event jsonb) returns boolean
+create or replace function surety.is_about_erased(
+    p_provider text, p_account text, p_event jsonb, p_subject_ids text[] default null
+) returns boolean
 language plpgsql stable set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
 as $$
@@ -78,12 +80,16 @@ declare
         where c.provider = p_provider and c.provider_account = p_account and c.provider_id = any(v_ids)
     ) || (v_object #>> '{metadata,surety_payment}');
 begin
+    if p_subject_ids is not null then
+        return v_subjects && p_subject_ids;
+    end if;
     return exists (select from surety.erasures as e where e.subject_id = any(v_subjects));
 end;
 $$;
 
-comment on function surety.is_about_erased(text, text, jsonb) is
-'Whether a provider''s event is about an erased payment or customer, by the ids of its object and the metadata.';
+comment on function surety.is_about_erased(text, text, jsonb, text[]) is
+'Whether a provider''s event is about an erased payment or customer, by the ids of its object and the metadata.
+p_subject_ids: about one of these instead.';
 
 create or replace function surety.redact_new_event(p_provider text, p_account text, p_body text) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -180,6 +186,31 @@ end;
 comment on function surety.redact_answer(text) is
 'A document of the API without a payer''s data, its fields in the same order.';
 
+create or replace function surety.find_answers(p_payment surety.payments) returns setof surety.idempotency_keys
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    -- The audit trail knows the keys of a payment's requests.
+    select
+        idempotency_keys.merchant_id,
+        idempotency_keys.route,
+        idempotency_keys.key,
+        idempotency_keys.request_hash,
+        idempotency_keys.payment_id,
+        idempotency_keys.status,
+        idempotency_keys.response,
+        idempotency_keys.created_at
+    from audit.entries
+    inner join surety.idempotency_keys
+        on
+            idempotency_keys.merchant_id = p_payment.merchant_id
+            and idempotency_keys.route = entries.snapshot ->> 'route'
+            and idempotency_keys.key = entries.snapshot ->> 'idempotency_key'
+    where entries.payment_id = p_payment.id and entries.id >= 'aud_' || substr(p_payment.id, 5, 11);
+end;
+
+comment on function surety.find_answers(surety.payments) is
+'The stored answers to the requests about a payment, some of them several times.';
+
 create or replace function surety.erase_answers(p_keys surety.idempotency_keys[]) returns bigint
 language sql volatile set search_path = pg_catalog, pg_temp
 begin atomic
@@ -201,20 +232,36 @@ comment on function surety.erase_answers(surety.idempotency_keys[]) is
 'Removes payers'' data from stored answers: a repeated request gets the rest. The hash of the request stays, by which a
 repetition is known, until the key is deleted after 30 days. Returns how many have changed.';
 
+create or replace function surety.find_rejected_webhooks(p_email text, p_name text, p_ids text[]) returns text[]
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select array(
+        select rejected_webhooks.id
+        from surety.rejected_webhooks
+        where exists (
+            select from unnest(
+                array_remove(p_ids, null)
+                -- Shorter ones may be words of any webhook.
+                || case
+                    when length(p_email) >= 5 and p_email like '%_@_%'
+                        then array[p_email, lower(p_email collate "C"), surety.fold_email(p_email)]
+                end
+                || case when length(p_name) >= 5 and trim(p_name) like '% %' then array[p_name] end
+            ) as words (word)
+            where position(convert_to(words.word, 'UTF8') in rejected_webhooks.body) > 0
+        )
+    );
+end;
+
+comment on function surety.find_rejected_webhooks(text, text, text[]) is
+'The ids of rejected webhooks that hold a payer''s address, its full name or one of our or the provider''s ids.';
+
 create or replace function surety.delete_rejected_webhooks(p_email text, p_name text, p_ids text[]) returns bigint
 language sql volatile set search_path = pg_catalog, pg_temp
 begin atomic
     with deleted as (
         delete from surety.rejected_webhooks
-        where exists (
-            select from unnest(
-                p_ids
-                -- Shorter ones may be words of any webhook.
-                || case when length(p_email) >= 5 and p_email like '%_@_%' then array[p_email, lower(p_email)] end
-                || case when length(p_name) >= 5 and trim(p_name) like '% %' then array[p_name] end
-            ) as words (word)
-            where position(convert_to(words.word, 'UTF8') in rejected_webhooks.body) > 0
-        )
+        where rejected_webhooks.id = any(surety.find_rejected_webhooks(p_email, p_name, p_ids))
         returning rejected_webhooks.id
     )
 
@@ -222,8 +269,23 @@ begin atomic
 end;
 
 comment on function surety.delete_rejected_webhooks(text, text, text[]) is
-'Deletes rejected webhooks that hold a payer''s address, its full name or one of our or the provider''s ids. Returns how
-many.';
+'Deletes the webhooks that surety.find_rejected_webhooks finds. Returns how many.';
+
+create or replace function surety.words_of_payer(p_payment surety.payments) returns text[]
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+begin atomic
+    select array(
+        select given.word
+        from unnest(
+            array[p_payment.customer ->> 'email', p_payment.customer ->> 'name', p_payment.description]
+        ) as given (word)
+        where length(given.word) > 2
+        order by length(given.word) desc
+    );
+end;
+
+comment on function surety.words_of_payer(surety.payments) is
+'A payer''s address and name and a payment''s description, the longest first: what dead letters may quote.';
 
 create or replace function surety.erase_payment(p_payment_id text) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -240,20 +302,8 @@ begin
         delete from surety.erasures as e where e.subject_id = p_payment_id;
         return jsonb_build_object('refused', surety.why_not_erasable(v_payment));
     end if;
-    v_words := array(
-        select w.word from unnest(array[
-            v_payment.customer ->> 'email', v_payment.customer ->> 'name', v_payment.description]) as w (word)
-        where length(w.word) > 2
-        order by length(w.word) desc
-    );
-    -- The audit trail knows the keys of a payment's requests.
-    v_count := surety.erase_answers(array(
-        select i from audit.entries as e
-        join surety.idempotency_keys as i
-            on i.merchant_id = v_payment.merchant_id and i.route = e.snapshot ->> 'route'
-            and i.key = e.snapshot ->> 'idempotency_key'
-        where e.payment_id = p_payment_id and e.id >= 'aud_' || substr(p_payment_id, 5, 11)
-    ));
+    v_words := surety.words_of_payer(v_payment);
+    v_count := surety.erase_answers(array(select i from surety.find_answers(v_payment) as i));
     v_counts := v_counts || jsonb_build_object('idempotency_keys', v_count);
     update surety.calls set request = '{}' where payment_id = p_payment_id and request <> '{}';
     get diagnostics v_count = row_count;
@@ -353,9 +403,9 @@ begin
     v_counts := v_counts || jsonb_build_object('payment_methods', v_count);
     -- No worker passes this on: the provider has requests of its own for erasures.
     update surety.customers
-    set email = null, name = null, phone = null, description = null, shipping = null, metadata = '{}',
-        provider_failure = null, version = version + 1, provider_version = version + 1, erased_at = p_at,
-        updated_at = p_at
+    set email = null, folded_email = null, name = null, phone = null, description = null, shipping = null,
+        metadata = '{}', provider_failure = null, version = version + 1, provider_version = version + 1,
+        erased_at = p_at, updated_at = p_at
     where id = p_customer_id and erased_at is null
     returning * into v_customer;
     get diagnostics v_count = row_count;

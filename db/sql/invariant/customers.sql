@@ -1,5 +1,12 @@
 -- Invariants of customers and their saved payment methods.
 
+create or replace view invariant.customers_are_found_by_email as
+select customers.id as subject
+from surety.customers
+where customers.folded_email is distinct from surety.fold_email(customers.email);
+
+comment on view invariant.customers_are_found_by_email is 'a customer is found by its e-mail address';
+
 create or replace view invariant.saved_methods_were_proved as
 select payment_methods.id as subject
 from surety.payment_methods

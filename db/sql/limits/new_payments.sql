@@ -35,14 +35,56 @@ end;
 comment on function surety.is_limited(surety.payments, text[]) is
 'Whether one of the limits that surety.list_limits returns applies to a payment.';
 
-create or replace function surety.velocity_subject(p_subject text, p_payment surety.payments) returns text
-language sql immutable parallel safe
+create or replace function surety.fingerprint_of_method(p_method_id text) returns text
+language sql stable set search_path = pg_catalog, pg_temp
 begin atomic
-    select case p_subject when 'email' then lower(p_payment.customer ->> 'email') else p_payment.customer_id end;
+    select payment_methods.fingerprint from surety.payment_methods where payment_methods.id = p_method_id;
+end;
+
+comment on function surety.fingerprint_of_method(text) is
+'The fingerprint of a saved payment method''s card; null if there is none, or it is erased.';
+
+create or replace function surety.velocity_subject(p_subject text, p_payment surety.payments) returns text
+language sql stable
+begin atomic
+    -- A branch that is not taken costs nothing.
+    select case p_subject
+        when 'email' then surety.fold_email(p_payment.customer ->> 'email')
+        when 'customer' then p_payment.customer_id
+        when 'card' then surety.fingerprint_of_method(p_payment.saved_method_id)
+    end;
 end;
 
 comment on function surety.velocity_subject(text, surety.payments) is
-'The value of a velocity rule''s subject in a payment; null if it has none, so that the rule does not apply.';
+'The value of a velocity rule''s subject in a payment; null if it has none, so that the rule does not apply. The card of
+a new token is not known yet.';
+
+create or replace function surety.find_payments_of_card(p_merchant_id text, p_fingerprint text, p_from text)
+returns table (amount_minor bigint, currency text)
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    -- Through the customers of the card's methods, whose payments are found by their label.
+    select
+        payments.amount_minor,
+        payments.currency
+    from surety.payment_methods
+    inner join surety.payment_labels
+        on
+            payment_methods.merchant_id = payment_labels.merchant_id
+            and payment_labels.name = 'customer.id'
+            and payment_methods.customer_id = payment_labels.value
+    inner join surety.payments
+        on
+            payment_labels.payment_id = payments.id
+            and (payment_methods.id = payments.saved_method_id or payment_methods.payment_id = payments.id)
+    where
+        payment_methods.merchant_id = p_merchant_id and payment_methods.fingerprint = p_fingerprint
+        and payment_labels.payment_id >= p_from;
+end;
+
+comment on function surety.find_payments_of_card(text, text, text) is
+'A merchant''s payments from an id on that are known to be by one card: those by a saved payment method of it, removed
+ones included, and those that saved one.';
 
 create or replace function surety.lock_limits(p_payments surety.payments[], p_day date) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp
@@ -107,11 +149,18 @@ begin atomic
             from surety.payment_labels
             inner join surety.payments on payment_labels.payment_id = payments.id
             where
-                payment_labels.merchant_id = p_payment.merchant_id
+                rules.subject <> 'card' and payment_labels.merchant_id = p_payment.merchant_id
                 and payment_labels.name = case rules.subject when 'email' then 'customer.email' else 'customer.id' end
                 and payment_labels.value = subject.value
                 and payment_labels.payment_id >= surety.id_at('pay', p_now - rules.period)
                 and (rules.currency is null or payments.currency = rules.currency)
+            union all
+            select by_card.amount_minor
+            from surety.find_payments_of_card(
+                p_payment.merchant_id, case rules.subject when 'card' then subject.value end,
+                surety.id_at('pay', p_now - rules.period)
+            ) as by_card
+            where rules.subject = 'card' and (rules.currency is null or by_card.currency = rules.currency)
             union all
             select batch.amount_minor
             from unnest(p_accepted) as batch

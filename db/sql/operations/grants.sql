@@ -147,6 +147,8 @@ grant usage on schema invariant to surety_auditor;
 grant select on all tables in schema invariant to surety_auditor;
 grant execute on function
 surety.derive_payments(text[]),
+surety.fold_email(text),
+surety.fold_letters(text),
 surety.label_object(jsonb, jsonb, text),
 surety.labels_of_payment(surety.payments),
 surety.read_clock(),

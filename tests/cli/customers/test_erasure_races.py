@@ -68,6 +68,22 @@ def test_customer_waits_for_a_payment_that_is_being_stored_and_is_left(conn: Con
     assert erased_at(conn, customer) is None
 
 
+def test_dry_run_waits_for_no_lock_and_changes_nothing(run: Run, conn: Connection, connect: Connect) -> None:
+    merchant, key = add_merchant(conn)
+    customer = new_customer(conn, key)
+    [payment] = pay(conn, key, customer_id=customer, description="A gift for Ada")
+    record(conn, [fact(payment, "submitted", "pi", 10000), fact(payment, "failed", "pi")])
+    words = ("customers", "erase", "--merchant", merchant, "--customer", customer, "--json")
+    traffic = connect("deploy")
+    with ThreadPoolExecutor(1) as pool, traffic.transaction():
+        for table in ("payments", "customers", "payment_labels", "idempotency_keys", "provider_events"):
+            traffic.execute(f"lock table surety.{table} in exclusive mode".encode())
+        traffic.execute("lock table surety.erasures in access exclusive mode")
+        counted = pool.submit(run, *words, "--dry-run").result(30)
+    assert erased_at(conn, customer) is None and marked(conn) == []
+    assert json.loads(counted.stdout)["rows"] == json.loads(run(*words).stdout)["rows"]
+
+
 def test_payment_that_met_an_erasure_is_judged_again_and_refused(conn: Connection, connect: Connect) -> None:
     _, key = add_merchant(conn)
     customer = new_customer(conn, key)

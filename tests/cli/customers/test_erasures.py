@@ -28,7 +28,7 @@ from tests.support.sandbox_process import SandboxProcess, running_sandbox
 from tests.support.workers import NO_AUTOMATIC_RETRY, in_process_worker, run_until_idle, shorten_delays
 
 MARKER = "zq7marker"
-EMAIL = f"Payer.{MARKER}@payer.example"
+EMAIL = f"Zoë.{MARKER}@payer.example"
 METADATA = {"note": f"for {MARKER}", f"{MARKER}_key": "1"}
 PAYER: dict[str, Any] = {
     "customer": {"email": EMAIL, "name": f"Ada {MARKER}"},
