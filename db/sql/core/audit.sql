@@ -21,6 +21,10 @@ for each statement execute function audit.refuse_change();
 create or replace trigger fee_rates_are_append_only before update or delete or truncate on surety.fee_rates
 for each statement execute function audit.refuse_change();
 
+create or replace trigger fee_rate_withdrawals_are_append_only
+before update or delete or truncate on surety.fee_rate_withdrawals
+for each statement execute function audit.refuse_change();
+
 create or replace trigger facts_are_append_only before update or delete or truncate on surety.facts
 for each statement execute function audit.refuse_change();
 

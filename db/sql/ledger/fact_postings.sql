@@ -79,6 +79,13 @@ begin atomic
         where
             fee_rates.merchant_id = merchants.id and fee_rates.currency = currencies.currency
             and fee_rates.effective_at <= p_at
+            and not exists (
+                select from surety.fee_rate_withdrawals
+                where
+                    fee_rate_withdrawals.merchant_id = fee_rates.merchant_id
+                    and fee_rate_withdrawals.currency = fee_rates.currency
+                    and fee_rate_withdrawals.effective_at = fee_rates.effective_at
+            )
         order by fee_rates.effective_at desc
         limit 1
     ) as agreed on true

@@ -170,10 +170,50 @@ comment on function surety.set_fee_rates(text, text[], integer, bigint, timestam
 stays as it is then. Returns for how many currencies the fees differ from those in force then, null for an unknown
 merchant.';
 
+create or replace function surety.withdraw_fee_rates(
+    p_merchant_id text, p_currencies text[], p_effective_at timestamptz, p_actor text default session_user
+) returns integer
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_withdrawn text [];
+begin
+    perform from surety.merchants as m where m.id = p_merchant_id for no key update;
+    if not found then
+        return null;
+    end if;
+    with withdrawn as (
+        insert into surety.fee_rate_withdrawals (merchant_id, currency, effective_at, withdrawn_by, withdrawn_at)
+        select r.merchant_id, r.currency, r.effective_at, p_actor, surety.time_now()
+        from surety.fee_rates as r
+        where r.merchant_id = p_merchant_id and r.currency = any(p_currencies) and r.effective_at = p_effective_at
+            and not exists (
+                select from surety.fee_rate_withdrawals as w
+                where w.merchant_id = r.merchant_id and w.currency = r.currency and w.effective_at = r.effective_at
+            )
+        returning currency
+    )
+    select array_agg(w.currency order by w.currency) into v_withdrawn from withdrawn as w;
+    if v_withdrawn is null then
+        perform surety.await_standbys();
+        return 0;
+    end if;
+    perform surety.audit_operator_action(
+        p_actor, p_merchant_id, 'fees withdrawn',
+        jsonb_build_object('effective_at', surety.format_time(p_effective_at), 'currencies', to_jsonb(v_withdrawn)));
+    return cardinality(v_withdrawn);
+end;
+$$;
+
+comment on function surety.withdraw_fee_rates(text, text[], timestamptz, text) is
+'Withdraws the changes of a merchant''s fees that begin at p_effective_at, in these currencies. Returns how many, not
+counting those that were withdrawn before; null for an unknown merchant. Raises fee_rate_is_withdrawn_before_it_begins
+if they have begun, or begin within a minute.';
+
 create or replace function surety.list_fee_rates(p_merchant_id text)
 returns table (
     currency text, basis_points integer, fixed_minor bigint, effective_at timestamptz, is_in_force boolean,
-    is_past boolean
+    is_past boolean, withdrawn_at timestamptz
 )
 language sql stable security definer set search_path = pg_catalog, pg_temp
 begin atomic
@@ -182,8 +222,10 @@ begin atomic
         rates.basis_points,
         rates.fixed_minor,
         rates.effective_at,
-        coalesce(rates.effective_at, '-infinity') = coalesce(present.effective_at, '-infinity'),
-        coalesce(rates.effective_at, '-infinity') < coalesce(present.effective_at, '-infinity')
+        rates.withdrawn_at is null
+        and coalesce(rates.effective_at, '-infinity') = coalesce(present.effective_at, '-infinity'),
+        coalesce(rates.effective_at, '-infinity') < coalesce(present.effective_at, '-infinity'),
+        rates.withdrawn_at
     from surety.merchants
     cross join surety.currencies
     cross join lateral surety.fee_terms(merchants.id, currencies.currency, surety.read_clock()) as present
@@ -191,13 +233,20 @@ begin atomic
         select
             merchants.fee_basis_points as basis_points,
             currencies.fee_fixed_minor as fixed_minor,
-            null::timestamptz as effective_at
+            null::timestamptz as effective_at,
+            null::timestamptz as withdrawn_at
         union all
         select
             fee_rates.basis_points,
             fee_rates.fixed_minor,
-            fee_rates.effective_at
+            fee_rates.effective_at,
+            fee_rate_withdrawals.withdrawn_at
         from surety.fee_rates
+        left join surety.fee_rate_withdrawals
+            on
+                fee_rates.merchant_id = fee_rate_withdrawals.merchant_id
+                and fee_rates.currency = fee_rate_withdrawals.currency
+                and fee_rates.effective_at = fee_rate_withdrawals.effective_at
         where fee_rates.merchant_id = merchants.id and fee_rates.currency = currencies.currency
     ) as rates
     where merchants.id = p_merchant_id
@@ -205,5 +254,5 @@ begin atomic
 end;
 
 comment on function surety.list_fee_rates(text) is
-'The fees of a merchant in each currency, with those of the past and of the future. effective_at is null for the rate
-that it began with. fixed_minor is in minor units.';
+'The fees of a merchant in each currency, with those of the past and of the future, and those that were withdrawn before
+they began. effective_at is null for the rate that it began with. fixed_minor is in minor units.';

@@ -43,7 +43,7 @@ def test_fees_are_shown_with_those_to_come_and_of_the_past(run: Run, conn: Conne
     merchant, _ = add_merchant(conn)
     [first] = rates(run, merchant, "--currency", "usd")
     beginning = {"merchant": merchant, "currency": "usd", "basis_points": 340, "fixed_minor": 35, "effective_at": None}
-    assert first == beginning | {"is_in_force": True}
+    assert first == beginning | {"is_in_force": True, "withdrawn_at": None}
     later = ("--currency", "usd", "--basis-points", "290", "--fixed-minor", "30", "--from", "2099-01-01T01:00:00+01:00")
     [present, change] = rates(run, merchant, *later)
     assert present == first
@@ -90,7 +90,11 @@ def test_fees_of_one_currency_leave_the_others(run: Run, conn: Connection) -> No
 @pytest.mark.parametrize(
     ("words", "report"),
     [
-        (("--from", "2099-01-01T00:00Z"), "--from: give --basis-points or --fixed-minor, which take effect then"),
+        (
+            ("--from", "2099-01-01T00:00Z"),
+            "--from: give --basis-points or --fixed-minor, which take effect then, or --withdraw",
+        ),
+        (("--withdraw",), "--withdraw: give the time of the change by --from, and no other fees"),
         (
             ("--basis-points", "1", "--from", "2099-01-01"),
             "--from: a time with its offset, such as 2027-01-01T00:00:00Z",
@@ -124,12 +128,49 @@ def test_fees_of_an_unknown_merchant_or_currency_are_refused(run: Run, conn: Con
     assert "at this very time already" in refused(run("merchants", "fees", merchant, *other))
 
 
-def test_change_is_undone_by_the_former_fees_from_a_microsecond_later(run: Run, conn: Connection) -> None:
+def test_withdrawn_change_never_begins(run: Run, conn: Connection) -> None:
+    merchant, key_hash = add_merchant(conn)
+    later = ("--from", in_ten_days())
+    said(run("merchants", "fees", merchant, "--basis-points", "100"))
+    said(run("merchants", "fees", merchant, "--basis-points", "0", *later))
+    shown = rates(run, merchant, "--currency", "USD", "--withdraw", *later)
+    assert [one["basis_points"] for one in shown] == [340, 100]
+    assert len(rates(run, merchant, "--currency", "eur")) == 3, "only the named currency's change is withdrawn"
+    [_, _, withdrawn] = rates(run, merchant, "--currency", "usd", "--all")
+    assert (withdrawn["basis_points"], withdrawn["is_in_force"], withdrawn["withdrawn_at"] is None) == (0, False, False)
+    assert "withdrawn" in said(run("merchants", "fees", merchant, "--currency", "usd", "--all"))
+    move_clock(conn, "11 days")
+    [payment] = pay(conn, key_hash)
+    assert charge(conn, payment) == 135
+    assert [one["is_in_force"] for one in rates(run, merchant, "--currency", "usd", "--all")] == [False, True, False]
+    audited = conn.execute(
+        "select actor, snapshot -> 'currencies' from audit.entries where outcome = 'fees withdrawn'"
+    ).fetchall()
+    assert audited == [("operator:tester", ["usd"])]
+    assert not violations(conn)
+
+
+def test_withdrawal_is_repeated_without_effect_and_frees_no_time(run: Run, conn: Connection) -> None:
     merchant, _ = add_merchant(conn)
-    said(run("merchants", "fees", merchant, "--basis-points", "1", "--from", "2099-01-01T00:00:00Z"))
-    said(run("merchants", "fees", merchant, "--basis-points", "340", "--from", "2099-01-01T00:00:00.000001Z"))
-    move_clock(conn, "80 years")
-    assert {one["basis_points"] for one in rates(run, merchant)} == {340}
+    change = ("merchants", "fees", merchant, "--from", "2099-01-01T00:00Z")
+    said(run(*change, "--basis-points", "1"))
+    assert "already" not in said(run(*change, "--withdraw"))
+    assert said(run(*change, "--withdraw")).startswith(f"{merchant}: this change of fees is withdrawn already")
+    assert "choose another" in refused(run(*change, "--basis-points", "2"))
+    with pytest.raises(psycopg.Error, match="append-only"):
+        conn.execute("delete from surety.fee_rate_withdrawals")
+
+
+def test_change_that_has_begun_or_is_unknown_is_not_withdrawn(run: Run, conn: Connection) -> None:
+    merchant, _ = add_merchant(conn)
+    change = ("merchants", "fees", merchant, "--from", in_ten_days())
+    said(run(*change, "--basis-points", "1"))
+    unknown = refused(run("merchants", "fees", merchant, "--withdraw", "--from", "2099-01-01T00:00Z"))
+    assert unknown.startswith(f"--from: no fees of {merchant} change then")
+    for passed in ("9 days 23:59:30", "11 days"):
+        move_clock(conn, passed)
+        assert "can't be withdrawn" in refused(run(*change, "--withdraw"))
+    assert refused(run("merchants", "fees", "mer_none", *change[3:], "--withdraw")) == "there is no merchant mer_none"
 
 
 def test_repeated_fees_change_nothing(run: Run, conn: Connection) -> None:
