@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from datetime import datetime
 from decimal import Decimal, DecimalException
 from difflib import get_close_matches
@@ -101,7 +101,7 @@ def malformed_json(why: str) -> Problem:
     return invalid_request([RuleViolation("", "json", f"the body is not JSON: {why}")])
 
 
-def rule_violations(  # noqa: C901  a case for each kind of type
+def rule_violations(  # noqa: C901, PLR0912  a case for each kind of type
     value: Any, kind: Any, at: str = "", form: str = ""
 ) -> Iterator[RuleViolation]:
     """Every rule of `kind`, a type of msgspec.inspect, that a parsed value breaks. `form` states a pattern in words."""
@@ -116,6 +116,8 @@ def rule_violations(  # noqa: C901  a case for each kind of type
             yield from struct_violations(value, kind, at)
         case inspect.DictType():
             yield from dict_violations(value, kind, at)
+        case inspect.ListType():
+            yield from list_violations(value, kind, at)
         case inspect.BoolType():
             if not isinstance(value, bool):
                 yield type_violation(at, "boolean", value)
@@ -187,6 +189,17 @@ def dict_violations(value: Any, kind: inspect.DictType, at: str) -> Iterator[Rul
             rule.message = f"the key {rule.message}"
             yield rule
         yield from rule_violations(given, kind.value_type, here)
+
+
+def list_violations(value: Any, kind: inspect.ListType, at: str) -> Iterator[RuleViolation]:
+    """Too many items, and items that break rules."""
+    if not isinstance(value, list):
+        yield type_violation(at, "array", value)
+        return
+    if kind.max_length is not None and len(value) > kind.max_length:
+        yield violation(at, "max_items", f"must be given at most {kind.max_length} times", kind.max_length, len(value))
+    for number, item in enumerate(value):
+        yield from rule_violations(item, kind.item_type, f"{at}/{number}")
 
 
 def integer_violations(value: Any, kind: inspect.IntType, at: str) -> Iterator[RuleViolation]:
@@ -306,24 +319,30 @@ def violation_checker(struct: type) -> Callable[[Any], list[RuleViolation]]:
     return lambda value: list(islice(rule_violations(value, kind), ERRORS_MAX))
 
 
-def flat_pairs(pairs: list[tuple[str, str]]) -> list[tuple[str, Any]]:
-    """The pairs of a query, those of `name[key]=value` gathered in one object under their name."""
+def flat_pairs(pairs: list[tuple[str, str]], lists: Container[str] = ()) -> list[tuple[str, Any]]:
+    """The pairs of a query: those of `name[key]=value` are one object, those of a name in `lists` one list."""
     flat: list[tuple[str, Any]] = []
     entries: dict[str, list[tuple[str, str]]] = {}
+    items: dict[str, list[str]] = {}
     for name, value in pairs:
         parts = ENTRY.fullmatch(name)
-        if parts is None:
+        if name in lists:
+            items.setdefault(name, []).append(value)
+        elif parts is None:
             flat.append((name, value))
         else:
             entries.setdefault(parts[1], []).append((parts[2], value))
-    return [*flat, *((name, json_object(of)) for name, of in entries.items())]
+    return [*flat, *items.items(), *((name, json_object(of)) for name, of in entries.items())]
 
 
 def read_query(query: bytes, struct: type[T]) -> T:
     """A query string as a struct. Raises Problem, with all broken rules, each under its parameter's name."""
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="replace")
-    given: dict[str, Any] = json_object(flat_pairs(pairs))
-    for field in msgspec.structs.fields(cast(type[msgspec.Struct], struct)):
+    fields = msgspec.structs.fields(cast(type[msgspec.Struct], struct))
+    # A list in a query is its name given several times. Its default is an empty list.
+    lists = {field.encode_name for field in fields if field.default_factory is list}
+    given: dict[str, Any] = json_object(flat_pairs(pairs, lists))
+    for field in fields:
         if field.encode_name == "limit" and INTEGER.fullmatch(given.get("limit", "")):
             given["limit"] = int(given["limit"])
     errors = violation_checker(struct)(given)

@@ -17,6 +17,12 @@ FAILURE_CHARACTERS_MAX = 500
 FAILURE_UNKNOWN = {"code": "processing_error"}
 """The failure of an attempt without an error: Stripe may have cleared it."""
 
+METHOD_UNKNOWN = (
+    "payment_method must be one of the merchant's own account at the provider, made in the same mode, test or live; the"
+    " provider knows none of this id there."
+)
+"""The message about a token of another account, in our words: the provider's own name its parameters."""
+
 NO_RETURN = {
     "code": "authentication_required",
     "message": "The payer would have to act by a script of the provider, which this payment did not ask for.",
@@ -38,7 +44,9 @@ def failure(error: Any) -> Json | None:
     if not isinstance(error, dict):
         return None
     shown = {name: bounded_text(error.get(name)) for name in ("code", "decline_code", "message")}
-    if shown["message"] is not None:
+    if error.get("code") == "resource_missing" and error.get("param") == "payment_method":
+        shown["message"] = METHOD_UNKNOWN
+    elif shown["message"] is not None:
         shown["message"] = without_addresses(shown["message"])
     shown["code"] = shown["code"] or bounded_text(error.get("type")) or "processing_error"
     return {name: value for name, value in shown.items() if value is not None}

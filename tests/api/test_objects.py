@@ -168,6 +168,9 @@ def test_payments_are_found_by_metadata_and_email(merchant: Merchant, other: Mer
         found(customer_email="aDA@shop.example") == found(customer_email="ada@shop.example", status="pending") == [ada]
     )
     assert found(customer_email="ada@shop.example", state="settled") == found(customer_email="ada@shop") == []
+    assert found(metadata_is="cart=9") == found(metadata_is=["cart=9", "cart=9"]) == [bob, ada]
+    assert found(metadata_is=["cart=9", "größe=[x]=1&y"]) == [ada]
+    assert found(**{"metadata[cart]": "9"}, metadata_is="größe=[x]=1&y") == [ada]
     assert found(**{"metadata[cart]": "9"}, limit=1) == [bob]
     assert found(**{"metadata[cart]": "9"}, starting_after=bob) == [ada]
     assert found(**{"metadata[cart]": "9"}, reference="none") == []
@@ -185,6 +188,10 @@ def test_payments_are_found_by_metadata_and_email(merchant: Merchant, other: Mer
         ("metadata[%5B]=9", "metadata[[]", "known"),
         ("status[a]=9", "status", "one_of"),
         ("&".join(f"metadata[{n}]=9" for n in range(6)), "metadata", "max_entries"),
+        ("metadata_is=cart", "metadata_is/0", "pattern"),
+        ("metadata_is=cart=9&metadata_is=cart=10", "metadata_is", "once"),
+        ("metadata[cart]=9&metadata_is=cart=10", "metadata_is", "once"),
+        ("&".join(f"metadata_is={n}=9" for n in range(6)), "metadata_is", "max_items"),
         ("customer_email=a", "customer_email", "min_length"),
     ],
 )

@@ -376,7 +376,7 @@ def test_the_documentation_describes_every_field_and_operation(api: ServerProces
     assert body["required"] == ["amount", "currency", "payment_method"]
     assert body["properties"]["amount"]["minimum"] == 1
     query = {parameter["name"] for parameter in shown["paths"]["/v1/payments"]["get"]["parameters"]}
-    found_by = {"state", "status", "reference", "customer_email", "customer_id", "metadata"}
+    found_by = {"state", "status", "reference", "customer_email", "customer_id", "metadata", "metadata_is"}
     assert query == found_by | {
         *("created_from", "created_before", "limit", "starting_after", "Surety-Version", "Surety-Position")
     }

@@ -108,6 +108,24 @@ SoughtMetadata = Annotated[
         max_length=5, description="`metadata[cart]=9`: payments with this text; up to five.", examples=[{"cart": "9"}]
     ),
 ]
+SoughtMetadataTexts = Annotated[
+    list[
+        Annotated[
+            str,
+            Meta(
+                max_length=541,
+                pattern=whole(r"[^\[\]=]{1,40}=[\s\S]*"),
+                extra={"form": "must be KEY=TEXT, the key without [ ] and ="},
+            ),
+        ]
+    ],
+    Meta(
+        max_length=5,
+        description="The same as `metadata`, for clients that can't write its names: `metadata_is=cart=9`, up to five "
+        "times. A key that holds `=` can be sought by `metadata` alone.",
+        examples=[["cart=9"]],
+    ),
+]
 SoughtEmail = Annotated[
     str,
     Meta(

@@ -26,6 +26,7 @@ from app.api.schemas.fields import (
     SavedMethodId,
     SoughtEmail,
     SoughtMetadata,
+    SoughtMetadataTexts,
     Suffix,
     Token,
 )
@@ -320,5 +321,6 @@ class PaymentsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     ) = None
     customer_id: CustomerId | None = None
     metadata: SoughtMetadata = {}
+    metadata_is: SoughtMetadataTexts = []
     limit: Limit = 20
     starting_after: PaymentId | None = None

@@ -112,6 +112,7 @@ def test_every_route_with_an_id_is_tried() -> None:
         "email",
         "customer_id",
         "metadata",
+        "metadata_is",
         "payment",
         "object",
         "starting_after",

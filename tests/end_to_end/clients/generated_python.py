@@ -19,6 +19,7 @@ from surety_client.models import (
     NewCapture,
     NewCard,
     NewPayment,
+    NewPaymentMetadata,
     NewRefund,
     Payment,
     PaymentList,
@@ -40,6 +41,7 @@ def main(url: str, key: str) -> None:
         payment_method=NewCard(type_="card", token="pm_card_visa"),
         capture_method=CaptureMethod.MANUAL,
         return_url="https://shop.example/return",
+        metadata=NewPaymentMetadata.from_dict({"cart": "9=3*3"}),
     )
     made = create_payment.sync(client=client, body=body, idempotency_key=str(uuid.uuid4()))
     assert isinstance(made, Payment), made
@@ -60,7 +62,7 @@ def main(url: str, key: str) -> None:
     after = get_payment.sync(made.id, client=client, expand="refunds")
     assert isinstance(after, ExpandedPayment), after
     assert isinstance(after.refunds, RefundList)
-    page = list_payments.sync(client=client, status=PaymentStatus.PARTIALLY_REFUNDED)
+    page = list_payments.sync(client=client, status=PaymentStatus.PARTIALLY_REFUNDED, metadata_is=["cart=9=3*3"])
     assert isinstance(page, PaymentList), page
     refused = create_payment.sync(client=client, body=body, idempotency_key="x" * 256)
     result = {

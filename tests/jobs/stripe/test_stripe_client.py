@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jobs.stripe.shown import METHOD_UNKNOWN
 from tests.support.payments import Connection, add_merchant, command, path_of, pay, state_of, violations
 from tests.support.sandbox_process import SandboxProcess
 from tests.support.workers import (
@@ -193,7 +194,7 @@ async def test_a_refusal_of_the_card_itself_fails_the_payment_at_once(
         await run_until_idle(worker, *PIPELINE)
     assert path_of(conn, payment_id) == ["initiated", "submitting", "failed"]
     [(failure,)] = conn.execute("select failure from surety.payments").fetchall()
-    assert failure == {"code": "resource_missing", "message": "No such PaymentMethod: 'pm_of_another_account'"}
+    assert failure == {"code": "resource_missing", "message": METHOD_UNKNOWN}
     assert attempts(conn) == []
 
 

@@ -41,6 +41,7 @@ const body = {
   payment_method: { type: "card", token: "pm_card_visa" },
   capture_method: "manual",
   return_url: "https://shop.example/return",
+  metadata: { cart: "9=3*3" },
 } satisfies components["schemas"]["NewPayment"];
 
 const made = documentOf(await client.POST("/v1/payments", { params: { header: once() }, body }));
@@ -59,7 +60,11 @@ const refund = documentOf(
     body: { amount: 1000 },
   }),
 );
-const page = documentOf(await client.GET("/v1/payments", { params: { query: { status: "partially_refunded" } } }));
+const found = await client.GET("/v1/payments", {
+  params: { query: { status: "partially_refunded", metadata_is: ["cart=9=3*3"] } },
+});
+const page = documentOf(found);
+const none = documentOf(await client.GET("/v1/payments", { params: { query: { metadata: { cart: "8" } } } }));
 const events = documentOf(await client.GET("/v1/events", { params: { query: { object: made.id } } }));
 const refused = await client.POST("/v1/payments", { params: { header: { "Idempotency-Key": "x".repeat(256) } }, body });
 
@@ -69,7 +74,7 @@ console.log(
     status,
     captured: captured.amount_captured,
     refund: refund.status,
-    listed: page.data.map((payment) => payment.id),
+    listed: [...page.data, ...none.data].map((payment) => payment.id),
     confirmed: events.data.filter((event) => event.type === "payment.confirmed").map(amountOf),
     refused: refused.error?.title,
   }),
