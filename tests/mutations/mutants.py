@@ -62,6 +62,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
+        "an event that comes after an erasure is stored without the payer's data",
+        (
+            "db/sql/provider/webhooks.sql",
+            "case when v_has_erased then",
+            "case when false then",
+        ),
+    ),
+    mutant(
+        "an erasure waits for events that are being stored",
+        ("db/sql/customers/erasures.sql", "    lock table surety.erasures in access exclusive mode;\n", ""),
+    ),
+    mutant(
         "a payment on hold is not sent",
         ("db/sql/provider/calls.sql", "when p_operation = 'create' and e.hold is not null", "when false"),
         ("db/sql/limits/holds.sql", "when p_cause = 'command' then", "when false then"),

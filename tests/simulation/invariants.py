@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from tests.simulation.customers import check_customers
+from tests.simulation.erasures import check_erasures, erased_subjects, has_erasures, without_payer
 from tests.simulation.initial_state import CONNECTED_MERCHANT
 from tests.simulation.limits import REFUSALS, check_limits
 from tests.simulation.refused_access import check_refusals_uncounted, check_refused_payments
@@ -39,6 +40,7 @@ def check(schedule: Schedule) -> None:
     check_uniqueness(schedule)
     check_limits(schedule)
     check_customers(schedule)
+    check_erasures(schedule)
     check_effects(schedule)
     check_payers(schedule)
     check_charges(schedule)
@@ -67,9 +69,11 @@ def check_acknowledgements(schedule: Schedule) -> None:
     present = dict(schedule.database.rows("select id, amount_minor from surety.payments"))
     made: dict[str, str] = {}
     keys = Counter((wanted.merchant, wanted.key) for wanted in schedule.wanted)
+    erased = erased_subjects(schedule)
     for wanted in schedule.wanted:
         refusals = acceptable_refusals(schedule, wanted, is_reused=keys[wanted.merchant, wanted.key] > 1)
-        answers = {(row[1], row[2], row[4]) for row in wanted.answers}
+        is_erased = wanted.payment_id in erased
+        answers = {(row[1], row[2], without_payer(schedule, row[4]) if is_erased else row[4]) for row in wanted.answers}
         if len({answer for answer in answers if answer[0] == 201}) > 1:
             schedule.report_violation("a repeated request gets the first answer", f"{wanted.key}: {answers}")
         for row in wanted.answers:
@@ -84,7 +88,7 @@ def check_acknowledgements(schedule: Schedule) -> None:
                 schedule.report_violation(
                     "two keys are two payments", f"{payment_id}: {made[payment_id]} and {wanted.key}"
                 )
-        check_commands(schedule, wanted)
+        check_commands(schedule, wanted, is_erased=is_erased)
     if strange := present.keys() - made.keys():
         schedule.report_violation("a key makes one payment", ", ".join(sorted(strange)))
 
@@ -94,16 +98,17 @@ def acceptable_refusals(schedule: Schedule, wanted: WantedPayment, *, is_reused:
     refusals = {"reference-taken"} | ({"idempotency-key-reused"} if is_reused else set())
     if schedule.provider.was_refused and wanted.merchant == CONNECTED_MERCHANT:
         refusals.add("provider-account-refused")
-    if wanted.saved_method is not None:
-        # It may have been removed.
+    if wanted.saved_method is not None or (wanted.customer_id is not None and has_erasures(schedule)):
+        # The method may have been removed, the customer erased.
         refusals.add("invalid-request")
     return refusals | (REFUSALS if schedule.limits.count_max else set())
 
 
-def check_commands(schedule: Schedule, wanted: WantedPayment) -> None:
+def check_commands(schedule: Schedule, wanted: WantedPayment, *, is_erased: bool) -> None:
     """Answered commands keep their answers and their effects."""
     for key, answers in wanted.command_answers.items():
-        if len(set(answers)) > 1:
+        shown = {(status, without_payer(schedule, text) if is_erased else text) for status, text in answers}
+        if len(shown) > 1:
             schedule.report_violation("a repeated request gets the first answer", f"{key}: {answers}")
         status, document = answers[0][0], json.loads(answers[0][1])
         if key.startswith("cancel_payment") and status == 200:
@@ -181,7 +186,10 @@ def check_payers(schedule: Schedule) -> None:
         schedule.report_violation("a payer can act", rows[0][0])
     absent = {"email": None, "name": None}
     given = {id: payer or absent for id, payer in schedule.database.rows("select id, customer from surety.payments")}
+    erased = erased_subjects(schedule)
     for intent in schedule.provider.memory.all_of_kind("payment_intent"):
+        if intent.body["metadata"]["surety_payment"] in erased:
+            continue
         customer = given.get(intent.body["metadata"]["surety_payment"])
         sent = {"email": intent.body["receipt_email"], "name": intent.body["metadata"].get("customer_name")}
         if sent != customer:

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import psycopg
 from msgspec import Struct, field
 
+from tests.simulation.clients import WantedPayment, request_until_answered
 from tests.simulation.database import Pool
 from tests.simulation.loop import Killed
 
 if TYPE_CHECKING:
-    from tests.simulation.clients import WantedPayment
     from tests.simulation.schedule import Schedule
 
-LIMITED_SHARE = 0.12
+LIMITED_SHARE = 0.2
 HELD_SHARE = 0.15
 DECISIONS = ("released", "released", "refused")
 REFUSALS = frozenset({"limit-exceeded"})
 
 
 class ScheduleLimits(Struct):
-    """The limits of one schedule. Counts by merchant and currency."""
+    """The limits of one schedule: payments and minor units a day, by merchant and currency."""
 
     count_max: dict[tuple[str, str], int] = field(default_factory=dict)
+    amount_max: dict[tuple[str, str], int] = field(default_factory=dict)
     has_holds: bool = False
 
 
@@ -37,10 +37,13 @@ def add_limits(schedule: Schedule, more: list[WantedPayment]) -> ScheduleLimits:
     drawn = chance.random()
     if drawn < LIMITED_SHARE:
         for merchant in schedule.merchants:
-            query = "select count(*) + %s from surety.payments where merchant_id = %s and currency = 'usd'"
-            [(count,)] = schedule.database.rows(query, chance.randint(1, 2), merchant)
-            limits.count_max[merchant, "usd"] = count
-            schedule.database.rows("select surety.set_money_limit(%s, 'usd', %s, null, 'test')", merchant, count)
+            query = (
+                "select count(*) + %s, coalesce(sum(amount_minor), 0)::bigint + %s from surety.payments"
+                " where merchant_id = %s and currency = 'usd'"
+            )
+            [(count, amount)] = schedule.database.rows(query, chance.randint(1, 2), chance.randint(0, 30_000), merchant)
+            limits.count_max[merchant, "usd"], limits.amount_max[merchant, "usd"] = count, amount
+            schedule.database.rows("select surety.set_money_limit(%s, 'usd', %s, %s, 'test')", merchant, count, amount)
     elif drawn < LIMITED_SHARE + HELD_SHARE:
         limits.has_holds = True
         held_merchant = chance.choice((None, *schedule.merchants))
@@ -52,7 +55,11 @@ def add_limits(schedule: Schedule, more: list[WantedPayment]) -> ScheduleLimits:
     for wanted in more:
         wanted.merchant, wanted.currency = merchant_number, "usd"
     schedule.wanted += more
-    schedule.unasked += more
+    if limits.count_max:
+        # Side by side: what the lock of a limit serializes.
+        schedule.asking += [schedule.clients.start(request_until_answered(schedule, wanted)) for wanted in more]
+    else:
+        schedule.unasked += more
     return limits
 
 
@@ -91,14 +98,15 @@ def decide_left_holds(schedule: Schedule) -> None:
 
 
 def check_limits(schedule: Schedule) -> None:
-    """No day has more payments than its limit, and every hold has ended."""
-    accepted: Counter[tuple[str, str, str]] = Counter()
-    for merchant, currency, day in schedule.database.rows(
-        "select merchant_id, currency, (created_at at time zone 'UTC')::date::text from surety.payments"
-    ):
-        accepted[merchant, currency, day] += 1
-    for (merchant, currency, day), count in accepted.items():
+    """No day has more payments or money than its limit, and every hold has ended."""
+    accepted = schedule.database.rows(
+        "select merchant_id, currency, (created_at at time zone 'UTC')::date::text as day, count(*),"
+        " sum(amount_minor)::bigint from surety.payments group by merchant_id, currency, day order by day"
+    )
+    for merchant, currency, day, count, amount in accepted:
         if count > schedule.limits.count_max.get((merchant, currency), count):
             schedule.report_violation("a day has no more payments than its limit", f"{merchant} {day}: {count}")
+        if amount > schedule.limits.amount_max.get((merchant, currency), amount):
+            schedule.report_violation("a day has no more money than its limit", f"{merchant} {day}: {amount}")
     if left := schedule.database.rows("select payment_id from surety.payment_holds where closed_at is null"):
         schedule.report_violation("every hold ends", left[0][0])

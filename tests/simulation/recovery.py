@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from jobs.handlers.table import HANDLERS
+from tests.simulation.erasures import erase_someone
 from tests.simulation.limits import decide_left_holds
 from tests.simulation.loop import Killed
 from tests.simulation.processes import PERIODIC_JOB_NAMES, WorkerProcess
@@ -45,6 +46,7 @@ async def recover(schedule: Schedule) -> None:
             schedule.provider.decide_disputes()
             schedule.provider.cancel_wrong_amounts()
             decide_left_holds(schedule)
+            erase_someone(schedule)
         schedule.provider.mailbox += schedule.provider.late
         schedule.provider.late = []
         await schedule.deliver_all()

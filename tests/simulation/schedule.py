@@ -20,6 +20,7 @@ from app.sandbox.faults import PASSING_FAULTS
 from tests.simulation.clients import WantedPayment, request_until_answered, send_command
 from tests.simulation.customers import act_on_customer, add_customers
 from tests.simulation.database import SimulatedDatabase
+from tests.simulation.erasures import erase_someone, has_erasures
 from tests.simulation.initial_state import add_merchants, advance_some_payments, draw_wanted_payments
 from tests.simulation.invariants import ONLY_AT_THE_END, check, check_database_invariants
 from tests.simulation.limits import add_limits, decide_some_hold
@@ -141,8 +142,7 @@ class Schedule:
         self.is_calm, self.has_faults = False, True
         self.steps, self.period, self.partitioned_month = 0, 0, ""
         self.scheduled: dict[str, None] = {}
-        self._verbose = verbose
-        self._digest = hashlib.sha256()
+        self._verbose, self._digest = verbose, hashlib.sha256()
         # The database's time at the beginning, in Unix seconds; the loop counts from there.
         self.started_at = 0.0
 
@@ -268,6 +268,7 @@ class Schedule:
             (0.1, self.inspect),
             (0.8 if self.limits.has_holds else 0.0, lambda: decide_some_hold(self)),
             (1.2 if self.customers else 0.0, lambda: act_on_customer(self)),
+            (0.8 if has_erasures(self) else 0.0, lambda: erase_someone(self)),
         ]
         [way] = self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])
         way()
