@@ -293,7 +293,7 @@ def test_a_request_without_a_body_is_refused_where_the_documentation_requires_on
     shown = merchant.client.get("/docs/openapi.json").json()
     posts = {path: of["post"]["requestBody"]["required"] for path, of in shown["paths"].items() if "post" in of}
     required = {path: is_required for path, is_required in posts.items() if "/operator/" not in path}
-    assert len(required) == 8 and set(required.values()) == {True, False}
+    assert len(required) == 9 and set(required.values()) == {True, False}
     for path, is_required in required.items():
         url = re.sub(r"\{(\w{3})\w*\}", r"\1_01890000000000000000000000000000", path)
         headers = {"Idempotency-Key": unique_name("key"), "Content-Type": "application/json"}
