@@ -162,7 +162,9 @@ def unknown_field_violation(at: str, name: str, absent: Iterable[str], meant: se
     if len(name) > ECHOED_CHARACTERS_MAX:
         return broken
     by_letters = {letters_of(field): field for field in sorted(absent) if field not in meant}
-    for letters in get_close_matches(letters_of(name), by_letters, 1, NAME_SIMILARITY_MIN):
+    written = letters_of(name)
+    singular = [written[:-1]] if written[:-1] in by_letters else []
+    for letters in singular or get_close_matches(written, by_letters, 1, NAME_SIMILARITY_MIN):
         meant.add(by_letters[letters])
         broken.meant = f"{at}/{by_letters[letters]}"
         broken.message += f"; {by_letters[letters]} may be meant"

@@ -10,6 +10,8 @@ At the end everything must have ended, and every charge, refund and dispute must
     retrying_client    merchants' requests, repeated until answered, logged once acknowledged
     scenarios          what merchants do after the charge, driven by their events
     background_load    payments without end, some of which continue with a scenario
+    customers          customers whose methods are saved, charged without the payer, and removed
+    limits             a limited merchant, payments on hold, and an operator who decides
     checks             queries to database and provider
     run                cycles, and the result
 

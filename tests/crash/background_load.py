@@ -12,6 +12,8 @@ import httpx
 
 from app.local.demo.merchants import USUAL_TOKENS, create_orders
 from app.local.demo.payment_actions import Json
+from tests.crash.customers import CustomerLoad
+from tests.crash.limits import LIMITED_MERCHANT, REVIEWED_PAYER, REVIEWED_SHARE, decide_holds
 from tests.crash.retrying_client import ANSWER_SECONDS_MAX, PAUSE_SECONDS, Request, RetryingClient
 from tests.crash.scenarios import Scenario, ScenarioRunner, draw_scenario
 
@@ -21,12 +23,13 @@ CONNECTIONS_MAX = 32
 ORDERS_PER_SECOND = 6.0
 STOP_SECONDS_MAX = 60.0
 ORDERS_PER_BATCH = 500
+CUSTOMER_MERCHANTS = 3
 
 
 class BackgroundLoad:
     """Sends payments from a thread of its own until `stop`."""
 
-    def __init__(self, url: str, api_keys: list[str], seed: int, log: Path) -> None:
+    def __init__(self, url: str, api_keys: list[str], operator_key: str, seed: int, log: Path) -> None:
         self.client = RetryingClient(log, random.Random(f"{seed} client"))
         self._url = url
         self._payments = draw_payments(api_keys, seed)
@@ -34,6 +37,12 @@ class BackgroundLoad:
         self._chance = random.Random(f"{seed} load")
         self._probes = 0
         self._api_key = api_keys[0]
+        self._limited_key = api_keys[LIMITED_MERCHANT]
+        self._operator_key = operator_key
+        self._customers = [
+            CustomerLoad(api_key, self.client, random.Random(f"{seed} {number} customers"), f"payer-{seed}-{number}")
+            for number, api_key in enumerate(api_keys[-CUSTOMER_MERCHANTS:])
+        ]
         self._seed = seed
         self._closing = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -85,9 +94,15 @@ class BackgroundLoad:
             async with httpx.AsyncClient(base_url=self._url, timeout=ANSWER_SECONDS_MAX, limits=limits) as client:
                 no_more_payments = asyncio.Event()
                 runners = asyncio.gather(*(runner.work(client, no_more_payments) for runner in self._runners.values()))
-                await asyncio.gather(*(self._run_payer(client) for _ in range(PAYERS)))
+                chance = random.Random(f"{self._seed} decisions")
+                over = no_more_payments.is_set
+                operator = asyncio.create_task(decide_holds(client, self._operator_key, self.client, chance, over))
+                await asyncio.gather(
+                    *(self._run_payer(client) for _ in range(PAYERS)),
+                    *(customers.work(client, self._closing.is_set) for customers in self._customers),
+                )
                 no_more_payments.set()
-                await runners
+                await asyncio.gather(runners, operator)
         except BaseException as error:  # noqa: BLE001  # raised in the main thread
             self._failure = error
 
@@ -96,7 +111,11 @@ class BackgroundLoad:
             runner, reference = self._runners[order.api_key], str(order.body["reference"])
             # Before the request: the payment's first event may be read before its answer.
             runner.expect(reference, scenario)
-            await self.client.ask(client, order)
+            may_be_refused = order.api_key == self._limited_key
+            if not await self.client.ask(client, order, may_be_refused=may_be_refused):
+                runner.forget(reference)
+                await asyncio.sleep(PAUSE_SECONDS)
+                continue
             if not await self._is_served(runner, reference):
                 return
             await asyncio.sleep(self._chance.uniform(0, 2 * PAYERS / ORDERS_PER_SECOND))
@@ -117,6 +136,7 @@ def draw_payments(api_keys: list[str], seed: int) -> Iterator[tuple[Request, Sce
     while True:
         for order in create_orders(api_keys, ORDERS_PER_BATCH, seed * 100_000 + batch):
             scenario, special = draw_scenario(chance)
-            body = {**order.body, "reference": order.idempotency_key, **special}
+            reviewed = REVIEWED_PAYER if chance.random() < REVIEWED_SHARE else {}
+            body = {**order.body, "reference": order.idempotency_key, **special, **reviewed}
             yield Request(order.api_key, order.idempotency_key, "/v1/payments", body), scenario
         batch += 1

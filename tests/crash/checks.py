@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from app.local.demo.checks import ENDED, REFUNDED_TWICE, count_differences, count_violations, query_count
 from app.local.demo.sandbox_record import CHARGES_SUMMARY, REFUNDS_SUMMARY, read_record, read_sandbox
+from tests.crash.limits import count_broken_limits
 from tests.crash.processes import Connection, SuretyProcesses
 from tests.crash.retrying_client import RetryingClient
 
@@ -15,6 +16,7 @@ def find_violations(system: SuretyProcesses, client: RetryingClient) -> tuple[di
     refunds = read_sandbox(sandbox, REFUNDS_SUMMARY)
     # Payments acknowledged after this moment may be missing in the snapshot.
     acknowledged, refunded = list(client.payments), list(client.refunds.items())
+    decided, customers, removed = dict(client.decisions), list(client.customers), list(client.removed)
     with system.connect() as conn, conn.transaction():
         conn.execute("set transaction isolation level repeatable read, read only")
         invariants = count_violations(conn, acknowledged, charges["double"])
@@ -26,10 +28,26 @@ def find_violations(system: SuretyProcesses, client: RetryingClient) -> tuple[di
             [id for id, _ in refunded],
             [amount for _, amount in refunded],
         )
+        invariants |= count_broken_limits(conn, decided) | count_broken_customers(conn, customers, removed)
         explained = explain_violations(conn) if any(invariants.values()) else []
     invariants[REFUNDED_TWICE] = len(refunds["double"])
     invariants["a repeated request gets the same answer"] = len(client.wrong_answers)
     return {name: times for name, times in invariants.items() if times}, explained
+
+
+def count_broken_customers(conn: Connection, customers: list[str], removed: list[str]) -> dict[str, int]:
+    """Acknowledged customers that are missing, and acknowledged removals of payment methods that do not stand."""
+    return {
+        "every acknowledged customer is present": query_count(
+            conn,
+            "select count(*) from unnest(%s::text[]) as acknowledged (id) where not exists"
+            " (select from surety.customers as c where c.id = acknowledged.id)",
+            customers,
+        ),
+        "a removed payment method stays removed": query_count(
+            conn, "select count(*) from surety.payment_methods where id = any(%s) and detached_at is null", removed
+        ),
+    }
 
 
 def explain_violations(conn: Connection) -> list[str]:
@@ -58,7 +76,7 @@ def explain_violations(conn: Connection) -> list[str]:
 
 
 def count_unfinished(conn: Connection) -> int:
-    """The number of payments, refunds and disputes that have not ended."""
+    """The number of payments, refunds and disputes that have not ended, open holds, and methods yet to be saved."""
     return query_count(
         conn,
         """
@@ -68,6 +86,12 @@ def count_unfinished(conn: Connection) -> int:
             + (
                 select count(*) from surety.disputes
                 where status not in ('won', 'lost', 'prevented', 'warning_closed')
+            )
+            + (select count(*) from surety.payment_holds where closed_at is null)
+            + (
+                select count(*) from surety.payments as p
+                where p.save_method is not null and p.captured_minor > 0
+                    and not exists (select from surety.payment_methods as m where m.payment_id = p.id)
             )
         """,
         list(ENDED),

@@ -31,6 +31,7 @@ class Request(msgspec.Struct, frozen=True):
     body: Json
     reference: str = ""
     """The reference of the request's payment, if there is one."""
+    method: str = "POST"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -55,6 +56,14 @@ class RetryingClient:
         """Acknowledged."""
         self.refunds: dict[str, int] = {}
         """Acknowledged, with their amounts."""
+        self.customers: list[str] = []
+        """Acknowledged."""
+        self.removed: list[str] = []
+        """Saved payment methods whose removal was acknowledged."""
+        self.off_session = 0
+        """Acknowledged payments by a saved method."""
+        self.decisions: dict[str, str] = {}
+        """Acknowledged outcomes of holds, by payment."""
         self.refused: Counter[str] = Counter()
         """Expected refusals, by the problem's name."""
         self.wrong_answers: list[str] = []
@@ -66,6 +75,12 @@ class RetryingClient:
 
     async def ask(self, client: httpx.AsyncClient, request: Request, *, may_be_refused: bool = False) -> bool:
         """Send a request until it is answered, log the answer, and sometimes send it again. False if it was refused."""
+        return await self.ask_for(client, request, may_be_refused=may_be_refused) is not None
+
+    async def ask_for(
+        self, client: httpx.AsyncClient, request: Request, *, may_be_refused: bool = False
+    ) -> Json | None:
+        """As `ask`; returns the answered document, or None."""
         answer = await self._answer(client, request)
         if not answer.is_success:
             refusal = expected_refusal(answer) if may_be_refused else None
@@ -73,20 +88,22 @@ class RetryingClient:
                 self.refused[refusal] += 1
             else:
                 self.wrong_answers.append(format_answer(request, answer))
-            return False
+            return None
         logged = self.log_answer(request, answer)
         if self._chance.random() < REPEAT_SHARE:
             again = await self._answer(client, request)
             self.asked_again += 1
             if (again.status_code, again.content) != (logged.status, logged.body):
                 self.wrong_answers.append(f"{format_answer(request, again)}, not {logged.status} {logged.body!r}")
-        return True
+        document: Json = answer.json()
+        return document
 
     async def _answer(self, client: httpx.AsyncClient, request: Request) -> httpx.Response:
         """The first answer that is final."""
         while True:
             try:
-                answer = await client.post(request.path, json=request.body, headers=request.headers)
+                body = request.body if request.method == "POST" else None
+                answer = await client.request(request.method, request.path, json=body, headers=request.headers)
             except httpx.TransportError:
                 pass
             else:
@@ -104,10 +121,16 @@ class RetryingClient:
         self._log.write(msgspec.json.encode(logged) + b"\n")
         self._log.flush()
         os.fsync(self._log.fileno())
-        if document["object"] == "refund":
-            self.refunds[logged.id] = document["amount"]
-        elif request.path == "/v1/payments":
-            self.payments.append(logged.id)
+        match document["object"]:
+            case "refund":
+                self.refunds[logged.id] = document["amount"]
+            case "payment" if request.path == "/v1/payments":
+                self.payments.append(logged.id)
+                self.off_session += "saved" in request.body["payment_method"]
+            case "customer" if request.path == "/v1/customers":
+                self.customers.append(logged.id)
+            case "payment_method":
+                self.removed.append(logged.id)
         return logged
 
 
@@ -118,7 +141,7 @@ def expected_refusal(answer: httpx.Response) -> str | None:
     is_too_much = name == "invalid-request" and [(e["field"], e["rule"]) for e in problem["errors"]] == [
         ("/amount", "maximum")
     ]
-    return name if is_too_much or name in {"wrong-state", "balance-too-low"} else None
+    return name if is_too_much or name in {"wrong-state", "balance-too-low", "limit-exceeded"} else None
 
 
 def format_answer(request: Request, answer: httpx.Response) -> str:

@@ -15,15 +15,17 @@ import msgspec
 import psycopg
 
 from app.local.demo.checks import ACKNOWLEDGED_PRESENT, CHARGED_TWICE, REFUNDED_TWICE
-from app.local.demo.merchants import create_merchants
+from app.local.demo.merchants import create_admin, create_merchants
 from app.local.demo.report import count_payment_actions
 from app.local.demo.sandbox_record import read_sandbox
 from tests.crash.background_load import BackgroundLoad
 from tests.crash.checks import count_by_state, count_unfinished, find_differences, find_violations
 from tests.crash.kills import KINDS, draw, kill_and_restart
+from tests.crash.limits import set_limits
 from tests.crash.processes import SuretyProcesses, SystemUnderTest
 
 MERCHANTS = 10
+LIMITED_PAYMENTS_MIN = 1
 HEAL_SECONDS_MAX = 60.0
 END_SECONDS_MAX = 120.0
 UNDISTURBED_SECONDS_MAX = 0.6
@@ -49,6 +51,12 @@ class Result(msgspec.Struct, kw_only=True):
     states: dict[str, int]
     refunds: int
     """Acknowledged."""
+    customers: int
+    """Acknowledged."""
+    off_session: int
+    """Acknowledged payments by a saved payment method, without the payer."""
+    decisions: dict[str, int]
+    """Acknowledged decisions about payments on hold, by outcome."""
     disputes: dict[str, int]
     """At the provider, by status."""
     afterwards: dict[str, int]
@@ -86,8 +94,9 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
         stack.callback(system.close)
         system.open()
         with system.connect() as conn:
-            keys = create_merchants(conn, MERCHANTS, seed)
-        background_load = BackgroundLoad(system.http("api"), keys, seed, scene / "acknowledged.log")
+            keys, operator_key = create_merchants(conn, MERCHANTS, seed), create_admin(conn)
+            set_limits(conn, keys, LIMITED_PAYMENTS_MIN + cycles // 2)
+        background_load = BackgroundLoad(system.http("api"), keys, operator_key, seed, scene / "acknowledged.log")
         client = background_load.client
         background_load.start()
         phase = kill_under_load(system, background_load, islice(kinds or draw(seed), cycles), seed, say)
@@ -111,6 +120,9 @@ def run(scene: Path, cycles: int, seed: int, kinds: list[str] | None, say: Say) 
             not_ended=not_ended,
             states=states,
             refunds=len(client.refunds),
+            customers=len(client.customers),
+            off_session=client.off_session,
+            decisions=dict(Counter(client.decisions.values())),
             disputes=dict(Counter(dispute["status"] for dispute in read_sandbox(system.http("sandbox"), "disputes"))),
             afterwards=afterwards,
             refused=dict(client.refused),

@@ -104,6 +104,11 @@ class ScenarioRunner:
         if scenario:
             self._plans[reference] = dict(enumerate(scenario))
 
+    def forget(self, reference: str) -> None:
+        """Drop a payment whose request was refused."""
+        self.under_way.discard(reference)
+        self._plans.pop(reference, None)
+
     def left(self) -> list[str]:
         """The actions that are left."""
         plans = [(reference, plan) for reference, plans in self._plans.items() for plan in plans.values()]

@@ -44,6 +44,8 @@ def test_four_kills_lose_nothing_and_charge_no_payment_twice() -> None:
     assert {kind: count for kind, count in result["kills"].items() if count} == dict.fromkeys(KILLED_KINDS, 1)
     assert result["acknowledged"] >= len(KILLED_KINDS)
     assert result["refunds"] > 0 and result["disputes"]
+    assert result["customers"] > 0 and result["off_session"] > 0 and result["decisions"]
+    assert result["refused"]["limit-exceeded"] > 0
     broken = ("lost", "double_charges", "double_refunds", "violations", "not_ended")
     assert {name: result[name] for name in broken} == dict.fromkeys(broken, 0)
 
@@ -54,6 +56,7 @@ def test_only_refusals_that_a_valid_request_can_get_are_expected() -> None:
 
     assert refusal("wrong-state") == "wrong-state"
     assert refusal("balance-too-low") == "balance-too-low"
+    assert refusal("limit-exceeded") == "limit-exceeded"
     assert refusal("invalid-request", errors=[{"field": "/amount", "rule": "maximum"}]) == "invalid-request"
     assert refusal("invalid-request", errors=[{"field": "/amount", "rule": "minimum"}]) is None
     assert refusal("not-found") is None

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from app.local.demo.checks import ACKNOWLEDGED_PRESENT, CHARGED_TWICE, REFUNDED_TWICE
-from app.local.demo.merchants import create_merchants
+from app.local.demo.merchants import create_admin, create_merchants
 from tests.crash.background_load import BackgroundLoad
 from tests.crash.checks import count_unfinished, find_violations
 from tests.crash.processes import SuretyProcesses, prepare_database
@@ -97,8 +97,8 @@ def run(scene: Path, disturbances: Iterable[str], seed: int, say: Say, *, strict
         stack.callback(system.close)
         system.open()
         with system.connect() as conn:
-            keys = create_merchants(conn, MERCHANTS, seed)
-        load = BackgroundLoad(system.http("api"), keys, seed, scene / "acknowledged.log")
+            keys, operator_key = create_merchants(conn, MERCHANTS, seed), create_admin(conn)
+        load = BackgroundLoad(system.http("api"), keys, operator_key, seed, scene / "acknowledged.log")
         load.start()
         phases: list[Phase] = []
         violated: dict[str, int] = {}

@@ -57,7 +57,7 @@ def test_sandbox_in_live_mode_accepts_no_real_key(tmp_path: Path) -> None:
             return answered.status_code
 
         assert {status(key) for key in ("sk_live_sandbox", "rk_live_sandbox", "sk_live_sandbox_2")} == {200}
-        refused = ("sk_live_123", "rk_live_123", "sk_live_sandbox2", "sk_test_sandbox", "rk_test_1", "pk_live_sandbox")
+        refused = ("sk_live_123", "rk_live_123", "sk_live_sandbox2", "sk_test_sandbox", "rk_test_1")
         assert {status(key) for key in refused} == {401}
 
 

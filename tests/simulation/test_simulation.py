@@ -15,7 +15,7 @@ SCHEDULES = 126
 STEPS = 60
 PAYMENTS = 2
 PROCESSES = 2
-PLANS = [SchedulePlan(seed=seed, steps=STEPS, payments=PAYMENTS) for seed in range(1, SCHEDULES + 1)]
+PLANS = [SchedulePlan(seed=seed, steps=STEPS, payments=PAYMENTS) for seed in (*range(1, SCHEDULES), 142)]
 PLANS_OF_MONTHS = [SchedulePlan(seed=seed, steps=STEPS, payments=PAYMENTS, days=400) for seed in (3, 136, 191)]
 
 

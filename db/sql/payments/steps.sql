@@ -140,7 +140,8 @@ begin
         -- are still to be expected and met.
         and d.type in (
             'payment.initiated', 'payment.released', 'payment.provider_submitted', 'payment.capture_requested',
-            'payment.cancel_requested', 'payment.attempt_failed', 'payment.action_overdue', 'payment.authorized_late'
+            'payment.cancel_requested', 'payment.attempt_failed', 'payment.action_overdue', 'payment.authorized_late',
+            'payment.client_secret_requested'
         );
     return null;
 end;
