@@ -49,6 +49,18 @@ def test_partitions_are_made_three_months_ahead_and_only_once(conn: Connection) 
     assert conn.execute("select surety.maintain_partitions()").fetchone() == (2 * len(parents),)
 
 
+def test_first_partition_has_room_for_the_month_before_it(conn: Connection) -> None:
+    [(day,)] = conn.execute("select extract(day from surety.time_now() at time zone 'UTC')::integer").fetchall()
+    before = partitions(conn, "surety.payments")
+    move_clock(conn, f"-{day + 1} days")
+    assert conn.execute("select surety.maintain_partitions()").fetchone() == (0,)
+    assert partitions(conn, "surety.payments") == before
+    _, key = add_merchant(conn)
+    [payment_id] = pay(conn, key)
+    assert state_of(conn, payment_id) == "initiated"
+    assert not violations(conn)
+
+
 def test_every_pair_of_siblings_has_its_keys(conn: Connection) -> None:
     move_clock(conn, "5 months")
     conn.execute("select surety.maintain_partitions()")

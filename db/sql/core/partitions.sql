@@ -45,6 +45,12 @@ begin
         for v_month in select generate_series(v_this, v_this + make_interval(months => p_months_ahead), '1 month') loop
             v_name := v_table.relname || to_char(v_month, '_YYYYMM');
             continue when to_regclass(format('%I.%I', v_table.nspname, v_name)) is not null;
+            -- The clock was set back over the end of a month: the first partition has room for the month before it.
+            continue when exists (
+                select from pg_inherits as i join pg_class as k on k.oid = i.inhrelid
+                where i.inhparent = v_table.parent and k.relname > v_name
+                    and pg_get_expr(k.relpartbound, k.oid) like 'FOR VALUES FROM (MINVALUE)%'
+            );
             v_from := case
                 when exists (select from pg_inherits where inhparent = v_table.parent)
                     then quote_literal(surety.id_at(v_table.prefix, v_month at time zone 'UTC'))
