@@ -28,7 +28,7 @@ from tests.failover.run import run
 )
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on the last line.")
 def main(disturbances: str, *, strict: bool, seed: int | None, logs: Path | None, as_json: bool) -> None:
-    """Let servers fail over under load, and check every invariant afterwards. Exit status 1 if one was violated."""
+    """Let servers fail over under load, then check every invariant. Exit status 1 if one was violated."""
     seed = secrets.randbelow(10_000) if seed is None else seed
     chosen = disturbances.split(",")
     if unknown := [name for name in chosen if name not in DISTURBANCES]:

@@ -35,7 +35,7 @@ class Phase(msgspec.Struct, kw_only=True):
     unavailable_s: float
     """The longest time without an acknowledged payment."""
     confirmed_s: float
-    """From the end of the disturbance until a payment made afterwards was confirmed by the provider."""
+    """From the end of the disturbance until a payment made later was confirmed by the provider."""
     findings: dict[str, str]
     """The findings of `surety status` meanwhile, by id."""
 

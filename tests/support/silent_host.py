@@ -6,7 +6,7 @@ import socket
 
 
 class SilentHost:
-    """A port of loopback that refuses connections until `fall_silent`, and afterwards accepts and never answers."""
+    """A port of loopback that refuses connections until `fall_silent`, then accepts and never answers."""
 
     def __init__(self) -> None:
         self._socket = socket.socket()
