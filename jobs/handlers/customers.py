@@ -243,22 +243,22 @@ async def send_detachment(worker: Worker, call: CustomerCall) -> ProviderRespons
     assert call.object_id is not None
     assert call.idempotency_key is not None
     if call.verdict == "ask":
-        found = await fetch_method(worker, call, call.object_id)
+        found = await fetch_method(worker, call.account, call.object_id)
         if found is None or found.body["customer"] is None:
             return found or ProviderResponse({"id": call.object_id, "object": "payment_method"}, 200, None)
     try:
         return await worker.stripe.detach_method(call.account, call.idempotency_key, call.object_id)
     except (CallRefused, RequestRejected):
-        found = await fetch_method(worker, call, call.object_id)
+        found = await fetch_method(worker, call.account, call.object_id)
         if found is not None and found.body["customer"] is not None:
             raise
         return found or ProviderResponse({"id": call.object_id, "object": "payment_method"}, 200, None)
 
 
-async def fetch_method(worker: Worker, call: CustomerCall, method_id: str) -> ProviderResponse | None:
+async def fetch_method(worker: Worker, account: str, method_id: str) -> ProviderResponse | None:
     """A payment method as it is at the provider; None if it is gone. Raises ObjectUnreadable without its customer."""
     try:
-        found = await worker.stripe.fetch(call.account, "payment_methods", method_id)
+        found = await worker.stripe.fetch(account, "payment_methods", method_id)
     except RequestRejected as error:
         if error.error.get("code") != "resource_missing":
             raise

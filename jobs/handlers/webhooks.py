@@ -29,6 +29,7 @@ from jobs.handlers.calls import (
     record_event_results,
     released_result,
 )
+from jobs.handlers.customers import fetch_method
 from jobs.recorder import CallResult, unreadable_object
 from jobs.stripe.client import ProviderResponse
 from jobs.stripe.errors import ObjectUnreadable, OutcomeUnknown, ProviderBusy, ProviderError
@@ -312,7 +313,7 @@ async def fetch_for_webhooks(worker: Worker, source: ProviderObject, webhooks: l
         elif source.kind == "charge":
             result = await fetch_intent_of_charge(worker, source, origin)
         elif source.kind == "payment_method":
-            result = fetch_result(await fetch_saved_method(worker, source)) | {"snapshot": {"id": source.id}}
+            result = await fetch_saved_method(worker, source)
         else:
             answer = await fetch_object(worker, source)
             result = fetch_result(answer) | {"facts": facts_of_object(answer.body, origin)}
@@ -391,20 +392,23 @@ async def fetch_dispute(worker: Worker, source: ProviderObject, origin: FactOrig
     return answer
 
 
-async def fetch_saved_method(worker: Worker, source: ProviderObject) -> ProviderResponse:
-    """Fetch a saved payment method and record its state, under a lock: the last fetch wins, as for disputes."""
+async def fetch_saved_method(worker: Worker, source: ProviderObject) -> CallResult:
+    """Fetch a saved payment method and record its state, under a lock: the last fetch wins, as for disputes.
+
+    A method that is gone is detached.
+    """
     async with worker.database.try_lock(f"payment_method:{source.id}") as is_locked:
         if not is_locked:
             reason = "another worker is fetching it"
             raise ProviderBusy(reason, seconds=FETCH_PAUSE_SECONDS, cause="fetched_elsewhere")
-        answer = await fetch_object(worker, source)
-        if "customer" not in answer.body:
-            raise ObjectUnreadable(f"{source.id} has no customer")
+        found = await fetch_method(worker, source.account, source.id)
+        is_detached = found is None or found.body["customer"] is None
+        method = {"id": source.id} if found is None else saved_card(found.body)
         query = "select surety.record_method_state(%s, %s, %s)"
-        is_detached = answer.body["customer"] is None
-        method = Jsonb(saved_card(answer.body))
-        await worker.schedule_handlers_for(await worker.database.value(query, source.account, method, is_detached))
-    return answer
+        made = await worker.database.value(query, source.account, Jsonb(method), is_detached)
+        await worker.schedule_handlers_for(made)
+    # Nothing else of the answer is kept: it holds personal data.
+    return {"outcome": "answered", "status": 404 if found is None else found.status, "snapshot": {"id": source.id}}
 
 
 def facts_of_row(line: Json, origin: FactOrigin, read: FactReader) -> CallResult:

@@ -346,6 +346,21 @@ async def test_method_that_is_removed_at_the_provider_is_removed_here(
     assert attempts(conn) == []
 
 
+async def test_method_that_is_gone_at_the_provider_is_removed_here(
+    conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
+) -> None:
+    _, saved, method = await saved_method(conn, worker, key_hash)
+    sandbox.control(f"payment-methods/{method}", {"exp_month": 7, "exp_year": 2034, "last4": "1881"})
+    [event] = sandbox.get("/v1/events", {"type": "payment_method.automatically_updated"})["data"]
+    # As if the provider knew the method no more.
+    event["data"]["object"]["id"] = gone = "pm_0123456789abcdefGone0000"
+    conn.execute("update surety.payment_methods set provider_id = %s where id = %s", (gone, saved))
+    received(conn, [event])
+    await run(worker, "apply_webhooks", "detach_method")
+    assert [type for type, _ in events_of_method(conn, saved)][1:] == ["customer.payment_method_detached"]
+    assert attempts(conn) == []
+
+
 async def test_method_of_another_system_is_not_fetched(
     conn: Connection, sandbox: SandboxProcess, worker: Worker, key_hash: bytes
 ) -> None:
