@@ -357,6 +357,15 @@ async def test_snapshot_of_another_api_version_is_fetched(
     assert conn.execute(query).fetchall() == [("call", "asked"), ("answer", "answered")]
 
 
+def events_of_approval(conn: Connection, sandbox: SandboxProcess, payment_id: str, proof: str) -> list[dict[str, Any]]:
+    """The payer approves; the events of the charge, and of the type that proves it by the intent."""
+    [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
+    sandbox.answer_as_payer(pi, "approve")
+    wanted = {proof, "charge.succeeded"}
+    eventually(lambda: wanted <= {event["type"] for event in events_about(sandbox, payment_id)})
+    return [event for event in events_about(sandbox, payment_id) if event["type"] in wanted]
+
+
 @pytest.mark.parametrize("capture_method", ["automatic", "manual"])
 @pytest.mark.parametrize("intents_first", [True, False])
 async def test_card_is_shown_after_the_payer_acted_whichever_event_comes_first(
@@ -365,12 +374,8 @@ async def test_card_is_shown_after_the_payer_acted_whichever_event_comes_first(
     [payment_id] = shop(method_token="pm_card_threeDSecure2Required", capture_method=capture_method)
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker)
-        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
-        sandbox.answer_as_payer(pi, "approve")
         proof = "succeeded" if capture_method == "automatic" else "amount_capturable_updated"
-        wanted = {f"payment_intent.{proof}", "charge.succeeded"}
-        eventually(lambda: wanted <= {event["type"] for event in events_about(sandbox, payment_id)})
-        events = [event for event in events_about(sandbox, payment_id) if event["type"] in wanted]
+        events = events_of_approval(conn, sandbox, payment_id, f"payment_intent.{proof}")
         assert all(isinstance(event["data"]["object"].get("latest_charge", ""), str) for event in events)
         for event in sorted(events, key=lambda event: event["type"], reverse=intents_first):
             received(conn, [event])
@@ -392,11 +397,7 @@ async def test_card_that_comes_with_its_intent_in_one_batch_is_shown(
     [payment_id] = shop(method_token="pm_card_threeDSecure2Required")
     async with in_process_worker(database, sandbox.url) as worker:
         await run_until_idle(worker)
-        [(pi,)] = conn.execute("select provider_id from surety.payments").fetchall()
-        sandbox.answer_as_payer(pi, "approve")
-        wanted = {"payment_intent.succeeded", "charge.succeeded"}
-        eventually(lambda: wanted <= {event["type"] for event in events_about(sandbox, payment_id)})
-        events = [event for event in events_about(sandbox, payment_id) if event["type"] in wanted]
+        events = events_of_approval(conn, sandbox, payment_id, "payment_intent.succeeded")
         received(conn, sorted(events, key=lambda event: event["type"], reverse=True))
         await run_until_idle(worker)
     shown = conn.execute("select kind from surety.facts where data ? 'card'").fetchall()
