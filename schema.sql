@@ -1672,12 +1672,17 @@ create table outbox.events (
     version integer,
     generation integer not null,
     xid xid8 not null default pg_current_xact_id(),
-    constraint events_pkey primary key (id)
+    at timestamptz not null,
+    traceparent text collate "C",
+    constraint events_pkey primary key (id),
+    constraint event_traceparent_is_short check (length(traceparent) = 55)
 ) partition by range (id);
 create index events_in_commit_order on outbox.events (generation, xid, id);
 create index events_of_a_merchant on outbox.events (merchant_id, generation, xid, id) where merchant_id is not null;
 comment on table outbox.events is
 'The outbox, append-only. Columns as Debezium''s outbox router reads them, with the id of the writing transaction.';
+comment on column outbox.events.traceparent is
+'The trace context (W3C) of the request that caused the event, if it sent one.';
 
 create table outbox.handlers (
     handler text collate "C" not null,

@@ -60,6 +60,8 @@ async def create_client_secret(request: ApiRequest) -> HttpResponse:
         "payment_id": payment_id,
         "public_key": private_key.public_key.encode().hex(),
     }
+    if traceparent := request.traceparent():
+        asked["traceparent"] = traceparent
     row = await request.services.database.fetch_row(
         "select problem, detail, secret_request_id, provider_id, provider_account from api.request_client_secret(%s)",
         msgspec.json.encode(asked).decode(),

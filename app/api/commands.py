@@ -78,6 +78,8 @@ async def execute_command(
         "request_hash": hash_of_request(encode_canonically(command), subject_id),
         subject: subject_id,
     }
+    if traceparent := request.traceparent():
+        document["traceparent"] = traceparent
     row = await request.services.database.fetch_row(statement, msgspec.json.encode(document).decode())
     assert row is not None
     status, problem, detail, answer, is_replayed = row

@@ -97,6 +97,7 @@ async def create_payment(request: ApiRequest) -> HttpResponse:
             saved_method=payment.payment_method.saved,
             save_method=method_to_save(payment),
             authentication=payment.authentication,
+            traceparent=request.traceparent(),
         ),
         sender_of(request.headers[b"authorization"]),
     )

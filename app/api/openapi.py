@@ -17,12 +17,21 @@ from litestar import Router
 from litestar.static_files import create_static_files_router
 
 from app.api.field_descriptions import DESCRIPTIONS, is_instant
-from app.api.positions import POSITION_PARAMETER, POSITION_PATTERN
+from app.api.openapi_headers import (
+    HEADERS,
+    HEADERS_BY_STATUS,
+    IDEMPOTENCY_KEY_PARAMETER,
+    PREFER_PARAMETER,
+    RATE_LIMIT_HEADERS,
+    TRACE_PARAMETER,
+    VERSION_PARAMETER,
+)
+from app.api.positions import POSITION_PARAMETER
 from app.api.schemas.events import KINDS_OF_EVENTS, Event
 from app.api.schemas.payments import Authentication, CaptureMethod, NewCard, NewPayment, State, Status
 from app.api.schemas.problems import ProblemDocument
 from app.api.schemas.refunds import RefundReason, RefundStatus
-from app.api.versions import VERSION_HEADER, VERSIONS
+from app.api.versions import VERSION_HEADER
 from app.web.asgi import Headers, HttpResponse
 from app.web.problems import PROBLEM_TYPES
 from app.web.requests import HttpRequest
@@ -70,51 +79,8 @@ SwaggerUIBundle({
 </html>
 """
 
-HEADERS: dict[str, JsonDocument] = {
-    "Request-Id": {
-        "description": "The request's id in the audit trail and in our logs.",
-        "required": True,
-        "schema": {"type": "string", "pattern": "^req_[0-9a-f]{24}$"},
-    },
-    VERSION_HEADER: {"description": "The version of this answer.", "required": True, "schema": {"enum": VERSIONS}},
-    "Location": {
-        "description": "The address of the new object.",
-        "required": True,
-        "schema": {"type": "string"},
-    },
-    "Preference-Applied": {
-        "description": "`wait=N`: the request was allowed to wait for N seconds, and is answered as it asked.",
-        "schema": {"type": "string", "pattern": "^wait=[0-9]+$"},
-    },
-    "Cache-Control": {"description": "The answer is a secret.", "required": True, "schema": {"const": "no-store"}},
-    "Vary": {"description": "The answer depends on the header Prefer.", "schema": {"const": "Prefer"}},
-    "Idempotency-Replayed": {
-        "description": "Present if this is a repetition of the first answer.",
-        "schema": {"const": "true"},
-    },
-    "Surety-Position": {
-        "description": "For reads that must show this change. Missing where reads use no replica.",
-        "schema": {"type": "string", "pattern": POSITION_PATTERN},
-    },
-    "Retry-After": {
-        "description": "Seconds to wait.",
-        "required": True,
-        "schema": {"type": "string", "pattern": "^[0-9]+$"},
-    },
-    "RateLimit-Policy": {
-        "description": "The rate limits of the key and its merchant, a structured list. Missing without one.",
-        "schema": {"type": "string"},
-    },
-    "RateLimit": {
-        "description": "The number of requests that is left of each rate limit, and for how many seconds.",
-        "schema": {"type": "string"},
-    },
-    "WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}},
-}
 # Any request may be refused for its form, before its route is known.
 CONNECTION_PROBLEMS = ("request-timeout", "target-too-long", "head-too-large")
-HEADERS_BY_STATUS = {201: ["Location"], 401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}
-RATE_LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
 
 PAYER_CAN_ACT_OR_IS_ABSENT: JsonDocument = {
     "if": {"required": ["authentication"], "properties": {"authentication": {"const": "script"}}},
@@ -142,28 +108,6 @@ CHOICES: dict[str, Any] = {
     "RefundReason": RefundReason,
 }
 """Texts of which several fields hold one: a type of their own in generated clients."""
-
-IDEMPOTENCY_KEY_PARAMETER: JsonDocument = {
-    "name": "Idempotency-Key",
-    "in": "header",
-    "required": True,
-    "description": "1 to 255 printable characters: new for each request, the same for each repetition.",
-    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-}
-VERSION_PARAMETER: JsonDocument = {
-    "name": VERSION_HEADER,
-    "in": "header",
-    "required": False,
-    "description": f"The version of the API, by its date; without it `{VERSIONS[0]}`, and so for ever.",
-    "schema": {"type": "string", "enum": VERSIONS},
-}
-PREFER_PARAMETER: JsonDocument = {
-    "name": "Prefer",
-    "in": "header",
-    "required": False,
-    "description": "`wait=N` (RFC 7240): wait up to N seconds, at most 30, for a result. Anything else is ignored.",
-    "schema": {"type": "string"},
-}
 
 
 def documentation_routes(routes: Sequence[Route]) -> list[Route]:
@@ -249,7 +193,7 @@ def describe_route(row: Route, components: JsonDocument) -> JsonDocument:
         for parameter in PATH_PARAMETER.findall(row.path)
     ]
     if is_idempotent:
-        parameters.append(IDEMPOTENCY_KEY_PARAMETER)
+        parameters += [IDEMPOTENCY_KEY_PARAMETER, TRACE_PARAMETER]
     if row.takes_wait:
         parameters.append(PREFER_PARAMETER)
     if row.scope == "read":

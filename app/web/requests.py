@@ -18,6 +18,11 @@ from db.settings import parse_address
 T = TypeVar("T")
 
 IDEMPOTENCY_KEY = re.compile(rb"[ -~]{1,255}")
+# Version 00 ends with the flags; later versions may go on behind them. Ids of zeros and version ff are invalid.
+TRACEPARENT = re.compile(
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?P<more>-.*)?", re.DOTALL
+)
+TRACEPARENT_LENGTH = 55
 
 encode_canonically = msgspec.json.Encoder(order="deterministic").encode
 
@@ -63,6 +68,13 @@ class HttpRequest:
             return str(self.scope["path_params"][name])
         (value,) = self.scope["path_params"].values()
         return str(value)
+
+    def traceparent(self) -> str | None:
+        """The trace context that the client sends, as its first version writes it; None if it is absent or invalid."""
+        given = self.headers.get(b"traceparent")
+        if given is None or not (valid := TRACEPARENT.fullmatch(given)) or (valid["more"] and given[:2] == b"00"):
+            return None
+        return "00" + given[2:TRACEPARENT_LENGTH].decode()
 
     def is_json(self) -> bool:
         """Whether the Content-Type is JSON, whatever its parameters."""

@@ -131,10 +131,10 @@ begin
         where postings.payment_id = p_payment_id
     ) as t;
 
-    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
+    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation, at)
     select
         bench.copied_id('evt', c.at, c.n, e.place), e.aggregate_type, c.id, e.type,
-        jsonb_set(e.payload, '{payment_id}', to_jsonb(c.id)), c.merchant_id, e.version, e.generation
+        jsonb_set(e.payload, '{payment_id}', to_jsonb(c.id)), c.merchant_id, e.version, e.generation, c.at
     from copies as c
     cross join (
         select events.*, row_number() over (order by events.id) as place

@@ -38,8 +38,9 @@ def test_a_list_of_events_reads_a_few_pages_beside_events_of_other_merchants(con
 def emit_many(conn: Connection, count: int, merchant: str | None = None) -> None:
     """Emit events in one transaction, about no object."""
     conn.execute(
-        "insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, generation)"
-        " select surety.new_id('evt', now()), 'webhook', 'whk_past', %s, '{}', %s, outbox.current_restore_generation()"
+        "insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, generation, at)"
+        " select surety.new_id('evt', now()), 'webhook', 'whk_past', %s, '{}', %s, outbox.current_restore_generation(),"
+        " now()"
         " from generate_series(1, %s)",
         (TYPE, merchant, count),
     )

@@ -173,6 +173,7 @@ class PaymentRequest(Struct, omit_defaults=True):
     saved_method: str | None = None
     save_method: MethodToSave | None = None
     authentication: str = "redirect"
+    traceparent: str | None = None
 
 
 class PaymentMethod(Struct):

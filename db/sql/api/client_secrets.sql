@@ -72,6 +72,9 @@ begin
     values (
         secret_request_id, v_payment.id, v_who.merchant_id, decode(p_request ->> 'public_key', 'hex'), v_now
     );
+    if p_request ? 'traceparent' then
+        perform outbox.keep_traceparents(jsonb_build_object('', p_request ->> 'traceparent'));
+    end if;
     perform outbox.emit_event(
         'payment', v_payment.id, 'payment.client_secret_requested',
         jsonb_build_object('payment_id', v_payment.id, 'secret_request_id', secret_request_id), null, null);

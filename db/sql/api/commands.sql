@@ -34,7 +34,12 @@ begin
             )
             values (v_who.merchant_id, p_route, p_request ->> 'idempotency_key', v_hash, '', 0, '', v_now)
             on conflict (merchant_id, route, key) do nothing;
-            exit when found;
+            if found then
+                if p_request ? 'traceparent' then
+                    perform outbox.keep_traceparents(jsonb_build_object('', p_request ->> 'traceparent'));
+                end if;
+                exit;
+            end if;
             select i.request_hash, i.status, i.response into v_first
             from surety.idempotency_keys as i
             where i.merchant_id = v_who.merchant_id and i.route = p_route and i.key = p_request ->> 'idempotency_key';
@@ -62,9 +67,10 @@ $$;
 
 comment on function api.admit_command(text, text, jsonb, boolean) is
 'Admits a command that needs p_scope; a suspended merchant''s only if it takes no money from a payer. p_request:
-key_hash (hex), request_id, address, api_version, idempotency_key, request_hash (hex, of the id and the body), and the
-id of the object. The outcome is set if the command ends here: an answer repeated, or one of the problems of
-api.explain_denial, merchant-suspended, idempotency-key-reused.';
+key_hash (hex), request_id, address, api_version, idempotency_key, request_hash (hex, of the id and the body), the id
+of the object, and the traceparent of the events that it causes, if the request has one. The outcome is set if the
+command ends here: an answer repeated, or one of the problems of api.explain_denial, merchant-suspended,
+idempotency-key-reused.';
 
 create or replace function api.refuse_command(p_admitted api.admission, p_problem text, p_detail jsonb)
 returns api.outcome

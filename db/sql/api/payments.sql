@@ -143,6 +143,7 @@ declare
     -- By the ids of payments: {problem, detail}, and what a velocity rule found.
     v_refusals jsonb := '{}';
     v_unpayable jsonb;
+    v_traceparents jsonb;
     v_holds jsonb := '{}';
 begin
     -- The merchant, as api.identify_merchant finds it, and the problem of the request, if any. Without a problem of
@@ -169,7 +170,7 @@ begin
             request_hash text, amount bigint, currency text, rail text, method_token text, capture_method text,
             reference text, description text, statement_descriptor_suffix text, return_url text, off_session boolean,
             customer jsonb, metadata jsonb, customer_id text, saved_method text, save_method jsonb,
-            authentication text
+            authentication text, traceparent text
         )
         left join lateral (
             select
@@ -233,10 +234,11 @@ begin
         )) filter (where a.is_first),
         coalesce(
             jsonb_object_agg(a.new_id, jsonb_build_object('problem', 'invalid-request', 'detail', a.broken_rule))
-            filter (where a.is_first and a.broken_rule is not null), '{}')
+            filter (where a.is_first and a.broken_rule is not null), '{}'),
+        jsonb_object_agg(a.new_id, a.traceparent) filter (where a.traceparent is not null)
     into
         v_n, v_merchants, v_idempotency_keys, v_hashes, v_problems, v_details, v_references, v_ids,
-        v_are_cut_off, v_labels, v_payments, v_keys, v_entries, v_unpayable
+        v_are_cut_off, v_labels, v_payments, v_keys, v_entries, v_unpayable, v_traceparents
     from asked as a cross join lateral api.show_payment(a.payment) as shown;
 
     if v_payments is not null then
@@ -316,6 +318,9 @@ begin
             v_payments := api.hold_new_payments(v_payments, v_keys, v_holds, v_now);
         end if;
 
+        if v_traceparents is not null then
+            perform outbox.keep_traceparents(v_traceparents);
+        end if;
         with paid as (
             insert into surety.payments
             select p.* from unnest(v_payments) as p
@@ -429,4 +434,4 @@ given}; reference-taken, detail {payment_id}; limit-exceeded, velocity-exceeded 
 idempotency-key-reused. p_requests: [{n, key_hash (hex), request_id, address, idempotency_key, request_hash (hex),
 amount (minor units), currency, rail, method_token, capture_method, reference, description, statement_descriptor_suffix,
 return_url, off_session, customer, metadata, customer_id, saved_method, save_method {usage, mandate}, authentication
-(by default redirect)}]. Without customer_id, the customer is that of saved_method.';
+(by default redirect), traceparent}]. Without customer_id, the customer is that of saved_method.';

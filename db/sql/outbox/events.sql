@@ -11,18 +11,42 @@
 -- `goal` and not in `seen`, those up to (at_xid, at_id). A transaction that commits late is in no earlier snapshot, so
 -- a later goal includes its events; a transaction that stays open delays no other event.
 
+create or replace function outbox.keep_traceparents(p_traceparents jsonb) returns void
+language sql volatile
+begin atomic
+    select set_config('surety.traceparents', p_traceparents::text, true);
+end;
+
+comment on function outbox.keep_traceparents(jsonb) is
+'Gives the events that this transaction emits from here on a trace context: {aggregate id: traceparent}; that of "" is
+for all others.';
+
+create or replace function outbox.traceparent_of(p_aggregate_id text) returns text
+language sql stable
+begin atomic
+    select coalesce(kept.traceparents ->> p_aggregate_id, kept.traceparents ->> '')
+    from (select nullif(current_setting('surety.traceparents', true), '')::jsonb as traceparents) as kept;
+end;
+
+comment on function outbox.traceparent_of(text) is
+'The trace context that outbox.keep_traceparents gave the events of an aggregate in this transaction, or null.';
+
 create or replace function outbox.emit_event(
     p_aggregate_type text, p_aggregate_id text, p_type text, p_payload jsonb, p_merchant_id text, p_version integer
 ) returns text
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+    v_now timestamptz := surety.time_now();
     v_id text;
 begin
-    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
+    insert into outbox.events (
+        id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation, at, traceparent
+    )
     select
-        surety.new_id('evt', surety.time_now()), p_aggregate_type, p_aggregate_id, t.type, p_payload,
-        case when t.is_for_merchants then p_merchant_id end, p_version, outbox.current_restore_generation()
+        surety.new_id('evt', v_now), p_aggregate_type, p_aggregate_id, t.type, p_payload,
+        case when t.is_for_merchants then p_merchant_id end, p_version, outbox.current_restore_generation(), v_now,
+        outbox.traceparent_of(p_aggregate_id)
     from outbox.event_types as t
     where t.type = p_type
     returning id into v_id;

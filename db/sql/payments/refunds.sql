@@ -26,14 +26,16 @@ begin
     join surety.refund_states as s on s.state = last.to_state
     where r.id = last.refund_id;
 
-    insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
+    insert into outbox.events (
+        id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation, at, traceparent
+    )
     select
         surety.new_id('evt', v_now), 'refund', n.refund_id, 'refund.' || n.to_state,
         jsonb_strip_nulls(jsonb_build_object(
             'payment_id', r.payment_id, 'refund_id', r.id, 'state', n.to_state, 'version', n.version,
             'at', surety.format_time(n.at), 'amount', r.amount_minor, 'provider_id', r.provider_id,
             'failure', case when n.to_state in ('failed', 'canceled') then r.failure end)),
-        r.merchant_id, n.version, v_generation
+        r.merchant_id, n.version, v_generation, v_now, outbox.traceparent_of(n.refund_id)
     from new_steps as n
     join surety.refunds as r on r.id = n.refund_id
     order by n.refund_id, n.version;

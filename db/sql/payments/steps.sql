@@ -86,7 +86,9 @@ begin
         order by n.payment_id, n.version
     ),
     emitted as (
-        insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation)
+        insert into outbox.events (
+            id, aggregate_type, aggregate_id, type, payload, merchant_id, version, generation, at, traceparent
+        )
         select
             surety.new_id('evt', v_now), 'payment', m.payment_id, 'payment.' || m.to_state,
             jsonb_strip_nulls(jsonb_build_object(
@@ -94,7 +96,7 @@ begin
                 'amount_captured', nullif(m.captured_minor, 0), 'amount_refunded', nullif(m.refunded_minor, 0),
                 'amount_reversed', nullif(m.reversed_minor, 0), 'provider_id', m.provider_id, 'failure', m.failure,
                 'next_action', case when m.to_state = 'requires_action' then m.next_action end)),
-            m.merchant_id, m.version, v_generation
+            m.merchant_id, m.version, v_generation, v_now, outbox.traceparent_of(m.payment_id)
         from made_steps as m
     )
     insert into audit.entries (

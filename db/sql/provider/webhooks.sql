@@ -36,10 +36,10 @@ begin
         order by g.id
     ),
     queued as (
-        insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, generation)
+        insert into outbox.events (id, aggregate_type, aggregate_id, type, payload, generation, at)
         select
             surety.new_id('evt', v_now), 'webhook', g.id, 'webhook.received',
-            jsonb_build_object('provider', g.provider, 'event', g.event_id, 'type', g.type), v_generation
+            jsonb_build_object('provider', g.provider, 'event', g.event_id, 'type', g.type), v_generation, v_now
         from given as g join keyed as k on k.provider_event_id = g.id
         order by g.id
     ),
