@@ -16,6 +16,7 @@
 --   refunds          refunds and their steps
 --   disputes         disputes as last fetched, with the merchant's evidence
 --   facts            stored provider events, the facts read from them, and facts without a payment
+--   payouts          what the provider pays out to our bank, and the balance transactions in each payout
 --   ledger           accounts, postings (one per cause), transfers (one debit, one credit, one positive amount)
 --   outbox           event types, events, handlers with their snapshot cursors, leased batches, retries, dead letters
 --   audit            the audit trail, append-only
@@ -1435,6 +1436,79 @@ create table surety.pending_money (
 create index pending_money_by_time on surety.pending_money (available_at);
 comment on table surety.pending_money is
 'Balance transactions whose money is not available yet: polled from available_at on.';
+
+-- -------------------------------------------------------------------------------------------------------- payouts
+
+create table surety.payout_statuses (
+    status text collate "C" not null,
+    rank smallint not null,
+    is_failure boolean not null,
+    poll_after interval,
+    meaning text not null,
+    constraint payout_statuses_pkey primary key (status)
+);
+comment on table surety.payout_statuses is
+'Statuses of payouts. The highest rank that was reported stands, whatever the order of reports. poll_after: the time
+after which a payout is fetched again, null for never. A status without a row is stored too, with the lowest rank.';
+
+insert into surety.payout_statuses (status, rank, is_failure, poll_after, meaning) values
+('pending', 1, false, '1 hour', 'the provider has not sent it to the bank yet'),
+('in_transit', 2, false, '1 hour', 'it is on its way to the bank'),
+('paid', 3, false, '12 hours', 'the provider counts it as arrived; it may still fail'),
+('canceled', 4, true, null, 'it was canceled before it was sent; the money is back in the balance'),
+('failed', 4, true, null, 'the bank refused it; the money is back in the balance');
+
+create table surety.payouts (
+    provider text not null,
+    account text not null,
+    id text collate "C" not null,
+    livemode boolean not null,
+    amount_minor bigint not null,
+    currency text collate "C" not null,
+    status text collate "C" not null,
+    was_paid boolean not null,
+    is_automatic boolean,
+    reconciliation_status text,
+    trace_id text,
+    arrival_on date,
+    failure_code text,
+    created_at timestamptz not null,
+    recorded_at timestamptz not null,
+    poll_at timestamptz,
+    lines_due_at timestamptz,
+    lines_read_at timestamptz,
+    line_count integer,
+    lines_minor bigint,
+    constraint payouts_pkey primary key (provider, account, id),
+    constraint payout_has_the_mode_of_its_database foreign key (livemode)
+    references surety.environment (livemode),
+    constraint payout_lines_are_summed_when_read check (
+        (lines_read_at is null) = (line_count is null) and (lines_read_at is null) = (lines_minor is null)
+    )
+);
+create index payouts_by_time on surety.payouts (created_at);
+create index payouts_to_poll on surety.payouts (poll_at) where poll_at is not null;
+create index payouts_to_read on surety.payouts (lines_due_at) where lines_due_at is not null;
+comment on table surety.payouts is
+'What the provider pays out from our balance to our bank, as last reported. amount_minor is signed: a negative payout
+takes money from the bank. was_paid: it was reported as paid, perhaps before it failed. trace_id is the banks'' reference
+to it. lines_due_at: when its balance transactions are to be read; lines_minor is the sum of their nets.';
+
+create table surety.payout_lines (
+    provider text not null,
+    account text not null,
+    line_id text collate "C" not null,
+    payout_id text collate "C" not null,
+    category text not null,
+    net_minor bigint not null,
+    currency text collate "C" not null,
+    constraint payout_lines_pkey primary key (provider, account, line_id),
+    constraint payout_line_is_in_a_payout foreign key (provider, account, payout_id)
+    references surety.payouts (provider, account, id)
+);
+create index payout_lines_of_a_payout on surety.payout_lines (provider, account, payout_id, line_id);
+comment on table surety.payout_lines is
+'Which balance transactions (txn_) a payout pays out. Each is in one payout. Their payments are in provider_objects.';
 
 -- --------------------------------------------------------------------------------------------------------- ledger
 

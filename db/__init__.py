@@ -37,6 +37,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "payments/advance",
     "ledger/fact_postings",
     "payments/facts",
+    "cash/payouts",
     "payments/unmatched_facts",
     "payments/refunds",
     "payments/disputes",

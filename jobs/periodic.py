@@ -3,7 +3,8 @@
 All run in one worker, the leader (leader.py). Those without a time below run every SURETY_POLL_SECONDS.
 
     schedule_due_handlers      schedules handlers that have due work             every second (leader.py)
-    poll_…, recheck_…          reads from the provider (jobs/polling.py)
+    poll_…, recheck_…          reads from the provider (jobs/polling.py, jobs/payouts.py)
+    read_payout_lines          reads the balance transactions of payouts (jobs/payouts.py)
     retry_unmatched_facts      matches facts again that found no payment
     check_deadlines            expected settlements, payers' actions, refused accounts, holds, evidence
     check_provider_key         permissions of the provider's key, own account     every minute, if due (ten minutes)
@@ -21,13 +22,8 @@ from procrastinate import JobContext
 
 from db.errors import error_text, is_retryable
 from db.settings import Settings
-from jobs.polling import (
-    poll_balance_transactions,
-    poll_events,
-    poll_payouts,
-    poll_unfinished,
-    recheck_pending_balance,
-)
+from jobs.payouts import poll_payouts, read_payout_lines
+from jobs.polling import poll_balance_transactions, poll_events, poll_unfinished, recheck_pending_balance
 from jobs.stripe.key_check import check_provider_key_if_due
 from jobs.worker import Worker, worker_of
 
@@ -91,6 +87,7 @@ PERIODIC_JOBS: dict[str, PeriodicJob] = {
     "poll_balance_transactions": poll_balance_transactions,
     "recheck_pending_balance": recheck_pending_balance,
     "poll_payouts": poll_payouts,
+    "read_payout_lines": read_payout_lines,
     "retry_unmatched_facts": retry_unmatched_facts,
     "check_deadlines": check_deadlines,
     "check_provider_key": check_provider_key_if_due,

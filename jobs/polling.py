@@ -4,7 +4,6 @@ poll_unfinished            fetches unfinished payments, refunds and disputes
 poll_events                reads the list of events, for those that no webhook brought
 poll_balance_transactions  reads the list of balance transactions, and the refunds that it shows
 recheck_pending_balance    reads balance transactions again that should be available by now
-poll_payouts               reads the list of payouts
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from jobs.handlers.webhooks import facts_of_row, fetch_dispute, fetch_result, st
 from jobs.recorder import CallResult, unreadable_object
 from jobs.stripe.client import CLOCK_AHEAD_SECONDS_MAX, CLOCK_SKEW_SECONDS, ListPage, ProviderResponse
 from jobs.stripe.errors import AccessRefused, ObjectAbsent, ObjectUnreadable, ProviderError
-from jobs.stripe.facts import Fact, FactOrigin, Json, listed_transaction_facts, payout_facts, refund_facts
+from jobs.stripe.facts import Fact, FactOrigin, Json, listed_transaction_facts, refund_facts
 from jobs.stripe.webhook_events import POLLED_EVENTS, ProviderObject
 from jobs.worker import Worker
 
@@ -199,14 +198,6 @@ async def recheck_pending_balance(worker: Worker) -> None:
                 break
         else:
             await advance_poll_cursor(worker, PollWindow(account, since, until), name)
-
-
-async def poll_payouts(worker: Worker) -> None:
-    """Payouts, by the time of their creation."""
-    for window in await poll_windows(worker, "payouts"):
-        pages = worker.stripe.payouts(window.account, window.read_from)
-        take = partial(record_page, worker, window.account, payout_facts)
-        await read_window(worker, "payouts", window, pages, take)
 
 
 async def record_page(

@@ -52,6 +52,7 @@ COMMANDS = {
     "discrepancies": CommandEntry(
         "app.cli.discrepancies:discrepancies", "Differences from the provider's records: list, show, close."
     ),
+    "payouts": CommandEntry("app.cli.payouts:payouts", "The provider's payouts to our bank: list, show."),
     "velocity": CommandEntry("app.cli.velocity:velocity", "Rules about many payments of one payer: list, add, remove."),
     "holds": CommandEntry("app.cli.holds:holds", "Payments on hold: list, show, release, refuse."),
     "handlers": CommandEntry("app.cli.handlers:handlers", "Handlers of events: list, pause, resume."),

@@ -122,6 +122,8 @@ CONTROL_ACTIONS = {
     "payment-methods/{id}": ControlRoute(stripe_control.ReplacedCard, stripe_control.replace_card),
     "refunds/{id}": ControlRoute(stripe_control.RefundOutcome, stripe_control.decide_refund),
     "disputes": ControlRoute(stripe_control.CardholderDispute, stripe_control.dispute_charge),
+    "payouts": ControlRoute(stripe_control.PayoutsNow, stripe_control.pay_out_now),
+    "payouts/{id}": ControlRoute(stripe_control.PayoutOutcome, stripe_control.decide_payout),
     "disputes/{id}": ControlRoute(stripe_control.BankDecision, stripe_control.decide_dispute),
     "key-state": ControlRoute(permissions.AllKeys, permissions.set_key_state),
     "keys": ControlRoute(permissions.RestrictedKey, permissions.restrict_key),

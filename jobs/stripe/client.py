@@ -296,6 +296,11 @@ class StripeGateway:
         asked = {"created": created, "expand": ["data.source"]}
         return self._pages("/v1/balance_transactions", account, asked, urgent=False)
 
+    def payout_transactions(self, account: str, payout_id: str) -> AsyncGenerator[ListPage]:
+        """The balance transactions that an automatic payout pays out, in pages, each with its source."""
+        asked = {"payout": payout_id, "expand": ["data.source"]}
+        return self._pages("/v1/balance_transactions", account, asked, urgent=False)
+
     def payouts(self, account: str, since: datetime) -> AsyncGenerator[ListPage]:
         """An account's payouts created since then, in pages."""
         return self._pages("/v1/payouts", account, {"created": {"gte": int(since.timestamp())}}, urgent=False)

@@ -372,9 +372,11 @@ def fraud_warning_facts(warning: Json, origin: FactOrigin) -> list[Fact]:
 
 
 def payout_facts(payout: Json, origin: FactOrigin) -> list[Fact]:
-    """A payout's fact, which belongs to no payment."""
+    """A payout's fact, which belongs to no payment. Its trace id comes after its arrival, if the bank has one."""
     failed = required(payout, "status") in {"failed", "canceled"}
-    data = {name: payout.get(name) for name in ("status", "arrival_date", "automatic", "failure_code")}
+    names = ("status", "arrival_date", "automatic", "failure_code", "reconciliation_status")
+    data = {name: payout.get(name) for name in names}
+    data["trace_id"] = (payout.get("trace_id") or {}).get("value")
     return [
         fact(
             origin,

@@ -45,6 +45,7 @@ SNAPSHOT_EVENTS: dict[str, FactReader] = {
     "payout.paid": payout_facts,
     "payout.failed": payout_facts,
     "payout.canceled": payout_facts,
+    "payout.reconciliation_completed": payout_facts,
     "radar.early_fraud_warning.created": fraud_warning_facts,
     "radar.early_fraud_warning.updated": fraud_warning_facts,
 }

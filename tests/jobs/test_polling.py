@@ -8,12 +8,8 @@ from pathlib import Path
 
 from jobs.database import WORKER_CONNECTIONS_MAX
 from jobs.handlers.webhooks import fetch_dispute
-from jobs.polling import (
-    merge_time_ranges,
-    poll_balance_transactions,
-    poll_payouts,
-    poll_unfinished,
-)
+from jobs.payouts import poll_payouts
+from jobs.polling import merge_time_ranges, poll_balance_transactions, poll_unfinished
 from jobs.stripe.facts import FactOrigin
 from jobs.stripe.webhook_events import ProviderObject
 from tests.jobs.conftest import Pay

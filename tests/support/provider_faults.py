@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from db.embedded.processes import wait_until
+from jobs.payouts import poll_payouts
 from jobs.periodic import PeriodicJob
 from jobs.polling import (
     poll_balance_transactions,
     poll_events,
-    poll_payouts,
     poll_unfinished,
     recheck_pending_balance,
 )

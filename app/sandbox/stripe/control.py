@@ -10,7 +10,7 @@ from app.sandbox.memory import StoredObject, encode
 from app.sandbox.settings import PLATFORM_ACCOUNT
 from app.sandbox.state import Sandbox
 from app.sandbox.stripe.errors import invalid_request, not_found
-from app.sandbox.stripe.objects import disputes, fraud_warnings, intents, methods, refunds
+from app.sandbox.stripe.objects import balance, disputes, fraud_warnings, intents, methods, refunds
 from app.sandbox.stripe.parameters import AutomaticMethods, CreateIntent, CreateRefund
 from app.sandbox.stripe.queries import render_object
 
@@ -45,6 +45,17 @@ class RefundOutcome(Struct, forbid_unknown_fields=True):
 
     outcome: Literal["succeeded", "failed"]
     failure_reason: str = "expired_or_canceled_card"
+
+
+class PayoutsNow(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/payouts`: all available money is paid out at once."""
+
+
+class PayoutOutcome(Struct, forbid_unknown_fields=True):
+    """The body of `POST /sandbox/payouts/{id}`: a payout arrives, or fails, even after it arrived."""
+
+    outcome: Literal["paid", "failed"]
+    failure_code: str = "account_closed"
 
 
 class ReplacedCard(Struct, forbid_unknown_fields=True):
@@ -132,6 +143,24 @@ def decide_refund(sandbox: Sandbox, id: str, given: RefundOutcome) -> dict[str, 
         refunds.succeed(sandbox, found)
     else:
         refunds.fail_refund(sandbox, found, given.failure_reason)
+    return render_object(sandbox, found)
+
+
+def pay_out_now(sandbox: Sandbox, given: PayoutsNow) -> dict[str, Any]:
+    """Automatic payouts of all available money, of all accounts: their ids."""
+    del given
+    return {"payouts": balance.create_payouts(sandbox)}
+
+
+def decide_payout(sandbox: Sandbox, id: str, given: PayoutOutcome) -> dict[str, Any]:
+    """A payout arrives at the bank, or the bank refuses it."""
+    found = _found(sandbox, "payout", id)
+    if found.body["status"] == "failed":
+        raise invalid_request("A payout that failed stays so.", param="outcome")
+    if given.outcome == "paid":
+        balance.complete_payout(sandbox, found)
+    else:
+        balance.fail_payout(sandbox, found, given.failure_code)
     return render_object(sandbox, found)
 
 

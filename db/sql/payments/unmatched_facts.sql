@@ -35,6 +35,7 @@ as $$
 declare
     v_entries ledger.entry [];
 begin
+    perform surety.record_payouts(p_facts, p_at);
     with stored as (
         insert into surety.unmatched_facts (
             id, provider, account, livemode, object_id, kind, revision, fact, recorded_at, ended_at, ended_as
@@ -61,4 +62,4 @@ $$;
 
 comment on function surety.store_unmatched_facts(jsonb, timestamptz) is
 'Stores facts that match no payment, once each. Those that have none by nature are booked at once; the others wait for
-retry_unmatched_facts.';
+retry_unmatched_facts. A payout is recorded each time it is reported: its status and trace id change.';

@@ -88,6 +88,48 @@ from surety.discrepancies;
 
 comment on view report.discrepancies is 'Reconciliation breaks, open while closed_at is null.';
 
+create or replace view report.payouts as
+select
+    payouts.id,
+    payouts.provider,
+    payouts.account,
+    payouts.status,
+    payouts.was_paid,
+    payouts.amount_minor,
+    payouts.currency,
+    payouts.is_automatic,
+    payouts.trace_id,
+    payouts.arrival_on,
+    payouts.failure_code,
+    payouts.line_count,
+    payouts.lines_minor,
+    payouts.created_at
+from surety.payouts;
+
+comment on view report.payouts is
+'The provider''s payouts to our bank. lines_minor is the sum of the nets of the balance transactions that it pays out,
+null until they are read.';
+
+create or replace view report.payout_lines as
+select
+    payout_lines.payout_id,
+    payout_lines.line_id as balance_transaction_id,
+    payout_lines.category,
+    payout_lines.net_minor,
+    payout_lines.currency,
+    provider_objects.payment_id,
+    payout_lines.provider,
+    payout_lines.account
+from surety.payout_lines
+left join surety.provider_objects
+    on
+        payout_lines.provider = provider_objects.provider and payout_lines.account = provider_objects.account
+        and payout_lines.line_id = provider_objects.object_id;
+
+comment on view report.payout_lines is
+'The balance transactions that each payout pays out, with their payments. The payout''s own line has the category
+payout. A charge, refund or dispute without a payment is another system''s.';
+
 create or replace view report.dead_letters as
 select
     dead_letters.id,

@@ -153,10 +153,11 @@ def balance(sandbox: Sandbox, account: str) -> dict[str, Any]:
     return {"object": "balance", "available": lines(1), "livemode": sandbox.settings.livemode, "pending": lines(2)}
 
 
-def create_payouts(sandbox: Sandbox) -> None:
-    """Automatic payouts: all available money of every account, one payout for each currency."""
+def create_payouts(sandbox: Sandbox) -> list[str]:
+    """Automatic payouts: all available money of every account, one payout for each currency. Returns their ids."""
     now = sandbox.memory.now()
     sandbox.memory.commit()
+    made: list[str] = []
     announced = set()
     for account, currency, amount in sandbox.memory.payable(now):
         if account not in announced:
@@ -207,6 +208,8 @@ def create_payouts(sandbox: Sandbox) -> None:
         sandbox.memory.save(payout)
         emit(sandbox, "payout.created", payout)
         sandbox.schedule(sandbox.settings.payout_arrival_seconds, "payout_arrives", id)
+        made.append(id)
+    return made
 
 
 def complete_payout(sandbox: Sandbox, payout: StoredObject) -> None:
@@ -215,9 +218,33 @@ def complete_payout(sandbox: Sandbox, payout: StoredObject) -> None:
         return
     trace = sandbox.memory.unused_id("tr", payout.id)[3:18]
     payout.label = "paid"
-    payout.body.update(status="paid", trace_id={"status": "supported", "value": trace})
+    payout.body.update(
+        status="paid", trace_id={"status": "supported", "value": trace}, reconciliation_status="completed"
+    )
     sandbox.memory.save(payout)
     emit(sandbox, "payout.updated", payout, {"trace_id": {"status": "pending", "value": None}})
     emit(sandbox, "payout.paid", payout)
-    payout.body["reconciliation_status"] = "completed"
     emit(sandbox, "payout.reconciliation_completed", payout)
+
+
+def fail_payout(sandbox: Sandbox, payout: StoredObject, failure_code: str) -> None:
+    """The bank refused the payout, perhaps after it was paid: its amount is back in the balance."""
+    returned = create_balance_transaction(
+        sandbox,
+        payout,
+        type="payout_failure",
+        amount=payout.body["amount"],
+        fee=0,
+        currency=payout.body["currency"],
+        reporting_category="payout_reversal",
+        description="STRIPE PAYOUT FAILURE",
+    )
+    payout.label = "failed"
+    payout.body.update(
+        status="failed",
+        failure_balance_transaction=returned.id,
+        failure_code=failure_code,
+        failure_message="The bank refused the payout.",
+    )
+    sandbox.memory.save(payout)
+    emit(sandbox, "payout.failed", payout)
