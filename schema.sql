@@ -1491,8 +1491,8 @@ create index payouts_to_poll on surety.payouts (poll_at) where poll_at is not nu
 create index payouts_to_read on surety.payouts (lines_due_at) where lines_due_at is not null;
 comment on table surety.payouts is
 'What the provider pays out from our balance to our bank, as last reported. amount_minor is signed: a negative payout
-takes money from the bank. was_paid: it was reported as paid, perhaps before it failed. trace_id is the banks'' reference
-to it. lines_due_at: when its balance transactions are to be read; lines_minor is the sum of their nets.';
+takes money from the bank. was_paid: it was reported as paid, perhaps before it failed. trace_id is the banks''
+reference to it. lines_due_at: when its balance transactions are to be read; lines_minor is the sum of their nets.';
 
 create table surety.payout_lines (
     provider text not null,
