@@ -17,7 +17,8 @@
 --   disputes         disputes as last fetched, with the merchant's evidence
 --   facts            stored provider events, the facts read from them, and facts without a payment
 --   payouts          what the provider pays out to our bank, and the balance transactions in each payout
---   ledger           accounts, postings (one per cause), transfers (one debit, one credit, one positive amount)
+--   ledger           accounts, postings (one per cause), transfers (one debit, one credit, one positive amount),
+--                    balances of days, closed months
 --   outbox           event types, events, handlers with their snapshot cursors, leased batches, retries, dead letters
 --   audit            the audit trail, append-only
 --   reconciliation   expected settlements, discrepancies, cursors of polling, checks of the provider's key
@@ -551,6 +552,7 @@ inner join (
     ('dead-letters:replay', array['support', 'finance', 'admin']),
     ('dead-letters:discard', array['finance', 'admin']),
     ('discrepancies:close', array['finance', 'admin']),
+    ('books:close', array['finance', 'admin']),
     ('holds:read', array['viewer', 'support', 'finance', 'admin']),
     ('holds:decide', array['finance', 'admin']),
     ('limits:write', array['admin']),
@@ -1696,6 +1698,58 @@ create table ledger.balances (
 );
 comment on table ledger.balances is
 'Credits minus debits of merchants'' accounts, in minor units. Written last in a transaction, in sorted order.';
+
+create table ledger.final_postings (
+    singleton boolean not null default true,
+    ends_at timestamptz not null,
+    end_id text collate "C" not null,
+    summed_to timestamptz not null,
+    constraint final_postings_pkey primary key (singleton),
+    constraint final_postings_are_one_row check (singleton),
+    constraint final_postings_end_with_a_day check (
+        date_trunc('day', ends_at, 'UTC') = ends_at and date_trunc('day', summed_to, 'UTC') = summed_to
+    ),
+    constraint only_final_postings_are_summed check (summed_to <= ends_at)
+);
+comment on table ledger.final_postings is
+'One row: no posting with an earlier time than ends_at is ever added; end_id is the lower bound of the ids from then on.
+ledger.daily_balances has the days before summed_to. Both times are the beginning of a UTC day.';
+insert into ledger.final_postings (ends_at, end_id, summed_to)
+values ('1970-01-01T00:00:00Z', 'pst_', '1970-01-01T00:00:00Z');
+
+create table ledger.daily_balances (
+    account_id text collate "C" not null,
+    day date not null,
+    balance_minor bigint not null,
+    constraint daily_balances_pkey primary key (account_id, day),
+    constraint daily_balance_is_of_an_account foreign key (account_id) references ledger.accounts (id)
+);
+comment on table ledger.daily_balances is
+'Credits minus debits of all accounts at the end of a UTC day, in minor units, append-only: a row for each account and
+day with transfers. The last row before a time holds until that time''s day.';
+
+create table ledger.closed_months (
+    month date not null,
+    closed_at timestamptz not null,
+    closed_by text not null,
+    findings jsonb not null,
+    constraint closed_months_pkey primary key (month),
+    constraint closed_month_begins_with_its_first_day check (extract(day from month) = 1),
+    constraint month_is_closed_after_its_end check (closed_at >= (month + interval '1 month') at time zone 'UTC')
+);
+comment on table ledger.closed_months is
+'Months whose books are closed, in their order, append-only. findings counts what was open at that time, by kind.';
+
+create table ledger.closed_balances (
+    month date not null,
+    account_id text collate "C" not null,
+    balance_minor bigint not null,
+    constraint closed_balances_pkey primary key (month, account_id),
+    constraint closed_balance_is_of_a_closed_month foreign key (month) references ledger.closed_months (month),
+    constraint closed_balance_is_of_an_account foreign key (account_id) references ledger.accounts (id)
+);
+comment on table ledger.closed_balances is
+'Credits minus debits of all accounts at the end of a closed month, in minor units, append-only.';
 
 -- --------------------------------------------------------------------------------------------------------- outbox
 

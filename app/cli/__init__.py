@@ -53,6 +53,8 @@ COMMANDS = {
         "app.cli.discrepancies:discrepancies", "Differences from the provider's records: list, show, close."
     ),
     "payouts": CommandEntry("app.cli.payouts:payouts", "The provider's payouts to our bank: list, show."),
+    "balance": CommandEntry("app.cli.balance:balance", "Balances of a merchant, or of all accounts, at any time."),
+    "close": CommandEntry("app.cli.closing:close", "Close the books of a month; its balances stay as they are."),
     "velocity": CommandEntry("app.cli.velocity:velocity", "Rules about many payments of one payer: list, add, remove."),
     "holds": CommandEntry("app.cli.holds:holds", "Payments on hold: list, show, release, refuse."),
     "handlers": CommandEntry("app.cli.handlers:handlers", "Handlers of events: list, pause, resume."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, LiteralString
 
 import click
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from app.cli.identity import authorize
 from app.cli.money_limits import BIGINT_MAX
-from app.cli.options import json_option, require_currencies
+from app.cli.options import json_option, require_currencies, time_option
 from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.connect import connect
@@ -41,19 +41,6 @@ RULES = {
 }
 
 
-def parse_instant(_context: click.Context, _parameter: click.Parameter, text: str | None) -> datetime | None:
-    """A time with its offset from UTC. Raises SuretyError."""
-    if text is None:
-        return None
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        at = None
-    if at is None or at.tzinfo is None:
-        raise SuretyError("--from: a time with its offset, such as 2027-01-01T00:00:00Z")
-    return at.astimezone(UTC)
-
-
 @click.command()
 @click.argument("merchant_id", metavar="MERCHANT")
 @click.option("--currency", "currencies", multiple=True, metavar="CODE", help="Only in this currency; default: in all.")
@@ -65,10 +52,9 @@ def parse_instant(_context: click.Context, _parameter: click.Parameter, text: st
     "--fixed-minor", type=click.IntRange(0, BIGINT_MAX),
     help="Set the fixed part, in minor units of the currencies, which --currency must name.",
 )  # fmt: skip
-@click.option(
-    "--from", "effective_at", metavar="TIME", callback=parse_instant,
-    help="When a change takes effect, such as 2027-01-01T00:00:00Z; default: in a minute.",
-)  # fmt: skip
+@time_option(
+    "--from", "effective_at", "When a change takes effect, such as 2027-01-01T00:00:00Z; default: in a minute."
+)
 @click.option("--withdraw", is_flag=True, help="Withdraw the change that takes effect at --from, before it does.")
 @click.option("--all", "with_past", is_flag=True, help="Show the fees of the past and those withdrawn, too.")
 @json_option

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -35,6 +36,24 @@ def require_currencies(conn: psycopg.Connection[Any], currencies: Iterable[str])
     accepted = [row[0] for row in conn.execute("select currency from surety.currencies order by currency")]
     for unknown in set(currencies).difference(accepted):
         raise SuretyError(f"--currency: {unknown} is not accepted; accepted are {', '.join(accepted)}")
+
+
+def parse_instant(_context: click.Context, parameter: click.Parameter, text: str | None) -> datetime | None:
+    """A time with its offset from UTC. Raises SuretyError."""
+    if text is None:
+        return None
+    try:
+        at = datetime.fromisoformat(text)
+        if at.tzinfo is not None:
+            return at.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise SuretyError(f"{parameter.opts[0]}: a time with its offset, such as 2027-01-01T00:00:00Z")
+
+
+def time_option(option: str, name: str, text: str) -> Callable[[Any], Any]:
+    """An option that takes a time."""
+    return click.option(option, name, metavar="TIME", callback=parse_instant, help=text)
 
 
 reason_option = click.option("--reason", required=True, callback=require_text, help="The reason, for the audit trail.")

@@ -66,6 +66,13 @@ VIOLATIONS: dict[str, str] = {
         " where debit_account like 'provider_receivable:%%'"
     ),
     "every balance is the sum of its transfers": "delete from ledger.balances where account_id like 'available:%%'",
+    "every balance of a day is the sum of the transfers until its end": (
+        "insert into ledger.daily_balances select id, '2020-01-01', 1 from ledger.accounts limit 1"
+    ),
+    "the balances of a closed month stay as they were": (
+        "with closed as (insert into ledger.closed_months values ('2020-01-01', now(), 'ann', '{}') returning month)"
+        " insert into ledger.closed_balances select month, id, 1 from closed, ledger.accounts limit 1"
+    ),
     "every cause posted what its rule says": (
         "update ledger.transfers set credit_account = replace(credit_account, 'pending:', 'available:')"
         " where debit_account like 'provider_receivable:%%'"

@@ -34,6 +34,15 @@ for each statement execute function audit.refuse_change();
 create or replace trigger postings_are_append_only before update or delete or truncate on ledger.postings
 for each statement execute function audit.refuse_change();
 
+create or replace trigger daily_balances_are_append_only before update or delete or truncate on ledger.daily_balances
+for each statement execute function audit.refuse_change();
+
+create or replace trigger closed_months_are_append_only before update or delete or truncate on ledger.closed_months
+for each statement execute function audit.refuse_change();
+
+create or replace trigger closed_balances_are_append_only before update or delete or truncate on ledger.closed_balances
+for each statement execute function audit.refuse_change();
+
 create or replace trigger events_are_append_only before update or delete or truncate on outbox.events
 for each statement execute function audit.refuse_change();
 

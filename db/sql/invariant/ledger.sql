@@ -100,3 +100,60 @@ where
     );
 
 comment on view invariant.returns_are_taken_from_merchants is 'every return is taken from the merchant';
+
+create or replace view invariant.daily_balances_are_sums_of_transfers as
+with moved as (
+    select
+        legs.account_id,
+        (postings.at at time zone 'UTC')::date as day,
+        sum(legs.amount_minor) as amount_minor
+    from (
+        select
+            transfers.posting_id,
+            transfers.credit_account as account_id,
+            transfers.amount_minor
+        from ledger.transfers
+        union all
+        select
+            transfers.posting_id,
+            transfers.debit_account,
+            -transfers.amount_minor
+        from ledger.transfers
+    ) as legs
+    inner join ledger.postings on legs.posting_id = postings.id
+    where postings.at < (select final_postings.summed_to from ledger.final_postings)
+    group by 1, 2
+),
+
+summed as (
+    select
+        moved.account_id,
+        moved.day,
+        sum(moved.amount_minor) over (partition by moved.account_id order by moved.day) as balance_minor
+    from moved
+)
+
+select coalesce(daily_balances.account_id, summed.account_id) as subject
+from ledger.daily_balances
+full join summed on daily_balances.account_id = summed.account_id and daily_balances.day = summed.day
+where daily_balances.balance_minor is distinct from summed.balance_minor;
+
+comment on view invariant.daily_balances_are_sums_of_transfers is
+'every balance of a day is the sum of the transfers until its end';
+
+create or replace view invariant.closed_balances_stay as
+select coalesce(closed_balances.account_id, kept.account_id) as subject
+from ledger.closed_balances
+full join (
+    select
+        closed_months.month,
+        balances.account_id,
+        balances.balance_minor
+    from ledger.closed_months
+    cross join lateral ledger.balances_at(ledger.month_end(closed_months.month)) as balances
+) as kept
+    on closed_balances.month = kept.month and closed_balances.account_id = kept.account_id
+where closed_balances.balance_minor is distinct from kept.balance_minor;
+
+comment on view invariant.closed_balances_stay is
+'the balances of a closed month stay as they were';

@@ -48,11 +48,18 @@ comment on function ledger.account_id(text, text, text) is
 create or replace function ledger.post(p_entries ledger.entry[], p_at timestamptz) returns integer
 language sql volatile security definer set search_path = pg_catalog, pg_temp
 begin atomic
-    with entries as (
+    with booked as (
+        -- A posting that would come after the end of its day's books is booked on the next day.
+        select greatest(p_at, final_postings.ends_at) as at
+        from ledger.final_postings
+    ),
+
+    entries as (
         select distinct on (e.cause)
-            surety.new_id('pst', p_at) as id,
+            surety.new_id('pst', booked.at) as id,
+            booked.at,
             e.*
-        from unnest(p_entries) as e
+        from booked cross join unnest(p_entries) as e
         order by e.cause
     ),
 
@@ -64,7 +71,7 @@ begin atomic
             entries.rule,
             entries.payment_id,
             entries.merchant_id,
-            p_at
+            entries.at
         from entries
         order by entries.cause
         on conflict (cause) do nothing
@@ -180,13 +187,19 @@ end;
 
 comment on function ledger.post(ledger.entry[], timestamptz) is
 'Posts each cause that has not posted yet, by ledger.rules; returns the number of transfers. A negative amount moves the
-other way, nothing moves for zero or null. Call it last in a transaction: it locks merchants'' balances, in sorted
-order.';
+other way, nothing moves for zero or null. The postings'' time is p_at, or the end of the final postings if that is
+later. Call it last in a transaction: it locks merchants'' balances, in sorted order.';
 
 create or replace function ledger.keep_balances() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
+    -- A transaction that began before a day's books ended must not add to that day: it is repeated, and books later.
+    if exists (
+        select from new_transfers as n cross join ledger.final_postings as f where n.posting_id < f.end_id
+    ) then
+        raise exception 'the books of the day of this posting ended meanwhile' using errcode = 'serialization_failure';
+    end if;
     insert into ledger.balances as kept (account_id, balance_minor)
     select moved.account_id, sum(moved.amount_minor)
     from (
@@ -203,7 +216,8 @@ end;
 $$;
 
 comment on function ledger.keep_balances() is
-'Trigger: adds new transfers to ledger.balances, credits minus debits, for the kinds of accounts that keep a balance.';
+'Trigger: adds new transfers to ledger.balances, credits minus debits, for the kinds of accounts that keep a balance.
+Raises serialization_failure for a transfer of final postings.';
 
 create or replace trigger transfers_keep_balances after insert on ledger.transfers
 referencing new table as new_transfers for each statement execute function ledger.keep_balances();

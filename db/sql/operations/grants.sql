@@ -4,7 +4,7 @@
 revoke all on all functions in schema surety, ledger, outbox, audit, api from public;
 grant usage on schema surety, api to surety_api;
 grant usage on schema surety, outbox to surety_webhook;
-grant usage on schema surety, outbox, audit to surety_worker;
+grant usage on schema surety, outbox, audit, ledger to surety_worker;
 grant usage on schema report to surety_analyst, surety_auditor;
 grant usage on schema surety to surety_auditor;
 
@@ -79,6 +79,8 @@ surety.emit_expired_actions(interval, integer),
 surety.end_refused_payments(text, integer),
 surety.expire_holds(text, integer),
 surety.delete_old_accepted_money(),
+ledger.end_days(),
+ledger.sum_day(),
 surety.delete_old_secret_requests(),
 surety.open_secret_requests(bigint, bigint, text[]),
 surety.answer_secret_requests(bigint, bigint, text[], jsonb),
@@ -150,6 +152,8 @@ surety_auditor;
 grant usage on schema invariant to surety_auditor;
 grant select on all tables in schema invariant to surety_auditor;
 grant execute on function
+ledger.balances_at(timestamptz),
+ledger.month_end(date),
 surety.derive_payments(text[]),
 surety.fold_email(text),
 surety.fold_letters(text),
