@@ -63,6 +63,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "report/views",
     "operations/merchants",
     "ledger/closing",
+    "ledger/statements",
     "operations/mode",
     "operations/restores",
     "access/keys",

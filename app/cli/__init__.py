@@ -54,6 +54,9 @@ COMMANDS = {
     ),
     "payouts": CommandEntry("app.cli.payouts:payouts", "The provider's payouts to our bank: list, show."),
     "balance": CommandEntry("app.cli.balance:balance", "Balances of a merchant, or of all accounts, at any time."),
+    "statement": CommandEntry(
+        "app.cli.statements:statement", "A merchant's statement of a month, as CSV, JSON or PDF."
+    ),
     "close": CommandEntry("app.cli.closing:close", "Close the books of a month; its balances stay as they are."),
     "velocity": CommandEntry("app.cli.velocity:velocity", "Rules about many payments of one payer: list, add, remove."),
     "holds": CommandEntry("app.cli.holds:holds", "Payments on hold: list, show, release, refuse."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from datetime import date
 from typing import Any
@@ -14,7 +13,7 @@ from psycopg.rows import dict_row
 from rich.table import Table
 
 from app.cli.identity import authorize
-from app.cli.options import json_option
+from app.cli.options import json_option, parse_month
 from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.connect import connect
@@ -28,15 +27,6 @@ LIST_MONTHS = """
 """
 WAIT_SECONDS = 30
 """For transactions that are open across the end of the month."""
-
-
-def parse_month(_context: click.Context, _parameter: click.Parameter, text: str | None) -> date | None:
-    """The first day of the month. Raises SuretyError."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{4}-(0[1-9]|1[0-2])", text) or text.startswith("0000"):
-        raise SuretyError("--month: a month such as 2027-01")
-    return date.fromisoformat(f"{text}-01")
 
 
 @click.command()

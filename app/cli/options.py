@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import click
@@ -54,6 +55,15 @@ def parse_instant(_context: click.Context, parameter: click.Parameter, text: str
 def time_option(option: str, name: str, text: str) -> Callable[[Any], Any]:
     """An option that takes a time."""
     return click.option(option, name, metavar="TIME", callback=parse_instant, help=text)
+
+
+def parse_month(_context: click.Context, _parameter: click.Parameter, text: str | None) -> date | None:
+    """The first day of the month. Raises SuretyError."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{4}-(0[1-9]|1[0-2])", text) or text.startswith("0000"):
+        raise SuretyError("--month: a month such as 2027-01")
+    return date.fromisoformat(f"{text}-01")
 
 
 reason_option = click.option("--reason", required=True, callback=require_text, help="The reason, for the audit trail.")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import psycopg
 import pytest
 
 from db.connect import harden
 from tests.db.test_partitions import move_clock
-from tests.support.payments import Connection, add_merchant, fact, money, pay, record, violations
+from tests.support.payments import Connection, Fact, add_merchant, fact, money, pay, record, violations
 
 Balances = dict[str, int]
 OF_BALANCES = {
@@ -62,19 +63,23 @@ def sum_days(conn: Connection) -> int:
     return count
 
 
-def live_through(conn: Connection, key: bytes, chance: random.Random) -> None:
+def live_through(conn: Connection, key: bytes, chance: random.Random, currency: str = "usd") -> None:
     """A payment with some of what may follow."""
-    [payment] = pay(conn, key, currency="usd")
-    record(conn, [fact(payment, "submitted", "pi", 10000), fact(payment, "captured", "ch", 10000)])
+    [payment] = pay(conn, key, currency=currency)
+
+    def of_charge(kind: str, object_id: str, amount: int = 10000, **fields: Any) -> Fact:
+        return fact(payment, kind, object_id, amount, currency=currency, **fields)
+
+    def moved(object_id: str, category: str, amount: int, fee: int = 0) -> Fact:
+        return money(payment, object_id, category, amount, fee, currency=currency)
+
+    record(conn, [of_charge("submitted", "pi"), of_charge("captured", "ch")])
     if chance.random() < 0.8:
-        record(conn, [money(payment, "txn", "charge", 10000, 320), fact(payment, "available", "txn", 10000)])
+        record(conn, [moved("txn", "charge", 10000, 320), of_charge("available", "txn")])
     if chance.random() < 0.4:
-        record(conn, [fact(payment, "refund_succeeded", "re", 2500), money(payment, "txn_r", "refund", -2500)])
+        record(conn, [of_charge("refund_succeeded", "re", 2500), moved("txn_r", "refund", -2500)])
     if chance.random() < 0.3:
-        record(
-            conn,
-            [fact(payment, "dispute_opened", "dp", 5000, revision=1), money(payment, "txn_d", "dispute", -5000, 1500)],
-        )
+        record(conn, [of_charge("dispute_opened", "dp", 5000, revision=1), moved("txn_d", "dispute", -5000, 1500)])
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -119,8 +119,9 @@ begin
     )
     select a.id, a.kind, a.currency, coalesce(d.balance_minor, 0) + coalesce(m.amount_minor, 0)
     from ledger.account_kinds as k
-    cross join surety.currencies as c
-    join ledger.accounts as a on a.id = ledger.account_id(k.kind, p_merchant_id, c.currency)
+    -- The ids of one owner and kind are neighbours: kind:owner:currency.
+    join ledger.accounts as a
+        on a.id > k.kind || ':' || p_merchant_id || ':' and a.id < k.kind || ':' || p_merchant_id || ';'
     left join moved as m on m.account_id = a.id
     left join lateral (
         select b.balance_minor from ledger.daily_balances as b

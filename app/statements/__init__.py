@@ -1,0 +1,1 @@
+"""Statements of merchants: read once, written as CSV, JSON or PDF."""
