@@ -161,5 +161,16 @@ def fairness(*, as_json: bool, seconds: float, **sizes: int) -> None:
     databases.print_results(results, as_json=as_json)
 
 
+@bench.command()
+@click.option("--entries", default=500_000, help="Entries of the file; every tenth has an addenda record.")
+@as_json
+def nacha(*, as_json: bool, entries: int) -> None:
+    """NACHA entries written and read per second of CPU time, in bounded memory."""
+    from tests.bench.nacha import run
+
+    results = run(entries)
+    databases.print_results(results, as_json=as_json)
+
+
 if __name__ == "__main__":
     bench()

@@ -22,6 +22,7 @@ SIZES = {
     "overload": ["--seconds=0.4", "--connections=32", "--probes=4", "--merchants=3", "--rounds=1"],
     "fairness": ["--seconds=0.5", "--probes=2", "--connections=8", "--rate=20", "--rounds=1"],
     "hostile": ["--seconds=0.3", "--oversized=5", "--rounds=1"],
+    "nacha": ["--entries=2000"],
     "accept": ["--seconds=0.3", "--connections=8", "--single-lanes=2", "--merchants=3", "--rounds=1"],
 }
 SIZES["accept"] += ["--warm-mb=1", "--limits"]
@@ -33,6 +34,7 @@ REQUIRED_RESULTS = {
     "overload": {"p99_ratio", "goodput_ratio", "refused_share"},
     "fairness": {"p99_ratio", "at_limit_ratio", "flood_ratio", "quiet_p99_ms", "refused"},
     "hostile": {"p99_ratio", "memory_growth_mb", "refused"},
+    "nacha": {"read_per_second", "written_per_second", "peak_mb", "same_bytes"},
     "accept": {"ratio_to_noop", "ratio_to_single", "ratio_with_limits", "p99_ms"},
 }
 
