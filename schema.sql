@@ -551,7 +551,9 @@ inner join (
     ('dead-letters:read', array['viewer', 'support', 'finance', 'admin']),
     ('dead-letters:replay', array['support', 'finance', 'admin']),
     ('dead-letters:discard', array['finance', 'admin']),
-    ('discrepancies:close', array['finance', 'admin']),
+    ('discrepancies:read', array['viewer', 'support', 'finance', 'admin']),
+    ('discrepancies:assign', array['support', 'finance', 'admin']),
+    ('discrepancies:resolve', array['finance', 'admin']),
     ('books:close', array['finance', 'admin']),
     ('holds:read', array['viewer', 'support', 'finance', 'admin']),
     ('holds:decide', array['finance', 'admin']),
@@ -2021,12 +2023,26 @@ create table surety.discrepancies (
     id text collate "C" not null,
     kind text not null,
     subject text collate "C" not null,
+    occurrence integer not null,
+    severity text not null,
     payment_id text collate "C",
+    merchant_id text collate "C",
+    currency text,
     detail text not null,
+    fields jsonb not null,
+    source_here text,
+    source_there text,
     data jsonb not null default '{}',
-    is_critical boolean not null default false,
+    first jsonb,
     opened_at timestamptz not null,
+    seen_again integer not null default 0,
+    seen_again_at timestamptz,
+    assignee text,
+    snoozed_until timestamptz,
+    note text,
     closed_at timestamptz,
+    closed_as text,
+    closed_by text,
     closed_because text,
     constraint discrepancies_pkey primary key (id),
     constraint discrepancy_kind_is_known check (
@@ -2044,13 +2060,25 @@ create table surety.discrepancies (
             'unrecorded'
         )
     ),
-    constraint discrepancy_is_closed_with_a_reason check ((closed_at is null) = (closed_because is null)),
-    constraint discrepancy_is_recorded_once unique (kind, subject)
+    constraint discrepancy_severity_is_known check (severity in ('notice', 'warning', 'critical')),
+    constraint discrepancy_names_fields check (jsonb_typeof(fields) = 'array' and fields <> '[]'),
+    constraint discrepancy_is_closed_as_known check (
+        closed_as in ('arrived_late', 'explained', 'corrected', 'written_off', 'forced')
+    ),
+    constraint discrepancy_is_closed_with_a_reason check (
+        num_nonnulls(closed_at, closed_as, closed_by, closed_because) in (0, 4)
+    ),
+    constraint discrepancy_is_seen_again_at_a_time check ((seen_again = 0) = (seen_again_at is null)),
+    constraint discrepancy_occurrences_are_numbered unique (kind, subject, occurrence)
 );
+create unique index discrepancy_is_open_once on surety.discrepancies (kind, subject) where closed_at is null;
 create index discrepancies_of_a_payment on surety.discrepancies (payment_id) where payment_id is not null;
 comment on table surety.discrepancies is
 'Reconciliation breaks: where our records and the provider''s or the bank''s differ, until an operator or a later fact
-closes them.';
+closes them. fields: [{field, here, there, delta_minor}], the newest values; delta_minor is there less here, in minor
+units of currency, null for a field that is no amount. source_here and source_there are the ids of the two records.
+first keeps detail, fields and sources as they were at opened_at, once a repetition has changed them. A repetition of an
+open discrepancy counts as seen again; after the closing it is the next occurrence.';
 
 create table surety.poll_cursors (
     provider text not null,

@@ -106,6 +106,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "api/waiting",
     "api/reading",
     "api/operators",
+    "api/discrepancies",
     "operations/grants",
 )
 

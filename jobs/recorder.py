@@ -164,4 +164,13 @@ def unrecordable_result(result: CallResult, error: Exception) -> CallResult:
 def unreadable_object(object_id: str, error: Exception) -> CallResult:
     """The discrepancy of an object that can't be read or stored. It closes when a later reading records the object."""
     detail = f"{object_id} can't be recorded: {error_text(error)}"
-    return {"discrepancy": {"kind": "unrecorded", "subject": object_id, "detail": detail[:500]}}
+    return {
+        "discrepancy": {
+            "kind": "unrecorded",
+            "subject": object_id,
+            "detail": detail[:500],
+            # The error's text may differ with each reading, and is no field.
+            "fields": [{"field": "record", "here": None, "there": object_id}],
+            "source_there": object_id,
+        }
+    }

@@ -87,6 +87,40 @@ DESCRIPTIONS = {
     "decline_code": "The bank's reason, where it gave one.",
     "description": "Your own text about it.",
     "detail": "What happened, in a sentence.",
+    "Discrepancy.subject": "What differs: an object of the provider, or a record of ours.",
+    "Discrepancy.kind": "The kind of difference.",
+    "Discrepancy.currency": "The currency of the differing amounts. Null if none is known.",
+    "Discrepancy.fields": "The differing fields, with the newest values.",
+    "Discrepancy.merchant": "The merchant's id. Null if no merchant is concerned.",
+    "Discrepancy.payment": "The payment's id. Null if no payment is concerned.",
+    "DiscrepanciesQuery.payment": "Only those of one payment.",
+    "BulkResolution.payment": "Only those of one payment.",
+    "FirstSeen.fields": "The differing fields, with the first values.",
+    "DifferingField.field": "The name of the field.",
+    "DifferingField.here": "Our value. Null if we have none.",
+    "DifferingField.there": "The value of the provider or bank. Null if it has none.",
+    "RecordIds.here": "The id of our record. Null if we have none.",
+    "RecordIds.there": "The id of the other side's record. Null if it has none.",
+    "SeenAgain.count": "How many repetitions were counted.",
+    "SeenAgain.last_at": "The time of the last one. Null without one.",
+    "DiscrepancyClosure.by": "The operator, or `system` if a later fact resolved it.",
+    "occurrence": "The number of this occurrence: after its closing, a new difference of the same subject is the next.",
+    "severity": "How much it matters. A `notice` does not show in the status report.",
+    "sources": "Where both values come from.",
+    "first_seen": "The values at the opening. Null if they are still the same.",
+    "seen_again": "Repetitions while it was open.",
+    "delta_minor": "`there` less `here`, in minor units. Null if the field is no amount.",
+    "assignee": "The operator who is to deal with it. Null for none.",
+    "DiscrepanciesQuery.assignee": "Only those assigned to one operator.",
+    "BulkResolution.assignee": "Only those assigned to one operator.",
+    "snoozed_until": "Until when the status report leaves it out. Null if it does not.",
+    "note": "The operators' last note. Null without one.",
+    "Assignment.note": "A note, which replaces the present one.",
+    "Snooze.note": "Why it can wait.",
+    "how": "`arrived_late` if a later fact resolved it, else an operator's decision.",
+    "until": "When it ends.",
+    "opened_before": "Only those opened before this time.",
+    "resolution": "How: `explained`, `corrected` on either side, `written_off`, or `forced` without one of these.",
     "died_at": "When its handler gave up.",
     "disputed": "Withheld in disputes.",
     "disputes": "The newest disputes of the payment. Present if `expand` names them.",
@@ -216,7 +250,7 @@ DESCRIPTIONS = {
 }
 """By field, or by struct and field where a field means something else there."""
 
-INSTANTS = frozenset({"as_of", "at", "capture_before", "expires_at"})
+INSTANTS = frozenset({"as_of", "at", "capture_before", "expires_at", "snoozed_until"})
 """Fields that hold a time, besides those whose names end with _at."""
 
 

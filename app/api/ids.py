@@ -12,6 +12,7 @@ DISPUTE_ID = re.compile("dp_[0-9a-f]{24}")
 CUSTOMER_ID = re.compile("cus_[0-9a-f]{24}")
 METHOD_ID = re.compile("spm_[0-9a-f]{24}")
 EVENT_ID = re.compile("evt_[0-9a-f]{24}")
+DISCREPANCY_ID = re.compile("dis_[0-9a-f]{24}")
 LETTER_ID = re.compile("dl_[0-9a-f]{24}")
 
 

@@ -14,16 +14,7 @@ from app.api.create_payment import create_payment
 from app.api.customers import create_customer, get_customer, list_customers, update_customer
 from app.api.disputes import get_dispute, list_disputes, submit_evidence
 from app.api.events import get_event, list_events
-from app.api.holds import get_hold, list_holds, refuse_hold, release_hold
-from app.api.operators import (
-    discard_dead_letter,
-    discard_dead_letters,
-    get_dead_letter,
-    get_status,
-    list_dead_letters,
-    replay_dead_letter,
-    replay_dead_letters,
-)
+from app.api.operator_routes import OPERATOR_ROUTES
 from app.api.payment_methods import detach_payment_method, list_payment_methods
 from app.api.payments import get_payment, get_trace, list_payments
 from app.api.problems import explain_problem, get_health, list_problems
@@ -43,17 +34,6 @@ from app.api.schemas.customers import (
 from app.api.schemas.disputes import Dispute, DisputeList, DisputesQuery, SubmittedEvidence
 from app.api.schemas.events import Event, EventList, EventsQuery
 from app.api.schemas.expanded import ExpandedDispute, ExpandedPayment, ExpandedRefund, PartQuery, PaymentQuery
-from app.api.schemas.holds import HeldPayment, HeldPaymentList, HoldDecision, HoldDecisionResult, HoldsQuery
-from app.api.schemas.operators import (
-    BulkDecision,
-    DeadLetter,
-    DeadLetterList,
-    DeadLettersQuery,
-    Decision,
-    DecisionResult,
-    DecisionResultList,
-    StatusReport,
-)
 from app.api.schemas.payments import (
     ClientSecret,
     NewCancellation,
@@ -91,19 +71,6 @@ CREATE_PAYMENT_PROBLEMS = (
     "overloaded",
     "unavailable",
 )
-BULK_DECISION_PROBLEMS = (
-    "invalid-request",
-    "unauthenticated",
-    *KEY_PROBLEMS,
-    "forbidden",
-    "too-large",
-    "not-json",
-    "unsupported-encoding",
-    "overloaded",
-    "unavailable",
-)
-DECISION_PROBLEMS = (*BULK_DECISION_PROBLEMS, "not-found", "wrong-state")
-
 CLIENT_SECRET_PROBLEMS = (
     *(name for name in COMMAND_PROBLEMS if not name.startswith("idempotency-key")),
     "merchant-suspended",
@@ -297,109 +264,6 @@ MERCHANT_ROUTES = [
         takes_wait=True,
     ),
     Route("GET", "/v1/events/{event_id}", get_event, {200: Event}, READ_PROBLEMS, scope="read"),
-]
-
-OPERATOR_ROUTES = [
-    Route(
-        "GET",
-        "/v1/operator/dead-letters",
-        list_dead_letters,
-        {200: DeadLetterList},
-        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "overloaded", "unavailable"),
-        query=DeadLettersQuery,
-        tag="operators",
-        scope="dead-letters:read",
-    ),
-    Route(
-        "GET",
-        "/v1/operator/dead-letters/{letter_id}",
-        get_dead_letter,
-        {200: DeadLetter},
-        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "not-found", "overloaded", "unavailable"),
-        tag="operators",
-        scope="dead-letters:read",
-    ),
-    Route(
-        "POST",
-        "/v1/operator/dead-letters/{letter_id}/replay",
-        replay_dead_letter,
-        {200: DecisionResult},
-        DECISION_PROBLEMS,
-        body=Decision,
-        tag="operators",
-        scope="dead-letters:replay",
-    ),
-    Route(
-        "POST",
-        "/v1/operator/dead-letters/{letter_id}/discard",
-        discard_dead_letter,
-        {200: DecisionResult},
-        DECISION_PROBLEMS,
-        body=Decision,
-        tag="operators",
-        scope="dead-letters:discard",
-    ),
-    Route(
-        "POST",
-        "/v1/operator/dead-letters/replay",
-        replay_dead_letters,
-        {200: DecisionResultList},
-        BULK_DECISION_PROBLEMS,
-        body=BulkDecision,
-        tag="operators",
-        scope="dead-letters:replay",
-    ),
-    Route(
-        "POST",
-        "/v1/operator/dead-letters/discard",
-        discard_dead_letters,
-        {200: DecisionResultList},
-        BULK_DECISION_PROBLEMS,
-        body=BulkDecision,
-        tag="operators",
-        scope="dead-letters:discard",
-    ),
-    Route(
-        "GET",
-        "/v1/operator/holds",
-        list_holds,
-        {200: HeldPaymentList},
-        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "overloaded", "unavailable"),
-        query=HoldsQuery,
-        tag="operators",
-        scope="holds:read",
-    ),
-    Route(
-        "GET",
-        "/v1/operator/holds/{payment_id}",
-        get_hold,
-        {200: HeldPayment},
-        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "not-found", "overloaded", "unavailable"),
-        tag="operators",
-        scope="holds:read",
-    ),
-    *(
-        Route(
-            "POST",
-            f"/v1/operator/holds/{{payment_id}}/{action}",
-            endpoint,
-            {200: HoldDecisionResult},
-            DECISION_PROBLEMS,
-            body=HoldDecision,
-            tag="operators",
-            scope="holds:decide",
-        )
-        for action, endpoint in (("release", release_hold), ("refuse", refuse_hold))
-    ),
-    Route(
-        "GET",
-        "/v1/operator/status",
-        get_status,
-        {200: StatusReport},
-        ("invalid-request", "unauthenticated", *KEY_PROBLEMS, "forbidden", "overloaded", "unavailable"),
-        tag="operators",
-        scope="status:read",
-    ),
 ]
 
 PUBLIC_ROUTES = [

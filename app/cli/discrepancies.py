@@ -1,26 +1,39 @@
-"""`surety discrepancies`: differences between our records and the provider's; operators close them with a reason."""
+"""`surety discrepancies`: where our records and the other side's differ. Operators assign, snooze and resolve them."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
 
 import click
-from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 from rich.table import Table
 
 from app.cli.identity import authorize
-from app.cli.options import json_option, reason_option
+from app.cli.options import json_option, parse_period, reason_option, require_merchant, require_text
 from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
+from app.wording import count_noun
 from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load_settings
 
-COLUMNS = (
-    "id, kind, is_critical, subject, payment_id, detail, surety.format_time(opened_at) as opened_at,"
-    " surety.format_time(closed_at) as closed_at, closed_because"
-)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SHOWN = """
+select shown.document
+from surety.find_discrepancies(%s, null, %s) as found cross join lateral surety.show_discrepancy(found) as shown
+order by array_position(array['critical', 'warning', 'notice'], found.severity), found.id
+"""
+SHOW_ONE = """
+select shown.document
+from surety.discrepancies as found cross join lateral surety.show_discrepancy(found) as shown where found.id = %s
+"""
+LISTED_MAX = 100_000
+SEVERITIES = ("notice", "warning", "critical")
+RESOLUTIONS = ("explained", "corrected", "written_off", "forced")
 
 
 class NoSuchDiscrepancy(SuretyError):
@@ -30,80 +43,201 @@ class NoSuchDiscrepancy(SuretyError):
         super().__init__(f"ID: there is no discrepancy {discrepancy_id}; `surety discrepancies list` shows their ids")
 
 
+FILTERS = (
+    click.option("--kind", help="Only those of one kind, such as fee."),
+    click.option("--severity", type=click.Choice(SEVERITIES), help="Only those of one severity."),
+    click.option("--merchant", metavar="MERCHANT", help="Only those of one merchant."),
+    click.option("--payment", metavar="PAYMENT", help="Only those of one payment."),
+    click.option("--assignee", metavar="NAME", help="Only those assigned to one operator."),
+    click.option("--older-than", metavar="TIME", callback=parse_period, help="Only those opened so long ago, as 7d."),
+    click.option("--max-delta", type=click.IntRange(min=0), metavar="MINOR", help="Only small differing amounts."),
+    click.option("--snoozed", is_flag=True, help="Those that are snoozed, too."),
+)
+
+
+def filter_options(command: Command) -> Command:
+    """Add the options that select discrepancies."""
+    for option in reversed(FILTERS):
+        command = option(command)
+    return command
+
+
+def filter_of(older_than: timedelta | None, snoozed: bool, closed: bool = False, **chosen: Any) -> dict[str, Any]:
+    """The filter as surety.find_discrepancies takes it."""
+    statuses = ["open", *(["snoozed"] if snoozed else []), *(["closed"] if closed else [])]
+    before = None if older_than is None else (datetime.now(UTC) - older_than).isoformat()
+    return {"statuses": statuses, "opened_before": before, **chosen}
+
+
 @click.group()
 def discrepancies() -> None:
-    """List differences between our records and the provider's, show one, close one with its explanation."""
+    """Differences between our records and the provider's or bank's: list, show, assign, snooze, resolve."""
 
 
 @discrepancies.command("list")
+@filter_options
 @click.option("--closed", is_flag=True, help="Those that are closed, too.")
 @json_option
-def list_discrepancies(closed: bool, as_json: bool) -> None:
+@reads
+def print_discrepancies(as_json: bool, **chosen: Any) -> None:
     """List open discrepancies, the critical ones first, then the oldest first."""
-    found = read_discrepancies("where %s or closed_at is null order by is_critical desc, opened_at, id", closed)
+    with connect_to_read() as conn:
+        if chosen["merchant"] is not None:
+            require_merchant(conn, chosen["merchant"], "--merchant")
+        found = [row[0] for row in conn.execute(SHOWN, (Jsonb(filter_of(**chosen)), LISTED_MAX))]
     if as_json:
         click.echo(json.dumps(found))
         return
-    table = Table("id", "kind", "subject", "payment", "opened", "state", box=None)
+    table = Table("id", "kind", "subject", "differs", "payment", "opened", "assignee", "state", box=None)
     rows = [
-        (each["id"], each["kind"], each["subject"], each["payment_id"], each["opened_at"], state_of_discrepancy(each))
+        (
+            *(
+                each["id"],
+                each["kind"],
+                each["subject"],
+                describe_differences(each),
+                each["payment"],
+                each["opened_at"],
+            ),
+            *(each["assignee"], describe_urgency(each)),
+        )
         for each in found
     ]
     if rows:
         print_table(table, rows)
     else:
-        click.echo("no discrepancies" if closed else "no open discrepancies")
+        click.echo("no discrepancies" if chosen["closed"] else "no open discrepancies")
 
 
 @discrepancies.command("show")
 @click.argument("discrepancy_id", metavar="ID")
 @json_option
-def show_discrepancy(discrepancy_id: str, as_json: bool) -> None:
-    """Show a discrepancy with its detail and, if it is closed, the explanation."""
-    found = read_discrepancies("where id = %s", discrepancy_id)
-    if not found:
+@reads
+def print_discrepancy(discrepancy_id: str, as_json: bool) -> None:
+    """Show a discrepancy: the differing fields with both values and sources, and how it was closed."""
+    with connect_to_read() as conn:
+        row = conn.execute(SHOW_ONE, (discrepancy_id,)).fetchone()
+    if row is None:
         raise NoSuchDiscrepancy(discrepancy_id)
-    [shown] = found
+    shown: dict[str, Any] = row[0]
     if as_json:
         click.echo(json.dumps(shown))
         return
+    again, closed, first = shown["seen_again"], shown["closed"], shown["first_seen"]
     for name, value in (
-        (shown["id"], state_of_discrepancy(shown)),
+        (shown["id"], describe_urgency(shown)),
         ("kind", shown["kind"]),
-        ("subject", shown["subject"]),
-        ("payment", shown["payment_id"]),
+        ("subject", shown["subject"] + (f", occurrence {shown['occurrence']}" if shown["occurrence"] > 1 else "")),
+        ("payment", shown["payment"]),
+        ("merchant", shown["merchant"]),
         ("detail", shown["detail"]),
+        *(("differs", describe_difference(field)) for field in shown["fields"]),
+        ("here", shown["sources"]["here"]),
+        ("there", shown["sources"]["there"]),
         ("opened", shown["opened_at"]),
-        ("closed", shown["closed_at"] and f"{shown['closed_at']}: {shown['closed_because']}"),
+        ("at first", first and first["detail"]),
+        ("again", again["count"] and f"{count_noun(again['count'], 'time')}, the last at {again['last_at']}"),
+        ("assignee", shown["assignee"]),
+        ("snoozed", shown["snoozed_until"] and f"until {shown['snoozed_until']}"),
+        ("note", shown["note"]),
+        ("closed", closed and f"{closed['at']} as {closed['how']} by {closed['by']}: {closed['because']}"),
     ):
         if value:
             click.echo(f"{name:<9} {value}")
 
 
-@discrepancies.command("close")
+@discrepancies.command("assign")
 @click.argument("discrepancy_id", metavar="ID")
+@click.option("--to", "assignee", metavar="NAME", help="An active operator. Without it, the assignment ends.")
+@click.option("--note", callback=require_text, help="A note for them; it replaces the present one.")
+def set_assignee(discrepancy_id: str, assignee: str | None, note: str | None) -> None:
+    """Assign a discrepancy to an operator, with a note for them."""
+    query = "select outcome, detail from surety.assign_discrepancy(%s, %s, %s, %s)"
+    apply_change("discrepancies:assign", query, discrepancy_id, assignee, note)
+
+
+@discrepancies.command("snooze")
+@click.argument("discrepancy_id", metavar="ID")
+@click.option("--for", "period", metavar="TIME", required=True, callback=parse_period, help="Such as 12h or 3d.")
+@click.option("--note", required=True, callback=require_text, help="The awaited answer.")
+def set_snooze(discrepancy_id: str, period: timedelta, note: str) -> None:
+    """Keep a discrepancy out of `surety status` for a time. Other values end the snooze earlier."""
+    query = "select outcome, detail from surety.snooze_discrepancy(%s, surety.time_now() + %s, %s, %s)"
+    apply_change("discrepancies:resolve", query, discrepancy_id, period, note)
+
+
+@discrepancies.command("resolve")
+@click.argument("discrepancy_id", metavar="[ID]", required=False)
+@filter_options
+@click.option("--expect", type=click.IntRange(min=0), metavar="NUMBER", help="How many match; else none is resolved.")
+@click.option("--resolution", type=click.Choice(RESOLUTIONS), default="explained", help="How, else explained.")
+@click.option("--dry-run", is_flag=True, help="Only report what would happen.")
 @reason_option
-def close_discrepancy(discrepancy_id: str, reason: str) -> None:
-    """Close a discrepancy with its explanation. One that is closed already keeps its first explanation."""
+@json_option
+def resolve_selected(
+    discrepancy_id: str | None, expect: int | None, resolution: str, dry_run: bool, reason: str, as_json: bool,
+    **chosen: Any,
+) -> None:  # fmt: skip
+    """Close one discrepancy, or all open ones that match, with a reason. A closed one keeps its first reason."""
+    is_filtered = any(value is not None for name, value in chosen.items() if name != "snoozed")
+    if (discrepancy_id is None) != is_filtered:
+        raise SuretyError("ID: give either an id, or filters such as --kind and --merchant with --expect")
+    if discrepancy_id is None and expect is None and not dry_run:
+        raise SuretyError("--expect: say how many discrepancies match (--dry-run counts them)")
     with connect("deploy", load_settings()) as conn:
-        row = conn.execute(
-            "select surety.close_discrepancy(%s, %s, %s)",
-            (discrepancy_id, reason, authorize(conn, "discrepancies:close")),
-        ).fetchone()
-    if row is None or row[0] is None:
-        raise NoSuchDiscrepancy(discrepancy_id)
-    click.echo(f"{discrepancy_id} is closed" + ("" if row[0] else " already"))
+        by = f"operator:{authorize(conn, 'discrepancies:resolve')}"
+        if chosen["merchant"] is not None:
+            require_merchant(conn, chosen["merchant"], "--merchant")
+        if discrepancy_id is None:
+            query = "select * from surety.resolve_discrepancies(%s, %s, %s, %s, %s, %s)"
+            given: tuple[Any, ...] = (Jsonb(filter_of(**chosen)), expect, resolution, reason, by, dry_run)
+        else:
+            query = "select %s as id, done.* from surety.resolve_discrepancy(%s, %s, %s, %s, %s) as done"
+            given = (discrepancy_id, discrepancy_id, resolution, reason, by, dry_run)
+        done = conn.execute(query, given).fetchall()
+    match done:
+        case [(None, "refused", detail)]:
+            raise SuretyError(f"--expect: {detail}")
+        case [(_, "not_found", _)]:
+            raise NoSuchDiscrepancy(str(discrepancy_id))
+    if as_json:
+        click.echo(json.dumps([dict(zip(("id", "outcome", "detail"), row, strict=True)) for row in done]))
+        return
+    for found, _, detail in done:
+        click.echo(f"{found}: {detail}")
+    if discrepancy_id is None:
+        verb = "would be resolved" if dry_run else "resolved"
+        click.echo(f"{count_noun(len(done), 'discrepancy', 'discrepancies')} {verb}")
 
 
-@reads
-def read_discrepancies(condition: str, *values: Any) -> list[dict[str, Any]]:
-    """The discrepancies that meet a condition; times in UTC."""
-    with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
-        return cursor.execute(f"select {COLUMNS} from report.discrepancies {condition}".encode(), values).fetchall()
+def apply_change(scope: str, query: str, discrepancy_id: str, *values: Any) -> None:
+    """Change one discrepancy as the operator of the personal key. Raises SuretyError if it is refused."""
+    with connect("deploy", load_settings()) as conn:
+        by = f"operator:{authorize(conn, scope)}"
+        row = conn.execute(query.encode(), (discrepancy_id, *values, by)).fetchone()
+    assert row is not None
+    outcome, detail = row
+    match outcome:
+        case "not_found":
+            raise NoSuchDiscrepancy(discrepancy_id)
+        case "refused":
+            raise SuretyError(f"{discrepancy_id}: {detail}")
+    click.echo(f"{discrepancy_id}: {detail}")
 
 
-def state_of_discrepancy(discrepancy: dict[str, Any]) -> str:
-    """Open, critical or closed."""
-    if discrepancy["closed_at"]:
-        return "closed"
-    return "critical" if discrepancy["is_critical"] else "open"
+def describe_difference(field: dict[str, Any]) -> str:
+    """One differing field with both values; of an amount also the difference, in minor units."""
+    here, there = ("nothing" if field[side] is None else field[side] for side in ("here", "there"))
+    delta = field["delta_minor"]
+    return f"{field['field']}: {here} here, {there} there" + (f" ({delta:+})" if delta is not None else "")
+
+
+def describe_differences(discrepancy: dict[str, Any]) -> str:
+    """The first differing field, and how many more there are."""
+    first, *more = discrepancy["fields"]
+    return describe_difference(first) + (f" and {len(more)} more" if more else "")
+
+
+def describe_urgency(discrepancy: dict[str, Any]) -> str:
+    """The severity of an open discrepancy, else snoozed or closed."""
+    return str(discrepancy["severity"] if discrepancy["status"] == "open" else discrepancy["status"])

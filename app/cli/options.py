@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import click
@@ -13,17 +13,36 @@ import psycopg
 from db.errors import SuretyError
 
 REASON_CHARACTERS_MAX = 1000
+PERIOD = re.compile(r"([1-9][0-9]{0,6})([smhd])")
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+PERIOD_MAX = timedelta(days=90)
 
 
-def require_text(_context: click.Context, _parameter: click.Parameter, reason: str) -> str:
-    """The reason. Raises SuretyError if it is blank, too long, or would control a terminal."""
-    if not reason.strip():
-        raise SuretyError("--reason must say why")
-    if len(reason) > REASON_CHARACTERS_MAX:
-        raise SuretyError(f"--reason must have at most {REASON_CHARACTERS_MAX} characters")
-    if not reason.isprintable():
-        raise SuretyError("--reason must be one line without control characters")
-    return reason
+def require_text(_context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """The text of an option, None if it is absent. Raises SuretyError if it is blank, too long, or would control a
+    terminal.
+    """
+    if text is None:
+        return None
+    option = parameter.opts[0]
+    if not text.strip():
+        raise SuretyError(f"{option} must say why" if option == "--reason" else f"{option} must not be blank")
+    if len(text) > REASON_CHARACTERS_MAX:
+        raise SuretyError(f"{option} must have at most {REASON_CHARACTERS_MAX} characters")
+    if not text.isprintable():
+        raise SuretyError(f"{option} must be one line without control characters")
+    return text
+
+
+def parse_period(_context: click.Context, parameter: click.Parameter, text: str | None) -> timedelta | None:
+    """A period such as 90s, 15m, 24h or 7d; None if it is absent. Raises SuretyError for another text."""
+    if text is None:
+        return None
+    found = PERIOD.fullmatch(text)
+    period = timedelta(**{UNITS[found[2]]: int(found[1])}) if found else None
+    if period is None or period > PERIOD_MAX:
+        raise SuretyError(f"{parameter.opts[0]}: a number with s, m, h or d, such as 15m or 24h, at most 90d")
+    return period
 
 
 def require_merchant(conn: psycopg.Connection[Any], merchant_id: str, option: str = "") -> None:

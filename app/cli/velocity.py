@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from datetime import timedelta
 
 import click
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from app.cli.identity import authorize
 from app.cli.money_limits import BIGINT_MAX
-from app.cli.options import json_option, require_currencies, require_merchant
+from app.cli.options import json_option, parse_period, require_currencies, require_merchant
 from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.connect import connect
@@ -20,9 +19,6 @@ from db.errors import SuretyError
 from db.settings import load_settings
 
 SUBJECTS = ("card", "customer", "email")
-PERIOD = re.compile(r"([1-9][0-9]{0,6})([smhd])")
-UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-PERIOD_MAX = timedelta(days=90)
 ADD_RULE = "select surety.add_velocity_rule(%s, %s, %s, %s, %s, %s, %s, %s)"
 LIST_RULES = """
 select
@@ -33,15 +29,6 @@ from surety.velocity_rules
 where removed_at is null or %s
 order by id
 """
-
-
-def parse_period(_context: click.Context, _parameter: click.Parameter, text: str) -> timedelta:
-    """A period such as 90s, 15m, 24h or 7d. Raises SuretyError for another text."""
-    found = PERIOD.fullmatch(text)
-    period = timedelta(**{UNITS[found[2]]: int(found[1])}) if found else None
-    if period is None or period > PERIOD_MAX:
-        raise SuretyError("--per: a number with s, m, h or d, such as 15m or 24h, at most 90d")
-    return period
 
 
 def describe_period(seconds: int) -> str:

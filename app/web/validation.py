@@ -34,6 +34,7 @@ ROUNDED_INTEGERS_MIN = 2**53
 NAME_SIMILARITY_MIN = 0.75
 ENTRY = re.compile(r"(\w+)\[([^\[\]]*)\]")
 INTEGER = re.compile("-?[0-9]{1,100}")
+INTEGER_PARAMETERS = frozenset({"limit", "max_delta"})
 
 
 class JsonDecimal(float):
@@ -345,8 +346,9 @@ def read_query(query: bytes, struct: type[T]) -> T:
     lists = {field.encode_name for field in fields if field.default_factory is list}
     given: dict[str, Any] = json_object(flat_pairs(pairs, lists))
     for field in fields:
-        if field.encode_name == "limit" and INTEGER.fullmatch(given.get("limit", "")):
-            given["limit"] = int(given["limit"])
+        name = field.encode_name
+        if name in INTEGER_PARAMETERS and INTEGER.fullmatch(given.get(name, "")):
+            given[name] = int(given[name])
     errors = violation_checker(struct)(given)
     for error in errors:
         error.field, error.place = error.field.removeprefix("/"), "query"

@@ -301,12 +301,19 @@ def discrepancy_result(subject: CallSubject, operation: str, error: ProviderErro
     result = failed_call_result(subject.account, error)
     if isinstance(error, ResponseMismatch):
         result["discrepancy"] = {
-            "kind": error.kind, "subject": f"{subject.payment_id}:{operation}", "detail": str(error)
-        }  # fmt: skip
+            "kind": error.kind,
+            "subject": f"{subject.payment_id}:{operation}",
+            "detail": str(error),
+            "fields": [error.field],
+            "source_there": error.object_id,
+        }
     elif isinstance(error, RequestRejected) and error.error.get("code") == "resource_missing":
         result["discrepancy"] = {
-            "kind": "missing_at_provider", "subject": subject.payment_id, "detail": str(error)
-        }  # fmt: skip
+            "kind": "missing_at_provider",
+            "subject": subject.provider_id or subject.payment_id,
+            "detail": str(error),
+            "fields": [{"field": "object", "here": subject.provider_id or subject.payment_id, "there": None}],
+        }
     return result
 
 

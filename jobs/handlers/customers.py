@@ -197,7 +197,12 @@ def read_new_customer(call: CustomerCall, answer: ProviderResponse) -> Json:
     check_object(answer.body, "customer")
     owner = required(answer.body, "metadata").get("surety_customer")
     if owner != call.customer_id:
-        raise ResponseMismatch(f"{answer.body['id']} belongs to {owner}", kind="foreign")
+        raise ResponseMismatch(
+            f"{answer.body['id']} belongs to {owner}",
+            kind="foreign",
+            differs=("customer", call.customer_id, owner),
+            object_id=answer.body["id"],
+        )
     return {"provider_id": answer.body["id"]}
 
 
@@ -214,7 +219,13 @@ def read_update(call: CustomerCall, answer: ProviderResponse) -> Json:
     """Nothing: the answer is the customer as it was sent."""
     check_object(answer.body, "customer")
     if answer.body["id"] != call.customer_provider_id:
-        raise ResponseMismatch(f"{answer.body['id']} was answered about {call.customer_provider_id}", kind="foreign")
+        answered = answer.body["id"]
+        raise ResponseMismatch(
+            f"{answered} was answered about {call.customer_provider_id}",
+            kind="foreign",
+            differs=("customer", call.customer_provider_id, answered),
+            object_id=answered,
+        )
     return {}
 
 
@@ -233,7 +244,10 @@ def read_saved_method(call: CustomerCall, answer: ProviderResponse) -> Json:
     owner = id_of(method["customer"])
     if answer.body["id"] != call.object_id or owner not in (None, call.customer_provider_id):
         raise ResponseMismatch(
-            f"{required(method, 'id')} is of {owner}, not {call.customer_provider_id}", kind="foreign"
+            f"{required(method, 'id')} is of {owner}, not {call.customer_provider_id}",
+            kind="foreign",
+            differs=("customer", call.customer_provider_id, owner),
+            object_id=required(method, "id"),
         )
     return {"method": saved_card(method)} if owner is not None else {}
 

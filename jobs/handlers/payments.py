@@ -51,9 +51,22 @@ def intent_result(subject: CallSubject, answer: ProviderResponse, source: str = 
         return result
     detail = f"{intent['id']} is about {intent['amount']} instead of {subject.amount_minor}"
     if subject.provider_id is None:
-        raise ResponseMismatch(detail, kind="amount")
+        raise ResponseMismatch(
+            detail,
+            kind="amount",
+            differs=("amount", subject.amount_minor, intent["amount"]),
+            object_id=intent["id"],
+        )
     # The intent may be charged already: the charged amount is recorded, even if another was requested.
-    return result | {"discrepancy": {"kind": "amount", "subject": intent["id"], "detail": detail}}
+    return result | {
+        "discrepancy": {
+            "kind": "amount",
+            "subject": intent["id"],
+            "detail": detail,
+            "fields": [{"field": "amount", "here": subject.amount_minor, "there": intent["amount"]}],
+            "source_there": intent["id"],
+        }
+    }
 
 
 def check_intent(subject: CallSubject, intent: Json) -> None:
@@ -67,15 +80,27 @@ def check_intent(subject: CallSubject, intent: Json) -> None:
     for name in ("id", "amount", "currency", "livemode"):
         required(intent, name)
     if subject.provider_id not in (None, intent["id"]):
-        raise ResponseMismatch(f"{intent['id']} was answered about {subject.provider_id}", kind="foreign")
-    if metadata.get("surety_payment") != subject.payment_id:
-        raise ResponseMismatch(f"{intent['id']} belongs to {metadata.get('surety_payment')}", kind="foreign")
-    if intent.get("currency") != subject.currency:
         raise ResponseMismatch(
-            f"{intent['id']} is in {intent.get('currency')} instead of {subject.currency}", kind="currency"
+            f"{intent['id']} was answered about {subject.provider_id}",
+            kind="foreign",
+            differs=("intent", subject.provider_id, intent["id"]),
+            object_id=intent["id"],
         )
-    if intent.get("livemode") != subject.livemode:
-        raise ResponseMismatch(f"{intent['id']} has livemode {intent.get('livemode')}", kind="livemode")
+    if (owner := metadata.get("surety_payment")) != subject.payment_id:
+        raise ResponseMismatch(
+            f"{intent['id']} belongs to {owner}",
+            kind="foreign",
+            differs=("payment", subject.payment_id, owner),
+            object_id=intent["id"],
+        )
+    for name, ours in (("currency", subject.currency), ("livemode", subject.livemode)):
+        if (theirs := intent.get(name)) != ours:
+            raise ResponseMismatch(
+                f"{intent['id']} has {name} {theirs} instead of {ours}",
+                kind=name,
+                differs=(name, ours, theirs),
+                object_id=intent["id"],
+            )
 
 
 def intent_error_result(subject: CallSubject, error: ProviderError, operation: str) -> CallResult:

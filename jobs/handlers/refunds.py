@@ -52,10 +52,21 @@ def check_refund(call: ProviderCall, refund: Json) -> None:
     # An intent may be left out: our id in the metadata is proof enough.
     intent = id_of(refund.get("payment_intent"))
     if metadata.get("surety_refund") != call.subject_id or intent not in (None, call.provider_id):
-        raise ResponseMismatch(f"{refund['id']} belongs to {metadata.get('surety_refund')}", kind="foreign")
-    if refund.get("currency") != call.currency:
+        owner = metadata.get("surety_refund")
         raise ResponseMismatch(
-            f"{refund['id']} is in {refund.get('currency')} instead of {call.currency}", kind="currency"
+            f"{refund['id']} belongs to {owner}",
+            kind="foreign",
+            differs=("intent", call.provider_id, intent)
+            if owner == call.subject_id
+            else ("refund", call.subject_id, owner),
+            object_id=refund["id"],
+        )
+    if (currency := refund.get("currency")) != call.currency:
+        raise ResponseMismatch(
+            f"{refund['id']} is in {currency} instead of {call.currency}",
+            kind="currency",
+            differs=("currency", call.currency, currency),
+            object_id=refund["id"],
         )
 
 

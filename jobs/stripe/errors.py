@@ -145,13 +145,17 @@ class PaymentDeclined(ProviderError):
 
 
 class ResponseMismatch(ProviderError):
-    """The response is about something else; `kind` is the discrepancy's."""
+    """The response is about something else. `kind` is the discrepancy's, `differs` its field with our value and the
+    provider's, `object_id` the object of the response.
+    """
 
     outcome = "misfit"
 
-    def __init__(self, message: str, *, kind: str, **more: Any) -> None:
+    def __init__(self, message: str, *, kind: str, differs: tuple[str, Any, Any], object_id: str, **more: Any) -> None:
         super().__init__(message, **more)
         self.kind = kind
+        self.field = dict(zip(("field", "here", "there"), differs, strict=True))
+        self.object_id = object_id
 
 
 class RequestRejected(ProviderError):

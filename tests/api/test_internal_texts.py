@@ -66,10 +66,12 @@ def close_discrepancy(conn: Connection, payment_id: str) -> None:
     """An operator closes a discrepancy of the payment."""
     discrepancy = value(
         conn,
-        "select surety.open_discrepancy('amount', %s, %s, %s, '{}', true, surety.time_now())",
-        payment_id, payment_id, PYTHON_ERROR,
+        "select surety.open_discrepancy('amount', %s, 'critical', %s,"
+        " jsonb_build_array(surety.differing_amount('amount', 1, 2)), %s, null, surety.time_now(), %s)",
+        payment_id, PYTHON_ERROR, payment_id, payment_id,
     )  # fmt: skip
-    assert value(conn, "select surety.close_discrepancy(%s, %s, %s)", discrepancy, REASON, OPERATOR) is True
+    resolve = "select outcome from surety.resolve_discrepancy(%s, 'explained', %s, %s)"
+    assert value(conn, resolve, discrepancy, REASON, f"operator:{OPERATOR}") == "resolved"
 
 
 def reverse_payment(conn: Connection, payment_id: str) -> None:

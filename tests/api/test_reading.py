@@ -331,6 +331,12 @@ def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
         "/v1/operator/dead-letters/{letter_id}/discard",
         "/v1/operator/dead-letters/replay",
         "/v1/operator/dead-letters/discard",
+        "/v1/operator/discrepancies",
+        "/v1/operator/discrepancies/resolve",
+        *(
+            f"/v1/operator/discrepancies/{{discrepancy_id}}{action}"
+            for action in ("", "/assign", "/snooze", "/resolve")
+        ),
         "/v1/operator/holds",
         *(f"/v1/operator/holds/{{payment_id}}{action}" for action in ("", "/release", "/refuse")),
         "/v1/operator/status",

@@ -19,7 +19,14 @@ from tests.support.payments import Connection, add_merchant, fact, pay, record
 ACTING = frozenset(
     {
         *("api", "deploy", "drill", "health", "restored", "sandbox", "up", "webhooks"),
-        *("dead-letters discard", "dead-letters replay", "discrepancies close", "handlers pause", "handlers resume"),
+        *(
+            "dead-letters discard",
+            "dead-letters replay",
+            "discrepancies assign",
+            "discrepancies snooze",
+            "handlers pause",
+            "handlers resume",
+        ),
         *("keys revoke", "operators set", "roles revoke-login"),
         *("merchants resume", "merchants set", "merchants suspend"),
         *("holds refuse", "holds release", "velocity add", "velocity remove"),
@@ -138,6 +145,7 @@ def test_trace_as_json_has_amounts_as_numbers(run: Run, conn: Connection) -> Non
 
 FURTHER_WORDS = {
     "customers erase": ("--email", "ada@example.com"),
+    "discrepancies resolve": ("--expect", "1", "--reason", "why"),
     "merchants set": ("--name", "Acme Toys"),
     "velocity add": ("--subject", "email", "--per", "1h", "--count", "1", "--action", "hold"),
 }

@@ -107,7 +107,7 @@ def test_a_critical_discrepancy_asks_for_action(conn: Connection, database: str)
     assert "critical" in finding["what"]
     show = shlex.split(finding["next"])[1:]
     assert surety(database, *show).returncode == 0
-    assert surety(database, "discrepancies", "close", show[-1], "--reason", "explained").returncode == 0
+    assert surety(database, "discrepancies", "resolve", show[-1], "--reason", "explained").returncode == 0
     assert read_status(database)[1]["discrepancies"]["critical"] == 0
 
 

@@ -198,9 +198,10 @@ def test_intent_that_was_canceled_after_a_failed_attempt_has_failed(
 def test_object_that_could_not_be_read_is_a_discrepancy_until_it_is_recorded(conn: Connection, key_hash: bytes) -> None:
     [payment_id] = pay(conn, key_hash)
     charged = fact(payment_id, "captured", "ch", 10000)
-    broken = {"kind": "unrecorded", "subject": charged["object_id"], "detail": "ch has no amount"}
+    broken: dict[str, Any] = {"kind": "unrecorded", "subject": charged["object_id"], "detail": "ch has no amount"}
+    broken["fields"] = [{"field": "record", "here": None, "there": charged["object_id"]}]
     results = json.dumps([{"operation": "list", "outcome": "answered", "discrepancy": broken}])
-    is_open = "select closed_at is null from surety.discrepancies"
+    is_open = "select closed_at is null from surety.discrepancies order by occurrence desc limit 1"
     conn.execute("select surety.record_results('worker:test', %s)", (results,))
     assert one(conn, is_open)
     record(conn, [charged])

@@ -134,7 +134,7 @@ def test_dispute_of_a_refunded_payment_is_a_loss_and_a_discrepancy(conn: Connect
     _, key = add_merchant(conn)
     payment_id = captured(conn, key)
     record(conn, [fact(payment_id, "refund_succeeded", "re", 4000), dispute_fact(payment_id, "lost", 0)])
-    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("amount", True)]
+    assert conn.execute("select kind, severity from surety.discrepancies").fetchall() == [("amount", "critical")]
     assert not violations(conn)
 
 

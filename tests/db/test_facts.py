@@ -326,8 +326,8 @@ def test_fact_of_another_currency_account_or_mode_makes_no_step_but_a_discrepanc
     [payment_id] = pay(conn, key_hash)
     record(conn, [fact(payment_id, "captured", "ch", 10000, **difference)])
     assert path_of(conn, payment_id) == ["initiated"]
-    result = conn.execute("select kind, is_critical from surety.discrepancies where payment_id = %s", (payment_id,))
-    assert result.fetchall() == [(kind, True)]
+    result = conn.execute("select kind, severity from surety.discrepancies where payment_id = %s", (payment_id,))
+    assert result.fetchall() == [(kind, "critical")]
 
 
 def test_object_with_another_amount_is_a_discrepancy_and_never_confirmed(conn: Connection) -> None:
@@ -335,8 +335,8 @@ def test_object_with_another_amount_is_a_discrepancy_and_never_confirmed(conn: C
     [payment_id] = pay(conn, key_hash)
     assert record(conn, [fact(payment_id, "submitted", "pi", 10001)]) == []
     assert path_of(conn, payment_id) == ["initiated"]
-    result = conn.execute("select kind, is_critical from surety.discrepancies where payment_id = %s", (payment_id,))
-    assert result.fetchall() == [("amount", True)]
+    result = conn.execute("select kind, severity from surety.discrepancies where payment_id = %s", (payment_id,))
+    assert result.fetchall() == [("amount", "critical")]
     record(conn, [fact(payment_id, "submitted", "pi_2", 10000)])
     assert state_of(conn, payment_id) == "provider_submitted"
 
@@ -425,7 +425,7 @@ def test_unmatched_money_goes_to_suspense_after_15_minutes(conn: Connection) -> 
     conn.execute("select surety.retry_unmatched_facts()")
     conn.execute("select surety.retry_unmatched_facts()")
     assert ledger_of(conn) == {"provider_balance": 4825, "suspense": 4825}
-    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("foreign", False)]
+    assert conn.execute("select kind, severity from surety.discrepancies").fetchall() == [("foreign", "warning")]
 
 
 def test_unmatched_money_of_this_environment_is_critical(conn: Connection) -> None:
@@ -435,4 +435,4 @@ def test_unmatched_money_of_this_environment_is_critical(conn: Connection) -> No
     record(conn, [fact(None, "captured", "ch", 10000, metadata_environment=row[0])])
     conn.execute("insert into surety.clock (ahead) values ('16 minutes')")
     conn.execute("select surety.retry_unmatched_facts()")
-    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("missing_here", True)]
+    assert conn.execute("select kind, severity from surety.discrepancies").fetchall() == [("missing_here", "critical")]

@@ -16,10 +16,11 @@ def test_another_system_on_the_account_is_one_discrepancy_and_closed_once(conn: 
     conn.execute("insert into surety.clock (ahead) values ('0')")
     another_payment(1)
     another_payment(2)
-    opened = "select id, kind, subject, is_critical from surety.discrepancies where closed_at is null"
+    opened = "select id, kind, subject, severity from surety.discrepancies where closed_at is null"
     [(discrepancy, *found)] = conn.execute(opened).fetchall()
-    assert found == ["foreign", "stripe/", False]
-    conn.execute("select surety.close_discrepancy(%s, 'the old shop', 'ada')", (discrepancy,))
+    assert found == ["foreign", "stripe/", "warning"]
+    resolve = "select outcome from surety.resolve_discrepancy(%s, 'explained', 'the old shop', 'operator:ada')"
+    assert conn.execute(resolve, (discrepancy,)).fetchall() == [("resolved",)]
     another_payment(3)
     assert conn.execute(opened).fetchall() == []
     another_payment(4, "acct_other")

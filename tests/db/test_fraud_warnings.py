@@ -94,7 +94,7 @@ def test_warning_of_another_account_or_mode_is_disregarded_and_a_discrepancy(con
     payment_id = captured(conn)
     assert record(conn, [warning(payment_id, account="acct_other")]) == []
     assert shown(conn, payment_id) is None
-    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("account", True)]
+    assert conn.execute("select kind, severity from surety.discrepancies").fetchall() == [("account", "critical")]
     assert not violations(conn)
 
 

@@ -65,8 +65,8 @@ def test_refund_and_dispute_beyond_the_capture_close_their_discrepancy_when_the_
     record(conn, [fact(payment_id, "captured", "ch", 10000)])
     record(conn, [fact(payment_id, "refund_succeeded", "re", 2500)])
     record(conn, [fact(payment_id, "dispute_opened", "dp", 10000, revision=0)])
-    found = "select kind, is_critical, closed_at is not null from surety.discrepancies"
-    assert conn.execute(found).fetchall() == [("amount", True, False)]
+    found = "select kind, severity, closed_at is not null from surety.discrepancies"
+    assert conn.execute(found).fetchall() == [("amount", "critical", False)]
     record(conn, [fact(payment_id, "dispute_won", "dp", 10000, revision=1)])
-    assert conn.execute(found).fetchall() == [("amount", True, True)]
+    assert conn.execute(found).fetchall() == [("amount", "critical", True)]
     assert not violations(conn)

@@ -16,6 +16,8 @@ from tests.db.test_races import waits
 from tests.support.payments import Connection, add_merchant, fact, pay, violations
 from tests.support.sandbox_process import eventually
 
+NO_AMOUNT = [{"field": "record", "here": None, "there": "amount"}]
+
 
 @pytest.fixture
 def key_hash(conn: Connection) -> bytes:
@@ -52,7 +54,7 @@ def test_unreadable_line_is_no_discrepancy_if_another_result_records_its_object(
     [payment_id] = pay(conn, key_hash)
     captured = fact(payment_id, "captured", "ch", 10000)
     lines = [
-        {"discrepancy": {"kind": "unrecorded", "subject": subject, "detail": "it has no amount"}}
+        {"discrepancy": {"kind": "unrecorded", "subject": subject, "detail": "it has no amount", "fields": NO_AMOUNT}}
         for subject in (captured["object_id"], "txn_other")
     ]
     record_group(conn, *lines, {"facts": [captured]})
@@ -83,7 +85,7 @@ def test_discrepancies_of_recorded_objects_are_closed_in_the_order_of_their_subj
     payments = pay(conn, key_hash, 2)
     facts = sorted((fact(one, "captured", "ch", 10000) for one in payments), key=lambda one: str(one["object_id"]))
     first, second = (one["object_id"] for one in facts)
-    unreadable = {"kind": "unrecorded", "detail": "it has no amount"}
+    unreadable: dict[str, Any] = {"kind": "unrecorded", "detail": "it has no amount", "fields": NO_AMOUNT}
     # The table holds them in this order.
     record_group(conn, {"discrepancy": unreadable | {"subject": second}})
     record_group(conn, {"discrepancy": unreadable | {"subject": first}})

@@ -252,7 +252,7 @@ def test_external_refund_beyond_capture_is_posted_and_a_discrepancy(conn: Connec
         record(conn, [money(payment_id, f"txn_{name}", "refund", -6000)])
     assert amounts(conn, payment_id) == ("refunded", 10000, 0)
     assert ledger_of(conn, payment_id)["available"] == -12000
-    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("amount", True)]
+    assert conn.execute("select kind, severity from surety.discrepancies").fetchall() == [("amount", "critical")]
     assert not violations(conn)
 
 
@@ -266,7 +266,7 @@ def test_refund_with_another_amount_is_posted_with_its_real_amount(conn: Connect
     assert states(conn, payment_id) == [("succeeded", 2600)]
     assert ledger_of(conn, payment_id)["available"] == -2600
     assert "reserved_for_refunds" not in ledger_of(conn, payment_id)
-    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("amount", True)]
+    assert conn.execute("select kind, severity from surety.discrepancies").fetchall() == [("amount", "critical")]
     assert not violations(conn)
 
 
@@ -277,7 +277,7 @@ def test_a_second_object_for_one_refund_is_a_refund_of_its_own_and_critical(conn
     record(conn, [refund_fact(payment_id, refund_id, "refund_succeeded", 2500, "re_1")])
     record(conn, [refund_fact(payment_id, refund_id, "refund_succeeded", 2500, "re_2")])
     assert amounts(conn, payment_id) == ("partially_refunded", 5000, 0)
-    assert conn.execute("select kind, is_critical from surety.discrepancies").fetchall() == [("duplicate", True)]
+    assert conn.execute("select kind, severity from surety.discrepancies").fetchall() == [("duplicate", "critical")]
     assert not violations(conn)
 
 

@@ -148,7 +148,10 @@ def repeatable_calls(conn: Connection) -> dict[str, Call]:
         "operator": ("select surety.set_operator('alice', null, null, false)", ()),
         "merchant": ("select surety.suspend_merchant(%s, true)", (add_merchant(conn)[0],)),
         "handler": ("select outbox.set_handler_paused('submit', true, 'why')", ()),
-        "discrepancy": ("select surety.close_discrepancy(%s, 'why')", (discrepancy,)),
+        "discrepancy": (
+            "select surety.resolve_discrepancy(%s, 'explained', 'why', 'operator:a')",
+            (discrepancy,),
+        ),
     }
 
 

@@ -33,7 +33,8 @@ IDS_OF_A_MERCHANT = """
 """
 PARAMETERS = {
     "payment_id": "pay", "refund_id": "ref", "dispute_id": "dp", "event_id": "evt", "customer_id": "cus",
-    "payment_method_id": "spm", "letter_id": "dlq", "starting_after": "pay", "payment": "pay", "object": "pay",
+    "payment_method_id": "spm", "letter_id": "dlq", "discrepancy_id": "dis",
+    "starting_after": "pay", "payment": "pay", "object": "pay",
 }  # fmt: skip
 """Fields that name an object, and the prefix that fits them most often."""
 

@@ -67,7 +67,10 @@ def leave_everything_unfinished(conn: Connection) -> None:
         "insert into surety.expectations (payment_id, kind, opened_at, due_at) values (%s, 'settlement', now(), now())",
         (payments["confirmed"],),
     )
-    conn.execute("select surety.open_discrepancy('amount', 'pi_x', null, 'they differ', '{}', true, surety.time_now())")
+    conn.execute(
+        "select surety.open_discrepancy('amount', 'pi_x', 'critical', 'they differ',"
+        " jsonb_build_array(surety.differing_amount('amount', 1, 2)), null, 'pi_x', surety.time_now())"
+    )
     _, cut_off_key = add_merchant(conn, account=CUT_OFF)
     pay(conn, cut_off_key)
     conn.execute("select surety.open_circuit('stripe', %s, 'outage', 'it does not answer', 'worker:w')", (CUT_OFF,))

@@ -202,7 +202,7 @@ async def test_events_that_are_listed_no_more_are_a_critical_discrepancy(
     conn: Connection, database: str, sandbox: SandboxProcess, key_hash: bytes
 ) -> None:
     move_back = "update surety.poll_cursors set polled_to = polled_to - %s::interval where list = 'events'"
-    query = "select subject, is_critical from surety.discrepancies where kind = 'unrecorded'"
+    query = "select subject, severity from surety.discrepancies where kind = 'unrecorded'"
     async with in_process_worker(database, sandbox.url) as worker:
         await poll_events(worker)
         conn.execute(move_back, ("29 days",))
@@ -211,8 +211,8 @@ async def test_events_that_are_listed_no_more_are_a_critical_discrepancy(
         conn.execute(move_back, ("31 days",))
         await poll_events(worker)
         await poll_events(worker)
-    [(subject, is_critical)] = conn.execute(query).fetchall()
-    assert (subject.split(":")[:2], is_critical) == (["stripe/", "events"], True)
+    [(subject, severity)] = conn.execute(query).fetchall()
+    assert (subject.split(":")[:2], severity) == (["stripe/", "events"], "critical")
 
 
 @pytest.mark.parametrize("fault", ["timeout_after", "timeout_before"])
@@ -270,8 +270,8 @@ async def test_intent_that_the_provider_does_not_have_is_a_critical_discrepancy(
     conn.execute("update surety.payments set poll_at = now()")
     async with in_process_worker(database, sandbox.url) as worker:
         await poll_unfinished(worker)
-    found = conn.execute("select kind, subject, payment_id, is_critical from surety.discrepancies").fetchall()
-    assert found == [("missing_at_provider", payment_id, payment_id, True)]
+    found = conn.execute("select kind, subject, payment_id, severity from surety.discrepancies").fetchall()
+    assert found == [("missing_at_provider", "pi_absent", payment_id, "critical")]
     assert state_of(conn, payment_id) == "provider_submitted"
 
 
@@ -287,8 +287,8 @@ async def test_balance_transaction_that_can_not_be_stored_is_a_critical_discrepa
         listed = ("/v1/balance_transactions", {"limit": 100})
         eventually(lambda: charges <= {line["source"] for line in sandbox.get(*listed)["data"]})
         await poll_balance_transactions(worker)
-    [(kind, subject, is_critical)] = conn.execute("select kind, subject, is_critical from surety.discrepancies")
-    assert (kind, subject[:4], is_critical) == ("unrecorded", "txn_", True)
+    [(kind, subject, severity)] = conn.execute("select kind, subject, severity from surety.discrepancies")
+    assert (kind, subject[:4], severity) == ("unrecorded", "txn_", "critical")
     assert one(conn, "select count(*) from surety.facts where kind = 'money'") == 1
 
 

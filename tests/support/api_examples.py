@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -28,7 +29,7 @@ from db.embedded.server import EmbeddedServer
 from tests.support.dead_letters import never_sent_letter
 from tests.support.http_client import SECRETS, Merchant, running_server
 from tests.support.operators import admin_key
-from tests.support.payments import Connection, add_merchant, pay
+from tests.support.payments import Connection, add_merchant, fact, pay, record
 from tests.support.sandbox_process import eventually, running_sandbox
 from tests.support.workers import shorten_delays, worker_process
 
@@ -339,6 +340,29 @@ def held_payments(conn: Connection, count: int) -> list[str]:
     return pay(conn, add_merchant(conn)[1], count, customer={"email": "ada@shop.example"})
 
 
+def differing_payments(conn: Connection, count: int) -> list[str]:
+    """The ids of discrepancies: more was captured than was asked for."""
+    for payment_id in pay(conn, add_merchant(conn)[1], count):
+        record(conn, [fact(payment_id, "captured", "ch", 11000)])
+    return [row[0] for row in conn.execute("select id from surety.discrepancies order by id")]
+
+
+def record_discrepancies(client: httpx.Client, differing: list[str], recorder: Recorder) -> None:
+    """The operators' routes of discrepancies."""
+    path = "/v1/operator/discrepancies"
+    until = (datetime.now(UTC) + timedelta(days=2)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    for action, body in (
+        ("assign", {"assignee": "tester", "note": "Is it a tip?"}),
+        ("snooze", {"until": until, "note": "The merchant was asked."}),
+        ("resolve", {"reason": "The payer was refunded by hand.", "resolution": "corrected"}),
+    ):
+        recorder.record(client.post(f"{path}/{differing[0]}/{action}", json=body))
+    for place in ("", f"/{differing[0]}"):
+        recorder.record(client.get(f"{path}{place}"))
+    several = {"kind": "amount", "max_delta": 1000, "expect": len(differing) - 1, "reason": "The agreed tolerance."}
+    recorder.record(client.post(f"{path}/resolve", json=several))
+
+
 def record_operators(client: httpx.Client, letters: list[str], held: list[str], recorder: Recorder) -> None:
     """The routes of operators, and those that need no key."""
     reason = {"reason": "The currency is accepted from today on."}
@@ -397,6 +421,7 @@ def record_examples(server: str) -> Json:
         headers = {"Authorization": f"Bearer {admin_key(database)}"}
         operators = stack.enter_context(httpx.Client(base_url=api.url, headers=headers, timeout=30))
         record_operators(operators, letters, held_payments(conn, ELEMENTS_MAX), recorder)
+        record_discrepancies(operators, differing_payments(conn, ELEMENTS_MAX + 1), recorder)
     return recorder.document()
 
 

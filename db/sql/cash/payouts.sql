@@ -38,11 +38,17 @@ begin
         for update;
         perform surety.open_discrepancy(
             case when v_before.currency <> v_fact.currency then 'currency' else 'amount' end,
-            v_fact.object_id || ':payout', null,
+            v_fact.object_id || ':payout', 'critical',
             format('%s is known with %s, now reported with %s', v_fact.object_id,
                 surety.format_amount(v_before.amount_minor, v_before.currency),
                 surety.format_amount(v_fact.amount_minor, v_fact.currency)),
-            jsonb_build_object('received', to_jsonb(v_fact), 'known', to_jsonb(v_before)), true, p_at)
+            jsonb_path_query_array(
+                jsonb_build_array(
+                    surety.differing_amount('amount', v_before.amount_minor, v_fact.amount_minor),
+                    surety.differing_value('currency', v_before.currency, v_fact.currency)),
+                '$[*] ? (@.here != @.there)'),
+            v_before.id, v_fact.object_id, p_at, p_currency => v_before.currency,
+            p_data => jsonb_build_object('received', to_jsonb(v_fact), 'known', to_jsonb(v_before)))
         where (v_before.amount_minor, v_before.currency) <> (v_fact.amount_minor, v_fact.currency);
 
         insert into surety.payouts as p (
@@ -86,12 +92,13 @@ begin
         where p.provider = v_after.provider and p.account = v_after.account and p.id = v_after.id;
 
         perform surety.open_discrepancy(
-            'state', v_after.id, null,
+            'state', v_after.id, 'critical',
             format('payout %s of %s failed%s: %s; the money is back in the balance', v_after.id,
                 surety.format_amount(v_after.amount_minor, v_after.currency),
                 case when v_after.was_paid then ' after it was paid' else '' end,
                 coalesce(v_after.failure_code, 'no reason given')),
-            to_jsonb(v_after), true, p_at)
+            jsonb_build_array(surety.differing_value('status', v_before.status, v_after.status)),
+            v_after.id, v_after.id, p_at, p_currency => v_after.currency, p_data => to_jsonb(v_after))
         where v_after.status = 'failed' and v_before.status is distinct from 'failed';
     end loop;
 end;
@@ -192,12 +199,14 @@ begin
     get diagnostics v_count = row_count;
     if v_count < jsonb_array_length(p_lines) then
         perform surety.open_discrepancy(
-            'duplicate', k.line_id || ':payout', null,
+            'duplicate', k.line_id || ':payout', 'critical',
             format('%s is paid out by %s and by %s', k.line_id, k.payout_id, p_payout_id),
-            jsonb_build_object('known', k.payout_id, 'received', p_payout_id), true, surety.time_now())
+            jsonb_build_array(surety.differing_value('payout', k.payout_id, p_payout_id)),
+            k.payout_id, p_payout_id, surety.time_now(), p_currency => k.currency)
         from jsonb_to_recordset(p_lines) as l (id text)
         join surety.payout_lines as k
-            on k.provider = 'stripe' and k.account = p_account and k.line_id = l.id and k.payout_id <> p_payout_id;
+            on k.provider = 'stripe' and k.account = p_account and k.line_id = l.id and k.payout_id <> p_payout_id
+        order by k.line_id;
     end if;
     return v_count;
 end;
@@ -236,15 +245,22 @@ begin
     where p.provider = 'stripe' and p.account = p_account and p.id = p_payout_id;
     if not v_fits then
         perform surety.open_discrepancy(
-            'amount', p_payout_id || ':lines', null,
+            'amount', p_payout_id || ':lines', 'critical',
             format('%s pays out %s, the nets of its %s balance transactions add up to %s', p_payout_id,
                 surety.format_amount(v_payout.amount_minor, v_payout.currency), v_payout.line_count,
                 surety.format_amount(v_payout.lines_minor, v_payout.currency)),
-            to_jsonb(v_payout), true, v_now);
+            jsonb_path_query_array(
+                jsonb_build_array(
+                    surety.differing_amount('sum of balance transactions', v_payout.lines_minor, v_payout.amount_minor),
+                    surety.differing_value('currency', v_payout.currency, (
+                        select string_agg(distinct k.currency, ', ' order by k.currency) from surety.payout_lines as k
+                        where k.provider = 'stripe' and k.account = p_account and k.payout_id = p_payout_id
+                    ))),
+                '$[*] ? (@.here != @.there)'),
+            p_payout_id, p_payout_id, v_now, p_currency => v_payout.currency, p_data => to_jsonb(v_payout));
     else
-        update surety.discrepancies
-        set closed_at = v_now, closed_because = 'the balance transactions add up'
-        where kind = 'amount' and subject = p_payout_id || ':lines' and closed_at is null;
+        perform surety.close_discrepancies(
+            'amount', array[p_payout_id || ':lines'], 'the balance transactions add up', v_now);
     end if;
     return v_fits;
 end;

@@ -192,8 +192,10 @@ begin
     returning c.* into v_customer;
     if not found then
         perform surety.open_discrepancy(
-            'duplicate', p_provider_id, null, format('%s is a second customer beside %s', p_provider_id, c.provider_id),
-            jsonb_build_object('customer', c.id), false, p_at)
+            'duplicate', p_provider_id, 'notice',
+            format('%s is a second customer beside %s', p_provider_id, c.provider_id),
+            jsonb_build_array(surety.differing_value('customer', c.provider_id, p_provider_id)), c.id, p_provider_id,
+            p_at, p_merchant_id => c.merchant_id)
         from surety.customers as c where c.id = p_customer_id and c.provider_id <> p_provider_id;
         return '{}';
     end if;

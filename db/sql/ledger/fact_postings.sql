@@ -373,11 +373,15 @@ begin
     )
     select array_agg(c.entry order by (c.entry).cause) into v_entries from causes as c;
     perform surety.open_discrepancy(
-        'category', f.object_id, f.payment_id, format('a balance transaction of category %s', f.data ->> 'category'),
-        to_jsonb(f), false, p_at)
+        'category', f.object_id, 'warning', format('a balance transaction of category %s', f.data ->> 'category'),
+        jsonb_build_array(
+            surety.differing_value('category', null, f.data ->> 'category'),
+            surety.differing_amount('amount', null, f.amount_minor)),
+        null, f.id, p_at, p_payment_id => f.payment_id, p_currency => f.currency, p_data => to_jsonb(f))
     from unnest(p_facts) as f
     where f.kind = 'money' and f.disregarded is null
-        and surety.posting_rule(f.provider, f.data ->> 'category', false) like 'foreign%';
+        and surety.posting_rule(f.provider, f.data ->> 'category', false) like 'foreign%'
+    order by f.object_id;
     if v_entries is not null then
         perform ledger.post(v_entries, p_at);
     end if;

@@ -52,6 +52,12 @@ api.discard_dead_letter(bytea, text, text, boolean, text, text),
 api.list_holds(bytea, text, text, integer, text, text),
 api.get_hold(bytea, text, text),
 api.decide_hold(bytea, text, text, text, text, text),
+api.list_discrepancies(bytea, jsonb, integer, text, text),
+api.get_discrepancy(bytea, text, text),
+api.assign_discrepancy(bytea, text, text, text, text, text),
+api.snooze_discrepancy(bytea, text, timestamptz, text, text, text),
+api.resolve_discrepancy(bytea, text, text, text, boolean, text, text),
+api.resolve_discrepancies(bytea, jsonb, integer, text, text, boolean, text, text),
 api.get_status(bytea, text)
 to surety_api;
 grant usage on schema outbox to surety_api;

@@ -279,10 +279,12 @@ begin
         ),
         'discrepancies', (
             select jsonb_build_object(
-                'open', count(*), 'critical', count(*) filter (where x.is_critical),
-                'first', (array_agg(x.kind || ' ' || x.subject order by x.is_critical desc, x.opened_at))[1],
-                'first_id', (array_agg(x.id order by x.is_critical desc, x.opened_at))[1])
-            from surety.discrepancies as x where x.closed_at is null
+                'open', count(*), 'critical', count(*) filter (where x.severity = 'critical'),
+                'first', (array_agg(x.kind || ' ' || x.subject order by x.severity, x.opened_at))[1],
+                'first_id', (array_agg(x.id order by x.severity, x.opened_at))[1])
+            from surety.discrepancies as x
+            where x.closed_at is null and x.severity in ('critical', 'warning')
+                and coalesce(x.snoozed_until, '-infinity') <= v_now
         ),
         'holds', surety.summarize_open_holds(),
         'unfinished', (

@@ -1,8 +1,95 @@
 -- Advancing: the steps that lead from a payment's state to the derived one.
 --
+--   report_excesses         opens discrepancies for amounts beyond what was asked for or captured
 --   report_contradictions   opens discrepancies for facts that no step can follow; emits an event to cancel an intent
 --   missing_steps           the steps between a payment and its target: mandatory ones not yet made, then a direct one
 --   advance_payments        writes those steps, the amounts and the polling time
+
+create or replace function surety.newest_fact(p_payment_id text, p_kinds text) returns text
+language sql stable set search_path = pg_catalog, pg_temp
+begin atomic
+    select max(facts.id)
+    from surety.facts
+    where
+        facts.payment_id = p_payment_id and facts.disregarded is null
+        and facts.kind ~ coalesce(p_kinds, '');
+end;
+
+comment on function surety.newest_fact(text, text) is
+'The id of the newest fact of a payment that counts; p_kinds is a regular expression for its kind, null for any.';
+
+create or replace function surety.report_excesses(p_derived surety.derived[], p_at timestamptz) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+as $$
+-- Each kind of excess has a subject of its own: one may be explained, and another come later.
+declare
+    -- These bounds exclude partitions before a statement begins.
+    v_first_payment text := (select min(d.payment_id collate "C") from unnest(p_derived) as d);
+    v_last_payment text := (select max(d.payment_id collate "C") from unnest(p_derived) as d);
+begin
+    if exists (
+        select from unnest(p_derived) as d
+        where d.excess_minor > 0 or d.over_refunded_minor > 0
+            or (d.refunded_minor > 0 and d.at_risk_minor + d.reversed_minor > 0)
+    ) then
+        perform surety.open_discrepancy(
+            'amount', d.payment_id || ':captured', 'critical',
+            format('%s more was captured than was asked for', d.excess_minor),
+            jsonb_build_array(
+                surety.differing_amount('captured', d.captured_minor, d.captured_minor + d.excess_minor)),
+            d.payment_id, surety.newest_fact(d.payment_id, '^captured$'), p_at, p_payment_id => d.payment_id)
+        from unnest(p_derived) as d
+        where d.excess_minor > 0
+        order by d.payment_id;
+        perform surety.open_discrepancy(
+            'amount', d.payment_id || ':refunded', 'critical',
+            format('%s more was refunded than was captured', d.over_refunded_minor),
+            jsonb_build_array(
+                surety.differing_amount('refunded', d.captured_minor, d.captured_minor + d.over_refunded_minor)),
+            d.payment_id, surety.newest_fact(d.payment_id, '^refund'), p_at, p_payment_id => d.payment_id)
+        from unnest(p_derived) as d
+        where d.over_refunded_minor > 0
+        order by d.payment_id;
+        -- Rates move between a charge and its dispute, so a dispute alone may exceed the captured amount.
+        perform surety.open_discrepancy(
+            'amount', d.payment_id || ':disputed', 'critical',
+            format(
+                '%s was refunded and %s disputed or returned, of %s',
+                d.refunded_minor, d.at_risk_minor + d.reversed_minor, d.captured_minor),
+            jsonb_build_array(surety.differing_amount(
+                'refunded and disputed', d.captured_minor, d.refunded_minor + d.at_risk_minor + d.reversed_minor)),
+            d.payment_id, surety.newest_fact(d.payment_id, '^(dispute|returned|contested)'), p_at,
+            p_payment_id => d.payment_id)
+        from unnest(p_derived) as d
+        where d.refunded_minor > 0 and d.at_risk_minor + d.reversed_minor > 0
+            and d.refunded_minor + d.at_risk_minor + d.reversed_minor > d.captured_minor
+        order by d.payment_id;
+    end if;
+
+    perform surety.close_discrepancies(
+        'amount', array_agg(judged.subject), 'refunds and disputes fit the captured amount again', p_at)
+    from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
+    cross join lateral (
+        values
+        (
+            d.payment_id || ':refunded',
+            p.captured_minor > 0 and p.refunded_minor >= p.captured_minor and d.over_refunded_minor = 0
+        ),
+        (
+            d.payment_id || ':disputed',
+            p.at_risk_minor + p.reversed_minor > 0
+            and d.refunded_minor + d.at_risk_minor + d.reversed_minor <= d.captured_minor
+        )
+    ) as judged (subject, fits)
+    where p.id between v_first_payment and v_last_payment and judged.fits
+    having count(*) > 0;
+end;
+$$;
+
+comment on function surety.report_excesses(surety.derived[], timestamptz) is
+'Opens a critical discrepancy for each payment whose captured, refunded or disputed amounts exceed the asked or captured
+one, and closes it when they fit again. A dispute alone may exceed the captured amount. The payments are locked and not
+advanced yet.';
 
 create or replace function surety.report_contradictions(p_derived surety.derived[], p_at timestamptz) returns text[]
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -28,9 +115,11 @@ begin
         v_opened := null;
         if v_ended.target_state <> 'provider_submitted' then
             v_opened := surety.open_discrepancy(
-                'state', v_ended.id, v_ended.id,
+                'state', v_ended.id, 'warning',
                 format('%s here, %s at the provider', v_ended.state, v_ended.target_state),
-                jsonb_build_object('provider_state', v_ended.target_state), false, p_at);
+                jsonb_build_array(surety.differing_value('state', v_ended.state, v_ended.target_state)),
+                v_ended.id, surety.newest_fact(v_ended.id, null), p_at, p_payment_id => v_ended.id,
+                p_data => jsonb_build_object('provider_state', v_ended.target_state));
         end if;
         if v_ended.target_state in ('provider_submitted', 'requires_action', 'authorized', 'processing')
             and (v_ended.is_another or v_opened is not null)
@@ -43,49 +132,23 @@ begin
     end loop;
 
     -- What was live at the provider has ended there as well.
-    update surety.discrepancies as e
-    set closed_at = p_at, closed_because = format('it is %s at the provider', d.target_state)
+    perform surety.close_discrepancies(
+        'state', array_agg(p.id), format('it is %s at the provider', d.target_state), p_at)
     from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
     where p.id between v_first_payment and v_last_payment
         and p.state in ('failed', 'canceled') and d.target_state in ('failed', 'canceled')
-        and e.kind = 'state' and e.subject = p.id and e.closed_at is null
-        and e.data ->> 'provider_state' not in ('failed', 'canceled');
-
-    perform surety.open_discrepancy(
-        'amount', d.payment_id, d.payment_id,
-        case
-            when d.excess_minor > 0 then format('%s more was captured than was asked for', d.excess_minor)
-            else format('%s more was refunded than was captured', d.over_refunded_minor)
-        end,
-        '{}', true, p_at)
-    from unnest(p_derived) as d
-    where d.excess_minor > 0 or d.over_refunded_minor > 0;
-    -- Rates move between a charge and its dispute, so a dispute alone may exceed the captured amount.
-    perform surety.open_discrepancy(
-        'amount', d.payment_id || ':disputed', d.payment_id,
-        format(
-            '%s was refunded and %s disputed or returned, of %s',
-            d.refunded_minor, d.at_risk_minor + d.reversed_minor, d.captured_minor),
-        '{}', true, p_at)
-    from unnest(p_derived) as d
-    where d.refunded_minor > 0 and d.at_risk_minor + d.reversed_minor > 0
-        and d.refunded_minor + d.at_risk_minor + d.reversed_minor > d.captured_minor;
-    update surety.discrepancies as e
-    set closed_at = p_at, closed_because = 'refunds and disputes fit the captured amount again'
-    from unnest(p_derived) as d join surety.payments as p on p.id = d.payment_id
-    where p.at_risk_minor + p.reversed_minor > 0
-        and d.refunded_minor + d.at_risk_minor + d.reversed_minor <= d.captured_minor
-        and e.kind = 'amount' and e.subject = p.id || ':disputed' and e.closed_at is null;
+    group by d.target_state
+    order by d.target_state;
+    perform surety.report_excesses(p_derived, p_at);
     return v_types;
 end;
 $$;
 
 comment on function surety.report_contradictions(surety.derived[], timestamptz) is
-'Opens discrepancies for payments whose facts contradict their state. Two cases: the payment has ended, but not at the
-provider; an amount exceeds the requested or captured one. Closes them when the
-provider''s object has ended, or the amounts fit again; a dispute alone may exceed the captured amount. Emits
-payment.authorized_late if the provider''s intent must be canceled. The payments are locked and not advanced yet.
-Returns the types of the events that it emitted.';
+'Opens discrepancies for payments whose facts contradict their state: the payment has ended, but not at the provider; an
+amount exceeds the requested or captured one. Closes them when the provider''s object has ended, or the amounts fit
+again. Emits payment.authorized_late if the provider''s intent must be canceled. The payments are locked and not
+advanced yet. Returns the types of the events that it emitted.';
 
 create or replace function surety.missing_steps(
     p_rail text, p_capture_method text, p_state text, p_target_state text, p_visited text[], p_evidenced text[],

@@ -35,10 +35,9 @@ begin
     where e.event_id = any(p_event_ids)
     order by e.aggregate_id
     on conflict (payment_id, kind) do update set met_at = coalesce(x.met_at, excluded.met_at);
-    update surety.discrepancies as d
-    set closed_at = v_now, closed_because = 'it settled'
+    perform surety.close_discrepancies('overdue', array_agg(e.aggregate_id), 'it settled', v_now)
     from outbox.batch_events(p_batch, p_fence) as e
-    where e.event_id = any(p_event_ids) and d.kind = 'overdue' and d.subject = e.aggregate_id and d.closed_at is null;
+    where e.event_id = any(p_event_ids);
     return outbox.complete_events(p_batch, p_fence, p_event_ids);
 end;
 $$;
@@ -71,9 +70,12 @@ begin atomic
     opened as (
         select
             surety.open_discrepancy(
-                'overdue', overdue.payment_id, overdue.payment_id,
-                overdue.kind || ' was expected by ' || surety.format_time(overdue.due_at), '{}', false,
-                surety.time_now()
+                'overdue', overdue.payment_id, 'warning',
+                overdue.kind || ' was expected by ' || surety.format_time(overdue.due_at),
+                jsonb_build_array(
+                    surety.differing_value(overdue.kind, 'by ' || surety.format_time(overdue.due_at), null)
+                ),
+                overdue.payment_id, null, surety.time_now(), p_payment_id => overdue.payment_id
             ) as id
         from overdue
     )

@@ -30,9 +30,20 @@ begin
         v_facts[v_mismatch.place].disregarded := v_mismatch.reason;
     end loop;
     perform surety.open_discrepancy(
-        f.disregarded, f.object_id || ':' || f.kind, f.payment_id,
-        format('%s %s does not fit its payment: %s', f.kind, f.object_id, f.disregarded), to_jsonb(f), true, p_at)
-    from unnest(v_facts) as f where f.disregarded is not null;
+        f.disregarded, f.object_id || ':' || f.kind, 'critical',
+        format('%s %s does not fit its payment: %s', f.kind, f.object_id, f.disregarded),
+        jsonb_build_array(case f.disregarded
+            when 'account' then surety.differing_value(
+                'account', p.provider || '/' || p.provider_account, f.provider || '/' || f.account)
+            when 'livemode' then surety.differing_value('livemode', p.livemode::text, f.livemode::text)
+            when 'currency' then surety.differing_value(
+                'currency', p.currency, coalesce(f.data ->> 'other_currency', f.currency))
+            when 'amount' then surety.differing_amount('amount', p.amount_minor, f.amount_minor)
+        end),
+        f.payment_id, f.id, p_at, p_payment_id => f.payment_id, p_data => to_jsonb(f))
+    from unnest(v_facts) as f join surety.payments as p on p.id = f.payment_id
+    where f.disregarded is not null
+    order by f.disregarded, f.object_id, f.kind;
     return v_facts;
 end;
 $$;
@@ -50,7 +61,7 @@ begin atomic
             when f.currency is distinct from known.currency then 'currency'
             else 'amount'
         end,
-        f.object_id || ':' || f.kind, f.payment_id,
+        f.object_id || ':' || f.kind, 'critical',
         case
             when known.id is null then format('%s %s is known of another payment', f.kind, f.object_id)
             else format(
@@ -58,7 +69,24 @@ begin atomic
                 f.kind, f.object_id, known.amount_minor, known.currency, f.amount_minor, f.currency
             )
         end,
-        jsonb_build_object('received', to_jsonb(f), 'known', keys.fact_id), true, p_at
+        case
+            when known.id is null then jsonb_build_array(
+                surety.differing_value('payment', linked.payment_id, f.payment_id)
+            )
+            else
+                case
+                    when f.amount_minor is not distinct from known.amount_minor then '[]'::jsonb
+                    else jsonb_build_array(
+                        surety.differing_amount('amount', known.amount_minor, f.amount_minor)
+                    )
+                end
+                || case
+                    when f.currency is not distinct from known.currency then '[]'::jsonb
+                    else jsonb_build_array(surety.differing_value('currency', known.currency, f.currency))
+                end
+        end,
+        keys.fact_id, coalesce(f.source_id, f.object_id), p_at,
+        p_payment_id => f.payment_id, p_data => jsonb_build_object('received', to_jsonb(f), 'known', keys.fact_id)
     )
     from unnest(p_facts) as f
     inner join surety.fact_keys as keys
@@ -81,6 +109,8 @@ begin atomic
         from unnest(p_facts) as received
         where keys.fact_id = received.id and f.payment_id = received.payment_id
     ) as known on true
+    left join surety.provider_objects as linked
+        on f.provider = linked.provider and f.account = linked.account and f.object_id = linked.object_id
     where
         keys.fact_id <> f.id
         and (
@@ -108,14 +138,15 @@ begin
         return '{}';
     end if;
     perform surety.open_discrepancy(
-        'duplicate', f.object_id, f.payment_id, format('%s is a second intent beside %s', f.object_id, p.provider_id),
-        to_jsonb(f), false, p_at)
+        'duplicate', f.object_id, 'warning', format('%s is a second intent beside %s', f.object_id, p.provider_id),
+        jsonb_build_array(surety.differing_value('intent', p.provider_id, f.object_id)), f.payment_id, f.id, p_at,
+        p_payment_id => f.payment_id, p_data => to_jsonb(f))
     from unnest(v_duplicates) as f join surety.payments as p on p.id = f.payment_id
-    where f.kind = 'submitted';
-    update surety.discrepancies as d
-    set closed_at = p_at, closed_because = 'it is canceled'
+    where f.kind = 'submitted'
+    order by f.object_id;
+    perform surety.close_discrepancies('duplicate', array_agg(f.object_id), 'it is canceled', p_at)
     from unnest(v_duplicates) as f
-    where f.kind in ('canceled', 'failed') and d.kind = 'duplicate' and d.subject = f.object_id and d.closed_at is null;
+    where f.kind in ('canceled', 'failed');
     perform outbox.emit_event(
         'payment', f.payment_id, 'payment.orphan_found',
         jsonb_build_object('payment_id', f.payment_id, 'object_id', f.object_id, 'reason', 'a second intent'),

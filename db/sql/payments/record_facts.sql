@@ -278,15 +278,21 @@ begin
     if v_given_up is not null then
         perform surety.open_discrepancy(
             case when g.kind in ('returned', 'dishonored', 'contested') then 'return_without_entry' else g.ended_as end,
-            g.object_id || ':' || g.kind, null,
-            format('%s %s belongs to no payment here', g.kind, g.object_id), g.fact, g.ended_as = 'missing_here', v_now)
+            g.object_id || ':' || g.kind, case g.ended_as when 'missing_here' then 'critical' else 'warning' end,
+            format('%s %s belongs to no payment here', g.kind, g.object_id),
+            jsonb_build_array(
+                surety.differing_value('payment', null, coalesce(g.fact ->> 'metadata_payment', g.object_id)),
+                surety.differing_amount('amount', null, (g.fact ->> 'amount_minor')::bigint)),
+            null, g.id, v_now, p_currency => g.fact ->> 'currency', p_data => g.fact)
         from unnest(v_given_up) as g
-        where g.ended_as = 'missing_here' or g.kind in ('returned', 'dishonored', 'contested');
+        where g.ended_as = 'missing_here' or g.kind in ('returned', 'dishonored', 'contested')
+        order by g.ended_as desc, g.object_id, g.kind;
         -- Another system on the same account is reported once, not with each of its payments: its money is in suspense.
         perform surety.open_discrepancy(
-            'foreign', f.provider || '/' || f.account, null,
-            format('%s and others belong to no payment here: another system uses the account', f.object_id), f.fact,
-            false, v_now)
+            'foreign', f.provider || '/' || f.account, 'warning',
+            format('%s and others belong to no payment here: another system uses the account', f.object_id),
+            jsonb_build_array(surety.differing_value('user of the account', 'this system', 'another system')),
+            null, f.id, v_now, p_data => f.fact)
         from (
             select distinct on (g.provider, g.account) g.*
             from unnest(v_given_up) as g

@@ -151,13 +151,18 @@ begin
     where r.id = any(v_added)
     order by r.id;
     perform surety.open_discrepancy(
-        'duplicate', f.object_id, f.payment_id,
+        'duplicate', f.object_id, 'critical',
         format('%s was made for %s, which was made or refused already', f.object_id, f.data ->> 'refund'),
-        to_jsonb(f), true, p_at)
+        jsonb_build_array(
+            surety.differing_value(
+                'refund', (select ours.provider_id from surety.refunds as ours where ours.id = f.data ->> 'refund'),
+                f.object_id)),
+        f.data ->> 'refund', f.id, p_at, p_payment_id => f.payment_id, p_data => to_jsonb(f))
     from unnest(p_facts) as f
     join surety.refunds as r on r.provider = f.provider and r.provider_account = f.account
         and r.provider_id = f.object_id
-    where r.id = any(v_added) and f.data ? 'refund';
+    where r.id = any(v_added) and f.data ? 'refund'
+    order by f.object_id;
 end;
 $$;
 
@@ -191,13 +196,15 @@ begin
 
     -- The refunded amount is posted, even if it differs from the requested one.
     perform surety.open_discrepancy(
-        'amount', r.id, r.payment_id, format('%s was refunded instead of %s', best.amount_minor, r.amount_minor), '{}',
-        true, v_now)
+        'amount', r.id, 'critical', format('%s was refunded instead of %s', best.amount_minor, r.amount_minor),
+        jsonb_build_array(surety.differing_amount('amount', r.amount_minor, best.amount_minor)),
+        r.id, t.id, v_now, p_payment_id => r.payment_id)
     from unnest(v_refunds) as t
     join surety.refunds as r on r.provider = t.provider and r.provider_account = t.account
         and r.provider_id = t.object_id
     cross join lateral surety.current_refund_fact(r) as best
-    where r.amount_minor <> best.amount_minor;
+    where r.amount_minor <> best.amount_minor
+    order by r.id;
     update surety.refunds as r
     set amount_minor = best.amount_minor, failure = best.failure
     from unnest(v_refunds) as t

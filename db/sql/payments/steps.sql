@@ -34,9 +34,14 @@ begin
     )
     select array_agg(w.id) into v_taken from wanted as w where w.id not in (select i.payment_id from inserted as i);
     perform surety.open_discrepancy(
-        'duplicate', taken.id, taken.id,
-        'it succeeded after it had ended, and its reference belongs to another payment by now', '{}', false, p_at)
-    from unnest(v_taken) as taken (id);
+        'duplicate', p.id, 'warning',
+        'it succeeded after it had ended, and its reference belongs to another payment by now',
+        jsonb_build_array(surety.differing_value('payment with this reference', p.id, holder.payment_id)),
+        p.id, holder.payment_id, p_at, p_payment_id => p.id)
+    from unnest(v_taken) as taken (id) join surety.payments as p on p.id = taken.id
+    join surety.payment_references as holder
+        on holder.merchant_id = p.merchant_id and holder.reference = p.reference
+    order by p.id;
 end;
 $$;
 

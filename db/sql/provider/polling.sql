@@ -190,12 +190,18 @@ begin atomic
     select
         surety.open_discrepancy(
             'unrecorded', p_provider || '/' || p_account || ':events:' || surety.format_time(poll_cursors.polled_to),
-            null,
+            'critical',
             format(
                 'events from %s to %s are not listed any more: what ended before may have changed',
                 surety.format_time(poll_cursors.polled_to), surety.format_time(p_to - interval '30 days')
             ),
-            '{}', true, surety.time_now()
+            jsonb_build_array(
+                surety.differing_value(
+                    'events', surety.format_time(poll_cursors.polled_to),
+                    surety.format_time(p_to - interval '30 days')
+                )
+            ),
+            p_provider || '/' || p_account || ':events', null, surety.time_now()
         )
     from surety.poll_cursors
     where

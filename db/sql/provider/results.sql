@@ -30,8 +30,22 @@ begin
         v_types := v_types || surety.record_customer_results(p_results);
     end if;
     perform surety.open_discrepancy(
-        r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', r.payment_id, r.discrepancy ->> 'detail', '{}', true,
-        v_now)
+        r.discrepancy ->> 'kind', r.discrepancy ->> 'subject', 'critical', r.discrepancy ->> 'detail',
+        (
+            select jsonb_agg(
+                case
+                    when jsonb_typeof(named.field -> 'there') = 'number'
+                        then surety.differing_amount(
+                            named.field ->> 'field', (named.field ->> 'here')::bigint,
+                            (named.field ->> 'there')::bigint)
+                    else surety.differing_value(
+                        named.field ->> 'field', named.field ->> 'here', named.field ->> 'there')
+                end
+                order by named.place)
+            from jsonb_array_elements(r.discrepancy -> 'fields') with ordinality as named (field, place)
+        ),
+        coalesce(r.discrepancy ->> 'source_here', r.payment_id), r.discrepancy ->> 'source_there', v_now,
+        p_payment_id => r.payment_id)
     from jsonb_to_recordset(p_results) as r (payment_id text, discrepancy jsonb)
     where r.discrepancy is not null and not (
         -- Another result has recorded the object.
@@ -87,9 +101,10 @@ $$;
 comment on function surety.record_call_results(text, jsonb) is
 'Records results of calls: [{"payment_id"?, "operation"?, "status"?, "duration_ms"?, "outcome", "snapshot"?,
 "facts"?: [], "refused"?: {code, decline_code, message}, "customer"?: as for
-surety.record_customer_results, "refund_id"?, "discrepancy"?: {kind, subject, detail},
-"error"?, "undone_send"?: the number of a send that was refused for want of access or not made}]. Facts and refusals
-in one array are an error (SU009). Returns the types of the events made.';
+surety.record_customer_results, "refund_id"?, "discrepancy"?: {kind, subject, detail, "fields":
+[{field, here, there}] (numbers are minor units), "source_here"?: else the payment, "source_there"}, "error"?,
+"undone_send"?: the number of a send that was refused for want of access or not made}]. Facts and refusals in one
+array are an error (SU009). Returns the types of the events made.';
 
 create or replace function surety.release_unfinished(p_batch bigint, p_fence bigint, p_results jsonb) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp

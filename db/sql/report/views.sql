@@ -78,15 +78,30 @@ select
     discrepancies.id,
     discrepancies.kind,
     discrepancies.subject,
+    discrepancies.occurrence,
+    discrepancies.severity,
     discrepancies.payment_id,
+    discrepancies.merchant_id,
+    discrepancies.currency,
     discrepancies.detail,
-    discrepancies.is_critical,
+    discrepancies.fields,
+    discrepancies.source_here,
+    discrepancies.source_there,
+    discrepancies.first,
     discrepancies.opened_at,
+    discrepancies.seen_again,
+    discrepancies.seen_again_at,
+    discrepancies.assignee,
+    discrepancies.snoozed_until,
+    discrepancies.note,
     discrepancies.closed_at,
+    discrepancies.closed_as,
+    discrepancies.closed_by,
     discrepancies.closed_because
 from surety.discrepancies;
 
-comment on view report.discrepancies is 'Reconciliation breaks, open while closed_at is null.';
+comment on view report.discrepancies is
+'Reconciliation breaks, open while closed_at is null, each with its differing fields and the ids of both records.';
 
 create or replace view report.payouts as
 select

@@ -12,7 +12,8 @@ import httpx
 import msgspec
 import pytest
 
-from app.api.routes import MERCHANT_ROUTES, OPERATOR_ROUTES, ROUTES
+from app.api.operator_routes import OPERATOR_ROUTES
+from app.api.routes import MERCHANT_ROUTES, ROUTES
 from app.web.routing import PATH_PARAMETER, Route
 from tests.api.access.test_keys import BODIES
 from tests.api.test_customers import new_customer, save_method
@@ -95,6 +96,7 @@ def test_every_route_with_an_id_is_tried() -> None:
         "dispute_id",
         "event_id",
         "letter_id",
+        "discrepancy_id",
         "name",
         "customer_id",
         "payment_method_id",

@@ -7,11 +7,18 @@ import re
 import httpx
 import pytest
 
-from app.api.routes import MERCHANT_ROUTES, OPERATOR_ROUTES
+from app.api.operator_routes import OPERATOR_ROUTES
+from app.api.routes import MERCHANT_ROUTES
 from app.cli.operators import ROLES
 from app.web.routing import Route
 from tests.support.http_client import CONTEXT, Connection, Merchant, ServerProcess, problem, unique_name
 from tests.support.operators import add_operator
+
+DISCREPANCY_BODIES: dict[str, dict[str, object]] = {
+    "/assign": {"assignee": None},
+    "/snooze": {"until": "2099-01-01T00:00:00Z", "note": "later"},
+    "discrepancies/resolve": {"reason": "why", "kind": "none", "expect": 0},
+}
 
 
 def ask(url: str, row: Route, key: str) -> httpx.Response:
@@ -20,6 +27,9 @@ def ask(url: str, row: Route, key: str) -> httpx.Response:
     body: dict[str, object] = {"reason": "why"}
     if "dead-letters" in row.path:
         body |= {"dry_run": True} | ({} if "letter_id" in row.path else {"error": unique_name("none")})
+    for action, given in DISCREPANCY_BODIES.items():
+        if "discrepanc" in row.path and row.path.endswith(action):
+            body = given
     with httpx.Client(base_url=url, verify=CONTEXT, headers={"Authorization": f"Bearer {key}"}) as client:
         if row.method == "DELETE":
             return client.delete(path)

@@ -112,8 +112,8 @@ async def test_response_about_another_object_is_a_discrepancy_and_never_a_step(
         async with in_process_worker(database, url, judged=False) as worker:
             await run_until_idle(worker, *PIPELINE)
     assert state_of(conn, payment_id) == "submitting"
-    found = conn.execute("select kind, payment_id, is_critical from surety.discrepancies").fetchall()
-    assert found == [(kind, payment_id, True)]
+    found = conn.execute("select kind, payment_id, severity from surety.discrepancies").fetchall()
+    assert found == [(kind, payment_id, "critical")]
     assert [row[:2] for row in attempts(conn)] == [("submit", 1)]
 
 
