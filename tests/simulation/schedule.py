@@ -62,6 +62,7 @@ SIZE_OPTIONS = {
     "days": "--days",
 }
 """Fields of SchedulePlan and the command line's options for them."""
+SERIALIZATION_FAILURE = "40001"
 
 
 class SchedulePlan(Struct, frozen=True, kw_only=True):
@@ -231,8 +232,10 @@ class Schedule:
                 self.workers[number] = WorkerProcess(self, f"{worker.name}'")
 
     def on_error(self, doing: str, error: psycopg.Error) -> None:
-        """A refused statement of the product is a violation."""
-        if error.sqlstate is not None:
+        """A refused statement of the product is a violation, but not one that asks for its own repetition."""
+        if error.sqlstate == SERIALIZATION_FAILURE and str(error.diag.message_primary).endswith("meanwhile"):
+            self.note("database", f"asks for a repetition of {doing}")
+        elif error.sqlstate is not None:
             self.report_violation("no statement fails", f"{doing}: {error.sqlstate} {str(error)[:300]}")
 
     # Decisions
