@@ -17,6 +17,7 @@
 --   disputes         disputes as last fetched, with the merchant's evidence
 --   facts            stored provider events, the facts read from them, and facts without a payment
 --   payouts          what the provider pays out to our bank, and the balance transactions in each payout
+--   bank statements  imported files, accounts and statements of banks, their lines and the payouts that they pay
 --   ledger           accounts, postings (one per cause), transfers (one debit, one credit, one positive amount),
 --                    balances of days, closed months
 --   outbox           event types, events, handlers with their snapshot cursors, leased batches, retries, dead letters
@@ -555,6 +556,7 @@ inner join (
     ('discrepancies:assign', array['support', 'finance', 'admin']),
     ('discrepancies:resolve', array['finance', 'admin']),
     ('books:close', array['finance', 'admin']),
+    ('statements:import', array['finance', 'admin']),
     ('holds:read', array['viewer', 'support', 'finance', 'admin']),
     ('holds:decide', array['finance', 'admin']),
     ('limits:write', array['admin']),
@@ -1483,6 +1485,10 @@ create table surety.payouts (
     lines_read_at timestamptz,
     line_count integer,
     lines_minor bigint,
+    expected_minor bigint not null generated always as (
+        case when status in ('failed', 'canceled') then 0 else amount_minor end
+    ) stored,
+    matched_minor bigint not null default 0,
     constraint payouts_pkey primary key (provider, account, id),
     constraint payout_has_the_mode_of_its_database foreign key (livemode)
     references surety.environment (livemode),
@@ -1491,12 +1497,14 @@ create table surety.payouts (
     )
 );
 create index payouts_by_time on surety.payouts (created_at);
+create index payouts_not_at_bank on surety.payouts (currency, arrival_on) where expected_minor <> matched_minor;
 create index payouts_to_poll on surety.payouts (poll_at) where poll_at is not null;
 create index payouts_to_read on surety.payouts (lines_due_at) where lines_due_at is not null;
 comment on table surety.payouts is
 'What the provider pays out from our balance to our bank, as last reported. amount_minor is signed: a negative payout
 takes money from the bank. was_paid: it was reported as paid, perhaps before it failed. trace_id is the banks''
-reference to it. lines_due_at: when its balance transactions are to be read; lines_minor is the sum of their nets.';
+reference to it. lines_due_at: when its balance transactions are to be read; lines_minor is the sum of their nets. The
+bank should show expected_minor; matched_minor is the sum of the bank''s lines that were matched to it.';
 
 create table surety.payout_lines (
     provider text not null,
@@ -1513,6 +1521,169 @@ create table surety.payout_lines (
 create index payout_lines_of_a_payout on surety.payout_lines (provider, account, payout_id, line_id);
 comment on table surety.payout_lines is
 'Which balance transactions (txn_) a payout pays out. Each is in one payout. Their payments are in provider_objects.';
+
+-- ------------------------------------------------------------------------------------------------ bank statements
+
+create table surety.bank_accounts (
+    id text collate "C" not null,
+    digest text not null,
+    hint text not null,
+    bank text not null,
+    currency text collate "C" not null,
+    provider_account text not null default '',
+    payer_text text,
+    created_at timestamptz not null,
+    constraint bank_accounts_pkey primary key (id),
+    constraint bank_account_is_known_once unique (digest, currency)
+);
+comment on table surety.bank_accounts is
+'Our accounts at banks, one row per currency. The number is stored as a digest and its last four characters (hint). The
+provider''s account provider_account pays out to it. payer_text: only lines with these words are the provider''s;
+null if all are.';
+
+create table surety.bank_files (
+    id text collate "C" not null,
+    digest text not null,
+    name text not null,
+    format text not null,
+    statement_count integer not null,
+    line_count integer not null,
+    new_line_count integer not null,
+    refused_count integer not null,
+    skipped_count integer not null,
+    imported_by text not null,
+    imported_at timestamptz not null,
+    constraint bank_files_pkey primary key (id),
+    constraint bank_file_is_imported_once unique (digest),
+    constraint bank_file_format_is_known check (format in ('camt.053', 'bai2', 'csv'))
+);
+comment on table surety.bank_files is
+'Imported files of bank statements. digest is the SHA-256 of the content. line_count counts lines that can be read, of
+which new_line_count were not known; refused entries are in refused_bank_entries; skipped ones are not booked yet.';
+
+create table surety.bank_statements (
+    id text collate "C" not null,
+    account_id text collate "C" not null,
+    file_id text collate "C" not null,
+    reference text not null,
+    page integer,
+    sequence bigint,
+    from_on date,
+    to_on date,
+    opening_minor bigint,
+    closing_minor bigint,
+    line_count integer not null,
+    lines_minor bigint not null,
+    imported_at timestamptz not null,
+    constraint bank_statements_pkey primary key (id),
+    constraint bank_statement_is_of_an_account foreign key (account_id) references surety.bank_accounts (id),
+    constraint bank_statement_came_in_a_file foreign key (file_id) references surety.bank_files (id),
+    constraint bank_statement_is_kept_once unique nulls not distinct (account_id, reference, page, from_on, to_on)
+);
+create index bank_statements_by_day on surety.bank_statements (account_id, to_on);
+comment on table surety.bank_statements is
+'Statements of bank accounts, as first imported. from_on and to_on are the days that it says it covers, else those of
+its lines. lines_minor is the sum of the lines that it has, known ones included.';
+
+create table surety.bank_lines (
+    id text collate "C" not null,
+    account_id text collate "C" not null,
+    statement_id text collate "C" not null,
+    digest bytea not null,
+    ordinal integer not null,
+    place integer not null,
+    part integer not null,
+    booked_on date not null,
+    value_on date,
+    amount_minor bigint not null,
+    currency text collate "C" not null,
+    bank_reference text not null,
+    reference_words text[] not null,
+    description text not null,
+    code text not null,
+    is_reversal boolean not null,
+    state text not null,
+    constraint bank_lines_pkey primary key (id),
+    constraint bank_line_is_of_a_statement foreign key (statement_id) references surety.bank_statements (id),
+    constraint bank_line_is_kept_once unique (account_id, digest, ordinal),
+    constraint bank_line_state_is_known check (state in ('new', 'unmatched', 'matched', 'other'))
+);
+create index bank_lines_of_a_statement on surety.bank_lines (statement_id, place, part);
+create index bank_lines_without_payout on surety.bank_lines (account_id, amount_minor)
+where state in ('new', 'unmatched');
+comment on table surety.bank_lines is
+'Amounts that banks booked, in minor units, positive if money arrived. digest identifies the content and ordinal
+distinguishes equal ones, so that a line that comes in two statements is kept once. reference_words are the references
+and the words of the description that may be some. state: new (not looked at yet), unmatched, matched, other (not the
+provider''s).';
+
+create table surety.bank_line_payouts (
+    line_id text collate "C" not null,
+    provider text not null,
+    account text not null,
+    payout_id text collate "C" not null,
+    amount_minor bigint not null,
+    matched_by text not null,
+    matched_at timestamptz not null,
+    constraint bank_line_payouts_pkey primary key (line_id, provider, account, payout_id),
+    constraint matched_line_is_known foreign key (line_id) references surety.bank_lines (id),
+    constraint matched_payout_is_known foreign key (provider, account, payout_id)
+    references surety.payouts (provider, account, id),
+    constraint match_rule_is_known check (matched_by in ('trace_id', 'amount', 'several_payouts', 'several_lines'))
+);
+create index bank_lines_of_a_payout on surety.bank_line_payouts (provider, account, payout_id);
+comment on table surety.bank_line_payouts is
+'Which payouts a bank''s line pays, with the amount of each: a line may pay several payouts, a payout may come in
+several lines.';
+
+create table surety.refused_bank_entries (
+    file_id text collate "C" not null,
+    place integer not null,
+    field text not null,
+    value text not null,
+    rule text not null,
+    constraint refused_bank_entries_pkey primary key (file_id, place, field),
+    constraint refused_entry_came_in_a_file foreign key (file_id) references surety.bank_files (id)
+);
+comment on table surety.refused_bank_entries is
+'Entries of bank files that are no lines: the number of the entry or record, the field, its value, the rule it breaks.';
+
+create table surety.csv_mappings (
+    name text not null,
+    columns jsonb not null,
+    set_by text not null,
+    set_at timestamptz not null,
+    constraint csv_mappings_pkey primary key (name),
+    constraint csv_mapping_name_is_short check (name ~ '^[a-z0-9][a-z0-9_-]{0,62}$')
+);
+comment on table surety.csv_mappings is
+'Named mappings of the columns of banks'' CSV files.';
+
+create unlogged table surety.staged_bank_lines (
+    statement integer not null,
+    place integer not null,
+    part integer not null,
+    booked_on date not null,
+    value_on date,
+    amount_minor bigint not null,
+    currency text collate "C" not null,
+    bank_reference text not null,
+    reference_words text[] not null,
+    description text not null,
+    code text not null,
+    is_reversal boolean not null
+);
+comment on table surety.staged_bank_lines is
+'The lines of a file while it is imported, in one transaction; empty otherwise.';
+
+create unlogged table surety.staged_bank_refusals (
+    place integer not null,
+    field text not null,
+    value text not null,
+    rule text not null
+);
+comment on table surety.staged_bank_refusals is
+'The refused entries of a file while it is imported, in one transaction; empty otherwise.';
 
 -- --------------------------------------------------------------------------------------------------------- ledger
 

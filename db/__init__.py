@@ -40,6 +40,8 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "payments/facts",
     "cash/payouts",
     "payments/unmatched_facts",
+    "cash/bank_matching",
+    "cash/bank_statements",
     "payments/refunds",
     "payments/disputes",
     "payments/fact_checks",

@@ -44,10 +44,11 @@ async def retry_unmatched_facts(worker: Worker) -> None:
 
 
 async def check_deadlines(worker: Worker) -> None:
-    """Report overdue settlements, cancel payments whose payer did not act or that were on hold for too long, end those
-    whose account is refused, remind merchants of missing evidence.
+    """Report overdue settlements, match banks' lines to new payouts, cancel payments whose payer did not act or that
+    were on hold for too long, end those whose account is refused, remind merchants of missing evidence.
     """
     await repeat_until_done(worker, "select surety.open_overdue_discrepancies()")
+    await worker.database.value("select surety.match_bank_lines()")
     # Each call takes a bounded number of payments or disputes, and returns no event types once none is left.
     query = "select surety.emit_expired_actions(make_interval(secs => %s))"
     while made := await worker.database.value(query, worker.settings.surety_action_seconds):

@@ -52,6 +52,9 @@ COMMANDS = {
     "discrepancies": CommandEntry(
         "app.cli.discrepancies:discrepancies", "Differences from the provider's records: list, show, close."
     ),
+    "bank-statements": CommandEntry(
+        "app.cli.bank_statements:bank_statements", "Statements of our bank accounts: import, list, show."
+    ),
     "payouts": CommandEntry("app.cli.payouts:payouts", "The provider's payouts to our bank: list, show."),
     "balance": CommandEntry("app.cli.balance:balance", "Balances of a merchant, or of all accounts, at any time."),
     "statement": CommandEntry(

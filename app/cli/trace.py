@@ -123,6 +123,8 @@ def entry_label(entry: dict[str, Any]) -> Text:
             return Text(f"  ← {entry['kind']}")
         case "transfer":
             return Text("  ledger")
+        case "bank":
+            return Text("  ← bank")
     return Text(f"  {entry['kind']}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from psycopg.types.json import Jsonb
 from jobs.payouts import poll_payouts, read_payout_lines
 from jobs.polling import poll_balance_transactions
 from tests.cash.conftest import Pay
-from tests.support.payments import Connection
+from tests.cash.test_bank_statements import camt, entry, statement
+from tests.cli.conftest import Run, run, said
+from tests.support.payments import Connection, violations
 from tests.support.sandbox_process import SandboxProcess, eventually, running_sandbox
 from tests.support.workers import in_process_worker, run_until_idle
+
+__all__ = ["run"]
 
 PAYOUT = "select status, was_paid, trace_id, line_count, lines_minor, amount_minor from surety.payouts"
 
@@ -147,3 +152,35 @@ def test_a_balance_transaction_is_in_one_payout(conn: Connection) -> None:
     for payout, count in (("po_1", 1), ("po_1", 0), ("po_2", 0)):
         assert conn.execute("select surety.record_payout_lines('', %s, %s)", (payout, line)).fetchone() == (count,)
     assert discrepancies(conn) == [("duplicate", "txn_1:payout")]
+
+
+async def test_a_payments_money_is_traced_from_its_charge_to_the_banks_line(
+    conn: Connection, database: str, quiet_sandbox: SandboxProcess, shop: Pay, run: Run, tmp_path: Path
+) -> None:
+    [payment_id, _] = shop(2)
+    async with in_process_worker(database, quiet_sandbox.url) as worker:
+        await run_until_idle(worker)
+        payout = pay_out(quiet_sandbox)
+        paid = quiet_sandbox.control(f"payouts/{payout}", {"outcome": "paid"})
+        await poll_payouts(worker)
+        await poll_balance_transactions(worker)
+        await read_payout_lines(worker)
+    whole, trace_id = paid["amount"] / 100, paid["trace_id"]["value"]
+    lines = entry(f"{whole - 1:.2f}", text=trace_id) + entry("1.00", text=trace_id)
+    file = tmp_path / "statement.xml"
+    file.write_text(camt(statement(lines)).replace("EUR", "USD"))
+    said(run("bank-statements", "import", str(file)))
+    found = conn.execute(
+        "select category, payout_id, trace_id, matched_by, count(*) from report.payment_cash where payment_id = %s"
+        " group by 1, 2, 3, 4",
+        (payment_id,),
+    ).fetchall()
+    assert found == [("charge", payout, trace_id, "trace_id", 2)]
+    shown = said(run("trace", payment_id))
+    assert f"in {payout} of {whole:.2f} USD" in shown
+    assert shown.count("← bank") == 2
+    [(_, body)] = conn.execute(
+        "select * from api.get_trace((select hash from surety.api_keys limit 1), %s)", (payment_id,)
+    ).fetchall()
+    assert not {"payout", "bank"} & {one["kind"] for one in json.loads(body)["entries"]}
+    assert not violations(conn)

@@ -27,6 +27,7 @@ ACTING = frozenset(
             "handlers pause",
             "handlers resume",
         ),
+        *("bank-statements map", "bank-statements set-account"),
         *("keys revoke", "operators set", "roles revoke-login"),
         *("merchants resume", "merchants set", "merchants suspend"),
         *("holds refuse", "holds release", "velocity add", "velocity remove"),

@@ -23,6 +23,7 @@ COMMANDS = {
     "dead-letters:discard": ("dead-letters", "discard", "dl_none", "--reason", "why"),
     "books:close": ("close", "--month", "2020-01"),
     "discrepancies:close": ("discrepancies", "close", "dsc_none", "--reason", "why"),
+    "statements:import": ("bank-statements", "set-account", "bac_none", "--payer-text", "none"),
     "holds:decide": ("holds", "release", "pay_none", "--reason", "why"),
     "limits:write": ("velocity", "remove", "vel_none"),
     "keys:write": ("keys", "create", "mer_none"),

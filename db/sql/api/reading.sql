@@ -203,6 +203,8 @@ begin atomic
                     from surety.trace_payment(p_id) with ordinality as entry (
                         at, kind, actor, summary, from_state, to_state, outcome, duration_ms, data, place
                     )
+                    -- The platform's payouts and its bank are not the merchant's.
+                    where entry.kind not in ('payout', 'bank')
                 )
             )::text
             from surety.payments cross join lateral api.show_payment(payments) as shown

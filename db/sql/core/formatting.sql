@@ -12,11 +12,17 @@ comment on function surety.format_time(timestamptz) is
 create or replace function surety.format_amount(p_amount_minor bigint, p_currency text) returns text
 language sql stable parallel safe set search_path = pg_catalog, pg_temp
 begin atomic
-    select
-        round(p_amount_minor / 10.0 ^ currencies.exponent, currencies.exponent)
-        || ' ' || upper(p_currency collate "C")
-    from surety.currencies
-    where currencies.currency = p_currency;
+    -- A bank may book other currencies than those that payments are accepted in.
+    select coalesce(
+        (
+            select
+                round(p_amount_minor / 10.0 ^ currencies.exponent, currencies.exponent)
+                || ' ' || upper(p_currency collate "C")
+            from surety.currencies
+            where currencies.currency = p_currency
+        ),
+        p_amount_minor || ' minor units of ' || upper(p_currency collate "C")
+    );
 end;
 
 comment on function surety.format_amount(bigint, text) is

@@ -139,6 +139,63 @@ begin atomic
         where facts.payment_id = p_payment_id and facts.source not in ('response', 'request')
     ),
 
+    paid_out as (
+        select
+            payouts.created_at as at,
+            8 as turn,
+            payouts.id as place,
+            'payout' as kind,
+            payouts.provider as actor,
+            'pays out ' || string_agg(payout_lines.line_id, ', ' order by payout_lines.line_id) || ' in '
+            || payouts.id || ' of ' || surety.format_amount(payouts.amount_minor, payouts.currency)
+            || coalesce(', arrival ' || payouts.arrival_on, '') || coalesce(', trace id ' || payouts.trace_id, '')
+            as summary,
+            null::text as from_state,
+            null::text as to_state,
+            payouts.status as outcome,
+            null::numeric as duration_ms,
+            jsonb_build_object(
+                'payout', payouts.id, 'amount', payouts.amount_minor, 'currency', payouts.currency, 'trace_id',
+                payouts.trace_id, 'arrival_on', payouts.arrival_on
+            ) as data
+        from surety.facts
+        inner join surety.payout_lines
+            on
+                facts.provider = payout_lines.provider and facts.account = payout_lines.account
+                and facts.object_id = payout_lines.line_id
+        inner join surety.payouts
+            on
+                payout_lines.provider = payouts.provider and payout_lines.account = payouts.account
+                and payout_lines.payout_id = payouts.id
+        where facts.payment_id = p_payment_id and facts.kind = 'money'
+        group by payouts.provider, payouts.account, payouts.id
+    ),
+
+    at_bank as (
+        select
+            bank_line_payouts.matched_at as at,
+            9 as turn,
+            bank_lines.id as place,
+            'bank' as kind,
+            'bank' as actor,
+            'shows ' || surety.format_amount(bank_lines.amount_minor, bank_lines.currency) || ' for '
+            || bank_line_payouts.payout_id || ' on ' || bank_lines.booked_on || ' at the account …'
+            || bank_accounts.hint || ' (' || bank_lines.id || ')' as summary,
+            null::text as from_state,
+            null::text as to_state,
+            'recorded' as outcome,
+            null::numeric as duration_ms,
+            jsonb_build_object(
+                'line', bank_lines.id, 'payout', bank_line_payouts.payout_id, 'amount', bank_lines.amount_minor,
+                'currency', bank_lines.currency, 'matched_by', bank_line_payouts.matched_by
+            ) as data
+        from paid_out
+        inner join surety.bank_line_payouts
+            on paid_out.actor = bank_line_payouts.provider and paid_out.place = bank_line_payouts.payout_id
+        inner join surety.bank_lines on bank_line_payouts.line_id = bank_lines.id
+        inner join surety.bank_accounts on bank_lines.account_id = bank_accounts.id
+    ),
+
     transferred as (
         select
             postings.at,
@@ -178,6 +235,10 @@ begin atomic
         select * from asserted
         union all
         select * from transferred
+        union all
+        select * from paid_out
+        union all
+        select * from at_bank
     ) as entry
     order by entry.at, entry.turn, entry.place;
 end;

@@ -145,6 +145,99 @@ comment on view report.payout_lines is
 'The balance transactions that each payout pays out, with their payments. The payout''s own line has the category
 payout. A charge, refund or dispute without a payment is another system''s.';
 
+create or replace view report.bank_statements as
+select
+    bank_statements.id,
+    bank_statements.account_id,
+    bank_accounts.hint as account_hint,
+    bank_accounts.currency,
+    bank_statements.reference,
+    bank_statements.page,
+    bank_statements.sequence,
+    bank_statements.from_on,
+    bank_statements.to_on,
+    bank_statements.opening_minor,
+    bank_statements.closing_minor,
+    bank_statements.line_count,
+    bank_statements.lines_minor,
+    (
+        select count(*) from surety.bank_lines
+        where bank_lines.statement_id = bank_statements.id and bank_lines.state = 'unmatched'
+    ) as unmatched_count,
+    bank_statements.file_id,
+    bank_files.name as file_name,
+    bank_statements.imported_at
+from surety.bank_statements
+inner join surety.bank_accounts on bank_statements.account_id = bank_accounts.id
+inner join surety.bank_files on bank_statements.file_id = bank_files.id;
+
+comment on view report.bank_statements is 'Imported statements of our bank accounts.';
+
+create or replace view report.bank_lines as
+select
+    bank_lines.id,
+    bank_lines.account_id,
+    bank_lines.statement_id,
+    bank_lines.place,
+    bank_lines.part,
+    bank_lines.booked_on,
+    bank_lines.value_on,
+    bank_lines.amount_minor,
+    bank_lines.currency,
+    bank_lines.state,
+    bank_lines.bank_reference,
+    bank_lines.description,
+    bank_lines.code,
+    bank_lines.is_reversal,
+    array(
+        select bank_line_payouts.payout_id from surety.bank_line_payouts
+        where bank_line_payouts.line_id = bank_lines.id
+        order by bank_line_payouts.payout_id
+    ) as payout_ids
+from surety.bank_lines;
+
+comment on view report.bank_lines is
+'The lines of bank statements, with the payouts that each pays. Lines of the state other are not the provider''s.';
+
+create or replace view report.payment_cash as
+select
+    facts.payment_id,
+    facts.data ->> 'source' as source_id,
+    facts.object_id as balance_transaction_id,
+    facts.data ->> 'category' as category,
+    facts.amount_minor as gross_minor,
+    (facts.data ->> 'fee')::bigint as fee_minor,
+    (facts.data ->> 'net')::bigint as net_minor,
+    facts.currency,
+    payout_lines.payout_id,
+    payouts.status as payout_status,
+    payouts.trace_id,
+    payouts.arrival_on,
+    bank_line_payouts.line_id as bank_line_id,
+    bank_lines.booked_on,
+    bank_lines.amount_minor as bank_minor,
+    bank_line_payouts.matched_by
+from surety.facts
+left join surety.payout_lines
+    on
+        facts.provider = payout_lines.provider and facts.account = payout_lines.account
+        and facts.object_id = payout_lines.line_id
+left join surety.payouts
+    on
+        payout_lines.provider = payouts.provider and payout_lines.account = payouts.account
+        and payout_lines.payout_id = payouts.id
+left join surety.bank_line_payouts
+    on
+        payouts.provider = bank_line_payouts.provider and payouts.account = bank_line_payouts.account
+        and payouts.id = bank_line_payouts.payout_id
+left join surety.bank_lines on bank_line_payouts.line_id = bank_lines.id
+where facts.kind = 'money' and facts.disregarded is null;
+
+comment on view report.payment_cash is
+'The way of a payment''s money: from its charge, refund or dispute (source_id) by the balance transaction and the payout
+to the line of the bank''s statement. A balance transaction whose payout came in several lines has several rows; null is
+what has not happened or is not known yet.';
+
 create or replace view report.dead_letters as
 select
     dead_letters.id,
