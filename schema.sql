@@ -20,6 +20,7 @@
 --   bank statements  imported files, accounts and statements of banks, their lines and the payouts that they pay
 --   ledger           accounts, postings (one per cause), transfers (one debit, one credit, one positive amount),
 --                    balances of days, closed months
+--   merchant payouts terms of payouts to merchants, and these payouts
 --   outbox           event types, events, handlers with their snapshot cursors, leased batches, retries, dead letters
 --   audit            the audit trail, append-only
 --   reconciliation   expected settlements, discrepancies, cursors of polling, checks of the provider's key
@@ -557,6 +558,7 @@ inner join (
     ('discrepancies:resolve', array['finance', 'admin']),
     ('books:close', array['finance', 'admin']),
     ('statements:import', array['finance', 'admin']),
+    ('merchant-payouts:write', array['finance', 'admin']),
     ('holds:read', array['viewer', 'support', 'finance', 'admin']),
     ('holds:decide', array['finance', 'admin']),
     ('limits:write', array['admin']),
@@ -1713,6 +1715,7 @@ insert into ledger.account_kinds (kind, owner, normal_side, keeps_balance, meani
 ('available', 'merchant', 'credit', true, 'owed to the merchant, settled; may go negative'),
 ('disputed', 'merchant', 'credit', true, 'the merchant''s, held back in a dispute'),
 ('reserved_for_refunds', 'merchant', 'credit', true, 'on its way back to payers'),
+('reserved_for_payouts', 'merchant', 'credit', true, 'on its way to the merchant'),
 ('fee_revenue', 'platform', 'credit', false, 'our fees'),
 ('provider_cost', 'platform', 'debit', false, 'the provider''s fees'),
 ('suspense', 'platform', 'credit', false, 'money without an explanation'),
@@ -1793,7 +1796,11 @@ insert into ledger.rules (rule, leg, debit, credit, amount) values
 ('bank_fee', 1, 'bank', 'provider_cost', 'net'),
 ('reserve', 1, 'provider_balance', 'reserved', 'net'),
 ('foreign', 1, 'provider_balance', 'suspense', 'net'),
-('foreign_bank', 1, 'bank', 'suspense', 'net');
+('foreign_bank', 1, 'bank', 'suspense', 'net'),
+('merchant_payout_asked', 1, 'available', 'reserved_for_payouts', 'gross'),
+('merchant_payout_canceled', 1, 'reserved_for_payouts', 'available', 'gross'),
+('merchant_payout_left', 1, 'reserved_for_payouts', 'bank', 'gross'),
+('merchant_payout_returned', 1, 'bank', 'available', 'gross');
 
 -- One cause that moves money, as ledger.post takes it; made by the function ledger.entry. Amounts are minor units of
 -- currency, other_* of other_currency.
@@ -1923,6 +1930,72 @@ create table ledger.closed_balances (
 );
 comment on table ledger.closed_balances is
 'Credits minus debits of all accounts at the end of a closed month, in minor units, append-only.';
+
+-- ----------------------------------------------------------------------------------------------- merchant payouts
+
+create table surety.merchant_payout_terms (
+    merchant_id text collate "C" not null,
+    currency text collate "C" not null,
+    schedule text not null default 'manual',
+    minimum_minor bigint not null default 1,
+    reserve_basis_points integer not null default 0,
+    reserve_days integer not null default 0,
+    set_by text not null,
+    set_at timestamptz not null,
+    constraint merchant_payout_terms_pkey primary key (merchant_id, currency),
+    constraint merchant_payout_terms_are_of_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint merchant_payout_terms_currency_is_known foreign key (currency) references surety.currencies (currency),
+    constraint merchant_payout_schedule_is_known check (schedule in ('manual', 'daily', 'weekly', 'monthly')),
+    constraint merchant_payout_minimum_is_positive check (minimum_minor > 0),
+    constraint merchant_payout_reserve_is_a_part check (reserve_basis_points between 0 and 10000),
+    constraint merchant_payout_reserve_has_days check (
+        reserve_days between 0 and 365 and (reserve_basis_points = 0) = (reserve_days = 0)
+    )
+);
+comment on table surety.merchant_payout_terms is
+'When merchants are paid out, per currency: the schedule, the smallest amount in minor units, and the part of the money
+settled within the last reserve_days that stays here. Without a row a payout is made by hand only.';
+
+create table surety.merchant_payouts (
+    id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    currency text collate "C" not null,
+    amount_minor bigint not null,
+    schedule text not null,
+    period_begins date not null,
+    state text not null default 'asked',
+    created_at timestamptz not null,
+    created_by text not null,
+    sent_at timestamptz,
+    proof text,
+    ended_at timestamptz,
+    reason text,
+    constraint merchant_payouts_pkey primary key (id),
+    constraint merchant_payout_id_is_a_payout_id check (id ~ '^mpo_[0-9a-f]{24}$'),
+    constraint merchant_payout_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint merchant_payout_currency_is_known foreign key (currency) references surety.currencies (currency),
+    constraint merchant_payout_amount_is_positive check (amount_minor > 0),
+    constraint merchant_payout_schedule_was_known check (schedule in ('manual', 'daily', 'weekly', 'monthly')),
+    constraint merchant_payout_state_is_known check (state in ('asked', 'left', 'returned', 'canceled')),
+    constraint merchant_payout_left_with_proof check (
+        (state in ('left', 'returned')) = (sent_at is not null) and (sent_at is null) = (proof is null)
+        and btrim(proof) <> ''
+    ),
+    constraint merchant_payout_ended_with_a_reason check (
+        (state in ('returned', 'canceled')) = (ended_at is not null) and (ended_at is null) = (reason is null)
+        and btrim(reason) <> ''
+    )
+);
+-- A canceled payout has moved nothing, so another one may take its place.
+create unique index merchant_is_paid_out_once_in_a_period
+on surety.merchant_payouts (merchant_id, currency, schedule, period_begins) where state <> 'canceled';
+create unique index proof_is_of_one_merchant_payout on surety.merchant_payouts (proof) where proof is not null;
+create index merchant_payouts_of_a_merchant on surety.merchant_payouts (merchant_id, id);
+create index merchant_payouts_to_send on surety.merchant_payouts (id) where state = 'asked';
+comment on table surety.merchant_payouts is
+'Payouts to merchants: what we owe them leaves as one instruction. asked: its amount is reserved; left: the transfer was
+made, with its proof; returned: it came back; canceled: it never left. period_begins is the first day of the period of
+its schedule, or its own day if it was made by hand.';
 
 -- --------------------------------------------------------------------------------------------------------- outbox
 

@@ -8,8 +8,9 @@ All run in one worker, the leader (leader.py). Those without a time below run ev
     retry_unmatched_facts      matches facts again that found no payment
     check_deadlines            expected settlements, payers' actions, refused accounts, holds, evidence
     check_provider_key         permissions of the provider's key, own account     every minute, if due (ten minutes)
-    maintain                   makes partitions ahead, sums the balances of days,
-                               deletes expired rows                               every hour
+    maintain                   makes partitions ahead, pays merchants out by
+                               schedule, sums the balances of days, deletes
+                               expired rows                                       every hour
 """
 
 from __future__ import annotations
@@ -62,10 +63,14 @@ async def check_deadlines(worker: Worker) -> None:
 
 
 async def maintain(worker: Worker) -> None:
-    """Make partitions for the months ahead; sum the days whose postings are final; delete expired idempotency keys, old
-    counts and unused rate limits.
+    """Make partitions for the months ahead and the payouts to merchants that are due; sum the days whose postings are
+    final; delete expired idempotency keys, old counts and unused rate limits.
     """
     await worker.database.value("select surety.maintain_partitions()")
+    while not worker.stopping.is_set() and await worker.database.value(
+        "select surety.create_due_merchant_payouts(%s)", worker.actor
+    ):
+        pass
     await worker.database.value("select ledger.end_days()")
     await repeat_until_done(worker, "select ledger.sum_day()")
     await repeat_until_done(worker, "select surety.delete_expired_idempotency_keys()")

@@ -62,6 +62,9 @@ COMMANDS = {
     ),
     "close": CommandEntry("app.cli.closing:close", "Close the books of a month; its balances stay as they are."),
     "ach": CommandEntry("app.cli.ach:ach", "NACHA files: read and check them."),
+    "merchant-payouts": CommandEntry(
+        "app.cli.merchant_payouts:merchant_payouts", "Payouts to merchants: terms, create, list, mark as sent."
+    ),
     "velocity": CommandEntry("app.cli.velocity:velocity", "Rules about many payments of one payer: list, add, remove."),
     "holds": CommandEntry("app.cli.holds:holds", "Payments on hold: list, show, release, refuse."),
     "handlers": CommandEntry("app.cli.handlers:handlers", "Handlers of events: list, pause, resume."),

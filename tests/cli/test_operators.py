@@ -21,6 +21,7 @@ from tests.support.payments import add_merchant
 COMMANDS = {
     "dead-letters:replay": ("dead-letters", "replay", "dl_none", "--reason", "why"),
     "dead-letters:discard": ("dead-letters", "discard", "dl_none", "--reason", "why"),
+    "merchant-payouts:write": ("merchant-payouts", "cancel", "mpo_none", "--reason", "why"),
     "books:close": ("close", "--month", "2020-01"),
     "discrepancies:close": ("discrepancies", "close", "dsc_none", "--reason", "why"),
     "statements:import": ("bank-statements", "set-account", "bac_none", "--payer-text", "none"),

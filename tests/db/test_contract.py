@@ -160,7 +160,9 @@ def test_event_types_in_the_sql_sources_are_the_rows_of_event_types(owner: Conne
     composed |= {f"refund.{state}" for state in column(owner, "select state from surety.refund_states")}
     composed |= {f"dispute.{status}" for status in column(owner, "select status from surety.dispute_statuses")}
     written = {
-        type for text in sources for type in re.findall(r"'((?:payment|refund|dispute|customer|webhook)\.\w+)'", text)
+        type
+        for text in sources
+        for type in re.findall(r"'((?:payment|refund|dispute|customer|webhook|merchant_payout)\.\w+)'", text)
     }
     # Names of labels are composed alike.
     written -= {"customer.email", "customer.id"}

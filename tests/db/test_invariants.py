@@ -66,6 +66,14 @@ VIOLATIONS: dict[str, str] = {
         " where debit_account like 'provider_receivable:%%'"
     ),
     "every balance is the sum of its transfers": "delete from ledger.balances where account_id like 'available:%%'",
+    "every amount reserved for payouts is the sum of the payouts to be sent": (
+        "insert into ledger.balances values ('reserved_for_payouts:mer_none:usd', 1)"
+    ),
+    "every payout to a merchant has posted each of its states": (
+        "insert into surety.merchant_payouts (id, merchant_id, currency, amount_minor, schedule, period_begins, state,"
+        " created_at, created_by, ended_at, reason) select 'mpo_' || repeat('0', 24), merchant_id, currency, 1,"
+        " 'daily', '2020-01-01', 'canceled', now(), 'ann', now(), 'why' from surety.payments where id = %(p)s"
+    ),
     "every balance of a day is the sum of the transfers until its end": (
         "insert into ledger.daily_balances select id, '2020-01-01', 1 from ledger.accounts limit 1"
     ),

@@ -138,7 +138,7 @@ class Model:
     @property
     def balance(self) -> dict[str, int]:
         """The merchant's balance, with the refunds that are under way."""
-        owed = {"pending": 0, "available": 0, "disputed": 0, "reserved_for_refunds": 0}
+        owed = {"pending": 0, "available": 0, "disputed": 0, "reserved_for_refunds": 0, "reserved_for_payouts": 0}
         for payment in self.payments.values():
             owed["available" if payment.is_settled else "pending"] += payment.captured - payment.fee
             given = sum(refund.amount for refund in payment.refunds if refund.stands)

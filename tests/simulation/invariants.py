@@ -327,7 +327,7 @@ def check_ledger(schedule: Schedule) -> None:
         " from ledger.transfers union all select debit_account, amount_minor, false from ledger.transfers) as l"
         " join ledger.accounts as a on a.id = l.id group by 1, 2, 3"
     ):
-        is_merchants = kind in {"available", "pending", "disputed", "reserved_for_refunds"}
+        is_merchants = kind in {"available", "pending", "disputed", "reserved_for_refunds", "reserved_for_payouts"}
         found[f"{kind} {owner} {currency}" if is_merchants else f"{kind} {currency}"] += int(total)
     both = {name: (expected[name], found[name]) for name in sorted(found.keys() | expected.keys())}
     if wrong := {name: totals for name, totals in both.items() if totals[0] != totals[1]}:

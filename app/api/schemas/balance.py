@@ -1,4 +1,4 @@
-"""The balance by currency, and the transactions that changed it."""
+"""The balance by currency, the transactions that changed it, and payouts of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from app.api.schemas.fields import Limit, PaymentId, PostingId
 
 class CurrencyBalance(Struct):
     """Your balance in one currency, in minor units: not settled yet, settled (it may be negative), withheld for
-    disputes, reserved for refunds that have not arrived yet.
+    disputes, reserved for refunds that have not arrived yet and for payouts to you that have not left yet.
     """
 
     currency: str
@@ -19,6 +19,7 @@ class CurrencyBalance(Struct):
     available: int
     disputed: int
     reserved_for_refunds: int
+    reserved_for_payouts: int
 
 
 class Balance(Struct):
@@ -27,7 +28,7 @@ class Balance(Struct):
 
 
 class BalanceChange(Struct):
-    account: Literal["pending", "available", "disputed", "reserved_for_refunds"]
+    account: Literal["pending", "available", "disputed", "reserved_for_refunds", "reserved_for_payouts"]
     amount: int
     currency: str
 
@@ -57,6 +58,23 @@ class BalanceTransactionsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     payment: PaymentId | None = None
     limit: Limit = 20
     starting_after: PostingId | None = None
+
+
+class MerchantPayout(Struct):
+    """Money that we owe you and send you. The amount, in minor units, is reserved until the payout has left."""
+
+    id: str
+    object: Literal["merchant_payout"]
+    status: Literal["asked", "left", "returned", "canceled"]
+    amount: int
+    currency: str
+    schedule: Literal["manual", "daily", "weekly", "monthly"]
+    period_begins: str
+    created_at: str
+    sent_at: str | None
+    proof: str | None
+    ended_at: str | None
+    reason: str | None
 
 
 class Currency(Struct):

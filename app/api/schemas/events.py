@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct
 
+from app.api.schemas.balance import MerchantPayout
 from app.api.schemas.customers import Customer, SavedPaymentMethod
 from app.api.schemas.disputes import Dispute
 from app.api.schemas.fields import Limit, whole
@@ -16,9 +17,9 @@ from app.api.schemas.refunds import Refund
 ObjectId = Annotated[
     str,
     Meta(
-        pattern=whole("(pay|ref|dp|cus)_[0-9a-f]{24}"),
-        description="Events about this payment, refund, dispute or customer only.",
-        extra={"form": "must be the id of a payment, a refund, a dispute or a customer"},
+        pattern=whole("(pay|ref|dp|cus|mpo)_[0-9a-f]{24}"),
+        description="Events about this payment, refund, dispute, customer or payout to you only.",
+        extra={"form": "must be the id of a payment, a refund, a dispute, a customer or a payout to you"},
     ),
 ]
 
@@ -74,9 +75,24 @@ PaymentMethodEventType = Literal[
 ]
 
 
+MerchantPayoutEventType = Literal[
+    "merchant_payout.asked",
+    "merchant_payout.left",
+    "merchant_payout.returned",
+    "merchant_payout.canceled",
+]
+
+
 EVENT_TYPES: tuple[str, ...] = tuple(
     name
-    for types in (PaymentEventType, RefundEventType, DisputeEventType, CustomerEventType, PaymentMethodEventType)
+    for types in (
+        PaymentEventType,
+        RefundEventType,
+        DisputeEventType,
+        CustomerEventType,
+        PaymentMethodEventType,
+        MerchantPayoutEventType,
+    )
     for name in get_args(types)
 )
 EVENT_FAMILIES = sorted({f"{name.partition('.')[0]}.*" for name in EVENT_TYPES})
@@ -155,12 +171,23 @@ class PaymentMethodEvent(Struct):
     data: SavedPaymentMethod
 
 
+class MerchantPayoutEvent(Struct):
+    """A payout to you was made, left, came back or was canceled. `data` is the payout at that time."""
+
+    id: str
+    object: Literal["event"]
+    type: MerchantPayoutEventType
+    created_at: str
+    data: MerchantPayout
+
+
 KINDS_OF_EVENTS: dict[type[Struct], Any] = {
     PaymentEvent: PaymentEventType,
     RefundEvent: RefundEventType,
     DisputeEvent: DisputeEventType,
     CustomerEvent: CustomerEventType,
     PaymentMethodEvent: PaymentMethodEventType,
+    MerchantPayoutEvent: MerchantPayoutEventType,
 }
 """The OpenAPI document shows an Event as one of these, by its `type`."""
 

@@ -12,7 +12,8 @@ begin atomic
                 'pending', totals.pending,
                 'available', totals.available,
                 'disputed', totals.disputed,
-                'reserved_for_refunds', totals.reserved_for_refunds
+                'reserved_for_refunds', totals.reserved_for_refunds,
+                'reserved_for_payouts', totals.reserved_for_payouts
             ) order by totals.currency)
             from (
                 select
@@ -22,9 +23,18 @@ begin atomic
                         as available,
                     coalesce(sum(balances.balance_minor) filter (where kinds.kind = 'disputed'), 0)::bigint as disputed,
                     coalesce(sum(balances.balance_minor) filter (where kinds.kind = 'reserved_for_refunds'), 0)::bigint
-                        as reserved_for_refunds
+                        as reserved_for_refunds,
+                    coalesce(sum(balances.balance_minor) filter (where kinds.kind = 'reserved_for_payouts'), 0)::bigint
+                        as reserved_for_payouts
                 from surety.currencies
-                cross join (values ('pending'), ('available'), ('disputed'), ('reserved_for_refunds')) as kinds (kind)
+                cross join (
+                    values
+                    ('pending'),
+                    ('available'),
+                    ('disputed'),
+                    ('reserved_for_refunds'),
+                    ('reserved_for_payouts')
+                ) as kinds (kind)
                 inner join ledger.balances
                     on balances.account_id = kinds.kind || ':' || who.merchant_id || ':' || currencies.currency
                 group by currencies.currency
@@ -35,7 +45,7 @@ end;
 
 comment on function api.get_balance(bytea, text) is
 'The balance of the merchant by currency, in minor units: pending (not settled), available (may be negative), disputed,
-reserved_for_refunds. No row: the key may not read.';
+reserved_for_refunds, reserved_for_payouts. No row: the key may not read.';
 
 create or replace function api.list_balance_transactions(
     p_key_hash bytea, p_payment text, p_limit integer, p_starting_after text, p_address text default ''

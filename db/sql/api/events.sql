@@ -123,15 +123,17 @@ begin
         select
             e.id as id, 'event' as object, e.type as type, e.payload ->> 'at' as created_at,
             coalesce(
-                shown.document, refund.document, dispute.document, customer.document, method.document) as data
+                shown.document, refund.document, dispute.document, customer.document, method.document,
+                -- A payout to a merchant is in its event as it was then.
+                (e.payload -> 'merchant_payout')::json) as data
     ) as built
     where built.data is not null;
 end;
 $$;
 
 comment on function api.show_events(text[]) is
-'Events as documents of the API, each with its payment, refund, dispute, customer or saved payment method at that
-version; none without one. A customer''s fields, except its version, are as they are.';
+'Events as documents of the API, each with its payment, refund, dispute, customer, saved payment method or payout
+to the merchant at that version; none without one. A customer''s fields, except its version, are as they are.';
 
 create or replace function api.get_event(p_key_hash bytea, p_id text, p_address text default '')
 returns table (merchant_id text, body text)

@@ -157,3 +157,41 @@ where closed_balances.balance_minor is distinct from kept.balance_minor;
 
 comment on view invariant.closed_balances_stay is
 'the balances of a closed month stay as they were';
+
+create or replace view invariant.merchant_payouts_are_reserved as
+select coalesce(balances.account_id, asked.account_id) as subject
+from (
+    select
+        balances.account_id,
+        balances.balance_minor
+    from ledger.balances
+    where balances.account_id like 'reserved\_for\_payouts:%'
+) as balances
+full join (
+    select
+        'reserved_for_payouts:' || merchant_payouts.merchant_id || ':' || merchant_payouts.currency as account_id,
+        sum(merchant_payouts.amount_minor) as total
+    from surety.merchant_payouts
+    where merchant_payouts.state = 'asked'
+    group by 1
+) as asked on balances.account_id = asked.account_id
+where coalesce(balances.balance_minor, 0) <> coalesce(asked.total, 0);
+
+comment on view invariant.merchant_payouts_are_reserved is
+'every amount reserved for payouts is the sum of the payouts to be sent';
+
+create or replace view invariant.merchant_payouts_post_their_states as
+select merchant_payouts.id as subject
+from surety.merchant_payouts
+cross join lateral unnest(case merchant_payouts.state
+    when 'asked' then array['asked']
+    when 'left' then array['asked', 'left']
+    when 'returned' then array['asked', 'left', 'returned']
+    when 'canceled' then array['asked', 'canceled']
+end) as passed (state)
+where not exists (
+    select from ledger.postings where postings.cause = merchant_payouts.id || ':' || passed.state
+);
+
+comment on view invariant.merchant_payouts_post_their_states is
+'every payout to a merchant has posted each of its states';

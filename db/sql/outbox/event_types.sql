@@ -47,6 +47,10 @@ from (
     ('dispute.evidence_given', false, 'The merchant asked to submit evidence.'),
     ('dispute.evidence_due', true, 'Evidence is due soon and was not submitted.'),
     ('dispute.evidence_refused', true, 'The evidence was not taken, for `evidence.failure`; it is open again.'),
+    ('merchant_payout.asked', true, 'A payout to the merchant was made: its amount is reserved.'),
+    ('merchant_payout.left', true, 'A payout to the merchant left: its transfer was made.'),
+    ('merchant_payout.returned', true, 'A payout to the merchant came back; its amount is available again.'),
+    ('merchant_payout.canceled', true, 'A payout to the merchant was canceled before it left.'),
     ('webhook.received', false, 'An event of the provider was stored, from a webhook or from its list.')
 ) as listed (type, is_for_merchants, meaning)
 on conflict (type) do update

@@ -70,8 +70,8 @@ from ledger.balances
 inner join ledger.accounts on balances.account_id = accounts.id;
 
 comment on view report.merchant_balances is
-'Merchants'' balances by account: pending (not settled), available, disputed, reserved_for_refunds. Credits minus
-debits.';
+'Merchants'' balances by account: pending (not settled), available, disputed, reserved_for_refunds,
+reserved_for_payouts. Credits minus debits.';
 
 create or replace view report.discrepancies as
 select
