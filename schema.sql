@@ -1661,6 +1661,58 @@ create table surety.csv_mappings (
 comment on table surety.csv_mappings is
 'Named mappings of the columns of banks'' CSV files.';
 
+create table surety.report_files (
+    id text collate "C" not null,
+    digest text not null,
+    name text not null,
+    kind text not null,
+    account text not null,
+    from_at timestamptz,
+    to_at timestamptz,
+    row_count integer not null,
+    refused_count integer not null,
+    difference_count integer not null,
+    missing_here_count integer not null,
+    missing_at_provider_count integer not null,
+    imported_by text not null,
+    imported_at timestamptz not null,
+    constraint report_files_pkey primary key (id),
+    constraint report_file_is_compared_once unique (digest, account),
+    constraint report_file_kind_is_known check (kind in ('balance', 'payout_reconciliation', 'payouts'))
+);
+comment on table surety.report_files is
+'Reports of the provider that were compared with our records. digest is the SHA-256 of the content. from_at and to_at
+bound the compared time. The counts are of rows: readable, refused, different, unknown here, absent in the report.';
+
+create table surety.refused_report_rows (
+    file_id text collate "C" not null,
+    line integer not null,
+    field text not null,
+    value text not null,
+    rule text not null,
+    constraint refused_report_rows_pkey primary key (file_id, line),
+    constraint refused_row_came_in_a_file foreign key (file_id) references surety.report_files (id)
+);
+comment on table surety.refused_report_rows is
+'Rows of reports that are not compared: the line of the file, the column, its value, the rule that it breaks.';
+
+create unlogged table surety.staged_report_rows (
+    line integer not null,
+    id text collate "C" not null,
+    currency text collate "C" not null,
+    gross_minor bigint not null,
+    fee_minor bigint not null,
+    net_minor bigint not null,
+    category text not null,
+    at timestamptz not null,
+    payout_id text collate "C",
+    status text,
+    trace_id text,
+    arrival_on date
+);
+comment on table surety.staged_report_rows is
+'The rows of a report while it is compared, in one transaction; empty otherwise.';
+
 create unlogged table surety.staged_bank_lines (
     statement integer not null,
     place integer not null,
@@ -1682,10 +1734,12 @@ create unlogged table surety.staged_bank_refusals (
     place integer not null,
     field text not null,
     value text not null,
-    rule text not null
+    rule text not null,
+    subject text collate "C" not null
 );
 comment on table surety.staged_bank_refusals is
-'The refused entries of a file while it is imported, in one transaction; empty otherwise.';
+'The refused entries of a file, of a bank or of the provider, while it is imported, in one transaction; empty
+otherwise.';
 
 -- --------------------------------------------------------------------------------------------------------- ledger
 

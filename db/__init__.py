@@ -42,6 +42,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "payments/unmatched_facts",
     "cash/bank_matching",
     "cash/bank_statements",
+    "cash/provider_reports",
     "payments/refunds",
     "payments/disputes",
     "payments/fact_checks",

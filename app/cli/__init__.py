@@ -52,6 +52,9 @@ COMMANDS = {
     "discrepancies": CommandEntry(
         "app.cli.discrepancies:discrepancies", "Differences from the provider's records: list, show, close."
     ),
+    "reconcile": CommandEntry(
+        "app.cli.reconcile:reconcile", "Compare a report of the provider's with our records; every difference is named."
+    ),
     "bank-statements": CommandEntry(
         "app.cli.bank_statements:bank_statements", "Statements of our bank accounts: import, list, show."
     ),

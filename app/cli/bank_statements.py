@@ -65,7 +65,7 @@ def import_statements(
     """
     if (mapping is None) != (account is None):
         raise SuretyError(f"--{'account' if account is None else 'mapping'}: for CSV, give --mapping and --account")
-    with connect("deploy", load_settings()) as conn:
+    with connect("deploy", load_settings()) as conn, conn.transaction():
         actor = authorize(conn, "statements:import")
         csv = CsvOptions(read_mapping(conn, mapping), account.upper().replace(" ", "")) if mapping and account else None
         done = import_bank_file(conn, path, csv, check_totals=not accept_totals, actor=actor)

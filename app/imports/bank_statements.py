@@ -33,7 +33,7 @@ STAGE_LINES = """
         description, code, is_reversal
     ) from stdin
 """
-STAGE_REFUSALS = "copy surety.staged_bank_refusals (place, field, value, rule) from stdin"
+STAGE_REFUSALS = "copy surety.staged_bank_refusals (place, field, value, rule, subject) from stdin"
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -121,7 +121,7 @@ def stage(conn: Connection, parts: Iterator[StatementPart]) -> Reading:
                     reading.skipped += 1
     with conn.cursor() as cursor, cursor.copy(STAGE_REFUSALS) as copy:
         for one in reading.refused:
-            copy.write_row((one.place, one.field[:100], one.value[:200].replace("\0", ""), one.rule))
+            copy.write_row((one.place, one.field[:100], one.value[:200].replace("\0", ""), one.rule, one.subject))
     return reading
 
 

@@ -7,5 +7,6 @@ bank_statements   what every reader of bank statements yields
 camt053           ISO 20022 camt.053, versions 001.02 to 001.13
 bai2              BAI2 (Cash Management Balance Reporting, version 2)
 bank_csv          CSV with a named mapping of columns
+stripe_reports    Stripe's balance, payout reconciliation and payouts reports
 nacha             NACHA files: ACH entries and returns
 """

@@ -68,6 +68,8 @@ class RefusedEntry(Struct):
     field: str
     value: str
     rule: str
+    subject: str = ""
+    """The id of what the entry is about, where that can be read."""
 
 
 class SkippedEntry(Struct):

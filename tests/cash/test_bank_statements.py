@@ -397,3 +397,9 @@ def test_lines_without_the_payers_text_are_not_the_providers(conn: Connection, i
         ("STRIPE PAYOUT", "unmatched"),
     ]
     assert open_kinds(conn) == ["unmatched_cash"]
+
+
+def test_a_file_that_is_damaged_at_its_end_leaves_nothing_staged(conn: Connection, imports: Imports) -> None:
+    content = camt(statement(entry("1.00"), entry("2.00")))[:-40]
+    refused(imports.run("bank-statements", "import", imports.write(content)))
+    assert conn.execute("select count(*) from surety.staged_bank_lines").fetchone() == (0,)
