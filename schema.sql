@@ -445,8 +445,8 @@ create table surety.merchants (
 );
 comment on table surety.merchants is
 'The businesses that are paid. provider_account is their account at the provider, empty for the platform''s own. Our
-fee is amount * fee_basis_points / 10000, rounded half up, plus the fixed fee of the currency, until surety.fee_rates
-says otherwise.';
+fee is amount * fee_basis_points / 10000, rounded half to even, plus the fixed fee of the currency, until
+surety.fee_rates says otherwise.';
 
 create unique index merchants_account on surety.merchants (provider_account) where provider_account <> '';
 comment on index surety.merchants_account is

@@ -71,8 +71,8 @@ def fees(
 ) -> None:
     """Show a merchant's fees, or set them by --basis-points and --fixed-minor, or withdraw a change to come.
 
-    A fee is amount × basis points / 10000, rounded half up to a minor unit, plus the fixed part, and at most the
-    amount. It is taken when a payment is captured, by the rate that was in force when the payment was accepted. So a
+    A fee is amount × basis points / 10000, rounded to a minor unit (half to even), plus the fixed part, and at most
+    the amount. It is taken when a payment is captured, by the rate that was in force when the payment was accepted. A
     change alters no payment that was accepted before it. One that has not begun can be withdrawn: the fees before it
     stay in force. Later changes keep the parts that they were shown with.
     """

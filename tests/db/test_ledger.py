@@ -517,8 +517,10 @@ def test_money_of_an_unknown_category_is_posted(conn: Connection) -> None:
     assert conn.execute("select kind from surety.discrepancies").fetchall() == [("category",)]
 
 
-@pytest.mark.parametrize(("amount", "fee"), [(10000, 375), (7000, 273), (50, 37), (1, 1), (99999999, 3400035)])
-def test_our_fee_is_rounded_half_up_and_never_above_the_amount(conn: Connection, amount: int, fee: int) -> None:
+@pytest.mark.parametrize(
+    ("amount", "fee"), [(10000, 375), (7000, 273), (50, 37), (1, 1), (99999999, 3400035), (250, 43), (750, 61)]
+)
+def test_our_fee_is_rounded_half_to_even_and_never_above_the_amount(conn: Connection, amount: int, fee: int) -> None:
     assert conn.execute("select ledger.platform_fee(%s, 340, 35)", (amount,)).fetchone() == (fee,)
 
 

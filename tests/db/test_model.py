@@ -8,6 +8,7 @@ and the balance follows from that.
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import pytest
@@ -104,7 +105,7 @@ class Payment:
 
     @property
     def fee(self) -> int:
-        return min(self.captured, (self.captured * 340 + 5000) // 10000 + 35) if self.captured else 0
+        return min(self.captured, round(Fraction(self.captured * 340, 10000)) + 35) if self.captured else 0
 
     @property
     def state(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from tests.simulation.customers import check_customers
@@ -357,7 +358,7 @@ def books_of_balance_lines(schedule: Schedule) -> Counter[str]:
             books[available] -= fee
             books[f"fee_revenue {currency}"] += fee
     for (payment_id, currency), amount in charged.items():
-        fee = (amount * 340 + 5000) // 10000 + 35
+        fee = round(Fraction(amount * 340, 10000)) + 35
         books[f"available {merchants[payment_id]} {currency}"] -= fee
         books[f"fee_revenue {currency}"] += fee
     return books

@@ -30,11 +30,17 @@ create or replace function ledger.platform_fee(
 ) returns bigint
 language sql immutable parallel safe
 begin atomic
-    select least(p_amount_minor, (p_amount_minor * p_basis_points + 5000) / 10000 + p_fixed_minor);
+    -- Half up, and one less where the half has led to an odd number: those numbers leave 5000 of 20000.
+    select least(
+        p_amount_minor,
+        (p_amount_minor * p_basis_points + 5000) / 10000
+        - case when p_amount_minor * p_basis_points % 20000 = 5000 then 1 else 0 end
+        + p_fixed_minor
+    );
 end;
 
 comment on function ledger.platform_fee(bigint, integer, bigint) is
-'Our fee in minor units: basis points rounded half up, plus the fixed part, never more than the amount.';
+'Our fee in minor units: basis points rounded half to even, plus the fixed part, never more than the amount.';
 
 create or replace function ledger.account_id(p_kind text, p_owner_id text, p_currency text) returns text
 language sql immutable parallel safe
