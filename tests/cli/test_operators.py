@@ -23,7 +23,8 @@ COMMANDS = {
     "dead-letters:discard": ("dead-letters", "discard", "dl_none", "--reason", "why"),
     "merchant-payouts:write": ("merchant-payouts", "cancel", "mpo_none", "--reason", "why"),
     "books:close": ("close", "--month", "2020-01"),
-    "discrepancies:close": ("discrepancies", "close", "dsc_none", "--reason", "why"),
+    "discrepancies:assign": ("discrepancies", "assign", "dis_none"),
+    "discrepancies:resolve": ("discrepancies", "resolve", "dis_none", "--reason", "why"),
     "statements:import": ("bank-statements", "set-account", "bac_none", "--payer-text", "none"),
     "holds:decide": ("holds", "release", "pay_none", "--reason", "why"),
     "limits:write": ("velocity", "remove", "vel_none"),
@@ -134,7 +135,7 @@ def test_command_is_allowed_to_the_roles_of_the_table(
 
 def test_every_scope_of_the_table_has_a_command_or_a_route(conn: Connection) -> None:
     scopes = {scope for (scope,) in conn.execute("select scope from surety.role_scopes")}
-    assert scopes == set(COMMANDS) | {"status:read", "dead-letters:read", "holds:read"}
+    assert scopes == set(COMMANDS) | {"status:read", "dead-letters:read", "discrepancies:read", "holds:read"}
     assert [role for (role,) in conn.execute("select role from surety.operator_roles order by position")] == list(ROLES)
 
 
@@ -179,7 +180,7 @@ def test_acting_for_another_names_both_and_needs_the_right_of_both(
         report = refused(run("--as", name, "merchants", "add", "Acme Toys"))
         assert report == f"--as: {name} is no active operator who may do this (scope merchants:write)"
     monkeypatch.setenv("SURETY_OPERATOR_KEY", add_operator(conn, "bob", "finance"))
-    report = refused(run("--as", "ana", "discrepancies", "close", "dsc_none", "--reason", "why"))
+    report = refused(run("--as", "ana", "discrepancies", "resolve", "dis_none", "--reason", "why"))
     assert report.startswith("bob may not do this: it needs the scope operators:act-as")
 
 

@@ -271,7 +271,7 @@ async def test_intent_that_the_provider_does_not_have_is_a_critical_discrepancy(
     async with in_process_worker(database, sandbox.url) as worker:
         await poll_unfinished(worker)
     found = conn.execute("select kind, subject, payment_id, severity from surety.discrepancies").fetchall()
-    assert found == [("missing_at_provider", "pi_absent", payment_id, "critical")]
+    assert found == [("missing_at_provider", f"pi_{payment_id[-12:]}", payment_id, "critical")]
     assert state_of(conn, payment_id) == "provider_submitted"
 
 
