@@ -106,6 +106,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "api/refunds",
     "api/disputes",
     "api/balance",
+    "api/statements",
     "api/events",
     "api/waiting",
     "api/reading",

@@ -5,7 +5,7 @@ Matching (app/web/routing.py), the OpenAPI document (app/api/openapi.py) and the
 
 from __future__ import annotations
 
-from app.api.balance import get_balance, list_balance_transactions, list_currencies
+from app.api.balance import get_balance, get_statement, list_balance_transactions, list_currencies
 from app.api.cancellations import cancel_payment
 from app.api.captures import capture_payment
 from app.api.client_secrets import create_client_secret
@@ -19,7 +19,14 @@ from app.api.payment_methods import detach_payment_method, list_payment_methods
 from app.api.payments import get_payment, get_trace, list_payments
 from app.api.problems import explain_problem, get_health, list_problems
 from app.api.refunds import create_refund, get_refund, list_refunds
-from app.api.schemas.balance import Balance, BalanceTransactionList, BalanceTransactionsQuery, CurrencyList
+from app.api.schemas.balance import (
+    Balance,
+    BalanceTransactionList,
+    BalanceTransactionsQuery,
+    CurrencyList,
+    StatementPage,
+    StatementQuery,
+)
 from app.api.schemas.customers import (
     Customer,
     CustomerList,
@@ -243,6 +250,15 @@ MERCHANT_ROUTES = [
         {200: BalanceTransactionList},
         LIST_PROBLEMS,
         query=BalanceTransactionsQuery,
+        scope="read",
+    ),
+    Route(
+        "GET",
+        "/v1/statements",
+        get_statement,
+        {200: StatementPage},
+        READ_PROBLEMS,
+        query=StatementQuery,
         scope="read",
     ),
     Route(

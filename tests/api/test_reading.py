@@ -322,6 +322,7 @@ def test_the_documentation_describes_every_route(api: ServerProcess) -> None:
         "/v1/disputes/{dispute_id}/evidence",
         "/v1/balance",
         "/v1/balance/transactions",
+        "/v1/statements",
         "/v1/currencies",
         "/v1/events",
         "/v1/events/{event_id}",

@@ -383,6 +383,7 @@ def test_lists_and_balance_have_the_fields_that_the_table_of_routes_declares(own
         "/v1/balance/transactions": one(
             owner, "select body::json from api.list_balance_transactions(%s, null, 20, null)", key
         ),
+        "/v1/statements": one(owner, "select body::json from api.get_statement(%s, '2020-01-01', 20, null)", key),
         "/v1/events": one(owner, "select body::json from api.list_events(%s, null, 20)", key),
     }
     answers = {route.path: route.answers[200] for route in ROUTES if route.method == "GET" and "{" not in route.path}

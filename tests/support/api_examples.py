@@ -231,6 +231,7 @@ def record_merchant(
     record_customer(client)
     client.get("/v1/balance")
     client.get("/v1/balance/transactions", payment=made, limit=2)
+    client.get("/v1/statements", month=f"{datetime.now(UTC):%Y-%m}", limit=1)
     client.get("/v1/currencies")
     events = client.get("/v1/events", object=made, limit=2)
     client.get(f"/v1/events/{events['data'][0]['id']}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from app.api.schemas.fields import Limit, PaymentId, PostingId
+from app.api.schemas.fields import Limit, PaymentId, PostingId, whole
 
 
 class CurrencyBalance(Struct):
@@ -57,6 +57,65 @@ class BalanceTransactionsQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
     payment: PaymentId | None = None
     limit: Limit = 20
+    starting_after: PostingId | None = None
+
+
+class StatementBalance(Struct):
+    """An account's balance at the beginning and at the end of the statement, in minor units."""
+
+    currency: str
+    account: Literal["pending", "available", "disputed", "reserved_for_refunds", "reserved_for_payouts"]
+    opening: int
+    closing: int
+
+
+class BookedLine(Struct):
+    """A booking in one currency. `gross` and `fee` add up to `net`, and `net` is the sum of the `changes`."""
+
+    id: str
+    object: Literal["statement_line"]
+    type: str
+    payment: str | None
+    reference: str | None
+    currency: str
+    gross: int
+    fee: int
+    net: int
+    changes: list[BalanceChange]
+    booked_at: str
+    recorded_at: str | None
+    adjusts: str | None
+
+
+class StatementPage(Struct):
+    """A month's statement with a page of its lines, oldest first. The next page starts after the last id:
+    `starting_after`. All lines lead from the opening to the closing balances.
+    """
+
+    object: Literal["statement"]
+    month: str
+    status: Literal["under_way", "over", "closed"]
+    starts_at: str
+    ends_at: str
+    closed_at: str | None
+    balances: list[StatementBalance]
+    data: list[BookedLine]
+    has_more: bool
+
+
+class StatementQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which statement to read."""
+
+    month: Annotated[
+        str,
+        Meta(
+            pattern=whole("2[0-9]{3}-(0[1-9]|1[0-2])"),
+            description="A month by UTC that has begun.",
+            extra={"form": "must be a month such as 2027-01"},
+            examples=["2027-01"],
+        ),
+    ]
+    limit: Limit = 100
     starting_after: PostingId | None = None
 
 
