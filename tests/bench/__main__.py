@@ -172,5 +172,19 @@ def nacha(*, as_json: bool, entries: int) -> None:
     databases.print_results(results, as_json=as_json)
 
 
+@bench.command()
+@click.option("--payments", default=100_000, help="Payments whose money the report has.")
+@click.option("--small", default=10_000, help="Payments of the database that the cost of a row is compared with.")
+@click.option("--planted", default=600, help="Mistakes in the report, of every kind.")
+@click.option("--probes", default=200, help="Contradicting facts whose discrepancies are waited for.")
+@as_json
+def reconcile(*, as_json: bool, **sizes: int) -> None:
+    """A report of the provider with planted mistakes: which are missed or invented, and what a row costs."""
+    from tests.bench.reconcile import run
+
+    results = run(**sizes)
+    databases.print_results(results, as_json=as_json)
+
+
 if __name__ == "__main__":
     bench()

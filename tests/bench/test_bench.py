@@ -23,6 +23,7 @@ SIZES = {
     "fairness": ["--seconds=0.5", "--probes=2", "--connections=8", "--rate=20", "--rounds=1"],
     "hostile": ["--seconds=0.3", "--oversized=5", "--rounds=1"],
     "nacha": ["--entries=2000"],
+    "reconcile": ["--payments=600", "--small=300", "--planted=60", "--probes=5"],
     "accept": ["--seconds=0.3", "--connections=8", "--single-lanes=2", "--merchants=3", "--rounds=1"],
 }
 SIZES["accept"] += ["--warm-mb=1", "--limits"]
@@ -34,6 +35,7 @@ REQUIRED_RESULTS = {
     "overload": {"p99_ratio", "goodput_ratio", "refused_share"},
     "fairness": {"p99_ratio", "at_limit_ratio", "flood_ratio", "quiet_p99_ms", "refused"},
     "hostile": {"p99_ratio", "memory_growth_mb", "refused"},
+    "reconcile": {"rows_per_second", "flag_delay_p99_ms", "flatness", "planted"},
     "nacha": {"read_per_second", "written_per_second", "peak_mb", "same_bytes"},
     "accept": {"ratio_to_noop", "ratio_to_single", "ratio_with_limits", "p99_ms"},
 }
@@ -54,3 +56,9 @@ def test_benchmark_reports_the_required_results(name: str) -> None:
     # The other groups may use less than 10 ms.
     cpu = results.get("cpu_ms_per_payment", {"workers": 1, "postgres": 1})
     assert min(cpu["workers"], cpu["postgres"], *results.get("peak_rss_mb", {}).values(), 1) > 0
+
+
+def test_reconciliation_misses_and_invents_nothing() -> None:
+    results = run_benchmark("reconcile", "--payments=600", "--small=300", "--planted=60", "--probes=5")
+    assert results.keys() >= REQUIRED_RESULTS["reconcile"]
+    assert (results["missed"], results["invented"], results["planted"]) == (0, 0, 60)

@@ -183,7 +183,7 @@ begin
         where abs(n.payout_minor) < abs(n.line_minor)
         group by n.line_id, n.line_minor, n.account
         having count(*) between 2 and 12 and abs(sum(n.payout_minor)) >= abs(n.line_minor)
-        order by n.line_id
+        order by n.line_id desc limit 500
     loop
         v_places := surety.unique_sum(v_group.parts, v_group.line_minor);
         if v_places is not null and not exists (
@@ -206,7 +206,7 @@ begin
         where abs(n.line_minor) < abs(n.payout_minor)
         group by n.account, n.payout_id, n.payout_minor
         having count(*) between 2 and 12 and abs(sum(n.line_minor)) >= abs(n.payout_minor)
-        order by n.account, n.payout_id
+        order by n.account, n.payout_id desc limit 500
     loop
         v_places := surety.unique_sum(v_group.parts, v_group.payout_minor);
         if v_places is not null
@@ -222,8 +222,8 @@ end;
 $$;
 
 comment on function surety.match_sums(integer, timestamptz) is
-'Matches a line to payouts that add up to it, and a payout to lines that add up to it, where there is one way only.
-Returns the lines'' ids.';
+'Matches a line to payouts that add up to it, and a payout to lines that add up to it, where there is one way only; the
+newest 500 of each at a time. Returns the lines'' ids.';
 
 create or replace function surety.open_unmatched_cash(p_days integer, p_at timestamptz) returns integer
 language plpgsql volatile set search_path = pg_catalog, pg_temp
@@ -289,7 +289,7 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_now timestamptz := surety.time_now();
-    v_lines text [];
+    v_lines text [] := '{}';
 begin
     if not exists (select from surety.bank_accounts) then
         return 0;
@@ -298,9 +298,15 @@ begin
     perform pg_advisory_xact_lock(hashtextextended('surety:match_bank_lines', 0));
     perform from surety.payouts as p where p.expected_minor <> p.matched_minor
     order by p.provider, p.account, p.id for update;
-    v_lines := surety.match_by_trace_id(v_now);
-    v_lines := v_lines || surety.match_by_amount(p_days, v_now);
-    v_lines := v_lines || surety.match_sums(p_days, v_now);
+    if exists (
+        select from surety.payouts as p
+        join surety.bank_accounts as a on a.provider_account = p.account and a.currency = p.currency
+        where p.expected_minor <> p.matched_minor
+    ) then
+        v_lines := surety.match_by_trace_id(v_now);
+        v_lines := v_lines || surety.match_by_amount(p_days, v_now);
+        v_lines := v_lines || surety.match_sums(p_days, v_now);
+    end if;
     if cardinality(v_lines) > 0 then
         perform surety.store_unmatched_facts(jsonb_agg(jsonb_build_object(
             'provider', 'stripe', 'account', a.provider_account, 'livemode', e.livemode, 'object_id', l.id,
