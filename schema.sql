@@ -9,7 +9,7 @@
 --   merchants        merchants, their API keys
 --   operators        accounts of operators, their roles and keys
 --   rate limits      requests per second of keys and merchants, and how much of it they have used
---   customers        merchants' customers, their saved payment methods, our calls about them
+--   customers        merchants' customers, their saved payment methods and bank accounts, our calls about them
 --   requests         idempotency keys and references in use: unique over all months, hence narrow and unpartitioned
 --   payments         payments, their steps, requests for client secrets, our calls to providers, circuits of accounts
 --   limits           money limits and their counters, velocity rules, payments on hold
@@ -562,6 +562,7 @@ inner join (
     ('holds:read', array['viewer', 'support', 'finance', 'admin']),
     ('holds:decide', array['finance', 'admin']),
     ('limits:write', array['admin']),
+    ('payer-accounts:write', array['finance', 'admin']),
     ('keys:revoke', array['support', 'admin']),
     ('keys:write', array['admin']),
     ('merchants:write', array['admin']),
@@ -791,6 +792,76 @@ create index payment_methods_of_a_payment on surety.payment_methods (payment_id)
 create index payment_methods_at_the_provider on surety.payment_methods (provider_id);
 create index payment_methods_of_a_card on surety.payment_methods (merchant_id, fingerprint)
 where fingerprint is not null;
+
+create table surety.payer_accounts (
+    id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    customer_id text collate "C" not null,
+    routing_number text not null,
+    account_type text not null,
+    holder_type text not null,
+    holder_name text,
+    last4 text not null,
+    sealed_number bytea,
+    key_id text,
+    fingerprint bytea,
+    mandate jsonb not null,
+    mandate_revoked_at timestamptz,
+    validation text not null default 'unvalidated',
+    validation_method text,
+    validated_version integer,
+    validation_changed_at timestamptz not null,
+    version integer not null default 1,
+    created_at timestamptz not null,
+    removed_at timestamptz,
+    constraint payer_accounts_pkey primary key (id),
+    constraint payer_account_id_is_a_payer_account_id check (id ~ '^bac_[0-9a-f]{24}$'),
+    constraint payer_account_belongs_to_its_merchants_customer foreign key (merchant_id, customer_id)
+    references surety.customers (merchant_id, id),
+    constraint payer_account_of_its_customer_can_be_referred_to unique (customer_id, id),
+    constraint routing_number_has_its_check_digit check (
+        routing_number ~ '^[0-9]{9}$' and routing_number <> '000000000' and (
+            3 * (substr(routing_number, 1, 1)::integer + substr(routing_number, 4, 1)::integer
+                + substr(routing_number, 7, 1)::integer)
+            + 7 * (substr(routing_number, 2, 1)::integer + substr(routing_number, 5, 1)::integer
+                + substr(routing_number, 8, 1)::integer)
+            + substr(routing_number, 3, 1)::integer + substr(routing_number, 6, 1)::integer
+            + substr(routing_number, 9, 1)::integer
+        ) % 10 = 0
+    ),
+    constraint payer_account_type_is_known check (account_type in ('checking', 'savings')),
+    constraint payer_account_holder_type_is_known check (holder_type in ('individual', 'company')),
+    constraint payer_account_holder_name_is_short check (char_length(holder_name) between 1 and 100),
+    constraint payer_account_is_shown_by_four_characters check (last4 ~ '^[0-9A-Z]{2,4}$'),
+    constraint sealed_number_has_its_key_and_fingerprint check (
+        num_nonnulls(sealed_number, key_id, fingerprint) in (0, 3)
+    ),
+    constraint account_number_is_erased_with_its_account check (sealed_number is not null or removed_at is not null),
+    constraint payer_account_fingerprint_is_sha256 check (octet_length(fingerprint) = 32),
+    constraint mandate_says_when_where_and_to_which_text check (
+        jsonb_typeof(mandate) = 'object' and mandate ?& array['accepted_at', 'ip_address', 'text']
+    ),
+    constraint payer_account_validation_is_known check (
+        validation in ('unvalidated', 'pending', 'validated', 'failed')
+    ),
+    constraint payer_account_validation_has_a_method check (
+        validation_method in ('prenote', 'micro_entries', 'account_check', 'statement')
+        and (validation_method is not null) = (validation <> 'unvalidated')
+    ),
+    constraint validation_is_of_the_accounts_version check (
+        (validation = 'validated') = (validated_version is not null) and validated_version = version
+    ),
+    constraint payer_account_version_is_positive check (version >= 1)
+);
+create unique index payer_account_is_saved_once on surety.payer_accounts (customer_id, fingerprint)
+where removed_at is null;
+create index payer_accounts_by_fingerprint on surety.payer_accounts (fingerprint) where fingerprint is not null;
+create index payer_accounts_by_key on surety.payer_accounts (key_id, id) where key_id is not null;
+comment on table surety.payer_accounts is
+'Customers'' bank accounts for ACH. sealed_number is the account number, encrypted by the key key_id
+(db/account_numbers.py); fingerprint is its keyed hash with the routing number, for equality. A change of the account
+raises its version and ends its validation. mandate: when, from where and to which text the payer agreed; it is kept for
+two years after its revocation.';
 
 create table surety.customer_calls (
     customer_id text collate "C" not null,

@@ -170,6 +170,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     SURETY_ADDRESS_RATE bounds the failed authentications per second of a client's address in a process of the API; 0
     means no bound.
 
+    SURETY_ACCOUNT_KEYS encrypts bank account numbers; see db/account_numbers.py.
+
     For the command line: SURETY_OPERATOR_KEY is an operator's personal key, SURETY_OPERATOR_KEY_FILE a file with it.
 
     For the workers, in seconds: SURETY_PROVIDER_TIMEOUT bounds a call to the provider. SURETY_POLL_SECONDS is the
@@ -203,6 +205,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     surety_poll_seconds: PollSeconds = 60
     surety_action_seconds: Seconds = 86_400.0
     surety_stall_seconds: Annotated[float, msgspec.Meta(ge=1)] = 30.0
+
+    surety_account_keys: Secret | None = None
 
     surety_operator_key: Secret | None = None
     surety_operator_key_file: Path | None = None

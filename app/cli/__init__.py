@@ -64,10 +64,10 @@ COMMANDS = {
         "app.cli.statements:statement", "A merchant's statement of a month, as CSV, JSON or PDF."
     ),
     "close": CommandEntry("app.cli.closing:close", "Close the books of a month; its balances stay as they are."),
-    "ach": CommandEntry("app.cli.ach:ach", "NACHA files: read and check them."),
     "merchant-payouts": CommandEntry(
         "app.cli.merchant_payouts:merchant_payouts", "Payouts to merchants: terms, create, list, mark as sent."
     ),
+    "ach": CommandEntry("app.cli.ach:ach", "NACHA files, and customers' bank accounts."),
     "velocity": CommandEntry("app.cli.velocity:velocity", "Rules about many payments of one payer: list, add, remove."),
     "holds": CommandEntry("app.cli.holds:holds", "Payments on hold: list, show, release, refuse."),
     "handlers": CommandEntry("app.cli.handlers:handlers", "Handlers of events: list, pause, resume."),

@@ -1,4 +1,4 @@
-"""`surety ach`: NACHA files."""
+"""`surety ach`: NACHA files, and customers' bank accounts (ach_accounts.py)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import click
 from rich.table import Table
 
+from app.cli.ach_accounts import accounts
 from app.cli.options import json_option
 from app.cli.tables import print_table
 from db.errors import SuretyError
@@ -36,7 +37,10 @@ HEADER_FIELDS = (
 
 @click.group()
 def ach() -> None:
-    """NACHA files: read and check them."""
+    """NACHA files: read and check them. Customers' bank accounts."""
+
+
+ach.add_command(accounts)
 
 
 @ach.command("read")

@@ -28,6 +28,7 @@ COMMANDS = {
     "statements:import": ("bank-statements", "set-account", "bac_none", "--payer-text", "none"),
     "holds:decide": ("holds", "release", "pay_none", "--reason", "why"),
     "limits:write": ("velocity", "remove", "vel_none"),
+    "payer-accounts:write": ("ach", "accounts", "remove", "bac_none", "--reason", "why"),
     "keys:write": ("keys", "create", "mer_none"),
     "keys:revoke": ("keys", "revoke", "key_none"),
     "merchants:write": ("merchants", "suspend", "mer_none"),

@@ -107,6 +107,13 @@ begin atomic
                     or payment_methods.detached_at is null
                 )
         ),
+        'payer_accounts',
+        (
+            select count(*) from surety.payer_accounts
+            where
+                payer_accounts.customer_id = any(p_customer_ids)
+                and (payer_accounts.sealed_number is not null or payer_accounts.holder_name is not null)
+        ),
         'payments',
         (
             select count(*) from surety.payments

@@ -401,6 +401,13 @@ begin
     where customer_id = p_customer_id and (mandate <> '{}' or fingerprint is not null or detached_at is null);
     get diagnostics v_count = row_count;
     v_counts := v_counts || jsonb_build_object('payment_methods', v_count);
+    -- The proof of consent is kept for two years after its revocation, as the rules of ACH ask.
+    update surety.payer_accounts
+    set holder_name = null, sealed_number = null, key_id = null, fingerprint = null,
+        removed_at = coalesce(removed_at, p_at), mandate_revoked_at = coalesce(mandate_revoked_at, p_at)
+    where customer_id = p_customer_id and (sealed_number is not null or holder_name is not null);
+    get diagnostics v_count = row_count;
+    v_counts := v_counts || jsonb_build_object('payer_accounts', v_count);
     -- No worker passes this on: the provider has requests of its own for erasures.
     update surety.customers
     set email = null, folded_email = null, name = null, phone = null, description = null, shipping = null,
