@@ -1375,10 +1375,12 @@ body is the event''s text without client secrets.';
 create table surety.erasures (
     subject_id text collate "C" not null,
     begun_at timestamptz not null,
+    ended_at timestamptz,
     constraint erasures_pkey primary key (subject_id)
 );
 comment on table surety.erasures is
-'Payments and customers whose data are erased. What a provider reports about them is stored without such data.';
+'Payments and customers whose data are erased. What a provider reports about them is stored without such data,
+also if a payment is in progress again since ended_at: by a dispute.';
 
 create table surety.provider_event_keys (
     provider text not null,

@@ -276,6 +276,10 @@ class BoundedProtocol(HttpToolsProtocol, ABC):
             detail = f"the body has more than {limits.body_bytes} bytes"
             raise Refusal(413, "too-large", detail, limit=limits.body_bytes)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header. White space around its value is no part of it (RFC 9110, section 5.5)."""
+        super().on_header(name, value.strip(b" \t"))
+
     def on_headers_complete(self) -> None:
         """Check the whole head, then start the request or shed it."""
         headers, limits = self.headers, self.limits

@@ -222,7 +222,7 @@ def text_violations(value: Any, kind: inspect.StrType, at: str, form: str) -> It
     elif "\0" in value:
         yield violation(at, "no_nul", "must not hold the character NUL")
     elif has_lone_surrogate(value):
-        yield violation(at, "unicode", "holds half of a surrogate pair, which is no character")
+        yield violation(at, "unicode", "holds half of a surrogate pair, or bytes that are not UTF-8: no character")
     elif kind.min_length is not None and len(value) < kind.min_length:
         yield violation(
             at, "min_length", f"must have at least {count_characters(kind.min_length)}", kind.min_length, len(value)
@@ -340,7 +340,8 @@ def flat_pairs(pairs: list[tuple[str, str]], lists: Container[str] = ()) -> list
 
 def read_query(query: bytes, struct: type[T]) -> T:
     """A query string as a struct. Raises Problem, with all broken rules, each under its parameter's name."""
-    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="replace")
+    # Bytes that are not UTF-8 become lone surrogates, which no text may hold.
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="surrogateescape")
     fields = msgspec.structs.fields(cast(type[msgspec.Struct], struct))
     # A list in a query is its name given several times. Its default is an empty list.
     lists = {field.encode_name for field in fields if field.default_factory is list}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -110,6 +111,24 @@ def test_first_response_is_repeated_after_the_payment_changed_state(merchant: Me
     )
     assert merchant.get(first.headers["location"])["state"] == "canceled"
     assert merchant.post(key=key).content == first.content
+
+
+def test_white_space_around_an_idempotency_key_is_no_part_of_it(merchant: Merchant) -> None:
+    body = msgspec.json.encode(payment())
+    made = set()
+    for number, key in enumerate((b"order-1", b"order-1 ", b"order-1\t", b" \torder-1 \t ")):
+        url = merchant.client.base_url
+        head = (
+            b"POST /v1/payments HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            b"Authorization: Bearer %s\r\nIdempotency-Key: %s\r\nContent-Length: %d\r\n\r\n"
+        )
+        with socket.create_connection((url.host, url.port or 80), timeout=30) as connection:
+            connection.sendall(head % (merchant.key.encode(), key, len(body)) + body)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 201")
+        assert (b"idempotency-replayed: true" in answer.lower()) == (number > 0)
+        made.add(answer.rpartition(b"\r\n\r\n")[2])
+    assert len(made) == 1
 
 
 def test_idempotency_key_with_another_body_is_refused(merchant: Merchant) -> None:

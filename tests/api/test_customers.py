@@ -129,6 +129,23 @@ def test_invalid_customer_is_refused_with_every_broken_rule(merchant: Merchant) 
     ]
 
 
+@pytest.mark.parametrize(
+    "email",
+    [
+        "ada@shop.example\u200b",
+        "a\x7f@shop.example",
+        "\u202eada@shop.example",
+        "<ada@shop.example>",
+        "ada,bob@shop.example",
+        "ada@-.-",
+        "ada@shop..example",
+    ],
+)
+def test_email_that_is_no_address_is_refused(merchant: Merchant, email: str) -> None:
+    assert errors_of(send(merchant, "/v1/customers", {"email": email})) == [("/email", "pattern")]
+    assert errors_of(merchant.post(payment(customer={"email": email}))) == [("/customer/email", "pattern")]
+
+
 def test_erased_customer_is_not_changed_and_takes_no_payments(merchant: Merchant, rights: Connection) -> None:
     id = new_customer(merchant)["id"]
     rights.execute("update surety.customers set erased_at = now() where id = %s", (id,))

@@ -135,6 +135,23 @@ def test_cursor_that_is_unknown_or_another_merchants_is_an_error(
         assert (error["field"], error["in"], error["rule"]) == ("starting_after", "query", "cursor")
 
 
+def test_cursor_of_events_with_white_space_is_an_error(merchant: Merchant) -> None:
+    merchant.pay()
+    following = merchant.get("/v1/events")["next"]
+    assert merchant.get("/v1/events", starting_after=following)["data"] == []
+    answer = merchant.client.get("/v1/events", params={"starting_after": f"{following}\n \t"})
+    [error] = problem(answer, 400, "invalid-request")["errors"]
+    assert (error["field"], error["rule"]) == ("starting_after", "cursor")
+
+
+def test_query_that_is_not_utf_8_is_refused(merchant: Merchant) -> None:
+    merchant.pay(reference="x\ufffd")
+    assert len(merchant.get("/v1/payments", reference="x\ufffd")["data"]) == 1
+    for query, field in (("reference=x%ff", "reference"), ("metadata[%ff]=1", "metadata"), ("x%ff=1", "x")):
+        [error] = problem(merchant.client.get(f"/v1/payments?{query}"), 400, "invalid-request")["errors"]
+        assert error["field"].startswith(field), error
+
+
 def test_currencies_have_their_bounds(merchant: Merchant) -> None:
     page = merchant.get("/v1/currencies")
     assert_matches(page, CurrencyList)

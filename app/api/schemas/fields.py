@@ -16,6 +16,14 @@ def whole(pattern: str) -> str:
     return rf"^{pattern}$(?!\n)"
 
 
+# Neither control characters and such that are not seen, nor the signs of lists and of names beside an address.
+_EMAIL_SIGN = (
+    r"[^@\s.\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+    r'<>()\[\]\\,;:"-]'
+)
+_EMAIL_LABEL = rf"{_EMAIL_SIGN}+(-+{_EMAIL_SIGN}+)*"
+EMAIL = whole(rf"(\.|-|{_EMAIL_SIGN})+@{_EMAIL_LABEL}(\.{_EMAIL_LABEL})+")
+
 MinorUnits = Annotated[
     int,
     Meta(
@@ -136,7 +144,7 @@ Email = Annotated[
     str,
     Meta(
         max_length=254,
-        pattern=whole(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+"),
+        pattern=EMAIL,
         extra={"form": "must be an e-mail address"},
         description="Given to the provider as the address for its receipt. In live mode Stripe sends a receipt there.",
         examples=["ada@shop.example"],
@@ -155,7 +163,7 @@ CustomerEmail = Annotated[
     str,
     Meta(
         max_length=254,
-        pattern=whole(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+"),
+        pattern=EMAIL,
         extra={"form": "must be an e-mail address"},
         description="Given to the provider with the customer.",
         examples=["ada@shop.example"],

@@ -187,6 +187,10 @@ begin
     end if;
     if p_starting_after is not null then
         begin
+            -- Decoding would pass over white space.
+            if p_starting_after !~ '^[0-9A-Za-z_=-]+$' then
+                raise exception 'alphabet' using errcode = 'invalid_text_representation';
+            end if;
             v_parts := string_to_array(
                 convert_from(decode(translate(p_starting_after, '-_', '+/'), 'base64'), 'UTF8'), ' ');
             if cardinality(v_parts) <> 5 then

@@ -65,7 +65,9 @@ begin atomic
         (
             select count(*)
             from answers
-            where answers.response like '{%' and answers.response <> surety.redact_answer(answers.response)
+            where
+                answers.response like '{%'
+                and answers.response::jsonb <> surety.redact_answer(answers.response)::jsonb
         ),
         'calls',
         (select count(*) from surety.calls where calls.payment_id = any(p_payment_ids) and calls.request <> '{}'),

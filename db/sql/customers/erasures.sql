@@ -221,7 +221,8 @@ begin atomic
         where
             idempotency_keys.merchant_id = old.merchant_id and idempotency_keys.route = old.route
             and idempotency_keys.key = old.key and idempotency_keys.response like '{%'
-            and idempotency_keys.response <> surety.redact_answer(idempotency_keys.response)
+            -- As values: the text of an answer without such data stays as it was.
+            and idempotency_keys.response::jsonb <> surety.redact_answer(idempotency_keys.response)::jsonb
         returning idempotency_keys.key
     )
 
@@ -299,7 +300,7 @@ begin
     select p.* into v_payment from surety.payments as p where p.id = p_payment_id for update;
     if surety.why_not_erasable(v_payment) is not null then
         -- What its provider reports is needed as it is.
-        delete from surety.erasures as e where e.subject_id = p_payment_id;
+        delete from surety.erasures as e where e.subject_id = p_payment_id and e.ended_at is null;
         return jsonb_build_object('refused', surety.why_not_erasable(v_payment));
     end if;
     v_words := surety.words_of_payer(v_payment);
@@ -347,14 +348,15 @@ begin
     where (l.merchant_id, l.name, l.value, l.payment_id)
         = (v_payment.merchant_id, old.name, old.value, p_payment_id);
     get diagnostics v_count = row_count;
+    update surety.erasures set ended_at = surety.time_now() where subject_id = p_payment_id and ended_at is null;
     return v_counts || jsonb_build_object('payment_labels', v_count);
 end;
 $$;
 
 comment on function surety.erase_payment(text) is
 'Removes a payer''s data from a payment and from its answers, calls, refunds, disputes, dead letters and labels. Returns
-how many rows of which table, or {"refused": why} for a payment in progress, whose mark is taken back. A saved method
-keeps its mandate as long as it can be charged.';
+how many rows of which table, or {"refused": why} for a payment in progress, whose mark is taken back unless its data
+were erased before. A saved method keeps its mandate as long as it can be charged.';
 
 create or replace function surety.erase_customer(p_customer_id text, p_at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -378,7 +380,7 @@ begin
     order by p.id
     limit 1;
     if found then
-        delete from surety.erasures as e where e.subject_id = p_customer_id and v_customer.erased_at is null;
+        delete from surety.erasures as e where e.subject_id = p_customer_id and e.ended_at is null;
         return jsonb_build_object('refused', v_refused);
     end if;
     v_count := surety.delete_rejected_webhooks(
@@ -417,6 +419,7 @@ begin
     returning * into v_customer;
     get diagnostics v_count = row_count;
     -- A worker detaches the methods at the provider.
+    update surety.erasures set ended_at = p_at where subject_id = p_customer_id and ended_at is null;
     perform surety.emit_method_event(v_customer, d.id, 'customer.payment_method_detached', p_at)
     from unnest(v_detached) as d (id);
     if v_count > 0 then

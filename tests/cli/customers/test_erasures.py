@@ -205,6 +205,40 @@ def test_payment_in_progress_is_left_and_erased_when_it_has_ended(run: Run, conn
     assert not violations(conn)
 
 
+def test_erased_payment_in_progress_again_keeps_its_mark(conn: Connection) -> None:
+    _, key = add_merchant(conn)
+    [payment_id] = pay(conn, key, **PAYER)
+    record(conn, [fact(payment_id, "submitted", "pi"), fact(payment_id, "captured", "ch", 10000)])
+    for revision, (kind, status) in enumerate((("dispute_opened", "needs_response"), ("dispute_lost", "lost"))):
+        record(conn, [fact(payment_id, kind, "dp", 10000, revision=revision, data={"status": status})])
+
+    def erase() -> Any:
+        conn.execute("select surety.begin_erasure(%s)", ([payment_id],))
+        [(counts,)] = conn.execute("select surety.erase_payment(%s)", (payment_id,)).fetchall()
+        marks = conn.execute("select subject_id from surety.erasures").fetchall()
+        return counts.get("refused"), marks == [(payment_id,)]
+
+    assert erase() == (None, True)
+    appeal = {"status": "appeal_needs_response"}
+    record(conn, [fact(payment_id, "dispute_opened", "dp", 10000, revision=2, data=appeal)])
+    assert state_of(conn, payment_id) == "disputed"
+    assert erase() == ("disputed", True), "what the provider reports is stored without the payer's data"
+
+
+def test_answer_without_a_payer_keeps_its_bytes(run: Run, conn: Connection) -> None:
+    merchant, key = add_merchant(conn)
+    [payment_id] = pay(conn, key, **PAYER)
+    record(conn, [fact(payment_id, "submitted", "pi"), fact(payment_id, "captured", "ch", 10000)])
+    refund = command(conn, "create_refund", key, payment_id=payment_id, amount=10000)["body"]["id"]
+    answer = "select response from surety.idempotency_keys where response like '%%' || %s || '%%'"
+    before = conn.execute(answer, (refund,)).fetchall()
+    record(conn, [fact(payment_id, "refund_succeeded", "re", 10000, data={"refund": refund})])
+    said(run("customers", "erase", "--merchant", merchant, "--payment", payment_id))
+    assert tables_with(conn, MARKER) == {}
+    assert len(before) == 1
+    assert conn.execute(answer, (refund,)).fetchall() == before
+
+
 def test_customer_is_erased_with_its_payments_and_saved_methods(run: Run, conn: Connection) -> None:
     merchant, key = add_merchant(conn)
     fields = {"email": EMAIL, "name": f"Ada {MARKER}", "phone": "+1", "description": MARKER, "metadata": METADATA}
