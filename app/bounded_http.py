@@ -10,8 +10,6 @@ document of the application's kind, and closes the connection so that the client
     closing             what still arrives is discarded, up to discarded_bytes and close_seconds
     held                a request that waits for an event, as its client wishes: no limit of seconds, and not counted
                         among the connections; it ends at once when the client leaves or the server stops
-
-The sandbox and the services share this module, which imports nothing of either.
 """
 
 from __future__ import annotations
@@ -277,8 +275,7 @@ class BoundedProtocol(HttpToolsProtocol, ABC):
             raise Refusal(413, "too-large", detail, limit=limits.body_bytes)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header. White space around its value is no part of it (RFC 9110, section 5.5)."""
-        super().on_header(name, value.strip(b" \t"))
+        super().on_header(name, value.strip(b" \t"))  # white space around a value is no part of it (RFC 9110)
 
     def on_headers_complete(self) -> None:
         """Check the whole head, then start the request or shed it."""

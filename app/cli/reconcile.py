@@ -6,7 +6,7 @@ import csv
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import click
 import psycopg
@@ -88,7 +88,7 @@ def reconcile(
         done: dict[str, Any] | None
         if path is not None:
             actor = authorize(conn, "statements:import")
-            report: ReportKind | None = kind.replace("-", "_") if kind else None  # type: ignore[assignment]
+            report = cast(ReportKind, kind.replace("-", "_")) if kind else None
             done = compare_report(conn, path, ReportOptions(report, account, decimal, from_at, to_at), actor)
             if done is None:
                 click.echo("null" if as_json else f"{path.name}: compared before, nothing changed")

