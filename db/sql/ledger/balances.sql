@@ -97,7 +97,9 @@ create or replace function ledger.merchant_balances_at(p_merchant_id text, p_at 
 returns table (account_id text, kind text, currency text, balance_minor bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+set plan_cache_mode = force_custom_plan
 as $$
+-- Planned for each call: a plan for all periods and merchants would read the postings of all.
 -- The last balance of a day before p_at, and the merchant's postings since, by their index.
 declare
     v_from timestamptz := (

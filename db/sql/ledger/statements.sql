@@ -8,7 +8,9 @@ create or replace function ledger.statement_lines(
 )
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+set plan_cache_mode = force_custom_plan
 as $$
+-- Planned for each call: a plan for all periods and merchants would read the postings of all.
 -- A page of postings by the merchant's index; all else is looked up for each of them.
 declare
     v_first text := greatest(p_after, surety.id_at('pst', p_from)) collate "C";
