@@ -64,6 +64,7 @@ BEHAVIOUR_FILES: tuple[str, ...] = (
     "provider/key_checks",
     "report/trace",
     "report/views",
+    "report/reconciliation",
     "operations/merchants",
     "ledger/closing",
     "ledger/statements",

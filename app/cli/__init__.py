@@ -50,13 +50,16 @@ COMMANDS = {
         "app.cli.dead_letters:dead_letters", "Events whose handler gave up: list, show, replay, discard."
     ),
     "discrepancies": CommandEntry(
-        "app.cli.discrepancies:discrepancies", "Differences from the provider's records: list, show, close."
+        "app.cli.discrepancies:discrepancies", "Differences from other records: list, show, assign, snooze, resolve."
     ),
     "reconcile": CommandEntry(
         "app.cli.reconcile:reconcile", "Compare a report of the provider's with our records; every difference is named."
     ),
     "bank-statements": CommandEntry(
         "app.cli.bank_statements:bank_statements", "Statements of our bank accounts: import, list, show."
+    ),
+    "reconciliation": CommandEntry(
+        "app.cli.reconciliation:reconciliation", "Records that are pending, overdue, discrepant or explained."
     ),
     "payouts": CommandEntry("app.cli.payouts:payouts", "The provider's payouts to our bank: list, show."),
     "balance": CommandEntry("app.cli.balance:balance", "Balances of a merchant, or of all accounts, at any time."),

@@ -46,6 +46,7 @@ READING = {
     "mode": (),
     "operators list": (),
     "operators roles": (),
+    "reconciliation": (),
     "roles list": (),
     "servers": (),
     "status": ("--check",),
