@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
+from psycopg.rows import dict_row
 from rich.table import Table
 
 from app.cli.ach_accounts import accounts
 from app.cli.options import json_option
+from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.errors import SuretyError
 from db.formats.nacha.problems import NachaError, NachaProblem
@@ -24,6 +26,12 @@ from db.formats.nacha.records import NachaRecord
 
 BATCHES_SHOWN_MAX = 1000
 BATCH_FIELDS = ("company_name", "company_id", "entry_class", "entry_description", "effective_date", "odfi")
+LIST_CODES = """
+    select
+        code, kind, meaning, window_days::text as window_days, replace(window_unit, '_', ' ') as window_unit,
+        presentation, freezes, rate_group, merchant_action
+    from surety.ach_return_codes where %s::text is null or code = %s order by code
+"""
 HEADER_FIELDS = (
     "immediate_destination",
     "immediate_destination_name",
@@ -37,7 +45,7 @@ HEADER_FIELDS = (
 
 @click.group()
 def ach() -> None:
-    """NACHA files: read and check them. Customers' bank accounts."""
+    """NACHA files: read and check them. Codes of returns. Customers' bank accounts."""
 
 
 ach.add_command(accounts)
@@ -61,6 +69,28 @@ def read_nacha_file(file: str, *, strict: bool, as_json: bool) -> None:
         print_summary(found)
     if found["errors"]:
         sys.exit(1)
+
+
+@ach.command("codes")
+@click.argument("code", metavar="[CODE]", required=False)
+@json_option
+@reads
+def print_return_codes(code: str | None, as_json: bool) -> None:
+    """List the codes of returns: meaning, time, whether the entry may be presented again, what the merchant does."""
+    with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
+        found = cursor.execute(LIST_CODES, (code, code and code.upper())).fetchall()
+    if not found:
+        raise SuretyError(f"CODE: {code} has no meaning in the rules; files with it are read all the same")
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    table = Table("code", "meaning", "within", "again", "freezes", "merchant", box=None)
+    rows = (
+        (each["code"], each["meaning"], " ".join(filter(None, (each["window_days"], each["window_unit"]))),
+         each["presentation"].replace("_", " "), "yes" if each["freezes"] else "", each["merchant_action"])
+        for each in found
+    )  # fmt: skip
+    print_table(table, rows)
 
 
 @contextmanager
