@@ -21,11 +21,12 @@ begin
         select g.id, g.at, g.rule, g.cause, g.payment_id
         from ledger.postings as g
         where g.merchant_id = p_merchant_id and g.id > v_first and g.id < v_end
-            -- A posting may move the provider's accounts alone.
-            and exists (
-                select from ledger.transfers as t
+            -- A posting may move the provider's accounts alone. `exists` would be a join over the whole period.
+            and (
+                select true from ledger.transfers as t
                 where t.posting_id = g.id and t.posting_id > v_first and t.posting_id < v_end
                     and p_merchant_id in (split_part(t.debit_account, ':', 2), split_part(t.credit_account, ':', 2))
+                limit 1
             )
         order by g.id
         limit p_limit
