@@ -157,6 +157,12 @@ VIOLATIONS: dict[str, str] = {
         "insert into surety.expectations (payment_id, kind, opened_at, due_at)"
         " values (%(p)s, 'settlement', now() - interval '1 day', now() - interval '11 minutes')"
     ),
+    "no cause opens a second discrepancy": (
+        "insert into surety.discrepancies (id, kind, subject, occurrence, severity, detail, fields, opened_at,"
+        " closed_at, closed_as, closed_by, closed_because)"
+        " select 'dis_' || n, 'fee', %(p)s, n, 'warning', 'x', '[1]', now(), now(), 'explained', 'x', 'x'"
+        " from generate_series(1, 2) as n"
+    ),
 }
 
 

@@ -170,6 +170,18 @@ where
 
 comment on view invariant.overdue_expectations_are_discrepancies is 'every overdue settlement is a discrepancy';
 
+create or replace view invariant.causes_open_one_discrepancy as
+select later.id as subject
+from surety.discrepancies as later
+inner join surety.discrepancies as earlier
+    on later.kind = earlier.kind and later.subject = earlier.subject and later.occurrence > earlier.occurrence
+where
+    earlier.closed_as is distinct from 'arrived_late'
+    -- As it was opened: a repetition may have brought back values that were explained before.
+    and coalesce(later.first -> 'fields', later.fields) in (earlier.fields, earlier.first -> 'fields');
+
+comment on view invariant.causes_open_one_discrepancy is 'no cause opens a second discrepancy';
+
 create or replace view invariant.labels_match_payments as
 with wanted as materialized (
     select
