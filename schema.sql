@@ -507,7 +507,8 @@ create table surety.api_keys (
     constraint api_key_hash_is_sha256 check (length(hash) = 32),
     constraint api_key_name_is_short_and_plain check (name ~ '^[A-Za-z0-9._@-]{1,100}$'),
     constraint api_key_scopes_are_known check (
-        scopes <> '{}' and scopes <@ array['disputes:write', 'payments:write', 'read', 'refunds:write']
+        scopes <> '{}'
+        and scopes <@ array['disputes:write', 'payments:write', 'read', 'refunds:write', 'webhooks:write']
     ),
     constraint api_key_networks_are_few check (cardinality(networks) <= 50),
     constraint api_key_expires_after_its_creation check (expires_at > created_at)
@@ -561,6 +562,7 @@ inner join (
     ('merchant-payouts:write', array['finance', 'admin']),
     ('holds:read', array['viewer', 'support', 'finance', 'admin']),
     ('holds:decide', array['finance', 'admin']),
+    ('webhook-endpoints:write', array['support', 'admin']),
     ('limits:write', array['admin']),
     ('payer-accounts:write', array['finance', 'admin']),
     ('keys:revoke', array['support', 'admin']),
@@ -2563,6 +2565,180 @@ create index dead_letters_of_a_payment on outbox.dead_letters (payment_id) where
 comment on table outbox.dead_letters is
 'Events without further retries, with their payload and all attempts, open until an operator closes them, or the end of
 the payment or refund or of a dispute''s evidence.';
+
+-- ------------------------------------------------------------------------------------------------ webhook endpoints
+
+-- A place in a merchant's log, as a cursor holds it: all events visible in seen, and of those visible in goal those up
+-- to (at_xid, at_id).
+create type outbox.log_position as (
+    generation integer,
+    seen pg_snapshot,
+    goal pg_snapshot,
+    at_xid xid8,
+    at_id text
+);
+
+create table outbox.sealing_keys (
+    id text collate "C" not null,
+    public_key bytea not null,
+    published_at timestamptz not null,
+    constraint sealing_keys_pkey primary key (id),
+    constraint sealing_key_is_an_x25519_key check (length(public_key) = 32)
+);
+comment on table outbox.sealing_keys is
+'Public keys of the workers'' SURETY_WEBHOOK_KEY. The API encrypts new signing secrets for the one that was published
+last; only a process with the private key can open them.';
+
+create table outbox.webhook_endpoints (
+    id text collate "C" not null,
+    merchant_id text collate "C" not null,
+    url text not null,
+    description text,
+    event_types text[] not null,
+    payload text not null,
+    api_version text not null,
+    concurrency smallint not null default 4,
+    rate_max smallint,
+    created_at timestamptz not null,
+    updated_at timestamptz not null,
+    disabled_at timestamptz,
+    disabled_because text,
+    deleted_at timestamptz,
+    generation integer not null,
+    seen pg_snapshot not null,
+    goal pg_snapshot,
+    at_xid xid8 not null default '0',
+    at_id text collate "C" not null default '',
+    from_event_id text collate "C" not null default '',
+    not_before timestamptz,
+    failing_since timestamptz,
+    failed_attempts integer not null default 0,
+    noticed_percent smallint not null default 0,
+    constraint webhook_endpoints_pkey primary key (id),
+    constraint webhook_endpoint_id_is_an_endpoint_id check (id ~ '^we_[0-9a-f]{24}$'),
+    constraint webhook_endpoint_belongs_to_a_merchant foreign key (merchant_id) references surety.merchants (id),
+    constraint webhook_endpoint_has_an_http_address check (url ~ '^https?://[^\s/?#@]+([/?]\S*)?$'),
+    constraint webhook_endpoint_wants_some_events check (cardinality(event_types) between 1 and 100),
+    constraint webhook_payload_is_known check (payload in ('full', 'thin')),
+    constraint webhook_endpoint_concurrency_is_bounded check (concurrency between 1 and 16),
+    constraint webhook_endpoint_rate_is_positive check (rate_max > 0),
+    constraint webhook_endpoint_is_disabled_for_a_known_reason check (
+        (disabled_at is null) = (disabled_because is null)
+        and disabled_because in ('merchant', 'operator', 'failures', 'gone', 'deleted')
+    ),
+    constraint deleted_webhook_endpoint_is_disabled check (deleted_at is null or disabled_at is not null)
+) with (fillfactor = 70);
+create index webhook_endpoints_of_a_merchant on outbox.webhook_endpoints (merchant_id, id) where deleted_at is null;
+comment on table outbox.webhook_endpoints is
+'Merchants'' webhook endpoints, each a cursor over the merchant''s events, as outbox.handlers has one. Events with an id
+below from_event_id are skipped by choice. No delivery is begun before not_before. failing_since is the time of the
+first failure after the last success, failed_attempts the number of completed attempts since.';
+
+create table outbox.webhook_secrets (
+    id text collate "C" not null,
+    endpoint_id text collate "C" not null,
+    scheme text not null,
+    sealing_key text collate "C" not null,
+    sealed bytea not null,
+    public_key text,
+    created_at timestamptz not null,
+    expires_at timestamptz,
+    constraint webhook_secrets_pkey primary key (id),
+    constraint webhook_secret_belongs_to_an_endpoint foreign key (endpoint_id)
+    references outbox.webhook_endpoints (id),
+    constraint webhook_secret_is_sealed_for_a_key foreign key (sealing_key) references outbox.sealing_keys (id),
+    constraint webhook_secret_scheme_is_known check (scheme in ('v1', 'v1a')),
+    constraint webhook_secret_of_v1a_has_a_public_key check ((scheme = 'v1a') = (public_key is not null))
+);
+create index webhook_secrets_of_an_endpoint on outbox.webhook_secrets (endpoint_id);
+comment on table outbox.webhook_secrets is
+'Signing secrets, encrypted for a sealing key: of HMAC-SHA256 (v1) and of Ed25519 (v1a). After a rotation the old ones
+are valid until expires_at.';
+
+create table outbox.webhook_ranges (
+    endpoint_id text collate "C" not null,
+    number integer not null,
+    is_skipped boolean not null,
+    event_types text[] not null,
+    from_event_id text collate "C" not null default '',
+    starts outbox.log_position not null,
+    ends outbox.log_position,
+    chosen_at timestamptz not null,
+    chosen_by text not null,
+    skipped_from timestamptz,
+    skipped_to timestamptz,
+    skipped_count bigint,
+    constraint webhook_ranges_pkey primary key (endpoint_id, number),
+    constraint webhook_range_belongs_to_an_endpoint foreign key (endpoint_id)
+    references outbox.webhook_endpoints (id),
+    constraint skipped_webhook_range_is_counted check (is_skipped = (skipped_count is not null))
+);
+comment on table outbox.webhook_ranges is
+'The log as each endpoint takes it: ranges that are sent, with the filter in force, and ranges that the merchant or an
+operator chose to skip. The last range that is sent has no end. invariant.webhook_events_are_accounted_for reads the
+ranges that are sent.';
+
+create table outbox.delivery_batches (
+    endpoint_id text collate "C" not null,
+    fence bigint not null,
+    event_ids text[] not null,
+    leased_by text not null,
+    leased_until timestamptz not null,
+    constraint delivery_batches_pkey primary key (endpoint_id),
+    constraint delivery_batch_belongs_to_an_endpoint foreign key (endpoint_id)
+    references outbox.webhook_endpoints (id),
+    constraint delivery_batch_is_not_empty check (cardinality(event_ids) > 0)
+);
+comment on table outbox.delivery_batches is
+'Events that a worker is sending to an endpoint, at most one batch an endpoint. Results require the current fence.';
+
+create table outbox.delivery_retries (
+    endpoint_id text collate "C" not null,
+    event_id text collate "C" not null,
+    failures smallint not null default 0,
+    due_at timestamptz,
+    given_up_at timestamptz,
+    constraint delivery_retries_pkey primary key (endpoint_id, event_id),
+    constraint delivery_retry_belongs_to_an_endpoint foreign key (endpoint_id)
+    references outbox.webhook_endpoints (id),
+    constraint given_up_delivery_is_not_due check (given_up_at is null or due_at is null)
+);
+create index delivery_retries_due on outbox.delivery_retries (due_at, endpoint_id) where due_at is not null;
+comment on table outbox.delivery_retries is
+'Events that an endpoint has not taken yet: to be sent again at due_at, or given up after the last attempt, until they
+are replayed. due_at is null while they are sent.';
+
+create table outbox.delivery_attempts (
+    id text collate "C" not null,
+    endpoint_id text collate "C" not null,
+    event_id text collate "C" not null,
+    outcome text not null,
+    attempt smallint not null,
+    status smallint,
+    error text,
+    answer text,
+    duration_ms integer,
+    constraint delivery_attempts_pkey primary key (endpoint_id, id),
+    constraint delivery_outcome_is_known check (outcome in ('delivered', 'failed', 'skipped', 'late')),
+    constraint delivery_answer_is_short check (octet_length(answer) <= 1024)
+) partition by range (id);
+create index delivery_attempts_of_an_event on outbox.delivery_attempts (event_id);
+comment on table outbox.delivery_attempts is
+'The delivery log: each completed attempt, its time in its id, and each event that was skipped by choice after a
+failure. late: a success that came after another worker had taken over. Only of a failure, up to 1 kB of the answer is
+kept. Partitions are dropped after 90 days.';
+
+create table outbox.delivery_hours (
+    endpoint_id text collate "C" not null,
+    hour timestamptz not null,
+    delivered bigint not null default 0,
+    failed bigint not null default 0,
+    skipped bigint not null default 0,
+    milliseconds bigint not null default 0,
+    constraint delivery_hours_pkey primary key (endpoint_id, hour)
+);
+comment on table outbox.delivery_hours is
+'Counts of deliveries by endpoint and hour, with the sum of the durations of completed attempts. Kept for two years.';
 
 -- ---------------------------------------------------------------------------------------------------------- audit
 

@@ -98,6 +98,22 @@ def parse_network(entry: str) -> IpNetwork:
     return network
 
 
+class WebhookNetworks:
+    """Addresses and networks, separated by commas, that merchants' webhooks may reach although they are not public."""
+
+    __slots__ = ("networks",)
+
+    def __init__(self, value: str) -> None:
+        try:
+            self.networks = tuple(ip_network(entry.strip()) for entry in value.split(",") if entry.strip())
+        except ValueError as error:
+            raise ValueError(f"Expected addresses and networks, such as 10.0.0.7, 10.1.0.0/16: {error}") from None
+
+    def allows(self, address: IpAddress) -> bool:
+        """Whether the address is in one of the networks."""
+        return any(address in network for network in self.networks)
+
+
 def parse_address(text: str) -> IpAddress:
     """An address; IPv4 written as IPv6 becomes IPv4. Raises ValueError."""
     address = ip_address(text)
@@ -178,6 +194,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     interval of polling. SURETY_ACTION_SECONDS is the time a payer has to act. SURETY_STALL_SECONDS is the time after
     which a stalled worker ends itself, so that its supervisor replaces it. SURETY_PROVIDER_RATE bounds the requests per
     second and account; 0 means no bound. Without it Stripe's own limits apply, and the sandbox has none.
+
+    For merchants' webhooks, in the workers: SURETY_WEBHOOK_KEY opens their signing secrets; several keys, separated by
+    commas, so that one can be replaced, the new one first. SURETY_WEBHOOK_NETWORKS names networks that they may reach
+    although those are not public.
     """
 
     database_url: DatabaseAddress | None = None
@@ -207,6 +227,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     surety_stall_seconds: Annotated[float, msgspec.Meta(ge=1)] = 30.0
 
     surety_account_keys: Secret | None = None
+    surety_webhook_key: Secret | None = None
+    surety_webhook_networks: WebhookNetworks | None = None
 
     surety_operator_key: Secret | None = None
     surety_operator_key_file: Path | None = None

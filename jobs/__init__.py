@@ -10,6 +10,7 @@ Run by `procrastinate --app jobs.app worker`, in any number of processes. A paym
     leader           the one worker that runs the periodic jobs and schedules handlers
     periodic         the periodic jobs and how often they run
     polling          unfinished objects and lists that are read from the provider
+    webhooks/        deliveries to merchants' endpoints
     supervision      restarts Procrastinate's worker, stops it by signals
     mode             ends a worker that may not call the provider from its database
     watchdog         ends a worker process that hangs

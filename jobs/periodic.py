@@ -64,7 +64,7 @@ async def check_deadlines(worker: Worker) -> None:
 
 async def maintain(worker: Worker) -> None:
     """Make partitions for the months ahead and the payouts to merchants that are due; sum the days whose postings are
-    final; delete expired idempotency keys, old counts and unused rate limits.
+    final; delete expired idempotency keys, old counts, unused rate limits, and the oldest log of deliveries.
     """
     await worker.database.value("select surety.maintain_partitions()")
     while not worker.stopping.is_set() and await worker.database.value(
@@ -78,6 +78,7 @@ async def maintain(worker: Worker) -> None:
     await worker.database.value("select surety.delete_whole_bursts()")
     await worker.database.value("select surety.delete_old_accepted_money()")
     await worker.database.value("select surety.delete_old_secret_requests()")
+    await worker.database.value("select outbox.drop_old_delivery_attempts()")
 
 
 async def delete_orphaned_jobs(context: JobContext, timestamp: int) -> None:

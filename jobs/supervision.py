@@ -29,6 +29,7 @@ from jobs.database import POOL_SECONDS
 from jobs.leader import run_periodic_jobs
 from jobs.mode import ModeWatch
 from jobs.stripe.key_check import check_provider_key
+from jobs.webhooks.sender import sending_webhooks
 from jobs.worker import Worker, open_worker
 
 log = logging.getLogger("surety.worker")
@@ -66,7 +67,7 @@ class WorkerApp(App):
                 "additional_context": {"worker": worker},
             }
             watch = ModeWatch(settings, worker.database)
-            async with running_periodic_jobs(worker):
+            async with running_periodic_jobs(worker), sending_webhooks(worker):
                 while not worker.stopping.is_set():
                     running = asyncio.create_task(super().run_worker_async(**work))
                     with (

@@ -63,6 +63,8 @@ class Worker:
         self.circuit_turn_seconds = min(CIRCUIT_TURN_SECONDS, settings.surety_stall_seconds / 10)
         self.handlers: dict[str, HandlerSettings] = {}
         self.stopping = asyncio.Event()
+        self.events_made = asyncio.Event()
+        """Set when this worker has made events; the sender of webhooks clears it."""
 
     @property
     def actor(self) -> str:
@@ -72,6 +74,8 @@ class Worker:
     async def schedule_handlers_for(self, event_types: Iterable[str]) -> None:
         """Schedule the handlers of events that were just committed."""
         made = set(event_types)
+        if made:
+            self.events_made.set()
         await self.schedule_handlers(
             [row.handler for row in self.handlers.values() if made.intersection(row.event_types)]
         )

@@ -50,13 +50,15 @@ async def execute_command(
     awaits: AwaitedKind | None = None,
     location: str = "",
     needs_worker: bool = True,
+    sealed: dict[str, Any] | None = None,
 ) -> HttpResponse:
     """The answer to a command. Raises Problem.
 
     `statement` takes a request as JSON and returns status, problem, detail, body, is_replayed. `subject` is the name of
     the path's id in that JSON; `subject_id` is empty if the path holds no id. `location` plus the new object's id is
     the Location. `awaits` says what a request with `Prefer: wait=N` waits for (app/api/held_answers.py).
-    `needs_worker`: the command makes an event that a worker handles.
+    `needs_worker`: the command makes an event that a worker handles. `sealed` holds fields for the statement that the
+    request does not have, and that differ in each repetition.
     """
     assert struct is request.route.body
     caller = request.caller()
@@ -77,6 +79,7 @@ async def execute_command(
         "idempotency_key": request.headers[b"idempotency-key"].decode(),
         "request_hash": hash_of_request(encode_canonically(command), subject_id),
         subject: subject_id,
+        **(sealed or {}),
     }
     if traceparent := request.traceparent():
         document["traceparent"] = traceparent
@@ -111,6 +114,8 @@ def read_command(request: ApiRequest, body: bytes, struct: type[msgspec.Struct])
 
 def command_violation(detail: dict[str, Any]) -> RuleViolation:
     """A rule that only the database can check, broken by a command."""
+    if "message" in detail:
+        return RuleViolation(detail["field"], detail["rule"], detail["message"], detail["limit"], detail["given"])
     if detail["field"] not in WHOLE_UNITS:
         broken = amount_violation(detail)
         # The bounds of a part are those of its payment, not of the currency.

@@ -5,7 +5,10 @@ Fields whose type has a description of its own (app/api/schemas/fields.py) are n
 
 from __future__ import annotations
 
+from app.api.webhook_field_descriptions import WEBHOOK_DESCRIPTIONS
+
 DESCRIPTIONS = {
+    **WEBHOOK_DESCRIPTIONS,
     "Health.replica": "Whether reads use the replica (`ok`), or why the primary answers them; absent without one.",
     "accepted_at": "When the payer agreed.",
     "Mandate.accepted_at": "When the payer agreed: not before 2000, and not more than five minutes ahead of our clock.",

@@ -13,6 +13,7 @@ CUSTOMER_ID = re.compile("cus_[0-9a-f]{24}")
 METHOD_ID = re.compile("spm_[0-9a-f]{24}")
 EVENT_ID = re.compile("evt_[0-9a-f]{24}")
 DISCREPANCY_ID = re.compile("dis_[0-9a-f]{24}")
+ENDPOINT_ID = re.compile("we_[0-9a-f]{24}")
 LETTER_ID = re.compile("dl_[0-9a-f]{24}")
 
 

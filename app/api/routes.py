@@ -56,6 +56,7 @@ from app.api.schemas.payments import (
 from app.api.schemas.problems import Health, ProblemType
 from app.api.schemas.refunds import NewRefund, Refund, RefundList, RefundsQuery
 from app.api.updates import update_payment
+from app.api.webhook_endpoint_routes import WEBHOOK_ENDPOINT_ROUTES
 from app.web.auth import KEY_PROBLEMS
 from app.web.routing import Route
 
@@ -205,6 +206,7 @@ CUSTOMER_ROUTES = [
 MERCHANT_ROUTES = [
     *PAYMENT_ROUTES,
     *CUSTOMER_ROUTES,
+    *WEBHOOK_ENDPOINT_ROUTES,
     Route("GET", "/v1/refunds", list_refunds, {200: RefundList}, LIST_PROBLEMS, query=RefundsQuery, scope="read"),
     Route(
         "GET",

@@ -72,6 +72,9 @@ COMMANDS = {
     ),
     "ach": CommandEntry("app.cli.ach:ach", "NACHA files, and customers' bank accounts."),
     "velocity": CommandEntry("app.cli.velocity:velocity", "Rules about many payments of one payer: list, add, remove."),
+    "webhook-endpoints": CommandEntry(
+        "app.cli.webhook_endpoints:webhook_endpoints", "Merchants' webhook endpoints: list, enable, replay."
+    ),
     "holds": CommandEntry("app.cli.holds:holds", "Payments on hold: list, show, release, refuse."),
     "handlers": CommandEntry("app.cli.handlers:handlers", "Handlers of events: list, pause, resume."),
     "restored": CommandEntry("app.cli.restored:restored", "Open a database that was restored, for business."),

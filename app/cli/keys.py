@@ -23,7 +23,7 @@ from db.connect import connect
 from db.errors import SuretyError
 from db.settings import load_settings
 
-SCOPES = ("disputes:write", "payments:write", "read", "refunds:write")
+SCOPES = ("disputes:write", "payments:write", "read", "refunds:write", "webhooks:write")
 DEFAULT_NAME = "default"
 TOO_MANY_KEYS = "SU010"
 ROLE_TOO_GREAT = "SU011"

@@ -195,12 +195,15 @@ def dict_violations(value: Any, kind: inspect.DictType, at: str) -> Iterator[Rul
 
 
 def list_violations(value: Any, kind: inspect.ListType, at: str) -> Iterator[RuleViolation]:
-    """Too many items, and items that break rules."""
+    """Too many items or too few, and items that break rules."""
     if not isinstance(value, list):
         yield type_violation(at, "array", value)
         return
     if kind.max_length is not None and len(value) > kind.max_length:
         yield violation(at, "max_items", f"must be given at most {kind.max_length} times", kind.max_length, len(value))
+    if kind.min_length is not None and len(value) < kind.min_length:
+        least = "one item" if kind.min_length == 1 else f"{kind.min_length} items"
+        yield violation(at, "min_items", f"must have at least {least}", kind.min_length, len(value))
     for number, item in enumerate(value):
         yield from rule_violations(item, kind.item_type, f"{at}/{number}")
 

@@ -64,6 +64,8 @@ class RequestSender(Protocol):
 class KeptConnection(asyncio.Protocol):
     """One connection. The parser calls the methods `on_…`."""
 
+    response_bytes_max = RESPONSE_BYTES_MAX
+
     def __init__(self) -> None:
         self.is_usable = True
         """Whether it may carry another request."""
@@ -102,8 +104,8 @@ class KeptConnection(asyncio.Protocol):
         self._received += len(data)
         if self._answer is None:
             self.close()
-        elif self._received > RESPONSE_BYTES_MAX:
-            self._fail(f"an answer of more than {RESPONSE_BYTES_MAX} bytes")
+        elif self._received > self.response_bytes_max:
+            self._fail(f"an answer of more than {self.response_bytes_max} bytes")
             self.close()
         else:
             try:

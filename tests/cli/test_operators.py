@@ -27,6 +27,7 @@ COMMANDS = {
     "discrepancies:resolve": ("discrepancies", "resolve", "dis_none", "--reason", "why"),
     "statements:import": ("bank-statements", "set-account", "bac_none", "--payer-text", "none"),
     "holds:decide": ("holds", "release", "pay_none", "--reason", "why"),
+    "webhook-endpoints:write": ("webhook-endpoints", "disable", "we_none", "--reason", "why"),
     "limits:write": ("velocity", "remove", "vel_none"),
     "payer-accounts:write": ("ach", "accounts", "remove", "bac_none", "--reason", "why"),
     "keys:write": ("keys", "create", "mer_none"),

@@ -24,6 +24,7 @@ LONG_FUNCTIONS = {
 }
 LARGE_FOLDERS = {
     "app/api": "one file a resource",
+    "app/api/schemas": "one file a resource, as in app/api",
     "app/cli": "one file a command",
     "app/web": "one file a concern of HTTP: authentication, batching, load shedding, problems, routing …",
     "db/sql/api": "one file a resource, as in app/api",

@@ -31,6 +31,7 @@ from tests.support.http_client import SECRETS, Merchant, running_server
 from tests.support.operators import admin_key
 from tests.support.payments import Connection, add_merchant, fact, pay, record
 from tests.support.sandbox_process import eventually, running_sandbox
+from tests.support.webhook_examples import record_webhook_endpoints
 from tests.support.workers import shorten_delays, worker_process
 
 Json = dict[str, Any]
@@ -94,6 +95,10 @@ class Replacements:
             return "MXwxOjE6fC18MHwt"
         if name == "client_secret":
             return "pi_3SYk3a1f0c9e77_secret_Zm9yIFN0cmlwZS5qcw"
+        if name == "secret" and isinstance(value, str):
+            return f"whsec_{'c3VyZXR5' * 5}c3U="
+        if name == "public_keys":
+            return [f"whpk_{'a2V5cyEh' * 5}a2U=" for _ in value]
         if name == "duration_ms" and value is not None:
             return 84.1
         if name.endswith("seconds") and isinstance(value, float):
@@ -414,6 +419,7 @@ def record_examples(server: str) -> Json:
             lambda opened: opened.enter_context(worker_process(database, sandbox.url, STRIPE_API_KEY=sandbox.api_key)),
             lambda intent: sandbox.control("disputes", {"payment_intent": intent}),
         )
+        record_webhook_endpoints(client, conn)
         record_problems(client, merchant, recorder)
     with ExitStack() as stack:
         database, conn = stack.enter_context(open_database(server))

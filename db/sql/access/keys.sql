@@ -23,7 +23,7 @@ comment on function surety.require_room_for_key(text, text, text[]) is
 
 create or replace function surety.add_api_key(
     p_merchant_id text, p_hash bytea, p_hint text, p_actor text default session_user, p_name text default 'default',
-    p_scopes text[] default array['disputes:write', 'payments:write', 'read', 'refunds:write'],
+    p_scopes text[] default array['disputes:write', 'payments:write', 'read', 'refunds:write', 'webhooks:write'],
     p_networks cidr[] default '{}', p_expires_at timestamptz default null
 ) returns text
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp

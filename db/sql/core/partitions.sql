@@ -14,6 +14,7 @@ from (
     ('surety.provider_events', 'whk'),
     ('ledger.transfers', 'pst'),
     ('outbox.events', 'evt'),
+    ('outbox.delivery_attempts', 'dat'),
     ('audit.entries', 'aud')
 ) as listed (parent, prefix);
 
@@ -142,6 +143,17 @@ begin
                 select from outbox.retries as r where r.event_id < v_part.end_id
             ) or exists (
                 select from outbox.dead_letters as d where d.event_id < v_part.end_id and d.closed_at is null
+            ) or exists (
+                select from outbox.webhook_endpoints as w
+                join outbox.events as e on e.merchant_id = w.merchant_id
+                where w.deleted_at is null and e.id >= coalesce(v_part.first_id, '') and e.id < v_part.end_id
+                    and (e.generation > w.generation
+                        or (e.generation = w.generation and not pg_visible_in_snapshot(e.xid, w.seen)))
+            ) or exists (
+                select from outbox.delivery_batches as b, unnest(b.event_ids) as held (id)
+                where held.id < v_part.end_id
+            ) or exists (
+                select from outbox.delivery_retries as r where r.event_id < v_part.end_id and r.given_up_at is null
             ) into v_is_held;
             -- A partition in use keeps all younger partitions, those of webhooks too.
             exit when v_is_held;
@@ -169,5 +181,36 @@ $$;
 
 comment on function surety.detachable_partitions(interval) is
 'Partitions of events and of stored webhooks that may be detached, oldest first, with the statement for each; it cannot
-run inside a function. Such a partition is older than p_keep, all cursors are past it, and none of its events is in a
-batch, waits for a retry or is an open dead letter. Payments, ledger and audit trail are always kept.';
+run inside a function. Such a partition is older than p_keep, all cursors of handlers and webhook endpoints are past it,
+and none of its events is in a batch, waits for a retry or is an open dead letter. Payments, ledger and audit trail are
+always kept.';
+
+create or replace function outbox.drop_old_delivery_attempts(p_keep interval default '90 days') returns integer
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set lock_timeout = '1s'
+as $$
+declare
+    v_name text;
+    v_dropped integer := 0;
+begin
+    delete from outbox.delivery_hours as h where h.hour < surety.time_now() - interval '2 years';
+    for v_name in
+        select i.inhrelid::regclass::text
+        from pg_inherits as i join pg_class as c on c.oid = i.inhrelid
+        where i.inhparent = 'outbox.delivery_attempts'::regclass
+            and substring(pg_get_expr(c.relpartbound, c.oid) from $x$TO \('([^']+)'\)$x$)
+            <= surety.id_at('dat', surety.time_now() - p_keep)
+    loop
+        execute format('drop table %s', v_name);
+        v_dropped := v_dropped + 1;
+    end loop;
+    return v_dropped;
+exception
+    -- The table is busy: the next run drops them.
+    when lock_not_available then return 0;
+end;
+$$;
+
+comment on function outbox.drop_old_delivery_attempts(interval) is
+'Drops the partitions of the delivery log that are wholly older than p_keep, and hourly counts older than two years;
+returns how many partitions. It waits at most a second for a lock.';

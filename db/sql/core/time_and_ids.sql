@@ -33,5 +33,13 @@ end;
 comment on function surety.new_id(text, timestamptz) is
 'A new id: prefix, underscore, 11 hex digits of milliseconds, 13 random ones. Ids of one prefix sort by time.';
 
+create or replace function surety.time_of_id(p_id text) returns timestamptz
+language sql immutable parallel safe
+begin atomic
+    select to_timestamp(('x' || lpad(split_part(p_id, '_', 2)::char(11), 16, '0'))::bit(64)::bigint / 1000.0);
+end;
+
+comment on function surety.time_of_id(text) is 'The time at which an id of surety.new_id was made, in milliseconds.';
+
 insert into surety.environment (id, kind) select surety.new_id('env', surety.time_now()), 'production'
 where not exists (select from surety.environment);

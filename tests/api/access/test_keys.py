@@ -20,13 +20,23 @@ UNKNOWN_IDS = {
         "event_id": "evt",
         "customer_id": "cus",
         "payment_method_id": "spm",
+        "webhook_endpoint_id": "we",
     }.items()
 }
 BODIES = {
     "/v1/payments": payment(),
     "/v1/payments/{payment_id}": {"metadata": {}},
+    "/v1/webhook_endpoints": {"url": "https://shop.example/", "event_types": ["*"]},
+    "/v1/webhook_endpoints/{webhook_endpoint_id}/enable": {"from": "now"},
+    "/v1/webhook_endpoints/{webhook_endpoint_id}/replay": {"undelivered": True},
     "/v1/disputes/{dispute_id}/evidence": {"evidence": {"uncategorized_text": "x"}},
 }
+
+
+@pytest.fixture(autouse=True)
+def sealing_key(rights: psycopg.Connection[tuple[object, ...]]) -> None:
+    """As a worker publishes it, so that webhook endpoints can be made."""
+    rights.execute("select outbox.publish_sealing_key('slk_1', %s)", (bytes(range(32)),))
 
 
 def ask(merchant: Merchant, row: Route, key: str, **headers: str) -> httpx.Response:
