@@ -57,6 +57,9 @@ def find_publication_problems(publication: dict[str, Any]) -> Iterator[Finding]:
     for slot in publication["lost_slots"]:
         what = f"the log for the replication slot {slot} is gone: its reader has missed events"
         yield Finding("lost-slot", 2, what, f"select pg_drop_replication_slot('{slot}'), then a new snapshot")
+    for slot in publication["lost_standby_slots"]:
+        what = f"the log for the standby of the replication slot {slot} is gone: it can't catch up"
+        yield Finding("lost-slot", 2, what, f"select pg_drop_replication_slot('{slot}'), then make the standby anew")
     if publication["exists"] and not publication["is_whole"]:
         what = "the publication surety_events leaves events out, or names their partitions"
         yield Finding("event-publication", 2, what, "drop publication surety_events, then surety deploy")

@@ -18,7 +18,10 @@ from db.errors import SettingsError
 from db.secret_files import read_secret_files
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
+TimeoutSeconds = Annotated[float, msgspec.Meta(gt=0, le=600)]
+ActionSeconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86_400)]
+StallSeconds = Annotated[float, msgspec.Meta(ge=1, le=3600)]
+PerSecond = Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]
 PollSeconds = Annotated[int, msgspec.Meta(ge=1, le=3600)]
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
@@ -69,7 +72,7 @@ class TrustedProxies:
     __slots__ = ("networks",)
 
     def __init__(self, value: str) -> None:
-        self.networks = tuple(parse_network(entry.strip()) for entry in value.split(",") if entry.strip())
+        self.networks = tuple(parse_proxies(entry.strip()) for entry in value.split(",") if entry.strip())
 
     def trusts(self, address: IpAddress) -> bool:
         """Whether the address is one of a trusted proxy."""
@@ -77,10 +80,7 @@ class TrustedProxies:
 
 
 def parse_network(entry: str) -> IpNetwork:
-    """An address or a network; IPv4 written as IPv6 becomes IPv4. Raises ValueError that names the entry.
-
-    Private networks are allowed whole (10.0.0.0/8, fc00::/7), larger ones are not.
-    """
+    """An address or a network; IPv4 written as IPv6 becomes IPv4. Raises ValueError that names the entry."""
     try:
         network: IpNetwork = ip_network(entry)
     except ValueError:
@@ -92,7 +92,16 @@ def parse_network(entry: str) -> IpNetwork:
             f"Expected addresses and networks, such as 10.0.0.7, 10.1.0.0/16, 2001:db8::/64, got {entry!r}{suggestion}"
         ) from None
     if isinstance(network, IPv6Network) and network.subnet_of(IPV4_AS_IPV6):
-        network = IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
+        return IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
+    return network
+
+
+def parse_proxies(entry: str) -> IpNetwork:
+    """The address or network of proxies. Raises ValueError that names the entry.
+
+    Private networks are allowed whole (10.0.0.0/8, fc00::/7), larger ones are not.
+    """
+    network = parse_network(entry)
     if network.prefixlen < (8 if isinstance(network, IPv4Network) else 7):
         raise ValueError(f"Expected the proxies' addresses, got {entry!r}, with which any client could forge its own")
     return network
@@ -218,13 +227,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     surety_webhook_port: Port = 8001
     surety_sandbox_port: Port = 8002
     surety_trusted_proxies: TrustedProxies | None = None
-    surety_address_rate: Annotated[float, msgspec.Meta(ge=0)] = 20.0
+    surety_address_rate: PerSecond = 20.0
 
-    surety_provider_timeout: Seconds = 20.0
-    surety_provider_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    surety_provider_timeout: TimeoutSeconds = 20.0
+    surety_provider_rate: PerSecond | None = None
     surety_poll_seconds: PollSeconds = 60
-    surety_action_seconds: Seconds = 86_400.0
-    surety_stall_seconds: Annotated[float, msgspec.Meta(ge=1)] = 30.0
+    surety_action_seconds: ActionSeconds = 86_400.0
+    surety_stall_seconds: StallSeconds = 30.0
 
     surety_account_keys: Secret | None = None
     surety_webhook_key: Secret | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from datetime import timedelta
 from typing import Any
@@ -21,7 +20,7 @@ from app.cli.tables import print_table
 from app.web.keys import new_key, new_operator_key
 from db.connect import connect
 from db.errors import SuretyError
-from db.settings import load_settings
+from db.settings import load_settings, parse_network
 
 SCOPES = ("disputes:write", "payments:write", "read", "refunds:write", "webhooks:write")
 DEFAULT_NAME = "default"
@@ -59,7 +58,7 @@ class NoSuchKey(SuretyError):
 def parse_key_networks(_context: click.Context, _parameter: click.Parameter, networks: tuple[str, ...]) -> list[str]:
     """The networks in CIDR notation. Raises SuretyError for another text."""
     try:
-        return [str(ipaddress.ip_network(network.strip())) for network in networks]
+        return [str(parse_network(network.strip())) for network in networks]
     except ValueError as error:
         raise SuretyError(f"--network: {error}") from None
 

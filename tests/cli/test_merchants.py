@@ -41,6 +41,13 @@ def test_merchants_and_keys_are_listed_without_truncation(run: Run) -> None:
     assert key[-4:] not in said(run("keys", "list", "--merchant", other))
 
 
+def test_network_of_ipv4_written_as_ipv6_is_that_of_ipv4(run: Run) -> None:
+    merchant = said(run("merchants", "add", "Acme Books"))
+    said(run("keys", "create", merchant, "--network", "::ffff:203.0.113.7", "--network", "2001:db8::/64"))
+    [key] = json.loads(said(run("keys", "list", "--merchant", merchant, "--json")))
+    assert key["networks"] == ["203.0.113.7/32", "2001:db8::/64"]
+
+
 def test_rotated_key_expires_after_its_successor_was_made(run: Run, conn: Connection) -> None:
     merchant = said(run("merchants", "add", "Acme Books"))
     options = ("--name", "shop", "--scope", "read", "--network", "203.0.113.0/24", "--days", "30")
@@ -104,7 +111,11 @@ def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: C
             for name in ("", "   ", "Acme ", "Acme\nBooks", "Acme\tBooks", "Acme \u202eskooB", "a" * 201)
         ),
         (("keys", "create", "mer_none"), "there is no merchant mer_none"),
-        (("keys", "create", "mer_none", "--network", "203.0.113.7/24"), "--network: 203.0.113.7/24 has host bits set"),
+        (
+            ("keys", "create", "mer_none", "--network", "203.0.113.7/24"),
+            "--network: Expected addresses and networks, such as 10.0.0.7, 10.1.0.0/16, 2001:db8::/64, got"
+            " '203.0.113.7/24'; did you mean 203.0.113.0/24?",
+        ),
         (("keys", "create", "mer_none", "--name", "a b"), "a key's name has 1 to 100 letters, digits and . _ @ -"),
         (("keys", "rotate", "key_none"), "there is no active key key_none"),
         (("keys", "revoke", "key_none"), "there is no key key_none"),

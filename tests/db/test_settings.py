@@ -23,6 +23,14 @@ KINDS: tuple[ProcessKind, ...] = ("api", "webhook", "worker", "analyst", "audito
         ({"SURETY_API_PROT": "1"}, "SURETY_API_PROT is not a variable of Surety; did you mean SURETY_API_PORT?"),
         ({"SURETY_API_PORT": "many"}, "SURETY_API_PORT: Expected `int`"),
         ({"SURETY_API_PORT": "65536"}, "SURETY_API_PORT: Expected `int` <= 65535"),
+        *(
+            ({name: value}, f"{name}: Expected `float` <= ")
+            for name in (
+                *("SURETY_ADDRESS_RATE", "SURETY_PROVIDER_RATE", "SURETY_PROVIDER_TIMEOUT", "SURETY_ACTION_SECONDS"),
+                "SURETY_STALL_SECONDS",
+            )
+            for value in ("inf", "1e308")
+        ),
         ({"DATABASE_URL": "no address"}, "DATABASE_URL: Expected a database's address"),
         (
             {"SURETY_TRUSTED_PROXIES": "10.0.0.1, proxy.internal"},

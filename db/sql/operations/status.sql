@@ -133,6 +133,11 @@ begin atomic
                 select s.slot_name::text from pg_replication_slots as s
                 where s.slot_type = 'logical' and s.database = current_database() and s.wal_status = 'lost'
                 order by s.slot_name
+            ),
+            'lost_standby_slots', array(
+                select s.slot_name::text from pg_replication_slots as s
+                where s.slot_type = 'physical' and s.wal_status = 'lost'
+                order by s.slot_name
             )
         )
     from pg_publication as p
@@ -141,7 +146,8 @@ end;
 
 comment on function surety.publication_status() is
 'The publication surety_events. is_whole: each event is published, by the name outbox.events. lost_slots: logical slots
-of this database whose log is gone, so that their readers miss events.';
+of this database whose log is gone, so that their readers miss events. lost_standby_slots: those of standbys, which can''t
+catch up.';
 
 create or replace function surety.replication_status() returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
