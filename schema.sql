@@ -898,218 +898,357 @@ Codes without a row are read and shown too.';
 
 insert into surety.ach_return_codes (
     code, kind, meaning, window_days, window_unit, presentation, freezes, rate_group, merchant_action
-)
-values
-    ('R01', 'return', 'insufficient funds',
-     2, 'banking_days', 'twice_within_180_days', false, null,
-     'the payer''s account lacked the money: present it again, or ask for another method'),
-    ('R02', 'return', 'account closed',
-     2, 'banking_days', 'never', true, 'administrative',
-     'ask the payer for another account'),
-    ('R03', 'return', 'no account, or not the holder''s',
-     2, 'banking_days', 'after_correction', true, 'administrative',
-     'ask the payer to correct the account'),
-    ('R04', 'return', 'invalid account number',
-     2, 'banking_days', 'after_correction', true, 'administrative',
-     'ask the payer to correct the account number'),
-    ('R05', 'return', 'consumer''s account debited under a corporate entry class',
-     60, 'calendar_days', 'never', true, 'unauthorized',
-     'get a consumer''s authorization; do not debit again'),
-    ('R06', 'return', 'returned at the ODFI''s request',
-     2, 'banking_days', 'never', false, null,
-     'none: the bank asked for it'),
-    ('R07', 'return', 'authorization revoked',
-     60, 'calendar_days', 'never', true, 'unauthorized',
-     'stop all debits of this payer'),
-    ('R08', 'return', 'payment stopped',
-     2, 'banking_days', 'with_a_new_authorization', true, null,
-     'get a new authorization before another debit'),
-    ('R09', 'return', 'uncollected funds',
-     2, 'banking_days', 'twice_within_180_days', false, null,
-     'present it again, or ask for another method'),
-    ('R10', 'return', 'originator not known or not authorized',
-     60, 'calendar_days', 'never', true, 'unauthorized',
-     'stop all debits; check who gave the account'),
-    ('R11', 'return', 'not in accordance with the authorization',
-     60, 'calendar_days', 'corrected_within_60_days', true, 'unauthorized',
-     'correct the error, then present it again within 60 days'),
-    ('R12', 'return', 'account sold to another bank',
-     2, 'banking_days', 'after_correction', false, null,
-     'ask the payer for the new account'),
-    ('R13', 'return', 'invalid routing number',
-     null, 'next_file_of_the_operator', 'after_correction', false, null,
-     'correct the routing number'),
-    ('R14', 'return', 'representative payee deceased',
-     2, 'banking_days', 'never', false, null,
-     'stop debits; settle with the heirs'),
-    ('R15', 'return', 'holder deceased',
-     2, 'banking_days', 'never', false, null,
-     'stop debits; settle with the heirs'),
-    ('R16', 'return', 'account frozen, or by order of OFAC',
-     2, 'banking_days', 'never', true, null,
-     'stop debits; ask for another method'),
-    ('R17', 'return', 'edit criteria not met, or QUESTIONABLE: a suspected false pretense',
-     2, 'banking_days', 'after_correction', false, null,
-     'correct the entry; if QUESTIONABLE, never again'),
-    ('R18', 'return', 'improper effective entry date',
-     null, 'next_file_of_the_operator', 'after_correction', false, null,
-     'none: the entry is corrected'),
-    ('R19', 'return', 'amount field in error',
-     null, 'next_file_of_the_operator', 'after_correction', false, null,
-     'none: the entry is corrected'),
-    ('R20', 'return', 'account does not take such entries',
-     2, 'banking_days', 'never', true, null,
-     'ask the payer for another account'),
-    ('R21', 'return', 'invalid company identification',
-     2, 'banking_days', 'after_correction', false, null,
-     'correct the company id'),
-    ('R22', 'return', 'invalid individual id',
-     2, 'banking_days', 'after_correction', false, null,
-     'correct the individual id'),
-    ('R23', 'return', 'credit refused by its receiver',
-     2, 'banking_days', 'never', false, null,
-     'ask the payer how to pay them'),
-    ('R24', 'return', 'duplicate entry',
-     2, 'banking_days', 'never', false, null,
-     'check for a payment made twice'),
-    ('R25', 'return', 'addenda in error',
-     null, 'next_file_of_the_operator', 'after_correction', false, null,
-     'none: the entry is corrected'),
-    ('R26', 'return', 'mandatory field in error',
-     null, 'next_file_of_the_operator', 'after_correction', false, null,
-     'none: the entry is corrected'),
-    ('R27', 'return', 'trace number in error',
-     null, 'next_file_of_the_operator', 'after_correction', false, null,
-     'none: the entry is corrected'),
-    ('R28', 'return', 'check digit in error',
-     null, 'next_file_of_the_operator', 'after_correction', false, null,
-     'correct the routing number'),
-    ('R29', 'return', 'corporate customer: not authorized',
-     2, 'banking_days', 'never', true, 'unauthorized',
-     'stop all debits; get an authorization'),
-    ('R30', 'return', 'not a participant in check truncation',
-     null, 'next_file_of_the_operator', 'never', false, null,
-     'nothing'),
-    ('R31', 'return', 'permissible return, by agreement of both banks',
-     null, 'by_agreement', 'never', false, null,
-     'nothing'),
-    ('R32', 'return', 'RDFI does not settle',
-     null, 'next_file_of_the_operator', 'never', false, null,
-     'ask for another account'),
-    ('R33', 'return', 'return of an XCK entry',
-     60, 'calendar_days', 'never', false, null,
-     'nothing'),
-    ('R34', 'return', 'participation of the RDFI is limited',
-     null, 'next_file_of_the_operator', 'never', false, null,
-     'ask for another account'),
-    ('R35', 'return', 'improper debit',
-     null, 'next_file_of_the_operator', 'never', false, null,
-     'ask for another method'),
-    ('R36', 'return', 'improper credit',
-     null, 'next_file_of_the_operator', 'never', false, null,
-     'ask the payer how to pay them'),
-    ('R37', 'return', 'source document presented for payment',
-     60, 'calendar_days', 'never', false, null,
-     'do not debit again: it was paid'),
-    ('R38', 'return', 'source document stopped',
-     60, 'calendar_days', 'never', false, null,
-     'ask for another method'),
-    ('R39', 'return', 'improper source document',
-     2, 'banking_days', 'never', false, null,
-     'ask for another method'),
-    ('R40', 'return', 'return of an enrollment entry',
-     null, 'unknown', 'never', false, null,
-     'none: enrollments are not sent'),
-    ('R41', 'return', 'enrollment: invalid transaction code',
-     null, 'unknown', 'never', false, null,
-     'none: enrollments are not sent'),
-    ('R42', 'return', 'enrollment: routing number or check digit in error',
-     null, 'unknown', 'never', false, null,
-     'none: enrollments are not sent'),
-    ('R43', 'return', 'enrollment: invalid account number',
-     null, 'unknown', 'never', false, null,
-     'none: enrollments are not sent'),
-    ('R44', 'return', 'enrollment: invalid individual id',
-     null, 'unknown', 'never', false, null,
-     'none: enrollments are not sent'),
-    ('R45', 'return', 'enrollment: invalid name',
-     null, 'unknown', 'never', false, null,
-     'none: enrollments are not sent'),
-    ('R46', 'return', 'enrollment: invalid representative payee indicator',
-     null, 'unknown', 'never', false, null,
-     'none: enrollments are not sent'),
-    ('R47', 'return', 'duplicate enrollment',
-     null, 'unknown', 'never', false, null,
-     'none: enrollments are not sent'),
-    ('R50', 'return', 'state law affects the acceptance of RCK entries',
-     2, 'banking_days', 'never', false, null,
-     'ask for another method'),
-    ('R51', 'return', 'item related to an RCK entry is ineligible',
-     60, 'calendar_days', 'never', false, 'unauthorized',
-     'ask for another method'),
-    ('R52', 'return', 'payment of an RCK item stopped',
-     60, 'calendar_days', 'never', false, null,
-     'ask for another method'),
-    ('R53', 'return', 'item and RCK entry presented',
-     60, 'calendar_days', 'never', false, null,
-     'do not debit again: it was paid'),
-    ('R61', 'dishonored', 'dishonored: misrouted return',
-     5, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R62', 'dishonored', 'dishonored: return of an erroneous or reversing debit',
-     null, 'unknown', 'never', false, null,
-     'nothing'),
-    ('R67', 'dishonored', 'dishonored: duplicate return',
-     5, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R68', 'dishonored', 'dishonored: untimely return',
-     5, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R69', 'dishonored', 'dishonored: field errors',
-     5, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R70', 'dishonored', 'dishonored: return was not requested',
-     5, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R71', 'contested', 'contested: misrouted dishonored return',
-     2, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R72', 'contested', 'contested: untimely dishonored return',
-     2, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R73', 'contested', 'contested: the return was timely',
-     2, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R74', 'contested', 'contested: corrected return',
-     2, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R75', 'contested', 'contested: not a duplicate',
-     2, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R76', 'contested', 'contested: no errors found',
-     2, 'banking_days', 'never', false, null,
-     'nothing'),
-    ('R77', 'contested', 'contested: refusal of R62',
-     null, 'unknown', 'never', false, null,
-     'nothing'),
-    ('R80', 'return', 'IAT coding error',
-     2, 'banking_days', 'never', false, null,
-     'none: such entries are not sent'),
-    ('R81', 'return', 'not a participant in IAT',
-     2, 'banking_days', 'never', false, null,
-     'none: such entries are not sent'),
-    ('R82', 'return', 'invalid foreign receiver''s bank',
-     2, 'banking_days', 'never', false, null,
-     'none: such entries are not sent'),
-    ('R83', 'return', 'foreign bank is unable to settle',
-     2, 'banking_days', 'never', false, null,
-     'none: such entries are not sent'),
-    ('R84', 'return', 'not processed by the gateway',
-     2, 'banking_days', 'never', false, null,
-     'none: such entries are not sent'),
-    ('R85', 'return', 'miscoded outbound international payment',
-     2, 'banking_days', 'never', false, null,
-     'none: such entries are not sent');
+) values
+(
+    'R01', 'return', 'insufficient funds',
+    2, 'banking_days', 'twice_within_180_days', false, null,
+    'the payer''s account lacked the money: present it again, or ask for another method'
+),
+(
+    'R02', 'return', 'account closed',
+    2, 'banking_days', 'never', true, 'administrative',
+    'ask the payer for another account'
+),
+(
+    'R03', 'return', 'no account, or not the holder''s',
+    2, 'banking_days', 'after_correction', true, 'administrative',
+    'ask the payer to correct the account'
+),
+(
+    'R04', 'return', 'invalid account number',
+    2, 'banking_days', 'after_correction', true, 'administrative',
+    'ask the payer to correct the account number'
+),
+(
+    'R05', 'return', 'consumer''s account debited under a corporate entry class',
+    60, 'calendar_days', 'never', true, 'unauthorized',
+    'get a consumer''s authorization; do not debit again'
+),
+(
+    'R06', 'return', 'returned at the ODFI''s request',
+    2, 'banking_days', 'never', false, null,
+    'none: the bank asked for it'
+),
+(
+    'R07', 'return', 'authorization revoked',
+    60, 'calendar_days', 'never', true, 'unauthorized',
+    'stop all debits of this payer'
+),
+(
+    'R08', 'return', 'payment stopped',
+    2, 'banking_days', 'with_a_new_authorization', true, null,
+    'get a new authorization before another debit'
+),
+(
+    'R09', 'return', 'uncollected funds',
+    2, 'banking_days', 'twice_within_180_days', false, null,
+    'present it again, or ask for another method'
+),
+(
+    'R10', 'return', 'originator not known or not authorized',
+    60, 'calendar_days', 'never', true, 'unauthorized',
+    'stop all debits; check who gave the account'
+),
+(
+    'R11', 'return', 'not in accordance with the authorization',
+    60, 'calendar_days', 'corrected_within_60_days', true, 'unauthorized',
+    'correct the error, then present it again within 60 days'
+),
+(
+    'R12', 'return', 'account sold to another bank',
+    2, 'banking_days', 'after_correction', false, null,
+    'ask the payer for the new account'
+),
+(
+    'R13', 'return', 'invalid routing number',
+    null, 'next_file_of_the_operator', 'after_correction', false, null,
+    'correct the routing number'
+),
+(
+    'R14', 'return', 'representative payee deceased',
+    2, 'banking_days', 'never', false, null,
+    'stop debits; settle with the heirs'
+),
+(
+    'R15', 'return', 'holder deceased',
+    2, 'banking_days', 'never', false, null,
+    'stop debits; settle with the heirs'
+),
+(
+    'R16', 'return', 'account frozen, or by order of OFAC',
+    2, 'banking_days', 'never', true, null,
+    'stop debits; ask for another method'
+),
+(
+    'R17', 'return', 'edit criteria not met, or QUESTIONABLE: a suspected false pretense',
+    2, 'banking_days', 'after_correction', false, null,
+    'correct the entry; if QUESTIONABLE, never again'
+),
+(
+    'R18', 'return', 'improper effective entry date',
+    null, 'next_file_of_the_operator', 'after_correction', false, null,
+    'none: the entry is corrected'
+),
+(
+    'R19', 'return', 'amount field in error',
+    null, 'next_file_of_the_operator', 'after_correction', false, null,
+    'none: the entry is corrected'
+),
+(
+    'R20', 'return', 'account does not take such entries',
+    2, 'banking_days', 'never', true, null,
+    'ask the payer for another account'
+),
+(
+    'R21', 'return', 'invalid company identification',
+    2, 'banking_days', 'after_correction', false, null,
+    'correct the company id'
+),
+(
+    'R22', 'return', 'invalid individual id',
+    2, 'banking_days', 'after_correction', false, null,
+    'correct the individual id'
+),
+(
+    'R23', 'return', 'credit refused by its receiver',
+    2, 'banking_days', 'never', false, null,
+    'ask the payer how to pay them'
+),
+(
+    'R24', 'return', 'duplicate entry',
+    2, 'banking_days', 'never', false, null,
+    'check for a payment made twice'
+),
+(
+    'R25', 'return', 'addenda in error',
+    null, 'next_file_of_the_operator', 'after_correction', false, null,
+    'none: the entry is corrected'
+),
+(
+    'R26', 'return', 'mandatory field in error',
+    null, 'next_file_of_the_operator', 'after_correction', false, null,
+    'none: the entry is corrected'
+),
+(
+    'R27', 'return', 'trace number in error',
+    null, 'next_file_of_the_operator', 'after_correction', false, null,
+    'none: the entry is corrected'
+),
+(
+    'R28', 'return', 'check digit in error',
+    null, 'next_file_of_the_operator', 'after_correction', false, null,
+    'correct the routing number'
+),
+(
+    'R29', 'return', 'corporate customer: not authorized',
+    2, 'banking_days', 'never', true, 'unauthorized',
+    'stop all debits; get an authorization'
+),
+(
+    'R30', 'return', 'not a participant in check truncation',
+    null, 'next_file_of_the_operator', 'never', false, null,
+    'nothing'
+),
+(
+    'R31', 'return', 'permissible return, by agreement of both banks',
+    null, 'by_agreement', 'never', false, null,
+    'nothing'
+),
+(
+    'R32', 'return', 'RDFI does not settle',
+    null, 'next_file_of_the_operator', 'never', false, null,
+    'ask for another account'
+),
+(
+    'R33', 'return', 'return of an XCK entry',
+    60, 'calendar_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R34', 'return', 'participation of the RDFI is limited',
+    null, 'next_file_of_the_operator', 'never', false, null,
+    'ask for another account'
+),
+(
+    'R35', 'return', 'improper debit',
+    null, 'next_file_of_the_operator', 'never', false, null,
+    'ask for another method'
+),
+(
+    'R36', 'return', 'improper credit',
+    null, 'next_file_of_the_operator', 'never', false, null,
+    'ask the payer how to pay them'
+),
+(
+    'R37', 'return', 'source document presented for payment',
+    60, 'calendar_days', 'never', false, null,
+    'do not debit again: it was paid'
+),
+(
+    'R38', 'return', 'source document stopped',
+    60, 'calendar_days', 'never', false, null,
+    'ask for another method'
+),
+(
+    'R39', 'return', 'improper source document',
+    2, 'banking_days', 'never', false, null,
+    'ask for another method'
+),
+(
+    'R40', 'return', 'return of an enrollment entry',
+    null, 'unknown', 'never', false, null,
+    'none: enrollments are not sent'
+),
+(
+    'R41', 'return', 'enrollment: invalid transaction code',
+    null, 'unknown', 'never', false, null,
+    'none: enrollments are not sent'
+),
+(
+    'R42', 'return', 'enrollment: routing number or check digit in error',
+    null, 'unknown', 'never', false, null,
+    'none: enrollments are not sent'
+),
+(
+    'R43', 'return', 'enrollment: invalid account number',
+    null, 'unknown', 'never', false, null,
+    'none: enrollments are not sent'
+),
+(
+    'R44', 'return', 'enrollment: invalid individual id',
+    null, 'unknown', 'never', false, null,
+    'none: enrollments are not sent'
+),
+(
+    'R45', 'return', 'enrollment: invalid name',
+    null, 'unknown', 'never', false, null,
+    'none: enrollments are not sent'
+),
+(
+    'R46', 'return', 'enrollment: invalid representative payee indicator',
+    null, 'unknown', 'never', false, null,
+    'none: enrollments are not sent'
+),
+(
+    'R47', 'return', 'duplicate enrollment',
+    null, 'unknown', 'never', false, null,
+    'none: enrollments are not sent'
+),
+(
+    'R50', 'return', 'state law affects the acceptance of RCK entries',
+    2, 'banking_days', 'never', false, null,
+    'ask for another method'
+),
+(
+    'R51', 'return', 'item related to an RCK entry is ineligible',
+    60, 'calendar_days', 'never', false, 'unauthorized',
+    'ask for another method'
+),
+(
+    'R52', 'return', 'payment of an RCK item stopped',
+    60, 'calendar_days', 'never', false, null,
+    'ask for another method'
+),
+(
+    'R53', 'return', 'item and RCK entry presented',
+    60, 'calendar_days', 'never', false, null,
+    'do not debit again: it was paid'
+),
+(
+    'R61', 'dishonored', 'dishonored: misrouted return',
+    5, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R62', 'dishonored', 'dishonored: return of an erroneous or reversing debit',
+    null, 'unknown', 'never', false, null,
+    'nothing'
+),
+(
+    'R67', 'dishonored', 'dishonored: duplicate return',
+    5, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R68', 'dishonored', 'dishonored: untimely return',
+    5, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R69', 'dishonored', 'dishonored: field errors',
+    5, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R70', 'dishonored', 'dishonored: return was not requested',
+    5, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R71', 'contested', 'contested: misrouted dishonored return',
+    2, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R72', 'contested', 'contested: untimely dishonored return',
+    2, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R73', 'contested', 'contested: the return was timely',
+    2, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R74', 'contested', 'contested: corrected return',
+    2, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R75', 'contested', 'contested: not a duplicate',
+    2, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R76', 'contested', 'contested: no errors found',
+    2, 'banking_days', 'never', false, null,
+    'nothing'
+),
+(
+    'R77', 'contested', 'contested: refusal of R62',
+    null, 'unknown', 'never', false, null,
+    'nothing'
+),
+(
+    'R80', 'return', 'IAT coding error',
+    2, 'banking_days', 'never', false, null,
+    'none: such entries are not sent'
+),
+(
+    'R81', 'return', 'not a participant in IAT',
+    2, 'banking_days', 'never', false, null,
+    'none: such entries are not sent'
+),
+(
+    'R82', 'return', 'invalid foreign receiver''s bank',
+    2, 'banking_days', 'never', false, null,
+    'none: such entries are not sent'
+),
+(
+    'R83', 'return', 'foreign bank is unable to settle',
+    2, 'banking_days', 'never', false, null,
+    'none: such entries are not sent'
+),
+(
+    'R84', 'return', 'not processed by the gateway',
+    2, 'banking_days', 'never', false, null,
+    'none: such entries are not sent'
+),
+(
+    'R85', 'return', 'miscoded outbound international payment',
+    2, 'banking_days', 'never', false, null,
+    'none: such entries are not sent'
+);
 
 create table surety.customer_calls (
     customer_id text collate "C" not null,

@@ -113,8 +113,10 @@ def test_a_merchant_is_suspended_and_resumed_and_a_key_revoked(run: Run, conn: C
         (("keys", "create", "mer_none"), "there is no merchant mer_none"),
         (
             ("keys", "create", "mer_none", "--network", "203.0.113.7/24"),
-            "--network: Expected addresses and networks, such as 10.0.0.7, 10.1.0.0/16, 2001:db8::/64, got"
-            " '203.0.113.7/24'; did you mean 203.0.113.0/24?",
+            (
+                "--network: Expected addresses and networks, such as 10.0.0.7, 10.1.0.0/16, 2001:db8::/64, got"
+                " '203.0.113.7/24'; did you mean 203.0.113.0/24?"
+            ),
         ),
         (("keys", "create", "mer_none", "--name", "a b"), "a key's name has 1 to 100 letters, digits and . _ @ -"),
         (("keys", "rotate", "key_none"), "there is no active key key_none"),
