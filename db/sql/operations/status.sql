@@ -146,8 +146,8 @@ end;
 
 comment on function surety.publication_status() is
 'The publication surety_events. is_whole: each event is published, by the name outbox.events. lost_slots: logical slots
-of this database whose log is gone, so that their readers miss events. lost_standby_slots: those of standbys, which can''t
-catch up.';
+of this database whose log is gone, so that their readers miss events. lost_standby_slots: those of standbys, which
+can''t catch up.';
 
 create or replace function surety.replication_status() returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
