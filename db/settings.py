@@ -113,10 +113,7 @@ class WebhookNetworks:
     __slots__ = ("networks",)
 
     def __init__(self, value: str) -> None:
-        try:
-            self.networks = tuple(ip_network(entry.strip()) for entry in value.split(",") if entry.strip())
-        except ValueError as error:
-            raise ValueError(f"Expected addresses and networks, such as 10.0.0.7, 10.1.0.0/16: {error}") from None
+        self.networks = tuple(parse_network(entry.strip()) for entry in value.split(",") if entry.strip())
 
     def allows(self, address: IpAddress) -> bool:
         """Whether the address is in one of the networks."""

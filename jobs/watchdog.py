@@ -48,6 +48,13 @@ class Watchdog:
         self.database_answers += 1
 
     def _watch(self) -> None:
+        try:
+            self._check_again_and_again()
+        except BaseException:
+            log.critical("the watchdog failed, and nothing would notice a stall", exc_info=True)
+            os._exit(EXIT_STALLED)
+
+    def _check_again_and_again(self) -> None:
         # Checks are counted instead of time, because a machine that slept would find every deadline missed.
         turns, still, answers, unanswered = -1, 0, -1, 0
         while not self._ended.wait(self._patience_seconds / CHECKS_PER_STALL):

@@ -66,6 +66,7 @@ def test_every_response_matches_the_openapi_document(
 ) -> None:
     operator = admin_key(module_database)
     merchant.pay()
+    merchant.conn.execute("select outbox.publish_sealing_key('slk_1', %s)", (bytes(range(32)),))
     (tmp_path / "schemathesis.toml").write_text(
         f"""
         headers = {{ Authorization = "Bearer {merchant.key}" }}

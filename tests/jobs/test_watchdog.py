@@ -82,3 +82,12 @@ async def test_reports_of_checked_accounts_show_that_the_database_answers(
         for _ in range(3):
             await circuit_breaker.check_accounts([("", time.monotonic())])
             assert await circuit_breaker.report_and_probe()
+
+
+def test_failed_watchdog_ends_its_worker() -> None:
+    broken = WATCHED.replace("dog.start()", "dog.start(); dog._patience_seconds = None")
+    ended = subprocess.run(
+        [sys.executable, "-c", broken, ""], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ended.returncode == EXIT_STALLED
+    assert "the watchdog failed" in ended.stderr

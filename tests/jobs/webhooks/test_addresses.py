@@ -38,7 +38,9 @@ def test_public_address_is_allowed(text: str) -> None:
 def test_mapped_address_is_the_ipv4_address_in_it() -> None:
     assert checked_address("::ffff:8.8.8.8", NONE) == ip_address("8.8.8.8")
     with pytest.raises(AddressRefused):
-        checked_address("::ffff:127.0.0.1", WebhookNetworks("::ffff:0:0/96"))
+        checked_address("::ffff:127.0.0.1", NONE)
+    for written in ("::ffff:10.0.0.7", "10.0.0.7"):
+        assert checked_address("::ffff:10.0.0.7", WebhookNetworks(written)) == ip_address("10.0.0.7")
 
 
 def test_allowed_networks_are_reached() -> None:
