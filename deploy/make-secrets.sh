@@ -8,6 +8,14 @@
 # replace them with your own.
 set -eu
 folder=$1 host=$2 user=${3:-10001}
+case $host in
+    '' | *[!][0-9A-Za-z.:_%-]*)
+        echo "HOST: a name or an address, got '$host'" >&2
+        exit 1
+        ;;
+    '['*) ;;
+    *:*:*) host="[$host]" ;;
+esac
 umask 077
 mkdir -p "$folder"
 
@@ -16,7 +24,10 @@ random() {
 }
 
 keep() {
-    [ -e "$folder/$1" ] || printf '%s\n' "$2" >"$folder/$1"
+    if [ ! -s "$folder/$1" ]; then
+        printf '%s\n' "$2" >"$folder/$1.part"
+        mv -f "$folder/$1.part" "$folder/$1"
+    fi
     chmod 0400 "$folder/$1"
 }
 
@@ -26,6 +37,7 @@ for login in deploy api webhook worker analyst auditor; do
 done
 keep stripe-api-key sk_test_sandbox
 keep stripe-webhook-secret whsec_sandbox
+keep webhook-key "$(head -c 32 /dev/urandom | base64)"
 if [ "$(id -u)" = 0 ]; then
     chown "$user" "$folder" "$folder"/*
 fi

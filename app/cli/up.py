@@ -15,7 +15,15 @@ from rich.text import Text
 
 from app.local.output import PrintedLines
 from app.local.processes import Interrupted, ProcessGroup, free_port, interruptible
-from app.local.up import STOP_SECONDS_MAX, exclusive_folder, load_or_create_secret, supervise
+from app.local.up import (
+    LOOPBACK,
+    STOP_SECONDS_MAX,
+    exclusive_folder,
+    load_or_create_secret,
+    new_provider_secret,
+    new_webhook_key,
+    supervise,
+)
 from app.web.keys import new_key, new_operator_key
 from app.wording import describe_mode
 from db.connect import harden
@@ -103,6 +111,8 @@ def run_everything(
     }
     environment.pop("DATABASE_URL_FILE", None)
     environment |= {"DATABASE_URL": url, "PYTHONUNBUFFERED": "1"}
+    if settings.surety_webhook_key is None:
+        environment["SURETY_WEBHOOK_KEY"] = load_or_create_secret(kept / "webhook-key", new_webhook_key)
     process_group = ProcessGroup(environment, PrintedLines(print_line), STOP_SECONDS_MAX)
     stack.callback(process_group.stop)
     if sandbox:
@@ -110,13 +120,14 @@ def run_everything(
         secret = (
             settings.webhook_secrets[0].reveal()
             if settings.stripe_webhook_secret
-            else load_or_create_secret(kept / "webhook-secret")
+            else load_or_create_secret(kept / "webhook-secret", new_provider_secret)
         )
         process_group.environment.pop("STRIPE_WEBHOOK_SECRET_FILE", None)
         process_group.environment |= {
             "STRIPE_WEBHOOK_SECRET": secret,
             "SURETY_SANDBOX_URL": f"http://127.0.0.1:{ports['sandbox']}",
             "SURETY_POLL_SECONDS": os.environ.get("SURETY_POLL_SECONDS") or "5",
+            "SURETY_WEBHOOK_NETWORKS": os.environ.get("SURETY_WEBHOOK_NETWORKS") or LOOPBACK,
         }
         process_group.start(
             "sandbox", "-m", "app.sandbox", "--port", str(ports["sandbox"]), *(["--auto-payer"] if auto_payer else []),

@@ -6,7 +6,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Generator
+from base64 import b64encode
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from app.local.output import PrintLine
@@ -18,6 +19,8 @@ from db.errors import EmbeddedServerError, SuretyError
 STOP_SECONDS_MAX = 35.0
 RESTART_PAUSE_SECONDS = 0.5
 OUTPUT_WAIT_SECONDS = 0.1
+LOOPBACK = "127.0.0.0/8,::1"
+"""Networks that merchants' webhooks may reach where the merchants are on this machine."""
 
 
 class AlreadyRunning(SuretyError):
@@ -46,12 +49,24 @@ def exclusive_folder(path: Path) -> Generator[Path]:
         os.close(mark)
 
 
-def load_or_create_secret(path: Path) -> str:
-    """The webhook secret of this folder."""
+def load_or_create_secret(path: Path, new_secret: Callable[[], str]) -> str:
+    """The secret that a file of this folder keeps; a new one is whole or not there."""
     if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
-            new.write(f"whsec_{secrets.token_hex(16)}")
+        part = path.with_suffix(".part")
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as new:
+            new.write(new_secret())
+        part.rename(path)
     return path.read_text().strip()
+
+
+def new_provider_secret() -> str:
+    """A secret for the sandbox's webhooks."""
+    return f"whsec_{secrets.token_hex(16)}"
+
+
+def new_webhook_key() -> str:
+    """A key for the signing secrets of merchants' webhooks."""
+    return b64encode(secrets.token_bytes(32)).decode()
 
 
 def supervise(process_group: ProcessGroup, server: EmbeddedServer | None, print_line: PrintLine) -> None:

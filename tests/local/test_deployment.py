@@ -233,3 +233,20 @@ def test_backup_unit_makes_a_verified_base_backup(deployment: Deployment, tmp_pa
     subprocess.run(command, env=known, check=True, timeout=120)
     [backup] = tmp_path.iterdir()
     assert backup.name.startswith("base-20") and (backup / "backup_manifest").exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("db", "db"), ("db:5433", "db:5433"), ("::1", "[::1]"), ("[::1]:5432", "[::1]:5432"), ("db x", None), ("", None)],
+)
+def test_secrets_name_the_host_as_an_address_needs_it(tmp_path: Path, host: str, address: str | None) -> None:
+    kept = tmp_path / "api-database-url"
+    kept.touch()
+    command = [str(DEPLOY / "make-secrets.sh"), str(tmp_path), host, str(os.getuid())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode == 0) == (address is not None), done.stderr
+    if address is None:
+        assert "HOST" in done.stderr
+    else:
+        assert kept.read_text().endswith(f"@{address}/surety\n"), "an empty file of an interrupted run is written"
+    assert not list(tmp_path.glob("*.part"))

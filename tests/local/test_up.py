@@ -20,6 +20,7 @@ from app.local.processes import free_port
 from db.embedded.folders import temporary_base_folder
 from tests.support.http_client import CONTEXT, ServerProcess, payment
 from tests.support.sandbox_process import eventually
+from tests.support.webhook_receiver import running_receiver
 
 ROOT = Path(__file__).parent.parent.parent
 READY_SECONDS_MAX = 90
@@ -104,6 +105,23 @@ def pay(up: Up, key: str, token: str = "pm_card_visa") -> str:
     return str(answer.json()["id"]) if answer.status_code == 201 else ""
 
 
+def hear_of_a_payment(up: Up, key: str) -> None:
+    """A merchant's endpoint hears of its payment, by a signed webhook."""
+    with running_receiver() as receiver:
+        made = httpx.post(
+            f"{up.api}/v1/webhook_endpoints",
+            json={"url": receiver.url, "event_types": ["payment.initiated"]},
+            headers={"Authorization": f"Bearer {key}", "Idempotency-Key": "hooks-1"},
+            verify=CONTEXT,
+            timeout=30,
+        )
+        assert made.status_code == 201, made.text
+        heard = pay(up, key)
+        assert eventually(lambda: receiver.received, 60), up.output()
+        receiver.received[0].verify(made.json()["secret"])
+        assert receiver.received[0].document["data"]["id"] == heard
+
+
 def payer_page(database: str, payment_id: str) -> str:
     """The page where the payer must act; empty while there is none."""
     with psycopg.connect(database) as conn:
@@ -129,6 +147,8 @@ def test_up_restarts_dead_processes_leaves_nothing_and_keeps_its_data(folder: Pa
         [key] = set(KEY.findall(up.output()))
         first = pay(up, key)
         assert eventually(lambda: is_settled(up.database, first), 60), up.output()
+
+        hear_of_a_payment(up, key)
 
         [key_file] = re.findall("export SURETY_OPERATOR_KEY_FILE='([^']+)'", up.output())
         assert Path(key_file).stat().st_mode & 0o777 == 0o600

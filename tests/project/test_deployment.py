@@ -47,7 +47,7 @@ PROCESSES = {"api": ["surety", "api"], "webhooks": ["surety", "webhooks"], "depl
 OWN_SECRETS = {
     "api": {"SURETY_API_DATABASE_URL"},
     "webhooks": {"SURETY_WEBHOOK_DATABASE_URL", "STRIPE_WEBHOOK_SECRET"},
-    "worker": {"SURETY_WORKER_DATABASE_URL", "STRIPE_API_KEY"},
+    "worker": {"SURETY_WORKER_DATABASE_URL", "STRIPE_API_KEY", "SURETY_WEBHOOK_KEY"},
     "deploy": {"DATABASE_URL"},
 }
 """The secrets of each process, and no others."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from app.local.demo.checks import Connection, query_count
 from app.local.output import LogFiles
 from app.local.processes import ProcessGroup, free_port
+from app.local.up import LOOPBACK, new_webhook_key
 
 WORKERS = 2
 
@@ -66,6 +67,8 @@ class DemoServices:
             | {
                 "DATABASE_URL": url,
                 "STRIPE_WEBHOOK_SECRET": self.secret,
+                "SURETY_WEBHOOK_KEY": new_webhook_key(),
+                "SURETY_WEBHOOK_NETWORKS": LOOPBACK,
                 "STRIPE_API_KEY": f"sk_{'live' if livemode else 'test'}_sandbox",
                 "SURETY_SANDBOX_URL": self.url("sandbox"),
                 "SURETY_PROVIDER_TIMEOUT": PROVIDER_TIMEOUT_SECONDS,
