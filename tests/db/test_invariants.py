@@ -38,6 +38,14 @@ HOLD = (
 
 LONG_AGO = "now() - interval '8 days'"
 
+# Its cursor has passed all events.
+ENDPOINT = (
+    "insert into outbox.webhook_endpoints"
+    " (id, merchant_id, url, event_types, payload, api_version, created_at, updated_at, generation, seen)"
+    " select 'we_' || repeat('0', 24), merchant_id, 'https://shop.example/', '{*}', 'full', '2026-11-30', now(), now(),"
+    " 1, pg_current_snapshot() from surety.payments where id = %(p)s"
+)
+
 # A change that violates the invariant; %(p)s is the newest settled payment.
 VIOLATIONS: dict[str, str] = {
     "every payment is in the state of its last step": "update surety.payments set state = 'confirmed' where id = %(p)s",
@@ -77,6 +85,13 @@ VIOLATIONS: dict[str, str] = {
     "every balance of a day is the sum of the transfers until its end": (
         "insert into ledger.daily_balances select id, '2020-01-01', 1 from ledger.accounts limit 1"
     ),
+    "every event of a webhook endpoint is sent, waits or was skipped by choice": (
+        f"with made as ({ENDPOINT} returning id) insert into outbox.webhook_ranges"
+        " (endpoint_id, number, is_skipped, event_types, starts, chosen_at, chosen_by)"
+        " select id, 1, false, '{*}', row(1, '1:1:'::pg_snapshot, null, '0'::xid8, '')::outbox.log_position, now(), 'ann'"
+        " from made"
+    ),
+    "every webhook endpoint has one range that it is sent": ENDPOINT,
     "the balances of a closed month stay as they were": (
         "with closed as (insert into ledger.closed_months values ('2020-01-01', now(), 'ann', '{}') returning month)"
         " insert into ledger.closed_balances select month, id, 1 from closed, ledger.accounts limit 1"

@@ -180,6 +180,9 @@ grant select on all tables in schema invariant to surety_auditor;
 grant execute on function
 ledger.balances_at(timestamptz),
 ledger.month_end(date),
+outbox.is_before(outbox.log_position, integer, xid8, text),
+outbox.is_wanted(text, text[]),
+outbox.position_of(outbox.webhook_endpoints),
 surety.derive_payments(text[]),
 surety.fold_email(text),
 surety.fold_letters(text),

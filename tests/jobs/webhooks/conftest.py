@@ -110,11 +110,13 @@ async def sending(database: str, name: str = "w1", **settings: str) -> AsyncGene
         sender = new_sender(worker)
 
         async def send_due() -> None:
-            for _ in range(200):
+            for _ in range(1000):
                 if await sender._take_turn() >= 1 and not sender._tasks:
                     return
                 if sender._tasks:
                     await asyncio.wait(sender._tasks)
+                else:
+                    await asyncio.sleep(0.02)  # another worker sends what is due
             raise AssertionError("the sender finds no end")
 
         yield sender, send_due
