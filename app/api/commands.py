@@ -5,6 +5,7 @@ Each is one SQL function and one transaction, which stores the answer under the 
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any, LiteralString
 
 import msgspec
@@ -50,15 +51,15 @@ async def execute_command(
     awaits: AwaitedKind | None = None,
     location: str = "",
     needs_worker: bool = True,
-    sealed: dict[str, Any] | None = None,
+    make_sealed: Callable[[], Awaitable[dict[str, Any]]] | None = None,
 ) -> HttpResponse:
     """The answer to a command. Raises Problem.
 
     `statement` takes a request as JSON and returns status, problem, detail, body, is_replayed. `subject` is the name of
     the path's id in that JSON; `subject_id` is empty if the path holds no id. `location` plus the new object's id is
     the Location. `awaits` says what a request with `Prefer: wait=N` waits for (app/api/held_answers.py).
-    `needs_worker`: the command makes an event that a worker handles. `sealed` holds fields for the statement that the
-    request does not have, and that differ in each repetition.
+    `needs_worker`: the command makes an event that a worker handles. `make_sealed` makes, for a valid request, fields
+    for the statement that the request does not have, and that differ in each repetition.
     """
     assert struct is request.route.body
     caller = request.caller()
@@ -79,7 +80,7 @@ async def execute_command(
         "idempotency_key": request.headers[b"idempotency-key"].decode(),
         "request_hash": hash_of_request(encode_canonically(command), subject_id),
         subject: subject_id,
-        **(sealed or {}),
+        **(await make_sealed() if make_sealed else {}),
     }
     if traceparent := request.traceparent():
         document["traceparent"] = traceparent

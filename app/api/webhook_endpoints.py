@@ -21,7 +21,7 @@ from app.api.schemas.webhook_endpoints import (
 )
 from app.web.asgi import HttpResponse
 from app.web.problems import Problem
-from db.webhook_secrets import NewSecrets, make_secrets
+from db.webhook_secrets import make_secrets
 
 NO_STORE = (b"cache-control", b"no-store")
 
@@ -31,7 +31,7 @@ async def create_webhook_endpoint(request: ApiRequest) -> HttpResponse:
 
     The answer shows `secret` once. A repeated request gets the same endpoint without it: rotate the secret then.
     """
-    secrets = await new_secrets(request)
+    secrets = SecretsOnce(request)
     return show_secret(
         await execute_command(
             request,
@@ -41,7 +41,7 @@ async def create_webhook_endpoint(request: ApiRequest) -> HttpResponse:
             subject_id="webhook_endpoints",
             location="/v1/webhook_endpoints/",
             needs_worker=False,
-            sealed={"secrets": msgspec.to_builtins(secrets.sealed)},
+            make_sealed=secrets.make,
         ),
         secrets,
     )
@@ -49,7 +49,7 @@ async def create_webhook_endpoint(request: ApiRequest) -> HttpResponse:
 
 async def rotate_webhook_secret(request: ApiRequest) -> HttpResponse:
     """Make a new secret, shown once. Requests are signed with the ones before as well, for `overlap_hours`."""
-    secrets = await new_secrets(request)
+    secrets = SecretsOnce(request)
     return show_secret(
         await execute_command(
             request,
@@ -58,22 +58,31 @@ async def rotate_webhook_secret(request: ApiRequest) -> HttpResponse:
             subject="webhook_endpoint_id",
             subject_id=id_or_empty(request, ENDPOINT_ID),
             needs_worker=False,
-            sealed={"secrets": msgspec.to_builtins(secrets.sealed)},
+            make_sealed=secrets.make,
         ),
         secrets,
     )
 
 
-async def new_secrets(request: ApiRequest) -> NewSecrets:
-    """Secrets that only workers can open. Raises Problem if no worker has published a key yet."""
-    row = await request.services.database.fetch_row("select id, public_key from api.read_sealing_key()")
-    if row is None:
-        await request.caller().require_valid_key()
-        raise Problem("unavailable", "webhooks are not set up here: no worker has had SURETY_WEBHOOK_KEY")
-    return make_secrets(row[0], bytes(row[1]))
+class SecretsOnce:
+    """Secrets that only workers can open, made once the request is known to be valid."""
+
+    def __init__(self, request: ApiRequest) -> None:
+        self.request = request
+        self.shown = ""
+
+    async def make(self) -> dict[str, Any]:
+        """The secrets as they are stored. Raises Problem if no worker has published a key yet."""
+        row = await self.request.services.database.fetch_row("select id, public_key from api.read_sealing_key()")
+        if row is None:
+            await self.request.caller().require_valid_key()
+            raise Problem("unavailable", "webhooks are not set up here: no worker has had SURETY_WEBHOOK_KEY")
+        made = make_secrets(row[0], bytes(row[1]))
+        self.shown = made.shown
+        return {"secrets": msgspec.to_builtins(made.sealed)}
 
 
-def show_secret(response: HttpResponse, secrets: NewSecrets) -> HttpResponse:
+def show_secret(response: HttpResponse, secrets: SecretsOnce) -> HttpResponse:
     """Add the secret to a first answer. The answer that is stored for repetitions has none."""
     if IDEMPOTENCY_REPLAYED not in response.headers:
         document: dict[str, Any] = msgspec.json.decode(response.body)

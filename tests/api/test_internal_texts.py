@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from typing import Any
 
 from app.api.routes import MERCHANT_ROUTES
@@ -95,6 +96,9 @@ def documents(merchant: Merchant, payment_ids: list[str]) -> dict[str, str]:
     events = [event["id"] for event in merchant.get("/v1/events")["data"]]
     customer = merchant.client.post("/v1/customers", headers={"Idempotency-Key": "customer"}).json()["id"]
     method = save_method(merchant.conn, merchant, customer)
+    merchant.conn.execute("select outbox.publish_sealing_key('slk_1', %s)", (bytes(range(32)),))
+    hooks = {"url": "https://shop.example/", "event_types": ["*"]}
+    made = merchant.client.post("/v1/webhook_endpoints", json=hooks, headers={"Idempotency-Key": "hooks"})
     ids = {
         "customer_id": [customer],
         "payment_method_id": [method],
@@ -102,6 +106,7 @@ def documents(merchant: Merchant, payment_ids: list[str]) -> dict[str, str]:
         "refund_id": refunds,
         "dispute_id": disputes,
         "event_id": events,
+        "webhook_endpoint_id": [made.json()["id"]],
     }
     shown = {}
     for route in MERCHANT_ROUTES:
@@ -109,7 +114,9 @@ def documents(merchant: Merchant, payment_ids: list[str]) -> dict[str, str]:
         for one in ids[parameters[-1]] if parameters else [""]:
             path = re.sub(r"{\w+}$|{\w+}(?=/[a-z_]+$)", one, route.path).replace("{customer_id}", customer)
             # A POST without a body is refused: its problem document is shown too.
-            answer = merchant.client.request(route.method, path, headers={"Idempotency-Key": "key-of-" + one})
+            query = {"month": datetime.now(UTC).strftime("%Y-%m")} if "statements" in path else {}
+            headers = {"Idempotency-Key": "key-of-" + one}
+            answer = merchant.client.request(route.method, path, headers=headers, params=query)
             assert answer.status_code < 500 and (answer.status_code == 200 or route.method != "GET"), answer.text
             shown[f"{route.method} {path}"] = answer.text
     assert refunds and disputes

@@ -88,8 +88,8 @@ VIOLATIONS: dict[str, str] = {
     "every event of a webhook endpoint is sent, waits or was skipped by choice": (
         f"with made as ({ENDPOINT} returning id) insert into outbox.webhook_ranges"
         " (endpoint_id, number, is_skipped, event_types, starts, chosen_at, chosen_by)"
-        " select id, 1, false, '{*}', row(1, '1:1:'::pg_snapshot, null, '0'::xid8, '')::outbox.log_position, now(), 'ann'"
-        " from made"
+        " select id, 1, false, '{*}', row(1, '1:1:'::pg_snapshot, null, '0'::xid8, '')::outbox.log_position, now(),"
+        " 'ann' from made"
     ),
     "every webhook endpoint has one range that it is sent": ENDPOINT,
     "the balances of a closed month stay as they were": (

@@ -21,7 +21,9 @@ from tests.support.http_client import Connection, Merchant, ServerProcess, payme
 from tests.support.payments import fact, record
 
 OWN_HEADERS = frozenset({"date", "ratelimit", "request-id"})
-NOT_IDS = frozenset({"expand", "type", "state", "status", "created_from", "created_before", "limit"})
+NOT_IDS = frozenset(
+    {"expand", "type", "state", "status", "created_from", "created_before", "limit", "month", "outcome"}
+)
 OBJECT_TABLES = {
     "refunded payment": "select payment_id from surety.refunds where merchant_id = %s",
     "disputed payment": "select payment_id from surety.disputes where merchant_id = %s",
@@ -33,6 +35,7 @@ OBJECT_TABLES = {
     "balance transaction": "select id from ledger.postings where merchant_id = %s",
     "API key": "select id from surety.api_keys where merchant_id = %s",
     "merchant": "select id from surety.merchants where id = %s",
+    "webhook endpoint": "select id from outbox.webhook_endpoints where merchant_id = %s",
     "audit entry": "select id from audit.entries where merchant_id = %s",
     "provider's object": "select provider_id from surety.payments where merchant_id = %s",
     "reference": "select reference from surety.payments where merchant_id = %s",
@@ -58,6 +61,10 @@ def victim(rights: Connection, api: ServerProcess) -> Iterator[dict[str, str]]:
     refund = other.client.post(f"/v1/payments/{refunded}/refunds", json={"amount": 500}, headers=headers)
     assert refund.status_code == 201, refund.text
     save_method(rights, other, new_customer(other)["id"])
+    rights.execute("select outbox.publish_sealing_key('slk_1', %s)", (bytes(range(32)),))
+    endpoint = {"url": "https://shop.example/", "event_types": ["*"]}
+    headers = {"Idempotency-Key": unique_name("key")}
+    assert other.client.post("/v1/webhook_endpoints", json=endpoint, headers=headers).status_code == 201
     ids = {}
     for kind, query in OBJECT_TABLES.items():
         found = [value for (value,) in rights.execute(query.encode(), (other.id,)) if value]
@@ -100,6 +107,7 @@ def test_every_route_with_an_id_is_tried() -> None:
         "name",
         "customer_id",
         "payment_method_id",
+        "webhook_endpoint_id",
     }
     cursors = {
         field.name
@@ -117,6 +125,7 @@ def test_every_route_with_an_id_is_tried() -> None:
         "metadata_is",
         "payment",
         "object",
+        "event",
         "starting_after",
     }
 

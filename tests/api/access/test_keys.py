@@ -44,7 +44,7 @@ def ask(merchant: Merchant, row: Route, key: str, **headers: str) -> httpx.Respo
     sent = {"Authorization": f"Bearer {key}", "Idempotency-Key": unique_name("key")} | headers
     path = row.path.format(**UNKNOWN_IDS)
     if row.method == "GET":
-        return merchant.client.get(path, headers=sent)
+        return merchant.client.get(path, params={"month": "2026-11"} if "statements" in path else {}, headers=sent)
     if row.method == "DELETE":
         return merchant.client.delete(path, headers=sent)
     return merchant.client.post(path, json=BODIES.get(row.path, {}), headers=sent)

@@ -67,7 +67,8 @@ def test_unknown_parameter_of_a_query_is_refused_on_every_route(
     answer = merchant.client.request(
         row.method, f"{path}?surprise=1", headers=headers | {"Idempotency-Key": unique_name("key")}
     )
-    [error] = problem(answer, 400, "invalid-request")["errors"]
+    errors = problem(answer, 400, "invalid-request")["errors"]
+    [error] = [error for error in errors if error["rule"] != "required"]
     assert (error["field"], error["in"], error["rule"]) == ("surprise", "query", "known")
 
 
