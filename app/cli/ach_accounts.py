@@ -15,7 +15,7 @@ from rich.table import Table
 
 from app.api.mandates import mandate_violations
 from app.cli.identity import authorize
-from app.cli.options import json_option, reason_option
+from app.cli.options import json_option, reason_option, require_merchant
 from app.cli.reading import connect_to_read, reads
 from app.cli.tables import print_table
 from db.account_numbers import AccountKeys, check_account_number, last_four, new_account_key
@@ -54,6 +54,8 @@ def list_payer_accounts(merchant_id: str | None, customer_id: str | None, limit:
     where = " where (%s::text is null or b.merchant_id = %s) and (%s::text is null or b.customer_id = %s)"
     query = f"{LIST_ACCOUNTS}{where} order by b.id desc limit %s"
     with connect_to_read() as conn, conn.cursor(row_factory=dict_row) as cursor:
+        if merchant_id is not None:
+            require_merchant(conn, merchant_id, "--merchant")
         values = (merchant_id, merchant_id, customer_id, customer_id, limit)
         found = [without_mandate(each) for each in cursor.execute(query.encode(), values).fetchall()]
     if as_json:
@@ -97,8 +99,12 @@ def show_payer_account(account_id: str, as_json: bool) -> None:
 @accounts.command("add")
 @click.option("--customer", "customer_id", metavar="CUSTOMER", required=True, help="Whose account it is.")
 @click.option("--routing", metavar="NUMBER", required=True, help="The bank's routing number, nine digits.")
-@click.option("--type", "account_type", type=click.Choice(("checking", "savings")), required=True)
-@click.option("--holder-type", type=click.Choice(("individual", "company")), required=True)
+@click.option(
+    "--type", "account_type", type=click.Choice(("checking", "savings")), required=True, help="The kind of account."
+)
+@click.option(
+    "--holder-type", type=click.Choice(("individual", "company")), required=True, help="Whose account it is in law."
+)
 @click.option("--holder-name", metavar="NAME", help="The name of the account's holder.")
 @click.option("--accepted-at", metavar="TIME", required=True, help="When the payer agreed: 2026-12-01T09:00:00Z.")
 @click.option("--ip-address", metavar="ADDRESS", required=True, help="From where.")
@@ -162,7 +168,9 @@ def ask_for_number() -> str:
 
 @accounts.command("validate")
 @click.argument("account_id", metavar="ID")
-@click.option("--result", type=click.Choice(("pending", "validated", "failed")), required=True)
+@click.option(
+    "--result", type=click.Choice(("pending", "validated", "failed")), required=True, help="What the validation found."
+)
 @click.option(
     "--method",
     type=click.Choice(("prenote", "micro_entries", "account_check", "statement")),

@@ -27,7 +27,12 @@ ACTING = frozenset(
             "handlers pause",
             "handlers resume",
         ),
+        *("ach accounts add", "ach accounts new-key", "ach accounts remove", "ach accounts revoke"),
+        *("ach accounts rotate", "ach accounts validate"),
         *("bank-statements map", "bank-statements set-account"),
+        *("merchant-payouts cancel", "merchant-payouts returned", "merchant-payouts sent", "merchant-payouts terms"),
+        "statement",  # it writes a file whose format is asked for
+        *("webhook-endpoints disable", "webhook-endpoints enable", "webhook-endpoints replay"),
         *("keys revoke", "operators set", "roles revoke-login"),
         *("merchants resume", "merchants set", "merchants suspend"),
         *("holds refuse", "holds release", "velocity add", "velocity remove"),
@@ -147,7 +152,10 @@ def test_trace_as_json_has_amounts_as_numbers(run: Run, conn: Connection) -> Non
 FURTHER_WORDS = {
     "customers erase": ("--email", "ada@example.com"),
     "discrepancies resolve": ("--expect", "1", "--reason", "why"),
+    "merchant-payouts create": ("--currency", "usd"),
+    "merchant-payouts terms": ("--currency", "usd", "--minimum", "1"),
     "merchants set": ("--name", "Acme Toys"),
+    "statement": ("--month", "2026-11", "--format", "json"),
     "velocity add": ("--subject", "email", "--per", "1h", "--count", "1", "--action", "hold"),
 }
 
