@@ -95,6 +95,7 @@ def build_world(conn: Connection, url: str) -> World:
     callers = [
         caller for merchant in merchants for caller in callers_of(conn, merchant, is_suspended=merchant is suspended)
     ]
+    conn.execute("select outbox.publish_sealing_key('slk_1', %s)", (bytes(range(32)),))
     conn.execute("select surety.suspend_merchant(%s, true, 'fuzz')", (suspended.id,))
     callers += [
         Caller(name=f"operator: {role}", key=add_operator(conn, f"fuzz-{role}", role), is_operator=True)
