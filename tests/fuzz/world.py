@@ -26,6 +26,7 @@ IDS_OF_A_MERCHANT = """
     union all select id from surety.customers where merchant_id = %(merchant)s
     union all select id from surety.payment_methods where merchant_id = %(merchant)s
     union all select id from outbox.events where merchant_id = %(merchant)s
+    union all select id from outbox.webhook_endpoints where merchant_id = %(merchant)s
     union all select id from ledger.postings where merchant_id = %(merchant)s
     union all select id from surety.api_keys where merchant_id = %(merchant)s
     union all select id from audit.entries where merchant_id = %(merchant)s
@@ -34,6 +35,7 @@ IDS_OF_A_MERCHANT = """
 PARAMETERS = {
     "payment_id": "pay", "refund_id": "ref", "dispute_id": "dp", "event_id": "evt", "customer_id": "cus",
     "payment_method_id": "spm", "letter_id": "dlq", "discrepancy_id": "dis",
+    "webhook_endpoint_id": "we", "event": "evt",
     "starting_after": "pay", "payment": "pay", "object": "pay",
 }  # fmt: skip
 """Fields that name an object, and the prefix that fits them most often."""
@@ -89,13 +91,13 @@ ROUTES_BY_NAME = {row.name: row for row in ROUTES}
 
 def build_world(conn: Connection, url: str) -> World:
     """Create merchants, objects and keys."""
+    conn.execute("select outbox.publish_sealing_key('slk_1', %s)", (bytes(range(32)),))
     merchants = [Merchant(conn, url, f"Fuzzed Books {number}") for number in range(3)]
     addresses = {address: merchant.id for merchant in merchants for address in add_objects(conn, merchant)}
     suspended = merchants[-1]
     callers = [
         caller for merchant in merchants for caller in callers_of(conn, merchant, is_suspended=merchant is suspended)
     ]
-    conn.execute("select outbox.publish_sealing_key('slk_1', %s)", (bytes(range(32)),))
     conn.execute("select surety.suspend_merchant(%s, true, 'fuzz')", (suspended.id,))
     callers += [
         Caller(name=f"operator: {role}", key=add_operator(conn, f"fuzz-{role}", role), is_operator=True)
@@ -127,6 +129,9 @@ def add_objects(conn: Connection, merchant: Merchant) -> tuple[str, str]:
     save_method(conn, merchant, customer)
     merchant.pay(customer_id=customer)
     merchant.pay(capture_method="manual")
+    hooks = {"url": "https://shop.example/", "event_types": ["*"]}
+    headers = {"Idempotency-Key": unique_name("key")}
+    assert merchant.client.post("/v1/webhook_endpoints", json=hooks, headers=headers).status_code == 201
     return inline, stored
 
 
