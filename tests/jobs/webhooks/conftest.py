@@ -116,7 +116,7 @@ async def sending(database: str, name: str = "w1", **settings: str) -> AsyncGene
                 if sender._tasks:
                     await asyncio.wait(sender._tasks)
                 else:
-                    await asyncio.sleep(0.02)  # another worker sends what is due
+                    await asyncio.sleep(0.02)  # another worker holds the batches
             raise AssertionError("the sender finds no end")
 
         yield sender, send_due
