@@ -22,7 +22,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def file_digest(file: IO[bytes]) -> str:
-    """The SHA-256 of a file's content; the file is at its begin afterwards."""
+    """The SHA-256 of a file's content; the file is at its start again."""
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK_BYTES):
         digest.update(chunk)

@@ -29,11 +29,12 @@ OWN_DATABASE = frozenset({"demo", "sandbox", "up"})
 """Commands that start a database of their own, or have none."""
 EMPTY = (
     *("ach accounts list", "bank-statements accounts", "bank-statements list", "bank-statements mappings"),
-    *("merchant-payouts list", "payouts list", "webhook-endpoints list"),
+    *("close", "merchant-payouts list", "merchant-payouts owed", "payouts list", "webhook-endpoints list"),
 )
 """Reading commands that have nothing to show here."""
 READING = {
     "ach codes": (),
+    "balance": ("--merchant", "MERCHANT"),
     "customers list": (),
     "customers show": ("CUSTOMER",),
     "dead-letters list": (),
@@ -105,9 +106,9 @@ UNTRIED = frozenset(
     {
         *("ach accounts add", "ach accounts new-key", "ach accounts remove", "ach accounts revoke"),
         *("ach accounts rotate", "ach accounts show", "ach accounts validate", "ach read"),
-        *("balance", "close", "reconcile", "statement"),
+        *("reconcile", "statement"),
         *("bank-statements import", "bank-statements map", "bank-statements set-account", "bank-statements show"),
-        *("merchant-payouts cancel", "merchant-payouts create", "merchant-payouts owed", "merchant-payouts returned"),
+        *("merchant-payouts cancel", "merchant-payouts create", "merchant-payouts returned"),
         *("merchant-payouts sent", "merchant-payouts show", "merchant-payouts terms", "payouts show"),
         *("webhook-endpoints disable", "webhook-endpoints enable", "webhook-endpoints replay"),
         "webhook-endpoints show",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from typing import Any
@@ -93,6 +94,19 @@ def test_payout_reserves_its_amount_and_leaves_by_the_bank(conn: Connection) -> 
     assert types == [(f"merchant_payout.{state}", merchant, state) for state in ("asked", "left", "returned")]
     audited = conn.execute("select outcome from audit.entries where outcome like 'merchant payout %' order by at, id")
     assert [row[0] for row in audited] == [f"merchant payout {state}" for state in ("asked", "left", "returned")]
+
+
+def test_payout_leaves_the_account_where_the_bank_s_lines_arrive(conn: Connection) -> None:
+    merchant, key = add_merchant(conn)
+    settle(conn, key)
+    line = money(None, "bln", "bank_line", 9680) | {"object_id": "bln_1", "source": "file"}
+    conn.execute("select surety.store_unmatched_facts(%s, surety.time_now())", (json.dumps([line]),))
+    assert owed(conn) == {"available": 9625, "bank": 9680}
+    move(conn, created(conn, merchant), "left", proof="wire 17")
+    banks = conn.execute(
+        "select account_id, -balance_minor from ledger.balances_at(surety.time_now() + interval '1 hour') where kind = 'bank'"
+    )
+    assert banks.fetchall() == [("bank:stripe/:usd", 9680 - 9625)]
 
 
 def test_canceled_payout_gives_its_amount_back_and_its_period_free(conn: Connection) -> None:

@@ -96,7 +96,7 @@ begin
         array[
             ledger.entry(
                 p_cause => p_payout.id || ':' || p_payout.state, p_rule => 'merchant_payout_' || p_payout.state,
-                p_provider_owner => 'bank/', p_currency => p_payout.currency, p_merchant_id => p_payout.merchant_id,
+                p_provider_owner => 'stripe/', p_currency => p_payout.currency, p_merchant_id => p_payout.merchant_id,
                 p_gross => p_payout.amount_minor)
         ],
         v_now);

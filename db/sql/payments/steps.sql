@@ -39,7 +39,8 @@ begin
         jsonb_build_array(surety.differing_value('payment with this reference', p.id, holder.payment_id)),
         p.id, holder.payment_id, p_at, p_payment_id => p.id)
     from unnest(v_taken) as taken (id) join surety.payments as p on p.id = taken.id
-    join surety.payment_references as holder
+    -- The other payment may have ended meanwhile.
+    left join surety.payment_references as holder
         on holder.merchant_id = p.merchant_id and holder.reference = p.reference
     order by p.id;
 end;
