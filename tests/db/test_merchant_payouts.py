@@ -103,9 +103,8 @@ def test_payout_leaves_the_account_where_the_bank_s_lines_arrive(conn: Connectio
     conn.execute("select surety.store_unmatched_facts(%s, surety.time_now())", (json.dumps([line]),))
     assert owed(conn) == {"available": 9625, "bank": 9680}
     move(conn, created(conn, merchant), "left", proof="wire 17")
-    banks = conn.execute(
-        "select account_id, -balance_minor from ledger.balances_at(surety.time_now() + interval '1 hour') where kind = 'bank'"
-    )
+    query = "select account_id, -balance_minor from ledger.balances_at(surety.time_now() + interval '1 hour')"
+    banks = conn.execute(f"{query} where kind = 'bank'".encode())
     assert banks.fetchall() == [("bank:stripe/:usd", 9680 - 9625)]
 
 
